@@ -1,0 +1,424 @@
+"""Wire protocol, version 1: frames <-> headers and arrays. No socket, no clock, no I/O.
+
+A message is one msgpack header followed by one raw frame per tensor, little-endian, in C order;
+`docs/protocol.md` is the specification. Both halves of TensorNext import this module, so it stays light:
+numpy and msgspec only.
+
+Headers are msgpack maps. An array header would save about 0.25 µs and 190 bytes per request and reply
+together (CPython 3.11, msgspec 0.22: see docs/performance.md), too little to give up names that a reader of a
+packet capture understands and that an older peer can skip.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tnxctl.errors import InvalidArgument, Unimplemented
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+VERSION = 1
+DEFAULT_PORT = 5555
+MAX_ID = 2**63 - 1
+MAX_DIM = 2**63 - 1
+
+Array = NDArray[Any]
+
+STORAGE: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("bool"),
+    "UINT8": np.dtype("u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+    "BF16": np.dtype("<u2"),
+}
+"""Datatype name of the Open Inference Protocol v2 -> the numpy dtype that holds its bytes.
+
+numpy has no bfloat16 of its own: a BF16 array is carried as its 16-bit patterns.
+"""
+
+DATATYPES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in STORAGE.items() if name != "BF16"}
+"""numpy dtype -> datatype name, for every dtype that numpy itself has."""
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one message may be. Checked before anything is allocated for it.
+
+    Attributes:
+        header_bytes: length of the msgpack header.
+        tensors: tensor frames in one message.
+        rank: axes of one tensor.
+        message_bytes: all tensor frames together; also the most that one frame may have.
+    """
+
+    header_bytes: Annotated[int, msgspec.Meta(ge=256)] = 64 * 1024
+    tensors: Annotated[int, msgspec.Meta(ge=1)] = 64
+    rank: Annotated[int, msgspec.Meta(ge=1, le=64)] = 16
+    message_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 256 * 1024 * 1024
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Name, datatype and shape of one tensor, on the wire as `[name, datatype, [d0, d1, ...]]`.
+
+    In a message the shape is that of the frame that follows; in a model's signature an axis of -1 takes any length.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+# --- headers -------------------------------------------------------------------------------------------------
+
+_Id = Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
+_Version = Literal[1]
+
+
+class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="predict", omit_defaults=True, gc=False):
+    """Run a model once on the tensors that follow.
+
+    Attributes:
+        inputs: one entry per tensor frame, in order. A single input may have the name "": the model's only one.
+        model: name of the model; "" is the daemon's default model.
+        prefer_gpu: run on a GPU if one qualifies, else on the CPU. False: run on the CPU.
+        min_gpu_memory_mb: free memory in MiB that a GPU needs to qualify.
+    """
+
+    v: _Version
+    id: _Id
+    inputs: tuple[TensorSpec, ...]
+    model: str = ""
+    prefer_gpu: bool = True
+    min_gpu_memory_mb: float = 0.0
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="health", gc=False):
+    """Ask how the daemon is."""
+
+    v: _Version
+    id: _Id
+
+
+class Metadata(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata", omit_defaults=True, gc=False):
+    """Ask what a model takes and gives; "" is the daemon's default model."""
+
+    v: _Version
+    id: _Id
+    model: str = ""
+
+
+Request = Predict | Health | Metadata
+
+
+class Timing(msgspec.Struct, frozen=True, gc=False):
+    """Where a request's time in the daemon went, in microseconds. The seven stages sum to `total_us`.
+
+    Attributes:
+        receive_us: taking the frames from the socket, decoding and validating them.
+        queue_us: waiting for a lane.
+        gather_us: placing the rows of the batch side by side in the staging buffer.
+        h2d_us: host to device copy (0 on a CPU).
+        compute_us: the forward, with its launch.
+        d2h_us: device to host copy (0 on a CPU).
+        reply_us: from the end of the batch to the encoding of this reply.
+    """
+
+    receive_us: float
+    queue_us: float
+    gather_us: float
+    h2d_us: float
+    compute_us: float
+    d2h_us: float
+    reply_us: float
+    total_us: float
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="result", gc=False):
+    """Answer to `Predict`; one tensor frame follows per entry of `outputs`, in order.
+
+    Attributes:
+        model, version: what ran.
+        device: where it ran: "cpu", "cuda:0", ...
+        reason: why there, in words.
+        batch_size: rows in the batch that the request rode in, its own included.
+        latency_ms: the forward on the device, for the whole batch.
+        gpu_memory_mb: free memory of that GPU in MiB when the batch was done; 0 on a CPU.
+    """
+
+    v: _Version
+    id: _Id
+    model: str
+    version: str
+    outputs: tuple[TensorSpec, ...]
+    device: str
+    reason: str
+    batch_size: int
+    latency_ms: float
+    gpu_memory_mb: float
+    timing: Timing
+
+
+class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One device of the daemon.
+
+    Attributes:
+        name: "cpu", "cuda:0", ...
+        status: "ready", or "failed" (then `error` says why and nothing is routed there).
+        description: the vendor's name of it.
+        lanes, busy_lanes: places where batches run, one at a time each.
+        queued_rows: rows that wait for a lane of this device.
+        memory_free_mb, memory_total_mb: in MiB; for the CPU, of the host.
+    """
+
+    name: str
+    status: str
+    description: str = ""
+    lanes: int = 0
+    busy_lanes: int = 0
+    queued_rows: int = 0
+    memory_free_mb: float = 0.0
+    memory_total_mb: float = 0.0
+    error: str = ""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One model: its signature, where it is loaded, how it is.
+
+    Attributes:
+        status: "ready", or "failed" (then `error` says why).
+        inputs, outputs: -1 is an axis of any length. For a model that batches, axis 0 counts rows.
+        max_batch_size: most rows in one batch; 0 for a model that takes no batch axis.
+        default: whether requests that name no model go here.
+    """
+
+    name: str
+    version: str
+    status: str
+    default: bool = False
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    max_batch_size: int = 0
+    devices: tuple[str, ...] = ()
+    error: str = ""
+
+
+class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="health"):
+    """Answer to `Health`.
+
+    Attributes:
+        status: "starting", "ready" or "draining".
+        cuda_available: whether at least one CUDA device is ready.
+        current_device: where a request that prefers a GPU would run now.
+        gpu_memory_free_mb: free memory of that GPU in MiB; 0 without one.
+        version: of the daemon. uptime_s: seconds since it started.
+        queued: requests that wait. running: requests on a lane.
+        requests: predict requests taken in. replies: results sent.
+        errors: error replies by code. undeliverable: answers whose client was gone.
+    """
+
+    v: _Version
+    id: _Id
+    status: str
+    cuda_available: bool
+    current_device: str
+    gpu_memory_free_mb: float
+    version: str
+    uptime_s: float
+    devices: tuple[DeviceInfo, ...]
+    models: tuple[ModelInfo, ...]
+    queued: int
+    running: int
+    requests: int
+    replies: int
+    errors: dict[str, int]
+    undeliverable: int = 0
+
+
+class MetadataReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata"):
+    """Answer to `Metadata`."""
+
+    v: _Version
+    id: _Id
+    model: ModelInfo
+
+
+class ErrorReply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="error", gc=False):
+    """The answer instead of any other.
+
+    Attributes:
+        id: of the request; None when the request was too broken to have one.
+        code: name of a gRPC status code, see `tnxctl.errors`.
+        message: a sentence that says what was wrong with which value.
+    """
+
+    v: _Version
+    id: _Id | None
+    code: str
+    message: str
+
+
+Reply = Result | HealthReport | MetadataReport | ErrorReply
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+# What msgspec raises on bytes it cannot use; hostile nesting shows as RecursionError, bad UTF-8 as ValueError.
+_DECODE_ERRORS = (msgspec.MsgspecError, RecursionError, ValueError)
+
+
+def encode(header: Request | Reply) -> bytes:
+    """The header frame of a message."""
+    return _encoder.encode(header)
+
+
+def decode_request(frame: Buffer, limits: Limits) -> Request:
+    """Read the header frame of a request.
+
+    Raises:
+        InvalidArgument: not a header, or a field has the wrong type or value.
+        Unimplemented: another protocol version, or an unknown verb.
+    """
+    _check_header_size(frame, limits)
+    try:
+        return _request_decoder.decode(frame)
+    except _DECODE_ERRORS as error:
+        raise _header_error(frame, error) from None
+
+
+def decode_reply(frame: Buffer, limits: Limits) -> Reply:
+    """Read the header frame of a reply. Raises as `decode_request` does."""
+    _check_header_size(frame, limits)
+    try:
+        return _reply_decoder.decode(frame)
+    except _DECODE_ERRORS as error:
+        raise _header_error(frame, error) from None
+
+
+def request_id(frame: Buffer) -> int | None:
+    """The id in a header that `decode_request` refused, if it can be made out: the error reply carries it back."""
+    header = _decode_loosely(frame)
+    found = header.get("id") if isinstance(header, dict) else None
+    return found if type(found) is int and 0 <= found <= MAX_ID else None
+
+
+def _check_header_size(frame: Buffer, limits: Limits) -> None:
+    size = len(memoryview(frame))
+    if size > limits.header_bytes:
+        raise InvalidArgument(f"the header has {size} bytes, more than the limit of {limits.header_bytes}")
+
+
+def _decode_loosely(frame: Buffer) -> Any:
+    try:
+        return msgspec.msgpack.decode(frame)
+    except _DECODE_ERRORS:
+        return None
+
+
+def _header_error(frame: Buffer, error: Exception) -> InvalidArgument | Unimplemented:
+    """Say in words why a header was refused, naming the value. Slow, and only for headers already refused."""
+    header = _decode_loosely(frame)
+    if not isinstance(header, dict):
+        what = "nested too deep" if isinstance(error, RecursionError) else "not a msgpack map"
+        return InvalidArgument(f"the header is {what} ({len(memoryview(frame))} bytes, {_excerpt(bytes(frame))})")
+    if "v" in header and header["v"] != VERSION:
+        return Unimplemented(f"protocol version {_excerpt(header['v'])} is not spoken here, only version {VERSION}")
+    if "Invalid value" in str(error) and str(error).endswith("`$.type`"):
+        return Unimplemented(f"unknown message type {_excerpt(header.get('type'))}")
+    return InvalidArgument(f"header: {error}{_value_at(header, str(error))}")
+
+
+_PATH_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
+
+
+def _value_at(header: Any, message: str) -> str:
+    """msgspec names the place of a bad value (`$.inputs[0]`), not the value: look it up."""
+    place = re.search(r"`\$((?:\.\w+|\[\d+\])*)`$", message)
+    if place is None:
+        return ""
+    value = header
+    for name, index in _PATH_STEP.findall(place[1]):
+        try:
+            value = value[name] if name else value[int(index)]
+        except (KeyError, IndexError, TypeError):
+            return ""
+    return f", got {_excerpt(value)}"
+
+
+def _excerpt(value: object, length: int = 60) -> str:
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "a deeply nested value"
+    return text if len(text) <= length else text[:length] + "..."
+
+
+# --- tensors -------------------------------------------------------------------------------------------------
+
+
+def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: Limits) -> tuple[Array, ...]:
+    """Tensor frames as arrays of the declared shapes, without a copy: each array keeps its frame alive.
+
+    BF16 comes as its 16-bit patterns (dtype `<u2`). The arrays may be unaligned and must not be written.
+
+    Raises:
+        InvalidArgument: a count, datatype, rank, dimension, length or limit does not hold; the sentence names it.
+    """
+    if len(specs) != len(frames):
+        raise InvalidArgument(f"the header announces {len(specs)} tensors, {len(frames)} tensor frames came")
+    if len(specs) > limits.tensors:
+        raise InvalidArgument(f"{len(specs)} tensors in one message, more than the limit of {limits.tensors}")
+    room = limits.message_bytes
+    arrays = []
+    for spec, frame in zip(specs, frames, strict=True):
+        dtype = STORAGE.get(spec.datatype)
+        if dtype is None:
+            raise InvalidArgument(
+                f"tensor {_excerpt(spec.name)}: unknown datatype {_excerpt(spec.datatype)}, known are {', '.join(STORAGE)}"
+            )
+        shape = spec.shape
+        size = dtype.itemsize * math.prod(shape)  # Python integers: no overflow, whatever the dimensions
+        view = memoryview(frame)
+        if len(shape) > limits.rank or size != view.nbytes or size > room or min(shape, default=0) < 0:
+            raise _tensor_error(spec, size, view.nbytes, room, limits)
+        room -= size
+        try:
+            array: Array = np.ndarray(shape, dtype, view)
+        except (ValueError, OverflowError, MemoryError) as error:  # zero rows with another axis beyond numpy's range
+            raise InvalidArgument(f"tensor {_excerpt(spec.name)}: shape {_excerpt(list(shape))}: {error}") from None
+        if dtype.kind == "b" and size and array.view(np.uint8).max() > 1:
+            raise InvalidArgument(
+                f"tensor {_excerpt(spec.name)}: byte {array.view(np.uint8).max()} is not a BOOL, which is 0 or 1"
+            )
+        arrays.append(array)
+    return tuple(arrays)
+
+
+def _tensor_error(spec: TensorSpec, size: int, received: int, room: int, limits: Limits) -> InvalidArgument:
+    name, shape = _excerpt(spec.name), _excerpt(list(spec.shape))
+    if len(spec.shape) > limits.rank:
+        return InvalidArgument(f"tensor {name}: rank {len(spec.shape)} is more than the limit of {limits.rank}")
+    for dim in spec.shape:
+        if not 0 <= dim <= MAX_DIM:
+            return InvalidArgument(f"tensor {name}: dimension {dim} of shape {shape} is outside 0..{MAX_DIM}")
+    if size > room:
+        return InvalidArgument(
+            f"tensor {name}: {size} bytes ({spec.datatype} {shape}) exceed the limit of {limits.message_bytes} "
+            f"for all tensors of a message"
+        )
+    return InvalidArgument(f"tensor {name}: {spec.datatype} {shape} takes {size} bytes, its frame has {received}")

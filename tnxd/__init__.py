@@ -1,0 +1,1 @@
+"""TensorNext's daemon: serves PyTorch models over ZeroMQ."""

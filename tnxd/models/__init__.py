@@ -1,0 +1,1 @@
+"""What a model is, and where models come from."""
