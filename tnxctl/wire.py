@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -25,7 +25,7 @@ from tnxctl.errors import InvalidArgument, Unimplemented
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-VERSION = 1
+VERSION: Final = 1
 DEFAULT_PORT = 5555
 MAX_ID = 2**63 - 1
 MAX_DIM = 2**63 - 1
@@ -87,6 +87,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 _Id = Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
 _Version = Literal[1]
+_NotNegative = Annotated[float, msgspec.Meta(ge=0)]  # NaN is not >= 0 either
 
 
 class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="predict", omit_defaults=True, gc=False):
@@ -96,7 +97,7 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
         inputs: one entry per tensor frame, in order. A single input may have the name "": the model's only one.
         model: name of the model; "" is the daemon's default model.
         prefer_gpu: run on a GPU if one qualifies, else on the CPU. False: run on the CPU.
-        min_gpu_memory_mb: free memory in MiB that a GPU needs to qualify.
+        min_gpu_memory_mb: free memory in MiB that a GPU needs to qualify; never negative or NaN.
     """
 
     v: _Version
@@ -104,7 +105,7 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     inputs: tuple[TensorSpec, ...]
     model: str = ""
     prefer_gpu: bool = True
-    min_gpu_memory_mb: float = 0.0
+    min_gpu_memory_mb: _NotNegative = 0.0
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="health", gc=False):
@@ -114,7 +115,9 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="h
     id: _Id
 
 
-class Metadata(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata", omit_defaults=True, gc=False):
+class Metadata(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata", omit_defaults=True, gc=False
+):
     """Ask what a model takes and gives; "" is the daemon's default model."""
 
     v: _Version
@@ -310,11 +313,17 @@ def decode_reply(frame: Buffer, limits: Limits) -> Reply:
         raise _header_error(frame, error) from None
 
 
-def request_id(frame: Buffer) -> int | None:
-    """The id in a header that `decode_request` refused, if it can be made out: the error reply carries it back."""
-    header = _decode_loosely(frame)
-    found = header.get("id") if isinstance(header, dict) else None
-    return found if type(found) is int and 0 <= found <= MAX_ID else None
+def request_id(frame: Buffer, limits: Limits) -> int | None:
+    """The id in a header that `decode_request` refused, if it can be made out: the error reply carries it back.
+
+    A header beyond the size limit is not looked into.
+    """
+    if len(memoryview(frame)) > limits.header_bytes:
+        return None
+    try:
+        return _id_decoder.decode(_map_decoder.decode(frame)["id"])
+    except (KeyError, *_DECODE_ERRORS):
+        return None
 
 
 def _check_header_size(frame: Buffer, limits: Limits) -> None:
@@ -323,48 +332,59 @@ def _check_header_size(frame: Buffer, limits: Limits) -> None:
         raise InvalidArgument(f"the header has {size} bytes, more than the limit of {limits.header_bytes}")
 
 
-def _decode_loosely(frame: Buffer) -> Any:
-    try:
-        return msgspec.msgpack.decode(frame)
-    except _DECODE_ERRORS:
-        return None
+# What follows serves headers already refused. It takes them apart one level at a time and leaves the values
+# undecoded: decoded freely, 64 KiB of map keys with equal hashes would hold the process up for a fifth of a second.
+_map_decoder = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
+_array_decoder = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_int_decoder = msgspec.msgpack.Decoder(int)
+_id_decoder: msgspec.msgpack.Decoder[int] = msgspec.msgpack.Decoder(_Id)
+_PLACE = re.compile(r"`\$((?:\.\w+|\[\d+\])*)`$")
+_PLACE_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 
 
 def _header_error(frame: Buffer, error: Exception) -> InvalidArgument | Unimplemented:
-    """Say in words why a header was refused, naming the value. Slow, and only for headers already refused."""
-    header = _decode_loosely(frame)
-    if not isinstance(header, dict):
-        what = "nested too deep" if isinstance(error, RecursionError) else "not a msgpack map"
-        return InvalidArgument(f"the header is {what} ({len(memoryview(frame))} bytes, {_excerpt(bytes(frame))})")
-    if "v" in header and header["v"] != VERSION:
-        return Unimplemented(f"protocol version {_excerpt(header['v'])} is not spoken here, only version {VERSION}")
-    if "Invalid value" in str(error) and str(error).endswith("`$.type`"):
-        return Unimplemented(f"unknown message type {_excerpt(header.get('type'))}")
-    return InvalidArgument(f"header: {error}{_value_at(header, str(error))}")
+    """Say in words why a header was refused, naming the value."""
+    version = _version(frame)
+    if version not in (None, VERSION):
+        return Unimplemented(f"protocol version {version} is not spoken here, only version {VERSION}")
+    why = "nested too deep" if isinstance(error, RecursionError) else str(error).replace("`object`", "`map`")
+    value = _value_at(frame, why)
+    if why.startswith("Invalid value") and why.endswith("`$.type`"):
+        return Unimplemented(f"unknown message type {value}")
+    return InvalidArgument(f"header: {why}: {value}")
 
 
-_PATH_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
+def _version(frame: Buffer) -> int | None:
+    try:
+        return _int_decoder.decode(_map_decoder.decode(frame)["v"])
+    except (KeyError, *_DECODE_ERRORS):
+        return None
 
 
-def _value_at(header: Any, message: str) -> str:
-    """msgspec names the place of a bad value (`$.inputs[0]`), not the value: look it up."""
-    place = re.search(r"`\$((?:\.\w+|\[\d+\])*)`$", message)
-    if place is None:
-        return ""
-    value = header
-    for name, index in _PATH_STEP.findall(place[1]):
+def _value_at(frame: Buffer, why: str) -> str:
+    """The value that msgspec complains about. It names only the place (`$.inputs[0]`), and not always that."""
+    value = frame
+    place = _PLACE.search(why)
+    try:
+        for name, index in _PLACE_STEP.findall(place[1] if place else ""):
+            value = _map_decoder.decode(value)[name] if name else _array_decoder.decode(value)[int(index)]
+    except (KeyError, IndexError, *_DECODE_ERRORS):
+        value = frame
+    return _excerpt_msgpack(bytes(value))
+
+
+def _excerpt_msgpack(data: bytes) -> str:
+    """A short value as Python writes it; of a longer one, or of what is no msgpack, the first bytes."""
+    if len(data) <= 100:
         try:
-            value = value[name] if name else value[int(index)]
-        except (KeyError, IndexError, TypeError):
-            return ""
-    return f", got {_excerpt(value)}"
+            return _excerpt(msgspec.msgpack.decode(data, ext_hook=lambda code, data: (code, bytes(data))))
+        except _DECODE_ERRORS:
+            pass
+    return f"{data[:50]!r}... ({len(data)} bytes)" if len(data) > 50 else repr(data)
 
 
 def _excerpt(value: object, length: int = 60) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        return "a deeply nested value"
+    text = repr(value)
     return text if len(text) <= length else text[:length] + "..."
 
 
@@ -389,12 +409,17 @@ def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: 
         dtype = STORAGE.get(spec.datatype)
         if dtype is None:
             raise InvalidArgument(
-                f"tensor {_excerpt(spec.name)}: unknown datatype {_excerpt(spec.datatype)}, known are {', '.join(STORAGE)}"
+                f"tensor {_excerpt(spec.name)}: unknown datatype {_excerpt(spec.datatype)}, "
+                f"known are {', '.join(STORAGE)}"
             )
         shape = spec.shape
+        if len(shape) > limits.rank:  # first: the product of thousands of large dimensions takes long
+            raise InvalidArgument(
+                f"tensor {_excerpt(spec.name)}: rank {len(shape)} is more than the limit of {limits.rank}"
+            )
         size = dtype.itemsize * math.prod(shape)  # Python integers: no overflow, whatever the dimensions
         view = memoryview(frame)
-        if len(shape) > limits.rank or size != view.nbytes or size > room or min(shape, default=0) < 0:
+        if size != view.nbytes or size > room or min(shape, default=0) < 0:
             raise _tensor_error(spec, size, view.nbytes, room, limits)
         room -= size
         try:
@@ -411,14 +436,12 @@ def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: 
 
 def _tensor_error(spec: TensorSpec, size: int, received: int, room: int, limits: Limits) -> InvalidArgument:
     name, shape = _excerpt(spec.name), _excerpt(list(spec.shape))
-    if len(spec.shape) > limits.rank:
-        return InvalidArgument(f"tensor {name}: rank {len(spec.shape)} is more than the limit of {limits.rank}")
     for dim in spec.shape:
         if not 0 <= dim <= MAX_DIM:
             return InvalidArgument(f"tensor {name}: dimension {dim} of shape {shape} is outside 0..{MAX_DIM}")
     if size > room:
         return InvalidArgument(
-            f"tensor {name}: {size} bytes ({spec.datatype} {shape}) exceed the limit of {limits.message_bytes} "
-            f"for all tensors of a message"
+            f"tensor {name}: {size} bytes ({spec.datatype} {shape}) are more than the {room} that are left "
+            f"of the limit of {limits.message_bytes} bytes for all tensors of a message"
         )
     return InvalidArgument(f"tensor {name}: {spec.datatype} {shape} takes {size} bytes, its frame has {received}")

@@ -1,1 +1,1 @@
-"""Places where batches run."""
+"""Places where batches run. An executor runs what it is given and makes no policy; torch lives here and in models."""

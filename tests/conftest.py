@@ -1,0 +1,97 @@
+"""Real daemons for tests: started as users start them, stopped with a signal."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+START_SECONDS = 60
+"""torch takes seconds to import on a busy machine."""
+
+READY = re.compile(r"ready on ([^;]+);")
+
+
+@dataclass
+class Daemon:
+    """A running tnxd.
+
+    Attributes:
+        endpoint: the first one that it listens on. process: its process. log: where its stderr goes.
+    """
+
+    endpoint: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Signal it and return its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(START_SECONDS)
+
+
+def start_daemon(
+    log: Path, *arguments: str, program: tuple[str, ...] = ("-m", "tnxd"), environment: dict[str, str] | None = None
+) -> Daemon:
+    """Start tnxd, or a program that calls its main, and wait for its ready line.
+
+    Raises:
+        AssertionError: it ended before; says what it logged.
+    """
+    if "--bind" not in arguments:
+        arguments = ("--bind", "tcp://127.0.0.1:*", *arguments)
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, *program, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=environment,
+        )
+    assert process.stdout is not None
+    line = process.stdout.readline()  # ends with the process, at the latest: the test's own timeout covers a hang
+    found = READY.search(line)
+    if found is None:
+        process.kill()
+        process.wait()
+        raise AssertionError(f"tnxd said {line!r} and logged:\n{log.read_text()}")
+    return Daemon(found[1].split(", ")[0], process, log)
+
+
+@pytest.fixture(scope="session")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One daemon with its built-in defaults, shared by all tests that do it no harm."""
+    running = start_daemon(tmp_path_factory.mktemp("daemon") / "log")
+    yield running
+    assert running.process.poll() is None, f"the daemon died during the tests:\n{running.log.read_text()}"
+    assert running.stop() == 0
+    assert running.process.stdout is not None
+    running.process.stdout.close()
+
+
+@pytest.fixture
+def run_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """Start daemons of a test's own; they are killed at its end if they still run."""
+    started: list[Daemon] = []
+
+    def run(
+        *arguments: str, program: tuple[str, ...] = ("-m", "tnxd"), environment: dict[str, str] | None = None
+    ) -> Daemon:
+        log = tmp_path / f"log{len(started)}"
+        running = start_daemon(log, *arguments, program=program, environment=environment)
+        started.append(running)
+        return running
+
+    yield run
+    for running in started:
+        if running.process.poll() is None:
+            running.process.kill()
+        running.process.wait()
+        assert running.process.stdout is not None
+        running.process.stdout.close()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tnxctl.wire import Array, TensorSpec
+from tnxd.batching import Staging, split
+
+SPECS = (TensorSpec("a", "FP32", (-1, 3)), TensorSpec("b", "INT64", (-1,)))
+
+
+class Allocator:
+    """np.empty, counted."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        self.calls += 1
+        return np.empty(shape, dtype)
+
+
+def item(rows: int, start: float) -> tuple[Array, ...]:
+    a = (np.arange(rows * 3, dtype=np.float32) + start).reshape(rows, 3)
+    return a, np.arange(rows, dtype=np.int64) + int(start)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6))
+def test_gather_then_split_gives_every_request_its_own_rows(rows: list[int]) -> None:
+    items = [item(count, 100.0 * index) for index, count in enumerate(rows)]
+    gathered = Staging(Allocator()).gather("m", SPECS, (), items, sum(rows))
+    assert [array.shape[0] for array in gathered] == [sum(rows)] * 2
+    for part, original in zip(split(gathered, rows), items, strict=True):
+        for got, expected in zip(part, original, strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_buffers_are_reused_and_grow() -> None:
+    allocate = Allocator()
+    staging = Staging(allocate)
+    first = staging.gather("m", SPECS, (), [item(2, 0)], 2)
+    again = staging.gather("m", SPECS, (), [item(1, 5), item(1, 7)], 2)
+    assert np.shares_memory(first[0], again[0])
+    assert allocate.calls == 2
+    staging.gather("m", SPECS, (), [item(9, 0)], 9)
+    assert allocate.calls == 4
+    staging.gather("m", SPECS, (), [item(16, 0)], 16)
+    assert allocate.calls == 4  # capacities are powers of two
+
+
+def test_the_least_recently_used_buffers_go_first() -> None:
+    allocate = Allocator()
+    staging = Staging(allocate, max_groups=2)
+    spec = (TensorSpec("a", "FP32", (-1, -1)),)
+
+    def gather(width: int) -> None:
+        staging.gather("m", spec, (width,), [(np.ones((1, width), np.float32),)], 1)
+
+    gather(1)
+    gather(2)
+    gather(1)
+    gather(3)  # width 2 goes
+    assert allocate.calls == 3
+    gather(1)
+    assert allocate.calls == 3
+    gather(2)
+    assert allocate.calls == 4
+
+
+def test_unaligned_inputs_are_gathered_right() -> None:
+    raw = bytes(1) + np.arange(6, dtype=np.float32).tobytes()
+    unaligned = np.ndarray((2, 3), np.float32, memoryview(raw)[1:])
+    assert not unaligned.flags.aligned
+    (gathered,) = Staging(Allocator()).gather("m", SPECS[:1], (), [(unaligned,)], 2)
+    np.testing.assert_array_equal(gathered, np.arange(6).reshape(2, 3))
+    assert gathered.flags.aligned

@@ -1,0 +1,119 @@
+"""The CUDA path on a real device; skipped where there is none. `make gpu-check` runs it."""
+
+from __future__ import annotations
+
+import queue
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from dealer import Dealer, rows  # noqa: E402
+from tnxctl.errors import TensorNextError  # noqa: E402
+from tnxctl.wire import TensorSpec  # noqa: E402
+from tnxd.config import Config  # noqa: E402
+from tnxd.executors.devices import open_devices  # noqa: E402
+from tnxd.executors.execution import Execution  # noqa: E402
+from tnxd.executors.pool import LanePool  # noqa: E402
+from tnxd.models.builtin import BUILTIN  # noqa: E402
+from tnxd.models.model import Model  # noqa: E402
+from tnxd.scheduler import Batch, Device  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+
+
+@pytest.fixture(scope="module")
+def opened() -> tuple[LanePool, queue.Queue[Execution]]:
+    done: queue.Queue[Execution] = queue.Queue()
+    devices = open_devices(Config(devices=("cuda:0",)), done.put)
+    assert not devices.failures
+    return devices.executors["cuda:0"], done
+
+
+def execution(model: Model, *items: np.ndarray, lane: int = 0) -> Execution:
+    counts = [len(item) for item in items]
+    batch = Batch(Device("cuda:0", "cuda", 2, frozenset()), lane, model.name, [], sum(counts))
+    return Execution(batch, model, [(item,) for item in items], counts, ())
+
+
+def outputs(finished: Execution) -> list[np.ndarray]:
+    for outcome in finished.outcomes:
+        assert not isinstance(outcome, TensorNextError), outcome
+    return [outcome[0] for outcome in finished.outcomes]
+
+
+def test_both_lanes_agree_with_plain_torch(opened: tuple[LanePool, queue.Queue[Execution]]) -> None:
+    pool, done = opened
+    model = BUILTIN["mlp"]
+    pool.load(model)
+    reference = model.factory()
+    generator = np.random.default_rng(0)
+    sent = [generator.random((1 + index % 64, 256), np.float32) for index in range(40)]
+    for index, x in enumerate(sent):
+        pool.submit(execution(model, x[: len(x) // 2], x[len(x) // 2 :], lane=index % 2))
+    seen = 0
+    for _ in sent:
+        finished = done.get(timeout=60)
+        got = np.concatenate(outputs(finished))
+        expected = reference(torch.from_numpy(np.concatenate([item[0] for item in finished.items]))).detach().numpy()
+        np.testing.assert_allclose(got, expected, atol=1e-3)
+        assert min(finished.h2d_us, finished.latency_us, finished.d2h_us) > 0
+        assert finished.memory_free_mb > 0
+        total = finished.gather_us + finished.h2d_us + finished.compute_us + finished.d2h_us
+        assert total == pytest.approx((finished.finished_ns - finished.started_ns) / 1e3)
+        seen += 1
+    assert seen == len(sent)
+
+
+def test_outputs_survive_later_batches(opened: tuple[LanePool, queue.Queue[Execution]]) -> None:
+    pool, done = opened
+    spec = (TensorSpec("x", "FP32", (-1, 100_000)),)
+    model = Model("copy", "1", spec, spec, 4, torch.nn.Identity)
+    pool.load(model)
+    kept = []
+    for value in range(20):
+        pool.submit(execution(model, np.full((1, 100_000), value, np.float32)))
+        kept.append(outputs(done.get(timeout=60))[0])
+    assert (
+        [float(array.min()) for array in kept] == [float(array.max()) for array in kept] == list(map(float, range(20)))
+    )
+
+
+def test_running_out_of_memory_fails_the_request_alone(opened: tuple[LanePool, queue.Queue[Execution]]) -> None:
+    pool, done = opened
+
+    class Greedy(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            wanted = int(x.max().item())
+            torch.empty(wanted * 2**40, dtype=torch.uint8, device=x.device)
+            return x
+
+    spec = (TensorSpec("x", "FP32", (-1, 1)),)
+    model = Model("greedy", "1", spec, spec, 8, Greedy)
+    pool.load(model)
+    pool.submit(execution(model, *[np.full((1, 1), value, np.float32) for value in (0, 1, 0, 0)]))
+    finished = done.get(timeout=60)
+    codes = [getattr(outcome, "code", "ok") for outcome in finished.outcomes]
+    assert codes == ["ok", "RESOURCE_EXHAUSTED", "ok", "ok"]
+    assert finished.fatal == ""
+
+
+def test_the_daemon_prefers_the_gpu_and_says_why(daemon: object) -> None:
+    with Dealer(daemon.endpoint) as dealer:  # type: ignore[attr-defined]
+        report = dealer.health()
+        assert report.cuda_available
+        assert report.current_device.startswith("cuda:")
+        assert report.gpu_memory_free_mb > 0
+        answers = {}
+        for options in ({}, {"prefer_gpu": False}, {"min_gpu_memory_mb": 1e9}):
+            dealer.predict(rows(4), **options)
+            result, (output,) = dealer.result()
+            answers[result.device.split(":")[0]] = output
+            if options:
+                assert result.device == "cpu"
+            else:
+                assert result.device.startswith("cuda:")
+                assert result.gpu_memory_mb > 0
+                assert result.timing.h2d_us > 0
+        np.testing.assert_allclose(answers["cuda"], answers["cpu"], atol=1e-3)

@@ -1,0 +1,233 @@
+"""The client for asyncio: the same session, driven by the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from tnxctl.driver import ThreadDriver
+from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
+from tnxctl.errors import FailedPrecondition
+from tnxctl.link import Link, Socket, has_input
+from tnxctl.results import Result
+from tnxctl.session import DEFAULT_TIMEOUT_S, Call, Session
+from tnxctl.wire import HealthReport, Limits, ModelInfo
+
+T = TypeVar("T")
+
+_REPLIES_PER_TURN = 64  # then other tasks get the loop
+_MAX_WAIT_S = 86_400.0
+
+
+class AsyncClient:
+    """`tnxctl.Client` with `await`: same arguments, results and errors.
+
+        async with AsyncClient("192.168.1.100") as tnx:
+            results = await asyncio.gather(*(tnx.predict(x) for x in batches))
+
+    It belongs to the event loop of its first call, and is used from that loop's thread only. Cancelling a task
+    drops its call. The arrays of a call must stay unchanged until it is done.
+    """
+
+    def __init__(
+        self,
+        endpoint: str = DEFAULT_ENDPOINT,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        limits: Limits | None = None,
+    ) -> None:
+        self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
+        self._driver: _LoopDriver | _OtherThreadDriver | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """Where the daemon is, as ZeroMQ spells it."""
+        return self._session.endpoint
+
+    async def predict(
+        self,
+        inputs: object,
+        *,
+        model: str = "",
+        prefer_gpu: bool = True,
+        min_gpu_memory_mb: float = 0.0,
+        timeout: float | None = None,
+    ) -> Result:
+        """Run a model once, see `Client.predict`."""
+        call = self._session.predict(
+            inputs,
+            model=model,
+            prefer_gpu=prefer_gpu,
+            min_gpu_memory_mb=min_gpu_memory_mb,
+            timeout=timeout,
+            now=time.monotonic(),
+        )
+        return await self._here().run(call)
+
+    async def health(self, *, timeout: float | None = None) -> HealthReport:
+        """How the daemon is."""
+        return await self._here().run(self._session.health(timeout=timeout, now=time.monotonic()))
+
+    async def metadata(self, model: str = "", *, timeout: float | None = None) -> ModelInfo:
+        """What a model takes and gives; "" is the daemon's default model."""
+        return await self._here().run(self._session.metadata(model, timeout=timeout, now=time.monotonic()))
+
+    async def close(self) -> None:
+        """Close the connection. Calls under way fail with Cancelled. Idempotent."""
+        self._here().close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        driver = getattr(self, "_driver", None)
+        if driver is not None:
+            driver.forget()
+
+    def _here(self) -> _LoopDriver | _OtherThreadDriver:
+        """The driver, bound to the running loop by the first call."""
+        loop = asyncio.get_running_loop()
+        if self._driver is None:
+            self._driver = (_LoopDriver if _can_watch(loop) else _OtherThreadDriver)(self._session, loop)
+        elif self._driver.loop is not loop:
+            raise FailedPrecondition(f"the client of {self.endpoint} belongs to another event loop: make one per loop")
+        return self._driver
+
+
+class _LoopDriver:
+    """Sees calls through in callbacks of the event loop.
+
+    ZeroMQ's file descriptors are edge-triggered: they tell of a change once, and any use of the socket may swallow
+    it. So whoever has used a socket looks at its events afterwards.
+    """
+
+    def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._session = session
+        self._link = Link(session, watch=self._watch, unwatch=self._unwatch)
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = math.inf
+
+    async def run(self, call: Call[T]) -> T:
+        future: asyncio.Future[T] = self.loop.create_future()
+        call.waiter = future
+        self._link.start(call)
+        if call.done:
+            _settle(call)
+        elif has_input(self._link.dealer):
+            self.loop.call_soon(self._turn)
+        self._set_timer()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._session.forget(call)
+            raise
+        finally:
+            del future  # else it, its exception and this frame would keep each other, and the inputs, alive
+
+    def close(self) -> None:
+        _settle_all(self._session.close())
+        self._link.close()
+        self._cancel_timer()
+
+    def forget(self) -> None:
+        """Close without being told to: the loop may be over, or run in another thread than the garbage collector."""
+        if self.loop.is_running():
+            self.loop.call_soon_threadsafe(self.close)
+        else:
+            self.close()
+
+    def _turn(self) -> None:
+        """Deal with all that waits or is due; does not block."""
+        link = self._link
+        _settle_all(link.on_monitor())
+        for _ in range(_REPLIES_PER_TURN):
+            if not has_input(link.dealer):
+                break
+            call = link.receive()
+            if call is not None:
+                _settle(call)
+        else:
+            self.loop.call_soon(self._turn)
+        self._set_timer()
+
+    def _on_time(self) -> None:
+        self._timer, self._timer_due = None, math.inf
+        _settle_all(self._link.on_time(time.monotonic()))
+        self._turn()  # new sockets may hold events already
+
+    def _set_timer(self) -> None:
+        due = self._session.due
+        if due < self._timer_due:  # a timer that goes off early does no harm
+            self._cancel_timer()
+            self._timer_due = due
+            self._timer = self.loop.call_later(min(max(0.0, due - time.monotonic()), _MAX_WAIT_S), self._on_time)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._timer_due = None, math.inf
+
+    def _watch(self, opened: Socket) -> None:
+        self.loop.add_reader(opened.fileno(), self._turn)
+
+    def _unwatch(self, closing: Socket) -> None:
+        if not self.loop.is_closed():
+            self.loop.remove_reader(closing.fileno())
+
+
+class _OtherThreadDriver:
+    """For loops that cannot watch a file descriptor, as the default one of Windows: an I/O thread does it."""
+
+    def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._driver = ThreadDriver(session)
+
+    async def run(self, call: Call[T]) -> T:
+        return await asyncio.wrap_future(self._driver.submit(call), loop=self.loop)
+
+    def close(self) -> None:
+        self._driver.close()
+
+    def forget(self) -> None:
+        """The thread driver looks after itself."""
+
+
+def _can_watch(loop: asyncio.AbstractEventLoop) -> bool:
+    reader, writer = socket.socketpair()
+    try:
+        loop.add_reader(reader, lambda: None)
+        loop.remove_reader(reader)
+    except NotImplementedError:
+        return False
+    finally:
+        reader.close()
+        writer.close()
+    return True
+
+
+def _settle(call: Call[Any]) -> None:
+    """Give a finished call to its future, unless the task that waited has been cancelled."""
+    future, call.waiter = call.waiter, None
+    if future.done():
+        return
+    error = call.error
+    if error is None:
+        future.set_result(call.take())
+    else:
+        future.set_exception(error)
+
+
+def _settle_all(calls: Iterable[Call[Any]]) -> None:
+    for call in calls:
+        _settle(call)

@@ -1,0 +1,80 @@
+"""`tnxctl`: asks a TensorNext daemon, from a shell.
+
+health.py, metadata.py, predict.py, completion.py   one sub-command each, imported when it is called
+options.py      options that they share         exits.py        exit codes
+tensorfiles.py  .npy and .npz                   generate.py     random inputs
+workload.py     many requests, some at a time   tally.py        what came of them, in numbers
+text.py         tables, units, colours          output.py       JSON documents and error sentences
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+import tnxctl
+from tnxctl.cli import exits, output
+from tnxctl.errors import TensorNextError
+
+_COMMANDS = ("health", "metadata", "predict", "completion")
+
+
+class _Tool(click.Group):
+    """A group that imports a sub-command when it is needed and turns TensorNext's errors into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"tnxctl.cli.{cmd_name}").command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (TensorNextError, exits.FileProblem) as error:
+            output.fail(ctx, error)
+        except KeyboardInterrupt:
+            click.echo(err=True)  # below the terminal's "^C"
+            ctx.exit(exits.Exit.INTERRUPTED)
+
+
+def _exit_codes() -> str:
+    rows = (f"  {code.value:>3}  {meaning}" for code, meaning in exits.MEANINGS.items())
+    return "\n".join(("\b", "Exit codes:", *rows))
+
+
+_EPILOG = f"""\b
+Examples:
+  tnxctl health
+  tnxctl predict --host 192.168.1.100 --count 5
+  tnxctl predict --model digits --input scans.npy --output scores.npy
+  tnxctl COMMAND --help
+
+{_exit_codes()}
+
+With --count above 1: the code of the failures if every request failed in
+the same way, 1 if only some failed.
+
+Shell completion: tnxctl completion --help
+"""
+
+
+@click.group(
+    cls=_Tool, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(tnxctl.__version__, prog_name="tnxctl", message="%(prog)s %(version)s")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Ask a TensorNext daemon: how it is, what its models take, and for predictions."""
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without "µ" shows "?" instead of failing

@@ -1,0 +1,3 @@
+from tnxctl.cli import main
+
+main(prog_name="tnxctl")

@@ -1,0 +1,117 @@
+"""`tnxctl health`: how the daemon is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+import click
+
+from tnxctl.cli import exits, output, text
+from tnxctl.cli.options import common
+
+if TYPE_CHECKING:
+    from tnxctl.wire import DeviceInfo, HealthReport, ModelInfo, TensorSpec
+
+
+@click.command("health", short_help="Show how the daemon is.")
+@common
+@click.pass_context
+def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) -> None:
+    """Show how the daemon is: its devices, models, queue and counts.
+
+    The exit code is 0 if the daemon is ready, 4 if it answers but is starting or draining, 3 if nobody answers.
+
+    LANES BUSY are the places where batches run, one at a time each; QUEUED ROWS wait for one. BATCH is the number of
+    rows up to which requests share a batch.
+
+    \b
+    Examples:
+      tnxctl health
+      tnxctl health --host 192.168.1.100:5555 --timeout 1
+      until tnxctl health >/dev/null 2>&1; do sleep 1; done
+      tnxctl health --json | jq .gpu_memory_free_mb
+    """
+    from tnxctl.client import Client
+
+    with Client(endpoint, timeout=timeout) as client:
+        started = time.perf_counter()
+        report = client.health()
+        round_trip_ms = (time.perf_counter() - started) * 1e3
+    if as_json:
+        _write_json(report, endpoint, round_trip_ms)
+    else:
+        click.echo("\n".join(_lines(report, endpoint, round_trip_ms)))
+    ctx.exit(exits.Exit.OK if report.status == "ready" else exits.Exit.NOT_READY)
+
+
+def _write_json(report: HealthReport, endpoint: str, round_trip_ms: float) -> None:
+    import msgspec
+
+    document = msgspec.to_builtins(report)
+    for frame_field in ("type", "v", "id"):
+        del document[frame_field]
+    document["models"] = [output.model_document(model) for model in report.models]
+    output.write_json({"endpoint": endpoint, "round_trip_ms": round_trip_ms, **document})
+
+
+def _lines(report: HealthReport, endpoint: str, round_trip_ms: float) -> Iterator[str]:
+    width = text.terminal_width(sys.stdout)
+    yield (
+        f"{text.status(text.clean(report.status))}  {endpoint}  tnxd {text.clean(report.version)}, "
+        f"up {text.duration(report.uptime_s)}, answered in {round_trip_ms:.1f} ms"
+    )
+    yield ""
+    yield from _devices(report.devices, width)
+    memory = f" ({report.gpu_memory_free_mb / 1024:.1f} GiB free)" if report.gpu_memory_free_mb else ""
+    yield f"Requests that prefer a GPU run on {text.clean(report.current_device)}{memory} now."
+    yield ""
+    yield from _models(report.models, width)
+    yield ""
+    yield (
+        f"{report.requests} requests, {report.replies} replies, {sum(report.errors.values())} errors, "
+        f"{report.undeliverable} undeliverable; {report.queued} waiting, {report.running} running"
+    )
+    if report.errors:
+        counts = ", ".join(f"{text.clean(code)} {count}" for code, count in sorted(report.errors.items()))
+        yield f"errors: {counts}"
+
+
+def _devices(devices: tuple[DeviceInfo, ...], width: int | None) -> Iterator[str]:
+    rows = [
+        (
+            device.name,
+            device.status,
+            f"{device.busy_lanes} of {device.lanes}",
+            str(device.queued_rows),
+            f"{device.memory_free_mb / 1024:.1f} of {device.memory_total_mb / 1024:.1f} GiB",
+            device.description,
+        )
+        for device in devices
+    ]
+    header = ("DEVICE", "STATUS", "LANES BUSY", "QUEUED ROWS", "MEMORY FREE", "DESCRIPTION")
+    yield from text.table(header, rows, "<<>>><", width)
+    yield from (f"{text.clean(device.name)} failed: {text.clean(device.error)}" for device in devices if device.error)
+
+
+def _models(models: tuple[ModelInfo, ...], width: int | None) -> Iterator[str]:
+    rows = []
+    for model in models:
+        first = (
+            f"{model.name} (default)" if model.default else model.name,
+            model.version,
+            model.status,
+            str(model.max_batch_size or "none"),
+        )
+        signature = list(zip_longest(map(_tensor, model.inputs), map(_tensor, model.outputs), fillvalue=""))
+        rows.append((*first, *(signature[0] if signature else ("", ""))))
+        rows.extend(("", "", "", "", *more) for more in signature[1:])
+    yield from text.table(("MODEL", "VERSION", "STATUS", "BATCH", "INPUTS", "OUTPUTS"), rows, "<<<><<", width)
+    yield from (f"{text.clean(model.name)} failed: {text.clean(model.error)}" for model in models if model.error)
+
+
+def _tensor(spec: TensorSpec) -> str:
+    return f"{spec.name} {spec.datatype} {text.shape(spec.shape)}"

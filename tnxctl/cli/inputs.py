@@ -1,0 +1,100 @@
+"""Inputs that fit a model's signature: random ones, and a user's own in the model's datatypes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tnxctl import wire
+from tnxctl.errors import Unimplemented
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.random import Generator
+
+
+def random_inputs(
+    model: wire.ModelInfo, *, batch_size: int | None, input_dim: int | None, seed: int
+) -> dict[str, wire.Array]:
+    """One array per input of the model.
+
+    Floating-point values come from the standard normal distribution. Integers and booleans are 0 or 1: larger ones
+    could be out of range for a model that looks them up in a table.
+
+    Args:
+        batch_size: rows, for a model that batches; None is 1.
+        input_dim: length of the last axis, whatever the signature says; None keeps to the signature.
+        seed: of the generator.
+
+    Raises:
+        click.UsageError: an option does not apply to this model, or the inputs are too large for a message.
+        Unimplemented: the signature has a datatype from the future.
+    """
+    import numpy as np
+
+    specs = [
+        wire.TensorSpec(spec.name, spec.datatype, _shape(spec, model, batch_size, input_dim)) for spec in model.inputs
+    ]
+    if batch_size is not None and not model.max_batch_size:
+        raise click.UsageError(f"--batch-size does not apply to model {model.name!r}: it takes no batch axis")
+    if input_dim is not None and not any(_has_features(spec, model) for spec in specs):
+        raise click.UsageError(f"--input-dim does not apply to model {model.name!r}: it has no axis but the rows")
+    size = sum(_dtype(spec.datatype).itemsize * math.prod(spec.shape) for spec in specs)
+    limit = wire.Limits().message_bytes
+    if size > limit:
+        raise click.UsageError(f"inputs of {size} bytes are too large: a message may have {limit}")
+    generator = np.random.default_rng(seed)
+    return {spec.name: _draw(spec, generator) for spec in specs}
+
+
+def cast(inputs: Mapping[str, wire.Array], model: wire.ModelInfo) -> dict[str, wire.Array]:
+    """The inputs in the datatypes of the model's signature. What the signature does not name stays as it is.
+
+    Values that the datatype cannot hold become what numpy makes of them: fractions are cut, large integers wrap.
+    """
+    datatypes = {spec.name: spec.datatype for spec in model.inputs}
+    if len(model.inputs) == 1:
+        datatypes[""] = model.inputs[0].datatype
+    return {
+        name: array.astype(_dtype(datatypes[name]), copy=False) if name in datatypes else array
+        for name, array in inputs.items()
+    }
+
+
+def _shape(
+    spec: wire.TensorSpec, model: wire.ModelInfo, batch_size: int | None, input_dim: int | None
+) -> tuple[int, ...]:
+    shape = [1 if length < 0 else length for length in spec.shape]
+    if model.max_batch_size and shape:
+        shape[0] = 1 if batch_size is None else batch_size
+    if input_dim is not None and _has_features(spec, model):
+        shape[-1] = input_dim
+    return tuple(shape)
+
+
+def _has_features(spec: wire.TensorSpec, model: wire.ModelInfo) -> bool:
+    """Whether the last axis is another one than the axis that counts rows."""
+    return len(spec.shape) > (1 if model.max_batch_size else 0)
+
+
+def _draw(spec: wire.TensorSpec, generator: Generator) -> wire.Array:
+    dtype = _dtype(spec.datatype)
+    if spec.datatype == "BOOL" or "INT" in spec.datatype:
+        return generator.integers(0, 2, spec.shape).astype(dtype)
+    return generator.standard_normal(spec.shape).astype(dtype)
+
+
+def _dtype(datatype: str) -> np.dtype[Any]:
+    """The numpy dtype of a datatype's values; for BF16 the one that ml_dtypes adds to numpy."""
+    if datatype not in wire.STORAGE:
+        raise Unimplemented(f"the model wants datatype {datatype}, known here are {', '.join(wire.STORAGE)}")
+    if datatype != "BF16":
+        return wire.STORAGE[datatype]
+    import ml_dtypes
+    import numpy as np
+
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16

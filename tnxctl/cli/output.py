@@ -1,0 +1,58 @@
+"""The two ways out: one JSON document on standard output, or one sentence on standard error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tnxctl.cli import exits, text
+from tnxctl.errors import TensorNextError
+
+if TYPE_CHECKING:
+    from tnxctl.wire import ModelInfo, TensorSpec
+
+_AS_JSON = "tnxctl.json"  # key in click's context
+
+
+def choose_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    """Callback of the flag --json: an error is then reported as a document as well."""
+    ctx.meta[_AS_JSON] = value
+    return value
+
+
+def write_json(document: Any) -> None:
+    """The one document of a command. NaN and infinities become null, which is all that JSON has for them."""
+    import msgspec
+
+    click.echo(msgspec.json.format(msgspec.json.encode(document), indent=2))
+
+
+def model_document(model: ModelInfo) -> dict[str, Any]:
+    """A model for --json: its tensors by the names of their fields, not as the arrays that save bytes on the wire."""
+    import msgspec
+
+    return {
+        **msgspec.to_builtins(model),
+        "inputs": [_spec_document(spec) for spec in model.inputs],
+        "outputs": [_spec_document(spec) for spec in model.outputs],
+    }
+
+
+def _spec_document(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
+
+
+def complain(sentence: str) -> None:
+    """One sentence on standard error."""
+    click.echo(f"{click.style('Error:', fg='red')} {text.clean(sentence)}", err=True)
+
+
+def fail(ctx: click.Context, error: TensorNextError | exits.FileProblem) -> None:
+    """Report the error that ends the command, and leave with its exit code."""
+    code = exits.of_error(error)
+    complain(str(error))
+    if ctx.meta.get(_AS_JSON):
+        kind = error.code if isinstance(error, TensorNextError) else "FILE"
+        write_json({"error": {"code": kind, "message": str(error), "exit_code": code}})
+    ctx.exit(code)

@@ -1,0 +1,179 @@
+"""`tnxctl predict`: requests to a model, from a file or with random input."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from tnxctl.cli import output, tensorfiles
+from tnxctl.cli.options import Finite, common
+from tnxctl.errors import TensorNextError
+
+if TYPE_CHECKING:
+    from tnxctl.cli.report import Show
+    from tnxctl.cli.tally import Tally
+    from tnxctl.cli.workload import Answer
+
+
+@click.command("predict", short_help="Ask a model for predictions.")
+@common
+@click.option("--model", default="", help="Name of the model.  [default: the daemon's default model]")
+@click.option(
+    "--prefer-gpu/--no-prefer-gpu",
+    default=True,
+    show_default=True,
+    help="Run on a GPU if one qualifies, else on the CPU; or on the CPU.",
+)
+@click.option(
+    "--min-gpu-memory",
+    type=Finite(min=0),
+    default=0.0,
+    show_default=True,
+    metavar="MIB",
+    help="Free memory in MiB that a GPU needs to qualify.",
+)
+@click.option(
+    "--input",
+    "input_path",
+    type=click.Path(allow_dash=True),
+    help="Tensors to send: .npy, .npz with one array per input of the model, or - for standard input.",
+)
+@click.option(
+    "--cast",
+    is_flag=True,
+    help="Convert the tensors of --input to the datatypes of the model (numpy makes FP64 by default).",
+)
+@click.option(
+    "--output",
+    "output_path",
+    type=click.Path(allow_dash=True),
+    help="Where the outputs go: .npy for one, .npz for several, - for standard output (.npy, or .npz for several).",
+)
+@click.option("--batch-size", type=click.IntRange(min=0), help="Rows of the random input.  [default: 1]")
+@click.option("--input-dim", type=click.IntRange(min=0), help="Length of the last axis of the random input.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random input.")
+@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Requests to send.")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Requests outstanding at a time.",
+)
+@click.pass_context
+def command(
+    ctx: click.Context,
+    endpoint: str,
+    timeout: float,
+    as_json: bool,
+    model: str,
+    prefer_gpu: bool,
+    min_gpu_memory: float,
+    input_path: str | None,
+    cast: bool,
+    output_path: str | None,
+    batch_size: int | None,
+    input_dim: int | None,
+    seed: int,
+    count: int,
+    concurrency: int,
+) -> None:
+    """Ask a model for predictions and show where and how fast they ran.
+
+    Without --input the tool asks for the model's signature and sends random tensors that fit it, the same ones in
+    every request. Ctrl-C ends a long run; the summary still comes.
+
+    \b
+    Examples:
+      tnxctl predict --host 192.168.1.100 --count 5
+      tnxctl predict --no-prefer-gpu
+      tnxctl predict --prefer-gpu --min-gpu-memory 10000.0
+      tnxctl predict --batch-size 4 --input-dim 256
+      tnxctl predict --model digits --input scans.npy --output scores.npy
+      tnxctl predict --model digits --input - --output - < scans.npy > scores.npy
+      tnxctl predict --count 1000 --concurrency 16
+      tnxctl predict --json | jq .round_trip_ms.p50
+    """
+    _check_use(as_json, input_path, cast, output_path, batch_size, input_dim, count)
+    tensors = None if input_path is None else tensorfiles.read(input_path)
+
+    from tnxctl.cli import inputs, report, workload
+    from tnxctl.cli.tally import Tally
+    from tnxctl.client import Client
+
+    tally = Tally(count, concurrency)
+    people = sys.stderr if output_path == tensorfiles.STANDARD else sys.stdout
+    with Client(endpoint, timeout=timeout) as client:
+        if tensors is None:
+            signature = client.metadata(model)
+            tensors = inputs.random_inputs(signature, batch_size=batch_size, input_dim=input_dim, seed=seed)
+        elif cast:
+            tensors = inputs.cast(tensors, client.metadata(model))
+        call = workload.Call(tensors, model, prefer_gpu, min_gpu_memory)
+        with report.view(count, None if as_json else people) as show:
+            _run(workload.run(client, call, count, concurrency), tally, show)
+
+    if output_path is not None:
+        for answer in tally.answers:  # one, or none if interrupted
+            if not isinstance(answer.outcome, TensorNextError):
+                tensorfiles.write(output_path, answer.outcome.outputs)
+    if as_json:
+        output.write_json({"endpoint": endpoint, **report.document(tally)})
+    else:
+        click.echo("\n".join(report.summary(tally)), people)
+    if tally.interrupted or tally.failed:
+        output.complain(report.shortfall(tally))
+    ctx.exit(tally.exit_code())
+
+
+def _run(answers: Iterable[Answer], tally: Tally, show: Show) -> None:
+    """Take the answers until they end or the user has enough.
+
+    Raises:
+        TensorNextError: the one request that was planned failed, and so did the command.
+    """
+    started = time.perf_counter()
+    try:
+        for answer in answers:
+            if tally.planned == 1 and isinstance(answer.outcome, TensorNextError):
+                raise answer.outcome
+            tally.add(answer)
+            show(answer)
+    except KeyboardInterrupt:
+        tally.interrupted = True
+    tally.elapsed_s = time.perf_counter() - started
+
+
+def _check_use(
+    as_json: bool,
+    input_path: str | None,
+    cast: bool,
+    output_path: str | None,
+    batch_size: int | None,
+    input_dim: int | None,
+    count: int,
+) -> None:
+    """Refuse options that contradict each other, before anything is read or sent.
+
+    Raises:
+        click.UsageError: they do.
+    """
+    if input_path is not None and (batch_size is not None or input_dim is not None):
+        raise click.UsageError("--batch-size and --input-dim shape random input: they do not go with --input")
+    if input_path is None and cast:
+        raise click.UsageError("--cast converts the tensors of --input, which is missing")
+    if output_path is None:
+        return
+    if count > 1:
+        raise click.UsageError("--output holds one answer: it does not go with --count")
+    if output_path != tensorfiles.STANDARD:
+        if not output_path.endswith(tensorfiles.SUFFIXES):
+            raise click.UsageError(f"--output {output_path}: the name ends neither in .npy nor in .npz")
+    elif as_json:
+        raise click.UsageError("--json and --output - both want standard output")
+    elif sys.stdout is not None and sys.stdout.isatty():
+        raise click.UsageError("--output -: tensors are not for a terminal, send standard output to a file or a pipe")

@@ -1,0 +1,103 @@
+"""What came of a run of requests, in numbers."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from tnxctl.cli.exits import Exit, of_run
+from tnxctl.errors import TensorNextError
+
+if TYPE_CHECKING:
+    from tnxctl.cli.workload import Answer
+    from tnxctl.results import Result
+
+STAGES = ("receive", "queue", "gather", "h2d", "compute", "d2h", "reply", "total")
+"""The fields of `wire.Timing` without their unit, in order."""
+
+PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
+
+
+KEPT = 20
+"""Up to so many requests are looked at one by one: listed, and kept with their tensors."""
+
+
+class Tally:
+    """Counts and times of one run. Of a long one it keeps 8 bytes per answer, and none of their tensors.
+
+    Attributes:
+        planned, concurrency: requests to send, and how many of them may be outstanding at a time.
+        elapsed_s: how long the run took. interrupted: whether the user ended it.
+        devices: how many requests ran on which device. reasons: why there, as the last answer from it says.
+        error_counts: how many requests failed with which code. errors: the last error of each code.
+        model: name and version of the model that answered last.
+        answers: all of them, of a run of at most KEPT requests.
+    """
+
+    def __init__(self, planned: int, concurrency: int) -> None:
+        self.planned = planned
+        self.concurrency = concurrency
+        self.elapsed_s = 0.0
+        self.interrupted = False
+        self.devices: Counter[str] = Counter()
+        self.reasons: dict[str, str] = {}
+        self.error_counts: Counter[str] = Counter()
+        self.errors: dict[str, TensorNextError] = {}
+        self.model = ("", "")
+        self.answers: list[Answer] = []
+        self._round_trips_ms: array[float] = array("d")
+        self._stage_sums_us = dict.fromkeys(STAGES, 0.0)
+        self._rows = 0
+
+    def add(self, answer: Answer) -> None:
+        if self.planned <= KEPT:
+            self.answers.append(answer)
+        if isinstance(answer.outcome, TensorNextError):
+            self.error_counts[answer.outcome.code] += 1
+            self.errors[answer.outcome.code] = answer.outcome
+        else:
+            self._round_trips_ms.append(answer.round_trip_ms)
+            self._add_result(answer.outcome)
+
+    def _add_result(self, result: Result) -> None:
+        self.model = (result.model, result.version)
+        self.devices[result.device] += 1
+        self.reasons[result.device] = result.reason
+        self._rows += result.batch_size
+        for stage in STAGES:
+            self._stage_sums_us[stage] += getattr(result.timing, f"{stage}_us")
+
+    @property
+    def answered(self) -> int:
+        """Requests that got a result."""
+        return len(self._round_trips_ms)
+
+    @property
+    def failed(self) -> int:
+        """Requests that got an error."""
+        return self.error_counts.total()
+
+    @property
+    def rate(self) -> float:
+        """Results per second."""
+        return self.answered / self.elapsed_s if self.elapsed_s else 0.0
+
+    def percentiles_ms(self) -> dict[str, float]:
+        """Round trips by nearest rank: each of them happened. Empty without a result."""
+        ranked = sorted(self._round_trips_ms)
+        if not ranked:
+            return {}
+        return {name: ranked[math.ceil(percent * len(ranked) / 100) - 1] for name, percent in PERCENTILES.items()}
+
+    def stage_means_us(self) -> dict[str, float]:
+        """Mean time in each stage of the daemon, and in all of them together. Empty without a result."""
+        return {stage: time / self.answered for stage, time in self._stage_sums_us.items()} if self.answered else {}
+
+    def batch_mean(self) -> float:
+        """Mean number of rows in the batches that the requests rode in; 0 without a result."""
+        return self._rows / self.answered if self.answered else 0.0
+
+    def exit_code(self) -> Exit:
+        return Exit.INTERRUPTED if self.interrupted else of_run(self.answered, self.errors.values())

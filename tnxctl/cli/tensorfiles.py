@@ -1,0 +1,143 @@
+"""Tensors in files: .npy (one), .npz (several, named), and "-" for standard input and output.
+
+Nothing is ever unpickled. Whatever is wrong with a file becomes a FileProblem: one sentence with its name.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from tnxctl.cli.exits import FileProblem
+
+if TYPE_CHECKING:
+    from tnxctl.wire import Array
+
+STANDARD = "-"
+SUFFIXES = (".npy", ".npz")
+
+_NPY_MAGIC = b"\x93NUMPY"
+_ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")  # the second: an archive without members
+
+
+def read(path: str) -> dict[str, Array]:
+    """All tensors in a file, little-endian or native; which format it is, its first bytes say.
+
+    Returns:
+        name -> array. The only tensor of a .npy file has the name "", the daemon's word for a model's only input.
+
+    Raises:
+        FileProblem: it is missing, truncated, in another format, or holds Python objects.
+    """
+    name = _name(path, "standard input")
+    try:
+        content = _standard_bytes(sys.stdin).read() if path == STANDARD else Path(path).read_bytes()
+    except OSError as error:
+        raise FileProblem(f"cannot read {name}: {error.strerror or error}") from None
+    if content.startswith(_ZIP_MAGIC):
+        return _read_npz(name, content)
+    if content.startswith(_NPY_MAGIC):
+        return {"": _read_npy(name, content)}
+    what = f"starts with {content[:8]!r}" if content else "is empty"
+    raise FileProblem(f"cannot read {name}: it {what}, so it is neither a .npy nor a .npz file")
+
+
+def write(path: str, tensors: dict[str, Array]) -> None:
+    """Write named tensors: to a .npz file, or a single one to a .npy file. "-" takes either, as the number says.
+
+    A bfloat16 tensor is widened to float32, which holds its values exactly: the .npy format has no bfloat16.
+
+    Raises:
+        FileProblem: several tensors for a .npy file, or the file cannot be written.
+    """
+    import numpy as np
+
+    name = _name(path, "standard output")
+    tensors = {
+        key: array.astype(np.float32) if array.dtype.name == "bfloat16" else array for key, array in tensors.items()
+    }
+    if path.endswith(".npy") and len(tensors) != 1:
+        raise FileProblem(
+            f"cannot write {name}: the model gave {len(tensors)} outputs ({', '.join(tensors)}), "
+            "a .npy file holds one: use .npz"
+        )
+    content = io.BytesIO()
+    if path.endswith(".npz") or len(tensors) != 1:
+        _write_npz(content, tensors)
+    else:
+        (array,) = tensors.values()
+        np.lib.format.write_array(content, array, allow_pickle=False)
+    try:
+        if path == STANDARD:
+            stream = _standard_bytes(sys.stdout)
+            stream.write(content.getbuffer())
+            stream.flush()
+        else:
+            Path(path).write_bytes(content.getbuffer())
+    except BrokenPipeError:
+        raise  # the reader has enough: no problem of a file
+    except OSError as error:
+        raise FileProblem(f"cannot write {name}: {error.strerror or error}") from None
+
+
+def _name(path: str, standard: str) -> str:
+    return standard if path == STANDARD else path
+
+
+def _standard_bytes(stream: Any) -> IO[bytes]:
+    """The binary layer of a standard stream, which is None in a process started without one."""
+    if stream is None:
+        raise OSError("it is closed")
+    binary: IO[bytes] = stream.buffer
+    return binary
+
+
+def _read_npy(name: str, content: bytes) -> Array:
+    import numpy as np
+
+    stream = io.BytesIO(content)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about headers that Python 2 wrote; they read well
+            array: Array = np.lib.format.read_array(stream, allow_pickle=False)
+    except Exception as error:  # numpy parses the header as Python text, so a bad one fails in many ways
+        if "Object arrays" in str(error):
+            raise FileProblem(f"cannot read {name}: it holds pickled Python objects, which are never loaded") from None
+        raise FileProblem(f"cannot read {name}: {_first_line(error)}") from None
+    left = len(content) - stream.tell()
+    if left:
+        raise FileProblem(f"cannot read {name}: {left} bytes follow the array, it should hold one array only")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _read_npz(name: str, content: bytes) -> dict[str, Array]:
+    tensors: dict[str, Array] = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            for member in archive.namelist():
+                tensors[member.removesuffix(".npy")] = _read_npy(f"{name} ({member})", archive.read(member))
+    except FileProblem:
+        raise
+    except Exception as error:  # zipfile, zlib and the like: a damaged, encrypted or foreign archive
+        raise FileProblem(f"cannot read {name}: {_first_line(error)}") from None
+    if not tensors:
+        raise FileProblem(f"cannot read {name}: it holds no tensors")
+    return tensors
+
+
+def _write_npz(stream: IO[bytes], tensors: dict[str, Array]) -> None:
+    """As `numpy.savez` does, which cannot write a tensor called "file"."""
+    import numpy as np
+
+    with zipfile.ZipFile(stream, "w", allowZip64=True) as archive:
+        for key, array in tensors.items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0].rstrip(".")
+    return f"{text[:200]}" if text else type(error).__name__

@@ -1,0 +1,131 @@
+"""The client for ordinary code: blocking calls, and futures for many calls at once."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Self
+
+from tnxctl.driver import ThreadDriver
+from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
+from tnxctl.results import Result
+from tnxctl.session import DEFAULT_TIMEOUT_S, Session
+from tnxctl.wire import HealthReport, Limits, ModelInfo
+
+
+class Client:
+    """Asks one daemon.
+
+        with Client("192.168.1.100", timeout=5.0) as tnx:
+            result = tnx.predict(x, model="digits")
+            result.output, result.device, result.timing.total_us
+
+    Thread-safe: any number of threads may use one client at once, over its one connection. It connects when the
+    first call needs it, and again when the daemon comes back: a call succeeds if its timeout allows for that.
+    After a fork, the child needs a client of its own.
+
+    Every call takes a `timeout` in seconds, the client's own where it is None, and raises one of `tnxctl.errors`:
+    InvalidArgument before anything is sent, Unavailable if the daemon could not be reached in time,
+    DeadlineExceeded if it could but did not answer, Cancelled if the client was closed meanwhile,
+    FailedPrecondition if it was closed before, ResourceExhausted if too much is under way already, Internal for a
+    malformed answer, and whatever error the daemon answers.
+
+    Args:
+        endpoint: an address, a host name, tcp://... or ipc://..., see `tnxctl.endpoint.parse_endpoint`.
+        timeout: seconds allowed to a call that names no timeout of its own.
+        limits: most that a message may hold. A larger request is refused here; a larger reply breaks the connection.
+
+    Raises:
+        InvalidArgument: the endpoint or the timeout is not one.
+    """
+
+    def __init__(
+        self,
+        endpoint: str = DEFAULT_ENDPOINT,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        limits: Limits | None = None,
+    ) -> None:
+        self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
+        self._driver = ThreadDriver(self._session)
+
+    @property
+    def endpoint(self) -> str:
+        """Where the daemon is, as ZeroMQ spells it."""
+        return self._session.endpoint
+
+    def predict(
+        self,
+        inputs: object,
+        *,
+        model: str = "",
+        prefer_gpu: bool = True,
+        min_gpu_memory_mb: float = 0.0,
+        timeout: float | None = None,
+    ) -> Result:
+        """Run a model once.
+
+        Args:
+            inputs: one array for a model with one input, else a mapping of input names to arrays. An array is
+                anything with `__array__` or `__dlpack__`, see `tnxctl.tensors.to_wire`. No other thread may
+                change it until the call is over.
+            model: name of the model; "" is the daemon's default model.
+            prefer_gpu: run on a GPU if one qualifies, else on the CPU. False: run on the CPU.
+            min_gpu_memory_mb: free memory in MiB that a GPU needs to qualify.
+        """
+        call = self._session.predict(
+            inputs,
+            model=model,
+            prefer_gpu=prefer_gpu,
+            min_gpu_memory_mb=min_gpu_memory_mb,
+            timeout=timeout,
+            now=time.monotonic(),
+        )
+        return self._driver.run(call)
+
+    def submit(
+        self,
+        inputs: object,
+        *,
+        model: str = "",
+        prefer_gpu: bool = True,
+        min_gpu_memory_mb: float = 0.0,
+        timeout: float | None = None,
+    ) -> Future[Result]:
+        """As `predict`, but returns a future of the result at once.
+
+        The inputs are copied: their memory may be used again at once. `cancel` drops the call. Callbacks run in the
+        thread that reads everybody's replies, so they must not wait for another future; they may use the client.
+        An argument that can never work raises InvalidArgument here, not from the future.
+        """
+        call = self._session.predict(
+            inputs,
+            model=model,
+            prefer_gpu=prefer_gpu,
+            min_gpu_memory_mb=min_gpu_memory_mb,
+            timeout=timeout,
+            now=time.monotonic(),
+            copy=True,
+        )
+        return self._driver.submit(call)
+
+    def health(self, *, timeout: float | None = None) -> HealthReport:
+        """How the daemon is."""
+        return self._driver.run(self._session.health(timeout=timeout, now=time.monotonic()))
+
+    def metadata(self, model: str = "", *, timeout: float | None = None) -> ModelInfo:
+        """What a model takes and gives; "" is the daemon's default model."""
+        return self._driver.run(self._session.metadata(model, timeout=timeout, now=time.monotonic()))
+
+    def close(self) -> None:
+        """Close the connection. Calls under way fail with Cancelled. Idempotent."""
+        self._driver.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,227 @@
+"""The sockets under a `Session`: one DEALER and its monitor per connection. Nothing here blocks.
+
+A link makes one attempt to connect per DEALER and tells the session how it went; the session decides when to try
+again. libzmq would reconnect a DEALER by itself, but does not say which messages the broken connection took with
+it, so each attempt is a fresh socket, and everything unanswered is sent on it once its handshake is done.
+An unused client therefore leaves a dead daemon alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from tnxctl.session import Call, Session
+
+Socket = zmq.Socket[bytes]
+
+_ZERO_COPY_BYTES = 256 * 1024
+"""From about this size on, lending libzmq the caller's memory is cheaper than copying it."""
+
+_CONNECT_TIMEOUT_MS = 5_000  # also for the ZeroMQ handshake: a port may accept and then stay silent
+_NEVER_MS = 24 * 3_600_000
+_TCP_MAXRT_MS = 30_000  # data that no host acknowledges for so long: the connection is dead
+
+# Events that end an attempt or a connection. CONNECT_RETRIED, not in fact retried for _NEVER_MS, is
+# the only one that tells of a host name that does not resolve.
+_OVER = (zmq.Event.DISCONNECTED, zmq.Event.CLOSED, zmq.Event.CONNECT_RETRIED)
+
+_EVENTS = (
+    zmq.EVENT_CONNECT_DELAYED
+    | zmq.EVENT_CONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_CONNECT_RETRIED
+)
+
+# Plain integers: pyzmq's are enums, whose operators cost microseconds per message.
+_POLLIN = int(zmq.POLLIN)
+_NOBLOCK = int(zmq.NOBLOCK)
+_MORE_NOBLOCK = int(zmq.SNDMORE | zmq.NOBLOCK)
+_RCVMORE = int(zmq.RCVMORE)
+_EVENTS_OPTION = int(zmq.EVENTS)
+
+_EVENT = struct.Struct("=Hi")  # event, value; zmq.utils.monitor knows it too, but imports asyncio
+
+_monitor_ids = itertools.count()
+
+_context: tuple[int, zmq.Context[Socket]] | None = None
+
+
+def shared_context() -> zmq.Context[Socket]:
+    """The one context of all clients in this process: two threads of libzmq, whatever the number of clients.
+
+    It is never terminated, because that waits for a host name that is being resolved; the sockets in it are
+    closed with their clients. A forked child gets its own.
+    """
+    global _context
+    if _context is None or _context[0] != os.getpid():
+        _context = (os.getpid(), zmq.Context())
+    return _context[1]
+
+
+class Link:
+    """Moves messages between a session and the daemon.
+
+    Args:
+        session: decides; the link obeys and reports.
+        watch, unwatch: called with each socket after it is opened and before it is closed, for whoever polls them.
+
+    Attributes:
+        dealer, monitor: both None, or both open.
+    """
+
+    def __init__(self, session: Session, watch: Callable[[Socket], None], unwatch: Callable[[Socket], None]) -> None:
+        self._session = session
+        self._watch = watch
+        self._unwatch = unwatch
+        self._max_frames = session.limits.tensors + 2  # one too many of them shows that the count is wrong
+        self.dealer: Socket | None = None
+        self.monitor: Socket | None = None
+
+    def start(self, call: Call[Any]) -> None:
+        """Take a call under way; it may be `done` at once."""
+        if self._session.start(call):
+            self._send(call)
+
+    def receive(self) -> Call[Any] | None:
+        """Take one message, if one waits. Returns the call that it finished, if any."""
+        dealer = self.dealer
+        if dealer is None:
+            return None
+        try:
+            frames = [dealer.recv(_NOBLOCK)]
+        except zmq.Again:
+            return None
+        while dealer.get(_RCVMORE):
+            frame = dealer.recv(_NOBLOCK)
+            if len(frames) < self._max_frames:
+                frames.append(frame)
+        return self._session.receive(frames)
+
+    def on_monitor(self) -> list[Call[Any]]:
+        """Take what the monitor reports: connected, lost, or how far an attempt came. Returns finished calls."""
+        finished: list[Call[Any]] = []
+        while has_input(self.monitor):
+            assert self.monitor is not None
+            event, value = _EVENT.unpack(self.monitor.recv_multipart(zmq.NOBLOCK)[0])
+            trouble = _trouble(event, value)
+            if trouble is not None:
+                self._session.note_trouble(trouble)
+            if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+                for call in self._session.connected():
+                    self._send(call)
+            elif event in _OVER:
+                while has_input(self.dealer):  # answers that came before the end still count
+                    call_or_none = self.receive()
+                    if call_or_none is not None:
+                        finished.append(call_or_none)
+                self._close_sockets()
+                finished += self._session.lost()
+        return finished
+
+    def on_time(self, now: float) -> list[Call[Any]]:
+        """Do what is due: fail late calls, try to connect. Returns finished calls."""
+        finished = self._session.expire(now)
+        if self._session.must_connect(now):
+            self._connect(now)
+        return finished
+
+    def reset(self) -> None:
+        """Give up the connection, for instance because a message may have been left half sent or half read."""
+        self._close_sockets()
+        self._session.disconnected()
+
+    def close(self) -> None:
+        """Close the sockets at once, whatever they have still to send. Idempotent."""
+        self._close_sockets()
+
+    def _connect(self, now: float) -> None:
+        session = self._session
+        session.connecting(now)
+        try:
+            self._open_sockets()
+        except zmq.ZMQError as error:  # no more file descriptors, or a path that the system refuses
+            self._close_sockets()
+            session.note_trouble(str(error))
+            session.lost()
+
+    def _open_sockets(self) -> None:
+        context = shared_context()
+        self.dealer = dealer = context.socket(zmq.DEALER)
+        self._watch(dealer)
+        dealer.set(zmq.LINGER, 0)
+        dealer.set(zmq.IPV6, 1)
+        dealer.set(zmq.SNDHWM, 0)  # the session bounds what is under way
+        dealer.set(zmq.RCVHWM, 0)
+        dealer.set(zmq.MAXMSGSIZE, self._session.max_frame_bytes)
+        dealer.set(zmq.RECONNECT_IVL, _NEVER_MS)
+        dealer.set(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
+        dealer.set(zmq.HANDSHAKE_IVL, _CONNECT_TIMEOUT_MS)
+        dealer.set(zmq.TCP_MAXRT, _TCP_MAXRT_MS)
+        dealer.set(zmq.TCP_KEEPALIVE, 1)
+        dealer.set(zmq.TCP_KEEPALIVE_IDLE, 30)
+        dealer.set(zmq.TCP_KEEPALIVE_INTVL, 10)
+        dealer.set(zmq.TCP_KEEPALIVE_CNT, 3)
+        # pyzmq's own address comes from a file descriptor, whose number the last socket may have had just now.
+        self.monitor = dealer.get_monitor_socket(_EVENTS, f"inproc://tnx-monitor-{next(_monitor_ids)}")
+        self._watch(self.monitor)
+        dealer.connect(self._session.endpoint)
+
+    def _close_sockets(self) -> None:
+        dealer, monitor = self.dealer, self.monitor
+        self.dealer = self.monitor = None
+        if monitor is not None:
+            assert dealer is not None
+            dealer.disable_monitor()  # before its reader goes: libzmq's I/O thread could block on writing events
+            self._unwatch(monitor)
+            monitor.close(0)
+        if dealer is not None:
+            self._unwatch(dealer)
+            dealer.close(0)
+
+    def _send(self, call: Call[Any]) -> None:
+        dealer = self.dealer
+        assert dealer is not None
+        copy = call.nbytes < _ZERO_COPY_BYTES
+        *head, last = call.frames
+        try:
+            for frame in head:
+                dealer.send(frame, _MORE_NOBLOCK, copy)
+            dealer.send(last, _NOBLOCK, copy)
+        except zmq.Again:
+            pass  # the connection has just broken: the monitor is about to say so, and the call goes out on the next
+
+
+def has_input(socket: Socket | None) -> bool:
+    """Whether a message waits. Also what re-arms the edge-triggered file descriptor of a socket."""
+    return socket is not None and bool(int(socket.get(_EVENTS_OPTION)) & _POLLIN)
+
+
+def _trouble(event: int, value: int) -> str | None:
+    """What an event says about an attempt to connect, as a clause for error messages."""
+    match event:
+        case zmq.Event.CONNECT_DELAYED:
+            return "nothing answers at that address"
+        case zmq.Event.CONNECT_RETRIED:
+            return "the host name does not resolve"
+        case zmq.Event.CLOSED:
+            return "nobody listens there, or it cannot be reached"
+        case zmq.Event.CONNECTED:
+            return "it accepts connections, but did not finish the ZeroMQ handshake"
+        case zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
+            return f"the ZeroMQ handshake failed ({os.strerror(value)})"
+        case zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH:
+            return "what listens there does not speak ZeroMQ as a TensorNext daemon does"
+        case zmq.Event.HANDSHAKE_SUCCEEDED:
+            return "it closed the connection"  # the next trouble there can be
+    return None

@@ -1,0 +1,48 @@
+"""What `predict` returns."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tnxctl.errors import InvalidArgument
+from tnxctl.wire import Array, Timing
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """Outputs of one predict call, and how it was run.
+
+    Attributes:
+        outputs: name -> array, in the model's order. The arrays look into the received message: they are
+            read-only, `.copy()` gives one to write to. BF16 comes as `ml_dtypes.bfloat16`.
+        model, version: what ran.
+        device: where it ran: "cpu", "cuda:0", ...
+        reason: why there, in words.
+        batch_size: rows in the batch that the request rode in, its own included.
+        latency_ms: the forward on the device, for the whole batch.
+        gpu_memory_mb: free memory of that GPU in MiB when the batch was done; 0 on a CPU.
+        timing: where the time in the daemon went, in microseconds.
+    """
+
+    outputs: dict[str, Array]
+    model: str
+    version: str
+    device: str
+    reason: str
+    batch_size: int
+    latency_ms: float
+    gpu_memory_mb: float
+    timing: Timing
+
+    @property
+    def output(self) -> Array:
+        """The only output.
+
+        Raises:
+            InvalidArgument: the model has several (or none); the sentence names them.
+        """
+        if len(self.outputs) == 1:
+            return next(iter(self.outputs.values()))
+        names = ", ".join(map(repr, self.outputs)) or "none"
+        raise InvalidArgument(
+            f"model {self.model!r} has {len(self.outputs)} outputs ({names}): take one with .outputs[name]"
+        )

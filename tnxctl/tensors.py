@@ -1,0 +1,91 @@
+"""Arrays of any library <-> what a frame holds: a datatype and C-contiguous little-endian memory.
+
+torch is never imported here: a torch tensor can only come from a program that has imported it already.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from tnxctl.errors import InvalidArgument
+from tnxctl.wire import DATATYPES, STORAGE, Array
+
+
+def to_wire(name: str, value: object) -> tuple[str, Array]:
+    """The datatype of `value` and its elements as a C-contiguous array of the dtype that `wire.STORAGE` gives.
+
+    Taken are numpy arrays and scalars, torch tensors (from a GPU: copied to the host) and everything else
+    with `__array__` or `__dlpack__`, of any shape. bfloat16 is taken as an `ml_dtypes` array or a torch
+    tensor. The array shares the memory of `value` where that is contiguous host memory already.
+    Lists and Python numbers are refused, because numpy would make FP64 or INT64 of them, which is seldom meant.
+
+    Raises:
+        InvalidArgument: no array, or a dtype that has no datatype; the sentence names the input and the dtype.
+    """
+    array = value if type(value) is np.ndarray else _to_numpy(name, value)
+    datatype = DATATYPES.get(array.dtype)
+    if datatype is None:
+        if not _is_bfloat16(array.dtype):
+            raise _dtype_error(name, array.dtype)
+        datatype, array = "BF16", array.view(STORAGE["BF16"])
+    if not array.flags.c_contiguous:
+        array = np.asarray(array, order="C")  # not ascontiguousarray: that makes an axis for an array that has none
+    return datatype, array
+
+
+def from_wire(datatype: str, array: Array) -> Array:
+    """The array of a frame as a user expects it: BF16, which travels as bit patterns, becomes `ml_dtypes.bfloat16`."""
+    if datatype != "BF16":
+        return array
+    import ml_dtypes  # late: few models answer in BF16
+
+    return array.view(ml_dtypes.bfloat16)
+
+
+def _to_numpy(name: str, value: object) -> Array:
+    torch: Any = sys.modules.get("torch")
+    try:
+        if torch is not None and isinstance(value, torch.Tensor):
+            return _torch_to_numpy(torch, value)
+        if isinstance(value, np.ma.MaskedArray):
+            raise InvalidArgument(f"input {name!r}: a masked array would lose its mask, use .filled() or .data")
+        if hasattr(value, "__array__"):
+            return np.asarray(value)
+        if hasattr(value, "__dlpack__"):
+            return np.from_dlpack(value)
+    except InvalidArgument:
+        raise
+    except Exception as error:  # whatever a foreign library raises for what it cannot export
+        raise InvalidArgument(f"input {name!r}: this {_type_name(value)} gives no array: {error}") from error
+    raise InvalidArgument(
+        f"input {name!r}: {_type_name(value)} is not an array (it has neither __array__ nor __dlpack__); "
+        f"numpy.asarray(..., dtype=...) makes one of lists and numbers"
+    )
+
+
+def _torch_to_numpy(torch: Any, tensor: Any) -> Array:
+    """`force` detaches, copies from a device and resolves lazy conjugation; numpy has no bfloat16 to convert to."""
+    if tensor.dtype is not torch.bfloat16:
+        return tensor.numpy(force=True)  # type: ignore[no-any-return]
+    import ml_dtypes
+
+    return tensor.view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+
+
+def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    return dtype.name == "bfloat16" and dtype.isnative
+
+
+def _dtype_error(name: str, dtype: np.dtype[Any]) -> InvalidArgument:
+    if DATATYPES.get(dtype.newbyteorder("<")) is not None:
+        return InvalidArgument(
+            f"input {name!r}: dtype {dtype.str} is big-endian, use .astype({dtype.newbyteorder('<').str!r})"
+        )
+    return InvalidArgument(f"input {name!r}: dtype {dtype} has no datatype on the wire; known are {', '.join(STORAGE)}")
+
+
+def _type_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

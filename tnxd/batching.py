@@ -1,0 +1,83 @@
+"""Put the rows of a batch side by side in reused buffers, and take its outputs apart again. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnxctl.wire import STORAGE, Array, TensorSpec
+
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], Array]
+
+
+class Staging:
+    """Buffers that one lane gathers batches into, one set per model and shape group, kept for the next batch.
+
+    Args:
+        allocate: makes an aligned (for CUDA: pinned) array of a shape and dtype.
+        max_groups: sets kept; the least recently used goes when a new one is needed. Sequence models bring a new
+            shape group with every length, so their number is not bounded by the number of models.
+    """
+
+    def __init__(self, allocate: Allocate, max_groups: int = 32) -> None:
+        self._allocate = allocate
+        self._max_groups = max_groups
+        self._sets: dict[tuple[str, tuple[int, ...]], list[Array]] = {}
+
+    def gather(
+        self,
+        model: str,
+        specs: Sequence[TensorSpec],
+        group: tuple[int, ...],
+        items: Sequence[Sequence[Array]],
+        rows: int,
+    ) -> list[Array]:
+        """Copy the inputs of every item below each other.
+
+        Args:
+            model: key of the model; specs: its inputs; group: lengths of their variable axes.
+            items: per request, its arrays in the order of `specs`, each `[rows_i, ...]`.
+            rows: sum of all rows_i.
+
+        Returns:
+            One array `[rows, ...]` per input: views of buffers that the next gather of this lane writes again.
+        """
+        buffers = self._buffers(model, specs, group, items[0], rows)
+        if len(items) == 1:
+            for buffer, array in zip(buffers, items[0], strict=True):
+                buffer[:rows] = array
+        else:
+            for position, buffer in enumerate(buffers):
+                np.concatenate([item[position] for item in items], out=buffer[:rows])
+        return [buffer[:rows] for buffer in buffers]
+
+    def _buffers(
+        self, model: str, specs: Sequence[TensorSpec], group: tuple[int, ...], example: Sequence[Array], rows: int
+    ) -> list[Array]:
+        key = (model, group)
+        buffers = self._sets.pop(key, None)
+        if buffers is None or len(buffers[0]) < rows:
+            capacity = 1 << max(rows - 1, 0).bit_length()
+            buffers = [
+                self._allocate((capacity, *array.shape[1:]), STORAGE[spec.datatype])
+                for spec, array in zip(specs, example, strict=True)
+            ]
+            if len(self._sets) >= self._max_groups:
+                del self._sets[next(iter(self._sets))]
+        self._sets[key] = buffers  # last in the dict: most recently used
+        return buffers
+
+
+def split(outputs: Sequence[Array], rows: Sequence[int]) -> list[tuple[Array, ...]]:
+    """Cut each output `[sum(rows), ...]` into one view per request."""
+    if len(rows) == 1:
+        return [tuple(outputs)]
+    parts = []
+    start = 0
+    for count in rows:
+        stop = start + count
+        parts.append(tuple([output[start:stop] for output in outputs]))
+        start = stop
+    return parts

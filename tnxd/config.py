@@ -1,0 +1,126 @@
+"""The daemon's configuration: flags over environment over file over defaults, as one frozen Struct."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from tnxctl.errors import InvalidArgument
+from tnxctl.wire import DEFAULT_PORT, Limits
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1024)]
+_Names = Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Cpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The pool of CPU lanes.
+
+    Attributes:
+        workers: lanes, each a thread; 0 chooses from the cores.
+        threads: torch threads per lane; 0 chooses so that workers x threads leave one core free.
+        inline_limit_us: batches predicted to take no longer run on the serving thread itself, in microseconds;
+            0 hands every batch to a worker.
+    """
+
+    workers: _Count = 0
+    threads: _Count = 0
+    inline_limit_us: Annotated[float, msgspec.Meta(ge=0)] = 1000.0
+
+
+class Cuda(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Every CUDA device. Attributes: lanes: streams per device, each with a thread."""
+
+    lanes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+
+
+class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What may wait; beyond it requests are refused with RESOURCE_EXHAUSTED. Attributes: max_mb: in MiB."""
+
+    max_requests: Annotated[int, msgspec.Meta(ge=1)] = 16384
+    max_mb: _Positive = 1024.0
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that can be set.
+
+    Attributes:
+        bind: endpoints to listen on, tcp:// or ipc://; port * picks a free one.
+        models: names of the models to serve. default_model: for requests that name none; "" is the first of them.
+        devices: "auto", "cpu", "cuda", "cuda:N".
+        spin_us: longest time in microseconds that the loop polls before it blocks; 0 blocks at once.
+        drain_timeout_s: how long SIGTERM waits for running requests.
+        stall_timeout_s: a batch that runs longer stops the watchdog's feed.
+    """
+
+    bind: _Names = (f"tcp://127.0.0.1:{DEFAULT_PORT}",)
+    models: _Names = ("mlp", "digits")
+    default_model: str = ""
+    devices: _Names = ("auto",)
+    spin_us: Annotated[float, msgspec.Meta(ge=0, le=10_000)] = 100.0
+    drain_timeout_s: _Positive = 30.0
+    stall_timeout_s: _Positive = 60.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    cpu: Cpu = Cpu()
+    cuda: Cuda = Cuda()
+    queue: Queue = Queue()
+    limits: Limits = Limits()
+
+    @property
+    def default(self) -> str:
+        """Name of the default model."""
+        return self.default_model or self.models[0]
+
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
+    """Read a TOML file and lay the overrides (flags, environment) over it.
+
+    Args:
+        path: None for the defaults alone.
+        overrides: top-level keys, and tables as nested mappings; None means "not given".
+
+    Raises:
+        InvalidArgument: the file cannot be read, a key is unknown, a value is out of range. The sentence names it.
+    """
+    origin = "configuration"
+    settings: dict[str, Any] = {}
+    if path is not None:
+        origin = str(path)
+        try:
+            settings = msgspec.toml.decode(path.read_bytes())
+        except OSError as error:
+            raise InvalidArgument(f"{path}: {error.strerror}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise InvalidArgument(f"{path}: not TOML: {error}") from None
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            table = settings.setdefault(key, {})
+            if isinstance(table, dict):
+                table.update({name: item for name, item in value.items() if item is not None})
+        elif value is not None:
+            settings[key] = value
+    try:
+        config = msgspec.convert(settings, Config)
+    except msgspec.ValidationError as error:
+        raise InvalidArgument(f"{origin}: {error}") from None
+    _check(config, origin)
+    return config
+
+
+def _check(config: Config, origin: str) -> None:
+    for endpoint in config.bind:
+        if not endpoint.startswith(("tcp://", "ipc://")):
+            raise InvalidArgument(f"{origin}: bind: {endpoint!r} is not a tcp:// or ipc:// endpoint")
+    for device in config.devices:
+        if not _DEVICE.fullmatch(device):
+            raise InvalidArgument(f"{origin}: devices: {device!r} is none of auto, cpu, cuda, cuda:N")
+    if config.default not in config.models:
+        served = ", ".join(config.models)
+        raise InvalidArgument(f"{origin}: default_model: {config.default!r} is not among the models {served}")

@@ -1,0 +1,104 @@
+"""The CPU: a pool of threads, each a lane with its own share of the cores."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tnxctl.wire import Array
+from tnxd.batching import Staging
+from tnxd.executors.execution import Execution
+from tnxd.executors.runner import Replicas, Runner
+from tnxd.executors.tensors import check_outputs, to_array, to_tensor
+
+# Below this, a copy into aligned memory costs less than it saves: received frames of up to 8 kB lie at any address.
+_STAGE_BELOW_BYTES = 16 * 1024
+
+
+def choose_threads(cores: int, workers: int = 0, threads: int = 0) -> tuple[int, int]:
+    """Workers of the pool and torch threads in each, so that together they fill the cores but one.
+
+    One core is left to the thread that serves the socket. Up to four threads work on one batch: beyond that small
+    models gain little, and several batches at a time hide each other's serial parts. What is given (not 0) stays.
+    """
+    spare = max(cores - 1, 1)
+    if not threads:
+        threads = max(spare // workers, 1) if workers else max(min(4, spare // 2), 1)
+    if not workers:
+        workers = max(spare // threads, 1)
+    return workers, threads
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def describe_cpu() -> str:
+    return f"{platform.processor() or platform.machine()}, {available_cores()} cores"
+
+
+def host_memory_mb() -> tuple[float, float]:
+    """Available and total memory of the host in MiB; zeros where /proc is missing."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as meminfo:
+            fields = dict(line.split(":", 1) for line in meminfo)
+        return int(fields["MemAvailable"].split()[0]) / 1024, int(fields["MemTotal"].split()[0]) / 1024
+    except (OSError, KeyError, ValueError):
+        return 0.0, 0.0
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    # torch's CPU allocator aligns to 64 bytes, numpy's to 16.
+    size = int(np.prod(shape)) * dtype.itemsize
+    array: Array = torch.empty(size, dtype=torch.uint8).numpy().view(dtype).reshape(shape)
+    return array
+
+
+class CpuRunner(Runner):
+    """Runs batches on the calling thread.
+
+    Args:
+        threads: torch threads that one forward may use.
+    """
+
+    def __init__(self, replicas: Replicas, threads: int) -> None:
+        super().__init__("cpu", replicas)
+        self._threads = threads
+        self._staging = Staging(_aligned)
+
+    def enter_thread(self) -> None:
+        super().enter_thread()
+        torch.set_num_threads(self._threads)
+
+    def forward(self, execution: Execution, items: Sequence[tuple[Array, ...]], rows: int) -> list[Array]:
+        model = execution.model
+        begin = time.perf_counter_ns()
+        arrays: Sequence[Array] = items[0]
+        staged = len(items) > 1 or any(array.nbytes < _STAGE_BELOW_BYTES or not array.flags.aligned for array in arrays)
+        if staged and model.max_batch_size:
+            arrays = self._staging.gather(model.name, model.inputs, execution.group, items, rows)
+        elif staged:
+            arrays = [np.array(array) for array in arrays]
+        tensors = [to_tensor(array, spec.datatype) for array, spec in zip(arrays, model.inputs, strict=True)]
+        gathered = time.perf_counter_ns()
+        raw = self.replicas[model.name](*tensors)
+        done = time.perf_counter_ns()
+        execution.gather_us += (gathered - begin) / 1e3
+        execution.latency_us += (done - gathered) / 1e3
+        outputs = [to_array(tensor) for tensor in check_outputs(model, raw, rows)]
+        if staged:
+            # A model may hand its input through; the next batch would overwrite what is still being sent.
+            return [
+                output.copy() if any(np.may_share_memory(output, array) for array in arrays) else output
+                for output in outputs
+            ]
+        return outputs

@@ -1,0 +1,120 @@
+"""CUDA devices: every lane is a thread with a stream of its own and pinned staging buffers that it keeps.
+
+Copies are asynchronous and ordered by the stream; while one lane's batch computes, another lane's is copied.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tnxctl.wire import STORAGE, Array
+from tnxd.batching import Staging
+from tnxd.executors.execution import Execution
+from tnxd.executors.runner import Replicas, Runner
+from tnxd.executors.tensors import check_outputs, to_array, to_tensor
+
+_MIB = 1024 * 1024
+_MEMORY_PERIOD_S = 1.0
+
+
+def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    size = int(np.prod(shape)) * dtype.itemsize
+    array: Array = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
+    return array
+
+
+class CudaMemory:
+    """Free memory of one device, sampled on a thread of its own: the driver may block, the serving loop may not.
+
+    Memory that torch's allocator holds but does not use counts as free: the next batch takes it from there.
+    """
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self.free_mb, self.total_mb = self.sample()
+        self._stop = threading.Event()
+        threading.Thread(target=self._watch, name=f"cuda:{index}/memory", daemon=True).start()
+
+    def sample(self) -> tuple[float, float]:
+        """Ask the driver now: free and total memory in MiB."""
+        free, total = torch.cuda.mem_get_info(self._index)
+        unused = torch.cuda.memory_reserved(self._index) - torch.cuda.memory_allocated(self._index)
+        return (free + unused) / _MIB, total / _MIB
+
+    def latest(self) -> tuple[float, float]:
+        """The newest sample, without asking."""
+        return self.free_mb, self.total_mb
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_MEMORY_PERIOD_S):
+            try:
+                self.free_mb, self.total_mb = self.sample()
+            except RuntimeError:  # the device is gone; its lanes report that with the next batch
+                self.free_mb = 0.0
+                return
+
+
+class CudaRunner(Runner):
+    """Runs batches on one stream of one device."""
+
+    def __init__(self, index: int, replicas: Replicas, memory: CudaMemory) -> None:
+        super().__init__(f"cuda:{index}", replicas)
+        self._device = torch.device("cuda", index)
+        self._memory = memory
+        self._staging = Staging(_pinned)
+        self._stream: torch.cuda.Stream | None = None
+        self._events: list[torch.cuda.Event] = []
+
+    def enter_thread(self) -> None:
+        super().enter_thread()
+        torch.set_num_threads(1)
+        torch.cuda.set_device(self._device)
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        torch.cuda.stream(self._stream).__enter__()  # type: ignore[no-untyped-call]
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]  # type: ignore[no-untyped-call]
+
+    def run(self, execution: Execution) -> None:
+        super().run(execution)
+        execution.memory_free_mb = self._memory.free_mb
+
+    def forward(self, execution: Execution, items: Sequence[tuple[Array, ...]], rows: int) -> list[Array]:
+        model = execution.model
+        begin = time.perf_counter_ns()
+        if model.max_batch_size:
+            staged = self._staging.gather(model.name, model.inputs, execution.group, items, rows)
+        else:
+            staged = []
+            for array, spec in zip(items[0], model.inputs, strict=True):
+                buffer = _pinned(array.shape, STORAGE[spec.datatype])
+                np.copyto(buffer, array)
+                staged.append(buffer)
+        execution.gather_us += (time.perf_counter_ns() - begin) / 1e3
+        start, copied, computed, returned = self._events
+        try:
+            start.record()
+            inputs = [
+                to_tensor(array, spec.datatype).to(self._device, non_blocking=True)
+                for array, spec in zip(staged, model.inputs, strict=True)
+            ]
+            copied.record()
+            tensors = check_outputs(model, self.replicas[model.name](*inputs), rows)
+            computed.record()
+            # Fresh from torch's pinned-memory cache, not a buffer of ours: a reply may still be reading the last one.
+            hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+            for host, tensor in zip(hosts, tensors, strict=True):
+                host.copy_(tensor, non_blocking=True)
+            returned.record()
+        finally:
+            # Also after a failure: the staging buffers may not be written while a copy still reads them.
+            assert self._stream is not None
+            self._stream.synchronize()
+        execution.h2d_us += start.elapsed_time(copied) * 1e3
+        execution.latency_us += copied.elapsed_time(computed) * 1e3
+        execution.d2h_us += computed.elapsed_time(returned) * 1e3
+        return [to_array(host) for host in hosts]

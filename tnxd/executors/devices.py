@@ -1,0 +1,80 @@
+"""Find the devices of this machine and make an executor for each that works."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tnxd.config import Config
+from tnxd.executors.cpu import CpuRunner, available_cores, choose_threads, describe_cpu, host_memory_mb
+from tnxd.executors.cuda import CudaMemory, CudaRunner
+from tnxd.executors.pool import LanePool, OnDone
+
+
+@dataclass
+class OpenedDevices:
+    """Executors by device name, and for each device that could not be opened, why."""
+
+    executors: dict[str, LanePool] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def open_devices(config: Config, on_done: OnDone) -> OpenedDevices:
+    """Open the configured devices; "auto" is every CUDA device and the CPU. One that fails does not stop the rest."""
+    opened = OpenedDevices()
+    for name in _names(config.devices):
+        try:
+            opened.executors[name] = (
+                _open_cpu(config, on_done) if name == "cpu" else _open_cuda(name, config.cuda.lanes, on_done)
+            )
+        except Exception as error:  # drivers fail in many ways; none of them is the daemon's end
+            opened.failures[name] = f"{type(error).__name__}: {error}"
+    return opened
+
+
+def _names(configured: Sequence[str]) -> list[str]:
+    names: list[str] = []
+    for name in configured:
+        if name == "auto":
+            names += (
+                [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+            )
+            names.append("cpu")
+        else:
+            names.append("cuda:0" if name == "cuda" else name)
+    return list(dict.fromkeys(names))
+
+
+def _open_cpu(config: Config, on_done: OnDone) -> LanePool:
+    workers, threads = choose_threads(available_cores(), config.cpu.workers, config.cpu.threads)
+    replicas: dict[str, torch.nn.Module] = {}
+    return LanePool(
+        "cpu",
+        "cpu",
+        f"{describe_cpu()}, {workers} workers of {threads} threads",
+        runners=[CpuRunner(replicas, threads) for _ in range(workers)],
+        inline=CpuRunner(replicas, 1),
+        replicas=replicas,
+        place=lambda module: module,
+        memory_mb=host_memory_mb,
+        on_done=on_done,
+    )
+
+
+def _open_cuda(name: str, lanes: int, on_done: OnDone) -> LanePool:
+    index = torch.device(name).index
+    memory = CudaMemory(index)
+    replicas: dict[str, torch.nn.Module] = {}
+    return LanePool(
+        name,
+        "cuda",
+        torch.cuda.get_device_name(index),
+        runners=[CudaRunner(index, replicas, memory) for _ in range(lanes)],
+        inline=None,
+        replicas=replicas,
+        place=lambda module: module.to(torch.device("cuda", index)),
+        memory_mb=memory.latest,
+        on_done=on_done,
+    )

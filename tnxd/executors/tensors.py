@@ -1,0 +1,81 @@
+"""numpy arrays of the wire <-> torch tensors, and a model's raw result -> outputs that fit its signature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from tnxctl.errors import Internal
+from tnxctl.wire import Array
+from tnxd.models.model import Model
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "UINT8": torch.uint8,
+    "UINT16": torch.uint16,
+    "UINT32": torch.uint32,
+    "UINT64": torch.uint64,
+    "INT8": torch.int8,
+    "INT16": torch.int16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "FP16": torch.float16,
+    "FP32": torch.float32,
+    "FP64": torch.float64,
+    "BF16": torch.bfloat16,
+}
+
+
+def to_tensor(array: Array, datatype: str) -> torch.Tensor:
+    """A tensor over the memory of the array. BF16 comes as 16-bit patterns, see `tnxctl.wire.STORAGE`."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if datatype == "BF16" else tensor
+
+
+def to_array(tensor: torch.Tensor) -> Array:
+    """A C-contiguous array over the memory of a CPU tensor, copied only if the tensor is not contiguous."""
+    tensor = tensor.contiguous()
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    array: Array = tensor.numpy()
+    return array
+
+
+def check_outputs(model: Model, raw: object, rows: int) -> list[torch.Tensor]:
+    """A module's result as one tensor per output of the signature, in order.
+
+    Raises:
+        Internal: it is not what the signature promises; the sentence says how.
+    """
+    expected = model.outputs
+    found: Sequence[object]
+    if isinstance(raw, torch.Tensor):
+        found = (raw,)
+    elif isinstance(raw, Mapping):
+        missing = [spec.name for spec in expected if spec.name not in raw]
+        if missing:
+            raise Internal(f"model {model.name!r} did not return the output {missing[0]!r}, only {list(raw)}")
+        found = [raw[spec.name] for spec in expected]
+    elif isinstance(raw, (tuple, list)):
+        found = raw
+    else:
+        raise Internal(f"model {model.name!r} returned {type(raw).__name__}, not tensors")
+    if len(found) != len(expected):
+        raise Internal(f"model {model.name!r} returned {len(found)} outputs, its signature has {len(expected)}")
+    tensors = []
+    for spec, tensor in zip(expected, found, strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            raise Internal(f"model {model.name!r}: output {spec.name!r} is {type(tensor).__name__}, not a tensor")
+        if tensor.dtype is not TORCH_DTYPES[spec.datatype]:
+            raise Internal(
+                f"model {model.name!r}: output {spec.name!r} is {tensor.dtype}, its signature says {spec.datatype}"
+            )
+        shape = tensor.shape
+        wanted = (rows, *spec.shape[1:]) if model.max_batch_size else spec.shape
+        if shape != wanted and (
+            len(shape) != len(wanted) or any(w not in (-1, s) for s, w in zip(shape, wanted, strict=True))
+        ):
+            raise Internal(f"model {model.name!r}: output {spec.name!r} has shape {list(shape)}, not {list(wanted)}")
+        tensors.append(tensor)
+    return tensors

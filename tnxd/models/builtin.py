@@ -1,0 +1,52 @@
+"""The models that come with the daemon. torch is imported when one is built, not before."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tnxctl.errors import NotFound
+from tnxctl.wire import TensorSpec
+from tnxd.models.model import Model
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _mlp() -> torch.nn.Module:
+    from tnxd.models import networks
+
+    return networks.mlp()
+
+
+def _digits() -> torch.nn.Module:
+    from tnxd.models import networks
+
+    return networks.digits()
+
+
+BUILTIN: dict[str, Model] = {
+    "mlp": Model(
+        name="mlp",
+        version="1",
+        inputs=(TensorSpec("input", "FP32", (-1, 256)),),
+        outputs=(TensorSpec("output", "FP32", (-1, 128)),),
+        max_batch_size=64,
+        factory=_mlp,
+    ),
+    "digits": Model(
+        name="digits",
+        version="1",
+        inputs=(TensorSpec("image", "FP32", (-1, 64)),),
+        outputs=(TensorSpec("scores", "FP32", (-1, 10)),),
+        max_batch_size=64,
+        factory=_digits,
+    ),
+}
+
+
+def builtin(name: str) -> Model:
+    """The built-in model of that name. Raises NotFound."""
+    try:
+        return BUILTIN[name]
+    except KeyError:
+        raise NotFound(f"no built-in model {name!r}; there are {', '.join(BUILTIN)}") from None

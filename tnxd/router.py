@@ -1,0 +1,236 @@
+"""The ROUTER socket: whole messages in and out. The only place in the daemon that knows ZeroMQ.
+
+Owned by one thread. What the options guard against is measured in docs/architecture.md, "Sockets".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import IO, Any, NamedTuple
+
+import zmq
+
+from tnxctl.errors import FailedPrecondition, InvalidArgument
+from tnxctl.wire import Array, Limits
+from tnxd.wakeup import Wakeup
+
+_NOBLOCK = int(zmq.NOBLOCK)
+_MORE = int(zmq.SNDMORE)
+_FIRST = _NOBLOCK | _MORE
+_POLLIN = int(zmq.POLLIN)
+
+# From this size on, handing libzmq a reference beats copying: the crossover lies between 64 and 256 kB.
+_REFERENCE_FROM_BYTES = 128 * 1024
+
+# A peer that takes no replies: libzmq queues this many messages for it, then they wait in a backlog, within limits.
+_PEER_HWM = 256
+_BACKLOG_BYTES = 64 * 1024 * 1024
+_BACKLOG_SECONDS = 10.0
+_BACKLOG_RETRY_MS = 2
+
+Frames = tuple[bytes, Sequence[Array]]
+"""An encoded header and the tensors behind it."""
+
+
+class Message(NamedTuple):
+    """One message from a peer.
+
+    Attributes:
+        peer: the connection's identity.
+        delimited: whether an empty frame came first, as REQ sockets send it; the answer must have one too.
+        header: the header frame; None if there was none.
+        tensors: the frames behind it, views that own their memory. None if there were more than the limit.
+    """
+
+    peer: bytes
+    delimited: bool
+    header: memoryview | None
+    tensors: list[memoryview] | None
+
+
+class _Backlog:
+    """Replies that a peer does not take fast enough."""
+
+    def __init__(self) -> None:
+        self.messages: deque[tuple[bool, Frames, int]] = deque()
+        self.nbytes = 0
+        self.since = time.monotonic()
+
+
+class Router:
+    """A bound ROUTER socket.
+
+    Attributes:
+        endpoints: where it really listens, wildcards resolved.
+        undeliverable: messages given up because the peer was gone or took nothing for too long.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.endpoints: list[str] = []
+        self.undeliverable = 0
+        self._max_tensors = limits.tensors
+        self._backlogs: dict[bytes, _Backlog] = {}
+        self._locks: list[IO[str]] = []
+        self._context = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, 64)
+        socket = self._socket = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else a reply to a full or vanished peer is dropped in silence
+        socket.setsockopt(zmq.MAXMSGSIZE, max(limits.message_bytes, limits.header_bytes))
+        socket.setsockopt(zmq.SNDHWM, _PEER_HWM)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
+        socket.setsockopt(zmq.BACKLOG, 1024)
+        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        socket.setsockopt(zmq.TCP_MAXRT, 30_000)  # cuts a peer that stops reading; heartbeats would cut slow uploads
+        self._recv = socket.recv
+        self._send: Any = socket.send  # its stubs know no numpy arrays
+        self._get: Any = socket.get
+
+    def bind(self, endpoint: str) -> None:
+        """Listen on a tcp:// or ipc:// endpoint.
+
+        Raises:
+            FailedPrecondition: it is in use.
+            InvalidArgument: it is no address of this machine.
+        """
+        if endpoint.startswith("ipc://"):
+            self._lock_path(endpoint)
+        self._socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EADDRINUSE:
+                raise FailedPrecondition(f"{endpoint} is in use by another process") from None
+            raise InvalidArgument(f"cannot listen on {endpoint}: {error.strerror}") from None
+        self.endpoints.append(self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
+
+    def _lock_path(self, endpoint: str) -> None:
+        """ZeroMQ's bind takes over the path of a live daemon without a word: hold a lock beside it."""
+        path = endpoint.removeprefix("ipc://") + ".lock"
+        try:
+            lock = open(path, "a", encoding="ascii")  # noqa: SIM115 - held until close
+        except OSError as error:
+            raise InvalidArgument(f"cannot listen on {endpoint}: {path}: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise FailedPrecondition(f"{endpoint} is in use by another process") from None
+        self._locks.append(lock)
+
+    def watch(self, wakeup: Wakeup) -> None:
+        """Let `wait` return when the wake-up is set, too."""
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(wakeup.fileno(), zmq.POLLIN)
+
+    def readable(self) -> bool:
+        """Whether a message is waiting. About a microsecond."""
+        events: int = self._get(zmq.EVENTS)
+        return bool(events & _POLLIN)
+
+    def wait(self, timeout_ms: float) -> None:
+        """Block until a message, a wake-up or the timeout comes."""
+        if self._backlogs:
+            timeout_ms = min(timeout_ms, _BACKLOG_RETRY_MS)
+        self._poller.poll(int(timeout_ms + 0.999))  # rounded up: 0 would poll in a tight loop
+
+    def receive(self) -> Message | None:
+        """The next message; None if none is waiting. Never blocks."""
+        recv = self._recv
+        try:
+            peer = recv(_NOBLOCK)
+        except zmq.Again:
+            return None
+        frame = recv(0, False)  # multipart messages arrive whole: the other parts are here
+        delimited = False
+        if frame.more and not len(frame):
+            delimited = True
+            frame = recv(0, False)
+        header = frame.buffer if len(frame) or frame.more else None
+        tensors: list[memoryview] | None = []
+        while frame.more:
+            frame = recv(0, False)
+            if tensors is not None:
+                tensors.append(frame.buffer)
+                if len(tensors) > self._max_tensors:
+                    tensors = None  # keep reading, keep nothing: the rest of the message must leave the socket
+        return Message(peer, delimited, header, tensors)
+
+    def send(self, peer: bytes, delimited: bool, frames: Frames) -> None:
+        """Send a message, or keep it for a moment if the peer's queue is full. Counts what cannot be delivered."""
+        if self._backlogs and peer in self._backlogs:
+            self._keep(peer, delimited, frames)
+        else:
+            self._try_send(peer, delimited, frames)
+
+    def _try_send(self, peer: bytes, delimited: bool, frames: Frames) -> bool:
+        send = self._send
+        try:
+            send(peer, _FIRST)  # only here can a ROUTER refuse; the frames behind it follow without fail
+        except zmq.Again:
+            self._keep(peer, delimited, frames)
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self.undeliverable += 1
+            return True
+        if delimited:
+            send(b"", _MORE)
+        header, arrays = frames
+        if not arrays:
+            send(header)
+            return True
+        send(header, _MORE)
+        for array in arrays[:-1]:
+            send(array, _MORE, array.nbytes < _REFERENCE_FROM_BYTES)
+        last = arrays[-1]
+        send(last, 0, last.nbytes < _REFERENCE_FROM_BYTES)
+        return True
+
+    def _keep(self, peer: bytes, delimited: bool, frames: Frames) -> None:
+        nbytes = len(frames[0]) + sum(array.nbytes for array in frames[1])
+        backlog = self._backlogs.setdefault(peer, _Backlog())
+        if backlog.nbytes + nbytes > _BACKLOG_BYTES:
+            self.undeliverable += 1
+            return
+        backlog.messages.append((delimited, frames, nbytes))
+        backlog.nbytes += nbytes
+
+    def flush(self) -> bool:
+        """Try again what peers did not take. True when nothing is left."""
+        if not self._backlogs:
+            return True
+        now = time.monotonic()
+        for peer in list(self._backlogs):
+            backlog = self._backlogs.pop(peer)
+            while backlog.messages:
+                delimited, frames, nbytes = backlog.messages[0]
+                if not self._try_send(peer, delimited, frames):
+                    self._backlogs[peer] = backlog  # in place of the one that the failed attempt began
+                    break
+                backlog.messages.popleft()
+                backlog.nbytes -= nbytes
+                backlog.since = now
+            if backlog.messages and now - backlog.since > _BACKLOG_SECONDS:
+                self.undeliverable += len(backlog.messages)
+                del self._backlogs[peer]
+        return not self._backlogs
+
+    def close(self, linger_s: float) -> None:
+        """Close, giving what was sent up to `linger_s` seconds to leave. Removes the files of ipc endpoints."""
+        self._socket.close(linger=int(linger_s * 1000))
+        self._context.term()
+        for endpoint in self.endpoints:
+            if endpoint.startswith("ipc://"):
+                with contextlib.suppress(OSError):
+                    os.unlink(endpoint.removeprefix("ipc://"))
+        for lock in self._locks:
+            with contextlib.suppress(OSError):
+                os.unlink(lock.name)
+            lock.close()

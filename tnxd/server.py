@@ -1,0 +1,380 @@
+"""The serving loop: takes requests in, asks the scheduler, hands batches to executors, sends answers.
+
+One thread runs it and owns the router, the scheduler and all state here, so nothing is locked. Other threads reach it
+through `call_soon` and `completed` alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from tnxctl.errors import AlreadyExists, InvalidArgument, TensorNextError, Unavailable
+from tnxctl.wire import (
+    VERSION,
+    Array,
+    ErrorReply,
+    Health,
+    Limits,
+    Metadata,
+    Predict,
+    Result,
+    TensorSpec,
+    Timing,
+    decode_request,
+    encode,
+    request_id,
+    view_tensors,
+)
+from tnxd import control
+from tnxd.control import DRAINING, READY, STARTING, Inventory
+from tnxd.costs import CostModel
+from tnxd.executors.execution import Execution, Executor
+from tnxd.models.model import BoundInputs, Model
+from tnxd.router import Message, Router
+from tnxd.scheduler import INLINE, Batch, Request, Scheduler
+from tnxd.spinner import Spinner
+from tnxd.telemetry import Telemetry
+from tnxd.wakeup import Wakeup
+
+log = logging.getLogger(__name__)
+
+# Messages taken in before the scheduler gets to act: bounds how long a flood can keep finished work waiting.
+_DRAIN_LIMIT = 256
+
+
+class Pending(Request):
+    """A predict request between its arrival and its answer.
+
+    Attributes:
+        peer, delimited, id: where the answer goes.
+        served: the model. arrays: its inputs in order; they keep the received frames alive.
+        received_ns, queued_ns: monotonic clock, when its frames were taken up and when the scheduler had it.
+    """
+
+    __slots__ = ("arrays", "delimited", "id", "peer", "queued_ns", "received_ns", "served")
+
+    def __init__(self, message: Message, request: Predict, model: Model, bound: BoundInputs, received_ns: int) -> None:
+        super().__init__(
+            model.name,
+            max_batch_size=model.max_batch_size,
+            group=bound.group,
+            rows=bound.rows,
+            nbytes=sum([array.nbytes for array in bound.arrays]),
+            prefer_gpu=request.prefer_gpu,
+            min_gpu_memory_mb=request.min_gpu_memory_mb,
+        )
+        self.peer = message.peer
+        self.delimited = message.delimited
+        self.id = request.id
+        self.served = model
+        self.arrays = bound.arrays
+        self.received_ns = received_ns
+        self.queued_ns = received_ns
+
+
+class Server:
+    """The loop and its state.
+
+    Args:
+        router: bound. wakeup: what the router's `wait` also returns for.
+        inventory: the models; devices come later, with `install`.
+        scheduler: without devices until `install` brings one that has them.
+        on_tick: called every `tick_s` seconds with whether all lanes make progress.
+        drain_timeout_s: how long `drain` lets running work go on.
+        stall_timeout_s: a batch that runs longer counts as no progress.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        wakeup: Wakeup,
+        inventory: Inventory,
+        scheduler: Scheduler,
+        costs: CostModel,
+        telemetry: Telemetry,
+        spinner: Spinner,
+        *,
+        limits: Limits,
+        on_tick: Callable[[bool], None],
+        tick_s: float,
+        drain_timeout_s: float,
+        stall_timeout_s: float,
+    ) -> None:
+        self.state = STARTING
+        self._router = router
+        self._wakeup = wakeup
+        self._inventory = inventory
+        self._scheduler = scheduler
+        self._costs = costs
+        self._telemetry = telemetry
+        self._spinner = spinner
+        self._limits = limits
+        self._on_tick = on_tick
+        self._tick_s = tick_s
+        self._drain_timeout_s = drain_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._calls: deque[Callable[[], None]] = deque()
+        self._completed: deque[Execution] = deque()
+        self._in_flight: set[tuple[bytes, int]] = set()
+        self._on_lanes: dict[Execution, float] = {}
+        self._next_tick = time.monotonic()
+        self._drain_until = float("inf")
+        self._stopped = False
+        router.watch(wakeup)
+
+    # --- called from other threads ---------------------------------------------------------------------------
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """Have the loop run a function. Any thread, signal handlers too."""
+        self._calls.append(call)
+        self._wakeup.set()
+
+    def completed(self, execution: Execution) -> None:
+        """An executor is done with what it was given. Any thread."""
+        self._completed.append(execution)
+        self._wakeup.set()
+
+    # --- called on the loop's thread, by `call_soon` or before `run` -------------------------------------------
+
+    def install(self, scheduler: Scheduler) -> None:
+        """Devices and models are ready: serve."""
+        self._scheduler = scheduler
+        if self.state == STARTING:
+            self.state = READY
+
+    def drain(self) -> None:
+        """Refuse what is new, finish what is here, then stop. A second call stops at once."""
+        if self.state == DRAINING:
+            self._stopped = True
+            return
+        self.state = DRAINING
+        self._drain_until = time.monotonic() + self._drain_timeout_s
+        log.info("draining: %d requests waiting, %d running", self._scheduler.queued, self._scheduler.running)
+
+    def stop(self) -> None:
+        """Leave `run` now."""
+        self._stopped = True
+
+    def run(self) -> None:
+        """Serve until drained or stopped."""
+        busy = False
+        while not self._stopped:
+            if not busy:
+                self._wait()
+            if self._calls or self._completed:
+                self._wakeup.clear()
+                self._run_calls()
+                while self._completed:
+                    self._finish(self._completed.popleft())
+            more = self._receive()
+            busy = self._dispatch() or more
+            flushed = self._router.flush()
+            now = time.monotonic()
+            if now >= self._next_tick:
+                self._tick(now)
+            if self.state == DRAINING and self._is_drained(now, flushed):
+                return
+        self._abandon()
+
+    def _wait(self) -> None:
+        # A thread that polls holds the GIL most of the time: only while no lane needs it.
+        if self._spinner.limit_ns and not self._scheduler.running and self._spinner.spin(self._router.readable):
+            return
+        until_tick = max(min(self._next_tick, self._drain_until) - time.monotonic(), 0.0)
+        self._router.wait(until_tick * 1e3)
+        self._spinner.blocked()
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            self._calls.popleft()()
+
+    def _tick(self, now: float) -> None:
+        self._next_tick = now + self._tick_s
+        for name, executor in self._inventory.executors.items():
+            self._scheduler.devices[name].memory_free_mb = executor.memory_mb()[0]
+        stalled = [execution for execution, since in self._on_lanes.items() if now - since > self._stall_timeout_s]
+        for execution in stalled:
+            batch = execution.batch
+            log.error("%s has run a batch of %s for over %g s", batch.device.name, batch.model, self._stall_timeout_s)
+        self._on_tick(not stalled)
+
+    def _is_drained(self, now: float, flushed: bool) -> bool:
+        if not self._in_flight and flushed:
+            return True
+        if now < self._drain_until:
+            return False
+        self._abandon()
+        return True
+
+    def _abandon(self) -> None:
+        """Answer what will never be finished."""
+        waiting = self._scheduler.drop_all()
+        running = [request for execution in self._on_lanes for request in execution.batch.requests]
+        for request in [*waiting, *running]:
+            self._answer_error(request, Unavailable("the daemon stopped before this request was done"))
+
+    # --- in ----------------------------------------------------------------------------------------------------
+
+    def _receive(self) -> bool:
+        """Take in what is waiting, up to a limit. True if there may be more."""
+        clock = time.perf_counter_ns
+        receive = self._router.receive
+        # No more than the queue has room for: lanes that are free may empty it before the next one is refused.
+        for _ in range(min(_DRAIN_LIMIT, self._scheduler.room or _DRAIN_LIMIT)):
+            begin = clock()
+            message = receive()
+            if message is None:
+                return False
+            self._take(message, begin)
+        return True
+
+    def _take(self, message: Message, received_ns: int) -> None:
+        header, tensors = message.header, message.tensors
+        if header is None:
+            self._send_error(message.peer, message.delimited, None, InvalidArgument("the message is empty"))
+            return
+        try:
+            request = decode_request(header, self._limits)
+        except TensorNextError as error:
+            self._send_error(message.peer, message.delimited, request_id(header, self._limits), error)
+            return
+        try:
+            if tensors is None:
+                raise InvalidArgument(f"more tensor frames than the limit of {self._limits.tensors} came")
+            if isinstance(request, Predict):
+                self._telemetry.requests += 1
+                self._predict(message, request, tensors, received_ns)
+            else:
+                if tensors:
+                    raise InvalidArgument(f"{len(tensors)} tensor frames came with a message that takes none")
+                reply = self._control(request)
+                self._router.send(message.peer, message.delimited, (encode(reply), ()))
+        except TensorNextError as error:
+            self._send_error(message.peer, message.delimited, request.id, error)
+
+    def _control(self, request: Health | Metadata) -> control.Report:
+        if isinstance(request, Health):
+            return control.health(
+                request, self.state, self._inventory, self._scheduler, self._telemetry, self._router.undeliverable
+            )
+        return control.metadata(request, self._inventory, self._scheduler)
+
+    def _predict(self, message: Message, request: Predict, tensors: Sequence[memoryview], received_ns: int) -> None:
+        if self.state != READY:
+            raise Unavailable(f"the daemon is {self.state}")
+        key = (message.peer, request.id)
+        if key in self._in_flight:
+            raise AlreadyExists(f"a request with id {request.id} is in flight on this connection")
+        arrays = view_tensors(request.inputs, tensors, self._limits)
+        model = self._inventory.find(request.model)
+        bound = model.bind(request.inputs, arrays)
+        pending = Pending(message, request, model, bound, received_ns)
+        self._scheduler.add(pending)
+        self._in_flight.add(key)
+        pending.queued_ns = time.perf_counter_ns()
+
+    # --- run ---------------------------------------------------------------------------------------------------
+
+    def _dispatch(self) -> bool:
+        """Put batches on free lanes. True if one ran right here: more may have come meanwhile."""
+        if not self._scheduler.queued:
+            return False
+        inline: Execution | None = None
+        for batch in self._scheduler.next_batches():
+            execution = _execution(batch)
+            if batch.lane == INLINE:
+                inline = execution
+            else:
+                self._on_lanes[execution] = time.monotonic()
+                self._executor(batch).submit(execution)
+        if inline is None:
+            return False
+        self._executor(inline.batch).run_inline(inline)
+        self._finish(inline)
+        return True
+
+    def _executor(self, batch: Batch) -> Executor:
+        return self._inventory.executors[batch.device.name]
+
+    def _finish(self, execution: Execution) -> None:
+        batch = execution.batch
+        self._on_lanes.pop(execution, None)
+        self._scheduler.finished(batch)
+        device = batch.device
+        self._costs.observe(device.name, batch.model, batch.rows, (execution.finished_ns - execution.started_ns) / 1e3)
+        if device.kind == "cuda":
+            device.memory_free_mb = execution.memory_free_mb
+        for request, outcome in zip(batch.requests, execution.outcomes, strict=True):
+            assert isinstance(request, Pending)
+            if isinstance(outcome, TensorNextError):
+                self._answer_error(request, outcome)
+            else:
+                self._answer(request, execution, outcome)
+        if execution.fatal and not device.error:
+            self._lose_device(device.name, execution.fatal)
+
+    def _lose_device(self, name: str, why: str) -> None:
+        log.error("device %s failed and is no longer used: %s", name, why)
+        self._inventory.device_failures[name] = why
+        for request in self._scheduler.fail_device(name, why):
+            try:
+                self._scheduler.add(request)
+            except TensorNextError as error:
+                self._answer_error(request, error)
+
+    # --- out ---------------------------------------------------------------------------------------------------
+
+    def _answer(self, request: Pending, execution: Execution, outputs: tuple[Array, ...]) -> None:
+        model = request.served
+        now = time.perf_counter_ns()
+        result = Result(
+            v=VERSION,
+            id=request.id,
+            model=model.name,
+            version=model.version,
+            outputs=tuple(
+                [
+                    TensorSpec(spec.name, spec.datatype, array.shape)
+                    for spec, array in zip(model.outputs, outputs, strict=True)
+                ]
+            ),
+            device=request.device,
+            reason=request.reason,
+            batch_size=execution.batch.rows,
+            latency_ms=execution.latency_us / 1e3,
+            gpu_memory_mb=execution.memory_free_mb,
+            timing=Timing(
+                receive_us=(request.queued_ns - request.received_ns) / 1e3,
+                queue_us=(execution.started_ns - request.queued_ns) / 1e3,
+                gather_us=execution.gather_us,
+                h2d_us=execution.h2d_us,
+                compute_us=execution.compute_us,
+                d2h_us=execution.d2h_us,
+                reply_us=(now - execution.finished_ns) / 1e3,
+                total_us=(now - request.received_ns) / 1e3,
+            ),
+        )
+        self._in_flight.discard((request.peer, request.id))
+        self._telemetry.replies += 1
+        self._router.send(request.peer, request.delimited, (encode(result), outputs))
+
+    def _answer_error(self, request: Request, error: TensorNextError) -> None:
+        assert isinstance(request, Pending)
+        self._in_flight.discard((request.peer, request.id))
+        self._send_error(request.peer, request.delimited, request.id, error)
+
+    def _send_error(self, peer: bytes, delimited: bool, id_: int | None, error: TensorNextError) -> None:
+        self._telemetry.errors[error.code] += 1
+        reply = ErrorReply(v=VERSION, id=id_, code=error.code, message=error.message)
+        self._router.send(peer, delimited, (encode(reply), ()))
+
+
+def _execution(batch: Batch) -> Execution:
+    requests = batch.requests
+    first = requests[0]
+    assert isinstance(first, Pending)
+    items = [request.arrays for request in requests]  # type: ignore[attr-defined]
+    return Execution(batch, first.served, items, [request.rows for request in requests], first.group)
