@@ -1,0 +1,224 @@
+"""A daemon that only pretends: answers by the book, late, wrongly or never, as a test wants it."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import zmq
+
+from tnxctl import wire
+from tnxctl.errors import InvalidArgument, NotFound, TensorNextError
+
+MLP = wire.ModelInfo(
+    name="mlp",
+    version="1",
+    status="ready",
+    default=True,
+    inputs=(wire.TensorSpec("input", "FP32", (-1, 256)),),
+    outputs=(wire.TensorSpec("output", "FP32", (-1, 128)),),
+    max_batch_size=64,
+    devices=("cpu",),
+)
+DIGITS = wire.ModelInfo(
+    name="digits",
+    version="3",
+    status="ready",
+    inputs=(wire.TensorSpec("image", "FP32", (-1, 64)),),
+    outputs=(wire.TensorSpec("scores", "FP32", (-1, 10)),),
+    max_batch_size=64,
+    devices=("cpu",),
+)
+CPU = wire.DeviceInfo(
+    name="cpu",
+    status="ready",
+    description="a processor of many words that no terminal has room for, at 3.1 GHz",
+    lanes=2,
+    busy_lanes=1,
+    memory_free_mb=900.0,
+    memory_total_mb=15974.0,
+)
+TIMING = wire.Timing(
+    receive_us=10.0,
+    queue_us=20.0,
+    gather_us=5.0,
+    h2d_us=0.0,
+    compute_us=100.0,
+    d2h_us=0.0,
+    reply_us=15.0,
+    total_us=150.0,
+)
+
+Outputs = dict[str, np.ndarray]
+Compute = Callable[[wire.Predict, Outputs], Outputs]
+
+
+def row_sums(request: wire.Predict, inputs: Outputs) -> Outputs:
+    """Model mlp -> 128 and digits -> 10 columns; column j of a row is the sum of the input row, plus j."""
+    name, columns = ("scores", 10) if request.model == "digits" else ("output", 128)
+    (array,) = inputs.values()
+    return {name: (array.sum(axis=1, keepdims=True) + np.arange(columns)).astype(np.float32)}
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What the fake is like.
+
+    Attributes:
+        compute: inputs -> outputs; a TensorNextError that it raises becomes the error reply.
+        delay_s: from a predict request to its reply.
+        mute: no verb is ever answered.
+        device, reason: what results say.
+    """
+
+    status: str = "ready"
+    models: tuple[wire.ModelInfo, ...] = (MLP, DIGITS)
+    devices: tuple[wire.DeviceInfo, ...] = (CPU,)
+    errors: tuple[tuple[str, int], ...] = ()
+    compute: Compute = row_sums
+    delay_s: float = 0.0
+    mute: bool = False
+    device: str = "cpu"
+    reason: str = "no GPU here"
+
+
+class FakeDaemon:
+    """A ROUTER in a thread, from `with` to the end of it.
+
+    Attributes:
+        endpoint: where it listens.
+        predicts: the predict requests that came, in order. inputs: their tensors.
+    """
+
+    def __init__(self, endpoint: str = "tcp://127.0.0.1:*", **behaviour: object) -> None:
+        self._behaviour = replace(Behaviour(), **behaviour)
+        self._context = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.linger = 0
+        self._router.bind(endpoint)
+        self.endpoint = self._router.last_endpoint.decode()
+        self.predicts: list[wire.Predict] = []
+        self.inputs: list[Outputs] = []
+        self._stop, self._stopped = (self._context.socket(zmq.PAIR) for _ in range(2))
+        self._stop.bind("inproc://stop")
+        self._stopped.connect("inproc://stop")
+        self._requests = 0
+        self._arrival = threading.Condition()
+        self._due: list[tuple[float, int, Sequence[bytes]]] = []
+        self._order = itertools.count()
+        self._thread = threading.Thread(target=self._serve, name="fake daemon")
+
+    def __enter__(self) -> FakeDaemon:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.send(b"")
+        self._thread.join()
+        self._context.destroy(linger=0)
+
+    def wait_for_requests(self, count: int, timeout_s: float) -> bool:
+        """Whether so many requests of any verb have come in time."""
+        with self._arrival:
+            return self._arrival.wait_for(lambda: self._requests >= count, timeout_s)
+
+    def wait_for_predicts(self, count: int, timeout_s: float) -> bool:
+        """Whether so many predict requests have come in time."""
+        with self._arrival:
+            return self._arrival.wait_for(lambda: len(self.predicts) >= count, timeout_s)
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._stopped, zmq.POLLIN)
+        while True:
+            wait = max(0.0, self._due[0][0] - time.monotonic()) * 1e3 if self._due else None
+            ready = dict(poller.poll(wait))
+            if self._stopped in ready:
+                return
+            if self._router in ready:
+                peer, *frames = self._router.recv_multipart()
+                reply = self._answer(frames)
+                with self._arrival:
+                    self._requests += 1
+                    self._arrival.notify_all()
+                if reply is not None:
+                    is_result = len(reply) > 1
+                    due = time.monotonic() + (self._behaviour.delay_s if is_result else 0.0)
+                    heapq.heappush(self._due, (due, next(self._order), [peer, *reply]))
+            while self._due and self._due[0][0] <= time.monotonic():
+                self._router.send_multipart(heapq.heappop(self._due)[2])
+
+    def _answer(self, frames: list[bytes]) -> list[bytes] | None:
+        limits = wire.Limits()
+        request = wire.decode_request(frames[0], limits)
+        if self._behaviour.mute:
+            return None
+        try:
+            if isinstance(request, wire.Predict):
+                return self._predict(request, wire.view_tensors(request.inputs, frames[1:], limits))
+            if isinstance(request, wire.Metadata):
+                return [wire.encode(wire.MetadataReport(v=1, id=request.id, model=self._model(request.model)))]
+            return [wire.encode(self._health(request.id))]
+        except TensorNextError as error:
+            return [wire.encode(wire.ErrorReply(v=1, id=request.id, code=error.code, message=error.message))]
+
+    def _model(self, name: str) -> wire.ModelInfo:
+        for model in self._behaviour.models:
+            if model.name == name or (not name and model.default):
+                return model
+        raise NotFound(f"no model {name!r}")
+
+    def _predict(self, request: wire.Predict, arrays: Sequence[np.ndarray]) -> list[bytes]:
+        model = self._model(request.model)
+        inputs = {spec.name: array for spec, array in zip(request.inputs, arrays, strict=True)}
+        self.predicts.append(request)
+        self.inputs.append({name: array.copy() for name, array in inputs.items()})
+        for spec in request.inputs:
+            if spec.name in ("", "input", "image") and spec.shape[1:] != model.inputs[0].shape[1:]:
+                raise InvalidArgument(f"input {spec.name!r}: shape {list(spec.shape)} does not fit {model.name}")
+        outputs = self._behaviour.compute(request, inputs)
+        specs = tuple(wire.TensorSpec(name, _datatype(array), array.shape) for name, array in outputs.items())
+        header = wire.Result(
+            v=1,
+            id=request.id,
+            model=model.name,
+            version=model.version,
+            outputs=specs,
+            device=self._behaviour.device,
+            reason=self._behaviour.reason,
+            batch_size=arrays[0].shape[0] if arrays[0].ndim else 1,
+            latency_ms=0.1,
+            gpu_memory_mb=0.0,
+            timing=TIMING,
+        )
+        return [wire.encode(header), *(array.tobytes() for array in outputs.values())]
+
+    def _health(self, request_id: int) -> wire.HealthReport:
+        return wire.HealthReport(
+            v=1,
+            id=request_id,
+            status=self._behaviour.status,
+            cuda_available=False,
+            current_device="cpu",
+            gpu_memory_free_mb=0.0,
+            version="0.1.0",
+            uptime_s=7509.0,
+            devices=self._behaviour.devices,
+            models=self._behaviour.models,
+            queued=1,
+            running=2,
+            requests=1205,
+            replies=1200,
+            errors=dict(self._behaviour.errors),
+            undeliverable=0,
+        )
+
+
+def _datatype(array: np.ndarray) -> str:
+    return "BF16" if array.dtype.name == "bfloat16" else wire.DATATYPES[array.dtype]

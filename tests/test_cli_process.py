@@ -1,0 +1,241 @@
+"""The tool as a process of its own: exit codes, pipes, terminals, Ctrl-C, and what importing it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fake_daemon import FakeDaemon
+from tnxctl.cli.exits import Exit
+
+TOOL = [sys.executable, "-m", "tnxctl.cli"]
+PATIENCE_S = 30.0  # far more than any of these takes: only so that nothing waits for ever
+
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals, pipes or terminals")
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeDaemon]:
+    with FakeDaemon() as running:
+        yield running
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "TNX_HOST"} | extra
+
+
+def run(*arguments: object, stdin: bytes = b"", **extra: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*TOOL, *map(str, arguments)], input=stdin, capture_output=True, env=environment(**extra), timeout=PATIENCE_S
+    )
+
+
+def test_health_in_json_from_the_environments_host(fake: FakeDaemon) -> None:
+    done = run("health", "--json", TNX_HOST=fake.endpoint)
+    assert (done.returncode, done.stderr) == (Exit.OK, b"")
+    assert json.loads(done.stdout)["status"] == "ready"
+
+
+def test_a_draining_daemon_is_not_ready() -> None:
+    with FakeDaemon(status="draining") as fake:
+        assert run("health", "--host", fake.endpoint).returncode == Exit.NOT_READY
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    done = run("health", "--host", f"ipc://{tmp_path}/nobody", "--timeout", "0.2")
+    assert done.returncode == Exit.UNREACHABLE
+    assert done.stdout == b""
+    assert done.stderr.startswith(b"Error: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_tensors_through_pipes(fake: FakeDaemon, tmp_path: Path) -> None:
+    scans = np.arange(640, dtype=np.float32).reshape(10, 64)
+    np.save(tmp_path / "scans.npy", scans)
+    stdin = (tmp_path / "scans.npy").read_bytes()
+    done = run("predict", "--host", fake.endpoint, "--model", "digits", "--input", "-", "--output", "-", stdin=stdin)
+    assert done.returncode == Exit.OK
+    (tmp_path / "scores.npy").write_bytes(done.stdout)
+    scores = np.load(tmp_path / "scores.npy")
+    np.testing.assert_array_equal(scores, scans.sum(axis=1, keepdims=True) + np.arange(10, dtype=np.float32))
+    assert b"no GPU here" in done.stderr
+
+
+def test_a_truncated_tensor_on_standard_input(tmp_path: Path) -> None:
+    np.save(tmp_path / "scans.npy", np.zeros((10, 64), np.float32))
+    done = run("predict", "--input", "-", stdin=(tmp_path / "scans.npy").read_bytes()[:-1])
+    assert done.returncode == Exit.FILE
+    assert done.stderr.startswith(b"Error: cannot read standard input: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_terminal_without_the_characters_is_no_error(fake: FakeDaemon) -> None:
+    done = run("predict", "--host", fake.endpoint, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (Exit.OK, b"")
+    assert b"DAEMON ?s" in done.stdout
+
+
+@posix
+def test_a_reader_that_has_enough_is_no_trouble(fake: FakeDaemon) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as output:
+        done = subprocess.run(
+            [*TOOL, "health", "--host", fake.endpoint],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            timeout=PATIENCE_S,
+        )
+    assert done.stderr == b""
+
+
+@posix
+@pytest.mark.parametrize("concurrency", [1, 16])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_ends_the_run_with_its_summary(concurrency: int, as_json: bool) -> None:
+    with FakeDaemon(delay_s=0.002) as fake:
+        arguments = ["predict", "--host", fake.endpoint, "--count", "100000", "--concurrency", str(concurrency)]
+        process = subprocess.Popen(
+            [*TOOL, *arguments, *(["--json"] if as_json else [])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+        )
+        assert fake.wait_for_predicts(50, PATIENCE_S)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == Exit.INTERRUPTED
+    assert stderr.startswith(b"Error: interrupted after ")
+    assert stderr.count(b"\n") == 1
+    if as_json:
+        document = json.loads(stdout)
+        assert document["interrupted"] is True
+        assert 0 < document["answered"] < 100000
+    else:
+        assert b"of 100000 requests answered by mlp version 1" in stdout
+        assert b"p99" in stdout
+
+
+@posix
+@pytest.mark.parametrize("verb", ["health", "predict"])
+def test_ctrl_c_while_a_daemon_keeps_silent(verb: str) -> None:
+    with FakeDaemon(mute=True) as fake:
+        process = subprocess.Popen(
+            [*TOOL, verb, "--host", fake.endpoint, "--timeout", "60"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+        )
+        assert fake.wait_for_requests(1, PATIENCE_S)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == Exit.INTERRUPTED
+    assert (stdout, stderr.strip()) == (b"", b"")
+
+
+@posix
+def test_on_a_terminal_there_are_colours_and_a_progress_bar(fake: FakeDaemon) -> None:
+    health = on_terminal("health", "--host", fake.endpoint)
+    run_of_many = on_terminal("predict", "--host", fake.endpoint, "--count", "200", "--concurrency", "4")
+    assert "\x1b[32mready" in health
+    assert all(len(line) <= 80 for line in strip(health).splitlines())
+    assert "200/200" in run_of_many
+    assert "\x1b[?25h" in run_of_many, "the cursor is back"
+
+
+def on_terminal(*arguments: str) -> str:
+    """What the tool writes to a terminal of 80 columns."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*TOOL, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment(TERM="xterm", COLUMNS="80")
+    )
+    os.close(theirs)
+    written = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            written += chunk
+    except OSError:  # EIO: the other end is closed
+        pass
+    finally:
+        os.close(ours)
+    assert process.wait(PATIENCE_S) == Exit.OK
+    return written.decode()
+
+
+def strip(text: str) -> str:
+    import click
+
+    return click.unstyle(text)
+
+
+# --- imports -------------------------------------------------------------------------------------------------
+
+BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+for name in BLOCKED:
+    sys.modules.pop(name, None)
+"""
+
+
+def python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=PATIENCE_S
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_tool_needs_neither_torch_nor_posix(fake: FakeDaemon) -> None:
+    blocked = ("torch", "fcntl", "pwd", "grp", "resource", "termios", "tty", "pty")
+    code = f"""
+BLOCKED = {blocked!r}
+{BLOCKER}
+from tnxctl.cli import main
+for arguments in (["health"], ["metadata"], ["predict"], ["predict", "--count", "50", "--concurrency", "4"]):
+    assert main([*arguments, "--host", {fake.endpoint!r}], standalone_mode=False) in (0, None), arguments
+"""
+    assert "ready" in python(code)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unneeded"),
+    [
+        (["--version"], ("numpy", "zmq", "msgspec", "asyncio", "rich")),
+        (["--help"], ("numpy", "zmq", "msgspec", "asyncio", "rich")),
+        (["completion", "zsh"], ("numpy", "zmq", "msgspec", "asyncio", "rich")),
+        (["health"], ("asyncio", "rich", "ml_dtypes", "zmq.asyncio")),
+        (["predict"], ("asyncio", "rich", "ml_dtypes", "zmq.asyncio")),
+    ],
+)
+def test_each_command_imports_only_what_it_needs(
+    fake: FakeDaemon, arguments: list[str], unneeded: tuple[str, ...]
+) -> None:
+    code = f"""
+import sys
+from tnxctl.cli import main
+try:
+    main({arguments!r}, standalone_mode=False)
+finally:
+    print("imported:", sorted(set({unneeded!r}) & set(sys.modules)))
+"""
+    if arguments[0] in ("health", "predict"):
+        code = code.replace(repr(arguments), repr([*arguments, "--host", fake.endpoint]))
+    assert python(code).splitlines()[-1] == "imported: []"
