@@ -231,6 +231,4 @@ class Router:
                 with contextlib.suppress(OSError):
                     os.unlink(endpoint.removeprefix("ipc://"))
         for lock in self._locks:
-            with contextlib.suppress(OSError):
-                os.unlink(lock.name)
-            lock.close()
+            lock.close()  # the file stays: to remove it would let two others lock two files of one name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -40,10 +39,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def describe_cpu() -> str:
-    return f"{platform.processor() or platform.machine()}, {available_cores()} cores"
 
 
 def host_memory_mb() -> tuple[float, float]:

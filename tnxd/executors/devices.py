@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tnxd.config import Config
-from tnxd.executors.cpu import CpuRunner, available_cores, choose_threads, describe_cpu, host_memory_mb
+from tnxd.executors.cpu import CpuRunner, available_cores, choose_threads, host_memory_mb
 from tnxd.executors.cuda import CudaMemory, CudaRunner
 from tnxd.executors.pool import LanePool, OnDone
 
@@ -53,7 +53,7 @@ def _open_cpu(config: Config, on_done: OnDone) -> LanePool:
     return LanePool(
         "cpu",
         "cpu",
-        f"{describe_cpu()}, {workers} workers of {threads} threads",
+        f"{available_cores()} cores; threads per lane: {threads}",
         runners=[CpuRunner(replicas, threads) for _ in range(workers)],
         inline=CpuRunner(replicas, 1),
         replicas=replicas,

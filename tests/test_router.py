@@ -1,0 +1,164 @@
+"""The ROUTER against real peers that are slow, gone or strange."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+
+from tnxctl.wire import Limits
+from tnxd import router as module
+from tnxd.router import Message, Router
+from tnxd.wakeup import Wakeup
+
+
+@pytest.fixture
+def wakeup() -> Iterator[Wakeup]:
+    one = Wakeup()
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def router(wakeup: Wakeup) -> Iterator[Router]:
+    one = Router(Limits(tensors=3))
+    one.bind("tcp://127.0.0.1:*")
+    one.watch(wakeup)
+    yield one
+    one.close(0)
+
+
+class Peer:
+    """A DEALER (or another kind) whose receiving side can be made narrow."""
+
+    def __init__(self, router: Router, kind: int = zmq.DEALER, narrow: bool = False) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(kind)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        if narrow:
+            self.socket.setsockopt(zmq.RCVHWM, 1)
+            self.socket.setsockopt(zmq.RCVBUF, 4096)
+        self.socket.connect(router.endpoints[0])
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.destroy(0)
+
+
+def next_message(router: Router, seconds: float = 20.0) -> Message:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        router.wait(1000)
+        message = router.receive()
+        if message is not None:
+            return message
+    raise AssertionError("no message came")
+
+
+def test_frames_of_a_message(router: Router) -> None:
+    with Peer(router) as peer:
+        peer.socket.send_multipart([b"header", b"one", b""])
+        message = next_message(router)
+        assert (message.delimited, bytes(message.header or b"")) == (False, b"header")
+        assert [bytes(tensor) for tensor in message.tensors or []] == [b"one", b""]
+        router.send(message.peer, message.delimited, (b"answer", (np.arange(3, dtype=np.uint8), np.empty(0))))
+        assert peer.socket.recv_multipart() == [b"answer", b"\0\1\2", b""]
+
+
+def test_a_req_socket_gets_its_delimiter_back(router: Router) -> None:
+    with Peer(router, zmq.REQ) as peer:
+        for _ in range(2):
+            peer.socket.send_multipart([b"header", b"tensor"])
+            message = next_message(router)
+            assert message.delimited
+            assert bytes(message.header or b"") == b"header"
+            router.send(message.peer, message.delimited, (b"answer", ()))
+            assert peer.socket.recv_multipart() == [b"answer"]
+
+
+@pytest.mark.parametrize("frames", [[b""], [b"", b""]])
+def test_a_message_without_a_header(router: Router, frames: list[bytes]) -> None:
+    with Peer(router) as peer:
+        peer.socket.send_multipart(frames)
+        assert next_message(router).header is None
+
+
+def test_more_frames_than_the_limit_are_not_kept(router: Router) -> None:
+    with Peer(router) as peer:
+        peer.socket.send_multipart([b"header", *[b"tensor"] * 1000])
+        assert next_message(router).tensors is None
+        peer.socket.send_multipart([b"header", *[b"tensor"] * 3])
+        assert len(next_message(router).tensors or []) == 3
+
+
+def test_a_peer_that_is_gone_is_counted(router: Router) -> None:
+    with Peer(router) as peer:
+        peer.socket.send(b"header")
+        gone = next_message(router).peer
+    while not router.undeliverable:  # until the ROUTER has noticed
+        router.send(gone, False, (b"answer", ()))
+        router.wait(1)
+        assert router.receive() is None
+
+
+def test_a_slow_peer_gets_everything_in_order_and_others_do_not_wait(router: Router) -> None:
+    count = 800
+    with Peer(router, narrow=True) as slow, Peer(router) as other:
+        slow.socket.send(b"slow")
+        slow_id = next_message(router).peer
+        payload = np.zeros(50_000, np.uint8)
+        for index in range(count):
+            router.send(slow_id, False, (b"%d" % index, (payload,)))
+        assert not router.flush()
+        other.socket.send(b"other")
+        router.send(next_message(router).peer, False, (b"answer", ()))
+        assert other.socket.recv() == b"answer"
+        got = []
+        while len(got) < count:
+            router.flush()
+            if slow.socket.poll(1):
+                got.append(int(slow.socket.recv_multipart()[0]))
+        assert got == list(range(count))
+        assert router.flush()
+        assert router.undeliverable == 0
+
+
+def test_a_peer_that_never_reads_is_given_up(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BACKLOG_BYTES", 1_000_000)
+    monkeypatch.setattr(module, "_BACKLOG_SECONDS", 0.2)
+    with Peer(router, narrow=True) as peer:
+        peer.socket.send(b"header")
+        peer_id = next_message(router).peer
+        payload = np.zeros(50_000, np.uint8)
+        for _ in range(800):
+            router.send(peer_id, False, (b"answer", (payload,)))
+        beyond_bytes = router.undeliverable
+        assert 0 < beyond_bytes < 800
+        while not router.flush():
+            router.wait(5)
+        assert beyond_bytes < router.undeliverable <= 800
+
+
+def test_a_wake_up_ends_the_wait(router: Router, wakeup: Wakeup) -> None:
+    wakeup.set()
+    begin = time.monotonic()
+    router.wait(60_000)
+    assert time.monotonic() - begin < 30
+    wakeup.clear()
+    begin = time.monotonic()
+    router.wait(50)
+    assert time.monotonic() - begin > 0.02
+
+
+def test_an_ipc_endpoint_cleans_up(tmp_path: Path) -> None:
+    one = Router(Limits())
+    one.bind(f"ipc://{tmp_path}/tnx")
+    assert (tmp_path / "tnx").exists()
+    one.close(0)
+    assert [path.name for path in tmp_path.iterdir()] == ["tnx.lock"]
