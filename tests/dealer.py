@@ -10,7 +10,8 @@ import numpy as np
 import zmq
 
 from tnxctl import wire
-from tnxctl.wire import Array, Limits, TensorSpec
+from tnxctl.frames import DATATYPES, Array, view_tensors
+from tnxctl.wire import Limits, TensorSpec
 
 LIMITS = Limits(header_bytes=1 << 20)
 
@@ -40,8 +41,7 @@ class Dealer:
         fields.setdefault("id", self._next_id)
         self._next_id = fields["id"] + 1
         specs = tuple(
-            TensorSpec(name, wire.DATATYPES[array.dtype], array.shape)
-            for name, array in zip(names, arrays, strict=True)
+            TensorSpec(name, DATATYPES[array.dtype], array.shape) for name, array in zip(names, arrays, strict=True)
         )
         header = wire.encode(wire.Predict(v=wire.VERSION, inputs=specs, **fields))
         self.socket.send_multipart([header, *arrays])
@@ -53,7 +53,7 @@ class Dealer:
         header, *frames = self.socket.recv_multipart()
         reply = wire.decode_reply(header, LIMITS)
         specs = reply.outputs if isinstance(reply, wire.Result) else ()
-        return reply, wire.view_tensors(specs, frames, LIMITS)
+        return reply, view_tensors(specs, frames, LIMITS)
 
     def result(self, seconds: float = 20.0) -> tuple[wire.Result, tuple[Array, ...]]:
         """The next reply, which must be a result."""

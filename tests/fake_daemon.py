@@ -14,6 +14,7 @@ import zmq
 
 from tnxctl import wire
 from tnxctl.errors import InvalidArgument, NotFound, TensorNextError
+from tnxctl.frames import DATATYPES, view_tensors
 
 MLP = wire.ModelInfo(
     name="mlp",
@@ -161,7 +162,7 @@ class FakeDaemon:
             return None
         try:
             if isinstance(request, wire.Predict):
-                return self._predict(request, wire.view_tensors(request.inputs, frames[1:], limits))
+                return self._predict(request, view_tensors(request.inputs, frames[1:], limits))
             if isinstance(request, wire.Metadata):
                 return [wire.encode(wire.MetadataReport(v=1, id=request.id, model=self._model(request.model)))]
             return [wire.encode(self._health(request.id))]
@@ -221,4 +222,4 @@ class FakeDaemon:
 
 
 def _datatype(array: np.ndarray) -> str:
-    return "BF16" if array.dtype.name == "bfloat16" else wire.DATATYPES[array.dtype]
+    return "BF16" if array.dtype.name == "bfloat16" else DATATYPES[array.dtype]

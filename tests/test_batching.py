@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnxctl.wire import Array, TensorSpec
+from tnxctl.frames import Array
+from tnxctl.wire import TensorSpec
 from tnxd.batching import Staging, split
 
 SPECS = (TensorSpec("a", "FP32", (-1, 3)), TensorSpec("b", "INT64", (-1,)))

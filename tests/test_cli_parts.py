@@ -17,6 +17,7 @@ from tnxctl import errors, wire
 from tnxctl.cli import exits, inputs, report, tensorfiles, text
 from tnxctl.cli.tally import Tally
 from tnxctl.cli.workload import Answer
+from tnxctl.frames import STORAGE
 from tnxctl.results import Result
 
 # --- files ---------------------------------------------------------------------------------------------------
@@ -170,10 +171,10 @@ def test_random_inputs_fit_the_signature() -> None:
     assert {name: array.shape for name, array in generate(free).items()} == {"x": (1, 1, 3), "n": ()}
 
 
-@pytest.mark.parametrize("datatype", wire.STORAGE)
+@pytest.mark.parametrize("datatype", STORAGE)
 def test_random_inputs_have_the_datatype(datatype: str) -> None:
     array = generate(model(wire.TensorSpec("x", datatype, (-1, 64))))["x"]
-    assert array.dtype == (ml_dtypes.bfloat16 if datatype == "BF16" else wire.STORAGE[datatype])
+    assert array.dtype == (ml_dtypes.bfloat16 if datatype == "BF16" else STORAGE[datatype])
     assert len(np.unique(array)) > 1
     if array.dtype.kind in "biu":
         assert set(array.ravel().tolist()) <= {0, 1}

@@ -52,8 +52,8 @@ def test_one_file_of_the_daemon_knows_zeromq() -> None:
     assert {path for path in users("zmq") if path.startswith("tnxd/")} == {"tnxd/router.py"}
 
 
-def test_the_daemon_knows_three_modules_of_the_client() -> None:
-    allowed = {"tnxctl", "tnxctl.wire", "tnxctl.errors"}
+def test_the_daemon_knows_the_protocol_and_the_errors_of_the_client() -> None:
+    allowed = {"tnxctl", "tnxctl.wire", "tnxctl.frames", "tnxctl.errors"}
     for path in SOURCES:
         if path.is_relative_to(ROOT / "tnxd"):
             used = {name for name in imports(path) if name == "tnxctl" or name.startswith("tnxctl.")}
@@ -72,8 +72,9 @@ def test_the_client_does_not_know_the_daemon() -> None:
         ("tnxd.costs", ["torch", "zmq", "threading"]),
         ("tnxd.server", ["torch"]),
         ("tnxd.batching", ["torch", "zmq"]),
-        ("tnxctl.wire", ["zmq", "torch", "asyncio"]),
-        ("tnxctl.session", ["zmq", "torch", "asyncio"]),
+        ("tnxctl.wire", ["zmq", "torch", "asyncio", "tnxctl.frames"]),
+        ("tnxctl.client", ["torch", "asyncio", "tnxctl.frames"]),
+        ("tnxctl.session", ["zmq", "torch", "asyncio", "tnxctl.frames"]),
     ],
 )
 def test_importing_a_module_brings_nothing_of_another_layer(module: str, forbidden: list[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import Daemon, start_daemon
 from dealer import Dealer, rows
 from tnxctl import wire
-from tnxctl.wire import Array
+from tnxctl.frames import Array
 
 ODD = Path(__file__).parent / "odd_models.py"
 MODELS = ("odd", "wide", "whole", "in-place", "twice", "broken")

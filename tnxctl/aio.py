@@ -164,7 +164,7 @@ class _LoopDriver:
     def _on_time(self) -> None:
         self._timer, self._timer_due = None, math.inf
         _settle_all(self._link.on_time(time.monotonic()))
-        self._turn()  # new sockets may hold events already
+        self._turn()  # sockets opened just now may hold events already
 
     def _set_timer(self) -> None:
         due = self._session.due

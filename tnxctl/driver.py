@@ -76,8 +76,6 @@ class ThreadDriver:
         call.waiter = future
         future.add_done_callback(partial(self._on_done, call))
         self._post(self._start, call)
-        if not self._session.idle:
-            self._call_io_thread()
         return future
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ def parse_endpoint(text: str) -> str:
 
     Accepted are an IPv4 or IPv6 address or a host name, each with or without a port and `tcp://`, and
     `ipc://` with a path. The port is `tnxctl.wire.DEFAULT_PORT` unless given. An IPv6 address with a port
-    stands in brackets.
+    stands in brackets. libzmq looks a host name up as IPv4.
 
         "192.168.1.100"       -> "tcp://192.168.1.100:5555"
         "gpu-box:6000"        -> "tcp://gpu-box:6000"

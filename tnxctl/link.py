@@ -150,7 +150,7 @@ class Link:
         session.connecting(now)
         try:
             self._open_sockets()
-        except zmq.ZMQError as error:  # no more file descriptors, or a path that the system refuses
+        except (zmq.ZMQError, OSError) as error:  # no file descriptor left, or a path that the system refuses
             self._close_sockets()
             session.note_trouble(str(error))
             session.lost()
@@ -160,7 +160,8 @@ class Link:
         self.dealer = dealer = context.socket(zmq.DEALER)
         self._watch(dealer)
         dealer.set(zmq.LINGER, 0)
-        dealer.set(zmq.IPV6, 1)
+        # For IPv6 addresses only: a name such as localhost would be looked up as IPv6 alone, and its IPv4 never tried.
+        dealer.set(zmq.IPV6, "[" in self._session.endpoint)
         dealer.set(zmq.SNDHWM, 0)  # the session bounds what is under way
         dealer.set(zmq.RCVHWM, 0)
         dealer.set(zmq.MAXMSGSIZE, self._session.max_frame_bytes)

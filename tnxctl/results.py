@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from tnxctl.errors import InvalidArgument
-from tnxctl.wire import Array, Timing
+from tnxctl.wire import Timing
+
+if TYPE_CHECKING:
+    from tnxctl.frames import Array
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):

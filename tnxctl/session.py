@@ -20,8 +20,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
@@ -38,8 +38,10 @@ from tnxctl.errors import (
     from_code,
 )
 from tnxctl.results import Result
-from tnxctl.tensors import from_wire, to_wire
-from tnxctl.wire import Array, HealthReport, Limits, ModelInfo, TensorSpec
+from tnxctl.wire import HealthReport, Limits, ModelInfo
+
+if TYPE_CHECKING:
+    from tnxctl.frames import Array
 
 T = TypeVar("T")
 
@@ -190,7 +192,9 @@ class Session:
         Raises:
             InvalidArgument: an argument that can never work; the sentence names it.
         """
-        specs, arrays, nbytes = self._encode_inputs(inputs, copy)
+        from tnxctl.tensors import pack  # numpy costs more to import than all of `tnxctl health`
+
+        specs, arrays, nbytes = pack(inputs, self.limits, copy)
         request = wire.Predict(
             v=wire.VERSION,
             id=next(self._ids),
@@ -210,27 +214,6 @@ class Session:
         """Encode a metadata request."""
         request = wire.Metadata(v=wire.VERSION, id=next(self._ids), model=_check_model(model))
         return self._call(request, [], 0, _read_metadata, timeout, now)
-
-    def _encode_inputs(self, inputs: object, copy: bool) -> tuple[tuple[TensorSpec, ...], list[Array], int]:
-        named = inputs if isinstance(inputs, Mapping) else {"": inputs}
-        limits = self.limits
-        if not 1 <= len(named) <= limits.tensors:
-            raise InvalidArgument(f"{len(named)} inputs, expected 1 to {limits.tensors}")
-        specs = []
-        arrays = []
-        nbytes = 0
-        for name, value in named.items():
-            if not isinstance(name, str):
-                raise InvalidArgument(f"input name {name!r} is not a string")
-            datatype, array = to_wire(name, value)
-            if array.ndim > limits.rank:
-                raise InvalidArgument(f"input {name!r}: rank {array.ndim} is more than the limit of {limits.rank}")
-            specs.append(TensorSpec(name, datatype, array.shape))
-            arrays.append(array.copy() if copy else array)
-            nbytes += array.nbytes
-        if nbytes > limits.message_bytes:
-            raise InvalidArgument(f"the inputs have {nbytes} bytes, more than the limit of {limits.message_bytes}")
-        return tuple(specs), arrays, nbytes
 
     def _call(
         self,
@@ -272,7 +255,8 @@ class Session:
             call.fail(FailedPrecondition(f"the client of {self.endpoint} is closed"))
             return False
         pending = self._pending
-        if len(pending) >= MAX_PENDING_CALLS or self._pending_bytes + call.nbytes > MAX_PENDING_BYTES:
+        full = len(pending) >= MAX_PENDING_CALLS or self._pending_bytes + call.nbytes > MAX_PENDING_BYTES
+        if full and pending:  # a single call is bounded by the limits of a message
             call.fail(
                 ResourceExhausted(
                     f"{len(pending)} calls with {self._pending_bytes} bytes wait for {self.endpoint} already, "
@@ -407,12 +391,10 @@ class Session:
 def _read_result(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> Result:
     if not isinstance(reply, wire.Result):
         raise _unexpected(reply, "a result")
-    arrays = wire.view_tensors(reply.outputs, frames[1:], limits)
-    outputs = {spec.name: from_wire(spec.datatype, array) for spec, array in zip(reply.outputs, arrays, strict=True)}
-    if len(outputs) != len(arrays):
-        raise InvalidArgument(f"several outputs have the same name: {[spec.name for spec in reply.outputs]}")
+    from tnxctl.tensors import unpack
+
     return Result(
-        outputs=outputs,
+        outputs=unpack(reply.outputs, frames[1:], limits),
         model=reply.model,
         version=reply.version,
         device=reply.device,
@@ -427,15 +409,20 @@ def _read_result(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> 
 def _read_health(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> HealthReport:
     if not isinstance(reply, HealthReport):
         raise _unexpected(reply, "a health report")
-    wire.view_tensors((), frames[1:], limits)
+    _check_no_tensors(frames)
     return reply
 
 
 def _read_metadata(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> ModelInfo:
     if not isinstance(reply, wire.MetadataReport):
         raise _unexpected(reply, "a metadata report")
-    wire.view_tensors((), frames[1:], limits)
+    _check_no_tensors(frames)
     return reply.model
+
+
+def _check_no_tensors(frames: Sequence[bytes]) -> None:
+    if len(frames) > 1:
+        raise InvalidArgument(f"{len(frames) - 1} tensor frames came with a reply that has none")
 
 
 def _unexpected(reply: wire.Reply, expected: str) -> InvalidArgument:

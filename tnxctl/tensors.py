@@ -6,16 +6,18 @@ torch is never imported here: a torch tensor can only come from a program that h
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tnxctl.errors import InvalidArgument
-from tnxctl.wire import DATATYPES, STORAGE, Array
+from tnxctl.frames import DATATYPES, STORAGE, Array, view_tensors
+from tnxctl.wire import Limits, TensorSpec
 
 
 def to_wire(name: str, value: object) -> tuple[str, Array]:
-    """The datatype of `value` and its elements as a C-contiguous array of the dtype that `wire.STORAGE` gives.
+    """The datatype of `value` and its elements as a C-contiguous array of the dtype that `tnxctl.frames.STORAGE` gives.
 
     Taken are numpy arrays and scalars, torch tensors (from a GPU: copied to the host) and everything else
     with `__array__` or `__dlpack__`, of any shape. bfloat16 is taken as an `ml_dtypes` array or a torch
@@ -89,3 +91,42 @@ def _dtype_error(name: str, dtype: np.dtype[Any]) -> InvalidArgument:
 
 def _type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def pack(inputs: object, limits: Limits, copy: bool) -> tuple[tuple[TensorSpec, ...], list[Array], int]:
+    """What a user gave to `predict`, as specs, arrays and their bytes together.
+
+    Args:
+        inputs: one array, or a mapping of names to arrays.
+        copy: whether the arrays must not share memory with what was given.
+
+    Raises:
+        InvalidArgument: an array that cannot be sent, or more of them than the limits allow.
+    """
+    named = inputs if isinstance(inputs, Mapping) else {"": inputs}
+    if not 1 <= len(named) <= limits.tensors:
+        raise InvalidArgument(f"{len(named)} inputs, expected 1 to {limits.tensors}")
+    specs = []
+    arrays = []
+    nbytes = 0
+    for name, value in named.items():
+        if not isinstance(name, str):
+            raise InvalidArgument(f"input name {name!r} is not a string")
+        datatype, array = to_wire(name, value)
+        if array.ndim > limits.rank:
+            raise InvalidArgument(f"input {name!r}: rank {array.ndim} is more than the limit of {limits.rank}")
+        specs.append(TensorSpec(name, datatype, array.shape))
+        arrays.append(array.copy() if copy else array)
+        nbytes += array.nbytes
+    if nbytes > limits.message_bytes:
+        raise InvalidArgument(f"the inputs have {nbytes} bytes, more than the limit of {limits.message_bytes}")
+    return tuple(specs), arrays, nbytes
+
+
+def unpack(specs: Sequence[TensorSpec], frames: Sequence[bytes], limits: Limits) -> dict[str, Array]:
+    """Outputs by name. Raises InvalidArgument if the frames are not what the specs say."""
+    arrays = view_tensors(specs, frames, limits)
+    outputs = {spec.name: from_wire(spec.datatype, array) for spec, array in zip(specs, arrays, strict=True)}
+    if len(outputs) != len(arrays):
+        raise InvalidArgument(f"several outputs have the same name: {[spec.name for spec in specs]}")
+    return outputs

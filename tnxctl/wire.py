@@ -1,8 +1,8 @@
-"""Wire protocol, version 1: frames <-> headers and arrays. No socket, no clock, no I/O.
+"""Wire protocol, version 1: the header of a message. No socket, no clock, no I/O, no numpy.
 
 A message is one msgpack header followed by one raw frame per tensor, little-endian, in C order;
-`docs/protocol.md` is the specification. Both halves of TensorNext import this module, so it stays light:
-numpy and msgspec only.
+`docs/protocol.md` is the specification. `tnxctl.frames` is about the tensors. Both halves of TensorNext import this
+module, `tnxctl health` too, so it stays light.
 
 Headers are msgpack maps. An array header would save about 0.25 µs and 190 bytes per request and reply
 together (CPython 3.11, msgspec 0.22: see docs/performance.md), too little to give up names that a reader of a
@@ -11,14 +11,10 @@ packet capture understands and that an older peer can skip.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from tnxctl.errors import InvalidArgument, Unimplemented
 
@@ -29,31 +25,6 @@ VERSION: Final = 1
 DEFAULT_PORT = 5555
 MAX_ID = 2**63 - 1
 MAX_DIM = 2**63 - 1
-
-Array = NDArray[Any]
-
-STORAGE: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype("bool"),
-    "UINT8": np.dtype("u1"),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "INT8": np.dtype("i1"),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "FP16": np.dtype("<f2"),
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-    "BF16": np.dtype("<u2"),
-}
-"""Datatype name of the Open Inference Protocol v2 -> the numpy dtype that holds its bytes.
-
-numpy has no bfloat16 of its own: a BF16 array is carried as its 16-bit patterns.
-"""
-
-DATATYPES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in STORAGE.items() if name != "BF16"}
-"""numpy dtype -> datatype name, for every dtype that numpy itself has."""
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -377,71 +348,13 @@ def _excerpt_msgpack(data: bytes) -> str:
     """A short value as Python writes it; of a longer one, or of what is no msgpack, the first bytes."""
     if len(data) <= 100:
         try:
-            return _excerpt(msgspec.msgpack.decode(data, ext_hook=lambda code, data: (code, bytes(data))))
+            return excerpt(msgspec.msgpack.decode(data, ext_hook=lambda code, data: (code, bytes(data))))
         except _DECODE_ERRORS:
             pass
     return f"{data[:50]!r}... ({len(data)} bytes)" if len(data) > 50 else repr(data)
 
 
-def _excerpt(value: object, length: int = 60) -> str:
+def excerpt(value: object, length: int = 60) -> str:
+    """A value as error sentences show it: on one line, and no longer than that."""
     text = repr(value)
     return text if len(text) <= length else text[:length] + "..."
-
-
-# --- tensors -------------------------------------------------------------------------------------------------
-
-
-def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: Limits) -> tuple[Array, ...]:
-    """Tensor frames as arrays of the declared shapes, without a copy: each array keeps its frame alive.
-
-    BF16 comes as its 16-bit patterns (dtype `<u2`). The arrays may be unaligned and must not be written.
-
-    Raises:
-        InvalidArgument: a count, datatype, rank, dimension, length or limit does not hold; the sentence names it.
-    """
-    if len(specs) != len(frames):
-        raise InvalidArgument(f"the header announces {len(specs)} tensors, {len(frames)} tensor frames came")
-    if len(specs) > limits.tensors:
-        raise InvalidArgument(f"{len(specs)} tensors in one message, more than the limit of {limits.tensors}")
-    room = limits.message_bytes
-    arrays = []
-    for spec, frame in zip(specs, frames, strict=True):
-        dtype = STORAGE.get(spec.datatype)
-        if dtype is None:
-            raise InvalidArgument(
-                f"tensor {_excerpt(spec.name)}: unknown datatype {_excerpt(spec.datatype)}, "
-                f"known are {', '.join(STORAGE)}"
-            )
-        shape = spec.shape
-        if len(shape) > limits.rank:  # first: the product of thousands of large dimensions takes long
-            raise InvalidArgument(
-                f"tensor {_excerpt(spec.name)}: rank {len(shape)} is more than the limit of {limits.rank}"
-            )
-        size = dtype.itemsize * math.prod(shape)  # Python integers: no overflow, whatever the dimensions
-        view = memoryview(frame)
-        if size != view.nbytes or size > room or min(shape, default=0) < 0:
-            raise _tensor_error(spec, size, view.nbytes, room, limits)
-        room -= size
-        try:
-            array: Array = np.ndarray(shape, dtype, view)
-        except (ValueError, OverflowError, MemoryError) as error:  # zero rows with another axis beyond numpy's range
-            raise InvalidArgument(f"tensor {_excerpt(spec.name)}: shape {_excerpt(list(shape))}: {error}") from None
-        if dtype.kind == "b" and size and array.view(np.uint8).max() > 1:
-            raise InvalidArgument(
-                f"tensor {_excerpt(spec.name)}: byte {array.view(np.uint8).max()} is not a BOOL, which is 0 or 1"
-            )
-        arrays.append(array)
-    return tuple(arrays)
-
-
-def _tensor_error(spec: TensorSpec, size: int, received: int, room: int, limits: Limits) -> InvalidArgument:
-    name, shape = _excerpt(spec.name), _excerpt(list(spec.shape))
-    for dim in spec.shape:
-        if not 0 <= dim <= MAX_DIM:
-            return InvalidArgument(f"tensor {name}: dimension {dim} of shape {shape} is outside 0..{MAX_DIM}")
-    if size > room:
-        return InvalidArgument(
-            f"tensor {name}: {size} bytes ({spec.datatype} {shape}) are more than the {room} that are left "
-            f"of the limit of {limits.message_bytes} bytes for all tensors of a message"
-        )
-    return InvalidArgument(f"tensor {name}: {spec.datatype} {shape} takes {size} bytes, its frame has {received}")

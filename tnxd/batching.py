@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tnxctl.wire import STORAGE, Array, TensorSpec
+from tnxctl.frames import STORAGE, Array
+from tnxctl.wire import TensorSpec
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], Array]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tnxctl import __version__
 from tnxctl.errors import FailedPrecondition, NotFound, Unavailable
-from tnxctl.wire import VERSION, DeviceInfo, Health, HealthReport, Metadata, MetadataReport, ModelInfo
+from tnxctl.wire import VERSION, DeviceInfo, Health, HealthReport, Metadata, MetadataReport, ModelInfo, excerpt
 from tnxd.executors.execution import Executor
 from tnxd.models.model import Model
 from tnxd.scheduler import Scheduler
@@ -41,7 +41,7 @@ class Inventory:
         """The model of that name, or the default model for "". Raises NotFound, FailedPrecondition."""
         model = self.models.get(name or self.default_model)
         if model is None:
-            raise NotFound(f"no model {name!r}; there are {', '.join(self.models)}")
+            raise NotFound(f"no model {excerpt(name)}; there are {', '.join(self.models)}")
         failure = self.model_failures.get(model.name)
         if failure is not None:
             raise FailedPrecondition(f"model {model.name!r} is not loaded: {failure}")
@@ -86,7 +86,7 @@ def metadata(request: Metadata, inventory: Inventory, scheduler: Scheduler) -> M
     """One model's signature and state. Raises NotFound."""
     model = inventory.models.get(request.model or inventory.default_model)
     if model is None:
-        raise NotFound(f"no model {request.model!r}; there are {', '.join(inventory.models)}")
+        raise NotFound(f"no model {excerpt(request.model)}; there are {', '.join(inventory.models)}")
     return MetadataReport(v=VERSION, id=request.id, model=_model_info(model, inventory, scheduler))
 
 

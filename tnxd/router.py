@@ -16,7 +16,8 @@ from typing import IO, Any, NamedTuple
 import zmq
 
 from tnxctl.errors import FailedPrecondition, InvalidArgument
-from tnxctl.wire import Array, Limits
+from tnxctl.frames import Array
+from tnxctl.wire import Limits
 from tnxd.wakeup import Wakeup
 
 _NOBLOCK = int(zmq.NOBLOCK)
@@ -29,6 +30,7 @@ _REFERENCE_FROM_BYTES = 128 * 1024
 
 # A peer that takes no replies: libzmq queues this many messages for it, then they wait in a backlog, within limits.
 _PEER_HWM = 256
+_PEER_LENT_BYTES = 64 * 1024 * 1024  # of the frames that it sends by reference, since the other limit is in messages
 _BACKLOG_BYTES = 64 * 1024 * 1024
 _BACKLOG_SECONDS = 10.0
 _BACKLOG_RETRY_MS = 2
@@ -44,13 +46,28 @@ class Message(NamedTuple):
         peer: the connection's identity.
         delimited: whether an empty frame came first, as REQ sockets send it; the answer must have one too.
         header: the header frame; None if there was none.
-        tensors: the frames behind it, views that own their memory. None if there were more than the limit.
+        tensors: the frames behind it, views that own their memory; no more than the limit are kept.
+        tensor_count: how many frames there were behind the header.
     """
 
     peer: bytes
     delimited: bool
     header: memoryview | None
-    tensors: list[memoryview] | None
+    tensors: list[memoryview]
+    tensor_count: int
+
+
+class _Lent:
+    """Frames that libzmq sends by reference for one peer, and has not yet let go of."""
+
+    def __init__(self) -> None:
+        self.frames: deque[tuple[zmq.MessageTracker, int]] = deque()
+        self.nbytes = 0
+
+    def collect(self) -> None:
+        """Forget what has been sent."""
+        while self.frames and self.frames[0][0].done:
+            self.nbytes -= self.frames.popleft()[1]
 
 
 class _Backlog:
@@ -75,6 +92,7 @@ class Router:
         self.undeliverable = 0
         self._max_tensors = limits.tensors
         self._backlogs: dict[bytes, _Backlog] = {}
+        self._lent: dict[bytes, _Lent] = {}
         self._locks: list[IO[str]] = []
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 64)
@@ -152,14 +170,14 @@ class Router:
             delimited = True
             frame = recv(0, False)
         header = frame.buffer if len(frame) or frame.more else None
-        tensors: list[memoryview] | None = []
+        tensors: list[memoryview] = []
+        count = 0
         while frame.more:
             frame = recv(0, False)
-            if tensors is not None:
+            count += 1
+            if count <= self._max_tensors:  # read on beyond it: the rest of the message must leave the socket
                 tensors.append(frame.buffer)
-                if len(tensors) > self._max_tensors:
-                    tensors = None  # keep reading, keep nothing: the rest of the message must leave the socket
-        return Message(peer, delimited, header, tensors)
+        return Message(peer, delimited, header, tensors, count)
 
     def send(self, peer: bytes, delimited: bool, frames: Frames) -> None:
         """Send a message, or keep it for a moment if the peer's queue is full. Counts what cannot be delivered."""
@@ -170,6 +188,9 @@ class Router:
 
     def _try_send(self, peer: bytes, delimited: bool, frames: Frames) -> bool:
         send = self._send
+        if self._lent and peer in self._lent and self._lent[peer].nbytes > _PEER_LENT_BYTES:
+            self._keep(peer, delimited, frames)
+            return False
         try:
             send(peer, _FIRST)  # only here can a ROUTER refuse; the frames behind it follow without fail
         except zmq.Again:
@@ -187,11 +208,25 @@ class Router:
             send(header)
             return True
         send(header, _MORE)
-        for array in arrays[:-1]:
-            send(array, _MORE, array.nbytes < _REFERENCE_FROM_BYTES)
-        last = arrays[-1]
-        send(last, 0, last.nbytes < _REFERENCE_FROM_BYTES)
+        last = len(arrays) - 1
+        for position, array in enumerate(arrays):
+            flags = _MORE if position < last else 0
+            if array.nbytes < _REFERENCE_FROM_BYTES:
+                send(array, flags)
+            else:
+                self._lend(peer, send(array, flags, False, True), array.nbytes)
         return True
+
+    def _lend(self, peer: bytes, tracker: zmq.MessageTracker, nbytes: int) -> None:
+        lent = self._lent.setdefault(peer, _Lent())
+        lent.frames.append((tracker, nbytes))
+        lent.nbytes += nbytes
+
+    def _collect_lent(self) -> None:
+        for peer, lent in list(self._lent.items()):
+            lent.collect()
+            if not lent.frames:
+                del self._lent[peer]
 
     def _keep(self, peer: bytes, delimited: bool, frames: Frames) -> None:
         nbytes = len(frames[0]) + sum(array.nbytes for array in frames[1])
@@ -204,6 +239,8 @@ class Router:
 
     def flush(self) -> bool:
         """Try again what peers did not take. True when nothing is left."""
+        if self._lent:
+            self._collect_lent()
         if not self._backlogs:
             return True
         now = time.monotonic()

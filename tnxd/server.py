@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from tnxctl.errors import AlreadyExists, InvalidArgument, TensorNextError, Unavailable
+from tnxctl.frames import Array, view_tensors
 from tnxctl.wire import (
     VERSION,
-    Array,
     ErrorReply,
     Health,
     Limits,
@@ -26,7 +26,6 @@ from tnxctl.wire import (
     decode_request,
     encode,
     request_id,
-    view_tensors,
 )
 from tnxd import control
 from tnxd.control import DRAINING, READY, STARTING, Inventory
@@ -242,8 +241,10 @@ class Server:
             self._send_error(message.peer, message.delimited, request_id(header, self._limits), error)
             return
         try:
-            if tensors is None:
-                raise InvalidArgument(f"more tensor frames than the limit of {self._limits.tensors} came")
+            if message.tensor_count > len(tensors):
+                raise InvalidArgument(
+                    f"{message.tensor_count} tensor frames came, more than the limit of {self._limits.tensors}"
+                )
             if isinstance(request, Predict):
                 self._telemetry.requests += 1
                 self._predict(message, request, tensors, received_ns)

@@ -10,6 +10,7 @@ import click
 
 from tnxctl import wire
 from tnxctl.errors import Unimplemented
+from tnxctl.frames import STORAGE, Array
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def random_inputs(
     model: wire.ModelInfo, *, batch_size: int | None, input_dim: int | None, seed: int
-) -> dict[str, wire.Array]:
+) -> dict[str, Array]:
     """One array per input of the model.
 
     Floating-point values come from the standard normal distribution. Integers and booleans are 0 or 1: larger ones
@@ -50,7 +51,7 @@ def random_inputs(
     return {spec.name: _draw(spec, generator) for spec in specs}
 
 
-def cast(inputs: Mapping[str, wire.Array], model: wire.ModelInfo) -> dict[str, wire.Array]:
+def cast(inputs: Mapping[str, Array], model: wire.ModelInfo) -> dict[str, Array]:
     """The inputs in the datatypes of the model's signature. What the signature does not name stays as it is.
 
     Values that the datatype cannot hold become what numpy makes of them: fractions are cut, large integers wrap.
@@ -80,7 +81,7 @@ def _has_features(spec: wire.TensorSpec, model: wire.ModelInfo) -> bool:
     return len(spec.shape) > (1 if model.max_batch_size else 0)
 
 
-def _draw(spec: wire.TensorSpec, generator: Generator) -> wire.Array:
+def _draw(spec: wire.TensorSpec, generator: Generator) -> Array:
     dtype = _dtype(spec.datatype)
     if spec.datatype == "BOOL" or "INT" in spec.datatype:
         return generator.integers(0, 2, spec.shape).astype(dtype)
@@ -89,10 +90,10 @@ def _draw(spec: wire.TensorSpec, generator: Generator) -> wire.Array:
 
 def _dtype(datatype: str) -> np.dtype[Any]:
     """The numpy dtype of a datatype's values; for BF16 the one that ml_dtypes adds to numpy."""
-    if datatype not in wire.STORAGE:
-        raise Unimplemented(f"the model wants datatype {datatype}, known here are {', '.join(wire.STORAGE)}")
+    if datatype not in STORAGE:
+        raise Unimplemented(f"the model wants datatype {datatype}, known here are {', '.join(STORAGE)}")
     if datatype != "BF16":
-        return wire.STORAGE[datatype]
+        return STORAGE[datatype]
     import ml_dtypes
     import numpy as np
 

@@ -11,10 +11,10 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 import click
 import msgspec
 
-from tnxctl import wire
 from tnxctl.cli import text
 from tnxctl.cli.tally import KEPT, Tally
 from tnxctl.errors import TensorNextError
+from tnxctl.frames import DATATYPES, Array
 
 if TYPE_CHECKING:
     from tnxctl.cli.workload import Answer
@@ -102,7 +102,7 @@ def _cells(index: int, round_trip_ms: float, result: Result) -> list[str]:
     ]
 
 
-def preview(array: wire.Array | None, room: int | None) -> str:
+def preview(array: Array | None, room: int | None) -> str:
     """The first values of an array: as many as go into `room` characters; None: a few."""
     if array is None or not array.size:
         return ""
@@ -206,7 +206,7 @@ def _answer_document(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _output(name: str, array: wire.Array) -> dict[str, Any]:
-    datatype = "BF16" if array.dtype.name == "bfloat16" else wire.DATATYPES[array.dtype]
+def _output(name: str, array: Array) -> dict[str, Any]:
+    datatype = "BF16" if array.dtype.name == "bfloat16" else DATATYPES[array.dtype]
     described = {"name": name, "datatype": datatype, "shape": array.shape}
     return {**described, "data": array.tolist()} if array.size <= DATA_UP_TO else described

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from tnxctl.cli.exits import FileProblem
 
 if TYPE_CHECKING:
-    from tnxctl.wire import Array
+    from tnxctl.frames import Array
 
 STANDARD = "-"
 SUFFIXES = (".npy", ".npz")

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from tnxctl.client import Client
+    from tnxctl.frames import Array
     from tnxctl.results import Result
-    from tnxctl.wire import Array
 
 _Done: TypeAlias = "queue.SimpleQueue[tuple[int, float, Future[Result]]]"
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnxctl.wire import Array
+from tnxctl.frames import Array
 from tnxd.batching import Staging
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Replicas, Runner

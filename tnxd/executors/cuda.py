@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnxctl.wire import STORAGE, Array
+from tnxctl.frames import STORAGE, Array
 from tnxd.batching import Staging
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Replicas, Runner

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from tnxctl.errors import TensorNextError
-from tnxctl.wire import Array
+from tnxctl.frames import Array
 from tnxd.models.model import Model
 from tnxd.scheduler import Batch
 

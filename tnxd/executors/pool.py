@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from tnxctl.errors import TensorNextError
-from tnxctl.wire import STORAGE, TensorSpec
+from tnxctl.frames import STORAGE
+from tnxctl.wire import TensorSpec
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Model

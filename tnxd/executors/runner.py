@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tnxctl.errors import Internal, ResourceExhausted, TensorNextError, Unavailable
-from tnxctl.wire import Array
+from tnxctl.frames import Array
 from tnxd.batching import split
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.models.model import Model

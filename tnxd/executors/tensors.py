@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from tnxctl.errors import Internal
-from tnxctl.wire import Array
+from tnxctl.frames import Array
 from tnxd.models.model import Model
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -28,7 +28,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 def to_tensor(array: Array, datatype: str) -> torch.Tensor:
-    """A tensor over the memory of the array. BF16 comes as 16-bit patterns, see `tnxctl.wire.STORAGE`."""
+    """A tensor over the memory of the array. BF16 comes as 16-bit patterns, see `tnxctl.frames.STORAGE`."""
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if datatype == "BF16" else tensor
 

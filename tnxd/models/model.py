@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from tnxctl.errors import InvalidArgument
-from tnxctl.wire import Array, TensorSpec
+from tnxctl.frames import Array
+from tnxctl.wire import TensorSpec, excerpt
 
 if TYPE_CHECKING:
     import torch
@@ -74,11 +75,11 @@ class Model:
         positions = {spec.name: position for position, spec in enumerate(specs)}
         if len(positions) != len(specs):
             names = [spec.name for spec in specs]
-            raise InvalidArgument(f"an input of {self.name!r} came twice: {names}")
+            raise InvalidArgument(f"an input of {self.name!r} came twice: {excerpt(names)}")
         wanted = [expected.name for expected in self.inputs]
         unknown = [name for name in positions if name not in wanted]
         if unknown:
-            raise InvalidArgument(f"model {self.name!r} has no input {unknown[0]!r}; its inputs are {wanted}")
+            raise InvalidArgument(f"model {self.name!r} has no input {excerpt(unknown[0])}; its inputs are {wanted}")
         missing = [name for name in wanted if name not in positions]
         if missing:
             raise InvalidArgument(f"model {self.name!r} needs the input {missing[0]!r}, which did not come")
@@ -91,7 +92,7 @@ class Model:
         shape, wanted = got.shape, expected.shape
         if len(shape) != len(wanted):
             raise self._misfit(
-                expected, f"takes rank {len(wanted)} {list(wanted)}, got rank {len(shape)} {list(shape)}"
+                expected, f"takes rank {len(wanted)} {list(wanted)}, got rank {len(shape)} {excerpt(list(shape))}"
             )
         start = 0
         if self.max_batch_size:
@@ -105,7 +106,7 @@ class Model:
             if wanted[axis] == -1:
                 group.append(shape[axis])
             elif wanted[axis] != shape[axis]:
-                raise self._misfit(expected, f"takes {list(wanted)}, got {list(shape)}: axis {axis} differs")
+                raise self._misfit(expected, f"takes {list(wanted)}, got {excerpt(list(shape))}: axis {axis} differs")
         return rows, tuple(group)
 
     def _misfit(self, expected: TensorSpec, what: str) -> InvalidArgument:

@@ -1,0 +1,231 @@
+"""Daemons that the tests of the client talk to: real ROUTER sockets in a thread, answering as each test says."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import zmq
+
+from tnxctl import wire
+
+LIMITS = wire.Limits()
+TIMING = wire.Timing(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 28.0)
+
+
+class Die(Exception):
+    """Raised by an answer function: the daemon is gone at once, its port is free, nothing more is sent."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client sent: the decoded header, the raw tensor frames, and who it was."""
+
+    identity: bytes
+    header: wire.Request
+    tensors: list[bytes]
+
+    @property
+    def id(self) -> int:
+        return self.header.id
+
+
+Reply = Sequence[bytes]
+Answer = Callable[[Request], Iterable[tuple[bytes, Reply]]]
+"""A request -> the messages to send now, each with the identity of its receiver."""
+
+
+class FakeDaemon:
+    """Serves one endpoint until the `with` block ends.
+
+    Attributes:
+        endpoint: where it is, the same after a restart.
+        received: every request as it comes.
+        gone: set while it does not run.
+    """
+
+    def __init__(self, answer: Answer, endpoint: str = "tcp://127.0.0.1:*") -> None:
+        self.answer = answer
+        self.endpoint = endpoint
+        self.received: queue.Queue[Request] = queue.Queue()
+        self.gone = threading.Event()
+        self.error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self.start()
+
+    def start(self, answer: Answer | None = None) -> None:
+        """Run, again perhaps, and with another answer."""
+        self.stop()
+        self.answer = answer or self.answer
+        self.gone.clear()
+        self._stop_reader, self._stop_writer = socket.socketpair()
+        bound = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(bound,), name="fake daemon")
+        self._thread.start()
+        assert bound.wait(10), self.error
+
+    def stop(self) -> None:
+        """Be gone when this returns. Idempotent."""
+        if self._thread is None:
+            return
+        self._stop_writer.send(b"\0")
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+        self._thread = None
+        self._stop_reader.close()
+        self._stop_writer.close()
+        if self.error is not None:
+            raise self.error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _run(self, bound: threading.Event) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        router = context.socket(zmq.ROUTER)
+        try:
+            router.set(zmq.LINGER, 0)
+            router.set(zmq.IPV6, "[" in self.endpoint)
+            router.bind(self.endpoint)
+            self.endpoint = str(router.get_string(zmq.LAST_ENDPOINT))
+            bound.set()
+            poller = zmq.Poller()
+            poller.register(router, zmq.POLLIN)
+            poller.register(self._stop_reader.fileno(), zmq.POLLIN)
+            while all(source is router for source, _ in poller.poll()):
+                self._serve(router)
+        except Die:
+            pass
+        except BaseException as error:
+            self.error = error
+        finally:
+            router.close()
+            context.term()
+            self.gone.set()
+
+    def _serve(self, router: zmq.Socket[bytes]) -> None:
+        identity, header, *tensors = router.recv_multipart()
+        request = Request(identity, wire.decode_request(header, LIMITS), tensors)
+        self.received.put(request)
+        for receiver, reply in self.answer(request):
+            router.send_multipart([receiver, *reply])
+
+
+# --- answers -------------------------------------------------------------------------------------------------
+
+
+def echo(request: Request) -> list[tuple[bytes, Reply]]:
+    """The inputs come back as outputs."""
+    return [(request.identity, reply_to(request))]
+
+
+def silence(request: Request) -> list[tuple[bytes, Reply]]:
+    """No answer, ever."""
+    return []
+
+
+def die(request: Request) -> list[tuple[bytes, Reply]]:
+    raise Die
+
+
+def backwards(count: int) -> Answer:
+    """Nothing until `count` requests have come, then all answers, the last one first."""
+    waiting: list[Request] = []
+
+    def answer(request: Request) -> list[tuple[bytes, Reply]]:
+        waiting.append(request)
+        return [message for held in reversed(waiting) for message in echo(held)] if len(waiting) == count else []
+
+    return answer
+
+
+def in_turn(*answers: Answer) -> Answer:
+    """The first request gets the first answer, and so on; the last answer serves all the others."""
+    left = list(answers)
+
+    def answer(request: Request) -> Iterable[tuple[bytes, Reply]]:
+        return (left.pop(0) if len(left) > 1 else left[0])(request)
+
+    return answer
+
+
+def messages(*replies: Callable[[Request], Reply]) -> Answer:
+    """One message for each function, in this order."""
+
+    def answer(request: Request) -> list[tuple[bytes, Reply]]:
+        return [(request.identity, reply(request)) for reply in replies]
+
+    return answer
+
+
+def error(code: str, message: str) -> Answer:
+    return messages(lambda request: [wire.encode(wire.ErrorReply(v=1, id=request.id, code=code, message=message))])
+
+
+def reply_to(request: Request, **changes: Any) -> list[bytes]:
+    """The right answer, with these fields of its header changed."""
+    header: wire.Reply
+    tensors: list[bytes] = []
+    match request.header:
+        case wire.Predict(inputs=inputs, model=model):
+            tensors = request.tensors
+            header = wire.Result(
+                v=1,
+                id=request.id,
+                model=model or "mlp",
+                version="1",
+                outputs=inputs,
+                device="cpu",
+                reason="a test",
+                batch_size=1,
+                latency_ms=0.5,
+                gpu_memory_mb=0.0,
+                timing=TIMING,
+            )
+        case wire.Metadata(model=model):
+            header = wire.MetadataReport(v=1, id=request.id, model=model_info(model or "mlp"))
+        case wire.Health():
+            header = health_report(request.id)
+    return [wire.encode(msgspec.structs.replace(header, **changes)), *tensors]
+
+
+def model_info(name: str) -> wire.ModelInfo:
+    return wire.ModelInfo(name=name, version="1", status="ready", inputs=(wire.TensorSpec("input", "FP32", (-1, 256)),))
+
+
+def health_report(call_id: int) -> wire.HealthReport:
+    return wire.HealthReport(
+        v=1,
+        id=call_id,
+        status="ready",
+        cuda_available=False,
+        current_device="cpu",
+        gpu_memory_free_mb=0.0,
+        version="0.1.0",
+        uptime_s=1.0,
+        devices=(wire.DeviceInfo(name="cpu", status="ready"),),
+        models=(model_info("mlp"),),
+        queued=0,
+        running=0,
+        requests=1,
+        replies=1,
+        errors={},
+    )
+
+
+def free_endpoint() -> str:
+    """Where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"

@@ -1,0 +1,222 @@
+"""docs/protocol.md against the implementation: its tables, its examples, and a client written from it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+import zmtp
+from conftest import Daemon
+from dealer import Dealer
+from tnxctl import errors, wire
+from tnxctl.frames import STORAGE, view_tensors
+from tnxctl.wire import Limits
+
+PAGE = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text(encoding="utf-8")
+CLIENT = Path(__file__).parent / "clients" / "minimal.mjs"
+
+Reader = type[wire.Request] | type[wire.Reply]
+
+
+def section(title: str) -> str:
+    """The text below a heading, up to the next one."""
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"the page has no section {title!r}"
+    return found[1]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Its tables, as rows of cells without the heading."""
+    found = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    return [[[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]] for table in found]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The contents of its fenced blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def unhex(block: str) -> bytes:
+    """The bytes of an annotated dump: what stands before the # of each line."""
+    return b"".join(bytes.fromhex(line.partition("#")[0]) for line in block.splitlines())
+
+
+def bare(cell: str) -> str:
+    return cell.strip("`")
+
+
+# --- tables ----------------------------------------------------------------------------------------------------
+
+
+def page_type(kind: msgspec.inspect.Type) -> str:
+    """How the page calls a type."""
+    match kind:
+        case msgspec.inspect.IntType() | msgspec.inspect.LiteralType():
+            return "int"
+        case msgspec.inspect.FloatType():
+            return "float"
+        case msgspec.inspect.StrType():
+            return "str"
+        case msgspec.inspect.BoolType():
+            return "bool"
+        case msgspec.inspect.NoneType():
+            return "nil"
+        case msgspec.inspect.UnionType(types):
+            return " or ".join(page_type(member) for member in types)
+        case msgspec.inspect.DictType(key, value):
+            return f"map of {page_type(key)} to {page_type(value)}"
+        case msgspec.inspect.VarTupleType(item):
+            return f"array of {page_type(item)}"
+        case msgspec.inspect.StructType(wire.TensorSpec):
+            return "tensor"
+        case msgspec.inspect.StructType():
+            return "map"
+    raise AssertionError(f"{kind} has no name on the page")
+
+
+@pytest.mark.parametrize(
+    ("title", "headers"),
+    [
+        ("predict", [wire.Predict]),
+        ("result", [wire.Result, wire.Timing]),
+        ("error", [wire.ErrorReply]),
+        ("health, the request", [wire.Health]),
+        ("health, the report", [wire.HealthReport, wire.DeviceInfo, wire.ModelInfo]),
+        ("metadata, the request", [wire.Metadata]),
+        ("metadata, the report", [wire.MetadataReport]),
+    ],
+)
+def test_fields(title: str, headers: list[type[msgspec.Struct]]) -> None:
+    """Every field is on the page, with its type and its default."""
+    found = tables(section(title))
+    assert len(found) == len(headers)
+    for table, header in zip(found, headers, strict=True):
+        info = msgspec.inspect.type_info(header)
+        assert isinstance(info, msgspec.inspect.StructType)
+        expected = {
+            field.name: (page_type(field.type), "required" if field.required else json.dumps(field.default))
+            for field in info.fields
+        }
+        if info.tag_field is not None:
+            expected[info.tag_field] = ("str", "required")
+        on_page = {bare(name): (kind, bare(default)) for name, kind, default, _ in table}
+        assert on_page == expected
+        if info.tag is not None:
+            assert f'`"{info.tag}"`' in [meaning for name, _, _, meaning in table if bare(name) == "type"]
+
+
+def test_datatypes() -> None:
+    _, datatypes = tables(section("Tensors"))
+    assert {bare(name): int(size) for name, size, _ in datatypes} == {
+        name: dtype.itemsize for name, dtype in STORAGE.items()
+    }
+
+
+def test_error_codes() -> None:
+    (codes,) = tables(section("Errors"))
+    names = [bare(code) for code, _, _ in codes]
+    known = [kind.code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "code")]
+    assert sorted(names) == sorted(set(known))
+
+
+def test_limits() -> None:
+    (limits,) = tables(section("Limits"))
+    assert {bare(name): int(default) for name, default, _ in limits} == msgspec.structs.asdict(Limits())
+
+
+def test_default_endpoint_and_version() -> None:
+    assert f"tcp://127.0.0.1:{wire.DEFAULT_PORT}`" in section("Connection")
+    assert f"`v` is {wire.VERSION}." in section("Versions and growth")
+
+
+def test_links_lead_somewhere() -> None:
+    headings = re.findall(r"^#+ (.*)$", PAGE, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", PAGE)) <= anchors
+
+
+# --- examples --------------------------------------------------------------------------------------------------
+
+EXAMPLES: dict[str, Any] = {
+    "predict request": wire.Predict,
+    "result": wire.Result,
+    "error": wire.ErrorReply,
+    "health request": wire.Health,
+    "health report": wire.HealthReport,
+    "metadata request": wire.Metadata,
+    "metadata report": wire.MetadataReport,
+}
+
+
+def test_there_is_an_example_of_every_header() -> None:
+    assert re.findall(r"^### Example: (.*)$", PAGE, re.MULTILINE) == list(EXAMPLES)
+
+
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_example(title: str) -> None:
+    """The bytes on the page are exactly those that the implementation writes for the values, and the reverse."""
+    kind = EXAMPLES[title]
+    text = section(f"Example: {title}")
+    header, *frames = [unhex(block) for block in blocks(text, "hex")]
+    (values,) = [json.loads(block) for block in blocks(text, "json")]
+
+    assert re.findall(r", (\d+) bytes:", text) == [str(len(frame)) for frame in (header, *frames)]
+    assert msgspec.msgpack.decode(header) == values["header"]
+    decode = wire.decode_request if kind in (wire.Predict, wire.Health, wire.Metadata) else wire.decode_reply
+    decoded = decode(header, Limits())
+    assert type(decoded) is kind
+    assert decoded == msgspec.convert(values["header"], kind)
+    assert wire.encode(decoded) == header
+
+    specs = getattr(decoded, "inputs", getattr(decoded, "outputs", ()))
+    arrays = view_tensors(specs, frames, Limits())
+    assert [array.tolist() for array in arrays] == values.get("tensors", [])
+    for spec, frame, numbers in zip(specs, frames, values.get("tensors", []), strict=True):
+        assert np.array(numbers, STORAGE[spec.datatype]).tobytes() == frame
+
+
+def test_stages_of_the_example_sum_to_the_total() -> None:
+    (values,) = blocks(section("Example: result"), "json")
+    timing = json.loads(values)["header"]["timing"]
+    total = timing.pop("total_us")
+    assert sum(timing.values()) == total
+
+
+def test_zmtp_handshake() -> None:
+    greeting, ready = [unhex(block) for block in blocks(section("Without a ZeroMQ library"), "hex")]
+    assert greeting == zmtp.GREETING
+    assert ready == zmtp.frame(b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER", command=True)
+
+
+# --- a client written from the page ----------------------------------------------------------------------------
+
+
+def test_a_client_in_another_language(daemon: Daemon) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs node, to run a client in another language")
+    run = subprocess.run([node, str(CLIENT), daemon.endpoint], capture_output=True, text=True, timeout=50)
+    assert run.returncode == 0, run.stderr
+    said = json.loads(run.stdout)
+
+    assert said["health"]["status"] == "ready"
+    assert said["metadata"]["model"]["inputs"] == [["input", "FP32", [-1, 256]]]
+    assert said["result"]["outputs"] == [["output", "FP32", [3, 128]]]
+    assert said["mistake"]["code"] == "NOT_FOUND"
+    assert "'mpl'" in said["mistake"]["message"]
+
+    inputs = (np.arange(3 * 256, dtype=np.float32) % 7 / 8).reshape(3, 256)
+    with Dealer(daemon.endpoint) as dealer:
+        dealer.predict(inputs, model="mlp")
+        _, (expected,) = dealer.result()
+    outputs = np.array(said["values"], np.float32).reshape(3, 128)
+    assert np.isfinite(outputs).all()
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,446 @@
+"""The session alone: no socket, and a clock that the test holds in its hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tnxctl import errors, session, wire
+from tnxctl.results import Result
+from tnxctl.session import Call, Session
+from tnxctl.wire import Limits
+
+ENDPOINT = "tcp://10.0.0.1:5555"
+X = np.arange(6, dtype="f4").reshape(2, 3)
+TIMING = wire.Timing(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 28.0)
+
+
+@pytest.fixture
+def idle() -> Session:
+    return Session(ENDPOINT, 5.0, Limits())
+
+
+@pytest.fixture
+def connected(idle: Session) -> Session:
+    call = predict(idle)
+    idle.start(call)
+    idle.connecting(0.0)
+    idle.connected()
+    idle.forget(call)
+    return idle
+
+
+def predict(
+    session: Session, inputs: object = X, *, timeout: float | None = None, now: float = 0.0, **options: Any
+) -> Call[Result]:
+    arguments = {"model": "", "prefer_gpu": True, "min_gpu_memory_mb": 0.0, **options}
+    return session.predict(inputs, timeout=timeout, now=now, **arguments)
+
+
+def started(session: Session, **arguments: Any) -> Call[Result]:
+    call = predict(session, **arguments)
+    session.start(call)
+    assert not call.done
+    return call
+
+
+def result(call: Call[Any], **changes: Any) -> list[bytes]:
+    header = wire.Result(
+        v=1,
+        id=call.id,
+        model="mlp",
+        version="1",
+        outputs=(wire.TensorSpec("output", "FP32", X.shape),),
+        device="cpu",
+        reason="a test",
+        batch_size=2,
+        latency_ms=0.5,
+        gpu_memory_mb=0.0,
+        timing=TIMING,
+    )
+    return [wire.encode(msgspec.structs.replace(header, **changes)), X.tobytes()]
+
+
+# --- requests ------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_its_header_and_the_very_arrays(idle: Session) -> None:
+    other = np.ones(2, "i8")
+    call = predict(idle, {"a": X, "b": other}, model="digits", prefer_gpu=False, min_gpu_memory_mb=100)
+    header, *arrays = call.frames
+    assert [id(array) for array in arrays] == [id(X), id(other)]
+    assert wire.decode_request(header, Limits()) == wire.Predict(
+        v=1,
+        id=call.id,
+        inputs=(wire.TensorSpec("a", "FP32", (2, 3)), wire.TensorSpec("b", "INT64", (2,))),
+        model="digits",
+        prefer_gpu=False,
+        min_gpu_memory_mb=100.0,
+    )
+
+
+def test_one_array_is_the_only_input(idle: Session) -> None:
+    header = wire.decode_request(predict(idle).frames[0], Limits())
+    assert isinstance(header, wire.Predict)
+    assert header.inputs == (wire.TensorSpec("", "FP32", (2, 3)),)
+
+
+def test_a_copy_is_taken_where_asked_for(idle: Session) -> None:
+    call = predict(idle, X, copy=True)
+    assert not np.shares_memory(call.frames[1], X)
+    np.testing.assert_array_equal(call.frames[1], X)
+
+
+def test_health_and_metadata_have_no_tensors(idle: Session) -> None:
+    health, metadata = idle.health(timeout=None, now=0.0), idle.metadata("digits", timeout=None, now=0.0)
+    assert [wire.decode_request(*call.frames, Limits()) for call in (health, metadata)] == [
+        wire.Health(v=1, id=health.id),
+        wire.Metadata(v=1, id=metadata.id, model="digits"),
+    ]
+
+
+def test_ids_differ(idle: Session) -> None:
+    assert len({predict(idle).id for _ in range(100)}) == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"inputs": {}}, "0 inputs"),
+        ({"inputs": {f"x{i}": X for i in range(65)}}, "65 inputs"),
+        ({"inputs": {3: X}}, "3"),
+        ({"inputs": {"x": X, "pixels": np.zeros(2, object)}}, "'pixels'.*object"),
+        ({"inputs": {"\ud800": X}}, "encode"),
+        ({"inputs": {40_000 * "é": X}}, r"800\d\d bytes.*65536"),
+        ({"inputs": np.zeros([1] * 17)}, "rank 17.*16"),
+        ({"model": None}, "None"),
+        ({"model": b"mlp"}, "b'mlp'"),
+        ({"prefer_gpu": "no"}, "'no'"),
+        ({"prefer_gpu": None}, "None"),
+        ({"min_gpu_memory_mb": -1}, "-1"),
+        ({"min_gpu_memory_mb": math.nan}, "nan"),
+        ({"min_gpu_memory_mb": "much"}, "'much'"),
+        ({"timeout": 0}, "timeout 0:"),
+        ({"timeout": -1.5}, "timeout -1.5"),
+        ({"timeout": math.nan}, "timeout nan"),
+        ({"timeout": math.inf}, "timeout inf"),
+        ({"timeout": 10**400}, "timeout 10000"),
+        ({"timeout": "5"}, "timeout '5'"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named(idle: Session, arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(errors.InvalidArgument, match=named):
+        predict(idle, **arguments)
+
+
+def test_too_many_bytes_are_refused_before_they_are_sent() -> None:
+    small = Session(ENDPOINT, 5.0, Limits(message_bytes=1024))
+    predict(small, {"a": np.zeros(512, "u1"), "b": np.zeros(512, "u1")})
+    with pytest.raises(errors.InvalidArgument, match=r"1025 bytes.*1024"):
+        predict(small, {"a": np.zeros(512, "u1"), "b": np.zeros(513, "u1")})
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, None])
+def test_the_timeout_of_the_session_is_checked_too(timeout: float) -> None:
+    with pytest.raises(errors.InvalidArgument, match=f"timeout {timeout}"):
+        Session(ENDPOINT, timeout, Limits())
+
+
+# --- replies -------------------------------------------------------------------------------------------------
+
+
+def test_a_reply_finishes_its_call_and_no_other(connected: Session) -> None:
+    first, second = started(connected), started(connected)
+    assert connected.receive(result(second)) is second
+    assert (first.done, second.done) == (False, True)
+    got = second.take()
+    np.testing.assert_array_equal(got.output, X)
+    assert list(got.outputs) == ["output"]
+    assert (got.model, got.version, got.device, got.reason, got.batch_size) == ("mlp", "1", "cpu", "a test", 2)
+    assert (got.latency_ms, got.gpu_memory_mb, got.timing) == (0.5, 0.0, TIMING)
+
+
+def test_outputs_are_read_only_views(connected: Session) -> None:
+    call = started(connected)
+    connected.receive(result(call))
+    with pytest.raises(ValueError, match="read-only"):
+        call.take().output[0] = 1
+
+
+def test_output_of_several_names_them(connected: Session) -> None:
+    call = started(connected)
+    specs = (wire.TensorSpec("scores", "FP32", X.shape), wire.TensorSpec("boxes", "FP32", (0, 4)))
+    connected.receive([*result(call, outputs=specs), b""])
+    got = call.take()
+    assert got.outputs["boxes"].shape == (0, 4)
+    with pytest.raises(errors.InvalidArgument, match="'scores', 'boxes'"):
+        _ = got.output
+
+
+@pytest.mark.parametrize("cls", errors.TensorNextError.__subclasses__())
+def test_error_replies_become_their_class(connected: Session, cls: type[errors.TensorNextError]) -> None:
+    call = started(connected)
+    connected.receive([wire.encode(wire.ErrorReply(v=1, id=call.id, code=cls.code, message="no model 'x'"))])
+    with pytest.raises(cls, match="no model 'x'"):
+        call.take()
+
+
+def test_an_unknown_code_is_kept(connected: Session) -> None:
+    call = started(connected)
+    connected.receive([wire.encode(wire.ErrorReply(v=1, id=call.id, code="TEAPOT", message="short and stout"))])
+    with pytest.raises(errors.Unknown, match="TEAPOT: short and stout"):
+        call.take()
+
+
+def test_a_second_reply_is_dropped(connected: Session) -> None:
+    call = started(connected)
+    assert connected.receive(result(call)) is call
+    assert connected.receive(result(call, batch_size=99)) is None
+    assert call.take().batch_size == 2
+
+
+def test_a_reply_to_a_forgotten_call_is_dropped(connected: Session) -> None:
+    call = started(connected)
+    assert connected.forget(call)
+    assert not connected.forget(call)
+    assert connected.receive(result(call)) is None
+    assert not call.done
+
+
+def raw(call: Call[Any], **fields: Any) -> bytes:
+    return msgspec.msgpack.encode({"v": 1, "id": call.id, "type": "result", **fields})
+
+
+@pytest.mark.parametrize(
+    ("reply", "named"),
+    [
+        pytest.param(lambda c: result(c)[:1], "announces 1 tensors, 0 tensor frames", id="no frame"),
+        pytest.param(lambda c: [*result(c), b""], "announces 1 tensors, 2 tensor frames", id="one frame more"),
+        pytest.param(lambda c: [*result(c), *1000 * [b""]], "1001 tensor frames", id="1000 frames more"),
+        pytest.param(lambda c: [result(c)[0], b"short"], "its frame has 5", id="truncated"),
+        pytest.param(lambda c: [result(c)[0], X.tobytes() + b"x"], "its frame has 25", id="too long"),
+        pytest.param(lambda c: result(c, outputs=(wire.TensorSpec("output", "FP31", (2, 3)),)), "FP31", id="datatype"),
+        pytest.param(lambda c: result(c, outputs=(wire.TensorSpec("output", "FP32", (-2, -3)),)), "-2", id="dims"),
+        pytest.param(
+            lambda c: [*result(c, outputs=2 * (wire.TensorSpec("a", "FP32", (2, 3)),)), X.tobytes()],
+            "same name.*'a'",
+            id="names",
+        ),
+        pytest.param(lambda c: [raw(c)], "missing required field", id="no fields"),
+        pytest.param(lambda c: [raw(c, v=2)], "protocol version 2", id="version"),
+        pytest.param(lambda c: [raw(c, type="riddle")], "riddle", id="type"),
+        pytest.param(
+            lambda c: [wire.encode(wire.MetadataReport(v=1, id=c.id, model=MODEL))], "MetadataReport", id="other verb"
+        ),
+    ],
+)
+def test_a_malformed_reply_fails_its_call(connected: Session, reply: Any, named: str) -> None:
+    call, other = started(connected), started(connected)
+    assert connected.receive(reply(call)) is call
+    with pytest.raises(errors.Internal, match=named) as caught:
+        call.take()
+    assert ENDPOINT in caught.value.message
+    assert not other.done
+
+
+MODEL = wire.ModelInfo(name="mlp", version="1", status="ready")
+
+
+def test_metadata_is_the_model_and_takes_no_frames(connected: Session) -> None:
+    calls = [connected.metadata("", timeout=None, now=0.0) for _ in range(2)]
+    for call, frames in zip(calls, ([], [b""]), strict=True):
+        connected.start(call)
+        connected.receive([wire.encode(wire.MetadataReport(v=1, id=call.id, model=MODEL)), *frames])
+    assert calls[0].take() == MODEL
+    with pytest.raises(errors.Internal, match="1 tensor frames"):
+        calls[1].take()
+
+
+def test_a_reply_may_have_a_larger_header_than_a_request(connected: Session) -> None:
+    call = started(connected)
+    assert connected.receive(result(call, reason=100_000 * "x")) is call
+    assert len(call.take().reason) == 100_000
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(max_size=200), min_size=1, max_size=4))
+def test_noise_is_dropped(frames: list[bytes]) -> None:
+    session = Session(ENDPOINT, 5.0, Limits())
+    call = started(session)
+    assert session.receive(frames) is None
+    assert not call.done
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_damaged_reply_never_does_worse_than_fail_its_call(data: st.DataObject) -> None:
+    session = Session(ENDPOINT, 5.0, Limits())
+    call, other = started(session), started(session)
+    header, tensor = result(call)
+    damaged = bytearray(header)
+    damaged[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.integers(0, 255))
+    finished = session.receive([bytes(damaged[: data.draw(st.integers(0, len(header)))]), tensor])
+    assert finished in (None, call, other)
+    assert [c.done for c in (call, other)] == [finished is call, finished is other]
+    if finished is not None and finished.error is not None:
+        assert isinstance(finished.error, errors.TensorNextError)
+
+
+# --- time ----------------------------------------------------------------------------------------------------
+
+
+def test_calls_expire_each_in_its_time(connected: Session) -> None:
+    late, early = started(connected, timeout=3.0, now=10.0), started(connected, timeout=1.0, now=10.0)
+    assert connected.due <= 11.0
+    assert connected.expire(10.9) == []
+    assert connected.expire(11.0) == [early]
+    assert connected.due == 13.0
+    with pytest.raises(errors.DeadlineExceeded, match=r"did not answer predict within 1 s") as caught:
+        early.take()
+    assert isinstance(caught.value, TimeoutError)
+    assert connected.expire(13.0) == [late]
+    assert connected.due == math.inf
+    assert connected.receive(result(late)) is None
+
+
+def test_answered_calls_do_not_expire(connected: Session) -> None:
+    call, other = started(connected, timeout=1.0), started(connected, timeout=9.0)
+    connected.receive(result(call))
+    assert connected.expire(5.0) == []
+    assert connected.due == other.deadline
+
+
+def test_without_a_connection_time_runs_too_and_the_error_says_so(idle: Session) -> None:
+    call = started(idle, timeout=2.5)
+    idle.connecting(0.0)
+    idle.note_trouble("nobody listens there")
+    idle.lost()
+    assert idle.expire(2.5) == [call]
+    with pytest.raises(
+        errors.Unavailable, match=r"tcp://10.0.0.1:5555: no connection within 2.5 s: nobody listens"
+    ) as e:
+        call.take()
+    assert isinstance(e.value, ConnectionError)
+
+
+# --- connections ---------------------------------------------------------------------------------------------
+
+
+def test_no_connection_is_made_before_there_is_a_call(idle: Session) -> None:
+    assert not idle.must_connect(100.0)
+    assert idle.due == math.inf
+    assert not idle.start(predict(idle))
+    assert idle.must_connect(0.0)
+    assert idle.due == -math.inf
+
+
+def test_calls_wait_for_the_connection_and_later_ones_do_not(idle: Session) -> None:
+    first, second = started(idle), started(idle)
+    idle.connecting(0.0)
+    assert not idle.must_connect(100.0)
+    assert idle.connected() == [first, second]
+    assert idle.start(predict(idle))
+
+
+def test_unanswered_calls_go_out_again_on_the_next_connection(connected: Session) -> None:
+    answered, pending = started(connected), started(connected)
+    connected.receive(result(answered))
+    assert connected.lost() == []
+    assert connected.must_connect(1.0)
+    connected.connecting(1.0)
+    assert connected.connected() == [pending]
+    connected.receive(result(pending))
+    assert pending.take().batch_size == 2
+
+
+def test_attempts_come_at_growing_intervals(idle: Session) -> None:
+    started(idle, timeout=1e9)
+    now, gaps = 0.0, []
+    for _ in range(8):
+        assert idle.must_connect(now)
+        idle.connecting(now)
+        idle.lost()
+        gaps.append(idle.due - now)
+        assert not idle.must_connect(now)
+        now = idle.due
+    assert gaps == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0])
+
+
+def test_the_first_caller_after_a_pause_does_not_wait_for_a_retry(idle: Session) -> None:
+    call = started(idle)
+    idle.connecting(0.0)
+    idle.lost()
+    idle.forget(call)
+    assert not idle.must_connect(0.0)
+    started(idle)
+    assert idle.must_connect(0.0)
+
+
+def test_a_call_under_which_connections_keep_breaking_is_given_up(connected: Session) -> None:
+    call = started(connected, timeout=1e9)
+    connected.note_trouble("it closed the connection")
+    for attempt in range(session.MAX_LOSSES - 1):
+        assert connected.lost() == []
+        connected.connecting(float(attempt))
+        assert connected.lost() == []  # never stood, so took nothing with it
+        connected.connecting(float(attempt))
+        connected.connected()
+    assert connected.lost() == [call]
+    with pytest.raises(errors.Unavailable, match="broke 3 times while predict was under way: it closed"):
+        call.take()
+    assert connected.idle
+
+
+def test_closing_the_own_side_blames_no_call(connected: Session) -> None:
+    call = started(connected)
+    for _ in range(10):
+        connected.disconnected()
+        connected.connecting(0.0)
+        assert connected.connected() == [call]
+
+
+# --- bounds and the end --------------------------------------------------------------------------------------
+
+
+def test_too_many_calls_fail_at_once(connected: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "MAX_PENDING_CALLS", 2)
+    calls = [predict(connected) for _ in range(3)]
+    assert [connected.start(call) for call in calls] == [True, True, False]
+    with pytest.raises(errors.ResourceExhausted, match="2 calls"):
+        calls[2].take()
+    connected.receive(result(calls[0]))
+    assert connected.start(predict(connected))
+
+
+def test_too_many_bytes_under_way_fail_at_once(connected: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "MAX_PENDING_BYTES", 2 * X.nbytes)
+    calls = [predict(connected) for _ in range(3)]
+    assert [connected.start(call) for call in calls] == [True, True, False]
+    with pytest.raises(errors.ResourceExhausted, match="48 bytes"):
+        calls[2].take()
+    connected.forget(calls[1])
+    assert connected.start(predict(connected))
+
+
+def test_close_fails_what_is_under_way_and_what_comes(connected: Session) -> None:
+    call = started(connected)
+    assert connected.close() == [call]
+    assert connected.close() == []
+    with pytest.raises(errors.Cancelled, match="closed before predict was answered"):
+        call.take()
+    late = predict(connected)
+    assert not connected.start(late)
+    with pytest.raises(errors.FailedPrecondition, match="closed"):
+        late.take()
+
+
+def test_a_finished_call_holds_no_inputs(connected: Session) -> None:
+    call = started(connected)
+    connected.receive(result(call))
+    assert call.frames == ()
