@@ -1,0 +1,80 @@
+# `make` alone lists the targets. The virtual environment in .venv is made on first use and reused while the files
+# that describe it stay as they are.
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+# The first Python here that is new enough. Say `make PYTHON=/path/to/python3 ...` for another.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done)
+
+# Environment rather than flags, because pip hands these on to the environments in which it builds packages, too.
+PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	$(RUN) -m pip --quiet
+
+# Two pips at a time would trip over each other in .venv.
+.NOTPARALLEL:
+
+.PHONY: help
+help:
+	@echo 'make demo             classify handwritten digits with a daemon of its own'
+	@echo 'make test             run the tests'
+	@echo 'make check            ruff and mypy'
+	@echo 'make bench            measure latency; BENCH="--help" shows what can be asked'
+	@echo 'make gpu-check        CUDA tests and a short CUDA benchmark, with the packages of PYTHON as they are'
+	@echo 'sudo make install     the service: /opt/tensornext, /etc/tensornext, tensornext.service, tnxd and tnxctl'
+	@echo 'sudo make uninstall   remove all of that but the configuration'
+	@echo 'make clean            remove what the other targets left in this folder'
+
+# What each group of targets needs, by the names of the extras in setup.cfg.
+EXTRAS_demo := daemon
+EXTRAS_test := daemon,bench,test
+EXTRAS_check := daemon,bench,test,check
+
+$(VENV)/created:
+	@[ -n '$(PYTHON)' ] || { echo 'TensorNext needs Python 3.11 or newer, and there is none on the PATH.' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo '$(PYTHON) has no venv module (on Debian and Ubuntu: apt install python3-venv).' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+ENVIRONMENTS := $(VENV)/for-demo $(VENV)/for-test $(VENV)/for-check
+$(ENVIRONMENTS): $(VENV)/for-%: $(VENV)/created setup.cfg pyproject.toml constraints.txt
+	$(PIP) install --editable '.[$(EXTRAS_$*)]'
+	@touch $@
+
+.PHONY: demo
+demo: $(VENV)/for-demo
+	$(RUN) examples/digits/demo.py
+
+.PHONY: test
+test: $(VENV)/for-test
+	$(RUN) -m pytest $(TESTS)
+
+.PHONY: check
+check: $(VENV)/for-check
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+.PHONY: bench
+bench: $(VENV)/for-test
+	$(RUN) bench/latency.py $(BENCH)
+
+# For a machine that has a GPU and its own torch, and maybe no network: nothing is installed, pytest takes no
+# configuration because setup.cfg's needs plugins that may be missing there, and the benchmark leaves out its open loop,
+# which needs a package more.
+.PHONY: gpu-check
+gpu-check: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-check:
+	$(PYTHON) -m pytest -c /dev/null --rootdir . -p no:cacheprovider -ra tests/test_cuda.py
+	$(PYTHON) bench/latency.py --device cuda $(or $(BENCH),--quick --no-rate)
+
+# The service must not depend on the caller's Python, so PYTHON counts here only where it was asked for.
+.PHONY: install uninstall
+install uninstall:
+	@$(if $(filter file,$(origin PYTHON)),,PYTHON='$(PYTHON)') sh systemd/install.sh $@
+
+.PHONY: clean
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

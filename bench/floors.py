@@ -1,0 +1,145 @@
+"""The two servers that the daemon is measured against: as little as a server can do, each in a process of its own.
+
+    python bench/floors.py echo ENDPOINT             the same bytes in and out, nothing computed
+    python bench/floors.py forward ENDPOINT [cuda]   the same, with the bare forward of the model `mlp` inside
+
+Both are one blocking thread around one ROUTER socket: receive, answer, receive. They do not decode a header, check
+nothing and never poll. The answers that they give come on stdin, one JSON list of `Answer` in one line; then they print
+their endpoint. They end when stdin does, so none outlives the program that started it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import zmq
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What to send back for a request of a certain size.
+
+    Attributes:
+        request_bytes: length of the tensor frame of the request that this answers.
+        id_at: where the eight bytes of the id lie in the request's header.
+        before_id, after_id: the header of the answer, without these eight bytes.
+        tensor: the tensor frame of the answer; `forward` sends what it computes instead.
+    """
+
+    request_bytes: int
+    id_at: int
+    before_id: bytes
+    after_id: bytes
+    tensor: bytes
+
+
+Forward = Callable[[bytes], "np.ndarray[Any, Any]"]
+
+
+def echo(socket: zmq.Socket[bytes], answers: dict[int, Answer]) -> None:
+    """Answer every request with the recorded answer to one of its size."""
+    recv, send, more = socket.recv, socket.send, int(zmq.SNDMORE)
+    _announce(socket)
+    while True:
+        peer = recv()
+        header = recv()
+        answer = answers[len(recv())]
+        send(peer, more)
+        send(answer.before_id + header[answer.id_at : answer.id_at + 8] + answer.after_id, more)
+        send(answer.tensor)
+
+
+def forward(socket: zmq.Socket[bytes], answers: dict[int, Answer], compute: Forward) -> None:
+    """Answer every request with the output of the model."""
+    import torch
+
+    recv, more = socket.recv, int(zmq.SNDMORE)
+    send: Any = socket.send  # its stubs know no numpy arrays
+    with torch.inference_mode():
+        for size in [*answers] * 20:  # warm-up
+            compute(bytes(size))
+        _announce(socket)
+        while True:
+            peer = recv()
+            header = recv()
+            tensor = recv()
+            output = compute(tensor)
+            answer = answers[len(tensor)]
+            send(peer, more)
+            send(answer.before_id + header[answer.id_at : answer.id_at + 8] + answer.after_id, more)
+            send(output)
+
+
+def cpu_forward() -> Forward:
+    """The forward on this one thread. Bytes of float32 [N, 256] -> float32 [N, 128]."""
+    import torch
+
+    from tnxd.models.builtin import builtin
+
+    torch.set_num_threads(1)
+    net = builtin("mlp").factory()
+    from_numpy = torch.from_numpy  # with numpy's frombuffer it takes half as long as torch's own
+
+    def compute(tensor: bytes) -> np.ndarray[Any, Any]:
+        output: np.ndarray[Any, Any] = net(from_numpy(np.frombuffer(tensor, np.float32).reshape(-1, 256))).numpy()
+        return output
+
+    return compute
+
+
+def cuda_forward(max_rows: int) -> Forward:
+    """The same on the first GPU, through pinned memory both ways."""
+    import torch
+
+    from tnxd.models.builtin import builtin
+
+    torch.set_num_threads(1)
+    net = builtin("mlp").factory().to("cuda")
+    staged_input = torch.empty((max_rows, 256), pin_memory=True)
+    staged_output = torch.empty((max_rows, 128), pin_memory=True)
+    stream = torch.cuda.current_stream()
+    from_numpy = torch.from_numpy
+
+    def compute(tensor: bytes) -> np.ndarray[Any, Any]:
+        rows = len(tensor) // 1024
+        staged = staged_input[:rows].copy_(from_numpy(np.frombuffer(tensor, np.float32).reshape(rows, 256)))
+        output = staged_output[:rows].copy_(net(staged.to("cuda", non_blocking=True)), non_blocking=True)
+        stream.synchronize()
+        array: np.ndarray[Any, Any] = output.numpy()
+        return array
+
+    return compute
+
+
+def _announce(socket: zmq.Socket[bytes]) -> None:
+    print(socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"), flush=True)
+
+
+def _end_with_stdin() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def main() -> None:
+    kind, endpoint, *device = sys.argv[1:]
+    listed = msgspec.json.decode(sys.stdin.buffer.readline(), type=list[Answer])
+    answers = {answer.request_bytes: answer for answer in listed}
+    threading.Thread(target=_end_with_stdin, daemon=True).start()  # asleep in read(2): it never wants the GIL
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nothing writes to it
+    socket = zmq.Context().socket(zmq.ROUTER)
+    socket.set_hwm(0)
+    socket.bind(endpoint)
+    if kind == "echo":
+        echo(socket, answers)
+    else:
+        forward(socket, answers, cuda_forward(max(answers) // 1024) if device == ["cuda"] else cpu_forward())
+
+
+if __name__ == "__main__":
+    main()

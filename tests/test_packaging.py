@@ -1,0 +1,113 @@
+"""What is installed and with what: requirements and their pins, the unit, the commented configuration."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import msgspec
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tnxd.config import Config, load
+
+SOURCE = Path(__file__).parent.parent
+UNIT = SOURCE / "systemd/tensornext.service"
+CONFIG = SOURCE / "systemd/tnxd.toml"
+
+MOST_EXPOSURE = 1.5
+"""Of 10, as `systemd-analyze security` counts."""
+
+
+def pins() -> dict[str, str]:
+    """Version of each package in constraints.txt, by normalized name."""
+    lines = (line for line in (SOURCE / "constraints.txt").read_text().splitlines() if line and line[0] != "#")
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def needed(package: str, extras: set[str]) -> dict[str, list[Requirement]]:
+    """What an installation of `package[extras]` brings along on this computer: by name, what is asked of a package."""
+    found: dict[str, list[Requirement]] = {}
+    seen: set[tuple[str, str]] = set()
+    waiting = [(package, extra) for extra in {"", *extras}]
+    while waiting:
+        name, extra = waiting.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            lines = requires(name) or []
+        except PackageNotFoundError:  # only installed with an extra that this environment was made without
+            continue
+        for requirement in map(Requirement, lines):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                found.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+                waiting += [(requirement.name, other) for other in {"", *requirement.extras}]
+    return found
+
+
+def sections(unit: Path) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(unit)
+    return parser
+
+
+def test_the_client_needs_no_torch() -> None:
+    assert "torch" not in needed("tensornext", set())
+    assert "torch" in needed("tensornext", {"daemon"})
+
+
+def test_every_package_that_is_installed_is_pinned() -> None:
+    versions = pins()
+    for name, requirements in needed("tensornext", {"daemon", "bench", "test", "check"}).items():
+        assert name in versions, f"{name} is missing in constraints.txt"
+        for requirement in requirements:
+            assert requirement.specifier.contains(versions[name]), f"{requirement}, but {versions[name]} is pinned"
+
+
+def test_every_build_tool_is_pinned() -> None:
+    project = tomllib.loads((SOURCE / "pyproject.toml").read_text())
+    for requirement in map(Requirement, project["build-system"]["requires"]):
+        assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
+
+
+def test_the_unit_is_hardened() -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("needs systemd-analyze")
+    threshold = f"--threshold={round(MOST_EXPOSURE * 10)}"
+    rating = subprocess.run(
+        ["systemd-analyze", "security", "--no-pager", "--offline=true", threshold, UNIT], capture_output=True, text=True
+    )
+    assert rating.returncode == 0, rating.stdout + rating.stderr
+
+
+def test_the_unit_has_no_mistakes(tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("needs systemd-analyze")
+    installed = tmp_path / UNIT.name
+    # The command exists only once it is installed.
+    installed.write_text(re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={sys.executable}", UNIT.read_text()))
+    verdict = subprocess.run(["systemd-analyze", "verify", installed], capture_output=True, text=True)
+    assert (verdict.returncode, verdict.stdout + verdict.stderr) == (0, "")
+
+
+def test_systemd_waits_longer_than_the_drain_takes() -> None:
+    seconds = sections(UNIT)["Service"]["TimeoutStopSec"].removesuffix("s")
+    assert float(seconds) > Config().drain_timeout_s
+
+
+def test_the_installed_configuration_changes_nothing() -> None:
+    assert load(CONFIG, {}) == Config()
+
+
+def test_the_installed_configuration_shows_every_key_with_its_default() -> None:
+    uncommented = re.sub(r"(?m)^# (\w+ = )", r"\1", CONFIG.read_text())
+    assert tomllib.loads(uncommented) == msgspec.json.decode(msgspec.json.encode(Config()))

@@ -1,0 +1,195 @@
+"""The service as an administrator meets it: installed by `make install`, run by a real systemd, and taken away.
+
+The machine is made once and installed once; each test finds the service running. The test of the removal is the last.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import systemd_machine
+from systemd_machine import Machine, eventually
+
+SOURCE = Path(__file__).parent.parent
+COPY = "/usr/src/tensornext"
+CONFIG = "etc/tensornext/tnxd.toml"
+DROP_IN = "run/systemd/system/tensornext.service.d/test.conf"
+NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+
+INSTALL_TIMEOUT = 500.0
+"""Seconds for `make install`: it downloads torch where pip has not got it yet."""
+
+pytestmark = pytest.mark.timeout(INSTALL_TIMEOUT + 60)
+
+
+def make(machine: Machine, *arguments: str, check: bool = True) -> str:
+    """Run make in the copy of the source tree, with the network and the pip settings of the caller."""
+    settings = {name: value for name, value in os.environ.items() if re.match(r"PIP_|\w+_proxy$", name, re.I)}
+    return machine.run(
+        "make", "-C", COPY, *arguments, timeout=INSTALL_TIMEOUT, check=check, network=True, environment=settings
+    )
+
+
+def show(machine: Machine, name: str) -> str:
+    """One of systemd's properties of the service."""
+    return machine.run("systemctl", "show", "--value", "--property", name, "tensornext")
+
+
+def journal(machine: Machine) -> str:
+    """All that the service has written, and what systemd wrote of it."""
+    machine.run("journalctl", "--sync")
+    return machine.run("journalctl", "--output=cat", "--unit=tensornext")
+
+
+def restarted(machine: Machine, before: str) -> bool:
+    """Whether a new process, other than that with the process id `before`, has become ready."""
+    return show(machine, "ActiveState") == "active" and show(machine, "MainPID") not in ("0", before)
+
+
+def installed_files(machine: Machine) -> set[str]:
+    """What is where programs, their settings and their data are kept: files and links, no directories."""
+    places = ("/etc", "/opt", "/usr/local", "/var/cache", "/var/lib")
+    return set(machine.run("find", *places, "-xdev", "-not", "-type", "d").splitlines())
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    if reason := systemd_machine.missing():
+        pytest.skip(reason)
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    usable = "import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))"
+    if subprocess.run(["/usr/bin/python3", "-c", usable], capture_output=True).returncode != 0:
+        pytest.skip("needs Python 3.11 or newer with venv in /usr/bin/python3")
+    with systemd_machine.booted() as machine:
+        shutil.copytree(SOURCE, machine.root / COPY[1:], ignore=NOT_SOURCE)
+        yield machine
+
+
+@pytest.fixture(scope="module")
+def before_install(machine: Machine) -> set[str]:
+    return installed_files(machine)
+
+
+@pytest.fixture(scope="module")
+def installed(machine: Machine, before_install: set[str]) -> Machine:
+    make(machine, "install")
+    return machine
+
+
+@pytest.fixture
+def service(installed: Machine) -> Iterator[Machine]:
+    """The installed service, running, with the settings it was installed with."""
+    config = installed.root / CONFIG
+    original = config.read_text()
+    installed.run("systemctl", "start", "tensornext")
+    yield installed
+    config.write_text(original)
+    (installed.root / DROP_IN).unlink(missing_ok=True)
+    installed.run("systemctl", "daemon-reload")
+    installed.run("systemctl", "reset-failed", "tensornext", check=False)  # the last test has removed it
+
+
+def test_it_runs_at_once_and_after_a_boot(service: Machine) -> None:
+    assert service.run("systemctl", "is-active", "tensornext") == "active"
+    assert service.run("systemctl", "is-enabled", "tensornext") == "enabled"
+    assert re.search(r"^tnxd \S+ ready on tcp://127\.0\.0\.1:5555; devices: .*; models: mlp", journal(service), re.M)
+
+
+def test_it_is_active_only_when_it_is_ready(service: Machine) -> None:
+    service.run("systemctl", "restart", "tensornext")
+    invocation = f"_SYSTEMD_INVOCATION_ID={show(service, 'InvocationID')}"
+    assert " ready on tcp://127.0.0.1:5555;" in service.run("journalctl", "--output=cat", invocation)
+    service.run("tnxctl", "health")
+
+
+def test_systemd_finds_no_fault_in_the_unit(service: Machine) -> None:
+    assert service.run("systemd-analyze", "verify", "tensornext.service") == ""
+
+
+def test_it_is_not_root_and_sees_no_home(service: Machine) -> None:
+    pid = show(service, "MainPID")
+    process = service.root / "proc" / pid
+    assert process.stat().st_uid != 0
+    assert service.run("nsenter", f"--target={pid}", "--mount", "ls", "/root", "/home").split() == ["/home:", "/root:"]
+
+
+def test_it_serves_over_ipc(service: Machine) -> None:
+    endpoint = "ipc:///run/tensornext/tnxd"
+    (service.root / CONFIG).write_text(f'bind = ["tcp://127.0.0.1:5555", "{endpoint}"]\n')
+    service.run("systemctl", "restart", "tensornext")
+    service.run("tnxctl", "health", "--host", endpoint)
+
+
+def test_it_stops_without_being_killed(service: Machine) -> None:
+    service.run("systemctl", "stop", "tensornext")
+    assert show(service, "Result") == "success"
+    assert show(service, "ExecMainStatus") == "0"
+
+
+def test_a_killed_daemon_comes_back(service: Machine) -> None:
+    before = show(service, "MainPID")
+    service.run("kill", "-KILL", before)
+    eventually(lambda: restarted(service, before), "the service runs again")
+    service.run("tnxctl", "health")
+
+
+def test_a_daemon_that_hangs_is_replaced(service: Machine) -> None:
+    assert show(service, "WatchdogUSec") == "30s"  # too long to wait for
+    drop_in = service.root / DROP_IN
+    drop_in.parent.mkdir(parents=True, exist_ok=True)
+    drop_in.write_text("[Service]\nWatchdogSec=2s\nLimitCORE=0\n")
+    service.run("systemctl", "daemon-reload")
+    service.run("systemctl", "restart", "tensornext")
+    before = show(service, "MainPID")
+    service.run("kill", "-STOP", before)
+    eventually(lambda: restarted(service, before), "the service runs again")
+    assert "Watchdog timeout" in journal(service)
+    service.run("tnxctl", "health")
+
+
+def test_a_wrong_configuration_is_named_and_not_tried_again(service: Machine) -> None:
+    with (service.root / CONFIG).open("a") as config:
+        config.write("\nlains = 3\n")
+    service.run("systemctl", "restart", "tensornext", check=False)
+    assert show(service, "ActiveState") == "failed"
+    assert show(service, "ExecMainStatus") == "2"
+    assert "lains" in journal(service)
+
+
+def test_an_upgrade_restarts_the_service_and_keeps_the_configuration(service: Machine) -> None:
+    before = show(service, "MainPID")
+    with (service.root / COPY[1:] / "tnxd/__init__.py").open("a") as module:
+        module.write("\n# newer, of the same version\n")
+    with (service.root / CONFIG).open("a") as config:
+        config.write("\n# mine\n")
+    make(service, "install")
+    assert restarted(service, before)
+    assert (service.root / CONFIG).read_text().endswith("\n# mine\n")
+    service.run("grep", "-r", "--include=__init__.py", "newer, of the same version", "/opt/tensornext/lib")
+
+
+def test_a_stopped_service_stays_stopped_over_an_upgrade(service: Machine) -> None:
+    service.run("systemctl", "stop", "tensornext")
+    make(service, "install")
+    assert show(service, "ActiveState") == "inactive"
+
+
+def test_an_interpreter_that_the_service_cannot_see_is_refused(service: Machine) -> None:
+    service.run("cp", "-L", "/usr/bin/python3", "/root/python3")
+    output = make(service, "install", "PYTHON=/root/python3", check=False)
+    assert "/root/python3 is /root/python3, and the service sees nothing in /root" in output
+    assert show(service, "ActiveState") == "active"
+
+
+def test_the_removal_leaves_the_configuration_only(service: Machine, before_install: set[str]) -> None:
+    make(service, "uninstall")
+    assert installed_files(service) - before_install == {f"/{CONFIG}"}
+    assert show(service, "LoadState") == "not-found"
