@@ -16,9 +16,6 @@ from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Replicas, Runner
 from tnxd.executors.tensors import check_outputs, to_array, to_tensor
 
-# Below this, a copy into aligned memory costs less than it saves: received frames of up to 8 kB lie at any address.
-_STAGE_BELOW_BYTES = 16 * 1024
-
 
 def choose_threads(cores: int, workers: int = 0, threads: int = 0) -> tuple[int, int]:
     """Workers of the pool and torch threads in each, so that together they fill the cores but one.
@@ -78,11 +75,9 @@ class CpuRunner(Runner):
         model = execution.model
         begin = time.perf_counter_ns()
         arrays: Sequence[Array] = items[0]
-        staged = len(items) > 1 or any(array.nbytes < _STAGE_BELOW_BYTES or not array.flags.aligned for array in arrays)
-        if staged and model.max_batch_size:
+        gather = len(items) > 1
+        if gather:
             arrays = self._staging.gather(model.name, model.inputs, execution.group, items, rows)
-        elif staged:
-            arrays = [np.array(array) for array in arrays]
         tensors = [to_tensor(array, spec.datatype) for array, spec in zip(arrays, model.inputs, strict=True)]
         gathered = time.perf_counter_ns()
         raw = self.replicas[model.name](*tensors)
@@ -90,7 +85,7 @@ class CpuRunner(Runner):
         execution.gather_us += (gathered - begin) / 1e3
         execution.latency_us += (done - gathered) / 1e3
         outputs = [to_array(tensor) for tensor in check_outputs(model, raw, rows)]
-        if staged:
+        if gather:
             # A model may hand its input through; the next batch would overwrite what is still being sent.
             return [
                 output.copy() if any(np.may_share_memory(output, array) for array in arrays) else output

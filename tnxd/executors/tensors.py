@@ -28,8 +28,11 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 def to_tensor(array: Array, datatype: str) -> torch.Tensor:
-    """A tensor over the memory of the array. BF16 comes as 16-bit patterns, see `tnxctl.frames.STORAGE`."""
-    tensor = torch.from_numpy(array)
+    """A tensor over the memory of the array, or of a copy if that is not aligned, as small received frames may be.
+
+    BF16 comes as 16-bit patterns, see `tnxctl.frames.STORAGE`.
+    """
+    tensor = torch.from_numpy(array if array.flags.aligned else array.copy())
     return tensor.view(torch.bfloat16) if datatype == "BF16" else tensor
 
 
