@@ -167,6 +167,9 @@ def main(
     )
     if plot_path is not None:
         _require("matplotlib", "--plot")
+    for option, path in (("--json", json_path), ("--plot", plot_path)):
+        if path is not None and not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise click.BadParameter(f"{path} cannot be written", param_hint=option)  # before minutes of measuring
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit_on_signal)
     try:

@@ -141,6 +141,7 @@ uninstall_all() {
             rm -f /etc/systemd/system/multi-user.target.wants/tensornext.service  # as much as that would do
         fi
         rm "$UNIT"
+        rmdir -p "$(dirname "$UNIT")" 2>/dev/null || true  # only what is empty
         if systemd_runs; then
             systemctl daemon-reload
             systemctl reset-failed tensornext 2>/dev/null || true  # it forgets a failed unit only when told to

@@ -74,7 +74,8 @@ class Behaviour:
         compute: inputs -> outputs; a TensorNextError that it raises becomes the error reply.
         delay_s: from a predict request to its reply.
         mute: no verb is ever answered.
-        device, reason: what results say.
+        device, reason, predicted_us: what results say.
+        abandoned, prediction_error_us: what health reports say.
     """
 
     status: str = "ready"
@@ -86,6 +87,9 @@ class Behaviour:
     mute: bool = False
     device: str = "cpu"
     reason: str = "no GPU here"
+    predicted_us: float = 110.0
+    abandoned: int = 0
+    prediction_error_us: float = 0.0
 
 
 class FakeDaemon:
@@ -94,6 +98,7 @@ class FakeDaemon:
     Attributes:
         endpoint: where it listens.
         predicts: the predict requests that came, in order. inputs: their tensors.
+        cancelled: ids of those that their clients withdrew; they are computed all the same.
     """
 
     def __init__(self, endpoint: str = "tcp://127.0.0.1:*", **behaviour: object) -> None:
@@ -105,6 +110,7 @@ class FakeDaemon:
         self.endpoint = self._router.last_endpoint.decode()
         self.predicts: list[wire.Predict] = []
         self.inputs: list[Outputs] = []
+        self.cancelled: list[int] = []
         self._stop, self._stopped = (self._context.socket(zmq.PAIR) for _ in range(2))
         self._stop.bind("inproc://stop")
         self._stopped.connect("inproc://stop")
@@ -158,6 +164,9 @@ class FakeDaemon:
     def _answer(self, frames: list[bytes]) -> list[bytes] | None:
         limits = wire.Limits()
         request = wire.decode_request(frames[0], limits)
+        if isinstance(request, wire.Cancel):
+            self.cancelled.append(request.id)
+            return None
         if self._behaviour.mute:
             return None
         try:
@@ -197,6 +206,7 @@ class FakeDaemon:
             latency_ms=0.1,
             gpu_memory_mb=0.0,
             timing=TIMING,
+            predicted_us=self._behaviour.predicted_us,
         )
         return [wire.encode(header), *(array.tobytes() for array in outputs.values())]
 
@@ -218,6 +228,8 @@ class FakeDaemon:
             replies=1200,
             errors=dict(self._behaviour.errors),
             undeliverable=0,
+            abandoned=self._behaviour.abandoned,
+            prediction_error_us=self._behaviour.prediction_error_us,
         )
 
 

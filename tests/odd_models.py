@@ -42,7 +42,18 @@ def answer(first: float, x: torch.Tensor) -> Any:
         return "text"
     if first == 11:
         raise torch.OutOfMemoryError("made up")
+    if first == 12:
+        raise ValueError("a lone surrogate \ud800 has no UTF-8")
+    if first == 13:
+        raise Unprintable
     return doubled
+
+
+class Unprintable(Exception):
+    """Fails even to say what failed."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("not even that")
 
 
 class Odd(torch.nn.Module):
@@ -65,6 +76,15 @@ class Wait(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] and bool((x[:, 0] == 1).any()):
             wait_for_release("RUN_FIFO")
+        return x * 2
+
+
+class Busy(torch.nn.Module):
+    """Computes for ever, inside torch, if a row begins with 1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        while x.shape[0] and bool((x[:, 0] == 1).any()):
+            torch.ones(300, 300) @ torch.ones(300, 300)
         return x * 2
 
 
@@ -110,6 +130,7 @@ VECTOR = {"inputs": (TensorSpec("x", "FP32", (-1,)),), "outputs": (TensorSpec("y
 
 add("odd", Odd)
 add("wait", Wait)
+add("busy", Busy)
 add("in-place", InPlace, **VECTOR, max_batch_size=0)
 add("slow", slow)
 add("broken", fails)

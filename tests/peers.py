@@ -46,7 +46,7 @@ class FakeDaemon:
 
     Attributes:
         endpoint: where it is, the same after a restart.
-        received: every request as it comes.
+        received: every request as it comes. cancels: those that only withdraw another one; they get no answer.
         gone: set while it does not run.
     """
 
@@ -54,6 +54,7 @@ class FakeDaemon:
         self.answer = answer
         self.endpoint = endpoint
         self.received: queue.Queue[Request] = queue.Queue()
+        self.cancels: queue.Queue[Request] = queue.Queue()
         self.gone = threading.Event()
         self.error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -117,6 +118,9 @@ class FakeDaemon:
     def _serve(self, router: zmq.Socket[bytes]) -> None:
         identity, header, *tensors = router.recv_multipart()
         request = Request(identity, wire.decode_request(header, LIMITS), tensors)
+        if isinstance(request.header, wire.Cancel):
+            self.cancels.put(request)
+            return
         self.received.put(request)
         for receiver, reply in self.answer(request):
             router.send_multipart([receiver, *reply])
@@ -192,6 +196,7 @@ def reply_to(request: Request, **changes: Any) -> list[bytes]:
                 latency_ms=0.5,
                 gpu_memory_mb=0.0,
                 timing=TIMING,
+                predicted_us=25.0,
             )
         case wire.Metadata(model=model):
             header = wire.MetadataReport(v=1, id=request.id, model=model_info(model or "mlp"))

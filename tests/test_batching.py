@@ -54,7 +54,7 @@ def test_buffers_are_reused_and_grow() -> None:
 
 def test_the_least_recently_used_buffers_go_first() -> None:
     allocate = Allocator()
-    staging = Staging(allocate, max_groups=2)
+    staging = Staging(allocate, max_bytes=20)
     spec = (TensorSpec("a", "FP32", (-1, -1)),)
 
     def gather(width: int) -> None:
@@ -63,12 +63,21 @@ def test_the_least_recently_used_buffers_go_first() -> None:
     gather(1)
     gather(2)
     gather(1)
-    gather(3)  # width 2 goes
+    gather(3)  # 4 + 8 + 12 bytes: width 2 goes
     assert allocate.calls == 3
     gather(1)
     assert allocate.calls == 3
     gather(2)
     assert allocate.calls == 4
+
+
+def test_a_set_larger_than_the_room_is_not_kept() -> None:
+    allocate = Allocator()
+    staging = Staging(allocate, max_bytes=20)
+    for _ in range(2):
+        (gathered,) = staging.gather("m", SPECS[:1], (), [(np.ones((4, 3), np.float32),)], 4)
+        assert gathered.sum() == 12
+    assert allocate.calls == 2
 
 
 def test_unaligned_inputs_are_gathered_right() -> None:

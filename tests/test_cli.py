@@ -93,6 +93,15 @@ def test_completion_script(shell: str) -> None:
         ("predict", "--concurrency", "0"),
         ("predict", "--min-gpu-memory", "-1"),
         ("predict", "--min-gpu-memory", "nan"),
+        ("predict", "--deadline", "0"),
+        ("predict", "--deadline", "-5ms"),
+        ("predict", "--deadline", "25h"),
+        ("predict", "--deadline", "nan"),
+        ("predict", "--deadline", "1e9"),
+        ("predict", "--deadline", "soon"),
+        ("predict", "--priority", "4"),
+        ("predict", "--priority", "-1"),
+        ("predict", "--priority", "first"),
         ("predict", "--input", "x.npy", "--batch-size", "2"),
         ("predict", "--input", "x.npy", "--input-dim", "2"),
         ("predict", "--output", "x.txt"),
@@ -151,6 +160,8 @@ BUSY = {
         wire.DeviceInfo(name="cuda:1", status="failed", error="out of memory"),
     ),
     "errors": (("NOT_FOUND", 1), ("INVALID_ARGUMENT", 4)),
+    "abandoned": 7,
+    "prediction_error_us": 41.4,
 }
 
 
@@ -165,7 +176,8 @@ def test_health_for_people() -> None:
     assert "cuda:1 failed: out of memory" in lines
     assert "mlp (default) 1 ready 64 input FP32 [-1,256] output FP32 [-1,128]" in lines
     assert "digits 3 ready 64 image FP32 [-1,64] scores FP32 [-1,10]" in lines
-    assert "1205 requests, 1200 replies, 5 errors, 0 undeliverable; 1 waiting, 2 running" in lines
+    assert "1205 requests, 1200 replies, 5 errors, 0 undeliverable, 7 abandoned" in lines
+    assert "1 waiting, 2 running; predicted times are off by 41 µs" in lines
     assert "errors: INVALID_ARGUMENT 4, NOT_FOUND 1" in lines
 
 
@@ -187,6 +199,7 @@ def test_health_for_machines(fake: FakeDaemon) -> None:
     assert document["devices"][0]["memory_free_mb"] == CPU.memory_free_mb
     assert document["models"][0]["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 256]}]
     assert document.keys().isdisjoint({"v", "id", "type"})
+    assert (document["abandoned"], document["prediction_error_us"]) == (0, 0.0)
 
 
 @pytest.mark.parametrize("status", ["starting", "draining", "a status from the future"])
@@ -240,6 +253,24 @@ def test_options_reach_the_daemon(fake: FakeDaemon) -> None:
     first, second = fake.predicts
     assert (first.model, first.prefer_gpu, first.inputs[0].shape) == ("digits", False, (4, 64))
     assert (second.model, second.prefer_gpu, second.min_gpu_memory_mb) == ("", True, 10000.0)
+
+
+def test_device_deadline_and_priority_reach_the_daemon(fake: FakeDaemon) -> None:
+    ask(fake, "predict", "--device", "cuda:1", "--deadline", "2s", "--priority", 3)
+    ask(fake, "predict", "--device", "auto", "--deadline", "2500ms", "--count", 2, "--concurrency", 2)
+    ask(fake, "predict")
+    asked = [(request.device, request.deadline_us, request.priority) for request in fake.predicts]
+    assert asked == [("cuda:1", 2e6, 3), *2 * [("auto", 2.5e6, 1)], ("", None, 1)]
+
+
+def test_a_deadline_that_cannot_be_kept() -> None:
+    with FakeDaemon(compute=Every(1, errors.DeadlineExceeded)) as fake:
+        refused = ask(fake, "predict", "--deadline", "1s")
+    with FakeDaemon(delay_s=2.0) as fake:
+        late = ask(fake, "predict", "--deadline", "100ms", "--json")
+    assert refused.exit_code == late.exit_code == exits.Exit.TIMEOUT
+    assert refused.stderr == "Error: not this time\n"
+    assert "within its deadline of 0.1 s" in fields(late)["error"]["message"]
 
 
 def test_the_seed_decides_the_input(fake: FakeDaemon) -> None:
@@ -352,6 +383,52 @@ def test_one_answer_says_where_it_ran_and_why() -> None:
     assert "p99" not in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("predicted_us", "forecast"),
+    [
+        (110.0, "predicted 110 µs, took 125 µs, 15 µs more than predicted"),
+        (125.2, "predicted 125 µs, took 125 µs, as predicted"),
+        (200.0, "predicted 200 µs, took 125 µs, 75 µs less than predicted"),
+        (0.0, "took 125 µs, nothing was predicted"),
+    ],
+)
+def test_an_answer_explained(predicted_us: float, forecast: str) -> None:
+    with FakeDaemon(predicted_us=predicted_us, reason="done first there: cpu 0.11 ms, cuda:0 0.3 ms") as fake:
+        explained, plain = ask(fake, "predict", "--explain"), ask(fake, "predict")
+    line = f"   {forecast}; cpu: done first there: cpu 0.11 ms, cuda:0 0.3 ms\n"
+    assert line in explained.stdout
+    assert "predicted" not in plain.stdout
+
+
+@pytest.mark.parametrize(("count", "explained"), [(5, 5), (KEPT + 10, 0)])
+def test_the_predictions_of_many_answers_in_numbers(fake: FakeDaemon, count: int, explained: int) -> None:
+    arguments = ("predict", "--count", count, "--concurrency", 2, "--explain")
+    people, machines = ask(fake, *arguments), fields(ask(fake, *arguments, "--json"))
+    assert people.stdout.count("15 µs more than predicted; cpu: no GPU here\n") == explained
+    assert "prediction  off by  p50 15   p90 15   p99 15   max 15   µs\n" in people.stdout
+    assert "110 µs predicted and 125 µs taken on average\n" in people.stdout
+    assert machines["prediction_error_us"] == {"p50": 15.0, "p90": 15.0, "p99": 15.0, "max": 15.0}
+    for answer in machines["answers"]:
+        assert (answer["predicted_us"], answer["actual_us"]) == (110.0, 125.0)
+
+
+def test_many_answers_without_predictions() -> None:
+    with FakeDaemon(predicted_us=0.0) as fake:
+        people = ask(fake, "predict", "--count", 3, "--explain")
+        machines = fields(ask(fake, "predict", "--count", 3, "--json"))
+    assert "prediction  the daemon made none\n" in people.stdout
+    assert machines["prediction_error_us"] == {}
+
+
+def test_failures_among_explained_answers() -> None:
+    with FakeDaemon(compute=Every(2, errors.DeadlineExceeded)) as fake:
+        result = ask(fake, "predict", "--count", 4, "--explain")
+        all_failed = ask(fake, "predict", "--count", 2, "--explain", "--device", "tpu", "--model", "nope")
+    assert "DEADLINE_EXCEEDED: not this time" in result.stdout
+    assert result.stdout.count("more than predicted") == 2
+    assert all_failed.exit_code == exits.Exit.REFUSED
+
+
 def test_one_answer_for_machines(fake: FakeDaemon) -> None:
     document = fields(ask(fake, "predict", "--model", "digits", "--json"))
     (answer,) = document["answers"]
@@ -360,6 +437,7 @@ def test_one_answer_for_machines(fake: FakeDaemon) -> None:
     assert (document["model"], document["version"]) == ("digits", "3")
     assert (answer["device"], answer["reason"], answer["batch_size"]) == ("cpu", "no GPU here", 1)
     assert answer["timing"]["compute_us"] == 100.0
+    assert answer["predicted_us"] == 110.0
     assert (output["name"], output["datatype"], output["shape"]) == ("scores", "FP32", [1, 10])
     np.testing.assert_allclose(output["data"], row_sums(fake.predicts[0], fake.inputs[0])["scores"])
 
@@ -443,11 +521,21 @@ def test_a_run_ends_when_the_daemon_is_gone(concurrency: int) -> None:
     assert result.stderr.startswith("Error: given up after ")
 
 
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_run_ends_when_nothing_comes_any_more(concurrency: int) -> None:
+    """Else it would wait for the timeout of every request that is left."""
+    with FakeDaemon(delay_s=60.0) as fake:
+        result = ask(fake, "predict", "--count", 1000, "--concurrency", concurrency, "--timeout", 0.2)
+        assert len(fake.predicts) < 20
+    assert result.exit_code == exits.Exit.TIMEOUT
+    assert result.stderr.startswith("Error: given up after ")
+
+
 def test_what_a_daemon_says_cannot_steer_the_terminal() -> None:
     evil = "\x1b[2Jgone\r\n"
     model = msgspec.structs.replace(MLP, name=evil, version=evil)
     with FakeDaemon(models=(model, DIGITS), reason=evil, device=evil, compute=Every(2, errors.Internal)) as fake:
-        for verb in (("health",), ("metadata",), ("predict", "--count", "2"), ("predict",)):
+        for verb in (("health",), ("metadata",), ("predict", "--count", "2", "--explain"), ("predict",)):
             shown = ask(fake, *verb).output
             assert "gone" in shown or verb == ("predict",)
             assert "\x1b[2J" not in shown

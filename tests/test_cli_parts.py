@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from fake_daemon import DIGITS, MLP, TIMING
-from tnxctl import errors, wire
-from tnxctl.cli import exits, inputs, report, tensorfiles, text
+from tnxctl import errors, session, wire
+from tnxctl.cli import exits, inputs, options, report, tensorfiles, text
 from tnxctl.cli.tally import Tally
 from tnxctl.cli.workload import Answer
 from tnxctl.frames import STORAGE
@@ -224,6 +224,7 @@ def result(device: str = "cpu", reason: str = "because", **outputs: np.ndarray) 
         latency_ms=0.1,
         gpu_memory_mb=0.0,
         timing=TIMING,
+        predicted_us=150.0,
     )
 
 
@@ -239,6 +240,8 @@ def test_a_tally_counts() -> None:
     assert tally.devices == {"cpu": 75, "cuda:0": 25}
     assert tally.batch_mean() == 4.0
     assert tally.stage_means_us()["compute"] == pytest.approx(TIMING.compute_us)
+    assert tally.prediction_errors_us() == {"p50": 25.0, "p90": 25.0, "p99": 25.0, "max": 25.0}
+    assert tally.prediction_means_us() == (150.0, 125.0)
     assert tally.errors["RESOURCE_EXHAUSTED"].message == "full 103"
     assert report.document(tally)["errors"] == [{"code": "RESOURCE_EXHAUSTED", "count": 3, "message": "full 103"}]
 
@@ -246,6 +249,7 @@ def test_a_tally_counts() -> None:
 def test_a_tally_without_a_result_has_no_times() -> None:
     tally = Tally(planned=2, concurrency=1)
     assert (tally.percentiles_ms(), tally.stage_means_us(), tally.batch_mean(), tally.rate) == ({}, {}, 0.0, 0.0)
+    assert tally.prediction_errors_us() == {}
     assert list(report.summary(tally)) != []
 
 
@@ -271,6 +275,49 @@ def test_percentiles_are_nearest_ranks(count: int, p99: float) -> None:
 )
 def test_exit_code_of_several_requests(answered: int, failures: list[errors.TensorNextError], code: int) -> None:
     assert exits.of_run(answered, failures) == code
+
+
+# --- options -------------------------------------------------------------------------------------------------
+
+
+def test_what_the_options_say_is_what_the_client_says() -> None:
+    assert session.DEFAULT_TIMEOUT_S == options.DEFAULT_TIMEOUT_S
+    assert session.MAX_DEADLINE_S == options.MAX_DEADLINE_S
+    assert (wire.DEFAULT_PRIORITY, wire.LOWEST_PRIORITY) == (options.DEFAULT_PRIORITY, options.LOWEST_PRIORITY)
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ("50ms", 0.05),
+        ("0.05s", 0.05),
+        (".5 ms", 0.0005),
+        ("200us", 0.0002),
+        ("200µs", 0.0002),
+        ("200μs", 0.0002),
+        ("2s", 2.0),
+        ("2", 2.0),
+        ("1e-3", 0.001),
+        (" 5E1ms ", 0.05),
+        ("86400", 86_400.0),
+    ],
+)
+def test_durations_are_read(given: str, seconds: float) -> None:
+    assert options.Duration(most=86_400.0).convert(given, None, None) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "given", ["", "ms", "5 m", "5MS", "1h", "5msec", "nan", "inf", "0x5", "1_0", "5ms5ms", "--5", "٥½"]
+)
+def test_what_is_no_duration_is_told_apart(given: str) -> None:
+    with pytest.raises(click.BadParameter, match=r"is not a duration: 50ms, 200us and 0\.05s are"):
+        options.Duration(most=86_400.0).convert(given, None, None)
+
+
+@pytest.mark.parametrize("given", ["0", "0ms", "-1s", "-0.0", "86400.1", "1e400", "1e-400"])
+def test_durations_have_a_range(given: str) -> None:
+    with pytest.raises(click.BadParameter, match=f"'{given}' is not in the range above 0 and up to 86400s"):
+        options.Duration(most=86_400.0).convert(given, None, None)
 
 
 # --- text ----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import ml_dtypes
 import msgspec
 import numpy as np
 import pytest
+import zmq
 
 from peers import (
     Die,
@@ -45,7 +46,7 @@ from peers import (
     reply_to,
     silence,
 )
-from tnxctl import AsyncClient, Client, errors, wire
+from tnxctl import AsyncClient, Client, driver, errors, wire
 from tnxctl.results import Result
 from tnxctl.wire import Limits
 
@@ -140,7 +141,9 @@ def equal(result: Result, expected: Any) -> bool:
 def test_predict(connect: Connect) -> None:
     with FakeDaemon(echo) as daemon:
         tnx = connect(daemon.endpoint)
-        result = tnx.predict(X, model="digits", prefer_gpu=False, min_gpu_memory_mb=100.0)
+        result = tnx.predict(
+            X, model="digits", prefer_gpu=False, min_gpu_memory_mb=100.0, device="cuda:1", deadline=15.0, priority=0
+        )
         header = daemon.received.get_nowait().header
     assert header == wire.Predict(
         v=1,
@@ -149,11 +152,16 @@ def test_predict(connect: Connect) -> None:
         model="digits",
         prefer_gpu=False,
         min_gpu_memory_mb=100.0,
+        device="cuda:1",
+        deadline_us=header.deadline_us,
+        priority=0,
     )
+    assert 0 < header.deadline_us < 15e6  # connecting took some of it
     assert equal(result, X)
     assert (result.model, result.version, result.device, result.reason) == ("digits", "1", "cpu", "a test")
     assert (result.batch_size, result.latency_ms, result.gpu_memory_mb) == (1, 0.5, 0.0)
     assert (result.timing.compute_us, result.timing.total_us) == (5.0, 28.0)
+    assert (result.predicted_us, result.actual_us) == (25.0, 20.0)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +220,11 @@ def test_errors_of_the_daemon(connect: Connect, cls: type[errors.TensorNextError
         ({"inputs": np.zeros(1025, "u1")}, "1025 bytes.*1024"),
         ({"inputs": X, "timeout": 0}, "timeout 0"),
         ({"inputs": X, "timeout": float("nan")}, "timeout nan"),
+        ({"inputs": X, "deadline": float("nan")}, "deadline nan"),
+        ({"inputs": X, "deadline": 0.0}, r"deadline 0\.0"),
+        ({"inputs": X, "deadline": 1e9}, "deadline 1000000000.0"),
+        ({"inputs": X, "priority": 4}, "priority 4"),
+        ({"inputs": X, "device": None}, "device None"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_sent(
@@ -301,6 +314,44 @@ def test_a_cancelled_call_is_dropped_and_its_late_reply_too(connect: Connect) ->
         assert tnx.client._session.idle
 
 
+def test_a_cancelled_call_is_withdrawn(connect: Connect) -> None:
+    def withdrawn(request: Request) -> list[tuple[bytes, Reply]]:
+        late = wire.ErrorReply(v=1, id=cancel.id, code="CANCELLED", message="withdrawn")
+        return [(request.identity, [wire.encode(late)]), *echo(request)]
+
+    with FakeDaemon(silence) as daemon:
+        tnx = connect(daemon.endpoint)
+        future = tnx.submit(X)
+        request = daemon.received.get(timeout=PATIENCE_S)
+        assert future.cancel()
+        cancel = daemon.cancels.get(timeout=PATIENCE_S)
+        assert (cancel.identity, cancel.header) == (request.identity, wire.Cancel(v=1, id=request.id))
+        daemon.answer = withdrawn
+        assert equal(tnx.predict(X + 1), X + 1)
+        assert daemon.cancels.empty()
+
+
+def test_what_is_answered_is_not_withdrawn(connect: Connect) -> None:
+    with FakeDaemon(echo) as daemon:
+        tnx = connect(daemon.endpoint)
+        future = tnx.submit(X)
+        future.result()
+        assert not future.cancel()
+        tnx.predict(X)
+        assert daemon.cancels.empty()
+
+
+def test_cancelling_without_a_connection(connect: Connect) -> None:
+    endpoint = free_endpoint()
+    tnx = connect(endpoint)
+    future = tnx.submit(X)
+    assert future.cancel()
+    with FakeDaemon(echo, endpoint) as daemon:
+        assert equal(tnx.predict(X + 1), X + 1)
+        assert daemon.received.qsize() == 1
+        assert daemon.cancels.empty()
+
+
 # --- replies that should not be ------------------------------------------------------------------------------
 
 STRAY: dict[str, Callable[[Request], Reply]] = {
@@ -371,6 +422,63 @@ def test_no_answer_in_time(connect: Connect) -> None:
             tnx.predict(X, timeout=0.3)
         assert daemon.endpoint in caught.value.message
         assert equal(tnx.predict(X), X)
+
+
+@pytest.mark.parametrize("limit", ["timeout", "deadline"])
+def test_what_is_late_is_withdrawn(connect: Connect, limit: str) -> None:
+    with FakeDaemon(in_turn(echo, silence, silence, echo)) as daemon:
+        tnx = connect(daemon.endpoint)
+        tnx.predict(X)
+        daemon.received.get(timeout=PATIENCE_S)
+        with pytest.raises(errors.DeadlineExceeded):
+            tnx.predict(X, **{limit: 0.1})
+        assert daemon.cancels.get(timeout=PATIENCE_S).id == daemon.received.get(timeout=PATIENCE_S).id
+        with pytest.raises(errors.DeadlineExceeded):
+            tnx.health(timeout=0.1)
+        tnx.predict(X)
+        assert daemon.cancels.empty()
+
+
+def test_a_deadline_ends_the_wait(connect: Connect) -> None:
+    with FakeDaemon(in_turn(echo, silence, echo)) as daemon:
+        tnx = connect(daemon.endpoint)
+        tnx.predict(X)
+        daemon.received.get(timeout=PATIENCE_S)
+        with pytest.raises(errors.DeadlineExceeded, match=r"did not answer predict within its deadline of 0\.2 s"):
+            tnx.predict(X, deadline=0.2)
+        header = daemon.received.get(timeout=PATIENCE_S).header
+        assert isinstance(header, wire.Predict)
+        assert header.deadline_us == 200_000.0
+        assert equal(tnx.predict(X, deadline=PATIENCE_S), X)
+
+
+def test_a_deadline_passes_without_a_connection(connect: Connect) -> None:
+    with pytest.raises(errors.DeadlineExceeded, match=r"no connection within its deadline of 0\.3 s: nobody listens"):
+        connect(free_endpoint()).predict(X, deadline=0.3)
+
+
+def test_several_deadlines_at_once(connect: Connect) -> None:
+    with FakeDaemon(in_turn(echo, silence)) as daemon:
+        tnx = connect(daemon.endpoint)
+        tnx.predict(X)
+        futures = [tnx.submit(X, deadline=0.01 * (10 - i)) for i in range(10)]
+        for future in futures:
+            with pytest.raises(errors.DeadlineExceeded):
+                future.result(PATIENCE_S)
+        assert len({daemon.cancels.get(timeout=PATIENCE_S).id for _ in futures}) == len(futures)
+
+
+def test_a_restart_takes_its_time_from_the_deadline(connect: Connect) -> None:
+    with FakeDaemon(die) as daemon:
+        tnx = connect(daemon.endpoint)
+        future = tnx.submit(X, deadline=15.0)
+        assert daemon.gone.wait(PATIENCE_S)
+        daemon.start(echo)
+        assert equal(future.result(), X)
+        first, second = (daemon.received.get_nowait().header for _ in range(2))
+    assert isinstance(first, wire.Predict)
+    assert first == msgspec.structs.replace(second, deadline_us=first.deadline_us)
+    assert 0 < second.deadline_us < first.deadline_us < 15e6
 
 
 def test_an_answer_too_late_is_dropped(connect: Connect) -> None:
@@ -697,19 +805,24 @@ def test_callbacks_may_fail(tnx: Client, thrown: type[BaseException], caplog: py
     assert [tnx.submit(X).result().batch_size for _ in range(3)] == [1, 1, 1]
 
 
-def test_a_callback_that_blocks_delays_no_deadline() -> None:
+def test_a_callback_that_blocks_delays_no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeDaemon(echo) as daemon, Client(daemon.endpoint, timeout=PATIENCE_S) as tnx:
-        entered, leave = threading.Event(), threading.Event()
+        entered, leave, left = threading.Event(), threading.Event(), threading.Event()
 
         def block(future: Future[Result]) -> None:
             entered.set()
-            assert leave.wait(PATIENCE_S)
+            leave.wait(PATIENCE_S)
+            left.set()
 
         try:
             tnx.submit(X).add_done_callback(block)
             assert entered.wait(PATIENCE_S)
             with pytest.raises(errors.DeadlineExceeded, match=r"a callback of a future keeps the reading thread busy"):
                 tnx.predict(X, timeout=0.1)
+            monkeypatch.setattr(driver, "_GRACE_S", 2 * PATIENCE_S)  # which is not for deadlines
+            with pytest.raises(errors.DeadlineExceeded, match=r"its deadline of 0\.1 s"):
+                tnx.predict(X, deadline=0.1)
+            assert not left.is_set()
         finally:
             leave.set()
         assert equal(tnx.predict(X), X)
@@ -727,7 +840,7 @@ def test_an_interrupted_call_is_forgotten_and_others_go_on() -> None:
             others.append(pool.submit(tnx.predict, X + 1))
         elif len(held) == 2:
             signal.pthread_kill(main, signal.SIGINT)
-        return echo(request) if len(held) > 2 else []
+        return echo(request) if len(held) > 1 else []
 
     with (
         FakeDaemon(interrupt) as daemon,
@@ -739,6 +852,70 @@ def test_an_interrupted_call_is_forgotten_and_others_go_on() -> None:
         assert equal(others[0].result(PATIENCE_S), X + 1)
         assert equal(tnx.predict(X), X)
         assert tnx._session.idle
+
+
+class InterruptedPoller:
+    """Ctrl-C comes while it waits for the answer to a request that the daemon has."""
+
+    def __init__(self, poller: zmq.Poller, daemon: FakeDaemon) -> None:
+        self._poller, self._daemon = poller, daemon
+        self.request: Request | None = None
+
+    def poll(self, timeout: float | None = None) -> list[tuple[Any, int]]:
+        if self.request is None and self._daemon.received.qsize():
+            self.request = self._daemon.received.get_nowait()
+            raise KeyboardInterrupt
+        return self._poller.poll(1)
+
+
+def test_an_interrupted_call_is_withdrawn() -> None:
+    with FakeDaemon(in_turn(silence, echo)) as daemon, Client(daemon.endpoint, timeout=PATIENCE_S) as tnx:
+        poller = InterruptedPoller(tnx._driver._poller, daemon)
+        tnx._driver._poller = poller  # type: ignore[assignment]
+        with pytest.raises(KeyboardInterrupt):
+            tnx.predict(X)
+        assert tnx._session.idle
+        assert poller.request is not None
+        assert daemon.cancels.get(timeout=PATIENCE_S).id == poller.request.id
+        assert equal(tnx.predict(X), X)
+        assert daemon.received.get_nowait().identity == poller.request.identity, "the connection goes on"
+
+
+def test_a_call_interrupted_while_another_thread_drives_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeDaemon(silence) as daemon, Client(daemon.endpoint, timeout=PATIENCE_S) as tnx:
+        driven = tnx.submit(X)
+        other = daemon.received.get(timeout=PATIENCE_S)
+        interrupted: list[Request] = []
+
+        def interrupt(future: Future[Result], timeout: float | None = None) -> Result:
+            interrupted.append(daemon.received.get(timeout=PATIENCE_S))
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Future, "result", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                tnx.predict(X)
+        assert daemon.cancels.get(timeout=PATIENCE_S).id == interrupted[0].id != other.id
+        assert not driven.done()
+
+
+def test_a_message_half_sent_ends_the_connection() -> None:
+    with FakeDaemon(echo) as daemon, Client(daemon.endpoint, timeout=PATIENCE_S) as tnx:
+        assert equal(tnx.predict(X), X)
+        link = tnx._driver._link
+        send = link._send
+
+        def interrupted(call: Any) -> None:
+            link._send = send  # type: ignore[method-assign]
+            assert link.dealer is not None
+            link.dealer.send(call.frames[0], zmq.SNDMORE)
+            raise KeyboardInterrupt
+
+        link._send = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            tnx.predict(X)
+        assert equal(tnx.predict(X + 1), X + 1)
+        assert daemon.received.qsize() == 2
 
 
 def test_a_client_that_is_dropped_leaves_nothing() -> None:
@@ -845,6 +1022,7 @@ def test_a_cancelled_task_forgets_its_call() -> None:
                 await asyncio.wait_for(tnx.predict(X), 0.2)
             assert not isinstance(caught.value, errors.DeadlineExceeded)
             assert tnx._session.idle
+            assert daemon.cancels.get(timeout=PATIENCE_S).id == daemon.received.get_nowait().id
             daemon.answer = echo
             assert equal(await tnx.predict(X), X)
 

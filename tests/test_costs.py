@@ -1,30 +1,75 @@
 from __future__ import annotations
 
-from tnxd.costs import CostModel
+import pytest
+
+from tnxd.costs import CostCurve, CostModel
 
 
-def test_unknown_until_observed() -> None:
+def curve(*points: tuple[int, float]) -> CostCurve:
+    made = CostCurve()
+    for rows, micros in points:
+        made.observe(rows, micros)
+    return made
+
+
+def test_nothing_is_known_before_the_first_observation() -> None:
+    made = CostCurve()
+    assert not made.known
+    assert (made.mean(3), made.spread(3)) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "micros"),
+    [(0, 80.0), (1, 80.0), (8, 100.0), (12, 125.0), (16, 150.0), (64, 450.0), (40, 300.0), (128, 900.0)],
+)
+def test_straight_between_points_and_in_proportion_beyond(rows: int, micros: float) -> None:
+    # in any order: warm-up and traffic fill the points as they come
+    assert curve((16, 150.0), (64, 450.0), (1, 80.0), (8, 100.0)).mean(rows) == micros
+
+
+@pytest.mark.parametrize(
+    ("micros", "most", "rows"),
+    [(79.0, 64, 0), (80.0, 64, 1), (100.0, 64, 8), (299.0, 64, 39), (300.0, 64, 40), (1e9, 64, 64), (300.0, 9, 9)],
+)
+def test_the_largest_batch_within_a_time(micros: float, most: int, rows: int) -> None:
+    assert curve((1, 80.0), (8, 100.0), (16, 150.0), (64, 450.0)).rows_within(micros, most) == rows
+
+
+def test_the_mean_follows_a_change() -> None:
+    made = curve((1, 100.0))
+    for _ in range(200):
+        made.observe(1, 500.0)
+    assert made.mean(1) == pytest.approx(500.0, rel=0.01)
+
+
+def test_one_stall_is_not_the_new_normal() -> None:
+    made = curve((1, 100.0))
+    made.observe(1, 1_000_000.0)
+    assert made.mean(1) < 200.0
+
+
+def test_the_spread_tells_steady_from_erratic() -> None:
+    steady, erratic = curve((1, 100.0)), curve((1, 100.0))
+    for index in range(200):
+        steady.observe(1, 100.0)
+        erratic.observe(1, 50.0 if index % 2 else 150.0)
+    assert steady.spread(1) < 5.0
+    assert erratic.spread(1) > 100.0
+
+
+def test_a_curve_per_device_and_model() -> None:
     costs = CostModel()
-    assert costs.predict("cpu", "mlp", 1) is None
-    costs.observe("cpu", "mlp", 4, 100.0)
-    assert costs.predict("cpu", "other", 4) is None
-    assert costs.predict("cuda:0", "mlp", 4) is None
-    assert costs.predict("cpu", "mlp", 64) is None
+    costs.curve("cpu", "mlp").observe(1, 100.0)
+    assert costs.curve("cpu", "mlp").known
+    assert not costs.curve("cuda:0", "mlp").known
+    assert not costs.curve("cpu", "other").known
+    assert not costs.curve("cpu", "mlp", (128,)).known
+    assert not costs.curve("cpu", "mlp", inline=True).known
 
 
-def test_smaller_batches_are_bounded_by_larger_ones() -> None:
-    costs = CostModel()
-    costs.observe("cpu", "mlp", 64, 500.0)
-    costs.observe("cpu", "mlp", 8, 100.0)
-    assert costs.predict("cpu", "mlp", 1) == 100.0
-    assert costs.predict("cpu", "mlp", 17) == 500.0
-
-
-def test_the_average_follows_a_change() -> None:
-    costs = CostModel()
-    costs.observe("cpu", "mlp", 1, 100.0)
-    for _ in range(100):
-        costs.observe("cpu", "mlp", 1, 1000.0)
-    predicted = costs.predict("cpu", "mlp", 1)
-    assert predicted is not None
-    assert 990.0 < predicted <= 1000.0
+def test_the_oldest_curves_go_first() -> None:
+    costs = CostModel(max_curves=2)
+    for length in (1, 2, 3):
+        costs.curve("cpu", "mlp", (length,)).observe(1, 100.0)
+    assert costs.curve("cpu", "mlp", (3,)).known
+    assert not costs.curve("cpu", "mlp", (1,)).known

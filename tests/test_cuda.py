@@ -18,7 +18,7 @@ from tnxd.executors.execution import Execution  # noqa: E402
 from tnxd.executors.pool import LanePool  # noqa: E402
 from tnxd.models.builtin import BUILTIN  # noqa: E402
 from tnxd.models.model import Model  # noqa: E402
-from tnxd.scheduler import Batch, Device  # noqa: E402
+from tnxd.work import Batch, Device  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 

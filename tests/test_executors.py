@@ -17,7 +17,7 @@ from tnxd.executors.execution import Execution
 from tnxd.executors.pool import LanePool, warm_up_sizes
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Model
-from tnxd.scheduler import Batch, Device
+from tnxd.work import Batch, Device
 
 
 @pytest.mark.parametrize(

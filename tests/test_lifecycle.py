@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import pytest
 
 from conftest import Daemon
 from dealer import Dealer, rows
-from tnxctl import wire
+from tnxctl import AsyncClient, Client, Result, wire
 
 ODD = (str(Path(__file__).parent / "odd_models.py"),)
 RunDaemon = Callable[..., Daemon]
@@ -82,6 +83,7 @@ def test_health_answers_while_models_load_and_predict_is_refused(tmp_path: Path,
             dealer.predict(rows(1, 4))
             error = dealer.error()
             assert (error.code, error.message) == ("UNAVAILABLE", "the daemon is starting")
+            assert error.retry_after_us
             fifo.release()
             assert process.stdout is not None
             assert "ready on" in process.stdout.readline()
@@ -92,6 +94,30 @@ def test_health_answers_while_models_load_and_predict_is_refused(tmp_path: Path,
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+def test_clients_wait_for_a_daemon_that_starts(tmp_path: Path, fifo: Fifo) -> None:
+    """Both shells: their calls are answered when the models are loaded."""
+    endpoint = f"ipc://{tmp_path}/tnx"
+    process = subprocess.Popen(
+        [sys.executable, *ODD, "--bind", endpoint, "--model", "slow"], env={**os.environ, "LOAD_FIFO": fifo.path}
+    )
+
+    async def ask() -> Result:
+        async with AsyncClient(endpoint, timeout=30.0) as client:
+            assert (await client.health()).status == "starting"
+            call = asyncio.create_task(client.predict(rows(1, 4)))
+            while not (await client.health()).errors.get("UNAVAILABLE", 0) >= 2:
+                assert not call.done()
+            await asyncio.to_thread(fifo.release)
+            return await call
+
+    with Client(endpoint, timeout=30.0) as client:
+        waiting = client.submit(rows(1, 4))
+        assert asyncio.run(ask()).model == "slow"
+        assert waiting.result().model == "slow"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
 
 
 def test_a_stop_while_loading_is_clean(fifo: Fifo) -> None:
@@ -114,10 +140,12 @@ def test_a_stop_while_loading_is_clean(fifo: Fifo) -> None:
         (["--bind", "udp://127.0.0.1:1"], 2, "'udp://127.0.0.1:1'"),
         (["--bind", "tcp://203.0.113.1:1"], 1, "tcp://203.0.113.1:1"),
         (["--bind", "ipc:///nonexistent/tnx"], 1, "/nonexistent/tnx"),
+        (["--bind", "127.0.0.1:5555"], 2, "tcp://127.0.0.1:5555"),
+        (["--model", "mlp", "--model", "mlp"], 2, "'mlp' stands there twice"),
         (["--model", "resnet"], 2, "no built-in model 'resnet'"),
         (["--default-model", "resnet"], 2, "'resnet' is not among the models"),
         (["--devices", "tpu"], 2, "'tpu'"),
-        (["--cpu-workers", "-1"], 2, "workers"),
+        (["--cpu-workers", "-1"], 2, "cpu.workers: expected int >= 0, not -1"),
     ],
 )
 def test_what_cannot_work_is_one_sentence_and_an_exit_code(arguments: list[str], code: int, named: str) -> None:
@@ -138,6 +166,50 @@ def test_an_unknown_key_is_named_with_its_file(config: Callable[[str], str]) -> 
 def test_a_port_in_use(daemon: Daemon) -> None:
     code, stderr = refused("--bind", daemon.endpoint)
     assert (code, stderr) == (1, f"tnxd: {daemon.endpoint} is in use by another process\n")
+
+
+def test_no_model_at_all() -> None:
+    ended = subprocess.run(
+        [sys.executable, *ODD, "--bind", "tcp://127.0.0.1:*", "--model", "broken"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "no model can be loaded" in ended.stderr
+    assert "these weights are broken" in ended.stderr
+
+
+def test_values_from_the_environment(run_daemon: RunDaemon) -> None:
+    environment = {**os.environ, "TNXD_MODEL": "digits mlp", "TNXD_CPU_WORKERS": "3", "TNXD_WORKERS": "5"}
+    running = run_daemon(environment=environment)
+    with Dealer(running.endpoint) as dealer:
+        report = dealer.health()
+        assert [(model.name, model.default) for model in report.models] == [("digits", True), ("mlp", False)]
+        assert report.devices[0].lanes == 3
+    assert "TNXD_WORKERS is none of the daemon's" in running.log.read_text()
+
+
+def test_every_line_for_the_journal_has_its_priority(run_daemon: RunDaemon) -> None:
+    environment = {**os.environ, "JOURNAL_STREAM": "1:2"}
+    running = run_daemon("--model", "odd", "--model", "broken", program=ODD, environment=environment)
+    lines = running.log.read_text().splitlines()
+    assert len(lines) > 5  # a traceback
+    assert {line[:3] for line in lines} == {"<3>"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "tnxd", "--model", "x"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert ended.stderr.startswith("<3>tnxd: no built-in model")
+
+
+def test_an_output_that_nobody_reads_is_no_reason_to_stop(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/tnx"
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen([sys.executable, "-m", "tnxd", "--bind", endpoint], stdout=full)
+    with Dealer(endpoint) as dealer:
+        dealer.await_health(status="ready")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
 
 
 def test_no_device_at_all() -> None:
@@ -172,6 +244,16 @@ def test_a_second_daemon_does_not_take_an_ipc_path(run_daemon: RunDaemon, tmp_pa
         dealer.result()
     assert running.stop() == 0
     assert not (tmp_path / "tnx").exists()
+
+
+def test_a_file_that_is_no_socket_is_not_taken_for_one(tmp_path: Path) -> None:
+    precious = tmp_path / "notes"
+    precious.write_text("precious")
+    code, stderr = refused("--bind", f"ipc://{precious}")
+    assert (code, stderr.count("\n")) == (1, 1)
+    assert "something else than a socket" in stderr
+    assert precious.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [precious]
 
 
 def test_the_ipc_path_of_a_killed_daemon_can_be_used_again(run_daemon: RunDaemon, tmp_path: Path) -> None:
@@ -284,6 +366,47 @@ def test_a_drain_that_takes_too_long_is_cut(run_daemon: RunDaemon, fifo: Fifo, c
         assert running.process.wait(20) == 0
 
 
+def test_a_drain_that_cuts_a_busy_lane_ends_well(run_daemon: RunDaemon, config: Callable[[str], str]) -> None:
+    """The lane is inside torch when the process ends."""
+    path = config("drain_timeout_s = 0.2\n[cpu]\nworkers = 2\ninline_limit_us = 0\n")
+    running = run_daemon("--model", "busy", "--config", path, program=ODD)
+    with Dealer(running.endpoint) as dealer:
+        dealer.predict(rows(1, 4, 1.0))
+        dealer.await_health(running=1)
+        running.process.send_signal(signal.SIGTERM)
+        assert dealer.error().code == "UNAVAILABLE"
+        assert running.process.wait(20) == 0
+
+
+def test_a_second_signal_ends_a_loop_that_hangs(
+    run_daemon: RunDaemon, fifo: Fifo, config: Callable[[str], str]
+) -> None:
+    """A batch that was predicted to be cheap, and so runs on the loop's own thread, never ends."""
+    running = waiting_model(run_daemon, fifo, "--config", config("[cpu]\ninline_limit_us = 1000000.0\n"))
+    with Dealer(running.endpoint) as dealer:
+        dealer.predict(rows(1, 4, 1.0))
+        with open(fifo.path, "wb"):  # it is there, and goes on waiting for the end of the file
+            running.process.send_signal(signal.SIGTERM)
+            running.process.send_signal(signal.SIGINT)
+            assert running.process.wait(20) == 1
+
+
+def test_what_was_sent_before_the_signal_is_answered(
+    run_daemon: RunDaemon, fifo: Fifo, config: Callable[[str], str]
+) -> None:
+    """More messages than the loop takes in at once wait in the socket when the signal comes."""
+    running = waiting_model(run_daemon, fifo, "--config", config("[cpu]\ninline_limit_us = 1000000.0\n"))
+    with Dealer(running.endpoint) as dealer:
+        dealer.predict(rows(1, 4, 1.0))
+        with open(fifo.path, "wb"):
+            for _ in range(800):
+                dealer.predict(rows(1, 4))
+            running.process.send_signal(signal.SIGTERM)
+        answers = [dealer.receive()[0] for _ in range(801)]
+        assert sorted(answer.id for answer in answers if answer.id is not None) == list(range(801))
+        assert running.process.wait(20) == 0
+
+
 # --- systemd's side of the conversation ----------------------------------------------------------------------
 
 
@@ -345,17 +468,16 @@ def test_a_batch_that_hangs_ends_the_signs_of_life(
     with Dealer(running.endpoint) as dealer:
         dealer.predict(rows(1, 4, 1.0))
         dealer.await_health(running=1)
-        while "has run a batch of wait for over 0.5 s" not in running.log.read_text():
-            assert running.process.poll() is None
+        error = dealer.error()
+        assert (error.code, "ran for over 0.5 s" in error.message) == ("INTERNAL", True)
         assert systemd.count("WATCHDOG=1", seconds=2.0) <= 8  # those sent before the half second was over
         fifo.release()
-        dealer.result()
         systemd.socket.settimeout(20)
         systemd.expect("WATCHDOG=1")
 
 
-def test_a_second_batch_shares_the_request_id_space_with_none(daemon: Daemon) -> None:
-    """Ids belong to a connection: two clients may use the same ones at the same time."""
+def test_ids_belong_to_their_connection(daemon: Daemon) -> None:
+    """Two clients may use the same ones at the same time."""
     with Dealer(daemon.endpoint) as one, Dealer(daemon.endpoint) as other:
         for dealer in (one, other):
             for index in range(20):

@@ -58,6 +58,8 @@ def command(value: float, count: int = 1) -> Array:
         (9, "INTERNAL", "2 outputs"),
         (10, "INTERNAL", "str"),
         (11, "RESOURCE_EXHAUSTED", "no memory"),
+        (12, "INTERNAL", "a lone surrogate ? has no UTF-8"),
+        (13, "INTERNAL", "Unprintable"),
     ],
 )
 def test_a_misbehaving_model_is_that_requests_error(
@@ -118,6 +120,17 @@ def test_more_rows_than_the_limit_are_run_in_pieces_and_joined(dealer: Dealer) -
     result, (output,) = dealer.result()
     np.testing.assert_array_equal(output, x * 2)
     assert result.batch_size == 50
+
+
+def test_more_rows_than_the_limit_without_an_element_are_refused(dealer: Dealer) -> None:
+    """They take no bytes, whatever their number, but a forward for every piece."""
+    header = wire.Predict(v=wire.VERSION, id=7, model="wide", inputs=(wire.TensorSpec("x", "FP32", (2**40, 0)),))
+    dealer.socket.send_multipart([wire.encode(header), b""])
+    error = dealer.error()
+    assert (error.id, error.code) == (7, "INVALID_ARGUMENT")
+    assert str(2**40) in error.message
+    dealer.predict(np.empty((5, 0), np.float32), model="wide")
+    assert dealer.result()[1][0].shape == (5, 0)
 
 
 def test_a_poisoned_row_in_a_large_request(dealer: Dealer) -> None:

@@ -82,10 +82,16 @@ def page_type(kind: msgspec.inspect.Type) -> str:
     raise AssertionError(f"{kind} has no name on the page")
 
 
+def page_value(value: Any) -> str:
+    """How the page writes a default."""
+    return "nil" if value is None else json.dumps(value)
+
+
 @pytest.mark.parametrize(
     ("title", "headers"),
     [
         ("predict", [wire.Predict]),
+        ("cancel", [wire.Cancel]),
         ("result", [wire.Result, wire.Timing]),
         ("error", [wire.ErrorReply]),
         ("health, the request", [wire.Health]),
@@ -102,7 +108,7 @@ def test_fields(title: str, headers: list[type[msgspec.Struct]]) -> None:
         info = msgspec.inspect.type_info(header)
         assert isinstance(info, msgspec.inspect.StructType)
         expected = {
-            field.name: (page_type(field.type), "required" if field.required else json.dumps(field.default))
+            field.name: (page_type(field.type), "required" if field.required else page_value(field.default))
             for field in info.fields
         }
         if info.tag_field is not None:
@@ -147,6 +153,7 @@ def test_links_lead_somewhere() -> None:
 
 EXAMPLES: dict[str, Any] = {
     "predict request": wire.Predict,
+    "cancel": wire.Cancel,
     "result": wire.Result,
     "error": wire.ErrorReply,
     "health request": wire.Health,
@@ -170,7 +177,9 @@ def test_example(title: str) -> None:
 
     assert re.findall(r", (\d+) bytes:", text) == [str(len(frame)) for frame in (header, *frames)]
     assert msgspec.msgpack.decode(header) == values["header"]
-    decode = wire.decode_request if kind in (wire.Predict, wire.Health, wire.Metadata) else wire.decode_reply
+    decode = (
+        wire.decode_request if kind in (wire.Predict, wire.Cancel, wire.Health, wire.Metadata) else wire.decode_reply
+    )
     decoded = decode(header, Limits())
     assert type(decoded) is kind
     assert decoded == msgspec.convert(values["header"], kind)
@@ -188,6 +197,13 @@ def test_stages_of_the_example_sum_to_the_total() -> None:
     timing = json.loads(values)["header"]["timing"]
     total = timing.pop("total_us")
     assert sum(timing.values()) == total
+
+
+def test_the_largest_deadline_and_the_levels() -> None:
+    (fields,) = tables(section("predict"))
+    meanings = {bare(name): meaning for name, _, _, meaning in fields}
+    assert f"at most {wire.MAX_DEADLINE_US:.0f}, a day" in meanings["deadline_us"]
+    assert meanings["priority"].startswith(f"0 to {wire.LOWEST_PRIORITY}.")
 
 
 def test_zmtp_handshake() -> None:

@@ -31,7 +31,7 @@ def connected(idle: Session) -> Session:
     call = predict(idle)
     idle.start(call)
     idle.connecting(0.0)
-    idle.connected()
+    idle.connected(0.0)
     idle.forget(call)
     return idle
 
@@ -39,7 +39,15 @@ def connected(idle: Session) -> Session:
 def predict(
     session: Session, inputs: object = X, *, timeout: float | None = None, now: float = 0.0, **options: Any
 ) -> Call[Result]:
-    arguments = {"model": "", "prefer_gpu": True, "min_gpu_memory_mb": 0.0, **options}
+    arguments = {
+        "model": "",
+        "prefer_gpu": True,
+        "min_gpu_memory_mb": 0.0,
+        "device": "",
+        "deadline": None,
+        "priority": wire.DEFAULT_PRIORITY,
+        **options,
+    }
     return session.predict(inputs, timeout=timeout, now=now, **arguments)
 
 
@@ -50,8 +58,15 @@ def started(session: Session, **arguments: Any) -> Call[Result]:
     return call
 
 
+def header(call: Call[Any]) -> wire.Predict:
+    """What would be sent now."""
+    decoded = wire.decode_request(call.frames[0], Limits())
+    assert isinstance(decoded, wire.Predict)
+    return decoded
+
+
 def result(call: Call[Any], **changes: Any) -> list[bytes]:
-    header = wire.Result(
+    reply = wire.Result(
         v=1,
         id=call.id,
         model="mlp",
@@ -63,8 +78,9 @@ def result(call: Call[Any], **changes: Any) -> list[bytes]:
         latency_ms=0.5,
         gpu_memory_mb=0.0,
         timing=TIMING,
+        predicted_us=25.0,
     )
-    return [wire.encode(msgspec.structs.replace(header, **changes)), X.tobytes()]
+    return [wire.encode(msgspec.structs.replace(reply, **changes)), X.tobytes()]
 
 
 # --- requests ------------------------------------------------------------------------------------------------
@@ -86,9 +102,24 @@ def test_a_request_is_its_header_and_the_very_arrays(idle: Session) -> None:
 
 
 def test_one_array_is_the_only_input(idle: Session) -> None:
-    header = wire.decode_request(predict(idle).frames[0], Limits())
-    assert isinstance(header, wire.Predict)
-    assert header.inputs == (wire.TensorSpec("", "FP32", (2, 3)),)
+    assert header(predict(idle)).inputs == (wire.TensorSpec("", "FP32", (2, 3)),)
+
+
+def test_what_is_not_asked_for_is_not_sent(idle: Session) -> None:
+    plain = msgspec.msgpack.decode(predict(idle).frames[0])
+    assert plain.keys().isdisjoint({"model", "device", "deadline_us", "priority"})
+
+
+def test_device_deadline_and_priority_are_sent(idle: Session) -> None:
+    asked = header(predict(idle, device="cuda:1", deadline=0.05, priority=np.int64(3)))
+    assert (asked.device, asked.deadline_us, asked.priority) == ("cuda:1", 50_000.0, 3)
+    assert header(predict(idle, deadline=86_400, timeout=1e6)).deadline_us == wire.MAX_DEADLINE_US
+
+
+def test_a_deadline_beyond_the_timeout_is_cut_to_it(idle: Session) -> None:
+    call = predict(idle, deadline=60, timeout=2.0)
+    assert header(call).deadline_us == 2_000_000.0
+    assert call.expires == 2.0
 
 
 def test_a_copy_is_taken_where_asked_for(idle: Session) -> None:
@@ -132,6 +163,25 @@ def test_ids_differ(idle: Session) -> None:
         ({"timeout": math.inf}, "timeout inf"),
         ({"timeout": 10**400}, "timeout 10000"),
         ({"timeout": "5"}, "timeout '5'"),
+        ({"deadline": 0}, "deadline 0:"),
+        ({"deadline": -0.05}, "deadline -0.05"),
+        ({"deadline": math.nan}, "deadline nan"),
+        ({"deadline": math.inf}, "deadline inf"),
+        ({"deadline": 86_401}, "deadline 86401.*at most 86400"),
+        ({"deadline": 10**400}, "deadline 10000"),
+        ({"deadline": "50ms"}, "deadline '50ms'"),
+        ({"deadline": np.ones(2)}, "deadline array"),
+        ({"priority": -1}, "priority -1.*0 .* to 3"),
+        ({"priority": 4}, "priority 4"),
+        ({"priority": 10**400}, "priority 10000"),
+        ({"priority": 1.0}, r"priority 1\.0"),
+        ({"priority": math.nan}, "priority nan"),
+        ({"priority": True}, "priority True"),
+        ({"priority": None}, "priority None"),
+        ({"priority": "high"}, "priority 'high'"),
+        ({"device": None}, "device None"),
+        ({"device": 0}, "device 0"),
+        ({"device": b"cpu"}, "device b'cpu'"),
     ],
 )
 def test_arguments_that_cannot_work_are_named(idle: Session, arguments: dict[str, Any], named: str) -> None:
@@ -157,18 +207,19 @@ def test_the_timeout_of_the_session_is_checked_too(timeout: float) -> None:
 
 def test_a_reply_finishes_its_call_and_no_other(connected: Session) -> None:
     first, second = started(connected), started(connected)
-    assert connected.receive(result(second)) is second
+    assert connected.receive(result(second), 0.0) is second
     assert (first.done, second.done) == (False, True)
     got = second.take()
     np.testing.assert_array_equal(got.output, X)
     assert list(got.outputs) == ["output"]
     assert (got.model, got.version, got.device, got.reason, got.batch_size) == ("mlp", "1", "cpu", "a test", 2)
     assert (got.latency_ms, got.gpu_memory_mb, got.timing) == (0.5, 0.0, TIMING)
+    assert (got.predicted_us, got.actual_us) == (25.0, 20.0)
 
 
 def test_outputs_are_read_only_views(connected: Session) -> None:
     call = started(connected)
-    connected.receive(result(call))
+    connected.receive(result(call), 0.0)
     with pytest.raises(ValueError, match="read-only"):
         call.take().output[0] = 1
 
@@ -176,7 +227,7 @@ def test_outputs_are_read_only_views(connected: Session) -> None:
 def test_output_of_several_names_them(connected: Session) -> None:
     call = started(connected)
     specs = (wire.TensorSpec("scores", "FP32", X.shape), wire.TensorSpec("boxes", "FP32", (0, 4)))
-    connected.receive([*result(call, outputs=specs), b""])
+    connected.receive([*result(call, outputs=specs), b""], 0.0)
     got = call.take()
     assert got.outputs["boxes"].shape == (0, 4)
     with pytest.raises(errors.InvalidArgument, match="'scores', 'boxes'"):
@@ -186,22 +237,33 @@ def test_output_of_several_names_them(connected: Session) -> None:
 @pytest.mark.parametrize("cls", errors.TensorNextError.__subclasses__())
 def test_error_replies_become_their_class(connected: Session, cls: type[errors.TensorNextError]) -> None:
     call = started(connected)
-    connected.receive([wire.encode(wire.ErrorReply(v=1, id=call.id, code=cls.code, message="no model 'x'"))])
+    connected.receive([wire.encode(wire.ErrorReply(v=1, id=call.id, code=cls.code, message="no model 'x'"))], 0.0)
     with pytest.raises(cls, match="no model 'x'"):
         call.take()
 
 
+@pytest.mark.parametrize(("micros", "seconds"), [(250_000.0, 0.25), (None, None)])
+def test_an_error_says_when_to_try_again(connected: Session, micros: float | None, seconds: float | None) -> None:
+    call = started(connected)
+    reply = wire.ErrorReply(
+        v=1, id=call.id, code="RESOURCE_EXHAUSTED", message="the queue is full", retry_after_us=micros
+    )
+    connected.receive([wire.encode(reply)], 0.0)
+    assert call.error is not None
+    assert call.error.retry_after_s == seconds
+
+
 def test_an_unknown_code_is_kept(connected: Session) -> None:
     call = started(connected)
-    connected.receive([wire.encode(wire.ErrorReply(v=1, id=call.id, code="TEAPOT", message="short and stout"))])
+    connected.receive([wire.encode(wire.ErrorReply(v=1, id=call.id, code="TEAPOT", message="short and stout"))], 0.0)
     with pytest.raises(errors.Unknown, match="TEAPOT: short and stout"):
         call.take()
 
 
 def test_a_second_reply_is_dropped(connected: Session) -> None:
     call = started(connected)
-    assert connected.receive(result(call)) is call
-    assert connected.receive(result(call, batch_size=99)) is None
+    assert connected.receive(result(call), 0.0) is call
+    assert connected.receive(result(call, batch_size=99), 0.0) is None
     assert call.take().batch_size == 2
 
 
@@ -209,7 +271,7 @@ def test_a_reply_to_a_forgotten_call_is_dropped(connected: Session) -> None:
     call = started(connected)
     assert connected.forget(call)
     assert not connected.forget(call)
-    assert connected.receive(result(call)) is None
+    assert connected.receive(result(call), 0.0) is None
     assert not call.done
 
 
@@ -242,7 +304,7 @@ def raw(call: Call[Any], **fields: Any) -> bytes:
 )
 def test_a_malformed_reply_fails_its_call(connected: Session, reply: Any, named: str) -> None:
     call, other = started(connected), started(connected)
-    assert connected.receive(reply(call)) is call
+    assert connected.receive(reply(call), 0.0) is call
     with pytest.raises(errors.Internal, match=named) as caught:
         call.take()
     assert ENDPOINT in caught.value.message
@@ -256,7 +318,7 @@ def test_metadata_is_the_model_and_takes_no_frames(connected: Session) -> None:
     calls = [connected.metadata("", timeout=None, now=0.0) for _ in range(2)]
     for call, frames in zip(calls, ([], [b""]), strict=True):
         connected.start(call)
-        connected.receive([wire.encode(wire.MetadataReport(v=1, id=call.id, model=MODEL)), *frames])
+        connected.receive([wire.encode(wire.MetadataReport(v=1, id=call.id, model=MODEL)), *frames], 0.0)
     assert calls[0].take() == MODEL
     with pytest.raises(errors.Internal, match="1 tensor frames"):
         calls[1].take()
@@ -264,7 +326,7 @@ def test_metadata_is_the_model_and_takes_no_frames(connected: Session) -> None:
 
 def test_a_reply_may_have_a_larger_header_than_a_request(connected: Session) -> None:
     call = started(connected)
-    assert connected.receive(result(call, reason=100_000 * "x")) is call
+    assert connected.receive(result(call, reason=100_000 * "x"), 0.0) is call
     assert len(call.take().reason) == 100_000
 
 
@@ -273,7 +335,7 @@ def test_a_reply_may_have_a_larger_header_than_a_request(connected: Session) -> 
 def test_noise_is_dropped(frames: list[bytes]) -> None:
     session = Session(ENDPOINT, 5.0, Limits())
     call = started(session)
-    assert session.receive(frames) is None
+    assert session.receive(frames, 0.0) is None
     assert not call.done
 
 
@@ -285,7 +347,7 @@ def test_a_damaged_reply_never_does_worse_than_fail_its_call(data: st.DataObject
     header, tensor = result(call)
     damaged = bytearray(header)
     damaged[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.integers(0, 255))
-    finished = session.receive([bytes(damaged[: data.draw(st.integers(0, len(header)))]), tensor])
+    finished = session.receive([bytes(damaged[: data.draw(st.integers(0, len(header)))]), tensor], 0.0)
     assert finished in (None, call, other)
     assert [c.done for c in (call, other)] == [finished is call, finished is other]
     if finished is not None and finished.error is not None:
@@ -306,14 +368,14 @@ def test_calls_expire_each_in_its_time(connected: Session) -> None:
     assert isinstance(caught.value, TimeoutError)
     assert connected.expire(13.0) == [late]
     assert connected.due == math.inf
-    assert connected.receive(result(late)) is None
+    assert connected.receive(result(late), 0.0) is None
 
 
 def test_answered_calls_do_not_expire(connected: Session) -> None:
     call, other = started(connected, timeout=1.0), started(connected, timeout=9.0)
-    connected.receive(result(call))
+    connected.receive(result(call), 0.0)
     assert connected.expire(5.0) == []
-    assert connected.due == other.deadline
+    assert connected.due == other.expires
 
 
 def test_without_a_connection_time_runs_too_and_the_error_says_so(idle: Session) -> None:
@@ -327,6 +389,121 @@ def test_without_a_connection_time_runs_too_and_the_error_says_so(idle: Session)
     ) as e:
         call.take()
     assert isinstance(e.value, ConnectionError)
+
+
+# --- deadlines -----------------------------------------------------------------------------------------------
+
+
+def test_a_call_fails_at_its_deadline(connected: Session) -> None:
+    call = started(connected, deadline=0.05, now=10.0)
+    assert connected.due <= 10.05
+    assert connected.expire(10.049) == []
+    assert connected.expire(10.05) == [call]
+    with pytest.raises(errors.DeadlineExceeded, match=r"did not answer predict within its deadline of 0\.05 s"):
+        call.take()
+
+
+def test_of_deadline_and_timeout_the_earlier_counts(connected: Session) -> None:
+    call = started(connected, deadline=3.0, timeout=1.0, now=10.0)
+    assert connected.expire(11.0) == [call]
+    with pytest.raises(errors.DeadlineExceeded, match=r"predict within 1 s"):
+        call.take()
+
+
+def test_without_a_connection_a_deadline_passes_all_the_same(idle: Session) -> None:
+    call = started(idle, deadline=0.5)
+    idle.connecting(0.0)
+    idle.note_trouble("nobody listens there")
+    idle.lost()
+    assert idle.expire(0.5) == [call]
+    with pytest.raises(errors.DeadlineExceeded, match=r"no connection within its deadline of 0\.5 s: nobody listens"):
+        call.take()
+
+
+def test_a_result_after_the_deadline_is_none(connected: Session) -> None:
+    in_time, late = started(connected, deadline=0.05), started(connected, deadline=0.05)
+    patient = started(connected, timeout=0.05)
+    assert connected.receive(result(in_time), 0.049) is in_time
+    assert connected.receive(result(late), 0.051) is late
+    assert connected.receive(result(patient), 0.051) is patient
+    assert in_time.take().batch_size == patient.take().batch_size == 2
+    with pytest.raises(errors.DeadlineExceeded, match="its deadline"):
+        late.take()
+
+
+def test_a_late_error_keeps_its_reason(connected: Session) -> None:
+    call = started(connected, deadline=0.05)
+    connected.receive([wire.encode(wire.ErrorReply(v=1, id=call.id, code="NOT_FOUND", message="no model"))], 0.06)
+    with pytest.raises(errors.NotFound, match="no model"):
+        call.take()
+
+
+def test_what_is_left_of_a_deadline_is_sent(connected: Session) -> None:
+    call, plain = started(connected, deadline=4.0, device="cpu", now=10.0), started(connected, now=10.0)
+    before = plain.frames[0]
+    for now, left_us in ((11.0, 3e6), (13.75, 250_000.0)):
+        connected.lost()
+        connected.connecting(now)
+        assert connected.connected(now) == [call, plain]
+        assert header(call).deadline_us == left_us
+    assert header(call).device == "cpu"
+    assert call.frames[1] is X
+    assert plain.frames[0] is before
+
+
+def test_a_connection_that_took_time_took_it_from_the_deadline(idle: Session) -> None:
+    call = started(idle, deadline=1.0)
+    idle.connecting(0.0)
+    assert idle.connected(0.25) == [call]
+    assert header(call).deadline_us == 750_000.0
+
+
+def test_a_deadline_is_never_sent_longer_than_it_may_be(idle: Session) -> None:
+    now = 297_980 / 3
+    assert now + 86_400 - now > 86_400, "by rounding"
+    call = started(idle, deadline=86_400, timeout=1e6, now=now)
+    idle.connecting(now)
+    idle.connected(now)
+    assert header(call).deadline_us == pytest.approx(wire.MAX_DEADLINE_US)
+
+
+def test_what_is_over_is_not_sent_again(connected: Session) -> None:
+    late, patient = started(connected, deadline=0.05), started(connected)
+    connected.lost()
+    connected.connecting(0.01)
+    assert connected.connected(0.05) == [patient]
+    assert connected.expire(0.05) == [late]
+
+
+# --- withdrawing ---------------------------------------------------------------------------------------------
+
+
+def test_a_call_given_up_is_withdrawn(connected: Session) -> None:
+    forgotten, expired = started(connected), started(connected, timeout=1.0)
+    connected.forget(forgotten)
+    connected.expire(1.0)
+    for call in (forgotten, expired):
+        message = connected.cancellation(call)
+        assert message is not None
+        assert wire.decode_request(message, Limits()) == wire.Cancel(v=1, id=call.id)
+
+
+def test_only_what_a_daemon_has_in_a_queue_is_withdrawn(connected: Session) -> None:
+    health, metadata = connected.health(timeout=None, now=0.0), connected.metadata("", timeout=None, now=0.0)
+    sent = started(connected)
+    assert [connected.cancellation(call) for call in (health, metadata)] == [None, None]
+    connected.lost()
+    assert connected.cancellation(sent) is None
+
+
+def test_what_comes_for_a_withdrawn_call_is_dropped(connected: Session) -> None:
+    first, second = started(connected), started(connected)
+    for call in (first, second):
+        connected.forget(call)
+    withdrawn = wire.ErrorReply(v=1, id=first.id, code="CANCELLED", message="withdrawn")
+    assert connected.receive([wire.encode(withdrawn)], 0.0) is None
+    assert connected.receive(result(second), 0.0) is None
+    assert (first.done, second.done) == (False, False)
 
 
 # --- connections ---------------------------------------------------------------------------------------------
@@ -344,18 +521,18 @@ def test_calls_wait_for_the_connection_and_later_ones_do_not(idle: Session) -> N
     first, second = started(idle), started(idle)
     idle.connecting(0.0)
     assert not idle.must_connect(100.0)
-    assert idle.connected() == [first, second]
+    assert idle.connected(0.0) == [first, second]
     assert idle.start(predict(idle))
 
 
 def test_unanswered_calls_go_out_again_on_the_next_connection(connected: Session) -> None:
     answered, pending = started(connected), started(connected)
-    connected.receive(result(answered))
+    connected.receive(result(answered), 0.0)
     assert connected.lost() == []
     assert connected.must_connect(1.0)
     connected.connecting(1.0)
-    assert connected.connected() == [pending]
-    connected.receive(result(pending))
+    assert connected.connected(1.0) == [pending]
+    connected.receive(result(pending), 0.0)
     assert pending.take().batch_size == 2
 
 
@@ -390,7 +567,7 @@ def test_a_call_under_which_connections_keep_breaking_is_given_up(connected: Ses
         connected.connecting(float(attempt))
         assert connected.lost() == []  # never stood, so took nothing with it
         connected.connecting(float(attempt))
-        connected.connected()
+        connected.connected(1.0)
     assert connected.lost() == [call]
     with pytest.raises(errors.Unavailable, match="broke 3 times while predict was under way: it closed"):
         call.take()
@@ -402,7 +579,7 @@ def test_closing_the_own_side_blames_no_call(connected: Session) -> None:
     for _ in range(10):
         connected.disconnected()
         connected.connecting(0.0)
-        assert connected.connected() == [call]
+        assert connected.connected(1.0) == [call]
 
 
 # --- bounds and the end --------------------------------------------------------------------------------------
@@ -414,7 +591,7 @@ def test_too_many_calls_fail_at_once(connected: Session, monkeypatch: pytest.Mon
     assert [connected.start(call) for call in calls] == [True, True, False]
     with pytest.raises(errors.ResourceExhausted, match="2 calls"):
         calls[2].take()
-    connected.receive(result(calls[0]))
+    connected.receive(result(calls[0]), 0.0)
     assert connected.start(predict(connected))
 
 
@@ -442,5 +619,69 @@ def test_close_fails_what_is_under_way_and_what_comes(connected: Session) -> Non
 
 def test_a_finished_call_holds_no_inputs(connected: Session) -> None:
     call = started(connected)
-    connected.receive(result(call))
-    assert call.frames == ()
+    connected.receive(result(call), 0.0)
+    assert call.frames == []
+
+
+# --- a daemon that says when to ask again --------------------------------------------------------------------
+
+
+def put_off(call: Call[Any], after_us: float | None = 100_000.0, code: str = "UNAVAILABLE") -> list[bytes]:
+    reply = wire.ErrorReply(v=1, id=call.id, code=code, message="the daemon is starting", retry_after_us=after_us)
+    return [wire.encode(reply)]
+
+
+def test_a_call_that_is_put_off_is_sent_again_and_answered(connected: Session) -> None:
+    call = started(connected)
+    assert connected.receive(put_off(call), 1.0) is None
+    assert not call.done
+    assert connected.due == pytest.approx(1.1)
+    assert connected.asked_again(1.05) == []
+    assert connected.asked_again(1.1) == [call]
+    assert connected.asked_again(1.2) == []
+    assert connected.receive(result(call), 1.3) is call
+    assert call.take().device == "cpu"
+
+
+def test_a_call_that_is_put_off_until_its_time_is_over_fails_with_what_the_daemon_said(connected: Session) -> None:
+    call = started(connected, timeout=1.0)
+    assert connected.receive(put_off(call), 0.5) is None
+    connected.asked_again(0.6)
+    assert connected.receive(put_off(call), 0.95) is call  # no time is left for another try
+    with pytest.raises(errors.Unavailable, match="the daemon is starting"):
+        call.take()
+    unanswered = started(connected, timeout=1.0)
+    assert connected.receive(put_off(unanswered), 0.5) is None
+    assert connected.expire(1.0) == [unanswered]
+    with pytest.raises(errors.Unavailable, match="the daemon is starting"):
+        unanswered.take()
+
+
+def test_a_call_that_is_put_off_says_how_much_of_its_deadline_is_left(connected: Session) -> None:
+    call = started(connected, deadline=2.0)
+    connected.receive(put_off(call), 0.5)
+    (again,) = connected.asked_again(0.6)
+    assert header(again).deadline_us == pytest.approx(1.4e6)
+
+
+@pytest.mark.parametrize(("after_us", "code"), [(None, "UNAVAILABLE"), (100_000.0, "RESOURCE_EXHAUSTED")])
+def test_other_refusals_are_final(connected: Session, after_us: float | None, code: str) -> None:
+    call = started(connected)
+    assert connected.receive(put_off(call, after_us, code), 0.5) is call
+    assert call.error is not None
+
+
+def test_what_was_put_off_goes_out_on_a_new_connection_at_once(connected: Session) -> None:
+    call = started(connected)
+    connected.receive(put_off(call), 0.5)
+    connected.lost()
+    connected.connecting(0.51)
+    assert connected.connected(0.52) == [call]
+    assert connected.asked_again(9.0) == []
+
+
+def test_a_forgotten_call_is_not_sent_again(connected: Session) -> None:
+    call = started(connected)
+    connected.receive(put_off(call), 0.5)
+    connected.forget(call)
+    assert connected.asked_again(1.0) == []

@@ -16,7 +16,7 @@ from tnxctl.errors import FailedPrecondition
 from tnxctl.link import Link, Socket, has_input
 from tnxctl.results import Result
 from tnxctl.session import DEFAULT_TIMEOUT_S, Call, Session
-from tnxctl.wire import HealthReport, Limits, ModelInfo
+from tnxctl.wire import DEFAULT_PRIORITY, HealthReport, Limits, ModelInfo
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ class AsyncClient:
             results = await asyncio.gather(*(tnx.predict(x) for x in batches))
 
     It belongs to the event loop of its first call, and is used from that loop's thread only. Cancelling a task
-    drops its call. The arrays of a call must stay unchanged until it is done.
+    withdraws its request. The arrays of a call must stay unchanged until it is done.
     """
 
     def __init__(
@@ -56,6 +56,9 @@ class AsyncClient:
         model: str = "",
         prefer_gpu: bool = True,
         min_gpu_memory_mb: float = 0.0,
+        device: str = "",
+        deadline: float | None = None,
+        priority: int = DEFAULT_PRIORITY,
         timeout: float | None = None,
     ) -> Result:
         """Run a model once, see `Client.predict`."""
@@ -64,6 +67,9 @@ class AsyncClient:
             model=model,
             prefer_gpu=prefer_gpu,
             min_gpu_memory_mb=min_gpu_memory_mb,
+            device=device,
+            deadline=deadline,
+            priority=priority,
             timeout=timeout,
             now=time.monotonic(),
         )
@@ -124,13 +130,14 @@ class _LoopDriver:
         self._link.start(call)
         if call.done:
             _settle(call)
-        elif has_input(self._link.dealer):
-            self.loop.call_soon(self._turn)
+        else:
+            self._look_again()
         self._set_timer()
         try:
             return await future
         except asyncio.CancelledError:
-            self._session.forget(call)
+            self._link.withdraw(call)
+            self._look_again()
             raise
         finally:
             del future  # else it, its exception and this frame would keep each other, and the inputs, alive
@@ -146,6 +153,11 @@ class _LoopDriver:
             self.loop.call_soon_threadsafe(self.close)
         else:
             self.close()
+
+    def _look_again(self) -> None:
+        """After a message was sent: its sending may have swallowed the news of one that came."""
+        if has_input(self._link.dealer):
+            self.loop.call_soon(self._turn)
 
     def _turn(self) -> None:
         """Deal with all that waits or is due; does not block."""

@@ -11,7 +11,7 @@ from tnxctl.driver import ThreadDriver
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
 from tnxctl.results import Result
 from tnxctl.session import DEFAULT_TIMEOUT_S, Session
-from tnxctl.wire import HealthReport, Limits, ModelInfo
+from tnxctl.wire import DEFAULT_PRIORITY, HealthReport, Limits, ModelInfo
 
 
 class Client:
@@ -27,9 +27,10 @@ class Client:
 
     Every call takes a `timeout` in seconds, the client's own where it is None, and raises one of `tnxctl.errors`:
     InvalidArgument before anything is sent, Unavailable if the daemon could not be reached in time,
-    DeadlineExceeded if it could but did not answer, Cancelled if the client was closed meanwhile,
-    FailedPrecondition if it was closed before, ResourceExhausted if too much is under way already, Internal for a
-    malformed answer, and whatever error the daemon answers.
+    DeadlineExceeded if it could but did not answer, or if a deadline passed, Cancelled if the client was closed
+    meanwhile, FailedPrecondition if it was closed before, ResourceExhausted if too much is under way already,
+    Internal for a malformed answer, and whatever error the daemon answers. The daemon is told of a call that was given
+    up, by Ctrl-C for instance, and does not compute it if it has not yet begun.
 
     Args:
         endpoint: an address, a host name, tcp://... or ipc://..., see `tnxctl.endpoint.parse_endpoint`.
@@ -62,6 +63,9 @@ class Client:
         model: str = "",
         prefer_gpu: bool = True,
         min_gpu_memory_mb: float = 0.0,
+        device: str = "",
+        deadline: float | None = None,
+        priority: int = DEFAULT_PRIORITY,
         timeout: float | None = None,
     ) -> Result:
         """Run a model once.
@@ -73,12 +77,21 @@ class Client:
             model: name of the model; "" is the daemon's default model.
             prefer_gpu: run on a GPU if one qualifies, else on the CPU. False: run on the CPU.
             min_gpu_memory_mb: free memory in MiB that a GPU needs to qualify.
+            device: "" to go by `prefer_gpu`; "auto" for the device that is predicted to be done first; "cpu",
+                "cuda:0", ... for that one or an error.
+            deadline: seconds from now after which the answer is worthless, at most a day; None: none. The daemon
+                refuses at once what it cannot make, and the call fails with DeadlineExceeded at the deadline
+                at the latest, connected or not. The timeout counts as well: the earlier of the two is kept.
+            priority: 0 (first) to 3 (last).
         """
         call = self._session.predict(
             inputs,
             model=model,
             prefer_gpu=prefer_gpu,
             min_gpu_memory_mb=min_gpu_memory_mb,
+            device=device,
+            deadline=deadline,
+            priority=priority,
             timeout=timeout,
             now=time.monotonic(),
         )
@@ -91,19 +104,25 @@ class Client:
         model: str = "",
         prefer_gpu: bool = True,
         min_gpu_memory_mb: float = 0.0,
+        device: str = "",
+        deadline: float | None = None,
+        priority: int = DEFAULT_PRIORITY,
         timeout: float | None = None,
     ) -> Future[Result]:
         """As `predict`, but returns a future of the result at once.
 
-        The inputs are copied: their memory may be used again at once. `cancel` drops the call. Callbacks run in the
-        thread that reads everybody's replies, so they must not wait for another future; they may use the client.
-        An argument that can never work raises InvalidArgument here, not from the future.
+        The inputs are copied: their memory may be used again at once. `cancel` withdraws the request. Callbacks run
+        in the thread that reads everybody's replies, so they must not wait for another future; they may use the
+        client. An argument that can never work raises InvalidArgument here, not from the future.
         """
         call = self._session.predict(
             inputs,
             model=model,
             prefer_gpu=prefer_gpu,
             min_gpu_memory_mb=min_gpu_memory_mb,
+            device=device,
+            deadline=deadline,
+            priority=priority,
             timeout=timeout,
             now=time.monotonic(),
             copy=True,

@@ -52,6 +52,7 @@ class ThreadDriver:
         self._io_thread: threading.Thread | None = None
         self._io_thread_lock = threading.Lock()
         self._io_work = threading.Event()
+        self._polling = False
         self._closed = False
 
     def run(self, call: Call[T]) -> T:
@@ -63,15 +64,14 @@ class ThreadDriver:
             while not call.done:
                 self._step()
         except BaseException:
-            self._session.forget(call)
-            self._link.reset()  # a KeyboardInterrupt may have left a message half sent or half read
+            self._give_up(call)
             raise
         finally:
             self._release()
         return call.take()
 
     def submit(self, call: Call[T]) -> Future[T]:
-        """Put a call under way. Cancelling the future drops it."""
+        """Put a call under way. Cancelling the future withdraws it."""
         future: Future[T] = Future()
         call.waiter = future
         future.add_done_callback(partial(self._on_done, call))
@@ -95,15 +95,18 @@ class ThreadDriver:
         future: Future[T] = Future()
         call.waiter = future
         self._post(self._start, call)
+        patience = max(0.0, call.expires - time.monotonic()) + (0.0 if call.strict else _GRACE_S)
         try:
-            return future.result(min(call.timeout + _GRACE_S, threading.TIMEOUT_MAX))
+            return future.result(min(patience, threading.TIMEOUT_MAX))
         except TensorNextError:
             raise
         except BaseException as error:
             self._post(self._withdraw, call)
-            if isinstance(error, TimeoutError):  # the driving thread is stuck in a callback of some future
-                raise DeadlineExceeded(
-                    f"{self._session.endpoint}: no answer to {call.verb} was read within {call.timeout:g} s, "
+            if isinstance(error, TimeoutError):
+                if call.strict:
+                    raise self._session.timeout_error(call) from None
+                raise DeadlineExceeded(  # the driving thread is stuck in a callback of some future
+                    f"{self._session.endpoint}: no answer to {call.verb} was read within {call.patience:g} s, "
                     f"because a callback of a future keeps the reading thread busy"
                 ) from None
             raise
@@ -121,8 +124,17 @@ class ThreadDriver:
         if call.done:
             _settle(call)
 
+    def _give_up(self, call: Call[Any]) -> None:
+        """After an exception from anywhere in the driving of a call, a KeyboardInterrupt for one."""
+        if self._polling:
+            self._polling = False
+            self._link.withdraw(call)
+        else:  # a message may have been left half sent or half read
+            self._session.forget(call)
+            self._link.reset()
+
     def _withdraw(self, call: Call[Any]) -> None:
-        if self._session.forget(call):
+        if self._link.withdraw(call):
             call.waiter.set_running_or_notify_cancel()  # concurrent.futures.wait returns only now
 
     def _flush(self) -> None:
@@ -142,7 +154,10 @@ class ThreadDriver:
         if wait_ms <= 0:
             _settle_all(self._link.on_time(now))
             return
-        for source, _ in self._poller.poll(math.ceil(min(wait_ms, _MAX_WAIT_MS))):
+        self._polling = True
+        events = self._poller.poll(math.ceil(min(wait_ms, _MAX_WAIT_MS)))
+        self._polling = False
+        for source, _ in events:
             if source is self._link.dealer:
                 finished = self._link.receive()
                 if finished is not None:
@@ -159,6 +174,7 @@ class ThreadDriver:
             while self._outbox or not self._session.idle:
                 self._step()
         except BaseException:
+            self._polling = False
             self._link.reset()
             raise
         finally:

@@ -4,7 +4,7 @@
     ├── InvalidArgument     the request can never work as it stands: fix the named value (also a ValueError)
     ├── NotFound            no such model, version or device
     ├── AlreadyExists       a request with this id is still in flight on the same connection
-    ├── FailedPrecondition  right request, wrong state: the model is not loaded, the daemon is starting
+    ├── FailedPrecondition  right request, wrong state: the model could not be loaded
     ├── PermissionDenied    the peer may not do this
     ├── Unauthenticated     the peer did not show who it is
     ├── ResourceExhausted   a queue or a memory limit is full: slow down, then try again
@@ -30,13 +30,15 @@ class TensorNextError(Exception):
     Attributes:
         code: the canonical gRPC name that stands for this class on the wire.
         message: one sentence that says what was wrong with which value.
+        retry_after_s: the same request may well succeed that many seconds later; None says nothing about that.
     """
 
     code: ClassVar[str] = "UNKNOWN"
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.message = message
+        self.retry_after_s = retry_after_s
 
 
 class Unknown(TensorNextError):
@@ -94,7 +96,9 @@ class Internal(TensorNextError):
 _BY_CODE: dict[str, type[TensorNextError]] = {cls.code: cls for cls in TensorNextError.__subclasses__()}
 
 
-def from_code(code: str, message: str) -> TensorNextError:
+def from_code(code: str, message: str, retry_after_s: float | None = None) -> TensorNextError:
     """The error that a peer named: an instance of the class for `code`, or Unknown for a code from the future."""
     cls = _BY_CODE.get(code)
-    return cls(message) if cls is not None else Unknown(f"{code}: {message}")
+    if cls is None:
+        cls, message = Unknown, f"{code}: {message}"
+    return cls(message, retry_after_s=retry_after_s)

@@ -8,9 +8,11 @@ An unused client therefore leaves a dead daemon alone.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import struct
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +95,13 @@ class Link:
         if self._session.start(call):
             self._send(call)
 
+    def withdraw(self, call: Call[Any]) -> bool:
+        """Drop a call, and tell the daemon. False: it was not under way."""
+        if not self._session.forget(call):
+            return False
+        self._cancel(call)
+        return True
+
     def receive(self) -> Call[Any] | None:
         """Take one message, if one waits. Returns the call that it finished, if any."""
         dealer = self.dealer
@@ -106,7 +115,7 @@ class Link:
             frame = dealer.recv(_NOBLOCK)
             if len(frames) < self._max_frames:
                 frames.append(frame)
-        return self._session.receive(frames)
+        return self._session.receive(frames, time.monotonic())
 
     def on_monitor(self) -> list[Call[Any]]:
         """Take what the monitor reports: connected, lost, or how far an attempt came. Returns finished calls."""
@@ -118,7 +127,7 @@ class Link:
             if trouble is not None:
                 self._session.note_trouble(trouble)
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
-                for call in self._session.connected():
+                for call in self._session.connected(time.monotonic()):
                     self._send(call)
             elif event in _OVER:
                 while has_input(self.dealer):  # answers that came before the end still count
@@ -130,10 +139,14 @@ class Link:
         return finished
 
     def on_time(self, now: float) -> list[Call[Any]]:
-        """Do what is due: fail late calls, try to connect. Returns finished calls."""
+        """Do what is due: fail late calls, try to connect, ask again. Returns finished calls."""
         finished = self._session.expire(now)
+        for call in finished:
+            self._cancel(call)
         if self._session.must_connect(now):
             self._connect(now)
+        for call in self._session.asked_again(now):
+            self._send(call)
         return finished
 
     def reset(self) -> None:
@@ -189,6 +202,13 @@ class Link:
         if dealer is not None:
             self._unwatch(dealer)
             dealer.close(0)
+
+    def _cancel(self, call: Call[Any]) -> None:
+        """Spare the daemon a computation that nobody waits for, if that is possible at once."""
+        message = self._session.cancellation(call)
+        if message is not None and self.dealer is not None:
+            with contextlib.suppress(zmq.ZMQError):
+                self.dealer.send(message, _NOBLOCK)
 
     def _send(self, call: Call[Any]) -> None:
         dealer = self.dealer

@@ -26,6 +26,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         latency_ms: the forward on the device, for the whole batch.
         gpu_memory_mb: free memory of that GPU in MiB when the batch was done; 0 on a CPU.
         timing: where the time in the daemon went, in microseconds.
+        predicted_us: when the request came, the microseconds until it would be done, as the daemon predicted
+            them then; 0 if it made no prediction. `actual_us` tells what they were in fact.
     """
 
     outputs: dict[str, Array]
@@ -37,6 +39,13 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     latency_ms: float
     gpu_memory_mb: float
     timing: Timing
+    predicted_us: float = 0.0
+
+    @property
+    def actual_us(self) -> float:
+        """Microseconds from the queueing of the request to the end of its batch: what `predicted_us` foretells."""
+        timing = self.timing
+        return timing.queue_us + timing.gather_us + timing.h2d_us + timing.compute_us + timing.d2h_us
 
     @property
     def output(self) -> Array:

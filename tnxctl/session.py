@@ -2,9 +2,10 @@
 
     Session.predict(...) -> Call            encodes a request; may run in any thread
     Session.start(call)                     registers it; says whether it can be sent now
-    Session.connected() -> calls to send    a connection stands: everything pending goes out on it
-    Session.receive(frames) -> Call         the call that this reply finishes
-    Session.lost(now) / expire(now)         -> calls that have failed
+    Session.connected(now) -> calls to send a connection stands: everything pending goes out on it
+    Session.receive(frames, now) -> Call    the call that this reply finishes
+    Session.lost() / expire(now)            -> calls that have failed
+    Session.cancellation(call)              what tells the daemon that nobody waits for the answer any more
     Session.due                             when to look again
 
 No socket, no thread, no clock: times come in as arguments, in seconds of any monotonic clock. The shells
@@ -12,7 +13,8 @@ No socket, no thread, no clock: times come in as arguments, in seconds of any mo
 
 A call is sent when a connection stands and again on each new one, until it is answered: `predict` is pure, so
 running it twice does no harm, and a call outlives a restart of the daemon if its timeout allows. Each connection
-is a new peer to the daemon, so a repeated id never meets its first use.
+is a new peer to the daemon, so a repeated id never meets its first use. A deadline travels as a duration, so
+a call with one goes out on a new connection with what is left of it, and not at all when nothing is.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import operator
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 5.0
+MAX_DEADLINE_S = wire.MAX_DEADLINE_US / 1e6
 
 MAX_PENDING_CALLS = 65_536
 MAX_PENDING_BYTES = 1 << 30
@@ -71,44 +76,51 @@ class Call(Generic[T]):
     Attributes:
         frames: the header, then one buffer per tensor: the very arrays of the caller where they were contiguous.
         nbytes: of all tensors together.
-        deadline: when it fails, by the clock that the session is given. timeout: the same as a duration.
+        expires: when it fails, by the clock that the session is given. patience: the same as a duration.
+        strict: that is its deadline, and an answer that comes later is worthless.
         losses: connections that broke while it was under way.
+        refusal: what the daemon said when it put the call off.
         waiter: the future of the shell that waits for it, if any. The session never looks at it.
     """
 
     __slots__ = (
         "_error",
         "_read",
-        "_request_type",
+        "_request",
         "_result",
-        "deadline",
         "done",
+        "expires",
         "frames",
         "id",
         "losses",
         "nbytes",
-        "timeout",
+        "patience",
+        "refusal",
+        "strict",
         "waiter",
     )
 
     def __init__(
         self,
         request: wire.Request,
-        frames: Sequence[Any],
+        frames: list[Any],
         nbytes: int,
         read: Callable[[Any, Sequence[bytes], Limits], T],
-        timeout: float,
+        patience: float,
+        strict: bool,
         now: float,
     ) -> None:
         self.id = request.id
         self.frames = frames
         self.nbytes = nbytes
-        self.timeout = timeout
-        self.deadline = now + timeout
+        self.patience = patience
+        self.strict = strict
+        self.expires = now + patience
         self.losses = 0
+        self.refusal: Unavailable | None = None
         self.done = False
         self.waiter: Any = None
-        self._request_type = type(request)
+        self._request = request
         self._read = read
         self._result: T | None = None
         self._error: TensorNextError | None = None
@@ -116,11 +128,23 @@ class Call(Generic[T]):
     @property
     def verb(self) -> str:
         """What was asked, for error messages."""
-        return self._request_type.__name__.lower()
+        return type(self._request).__name__.lower()
 
     @property
     def error(self) -> TensorNextError | None:
         return self._error
+
+    @property
+    def can_be_withdrawn(self) -> bool:
+        """Whether the daemon may hold it in a queue, as only `predict` requests are."""
+        return isinstance(self._request, wire.Predict)
+
+    def renew(self, now: float) -> None:
+        """Have the header say how much of the deadline, if there is one, is left."""
+        request = self._request
+        if isinstance(request, wire.Predict) and request.deadline_us is not None:
+            left_us = min((self.expires - now) * 1e6, wire.MAX_DEADLINE_US)
+            self.frames[0] = wire.encode(msgspec.structs.replace(request, deadline_us=left_us))
 
     def take(self) -> T:
         """The result, or its error raised. Call it once, when `done`."""
@@ -143,7 +167,7 @@ class Call(Generic[T]):
 
     def _finish(self) -> None:
         self.done = True
-        self.frames = ()
+        self.frames = []
 
 
 class Session:
@@ -168,6 +192,7 @@ class Session:
         self._connecting = False
         self._retry_at = -math.inf
         self._retry_s = FIRST_RETRY_S
+        self._again: list[tuple[float, int]] = []
         self._trouble = "the attempt to connect is still under way"
 
     # --- requests --------------------------------------------------------------------------------------------
@@ -179,6 +204,9 @@ class Session:
         model: str,
         prefer_gpu: bool,
         min_gpu_memory_mb: float,
+        device: str,
+        deadline: float | None,
+        priority: int,
         timeout: float | None,
         now: float,
         copy: bool = False,
@@ -187,6 +215,7 @@ class Session:
 
         Args:
             inputs: one array, or a mapping of names to arrays: see `tnxctl.tensors.to_wire`.
+            deadline: seconds from `now`; the call fails when it or the timeout is over, whichever is earlier.
             copy: take the inputs as they are now. Otherwise they must stay unchanged until the call is done.
 
         Raises:
@@ -195,25 +224,38 @@ class Session:
         from tnxctl.tensors import pack  # numpy costs more to import than all of `tnxctl health`
 
         specs, arrays, nbytes = pack(inputs, self.limits, copy)
+        patience = self._patience(timeout)
+        strict, deadline_us = False, None
+        if deadline is not None:
+            seconds = _check_deadline(deadline)
+            strict = seconds <= patience
+            patience = min(seconds, patience)
+            deadline_us = patience * 1e6
         request = wire.Predict(
             v=wire.VERSION,
             id=next(self._ids),
             inputs=specs,
-            model=_check_model(model),
+            model=_check_string("model", model),
             prefer_gpu=_check_flag("prefer_gpu", prefer_gpu),
             min_gpu_memory_mb=_check_megabytes("min_gpu_memory_mb", min_gpu_memory_mb),
+            device=_check_string("device", device),
+            deadline_us=deadline_us,
+            priority=priority if priority is wire.DEFAULT_PRIORITY else _check_priority(priority),
         )
-        return self._call(request, arrays, nbytes, _read_result, timeout, now)
+        return self._call(request, arrays, nbytes, _read_result, patience, now, strict)
 
     def health(self, *, timeout: float | None, now: float) -> Call[HealthReport]:
         """Encode a health request."""
         request = wire.Health(v=wire.VERSION, id=next(self._ids))
-        return self._call(request, [], 0, _read_health, timeout, now)
+        return self._call(request, [], 0, _read_health, self._patience(timeout), now)
 
     def metadata(self, model: str, *, timeout: float | None, now: float) -> Call[ModelInfo]:
         """Encode a metadata request."""
-        request = wire.Metadata(v=wire.VERSION, id=next(self._ids), model=_check_model(model))
-        return self._call(request, [], 0, _read_metadata, timeout, now)
+        request = wire.Metadata(v=wire.VERSION, id=next(self._ids), model=_check_string("model", model))
+        return self._call(request, [], 0, _read_metadata, self._patience(timeout), now)
+
+    def _patience(self, timeout: float | None) -> float:
+        return self.timeout if timeout is None else _check_timeout(timeout)
 
     def _call(
         self,
@@ -221,8 +263,9 @@ class Session:
         arrays: list[Array],
         nbytes: int,
         read: Callable[[Any, Sequence[bytes], Limits], T],
-        timeout: float | None,
+        patience: float,
         now: float,
+        strict: bool = False,
     ) -> Call[T]:
         try:
             header = wire.encode(request)
@@ -232,8 +275,7 @@ class Session:
             raise InvalidArgument(
                 f"the names and shapes take {len(header)} bytes, more than the limit of {self.limits.header_bytes}"
             )
-        seconds = self.timeout if timeout is None else _check_timeout(timeout)
-        return Call(request, [header, *arrays], nbytes, read, seconds, now)
+        return Call(request, [header, *arrays], nbytes, read, patience, strict, now)
 
     # --- calls under way -------------------------------------------------------------------------------------
 
@@ -244,7 +286,9 @@ class Session:
 
     @property
     def due(self) -> float:
-        """When `expire` or `must_connect` may have something to say."""
+        """When `expire`, `asked_again` or `must_connect` may have something to say."""
+        if self._connected and self._again:
+            return min(self._expiry, self._again[0][0])
         if self._connected or self._connecting or not self._pending:
             return self._expiry
         return min(self._expiry, self._retry_at)
@@ -269,15 +313,21 @@ class Session:
             self._retry_s = FIRST_RETRY_S
         pending[call.id] = call
         self._pending_bytes += call.nbytes
-        if call.deadline < self._expiry:
-            self._expiry = call.deadline
+        if call.expires < self._expiry:
+            self._expiry = call.expires
         return self._connected
 
     def forget(self, call: Call[Any]) -> bool:
         """Drop a call: its reply, should one come, is ignored. False: it was not under way."""
         return self._pop(call.id) is not None
 
-    def receive(self, frames: Sequence[bytes]) -> Call[Any] | None:
+    def cancellation(self, call: Call[Any]) -> bytes | None:
+        """The message that withdraws a call given up just now; None if the daemon has nothing to withdraw."""
+        if not self._connected or not call.can_be_withdrawn:
+            return None  # another connection is another peer: the daemon forgets what the last one asked
+        return wire.encode(wire.Cancel(v=wire.VERSION, id=call.id))
+
+    def receive(self, frames: Sequence[bytes], now: float) -> Call[Any] | None:
         """Take a message from the daemon, whatever it holds. Returns the call that it finished, if any."""
         try:
             reply = wire.decode_reply(frames[0], self._reply_limits)
@@ -289,7 +339,14 @@ class Session:
             return None
         self._retry_s = FIRST_RETRY_S
         if isinstance(reply, wire.ErrorReply):
-            call.fail(from_code(reply.code, reply.message))
+            retry_after_s = None if reply.retry_after_us is None else reply.retry_after_us / 1e6
+            refusal = from_code(reply.code, reply.message, retry_after_s)
+            if self._asks_again(call, refusal, now):
+                return None
+            call.fail(refusal)
+            return call
+        if call.strict and now >= call.expires:
+            call.fail(self.timeout_error(call))
             return call
         try:
             call.succeed(reply, frames, self._reply_limits)
@@ -297,16 +354,50 @@ class Session:
             call.fail(self._malformed(call, error))
         return call
 
+    def _asks_again(self, call: Call[Any], error: TensorNextError, now: float) -> bool:
+        """A daemon that is starting or draining says when to ask again: the call waits for that, if it has the time."""
+        if not isinstance(error, Unavailable) or error.retry_after_s is None:
+            return False
+        again = now + max(error.retry_after_s, FIRST_RETRY_S)
+        if again >= call.expires:
+            return False
+        call.refusal = error
+        self._pending[call.id] = call
+        self._pending_bytes += call.nbytes
+        heappush(self._again, (again, call.id))
+        return True
+
+    def asked_again(self, now: float) -> list[Call[Any]]:
+        """The calls that the daemon had put off and that are to be sent now, once more."""
+        calls = []
+        while self._again and self._again[0][0] <= now:
+            call = self._pending.get(heappop(self._again)[1])
+            if call is not None:
+                call.renew(now)
+                calls.append(call)
+        return calls
+
     def expire(self, now: float) -> list[Call[Any]]:
         """Fail the calls whose time is over."""
         if now < self._expiry:
             return []
-        expired = [call for call in self._pending.values() if call.deadline <= now]
+        expired = [call for call in self._pending.values() if call.expires <= now]
         for call in expired:
             self._pop(call.id)
-            call.fail(self._timeout_error(call))
-        self._expiry = min((call.deadline for call in self._pending.values()), default=math.inf)
+            call.fail(self.timeout_error(call))
+        self._expiry = min((call.expires for call in self._pending.values()), default=math.inf)
         return expired
+
+    def timeout_error(self, call: Call[Any]) -> DeadlineExceeded | Unavailable:
+        """Why a call fails whose time is over. May be asked in any thread."""
+        if call.refusal is not None:
+            return call.refusal
+        within = f"within {'its deadline of ' if call.strict else ''}{call.patience:g} s"
+        if self._connected:
+            return DeadlineExceeded(f"{self.endpoint} did not answer {call.verb} {within}")
+        what = "lost the connection and got none again" if call.losses else "no connection"
+        kind = DeadlineExceeded if call.strict else Unavailable
+        return kind(f"{self.endpoint}: {what} {within}: {self._trouble}")
 
     def close(self) -> list[Call[Any]]:
         """Fail everything that is under way, and every later call. Idempotent."""
@@ -334,12 +425,6 @@ class Session:
     def _malformed(self, call: Call[Any], error: TensorNextError) -> Internal:
         return Internal(f"{self.endpoint} answered {call.verb} with a malformed reply: {error.message}")
 
-    def _timeout_error(self, call: Call[Any]) -> DeadlineExceeded | Unavailable:
-        if self._connected:
-            return DeadlineExceeded(f"{self.endpoint} did not answer {call.verb} within {call.timeout:g} s")
-        what = "lost the connection and got none again" if call.losses else "no connection"
-        return Unavailable(f"{self.endpoint}: {what} within {call.timeout:g} s: {self._trouble}")
-
     # --- the connection --------------------------------------------------------------------------------------
 
     def must_connect(self, now: float) -> bool:
@@ -356,11 +441,15 @@ class Session:
         """How far the attempt to connect came, or why it failed: a clause for error messages."""
         self._trouble = trouble
 
-    def connected(self) -> list[Call[Any]]:
-        """The attempt succeeded. Returns what to send now, in order."""
+    def connected(self, now: float) -> list[Call[Any]]:
+        """The attempt succeeded. Returns what to send now, in order: all but the calls whose time is over."""
         self._connecting = False
         self._connected = True
-        return list(self._pending.values())
+        self._again.clear()  # everything goes out now
+        calls = [call for call in self._pending.values() if call.expires > now]
+        for call in calls:
+            call.renew(now)
+        return calls
 
     def lost(self) -> list[Call[Any]]:
         """The attempt failed or the connection broke. Returns the calls that fail now; the others wait."""
@@ -403,6 +492,7 @@ def _read_result(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> 
         latency_ms=reply.latency_ms,
         gpu_memory_mb=reply.gpu_memory_mb,
         timing=reply.timing,
+        predicted_us=reply.predicted_us,
     )
 
 
@@ -441,9 +531,30 @@ def _check_timeout(value: float) -> float:
     raise InvalidArgument(f"timeout {value!r}: expected a positive, finite number of seconds")
 
 
-def _check_model(value: str) -> str:
+def _check_deadline(value: float) -> float:
+    try:
+        if 0 < value <= MAX_DEADLINE_S:
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise InvalidArgument(
+        f"deadline {value!r}: expected a positive number of seconds from now, at most {MAX_DEADLINE_S:.0f}"
+    )
+
+
+def _check_priority(value: int) -> int:
+    try:
+        level = operator.index(value)
+        if 0 <= level <= wire.LOWEST_PRIORITY and value is not True and value is not False:
+            return level
+    except TypeError:
+        pass
+    raise InvalidArgument(f"priority {value!r}: expected an integer from 0 (first) to {wire.LOWEST_PRIORITY} (last)")
+
+
+def _check_string(name: str, value: str) -> str:
     if not isinstance(value, str):
-        raise InvalidArgument(f"model {value!r}: expected a string, got {type(value).__name__}")
+        raise InvalidArgument(f"{name} {value!r}: expected a string, got {type(value).__name__}")
     return value
 
 

@@ -25,6 +25,9 @@ VERSION: Final = 1
 DEFAULT_PORT = 5555
 MAX_ID = 2**63 - 1
 MAX_DIM = 2**63 - 1
+MAX_DEADLINE_US = 24 * 3600 * 1e6
+DEFAULT_PRIORITY = 1
+LOWEST_PRIORITY = 3
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,6 +72,10 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
         model: name of the model; "" is the daemon's default model.
         prefer_gpu: run on a GPU if one qualifies, else on the CPU. False: run on the CPU.
         min_gpu_memory_mb: free memory in MiB that a GPU needs to qualify; never negative or NaN.
+        device: "" to go by prefer_gpu, "auto" for the device that is predicted to be done first, or "cpu", "cuda:0",
+            ...: that one or an error.
+        deadline_us: microseconds from the daemon's receipt after which the answer is worthless; None: none.
+        priority: 0 (first) to 3 (last).
     """
 
     v: _Version
@@ -77,6 +84,19 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     model: str = ""
     prefer_gpu: bool = True
     min_gpu_memory_mb: _NotNegative = 0.0
+    device: str = ""
+    deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] = DEFAULT_PRIORITY
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="cancel", gc=False):
+    """Withdraw the predict request with this id, sent on the same connection.
+
+    It has no answer of its own: the request gets CANCELLED if it still waited, else what it would have got anyway.
+    """
+
+    v: _Version
+    id: _Id
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="health", gc=False):
@@ -96,7 +116,7 @@ class Metadata(
     model: str = ""
 
 
-Request = Predict | Health | Metadata
+Request = Predict | Cancel | Health | Metadata
 
 
 class Timing(msgspec.Struct, frozen=True, gc=False):
@@ -132,6 +152,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="r
         batch_size: rows in the batch that the request rode in, its own included.
         latency_ms: the forward on the device, for the whole batch.
         gpu_memory_mb: free memory of that GPU in MiB when the batch was done; 0 on a CPU.
+        predicted_us: when the request came, the microseconds until it would be done, as predicted then; what they
+            were in fact is queue to d2h of the timing.
     """
 
     v: _Version
@@ -145,6 +167,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="r
     latency_ms: float
     gpu_memory_mb: float
     timing: Timing
+    predicted_us: float = 0.0
 
 
 class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,7 +197,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One model: its signature, where it is loaded, how it is.
 
     Attributes:
-        status: "ready", or "failed" (then `error` says why).
+        status: "ready", "starting", or "failed" (then `error` says why).
         inputs, outputs: -1 is an axis of any length. For a model that batches, axis 0 counts rows.
         max_batch_size: most rows in one batch; 0 for a model that takes no batch axis.
         default: whether requests that name no model go here.
@@ -201,8 +224,10 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
         gpu_memory_free_mb: free memory of that GPU in MiB; 0 without one.
         version: of the daemon. uptime_s: seconds since it started.
         queued: requests that wait. running: requests on a lane.
-        requests: predict requests taken in. replies: results sent.
-        errors: error replies by code. undeliverable: answers whose client was gone.
+        requests: predict requests, and other messages that were refused. replies: results sent.
+        errors: error replies by code. undeliverable: answers whose client was gone. abandoned: requests taken out of
+            the queue because their client was gone.
+        prediction_error_us: how far the predictions of the last requests were off, on average.
     """
 
     v: _Version
@@ -221,6 +246,8 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
     replies: int
     errors: dict[str, int]
     undeliverable: int = 0
+    abandoned: int = 0
+    prediction_error_us: float = 0.0
 
 
 class MetadataReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata"):
@@ -231,19 +258,23 @@ class MetadataReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
     model: ModelInfo
 
 
-class ErrorReply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="error", gc=False):
+class ErrorReply(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="error", omit_defaults=True, gc=False
+):
     """The answer instead of any other.
 
     Attributes:
         id: of the request; None when the request was too broken to have one.
         code: name of a gRPC status code, see `tnxctl.errors`.
         message: a sentence that says what was wrong with which value.
+        retry_after_us: the same request may well succeed that many microseconds later; None says nothing about that.
     """
 
     v: _Version
     id: _Id | None
     code: str
     message: str
+    retry_after_us: float | None = None
 
 
 Reply = Result | HealthReport | MetadataReport | ErrorReply

@@ -18,14 +18,15 @@ class Staging:
 
     Args:
         allocate: makes an aligned (for CUDA: pinned) array of a shape and dtype.
-        max_groups: sets kept; the least recently used goes when a new one is needed. Sequence models bring a new
-            shape group with every length, so their number is not bounded by the number of models.
+        max_bytes: of all sets that are kept; the least recently used goes when room is needed. Sequence models bring
+            a new shape group with every length, so their number is not bounded by the number of models.
     """
 
-    def __init__(self, allocate: Allocate, max_groups: int = 32) -> None:
+    def __init__(self, allocate: Allocate, max_bytes: int = 256 * 1024 * 1024) -> None:
         self._allocate = allocate
-        self._max_groups = max_groups
+        self._max_bytes = max_bytes
         self._sets: dict[tuple[str, tuple[int, ...]], list[Array]] = {}
+        self._nbytes = 0
 
     def gather(
         self,
@@ -59,16 +60,24 @@ class Staging:
     ) -> list[Array]:
         key = (model, group)
         buffers = self._sets.pop(key, None)
+        if buffers is not None:
+            self._nbytes -= _nbytes(buffers)
         if buffers is None or len(buffers[0]) < rows:
             capacity = 1 << max(rows - 1, 0).bit_length()
             buffers = [
                 self._allocate((capacity, *array.shape[1:]), STORAGE[spec.datatype])
                 for spec, array in zip(specs, example, strict=True)
             ]
-            if len(self._sets) >= self._max_groups:
-                del self._sets[next(iter(self._sets))]
         self._sets[key] = buffers  # last in the dict: most recently used
+        self._nbytes += _nbytes(buffers)
+        while self._nbytes > self._max_bytes:
+            oldest = next(iter(self._sets))  # in the end the new one itself: too large to be kept
+            self._nbytes -= _nbytes(self._sets.pop(oldest))
         return buffers
+
+
+def _nbytes(buffers: Sequence[Array]) -> int:
+    return sum([buffer.nbytes for buffer in buffers])
 
 
 def split(outputs: Sequence[Array], rows: Sequence[int]) -> list[tuple[Array, ...]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib.util
 import logging
 import os
 import sys
@@ -13,7 +15,7 @@ from typing import Any
 import click
 
 from tnxctl import __version__
-from tnxctl.errors import TensorNextError
+from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxd import config as configuration
 from tnxd.config import Config
 from tnxd.control import STARTING, Inventory
@@ -26,6 +28,7 @@ from tnxd.server import Server
 from tnxd.spinner import Spinner
 from tnxd.telemetry import Telemetry
 from tnxd.wakeup import Wakeup
+from tnxd.work import Device
 
 log = logging.getLogger("tnxd")
 
@@ -33,21 +36,70 @@ _FLUSH_S = 5.0
 _TICK_S = 1.0
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "TNXD"})
-@click.option("--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with settings.")
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": False})
+@click.option(
+    "--config",
+    "path",
+    envvar="TNXD_CONFIG",
+    show_envvar=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="TOML file with settings.",
+)
 @click.option(
     "--bind",
+    envvar="TNXD_BIND",
+    show_envvar=True,
     multiple=True,
     metavar="ENDPOINT",
     help="Where to listen: tcp://HOST:PORT (port * picks one) or ipc://PATH.",
 )
-@click.option("--model", "models", multiple=True, metavar="NAME", help="A model to serve; may be given several times.")
-@click.option("--default-model", metavar="NAME", help="The model for requests that name none.")
-@click.option("--devices", metavar="LIST", help="Devices to use: auto, or names with commas between: cpu,cuda:0.")
-@click.option("--cpu-workers", type=int, metavar="N", help="CPU lanes; 0 chooses from the cores.")
-@click.option("--cpu-threads", type=int, metavar="N", help="torch threads per CPU lane; 0 chooses from the cores.")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="What goes to the log.")
-@click.version_option(__version__, prog_name="tnxd")
+@click.option(
+    "--model",
+    "models",
+    envvar="TNXD_MODEL",
+    show_envvar=True,
+    multiple=True,
+    metavar="NAME",
+    help="A model to serve; may be given several times.",
+)
+@click.option(
+    "--default-model",
+    envvar="TNXD_DEFAULT_MODEL",
+    show_envvar=True,
+    metavar="NAME",
+    help="The model for requests that name none.",
+)
+@click.option(
+    "--devices",
+    envvar="TNXD_DEVICES",
+    show_envvar=True,
+    metavar="LIST",
+    help="Devices to use: auto, or names with commas between: cpu,cuda:0.",
+)
+@click.option(
+    "--cpu-workers",
+    envvar="TNXD_CPU_WORKERS",
+    show_envvar=True,
+    type=int,
+    metavar="N",
+    help="CPU lanes; 0 chooses from the cores.",
+)
+@click.option(
+    "--cpu-threads",
+    envvar="TNXD_CPU_THREADS",
+    show_envvar=True,
+    type=int,
+    metavar="N",
+    help="torch threads per CPU lane; 0 chooses from the cores.",
+)
+@click.option(
+    "--log-level",
+    envvar="TNXD_LOG_LEVEL",
+    show_envvar=True,
+    type=click.Choice(configuration.LOG_LEVELS),
+    help="What goes to the log.",
+)
+@click.version_option(__version__, prog_name="tnxd", message="%(prog)s %(version)s")
 def main(
     path: Path | None,
     bind: tuple[str, ...],
@@ -60,9 +112,9 @@ def main(
 ) -> None:
     """Serve PyTorch models over ZeroMQ.
 
-    Without options it listens on tcp://127.0.0.1:5555 and serves the built-in models on every device it finds. Every
-    option can come from the environment: TNXD_BIND, TNXD_CONFIG, TNXD_DEVICES, ... A flag wins over the environment,
-    the environment over the file.
+    Without options it listens on tcp://127.0.0.1:5555 and serves the built-in models on every device it finds. A flag
+    wins over the environment, the environment over the file. A variable for an option that may be given several times
+    holds its values with spaces between.
 
     Prints one line when it is ready. SIGTERM and SIGINT let it finish what it has taken in, then it exits with 0; a
     second signal stops it at once. Exit code 2: the configuration is wrong; 1: it cannot listen or cannot load.
@@ -71,7 +123,7 @@ def main(
         "bind": list(bind) or None,
         "models": list(models) or None,
         "default_model": default_model,
-        "devices": devices.split(",") if devices else None,
+        "devices": [name.strip() for name in devices.split(",")] if devices else None,
         "log_level": log_level,
         "cpu": {"workers": cpu_workers, "threads": cpu_threads},
     }
@@ -81,6 +133,11 @@ def main(
     except TensorNextError as error:
         _exit(2, error)
     _log_to_stderr(config.log_level)
+    if importlib.util.find_spec("torch") is None:
+        _exit(1, FailedPrecondition("the daemon needs torch, which is not installed: pip install 'tensornext[daemon]'"))
+    for name in sorted(os.environ.keys() - _known_variables()):
+        if name.startswith("TNXD_"):
+            log.warning("the environment variable %s is none of the daemon's", name)
     raise_file_limit()
     router = Router(config.limits)
     try:
@@ -89,7 +146,10 @@ def main(
     except TensorNextError as error:
         router.close(0)
         _exit(1, error)
-    sys.exit(_Daemon(config, inventory, router).run())
+    code = _Daemon(config, inventory, router).run()
+    logging.shutdown()
+    # Lanes may be inside torch, and the interpreter cannot end under them: it would abort.
+    os._exit(code)
 
 
 class _Daemon:
@@ -106,8 +166,7 @@ class _Daemon:
             router,
             Wakeup(),
             inventory,
-            Scheduler([], self._costs, max_requests=config.queue.max_requests, max_bytes=self._queue_bytes),
-            self._costs,
+            self._scheduler([]),
             Telemetry(),
             Spinner(config.spin_us),
             limits=config.limits,
@@ -115,19 +174,26 @@ class _Daemon:
             tick_s=min(_TICK_S, self._notifier.watchdog_s / 3 or _TICK_S),
             drain_timeout_s=config.drain_timeout_s,
             stall_timeout_s=config.stall_timeout_s,
+            max_delay_us=config.queue.max_delay_us,
         )
 
-    @property
-    def _queue_bytes(self) -> int:
-        return int(self._config.queue.max_mb * 1024 * 1024)
+    def _scheduler(self, devices: list[Device]) -> Scheduler:
+        queue = self._config.queue
+        return Scheduler(
+            devices,
+            self._costs,
+            max_requests=queue.max_requests,
+            max_bytes=int(queue.max_mb * 1024 * 1024),
+            max_per_model=queue.max_per_model or None,
+        )
 
     def run(self) -> int:
         """Serve until told to stop; returns the exit code."""
         self._notifier.send("STATUS=loading")
         threading.Thread(target=self._load, name="load", daemon=True).start()
-        with stop_signals(lambda: self._server.call_soon(self._stop)):
+        with stop_signals(lambda: self._server.call_soon(self._stop), self._config.drain_timeout_s + _FLUSH_S):
             self._server.run()
-        self._router.close(_FLUSH_S)
+            self._router.close(max(_FLUSH_S, self._server.drain_left_s))
         log.info("stopped")
         return self._exit_code
 
@@ -151,15 +217,11 @@ class _Daemon:
                 executor = loaded.executors[device.name]
                 executor.adopt_thread()
                 for name in device.models:
-                    executor.warm_up_inline(inventory.models[name])
-            self._server.install(
-                Scheduler(
-                    loaded.devices,
-                    self._costs,
-                    max_requests=self._config.queue.max_requests,
-                    max_bytes=self._queue_bytes,
-                )
-            )
+                    model = inventory.models[name]
+                    curve = self._costs.curve(device.name, name, model.example_group, inline=True)
+                    for rows, micros in executor.warm_up_inline(model, device.inline_limit_us):
+                        curve.observe(rows, micros)
+            self._server.install(self._scheduler(loaded.devices))
             # What is alive now stays alive: the collector need not look at it again.
             gc.collect()
             gc.freeze()
@@ -178,7 +240,8 @@ class _Daemon:
             for name in inventory.models
         )
         line = f"ready on {', '.join(self._router.endpoints)}; devices: {devices}; models: {models}"
-        print(f"tnxd {__version__} {line}", flush=True)
+        with contextlib.suppress(OSError):  # nobody has to read it
+            print(f"tnxd {__version__} {line}", flush=True)
         self._notifier.send("READY=1", f"STATUS={line}")
 
     def _stop(self) -> None:
@@ -194,28 +257,37 @@ class _Daemon:
             self._notifier.send("WATCHDOG=1")
 
 
+def _known_variables() -> set[str]:
+    return {str(parameter.envvar) for parameter in main.params if isinstance(parameter, click.Option)}
+
+
 def _exit(code: int, error: TensorNextError) -> None:
-    click.echo(f"tnxd: {error.message}", err=True)
+    click.echo(f"{'<3>' if _journal() else ''}tnxd: {error.message}", err=True)
     sys.exit(code)
 
 
 def _log_to_stderr(level: str) -> None:
-    if os.environ.get("JOURNAL_STREAM"):
-        form = "%(priority)s%(name)s: %(message)s"  # journald reads the priority from <N> and adds the time itself
-    else:
-        form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_add_priority)
-    handler.setFormatter(logging.Formatter(form))
+    handler.setFormatter(
+        _JournalFormatter("%(name)s: %(message)s")
+        if _journal()
+        else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    )
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.raiseExceptions = False  # a closed stderr must not become an error of its own
 
 
-def _add_priority(record: logging.LogRecord) -> bool:
-    record.priority = (
-        "<3>" if record.levelno >= logging.ERROR else "<4>" if record.levelno >= logging.WARNING else "<6>"
-    )
-    return True
+class _JournalFormatter(logging.Formatter):
+    """journald adds the time itself, and reads the priority of each line from the <N> that it begins with."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+def _journal() -> bool:
+    """Whether stderr goes to systemd's journal."""
+    return bool(os.environ.get("JOURNAL_STREAM"))
 
 
 if __name__ == "__main__":

@@ -39,10 +39,18 @@ class Cuda(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What may wait; beyond it requests are refused with RESOURCE_EXHAUSTED. Attributes: max_mb: in MiB."""
+    """What may wait; beyond it requests are refused with RESOURCE_EXHAUSTED.
+
+    Attributes:
+        max_requests: in all. max_per_model: for one model; 0 is as many as in all.
+        max_mb: input tensors, in MiB.
+        max_delay_us: how long a batch smaller than its model's limit waits for company, in microseconds.
+    """
 
     max_requests: Annotated[int, msgspec.Meta(ge=1)] = 16384
-    max_mb: _Positive = 1024.0
+    max_per_model: Annotated[int, msgspec.Meta(ge=0)] = 0
+    max_delay_us: Annotated[float, msgspec.Meta(ge=0, le=10_000_000)] = 0.0
+    max_mb: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 1024.0
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,7 +72,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spin_us: Annotated[float, msgspec.Meta(ge=0, le=10_000)] = 100.0
     drain_timeout_s: _Positive = 30.0
     stall_timeout_s: _Positive = 60.0
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # LOG_LEVELS
     cpu: Cpu = Cpu()
     cuda: Cuda = Cuda()
     queue: Queue = Queue()
@@ -76,6 +84,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.default_model or self.models[0]
 
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -109,15 +118,50 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     try:
         config = msgspec.convert(settings, Config)
     except msgspec.ValidationError as error:
-        raise InvalidArgument(f"{origin}: {error}") from None
+        raise InvalidArgument(f"{origin}: {_in_words(error, settings)}") from None
     _check(config, origin)
     return config
+
+
+_PLACE = re.compile(r" - at `\$(?:\.(?P<key>[\w.]+))?(?:\[(?P<index>\d+)\])?`$")
+
+
+def _in_words(error: msgspec.ValidationError, settings: Mapping[str, Any]) -> str:
+    """msgspec says what it expected where; put the key first, and the value last."""
+    text = str(error)
+    place = _PLACE.search(text)
+    if place is None:
+        return text
+    what = text[: place.start()].replace("`", "")
+    what = what[0].lower() + what[1:]
+    if place["key"] is None:
+        return what
+    value: Any = settings
+    try:
+        for part in place["key"].split("."):
+            value = value[part]
+        if place["index"]:
+            value = value[int(place["index"])]
+    except (KeyError, IndexError, TypeError):
+        return f"{place['key']}: {what}"
+    if "invalid enum value" in what:
+        what = f"expected one of {', '.join(LOG_LEVELS)}"
+    return f"{place['key']}: {what}, not {value!r}"
 
 
 def _check(config: Config, origin: str) -> None:
     for endpoint in config.bind:
         if not endpoint.startswith(("tcp://", "ipc://")):
-            raise InvalidArgument(f"{origin}: bind: {endpoint!r} is not a tcp:// or ipc:// endpoint")
+            raise InvalidArgument(
+                f"{origin}: bind: {endpoint!r} is not an endpoint: tcp://ADDRESS:PORT or ipc://PATH, "
+                f"tcp://127.0.0.1:{DEFAULT_PORT} for one"
+            )
+        port = endpoint.rpartition(":")[2]
+        if endpoint.startswith("tcp://") and not (port == "*" or (port.isdigit() and int(port) < 65536)):
+            raise InvalidArgument(f"{origin}: bind: {endpoint!r} has no port from 1 to 65535, or *")
+    for name in config.models:
+        if config.models.count(name) > 1:
+            raise InvalidArgument(f"{origin}: models: {name!r} stands there twice")
     for device in config.devices:
         if not _DEVICE.fullmatch(device):
             raise InvalidArgument(f"{origin}: devices: {device!r} is none of auto, cpu, cuda, cuda:N")

@@ -12,6 +12,7 @@ from tnxd.executors.execution import Executor
 from tnxd.models.model import Model
 from tnxd.scheduler import Scheduler
 from tnxd.telemetry import Telemetry
+from tnxd.work import Request
 
 Report = HealthReport | MetadataReport
 
@@ -59,7 +60,7 @@ def health(
     """The state of everything, now."""
     devices = tuple(_device_info(name, inventory, scheduler) for name in _device_names(inventory, scheduler))
     try:
-        current = scheduler.route(inventory.default_model, True, 0.0)[0]
+        current = scheduler.route(Request(inventory.default_model, max_batch_size=0), 0)[0]
     except Unavailable:
         current = None
     return HealthReport(
@@ -79,6 +80,8 @@ def health(
         replies=telemetry.replies,
         errors=dict(telemetry.errors),
         undeliverable=undeliverable,
+        abandoned=telemetry.abandoned,
+        prediction_error_us=telemetry.prediction_error_us,
     )
 
 
@@ -116,7 +119,9 @@ def _device_info(name: str, inventory: Inventory, scheduler: Scheduler) -> Devic
 
 def _model_info(model: Model, inventory: Inventory, scheduler: Scheduler) -> ModelInfo:
     failure = inventory.model_failures.get(model.name, "")
-    devices = tuple(device.name for device in scheduler.devices.values() if model.name in device.models)
+    devices = tuple(
+        device.name for device in scheduler.devices.values() if model.name in device.models and not device.error
+    )
     return ModelInfo(
         name=model.name,
         version=model.version,

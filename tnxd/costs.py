@@ -2,34 +2,107 @@
 
 from __future__ import annotations
 
-_WEIGHT = 0.1  # of the newest observation in the moving average: about the last twenty batches count
+from bisect import bisect_left
+
+# Weight of the newest observation in the moving averages: about the last twenty batches count.
+_WEIGHT = 0.1
+
+# An observation counts for at most so many times what was expected: one stall of the machine is not the new normal.
+_OUTLIER = 8.0
+
+# Deviations above the mean that a promise leaves room for. Mean and mean deviation in place of a true quantile is how
+# TCP sets its timers (Jacobson, Congestion Avoidance and Control, 1988; RFC 6298).
+_DEVIATIONS = 4.0
+
+
+class CostCurve:
+    """Execution time of one model on one device over the batch size, in microseconds.
+
+    Batch sizes share a point per power of two, at their mean size; between points the curve is straight, beyond the
+    last it grows in proportion.
+    """
+
+    __slots__ = ("_deviations", "_points", "_rows", "_times")
+
+    def __init__(self) -> None:
+        self._points: dict[int, int] = {}  # bucket -> position in the lists, which are ordered by rows
+        self._rows: list[float] = []
+        self._times: list[float] = []
+        self._deviations: list[float] = []
+
+    def observe(self, rows: int, micros: float) -> None:
+        """Record that a batch of `rows` took so long, from its gather to its outputs."""
+        bucket = rows.bit_length()
+        position = self._points.get(bucket)
+        if position is None:
+            position = sum(known < bucket for known in self._points)
+            self._points = {known: at + (at >= position) for known, at in self._points.items()}
+            self._points[bucket] = position
+            self._rows.insert(position, float(rows))
+            self._times.insert(position, micros)
+            self._deviations.insert(position, micros / 4)
+            return
+        expected = self._times[position]
+        off = min(micros, _OUTLIER * expected) - expected
+        self._rows[position] += _WEIGHT * (rows - self._rows[position])
+        self._times[position] = expected + _WEIGHT * off
+        self._deviations[position] += _WEIGHT * (abs(off) - self._deviations[position])
+
+    def mean(self, rows: int) -> float:
+        """Expected microseconds for a batch of `rows`; 0 as long as nothing was observed."""
+        known, times = self._rows, self._times
+        if not known:
+            return 0.0
+        position = bisect_left(known, rows)
+        if position == len(known):
+            return times[-1] * rows / known[-1] if known[-1] else times[-1]
+        if position == 0 or known[position] == rows:
+            return times[position]
+        below, above = known[position - 1], known[position]
+        share = (rows - below) / (above - below)
+        return times[position - 1] + share * (times[position] - times[position - 1])
+
+    def rows_within(self, micros: float, most: int) -> int:
+        """The largest batch, of at most so many rows, that is expected to take no longer; 0 if none is."""
+        least = 0
+        while least < most:
+            middle = (least + most + 1) // 2
+            if self.mean(middle) <= micros:
+                least = middle
+            else:
+                most = middle - 1
+        return least
+
+    def spread(self, rows: int) -> float:
+        """Microseconds above the mean that a batch rarely exceeds."""
+        if not self._rows:
+            return 0.0
+        position = min(bisect_left(self._rows, rows), len(self._rows) - 1)
+        return _DEVIATIONS * self._deviations[position]
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was observed."""
+        return bool(self._rows)
 
 
 class CostModel:
-    """Mean execution time per device, model and batch size, as an exponentially weighted average.
+    """A curve per device, model and shape group, and another where batches run on the caller's own thread.
 
-    Batch sizes share a bucket per power of two, and a bucket that nothing has filled yet is answered from the next
-    larger one that has: a small batch costs at most as much as a large one.
+    Rows alone do not tell the cost of a sequence model: what is long is learned apart from what is short. The number of
+    curves is bounded; the oldest is forgotten first.
     """
 
-    def __init__(self) -> None:
-        self._buckets: dict[tuple[str, str], dict[int, float]] = {}
+    def __init__(self, max_curves: int = 4096) -> None:
+        self._max_curves = max_curves
+        self._curves: dict[tuple[str, str, tuple[int, ...], bool], CostCurve] = {}
 
-    def observe(self, device: str, model: str, rows: int, micros: float) -> None:
-        """Record that a batch of `rows` took `micros` microseconds from its gather to its outputs."""
-        buckets = self._buckets.setdefault((device, model), {})
-        bucket = rows.bit_length()
-        known = buckets.get(bucket)
-        buckets[bucket] = micros if known is None else known + _WEIGHT * (micros - known)
-
-    def predict(self, device: str, model: str, rows: int) -> float | None:
-        """Expected microseconds for a batch of `rows`; None as long as nothing of that size or larger has run."""
-        buckets = self._buckets.get((device, model))
-        if buckets is None:
-            return None
-        bucket = rows.bit_length()
-        known = buckets.get(bucket)
-        if known is not None:
-            return known
-        larger = [size for size in buckets if size > bucket]
-        return buckets[min(larger)] if larger else None
+    def curve(self, device: str, model: str, group: tuple[int, ...] = (), *, inline: bool = False) -> CostCurve:
+        """The curve, an empty one at first."""
+        key = (device, model, group, inline)
+        known = self._curves.get(key)
+        if known is None:
+            if len(self._curves) >= self._max_curves:
+                del self._curves[next(iter(self._curves))]
+            known = self._curves[key] = CostCurve()
+        return known

@@ -6,10 +6,12 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 _NOTIFY_TIMEOUT_S = 1.0
+_SECOND_SIGNAL_S = 2.0
 
 
 class Notifier:
@@ -37,18 +39,46 @@ class Notifier:
 
 
 @contextlib.contextmanager
-def stop_signals(on_stop: Callable[[], None]) -> Iterator[None]:
-    """Call `on_stop` for each SIGTERM and SIGINT; put the old handlers back at the end."""
+def stop_signals(on_stop: Callable[[], None], patience_s: float) -> Iterator[None]:
+    """Call `on_stop`, on a thread of its own, for each SIGTERM and SIGINT; put the old handlers back at the end.
 
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        on_stop()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    A loop that hangs in a model's code does not stop: the process ends with 1 when `patience_s` seconds have passed
+    since the first signal, or two since the second. Python's own handlers run on the main thread alone, which is the
+    one that may hang; the descriptor that signals are written to is read whatever that does.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    previous = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous_descriptor = signal.set_wakeup_fd(writer.fileno())
+    threading.Thread(target=_watch, args=(reader, on_stop, patience_s), name="signals", daemon=True).start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(previous_descriptor)
         for number, handler in previous.items():
             signal.signal(number, handler)
+        writer.close()  # which ends the thread
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Without a handler of Python's, a signal would do what it does by default."""
+
+
+def _watch(reader: socket.socket, on_stop: Callable[[], None], patience_s: float) -> None:
+    signals = 0
+    with reader:
+        while True:
+            try:
+                received = reader.recv(1)
+            except TimeoutError:
+                os._exit(1)
+            if not received:
+                return
+            if received[0] in (signal.SIGTERM, signal.SIGINT):
+                signals += 1
+                on_stop()
+                if signals <= 2:
+                    reader.settimeout(patience_s if signals == 1 else _SECOND_SIGNAL_S)
 
 
 def raise_file_limit() -> None:

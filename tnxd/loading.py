@@ -10,7 +10,8 @@ from tnxd.control import Inventory
 from tnxd.costs import CostModel
 from tnxd.executors.devices import open_devices
 from tnxd.executors.pool import LanePool, OnDone
-from tnxd.scheduler import Device
+from tnxd.executors.runner import first_line
+from tnxd.work import Device
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def load_everything(config: Config, inventory: Inventory, costs: CostModel, on_d
     """Load every model of the inventory on every device. What fails is left out, logged and reported.
 
     Raises:
-        RuntimeError: no device works at all.
+        RuntimeError: no device works at all, or no model can be loaded on any.
     """
     opened = open_devices(config, on_done)
     for name, failure in opened.failures.items():
@@ -46,11 +47,12 @@ def load_everything(config: Config, inventory: Inventory, costs: CostModel, on_d
         models = set()
         for model in inventory.models.values():
             try:
+                curve = costs.curve(name, model.name, model.example_group)
                 for rows, micros in executor.load(model):
-                    costs.observe(name, model.name, rows, micros)
+                    curve.observe(rows, micros)
             except BaseException as error:  # a model's code may raise anything
                 log.exception("model %s cannot be loaded on %s", model.name, name)
-                loaded.model_failures[model.name] = f"{name}: {type(error).__name__}: {error}"
+                loaded.model_failures[model.name] = f"{name}: {type(error).__name__}: {first_line(error)}"
             else:
                 models.add(model.name)
         inline_limit = config.cpu.inline_limit_us if executor.kind == "cpu" else 0.0
@@ -61,4 +63,6 @@ def load_everything(config: Config, inventory: Inventory, costs: CostModel, on_d
     for device in loaded.devices:
         for model_name in device.models:
             loaded.model_failures.pop(model_name, None)  # it works somewhere
+    if len(loaded.model_failures) == len(inventory.models):
+        raise RuntimeError(f"no model can be loaded: {loaded.model_failures}")
     return loaded

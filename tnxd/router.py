@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
+import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import IO, Any, NamedTuple
 
@@ -32,7 +34,7 @@ _REFERENCE_FROM_BYTES = 128 * 1024
 _PEER_HWM = 256
 _PEER_LENT_BYTES = 64 * 1024 * 1024  # of the frames that it sends by reference, since the other limit is in messages
 _BACKLOG_BYTES = 64 * 1024 * 1024
-_BACKLOG_SECONDS = 10.0
+_BACKLOG_SECONDS = 60.0  # without progress; a large frame over a slow line shows none until it has gone
 _BACKLOG_RETRY_MS = 2
 
 Frames = tuple[bytes, Sequence[Array]]
@@ -64,10 +66,12 @@ class _Lent:
         self.frames: deque[tuple[zmq.MessageTracker, int]] = deque()
         self.nbytes = 0
 
-    def collect(self) -> None:
-        """Forget what has been sent."""
+    def collect(self) -> bool:
+        """Forget what has been sent. True if anything was."""
+        before = self.nbytes
         while self.frames and self.frames[0][0].done:
             self.nbytes -= self.frames.popleft()[1]
+        return self.nbytes < before
 
 
 class _Backlog:
@@ -93,6 +97,10 @@ class Router:
         self._max_tensors = limits.tensors
         self._backlogs: dict[bytes, _Backlog] = {}
         self._lent: dict[bytes, _Lent] = {}
+        self._peers: dict[int, bytes] = {}  # file descriptor of a connection -> its peer
+        self._known: set[bytes] = set()
+        self._reused: Counter[int] = Counter()
+        self._gone: list[bytes] = []
         self._locks: list[IO[str]] = []
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 64)
@@ -104,6 +112,7 @@ class Router:
         socket.setsockopt(zmq.BACKLOG, 1024)
         socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         socket.setsockopt(zmq.TCP_MAXRT, 30_000)  # cuts a peer that stops reading; heartbeats would cut slow uploads
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._recv = socket.recv
         self._send: Any = socket.send  # its stubs know no numpy arrays
         self._get: Any = socket.get
@@ -123,12 +132,15 @@ class Router:
         except zmq.ZMQError as error:
             if error.errno == zmq.EADDRINUSE:
                 raise FailedPrecondition(f"{endpoint} is in use by another process") from None
-            raise InvalidArgument(f"cannot listen on {endpoint}: {error.strerror}") from None
+            raise InvalidArgument(f"cannot listen on {endpoint}: {os.strerror(error.errno or 0)}") from None
         self.endpoints.append(self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
 
     def _lock_path(self, endpoint: str) -> None:
         """ZeroMQ's bind takes over the path of a live daemon without a word: hold a lock beside it."""
-        path = endpoint.removeprefix("ipc://") + ".lock"
+        socket_path = endpoint.removeprefix("ipc://")
+        if os.path.lexists(socket_path) and not stat.S_ISSOCK(os.lstat(socket_path).st_mode):
+            raise InvalidArgument(f"cannot listen on {endpoint}: there is something else than a socket at that path")
+        path = socket_path + ".lock"
         try:
             lock = open(path, "a", encoding="ascii")  # noqa: SIM115 - held until close
         except OSError as error:
@@ -144,18 +156,22 @@ class Router:
         """Let `wait` return when the wake-up is set, too."""
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(wakeup.fileno(), zmq.POLLIN)
+        self._wakeup_fd = wakeup.fileno()
+        self._poller.register(self._wakeup_fd, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
 
     def readable(self) -> bool:
         """Whether a message is waiting. About a microsecond."""
         events: int = self._get(zmq.EVENTS)
         return bool(events & _POLLIN)
 
-    def wait(self, timeout_ms: float) -> None:
-        """Block until a message, a wake-up or the timeout comes."""
+    def wait(self, timeout_ms: float) -> bool:
+        """Block until a message, a wake-up or the timeout comes. True if the wake-up is set."""
         if self._backlogs:
             timeout_ms = min(timeout_ms, _BACKLOG_RETRY_MS)
-        self._poller.poll(int(timeout_ms + 0.999))  # rounded up: 0 would poll in a tight loop
+        # Rounded up: 0 would poll in a tight loop.
+        events = self._poller.poll(int(timeout_ms + 0.999))
+        return any(source == self._wakeup_fd for source, _ in events)
 
     def receive(self) -> Message | None:
         """The next message; None if none is waiting. Never blocks."""
@@ -165,6 +181,8 @@ class Router:
         except zmq.Again:
             return None
         frame = recv(0, False)  # multipart messages arrive whole: the other parts are here
+        if peer not in self._known:
+            self._meet(peer, frame.get(zmq.SRCFD))
         delimited = False
         if frame.more and not len(frame):
             delimited = True
@@ -179,12 +197,47 @@ class Router:
                 tensors.append(frame.buffer)
         return Message(peer, delimited, header, tensors, count)
 
-    def send(self, peer: bytes, delimited: bool, frames: Frames) -> None:
-        """Send a message, or keep it for a moment if the peer's queue is full. Counts what cannot be delivered."""
-        if self._backlogs and peer in self._backlogs:
-            self._keep(peer, delimited, frames)
-        else:
+    def _meet(self, peer: bytes, descriptor: int) -> None:
+        """Remember which connection a new peer came by: the monitor tells of connections, not of peers."""
+        self._known.add(peer)
+        former = self._peers.get(descriptor)
+        if former is not None:  # its descriptor serves another: it has gone, and the news of that is still to come
+            self._lose(former)
+            self._reused[descriptor] += 1
+        self._peers[descriptor] = peer
+
+    def _lose(self, peer: bytes) -> None:
+        self._known.discard(peer)
+        self._gone.append(peer)
+
+    def vanished(self) -> list[bytes]:
+        """Peers whose connections have ended since the last call."""
+        while self._monitor.poll(0):
+            descriptor = int.from_bytes(self._monitor.recv_multipart(_NOBLOCK)[0][2:6], sys.byteorder)
+            if self._reused[descriptor]:
+                self._reused[descriptor] -= 1
+                continue
+            peer = self._peers.pop(descriptor, None)
+            if peer is not None:
+                self._lose(peer)
+        gone, self._gone = self._gone, []
+        return gone
+
+    def send(self, peer: bytes, delimited: bool, frames: Frames) -> bool:
+        """Send a message, or keep it for later if the peer takes none now. Counts what cannot be delivered.
+
+        Returns:
+            False if the peer is owed too much already: the message is not taken, send a smaller one instead. Messages
+            without tensors are taken up to twice that limit.
+        """
+        backlog = self._backlogs.get(peer) if self._backlogs else None
+        if backlog is None:
             self._try_send(peer, delimited, frames)
+            return True
+        if frames[1] and backlog.nbytes > _BACKLOG_BYTES:
+            return False
+        self._keep(peer, delimited, frames)
+        return True
 
     def _try_send(self, peer: bytes, delimited: bool, frames: Frames) -> bool:
         send = self._send
@@ -224,16 +277,24 @@ class Router:
 
     def _collect_lent(self) -> None:
         for peer, lent in list(self._lent.items()):
-            lent.collect()
+            if lent.collect() and peer in self._backlogs:
+                self._backlogs[peer].since = time.monotonic()
             if not lent.frames:
                 del self._lent[peer]
 
     def _keep(self, peer: bytes, delimited: bool, frames: Frames) -> None:
-        nbytes = len(frames[0]) + sum(array.nbytes for array in frames[1])
+        header, arrays = frames
+        # A small slice must not keep the outputs of a whole batch alive.
+        arrays = [
+            array.copy() if array.base is not None and array.nbytes < _REFERENCE_FROM_BYTES else array
+            for array in arrays
+        ]
+        nbytes = len(header) + sum(array.nbytes for array in arrays)
         backlog = self._backlogs.setdefault(peer, _Backlog())
-        if backlog.nbytes + nbytes > _BACKLOG_BYTES:
+        if backlog.nbytes > 2 * _BACKLOG_BYTES:
             self.undeliverable += 1
             return
+        frames = (header, arrays)
         backlog.messages.append((delimited, frames, nbytes))
         backlog.nbytes += nbytes
 
@@ -261,6 +322,8 @@ class Router:
 
     def close(self, linger_s: float) -> None:
         """Close, giving what was sent up to `linger_s` seconds to leave. Removes the files of ipc endpoints."""
+        self._socket.disable_monitor()
+        self._monitor.close(0)
         self._socket.close(linger=int(linger_s * 1000))
         self._context.term()
         for endpoint in self.endpoints:

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-from tnxctl.errors import AlreadyExists, InvalidArgument, TensorNextError, Unavailable
+from tnxctl.errors import (
+    AlreadyExists,
+    Cancelled,
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    TensorNextError,
+    Unavailable,
+)
 from tnxctl.frames import Array, view_tensors
 from tnxctl.wire import (
     VERSION,
+    Cancel,
     ErrorReply,
     Health,
     Limits,
@@ -29,19 +39,22 @@ from tnxctl.wire import (
 )
 from tnxd import control
 from tnxd.control import DRAINING, READY, STARTING, Inventory
-from tnxd.costs import CostModel
 from tnxd.executors.execution import Execution, Executor
 from tnxd.models.model import BoundInputs, Model
 from tnxd.router import Message, Router
-from tnxd.scheduler import INLINE, Batch, Request, Scheduler
+from tnxd.scheduler import Scheduler
 from tnxd.spinner import Spinner
 from tnxd.telemetry import Telemetry
 from tnxd.wakeup import Wakeup
+from tnxd.work import INLINE, NEVER, Batch, Request
 
 log = logging.getLogger(__name__)
 
 # Messages taken in before the scheduler gets to act: bounds how long a flood can keep finished work waiting.
 _DRAIN_LIMIT = 256
+
+# When to ask again a daemon that is starting, or one in the place of the one that is draining.
+_RETRY_AFTER_S = 0.1
 
 
 class Pending(Request):
@@ -55,7 +68,15 @@ class Pending(Request):
 
     __slots__ = ("arrays", "delimited", "id", "peer", "queued_ns", "received_ns", "served")
 
-    def __init__(self, message: Message, request: Predict, model: Model, bound: BoundInputs, received_ns: int) -> None:
+    def __init__(
+        self,
+        message: Message,
+        request: Predict,
+        model: Model,
+        bound: BoundInputs,
+        received_ns: int,
+        max_delay_ns: int,
+    ) -> None:
         super().__init__(
             model.name,
             max_batch_size=model.max_batch_size,
@@ -64,6 +85,11 @@ class Pending(Request):
             nbytes=sum([array.nbytes for array in bound.arrays]),
             prefer_gpu=request.prefer_gpu,
             min_gpu_memory_mb=request.min_gpu_memory_mb,
+            wanted=request.device,
+            priority=request.priority,
+            deadline_ns=NEVER if request.deadline_us is None else received_ns + int(request.deadline_us * 1e3),
+            client=message.peer,
+            max_delay_ns=max_delay_ns,
         )
         self.peer = message.peer
         self.delimited = message.delimited
@@ -83,7 +109,8 @@ class Server:
         scheduler: without devices until `install` brings one that has them.
         on_tick: called every `tick_s` seconds with whether all lanes make progress.
         drain_timeout_s: how long `drain` lets running work go on.
-        stall_timeout_s: a batch that runs longer counts as no progress.
+        stall_timeout_s: a batch that runs longer is given up, and its lane counts as dead until it ends after all.
+        max_delay_us: how long a batch smaller than its model's limit waits for company, in microseconds.
     """
 
     def __init__(
@@ -92,7 +119,6 @@ class Server:
         wakeup: Wakeup,
         inventory: Inventory,
         scheduler: Scheduler,
-        costs: CostModel,
         telemetry: Telemetry,
         spinner: Spinner,
         *,
@@ -101,13 +127,13 @@ class Server:
         tick_s: float,
         drain_timeout_s: float,
         stall_timeout_s: float,
+        max_delay_us: float,
     ) -> None:
         self.state = STARTING
         self._router = router
         self._wakeup = wakeup
         self._inventory = inventory
         self._scheduler = scheduler
-        self._costs = costs
         self._telemetry = telemetry
         self._spinner = spinner
         self._limits = limits
@@ -115,9 +141,10 @@ class Server:
         self._tick_s = tick_s
         self._drain_timeout_s = drain_timeout_s
         self._stall_timeout_s = stall_timeout_s
+        self._max_delay_ns = int(max_delay_us * 1e3)
         self._calls: deque[Callable[[], None]] = deque()
         self._completed: deque[Execution] = deque()
-        self._in_flight: set[tuple[bytes, int]] = set()
+        self._in_flight: dict[bytes, dict[int, Pending]] = {}
         self._on_lanes: dict[Execution, float] = {}
         self._next_tick = time.monotonic()
         self._drain_until = float("inf")
@@ -153,6 +180,11 @@ class Server:
         self._drain_until = time.monotonic() + self._drain_timeout_s
         log.info("draining: %d requests waiting, %d running", self._scheduler.queued, self._scheduler.running)
 
+    @property
+    def drain_left_s(self) -> float:
+        """Seconds that are left for draining; 0 if it does not drain."""
+        return max(self._drain_until - time.monotonic(), 0.0) if self.state == DRAINING else 0.0
+
     def stop(self) -> None:
         """Leave `run` now."""
         self._stopped = True
@@ -163,28 +195,53 @@ class Server:
         while not self._stopped:
             if not busy:
                 self._wait()
-            if self._calls or self._completed:
-                self._wakeup.clear()
-                self._run_calls()
-                while self._completed:
-                    self._finish(self._completed.popleft())
+            self._run_calls()
+            while self._completed:
+                self._finish(self._completed.popleft())
             more = self._receive()
             busy = self._dispatch() or more
             flushed = self._router.flush()
+            self._expire()
             now = time.monotonic()
             if now >= self._next_tick:
                 self._tick(now)
-            if self.state == DRAINING and self._is_drained(now, flushed):
+            if self.state == DRAINING and self._is_drained(now, flushed and not busy):
                 return
         self._abandon()
+        self._router.flush()
 
     def _wait(self) -> None:
         # A thread that polls holds the GIL most of the time: only while no lane needs it.
-        if self._spinner.limit_ns and not self._scheduler.running and self._spinner.spin(self._router.readable):
+        spun = bool(self._spinner.limit_ns) and not self._scheduler.running
+        if spun and self._spinner.spin(self._router.readable):
             return
-        until_tick = max(min(self._next_tick, self._drain_until) - time.monotonic(), 0.0)
-        self._router.wait(until_tick * 1e3)
-        self._spinner.blocked()
+        until_ms = (min(self._next_tick, self._drain_until) - time.monotonic()) * 1e3
+        event_ns = self._scheduler.next_event_ns()
+        if event_ns != NEVER:
+            until_ms = min(until_ms, (event_ns - time.perf_counter_ns()) / 1e6)
+        if self._router.wait(max(until_ms, 0.0)):
+            self._wakeup.clear()  # before looking for what it announces; it may have been found already
+        if spun:
+            self._spinner.blocked()
+        self._forget_vanished()
+
+    def _forget_vanished(self) -> None:
+        """Nobody waits for the answers to a client that is gone: take what it queued out."""
+        for peer in self._router.vanished():
+            for request in list(self._in_flight.get(peer, {}).values()):
+                if self._scheduler.cancel(request):
+                    self._telemetry.abandoned += 1
+                    self._close(request)
+
+    def _expire(self) -> None:
+        now_ns = time.perf_counter_ns()
+        if self._scheduler.next_event_ns() <= now_ns:
+            for request in self._scheduler.expire(now_ns):
+                self._answer_late(request)
+
+    def _answer_late(self, request: Request) -> None:
+        allowed_ms = (request.deadline_ns - request.received_ns) / 1e6  # type: ignore[attr-defined]
+        self._answer_error(request, DeadlineExceeded(f"the deadline of {allowed_ms:.3g} ms has passed"))
 
     def _run_calls(self) -> None:
         while self._calls:
@@ -192,13 +249,24 @@ class Server:
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + self._tick_s
+        self._forget_vanished()
         for name, executor in self._inventory.executors.items():
             self._scheduler.devices[name].memory_free_mb = executor.memory_mb()[0]
         stalled = [execution for execution, since in self._on_lanes.items() if now - since > self._stall_timeout_s]
         for execution in stalled:
-            batch = execution.batch
-            log.error("%s has run a batch of %s for over %g s", batch.device.name, batch.model, self._stall_timeout_s)
-        self._on_tick(not stalled)
+            self._give_up(execution)
+        dead = Counter(execution.batch.device.name for execution in stalled)
+        self._on_tick(all(self._scheduler.devices[name].lanes > count for name, count in dead.items()))
+
+    def _give_up(self, execution: Execution) -> None:
+        """A batch hangs: its requests get an error. Its lane is free again if it ever ends."""
+        batch = execution.batch
+        why = f"model {batch.model!r} ran for over {self._stall_timeout_s:g} s on {batch.device.name}"
+        held = [request for request in batch.requests if not request.done]
+        if held:
+            log.error("%s: %d requests given up, the lane counts as dead", why, len(held))
+        for request in held:
+            self._answer_error(request, Internal(why))
 
     def _is_drained(self, now: float, flushed: bool) -> bool:
         if not self._in_flight and flushed:
@@ -212,7 +280,7 @@ class Server:
         """Answer what will never be finished."""
         waiting = self._scheduler.drop_all()
         running = [request for execution in self._on_lanes for request in execution.batch.requests]
-        for request in [*waiting, *running]:
+        for request in [*waiting, *[request for request in running if not request.done]]:
             self._answer_error(request, Unavailable("the daemon stopped before this request was done"))
 
     # --- in ----------------------------------------------------------------------------------------------------
@@ -237,11 +305,13 @@ class Server:
     def _take(self, message: Message, received_ns: int) -> None:
         header, tensors = message.header, message.tensors
         if header is None:
+            self._telemetry.requests += 1
             self._send_error(message.peer, message.delimited, None, InvalidArgument("the message is empty"))
             return
         try:
             request = decode_request(header, self._limits)
         except TensorNextError as error:
+            self._telemetry.requests += 1
             self._send_error(message.peer, message.delimited, request_id(header, self._limits), error)
             return
         try:
@@ -252,12 +322,15 @@ class Server:
             if isinstance(request, Predict):
                 self._telemetry.requests += 1
                 self._predict(message, request, tensors, received_ns)
+            elif isinstance(request, Cancel):
+                self._cancel(message.peer, request.id)
             else:
                 if tensors:
                     raise InvalidArgument(f"{len(tensors)} tensor frames came with a message that takes none")
                 reply = self._control(request)
                 self._router.send(message.peer, message.delimited, (encode(reply), ()))
         except TensorNextError as error:
+            self._telemetry.requests += not isinstance(request, Predict)
             self._send_error(message.peer, message.delimited, request.id, error)
 
     def _control(self, request: Health | Metadata) -> control.Report:
@@ -269,17 +342,24 @@ class Server:
 
     def _predict(self, message: Message, request: Predict, tensors: Sequence[memoryview], received_ns: int) -> None:
         if self.state != READY:
-            raise Unavailable(f"the daemon is {self.state}")
-        key = (message.peer, request.id)
-        if key in self._in_flight:
+            raise Unavailable(f"the daemon is {self.state}", retry_after_s=_RETRY_AFTER_S)
+        mine = self._in_flight.get(message.peer)
+        if mine is not None and request.id in mine:
             raise AlreadyExists(f"a request with id {request.id} is in flight on this connection")
         arrays = view_tensors(request.inputs, tensors, self._limits)
         model = self._inventory.find(request.model)
         bound = model.bind(request.inputs, arrays)
-        pending = Pending(message, request, model, bound, received_ns)
-        self._scheduler.add(pending)
-        self._in_flight.add(key)
-        pending.queued_ns = time.perf_counter_ns()
+        pending = Pending(message, request, model, bound, received_ns, self._max_delay_ns)
+        pending.queued_ns = now_ns = time.perf_counter_ns()
+        self._scheduler.add(pending, now_ns)
+        if mine is None:
+            mine = self._in_flight[message.peer] = {}
+        mine[request.id] = pending
+
+    def _cancel(self, peer: bytes, id_: int) -> None:
+        request = self._in_flight.get(peer, {}).get(id_)
+        if request is not None and self._scheduler.cancel(request):
+            self._answer_error(request, Cancelled("the request was withdrawn by its client"))
 
     # --- run ---------------------------------------------------------------------------------------------------
 
@@ -288,7 +368,10 @@ class Server:
         if not self._scheduler.queued:
             return False
         inline: Execution | None = None
-        for batch in self._scheduler.next_batches():
+        batches, late = self._scheduler.next_batches(time.perf_counter_ns())
+        for request in late:
+            self._answer_late(request)
+        for batch in batches:
             execution = _execution(batch)
             if batch.lane == INLINE:
                 inline = execution
@@ -307,13 +390,16 @@ class Server:
     def _finish(self, execution: Execution) -> None:
         batch = execution.batch
         self._on_lanes.pop(execution, None)
-        self._scheduler.finished(batch)
+        succeeded = not any(isinstance(outcome, TensorNextError) for outcome in execution.outcomes)
+        # How long a failure took says nothing about the next success.
+        self._scheduler.finished(batch, (execution.finished_ns - execution.started_ns) / 1e3 if succeeded else 0.0)
         device = batch.device
-        self._costs.observe(device.name, batch.model, batch.rows, (execution.finished_ns - execution.started_ns) / 1e3)
         if device.kind == "cuda":
             device.memory_free_mb = execution.memory_free_mb
         for request, outcome in zip(batch.requests, execution.outcomes, strict=True):
             assert isinstance(request, Pending)
+            if request.done:
+                continue  # its deadline came first, or the batch had been given up
             if isinstance(outcome, TensorNextError):
                 self._answer_error(request, outcome)
             else:
@@ -326,7 +412,7 @@ class Server:
         self._inventory.device_failures[name] = why
         for request in self._scheduler.fail_device(name, why):
             try:
-                self._scheduler.add(request)
+                self._scheduler.add(request, time.perf_counter_ns())
             except TensorNextError as error:
                 self._answer_error(request, error)
 
@@ -361,19 +447,33 @@ class Server:
                 reply_us=(now - execution.finished_ns) / 1e3,
                 total_us=(now - request.received_ns) / 1e3,
             ),
+            predicted_us=request.predicted_us,
         )
-        self._in_flight.discard((request.peer, request.id))
+        self._close(request)
         self._telemetry.replies += 1
-        self._router.send(request.peer, request.delimited, (encode(result), outputs))
+        self._telemetry.observe_prediction(request.predicted_us, (execution.finished_ns - request.queued_ns) / 1e3)
+        if not self._router.send(request.peer, request.delimited, (encode(result), outputs)):
+            self._telemetry.replies -= 1
+            error = ResourceExhausted("the client does not take its replies: no room is left for this one")
+            self._send_error(request.peer, request.delimited, request.id, error)
 
     def _answer_error(self, request: Request, error: TensorNextError) -> None:
         assert isinstance(request, Pending)
-        self._in_flight.discard((request.peer, request.id))
+        self._close(request)
         self._send_error(request.peer, request.delimited, request.id, error)
+
+    def _close(self, request: Pending) -> None:
+        """The request has been answered, or nobody waits for it any more."""
+        request.done = True
+        mine = self._in_flight[request.peer]
+        del mine[request.id]
+        if not mine:
+            del self._in_flight[request.peer]
 
     def _send_error(self, peer: bytes, delimited: bool, id_: int | None, error: TensorNextError) -> None:
         self._telemetry.errors[error.code] += 1
-        reply = ErrorReply(v=VERSION, id=id_, code=error.code, message=error.message)
+        retry_after_us = None if error.retry_after_s is None else error.retry_after_s * 1e6
+        reply = ErrorReply(v=VERSION, id=id_, code=error.code, message=error.message, retry_after_us=retry_after_us)
         self._router.send(peer, delimited, (encode(reply), ()))
 
 

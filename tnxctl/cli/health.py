@@ -26,7 +26,9 @@ def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) ->
     The exit code is 0 if the daemon is ready, 4 if it answers but is starting or draining, 3 if nobody answers.
 
     LANES BUSY are the places where batches run, one at a time each; QUEUED ROWS wait for one. BATCH is the number of
-    rows up to which requests share a batch.
+    rows up to which requests share a batch. UNDELIVERABLE answers had lost their client when they were ready, ABANDONED
+    requests while they still waited. Predicted times are those by which the daemon chooses devices and refuses requests
+    that cannot make their deadlines.
 
     \b
     Examples:
@@ -67,14 +69,17 @@ def _lines(report: HealthReport, endpoint: str, round_trip_ms: float) -> Iterato
     yield ""
     yield from _devices(report.devices, width)
     memory = f" ({report.gpu_memory_free_mb / 1024:.1f} GiB free)" if report.gpu_memory_free_mb else ""
-    yield f"Requests that prefer a GPU run on {text.clean(report.current_device)}{memory} now."
+    if report.current_device:
+        yield f"Requests that prefer a GPU run on {text.clean(report.current_device)}{memory} now."
     yield ""
     yield from _models(report.models, width)
     yield ""
     yield (
         f"{report.requests} requests, {report.replies} replies, {sum(report.errors.values())} errors, "
-        f"{report.undeliverable} undeliverable; {report.queued} waiting, {report.running} running"
+        f"{report.undeliverable} undeliverable, {report.abandoned} abandoned"
     )
+    predictions = f"; predicted times are off by {report.prediction_error_us:.0f} µs" if report.replies else ""
+    yield f"{report.queued} waiting, {report.running} running{predictions}"
     if report.errors:
         counts = ", ".join(f"{text.clean(code)} {count}" for code, count in sorted(report.errors.items()))
         yield f"errors: {counts}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,7 +14,11 @@ from tnxctl.errors import InvalidArgument
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+# As in tnxctl.session and tnxctl.wire, whose import would make `tnxctl --help` slow; a test compares them.
 DEFAULT_TIMEOUT_S = 5.0
+MAX_DEADLINE_S = 86_400.0
+DEFAULT_PRIORITY = 1
+LOWEST_PRIORITY = 3
 
 
 class Finite(click.FloatRange):
@@ -24,6 +29,32 @@ class Finite(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]  # old versions of click have no argument for it
+    """A span of time with its unit: 200us, 50ms, 2s; without one, seconds. It becomes a number of seconds.
+
+    Args:
+        most: the longest one that is taken, in seconds.
+    """
+
+    name = "duration"
+
+    def __init__(self, most: float) -> None:
+        self._most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = _DURATION.fullmatch(str(value).strip())
+        if found is None:
+            self.fail(f"{value!r} is not a duration: 50ms, 200us and 0.05s are, and 0.05 is seconds.", param, ctx)
+        seconds = float(found["number"]) * _SECONDS[found["unit"]]
+        if not 0 < seconds <= self._most:
+            self.fail(f"{value!r} is not in the range above 0 and up to {self._most:g}s.", param, ctx)
+        return seconds
+
+
+_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6}  # two characters look like "µ"
+_DURATION = re.compile(rf"(?P<number>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*(?P<unit>{'|'.join(_SECONDS)})")
 
 
 def _endpoint(_: click.Context, param: click.Parameter, value: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tnxctl.cli import output, tensorfiles
-from tnxctl.cli.options import Finite, common
+from tnxctl.cli.options import DEFAULT_PRIORITY, LOWEST_PRIORITY, MAX_DEADLINE_S, Duration, Finite, common
 from tnxctl.errors import TensorNextError
 
 if TYPE_CHECKING:
@@ -35,6 +35,26 @@ if TYPE_CHECKING:
     show_default=True,
     metavar="MIB",
     help="Free memory in MiB that a GPU needs to qualify.",
+)
+@click.option(
+    "--device",
+    default="",
+    metavar="DEVICE",
+    help="auto: where it is predicted to be done first. cpu, cuda:0, ...: there or not at all.  "
+    "[default: as --prefer-gpu says]",
+)
+@click.option(
+    "--deadline",
+    type=Duration(most=MAX_DEADLINE_S),
+    metavar="DURATION",
+    help="Time after which an answer is worthless: 50ms, 200us, 0.05s. A request that cannot make it is refused.",
+)
+@click.option(
+    "--priority",
+    type=click.IntRange(0, LOWEST_PRIORITY),
+    default=DEFAULT_PRIORITY,
+    show_default=True,
+    help="0 goes first, 3 last.",
 )
 @click.option(
     "--input",
@@ -64,6 +84,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Requests outstanding at a time.",
 )
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Say why each answer came from where it did, and what time was predicted for it against what it took.",
+)
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -73,6 +98,9 @@ def command(
     model: str,
     prefer_gpu: bool,
     min_gpu_memory: float,
+    device: str,
+    deadline: float | None,
+    priority: int,
     input_path: str | None,
     cast: bool,
     output_path: str | None,
@@ -81,17 +109,19 @@ def command(
     seed: int,
     count: int,
     concurrency: int,
+    explain: bool,
 ) -> None:
     """Ask a model for predictions and show where and how fast they ran.
 
     Without --input the tool asks for the model's signature and sends random tensors that fit it, the same ones in
-    every request. Ctrl-C ends a long run; the summary still comes.
+    every request. Ctrl-C ends a long run and withdraws what still waits at the daemon; the summary still comes.
 
     \b
     Examples:
       tnxctl predict --host 192.168.1.100 --count 5
       tnxctl predict --no-prefer-gpu
       tnxctl predict --prefer-gpu --min-gpu-memory 10000.0
+      tnxctl predict --device auto --deadline 50ms --explain
       tnxctl predict --batch-size 4 --input-dim 256
       tnxctl predict --model digits --input scans.npy --output scores.npy
       tnxctl predict --model digits --input - --output - < scans.npy > scores.npy
@@ -113,8 +143,16 @@ def command(
             tensors = inputs.random_inputs(signature, batch_size=batch_size, input_dim=input_dim, seed=seed)
         elif cast:
             tensors = inputs.cast(tensors, client.metadata(model))
-        call = workload.Call(tensors, model, prefer_gpu, min_gpu_memory)
-        with report.view(count, None if as_json else people) as show:
+        options = workload.Options(
+            model=model,
+            prefer_gpu=prefer_gpu,
+            min_gpu_memory_mb=min_gpu_memory,
+            device=device,
+            deadline=deadline,
+            priority=priority,
+        )
+        call = workload.Call(tensors, options)
+        with report.view(count, None if as_json else people, explain) as show:
             _run(workload.run(client, call, count, concurrency), tally, show)
 
     if output_path is not None:
@@ -124,7 +162,7 @@ def command(
     if as_json:
         output.write_json({"endpoint": endpoint, **report.document(tally)})
     else:
-        click.echo("\n".join(report.summary(tally)), people)
+        click.echo("\n".join(report.summary(tally, explain)), people)
     if tally.interrupted or tally.failed:
         output.complain(report.shortfall(tally))
     ctx.exit(tally.exit_code())

@@ -32,15 +32,16 @@ Show: TypeAlias = Callable[["Answer"], None]
 """What is done with each answer as it comes."""
 
 
-def view(count: int, stream: IO[str] | None) -> AbstractContextManager[Show]:
+def view(count: int, stream: IO[str] | None, explain: bool) -> AbstractContextManager[Show]:
     """What `count` answers are shown with while they come: a list of them, or a progress bar if they are many.
 
     Args:
         stream: where the list goes; None: no list.
+        explain: whether it says with each answer what was predicted for it, and why it ran where it did.
     """
     if count > KEPT:
         return _progress(count)
-    return nullcontext(_silence if stream is None else _Listing(stream, count).show)
+    return nullcontext(_silence if stream is None else _Listing(stream, count, explain).show)
 
 
 def _silence(_: Answer) -> None:
@@ -59,10 +60,11 @@ def _progress(count: int) -> Iterator[Show]:
 
 
 class _Listing:
-    """A table with one line per answer, printed as the answers come."""
+    """A table with one line per answer, and perhaps one that explains it, printed as the answers come."""
 
-    def __init__(self, stream: IO[str], count: int) -> None:
+    def __init__(self, stream: IO[str], count: int, explain: bool) -> None:
         self._stream = stream
+        self._explain = explain
         self._terminal = text.terminal_width(stream)
         self._widths = [len(str(count)), *map(len, _HEADER[1:])]
         self._headed = False
@@ -84,6 +86,22 @@ class _Listing:
         room = None if self._terminal is None else self._terminal - len("  ".join(padded))
         padded[-1] = preview(next(iter(answer.outcome.outputs.values()), None), room)
         click.echo(text.line(padded), self._stream)
+        if self._explain:
+            click.echo(text.line([" " * self._widths[0], explanation(answer.outcome)]), self._stream)
+
+
+def explanation(result: Result) -> str:
+    """What was predicted for an answer against what it took, and why it ran where it did."""
+    return f"{_forecast(result)}; {text.clean(result.device)}: {text.clean(result.reason)}"
+
+
+def _forecast(result: Result) -> str:
+    predicted, actual = result.predicted_us, result.actual_us
+    if predicted <= 0:
+        return f"took {actual:.0f} µs, nothing was predicted"
+    off = round(actual) - round(predicted)
+    how = "as predicted" if not off else f"{abs(off)} µs {'more' if off > 0 else 'less'} than predicted"
+    return f"predicted {predicted:.0f} µs, took {actual:.0f} µs, {how}"
 
 
 def _cells(index: int, round_trip_ms: float, result: Result) -> list[str]:
@@ -120,8 +138,12 @@ def _value(value: Any) -> str:
     return str(value) if value.dtype.kind in "biu" else f"{float(value):.3g}"
 
 
-def summary(tally: Tally) -> Iterator[str]:
-    """Lines for people: how many, how fast, where and why, and where the time went."""
+def summary(tally: Tally, explain: bool = False) -> Iterator[str]:
+    """Lines for people: how many, how fast, where and why, and where the time went.
+
+    Args:
+        explain: whether they say how far the predictions were off.
+    """
     several = tally.planned > 1
     if several:
         if tally.answers:
@@ -141,6 +163,8 @@ def summary(tally: Tally) -> Iterator[str]:
         times = "   ".join(f"{name} {value:.2f}" for name, value in tally.percentiles_ms().items())
         yield f"round trip  {times}   ms"
         yield f"batch       {tally.batch_mean():.1f} rows on average"
+        if explain:
+            yield from _prediction(tally)
     means = tally.stage_means_us()
     widths = [10, *(max(len(stage), 6) for stage in means)]
     align = "<" + ">" * len(means)
@@ -148,6 +172,17 @@ def summary(tally: Tally) -> Iterator[str]:
     yield text.line(
         text.pad(["µs (mean)" if several else "µs", *(f"{mean:.1f}" for mean in means.values())], widths, align)
     )
+
+
+def _prediction(tally: Tally) -> Iterator[str]:
+    errors = tally.prediction_errors_us()
+    if not errors:
+        yield "prediction  the daemon made none"
+        return
+    times = "   ".join(f"{name} {value:.0f}" for name, value in errors.items())
+    yield f"prediction  off by  {times}   µs"
+    predicted, actual = tally.prediction_means_us()
+    yield f"            {predicted:.0f} µs predicted and {actual:.0f} µs taken on average"
 
 
 def shortfall(tally: Tally) -> str:
@@ -184,6 +219,7 @@ def document(tally: Tally) -> dict[str, Any]:
         "batch_size_mean": tally.batch_mean(),
         "round_trip_ms": tally.percentiles_ms(),
         "stage_means_us": tally.stage_means_us(),
+        "prediction_error_us": tally.prediction_errors_us(),
         "answers": [_answer_document(answer) for answer in tally.answers],
     }
 
@@ -201,6 +237,8 @@ def _answer_document(answer: Answer) -> dict[str, Any]:
         "batch_size": result.batch_size,
         "latency_ms": result.latency_ms,
         "gpu_memory_mb": result.gpu_memory_mb,
+        "predicted_us": result.predicted_us,
+        "actual_us": result.actual_us,
         "timing": msgspec.to_builtins(result.timing),
         "outputs": [_output(name, array) for name, array in result.outputs.items()],
     }

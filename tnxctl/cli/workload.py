@@ -6,9 +6,9 @@ import queue
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
-from tnxctl.errors import TensorNextError, Unavailable
+from tnxctl.errors import DeadlineExceeded, TensorNextError, Unavailable
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -23,14 +23,23 @@ _Done: TypeAlias = "queue.SimpleQueue[tuple[int, float, Future[Result]]]"
 _INTERRUPTIBLE_WAIT_S = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What every request of a run asks for; the fields are those of `Client.predict`."""
+class Options(TypedDict):
+    """Arguments of `Client.predict`."""
 
-    inputs: Mapping[str, Array]
     model: str
     prefer_gpu: bool
     min_gpu_memory_mb: float
+    device: str
+    deadline: float | None
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What every request of a run asks for."""
+
+    inputs: Mapping[str, Array]
+    options: Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +59,17 @@ class Answer:
 def run(client: Client, call: Call, count: int, concurrency: int) -> Iterator[Answer]:
     """Send `count` requests and give the answers as they come, at most `concurrency` of them outstanding.
 
-    The run ends early when the daemon cannot be reached: what is left of it would only wait and fail as well.
+    The run ends early when the daemon cannot be reached, or when as many requests in a row as are outstanding, and
+    three at least, have run into `--timeout`: what is left of it would only wait and fail as well. A deadline that was
+    missed is an answer.
     """
+    silent = 0
     answers = _one_by_one(client, call, count) if concurrency == 1 else _several(client, call, count, concurrency)
     for answer in answers:
         yield answer
-        if isinstance(answer.outcome, Unavailable):
+        timed_out = isinstance(answer.outcome, DeadlineExceeded) and call.options["deadline"] is None
+        silent = silent + 1 if timed_out else 0
+        if isinstance(answer.outcome, Unavailable) or silent >= max(3, concurrency):
             return
 
 
@@ -64,9 +78,7 @@ def _one_by_one(client: Client, call: Call, count: int) -> Iterator[Answer]:
     for index in range(1, count + 1):
         started = time.perf_counter()
         try:
-            outcome = client.predict(
-                call.inputs, model=call.model, prefer_gpu=call.prefer_gpu, min_gpu_memory_mb=call.min_gpu_memory_mb
-            )
+            outcome = client.predict(call.inputs, **call.options)
         except TensorNextError as error:
             outcome = error
         yield Answer(index, _since(started), outcome)
@@ -77,9 +89,7 @@ def _several(client: Client, call: Call, count: int, concurrency: int) -> Iterat
 
     def submit(index: int) -> None:
         started = time.perf_counter()
-        future = client.submit(
-            call.inputs, model=call.model, prefer_gpu=call.prefer_gpu, min_gpu_memory_mb=call.min_gpu_memory_mb
-        )
+        future = client.submit(call.inputs, **call.options)
         # The callback runs in the client's thread: the time is that of the arrival, not of our turn to look.
         future.add_done_callback(lambda future: done.put((index, _since(started), future)))
 

@@ -69,6 +69,7 @@ class CpuRunner(Runner):
 
     def enter_thread(self) -> None:
         super().enter_thread()
+        torch.get_num_threads()  # a thread's first look at its pool would undo a number set before it
         torch.set_num_threads(self._threads)
 
     def forward(self, execution: Execution, items: Sequence[tuple[Array, ...]], rows: int) -> list[Array]:

@@ -38,7 +38,6 @@ class CudaMemory:
     def __init__(self, index: int) -> None:
         self._index = index
         self.free_mb, self.total_mb = self.sample()
-        self._stop = threading.Event()
         threading.Thread(target=self._watch, name=f"cuda:{index}/memory", daemon=True).start()
 
     def sample(self) -> tuple[float, float]:
@@ -52,12 +51,12 @@ class CudaMemory:
         return self.free_mb, self.total_mb
 
     def _watch(self) -> None:
-        while not self._stop.wait(_MEMORY_PERIOD_S):
+        while True:
+            time.sleep(_MEMORY_PERIOD_S)
             try:
                 self.free_mb, self.total_mb = self.sample()
-            except RuntimeError:  # the device is gone; its lanes report that with the next batch
+            except RuntimeError:  # if the device is gone, its lanes report that with the next batch
                 self.free_mb = 0.0
-                return
 
 
 class CudaRunner(Runner):
@@ -76,8 +75,15 @@ class CudaRunner(Runner):
         torch.set_num_threads(1)
         torch.cuda.set_device(self._device)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        torch.cuda.stream(self._stream).__enter__()  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(self._stream)
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]  # type: ignore[no-untyped-call]
+
+    def is_lost(self) -> bool:
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            return True
+        return False  # an error of one call, such as a refused launch, and not of the device
 
     def run(self, execution: Execution) -> None:
         super().run(execution)
@@ -108,7 +114,7 @@ class CudaRunner(Runner):
             # Fresh from torch's pinned-memory cache, not a buffer of ours: a reply may still be reading the last one.
             hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
             for host, tensor in zip(hosts, tensors, strict=True):
-                host.copy_(tensor, non_blocking=True)
+                host.copy_(tensor)  # blocking: pinned memory would remember the stream, and ask a lost device on free
             returned.record()
         finally:
             # Also after a failure: the staging buffers may not be written while a copy still reads them.

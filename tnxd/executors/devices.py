@@ -53,7 +53,7 @@ def _open_cpu(config: Config, on_done: OnDone) -> LanePool:
     return LanePool(
         "cpu",
         "cpu",
-        f"{available_cores()} cores; threads per lane: {threads}",
+        f"{available_cores()} cores, {threads} per lane",
         runners=[CpuRunner(replicas, threads) for _ in range(workers)],
         inline=CpuRunner(replicas, 1),
         replicas=replicas,

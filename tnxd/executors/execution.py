@@ -8,7 +8,7 @@ from typing import Protocol
 from tnxctl.errors import TensorNextError
 from tnxctl.frames import Array
 from tnxd.models.model import Model
-from tnxd.scheduler import Batch
+from tnxd.work import Batch
 
 Outcome = tuple[Array, ...] | TensorNextError
 """What one request gets: its outputs in the order of the model's signature, or an error."""

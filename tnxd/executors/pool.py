@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -9,15 +10,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from tnxctl.errors import TensorNextError
+from tnxctl.errors import Internal, TensorNextError, Unavailable
 from tnxctl.frames import STORAGE
 from tnxctl.wire import TensorSpec
 from tnxd.executors.execution import Execution
-from tnxd.executors.runner import Runner
+from tnxd.executors.runner import Runner, first_line
 from tnxd.models.model import Model
-from tnxd.scheduler import INLINE, Batch, Device
+from tnxd.work import INLINE, Batch, Device
 
 OnDone = Callable[[Execution], None]
+
+log = logging.getLogger(__name__)
 
 _WARM_UP_ROUNDS = 3
 
@@ -75,6 +78,8 @@ class LanePool:
                         self._queues[lane].put((self._example(model, rows, lane), done.put))
                         execution = done.get()
                         outcome = execution.outcomes[0]
+                        if execution.fatal:
+                            raise Unavailable(execution.fatal)
                         if isinstance(outcome, TensorNextError):
                             raise outcome
                     costs.append((rows, (execution.finished_ns - execution.started_ns) / 1e3))
@@ -94,11 +99,20 @@ class LanePool:
         if self._inline is not None:
             self._inline.enter_thread()
 
-    def warm_up_inline(self, model: Model) -> None:
-        """Run every warm-up size once on the calling thread: libraries keep caches per thread."""
-        if self._inline is not None:
-            for rows in warm_up_sizes(model.max_batch_size):
-                self._inline.run(self._example(model, rows, INLINE))
+    def warm_up_inline(self, model: Model, limit_us: float) -> list[tuple[int, float]]:
+        """As `load`, on the calling thread, from small to large as long as a batch takes no longer than the limit."""
+        costs: list[tuple[int, float]] = []
+        if self._inline is None:
+            return costs
+        for rows in warm_up_sizes(model.max_batch_size):
+            for _ in range(_WARM_UP_ROUNDS):
+                execution = self._example(model, rows, INLINE)
+                self._inline.run(execution)
+            micros = (execution.finished_ns - execution.started_ns) / 1e3
+            costs.append((rows, micros))
+            if micros > limit_us:
+                break
+        return costs
 
     def _example(self, model: Model, rows: int, lane: int) -> Execution:
         item = tuple(
@@ -119,11 +133,15 @@ class LanePool:
         try:
             runner.enter_thread()
         except BaseException as error:  # a device that vanished: answer for it rather than leave callers waiting
-            broken = f"{type(error).__name__}: {error}"
+            broken = f"{type(error).__name__}: {first_line(error)}"
         while True:
             execution, on_done = inbox.get()
             execution.fatal = broken
-            runner.run(execution)
+            try:
+                runner.run(execution)
+            except BaseException as error:  # a defect of ours: this request must be answered, and the lane go on
+                log.exception("lane %s", threading.current_thread().name)
+                execution.outcomes = [Internal(f"the executor failed: {first_line(error)}") for _ in execution.items]
             on_done(execution)
             del execution  # hold no request's memory while waiting for the next
 

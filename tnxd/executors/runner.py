@@ -14,7 +14,6 @@ from tnxctl.errors import Internal, ResourceExhausted, TensorNextError, Unavaila
 from tnxctl.frames import Array
 from tnxd.batching import split
 from tnxd.executors.execution import Execution, Outcome
-from tnxd.models.model import Model
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +47,10 @@ class Runner(ABC):
             One C-contiguous array `[rows, ...]` per output, in memory that no later batch writes.
         """
 
+    def is_lost(self) -> bool:
+        """Whether an accelerator's error is for good. Asked after one."""
+        return True
+
     def run(self, execution: Execution) -> None:
         """Fill the outcomes and stages of the execution. Never raises: a failure is the outcome of its request."""
         execution.started_ns = time.perf_counter_ns()
@@ -73,9 +76,9 @@ class Runner(ABC):
                 outputs = self.forward(execution, execution.items[start:stop], sum(rows))
             return [*split(outputs, rows)]
         except BaseException as error:  # a model may raise anything, SystemExit too: the daemon goes on
-            if isinstance(error, torch.AcceleratorError):
-                execution.fatal = _first_line(error)
-            failure = self._failure(execution.model, error)
+            if isinstance(error, torch.AcceleratorError) and self.is_lost():
+                execution.fatal = first_line(error)
+            failure = self._failure(execution, error)
         # Out of the except block: the traceback no longer holds the failed batch's tensors while the halves run.
         if stop - start == 1 or execution.fatal:
             return [failure] * (stop - start)
@@ -91,18 +94,24 @@ class Runner(ABC):
         ]
         return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
 
-    def _failure(self, model: Model, error: BaseException) -> TensorNextError:
+    def _failure(self, execution: Execution, error: BaseException) -> TensorNextError:
+        model = execution.model
         if isinstance(error, TensorNextError):
             log.error("%s on %s: %s", model.name, self.device, error)
-            return error
+            return error.with_traceback(None)  # which would keep the inputs alive
         if isinstance(error, torch.OutOfMemoryError):
-            log.error("%s on %s: out of memory: %s", model.name, self.device, _first_line(error))
-            return ResourceExhausted(f"{self.device} has no memory left for this request: {_first_line(error)}")
+            log.error("%s on %s: out of memory: %s", model.name, self.device, first_line(error))
+            return ResourceExhausted(f"{self.device} has no memory left for this request: {first_line(error)}")
         log.error("%s on %s raised", model.name, self.device, exc_info=error)
-        if isinstance(error, torch.AcceleratorError):
-            return Unavailable(f"{self.device} failed: {_first_line(error)}")
-        return Internal(f"model {model.name!r} raised {type(error).__name__}: {_first_line(error)}")
+        if execution.fatal:
+            return Unavailable(f"{self.device} failed: {execution.fatal}")
+        return Internal(f"model {model.name!r} raised {type(error).__name__}: {first_line(error)}")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+def first_line(error: BaseException) -> str:
+    """What an exception says, as far as a header can carry it; it may be of any class, with any __str__."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its message cannot be shown)"
+    return (text.splitlines() or [""])[0][:200].encode("utf-8", "replace").decode()

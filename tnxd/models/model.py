@@ -36,9 +36,10 @@ class Model:
         inputs, outputs: the signature; -1 is an axis of any length. If the model batches, axis 0 of every tensor
             counts rows and is -1.
         max_batch_size: most rows in one forward; 0 if the model has no batch axis.
-        factory: makes the module, on the CPU, in eval mode. Called with the inputs in order; returns one tensor, a
-            sequence in the order of `outputs`, or a dict by name. It must return fresh tensors: an output may still
-            be on its way to a client while the next batch runs.
+        factory: makes the module, on the CPU. All lanes of a device share it, each on a thread of its own. The module
+            is called with the inputs in order and returns one tensor, a sequence in the order of `outputs`, or a dict
+            by name. It must return fresh tensors: an output may still be on its way to a client while the next batch
+            runs.
     """
 
     name: str
@@ -69,7 +70,13 @@ class Model:
             for expected in self.inputs:
                 rows, group = self._fit(expected, specs[positions[expected.name]], rows)
                 lengths += group
-        return BoundInputs(ordered, 1 if rows is None else rows, lengths)
+        if rows is None:
+            return BoundInputs(ordered, 1, lengths)
+        if rows > self.max_batch_size and not any(array.size for array in ordered):
+            raise InvalidArgument(
+                f"model {self.name!r}: {rows} rows without an element; it takes {self.max_batch_size}"
+            )
+        return BoundInputs(ordered, rows, lengths)
 
     def _positions(self, specs: Sequence[TensorSpec]) -> dict[str, int]:
         positions = {spec.name: position for position, spec in enumerate(specs)}
@@ -111,6 +118,12 @@ class Model:
 
     def _misfit(self, expected: TensorSpec, what: str) -> InvalidArgument:
         return InvalidArgument(f"model {self.name!r}: input {expected.name!r} {what}")
+
+    @property
+    def example_group(self) -> tuple[int, ...]:
+        """The group of inputs that have the example shapes."""
+        start = 1 if self.max_batch_size else 0
+        return tuple(1 for spec in self.inputs for length in spec.shape[start:] if length == -1)
 
     def example_shapes(self, rows: int) -> list[tuple[int, ...]]:
         """A shape for every input, `rows` rows long; other variable axes get length 1."""

@@ -1,0 +1,248 @@
+"""Deadlines, cancelling, vanished clients, hung batches and choice of device in a running daemon."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import Daemon
+from dealer import Dealer, rows
+from tnxctl import wire
+
+ODD = (str(Path(__file__).parent / "odd_models.py"),)
+RunDaemon = Callable[..., Daemon]
+
+
+class Held:
+    """A daemon with one worker, which holds the first request until it is released."""
+
+    def __init__(self, daemon: Daemon, dealer: Dealer, fifo: Path) -> None:
+        self.daemon = daemon
+        self.dealer = dealer
+        self._fifo = fifo
+        self.first = dealer.predict(rows(1, 4, 1.0))
+        dealer.await_health(running=1)
+
+    def release(self) -> None:
+        with self._fifo.open("wb"):
+            pass
+
+
+@pytest.fixture
+def hold(run_daemon: RunDaemon, tmp_path: Path) -> Iterator[Callable[[str], Held]]:
+    dealers = []
+
+    def start(settings: str = "") -> Held:
+        fifo = tmp_path / "fifo"
+        os.mkfifo(fifo)
+        config = tmp_path / "tnxd.toml"
+        config.write_text(f"{settings}\n[cpu]\nworkers = 1\ninline_limit_us = 0\n")
+        environment = {**os.environ, "RUN_FIFO": str(fifo)}
+        daemon = run_daemon("--model", "wait", "--config", str(config), program=ODD, environment=environment)
+        dealer = Dealer(daemon.endpoint)
+        dealers.append(dealer)
+        return Held(daemon, dealer, fifo)
+
+    yield start
+    for dealer in dealers:
+        dealer.context.destroy(linger=0)
+
+
+# --- deadlines -----------------------------------------------------------------------------------------------
+
+
+def test_a_deadline_that_passes_in_the_queue(hold: Callable[[str], Held]) -> None:
+    held = hold("")
+    late = held.dealer.predict(rows(1, 4), deadline_us=100_000.0)
+    error = held.dealer.error()
+    assert (error.id, error.code) == (late, "DEADLINE_EXCEEDED")
+    assert "100 ms" in error.message
+    report = held.dealer.health()
+    assert (report.queued, report.running) == (0, 1)
+    held.release()
+    assert held.dealer.result()[0].id == held.first
+
+
+def test_a_deadline_that_passes_on_the_lane_is_answered_once(
+    run_daemon: RunDaemon, hold: Callable[[str], Held]
+) -> None:
+    held = hold("")
+    # The first one was sent without a deadline and keeps the lane: this one's batch is the next to hang.
+    late = held.dealer.predict(rows(1, 4, 1.0), deadline_us=2_000_000.0)
+    held.release()
+    assert held.dealer.result()[0].id == held.first
+    error = held.dealer.error()
+    assert (error.id, error.code) == (late, "DEADLINE_EXCEEDED")
+    assert held.dealer.health().running == 1
+    held.release()
+    held.dealer.await_health(running=0)
+    again = held.dealer.predict(rows(1, 4))
+    assert held.dealer.result()[0].id == again
+
+
+def test_what_cannot_make_it_is_refused_on_arrival(daemon: Daemon) -> None:
+    with Dealer(daemon.endpoint) as dealer:
+        before = dealer.health().requests
+        dealer.predict(rows(64), deadline_us=1.0)
+        error = dealer.error()
+        assert error.code == "DEADLINE_EXCEEDED"
+        assert "the predicted wait is" in error.message
+        dealer.predict(rows(64), deadline_us=10_000_000.0)
+        result, _ = dealer.result()
+        assert result.predicted_us > 0
+        assert dealer.health().requests == before + 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("deadline_us", -1.0),
+        ("deadline_us", 0.0),
+        ("deadline_us", float("nan")),
+        ("deadline_us", float("inf")),
+        ("deadline_us", 1e12),
+        ("priority", -1),
+        ("priority", 4),
+    ],
+)
+def test_absurd_values_are_refused_by_name(daemon: Daemon, field: str, value: float) -> None:
+    with Dealer(daemon.endpoint) as dealer:
+        dealer.predict(rows(1), **{field: value})
+        error = dealer.error()
+        assert error.code == "INVALID_ARGUMENT"
+        assert field in error.message
+        assert repr(value) in error.message
+        dealer.predict(rows(1))
+        dealer.result()
+
+
+# --- which device --------------------------------------------------------------------------------------------
+
+
+def test_devices_by_name(daemon: Daemon) -> None:
+    with Dealer(daemon.endpoint) as dealer:
+        for device, reason in (("cpu", "asked for cpu"), ("auto", "done first there")):
+            dealer.predict(rows(1), device=device)
+            result, _ = dealer.result()
+            assert reason in result.reason
+        dealer.predict(rows(1), device="cuda:77")
+        error = dealer.error()
+        assert error.code == "INVALID_ARGUMENT"
+        assert "'cuda:77': there are" in error.message
+
+
+# --- cancelling and vanishing --------------------------------------------------------------------------------
+
+
+def cancel(dealer: Dealer, request: int) -> None:
+    dealer.socket.send(wire.encode(wire.Cancel(v=wire.VERSION, id=request)))
+
+
+def test_a_withdrawn_request_is_answered_and_never_run(hold: Callable[[str], Held]) -> None:
+    held = hold("")
+    waiting = held.dealer.predict(rows(1, 4, 1.0))  # would hang, too
+    cancel(held.dealer, waiting)
+    error = held.dealer.error()
+    assert (error.id, error.code) == (waiting, "CANCELLED")
+    cancel(held.dealer, waiting)  # too late, twice, never heard of: no answer, no harm
+    cancel(held.dealer, held.first)
+    cancel(held.dealer, 12345)
+    held.release()
+    assert held.dealer.result()[0].id == held.first
+    report = held.dealer.health()
+    assert (report.queued, report.running, report.errors) == (0, 0, {"CANCELLED": 1})
+
+
+def test_one_cannot_withdraw_what_another_asked(hold: Callable[[str], Held]) -> None:
+    held = hold("")
+    waiting = held.dealer.predict(rows(1, 4))
+    with Dealer(held.daemon.endpoint) as other:
+        cancel(other, waiting)
+        assert other.health().queued == 1
+    held.release()
+    assert [held.dealer.result()[0].id for _ in range(2)] == [held.first, waiting]
+
+
+def test_a_vanished_client_leaves_no_work_behind(hold: Callable[[str], Held]) -> None:
+    held = hold("")
+    with Dealer(held.daemon.endpoint) as vanishing:
+        for _ in range(50):
+            vanishing.predict(rows(1, 4, 1.0))
+        held.dealer.await_health(queued=50)
+    report = held.dealer.await_health(queued=0)
+    assert report.abandoned == 50
+    held.release()
+    assert held.dealer.result()[0].id == held.first
+
+
+def test_clients_that_come_and_go_take_nothing_from_those_that_stay(hold: Callable[[str], Held]) -> None:
+    """The system hands the file descriptor of a closed connection to the next one."""
+    held = hold("")
+    staying = [held.dealer.predict(rows(1, 4)) for _ in range(3)]
+    for _ in range(30):
+        with Dealer(held.daemon.endpoint) as vanishing:
+            vanishing.predict(rows(1, 4))
+            vanishing.health()
+    held.dealer.await_health(queued=3, abandoned=30)
+    held.release()
+    assert [held.dealer.result()[0].id for _ in range(4)] == [held.first, *staying]
+
+
+# --- what hangs ----------------------------------------------------------------------------------------------
+
+
+def test_a_hung_batch_is_given_up_and_other_lanes_go_on(run_daemon: RunDaemon, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    config = tmp_path / "tnxd.toml"
+    config.write_text("stall_timeout_s = 0.5\n[cpu]\nworkers = 2\ninline_limit_us = 0\n")
+    environment = {**os.environ, "RUN_FIFO": str(fifo)}
+    daemon = run_daemon("--model", "wait", "--config", str(config), program=ODD, environment=environment)
+    with Dealer(daemon.endpoint) as dealer:
+        hung = dealer.predict(rows(1, 4, 1.0))
+        error = dealer.error()
+        assert (error.id, error.code) == (hung, "INTERNAL")
+        assert "'wait' ran for over 0.5 s on cpu" in error.message
+        for _ in range(5):
+            dealer.predict(rows(1, 4))
+            dealer.result()
+        with fifo.open("wb"):
+            pass
+        dealer.await_health(running=0)
+
+
+# --- fair shares ---------------------------------------------------------------------------------------------
+
+
+def test_a_flood_of_one_client_does_not_hold_up_another(hold: Callable[[str], Held]) -> None:
+    held = hold("[queue]\nmax_requests = 20000")
+    flood = 4000
+    for _ in range(flood):
+        held.dealer.predict(rows(1, 4))
+    held.dealer.await_health(queued=flood)
+    with Dealer(held.daemon.endpoint) as other:
+        other.predict(rows(1, 4))
+        held.dealer.await_health(queued=flood + 1)
+        held.release()
+        other.result()
+        left = other.health().queued
+        assert left > flood // 2
+    for _ in range(flood + 1):
+        held.dealer.result()
+
+
+def test_priorities_in_a_running_daemon(hold: Callable[[str], Held]) -> None:
+    held = hold("")
+    for index in range(60):
+        held.dealer.predict(rows(16, 4), priority=3 - index % 4)
+        held.dealer.await_health(queued=index + 1)
+    held.release()
+    held.dealer.result()
+    order = [held.dealer.result()[0].id for _ in range(60)]
+    place = {
+        level: sum(order.index(1 + index) for index in range(60) if 3 - index % 4 == level) / 15 for level in range(4)
+    }
+    assert place[0] < place[1] < place[2] < place[3]

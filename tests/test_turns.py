@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import itertools
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tnxd.turns import Turns
+
+
+def order(turns: Turns[str], again: dict[str, int], steps: int) -> str:
+    """Who is served in so many steps, each member coming back as often as `again` says."""
+    serials = itertools.count(1000)
+    served = ""
+    for _ in range(steps):
+        member = turns.first()
+        if member is None:
+            break
+        served += member
+        turns.served(member)
+        if again.get(member, 0) > 0:
+            again[member] -= 1
+            turns.offer(member, 0, next(serials))
+    return served
+
+
+def test_the_most_urgent_goes_first() -> None:
+    turns: Turns[str] = Turns()
+    for serial, (member, due) in enumerate({"a": 30, "b": 10, "c": 20}.items()):
+        turns.offer(member, due, serial)
+    assert order(turns, {}, 9) == "bca"
+
+
+def test_nobody_twice_in_a_round_however_urgent() -> None:
+    turns: Turns[str] = Turns()
+    turns.offer("a", 50, 1)
+    turns.offer("b", 60, 2)
+    turns.offer("c", 70, 3)
+    assert order(turns, {"a": 2}, 9) == "abcaa"
+
+
+def test_a_newcomer_joins_the_round() -> None:
+    turns: Turns[str] = Turns()
+    turns.offer("a", 0, 1)
+    turns.served("a")
+    turns.offer("a", 0, 2)
+    turns.offer("new", 99, 3)
+    assert turns.first() == "new"
+
+
+def test_offered_again_it_moves_forward_and_never_back() -> None:
+    turns: Turns[str] = Turns()
+    turns.offer("a", 20, 1)
+    turns.offer("b", 10, 2)
+    turns.offer("a", 5, 3)
+    turns.offer("b", 50, 4)
+    assert len(turns.members) == 2
+    assert order(turns, {}, 9) == "ab"
+
+
+def test_withdrawn_it_is_out() -> None:
+    turns: Turns[str] = Turns()
+    turns.offer("a", 1, 1)
+    turns.offer("b", 2, 2)
+    turns.withdraw("a")
+    turns.withdraw("a")
+    assert "a" not in turns.members
+    assert order(turns, {}, 9) == "b"
+    assert turns.first() is None
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(0, 2**32))
+def test_between_two_turns_of_one_each_other_has_at_most_two(amounts: list[int], seed: int) -> None:
+    """However much work some have and however urgent they say it is."""
+    chance = random.Random(seed)
+    turns: Turns[int] = Turns()
+    serial = itertools.count()
+    left = dict(enumerate(amounts))
+    for member in left:
+        turns.offer(member, chance.randrange(100), next(serial))
+    served: list[int] = []
+    while (member := turns.first()) is not None:
+        served.append(member)
+        turns.served(member)
+        left[member] -= 1
+        if left[member]:
+            turns.offer(member, chance.randrange(100), next(serial))
+    assert sorted(served) == sorted(member for member, amount in enumerate(amounts) for _ in range(amount))
+    for member in range(len(amounts)):
+        positions = [index for index, other in enumerate(served) if other == member]
+        for start, stop in itertools.pairwise(positions):
+            between = served[start + 1 : stop]
+            assert all(between.count(other) <= 2 for other in set(between))

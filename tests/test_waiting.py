@@ -1,0 +1,104 @@
+"""Who goes into the next batch."""
+
+from __future__ import annotations
+
+import itertools
+
+from tnxd.costs import CostCurve
+from tnxd.waiting import Waiting
+from tnxd.work import Request
+
+_serials = itertools.count()
+
+
+def request(client: str = "a", priority: int = 1, due: int = 0, rows: int = 1) -> Request:
+    one = Request("m", max_batch_size=64, client=client.encode(), priority=priority, rows=rows)
+    one.serial = next(_serials)
+    one.due_ns = due
+    one.waiting = True
+    return one
+
+
+def queue(*requests: Request) -> Waiting:
+    made = Waiting(("m", ()), CostCurve(), CostCurve())
+    for one in requests:
+        made.add(one)
+    return made
+
+
+def test_first_come_first_served_among_equals() -> None:
+    requests = [request() for _ in range(5)]
+    assert queue(*requests).take(1, 64) == requests
+
+
+def test_of_one_client_the_earliest_due_goes_first() -> None:
+    later, sooner, soonest = request(due=30), request(due=20), request(due=10)
+    assert queue(later, sooner, soonest).take(1, 64) == [soonest, sooner, later]
+
+
+def test_among_clients_the_earliest_due_goes_first() -> None:
+    requests = [request(client=str(index), due=100 - index) for index in range(10)]
+    assert queue(*requests).take(1, 64) == requests[::-1]
+
+
+def test_one_of_many_does_not_make_a_single_one_wait() -> None:
+    flood = [request("flood") for _ in range(1000)]
+    single = request("single")
+    assert single in queue(*flood, single).take(1, 64)
+
+
+def test_clients_share_a_batch() -> None:
+    requests = [request(name) for name in "abcd" for _ in range(100)]
+    batch = queue(*requests).take(1, 64)
+    assert {name: sum(one.client == name.encode() for one in batch) for name in "abcd"} == dict.fromkeys("abcd", 16)
+
+
+def test_the_level_that_is_asked_for_goes_first_and_others_fill_up() -> None:
+    low, normal, high = request(priority=3), request(priority=1), request(priority=0)
+    waiting = queue(low, normal, high)
+    assert waiting.take(1, 2) == [normal, high]
+    assert waiting.take(3, 2) == [low]
+
+
+def test_rows_are_bounded_but_a_single_request_may_have_more() -> None:
+    large, small, other = request(rows=100), request(rows=3), request(rows=62)
+    waiting = queue(large, small, other)
+    assert waiting.take(1, 64) == [large]
+    assert waiting.take(1, 64) == [small]
+    assert (waiting.rows, waiting.count) == (62, 1)
+
+
+def test_what_is_removed_is_not_taken() -> None:
+    requests = [request(client) for client in "aabb"]
+    waiting = queue(*requests)
+    for one in (requests[0], requests[2], requests[3]):
+        waiting.remove(one)
+    assert waiting.count == 1
+    assert waiting.take(1, 64) == [requests[1]]
+    assert waiting.head(1) is None
+
+
+def test_removed_requests_do_not_pile_up_behind_one_that_stays() -> None:
+    waiting = queue(request(due=-1), request("other"))
+    for _ in range(10_000):
+        one = request()
+        waiting.add(one)
+        waiting.remove(one)
+    assert waiting._levels is not None
+    client = waiting._levels[1].clients[b"a"]
+    assert len(client.heap) < 10
+
+
+def test_rows_ahead_are_bounded_by_turns() -> None:
+    waiting = queue(*[request("flood") for _ in range(1000)], *[request("other") for _ in range(3)])
+    assert waiting.rows_ahead(1, b"flood") == (1003, 1003)
+    rows, ahead = waiting.rows_ahead(1, b"other")
+    assert (rows, ahead < 60) == (1003, True)
+    assert waiting.rows_ahead(0, b"other") == (0, 0)
+
+
+def test_drain_empties_all_levels() -> None:
+    requests = [request(client, priority) for client in "ab" for priority in range(4) for _ in range(3)]
+    waiting = queue(*requests)
+    assert sorted(one.serial for one in waiting.drain()) == sorted(one.serial for one in requests)
+    assert (waiting.rows, waiting.count) == (0, 0)

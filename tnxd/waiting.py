@@ -1,0 +1,340 @@
+"""Requests of one model and shape that wait for one device: who of them goes into the next batch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from heapq import heapify, heappop, heappush
+from itertools import repeat
+from typing import TYPE_CHECKING
+
+from tnxctl.wire import LOWEST_PRIORITY
+from tnxd.costs import CostCurve
+from tnxd.turns import Turns
+
+if TYPE_CHECKING:
+    from tnxd.work import Request
+
+LEVELS = LOWEST_PRIORITY + 1
+"""Priorities: 0 goes first."""
+
+# Rows that one client may put into a batch before it is the next one's turn.
+_QUANTUM_ROWS = 16
+
+_FOREVER_NS = 2**63 - 1
+_ZEROS = repeat(0)
+
+Position = tuple[int, int]
+"""(due, serial) of a request: what order is by, within one client."""
+
+
+class _Due:
+    """Rows by when they are due: how many are due by a time, at a cost that does not grow with their number.
+
+    Times are counted in buckets of several widths, each eight of the next finer one.
+    """
+
+    __slots__ = ("_coarse", "_coarser", "_fine", "_finest", "_latest_ns", "_rows")
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._latest_ns = 0
+        self._finest: dict[int, int] = {}  # 131 us
+        self._fine: dict[int, int] = {}  # 1 ms
+        self._coarse: dict[int, int] = {}  # 8 ms
+        self._coarser: dict[int, int] = {}  # 67 ms
+
+    def change(self, due_ns: int, rows: int) -> None:
+        """So many rows more, or fewer, are due then."""
+        self._rows += rows
+        self._latest_ns = max(self._latest_ns, due_ns)
+        key = due_ns >> 17
+        for buckets in (self._finest, self._fine, self._coarse, self._coarser):
+            count = buckets.get(key, 0) + rows
+            if count:
+                buckets[key] = count
+            else:
+                buckets.pop(key, None)
+            key >>= 3
+
+    def until(self, due_ns: int) -> int:
+        """Rows that are due by then, or in the same finest bucket."""
+        if due_ns >= self._latest_ns:
+            return self._rows
+        finest, fine, coarse, coarser = due_ns >> 17, due_ns >> 20, due_ns >> 23, due_ns >> 26
+        rows = sum([count for key, count in self._coarser.items() if key < coarser])
+        rows += sum(map(self._coarse.get, range(coarser << 3, coarse), _ZEROS))
+        rows += sum(map(self._fine.get, range(coarse << 3, fine), _ZEROS))
+        return rows + sum(map(self._finest.get, range(fine << 3, finest + 1), _ZEROS))
+
+
+class _Client:
+    """Requests of one client on one level, the most urgent first."""
+
+    __slots__ = ("gone", "heap")
+
+    def __init__(self) -> None:
+        self.heap: list[tuple[int, int, Request]] = []
+        self.gone = 0  # entries of requests that were removed
+
+    def remove(self) -> None:
+        """One of the requests waits no more: once they are the greater part, sweep such entries out."""
+        self.gone += 1
+        if 2 * self.gone > len(self.heap):
+            self.heap = [entry for entry in self.heap if entry[2].waiting]
+            heapify(self.heap)
+            self.gone = 0
+
+    def head(self) -> tuple[int, int, Request] | None:
+        """The first request that still waits."""
+        heap = self.heap
+        while heap:
+            if heap[0][2].waiting:
+                return heap[0]
+            heappop(heap)
+            self.gone -= 1
+        return None
+
+
+class _Level:
+    """Requests of one priority. Clients take turns; of what one client has, the earliest due goes first."""
+
+    __slots__ = ("clients", "count", "due", "rows", "turns")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.rows = 0
+        self.due = _Due()
+        self.clients: dict[bytes, _Client] = {}
+        self.turns: Turns[bytes] = Turns()
+
+    def add(self, request: Request) -> None:
+        client = self.clients.get(request.client)
+        if client is None:
+            client = self.clients[request.client] = _Client()
+        entry = (request.due_ns, request.serial, request)
+        heappush(client.heap, entry)
+        if client.heap[0] is entry:
+            self.turns.offer(request.client, request.due_ns, request.serial)
+        self.count += 1
+        self.rows += request.rows
+        self.due.change(request.due_ns, request.rows)
+
+    def remove(self, request: Request) -> None:
+        self._leaves(request)
+        self.clients[request.client].remove()
+
+    def _leaves(self, request: Request) -> None:
+        self.count -= 1
+        self.rows -= request.rows
+        self.due.change(request.due_ns, -request.rows)
+
+    def first(self) -> tuple[bytes, _Client, tuple[int, int, Request]] | None:
+        """Whose turn it is, and the request that it would put forward."""
+        while (name := self.turns.first()) is not None:
+            client = self.clients[name]
+            head = client.head()
+            if head is not None:
+                return name, client, head
+            self.turns.withdraw(name)
+            del self.clients[name]
+        return None
+
+    def fill(self, batch: list[Request], rows: int, limit: int, ends_ns: int, late: list[Request]) -> tuple[int, bool]:
+        """Append requests to the batch as far as they fit, and to `late` those that it would be too late for.
+
+        Returns its rows, and whether the next one did not fit.
+        """
+        while (first := self.first()) is not None:
+            name, client, head = first
+            quota = _QUANTUM_ROWS
+            next_head: tuple[int, int, Request] | None = head
+            taken = full = False
+            while next_head is not None and quota > 0:
+                request = next_head[2]
+                in_time = request.deadline_ns >= ends_ns
+                if in_time and batch and rows + request.rows > limit:
+                    full = True
+                    break
+                heappop(client.heap)
+                request.waiting = False
+                self._leaves(request)
+                if in_time:
+                    taken = True
+                    batch.append(request)
+                    rows += request.rows
+                    quota -= request.rows or 1
+                else:
+                    late.append(request)
+                next_head = client.head()
+            if taken:
+                self.turns.served(name)
+                if next_head is None:
+                    del self.clients[name]
+                else:
+                    self.turns.offer(name, next_head[0], next_head[1])
+            if full:
+                return rows, True
+        return rows, False
+
+
+def _due_ns(request: Request) -> int:
+    return request.due_ns
+
+
+class Waiting:
+    """What waits, on all levels.
+
+    As long as all requests are alike in client, priority and urgency, which at low load and with a single client they
+    are, they stand in a plain line. The first one that is different makes it an ordered queue, until it is empty.
+
+    Attributes:
+        key: model and group. curve, inline_curve: what batches of them cost on this
+            device, on a lane and on the caller's thread.
+        rows, count: of the requests that wait.
+        ready_ns: before that, a batch smaller than the limit waits for company.
+    """
+
+    __slots__ = ("_levels", "_line", "count", "curve", "inline_curve", "key", "ready_ns", "rows")
+
+    def __init__(self, key: tuple[str, tuple[int, ...]], curve: CostCurve, inline_curve: CostCurve) -> None:
+        self.key = key
+        self.curve = curve
+        self.inline_curve = inline_curve
+        self.rows = 0
+        self.count = 0
+        self.ready_ns = 0
+        self._line: deque[Request] = deque()
+        self._levels: list[_Level] | None = None
+
+    def add(self, request: Request) -> bool:
+        """Put a request in. True if its level may have a new head."""
+        self.rows += request.rows
+        self.count += 1
+        if self._levels is None:
+            line = self._line
+            if not line:
+                line.append(request)
+                return True
+            last = line[-1]
+            if request.client == last.client and request.priority == last.priority and request.due_ns >= last.due_ns:
+                line.append(request)
+                return False
+            self._order()
+        assert self._levels is not None
+        self._levels[request.priority].add(request)
+        return True
+
+    def _order(self) -> None:
+        """Make the plain line an ordered queue."""
+        self._levels = [_Level() for _ in range(LEVELS)]
+        for request in self._line:
+            self._levels[request.priority].add(request)
+        self._line.clear()
+
+    def remove(self, request: Request) -> None:
+        """Take a request out that still waits."""
+        request.waiting = False
+        self.rows -= request.rows
+        self.count -= 1
+        if self._levels is None:
+            self._order()  # to take one out of the middle of a line takes as long as the line
+        assert self._levels is not None
+        self._levels[request.priority].remove(request)
+        if not self.count:
+            self._levels = None
+
+    def head(self, level: int) -> Request | None:
+        """The request of that level whose turn it is."""
+        if self._levels is None:
+            return self._line[0] if self._line and self._line[0].priority == level else None
+        first = self._levels[level].first()
+        return first[2][2] if first is not None else None
+
+    def take(self, level: int, limit: int, ends_ns: int = 0, late: list[Request] | None = None) -> list[Request]:
+        """Form a batch: requests of that level first, then of the others as far as there is room.
+
+        Args:
+            limit: most rows together; a single request may have more.
+            ends_ns: when the batch will be over. Requests with earlier deadlines leave the queue, too, and are
+                appended to `late`: others take their room.
+        """
+        batch: list[Request] = []
+        late = [] if late is None else late
+        late_before = len(late)
+        if self._levels is None:
+            rows = self._take_line(batch, limit, ends_ns, late)
+        else:
+            rows, full = self._levels[level].fill(batch, 0, limit, ends_ns, late)
+            for other in self._levels:
+                if full:
+                    break
+                if other.count:
+                    rows, full = other.fill(batch, rows, limit, ends_ns, late)
+        self.rows -= rows
+        self.count -= len(batch)
+        for request in late[late_before:]:
+            self.rows -= request.rows
+            self.count -= 1
+        if not self.count:
+            self._levels = None
+        return batch
+
+    def _take_line(self, batch: list[Request], limit: int, ends_ns: int, late: list[Request]) -> int:
+        line = self._line
+        rows = 0
+        while line and (not batch or rows + line[0].rows <= limit):
+            request = line.popleft()
+            request.waiting = False
+            if request.deadline_ns < ends_ns:
+                late.append(request)
+                continue
+            rows += request.rows
+            batch.append(request)
+        return rows
+
+    def rows_due(self, level: int, due_ns: int) -> int:
+        """Rows of that level that are due by then, about."""
+        if self._levels is not None:
+            return self._levels[level].due.until(due_ns)
+        line = self._line
+        if not line or line[0].priority != level:
+            return 0
+        if due_ns >= line[-1].due_ns:
+            return self.rows
+        return self.rows * bisect_right(line, due_ns, key=_due_ns) // self.count
+
+    def rows_ahead(self, level: int, client: bytes, due_ns: int = _FOREVER_NS) -> tuple[int, int]:
+        """Rows of that level and those above it, and how many of them go before a new request of that client, about.
+
+        The second is smaller where others are due later, or where turns bound what others can put before it.
+        """
+        if self._levels is None:
+            if not self._line or self._line[0].priority > level:
+                return 0, 0
+            if self._line[0].priority < level:
+                return self.rows, self.rows
+            ahead = self.rows_due(level, due_ns)
+            if client != self._line[0].client:
+                ahead = min(ahead, 2 * _QUANTUM_ROWS)
+            return self.rows, ahead
+        above = 0
+        for other in self._levels[:level]:
+            above += other.rows
+        mine = self._levels[level]
+        if not mine.count:
+            return above, above
+        ahead = above + mine.due.until(due_ns)
+        if ahead > _QUANTUM_ROWS and len(mine.clients) + (client not in mine.clients) > 1:
+            own = mine.clients.get(client)
+            turns = len(mine.clients) + (own is None)
+            ahead = min(ahead, turns * (_QUANTUM_ROWS + (len(own.heap) if own else 0)))
+        return above + mine.rows, ahead
+
+    def drain(self) -> list[Request]:
+        """Empty it; returns what waited."""
+        everything: list[Request] = []
+        for level in range(LEVELS):
+            while self.head(level) is not None:
+                everything += self.take(level, 0)
+        return everything
