@@ -1,0 +1,260 @@
+"""The simulation behind `bench/schedule.py`: its numbers must be right, above all those that flatter when wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+sys.path.insert(0, str(BENCH))  # as `python bench/schedule.py` has it
+
+import decisions  # noqa: E402
+import traces  # noqa: E402
+from oracle import least_work_us, upper_bound  # noqa: E402
+from policies import Policy, Run, Scheduled, Threshold  # noqa: E402
+from schedule import SCHEDULER, examine  # noqa: E402
+from simulation import Noise, Outcome, replay  # noqa: E402
+from traces import CPU, GPU, Job, Machine, Trace  # noqa: E402
+
+
+class NoNoise(Noise):
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def __call__(self, device: str, model: str, rows: int) -> float:
+        return self._machine.cost_us(device, model, rows)
+
+
+def machine(lanes: int = 1, limit: int = 4) -> Machine:
+    """CPU: 100 us and 10 us per row; GPU: 200 us and 1 us per row."""
+    return Machine(
+        {CPU: lanes, GPU: 1},
+        {"m": limit},
+        {(CPU, "m"): {1: 110, limit: 100 + 10 * limit}, (GPU, "m"): {1: 201, limit: 200 + limit}},
+    )
+
+
+def trace(*jobs: Job, on: Machine | None = None) -> Trace:
+    return Trace("test", "", on or machine(), list(jobs))
+
+
+def always_cpu(given: Trace) -> Outcome:
+    return replay(given, Threshold(given.machine, given.jobs, math.inf), NoNoise(given.machine))
+
+
+@pytest.mark.parametrize(("rows", "micros"), [(1, 110), (2, 120), (4, 140), (5, 250), (8, 280), (9, 390)])
+def test_costs_are_straight_between_points_and_add_up_beyond_the_limit(rows: int, micros: float) -> None:
+    assert machine().cost_us(CPU, "m", rows) == pytest.approx(micros)
+
+
+def test_batches_form_while_the_lane_is_busy() -> None:
+    outcome = always_cpu(trace(*[Job(at, 1e9, "m") for at in (0, 10, 20, 30, 40, 50)]))
+    assert list(outcome.done_us) == pytest.approx([110, 250, 250, 250, 250, 360])
+    assert outcome.rows_per_batch == pytest.approx(2)
+    assert outcome.busy == pytest.approx({CPU: 1.0, GPU: 0.0})
+
+
+def test_what_is_done_a_moment_too_late_does_not_count() -> None:
+    outcome = always_cpu(trace(Job(0, 110, "m"), Job(200, 309.9, "m")))
+    assert list(outcome.in_time) == [True, False]
+    assert (outcome.share, outcome.computed_late, outcome.refused) == (0.5, 1, 0)
+
+
+def test_lanes_work_side_by_side() -> None:
+    outcome = always_cpu(trace(*[Job(0, 1e9, "m", rows=4)] * 3, on=machine(lanes=2)))
+    assert list(outcome.done_us) == pytest.approx([140, 140, 280])
+
+
+def test_the_threshold_goes_by_rows() -> None:
+    given = trace(Job(0, 1e9, "m", rows=2), Job(0, 1e9, "m", rows=3))
+    outcome = replay(given, Threshold(given.machine, given.jobs, 2), NoNoise(given.machine))
+    assert outcome.device == [CPU, GPU]
+
+
+def test_the_oldest_request_says_which_model_is_next() -> None:
+    costs = {(device, model): {1: 100.0, 4: 100.0} for device in (CPU, GPU) for model in "ab"}
+    given = trace(
+        *[Job(at, 1e9, model) for at, model in ((0, "a"), (1, "b"), (2, "a"), (3, "b"))],
+        on=Machine({CPU: 1, GPU: 1}, {"a": 4, "b": 4}, costs),
+    )
+    assert list(always_cpu(given).done_us) == pytest.approx([100, 200, 300, 200])
+
+
+class _Refusing(Threshold):
+    def add(self, number: int, now_ns: int) -> bool:
+        return number % 2 == 0 and super().add(number, now_ns)
+
+
+def test_what_is_refused_is_counted_and_not_met() -> None:
+    given = trace(*[Job(at, 1e9, "m") for at in range(4)])
+    outcome = replay(given, _Refusing(given.machine, given.jobs, math.inf), NoNoise(given.machine))
+    assert (outcome.refused, list(outcome.in_time)) == (2, [True, False, True, False])
+
+
+class _Counting:
+    """Passes everything on, and counts which jobs run."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.add, self.finished, self.next_event_ns = policy.add, policy.finished, policy.next_event_ns
+        self.started: list[int] = []
+        self.rows: list[int] = []
+
+    def start(self, now_ns: int) -> list[Run]:
+        runs = self._policy.start(now_ns)
+        for run in runs:
+            self.started += run.jobs
+            self.rows.append(run.rows)
+        return runs
+
+
+@pytest.mark.parametrize("name", traces.NAMES)
+def test_the_scheduler_runs_nothing_twice_and_leaves_nothing_behind(name: str) -> None:
+    given = traces.make(name, traces.machine(), 600, seed=3)
+    noise = Noise(given.machine, 3)
+    scheduled = Scheduled(given.machine, given.jobs, noise)
+    policy = _Counting(scheduled)
+    outcome = replay(given, policy, noise)
+    assert len(policy.started) == len(set(policy.started))
+    assert set(policy.started) == {number for number, device in enumerate(outcome.device) if device}
+    assert scheduled.scheduler.running == 0
+    policy.start(10**15)  # whatever still waits has expired by now
+    assert scheduled.scheduler.queued == 0
+
+
+def test_noise_is_as_the_table_on_average_and_the_same_for_a_seed() -> None:
+    one, other = Noise(machine(), 5), Noise(machine(), 5)
+    drawn = [one(CPU, "m", 1) for _ in range(20_000)]
+    assert drawn[:100] == [other(CPU, "m", 1) for _ in range(100)]
+    assert sum(drawn) / len(drawn) == pytest.approx(110, rel=0.005)
+    assert min(drawn) >= 110 * 0.97
+
+
+@pytest.mark.parametrize("name", traces.NAMES)
+def test_traces_are_the_same_for_a_seed_ordered_and_possible(name: str) -> None:
+    first, again, other = (traces.make(name, traces.machine(), 300, seed) for seed in (1, 1, 2))
+    assert first.jobs == again.jobs
+    assert first.jobs != other.jobs
+    assert all(a.arrival_us <= b.arrival_us for a, b in itertools.pairwise(first.jobs))
+    assert all(job.deadline_us > job.arrival_us and job.rows >= 1 for job in first.jobs)
+    assert 290 <= len(first.jobs) <= 300
+
+
+# --- the upper bound -------------------------------------------------------------------------------------------
+
+
+def test_the_least_work_of_a_job_is_that_in_the_best_batch_it_can_be_in() -> None:
+    given = trace(
+        Job(0, 1000, "m"),  # with the three others, on either device
+        Job(0, 1000, "m"),
+        Job(0, 115, "m"),  # on the CPU, alone: a batch of two takes 120 us, less luck
+        Job(0, 1000, "m", rows=2),
+        Job(5000, 6000, "m"),  # nobody else is there
+        Job(0, 50, "m"),  # too short for anything
+    )
+    work = least_work_us(given, CPU)
+    assert list(work[:2]) == pytest.approx([35, 35])
+    assert work[2] == pytest.approx(110)
+    assert list(work[3:5]) == pytest.approx([70, 110])
+    assert work[5] == math.inf
+    assert least_work_us(given, GPU)[2] == math.inf
+
+
+def test_everything_possible_is_met_where_there_is_time() -> None:
+    jobs = [Job(1000.0 * number, 1000.0 * number + 500, "m") for number in range(20)]
+    assert upper_bound(trace(*jobs)) == pytest.approx(1.0)
+
+
+def test_half_of_twice_the_capacity_is_met() -> None:
+    """Both devices together do 4/140 + 4/204 rows per microsecond; deadlines are loose, but all by the end."""
+    capacity = 4 / 140 + 4 / 204
+    count = 2000
+    end = count / (2 * capacity)
+    jobs = [Job(end * number / count * 0.8, end, "m") for number in range(count)]
+    assert upper_bound(trace(*jobs)) == pytest.approx(0.5, abs=0.02)
+
+
+def best_of_all(given: Trace) -> int:
+    """The most deadlines that can be met, by trying every order of batches on every lane."""
+    jobs, costs = given.jobs, given.machine
+
+    def search(left: frozenset[int], free_us: tuple[float, float]) -> int:
+        best = 0
+        for at, device in enumerate((CPU, GPU)):
+            for size in range(1, 5):
+                for members in itertools.combinations(sorted(left), size):
+                    rows = sum(jobs[number].rows for number in members)
+                    if rows > costs.limits["m"]:
+                        continue
+                    start = max(free_us[at], *[jobs[number].arrival_us for number in members])
+                    ends = start + costs.cost_us(device, "m", rows)
+                    if any(jobs[number].deadline_us < ends for number in members):
+                        continue
+                    then = (ends, free_us[1]) if at == 0 else (free_us[0], ends)
+                    best = max(best, size + search(left - set(members), then))
+        return best
+
+    return search(frozenset(range(len(jobs))), (0.0, 0.0))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_schedule_meets_more_than_the_bound(seed: int) -> None:
+    chance = random.Random(seed)
+    jobs = sorted(
+        (
+            Job(arrival, arrival + chance.uniform(110, 300), "m", chance.choice((1, 2, 3, 4)))
+            for arrival in (chance.uniform(0, 150) for _ in range(6))
+        ),
+        key=lambda job: job.arrival_us,
+    )
+    given = trace(*jobs)
+    assert best_of_all(given) <= upper_bound(given) * len(jobs) + 1e-6
+
+
+def test_the_scheduler_stays_below_the_bound() -> None:
+    report = examine(traces.make("overload", traces.machine(), 2000, seed=1), seed=1)
+    assert 0 < report.policies[SCHEDULER].met < report.upper_bound < 1
+
+
+# --- the rest --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queued", [0, 300])
+def test_decisions_are_measured_with_as_many_in_the_queue(queued: int) -> None:
+    measured = decisions.measure(traces.machine(), queued, clients=3, rounds=3)
+    assert (measured.queued, measured.clients) == (queued, 3)
+    assert measured.add_us > 0
+    assert measured.start_us > 0
+
+
+def test_the_program_writes_a_table_json_and_a_picture(tmp_path: Path) -> None:
+    def run(*arguments: str) -> tuple[str, bytes]:
+        path = tmp_path / "out.json"
+        options = ["--requests", "300", "--trace", "light", "--trace", "clients", "--no-decisions", "--json", str(path)]
+        done = subprocess.run(
+            [sys.executable, str(BENCH / "schedule.py"), *options, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=True,
+        )
+        return done.stdout, path.read_bytes()
+
+    picture = tmp_path / "out.png"
+    table, first = run("--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "Within 5 % of the upper bound" in table
+    report = json.loads(first)
+    assert [entry["trace"] for entry in report["traces"]] == ["light", "clients"]
+    for entry in report["traces"]:
+        for policy in entry["policies"].values():
+            assert 0 <= policy["met"] <= 1
+        assert set(entry["policies"][SCHEDULER]["met_by_priority"]) <= {"0", "1", "2", "3"}
+    assert json.loads(run()[1])["traces"] == report["traces"]  # nothing depends on the clock
