@@ -10,7 +10,7 @@ import pytest
 from tnxctl.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from tnxd.costs import CostModel
 from tnxd.scheduler import Scheduler
-from tnxd.work import NEVER, Batch, Device, Request
+from tnxd.work import INLINE, NEVER, Batch, Device, Request
 
 MS = 1_000_000
 MODELS = frozenset({"mlp", "other"})
@@ -161,6 +161,20 @@ def test_memory_of_deadlines_is_bounded_by_what_is_there() -> None:
         run_one(scheduler)
         one.done = True
     assert len(scheduler._deadlines) < 200
+
+
+# --- the caller's own thread ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("threads", "lane"), [(1, INLINE), (4, 0)])
+def test_a_slow_spell_does_not_keep_a_model_off_the_callers_thread(threads: int, lane: int) -> None:
+    costs = CostModel()
+    costs.curve("cpu", "mlp", inline=True).observe(8, 5000.0)
+    costs.curve("cpu", "mlp").observe(8, 500.0)
+    device = Device("cpu", "cpu", 1, MODELS, inline_limit_us=1000.0, lane_threads=threads)
+    scheduler = policy(device, costs=costs)
+    scheduler.add(request(rows=8), 0)
+    assert run_one(scheduler).lane == lane
 
 
 # --- priorities and fair shares ------------------------------------------------------------------------------

@@ -58,7 +58,15 @@ def load_everything(config: Config, inventory: Inventory, costs: CostModel, on_d
         inline_limit = config.cpu.inline_limit_us if executor.kind == "cpu" else 0.0
         free_mb = executor.memory_mb()[0]
         loaded.devices.append(
-            Device(name, executor.kind, executor.lanes, frozenset(models), free_mb, inline_limit_us=inline_limit)
+            Device(
+                name,
+                executor.kind,
+                executor.lanes,
+                frozenset(models),
+                free_mb,
+                inline_limit_us=inline_limit,
+                lane_threads=executor.lane_threads,
+            )
         )
     for device in loaded.devices:
         for model_name in device.models:

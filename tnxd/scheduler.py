@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
+from math import inf
 
 from tnxctl.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from tnxd.costs import CostCurve, CostModel
@@ -261,11 +262,8 @@ class Scheduler:
                 device.turns[level].withdraw(queue)  # all its requests of this level are cancelled or late
                 continue
             curve, limit = queue.inline_curve, head.max_batch_size
-            if (
-                inline_free
-                and curve.known
-                and curve.mean(max(head.rows, min(limit, queue.rows))) <= device.inline_limit_us
-            ):
+            rows = max(head.rows, min(limit, queue.rows))
+            if inline_free and _inline_us(device, queue, rows) <= device.inline_limit_us:
                 lane, inline_free = INLINE, False
             elif device.free_lanes:
                 lane, curve = device.free_lanes.pop(), queue.curve
@@ -275,7 +273,7 @@ class Scheduler:
                 device.turns[level].withdraw(queue)
                 passed_over.append((queue, level))
                 continue
-            run_us = curve.mean(max(head.rows, min(limit, queue.rows)))
+            run_us = curve.mean(rows)
             if now_ns + run_us * 1e3 > head.deadline_ns:
                 limit, run_us = self._hurry(queue, curve, level, head, run_us, now_ns)
             first_late = len(late)
@@ -441,3 +439,17 @@ class Scheduler:
         failed = [f"{device.name} failed" for device in self.devices.values() if device.error]
         self._no_gpu = "no GPU is ready" + (f": {', '.join(failed)}" if failed else "")
         self._no_cpu = "" if self._cpus else "this daemon runs without the CPU"
+
+
+def _inline_us(device: Device, queue: Waiting, rows: int) -> float:
+    """What a batch is expected to take on the caller's own thread, in microseconds.
+
+    What the lanes measured counts as well, times their threads, and the lower one holds: a slow spell of the machine
+    must not keep the batches of a model on lanes for good, where nothing is learned about the caller's thread.
+    """
+    expected = inf
+    if queue.inline_curve.known:
+        expected = queue.inline_curve.mean(rows)
+    if queue.curve.known:
+        expected = min(expected, queue.curve.mean(rows) * device.lane_threads)
+    return expected

@@ -127,6 +127,7 @@ class Device:
         memory_free_mb: in MiB, as last reported; used for GPUs.
         inline_limit_us: a batch predicted to take no longer runs on the caller's own thread, since handing it to
             another would cost more than it saves. 0: never.
+        lane_threads: threads that work on one batch of a lane.
         waiting: queues by model and group, empty ones too. queued, queued_rows: requests in them, and their rows.
         turns: which queue is next, per priority. counts: requests per priority.
         passes: how much each priority has used, by its share.
@@ -140,6 +141,7 @@ class Device:
     models: frozenset[str]
     memory_free_mb: float = 0.0
     inline_limit_us: float = 0.0
+    lane_threads: int = 1
     error: str = ""
     free_lanes: list[int] = field(init=False)
     busy_until_ns: dict[int, int] = field(init=False, default_factory=dict)

@@ -56,6 +56,7 @@ def _open_cpu(config: Config, on_done: OnDone) -> LanePool:
         f"{available_cores()} cores, {threads} per lane",
         runners=[CpuRunner(replicas, threads) for _ in range(workers)],
         inline=CpuRunner(replicas, 1),
+        lane_threads=threads,
         replicas=replicas,
         place=lambda module: module,
         memory_mb=host_memory_mb,

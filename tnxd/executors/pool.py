@@ -30,6 +30,7 @@ class LanePool:
 
     Args:
         runners: one per lane. inline: one more for the caller's thread, if the device allows that.
+        lane_threads: threads that work on one batch of a lane.
         replicas: what the runners look modules up in; `load` fills it.
         place: puts a freshly built module on the device.
         memory_mb: free and total memory of the device in MiB, without blocking.
@@ -44,6 +45,7 @@ class LanePool:
         *,
         runners: Sequence[Runner],
         inline: Runner | None,
+        lane_threads: int = 1,
         replicas: dict[str, torch.nn.Module],
         place: Callable[[torch.nn.Module], torch.nn.Module],
         memory_mb: Callable[[], tuple[float, float]],
@@ -53,6 +55,7 @@ class LanePool:
         self.kind = kind
         self.description = description
         self.lanes = len(runners)
+        self.lane_threads = lane_threads
         self.memory_mb = memory_mb
         self._inline = inline
         self._replicas = replicas
