@@ -21,6 +21,7 @@ help:
 	@echo 'make test             run the tests'
 	@echo 'make check            ruff and mypy'
 	@echo 'make bench            measure latency; BENCH="--help" shows what can be asked'
+	@echo 'make bench-peers      build environments for the servers that bench/compare.py measures beside the daemon'
 	@echo 'make gpu-check        CUDA tests and a short CUDA benchmark, with the packages of PYTHON as they are'
 	@echo 'sudo make install     the service: /opt/tensornext, /etc/tensornext, tensornext.service, tnxd and tnxctl'
 	@echo 'sudo make uninstall   remove all of that but the configuration'
@@ -60,6 +61,18 @@ check: $(VENV)/for-check
 .PHONY: bench
 bench: $(VENV)/for-test
 	$(RUN) bench/latency.py $(BENCH)
+
+# One environment per peer, with the versions pinned in bench/peers, about 1 GB each. One that cannot be built does not
+# keep the others from being built with `make -k`; PEERS names some of them.
+PEERS := $(patsubst bench/peers/%.txt,%,$(wildcard bench/peers/*.txt))
+.PHONY: bench-peers
+bench-peers: $(VENV)/for-test $(PEERS:%=build/peers/%/built)
+	@echo 'Now: $(RUN) bench/compare.py --json compare.json --plot compare.png'
+
+build/peers/%/built: bench/peers/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(@D)/bin/python -m pip --quiet install --requirement $<
+	@touch $@
 
 # For a machine that has a GPU and its own torch, and maybe no network: nothing is installed, pytest takes no
 # configuration because setup.cfg's needs plugins that may be missing there, and the benchmark leaves out its open loop,

@@ -1,0 +1,383 @@
+"""`python bench/throughput.py`: rate against latency up to saturation, large tensors, idle peers. --help says more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import numpy as np
+import zmq
+
+import pictures
+import report
+from comparison import Goal, goals_text, ratio
+from processes import BenchError, ServerProcess
+from report import DAEMON, ECHO, Case, CaseReport, Ratio
+from rounds import exit_on_signals, measure, numbers, offsets_ns, require
+from targets import Context, Target, probe, start_daemon, start_floors
+from workload import Workload, torch_forward
+
+_HERE = Path(__file__).parent
+
+PARTS = ("curve", "mebibyte", "idle")
+
+_MEBIBYTE_OUTSTANDING = (1, 4, 16)
+_IDLE_OUTSTANDING = (1, 64)
+
+_HALF = 0.5  # of the peak: where p99 is held against p50
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for on the command line, as in --help."""
+
+    outstanding: tuple[int, ...]
+    fractions: tuple[float, ...]
+    parts: tuple[str, ...]
+    idle: int
+    rounds: int
+    seconds: float
+
+
+class IdleReport(msgspec.Struct, frozen=True):
+    """Connections that say nothing, and what they do to the daemon.
+
+    Attributes:
+        asked, held: how many there were to be, and how many the daemon held, as the median of the rounds.
+        rss_mib_before, rss_mib_with: memory of the daemon before the first of them, and with all of them in each
+            round. They come anew in every round.
+        loads: with them beside without them.
+    """
+
+    asked: int
+    held: int
+    rss_mib_before: float
+    rss_mib_with: list[float]
+    loads: list[IdleLoad]
+
+
+class IdleLoad(msgspec.Struct, frozen=True):
+    """One load on the daemon without and with idle connections: medians of the rounds, and the ratios within them."""
+
+    outstanding: int
+    p50_us_without: float
+    p50_us_with: float
+    p50_ratio: Ratio
+    requests_per_s_ratio: Ratio
+
+
+class Throughput(msgspec.Struct, frozen=True):
+    """What --json writes.
+
+    Attributes:
+        curve: closed loops by number outstanding, then open loops by rate. mebibyte: closed loops.
+        peak_per_s: the best rate of a closed loop of the curve; the rates of the open loops are fractions of it.
+    """
+
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    curve: list[CaseReport]
+    peak_per_s: float | None
+    mebibyte: list[CaseReport]
+    idle: IdleReport | None
+    goals: list[Goal]
+
+
+def _parts(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
+    parts = tuple(text.split(","))
+    for part in parts:
+        if part not in PARTS:
+            raise click.BadParameter(f"no part {part!r}; there are {', '.join(PARTS)}")
+    return parts
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.option(
+    "--outstanding",
+    metavar="N,N,...",
+    callback=numbers(int),
+    default="1,2,4,8,16,32,64,128,256",
+    show_default=True,
+    help="Requests in flight of the closed loops.",
+)
+@click.option(
+    "--fractions",
+    metavar="X,X,...",
+    callback=numbers(float),
+    default="0.1,0.25,0.5,0.7,0.85,1",
+    show_default=True,
+    help="Rates of the open loops, of the best rate of a closed loop.",
+)
+@click.option(
+    "--parts", metavar="PART,PART,...", callback=_parts, default=",".join(PARTS), show_default=True, help="Only these."
+)
+@click.option("--idle", type=click.IntRange(1, 100_000), default=10_000, show_default=True, help="Idle connections.")
+@click.option("--rounds", type=click.IntRange(1, 1000), help="Rounds of each measurement.  [default: 5; quick: 2]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.001, 600),
+    help="Length of one measurement of one round.  [default: 1.0; quick: 0.2]",
+)
+@click.option("--quick", is_flag=True, help="Short rounds and few: to see that it works, not to rely on.")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all results to this file."
+)
+@click.option(
+    "--plot",
+    "plot_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw the curve to this PNG (needs matplotlib).",
+)
+def main(
+    json_path: Path | None, plot_path: Path | None, quick: bool, rounds: int | None, seconds: float | None, **rest: Any
+) -> None:
+    """Measure how many requests the daemon takes, beside a bare echo of the same bytes.
+
+    \b
+    curve     latency against rate, one row per request: closed loops with more and more outstanding, then open
+              loops at fractions of the best rate, with random gaps, latency counted from when a request was due
+    mebibyte  1 MiB in and out through a model that gives back what it gets
+    idle      latency and memory without and with many connections that say nothing
+
+    Daemon and echo floor take turns within a round. A ratio is taken in each round; their median is what counts.
+    Latencies are in microseconds. The load generator is one lean thread in this process, with pyzmq's DEALER; at high
+    rates it is part of what is measured, and how late it sent is printed.
+    """
+    settings = Settings(rounds=rounds or (2 if quick else 5), seconds=seconds or (0.2 if quick else 1.0), **rest)
+    if "curve" in settings.parts:
+        require("hdrhistogram", "the open loop", module="hdrh")
+    if "idle" in settings.parts and sys.platform != "linux":
+        raise click.UsageError("the part idle works on Linux only: it reads /proc")
+    if plot_path is not None:
+        require("matplotlib", "--plot")
+        if "curve" not in settings.parts:
+            raise click.UsageError("--plot draws the curve, which --parts leaves out")
+    exit_on_signals()
+    try:
+        result = _run(settings)
+    except BenchError as error:
+        click.echo(f"throughput.py: {error}", err=True)
+        sys.exit(1)
+    if json_path is not None:
+        json_path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+    if plot_path is not None:
+        subtitle = (
+            f"{result.environment['cpu']}, {result.environment['cores']} cores, "
+            f"{settings.rounds} rounds of {settings.seconds:g} s"
+        )
+        pictures.draw_curve(result.curve, subtitle, plot_path)
+
+
+def _run(settings: Settings) -> Throughput:
+    machine = report.environment()
+    load = machine["load_average"]
+    click.echo(
+        f"{machine['cpu']}, {machine['cores']} cores; {settings.rounds} rounds of {settings.seconds:g} s; "
+        f"torch {machine['torch']}, pyzmq {machine['pyzmq']}, Python {machine['python']}"
+        + (f"\nThe machine is not quiet: its load average is {load}." if load > machine["cores"] / 4 else "")
+    )
+    curve: list[CaseReport] = []
+    mebibyte: list[CaseReport] = []
+    peak, idle = None, None
+    with zmq.Context() as context:
+        if "curve" in settings.parts:
+            curve, peak = _curve(context, settings)
+        if "mebibyte" in settings.parts:
+            mebibyte = _mebibyte(context, settings)
+        if "idle" in settings.parts:
+            idle = _idle(context, settings)
+    found = goals(settings, curve, mebibyte, idle)
+    click.echo("\n" + goals_text(found))
+    return Throughput(machine, msgspec.to_builtins(settings), curve, peak, mebibyte, idle, found)
+
+
+def _curve(context: Context, settings: Settings) -> tuple[list[CaseReport], float]:
+    workload = Workload(1, False, torch_forward())
+    with contextlib.ExitStack() as stack:
+        endpoint, pid = start_daemon(stack, "cpu")
+        targets = _with_echo(stack, context, Target(DAEMON, endpoint, pid), workload)
+        click.echo("\nOne row per request\n" + _table_heading())
+        found = [
+            _case(context, Case(1, outstanding=count), targets, workload, settings) for count in settings.outstanding
+        ]
+        peak = max(case.targets[DAEMON].requests_per_s for case in found)
+        for fraction in settings.fractions:
+            rate = max(round(fraction * peak, 1), 1.0)
+            found.append(_case(context, Case(1, rate=rate), targets, workload, settings, f"{fraction:.0%} of the peak"))
+    return found, peak
+
+
+def _mebibyte(context: Context, settings: Settings) -> list[CaseReport]:
+    import passing
+
+    workload = passing.Mebibyte()
+    with contextlib.ExitStack() as stack:
+        arguments = ["--bind", "tcp://127.0.0.1:*", "--model", passing.MODEL, "--devices", "cpu"]
+        program = [str(_HERE / "passing.py"), *arguments, "--log-level", "warning"]
+        daemon = stack.enter_context(ServerProcess("tnxd", program))
+        endpoint = daemon.line.split("ready on ", 1)[1].split(";")[0]
+        targets = _with_echo(stack, context, Target(DAEMON, endpoint, daemon.pid), workload)
+        click.echo("\n1 MiB in and out, a model that does next to nothing\n" + _table_heading())
+        return [
+            _case(context, Case(1, outstanding=count), targets, workload, settings) for count in _MEBIBYTE_OUTSTANDING
+        ]
+
+
+def _with_echo(stack: contextlib.ExitStack, context: Context, daemon: Target, workload: Workload) -> list[Target]:
+    floors = start_floors(stack, "tcp", "cpu", [probe(context, daemon.endpoint, workload)])
+    return [daemon, *(floor for floor in floors if floor.name == ECHO)]
+
+
+def _case(
+    context: Context,
+    case: Case,
+    targets: Sequence[Target],
+    workload: Workload,
+    settings: Settings,
+    note: str = "",
+) -> CaseReport:
+    """All rounds of one case, and its line of the table."""
+    measured: dict[str, list[Any]] = {target.name: [] for target in targets}
+    for number in range(settings.rounds):
+        due = offsets_ns(case.rate, settings.seconds, seed=number) if case.rate else []
+        first = number % len(targets)
+        for target in [*targets[first:], *targets[:first]]:
+            measured[target.name].append(measure(context, case, target, workload, settings.seconds, due))
+    summaries = {name: report.summarise(case, rounds, is_daemon=name == DAEMON) for name, rounds in measured.items()}
+    found = CaseReport(case, summaries, report.compare(summaries))
+    click.echo(_table_line(found, note))
+    return found
+
+
+def _table_heading() -> str:
+    return (
+        f"  {'':<36}{'daemon p50':>11}{'p99':>9}{'requests/s':>12}{'server CPU':>12}{'client CPU':>12}"
+        f"{'echo p50':>10}{'p99':>9}{'requests/s':>12}   daemon / echo, requests/s"
+    )
+
+
+def _table_line(found: CaseReport, note: str) -> str:
+    case, mine, its = found.case, found.targets[DAEMON], found.targets[ECHO]
+    load = f"{case.rate:,.0f}/s open loop, {note}" if case.rate else f"{case.outstanding} outstanding"
+    errors = [f"{name} {n} {code}" for name, summary in found.targets.items() for code, n in summary.errors.items()]
+    return (
+        f"  {load:<36}{mine.latency_us['p50']:>11.0f}{mine.latency_us['p99']:>9.0f}{mine.requests_per_s:>12.0f}"
+        f"{mine.server_cpu_us or float('nan'):>12.1f}{mine.client_cpu_us or float('nan'):>12.1f}"
+        f"{its.latency_us['p50']:>10.0f}{its.latency_us['p99']:>9.0f}{its.requests_per_s:>12.0f}"
+        f"   {found.ratios[f'{DAEMON} / {ECHO}']['requests_per_s']}"
+        + (f"  sent late by p99 {mine.late_us['p99']:.0f}" if mine.late_us else "")
+        + (f"  errors: {', '.join(errors)}" if errors else "")
+    )
+
+
+def _idle(context: Context, settings: Settings) -> IdleReport:
+    workload = Workload(1, False, torch_forward())
+    loads = [Case(1, outstanding=count) for count in _IDLE_OUTSTANDING]
+    without: dict[Case, list[Any]] = {case: [] for case in loads}
+    beside: dict[Case, list[Any]] = {case: [] for case in loads}
+    held: list[int] = []
+    rss_with: list[float] = []
+    with contextlib.ExitStack() as stack:
+        endpoint, pid = start_daemon(stack, "cpu")
+        daemon = Target(DAEMON, endpoint, pid)
+        for case in loads:
+            measure(context, case, daemon, workload, settings.seconds)
+        rss_before = _rss_mib(pid)
+        for _ in range(settings.rounds):
+            for case in loads:
+                without[case].append(measure(context, case, daemon, workload, settings.seconds))
+            files = _open_files(pid)
+            arguments = [str(_HERE / "idle.py"), endpoint, str(settings.idle)]
+            with ServerProcess("idle.py", arguments):
+                for case in loads:
+                    beside[case].append(measure(context, case, daemon, workload, settings.seconds))
+                held.append(_open_files(pid) - files)
+                rss_with.append(round(_rss_mib(pid), 1))
+    found = IdleReport(
+        asked=settings.idle,
+        held=int(np.median(held)),
+        rss_mib_before=round(rss_before, 1),
+        rss_mib_with=rss_with,
+        loads=[_idle_load(case, without[case], beside[case]) for case in loads],
+    )
+    click.echo(_idle_text(found))
+    return found
+
+
+def _idle_load(case: Case, without: Sequence[Any], beside: Sequence[Any]) -> IdleLoad:
+    one, other = (report.summarise(case, rounds, is_daemon=True) for rounds in (without, beside))
+    p50s = [[round_.latency_us["p50"] for round_ in summary.rounds] for summary in (one, other)]
+    rates = [[round_.requests_per_s for round_ in summary.rounds] for summary in (one, other)]
+    return IdleLoad(
+        outstanding=case.outstanding,
+        p50_us_without=round(float(np.median(p50s[0])), 1),
+        p50_us_with=round(float(np.median(p50s[1])), 1),
+        p50_ratio=ratio(p50s[1], p50s[0]),
+        requests_per_s_ratio=ratio(rates[1], rates[0]),
+    )
+
+
+def _idle_text(found: IdleReport) -> str:
+    lines = [
+        f"\n{found.asked:,} idle connections, {found.held:,} held by the daemon; its memory: "
+        f"{found.rss_mib_before:.0f} MiB before, "
+        f"{', '.join(f'{rss:.0f}' for rss in found.rss_mib_with)} MiB with them, by round"
+    ]
+    lines += [
+        f"  {load.outstanding} outstanding: p50 {load.p50_us_without:.0f} us without, {load.p50_us_with:.0f} us with; "
+        f"with / without: p50 {load.p50_ratio}, requests/s {load.requests_per_s_ratio}"
+        for load in found.loads
+    ]
+    return "\n".join(lines)
+
+
+def _rss_mib(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _open_files(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def goals(
+    settings: Settings, curve: Sequence[CaseReport], mebibyte: Sequence[CaseReport], idle: IdleReport | None
+) -> list[Goal]:
+    """The promises of the project that this program can show."""
+    echo = f"{DAEMON} / {ECHO}"
+    found = [
+        Goal("64 outstanding, requests/s", "the echo floor", 0.65, False, case.ratios[echo]["requests_per_s"])
+        for case in curve
+        if case.case.outstanding == 64
+    ]
+    opened = [case for case in curve if case.case.rate]
+    for fraction, case in zip(settings.fractions, opened, strict=False):
+        if fraction == _HALF:
+            rounds = case.targets[DAEMON].rounds
+            p99, p50 = ([round_.latency_us[name] for round_ in rounds] for name in ("p99", "p50"))
+            found.append(Goal("half the peak rate, p99", "its own p50", 3.0, True, ratio(p99, p50)))
+    found += [
+        Goal(
+            f"1 MiB, {case.case.outstanding} outstanding, req/s",
+            "the echo floor",
+            0.8,
+            False,
+            case.ratios[echo]["requests_per_s"],
+        )
+        for case in mebibyte
+    ]
+    if idle is not None:
+        grown = max(idle.rss_mib_with) - idle.rss_mib_before
+        found.append(Goal(f"{idle.held:,} idle peers, memory", "300 MiB", 1.0, True, ratio([grown], [300.0])))
+    return found
+
+
+if __name__ == "__main__":
+    main()
