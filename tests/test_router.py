@@ -179,14 +179,20 @@ def test_what_is_lent_to_a_peer_that_never_reads_is_bounded_in_bytes(
 
 
 def test_a_wake_up_ends_the_wait(router: Router, wakeup: Wakeup) -> None:
+    """And it is told apart from a message, so that the loop clears it even if it finds nothing to do."""
     wakeup.set()
     begin = time.monotonic()
-    router.wait(60_000)
+    assert router.wait(60_000)
+    assert router.wait(60_000)  # until it is cleared
     assert time.monotonic() - begin < 30
     wakeup.clear()
     begin = time.monotonic()
-    router.wait(50)
+    assert not router.wait(50)
     assert time.monotonic() - begin > 0.02
+    with Peer(router) as peer:
+        peer.socket.send(b"header")
+        assert not router.wait(20_000)
+        assert router.receive() is not None
 
 
 def test_an_ipc_endpoint_cleans_up(tmp_path: Path) -> None:
