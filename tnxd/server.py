@@ -154,7 +154,7 @@ class Server:
     # --- called from other threads ---------------------------------------------------------------------------
 
     def call_soon(self, call: Callable[[], None]) -> None:
-        """Have the loop run a function. Any thread, signal handlers too."""
+        """Have the loop run a function. Any thread."""
         self._calls.append(call)
         self._wakeup.set()
 

@@ -24,9 +24,6 @@ _QUANTUM_ROWS = 16
 _FOREVER_NS = 2**63 - 1
 _ZEROS = repeat(0)
 
-Position = tuple[int, int]
-"""(due, serial) of a request: what order is by, within one client."""
-
 
 class _Due:
     """Rows by when they are due: how many are due by a time, at a cost that does not grow with their number.
