@@ -37,6 +37,8 @@ STORAGE: dict[str, np.dtype[Any]] = {
 numpy has no bfloat16 of its own: a BF16 array is carried as its 16-bit patterns.
 """
 
+_BOOL = STORAGE["BOOL"]
+
 DATATYPES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in STORAGE.items() if name != "BF16"}
 """numpy dtype -> datatype name, for every dtype that numpy itself has."""
 
@@ -55,7 +57,7 @@ def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: 
         raise InvalidArgument(f"{len(specs)} tensors in one message, more than the limit of {limits.tensors}")
     room = limits.message_bytes
     arrays = []
-    for spec, frame in zip(specs, frames, strict=True):
+    for position, spec in enumerate(specs):
         dtype = STORAGE.get(spec.datatype)
         if dtype is None:
             raise InvalidArgument(
@@ -68,15 +70,18 @@ def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: 
                 f"tensor {excerpt(spec.name)}: rank {len(shape)} is more than the limit of {limits.rank}"
             )
         size = dtype.itemsize * math.prod(shape)  # Python integers: no overflow, whatever the dimensions
-        view = memoryview(frame)
-        if size != view.nbytes or size > room or min(shape, default=0) < 0:
+        view = memoryview(frames[position])
+        if size != view.nbytes or size > room:
             raise _tensor_error(spec, size, view.nbytes, room, limits)
         room -= size
         try:
             array: Array = np.ndarray(shape, dtype, view)
-        except (ValueError, OverflowError, MemoryError) as error:  # zero rows with another axis beyond numpy's range
+        except (ValueError, OverflowError, MemoryError) as error:
+            if min(shape, default=0) < 0:  # two of them give a size that may well be right
+                raise _tensor_error(spec, size, view.nbytes, room, limits) from None
+            # Zero rows with another axis beyond numpy's range.
             raise InvalidArgument(f"tensor {excerpt(spec.name)}: shape {excerpt(list(shape))}: {error}") from None
-        if dtype.kind == "b" and size and array.view(np.uint8).max() > 1:
+        if dtype is _BOOL and size and array.view(np.uint8).max() > 1:
             raise InvalidArgument(
                 f"tensor {excerpt(spec.name)}: byte {array.view(np.uint8).max()} is not a BOOL, which is 0 or 1"
             )

@@ -13,8 +13,9 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
+import msgspec
 import zmq
 
 from tnxctl.errors import FailedPrecondition, InvalidArgument
@@ -22,13 +23,17 @@ from tnxctl.frames import Array
 from tnxctl.wire import Limits
 from tnxd.wakeup import Wakeup
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 _NOBLOCK = int(zmq.NOBLOCK)
 _MORE = int(zmq.SNDMORE)
 _FIRST = _NOBLOCK | _MORE
 _POLLIN = int(zmq.POLLIN)
 
-# From this size on, handing libzmq a reference beats copying: the crossover lies between 64 and 256 kB.
-_REFERENCE_FROM_BYTES = 128 * 1024
+# From this size on, handing libzmq a reference beats copying. It wakes a thread of pyzmq's for every frame, which
+# costs as much as to copy 512 kB; but what is copied counts against a peer as a message only, whatever its size.
+_REFERENCE_FROM_BYTES = 256 * 1024
 
 # A peer that takes no replies: libzmq queues this many messages for it, then they wait in a backlog, within limits.
 _PEER_HWM = 256
@@ -41,21 +46,21 @@ Frames = tuple[bytes, Sequence[Array]]
 """An encoded header and the tensors behind it."""
 
 
-class Message(NamedTuple):
+class Message(msgspec.Struct, frozen=True, gc=False):
     """One message from a peer.
 
     Attributes:
         peer: the connection's identity.
         delimited: whether an empty frame came first, as REQ sockets send it; the answer must have one too.
         header: the header frame; None if there was none.
-        tensors: the frames behind it, views that own their memory; no more than the limit are kept.
+        tensors: the frames behind it, buffers that own their memory; no more than the limit are kept.
         tensor_count: how many frames there were behind the header.
     """
 
     peer: bytes
     delimited: bool
-    header: memoryview | None
-    tensors: list[memoryview]
+    header: Buffer | None
+    tensors: list[Buffer]
     tensor_count: int
 
 
@@ -113,8 +118,10 @@ class Router:
         socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         socket.setsockopt(zmq.TCP_MAXRT, 30_000)  # cuts a peer that stops reading; heartbeats would cut slow uploads
         self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._recv = socket.recv
-        self._send: Any = socket.send  # its stubs know no numpy arrays
+        self._recv: Any = socket.recv  # its stubs do not know that frames are buffers, nor that arrays are
+        # Of the compiled class below: what pyzmq wraps around it serves options that nothing here uses, and costs half
+        # as much again.
+        self._send: Any = super(zmq.Socket, socket).send
         self._get: Any = socket.get
 
     def bind(self, endpoint: str) -> None:
@@ -187,14 +194,14 @@ class Router:
         if frame.more and not len(frame):
             delimited = True
             frame = recv(0, False)
-        header = frame.buffer if len(frame) or frame.more else None
-        tensors: list[memoryview] = []
+        header = frame if frame.more or len(frame) else None
+        tensors: list[Buffer] = []
         count = 0
         while frame.more:
             frame = recv(0, False)
             count += 1
             if count <= self._max_tensors:  # read on beyond it: the rest of the message must leave the socket
-                tensors.append(frame.buffer)
+                tensors.append(frame)
         return Message(peer, delimited, header, tensors, count)
 
     def _meet(self, peer: bytes, descriptor: int) -> None:
