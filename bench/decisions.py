@@ -45,7 +45,7 @@ def measure(machine: Machine, queued: int, clients: int, rounds: int) -> Decisio
         for rows in (1, 2, 4, 8, 16, 32, 64):
             costs.curve(device, _MODEL).observe(rows, machine.cost_us(device, _MODEL, rows))
     devices = [
-        Device(name, "cpu" if name == CPU else "cuda", lanes, frozenset([_MODEL]), memory_free_mb=1e6)
+        Device(name, "cpu" if name == CPU else "cuda", lanes, {_MODEL}, memory_free_mb=1e6)
         for name, lanes in machine.lanes.items()
     ]
     scheduler = Scheduler(devices, costs, max_requests=1 << 20, max_bytes=1 << 40)

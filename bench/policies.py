@@ -62,7 +62,7 @@ class Scheduled:
                 for rows in warm_up_sizes(limit):
                     costs.curve(device, model).observe(rows, measure(device, model, rows))
         devices = [
-            Device(name, "cpu" if name == CPU else "cuda", lanes, frozenset(machine.limits), memory_free_mb=1e6)
+            Device(name, "cpu" if name == CPU else "cuda", lanes, set(machine.limits), memory_free_mb=1e6)
             for name, lanes in machine.lanes.items()
         ]
         self.scheduler = Scheduler(devices, costs, max_requests=16384, max_bytes=1 << 30)

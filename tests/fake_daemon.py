@@ -7,8 +7,9 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import msgspec
 import numpy as np
 import zmq
 
@@ -35,6 +36,21 @@ DIGITS = wire.ModelInfo(
     max_batch_size=64,
     devices=("cpu",),
 )
+RESNET = wire.ModelInfo(
+    name="resnet",
+    version="1",
+    status="ready",
+    inputs=(wire.TensorSpec("image", "FP32", (-1, 3, 224, 224)),),
+    outputs=(wire.TensorSpec("scores", "FP32", (-1, 1000)),),
+    max_batch_size=64,
+    devices=("cpu", "cuda:0"),
+    format="pt2",
+    traffic=1.0,
+    memory_mb=97.5,
+    requests=120,
+    load_s=3.25,
+)
+RESNETS = (RESNET, msgspec.structs.replace(RESNET, version="2", status="unloaded", devices=(), traffic=0.0))
 CPU = wire.DeviceInfo(
     name="cpu",
     status="ready",
@@ -56,14 +72,60 @@ TIMING = wire.Timing(
 )
 
 Outputs = dict[str, np.ndarray]
+Change = wire.Load | wire.Unload | wire.Route | wire.Reload
 Compute = Callable[[wire.Predict, Outputs], Outputs]
 
 
 def row_sums(request: wire.Predict, inputs: Outputs) -> Outputs:
-    """Model mlp -> 128 and digits -> 10 columns; column j of a row is the sum of the input row, plus j."""
+    """Model digits -> 10 and others -> 128 columns; column j of a row is the sum of the input row, plus j."""
     name, columns = ("scores", 10) if request.model == "digits" else ("output", 128)
     (array,) = inputs.values()
     return {name: (array.sum(axis=1, keepdims=True) + np.arange(columns)).astype(np.float32)}
+
+
+def obey(request: Change, models: tuple[wire.ModelInfo, ...]) -> tuple[wire.ModelInfo, ...]:
+    """The models after a change, as far as clients can tell."""
+    if isinstance(request, wire.Reload):
+        return models
+    name, version = wire.split_title(request.model)
+    changed = []
+    for model in models:
+        if model.name == name and isinstance(request, wire.Route):
+            total = sum(request.weights.values()) or 1.0
+            share = request.weights.get(model.version, 0.0) / total
+            model = msgspec.structs.replace(model, traffic=share, shadow=model.version == request.shadow)
+        elif model.name == name and version in ("", model.version):
+            loads = isinstance(request, wire.Load)
+            model = msgspec.structs.replace(
+                model, status="ready" if loads else "unloaded", devices=("cpu",) if loads else ()
+            )
+        changed.append(model)
+    return tuple(changed)
+
+
+def comparison(request: wire.Compare) -> wire.Comparison:
+    """Two outputs, one without an arg-max, and a failure."""
+    return wire.Comparison(
+        v=1,
+        id=request.id,
+        model=request.model,
+        baseline=request.baseline,
+        candidate=request.candidate,
+        requests=200,
+        errors=1,
+        skipped=7,
+        outputs=(
+            wire.OutputDifference(
+                name="scores", elements=200_000, max_abs=1.5e-5, mean_abs=2e-7, argmax_agreement=0.995, misfits=0
+            ),
+            wire.OutputDifference(
+                name="mask", elements=200, max_abs=0.0, mean_abs=0.0, argmax_agreement=None, misfits=3
+            ),
+        ),
+        baseline_us=wire.Percentiles(count=150, p50_us=8000.0, p90_us=9000.0, p99_us=12000.0),
+        candidate_us=wire.Percentiles(count=150, p50_us=4000.0, p90_us=5000.0, p99_us=6500.0),
+        last_error="it met a NaN",
+    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +134,9 @@ class Behaviour:
 
     Attributes:
         compute: inputs -> outputs; a TensorNextError that it raises becomes the error reply.
-        delay_s: from a predict request to its reply.
+        delay_s: from a predict request to its reply. load_delay_s: from a change of the models to its reply.
+        change: a change, models -> models; a TensorNextError that it raises becomes the error reply.
+        reloaded: what reload reports say, the `v` and `id` aside.
         mute: no verb is ever answered.
         device, reason, predicted_us: what results say.
         abandoned, prediction_error_us: what health reports say.
@@ -84,6 +148,9 @@ class Behaviour:
     errors: tuple[tuple[str, int], ...] = ()
     compute: Compute = row_sums
     delay_s: float = 0.0
+    load_delay_s: float = 0.0
+    change: Callable[[Change, tuple[wire.ModelInfo, ...]], tuple[wire.ModelInfo, ...]] = obey
+    reloaded: dict[str, object] = field(default_factory=dict)
     mute: bool = False
     device: str = "cpu"
     reason: str = "no GPU here"
@@ -97,7 +164,9 @@ class FakeDaemon:
 
     Attributes:
         endpoint: where it listens.
+        models: as they are now.
         predicts: the predict requests that came, in order. inputs: their tensors.
+        changes: the requests that change the models, in order.
         cancelled: ids of those that their clients withdrew; they are computed all the same.
     """
 
@@ -108,7 +177,9 @@ class FakeDaemon:
         self._router.linger = 0
         self._router.bind(endpoint)
         self.endpoint = self._router.last_endpoint.decode()
+        self.models = self._behaviour.models
         self.predicts: list[wire.Predict] = []
+        self.changes: list[Change] = []
         self.inputs: list[Outputs] = []
         self.cancelled: list[int] = []
         self._stop, self._stopped = (self._context.socket(zmq.PAIR) for _ in range(2))
@@ -155,11 +226,16 @@ class FakeDaemon:
                     self._requests += 1
                     self._arrival.notify_all()
                 if reply is not None:
-                    is_result = len(reply) > 1
-                    due = time.monotonic() + (self._behaviour.delay_s if is_result else 0.0)
+                    due = time.monotonic() + self._delay_s(frames[0], reply)
                     heapq.heappush(self._due, (due, next(self._order), [peer, *reply]))
             while self._due and self._due[0][0] <= time.monotonic():
                 self._router.send_multipart(heapq.heappop(self._due)[2])
+
+    def _delay_s(self, header: bytes, reply: list[bytes]) -> float:
+        if len(reply) > 1:
+            return self._behaviour.delay_s
+        request = wire.decode_request(header, wire.Limits())
+        return self._behaviour.load_delay_s if isinstance(request, Change) else 0.0
 
     def _answer(self, frames: list[bytes]) -> list[bytes] | None:
         limits = wire.Limits()
@@ -174,15 +250,31 @@ class FakeDaemon:
                 return self._predict(request, view_tensors(request.inputs, frames[1:], limits))
             if isinstance(request, wire.Metadata):
                 return [wire.encode(wire.MetadataReport(v=1, id=request.id, model=self._model(request.model)))]
+            if isinstance(request, Change):
+                return [wire.encode(self._change(request))]
+            if isinstance(request, wire.Compare):
+                self._model(request.model)
+                return [wire.encode(comparison(request))]
+            if isinstance(request, wire.Models):
+                return [wire.encode(wire.ModelsReport(v=1, id=request.id, models=self.models))]
             return [wire.encode(self._health(request.id))]
         except TensorNextError as error:
             return [wire.encode(wire.ErrorReply(v=1, id=request.id, code=error.code, message=error.message))]
 
-    def _model(self, name: str) -> wire.ModelInfo:
-        for model in self._behaviour.models:
-            if model.name == name or (not name and model.default):
+    def _model(self, title: str) -> wire.ModelInfo:
+        name, version = wire.split_title(title) if title else ("", "")
+        for model in self.models:
+            if (model.name == name and version in ("", model.version)) or (not name and model.default):
                 return model
-        raise NotFound(f"no model {name!r}")
+        raise NotFound(f"no model {title!r}")
+
+    def _change(self, request: Change) -> wire.ModelsReport | wire.ReloadReport:
+        self.changes.append(request)
+        name = "" if isinstance(request, wire.Reload) else self._model(request.model).name
+        self.models = self._behaviour.change(request, self.models)
+        if isinstance(request, wire.Reload):
+            return wire.ReloadReport(v=1, id=request.id, **self._behaviour.reloaded)
+        return wire.ModelsReport(v=1, id=request.id, models=tuple(m for m in self.models if m.name == name))
 
     def _predict(self, request: wire.Predict, arrays: Sequence[np.ndarray]) -> list[bytes]:
         model = self._model(request.model)
@@ -221,7 +313,7 @@ class FakeDaemon:
             version="0.1.0",
             uptime_s=7509.0,
             devices=self._behaviour.devices,
-            models=self._behaviour.models,
+            models=self.models,
             queued=1,
             running=2,
             requests=1205,

@@ -39,6 +39,10 @@ def test_gather_then_split_gives_every_request_its_own_rows(rows: list[int]) -> 
             np.testing.assert_array_equal(got, expected)
 
 
+def test_of_no_outputs_every_request_gets_none() -> None:
+    assert split([], [2, 3]) == [(), ()]
+
+
 def test_buffers_are_reused_and_grow() -> None:
     allocate = Allocator()
     staging = Staging(allocate)
@@ -69,6 +73,21 @@ def test_the_least_recently_used_buffers_go_first() -> None:
     assert allocate.calls == 3
     gather(2)
     assert allocate.calls == 4
+
+
+def test_a_model_that_is_forgotten_leaves_its_room_to_others() -> None:
+    allocate = Allocator()
+    staging = Staging(allocate, max_bytes=20)
+    spec = (TensorSpec("a", "FP32", (-1, -1)),)
+    for model, width in (("m", 1), ("m", 2), ("other", 2)):
+        staging.gather(model, spec, (width,), [(np.ones((1, width), np.float32),)], 1)
+    staging.forget("m")
+    staging.gather("new", spec, (3,), [(np.ones((1, 3), np.float32),)], 1)
+    assert allocate.calls == 4
+    staging.gather("other", spec, (2,), [(np.ones((1, 2), np.float32),)], 1)
+    assert allocate.calls == 4
+    staging.gather("m", spec, (1,), [(np.ones((1, 1), np.float32),)], 1)
+    assert allocate.calls == 5
 
 
 def test_a_set_larger_than_the_room_is_not_kept() -> None:

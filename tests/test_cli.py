@@ -53,7 +53,7 @@ def npy(path: Path, array: np.ndarray) -> Path:
 def test_help_names_the_verbs_and_every_exit_code(flag: str) -> None:
     result = run(flag)
     assert result.exit_code == 0
-    for word in ("health", "metadata", "predict", "completion", "Examples:"):
+    for word in ("health", "models", "metadata", "predict", "reload", "completion", "Examples:"):
         assert word in result.output
     for code, meaning in exits.MEANINGS.items():
         assert f"{code.value:>3}  {meaning}\n" in result.output
@@ -61,7 +61,7 @@ def test_help_names_the_verbs_and_every_exit_code(flag: str) -> None:
     assert all(len(line) <= 80 for line in result.output.splitlines())
 
 
-@pytest.mark.parametrize("verb", ["health", "metadata", "predict", "completion"])
+@pytest.mark.parametrize("verb", ["health", "models", "metadata", "predict", "reload", "completion"])
 def test_each_verb_has_help(verb: str) -> None:
     result = run(verb, "-h")
     assert result.exit_code == 0
@@ -134,7 +134,7 @@ def test_over_ipc(tmp_path: Path) -> None:
         assert ask(fake, "health").exit_code == 0
 
 
-@pytest.mark.parametrize("verb", ["health", "metadata", "predict"])
+@pytest.mark.parametrize("verb", ["health", "models", "metadata", "predict", "reload"])
 def test_nobody_there(tmp_path: Path, verb: str) -> None:
     result = run(verb, "--host", f"ipc://{tmp_path}/nobody", "--timeout", "0.2")
     assert result.exit_code == exits.Exit.UNREACHABLE
@@ -143,7 +143,7 @@ def test_nobody_there(tmp_path: Path, verb: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", ["health", "metadata", "predict"])
+@pytest.mark.parametrize("verb", ["health", "models", "metadata", "predict", "reload"])
 def test_no_answer(verb: str) -> None:
     with FakeDaemon(mute=True) as fake:
         result = ask(fake, verb, "--timeout", "0.2")
@@ -188,7 +188,7 @@ def test_a_model_with_several_inputs_takes_several_lines() -> None:
     with FakeDaemon(models=(pair, nothing)) as fake:
         lines = [" ".join(line.split()) for line in ask(fake, "health").stdout.splitlines()]
     assert lines[lines.index("pair 1 ready none ids INT64 [-1]") + 1] == "mask BOOL [-1]"
-    assert "broken failed: no weights" in lines
+    assert "broken@1 failed: no weights" in lines
 
 
 def test_health_for_machines(fake: FakeDaemon) -> None:
@@ -260,7 +260,17 @@ def test_device_deadline_and_priority_reach_the_daemon(fake: FakeDaemon) -> None
     ask(fake, "predict", "--device", "auto", "--deadline", "2500ms", "--count", 2, "--concurrency", 2)
     ask(fake, "predict")
     asked = [(request.device, request.deadline_us, request.priority) for request in fake.predicts]
-    assert asked == [("cuda:1", 2e6, 3), *2 * [("auto", 2.5e6, 1)], ("", None, 1)]
+    assert asked == [("cuda:1", 2e6, 3), *2 * [("auto", 2.5e6, None)], ("", None, None)]
+
+
+def test_version_and_route_key_reach_the_daemon(fake: FakeDaemon) -> None:
+    ask(fake, "predict", "--model", "digits@3", "--route-key", "ann", "--count", 2, "--concurrency", 2)
+    ask(fake, "predict", "--model", "digits")
+    asked = [(request.model, request.route_key) for request in fake.predicts]
+    assert asked == [*2 * [("digits@3", "ann")], ("digits", "")]
+    unknown = ask(fake, "predict", "--model", "digits@4")
+    assert unknown.exit_code == exits.Exit.REFUSED
+    assert "digits@4" in unknown.stderr
 
 
 def test_a_deadline_that_cannot_be_kept() -> None:

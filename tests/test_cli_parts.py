@@ -283,7 +283,8 @@ def test_exit_code_of_several_requests(answered: int, failures: list[errors.Tens
 def test_what_the_options_say_is_what_the_client_says() -> None:
     assert session.DEFAULT_TIMEOUT_S == options.DEFAULT_TIMEOUT_S
     assert session.MAX_DEADLINE_S == options.MAX_DEADLINE_S
-    assert (wire.DEFAULT_PRIORITY, wire.LOWEST_PRIORITY) == (options.DEFAULT_PRIORITY, options.LOWEST_PRIORITY)
+    assert session.LOAD_TIMEOUT_S == options.LOAD_TIMEOUT_S
+    assert wire.LOWEST_PRIORITY == options.LOWEST_PRIORITY
 
 
 @pytest.mark.parametrize(
@@ -362,6 +363,24 @@ def test_durations(seconds: float, expected: str) -> None:
 def test_a_table_is_aligned_and_cut() -> None:
     lines = text.table(("A", "N", "LAST"), [("x", "1", "short"), ("yyy", "10", "very long")], "<><", width=16)
     assert [click.unstyle(line) for line in lines] == ["A     N  LAST", "x     1  short", "yyy  10  very l…"]
+
+
+def test_the_widest_of_the_flexible_columns_gives_way_first() -> None:
+    row = ("name of it", "first of two", "the second, longer one", "12 MiB")
+
+    def table(width: int) -> list[str]:
+        lines = text.table(("A", "FIRST", "SECOND", "LAST"), [row], "<<<>", width, ("FIRST", "SECOND"))
+        return [click.unstyle(line) for line in lines]
+
+    assert table(46) == [
+        "A           FIRST         SECOND          LAST",
+        "name of it  first of two  the second,…  12 MiB",
+    ]
+    assert table(30) == [
+        "A           FIR…  SEC…    LAST",
+        "name of it  fir…  the…  12 MiB",
+    ]
+    assert table(1)[1] == "name of it  …  …  12 MiB", "the other columns stay whole"
 
 
 def test_a_peer_cannot_steer_the_terminal() -> None:

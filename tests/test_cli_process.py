@@ -209,7 +209,10 @@ def test_the_tool_needs_neither_torch_nor_posix(fake: FakeDaemon) -> None:
 BLOCKED = {blocked!r}
 {BLOCKER}
 from tnxctl.cli import main
-for arguments in (["health"], ["metadata"], ["predict"], ["predict", "--count", "50", "--concurrency", "4"]):
+for arguments in (
+    ["health"], ["metadata"], ["predict"], ["predict", "--count", "50", "--concurrency", "4"], ["reload"], ["models"],
+    ["models", "show", "mlp"], ["models", "load", "mlp"], ["models", "compare", "mlp", "1", "2"],
+):
     assert main([*arguments, "--host", {fake.endpoint!r}], standalone_mode=False) in (0, None), arguments
 """
     assert "ready" in python(code)
@@ -220,8 +223,11 @@ for arguments in (["health"], ["metadata"], ["predict"], ["predict", "--count", 
     [
         (["--version"], ("numpy", "zmq", "msgspec", "asyncio", "rich")),
         (["--help"], ("numpy", "zmq", "msgspec", "asyncio", "rich")),
+        (["models", "--help"], ("numpy", "zmq", "msgspec", "asyncio", "rich")),
         (["completion", "zsh"], ("numpy", "zmq", "msgspec", "asyncio", "rich")),
         (["health"], ("asyncio", "rich", "ml_dtypes", "zmq.asyncio")),
+        (["models"], ("numpy", "asyncio", "rich", "ml_dtypes", "zmq.asyncio")),
+        (["reload"], ("numpy", "asyncio", "rich", "ml_dtypes", "zmq.asyncio")),
         (["predict"], ("asyncio", "rich", "ml_dtypes", "zmq.asyncio")),
     ],
 )
@@ -236,6 +242,6 @@ try:
 finally:
     print("imported:", sorted(set({unneeded!r}) & set(sys.modules)))
 """
-    if arguments[0] in ("health", "predict"):
+    if arguments[-1] in ("health", "models", "reload", "predict"):
         code = code.replace(repr(arguments), repr([*arguments, "--host", fake.endpoint]))
     assert python(code).splitlines()[-1] == "imported: []"

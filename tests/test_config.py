@@ -18,13 +18,12 @@ def test_no_file_is_the_defaults() -> None:
     config = load(None, {})
     assert config == Config()
     assert config.bind == ("tcp://127.0.0.1:5555",)
-    assert config.default == "mlp"
 
 
 def test_overrides_win_over_the_file_and_none_is_not_given(tmp_path: Path) -> None:
     path = write(tmp_path, 'models = ["digits"]\nlog_level = "debug"\n[cpu]\nworkers = 3\nthreads = 2\n')
     config = load(path, {"log_level": "error", "models": None, "cpu": {"workers": 1, "threads": None}})
-    assert (config.log_level, config.models, config.default) == ("error", ("digits",), "digits")
+    assert (config.log_level, config.models) == ("error", ("digits",))
     assert (config.cpu.workers, config.cpu.threads) == (1, 2)
 
 
@@ -35,9 +34,11 @@ def test_overrides_win_over_the_file_and_none_is_not_given(tmp_path: Path) -> No
         ("[cpu]\nworkrs = 1", "workrs"),
         ("[limits]\ntensor = 1", "tensor"),
         ("bind = []", "bind"),
+        ('on_device_loss = "weep"', "on_device_loss"),
+        ("[memory]\ncpu_mb = -1.0", "cpu_mb"),
+        ("load_timeout_s = 0.0", "load_timeout_s"),
         ('bind = ["udp://127.0.0.1:1"]', "udp://127.0.0.1:1"),
         ('devices = ["tpu"]', "tpu"),
-        ('default_model = "resnet"', "resnet"),
         ('log_level = "loud"', "log_level"),
         ("drain_timeout_s = -1.0", "drain_timeout_s"),
         ("drain_timeout_s = nan", "drain_timeout_s"),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tnxd.costs import CostCurve, CostModel
+from tnxd.costs import BatchCosts, CostCurve, CostModel
 
 
 def curve(*points: tuple[int, float]) -> CostCurve:
@@ -57,6 +57,45 @@ def test_the_spread_tells_steady_from_erratic() -> None:
     assert erratic.spread(1) > 100.0
 
 
+def test_a_bound_lowers_what_is_expected_and_never_raises_it() -> None:
+    made = curve((8, 100.0))
+    for _ in range(200):
+        made.bound(8, 300.0)
+    assert made.mean(8) == 100.0
+    for _ in range(200):
+        made.bound(8, 50.0)
+    assert made.mean(8) == pytest.approx(50.0, rel=0.01)
+    new = CostCurve()
+    new.bound(8, 300.0)
+    assert new.mean(8) == 300.0
+
+
+def test_what_is_borrowed_is_a_copy() -> None:
+    lane = curve((1, 10.0), (8, 100.0))
+    made = CostCurve()
+    made.borrow(lane, 3)
+    assert (made.mean(1), made.mean(8), made.spread(8)) == (30.0, 300.0, 3 * lane.spread(8))
+    made.observe(8, 30.0)
+    made.observe(64, 30.0)
+    assert (lane.mean(8), lane.mean(16)) == (100.0, 200.0)
+
+
+def test_only_what_is_known_to_be_cheap_is_meant_for_the_callers_thread() -> None:
+    costs = BatchCosts(inline_limit_us=150.0)
+    assert not costs.fits_inline(1)
+    costs.observe_lane(1, 100.0)
+    assert costs.fits_inline(1)
+    assert not costs.fits_inline(2)
+    assert (costs.mean(1), costs.mean(2)) == (100.0, 200.0)
+    costs.inline.observe(1, 50.0)
+    assert (costs.mean(1), costs.lane.mean(1)) == (95.0, 100.0)
+    assert costs.curve(1) is costs.inline
+    assert costs.curve(2) is costs.lane
+    lanes_only = BatchCosts(curve((1, 100.0)))
+    assert not lanes_only.fits_inline(1)
+    assert lanes_only.curve(1) is lanes_only.lane
+
+
 def test_a_curve_per_device_and_model() -> None:
     costs = CostModel()
     costs.curve("cpu", "mlp").observe(1, 100.0)
@@ -65,6 +104,17 @@ def test_a_curve_per_device_and_model() -> None:
     assert not costs.curve("cpu", "other").known
     assert not costs.curve("cpu", "mlp", (128,)).known
     assert not costs.curve("cpu", "mlp", inline=True).known
+
+
+def test_a_model_is_forgotten_on_all_devices_with_all_its_shapes() -> None:
+    costs = CostModel()
+    for device in ("cpu", "cuda:0"):
+        for model in ("mlp", "other"):
+            for group in ((), (128,)):
+                costs.curve(device, model, group).observe(1, 100.0)
+    costs.forget("mlp")
+    assert not any(costs.curve(device, "mlp", group).known for device in ("cpu", "cuda:0") for group in ((), (128,)))
+    assert all(costs.curve(device, "other", group).known for device in ("cpu", "cuda:0") for group in ((), (128,)))
 
 
 def test_the_oldest_curves_go_first() -> None:

@@ -33,7 +33,7 @@ def opened() -> tuple[LanePool, queue.Queue[Execution]]:
 
 def execution(model: Model, *items: np.ndarray, lane: int = 0) -> Execution:
     counts = [len(item) for item in items]
-    batch = Batch(Device("cuda:0", "cuda", 2, frozenset()), lane, model.name, [], sum(counts))
+    batch = Batch(Device("cuda:0", "cuda", 2, set()), lane, model.key, [], sum(counts))
     return Execution(batch, model, [(item,) for item in items], counts, ())
 
 
@@ -96,7 +96,33 @@ def test_running_out_of_memory_fails_the_request_alone(opened: tuple[LanePool, q
     finished = done.get(timeout=60)
     codes = [getattr(outcome, "code", "ok") for outcome in finished.outcomes]
     assert codes == ["ok", "RESOURCE_EXHAUSTED", "ok", "ok"]
-    assert finished.fatal == ""
+    assert (finished.fatal, finished.exhausted, finished.safe_rows) == ("", True, 2)
+
+
+def test_what_does_not_fit_at_once_runs_in_parts(opened: tuple[LanePool, queue.Queue[Execution]]) -> None:
+    pool, done = opened
+    mib = 2**20
+
+    class Hungry(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            workspace = torch.empty(len(x) * 128 * mib, dtype=torch.uint8, device=x.device)
+            return x * 2 + workspace[:0].sum()
+
+    spec = (TensorSpec("x", "FP32", (-1, 1)),)
+    model = Model("hungry", "1", spec, spec, 8, Hungry)
+    pool.load(model)
+    rows_of = [np.full((1, 1), value, np.float32) for value in range(8)]
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info(0)[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(0) + 600 * mib) / total, 0)
+    try:
+        for items in (rows_of, [np.concatenate(rows_of)]):
+            pool.submit(execution(model, *items))
+            finished = done.get(timeout=60)
+            np.testing.assert_array_equal(np.concatenate(outputs(finished)), np.concatenate(rows_of) * 2)
+            assert (finished.fatal, finished.exhausted, finished.safe_rows) == ("", True, 4)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
 
 
 def test_the_daemon_prefers_the_gpu_and_says_why(daemon: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from tnxctl.errors import TensorNextError, Unavailable
 from tnxctl.wire import TensorSpec
-from tnxd.executors.cpu import CpuRunner, available_cores, choose_threads
+from tnxd.executors.cpu import CpuRunner, available_cores, choose_threads, order_weights
 from tnxd.executors.execution import Execution
 from tnxd.executors.pool import LanePool, warm_up_sizes
 from tnxd.executors.runner import Runner
@@ -41,16 +42,35 @@ def test_warm_up_covers_every_power_of_two_and_the_limit() -> None:
     assert warm_up_sizes(12) == [1, 2, 4, 8, 12]
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs a torch with MKL")
+def test_weights_of_linear_layers_are_stored_input_by_input() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4)).requires_grad_(False)
+    example = torch.randn(3, 6)
+    before, weight = net(example), net[0].weight.clone()
+    ordered = order_weights(net)
+    assert ordered[0].weight.t().is_contiguous()
+    assert torch.equal(ordered[0].weight, weight)
+    torch.testing.assert_close(ordered(example), before)
+
+
+def test_weights_that_others_use_too_stay_as_they_are() -> None:
+    net = torch.nn.Sequential(torch.nn.Embedding(5, 6), torch.nn.Linear(6, 5)).requires_grad_(False)
+    net[1].weight = net[0].weight
+    doubles = torch.nn.Linear(6, 5, dtype=torch.float64).requires_grad_(False)
+    assert order_weights(net)[1].weight.is_contiguous()
+    assert order_weights(doubles).weight.is_contiguous()
+
+
 class Probe(torch.nn.Module):
     """Remembers in what surroundings it ran."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[str, bool, int, bool]] = []
+        self.seen: list[tuple[str, bool, int]] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         name = threading.current_thread().name
-        self.seen.append((name, torch.is_inference_mode_enabled(), torch.get_num_threads(), self.training))
+        self.seen.append((name, torch.is_inference_mode_enabled(), torch.get_num_threads()))
         return x + 1
 
 
@@ -68,7 +88,8 @@ def pool(
         "cpu",
         "cpu",
         "",
-        runners=[runner(replicas) for _ in range(runners)],
+        make_runner=lambda: runner(replicas),
+        lanes=runners,
         inline=None,
         replicas=replicas,
         place=lambda module: module,
@@ -79,15 +100,15 @@ def pool(
 
 
 def execution(model: Model, lane: int, value: float) -> Execution:
-    batch = Batch(Device("cpu", "cpu", 1, frozenset()), lane, model.name, [], 1)
+    batch = Batch(Device("cpu", "cpu", 1, set()), lane, model.name, [], 1)
     return Execution(batch, model, [(np.full((1, 2), value, np.float32),)], [1], ())
 
 
 def test_every_lane_runs_in_inference_mode_with_its_share_of_threads() -> None:
-    probe = Probe().train()
+    probe = Probe()
     model = served(lambda: probe)
     lanes, done = pool(3, lambda replicas: CpuRunner(replicas, 2))
-    costs = lanes.load(model)
+    costs = lanes.load(model).costs
     assert [rows for rows, _ in costs] == [1, 2, 4]
     assert all(micros > 0 for _, micros in costs)
     probe.seen.clear()
@@ -103,7 +124,7 @@ def test_every_lane_runs_in_inference_mode_with_its_share_of_threads() -> None:
         total = finished.gather_us + finished.h2d_us + finished.compute_us + finished.d2h_us
         assert total == pytest.approx((finished.finished_ns - finished.started_ns) / 1e3)
     assert outputs == {0: 1.0, 1: 2.0, 2: 3.0}
-    assert sorted(probe.seen) == [(f"cpu/{lane}", True, 2, False) for lane in range(3)]
+    assert sorted(probe.seen) == [(f"cpu/{lane}", True, 2) for lane in range(3)]
 
 
 def test_a_lane_that_cannot_start_answers_all_the_same() -> None:
@@ -135,13 +156,142 @@ def test_a_device_error_is_fatal_and_not_bisected() -> None:
     model = served(Broken)
     lanes.load(model)
     calls[:] = [0] * 9
-    batch = Batch(Device("cpu", "cpu", 1, frozenset()), 0, model.name, [], 2)
+    batch = Batch(Device("cpu", "cpu", 1, set()), 0, model.name, [], 2)
     item = (np.zeros((1, 2), np.float32),)
     lanes.submit(Execution(batch, model, [item, item], [1, 1], ()))
     finished = done.get(timeout=20)
     assert finished.fatal == "an illegal memory access was encountered"
     assert [type(outcome) for outcome in finished.outcomes] == [Unavailable, Unavailable]
     assert len(calls) == 10
+
+
+class Small(torch.nn.Module):
+    """Has memory for so many rows; a row that begins with 100 is one too many, a negative one is an error."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.calls: list[int] = []
+        self.workspace: weakref.ref[torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(x))
+        workspace = x * 2
+        self.workspace = weakref.ref(workspace)
+        if len(x) > self.rows or bool((x[..., 0] == 100).any()):
+            raise torch.OutOfMemoryError("made up")
+        if bool((x < 0).any()):
+            raise ValueError("negative")
+        return workspace
+
+
+class Thrifty(CpuRunner):
+    """Counts how often memory is freed, and looks whether what failed still holds some."""
+
+    def __init__(self, replicas: dict[str, torch.nn.Module], small: Small) -> None:
+        super().__init__(replicas, 1)
+        self.small = small
+        self.freed = 0
+
+    def free_memory(self) -> None:
+        assert self.small.workspace is not None
+        assert self.small.workspace() is None
+        self.freed += 1
+
+
+def run_small(
+    memory: int, *items: list[float], max_batch_size: int = 16, max_rows: int = 0
+) -> tuple[Execution, Small, Thrifty]:
+    """Run one batch of such items, each value a row of two."""
+    small = Small(16)
+    made: list[Thrifty] = []
+
+    def runner(replicas: dict[str, torch.nn.Module]) -> Thrifty:
+        made.append(Thrifty(replicas, small))
+        return made[-1]
+
+    lanes, done = pool(1, runner)
+    spec = (TensorSpec("x", "FP32", (-1, 2) if max_batch_size else (-1,)),)
+    model = Model("m", "1", spec, spec, max_batch_size, lambda: small)
+    lanes.load(model)
+    small.calls.clear()
+    small.rows = memory
+    values = [np.array(item, np.float32) for item in items]
+    arrays = [np.repeat(each[:, None], 2, axis=1) if max_batch_size else each for each in values]
+    counts = [len(array) if max_batch_size else 1 for array in arrays]
+    batch = Batch(Device("cpu", "cpu", 1, set()), 0, model.key, [], sum(counts), max_rows=max_rows)
+    lanes.submit(Execution(batch, model, [(array,) for array in arrays], counts, ()))
+    finished = done.get(timeout=20)
+    for outcome, array in zip(finished.outcomes, arrays, strict=True):
+        if not isinstance(outcome, TensorNextError):
+            np.testing.assert_array_equal(outcome[0], array * 2)
+    return finished, small, made[0]
+
+
+def codes(finished: Execution) -> list[str]:
+    return [outcome.code if isinstance(outcome, TensorNextError) else "ok" for outcome in finished.outcomes]
+
+
+def test_a_batch_that_memory_has_no_room_for_runs_in_halves() -> None:
+    finished, small, runner = run_small(3, [1, 2], [3], [4], [5], [6, 7])
+    assert codes(finished) == ["ok"] * 5
+    assert small.calls == [7, 3, 4, 1, 3]
+    assert (finished.exhausted, finished.safe_rows, runner.freed) == (True, 3, 2)
+
+
+def test_a_request_that_memory_has_no_room_for_runs_in_pieces() -> None:
+    finished, small, runner = run_small(3, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
+    assert codes(finished) == ["ok"]
+    assert small.calls == [10, 5, 2, 2, 2, 2, 2]
+    assert (finished.exhausted, finished.safe_rows, runner.freed) == (True, 2, 2)
+
+
+def test_pieces_keep_to_the_limit_of_the_model_and_to_the_ceiling() -> None:
+    finished, small, _ = run_small(8, [1] * 30)
+    assert codes(finished) == ["ok"]
+    assert small.calls == [16, 8, 8, 8, 6]
+    finished, small, _ = run_small(8, [1] * 30, max_rows=4)
+    assert codes(finished) == ["ok"]
+    assert small.calls == [4] * 7 + [2]
+    assert (finished.exhausted, finished.safe_rows) == (False, 0)
+
+
+def test_the_one_row_that_does_not_fit_fails_its_request_alone() -> None:
+    finished, small, _ = run_small(16, [1], [2, 100, 3], [4, 5], [6])
+    assert codes(finished) == ["ok", "RESOURCE_EXHAUSTED", "ok", "ok"]
+    assert small.calls == [7, 4, 1, 3, 1, 1, 3]
+    assert (finished.exhausted, finished.safe_rows) == (True, 3)
+    assert "cpu has no memory left" in str(finished.outcomes[1])
+    finished, small, _ = run_small(16, [1, 2], [3, 4], [5], [100])
+    assert small.calls == [6, 4, 2, 1, 1]
+    assert (finished.exhausted, finished.safe_rows) == (True, 4)
+
+
+def test_what_cannot_be_divided_fails_for_want_of_memory() -> None:
+    finished, small, _ = run_small(16, [100.0, 1.0], max_batch_size=0)
+    assert codes(finished) == ["RESOURCE_EXHAUSTED"]
+    assert small.calls == [2]
+    assert (finished.exhausted, finished.safe_rows) == (True, 0)
+
+
+def test_another_error_does_not_count_as_want_of_memory() -> None:
+    finished, small, runner = run_small(16, [1, -2, 3], [4])
+    assert codes(finished) == ["INTERNAL", "ok"]
+    assert small.calls == [4, 3, 1]
+    assert (finished.exhausted, finished.safe_rows, runner.freed) == (False, 0, 0)
+
+
+def test_an_empty_request_runs_once() -> None:
+    finished, small, _ = run_small(16, [])
+    assert small.calls == [0]
+    assert codes(finished) == ["ok"]
+
+
+def test_what_is_forgotten_holds_no_staging_memory() -> None:
+    _, _, runner = run_small(16, [1], [2])
+    assert runner.staging._nbytes > 0
+    runner.forget("m@1")
+    assert runner.staging._nbytes == 0
 
 
 def test_a_model_that_fails_to_warm_up_is_not_kept() -> None:
@@ -177,7 +327,7 @@ def test_an_input_alone_reaches_the_model_without_a_copy_if_it_is_aligned() -> N
     raw = np.zeros(4 * 10 + 1, np.uint8)
     for x, same in ((np.ones((1, 100_000), np.float32), True), (raw[1:].view(np.float32).reshape(1, 10), False)):
         width = x.shape[1]
-        batch = Batch(Device("cpu", "cpu", 1, frozenset()), 0, model.name, [], 1)
+        batch = Batch(Device("cpu", "cpu", 1, set()), 0, model.name, [], 1)
         lanes.submit(Execution(batch, model, [(x,)], [1], (width,)))
         done.get(timeout=20)
         assert (addresses[-1] == x.ctypes.data) is same

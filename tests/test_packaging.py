@@ -93,8 +93,8 @@ def test_the_unit_has_no_mistakes(tmp_path: Path) -> None:
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
     installed = tmp_path / UNIT.name
-    # The command exists only once it is installed.
-    installed.write_text(re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={sys.executable}", UNIT.read_text()))
+    # The commands exist only once they are installed.
+    installed.write_text(re.sub(r"(?m)^(Exec\w+)=\S+", rf"\1={sys.executable}", UNIT.read_text()))
     verdict = subprocess.run(["systemd-analyze", "verify", installed], capture_output=True, text=True)
     assert (verdict.returncode, verdict.stdout + verdict.stderr) == (0, "")
 

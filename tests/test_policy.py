@@ -6,6 +6,8 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tnxctl.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from tnxd.costs import CostModel
@@ -32,7 +34,7 @@ def policy(*devices: Device, costs: CostModel | None = None, **limits: Any) -> S
                     costs.curve("cpu", model).observe(rows, 1000.0)
     limits.setdefault("max_requests", 100_000)
     limits.setdefault("max_bytes", 1 << 40)
-    return Scheduler(devices or [Device("cpu", "cpu", 1, MODELS)], costs, **limits)
+    return Scheduler(devices or [Device("cpu", "cpu", 1, set(MODELS))], costs, **limits)
 
 
 def run_one(scheduler: Scheduler, now: int = 0) -> Batch:
@@ -135,6 +137,15 @@ def test_a_running_request_expires_for_its_client() -> None:
     assert scheduler.expire(5 * MS) == [running]
 
 
+def test_one_that_was_added_again_expires_once() -> None:
+    scheduler = policy(Device("cuda:0", "cuda", 1, set(MODELS)), Device("cpu", "cpu", 1, set(MODELS)))
+    moved = request(deadline_ns=5 * MS)
+    scheduler.add(moved, 0)
+    assert scheduler.fail_device("cuda:0", "fell off the bus") == [moved]
+    scheduler.add(moved, 0)
+    assert scheduler.expire(6 * MS) == [moved]
+
+
 def test_an_answered_request_does_not_expire() -> None:
     scheduler = policy()
     answered = request(deadline_ns=5 * MS)
@@ -166,15 +177,63 @@ def test_memory_of_deadlines_is_bounded_by_what_is_there() -> None:
 # --- the caller's own thread ---------------------------------------------------------------------------------
 
 
+def one_cpu(lane_us: float, inline_us: float = 0.0, threads: int = 1) -> Scheduler:
+    """A CPU that runs batches of up to a millisecond on the caller's thread."""
+    costs = CostModel()
+    costs.curve("cpu", "mlp").observe(8, lane_us)
+    if inline_us:
+        costs.curve("cpu", "mlp", inline=True).observe(8, inline_us)
+    return policy(Device("cpu", "cpu", 1, set(MODELS), inline_limit_us=1000.0, lane_threads=threads), costs=costs)
+
+
+def run_for(scheduler: Scheduler, micros: float, **options: Any) -> Batch:
+    """A batch of eight rows, over after so long."""
+    scheduler.add(request(rows=8, **options), 0)
+    ((batch,), _) = scheduler.next_batches(0)
+    scheduler.finished(batch, micros)
+    return batch
+
+
+def test_until_a_batch_ran_on_the_callers_thread_the_lanes_times_their_threads_count() -> None:
+    scheduler = one_cpu(lane_us=100.0, threads=3)
+    assert run_for(scheduler, 50.0).lane == INLINE
+    first = request(rows=8)
+    scheduler.add(first, 0)
+    assert first.predicted_us == pytest.approx(300 + 0.1 * (50 - 300))
+    assert run_for(one_cpu(lane_us=400.0, threads=3), 50.0).lane == 0
+
+
+def test_a_dear_batch_is_predicted_by_the_lane_that_it_goes_to() -> None:
+    """The caller's thread was slow once, or never tried: neither is what the request has to expect."""
+    scheduler = one_cpu(lane_us=1200.0, inline_us=50_000.0)
+    one = request(rows=8, deadline_ns=6 * MS)
+    scheduler.add(one, 0)
+    assert one.predicted_us == pytest.approx(1200)
+    assert run_one(scheduler).lane == 0
+    scheduler = one_cpu(lane_us=1200.0)
+    one = request(rows=8)
+    scheduler.add(one, 0)
+    assert one.predicted_us == pytest.approx(1200)
+
+
+def test_a_batch_inline_is_held_against_deadlines_as_it_was_decided() -> None:
+    scheduler = one_cpu(lane_us=900.0, inline_us=300.0)
+    scheduler.add(request(rows=8, deadline_ns=MS * 7 // 10), 0)  # 300 us and a margin of as much
+    assert run_one(scheduler).lane == INLINE
+
+
 @pytest.mark.parametrize(("threads", "lane"), [(1, INLINE), (4, 0)])
 def test_a_slow_spell_does_not_keep_a_model_off_the_callers_thread(threads: int, lane: int) -> None:
-    costs = CostModel()
-    costs.curve("cpu", "mlp", inline=True).observe(8, 5000.0)
-    costs.curve("cpu", "mlp").observe(8, 500.0)
-    device = Device("cpu", "cpu", 1, MODELS, inline_limit_us=1000.0, lane_threads=threads)
-    scheduler = policy(device, costs=costs)
-    scheduler.add(request(rows=8), 0)
-    assert run_one(scheduler).lane == lane
+    scheduler = one_cpu(lane_us=500.0, inline_us=5000.0, threads=threads)
+    assert run_for(scheduler, 500.0).lane == 0
+    lanes = [run_for(scheduler, 500.0).lane for _ in range(60)]
+    assert lanes[-1] == lane
+
+
+def test_what_is_slow_on_the_callers_thread_leaves_it_however_quick_it_was_on_a_lane() -> None:
+    scheduler = one_cpu(lane_us=500.0)
+    lanes = [run_for(scheduler, 5000.0).lane for _ in range(4)]
+    assert (lanes[0], lanes[-1]) == (INLINE, 0)
 
 
 # --- priorities and fair shares ------------------------------------------------------------------------------
@@ -209,6 +268,31 @@ def test_a_level_that_was_idle_does_not_make_up_for_it() -> None:
         scheduler.add(request(rows=8, priority=0), 0)
     order = [run_one(scheduler).requests[0].priority for _ in range(30)]
     assert order[0] == 0
+    assert 8 <= order.count(1) <= 12
+
+
+def test_a_level_that_finds_the_device_idle_does_not_make_up_for_its_past() -> None:
+    scheduler = policy()
+    for _ in range(100):
+        scheduler.add(request(rows=8, priority=1), 0)
+        run_one(scheduler)
+    for priority in (0, 1):
+        for _ in range(60):
+            scheduler.add(request(rows=8, priority=priority), 0)
+    order = [run_one(scheduler).requests[0].priority for _ in range(30)]
+    assert 8 <= order.count(1) <= 12
+
+
+def test_a_level_whose_batches_always_fail_does_not_have_the_device_for_nothing() -> None:
+    scheduler = policy(costs=CostModel())
+    for priority in (0, 1):
+        for _ in range(60):
+            scheduler.add(request(rows=8, priority=priority), 0)
+    order = []
+    for _ in range(30):
+        ((batch,), _) = scheduler.next_batches(0)
+        scheduler.finished(batch, 0.0)  # what failed tells nothing about costs
+        order.append(batch.requests[0].priority)
     assert 8 <= order.count(1) <= 12
 
 
@@ -256,6 +340,385 @@ def test_one_model_may_not_fill_the_queue_of_all() -> None:
     scheduler.add(request(), 0)
 
 
+def test_one_model_may_not_fill_the_memory_of_all() -> None:
+    scheduler = policy(max_bytes_per_model=10)
+    first = request(nbytes=6)
+    scheduler.add(first, 0)
+    with pytest.raises(ResourceExhausted, match=r"6 bytes are queued for 'mlp' and 5 more .*, 10; the predicted wait"):
+        scheduler.add(request(nbytes=5), 0)
+    scheduler.add(request(model="other", nbytes=10), 0)
+    scheduler.add(request(nbytes=4), 0)
+    assert scheduler.cancel(first)
+    scheduler.add(request(nbytes=6), 0)
+
+
+# --- models that come and go ---------------------------------------------------------------------------------
+
+
+def test_a_model_is_served_from_when_it_comes_until_it_goes() -> None:
+    scheduler = policy()
+    (cpu,) = scheduler.devices.values()
+    with pytest.raises(Unavailable, match="'new@1'"):
+        scheduler.add(request(model="new@1"), 0)
+    cpu.models.add("new@1")
+    taken = request(model="new@1")
+    scheduler.add(taken, 0)
+    cpu.models.discard("new@1")
+    with pytest.raises(Unavailable, match="'new@1'"):
+        scheduler.add(request(model="new@1"), 0)
+    assert run_one(scheduler).requests == [taken]
+
+
+def test_what_is_outstanding_waits_or_runs() -> None:
+    scheduler = policy()
+    assert scheduler.outstanding("mlp") == 0
+    for rows in (8, 1, 1):
+        scheduler.add(request(rows=rows), 0)
+    scheduler.add(request(model="other"), 0)
+    ((batch,), _) = scheduler.next_batches(0)
+    assert (scheduler.outstanding("mlp"), scheduler.outstanding("other")) == (3, 1)
+    scheduler.finished(batch, 1000.0)
+    assert scheduler.outstanding("mlp") == 2
+    scheduler.drop_all()
+    assert (scheduler.outstanding("mlp"), scheduler.outstanding("other")) == (0, 0)
+
+
+def test_what_is_forgotten_comes_back_as_new() -> None:
+    costs = CostModel()
+    scheduler = policy(Device("cpu", "cpu", 2, set(MODELS)), costs=costs)
+    (cpu,) = scheduler.devices.values()
+    scheduler.set_lane_limit("mlp", 1)
+    scheduler.limit_rows("cpu", "mlp", 2)
+    for model in ("mlp", "other"):
+        scheduler.add(request(model=model), 0)
+        run_one(scheduler)
+        assert costs.curve("cpu", model).known
+    cpu.models.discard("mlp")
+    scheduler.forget("mlp")
+    assert cpu.waiting.keys() == {("other", ())}
+    assert not costs.curve("cpu", "mlp").known
+    assert costs.curve("cpu", "other").known
+    cpu.models.add("mlp")
+    for _ in range(2):
+        scheduler.add(request(rows=8), 0)
+    batches, _ = scheduler.next_batches(0)
+    assert [(batch.max_rows, batch.requests[0].predicted_us) for batch in batches] == [(0, 0.0)] * 2
+
+
+def test_a_model_is_not_forgotten_while_something_of_it_is_outstanding() -> None:
+    scheduler = policy()
+    scheduler.add(request(), 0)
+    for device in scheduler.devices.values():
+        device.models.clear()
+    with pytest.raises(AssertionError):
+        scheduler.forget("mlp")
+
+
+# --- lanes of a model ----------------------------------------------------------------------------------------
+
+
+def lanes_of(count: int, **options: Any) -> Scheduler:
+    costs = CostModel()
+    for model in MODELS:
+        costs.curve("cpu", model).observe(8, 1000.0)
+    return policy(Device("cpu", "cpu", count, set(MODELS), **options), costs=costs)
+
+
+def models(batches: list[Batch]) -> list[str]:
+    return [batch.model for batch in batches]
+
+
+def test_a_model_runs_on_no_more_lanes_than_it_may_and_others_on_the_rest() -> None:
+    scheduler = lanes_of(3)
+    scheduler.set_lane_limit("mlp", 1)
+    for model in ("mlp", "mlp", "mlp", "other", "other", "other"):
+        scheduler.add(request(model=model, rows=8), 0)
+    batches, _ = scheduler.next_batches(0)
+    assert models(batches) == ["mlp", "other", "other"]
+    scheduler.finished(batches[1], 1000.0)
+    assert models(scheduler.next_batches(0)[0]) == ["other"]
+    scheduler.finished(batches[2], 1000.0)
+    assert scheduler.next_batches(0)[0] == []  # a lane is free, for another model
+    scheduler.finished(batches[0], 1000.0)
+    assert models(scheduler.next_batches(0)[0]) == ["mlp"]
+
+
+def test_the_callers_thread_counts_as_a_lane() -> None:
+    scheduler = lanes_of(2, inline_limit_us=5000.0)
+    scheduler.set_lane_limit("mlp", 1)
+    for _ in range(2):
+        scheduler.add(request(rows=8), 0)
+    ((inline,), _) = scheduler.next_batches(0)
+    assert inline.lane == INLINE
+    assert scheduler.next_batches(0)[0] == []
+    scheduler.finished(inline, 1000.0)
+    assert len(scheduler.next_batches(0)[0]) == 1
+
+
+def test_a_limit_that_is_lifted_counts_at_once() -> None:
+    scheduler = lanes_of(3)
+    scheduler.set_lane_limit("mlp", 1)
+    for _ in range(3):
+        scheduler.add(request(rows=8), 0)
+    assert len(scheduler.next_batches(0)[0]) == 1
+    scheduler.set_lane_limit("mlp", 2)
+    assert len(scheduler.next_batches(0)[0]) == 1
+    scheduler.set_lane_limit("mlp", 0)
+    assert len(scheduler.next_batches(0)[0]) == 1
+
+
+def test_a_batch_that_hangs_does_not_keep_its_model_from_other_lanes() -> None:
+    scheduler = lanes_of(2)
+    scheduler.set_lane_limit("mlp", 1)
+    for _ in range(3):
+        scheduler.add(request(rows=8), 0)
+    ((hangs,), _) = scheduler.next_batches(0)
+    assert scheduler.next_batches(0)[0] == []
+    for _ in range(2):
+        scheduler.give_up(hangs)
+    assert scheduler.outstanding("mlp") == 3
+    ((other,), _) = scheduler.next_batches(0)
+    scheduler.finished(hangs, 0.0)
+    assert scheduler.next_batches(0)[0] == []
+    scheduler.finished(other, 1000.0)
+    assert len(run_one(scheduler).requests) == 1
+    assert scheduler.outstanding("mlp") == 0
+
+
+def test_groups_of_a_model_share_its_lanes_by_turns() -> None:
+    scheduler = lanes_of(3)
+    scheduler.set_lane_limit("mlp", 1)
+    for group in (1, 2, 3):
+        for _ in range(3):
+            scheduler.add(request(rows=8, group=(group,)), 0)
+    order = [run_one(scheduler).requests[0].group for _ in range(9)]
+    assert order == [(1,), (2,), (3,)] * 3
+
+
+def test_those_that_wait_for_a_lane_of_their_model_can_leave() -> None:
+    scheduler = lanes_of(2)
+    scheduler.set_lane_limit("mlp", 1)
+    scheduler.add(request(rows=8), 0)
+    ((running,), _) = scheduler.next_batches(0)
+    cancelled, expiring, stranded = request(group=(1,)), request(deadline_ns=5 * MS), request(group=(2,))
+    for one in (cancelled, expiring, stranded):
+        scheduler.add(one, 0)
+    assert scheduler.next_batches(0)[0] == []
+    assert scheduler.cancel(cancelled)
+    assert scheduler.expire(5 * MS) == [expiring]
+    assert scheduler.fail_device("cpu", "fell off the bus") == [stranded]
+    scheduler.finished(running, 1000.0)
+    assert scheduler.next_batches(0) == ([], [])
+    assert (scheduler.queued, scheduler.outstanding("mlp")) == (0, 0)
+
+
+def test_a_level_that_waited_for_a_lane_of_its_model_does_not_make_up_for_it() -> None:
+    scheduler = lanes_of(2)
+    scheduler.set_lane_limit("mlp", 1)
+    for _ in range(2):
+        scheduler.add(request(rows=8, priority=0), 0)
+    ((held,), _) = scheduler.next_batches(0)
+    for _ in range(200):
+        scheduler.add(request(model="other", rows=8, priority=1), 0)
+    for _ in range(100):
+        run_one(scheduler)
+    scheduler.set_lane_limit("mlp", 0)
+    for _ in range(100):
+        scheduler.add(request(rows=8, priority=0), 0)
+    order = [run_one(scheduler).requests[0].priority for _ in range(30)]
+    assert 8 <= order.count(1) <= 12
+    scheduler.finished(held, 1000.0)
+
+
+def test_predictions_know_of_lanes() -> None:
+    scheduler = lanes_of(4)
+    scheduler.set_lane_limit("mlp", 1)
+    for _ in range(21):
+        scheduler.add(request(rows=8), 0)
+    scheduler.next_batches(0)
+    limited, free = request(rows=8), request(model="other", rows=8)
+    scheduler.add(limited, 0)
+    scheduler.add(free, 0)
+    assert limited.predicted_us == pytest.approx(22_000)
+    assert free.predicted_us == pytest.approx(1000 / 4 + 1000)
+    scheduler.next_batches(0)
+    last = request(model="other", rows=8)
+    scheduler.add(last, 0)
+    assert last.predicted_us == pytest.approx(2 * 1000 / 4 + 1000)
+
+
+# --- spare lanes ---------------------------------------------------------------------------------------------
+
+
+def test_a_spare_batch_takes_a_lane_that_nothing_waits_for() -> None:
+    scheduler = lanes_of(2, inline_limit_us=5000.0)
+    batch = scheduler.spare("mlp", (), 8, 0)
+    assert batch is not None
+    assert (batch.model, batch.requests, batch.rows, batch.device.name) == ("mlp", [], 8, "cpu")
+    assert batch.lane in (0, 1)
+    assert batch.device.free_lanes == [1 - batch.lane]
+    assert (scheduler.running, scheduler.outstanding("mlp"), scheduler.queued) == (1, 1, 0)
+    scheduler.finished(batch, 3000.0)
+    assert sorted(batch.device.free_lanes) == [0, 1]
+    assert (scheduler.running, scheduler.outstanding("mlp"), batch.device.outstanding_rows) == (0, 0, 0)
+
+
+def test_a_spare_batch_counts_in_predictions_as_a_lane_that_is_busy_and_its_cost_is_learned() -> None:
+    costs = CostModel()
+    costs.curve("cpu", "mlp").observe(8, 1000.0)
+    scheduler = policy(Device("cpu", "cpu", 1, set(MODELS)), costs=costs)
+    (cpu,) = scheduler.devices.values()
+    batch = scheduler.spare("mlp", (), 8, 0)
+    assert batch is not None
+    one = request(rows=8)
+    scheduler.add(one, 0)
+    assert one.predicted_us == pytest.approx(2000)
+    assert scheduler.next_batches(0)[0] == []
+    passes = list(cpu.passes)
+    scheduler.finished(batch, 2000.0)
+    assert cpu.passes == passes
+    assert costs.curve("cpu", "mlp").mean(8) == pytest.approx(1100)
+    assert run_one(scheduler).requests == [one]
+
+
+def test_there_is_no_spare_lane_where_something_waits_or_nothing_is_free() -> None:
+    scheduler = lanes_of(2)
+    scheduler.add(request(max_delay_ns=3 * MS), 0)
+    assert scheduler.spare("mlp", (), 1, 0) is None  # it waits for company and not for a lane, all the same
+    run_one(scheduler, 3 * MS)
+    assert scheduler.spare("mlp@3", (), 1, 0) is None
+    first, second = scheduler.spare("mlp", (), 1, 0), scheduler.spare("other", (), 1, 0)
+    assert first is not None
+    assert second is not None
+    assert scheduler.spare("mlp", (), 1, 0) is None
+    scheduler.finished(first, 0.0)
+    scheduler.fail_device("cpu", "fell off the bus")
+    assert scheduler.spare("mlp", (), 1, 0) is None
+
+
+def test_a_spare_batch_keeps_to_the_lanes_and_rows_of_its_model() -> None:
+    scheduler = lanes_of(3)
+    scheduler.set_lane_limit("mlp", 1)
+    scheduler.limit_rows("cpu", "mlp", 2)
+    batch = scheduler.spare("mlp", (), 8, 0)
+    assert batch is not None
+    assert batch.max_rows == 2
+    assert scheduler.spare("mlp", (), 8, 0) is None
+    one = request()
+    scheduler.add(one, 0)
+    assert scheduler.next_batches(0)[0] == []
+    scheduler.finished(batch, 1000.0)
+    assert run_one(scheduler).requests == [one]
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+def test_after_memory_ran_out_batches_are_as_large_as_what_worked() -> None:
+    scheduler = policy()
+    scheduler.limit_rows("cpu", "mlp", 3)
+    for rows in (1, 1, 1, 1, 8, 1):
+        scheduler.add(request(rows=rows), 0)
+        scheduler.add(request(model="other", rows=rows), 0)
+    batches = []
+    while scheduler.queued:
+        batches.append(run_one(scheduler))
+    sizes = {model: [batch.rows for batch in batches if batch.model == model] for model in MODELS}
+    assert sizes == {"mlp": [3, 1, 8, 1], "other": [4, 8, 1]}
+    assert {batch.model: batch.max_rows for batch in batches} == {"mlp": 3, "other": 0}
+
+
+def test_nothing_worked_leaves_one_row_at_a_time() -> None:
+    scheduler = policy()
+    scheduler.limit_rows("cpu", "mlp", 0)
+    for _ in range(2):
+        scheduler.add(request(), 0)
+    assert [run_one(scheduler).rows for _ in range(2)] == [1, 1]
+
+
+def test_a_late_report_does_not_raise_the_ceiling() -> None:
+    scheduler = policy()
+    for rows in (2, 4):
+        scheduler.limit_rows("cpu", "mlp", rows)
+    for _ in range(8):
+        scheduler.add(request(), 0)
+    assert run_one(scheduler).rows == 2
+
+
+def test_predictions_and_the_wait_for_company_know_of_the_ceiling() -> None:
+    scheduler = policy()
+    scheduler.limit_rows("cpu", "mlp", 2)
+    for _ in range(8):
+        scheduler.add(request(), 0)
+    last = request()
+    scheduler.add(last, 0)
+    assert last.predicted_us == pytest.approx(5000)
+    scheduler.drop_all()
+    for _ in range(2):
+        scheduler.add(request(group=(1,), max_delay_ns=3 * MS), 0)
+    assert run_one(scheduler).rows == 2
+
+
+def test_batches_that_were_formed_before_do_not_raise_the_ceiling() -> None:
+    scheduler = lanes_of(300)
+    for _ in range(300):
+        scheduler.add(request(rows=8), 0)
+    batches, _ = scheduler.next_batches(0)
+    scheduler.limit_rows("cpu", "mlp", 4)
+    for batch in batches:
+        scheduler.finished(batch, 1000.0)
+    scheduler.add(request(rows=8), 0)
+    assert run_one(scheduler).max_rows == 4
+
+
+def test_the_ceiling_rises_as_batches_work_and_ends_at_the_limit_of_the_model() -> None:
+    scheduler = policy()
+    scheduler.limit_rows("cpu", "mlp", 3)
+    seen = []
+    for _ in range(600):
+        scheduler.add(request(rows=2), 0)
+        scheduler.add(request(rows=2), 0)
+        while scheduler.queued:
+            seen.append(run_one(scheduler).max_rows)
+    assert sorted(set(seen), key=seen.index) == [3, 6, 0]
+    assert seen.count(3) == seen.count(6) == 256
+
+
+def test_batches_that_fail_or_are_small_do_not_raise_the_ceiling() -> None:
+    scheduler = policy()
+    scheduler.limit_rows("cpu", "mlp", 4)
+    for rows, micros in [(2, 1000.0), (4, 0.0)] * 300:
+        scheduler.add(request(rows=rows), 0)
+        ((batch,), _) = scheduler.next_batches(0)
+        scheduler.finished(batch, micros)
+        assert batch.max_rows == 4
+
+
+def test_a_request_that_did_not_fit_goes_elsewhere() -> None:
+    gpus = [Device(f"cuda:{index}", "cuda", 1, set(MODELS), 8000.0) for index in range(2)]
+    scheduler = policy(*gpus, Device("cpu", "cpu", 1, set(MODELS)))
+    one = request()
+    for device, reason in [
+        ("cuda:0", "cuda:0 has 8000 MiB free"),
+        ("cuda:1", "cuda:0 had no memory left for it; cuda:1 has 8000 MiB free"),
+        ("cpu", "cuda:0 had no memory left for it, cuda:1 had no memory left for it; no other GPU is ready"),
+    ]:
+        scheduler.add(one, 0)
+        assert (one.device, one.reason) == (device, reason)
+        assert run_one(scheduler).requests == [one]
+        one.excluded |= {one.device}
+
+
+def test_a_request_for_any_device_that_did_not_fit_goes_elsewhere() -> None:
+    scheduler = two_devices()
+    one = request(rows=64, wanted="auto", max_batch_size=64, excluded=frozenset({"cuda:0"}))
+    scheduler.add(one, 0)
+    assert one.device == "cpu"
+    assert one.reason.startswith("cuda:0 had no memory left for it; done first there: cpu")
+    with pytest.raises(Unavailable):
+        scheduler.add(request(wanted="auto", excluded=frozenset({"cuda:0", "cpu"})), 0)
+
+
 # --- cancelling ----------------------------------------------------------------------------------------------
 
 
@@ -291,7 +754,7 @@ def two_devices() -> Scheduler:
     for rows in (1, 8, 64):
         costs.curve("cpu", "mlp").observe(rows, 50.0 + 50.0 * rows)
         costs.curve("cuda:0", "mlp").observe(rows, 400.0 + 2.0 * rows)
-    return policy(Device("cuda:0", "cuda", 1, MODELS, 8000.0), Device("cpu", "cpu", 1, MODELS), costs=costs)
+    return policy(Device("cuda:0", "cuda", 1, set(MODELS), 8000.0), Device("cpu", "cpu", 1, set(MODELS)), costs=costs)
 
 
 def test_auto_takes_the_device_that_is_done_first() -> None:
@@ -353,3 +816,205 @@ def test_after_a_batch_the_wait_for_company_begins_anew() -> None:
     scheduler.add(request(max_delay_ns=3 * MS), 4 * MS)
     assert scheduler.next_batches(6 * MS) == ([], [])
     assert len(run_one(scheduler, 7 * MS).requests) == 1
+
+
+# --- everything at once --------------------------------------------------------------------------------------
+
+_NAMES = ("net@1", "net@2")
+_DEVICES = ("cuda:0", "cpu")
+_model = st.sampled_from(_NAMES)
+_device = st.sampled_from(_DEVICES)
+
+_steps = st.one_of(
+    # A burst of requests: their model, rows, priority, shape, device, number.
+    st.tuples(
+        st.just("add"),
+        _model,
+        st.integers(0, 12),
+        st.integers(0, 3),
+        st.integers(0, 1),
+        st.sampled_from(["", "auto", "cpu"]),
+        st.integers(1, 6),
+    ),
+    st.tuples(st.just("look"), st.integers(0, 4000)),
+    st.tuples(st.just("finish"), st.integers(0, 9), st.sampled_from([0.0, 100.0])),
+    st.tuples(st.just("cancel"), st.integers(0, 50)),
+    st.tuples(st.just("spare"), _model, st.integers(1, 12)),
+    st.tuples(st.just("lanes"), _model, st.integers(0, 2)),
+    st.tuples(st.just("rows"), _model, _device, st.integers(0, 6)),
+    st.tuples(st.just("come"), _model, _device),
+    st.tuples(st.just("go"), _model),
+    st.tuples(st.just("fail")),
+    st.tuples(st.just("hang"), st.integers(0, 9)),
+)
+
+
+class Machine:
+    """A scheduler that is driven as the daemon does it, and the rules that hold whatever happens."""
+
+    def __init__(self) -> None:
+        self.cpu = Device("cpu", "cpu", 3, set(_NAMES), inline_limit_us=150.0)
+        self.gpu = Device("cuda:0", "cuda", 2, set(_NAMES), 8000.0)
+        self.scheduler = policy(
+            self.gpu, self.cpu, costs=CostModel(), max_requests=25, max_per_model=15, max_bytes_per_model=60
+        )
+        self.now_ns = 0
+        self.added: list[Request] = []
+        self.ends: Counter[int] = Counter()
+        self.running: list[Batch] = []
+        self.lanes = dict.fromkeys(_NAMES, 0)
+        self.ceilings: dict[tuple[str, str], int] = {}
+
+    def add(self, model: str, rows: int, level: int, group: int, wanted: str, count: int) -> None:
+        for client in range(count):
+            one = request(model, rows=rows, nbytes=rows, priority=level, group=(group,), wanted=wanted)
+            one.client = b"%d" % (client % 2)
+            if self.accepts(one):
+                self.added.append(one)
+
+    def accepts(self, one: Request) -> bool:
+        try:
+            self.scheduler.add(one, self.now_ns)
+        except Unavailable:
+            assert one.model not in self.cpu.models
+            assert one.wanted == "cpu" or one.model not in self.gpu.models or self.gpu.error
+            return False
+        except ResourceExhausted:
+            same = [other for other in self.added if other.waiting and other.model == one.model]
+            too_many = self.scheduler.queued == 25 or len(same) == 15
+            assert too_many or sum(other.nbytes for other in same) + one.nbytes > 60
+            return False
+        return True
+
+    def look(self, passed_us: int = 0) -> None:
+        self.now_ns += 1000 * passed_us
+        before = self.alive()
+        batches, late = self.scheduler.next_batches(self.now_ns)
+        assert not late
+        self.running += batches
+        for batch in batches:
+            assert batch.requests
+            assert not batch.device.error
+            assert {(one.model, one.device) for one in batch.requests} == {(batch.model, batch.device.name)}
+            ceiling = self.ceilings.get((batch.device.name, batch.model), 0)
+            assert batch.max_rows == ceiling
+            assert len(batch.requests) == 1 or batch.rows <= (ceiling or 8)
+        after = self.alive()
+        for place in after - before:
+            assert not self.lanes[place[1]] or after[place] <= self.lanes[place[1]]
+        for device in (self.gpu, self.cpu):
+            used = [batch.lane for batch in self.running if batch.device is device and batch.lane != INLINE]
+            assert sorted([*used, *device.free_lanes]) == list(range(device.lanes))
+            for (model, _), queue in device.waiting.items():
+                # Nothing waits beside a free lane, but for a lane of its own.
+                assert not queue.count or not device.free_lanes or 0 < self.lanes[model] <= after[device.name, model]
+
+    def alive(self) -> Counter[tuple[str, str]]:
+        """Batches that run and do not hang, by device and model."""
+        return Counter((batch.device.name, batch.model) for batch in self.running if not batch.given_up)
+
+    def hang(self, which: int) -> None:
+        if self.running:
+            self.scheduler.give_up(self.running[which % len(self.running)])
+
+    def finish(self, which: int, micros: float) -> None:
+        if self.running:
+            batch = self.running.pop(which % len(self.running))
+            self.scheduler.finished(batch, micros)
+            for one in batch.requests:
+                assert not one.waiting
+                self.end(one)
+
+    def end(self, one: Request) -> None:
+        one.done = True
+        self.ends[id(one)] += 1
+
+    def cancel(self, which: int) -> None:
+        if self.added:
+            one = self.added[which % len(self.added)]
+            if self.scheduler.cancel(one):
+                self.end(one)
+
+    def spare(self, model: str, rows: int) -> None:
+        passes = [list(device.passes) for device in (self.gpu, self.cpu)]
+        batch = self.scheduler.spare(model, (0,), rows, self.now_ns)
+        assert [list(device.passes) for device in (self.gpu, self.cpu)] == passes
+        if batch is not None:
+            device = batch.device
+            assert batch.lane != INLINE
+            assert not device.queued
+            assert not device.error
+            assert model in device.models
+            self.running.append(batch)
+            assert not self.lanes[model] or self.alive()[device.name, model] <= self.lanes[model]
+
+    def limit_lanes(self, model: str, lanes: int) -> None:
+        self.lanes[model] = lanes
+        self.scheduler.set_lane_limit(model, lanes)
+
+    def limit_rows(self, model: str, device: str, rows: int) -> None:
+        self.scheduler.limit_rows(device, model, rows)
+        self.ceilings[device, model] = min(self.ceilings.get((device, model), 8), max(rows, 1))
+
+    def come(self, model: str, device: str) -> None:
+        self.scheduler.devices[device].models.add(model)
+
+    def go(self, model: str) -> None:
+        for device in (self.gpu, self.cpu):
+            device.models.discard(model)
+        if not self.scheduler.outstanding(model):
+            self.scheduler.forget(model)
+            self.lanes[model] = 0
+            self.ceilings = {key: rows for key, rows in self.ceilings.items() if key[1] != model}
+            assert not any(key[0] == model for device in (self.gpu, self.cpu) for key in device.waiting)
+
+    def fail(self) -> None:
+        for one in self.scheduler.fail_device("cuda:0", "fell off the bus"):
+            if not self.accepts(one):
+                self.end(one)
+
+    def count(self) -> None:
+        for model in _NAMES:
+            alive = sum(one.waiting for one in self.added if one.model == model)
+            alive += sum(len(batch.requests) or 1 for batch in self.running if batch.model == model)
+            assert self.scheduler.outstanding(model) == alive
+            waiting = [one.nbytes for one in self.added if one.model == model and one.waiting]
+            assert len(waiting) <= 15
+            assert sum(waiting) <= 60
+        assert self.scheduler.queued <= 25
+
+
+@given(st.lists(_steps, min_size=20, max_size=60))
+def test_whatever_comes_and_goes_nothing_is_lost_and_every_limit_is_kept(steps: list[tuple[Any, ...]]) -> None:
+    """Models come and go, lanes and rows are limited, spare batches run: requests end once, and none waits in vain."""
+    machine = Machine()
+    does = {
+        "add": machine.add,
+        "look": machine.look,
+        "finish": machine.finish,
+        "cancel": machine.cancel,
+        "spare": machine.spare,
+        "lanes": machine.limit_lanes,
+        "rows": machine.limit_rows,
+        "come": machine.come,
+        "go": machine.go,
+        "fail": machine.fail,
+        "hang": machine.hang,
+    }
+    for name, *arguments in steps:
+        does[name](*arguments)
+        machine.count()
+    scheduler = machine.scheduler
+    while scheduler.queued or machine.running:
+        machine.look()
+        while machine.running:
+            machine.finish(0, 0.0)
+    assert machine.ends == Counter(id(one) for one in machine.added)
+    assert (scheduler.queued, scheduler.queued_bytes, scheduler.running) == (0, 0, 0)
+    for device in (machine.gpu, machine.cpu):
+        assert (device.outstanding_rows, device.queued, device.counts) == (0, 0, [0, 0, 0, 0])
+        assert not any(turns.members for turns in device.turns)
+        assert not device.held
+        for placement in device.placements.values():
+            assert placement.lanes == []
+            assert placement.backlog_us == pytest.approx([0.0] * 4, abs=1e-6)

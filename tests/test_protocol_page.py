@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -19,6 +19,7 @@ from dealer import Dealer
 from tnxctl import errors, wire
 from tnxctl.frames import STORAGE, view_tensors
 from tnxctl.wire import Limits
+from tnxd import registry
 
 PAGE = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text(encoding="utf-8")
 CLIENT = Path(__file__).parent / "clients" / "minimal.mjs"
@@ -82,9 +83,12 @@ def page_type(kind: msgspec.inspect.Type) -> str:
     raise AssertionError(f"{kind} has no name on the page")
 
 
-def page_value(value: Any) -> str:
-    """How the page writes a default."""
-    return "nil" if value is None else json.dumps(value)
+def page_default(field: msgspec.inspect.Field) -> str:
+    """How the page writes what a field is when it is left out."""
+    if field.required:
+        return "required"
+    default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+    return "nil" if default is None else json.dumps(default)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +102,15 @@ def page_value(value: Any) -> str:
         ("health, the report", [wire.HealthReport, wire.DeviceInfo, wire.ModelInfo]),
         ("metadata, the request", [wire.Metadata]),
         ("metadata, the report", [wire.MetadataReport]),
+        ("models, the request", [wire.Models]),
+        ("models, the report", [wire.ModelsReport]),
+        ("load", [wire.Load]),
+        ("unload", [wire.Unload]),
+        ("route", [wire.Route]),
+        ("reload, the request", [wire.Reload]),
+        ("reload, the report", [wire.ReloadReport]),
+        ("compare, the request", [wire.Compare]),
+        ("compare, the report", [wire.Comparison, wire.OutputDifference, wire.Percentiles]),
     ],
 )
 def test_fields(title: str, headers: list[type[msgspec.Struct]]) -> None:
@@ -107,10 +120,7 @@ def test_fields(title: str, headers: list[type[msgspec.Struct]]) -> None:
     for table, header in zip(found, headers, strict=True):
         info = msgspec.inspect.type_info(header)
         assert isinstance(info, msgspec.inspect.StructType)
-        expected = {
-            field.name: (page_type(field.type), "required" if field.required else page_value(field.default))
-            for field in info.fields
-        }
+        expected = {field.name: (page_type(field.type), page_default(field)) for field in info.fields}
         if info.tag_field is not None:
             expected[info.tag_field] = ("str", "required")
         on_page = {bare(name): (kind, bare(default)) for name, kind, default, _ in table}
@@ -160,10 +170,20 @@ EXAMPLES: dict[str, Any] = {
     "health report": wire.HealthReport,
     "metadata request": wire.Metadata,
     "metadata report": wire.MetadataReport,
+    "models request": wire.Models,
+    "models report": wire.ModelsReport,
+    "load": wire.Load,
+    "unload": wire.Unload,
+    "route": wire.Route,
+    "reload request": wire.Reload,
+    "reload report": wire.ReloadReport,
+    "compare request": wire.Compare,
+    "compare report": wire.Comparison,
 }
 
 
 def test_there_is_an_example_of_every_header() -> None:
+    assert set(EXAMPLES.values()) == {*get_args(wire.Request), *get_args(wire.Reply)}
     assert re.findall(r"^### Example: (.*)$", PAGE, re.MULTILINE) == list(EXAMPLES)
 
 
@@ -177,15 +197,15 @@ def test_example(title: str) -> None:
 
     assert re.findall(r", (\d+) bytes:", text) == [str(len(frame)) for frame in (header, *frames)]
     assert msgspec.msgpack.decode(header) == values["header"]
-    decode = (
-        wire.decode_request if kind in (wire.Predict, wire.Cancel, wire.Health, wire.Metadata) else wire.decode_reply
-    )
+    decode = wire.decode_request if kind in get_args(wire.Request) else wire.decode_reply
     decoded = decode(header, Limits())
     assert type(decoded) is kind
     assert decoded == msgspec.convert(values["header"], kind)
     assert wire.encode(decoded) == header
 
-    specs = getattr(decoded, "inputs", getattr(decoded, "outputs", ()))
+    specs: tuple[wire.TensorSpec, ...] = ()
+    if isinstance(decoded, wire.Predict | wire.Result):
+        specs = decoded.inputs if isinstance(decoded, wire.Predict) else decoded.outputs
     arrays = view_tensors(specs, frames, Limits())
     assert [array.tolist() for array in arrays] == values.get("tensors", [])
     for spec, frame, numbers in zip(specs, frames, values.get("tensors", []), strict=True):
@@ -204,6 +224,18 @@ def test_the_largest_deadline_and_the_levels() -> None:
     meanings = {bare(name): meaning for name, _, _, meaning in fields}
     assert f"at most {wire.MAX_DEADLINE_US:.0f}, a day" in meanings["deadline_us"]
     assert meanings["priority"].startswith(f"0 to {wire.LOWEST_PRIORITY}.")
+
+
+def test_the_largest_weight() -> None:
+    (fields,) = tables(section("route"))
+    meanings = {bare(name): meaning for name, _, _, meaning in fields}
+    assert f"0 to {wire.MAX_WEIGHT:.0f}, and not all 0" in meanings["weights"]
+
+
+def test_every_status_of_a_version() -> None:
+    (statuses,) = tables(section("Status of a version"))
+    names = [json.loads(bare(name)) for name, _ in statuses]
+    assert sorted(names) == sorted(value for name, value in vars(registry).items() if name.isupper())
 
 
 def test_zmtp_handshake() -> None:

@@ -9,20 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnxctl.errors import DeadlineExceeded, ResourceExhausted, Unavailable
-from tnxd.costs import CostCurve, CostModel
+from tnxd.costs import BatchCosts, CostModel
 from tnxd.scheduler import Scheduler
 from tnxd.waiting import LEVELS, Waiting
-from tnxd.work import INLINE, NEVER, Batch, Device, Request
+from tnxd.work import INLINE, NEVER, Batch, Device, Load, Placement, Request
 
 MODELS = frozenset({"mlp", "other"})
 
 
 def cpu(lanes: int = 1, inline_limit_us: float = 0.0) -> Device:
-    return Device("cpu", "cpu", lanes, MODELS, inline_limit_us=inline_limit_us)
+    return Device("cpu", "cpu", lanes, set(MODELS), inline_limit_us=inline_limit_us)
 
 
 def gpu(index: int = 0, free_mb: float = 8000.0, lanes: int = 1, models: frozenset[str] = MODELS) -> Device:
-    return Device(f"cuda:{index}", "cuda", lanes, models, free_mb)
+    return Device(f"cuda:{index}", "cuda", lanes, set(models), free_mb)
 
 
 def request(rows: int = 1, **options: object) -> Request:
@@ -271,7 +271,7 @@ def test_a_full_batch_is_not_cut_for_one_where_that_costs_more_than_it_saves() -
 @given(st.lists(st.tuples(st.integers(0, 900_000_000), st.integers(0, 9)), max_size=40), st.integers(0, 1_000_000_000))
 def test_rows_due_are_counted_up_to_a_bucket(entries: list[tuple[int, int]], asked_ns: int) -> None:
     for in_line in (False, True):
-        queue = Waiting(("mlp", ()), CostCurve(), CostCurve())
+        queue = Waiting(("mlp", ()), BatchCosts(), Placement(Load()))
         for serial, (due_ns, rows) in enumerate(sorted(entries) if in_line else entries):
             one = request(1) if in_line else request(rows, client=b"%d" % (serial % 2))
             one.due_ns, one.serial, one.waiting = due_ns, serial, True
@@ -315,12 +315,11 @@ def test_whatever_happens_each_request_ends_once_and_none_is_started_late(
             assert one.deadline_ns != NEVER
             end(one)
         for batch in batches:
-            curve = batch.curve
             assert batch.rows == sum(one.rows for one in batch.requests)
             assert len(batch.requests) == 1 or batch.rows <= 8
             for one in batch.requests:
                 assert not one.done
-                assert one.deadline_ns >= now_ns + int(curve.mean(batch.rows) * 1e3)
+                assert one.deadline_ns >= now_ns + int(batch.costs.lane.mean(batch.rows) * 1e3)
         assert policy.next_event_ns() > now_ns
 
     for action, size, level, patience_ms in steps:

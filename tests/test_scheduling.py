@@ -205,7 +205,7 @@ def test_a_hung_batch_is_given_up_and_other_lanes_go_on(run_daemon: RunDaemon, t
         hung = dealer.predict(rows(1, 4, 1.0))
         error = dealer.error()
         assert (error.id, error.code) == (hung, "INTERNAL")
-        assert "'wait' ran for over 0.5 s on cpu" in error.message
+        assert "'wait@1' ran for over 0.5 s on cpu" in error.message
         for _ in range(5):
             dealer.predict(rows(1, 4))
             dealer.result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import msgspec
@@ -45,7 +46,8 @@ def predict(
         "min_gpu_memory_mb": 0.0,
         "device": "",
         "deadline": None,
-        "priority": wire.DEFAULT_PRIORITY,
+        "priority": None,
+        "route_key": "",
         **options,
     }
     return session.predict(inputs, timeout=timeout, now=now, **arguments)
@@ -107,12 +109,14 @@ def test_one_array_is_the_only_input(idle: Session) -> None:
 
 def test_what_is_not_asked_for_is_not_sent(idle: Session) -> None:
     plain = msgspec.msgpack.decode(predict(idle).frames[0])
-    assert plain.keys().isdisjoint({"model", "device", "deadline_us", "priority"})
+    assert plain.keys().isdisjoint({"model", "device", "deadline_us", "priority", "route_key"})
 
 
-def test_device_deadline_and_priority_are_sent(idle: Session) -> None:
-    asked = header(predict(idle, device="cuda:1", deadline=0.05, priority=np.int64(3)))
-    assert (asked.device, asked.deadline_us, asked.priority) == ("cuda:1", 50_000.0, 3)
+def test_device_deadline_priority_and_route_key_are_sent(idle: Session) -> None:
+    asked = header(predict(idle, device="cuda:1", deadline=0.05, priority=np.int64(3), route_key="ann"))
+    assert (asked.device, asked.deadline_us, asked.priority, asked.route_key) == ("cuda:1", 50_000.0, 3, "ann")
+    explicit = msgspec.msgpack.decode(predict(idle, priority=wire.DEFAULT_PRIORITY).frames[0])
+    assert explicit["priority"] == wire.DEFAULT_PRIORITY, "whatever the model's own is"
     assert header(predict(idle, deadline=86_400, timeout=1e6)).deadline_us == wire.MAX_DEADLINE_US
 
 
@@ -177,7 +181,10 @@ def test_ids_differ(idle: Session) -> None:
         ({"priority": 1.0}, r"priority 1\.0"),
         ({"priority": math.nan}, "priority nan"),
         ({"priority": True}, "priority True"),
-        ({"priority": None}, "priority None"),
+        ({"route_key": None}, "route_key None"),
+        ({"route_key": b"ann"}, "route_key b'ann'"),
+        ({"route_key": 7}, "route_key 7"),
+        ({"route_key": "\ud800"}, "encode"),
         ({"priority": "high"}, "priority 'high'"),
         ({"device": None}, "device None"),
         ({"device": 0}, "device 0"),
@@ -187,6 +194,91 @@ def test_ids_differ(idle: Session) -> None:
 def test_arguments_that_cannot_work_are_named(idle: Session, arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(errors.InvalidArgument, match=named):
         predict(idle, **arguments)
+
+
+def change(session: Session, verb: str, *, timeout: float | None = None, now: float = 0.0) -> Call[Any]:
+    """A request that changes what the daemon serves."""
+    arguments: dict[str, tuple[Any, ...]] = {
+        "load": ("m@2",),
+        "unload": ("m@1",),
+        "route": ("m", {"1": 1}),
+        "reload": (),
+    }
+    options = {"shadow": ""} if verb == "route" else {}
+    call: Call[Any] = getattr(session, verb)(*arguments[verb], timeout=timeout, now=now, **options)
+    return call
+
+
+CHANGES = ("load", "unload", "route", "reload")
+
+
+def test_the_verbs_about_models(idle: Session) -> None:
+    calls = [
+        idle.models(timeout=None, now=0.0),
+        idle.load("resnet@2", timeout=None, now=0.0),
+        idle.unload("resnet", timeout=None, now=0.0),
+        idle.route("resnet", {"1": 95, "2": 5}, shadow="", timeout=None, now=0.0),
+        idle.route("resnet", {1: 0.5}, shadow=2, timeout=None, now=0.0),
+        idle.route("resnet", {}, shadow="", timeout=None, now=0.0),
+        idle.reload(timeout=None, now=0.0),
+        idle.compare("resnet", 1, "2", timeout=None, now=0.0),
+    ]
+    assert [wire.decode_request(*call.frames, Limits()) for call in calls] == [
+        wire.Models(v=1, id=1),
+        wire.Load(v=1, id=2, model="resnet@2"),
+        wire.Unload(v=1, id=3, model="resnet"),
+        wire.Route(v=1, id=4, model="resnet", weights={"1": 95.0, "2": 5.0}),
+        wire.Route(v=1, id=5, model="resnet", weights={"1": 0.5}, shadow="2"),
+        wire.Route(v=1, id=6, model="resnet"),
+        wire.Reload(v=1, id=7),
+        wire.Compare(v=1, id=8, model="resnet", baseline="1", candidate="2"),
+    ]
+
+
+@pytest.mark.parametrize("title", ["", "@", "@1", "resnet@", "a@b@c", "resnet@1@", None, 7, b"resnet"])
+@pytest.mark.parametrize("verb", ["load", "unload", "route", "compare"])
+def test_what_is_no_model_is_refused(idle: Session, verb: str, title: Any) -> None:
+    arguments: dict[str, tuple[Any, ...]] = {"route": ({"1": 1.0},), "compare": ("1", "2")}
+    options = {"shadow": ""} if verb == "route" else {}
+    with pytest.raises(errors.InvalidArgument, match=re.escape(repr(title))):
+        getattr(idle, verb)(title, *arguments.get(verb, ()), timeout=None, now=0.0, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"model": "resnet@1"}, "'resnet@1'.*without a version"),
+        ({"weights": {"1": math.nan}}, "weight nan of version 1"),
+        ({"weights": {"1": 1, "2": -5}}, "weight -5 of version 2"),
+        ({"weights": {"1": math.inf}}, "weight inf of version 1"),
+        ({"weights": {"1": 2e9}}, "weight 2000000000.0 of version 1.*0 to 1e.09"),
+        ({"weights": {"1": "95"}}, "weight '95'"),
+        ({"weights": {"1": None}}, "weight None"),
+        ({"weights": {"1": 10**400}}, "weight 1000"),
+        ({"weights": {"1": 0, "2": 0.0}}, "none is above 0"),
+        ({"weights": {1: 95, "1": 5}}, "version 1 has two"),
+        ({"weights": {"": 1}}, "version ''"),
+        ({"weights": {1.5: 1}}, "version 1.5"),
+        ({"weights": {True: 1}}, "version True"),
+        ({"weights": [("1", 95)]}, r"weights \[\('1', 95\)\]"),
+        ({"shadow": None}, "shadow None"),
+        ({"shadow": 1.5}, "shadow 1.5"),
+        ({"shadow": False}, "shadow False"),
+    ],
+)
+def test_routes_that_cannot_work_are_named(idle: Session, arguments: dict[str, Any], named: str) -> None:
+    options = {"model": "resnet", "weights": {"1": 1.0}, "shadow": "", **arguments}
+    model, weights = options.pop("model"), options.pop("weights")
+    with pytest.raises(errors.InvalidArgument, match=named):
+        idle.route(model, weights, timeout=None, now=0.0, **options)
+
+
+@pytest.mark.parametrize("version", ["", None, 1.5, True])
+@pytest.mark.parametrize("which", ["baseline", "candidate"])
+def test_versions_that_cannot_be_compared_are_named(idle: Session, which: str, version: Any) -> None:
+    versions = {"baseline": "1", "candidate": "2", which: version}
+    with pytest.raises(errors.InvalidArgument, match=f"{which} {version!r}"):
+        idle.compare("resnet", **versions, timeout=None, now=0.0)
 
 
 def test_too_many_bytes_are_refused_before_they_are_sent() -> None:
@@ -300,6 +392,11 @@ def raw(call: Call[Any], **fields: Any) -> bytes:
         pytest.param(
             lambda c: [wire.encode(wire.MetadataReport(v=1, id=c.id, model=MODEL))], "MetadataReport", id="other verb"
         ),
+        pytest.param(
+            lambda c: [wire.encode(wire.ModelsReport(v=1, id=c.id, models=()))],
+            "a Result, got a ModelsReport",
+            id="list",
+        ),
     ],
 )
 def test_a_malformed_reply_fails_its_call(connected: Session, reply: Any, named: str) -> None:
@@ -322,6 +419,59 @@ def test_metadata_is_the_model_and_takes_no_frames(connected: Session) -> None:
     assert calls[0].take() == MODEL
     with pytest.raises(errors.Internal, match="1 tensor frames"):
         calls[1].take()
+
+
+REPLIES: dict[str, wire.Reply] = {
+    "models": wire.ModelsReport(v=1, id=0, models=(MODEL,)),
+    "load": wire.ModelsReport(v=1, id=0, models=(MODEL,)),
+    "unload": wire.ModelsReport(v=1, id=0, models=(MODEL,)),
+    "route": wire.ModelsReport(v=1, id=0, models=(MODEL,)),
+    "reload": wire.ReloadReport(v=1, id=0, loaded=("m@2",), unloaded=("m@1",), failed={"n": "no weights"}),
+    "compare": wire.Comparison(
+        v=1,
+        id=0,
+        model="m",
+        baseline="1",
+        candidate="2",
+        requests=1,
+        errors=0,
+        skipped=0,
+        outputs=(),
+        baseline_us=wire.Percentiles(count=1, p50_us=2.0, p90_us=3.0, p99_us=4.0),
+        candidate_us=wire.Percentiles(count=1, p50_us=2.0, p90_us=3.0, p99_us=4.0),
+    ),
+}
+
+
+def ask(session: Session, verb: str) -> Call[Any]:
+    if verb in CHANGES:
+        call = change(session, verb)
+    elif verb == "models":
+        call = session.models(timeout=None, now=0.0)
+    else:
+        call = session.compare("m", "1", "2", timeout=None, now=0.0)
+    session.start(call)
+    return call
+
+
+@pytest.mark.parametrize("verb", REPLIES)
+def test_what_the_verbs_about_models_return(connected: Session, verb: str) -> None:
+    call = ask(connected, verb)
+    reply = msgspec.structs.replace(REPLIES[verb], id=call.id)
+    connected.receive([wire.encode(reply)], 0.0)
+    assert call.take() == (reply.models if isinstance(reply, wire.ModelsReport) else reply)
+
+
+@pytest.mark.parametrize("verb", REPLIES)
+def test_the_verbs_about_models_take_no_other_reply_and_no_tensors(connected: Session, verb: str) -> None:
+    other = ask(connected, verb)
+    connected.receive([wire.encode(wire.MetadataReport(v=1, id=other.id, model=MODEL))], 0.0)
+    with pytest.raises(errors.Internal, match="got a MetadataReport"):
+        other.take()
+    call = ask(connected, verb)
+    connected.receive([wire.encode(msgspec.structs.replace(REPLIES[verb], id=call.id)), b""], 0.0)
+    with pytest.raises(errors.Internal, match="1 tensor frames"):
+        call.take()
 
 
 def test_a_reply_may_have_a_larger_header_than_a_request(connected: Session) -> None:
@@ -389,6 +539,53 @@ def test_without_a_connection_time_runs_too_and_the_error_says_so(idle: Session)
     ) as e:
         call.take()
     assert isinstance(e.value, ConnectionError)
+
+
+@pytest.mark.parametrize(("verb", "patience"), [("load", 600.0), ("unload", 600.0), ("reload", 600.0), ("route", 5.0)])
+def test_what_takes_long_may_take_long(connected: Session, verb: str, patience: float) -> None:
+    call = change(connected, verb)
+    connected.start(call)
+    assert connected.due <= patience
+    assert connected.expire(patience - 0.1) == []
+    assert connected.expire(patience) == [call]
+    with pytest.raises(
+        errors.DeadlineExceeded, match=rf"did not answer {verb} within {patience:g} s; it may still be at work on it"
+    ):
+        call.take()
+
+
+@pytest.mark.parametrize(("timeout", "patience"), [(3.0, 3.0), (None, 3600.0)])
+def test_the_timeout_of_what_takes_long(timeout: float | None, patience: float) -> None:
+    patient = Session(ENDPOINT, 3600.0, Limits())
+    assert change(patient, "load", timeout=timeout).patience == patience
+    with pytest.raises(errors.InvalidArgument, match="timeout nan"):
+        change(patient, "load", timeout=math.nan)
+
+
+@pytest.mark.parametrize(("timeout", "reach"), [(None, 5.0), (60.0, 5.0), (2.0, 2.0)])
+def test_what_takes_long_does_not_wait_long_for_a_daemon(idle: Session, timeout: float | None, reach: float) -> None:
+    call = change(idle, "load", timeout=timeout)
+    idle.start(call)
+    idle.connecting(0.0)
+    idle.note_trouble("nobody listens there")
+    idle.lost()
+    assert idle.expire(reach - 0.01) == []
+    assert idle.due <= reach
+    assert idle.expire(reach) == [call]
+    with pytest.raises(errors.Unavailable, match=rf"no connection within {reach:g} s: nobody listens there"):
+        call.take()
+
+
+def test_what_has_been_sent_waits_for_its_answer(idle: Session) -> None:
+    call = change(idle, "load")
+    idle.start(call)
+    idle.connecting(4.9)
+    assert idle.connected(4.95) == [call]
+    assert idle.expire(599.0) == []
+    late = change(idle, "load", now=599.0)
+    assert idle.start(late)
+    assert idle.expire(610.0) == [call]
+    assert idle.due == 1199.0
 
 
 # --- deadlines -----------------------------------------------------------------------------------------------
@@ -572,6 +769,53 @@ def test_a_call_under_which_connections_keep_breaking_is_given_up(connected: Ses
     with pytest.raises(errors.Unavailable, match="broke 3 times while predict was under way: it closed"):
         call.take()
     assert connected.idle
+
+
+@pytest.mark.parametrize("verb", CHANGES)
+def test_what_changes_the_daemon_is_not_sent_again(connected: Session, verb: str) -> None:
+    call, harmless = change(connected, verb), started(connected)
+    connected.start(call)
+    connected.note_trouble("it closed the connection")
+    assert connected.lost() == [call]
+    with pytest.raises(
+        errors.Unavailable, match=f"broke while {verb} was under way: it closed.*whether it has changed .* is not known"
+    ):
+        call.take()
+    connected.connecting(0.0)
+    assert connected.connected(0.1) == [harmless]
+
+
+def test_what_only_asks_is_sent_again(connected: Session) -> None:
+    calls = [ask(connected, verb) for verb in ("models", "compare")]
+    assert connected.lost() == []
+    connected.connecting(0.0)
+    assert connected.connected(0.1) == calls
+
+
+def test_a_change_that_was_put_off_has_changed_nothing_and_is_sent_again(connected: Session) -> None:
+    call = change(connected, "load")
+    connected.start(call)
+    assert connected.receive(put_off(call), 0.5) is None
+    assert connected.lost() == [], "the daemon drains, and another takes its place"
+    connected.connecting(0.6)
+    assert connected.connected(0.7) == [call]
+    assert connected.lost() == [call]
+
+
+def test_a_change_that_was_put_off_and_sent_again_is_under_way(connected: Session) -> None:
+    call = change(connected, "load")
+    connected.start(call)
+    connected.receive(put_off(call), 0.5)
+    assert connected.asked_again(0.6) == [call]
+    assert connected.lost() == [call]
+
+
+@pytest.mark.parametrize("verb", CHANGES)
+def test_a_change_is_not_withdrawn(connected: Session, verb: str) -> None:
+    call = change(connected, verb)
+    connected.start(call)
+    connected.forget(call)
+    assert connected.cancellation(call) is None
 
 
 def test_closing_the_own_side_blames_no_call(connected: Session) -> None:

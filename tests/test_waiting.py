@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-from tnxd.costs import CostCurve
+from tnxd.costs import BatchCosts
 from tnxd.waiting import Waiting
-from tnxd.work import Request
+from tnxd.work import NEVER, Load, Placement, Request
 
 _serials = itertools.count()
 
@@ -20,7 +20,7 @@ def request(client: str = "a", priority: int = 1, due: int = 0, rows: int = 1) -
 
 
 def queue(*requests: Request) -> Waiting:
-    made = Waiting(("m", ()), CostCurve(), CostCurve())
+    made = Waiting(("m", ()), BatchCosts(), Placement(Load()))
     for one in requests:
         made.add(one)
     return made
@@ -91,10 +91,10 @@ def test_removed_requests_do_not_pile_up_behind_one_that_stays() -> None:
 
 def test_rows_ahead_are_bounded_by_turns() -> None:
     waiting = queue(*[request("flood") for _ in range(1000)], *[request("other") for _ in range(3)])
-    assert waiting.rows_ahead(1, b"flood") == (1003, 1003)
-    rows, ahead = waiting.rows_ahead(1, b"other")
+    assert waiting.rows_ahead(1, b"flood", NEVER) == (1003, 1003)
+    rows, ahead = waiting.rows_ahead(1, b"other", NEVER)
     assert (rows, ahead < 60) == (1003, True)
-    assert waiting.rows_ahead(0, b"other") == (0, 0)
+    assert waiting.rows_ahead(0, b"other", NEVER) == (0, 0)
 
 
 def test_drain_empties_all_levels() -> None:

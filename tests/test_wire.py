@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headers import pack, predict_header
+from headers import pack, predict_header, route_header
 from tnxctl import wire
 from tnxctl.errors import InvalidArgument, TensorNextError, Unimplemented
 from tnxctl.frames import STORAGE, view_tensors
@@ -57,6 +57,7 @@ specs = st.builds(
 )
 spec_tuples = st.lists(specs, max_size=3).map(tuple)
 name_tuples = st.lists(names, max_size=3).map(tuple)
+weights = st.floats(0, wire.MAX_WEIGHT)
 one = st.just(1)
 
 requests = st.one_of(
@@ -68,9 +69,19 @@ requests = st.one_of(
         model=names,
         prefer_gpu=st.booleans(),
         min_gpu_memory_mb=st.floats(min_value=0),
+        priority=st.none() | st.integers(0, wire.LOWEST_PRIORITY),
+        route_key=names,
     ),
     st.builds(wire.Health, v=one, id=ids),
     st.builds(wire.Metadata, v=one, id=ids, model=names),
+    st.builds(wire.Models, v=one, id=ids),
+    st.builds(wire.Load, v=one, id=ids, model=names),
+    st.builds(wire.Unload, v=one, id=ids, model=names),
+    st.builds(
+        wire.Route, v=one, id=ids, model=names, weights=st.dictionaries(names, weights, max_size=3), shadow=names
+    ),
+    st.builds(wire.Reload, v=one, id=ids),
+    st.builds(wire.Compare, v=one, id=ids, model=names, baseline=names, candidate=names),
 )
 
 model_infos = st.builds(
@@ -84,7 +95,24 @@ model_infos = st.builds(
     max_batch_size=counts,
     devices=name_tuples,
     error=names,
+    format=names,
+    traffic=st.floats(0, 1),
+    shadow=st.booleans(),
+    memory_mb=numbers,
+    requests=counts,
+    load_s=numbers,
+    notes=name_tuples,
 )
+differences = st.builds(
+    wire.OutputDifference,
+    name=names,
+    elements=counts,
+    max_abs=numbers,
+    mean_abs=numbers,
+    argmax_agreement=st.none() | st.floats(0, 1),
+    misfits=counts,
+)
+percentiles = st.builds(wire.Percentiles, count=counts, p50_us=numbers, p90_us=numbers, p99_us=numbers)
 device_infos = st.builds(wire.DeviceInfo, name=names, status=names, lanes=counts, memory_free_mb=numbers, error=names)
 replies = st.one_of(
     st.builds(
@@ -121,6 +149,30 @@ replies = st.one_of(
         undeliverable=counts,
     ),
     st.builds(wire.MetadataReport, v=one, id=ids, model=model_infos),
+    st.builds(wire.ModelsReport, v=one, id=ids, models=st.lists(model_infos, max_size=2).map(tuple)),
+    st.builds(
+        wire.ReloadReport,
+        v=one,
+        id=ids,
+        loaded=name_tuples,
+        unloaded=name_tuples,
+        failed=st.dictionaries(names, names, max_size=3),
+    ),
+    st.builds(
+        wire.Comparison,
+        v=one,
+        id=ids,
+        model=names,
+        baseline=names,
+        candidate=names,
+        requests=counts,
+        errors=counts,
+        skipped=counts,
+        outputs=st.lists(differences, max_size=2).map(tuple),
+        baseline_us=percentiles,
+        candidate_us=percentiles,
+        last_error=names,
+    ),
     st.builds(wire.ErrorReply, v=one, id=st.none() | ids, code=names, message=names),
 )
 
@@ -396,6 +448,44 @@ def test_a_refusal_names_the_value(changes: dict[str, Any], kind: type[TensorNex
     error = refusal(pack(predict_header(**changes)))
     assert type(error) is kind
     assert named in error.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"weights": {"1": -5}}, ">= 0.0 - at `$.weights[...]`: {'1': -5}"),
+        ({"weights": {"1": math.nan}}, ">= 0.0 - at `$.weights[...]`: {'1': nan}"),
+        ({"weights": {"1": math.inf}}, "<= 1000000000.0 - at `$.weights[...]`: {'1': inf}"),
+        ({"weights": {"1": "95"}}, "{'1': '95'}"),
+        ({"weights": {"1": None}}, "{'1': None}"),
+        ({"weights": {1: 95}}, "{1: 95}"),
+        ({"weights": [95, 5]}, "[95, 5]"),
+        ({"shadow": 3}, "3"),
+        ({"model": None}, "None"),
+    ],
+)
+def test_a_refused_route_names_the_value(changes: dict[str, Any], named: str) -> None:
+    assert wire.decode_request(pack(route_header()), LIMITS) == wire.Route(
+        v=1, id=7, model="resnet", weights={"1": 95.0, "2": 5.0}, shadow="3"
+    )
+    error = refusal(pack(route_header(**changes)))
+    assert type(error) is InvalidArgument
+    assert named in error.message
+
+
+@pytest.mark.parametrize(
+    ("title", "parts"), [("resnet", ("resnet", "")), ("resnet@2", ("resnet", "2")), ("r.s_n-t@x y", ("r.s_n-t", "x y"))]
+)
+def test_titles_are_split(title: str, parts: tuple[str, str]) -> None:
+    assert wire.split_title(title) == parts
+
+
+@pytest.mark.parametrize("title", ["", "@", "@1", "resnet@", "a@b@c", "resnet@1@", "resnet@@1", "\x1b[2J@" * 50])
+def test_what_is_no_title_is_named(title: str) -> None:
+    with pytest.raises(InvalidArgument, match="is not a model: NAME or NAME@VERSION") as caught:
+        wire.split_title(title)
+    assert wire.excerpt(title) in caught.value.message
+    check_sentence(caught.value)
 
 
 def test_a_refused_extension_value_is_shown_as_code_and_bytes() -> None:

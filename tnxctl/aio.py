@@ -6,7 +6,7 @@ import asyncio
 import math
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -16,7 +16,7 @@ from tnxctl.errors import FailedPrecondition
 from tnxctl.link import Link, Socket, has_input
 from tnxctl.results import Result
 from tnxctl.session import DEFAULT_TIMEOUT_S, Call, Session
-from tnxctl.wire import DEFAULT_PRIORITY, HealthReport, Limits, ModelInfo
+from tnxctl.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ class AsyncClient:
             results = await asyncio.gather(*(tnx.predict(x) for x in batches))
 
     It belongs to the event loop of its first call, and is used from that loop's thread only. Cancelling a task
-    withdraws its request. The arrays of a call must stay unchanged until it is done.
+    withdraws its prediction. The arrays of a call must stay unchanged until it is done.
     """
 
     def __init__(
@@ -58,7 +58,8 @@ class AsyncClient:
         min_gpu_memory_mb: float = 0.0,
         device: str = "",
         deadline: float | None = None,
-        priority: int = DEFAULT_PRIORITY,
+        priority: int | None = None,
+        route_key: str = "",
         timeout: float | None = None,
     ) -> Result:
         """Run a model once, see `Client.predict`."""
@@ -70,6 +71,7 @@ class AsyncClient:
             device=device,
             deadline=deadline,
             priority=priority,
+            route_key=route_key,
             timeout=timeout,
             now=time.monotonic(),
         )
@@ -80,8 +82,43 @@ class AsyncClient:
         return await self._here().run(self._session.health(timeout=timeout, now=time.monotonic()))
 
     async def metadata(self, model: str = "", *, timeout: float | None = None) -> ModelInfo:
-        """What a model takes and gives; "" is the daemon's default model."""
+        """What a model takes and gives, see `Client.metadata`."""
         return await self._here().run(self._session.metadata(model, timeout=timeout, now=time.monotonic()))
+
+    async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
+        """Every version of every model, loaded or not."""
+        return await self._here().run(self._session.models(timeout=timeout, now=time.monotonic()))
+
+    async def load(self, model: str, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
+        """Load a version and wait until it is warm, see `Client.load`."""
+        return await self._here().run(self._session.load(model, timeout=timeout, now=time.monotonic()))
+
+    async def unload(self, model: str, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
+        """Stop serving a version and wait until its memory is free, see `Client.unload`."""
+        return await self._here().run(self._session.unload(model, timeout=timeout, now=time.monotonic()))
+
+    async def route(
+        self,
+        model: str,
+        weights: Mapping[str, float] | Mapping[int, float],
+        shadow: str | int = "",
+        *,
+        timeout: float | None = None,
+    ) -> tuple[ModelInfo, ...]:
+        """Split the traffic of a model, see `Client.route`."""
+        call = self._session.route(model, weights, shadow=shadow, timeout=timeout, now=time.monotonic())
+        return await self._here().run(call)
+
+    async def reload(self, *, timeout: float | None = None) -> ReloadReport:
+        """Have the daemon look at its model repository again, see `Client.reload`."""
+        return await self._here().run(self._session.reload(timeout=timeout, now=time.monotonic()))
+
+    async def compare(
+        self, model: str, baseline: str | int, candidate: str | int, *, timeout: float | None = None
+    ) -> Comparison:
+        """How the answers of a shadow version differ, see `Client.compare`."""
+        call = self._session.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())
+        return await self._here().run(call)
 
     async def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""

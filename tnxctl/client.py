@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
@@ -11,7 +12,7 @@ from tnxctl.driver import ThreadDriver
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
 from tnxctl.results import Result
 from tnxctl.session import DEFAULT_TIMEOUT_S, Session
-from tnxctl.wire import DEFAULT_PRIORITY, HealthReport, Limits, ModelInfo
+from tnxctl.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
 
 
 class Client:
@@ -29,8 +30,16 @@ class Client:
     InvalidArgument before anything is sent, Unavailable if the daemon could not be reached in time,
     DeadlineExceeded if it could but did not answer, or if a deadline passed, Cancelled if the client was closed
     meanwhile, FailedPrecondition if it was closed before, ResourceExhausted if too much is under way already,
-    Internal for a malformed answer, and whatever error the daemon answers. The daemon is told of a call that was given
-    up, by Ctrl-C for instance, and does not compute it if it has not yet begun.
+    Internal for a malformed answer, and whatever error the daemon answers. The daemon is told of a prediction that was
+    given up, by Ctrl-C for instance, and does not compute it if it has not yet begun.
+
+    `load`, `unload`, `route` and `reload` change what the daemon serves, for everybody, until it restarts. The daemon
+    goes on with them when nobody waits any more, after a timeout or Ctrl-C. They are not sent again on a new
+    connection, as the others are: a connection that breaks under them is an Unavailable error, `models` tells what
+    has become of them, and to ask for the same once more does no harm. `load`, `unload` and `reload` take long, so
+    their timeout is `tnxctl.session.LOAD_TIMEOUT_S`, ten minutes, unless the client's own is longer; to reach
+    the daemon, they take no longer than the client's own. A daemon that lets no client change what it serves answers
+    them with PermissionDenied.
 
     Args:
         endpoint: an address, a host name, tcp://... or ipc://..., see `tnxctl.endpoint.parse_endpoint`.
@@ -65,7 +74,8 @@ class Client:
         min_gpu_memory_mb: float = 0.0,
         device: str = "",
         deadline: float | None = None,
-        priority: int = DEFAULT_PRIORITY,
+        priority: int | None = None,
+        route_key: str = "",
         timeout: float | None = None,
     ) -> Result:
         """Run a model once.
@@ -74,15 +84,18 @@ class Client:
             inputs: one array for a model with one input, else a mapping of input names to arrays. An array is
                 anything with `__array__` or `__dlpack__`, see `tnxctl.tensors.to_wire`. No other thread may
                 change it until the call is over.
-            model: name of the model; "" is the daemon's default model.
+            model: name of the model, or NAME@VERSION for that version alone; "" is the daemon's default model.
             prefer_gpu: run on a GPU if one qualifies, else on the CPU. False: run on the CPU.
             min_gpu_memory_mb: free memory in MiB that a GPU needs to qualify.
             device: "" to go by `prefer_gpu`; "auto" for the device that is predicted to be done first; "cpu",
                 "cuda:0", ... for that one or an error.
-            deadline: seconds from now after which the answer is worthless, at most a day; None: none. The daemon
-                refuses at once what it cannot make, and the call fails with DeadlineExceeded at the deadline
-                at the latest, connected or not. The timeout counts as well: the earlier of the two is kept.
-            priority: 0 (first) to 3 (last).
+            deadline: seconds from now after which the answer is worthless, at most a day; None: what the model's
+                configuration says, which usually is none. The daemon refuses at once what it cannot make, and
+                the call fails with DeadlineExceeded at the deadline at the latest, connected or not. The timeout
+                counts as well: the earlier of the two is kept.
+            priority: 0 (first) to 3 (last); None: what the model's configuration says.
+            route_key: requests with the same key go to the same version while the traffic of a model is split; "":
+                those of one connection do.
         """
         call = self._session.predict(
             inputs,
@@ -92,6 +105,7 @@ class Client:
             device=device,
             deadline=deadline,
             priority=priority,
+            route_key=route_key,
             timeout=timeout,
             now=time.monotonic(),
         )
@@ -106,7 +120,8 @@ class Client:
         min_gpu_memory_mb: float = 0.0,
         device: str = "",
         deadline: float | None = None,
-        priority: int = DEFAULT_PRIORITY,
+        priority: int | None = None,
+        route_key: str = "",
         timeout: float | None = None,
     ) -> Future[Result]:
         """As `predict`, but returns a future of the result at once.
@@ -123,6 +138,7 @@ class Client:
             device=device,
             deadline=deadline,
             priority=priority,
+            route_key=route_key,
             timeout=timeout,
             now=time.monotonic(),
             copy=True,
@@ -134,8 +150,105 @@ class Client:
         return self._driver.run(self._session.health(timeout=timeout, now=time.monotonic()))
 
     def metadata(self, model: str = "", *, timeout: float | None = None) -> ModelInfo:
-        """What a model takes and gives; "" is the daemon's default model."""
+        """What a model takes and gives: NAME, NAME@VERSION, or "" for the daemon's default model.
+
+        A name alone means the version that gets most of its traffic.
+
+        Raises:
+            NotFound: there is no such model or version.
+        """
         return self._driver.run(self._session.metadata(model, timeout=timeout, now=time.monotonic()))
+
+    def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
+        """Every version of every model, loaded or not."""
+        return self._driver.run(self._session.models(timeout=timeout, now=time.monotonic()))
+
+    def load(self, model: str, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
+        """Load a version and wait until it is warm.
+
+        Args:
+            model: NAME@VERSION for that version, which gets no traffic of its name yet; NAME for what its model.toml
+                wants, traffic included. What is loaded already, with the files as they are, stays as it is.
+
+        Returns:
+            One entry for each version of that name.
+
+        Raises:
+            NotFound: there is no such model or version.
+            FailedPrecondition: it cannot be loaded; the sentence says why. What served before still does.
+            ResourceExhausted: it can never fit into the memory budget of a device.
+        """
+        return self._driver.run(self._session.load(model, timeout=timeout, now=time.monotonic()))
+
+    def unload(self, model: str, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
+        """Stop serving a version and wait until its memory is free. Requests taken in before are answered.
+
+        Args:
+            model: NAME@VERSION, or NAME for all its versions.
+
+        Returns:
+            One entry for each version of that name.
+
+        Raises:
+            NotFound: there is no such model or version.
+            FailedPrecondition: the version is not loaded.
+        """
+        return self._driver.run(self._session.unload(model, timeout=timeout, now=time.monotonic()))
+
+    def route(
+        self,
+        model: str,
+        weights: Mapping[str, float] | Mapping[int, float],
+        shadow: str | int = "",
+        *,
+        timeout: float | None = None,
+    ) -> tuple[ModelInfo, ...]:
+        """Split the traffic of a model, that is, the requests which name no version.
+
+            tnx.route("resnet", {1: 95, 2: 5})
+            tnx.route("resnet", {}, shadow=2)
+
+        Args:
+            model: its name, without a version.
+            weights: version -> share, relative to the sum; {}: the newest version takes all.
+            shadow: version that gets copies of the requests, as far as there is free capacity, and whose answers
+                nobody sees, see `compare`; "": none.
+
+        Returns:
+            One entry for each version of that name.
+
+        Raises:
+            InvalidArgument: a weight is negative or no finite number, all are 0, or the shadow has a weight as well.
+            NotFound: there is no such model or version.
+            FailedPrecondition: a version is not loaded, or its signature differs from that of the others.
+        """
+        return self._driver.run(
+            self._session.route(model, weights, shadow=shadow, timeout=timeout, now=time.monotonic())
+        )
+
+    def reload(self, *, timeout: float | None = None) -> ReloadReport:
+        """Have the daemon look at its model repository again, and wait until it serves what is there now.
+
+        What cannot be loaded raises no error: it is in the `failed` of the report, and what served before still does.
+        """
+        return self._driver.run(self._session.reload(timeout=timeout, now=time.monotonic()))
+
+    def compare(
+        self, model: str, baseline: str | int, candidate: str | int, *, timeout: float | None = None
+    ) -> Comparison:
+        """How the answers of a shadow version differ from those of the version that answers, and how long both take.
+
+        Args:
+            model: its name. baseline: the version that answers. candidate: the shadow, see `route`.
+
+        Raises:
+            NotFound: there is no such model or version.
+            FailedPrecondition: the candidate has had no copies of what the baseline answered.
+            Unavailable: one of the two is not loaded.
+        """
+        return self._driver.run(
+            self._session.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())
+        )
 
     def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""

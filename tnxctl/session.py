@@ -15,6 +15,12 @@ A call is sent when a connection stands and again on each new one, until it is a
 running it twice does no harm, and a call outlives a restart of the daemon if its timeout allows. Each connection
 is a new peer to the daemon, so a repeated id never meets its first use. A deadline travels as a duration, so
 a call with one goes out on a new connection with what is left of it, and not at all when nothing is.
+
+`load`, `unload`, `route` and `reload` change what the daemon serves, and are never sent twice. To ask for the same
+again would be harmless in itself. But a load may be what killed the daemon, and must not kill the next one; and what
+somebody else has changed since must not be undone by a message from before. So such a call fails when the connection
+breaks under it, and whoever asked decides. Since it may take minutes, it also fails early while nobody is there: it
+waits for a connection no longer than other calls do.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ import itertools
 import logging
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -42,7 +48,7 @@ from tnxctl.errors import (
     from_code,
 )
 from tnxctl.results import Result
-from tnxctl.wire import HealthReport, Limits, ModelInfo
+from tnxctl.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
 
 if TYPE_CHECKING:
     from tnxctl.frames import Array
@@ -50,6 +56,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 5.0
+LOAD_TIMEOUT_S = 600.0
+"""For `load`, `unload` and `reload`, unless the timeout of the client is longer: large weights take their time to
+read, compilers theirs, and what is unloaded first finishes what it has."""
+
 MAX_DEADLINE_S = wire.MAX_DEADLINE_US / 1e6
 
 MAX_PENDING_CALLS = 65_536
@@ -63,6 +73,9 @@ MAX_LOSSES = 3
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 1.0
 """Time from one attempt to connect to the next: doubles from the first to the last, until a reply comes."""
+
+# Requests that are sent once only, see above.
+_CHANGES = (wire.Load, wire.Unload, wire.Route, wire.Reload)
 
 # Reports about many devices and models outgrow the header limit that protects a daemon from its clients.
 _REPLY_HEADER_BYTES = 16 * 1024 * 1024
@@ -78,7 +91,10 @@ class Call(Generic[T]):
         nbytes: of all tensors together.
         expires: when it fails, by the clock that the session is given. patience: the same as a duration.
         strict: that is its deadline, and an answer that comes later is worthless.
+        reach: seconds within which it must be sent, for most calls all of their patience.
+        due: when it fails unless something happens: first, unless it is sent, and then, unless it is answered.
         losses: connections that broke while it was under way.
+        put_off: the daemon has refused it for now, so it has changed nothing there.
         refusal: what the daemon said when it put the call off.
         waiter: the future of the shell that waits for it, if any. The session never looks at it.
     """
@@ -89,12 +105,15 @@ class Call(Generic[T]):
         "_request",
         "_result",
         "done",
+        "due",
         "expires",
         "frames",
         "id",
         "losses",
         "nbytes",
         "patience",
+        "put_off",
+        "reach",
         "refusal",
         "strict",
         "waiter",
@@ -108,6 +127,7 @@ class Call(Generic[T]):
         read: Callable[[Any, Sequence[bytes], Limits], T],
         patience: float,
         strict: bool,
+        reach: float,
         now: float,
     ) -> None:
         self.id = request.id
@@ -116,7 +136,10 @@ class Call(Generic[T]):
         self.patience = patience
         self.strict = strict
         self.expires = now + patience
+        self.reach = reach
+        self.due = now + reach
         self.losses = 0
+        self.put_off = False
         self.refusal: Unavailable | None = None
         self.done = False
         self.waiter: Any = None
@@ -138,6 +161,16 @@ class Call(Generic[T]):
     def can_be_withdrawn(self) -> bool:
         """Whether the daemon may hold it in a queue, as only `predict` requests are."""
         return isinstance(self._request, wire.Predict)
+
+    @property
+    def changes_daemon(self) -> bool:
+        """Whether it leaves the daemon other than it was."""
+        return isinstance(self._request, _CHANGES)
+
+    def sent(self) -> None:
+        """It is on its way: from now on it waits for its answer."""
+        self.due = self.expires
+        self.put_off = False
 
     def renew(self, now: float) -> None:
         """Have the header say how much of the deadline, if there is one, is left."""
@@ -173,7 +206,7 @@ class Call(Generic[T]):
 class Session:
     """All calls of one client to one endpoint.
 
-    `predict`, `health` and `metadata` may be used from any thread; the rest from one thread at a time.
+    The methods that encode a request may be used from any thread; the rest from one thread at a time.
     """
 
     def __init__(self, endpoint: str, timeout: float, limits: Limits) -> None:
@@ -206,7 +239,8 @@ class Session:
         min_gpu_memory_mb: float,
         device: str,
         deadline: float | None,
-        priority: int,
+        priority: int | None,
+        route_key: str,
         timeout: float | None,
         now: float,
         copy: bool = False,
@@ -240,22 +274,85 @@ class Session:
             min_gpu_memory_mb=_check_megabytes("min_gpu_memory_mb", min_gpu_memory_mb),
             device=_check_string("device", device),
             deadline_us=deadline_us,
-            priority=priority if priority is wire.DEFAULT_PRIORITY else _check_priority(priority),
+            priority=None if priority is None else _check_priority(priority),
+            route_key=_check_string("route_key", route_key),
         )
         return self._call(request, arrays, nbytes, _read_result, patience, now, strict)
 
     def health(self, *, timeout: float | None, now: float) -> Call[HealthReport]:
         """Encode a health request."""
         request = wire.Health(v=wire.VERSION, id=next(self._ids))
-        return self._call(request, [], 0, _read_health, self._patience(timeout), now)
+        return self._call(request, [], 0, _reader(HealthReport), self._patience(timeout), now)
 
     def metadata(self, model: str, *, timeout: float | None, now: float) -> Call[ModelInfo]:
         """Encode a metadata request."""
         request = wire.Metadata(v=wire.VERSION, id=next(self._ids), model=_check_string("model", model))
         return self._call(request, [], 0, _read_metadata, self._patience(timeout), now)
 
+    def models(self, *, timeout: float | None, now: float) -> Call[tuple[ModelInfo, ...]]:
+        """Encode a request for all models."""
+        request = wire.Models(v=wire.VERSION, id=next(self._ids))
+        return self._call(request, [], 0, _read_models, self._patience(timeout), now)
+
+    def load(self, model: str, *, timeout: float | None, now: float) -> Call[tuple[ModelInfo, ...]]:
+        """Encode a load request. Raises InvalidArgument if `model` is neither NAME nor NAME@VERSION."""
+        request = wire.Load(v=wire.VERSION, id=next(self._ids), model=_check_title(model))
+        return self._slow_call(request, _read_models, timeout, now)
+
+    def unload(self, model: str, *, timeout: float | None, now: float) -> Call[tuple[ModelInfo, ...]]:
+        """Encode an unload request. Raises InvalidArgument if `model` is neither NAME nor NAME@VERSION."""
+        request = wire.Unload(v=wire.VERSION, id=next(self._ids), model=_check_title(model))
+        return self._slow_call(request, _read_models, timeout, now)
+
+    def route(
+        self,
+        model: str,
+        weights: Mapping[str, float] | Mapping[int, float],
+        *,
+        shadow: str | int,
+        timeout: float | None,
+        now: float,
+    ) -> Call[tuple[ModelInfo, ...]]:
+        """Encode a route request. Raises InvalidArgument; the sentence names the argument."""
+        request = wire.Route(
+            v=wire.VERSION,
+            id=next(self._ids),
+            model=_check_name(model),
+            weights=_check_weights(weights),
+            shadow="" if shadow == "" else _check_version("shadow", shadow),
+        )
+        return self._call(request, [], 0, _read_models, self._patience(timeout), now)
+
+    def reload(self, *, timeout: float | None, now: float) -> Call[ReloadReport]:
+        """Encode a reload request."""
+        request = wire.Reload(v=wire.VERSION, id=next(self._ids))
+        return self._slow_call(request, _reader(ReloadReport), timeout, now)
+
+    def compare(
+        self, model: str, baseline: str | int, candidate: str | int, *, timeout: float | None, now: float
+    ) -> Call[Comparison]:
+        """Encode a compare request. Raises InvalidArgument; the sentence names the argument."""
+        request = wire.Compare(
+            v=wire.VERSION,
+            id=next(self._ids),
+            model=_check_name(model),
+            baseline=_check_version("baseline", baseline),
+            candidate=_check_version("candidate", candidate),
+        )
+        return self._call(request, [], 0, _reader(Comparison), self._patience(timeout), now)
+
     def _patience(self, timeout: float | None) -> float:
         return self.timeout if timeout is None else _check_timeout(timeout)
+
+    def _slow_call(
+        self,
+        request: wire.Request,
+        read: Callable[[Any, Sequence[bytes], Limits], T],
+        timeout: float | None,
+        now: float,
+    ) -> Call[T]:
+        patience = max(LOAD_TIMEOUT_S, self.timeout) if timeout is None else _check_timeout(timeout)
+        return self._call(request, [], 0, read, patience, now, reach=min(self.timeout, patience))
 
     def _call(
         self,
@@ -266,6 +363,7 @@ class Session:
         patience: float,
         now: float,
         strict: bool = False,
+        reach: float | None = None,
     ) -> Call[T]:
         try:
             header = wire.encode(request)
@@ -275,7 +373,8 @@ class Session:
             raise InvalidArgument(
                 f"the names and shapes take {len(header)} bytes, more than the limit of {self.limits.header_bytes}"
             )
-        return Call(request, [header, *arrays], nbytes, read, patience, strict, now)
+        reach = patience if reach is None else reach
+        return Call(request, [header, *arrays], nbytes, read, patience, strict, reach, now)
 
     # --- calls under way -------------------------------------------------------------------------------------
 
@@ -313,8 +412,10 @@ class Session:
             self._retry_s = FIRST_RETRY_S
         pending[call.id] = call
         self._pending_bytes += call.nbytes
-        if call.expires < self._expiry:
-            self._expiry = call.expires
+        if self._connected:
+            call.sent()
+        if call.due < self._expiry:
+            self._expiry = call.due
         return self._connected
 
     def forget(self, call: Call[Any]) -> bool:
@@ -362,6 +463,7 @@ class Session:
         if again >= call.expires:
             return False
         call.refusal = error
+        call.put_off = True
         self._pending[call.id] = call
         self._pending_bytes += call.nbytes
         heappush(self._again, (again, call.id))
@@ -374,6 +476,7 @@ class Session:
             call = self._pending.get(heappop(self._again)[1])
             if call is not None:
                 call.renew(now)
+                call.sent()
                 calls.append(call)
         return calls
 
@@ -381,11 +484,11 @@ class Session:
         """Fail the calls whose time is over."""
         if now < self._expiry:
             return []
-        expired = [call for call in self._pending.values() if call.expires <= now]
+        expired = [call for call in self._pending.values() if call.due <= now]
         for call in expired:
             self._pop(call.id)
             call.fail(self.timeout_error(call))
-        self._expiry = min((call.expires for call in self._pending.values()), default=math.inf)
+        self._expiry = min((call.due for call in self._pending.values()), default=math.inf)
         return expired
 
     def timeout_error(self, call: Call[Any]) -> DeadlineExceeded | Unavailable:
@@ -394,7 +497,10 @@ class Session:
             return call.refusal
         within = f"within {'its deadline of ' if call.strict else ''}{call.patience:g} s"
         if self._connected:
-            return DeadlineExceeded(f"{self.endpoint} did not answer {call.verb} {within}")
+            goes_on = "; it may still be at work on it" if call.changes_daemon else ""
+            return DeadlineExceeded(f"{self.endpoint} did not answer {call.verb} {within}{goes_on}")
+        if not call.losses and call.reach < call.patience:
+            within = f"within {call.reach:g} s"
         what = "lost the connection and got none again" if call.losses else "no connection"
         kind = DeadlineExceeded if call.strict else Unavailable
         return kind(f"{self.endpoint}: {what} {within}: {self._trouble}")
@@ -449,6 +555,7 @@ class Session:
         calls = [call for call in self._pending.values() if call.expires > now]
         for call in calls:
             call.renew(now)
+            call.sent()
         return calls
 
     def lost(self) -> list[Call[Any]]:
@@ -457,17 +564,20 @@ class Session:
         if self._connected:
             for call in list(self._pending.values()):
                 call.losses += 1
-                if call.losses >= MAX_LOSSES:
+                unsure = call.changes_daemon and not call.put_off
+                if unsure or call.losses >= MAX_LOSSES:
                     self._pop(call.id)
-                    call.fail(
-                        Unavailable(
-                            f"{self.endpoint}: the connection broke {call.losses} times while {call.verb} was "
-                            f"under way: {self._trouble}"
-                        )
-                    )
+                    call.fail(self._loss_error(call, unsure))
                     failed.append(call)
         self.disconnected()
         return failed
+
+    def _loss_error(self, call: Call[Any], unsure: bool) -> Unavailable:
+        times = f" {call.losses} times" if call.losses > 1 else ""
+        outcome = "; whether it has changed anything is not known" if unsure else ""
+        return Unavailable(
+            f"{self.endpoint}: the connection broke{times} while {call.verb} was under way: {self._trouble}{outcome}"
+        )
 
     def disconnected(self) -> None:
         """This side has closed the connection: no call is to blame."""
@@ -479,7 +589,7 @@ class Session:
 
 def _read_result(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> Result:
     if not isinstance(reply, wire.Result):
-        raise _unexpected(reply, "a result")
+        raise _unexpected(reply, wire.Result)
     from tnxctl.tensors import unpack
 
     return Result(
@@ -496,27 +606,29 @@ def _read_result(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> 
     )
 
 
-def _read_health(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> HealthReport:
-    if not isinstance(reply, HealthReport):
-        raise _unexpected(reply, "a health report")
-    _check_no_tensors(frames)
-    return reply
+def _reader(kind: type[T]) -> Callable[[Any, Sequence[bytes], Limits], T]:
+    """Takes a reply that is of this kind and has no tensors."""
+
+    def read(reply: wire.Reply, frames: Sequence[bytes], _: Limits) -> T:
+        if not isinstance(reply, kind):
+            raise _unexpected(reply, kind)
+        if len(frames) > 1:
+            raise InvalidArgument(f"{len(frames) - 1} tensor frames came with a reply that has none")
+        return reply
+
+    return read
 
 
 def _read_metadata(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> ModelInfo:
-    if not isinstance(reply, wire.MetadataReport):
-        raise _unexpected(reply, "a metadata report")
-    _check_no_tensors(frames)
-    return reply.model
+    return _reader(wire.MetadataReport)(reply, frames, limits).model
 
 
-def _check_no_tensors(frames: Sequence[bytes]) -> None:
-    if len(frames) > 1:
-        raise InvalidArgument(f"{len(frames) - 1} tensor frames came with a reply that has none")
+def _read_models(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> tuple[ModelInfo, ...]:
+    return _reader(wire.ModelsReport)(reply, frames, limits).models
 
 
-def _unexpected(reply: wire.Reply, expected: str) -> InvalidArgument:
-    return InvalidArgument(f"expected {expected}, got {type(reply).__name__}")
+def _unexpected(reply: wire.Reply, expected: type[Any]) -> InvalidArgument:
+    return InvalidArgument(f"expected a {expected.__name__}, got a {type(reply).__name__}")
 
 
 # --- arguments -----------------------------------------------------------------------------------------------
@@ -556,6 +668,46 @@ def _check_string(name: str, value: str) -> str:
     if not isinstance(value, str):
         raise InvalidArgument(f"{name} {value!r}: expected a string, got {type(value).__name__}")
     return value
+
+
+def _check_title(model: str) -> str:
+    wire.split_title(_check_string("model", model))
+    return model
+
+
+def _check_name(model: str) -> str:
+    name, version = wire.split_title(_check_string("model", model))
+    if version:
+        raise InvalidArgument(f"model {model!r}: expected the name alone, without a version")
+    return name
+
+
+def _check_version(what: str, value: str | int) -> str:
+    """Versions are numbers to people and strings in the protocol: both are taken."""
+    if value is True or value is False or not isinstance(value, str | int) or value == "":
+        raise InvalidArgument(f"{what} {value!r}: expected the number of a version")
+    return str(value)
+
+
+def _check_weights(weights: Mapping[str, float] | Mapping[int, float]) -> dict[str, float]:
+    if not isinstance(weights, Mapping):
+        raise InvalidArgument(f"weights {weights!r}: expected a mapping of versions to their shares")
+    checked: dict[str, float] = {}
+    for key, weight in weights.items():
+        version = _check_version("version", key)
+        if version in checked:
+            raise InvalidArgument(f"weights {dict(weights)!r}: version {version} has two")
+        try:
+            checked[version] = float(weight) if 0 <= weight <= wire.MAX_WEIGHT else math.nan  # NaN is not >= 0
+        except (TypeError, ValueError, OverflowError):
+            checked[version] = math.nan
+        if math.isnan(checked[version]):
+            raise InvalidArgument(
+                f"weight {weight!r} of version {version}: expected a number from 0 to {wire.MAX_WEIGHT:g}"
+            )
+    if checked and not any(checked.values()):
+        raise InvalidArgument(f"weights {checked!r}: none is above 0")
+    return checked
 
 
 def _check_flag(name: str, value: bool) -> bool:

@@ -28,6 +28,10 @@ MAX_DIM = 2**63 - 1
 MAX_DEADLINE_US = 24 * 3600 * 1e6
 DEFAULT_PRIORITY = 1
 LOWEST_PRIORITY = 3
+MAX_WEIGHT = 1e9
+
+MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What a model may be called: a name for a folder, too, on every system, and never one with an "@"."""
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,13 +73,16 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
 
     Attributes:
         inputs: one entry per tensor frame, in order. A single input may have the name "": the model's only one.
-        model: name of the model; "" is the daemon's default model.
+        model: name of the model, or NAME@VERSION for that version alone; "" is the daemon's default model.
         prefer_gpu: run on a GPU if one qualifies, else on the CPU. False: run on the CPU.
         min_gpu_memory_mb: free memory in MiB that a GPU needs to qualify; never negative or NaN.
         device: "" to go by prefer_gpu, "auto" for the device that is predicted to be done first, or "cpu", "cuda:0",
             ...: that one or an error.
-        deadline_us: microseconds from the daemon's receipt after which the answer is worthless; None: none.
-        priority: 0 (first) to 3 (last).
+        deadline_us: microseconds from the daemon's receipt after which the answer is worthless; None: as the model
+            says, which usually is none.
+        priority: 0 (first) to 3 (last); None: as the model says, which usually is DEFAULT_PRIORITY.
+        route_key: requests with the same key go to the same version while traffic is split; "": those of one
+            connection do.
     """
 
     v: _Version
@@ -86,7 +93,8 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     min_gpu_memory_mb: _NotNegative = 0.0
     device: str = ""
     deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
-    priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] = DEFAULT_PRIORITY
+    priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] | None = None
+    route_key: str = ""
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="cancel", gc=False):
@@ -109,14 +117,81 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="h
 class Metadata(
     msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata", omit_defaults=True, gc=False
 ):
-    """Ask what a model takes and gives; "" is the daemon's default model."""
+    """Ask what a model takes and gives: NAME, NAME@VERSION, or "" for the daemon's default model."""
 
     v: _Version
     id: _Id
     model: str = ""
 
 
-Request = Predict | Cancel | Health | Metadata
+class Models(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="models", gc=False):
+    """Ask for all models and their versions."""
+
+    v: _Version
+    id: _Id
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="load", gc=False):
+    """Load NAME@VERSION, which gets no traffic yet, or what the model.toml of NAME says, traffic included.
+
+    Answered when it is loaded and warm, with `ModelsReport` about the versions of that name.
+    """
+
+    v: _Version
+    id: _Id
+    model: str
+
+
+class Unload(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="unload", gc=False):
+    """Stop serving NAME@VERSION, or all versions of NAME. What was taken in is finished first.
+
+    Answered when its memory has been freed, with `ModelsReport` about the versions of that name.
+    """
+
+    v: _Version
+    id: _Id
+    model: str
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="route", omit_defaults=True):
+    """Split the traffic of a model. Answered at once with `ModelsReport` about the versions of that name.
+
+    Attributes:
+        model: its name, without a version.
+        weights: version -> share of the requests that name no version, relative to the sum; empty: all go to the
+            newest version.
+        shadow: version that gets copies of them and whose answers nobody sees; "": none.
+    """
+
+    v: _Version
+    id: _Id
+    model: str
+    weights: dict[str, Annotated[float, msgspec.Meta(ge=0, le=MAX_WEIGHT)]] = {}
+    shadow: str = ""
+
+
+class Reload(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="reload", gc=False):
+    """Look at the model repository again. Answered with `ReloadReport` when all is as the repository says."""
+
+    v: _Version
+    id: _Id
+
+
+class Compare(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="compare", gc=False):
+    """Ask how the answers of a shadow version differ. Answered with `Comparison`.
+
+    Attributes:
+        model: its name. baseline: the version that answers. candidate: the shadow.
+    """
+
+    v: _Version
+    id: _Id
+    model: str
+    baseline: str
+    candidate: str
+
+
+Request = Predict | Cancel | Health | Metadata | Models | Load | Unload | Route | Reload | Compare
 
 
 class Timing(msgspec.Struct, frozen=True, gc=False):
@@ -194,13 +269,22 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One model: its signature, where it is loaded, how it is.
+    """One version of one model: its signature, where it is loaded, how it is.
 
     Attributes:
-        status: "ready", "starting", or "failed" (then `error` says why).
+        version: "" for what is no version, because something is wrong with the model; its status is "failed".
+        status: "ready"; "starting": being loaded; "draining": finishes what it has and goes; "unloaded"; "evicted":
+            unloaded to make room, and loaded again when it is asked for; "failed" (then `error` says why).
         inputs, outputs: -1 is an axis of any length. For a model that batches, axis 0 counts rows.
+        example_shapes: one per input, of one row, for which the model is known to work; (): not known yet.
         max_batch_size: most rows in one batch; 0 for a model that takes no batch axis.
-        default: whether requests that name no model go here.
+        default: whether requests that name no model go to this name.
+        format: "built-in", "pt2", "safetensors", "torchscript" or "onnx".
+        traffic: its share of the requests for this name that name no version, 0 to 1. shadow: whether it gets copies
+            of them.
+        memory_mb: weights and buffers in MiB, on each of its devices.
+        requests: how many were taken in for it. load_s: how long loading and warm-up took, in seconds.
+        notes: what an operator should know, such as a deprecated format.
     """
 
     name: str
@@ -212,6 +296,14 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int = 0
     devices: tuple[str, ...] = ()
     error: str = ""
+    format: str = ""
+    traffic: float = 0.0
+    shadow: bool = False
+    memory_mb: float = 0.0
+    requests: int = 0
+    load_s: float = 0.0
+    notes: tuple[str, ...] = ()
+    example_shapes: tuple[tuple[int, ...], ...] = ()
 
 
 class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="health"):
@@ -258,6 +350,82 @@ class MetadataReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
     model: ModelInfo
 
 
+class ModelsReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="models"):
+    """Answer to `Models`, `Load`, `Unload` and `Route`. Attributes: models: one entry per version."""
+
+    v: _Version
+    id: _Id
+    models: tuple[ModelInfo, ...]
+
+
+class ReloadReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="reload"):
+    """Answer to `Reload`.
+
+    Attributes:
+        loaded, unloaded: versions, as NAME@VERSION, that came and went.
+        failed: what could not be loaded, by NAME@VERSION or NAME or path, and why; the version before it still serves.
+    """
+
+    v: _Version
+    id: _Id
+    loaded: tuple[str, ...] = ()
+    unloaded: tuple[str, ...] = ()
+    failed: dict[str, str] = {}
+
+
+class OutputDifference(msgspec.Struct, frozen=True, kw_only=True):
+    """How one output of two versions differs.
+
+    Attributes:
+        name: of the output. elements: compared so far.
+        max_abs, mean_abs: absolute difference, over all elements that are finite in both.
+        argmax_agreement: share of the rows whose largest element along the last axis is at the same place; None if
+            that axis has one element or none.
+        misfits: times that shape or datatype differed, or only one of the two was finite.
+    """
+
+    name: str
+    elements: int
+    max_abs: float
+    mean_abs: float
+    argmax_agreement: float | None
+    misfits: int
+
+
+class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the last forwards, in microseconds per batch."""
+
+    count: int
+    p50_us: float
+    p90_us: float
+    p99_us: float
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="compare"):
+    """Answer to `Compare`.
+
+    Attributes:
+        requests: answered by the baseline and computed by the candidate too. errors: of these, failed there.
+        skipped: copies that found no free capacity.
+        outputs: one entry per output of the baseline.
+        baseline_us, candidate_us: the forwards of the same batches.
+        last_error: what the candidate's last failure said.
+    """
+
+    v: _Version
+    id: _Id
+    model: str
+    baseline: str
+    candidate: str
+    requests: int
+    errors: int
+    skipped: int
+    outputs: tuple[OutputDifference, ...]
+    baseline_us: Percentiles
+    candidate_us: Percentiles
+    last_error: str = ""
+
+
 class ErrorReply(
     msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="error", omit_defaults=True, gc=False
 ):
@@ -277,7 +445,7 @@ class ErrorReply(
     retry_after_us: float | None = None
 
 
-Reply = Result | HealthReport | MetadataReport | ErrorReply
+Reply = Result | HealthReport | MetadataReport | ModelsReport | ReloadReport | Comparison | ErrorReply
 
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -328,6 +496,14 @@ def request_id(frame: Buffer, limits: Limits) -> int | None:
         return None
 
 
+def split_title(title: str) -> tuple[str, str]:
+    """NAME and VERSION of NAME@VERSION, or NAME and "" of a name alone. Raises InvalidArgument."""
+    name, at, version = title.partition("@")
+    if not name or (at and not version) or "@" in version:
+        raise InvalidArgument(f"{excerpt(title)} is not a model: NAME or NAME@VERSION")
+    return name, version
+
+
 def _check_header_size(frame: Buffer, limits: Limits) -> None:
     size = len(memoryview(frame))
     if size > limits.header_bytes:
@@ -340,7 +516,7 @@ _map_decoder = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
 _array_decoder = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _int_decoder = msgspec.msgpack.Decoder(int)
 _id_decoder: msgspec.msgpack.Decoder[int] = msgspec.msgpack.Decoder(_Id)
-_PLACE = re.compile(r"`\$((?:\.\w+|\[\d+\])*)`$")
+_PLACE = re.compile(r"`\$((?:\.\w+|\[\d+\])*)(?:\[\.\.\.\])?`$")  # [...] is some value of a map
 _PLACE_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,11 @@ class Staging:
                 np.concatenate([item[position] for item in items], out=buffer[:rows])
         return [buffer[:rows] for buffer in buffers]
 
+    def forget(self, model: str) -> None:
+        """Let the buffers of a model go."""
+        for key in [key for key in self._sets if key[0] == model]:
+            self._nbytes -= _nbytes(self._sets.pop(key))
+
     def _buffers(
         self, model: str, specs: Sequence[TensorSpec], group: tuple[int, ...], example: Sequence[Array], rows: int
     ) -> list[Array]:
@@ -84,10 +90,6 @@ def split(outputs: Sequence[Array], rows: Sequence[int]) -> list[tuple[Array, ..
     """Cut each output `[sum(rows), ...]` into one view per request."""
     if len(rows) == 1:
         return [tuple(outputs)]
-    parts = []
-    start = 0
-    for count in rows:
-        stop = start + count
-        parts.append(tuple([output[start:stop] for output in outputs]))
-        start = stop
-    return parts
+    bounds = list(pairwise(accumulate(rows, initial=0)))
+    columns = [[output[start:stop] for start, stop in bounds] for output in outputs]
+    return list(zip(*columns, strict=True)) if columns else [()] * len(rows)

@@ -9,19 +9,25 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from tnxctl import __version__
-from tnxctl.errors import FailedPrecondition, TensorNextError
+from tnxctl.errors import FailedPrecondition, InvalidArgument, TensorNextError
 from tnxd import config as configuration
 from tnxd.config import Config
-from tnxd.control import STARTING, Inventory
+from tnxd.control import Inventory
 from tnxd.costs import CostModel
-from tnxd.lifecycle import Notifier, raise_file_limit, stop_signals
-from tnxd.models.builtin import builtin
+from tnxd.executors.execution import Executor
+from tnxd.lifecycle import Notifier, handled_signals, raise_file_limit
+from tnxd.loading import Changes, Loader
+from tnxd.models import repository
+from tnxd.models.builtin import STANDARD, builtin_entries
+from tnxd.models.catalog import Catalog
+from tnxd.registry import DRAINING, READY, STARTING, Registry
 from tnxd.router import Router
 from tnxd.scheduler import Scheduler
 from tnxd.server import Server
@@ -34,6 +40,7 @@ log = logging.getLogger("tnxd")
 
 _FLUSH_S = 5.0
 _TICK_S = 1.0
+_MIB = 1024 * 1024
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": False})
@@ -60,7 +67,14 @@ _TICK_S = 1.0
     show_envvar=True,
     multiple=True,
     metavar="NAME",
-    help="A model to serve; may be given several times.",
+    help="A built-in model to serve; may be given several times.",
+)
+@click.option(
+    "--model-repository",
+    envvar="TNXD_MODEL_REPOSITORY",
+    show_envvar=True,
+    metavar="DIRECTORY",
+    help="Serve the models of this directory: NAME/VERSION/model.pt2 and so on.",
 )
 @click.option(
     "--default-model",
@@ -104,6 +118,7 @@ def main(
     path: Path | None,
     bind: tuple[str, ...],
     models: tuple[str, ...],
+    model_repository: str | None,
     default_model: str | None,
     devices: str | None,
     cpu_workers: int | None,
@@ -112,16 +127,18 @@ def main(
 ) -> None:
     """Serve PyTorch models over ZeroMQ.
 
-    Without options it listens on tcp://127.0.0.1:5555 and serves the built-in models on every device it finds. A flag
-    wins over the environment, the environment over the file. A variable for an option that may be given several times
-    holds its values with spaces between.
+    Without options it listens on tcp://127.0.0.1:5555 and serves the built-in models on every device it finds; with
+    --model-repository it serves that. A flag wins over the environment, the environment over the file. A variable for
+    an option that may be given several times holds its values with spaces between.
 
-    Prints one line when it is ready. SIGTERM and SIGINT let it finish what it has taken in, then it exits with 0; a
-    second signal stops it at once. Exit code 2: the configuration is wrong; 1: it cannot listen or cannot load.
+    Prints one line when it is ready. SIGHUP looks at the model repository again. SIGTERM and SIGINT let it finish what
+    it has taken in, then it exits with 0; a second signal stops it at once. Exit code 2: the configuration is wrong; 1:
+    it cannot listen or cannot load, or it lost a device.
     """
     overrides: dict[str, Any] = {
         "bind": list(bind) or None,
         "models": list(models) or None,
+        "model_repository": model_repository,
         "default_model": default_model,
         "devices": [name.strip() for name in devices.split(",")] if devices else None,
         "log_level": log_level,
@@ -129,7 +146,8 @@ def main(
     }
     try:
         config = configuration.load(path, overrides)
-        inventory = Inventory({name: builtin(name) for name in config.models}, config.default)
+        catalog = _catalog(config)
+        registry = Registry(_default(config, catalog))
     except TensorNextError as error:
         _exit(2, error)
     _log_to_stderr(config.log_level)
@@ -146,26 +164,48 @@ def main(
     except TensorNextError as error:
         router.close(0)
         _exit(1, error)
-    code = _Daemon(config, inventory, router).run()
+    code = _Daemon(config, registry, router).run()
     logging.shutdown()
     # Lanes may be inside torch, and the interpreter cannot end under them: it would abort.
     os._exit(code)
 
 
+def _catalog(config: Config) -> Catalog:
+    """What there is to serve. Raises TensorNextError: the configuration names something that there is not."""
+    entries = builtin_entries(config.models or (() if config.model_repository else STANDARD))
+    if not config.model_repository:
+        return Catalog(entries)
+    found = repository.scan(Path(config.model_repository), require_manifest=config.require_manifest)
+    failures = dict(found.failures)
+    for name in found.entries.keys() & entries.keys():
+        failures[f"{config.model_repository}/{name}"] = f"two models are called {name!r}: the built-in one is served"
+    return Catalog({**found.entries, **entries}, failures)
+
+
+def _default(config: Config, catalog: Catalog) -> str:
+    names = [*config.models, *sorted(catalog.entries)] if config.model_repository else list(catalog.entries)
+    default = config.default_model or (names[0] if names else "")
+    if default and default not in catalog.entries and default not in catalog.failures:
+        served = ", ".join(names) or "none"
+        raise InvalidArgument(f"default_model: {default!r} is not among the models {served}")
+    return default
+
+
 class _Daemon:
     """The parts, wired."""
 
-    def __init__(self, config: Config, inventory: Inventory, router: Router) -> None:
+    def __init__(self, config: Config, registry: Registry, router: Router) -> None:
         self._config = config
-        self._inventory = inventory
+        self._inventory = Inventory(registry)
         self._router = router
         self._notifier = Notifier()
         self._costs = CostModel()
+        self._loader: Loader | None = None
         self._exit_code = 0
         self._server = Server(
             router,
             Wakeup(),
-            inventory,
+            self._inventory,
             self._scheduler([]),
             Telemetry(),
             Spinner(config.spin_us),
@@ -175,6 +215,8 @@ class _Daemon:
             drain_timeout_s=config.drain_timeout_s,
             stall_timeout_s=config.stall_timeout_s,
             max_delay_us=config.queue.max_delay_us,
+            remote_control=config.remote_control,
+            on_device_lost=self._device_lost,
         )
 
     def _scheduler(self, devices: list[Device]) -> Scheduler:
@@ -183,66 +225,125 @@ class _Daemon:
             devices,
             self._costs,
             max_requests=queue.max_requests,
-            max_bytes=int(queue.max_mb * 1024 * 1024),
+            max_bytes=int(queue.max_mb * _MIB),
             max_per_model=queue.max_per_model or None,
+            max_bytes_per_model=int(queue.max_mb_per_model * _MIB) or None,
         )
 
     def run(self) -> int:
         """Serve until told to stop; returns the exit code."""
         self._notifier.send("STATUS=loading")
-        threading.Thread(target=self._load, name="load", daemon=True).start()
-        with stop_signals(lambda: self._server.call_soon(self._stop), self._config.drain_timeout_s + _FLUSH_S):
+        threading.Thread(target=self._open_devices, name="devices", daemon=True).start()
+        call_soon = self._server.call_soon
+        with handled_signals(
+            lambda: call_soon(self._stop), lambda: call_soon(self._reload), self._config.drain_timeout_s + _FLUSH_S
+        ):
             self._server.run()
             self._router.close(max(_FLUSH_S, self._server.drain_left_s))
         log.info("stopped")
         return self._exit_code
 
-    def _load(self) -> None:
+    def _open_devices(self) -> None:
         """On a thread of its own: health answers meanwhile."""
         try:
-            from tnxd.loading import load_everything  # imports torch, which takes seconds
+            from tnxd.executors.devices import open_devices  # imports torch, which takes seconds
 
-            loaded = load_everything(self._config, self._inventory, self._costs, self._server.completed)
+            opened = open_devices(self._config, self._server.completed)
+            if not opened.executors:
+                raise RuntimeError(f"no device works: {opened.failures}")
         except BaseException as error:
             log.error("cannot start: %s", error, exc_info=not isinstance(error, RuntimeError))
             self._server.call_soon(self._give_up)
             return
+        self._server.call_soon(lambda: self._load(opened.executors, opened.failures))
 
-        def install() -> None:
-            inventory = self._inventory
-            inventory.executors = loaded.executors
-            inventory.device_failures.update(loaded.device_failures)
-            inventory.model_failures.update(loaded.model_failures)
-            for device in loaded.devices:
-                executor = loaded.executors[device.name]
-                executor.adopt_thread()
-                for name in device.models:
-                    model = inventory.models[name]
-                    curve = self._costs.curve(device.name, name, model.example_group, inline=True)
-                    for rows, micros in executor.warm_up_inline(model, device.inline_limit_us):
-                        curve.observe(rows, micros)
-            self._server.install(self._scheduler(loaded.devices))
-            # What is alive now stays alive: the collector need not look at it again.
-            gc.collect()
-            gc.freeze()
-            self._announce()
+    def _load(self, executors: Mapping[str, Executor], failures: Mapping[str, str]) -> None:
+        """The devices are open: load the models on them."""
+        config, inventory = self._config, self._inventory
+        for name, failure in failures.items():
+            log.error("device %s is left out: %s", name, failure)
+        inventory.executors = executors
+        inventory.device_failures.update(failures)
+        for executor in executors.values():
+            executor.adopt_thread()
+        scheduler = self._scheduler([self._device(executor) for executor in executors.values()])
+        self._loader = Loader(
+            inventory.registry,
+            scheduler,
+            executors,
+            self._costs,
+            lambda: _catalog(config),
+            self._server.call_soon,
+            budget={"cpu": int(config.memory.cpu_mb * _MIB), "cuda": int(config.memory.cuda_mb * _MIB)},
+            load_timeout_s=config.load_timeout_s,
+            on_reload=self._announce_reload,
+        )
+        self._server.install(scheduler, self._loader)
+        self._loader.start(self._loaded)
 
-        self._server.call_soon(install)
+    def _device(self, executor: Executor) -> Device:
+        return Device(
+            executor.name,
+            executor.kind,
+            executor.lanes,
+            set(),
+            executor.memory_mb()[0],
+            inline_limit_us=self._config.cpu.inline_limit_us if executor.kind == "cpu" else 0.0,
+            lane_threads=executor.lane_threads,
+        )
 
-    def _announce(self) -> None:
+    def _loaded(self, outcome: Changes | TensorNextError) -> None:
+        """The first load of everything is over."""
+        if not any(version.servable for _, version in self._inventory.registry):
+            why = outcome.message if isinstance(outcome, TensorNextError) else outcome.failed or "there is no model"
+            log.error("cannot start: no model can be served: %s", why)
+            self._give_up()
+            return
+        self._server.serve()
+        # What is alive now stays alive: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        line = self._status()
+        with contextlib.suppress(OSError):  # nobody has to read it
+            print(f"tnxd {__version__} {line}", flush=True)
+        self._notifier.send("READY=1", f"STATUS={line}")
+
+    def _status(self) -> str:
+        """What is served, where."""
         inventory = self._inventory
         devices = ", ".join(
             f"{executor.name} ({executor.lanes} lane{'s' if executor.lanes > 1 else ''})"
             for executor in inventory.executors.values()
         )
+        registry = inventory.registry
         models = ", ".join(
-            name + " (default)" * (name == inventory.default_model) + " (failed)" * (name in inventory.model_failures)
-            for name in inventory.models
+            name
+            + " (default)" * (name == registry.default)
+            + " (failed)" * (not any(version.servable for version in deployment.versions.values()))
+            for name, deployment in registry.deployments.items()
         )
-        line = f"ready on {', '.join(self._router.endpoints)}; devices: {devices}; models: {models}"
-        with contextlib.suppress(OSError):  # nobody has to read it
-            print(f"tnxd {__version__} {line}", flush=True)
-        self._notifier.send("READY=1", f"STATUS={line}")
+        return f"ready on {', '.join(self._router.endpoints)}; devices: {devices}; models: {models}"
+
+    def _reload(self) -> None:
+        """SIGHUP."""
+        if self._loader is None or self._server.state != READY:
+            log.warning("SIGHUP is ignored: the daemon is %s", self._server.state)
+        else:
+            self._loader.reload(lambda outcome: None)
+
+    def _announce_reload(self, begins: bool) -> None:
+        if begins:
+            self._notifier.reloading()
+        else:
+            self._notifier.send("READY=1", f"STATUS={self._status()}")
+
+    def _device_lost(self) -> None:
+        choice = self._config.on_device_loss
+        if choice == "restart" or (choice == "auto" and self._notifier.supervised):
+            log.error("the daemon finishes what other devices run, and ends for a new start")
+            self._exit_code = 1
+            if self._server.state != DRAINING:
+                self._stop()
 
     def _stop(self) -> None:
         self._notifier.send("STOPPING=1", "STATUS=draining")

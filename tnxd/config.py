@@ -11,6 +11,7 @@ import msgspec
 
 from tnxctl.errors import InvalidArgument
 from tnxctl.wire import DEFAULT_PORT, Limits
+from tnxd import tomlfile
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 _Names = Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
@@ -43,7 +44,7 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         max_requests: in all. max_per_model: for one model; 0 is as many as in all.
-        max_mb: input tensors, in MiB.
+        max_mb: input tensors, in MiB. max_mb_per_model: for one model; 0 is as many as in all.
         max_delay_us: how long a batch smaller than its model's limit waits for company, in microseconds.
     """
 
@@ -51,6 +52,20 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_per_model: Annotated[int, msgspec.Meta(ge=0)] = 0
     max_delay_us: Annotated[float, msgspec.Meta(ge=0, le=10_000_000)] = 0.0
     max_mb: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 1024.0
+    max_mb_per_model: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
+
+
+class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the weights of all models may take, in MiB; 0 sets no limit.
+
+    When a model does not fit beside the others, the least recently used ones leave, and come back when asked for.
+
+    Attributes:
+        cpu_mb: on the CPU. cuda_mb: on each CUDA device.
+    """
+
+    cpu_mb: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
+    cuda_mb: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,30 +73,39 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         bind: endpoints to listen on, tcp:// or ipc://; port * picks a free one.
-        models: names of the models to serve. default_model: for requests that name none; "" is the first of them.
+        models: built-in models to serve; empty: all of them, or none where there is a repository.
+        model_repository: directory of models, see docs/models.md; "": none.
+        require_manifest: refuse a version without SHA256SUMS.
+        default_model: for requests that name none; "" is the first one: built-in ones first, then by name.
+        remote_control: whether clients may load, unload, route and reload.
         devices: "auto", "cpu", "cuda", "cuda:N".
         spin_us: longest time in microseconds that the loop polls before it blocks; 0 blocks at once.
         drain_timeout_s: how long SIGTERM waits for running requests.
-        stall_timeout_s: a batch that runs longer stops the watchdog's feed.
+        load_timeout_s: a model that takes longer to load and warm up has failed.
+        stall_timeout_s: a batch that runs longer is given up; a model may have a limit of its own.
+        on_device_loss: when a device is lost for good, "restart" finishes what is under way elsewhere and exits with 1,
+            for a service manager to start the daemon anew; "continue" goes on without the device; "auto" restarts if
+            systemd started the daemon.
     """
 
     bind: _Names = (f"tcp://127.0.0.1:{DEFAULT_PORT}",)
-    models: _Names = ("mlp", "digits")
+    models: tuple[str, ...] = ()
+    model_repository: str = ""
+    require_manifest: bool = False
     default_model: str = ""
+    remote_control: bool = True
     devices: _Names = ("auto",)
     spin_us: Annotated[float, msgspec.Meta(ge=0, le=10_000)] = 100.0
     drain_timeout_s: _Positive = 30.0
+    load_timeout_s: _Positive = 300.0
     stall_timeout_s: _Positive = 60.0
+    on_device_loss: Literal["auto", "restart", "continue"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"  # LOG_LEVELS
     cpu: Cpu = Cpu()
     cuda: Cuda = Cuda()
     queue: Queue = Queue()
+    memory: Memory = Memory()
     limits: Limits = Limits()
-
-    @property
-    def default(self) -> str:
-        """Name of the default model."""
-        return self.default_model or self.models[0]
 
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -102,12 +126,7 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     settings: dict[str, Any] = {}
     if path is not None:
         origin = str(path)
-        try:
-            settings = msgspec.toml.decode(path.read_bytes())
-        except OSError as error:
-            raise InvalidArgument(f"{path}: {error.strerror}") from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InvalidArgument(f"{path}: not TOML: {error}") from None
+        settings = tomlfile.read(path)
     for key, value in overrides.items():
         if isinstance(value, Mapping):
             table = settings.setdefault(key, {})
@@ -115,38 +134,9 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
                 table.update({name: item for name, item in value.items() if item is not None})
         elif value is not None:
             settings[key] = value
-    try:
-        config = msgspec.convert(settings, Config)
-    except msgspec.ValidationError as error:
-        raise InvalidArgument(f"{origin}: {_in_words(error, settings)}") from None
+    config = tomlfile.convert(settings, Config, origin)
     _check(config, origin)
     return config
-
-
-_PLACE = re.compile(r" - at `\$(?:\.(?P<key>[\w.]+))?(?:\[(?P<index>\d+)\])?`$")
-
-
-def _in_words(error: msgspec.ValidationError, settings: Mapping[str, Any]) -> str:
-    """msgspec says what it expected where; put the key first, and the value last."""
-    text = str(error)
-    place = _PLACE.search(text)
-    if place is None:
-        return text
-    what = text[: place.start()].replace("`", "")
-    what = what[0].lower() + what[1:]
-    if place["key"] is None:
-        return what
-    value: Any = settings
-    try:
-        for part in place["key"].split("."):
-            value = value[part]
-        if place["index"]:
-            value = value[int(place["index"])]
-    except (KeyError, IndexError, TypeError):
-        return f"{place['key']}: {what}"
-    if "invalid enum value" in what:
-        what = f"expected one of {', '.join(LOG_LEVELS)}"
-    return f"{place['key']}: {what}, not {value!r}"
 
 
 def _check(config: Config, origin: str) -> None:
@@ -165,6 +155,3 @@ def _check(config: Config, origin: str) -> None:
     for device in config.devices:
         if not _DEVICE.fullmatch(device):
             raise InvalidArgument(f"{origin}: devices: {device!r} is none of auto, cpu, cuda, cuda:N")
-    if config.default not in config.models:
-        served = ", ".join(config.models)
-        raise InvalidArgument(f"{origin}: default_model: {config.default!r} is not among the models {served}")

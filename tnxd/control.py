@@ -6,19 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tnxctl import __version__
-from tnxctl.errors import FailedPrecondition, NotFound, Unavailable
-from tnxctl.wire import VERSION, DeviceInfo, Health, HealthReport, Metadata, MetadataReport, ModelInfo, excerpt
+from tnxctl.errors import TensorNextError, Unavailable
+from tnxctl.wire import (
+    VERSION,
+    Compare,
+    Comparison,
+    DeviceInfo,
+    Health,
+    HealthReport,
+    Metadata,
+    MetadataReport,
+    ModelInfo,
+    ModelsReport,
+    ReloadReport,
+)
 from tnxd.executors.execution import Executor
-from tnxd.models.model import Model
+from tnxd.loading import Changes
+from tnxd.registry import READY, STARTING, Deployment, Registry, Version
 from tnxd.scheduler import Scheduler
+from tnxd.shadow import Shadows
 from tnxd.telemetry import Telemetry
 from tnxd.work import Request
 
-Report = HealthReport | MetadataReport
-
-STARTING = "starting"
-READY = "ready"
-DRAINING = "draining"
+_MIB = 1024 * 1024
 
 
 @dataclass
@@ -26,27 +36,13 @@ class Inventory:
     """What the daemon serves, and on what.
 
     Attributes:
-        models: every configured model by name. default_model: for requests that name none.
         executors: devices that work, by name.
         device_failures: device -> why it could not be opened, or what broke it later.
-        model_failures: model -> why no device could load it.
     """
 
-    models: dict[str, Model]
-    default_model: str
+    registry: Registry
     executors: Mapping[str, Executor] = field(default_factory=dict)
     device_failures: dict[str, str] = field(default_factory=dict)
-    model_failures: dict[str, str] = field(default_factory=dict)
-
-    def find(self, name: str) -> Model:
-        """The model of that name, or the default model for "". Raises NotFound, FailedPrecondition."""
-        model = self.models.get(name or self.default_model)
-        if model is None:
-            raise NotFound(f"no model {excerpt(name)}; there are {', '.join(self.models)}")
-        failure = self.model_failures.get(model.name)
-        if failure is not None:
-            raise FailedPrecondition(f"model {model.name!r} is not loaded: {failure}")
-        return model
 
 
 def health(
@@ -60,8 +56,9 @@ def health(
     """The state of everything, now."""
     devices = tuple(_device_info(name, inventory, scheduler) for name in _device_names(inventory, scheduler))
     try:
-        current = scheduler.route(Request(inventory.default_model, max_batch_size=0), 0)[0]
-    except Unavailable:
+        version = inventory.registry.describe("")[1]
+        current = scheduler.route(Request(version.key, max_batch_size=0), 0)[0]
+    except TensorNextError:
         current = None
     return HealthReport(
         v=VERSION,
@@ -73,7 +70,7 @@ def health(
         version=__version__,
         uptime_s=telemetry.uptime_s(),
         devices=devices,
-        models=tuple(_model_info(model, inventory, scheduler) for model in inventory.models.values()),
+        models=model_infos(inventory.registry, scheduler),
         queued=scheduler.queued,
         running=scheduler.running,
         requests=telemetry.requests,
@@ -86,11 +83,43 @@ def health(
 
 
 def metadata(request: Metadata, inventory: Inventory, scheduler: Scheduler) -> MetadataReport:
-    """One model's signature and state. Raises NotFound."""
-    model = inventory.models.get(request.model or inventory.default_model)
-    if model is None:
-        raise NotFound(f"no model {excerpt(request.model)}; there are {', '.join(inventory.models)}")
-    return MetadataReport(v=VERSION, id=request.id, model=_model_info(model, inventory, scheduler))
+    """One version's signature and state. Raises NotFound."""
+    registry = inventory.registry
+    return MetadataReport(
+        v=VERSION, id=request.id, model=_model_info(*registry.describe(request.model), registry, scheduler)
+    )
+
+
+def models(id_: int, name: str, inventory: Inventory, scheduler: Scheduler) -> ModelsReport:
+    """All versions of one name, or for "" of all names."""
+    infos = model_infos(inventory.registry, scheduler)
+    return ModelsReport(v=VERSION, id=id_, models=tuple(info for info in infos if name in ("", info.name)))
+
+
+def comparison(request: Compare, inventory: Inventory, shadows: Shadows) -> Comparison:
+    """How two versions differ. Raises NotFound, FailedPrecondition."""
+    deployment = inventory.registry.deployment(request.model)
+    baseline, candidate = (deployment.sole(number).model for number in (request.baseline, request.candidate))
+    if baseline is None or candidate is None:
+        missing = request.candidate if baseline else request.baseline
+        raise Unavailable(f"version {missing} of {request.model!r} is not loaded")
+    return shadows.report(request.id, baseline, candidate)
+
+
+def reload_report(id_: int, changes: Changes) -> ReloadReport:
+    """What a reload did."""
+    return ReloadReport(
+        v=VERSION, id=id_, loaded=tuple(changes.loaded), unloaded=tuple(changes.unloaded), failed=changes.failed
+    )
+
+
+def model_infos(registry: Registry, scheduler: Scheduler) -> tuple[ModelInfo, ...]:
+    """Every version, and what could not become one."""
+    infos = [_model_info(deployment, version, registry, scheduler) for deployment, version in registry]
+    for what, why in registry.failures.items():
+        name, _, number = what.partition("@")
+        infos.append(ModelInfo(name=name, version=number, status="failed", error=why))
+    return tuple(infos)
 
 
 def _device_names(inventory: Inventory, scheduler: Scheduler) -> list[str]:
@@ -117,19 +146,33 @@ def _device_info(name: str, inventory: Inventory, scheduler: Scheduler) -> Devic
     )
 
 
-def _model_info(model: Model, inventory: Inventory, scheduler: Scheduler) -> ModelInfo:
-    failure = inventory.model_failures.get(model.name, "")
-    devices = tuple(
-        device.name for device in scheduler.devices.values() if model.name in device.models and not device.error
+def _model_info(deployment: Deployment, version: Version, registry: Registry, scheduler: Scheduler) -> ModelInfo:
+    model = version.model
+    devices = (
+        ()
+        if model is None
+        else tuple(
+            device.name for device in scheduler.devices.values() if model.key in device.models and not device.error
+        )
     )
+    traffic = deployment.traffic(version)
+    state = STARTING if version.loading and version.state != READY else version.state
     return ModelInfo(
-        name=model.name,
-        version=model.version,
-        status="failed" if failure else READY if devices else STARTING,
-        default=model.name == inventory.default_model,
-        inputs=model.inputs,
-        outputs=model.outputs,
-        max_batch_size=model.max_batch_size,
+        name=deployment.name,
+        version=version.number,
+        status=state,
+        default=deployment.name == registry.default,
+        inputs=model.inputs if model else (),
+        outputs=model.outputs if model else (),
+        max_batch_size=model.max_batch_size if model else 0,
         devices=devices,
-        error=failure,
+        error=version.error,
+        format=version.source.format,
+        traffic=traffic,
+        shadow=deployment.shadow == version.number and not traffic,
+        memory_mb=version.nbytes / _MIB if devices else 0.0,
+        requests=version.requests,
+        load_s=version.load_s,
+        notes=version.notes,
+        example_shapes=tuple(model.example_shapes(1)) if model else (),
     )

@@ -48,6 +48,18 @@ class CostCurve:
         self._times[position] = expected + _WEIGHT * off
         self._deviations[position] += _WEIGHT * (abs(off) - self._deviations[position])
 
+    def bound(self, rows: int, micros: float) -> None:
+        """Take in that a batch of `rows` needs no longer than that: what is expected comes down to it, by and by."""
+        if not self._rows or self.mean(rows) > micros:
+            self.observe(rows, micros)
+
+    def borrow(self, other: CostCurve, factor: float) -> None:
+        """Start with what another curve knows, times a factor."""
+        self._points = dict(other._points)
+        self._rows = list(other._rows)
+        self._times = [factor * micros for micros in other._times]
+        self._deviations = [factor * micros for micros in other._deviations]
+
     def mean(self, rows: int) -> float:
         """Expected microseconds for a batch of `rows`; 0 as long as nothing was observed."""
         known, times = self._rows, self._times
@@ -86,6 +98,60 @@ class CostCurve:
         return bool(self._rows)
 
 
+class BatchCosts:
+    """What batches of one model and shape group take on one device: on its lanes, and on the caller's own thread.
+
+    A batch is meant for the caller's thread if it is expected to take no longer than `inline_limit_us` there. What is
+    expected there starts with what the lanes took, times their threads, and learns from the batches that ran there.
+    Lanes go on to bound it from above: a slow spell of the machine must not keep batches on lanes for good, where
+    nothing is learned about the caller's thread.
+
+    Args:
+        lane, inline: what was learned so far.
+        lane_threads: threads that work on one batch of a lane.
+        inline_limit_us: 0: nothing runs on the caller's thread.
+    """
+
+    __slots__ = ("_inline_limit_us", "_lane_threads", "inline", "lane")
+
+    def __init__(
+        self,
+        lane: CostCurve | None = None,
+        inline: CostCurve | None = None,
+        *,
+        lane_threads: int = 1,
+        inline_limit_us: float = 0.0,
+    ) -> None:
+        self.lane = CostCurve() if lane is None else lane
+        self.inline = CostCurve() if inline is None else inline
+        self._lane_threads = lane_threads
+        self._inline_limit_us = inline_limit_us
+        if inline_limit_us and self.lane.known and not self.inline.known:
+            self.inline.borrow(self.lane, lane_threads)
+
+    def fits_inline(self, rows: int) -> bool:
+        """Whether a batch of `rows` is meant for the caller's thread. What was never measured is not."""
+        return 0.0 < self.inline.mean(rows) <= self._inline_limit_us
+
+    def curve(self, rows: int) -> CostCurve:
+        """What is known of the place that a batch of `rows` is meant for."""
+        return self.inline if self.fits_inline(rows) else self.lane
+
+    def mean(self, rows: int) -> float:
+        """Expected microseconds for a batch of `rows`, where it is meant to run; 0 as long as nothing is known."""
+        if self._inline_limit_us:
+            micros = self.inline.mean(rows)
+            if 0.0 < micros <= self._inline_limit_us:
+                return micros
+        return self.lane.mean(rows)
+
+    def observe_lane(self, rows: int, micros: float) -> None:
+        """Record that a batch of `rows` took so long on a lane."""
+        self.lane.observe(rows, micros)
+        if self._inline_limit_us:
+            self.inline.bound(rows, self._lane_threads * self.lane.mean(rows))
+
+
 class CostModel:
     """A curve per device, model and shape group, and another where batches run on the caller's own thread.
 
@@ -106,3 +172,7 @@ class CostModel:
                 del self._curves[next(iter(self._curves))]
             known = self._curves[key] = CostCurve()
         return known
+
+    def forget(self, model: str) -> None:
+        """Drop all curves of a model."""
+        self._curves = {key: curve for key, curve in self._curves.items() if key[1] != model}

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -28,6 +29,15 @@ class Notifier:
         self.watchdog_s = int(usec) / 1e6 if usec.isdigit() else 0.0
         """Seconds within which systemd expects a sign of life; 0 if it expects none."""
 
+    @property
+    def supervised(self) -> bool:
+        """Whether systemd started the daemon, and may start it again."""
+        return bool(self._address)
+
+    def reloading(self) -> None:
+        """Say that a reload has begun; READY=1 says that it is over."""
+        self.send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
     def send(self, *states: str) -> None:
         """Send states such as "READY=1". A daemon without systemd, or whose systemd does not listen, goes on."""
         if not self._address:
@@ -39,8 +49,10 @@ class Notifier:
 
 
 @contextlib.contextmanager
-def stop_signals(on_stop: Callable[[], None], patience_s: float) -> Iterator[None]:
-    """Call `on_stop`, on a thread of its own, for each SIGTERM and SIGINT; put the old handlers back at the end.
+def handled_signals(on_stop: Callable[[], None], on_reload: Callable[[], None], patience_s: float) -> Iterator[None]:
+    """Call `on_stop` for each SIGTERM and SIGINT and `on_reload` for SIGHUP, on a thread of its own.
+
+    The old handlers are back at the end.
 
     A loop that hangs in a model's code does not stop: the process ends with 1 when `patience_s` seconds have passed
     since the first signal, or two since the second. Python's own handlers run on the main thread alone, which is the
@@ -48,9 +60,9 @@ def stop_signals(on_stop: Callable[[], None], patience_s: float) -> Iterator[Non
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    previous = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     previous_descriptor = signal.set_wakeup_fd(writer.fileno())
-    threading.Thread(target=_watch, args=(reader, on_stop, patience_s), name="signals", daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, on_stop, on_reload, patience_s), name="signals", daemon=True).start()
     try:
         yield
     finally:
@@ -64,7 +76,9 @@ def _ignore(_number: int, _frame: FrameType | None) -> None:
     """Without a handler of Python's, a signal would do what it does by default."""
 
 
-def _watch(reader: socket.socket, on_stop: Callable[[], None], patience_s: float) -> None:
+def _watch(
+    reader: socket.socket, on_stop: Callable[[], None], on_reload: Callable[[], None], patience_s: float
+) -> None:
     signals = 0
     with reader:
         while True:
@@ -74,7 +88,9 @@ def _watch(reader: socket.socket, on_stop: Callable[[], None], patience_s: float
                 os._exit(1)
             if not received:
                 return
-            if received[0] in (signal.SIGTERM, signal.SIGINT):
+            if received[0] == signal.SIGHUP:
+                on_reload()
+            elif received[0] in (signal.SIGTERM, signal.SIGINT):
                 signals += 1
                 on_stop()
                 if signals <= 2:

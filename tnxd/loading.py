@@ -1,76 +1,514 @@
-"""Open the devices, put every model on each of them, warm up. Slow: runs beside the serving loop."""
+"""Make the registry true while the daemon serves: load, warm up, swap, let the old finish, free.
+
+Everything here runs on the serving loop's thread and touches registry and scheduler without a lock. An operation is a
+generator; what blocks it yields, as a function, and gets the result back when that has run on a thread beside the loop.
+So an operation reads from top to bottom, and between two of its steps the loop serves. One runs at a time.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
-from tnxd.config import Config
-from tnxd.control import Inventory
+from tnxctl.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+    TensorNextError,
+)
+from tnxctl.wire import split_title
 from tnxd.costs import CostModel
-from tnxd.executors.devices import open_devices
-from tnxd.executors.pool import LanePool, OnDone
-from tnxd.executors.runner import first_line
+from tnxd.executors.execution import Executor, Warmth
+from tnxd.models.catalog import Catalog, Entry
+from tnxd.models.model import Model
+from tnxd.registry import (
+    DRAINING,
+    EVICTED,
+    FAILED,
+    READY,
+    UNLOADED,
+    Deployment,
+    Registry,
+    Version,
+    check_weights,
+    signature_difference,
+)
+from tnxd.scheduler import Scheduler
 from tnxd.work import Device
 
 log = logging.getLogger(__name__)
 
+_MIB = 1024 * 1024
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Drained:
+    """What an operation yields to wait until no request of a model is waiting or running."""
+
+    key: str
+
+
+Operation = Generator[Callable[[], Any] | _Drained, Any, T]
+Done = Callable[[T | TensorNextError], None]
+
 
 @dataclass
-class Loaded:
-    """What `load_everything` made ready.
+class Changes:
+    """What a reload did: NAME@VERSION that came and went, and what failed, by title, name or path, with the reason."""
 
-    Attributes:
-        executors: by device name. devices: the same as the scheduler sees them.
-        device_failures, model_failures: name -> why.
+    loaded: list[str]
+    unloaded: list[str]
+    failed: dict[str, str]
+
+
+class Loader:
+    """Runs operations, one after the other.
+
+    Args:
+        scheduler, executors: have all devices, and no model yet.
+        costs: learns what warm-up shows.
+        scan: looks at what could be served; blocks.
+        call_soon: has the loop run a function; called from the thread beside it.
+        budget: bytes that the weights of all models may take on a device, by kind of device; no limit without an entry.
+        load_timeout_s: a step that takes longer has failed. Its thread is left to itself: Python cannot end it.
+        on_reload: called with True when a reload begins and with False when it is over.
     """
 
-    executors: dict[str, LanePool]
-    devices: list[Device]
-    device_failures: dict[str, str]
-    model_failures: dict[str, str] = field(default_factory=dict)
+    def __init__(
+        self,
+        registry: Registry,
+        scheduler: Scheduler,
+        executors: Mapping[str, Executor],
+        costs: CostModel,
+        scan: Callable[[], Catalog],
+        call_soon: Callable[[Callable[[], None]], None],
+        *,
+        budget: Mapping[str, int],
+        load_timeout_s: float,
+        on_reload: Callable[[bool], None],
+    ) -> None:
+        self._registry = registry
+        self._scheduler = scheduler
+        self._executors = executors
+        self._costs = costs
+        self._scan = scan
+        self._call_soon = call_soon
+        self._budget = budget
+        self._timeout_s = load_timeout_s
+        self._on_reload = on_reload
+        self.active = False
+        """Whether an operation is under way, and `poll` may have something to do."""
+        self._waiting: deque[tuple[Operation[Any], Done[Any]]] = deque()
+        self._current: tuple[Operation[Any], Done[Any]] | None = None
+        self._drained: _Drained | None = None
+        self._inbox: queue.SimpleQueue[tuple[int, Callable[[], Any]]] | None = None
+        self._step = 0
+        self._step_until = float("inf")
 
+    # --- what can be asked for ---------------------------------------------------------------------------------
 
-def load_everything(config: Config, inventory: Inventory, costs: CostModel, on_done: OnDone) -> Loaded:
-    """Load every model of the inventory on every device. What fails is left out, logged and reported.
+    def start(self, done: Done[Changes]) -> None:
+        """The first load of everything, before any request."""
+        self._submit(self._start(), done)
 
-    Raises:
-        RuntimeError: no device works at all, or no model can be loaded on any.
-    """
-    opened = open_devices(config, on_done)
-    for name, failure in opened.failures.items():
-        log.error("device %s is left out: %s", name, failure)
-    if not opened.executors:
-        raise RuntimeError(f"no device works: {opened.failures}")
-    loaded = Loaded(opened.executors, [], dict(opened.failures))
-    for name, executor in opened.executors.items():
-        models = set()
-        for model in inventory.models.values():
-            try:
-                curve = costs.curve(name, model.name, model.example_group)
-                for rows, micros in executor.load(model):
-                    curve.observe(rows, micros)
-            except BaseException as error:  # a model's code may raise anything
-                log.exception("model %s cannot be loaded on %s", model.name, name)
-                loaded.model_failures[model.name] = f"{name}: {type(error).__name__}: {first_line(error)}"
+    def reload(self, done: Done[Changes]) -> None:
+        """Look at the catalogue again, and load and unload what it says."""
+        self._submit(self._announced_reload(), done)
+
+    def load(self, title: str, done: Done[str]) -> None:
+        """Load NAME@VERSION, which gets no traffic unless it is the first, or NAME as the catalogue says."""
+        self._submit(self._load_title(title), done)
+
+    def unload(self, title: str, done: Done[str]) -> None:
+        """Let NAME@VERSION, or all versions of NAME, finish and go."""
+        self._submit(self._unload_title(title), done)
+
+    def summon(self, version: Version) -> None:
+        """Load an evicted version, for which a request has come."""
+        if not version.loading:
+            version.loading = True
+            self._submit(self._bring_back(version), lambda outcome: None)
+
+    def route(self, name: str, weights: Mapping[str, float], shadow: str) -> None:
+        """Split the traffic of a name. Raises as `check_weights` does."""
+        deployment = self._registry.deployment(name)
+        check_weights(deployment, weights, shadow)
+        deployment.weights = {number: weight for number, weight in weights.items() if weight > 0}
+        deployment.shadow = shadow
+        self._registry.rebuild()
+        log.info("traffic of %s: %s%s", name, dict(weights) or "newest", f", shadow {shadow}" if shadow else "")
+
+    # --- how operations run ------------------------------------------------------------------------------------
+
+    def _submit(self, operation: Operation[T], done: Done[T]) -> None:
+        self._waiting.append((operation, done))
+        if self._current is None:
+            self._next()
+
+    def _next(self) -> None:
+        self._current = self._waiting.popleft() if self._waiting else None
+        self.active = self._current is not None
+        if self._current is not None:
+            self._advance(partial(self._current[0].send, None))
+
+    def _advance(self, resume: Callable[[], Callable[[], Any] | _Drained]) -> None:
+        """Let the current operation go on up to its next step."""
+        assert self._current is not None
+        _, done = self._current
+        self._step += 1
+        self._step_until = float("inf")
+        try:
+            step = resume()
+        except StopIteration as stop:
+            self._end(done, stop.value)
+        except TensorNextError as error:
+            self._end(done, error)
+        except Exception as error:
+            log.exception("loading")
+            self._end(done, FailedPrecondition(_sentence(error)))
+        else:
+            self._step_until = time.monotonic() + self._timeout_s
+            if isinstance(step, _Drained):
+                self._drained = step
+                self.poll()
             else:
-                models.add(model.name)
-        inline_limit = config.cpu.inline_limit_us if executor.kind == "cpu" else 0.0
-        free_mb = executor.memory_mb()[0]
-        loaded.devices.append(
-            Device(
-                name,
-                executor.kind,
-                executor.lanes,
-                frozenset(models),
-                free_mb,
-                inline_limit_us=inline_limit,
-                lane_threads=executor.lane_threads,
+                if self._inbox is None:
+                    self._inbox = queue.SimpleQueue()
+                    threading.Thread(target=self._work, args=(self._inbox,), name="loading", daemon=True).start()
+                self._inbox.put((self._step, step))
+
+    def _end(self, done: Done[Any], outcome: Any) -> None:
+        self._registry.rebuild()
+        done(outcome)
+        self._next()
+
+    def poll(self) -> None:
+        """Go on if what the current operation waits for has come. The loop calls it every turn while `active`."""
+        if self._drained is not None and not self._scheduler.outstanding(self._drained.key):
+            self._drained = None
+            self._resume(None, None)
+        elif self._current is not None and time.monotonic() > self._step_until:
+            if self._drained is None:
+                self._inbox = None  # its thread is stuck in a model's code
+            self._drained = None
+            self._resume(None, DeadlineExceeded(f"it took longer than load_timeout_s, {self._timeout_s:g} s"))
+
+    def _resume(self, result: Any, error: BaseException | None) -> None:
+        assert self._current is not None
+        operation = self._current[0]
+        self._advance(partial(operation.send, result) if error is None else partial(operation.throw, error))
+
+    def _work(self, inbox: queue.SimpleQueue[tuple[int, Callable[[], Any]]]) -> None:
+        """The thread beside the loop."""
+        while True:
+            number, step = inbox.get()
+            result: Any = None
+            error: BaseException | None = None
+            try:
+                result = step()
+            except BaseException as raised:  # a model's code may raise anything, SystemExit too
+                error = raised
+            self._call_soon(partial(self._step_done, number, result, error))
+            del step, result, error  # hold no model's memory while waiting for the next
+
+    def _step_done(self, number: int, result: Any, error: BaseException | None) -> None:
+        if number == self._step and self._current is not None:  # else it had been given up
+            self._resume(result, error)
+
+    # --- operations --------------------------------------------------------------------------------------------
+
+    def _start(self) -> Operation[Changes]:
+        changes = yield from self._reload()
+        for _, version in self._registry:
+            if version.model is not None:
+                for executor in self._executors.values():
+                    if self._holds(executor.name, version.model.key):
+                        yield partial(executor.touch, version.model)
+        return changes
+
+    def _announced_reload(self) -> Operation[Changes]:
+        self._on_reload(True)
+        try:
+            return (yield from self._reload())
+        finally:
+            self._on_reload(False)
+
+    def _reload(self) -> Operation[Changes]:
+        catalog: Catalog = yield self._scan
+        changes = Changes([], [], dict(catalog.failures))
+        registry = self._registry
+        registry.failures = dict(catalog.failures)
+        for entry in catalog.entries.values():
+            yield from self._follow(self._deployment(entry), changes)
+        for name, deployment in list(registry.deployments.items()):
+            # It has gone; a mistake in what is there would be no reason to stop serving it.
+            if name not in catalog.entries and name not in catalog.failures:
+                for version in list(deployment.versions.values()):
+                    yield from self._retire(version, UNLOADED, changes)
+                del registry.deployments[name]
+        for what, why in catalog.failures.items():
+            log.error("%s cannot be served: %s", what, why)
+        return changes
+
+    def _deployment(self, entry: Entry) -> Deployment:
+        """The deployment of that entry, which may be new, with what is known of versions that are not loaded."""
+        registry = self._registry
+        deployment = registry.deployments.get(entry.name)
+        if deployment is None:
+            deployment = registry.deployments[entry.name] = Deployment(entry)
+        elif entry.weights != deployment.entry.weights or entry.shadow != deployment.entry.shadow:
+            deployment.weights, deployment.shadow = dict(entry.weights), entry.shadow
+        deployment.entry = entry
+        registry.failures.pop(entry.name, None)
+        for number, source in entry.sources.items():
+            known = deployment.versions.get(number)
+            if known is None or (known.state in (UNLOADED, FAILED) and known.source.stamp != source.stamp):
+                deployment.put(Version(source, known.generation if known else 0))
+        for number, version in list(deployment.versions.items()):
+            if number not in entry.sources and version.state in (UNLOADED, FAILED):
+                del deployment.versions[number]
+        return deployment
+
+    def _follow(self, deployment: Deployment, changes: Changes) -> Operation[None]:
+        """Make one name what its entry says. What cannot be loaded is in `failed`, and what served goes on."""
+        entry = deployment.entry
+        wanted = {*entry.wanted, *deployment.pinned, *deployment.weights, deployment.shadow} & entry.sources.keys()
+        serving = {version.number for version, _ in deployment.shares()}
+        for number in sorted(wanted, key=lambda number: (len(number), number)):
+            version = deployment.versions[number]
+            if version.servable and version.source.stamp == entry.sources[number].stamp:
+                continue
+            try:
+                if version.servable:
+                    yield from self._renew(deployment, version, changes)
+                else:
+                    yield from self._bring_up(deployment, version, takes_over=not deployment.weights)
+                    changes.loaded.append(version.title)
+            except TensorNextError as error:
+                changes.failed[version.title] = error.message
+                wanted = wanted | serving
+        for number, version in list(deployment.versions.items()):
+            if number not in wanted:
+                yield from self._retire(version, UNLOADED, changes)
+            if number not in entry.sources and version.state == UNLOADED:
+                del deployment.versions[number]
+
+    def _renew(self, deployment: Deployment, old: Version, changes: Changes) -> Operation[None]:
+        """The files of a version have changed: the new contents take its place when they are ready."""
+        new = Version(deployment.entry.sources[old.number], deployment.next_generation(old.number))
+        try:
+            yield from self._bring_up(deployment, new, takes_over=True)
+        except TensorNextError as error:
+            old.error = f"its newer files cannot be loaded: {error.message}"
+            raise
+        deployment.put(new)
+        self._registry.rebuild()
+        changes.loaded.append(new.title)
+        yield from self._retire(old, UNLOADED, Changes([], [], {}))
+
+    def _load_title(self, title: str) -> Operation[str]:
+        name, number = split_title(title)
+        catalog: Catalog = yield self._scan
+        entry = catalog.entries.get(name)
+        if entry is None:
+            if name in catalog.failures:
+                raise FailedPrecondition(f"model {name!r} cannot be served: {catalog.failures[name]}")
+            raise NotFound(f"no model {name!r}; there are {', '.join(catalog.entries) or 'none'}")
+        changes = Changes([], [], {})
+        if not number:
+            deployment = self._deployment(entry)
+            yield from self._follow(deployment, changes)
+            for failed, why in changes.failed.items():
+                raise FailedPrecondition(f"{failed}: {why}")
+            return name
+        if title in catalog.failures:
+            raise FailedPrecondition(f"{title}: {catalog.failures[title]}")
+        deployment = self._deployment(entry)
+        version = deployment.sole(number)
+        serving = deployment.shares()
+        if version.servable and version.source.stamp != entry.sources[number].stamp:
+            yield from self._renew(deployment, version, changes)
+        elif version.state == EVICTED:
+            yield from self._bring_back(version)
+        elif not version.servable:
+            yield from self._bring_up(deployment, version, takes_over=False)
+            if serving and not deployment.weights:
+                # Asked for by number, it waits until traffic is routed to it.
+                deployment.weights = {other.number: weight for other, weight in serving}
+        deployment.pinned.add(number)
+        return name
+
+    def _unload_title(self, title: str) -> Operation[str]:
+        name, number = split_title(title)
+        deployment = self._registry.deployment(name)
+        versions = [deployment.sole(number)] if number else list(deployment.versions.values())
+        if number and versions[0].state in (UNLOADED, FAILED):
+            raise FailedPrecondition(f"model {title!r} is {versions[0].state}")
+        for version in versions:
+            deployment.pinned.discard(version.number)
+            deployment.weights.pop(version.number, None)
+            if deployment.shadow == version.number:
+                deployment.shadow = ""
+            yield from self._retire(version, UNLOADED, Changes([], [], {}))
+        return name
+
+    def _bring_back(self, version: Version) -> Operation[None]:
+        version.loading = True
+        deployment = self._registry.deployments[version.source.name]
+        if version.state == EVICTED:
+            yield from self._bring_up(deployment, version, takes_over=False)
+        version.loading = False
+
+    # --- steps of operations -----------------------------------------------------------------------------------
+
+    def _bring_up(self, deployment: Deployment, version: Version, *, takes_over: bool) -> Operation[None]:
+        """Load a version on its devices and warm it up. It is READY then, or nothing of it is left.
+
+        Args:
+            takes_over: it will get the traffic of the version that serves: their signatures must agree.
+
+        Raises:
+            TensorNextError: whatever went wrong, as a sentence.
+        """
+        began = time.monotonic()
+        version.loading = True
+        warmths: dict[str, Warmth] = {}
+        try:
+            model: Model = yield partial(version.source.open, version.generation)
+            serving = deployment.shares()
+            if takes_over and serving and serving[0][0].model is not None:
+                difference = signature_difference(serving[0][0].model, model)
+                if difference:
+                    raise FailedPrecondition(
+                        f"its signature is not that of version {serving[0][0].number}, which serves: {difference}; "
+                        f"loaded as {version.title} it would be served beside"
+                    )
+            failures: dict[str, str] = {}
+            for name, executor in self._executors.items():
+                if not model.may_use(name) or self._device(name).error:
+                    continue
+                yield from self._make_room(executor, version)
+                try:
+                    warmth: Warmth = yield partial(executor.load, model)
+                except BaseException as error:
+                    if not isinstance(error, TensorNextError):  # those are logged where they come from
+                        log.error("%s on %s", version.title, name, exc_info=error)
+                    failures[name] = _sentence(error)
+                    if isinstance(error, DeadlineExceeded):
+                        raise
+                    continue
+                warmths[name] = warmth
+                version.nbytes = warmth.nbytes or version.source.nbytes
+                yield from self._make_room(executor, version)  # only now is it known for sure
+            if not warmths:
+                where = "; ".join(f"{name}: {why}" for name, why in failures.items())
+                raise FailedPrecondition(where or f"no device may run it: {', '.join(model.devices)}")
+        except BaseException as error:
+            for name in warmths:
+                yield partial(self._executors[name].unload, version.key)
+            if isinstance(error, DeadlineExceeded):
+                # The thread that was given up may yet write under the old key.
+                version.generation = deployment.next_generation(version.number)
+            failure = error if isinstance(error, TensorNextError) else FailedPrecondition(_sentence(error))
+            version.loading = False
+            if not version.servable or version.state == EVICTED:
+                version.state, version.error = FAILED, failure.message
+            log.error("%s cannot be loaded: %s", version.title, failure.message)
+            raise failure from None
+        for name in warmths:
+            curve = self._costs.curve(name, model.key, model.example_group)
+            for rows, micros in warmths[name].costs:
+                curve.observe(rows, micros)
+            self._device(name).models.add(model.key)
+            if warmths[name].safe_rows:
+                self._scheduler.limit_rows(name, model.key, warmths[name].safe_rows)
+        self._scheduler.set_lane_limit(model.key, model.replicas)
+        version.model = model
+        version.notes = (*model.notes, *(f"not on {name}: {why}" for name, why in failures.items()))
+        version.load_s = time.monotonic() - began
+        version.loading = False
+        version.error = ""
+        version.state = READY
+        self._registry.rebuild()
+        log.info("%s is loaded on %s, %.1f s", version.title, ", ".join(warmths), version.load_s)
+
+    def _retire(self, version: Version, state: str, changes: Changes) -> Operation[None]:
+        """Send nothing more to a version, let it finish what it has, free it."""
+        if not version.servable:
+            if version.state == FAILED:
+                version.state = UNLOADED
+            return
+        held = version.state == READY
+        version.state = DRAINING
+        self._registry.rebuild()
+        changes.unloaded.append(version.title)
+        assert version.model is not None
+        key = version.model.key
+        if held:
+            try:
+                yield _Drained(key)
+            except DeadlineExceeded:
+                log.error("%s: a batch hangs, its memory is not freed", version.title)
+                held = False
+            for device in self._scheduler.devices.values():
+                device.models.discard(key)
+        if held:
+            self._scheduler.forget(key)
+            for executor in self._executors.values():
+                executor.forget_inline(key)
+                yield partial(executor.unload, key)
+        version.state = state
+        self._registry.rebuild()
+        log.info("%s is %s", version.title, state)
+
+    def _make_room(self, executor: Executor, version: Version) -> Operation[None]:
+        """Evict least recently used versions until the new one fits on the device. Raises ResourceExhausted."""
+        budget = self._budget.get(executor.kind, 0)
+        if not budget:
+            return
+        if version.nbytes > budget:
+            raise ResourceExhausted(
+                f"it takes {version.nbytes / _MIB:.0f} MiB and {executor.name} may hold {budget / _MIB:.0f} MiB in all"
             )
-        )
-    for device in loaded.devices:
-        for model_name in device.models:
-            loaded.model_failures.pop(model_name, None)  # it works somewhere
-    if len(loaded.model_failures) == len(inventory.models):
-        raise RuntimeError(f"no model can be loaded: {loaded.model_failures}")
-    return loaded
+        while True:
+            held = [
+                other
+                for _, other in self._registry
+                if other.state == READY and other.model is not None and self._holds(executor.name, other.model.key)
+            ]
+            free = budget - sum(other.nbytes for other in held)
+            if version.nbytes <= free:
+                return
+            others = [other for other in held if other.source.name != version.source.name]
+            if not others:
+                raise ResourceExhausted(
+                    f"it takes {version.nbytes / _MIB:.0f} MiB, and beside the other versions of its model "
+                    f"{free / _MIB:.0f} of {budget / _MIB:.0f} MiB are free on {executor.name}"
+                )
+            victim = min(others, key=lambda other: other.last_used)
+            log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title)
+            yield from self._retire(victim, EVICTED, Changes([], [], {}))
+
+    def _holds(self, device: str, key: str) -> bool:
+        return key in self._device(device).models
+
+    def _device(self, name: str) -> Device:
+        return self._scheduler.devices[name]
+
+
+def _sentence(error: BaseException) -> str:
+    """What an exception of a model's code says."""
+    if isinstance(error, TensorNextError):
+        return error.message
+    text = (str(error).splitlines() or [""])[0][:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

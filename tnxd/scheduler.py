@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
-from math import inf
 
 from tnxctl.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
-from tnxd.costs import CostCurve, CostModel
+from tnxd.costs import BatchCosts, CostCurve, CostModel
 from tnxd.waiting import LEVELS, Waiting
-from tnxd.work import INLINE, NEVER, Batch, Device, Request
+from tnxd.work import INLINE, NEVER, Batch, Device, Load, Placement, Request
 
 # A request without a deadline takes its place in the order as if it had to be done in a second: among others of its
 # kind that is the order of arrival, and none with a later deadline overtakes it.
@@ -40,7 +39,11 @@ class Scheduler:
         devices: in order of preference among equals.
         costs: predicts how long a batch takes, and learns from those that ran.
         max_requests, max_bytes: most that may wait, over all devices.
-        max_per_model: most requests that may wait for one model.
+        max_per_model, max_bytes_per_model: most that may wait for one model; None: as in all.
+
+    Attributes:
+        queued, queued_bytes: requests that wait, and their inputs. running: in batches that run; a spare batch counts
+            as one.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Scheduler:
         max_requests: int,
         max_bytes: int,
         max_per_model: int | None = None,
+        max_bytes_per_model: int | None = None,
     ) -> None:
         self.devices = {device.name: device for device in devices}
         self.queued = 0
@@ -60,7 +64,8 @@ class Scheduler:
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self._max_per_model = max_per_model or max_requests
-        self._per_model: dict[str, int] = {}
+        self._max_bytes_per_model = max_bytes_per_model or max_bytes
+        self._loads: dict[str, Load] = {}
         self._serial = 0
         self._deadlines: list[tuple[int, int, Request]] = []
         self._delayed: list[tuple[int, int, Device, Waiting]] = []
@@ -70,6 +75,61 @@ class Scheduler:
     def room(self) -> int:
         """How many more requests may wait."""
         return self._max_requests - self.queued
+
+    # --- models that come and go -------------------------------------------------------------------------------
+
+    def outstanding(self, model: str) -> int:
+        """Requests of a model that wait or run, on all devices; a spare batch of it counts as one."""
+        load = self._loads.get(model)
+        return load.queued + load.running if load is not None else 0
+
+    def forget(self, model: str) -> None:
+        """Drop all that is kept about a model: to be called when it is on no device and nothing of it is outstanding.
+
+        Its lane limit and what was learned about it are gone, too, in case it comes back.
+        """
+        assert not self.outstanding(model)
+        assert not any(model in device.models for device in self.devices.values())
+        self._loads.pop(model, None)
+        for device in self.devices.values():
+            device.placements.pop(model, None)
+            device.waiting = {key: queue for key, queue in device.waiting.items() if key[0] != model}
+        self._costs.forget(model)
+
+    def set_lane_limit(self, model: str, lanes: int) -> None:
+        """So many lanes of each device at most, the caller's thread included, run this model at a time; 0: all."""
+        self._load(model).max_lanes = lanes
+        for device in self.devices.values():
+            placement = device.placements.get(model)
+            if placement is not None:
+                self._release(device, placement)
+
+    def limit_rows(self, device: str, model: str, rows: int) -> None:
+        """A forward of this model ran out of memory there, and one of `rows` worked, or none (0): form smaller batches.
+
+        Requests with more rows are still taken, to be run in pieces (`Batch.max_rows`). The ceiling rises again as
+        batches work, see `Placement.count`.
+        """
+        self._placement(self.devices[device], model).lower(rows)
+
+    def _load(self, model: str) -> Load:
+        load = self._loads.get(model)
+        if load is None:
+            load = self._loads[model] = Load()
+        return load
+
+    def _placement(self, device: Device, model: str) -> Placement:
+        placement = device.placements.get(model)
+        if placement is None:
+            placement = device.placements[model] = Placement(self._load(model))
+        return placement
+
+    def _release(self, device: Device, placement: Placement) -> None:
+        """A lane that ran the model is free: queues that were held for that take turns again."""
+        for queue, level in device.held.pop(placement, ()):
+            if not device.turns[level].members:
+                device.wake(level)
+            self._enter(device, queue, level)
 
     # --- in ----------------------------------------------------------------------------------------------------
 
@@ -82,40 +142,51 @@ class Scheduler:
             ResourceExhausted: the queue is full. The sentence tells the predicted wait.
             DeadlineExceeded: it would not be done in time. The sentence tells the predicted wait.
         """
+        request.due_ns = min(request.deadline_ns, now_ns + _PATIENCE_NS)
         if request.wanted == "auto":
             device, reason, prediction = self._soonest(request, now_ns)
-            queue = self._queue(device, request)
+            queue = self._queue(device, request.model, request.group)
         else:
             device, reason = self.route(request, now_ns)
-            queue = self._queue(device, request)
+            queue = self._queue(device, request.model, request.group)
             prediction = self._predict(device, request, queue, now_ns)
         wait_us, run_us, share_us = prediction
         self._admit(request, queue, wait_us, run_us, now_ns)
+        if request.excluded:
+            tried = ", ".join([f"{name} had no memory left for it" for name in sorted(request.excluded)])
+            reason = f"{tried}; {reason}"
         request.device, request.reason = device.name, reason
         request.predicted_us = wait_us + run_us
         request.cost_us = share_us
         request.serial = self._serial = self._serial + 1
         request.waiting = True
-        request.due_ns = now_ns + _PATIENCE_NS
         if request.deadline_ns != NEVER:
-            request.due_ns = min(request.deadline_ns, request.due_ns)
             self._watch(request)
         if queue.add(request) or request.max_delay_ns:
             self._offer(device, queue, request, now_ns)
         device.enqueue(request.priority, request.rows, share_us)
+        placement = queue.placement
+        placement.queued += 1
+        placement.backlog_us[request.priority] += share_us
+        load = placement.load
+        load.queued += 1
+        load.queued_bytes += request.nbytes
         self.queued += 1
         self.queued_bytes += request.nbytes
-        self._per_model[request.model] = self._per_model.get(request.model, 0) + 1
 
-    def _queue(self, device: Device, request: Request) -> Waiting:
-        """Where it would wait. Empty queues are kept for the next request, up to a number."""
-        key = (request.model, request.group)
+    def _queue(self, device: Device, model: str, group: tuple[int, ...]) -> Waiting:
+        """Where its requests wait. Empty queues are kept for the next request, up to a number."""
+        key = (model, group)
         queue = device.waiting.get(key)
         if queue is None:
             if len(device.waiting) >= _MAX_IDLE_QUEUES:
                 device.waiting = {known: other for known, other in device.waiting.items() if other.count}
-            curves = [self._costs.curve(device.name, *key, inline=inline) for inline in (False, True)]
-            queue = device.waiting[key] = Waiting(key, *curves)
+            costs = BatchCosts(
+                *[self._costs.curve(device.name, model, group, inline=inline) for inline in (False, True)],
+                lane_threads=device.lane_threads,
+                inline_limit_us=device.inline_limit_us,
+            )
+            queue = device.waiting[key] = Waiting(key, costs, self._placement(device, model))
         return queue
 
     def route(self, request: Request, now_ns: int) -> tuple[Device, str]:
@@ -127,8 +198,12 @@ class Scheduler:
             return self._cpu_for(model), "the request did not prefer a GPU"
         if not self._gpus:
             return self._cpu_for(model), self._no_gpu
-        minimum = request.min_gpu_memory_mb
-        fitting = [gpu for gpu in self._gpus if model in gpu.models and gpu.memory_free_mb >= minimum]
+        minimum, gpus = request.min_gpu_memory_mb, self._gpus
+        if request.excluded:
+            gpus = [gpu for gpu in gpus if gpu.name not in request.excluded]
+            if not gpus:
+                return self._cpu_for(model), "no other GPU is ready"
+        fitting = [gpu for gpu in gpus if model in gpu.models and gpu.memory_free_mb >= minimum]
         if fitting:
             gpu = min(fitting, key=lambda gpu: gpu.outstanding_rows)
             return gpu, f"{gpu.name} has {gpu.memory_free_mb:.0f} MiB free"
@@ -136,24 +211,25 @@ class Scheduler:
             f"{gpu.name} has {gpu.memory_free_mb:.0f}"
             if model in gpu.models
             else f"{gpu.name} has not loaded {model!r}"
-            for gpu in self._gpus
+            for gpu in gpus
         )
         return self._cpu_for(model), f"no GPU has {minimum:g} MiB free: {free}"
 
     def _soonest(self, request: Request, now_ns: int) -> tuple[Device, str, Prediction]:
-        candidates = []
+        candidates: list[tuple[float, int, Device, Prediction]] = []
+        model, group, excluded = request.model, request.group, request.excluded
         for device in self.devices.values():
-            if device.error or request.model not in device.models:
+            if device.error or model not in device.models or (excluded and device.name in excluded):
                 continue
             if device.kind == "cuda" and device.memory_free_mb < request.min_gpu_memory_mb:
                 continue
-            prediction = self._predict(device, request, self._queue(device, request), now_ns)
-            candidates.append((prediction[0] + prediction[1], device, prediction))
+            prediction = self._predict(device, request, self._queue(device, model, group), now_ns)
+            candidates.append((prediction[0] + prediction[1], len(candidates), device, prediction))
         if not candidates:
             raise Unavailable(f"no device serves {request.model!r} now")
-        candidates.sort(key=lambda candidate: candidate[0])
-        times = ", ".join([f"{device.name} {micros / 1e3:.3g} ms" for micros, device, _ in candidates])
-        _, best, prediction = candidates[0]
+        candidates.sort()  # the first among equals stays first
+        times = ", ".join([f"{device.name} {micros / 1e3:.3g} ms" for micros, _, device, _ in candidates])
+        _, _, best, prediction = candidates[0]
         return best, f"done first there: {times}", prediction
 
     def _named(self, name: str, model: str) -> tuple[Device, str]:
@@ -169,46 +245,62 @@ class Scheduler:
     def _predict(self, device: Device, request: Request, queue: Waiting, now_ns: int) -> Prediction:
         """Microseconds until its batch starts, that this batch takes, and that it adds to the work of the device.
 
-        The first counts lanes that run and what waits before it; the last is its share of a full batch.
+        The first counts lanes that run and what waits before it, but for models that wait for lanes of their own; the
+        last is its share of a full batch.
         """
+        placement = queue.placement
+        costs = queue.costs if device.inline_limit_us else queue.costs.lane
         rows, limit = request.rows, request.max_batch_size
-        curve = queue.curve
-        if device.inline_limit_us and queue.inline_curve.known:
-            curve = queue.inline_curve  # a batch that is too dear for the caller's thread shows as such there, too
-        full_us = curve.mean(limit or 1)
+        if placement.max_rows:
+            limit = placement.row_limit(limit)
+        full_us = costs.mean(limit or 1)
         share_us = full_us * rows / limit if limit else full_us
-        wait_us = 0.0
+        wait_us = own_us = 0.0
         if device.queued:
             level = request.priority
             for backlog_us in device.backlog_us[: level + 1]:
                 wait_us += backlog_us
+            if device.held:
+                held_us = sum([sum(held.backlog_us[: level + 1]) for held in device.held if held is not placement])
+                wait_us = max(wait_us - held_us, 0.0)
             if queue.count:
-                due_ns = min(request.deadline_ns, now_ns + _PATIENCE_NS)
-                queued, ahead = queue.rows_ahead(level, request.client, due_ns)
+                queued, ahead = queue.rows_ahead(level, request.client, request.due_ns)
                 batches, rest = divmod(ahead, limit) if limit else (ahead, 0)
-                wait_us = max(wait_us - queued * full_us / (limit or 1), 0.0) + batches * full_us
+                own_us = batches * full_us
+                wait_us = max(wait_us - queued * full_us / (limit or 1), 0.0) + own_us
                 if rest + rows <= limit:
                     rows += rest
         if device.busy_until_ns:
             for until_ns in device.busy_until_ns.values():
                 if until_ns > now_ns:
                     wait_us += (until_ns - now_ns) / 1e3
-        return wait_us / device.lanes, curve.mean(rows), share_us
+        wait_us /= device.lanes
+        max_lanes = placement.load.max_lanes
+        if max_lanes:
+            for lane in placement.lanes:
+                own_us += max(device.busy_until_ns.get(lane, 0) - now_ns, 0) / 1e3
+            wait_us = max(wait_us, own_us / max_lanes)
+        return wait_us, costs.mean(rows), share_us
 
     def _admit(self, request: Request, queue: Waiting, wait_us: float, run_us: float, now_ns: int) -> None:
-        limit = ""
+        limit, load = "", queue.placement.load
         if self.queued >= self._max_requests:
             limit = f"{self.queued} requests are queued, which is the limit"
         elif self.queued_bytes + request.nbytes > self._max_bytes:
             limit = (
                 f"{self.queued_bytes} bytes are queued and {request.nbytes} more exceed the limit, {self._max_bytes}"
             )
-        elif self._per_model.get(request.model, 0) >= self._max_per_model:
-            limit = f"{self._max_per_model} requests for {request.model!r} are queued, which is the limit"
+        elif load.queued >= self._max_per_model:
+            limit = f"{load.queued} requests for {request.model!r} are queued, which is the limit"
+        elif load.queued_bytes + request.nbytes > self._max_bytes_per_model:
+            limit = (
+                f"{load.queued_bytes} bytes are queued for {request.model!r} and {request.nbytes} more exceed the "
+                f"limit, {self._max_bytes_per_model}"
+            )
         if limit:
             raise ResourceExhausted(f"{limit}; the predicted wait is {wait_us / 1e3:.3g} ms")
         if request.deadline_ns != NEVER:
-            margin_us = queue.curve.spread(request.rows)
+            margin_us = queue.costs.curve(request.rows).spread(request.rows)
             left_us = (request.deadline_ns - now_ns) / 1e3
             if wait_us + run_us + margin_us > left_us:
                 raise DeadlineExceeded(
@@ -219,7 +311,7 @@ class Scheduler:
     def _offer(self, device: Device, queue: Waiting, request: Request, now_ns: int) -> None:
         """Let the queue take part in the turns of its device, now or when it has waited for company."""
         delay_ns = request.max_delay_ns
-        if delay_ns and queue.rows < request.max_batch_size:
+        if delay_ns and queue.rows < queue.placement.row_limit(request.max_batch_size):
             if queue.count == 1:
                 queue.ready_ns = now_ns + delay_ns
                 heappush(self._delayed, (queue.ready_ns, request.serial, device, queue))
@@ -261,12 +353,22 @@ class Scheduler:
             if head is None:
                 device.turns[level].withdraw(queue)  # all its requests of this level are cancelled or late
                 continue
-            curve, limit = queue.inline_curve, head.max_batch_size
+            costs, placement = queue.costs, queue.placement
+            if placement.load.max_lanes and placement.has_all_lanes:
+                held = device.held.setdefault(placement, set())
+                if device.queued == sum([other.queued for other in device.held]):
+                    break  # nothing else waits
+                device.turns[level].withdraw(queue)
+                held.add((queue, level))
+                continue
+            limit = head.max_batch_size
+            if placement.max_rows:
+                limit = placement.row_limit(limit)
             rows = max(head.rows, min(limit, queue.rows))
-            if inline_free and _inline_us(device, queue, rows) <= device.inline_limit_us:
-                lane, inline_free = INLINE, False
+            if inline_free and costs.fits_inline(rows):
+                lane, curve, inline_free = INLINE, costs.inline, False
             elif device.free_lanes:
-                lane, curve = device.free_lanes.pop(), queue.curve
+                lane, curve = device.free_lanes.pop(), costs.lane
             elif len(passed_over) == _MAX_PASSED_OVER:
                 break
             else:  # no lane for this one; perhaps there is a cheap one behind it
@@ -275,11 +377,12 @@ class Scheduler:
                 continue
             run_us = curve.mean(rows)
             if now_ns + run_us * 1e3 > head.deadline_ns:
-                limit, run_us = self._hurry(queue, curve, level, head, run_us, now_ns)
+                limit, run_us = self._hurry(queue, curve, level, head, limit, run_us, now_ns)
             first_late = len(late)
             in_time = queue.take(level, limit, now_ns + int(run_us * 1e3), late)
-            self._took(device, in_time)
-            self._took(device, late[first_late:])
+            self._took(device, queue, in_time)
+            if len(late) > first_late:
+                self._took(device, queue, late[first_late:])
             self._rotate(device, queue, level)
             rows = sum([request.rows for request in in_time])
             if not in_time:
@@ -289,16 +392,27 @@ class Scheduler:
                 continue
             micros = curve.mean(rows)
             device.charge(level, micros)
-            if lane != INLINE:
-                device.busy_until_ns[lane] = now_ns + int(micros * 1e3)
-            device.running_rows += rows
-            self.running += len(in_time)
-            batches.append(Batch(device, lane, head.model, in_time, rows, curve))
+            batches.append(self._batch(device, lane, queue, in_time, rows, now_ns + int(micros * 1e3)))
         for queue, level in passed_over:
             self._enter(device, queue, level)
 
+    def _batch(
+        self, device: Device, lane: int, queue: Waiting, requests: list[Request], rows: int, until_ns: int
+    ) -> Batch:
+        """Account for a batch that takes a lane until then."""
+        placement = queue.placement
+        batch = Batch(device, lane, queue.key[0], requests, rows, queue.costs, placement.max_rows)
+        if lane != INLINE:
+            device.busy_until_ns[lane] = until_ns
+        device.running_rows += rows
+        placement.lanes.append(lane)
+        weight = len(requests) or 1
+        placement.load.running += weight
+        self.running += weight
+        return batch
+
     def _hurry(
-        self, queue: Waiting, curve: CostCurve, level: int, head: Request, run_us: float, now_ns: int
+        self, queue: Waiting, curve: CostCurve, level: int, head: Request, limit: int, run_us: float, now_ns: int
     ) -> tuple[int, float]:
         """Rows of the next batch at most, and how long it takes, where a batch of all that wait makes the head late.
 
@@ -306,7 +420,6 @@ class Scheduler:
         those that it is too late for, those that the batch after it will be too late for, and, where many wait, those
         that could be done in the time by which two batches take longer than one.
         """
-        limit = head.max_batch_size
         rows = max(head.rows, min(limit, queue.rows))
         smallest = curve.rows_within((head.deadline_ns - now_ns) / 1e3, rows)
         best = limit, run_us
@@ -348,30 +461,67 @@ class Scheduler:
             if turns.members:
                 turns.withdraw(queue)
 
-    def _took(self, device: Device, requests: list[Request]) -> None:
+    def _took(self, device: Device, queue: Waiting, requests: list[Request]) -> None:
         """Requests have left the queue."""
+        placement, nbytes, count = queue.placement, 0, len(requests)
+        load, backlog_us = placement.load, placement.backlog_us
         for request in requests:
-            device.dequeue(request.priority, request.rows, request.cost_us)
-            self.queued_bytes -= request.nbytes
-            left = self._per_model[request.model] - 1
-            if left:
-                self._per_model[request.model] = left
-            else:
-                del self._per_model[request.model]
-        self.queued -= len(requests)
+            level, cost_us = request.priority, request.cost_us
+            device.dequeue(level, request.rows, cost_us)
+            backlog_us[level] -= cost_us
+            nbytes += request.nbytes
+        placement.queued -= count
+        load.queued -= count
+        load.queued_bytes -= nbytes
+        self.queued -= count
+        self.queued_bytes -= nbytes
+
+    def spare(self, model: str, group: tuple[int, ...], rows: int, now_ns: int) -> Batch | None:
+        """A lane for a batch whose results nobody waits for, where nothing that somebody waits for wants it.
+
+        That is a free lane, never INLINE, of a device that has the model, with nothing in its queues. The batch has
+        no requests; it occupies its lane, and one of the model's, until `finished`, which learns from it. It is
+        charged to no priority and counts as one running request.
+        """
+        for device in self.devices.values():
+            if device.error or model not in device.models or device.queued or not device.free_lanes:
+                continue
+            queue = self._queue(device, model, group)
+            if not queue.placement.has_all_lanes:
+                until_ns = now_ns + int(queue.costs.lane.mean(rows) * 1e3)
+                return self._batch(device, device.free_lanes.pop(), queue, [], rows, until_ns)
+        return None
 
     def finished(self, batch: Batch, micros: float) -> None:
-        """The batch is over, well or not, after so many microseconds: its lane is free again."""
-        device = batch.device
+        """The batch is over, well or not, after so many microseconds, 0 if that is nothing to learn from."""
+        device, placement, weight = batch.device, batch.device.placements[batch.model], len(batch.requests) or 1
         device.running_rows -= batch.rows
-        self.running -= len(batch.requests)
-        if micros > 0:
-            batch.curve.observe(batch.rows, micros)
-        if batch.lane != INLINE:
+        self.running -= weight
+        if not batch.given_up:
+            placement.lanes.remove(batch.lane)
+        placement.load.running -= weight
+        if batch.lane == INLINE:
+            if micros > 0:
+                batch.costs.inline.observe(batch.rows, micros)
+        else:
             device.busy_until_ns.pop(batch.lane, None)
             device.free_lanes.append(batch.lane)
+            if micros > 0:
+                batch.costs.observe_lane(batch.rows, micros)
+        if placement.max_rows and micros > 0:
+            placement.count(batch)
+        if device.held:
+            self._release(device, placement)
 
     # --- time, and what goes wrong -----------------------------------------------------------------------------
+
+    def give_up(self, batch: Batch) -> None:
+        """A batch hangs. Its lane is taken until it ends after all, but counts no more among those of its model."""
+        if not batch.given_up:
+            batch.given_up = True
+            placement = batch.device.placements[batch.model]
+            placement.lanes.remove(batch.lane)
+            self._release(batch.device, placement)
 
     def _watch(self, request: Request) -> None:
         if len(self._deadlines) > 64 and len(self._deadlines) > 4 * (self.queued + self.running):
@@ -383,8 +533,8 @@ class Scheduler:
         """The requests whose deadline has come and that are not done; those that waited are taken out."""
         expired = []
         while self._deadlines and self._deadlines[0][0] <= now_ns:
-            request = heappop(self._deadlines)[2]
-            if not request.done:
+            _, serial, request = heappop(self._deadlines)
+            if not request.done and serial == request.serial:  # one that was added again has a second entry
                 self.cancel(request)
                 expired.append(request)
         return expired
@@ -403,7 +553,7 @@ class Scheduler:
         queue.remove(request)
         if not queue.count:
             self._retire(device, queue)
-        self._took(device, [request])
+        self._took(device, queue, [request])
         return True
 
     def fail_device(self, name: str, error: str) -> list[Request]:
@@ -420,10 +570,11 @@ class Scheduler:
 
     def _drop_waiting(self, device: Device) -> list[Request]:
         dropped = []
-        for queue in list(device.waiting.values()):
-            dropped += queue.drain()
+        for queue in device.waiting.values():
+            requests = queue.drain()
             self._retire(device, queue)
-        self._took(device, dropped)
+            self._took(device, queue, requests)
+            dropped += requests
         return dropped
 
     def _cpu_for(self, model: str) -> Device:
@@ -439,17 +590,3 @@ class Scheduler:
         failed = [f"{device.name} failed" for device in self.devices.values() if device.error]
         self._no_gpu = "no GPU is ready" + (f": {', '.join(failed)}" if failed else "")
         self._no_cpu = "" if self._cpus else "this daemon runs without the CPU"
-
-
-def _inline_us(device: Device, queue: Waiting, rows: int) -> float:
-    """What a batch is expected to take on the caller's own thread, in microseconds.
-
-    What the lanes measured counts as well, times their threads, and the lower one holds: a slow spell of the machine
-    must not keep the batches of a model on lanes for good, where nothing is learned about the caller's thread.
-    """
-    expected = inf
-    if queue.inline_curve.known:
-        expected = queue.inline_curve.mean(rows)
-    if queue.curve.known:
-        expected = min(expected, queue.curve.mean(rows) * device.lane_threads)
-    return expected

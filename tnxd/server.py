@@ -10,6 +10,8 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from tnxctl.errors import (
     AlreadyExists,
@@ -17,6 +19,7 @@ from tnxctl.errors import (
     DeadlineExceeded,
     Internal,
     InvalidArgument,
+    PermissionDenied,
     ResourceExhausted,
     TensorNextError,
     Unavailable,
@@ -25,28 +28,41 @@ from tnxctl.frames import Array, view_tensors
 from tnxctl.wire import (
     VERSION,
     Cancel,
+    Compare,
     ErrorReply,
     Health,
     Limits,
+    Load,
     Metadata,
+    Models,
     Predict,
+    Reload,
+    Reply,
     Result,
+    Route,
     TensorSpec,
     Timing,
+    Unload,
     decode_request,
     encode,
     request_id,
 )
 from tnxd import control
-from tnxd.control import DRAINING, READY, STARTING, Inventory
+from tnxd.control import Inventory
 from tnxd.executors.execution import Execution, Executor
+from tnxd.loading import Changes, Loader
 from tnxd.models.model import BoundInputs, Model
+from tnxd.registry import DRAINING, READY, STARTING, Version
 from tnxd.router import Message, Router
 from tnxd.scheduler import Scheduler
+from tnxd.shadow import Copy, Shadows
 from tnxd.spinner import Spinner
 from tnxd.telemetry import Telemetry
 from tnxd.wakeup import Wakeup
 from tnxd.work import INLINE, NEVER, Batch, Request
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 log = logging.getLogger(__name__)
 
@@ -56,44 +72,55 @@ _DRAIN_LIMIT = 256
 # When to ask again a daemon that is starting, or one in the place of the one that is draining.
 _RETRY_AFTER_S = 0.1
 
+Control = Health | Metadata | Models | Load | Unload | Route | Reload | Compare
+"""Requests about the daemon and its models."""
+
 
 class Pending(Request):
     """A predict request between its arrival and its answer.
 
     Attributes:
         peer, delimited, id: where the answer goes.
-        served: the model. arrays: its inputs in order; they keep the received frames alive.
+        version: whose request it is. served: its model. arrays: the inputs in order; they keep the received frames
+            alive.
         received_ns, queued_ns: monotonic clock, when its frames were taken up and when the scheduler had it.
     """
 
-    __slots__ = ("arrays", "delimited", "id", "peer", "queued_ns", "received_ns", "served")
+    __slots__ = ("arrays", "delimited", "id", "peer", "queued_ns", "received_ns", "served", "version")
 
     def __init__(
         self,
         message: Message,
         request: Predict,
+        version: Version,
         model: Model,
         bound: BoundInputs,
         received_ns: int,
-        max_delay_ns: int,
+        max_delay_us: float,
     ) -> None:
+        deadline_us = model.deadline_us if request.deadline_us is None else request.deadline_us
+        delay_us = max_delay_us if model.max_delay_us is None else model.max_delay_us
+        nbytes = 0
+        for array in bound.arrays:
+            nbytes += array.nbytes
         super().__init__(
-            model.name,
+            model.key,
             max_batch_size=model.max_batch_size,
             group=bound.group,
             rows=bound.rows,
-            nbytes=sum([array.nbytes for array in bound.arrays]),
+            nbytes=nbytes,
             prefer_gpu=request.prefer_gpu,
             min_gpu_memory_mb=request.min_gpu_memory_mb,
             wanted=request.device,
-            priority=request.priority,
-            deadline_ns=NEVER if request.deadline_us is None else received_ns + int(request.deadline_us * 1e3),
+            priority=model.priority if request.priority is None else request.priority,
+            deadline_ns=NEVER if deadline_us is None else received_ns + int(deadline_us * 1e3),
             client=message.peer,
-            max_delay_ns=max_delay_ns,
+            max_delay_ns=int(delay_us * 1e3),
         )
         self.peer = message.peer
         self.delimited = message.delimited
         self.id = request.id
+        self.version = version
         self.served = model
         self.arrays = bound.arrays
         self.received_ns = received_ns
@@ -105,12 +132,14 @@ class Server:
 
     Args:
         router: bound. wakeup: what the router's `wait` also returns for.
-        inventory: the models; devices come later, with `install`.
+        inventory: models and devices, which come with `install`.
         scheduler: without devices until `install` brings one that has them.
         on_tick: called every `tick_s` seconds with whether all lanes make progress.
         drain_timeout_s: how long `drain` lets running work go on.
         stall_timeout_s: a batch that runs longer is given up, and its lane counts as dead until it ends after all.
         max_delay_us: how long a batch smaller than its model's limit waits for company, in microseconds.
+        remote_control: whether clients may change what is served.
+        on_device_lost: called when a device has failed for good.
     """
 
     def __init__(
@@ -128,6 +157,8 @@ class Server:
         drain_timeout_s: float,
         stall_timeout_s: float,
         max_delay_us: float,
+        remote_control: bool,
+        on_device_lost: Callable[[], None],
     ) -> None:
         self.state = STARTING
         self._router = router
@@ -141,7 +172,13 @@ class Server:
         self._tick_s = tick_s
         self._drain_timeout_s = drain_timeout_s
         self._stall_timeout_s = stall_timeout_s
-        self._max_delay_ns = int(max_delay_us * 1e3)
+        self._max_delay_us = max_delay_us
+        self._remote_control = remote_control
+        self._on_device_lost = on_device_lost
+        self._loader: Loader | None = None
+        self._shadows = Shadows()
+        self._asked: dict[int, tuple[Message, int]] = {}  # requests about models that are still being carried out
+        self._serial = 0
         self._calls: deque[Callable[[], None]] = deque()
         self._completed: deque[Execution] = deque()
         self._in_flight: dict[bytes, dict[int, Pending]] = {}
@@ -165,9 +202,13 @@ class Server:
 
     # --- called on the loop's thread, by `call_soon` or before `run` -------------------------------------------
 
-    def install(self, scheduler: Scheduler) -> None:
-        """Devices and models are ready: serve."""
+    def install(self, scheduler: Scheduler, loader: Loader) -> None:
+        """The devices are open: models can be loaded."""
         self._scheduler = scheduler
+        self._loader = loader
+
+    def serve(self) -> None:
+        """The models are ready: take requests."""
         if self.state == STARTING:
             self.state = READY
 
@@ -202,11 +243,13 @@ class Server:
             busy = self._dispatch() or more
             flushed = self._router.flush()
             self._expire()
+            if self._loader is not None and self._loader.active:
+                self._loader.poll()
             now = time.monotonic()
             if now >= self._next_tick:
                 self._tick(now)
             if self.state == DRAINING and self._is_drained(now, flushed and not busy):
-                return
+                break
         self._abandon()
         self._router.flush()
 
@@ -252,29 +295,28 @@ class Server:
         self._forget_vanished()
         for name, executor in self._inventory.executors.items():
             self._scheduler.devices[name].memory_free_mb = executor.memory_mb()[0]
-        stalled = [execution for execution, since in self._on_lanes.items() if now - since > self._stall_timeout_s]
+        stalled = [execution for execution, since in self._on_lanes.items() if now - since > self._limit_s(execution)]
         for execution in stalled:
             self._give_up(execution)
         dead = Counter(execution.batch.device.name for execution in stalled)
         self._on_tick(all(self._scheduler.devices[name].lanes > count for name, count in dead.items()))
 
+    def _limit_s(self, execution: Execution) -> float:
+        return execution.model.time_limit_s or self._stall_timeout_s
+
     def _give_up(self, execution: Execution) -> None:
         """A batch hangs: its requests get an error. Its lane is free again if it ever ends."""
         batch = execution.batch
-        why = f"model {batch.model!r} ran for over {self._stall_timeout_s:g} s on {batch.device.name}"
+        why = f"model {batch.model!r} ran for over {self._limit_s(execution):g} s on {batch.device.name}"
         held = [request for request in batch.requests if not request.done]
         if held:
             log.error("%s: %d requests given up, the lane counts as dead", why, len(held))
         for request in held:
             self._answer_error(request, Internal(why))
+        self._scheduler.give_up(batch)
 
     def _is_drained(self, now: float, flushed: bool) -> bool:
-        if not self._in_flight and flushed:
-            return True
-        if now < self._drain_until:
-            return False
-        self._abandon()
-        return True
+        return (not self._in_flight and flushed) or now >= self._drain_until
 
     def _abandon(self) -> None:
         """Answer what will never be finished."""
@@ -282,6 +324,9 @@ class Server:
         running = [request for execution in self._on_lanes for request in execution.batch.requests]
         for request in [*waiting, *[request for request in running if not request.done]]:
             self._answer_error(request, Unavailable("the daemon stopped before this request was done"))
+        for message, id_ in self._asked.values():
+            error = Unavailable("the daemon stopped before this was done")
+            self._send_error(message.peer, message.delimited, id_, error)
 
     # --- in ----------------------------------------------------------------------------------------------------
 
@@ -327,34 +372,88 @@ class Server:
             else:
                 if tensors:
                     raise InvalidArgument(f"{len(tensors)} tensor frames came with a message that takes none")
-                reply = self._control(request)
-                self._router.send(message.peer, message.delimited, (encode(reply), ()))
+                reply = self._control(message, request)
+                if reply is not None:
+                    self._router.send(message.peer, message.delimited, (encode(reply), ()))
         except TensorNextError as error:
             self._telemetry.requests += not isinstance(request, Predict)
             self._send_error(message.peer, message.delimited, request.id, error)
 
-    def _control(self, request: Health | Metadata) -> control.Report:
+    def _control(self, message: Message, request: Control) -> Reply | None:
+        """The answer to a request about the daemon; None if it comes later."""
+        inventory, scheduler = self._inventory, self._scheduler
         if isinstance(request, Health):
             return control.health(
-                request, self.state, self._inventory, self._scheduler, self._telemetry, self._router.undeliverable
+                request, self.state, inventory, scheduler, self._telemetry, self._router.undeliverable
             )
-        return control.metadata(request, self._inventory, self._scheduler)
+        if isinstance(request, Metadata):
+            return control.metadata(request, inventory, scheduler)
+        if isinstance(request, Models):
+            return control.models(request.id, "", inventory, scheduler)
+        if isinstance(request, Compare):
+            return control.comparison(request, inventory, self._shadows)
+        loader = self._loader
+        if not self._remote_control:
+            raise PermissionDenied("this daemon takes no orders about its models: remote_control is false")
+        if self.state != READY or loader is None:
+            raise Unavailable(f"the daemon is {self.state}", retry_after_s=_RETRY_AFTER_S)
+        if isinstance(request, Route):
+            loader.route(request.model, request.weights, request.shadow)
+            return control.models(request.id, request.model, inventory, scheduler)
+        self._serial += 1
+        self._asked[self._serial] = message, request.id
+        done = partial(self._carried_out, self._serial, request)
+        if isinstance(request, Reload):
+            loader.reload(done)
+        elif isinstance(request, Load):
+            loader.load(request.model, done)
+        else:
+            loader.unload(request.model, done)
+        return None
 
-    def _predict(self, message: Message, request: Predict, tensors: Sequence[memoryview], received_ns: int) -> None:
+    def _carried_out(
+        self, serial: int, request: Load | Unload | Reload, outcome: Changes | str | TensorNextError
+    ) -> None:
+        message, id_ = self._asked.pop(serial)
+        if isinstance(outcome, TensorNextError):
+            self._telemetry.requests += 1
+            self._send_error(message.peer, message.delimited, id_, outcome)
+            return
+        reply: Reply
+        if isinstance(outcome, Changes):
+            reply = control.reload_report(id_, outcome)
+        else:
+            reply = control.models(id_, outcome, self._inventory, self._scheduler)
+        self._router.send(message.peer, message.delimited, (encode(reply), ()))
+
+    def _predict(self, message: Message, request: Predict, tensors: Sequence[Buffer], received_ns: int) -> None:
         if self.state != READY:
             raise Unavailable(f"the daemon is {self.state}", retry_after_s=_RETRY_AFTER_S)
         mine = self._in_flight.get(message.peer)
         if mine is not None and request.id in mine:
             raise AlreadyExists(f"a request with id {request.id} is in flight on this connection")
         arrays = view_tensors(request.inputs, tensors, self._limits)
-        model = self._inventory.find(request.model)
+        version = self._inventory.registry.find(request.model, message.peer, request.route_key)
+        model = version.model
+        if model is None or version.state != READY:
+            raise self._summon(version)
         bound = model.bind(request.inputs, arrays)
-        pending = Pending(message, request, model, bound, received_ns, self._max_delay_ns)
+        pending = Pending(message, request, version, model, bound, received_ns, self._max_delay_us)
         pending.queued_ns = now_ns = time.perf_counter_ns()
         self._scheduler.add(pending, now_ns)
         if mine is None:
             mine = self._in_flight[message.peer] = {}
         mine[request.id] = pending
+        version.requests += 1
+
+    def _summon(self, version: Version) -> Unavailable:
+        """A request came for a version that had to make room: load it again."""
+        if self._loader is not None:
+            self._loader.summon(version)
+        return Unavailable(
+            f"model {version.title!r} had made room for another and is being loaded again",
+            retry_after_s=_RETRY_AFTER_S,
+        )
 
     def _cancel(self, peer: bytes, id_: int) -> None:
         request = self._in_flight.get(peer, {}).get(id_)
@@ -366,6 +465,8 @@ class Server:
     def _dispatch(self) -> bool:
         """Put batches on free lanes. True if one ran right here: more may have come meanwhile."""
         if not self._scheduler.queued:
+            if self._shadows:
+                self._run_copy()
             return False
         inline: Execution | None = None
         batches, late = self._scheduler.next_batches(time.perf_counter_ns())
@@ -384,28 +485,58 @@ class Server:
         self._finish(inline)
         return True
 
+    def _run_copy(self) -> None:
+        copy = self._shadows.next(self._scheduler, time.perf_counter_ns())
+        if copy is not None:
+            self._on_lanes[copy] = time.monotonic()
+            self._executor(copy.batch).submit(copy)
+
     def _executor(self, batch: Batch) -> Executor:
         return self._inventory.executors[batch.device.name]
 
     def _finish(self, execution: Execution) -> None:
         batch = execution.batch
         self._on_lanes.pop(execution, None)
-        succeeded = not any(isinstance(outcome, TensorNextError) for outcome in execution.outcomes)
-        # How long a failure took says nothing about the next success.
-        self._scheduler.finished(batch, (execution.finished_ns - execution.started_ns) / 1e3 if succeeded else 0.0)
         device = batch.device
         if device.kind == "cuda":
             device.memory_free_mb = execution.memory_free_mb
-        for request, outcome in zip(batch.requests, execution.outcomes, strict=True):
+        for request, outcome in zip(batch.requests, execution.outcomes, strict=False):  # a copy has no requests
             assert isinstance(request, Pending)
             if request.done:
                 continue  # its deadline came first, or the batch had been given up
             if isinstance(outcome, TensorNextError):
-                self._answer_error(request, outcome)
+                if not (execution.exhausted and self._runs_elsewhere(request, outcome)):
+                    self._answer_error(request, outcome)
             else:
                 self._answer(request, execution, outcome)
+        if execution.exhausted:
+            self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
+        succeeded = not execution.exhausted and not any(
+            isinstance(outcome, TensorNextError) for outcome in execution.outcomes
+        )
+        # How long a failure took says nothing about the next success.
+        self._scheduler.finished(batch, (execution.finished_ns - execution.started_ns) / 1e3 if succeeded else 0.0)
+        if isinstance(execution, Copy):
+            self._shadows.finished(execution)
+        elif batch.requests:
+            mirror = batch.requests[0].version.mirror  # type: ignore[attr-defined]
+            if mirror is not None:
+                self._shadows.offer(execution, mirror.model)
         if execution.fatal and not device.error:
             self._lose_device(device.name, execution.fatal)
+
+    def _runs_elsewhere(self, request: Pending, error: TensorNextError) -> bool:
+        """A GPU had no memory for a request: have it run where else it may. False if that is nowhere."""
+        if not isinstance(error, ResourceExhausted) or not request.device.startswith("cuda"):
+            return False
+        if request.wanted not in ("", "auto"):
+            return False
+        request.excluded |= {request.device}
+        try:
+            self._scheduler.add(request, time.perf_counter_ns())
+        except TensorNextError:
+            return False
+        return True
 
     def _lose_device(self, name: str, why: str) -> None:
         log.error("device %s failed and is no longer used: %s", name, why)
@@ -415,6 +546,7 @@ class Server:
                 self._scheduler.add(request, time.perf_counter_ns())
             except TensorNextError as error:
                 self._answer_error(request, error)
+        self._on_device_lost()
 
     # --- out ---------------------------------------------------------------------------------------------------
 
@@ -426,12 +558,7 @@ class Server:
             id=request.id,
             model=model.name,
             version=model.version,
-            outputs=tuple(
-                [
-                    TensorSpec(spec.name, spec.datatype, array.shape)
-                    for spec, array in zip(model.outputs, outputs, strict=True)
-                ]
-            ),
+            outputs=tuple(map(_describe, model.outputs, outputs)),
             device=request.device,
             reason=request.reason,
             batch_size=execution.batch.rows,
@@ -449,11 +576,12 @@ class Server:
             ),
             predicted_us=request.predicted_us,
         )
+        sent = self._router.send(request.peer, request.delimited, (encode(result), outputs))
         self._close(request)
-        self._telemetry.replies += 1
         self._telemetry.observe_prediction(request.predicted_us, (execution.finished_ns - request.queued_ns) / 1e3)
-        if not self._router.send(request.peer, request.delimited, (encode(result), outputs)):
-            self._telemetry.replies -= 1
+        if sent:
+            self._telemetry.replies += 1
+        else:
             error = ResourceExhausted("the client does not take its replies: no room is left for this one")
             self._send_error(request.peer, request.delimited, request.id, error)
 
@@ -475,6 +603,10 @@ class Server:
         retry_after_us = None if error.retry_after_s is None else error.retry_after_s * 1e6
         reply = ErrorReply(v=VERSION, id=id_, code=error.code, message=error.message, retry_after_us=retry_after_us)
         self._router.send(peer, delimited, (encode(reply), ()))
+
+
+def _describe(expected: TensorSpec, array: Array) -> TensorSpec:
+    return TensorSpec(expected.name, expected.datatype, array.shape)
 
 
 def _execution(batch: Batch) -> Execution:

@@ -9,11 +9,11 @@ from itertools import repeat
 from typing import TYPE_CHECKING
 
 from tnxctl.wire import LOWEST_PRIORITY
-from tnxd.costs import CostCurve
+from tnxd.costs import BatchCosts
 from tnxd.turns import Turns
 
 if TYPE_CHECKING:
-    from tnxd.work import Request
+    from tnxd.work import Placement, Request
 
 LEVELS = LOWEST_PRIORITY + 1
 """Priorities: 0 goes first."""
@@ -21,7 +21,6 @@ LEVELS = LOWEST_PRIORITY + 1
 # Rows that one client may put into a batch before it is the next one's turn.
 _QUANTUM_ROWS = 16
 
-_FOREVER_NS = 2**63 - 1
 _ZEROS = repeat(0)
 
 
@@ -186,18 +185,17 @@ class Waiting:
     are, they stand in a plain line. The first one that is different makes it an ordered queue, until it is empty.
 
     Attributes:
-        key: model and group. curve, inline_curve: what batches of them cost on this
-            device, on a lane and on the caller's thread.
+        key: model and group. costs: what batches of them take on this device. placement: the model on this device.
         rows, count: of the requests that wait.
         ready_ns: before that, a batch smaller than the limit waits for company.
     """
 
-    __slots__ = ("_levels", "_line", "count", "curve", "inline_curve", "key", "ready_ns", "rows")
+    __slots__ = ("_levels", "_line", "costs", "count", "key", "placement", "ready_ns", "rows")
 
-    def __init__(self, key: tuple[str, tuple[int, ...]], curve: CostCurve, inline_curve: CostCurve) -> None:
+    def __init__(self, key: tuple[str, tuple[int, ...]], costs: BatchCosts, placement: Placement) -> None:
         self.key = key
-        self.curve = curve
-        self.inline_curve = inline_curve
+        self.costs = costs
+        self.placement = placement
         self.rows = 0
         self.count = 0
         self.ready_ns = 0
@@ -301,18 +299,19 @@ class Waiting:
             return self.rows
         return self.rows * bisect_right(line, due_ns, key=_due_ns) // self.count
 
-    def rows_ahead(self, level: int, client: bytes, due_ns: int = _FOREVER_NS) -> tuple[int, int]:
+    def rows_ahead(self, level: int, client: bytes, due_ns: int) -> tuple[int, int]:
         """Rows of that level and those above it, and how many of them go before a new request of that client, about.
 
         The second is smaller where others are due later, or where turns bound what others can put before it.
         """
         if self._levels is None:
-            if not self._line or self._line[0].priority > level:
+            if not self._line:
                 return 0, 0
-            if self._line[0].priority < level:
-                return self.rows, self.rows
-            ahead = self.rows_due(level, due_ns)
-            if client != self._line[0].client:
+            last = self._line[-1]  # all of the line are alike, and this one is due last
+            if last.priority != level:
+                return (self.rows, self.rows) if last.priority < level else (0, 0)
+            ahead = self.rows if due_ns >= last.due_ns else self.rows_due(level, due_ns)
+            if client != last.client:
                 ahead = min(ahead, 2 * _QUANTUM_ROWS)
             return self.rows, ahead
         above = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tnxctl.wire import DEFAULT_PRIORITY
-from tnxd.costs import CostCurve
+from tnxd.costs import BatchCosts
 from tnxd.turns import Turns
 from tnxd.waiting import LEVELS, Waiting
 
@@ -14,6 +14,14 @@ NEVER = 2**63 - 1
 
 # A level gets this share of the batches while all have work: the last one keeps moving, too.
 _SHARES = (8.0, 4.0, 2.0, 1.0)
+
+# What a batch is charged with that nothing is known about, in microseconds: a level whose batches always fail must not
+# have the device for nothing.
+_UNKNOWN_US = 1000.0
+
+# Batches that have to work at a ceiling before twice as many rows are tried. A try that fails costs about three of
+# them: the forward that ran out of memory, and both halves.
+_PROBE_AFTER = 256
 
 
 class Request:
@@ -27,6 +35,7 @@ class Request:
         client: whose it is; clients share a device fairly.
         wanted: "" to go by prefer_gpu and min_gpu_memory_mb, "auto" for the device that is done first, or a device
             that it must run on.
+        excluded: devices that had no memory left for it: it goes to others, unless it names one.
         priority: 0 to LEVELS - 1, 0 first.
         deadline_ns: when it is worthless; NEVER.
         device, reason, predicted_us: filled by `Scheduler.add`: where it will run, why there, and the microseconds
@@ -41,6 +50,7 @@ class Request:
         "device",
         "done",
         "due_ns",
+        "excluded",
         "group",
         "max_batch_size",
         "max_delay_ns",
@@ -70,6 +80,7 @@ class Request:
         wanted: str = "",
         prefer_gpu: bool = True,
         min_gpu_memory_mb: float = 0.0,
+        excluded: frozenset[str] = frozenset(),
         priority: int = DEFAULT_PRIORITY,
         deadline_ns: int = NEVER,
     ) -> None:
@@ -83,6 +94,7 @@ class Request:
         self.wanted = wanted
         self.prefer_gpu = prefer_gpu
         self.min_gpu_memory_mb = min_gpu_memory_mb
+        self.excluded = excluded
         self.priority = priority
         self.deadline_ns = deadline_ns
         self.device = ""
@@ -105,7 +117,11 @@ class Batch:
 
     Attributes:
         lane: INLINE or an index below the device's lane count.
-        curve: what is to learn how long it took.
+        model: key of the model.
+        requests: none in a spare batch, whose results nobody waits for; it counts as one request that runs.
+        costs: what is to learn how long it took.
+        max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
+        given_up: whether it hangs.
     """
 
     device: Device
@@ -113,7 +129,75 @@ class Batch:
     model: str
     requests: list[Request]
     rows: int
-    curve: CostCurve = field(default_factory=CostCurve)
+    costs: BatchCosts = field(default_factory=BatchCosts)
+    max_rows: int = 0
+    given_up: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """What one model has to do, on all devices together.
+
+    Attributes:
+        queued, queued_bytes: requests that wait, and their inputs. running: in batches that run.
+        max_lanes: lanes of a device that may run it at a time; 0: all.
+    """
+
+    queued: int = 0
+    queued_bytes: int = 0
+    running: int = 0
+    max_lanes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Placement:
+    """One model on one device.
+
+    Attributes:
+        load: of the model everywhere.
+        lanes: those that run it now, INLINE too, but for those that hang.
+        queued: requests that wait for it here. backlog_us: their predicted cost, per priority.
+        max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
+        worked: batches that worked at that ceiling.
+    """
+
+    load: Load
+    lanes: list[int] = field(init=False, default_factory=list)
+    queued: int = field(init=False, default=0)
+    backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
+    max_rows: int = field(init=False, default=0)
+    worked: int = field(init=False, default=0)
+
+    @property
+    def has_all_lanes(self) -> bool:
+        """Whether it runs on as many lanes as it may."""
+        return 0 < self.load.max_lanes <= len(self.lanes)
+
+    def row_limit(self, limit: int) -> int:
+        """Most rows of a batch, of a model that takes so many."""
+        return self.max_rows if 0 < self.max_rows < limit else limit
+
+    def lower(self, rows: int) -> None:
+        """A forward ran out of memory, and one of so many rows worked."""
+        rows = max(rows, 1)
+        self.max_rows = min(self.max_rows, rows) if self.max_rows else rows
+        self.worked = 0
+
+    def count(self, batch: Batch) -> None:
+        """A batch worked: in the end, the ceiling doubles, since others may have left memory meanwhile.
+
+        Down at once to what works, up by doubling: so TCP finds its window (slow start; Jacobson, 1988).
+        """
+        if batch.max_rows != self.max_rows or not batch.requests:
+            return
+        if 2 * batch.rows <= self.max_rows:  # requests of several rows need not fill it
+            return
+        self.worked += 1
+        if self.worked == _PROBE_AFTER:
+            self.worked = 0
+            self.max_rows = 2 * self.max_rows
+            if self.max_rows >= batch.requests[0].max_batch_size:
+                self.max_rows = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -123,14 +207,17 @@ class Device:
     Attributes:
         kind: "cpu" or "cuda".
         lanes: batches that it runs at a time.
-        models: keys of the models that are loaded on it.
+        models: keys of the models that are loaded on it; they come and go.
         memory_free_mb: in MiB, as last reported; used for GPUs.
         inline_limit_us: a batch predicted to take no longer runs on the caller's own thread, since handing it to
             another would cost more than it saves. 0: never.
         lane_threads: threads that work on one batch of a lane.
+        placements: of models that came here, by key.
         waiting: queues by model and group, empty ones too. queued, queued_rows: requests in them, and their rows.
         turns: which queue is next, per priority. counts: requests per priority.
-        passes: how much each priority has used, by its share.
+        held: models that run on as many lanes as they may, and their queues that have no turn on that priority until
+            one of these is free.
+        passes: how much each priority has used, by its share. virtual: how much the one had that was served last.
         busy_until_ns: per running lane, when its batch should be over.
         backlog_us: predicted cost of what waits, per priority.
     """
@@ -138,14 +225,16 @@ class Device:
     name: str
     kind: str
     lanes: int
-    models: frozenset[str]
+    models: set[str]
     memory_free_mb: float = 0.0
     inline_limit_us: float = 0.0
     lane_threads: int = 1
     error: str = ""
     free_lanes: list[int] = field(init=False)
     busy_until_ns: dict[int, int] = field(init=False, default_factory=dict)
+    placements: dict[str, Placement] = field(init=False, default_factory=dict)
     waiting: dict[tuple[str, tuple[int, ...]], Waiting] = field(init=False, default_factory=dict)
+    held: dict[Placement, set[tuple[Waiting, int]]] = field(init=False, default_factory=dict)
     backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
     queued: int = field(init=False, default=0)
     queued_rows: int = field(init=False, default=0)
@@ -153,6 +242,7 @@ class Device:
     turns: list[Turns[Waiting]] = field(init=False, default_factory=lambda: [Turns() for _ in range(LEVELS)])
     counts: list[int] = field(init=False, default_factory=lambda: [0] * LEVELS)
     passes: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
+    virtual: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         self.free_lanes = list(range(self.lanes))
@@ -171,15 +261,24 @@ class Device:
         return best
 
     def charge(self, level: int, micros: float) -> None:
-        """A level has used so much of the device."""
-        self.passes[level] += micros / _SHARES[level]
+        """A level has used so much of the device; 0 if that is not known."""
+        used = self.passes[level]
+        if used > self.virtual:
+            self.virtual = used
+        self.passes[level] = used + (micros or _UNKNOWN_US) / _SHARES[level]
+
+    def wake(self, level: int) -> None:
+        """A level that had nothing to run has: it starts even with those at work, whatever it has not used.
+
+        Even is with the one that was served last (start-time fair queueing; Goyal, Vin and Cheng, 1996).
+        """
+        if self.passes[level] < self.virtual:
+            self.passes[level] = self.virtual
 
     def enqueue(self, level: int, rows: int, micros: float) -> None:
         """Count a request that comes to a level."""
-        if not self.counts[level] and self.queued:
-            # The level was idle: it starts even with those at work, whatever it has not used.
-            active = [self.passes[other] for other in range(LEVELS) if self.counts[other]]
-            self.passes[level] = max(self.passes[level], min(active))
+        if not self.counts[level] and self.passes[level] < self.virtual:
+            self.wake(level)
         self.counts[level] += 1
         self.queued += 1
         self.queued_rows += rows

@@ -1,9 +1,12 @@
 """`tnxctl`: asks a TensorNext daemon, from a shell.
 
-health.py, metadata.py, predict.py, completion.py   one sub-command each, imported when it is called
+health.py, models.py, metadata.py, predict.py, reload.py, completion.py
+                one sub-command each, imported when it is called
 options.py      options that they share         exits.py        exit codes
-tensorfiles.py  .npy and .npz                   generate.py     random inputs
+tensorfiles.py  .npy and .npz                   inputs.py       random inputs
 workload.py     many requests, some at a time   tally.py        what came of them, in numbers
+example.py      an example call of a model      modeltoml.py    a commented model.toml
+report.py       how answers are shown           comparison.py   how two versions differ
 text.py         tables, units, colours          output.py       JSON documents and error sentences
 """
 
@@ -20,7 +23,7 @@ import tnxctl
 from tnxctl.cli import exits, output
 from tnxctl.errors import TensorNextError
 
-_COMMANDS = ("health", "metadata", "predict", "completion")
+_COMMANDS = ("health", "models", "metadata", "predict", "reload", "completion")
 
 
 class _Tool(click.Group):
@@ -55,6 +58,8 @@ Examples:
   tnxctl health
   tnxctl predict --host 192.168.1.100 --count 5
   tnxctl predict --model digits --input scans.npy --output scores.npy
+  tnxctl models
+  tnxctl models load resnet@2
   tnxctl COMMAND --help
 
 {_exit_codes()}
@@ -72,7 +77,7 @@ Shell completion: tnxctl completion --help
 @click.version_option(tnxctl.__version__, prog_name="tnxctl", message="%(prog)s %(version)s")
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Ask a TensorNext daemon: how it is, what its models take, and for predictions."""
+    """Ask a TensorNext daemon: how it is, what it serves, for predictions, and to serve something else."""
     if os.environ.get("NO_COLOR"):
         ctx.color = False
     for stream in (sys.stdout, sys.stderr):

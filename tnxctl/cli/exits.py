@@ -23,7 +23,7 @@ class Exit(IntEnum):
 
 MEANINGS: dict[Exit, str] = {
     Exit.OK: "all went well; for health: the daemon is ready",
-    Exit.FAILED: "some of several requests failed, or an internal error",
+    Exit.FAILED: "some of several requests or models failed, or an internal error",
     Exit.USAGE: "wrong use of the command line",
     Exit.UNREACHABLE: "no daemon answers there, or it takes no more requests",
     Exit.NOT_READY: "the daemon is not ready (health), or the model is not loaded",

@@ -14,7 +14,7 @@ from tnxctl.cli import exits, output, text
 from tnxctl.cli.options import common
 
 if TYPE_CHECKING:
-    from tnxctl.wire import DeviceInfo, HealthReport, ModelInfo, TensorSpec
+    from tnxctl.wire import DeviceInfo, HealthReport, ModelInfo
 
 
 @click.command("health", short_help="Show how the daemon is.")
@@ -26,7 +26,8 @@ def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) ->
     The exit code is 0 if the daemon is ready, 4 if it answers but is starting or draining, 3 if nobody answers.
 
     LANES BUSY are the places where batches run, one at a time each; QUEUED ROWS wait for one. BATCH is the number of
-    rows up to which requests share a batch. UNDELIVERABLE answers had lost their client when they were ready, ABANDONED
+    rows up to which requests share a batch; TRAFFIC, shown where it is split, the part of a name's requests that each
+    version gets. UNDELIVERABLE answers had lost their client when they were ready, ABANDONED
     requests while they still waited. Predicted times are those by which the daemon chooses devices and refuses requests
     that cannot make their deadlines.
 
@@ -51,11 +52,7 @@ def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) ->
 
 
 def _write_json(report: HealthReport, endpoint: str, round_trip_ms: float) -> None:
-    import msgspec
-
-    document = msgspec.to_builtins(report)
-    for frame_field in ("type", "v", "id"):
-        del document[frame_field]
+    document = output.report_document(report)
     document["models"] = [output.model_document(model) for model in report.models]
     output.write_json({"endpoint": endpoint, "round_trip_ms": round_trip_ms, **document})
 
@@ -103,20 +100,22 @@ def _devices(devices: tuple[DeviceInfo, ...], width: int | None) -> Iterator[str
 
 
 def _models(models: tuple[ModelInfo, ...], width: int | None) -> Iterator[str]:
+    shown = [model for model in models if model.status != "unloaded"]
+    split = any(0 < model.traffic < 1 or model.shadow for model in shown)
+    header = ("MODEL", "VERSION", "STATUS", "BATCH", "INPUTS", "OUTPUTS", *(("TRAFFIC",) * split))
     rows = []
-    for model in models:
+    for model in shown:
         first = (
             f"{model.name} (default)" if model.default else model.name,
             model.version,
             model.status,
             str(model.max_batch_size or "none"),
         )
-        signature = list(zip_longest(map(_tensor, model.inputs), map(_tensor, model.outputs), fillvalue=""))
-        rows.append((*first, *(signature[0] if signature else ("", ""))))
-        rows.extend(("", "", "", "", *more) for more in signature[1:])
-    yield from text.table(("MODEL", "VERSION", "STATUS", "BATCH", "INPUTS", "OUTPUTS"), rows, "<<<><<", width)
-    yield from (f"{text.clean(model.name)} failed: {text.clean(model.error)}" for model in models if model.error)
-
-
-def _tensor(spec: TensorSpec) -> str:
-    return f"{spec.name} {spec.datatype} {text.shape(spec.shape)}"
+        last = (text.traffic(model),) if split else ()
+        signature = list(zip_longest(map(text.tensor, model.inputs), map(text.tensor, model.outputs), fillvalue=""))
+        rows.append((*first, *(signature[0] if signature else ("", "")), *last))
+        rows.extend(("", "", "", "", *more, *("",) * split) for more in signature[1:])
+    yield from text.table(header, rows, "<<<><<" + ">" * split, width, ("INPUTS", "OUTPUTS"))
+    yield from text.failures(shown)
+    if len(shown) < len(models):
+        yield f"Not loaded: {', '.join(text.title(model) for model in models if model.status == 'unloaded')}"

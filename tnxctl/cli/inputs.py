@@ -37,7 +37,8 @@ def random_inputs(
     import numpy as np
 
     specs = [
-        wire.TensorSpec(spec.name, spec.datatype, _shape(spec, model, batch_size, input_dim)) for spec in model.inputs
+        wire.TensorSpec(spec.name, spec.datatype, shape)
+        for spec, shape in zip(model.inputs, example_shapes(model, batch_size, input_dim), strict=True)
     ]
     if batch_size is not None and not model.max_batch_size:
         raise click.UsageError(f"--batch-size does not apply to model {model.name!r}: it takes no batch axis")
@@ -65,15 +66,26 @@ def cast(inputs: Mapping[str, Array], model: wire.ModelInfo) -> dict[str, Array]
     }
 
 
-def _shape(
-    spec: wire.TensorSpec, model: wire.ModelInfo, batch_size: int | None, input_dim: int | None
-) -> tuple[int, ...]:
-    shape = [1 if length < 0 else length for length in spec.shape]
-    if model.max_batch_size and shape:
-        shape[0] = 1 if batch_size is None else batch_size
-    if input_dim is not None and _has_features(spec, model):
-        shape[-1] = input_dim
-    return tuple(shape)
+def example_shapes(
+    model: wire.ModelInfo, batch_size: int | None = None, input_dim: int | None = None
+) -> list[tuple[int, ...]]:
+    """A shape for each input: one that the daemon knows to work, else one row and length 1 for other variable axes.
+
+    Args:
+        batch_size, input_dim: see `random_inputs`.
+    """
+    shapes = []
+    for index, spec in enumerate(model.inputs):
+        shape = [1 if length < 0 else length for length in spec.shape]
+        known = model.example_shapes[index] if index < len(model.example_shapes) else ()
+        if len(known) == len(shape) and min(known, default=0) >= 0:
+            shape = list(known)
+        if model.max_batch_size and shape and batch_size is not None:
+            shape[0] = batch_size
+        if input_dim is not None and _has_features(spec, model):
+            shape[-1] = input_dim
+        shapes.append(tuple(shape))
+    return shapes
 
 
 def _has_features(spec: wire.TensorSpec, model: wire.ModelInfo) -> bool:

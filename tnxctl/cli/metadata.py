@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 @click.command("metadata", short_help="Show what a model takes and gives.")
-@click.argument("model", default="")
+@click.argument("model", default="", metavar="[NAME[@VERSION]]")
 @common
 def command(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
-    """Show what MODEL takes and gives: names, datatypes and shapes. Without MODEL: the default model.
+    """Show what a model takes and gives: names, datatypes and shapes. Without NAME: the default model. Without VERSION:
+    the version that gets most of the requests.
 
     An axis of -1 takes any length.
 
@@ -27,6 +28,7 @@ def command(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
     Examples:
       tnxctl metadata
       tnxctl metadata digits --json
+      tnxctl metadata resnet@2
     """
     from tnxctl.client import Client
 
@@ -35,17 +37,24 @@ def command(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
     if as_json:
         output.write_json({"endpoint": endpoint, **output.model_document(info)})
     else:
-        click.echo("\n".join(_lines(info)))
+        click.echo("\n".join((state(info), *text.remarks([info]), "", *signature(info))))
 
 
-def _lines(info: ModelInfo) -> Iterator[str]:
-    yield (
-        f"{text.clean(info.name)} version {text.clean(info.version)}{' (default)' if info.default else ''}: "
-        f"{text.status(text.clean(info.status))} on {text.clean(', '.join(info.devices)) or 'no device'}"
+def state(info: ModelInfo) -> str:
+    """How a version is, and where."""
+    version = f" version {text.clean(info.version)}" if info.version else ""
+    place = f" on {text.clean(', '.join(info.devices))}" if info.devices else ""
+    return (
+        f"{text.clean(info.name)}{version}{' (default)' if info.default else ''}: "
+        f"{text.status(text.clean(info.status))}{place}"
     )
-    if info.error:
-        yield text.clean(info.error)
-    yield ""
+
+
+def signature(info: ModelInfo) -> Iterator[str]:
+    """What a version takes and gives, and what its axes mean."""
+    if not info.inputs and not info.outputs:
+        yield "What it takes and gives is not known before it is loaded."
+        return
     rows = [
         (side, spec.name, spec.datatype, text.shape(spec.shape))
         for side, specs in (("input", info.inputs), ("output", info.outputs))

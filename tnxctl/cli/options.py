@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from tnxctl.cli import output
 from tnxctl.errors import InvalidArgument
@@ -16,8 +17,8 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 # As in tnxctl.session and tnxctl.wire, whose import would make `tnxctl --help` slow; a test compares them.
 DEFAULT_TIMEOUT_S = 5.0
+LOAD_TIMEOUT_S = 600.0
 MAX_DEADLINE_S = 86_400.0
-DEFAULT_PRIORITY = 1
 LOWEST_PRIORITY = 3
 
 
@@ -57,33 +58,48 @@ _SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6}
 _DURATION = re.compile(rf"(?P<number>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*(?P<unit>{'|'.join(_SECONDS)})")
 
 
-def _endpoint(_: click.Context, param: click.Parameter, value: str) -> str:
+def inherited(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """What was given for an option here, else what was given for it before the name of this command.
+
+    tnxctl models --host 192.168.1.100 show resnet
+    """
+    key = f"tnxctl.{param.name}"
+    if ctx.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE:
+        ctx.meta[key] = value
+    return ctx.meta.get(key, value)
+
+
+def _endpoint(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """What --host takes, made into the endpoint that ZeroMQ connects to."""
     from tnxctl.endpoint import parse_endpoint
 
     try:
-        return parse_endpoint(value)
+        return parse_endpoint(inherited(ctx, param, value))
     except InvalidArgument as error:
         raise click.BadParameter(error.message, param=param) from None
 
 
 def common(command: _Command) -> _Command:
     """--host, --timeout and --json."""
-    command = click.option(
-        "--json",
-        "as_json",
-        is_flag=True,
-        callback=output.choose_json,
-        help="Print one JSON document on standard output, for machines.",
-    )(command)
+    return _daemon(command, DEFAULT_TIMEOUT_S, "Longest wait for the answer to a request.")
+
+
+def slow(command: _Command) -> _Command:
+    """The same for a command that waits for a daemon's work."""
+    what = f"Longest wait for the daemon to be done. To reach it: {DEFAULT_TIMEOUT_S:g} at most."
+    return _daemon(command, LOAD_TIMEOUT_S, what)
+
+
+def _daemon(command: _Command, timeout: float, what: str) -> _Command:
     command = click.option(
         "--timeout",
         type=Finite(min=0, min_open=True),
-        default=DEFAULT_TIMEOUT_S,
+        callback=inherited,
+        default=timeout,
         show_default=True,
         metavar="SECONDS",
-        help="Longest wait for the answer to a request.",
-    )(command)
+        help=what,
+    )(as_json(command))
     return click.option(
         "--host",
         "endpoint",
@@ -94,4 +110,15 @@ def common(command: _Command) -> _Command:
         show_default=True,
         metavar="HOST",
         help="Where the daemon is: ip, ip:port, hostname, tcp://... or ipc://...",
+    )(command)
+
+
+def as_json(command: _Command) -> _Command:
+    """--json."""
+    return click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        callback=output.choose_json,
+        help="Print one JSON document on standard output, for machines.",
     )(command)

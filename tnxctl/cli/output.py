@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,15 +12,17 @@ from tnxctl.cli import exits, text
 from tnxctl.errors import TensorNextError
 
 if TYPE_CHECKING:
+    from msgspec import Struct
+
     from tnxctl.wire import ModelInfo, TensorSpec
 
 _AS_JSON = "tnxctl.json"  # key in click's context
 
 
 def choose_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
-    """Callback of the flag --json: an error is then reported as a document as well."""
-    ctx.meta[_AS_JSON] = value
-    return value
+    """Callback of the flag --json, given here or before the name of this command: errors become documents as well."""
+    ctx.meta[_AS_JSON] = chosen = value or ctx.meta.get(_AS_JSON, False)
+    return chosen
 
 
 def write_json(document: Any) -> None:
@@ -39,8 +43,29 @@ def model_document(model: ModelInfo) -> dict[str, Any]:
     }
 
 
+def report_document(report: Struct) -> dict[str, Any]:
+    """A report for --json, without what only the protocol needs."""
+    import msgspec
+
+    document: dict[str, Any] = msgspec.to_builtins(report)
+    for frame_field in ("type", "v", "id"):
+        del document[frame_field]
+    return document
+
+
 def _spec_document(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
+
+
+@contextmanager
+def interruptible(ctx: click.Context) -> Iterator[None]:
+    """For waiting until a daemon has changed what it serves: Ctrl-C ends the waiting, and nothing else."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(err=True)  # below the terminal's "^C"
+        complain("interrupted; the daemon finishes what it has begun: tnxctl models shows how far it is")
+        ctx.exit(exits.Exit.INTERRUPTED)
 
 
 def complain(sentence: str) -> None:

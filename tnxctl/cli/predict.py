@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tnxctl.cli import output, tensorfiles
-from tnxctl.cli.options import DEFAULT_PRIORITY, LOWEST_PRIORITY, MAX_DEADLINE_S, Duration, Finite, common
+from tnxctl.cli.options import LOWEST_PRIORITY, MAX_DEADLINE_S, Duration, Finite, common
 from tnxctl.errors import TensorNextError
 
 if TYPE_CHECKING:
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 @click.command("predict", short_help="Ask a model for predictions.")
 @common
-@click.option("--model", default="", help="Name of the model.  [default: the daemon's default model]")
+@click.option(
+    "--model",
+    default="",
+    metavar="NAME[@VERSION]",
+    help="Model, or one version of it.  [default: the daemon's default model]",
+)
 @click.option(
     "--prefer-gpu/--no-prefer-gpu",
     default=True,
@@ -52,9 +57,14 @@ if TYPE_CHECKING:
 @click.option(
     "--priority",
     type=click.IntRange(0, LOWEST_PRIORITY),
-    default=DEFAULT_PRIORITY,
-    show_default=True,
-    help="0 goes first, 3 last.",
+    help="0 goes first, 3 last.  [default: as the model is configured]",
+)
+@click.option(
+    "--route-key",
+    default="",
+    metavar="KEY",
+    help="While traffic is split between versions, requests with the same KEY get the same version.  "
+    "[default: those of one run do]",
 )
 @click.option(
     "--input",
@@ -100,7 +110,8 @@ def command(
     min_gpu_memory: float,
     device: str,
     deadline: float | None,
-    priority: int,
+    priority: int | None,
+    route_key: str,
     input_path: str | None,
     cast: bool,
     output_path: str | None,
@@ -124,6 +135,7 @@ def command(
       tnxctl predict --device auto --deadline 50ms --explain
       tnxctl predict --batch-size 4 --input-dim 256
       tnxctl predict --model digits --input scans.npy --output scores.npy
+      tnxctl predict --model resnet@2 --input cat.npy
       tnxctl predict --model digits --input - --output - < scans.npy > scores.npy
       tnxctl predict --count 1000 --concurrency 16
       tnxctl predict --json | jq .round_trip_ms.p50
@@ -150,6 +162,7 @@ def command(
             device=device,
             deadline=deadline,
             priority=priority,
+            route_key=route_key,
         )
         call = workload.Call(tensors, options)
         with report.view(count, None if as_json else people, explain) as show:

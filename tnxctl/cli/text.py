@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from tnxctl.wire import ModelInfo, TensorSpec
 
 STATUS_STYLES: dict[str, dict[str, Any]] = {
     "ready": {"fg": "green"},
     "starting": {"fg": "yellow"},
     "draining": {"fg": "yellow"},
+    "evicted": {"fg": "yellow"},
+    "unloaded": {"dim": True},
     "failed": {"fg": "red"},
 }
+_STATUS_COLUMNS = ("STATUS", "STATE")
 _GAP = "  "
 _TIME_UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 
@@ -32,7 +38,7 @@ def status(cell: str) -> str:
     return click.style(cell, **STATUS_STYLES.get(cell.strip(), {}))
 
 
-def pad(cells: Sequence[str], widths: Sequence[int], align: str) -> list[str]:
+def pad(cells: Iterable[str], widths: Sequence[int], align: str) -> list[str]:
     """Cells of one line of a table; `align` has a "<" or a ">" per column. A cell that is too long stays whole."""
     return [f"{cell:{side}{width}}" for cell, width, side in zip(cells, widths, align, strict=True)]
 
@@ -41,26 +47,38 @@ def line(padded: Sequence[str]) -> str:
     return _GAP.join(padded).rstrip()
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str, width: int | None) -> list[str]:
-    """Lines of a table with columns as wide as their cells; the column "STATUS" is coloured.
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    align: str,
+    width: int | None,
+    flexible: Sequence[str] = (),
+) -> list[str]:
+    """Lines of a table with columns as wide as their cells; the column of a status is coloured.
 
     Args:
-        width: of the terminal: what the last column has beyond it is cut off. None: nothing is cut.
+        width: of the terminal. None: lines may have any length.
+        flexible: columns that are cut, the widest first, where lines would be longer than that. None of them: the last.
     """
     body = [[clean(cell) for cell in cells] for cells in rows]
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
     if width is not None:
-        room = width - sum(widths[:-1]) - len(_GAP) * (len(widths) - 1)
-        widths[-1] = min(widths[-1], max(room, 0))
-    lines = [heading(line(pad(header, widths, align)))]
+        _narrow(widths, [header.index(name) for name in flexible] or [len(header) - 1], width)
+    lines = [heading(line(pad(map(shorten, header, widths), widths, align)))]
     for cells in body:
-        cells[-1] = shorten(cells[-1], widths[-1])
-        padded = pad(cells, widths, align)
-        if "STATUS" in header:
-            at = header.index("STATUS")
-            padded[at] = status(padded[at])
+        padded = pad(map(shorten, cells, widths), widths, align)
+        for at, name in enumerate(header):
+            if name in _STATUS_COLUMNS:
+                padded[at] = status(padded[at])
         lines.append(line(padded))
     return lines
+
+
+def _narrow(widths: list[int], columns: Sequence[int], width: int) -> None:
+    """Take from the widest of the columns, again and again, until a line fits or nothing is left of them."""
+    for _ in range(sum(widths) + len(_GAP) * (len(widths) - 1) - width):
+        widest = max(columns, key=widths.__getitem__)
+        widths[widest] = max(widths[widest] - 1, 1)
 
 
 def shorten(text: str, width: int) -> str:
@@ -86,3 +104,47 @@ def duration(seconds: float) -> str:
 def shape(lengths: Sequence[int]) -> str:
     """A shape as the protocol's documents write it: "[-1,256]"."""
     return f"[{','.join(map(str, lengths))}]"
+
+
+def tensor(spec: TensorSpec) -> str:
+    """One tensor of a signature: "image FP32 [-1,3,224,224]"."""
+    return f"{spec.name} {spec.datatype} {shape(spec.shape)}"
+
+
+def title(model: ModelInfo) -> str:
+    """NAME@VERSION, or NAME where there is no version."""
+    return clean(f"{model.name}@{model.version}" if model.version else model.name)
+
+
+def failures(models: Iterable[ModelInfo]) -> list[str]:
+    """Why versions failed, or why newer files of those that serve cannot be loaded."""
+    return [
+        f"{title(model)}{' failed' * (model.status == 'failed')}: {reason(title(model), model.error)}"
+        for model in models
+        if model.error
+    ]
+
+
+def reason(what: str, why: str) -> str:
+    """Why something failed, without its name, which stands before it."""
+    return clean(why.removeprefix(f"{what}: "))
+
+
+def remarks(models: Sequence[ModelInfo]) -> list[str]:
+    """What there is to say about versions beside their tables: errors and notes."""
+    return [*failures(models), *(f"{title(model)}: {clean(note)}" for model in models for note in model.notes)]
+
+
+def memory(mebibytes: float) -> str:
+    """An amount of memory: "97.5 MiB", "12.1 GiB", "-" for none."""
+    if mebibytes <= 0:
+        return "-"
+    if mebibytes >= 1024:
+        return f"{mebibytes / 1024:.1f} GiB"
+    return f"{mebibytes:.1f} MiB" if mebibytes >= 0.05 else "<0.1 MiB"
+
+
+def traffic(model: ModelInfo) -> str:
+    """Which part of its name's traffic a version gets: "95 %", "shadow", "-" for none."""
+    share = f"{100 * model.traffic:.3g} %" if model.traffic > 0 else ""
+    return " + ".join(filter(None, (share, "shadow" if model.shadow else ""))) or "-"

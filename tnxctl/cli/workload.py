@@ -31,7 +31,8 @@ class Options(TypedDict):
     min_gpu_memory_mb: float
     device: str
     deadline: float | None
-    priority: int
+    priority: int | None
+    route_key: str
 
 
 @dataclass(frozen=True, slots=True)

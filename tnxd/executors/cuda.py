@@ -5,6 +5,7 @@ Copies are asynchronous and ordered by the stream; while one lane's batch comput
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ import torch
 from tnxctl.frames import STORAGE, Array
 from tnxd.batching import Staging
 from tnxd.executors.execution import Execution
-from tnxd.executors.runner import Replicas, Runner
+from tnxd.executors.runner import Replicas, Runner, first_line
 from tnxd.executors.tensors import check_outputs, to_array, to_tensor
 
 _MIB = 1024 * 1024
 _MEMORY_PERIOD_S = 1.0
+_CUDA_ERROR_MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation
 
 
 def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -63,10 +65,9 @@ class CudaRunner(Runner):
     """Runs batches on one stream of one device."""
 
     def __init__(self, index: int, replicas: Replicas, memory: CudaMemory) -> None:
-        super().__init__(f"cuda:{index}", replicas)
+        super().__init__(f"cuda:{index}", replicas, Staging(_pinned))
         self._device = torch.device("cuda", index)
         self._memory = memory
-        self._staging = Staging(_pinned)
         self._stream: torch.cuda.Stream | None = None
         self._events: list[torch.cuda.Event] = []
 
@@ -85,6 +86,18 @@ class CudaRunner(Runner):
             return True
         return False  # an error of one call, such as a refused launch, and not of the device
 
+    def is_exhausted(self, error: BaseException) -> bool:
+        if super().is_exhausted(error):
+            return True
+        # What torch's allocator has no part in: pinned memory, and the handles of libraries (pytorch/pytorch#128601).
+        if isinstance(error, torch.AcceleratorError):
+            return getattr(error, "error_code", 0) == _CUDA_ERROR_MEMORY_ALLOCATION
+        return isinstance(error, RuntimeError) and "CUBLAS_STATUS_ALLOC_FAILED" in first_line(error)
+
+    def free_memory(self) -> None:
+        with contextlib.suppress(RuntimeError):  # if the device is gone, the next forward says so
+            torch.cuda.empty_cache()
+
     def run(self, execution: Execution) -> None:
         super().run(execution)
         execution.memory_free_mb = self._memory.free_mb
@@ -93,7 +106,7 @@ class CudaRunner(Runner):
         model = execution.model
         begin = time.perf_counter_ns()
         if model.max_batch_size:
-            staged = self._staging.gather(model.name, model.inputs, execution.group, items, rows)
+            staged = self.staging.gather(model.key, model.inputs, execution.group, items, rows)
         else:
             staged = []
             for array, spec in zip(items[0], model.inputs, strict=True):
@@ -109,7 +122,7 @@ class CudaRunner(Runner):
                 for array, spec in zip(staged, model.inputs, strict=True)
             ]
             copied.record()
-            tensors = check_outputs(model, self.replicas[model.name](*inputs), rows)
+            tensors = check_outputs(model, self.replicas[model.key](*inputs), rows)
             computed.record()
             # Fresh from torch's pinned-memory cache, not a buffer of ours: a reply may still be reading the last one.
             hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]

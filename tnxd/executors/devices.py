@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tnxd.config import Config
-from tnxd.executors.cpu import CpuRunner, available_cores, choose_threads, host_memory_mb
+from tnxd.executors.cpu import CpuRunner, available_cores, choose_threads, host_memory_mb, order_weights, trim_heap
 from tnxd.executors.cuda import CudaMemory, CudaRunner
 from tnxd.executors.pool import LanePool, OnDone
 
@@ -54,12 +54,14 @@ def _open_cpu(config: Config, on_done: OnDone) -> LanePool:
         "cpu",
         "cpu",
         f"{available_cores()} cores, {threads} per lane",
-        runners=[CpuRunner(replicas, threads) for _ in range(workers)],
+        make_runner=lambda: CpuRunner(replicas, threads),
+        lanes=workers,
         inline=CpuRunner(replicas, 1),
         lane_threads=threads,
         replicas=replicas,
-        place=lambda module: module,
+        place=order_weights,
         memory_mb=host_memory_mb,
+        give_back=trim_heap,
         on_done=on_done,
     )
 
@@ -72,10 +74,12 @@ def _open_cuda(name: str, lanes: int, on_done: OnDone) -> LanePool:
         name,
         "cuda",
         torch.cuda.get_device_name(index),
-        runners=[CudaRunner(index, replicas, memory) for _ in range(lanes)],
+        make_runner=lambda: CudaRunner(index, replicas, memory),
+        lanes=lanes,
         inline=None,
         replicas=replicas,
         place=lambda module: module.to(torch.device("cuda", index)),
         memory_mb=memory.latest,
+        give_back=torch.cuda.empty_cache,
         on_done=on_done,
     )

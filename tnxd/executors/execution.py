@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tnxctl.errors import TensorNextError
 from tnxctl.frames import Array
@@ -27,6 +27,8 @@ class Execution:
         gather_us, h2d_us, compute_us, d2h_us: stages; they sum to finished - started.
         latency_us: the forward on the device.
         memory_free_mb: of a GPU, in MiB, when the batch was done; 0 on a CPU.
+        exhausted: whether a forward ran out of the device's memory. safe_rows: most rows of a forward that worked after
+            one had; 0 if none did.
         fatal: what went wrong for good with the device, if it did: nothing can run there any more.
     """
 
@@ -34,6 +36,7 @@ class Execution:
         "batch",
         "compute_us",
         "d2h_us",
+        "exhausted",
         "fatal",
         "finished_ns",
         "gather_us",
@@ -45,6 +48,7 @@ class Execution:
         "model",
         "outcomes",
         "rows",
+        "safe_rows",
         "started_ns",
     )
 
@@ -70,26 +74,53 @@ class Execution:
         self.d2h_us = 0.0
         self.latency_us = 0.0
         self.memory_free_mb = 0.0
+        self.exhausted = False
+        self.safe_rows = 0
         self.fatal = ""
 
 
+class Warmth(NamedTuple):
+    """What loading a model on a device showed.
+
+    Attributes:
+        costs: (rows, microseconds) of the batches that warmed it up, for the cost model.
+        nbytes: of its weights and buffers there.
+        safe_rows: most rows that memory allows in one forward, if more had none left; 0: all that were tried.
+    """
+
+    costs: list[tuple[int, float]]
+    nbytes: int
+    safe_rows: int = 0
+
+
 class Executor(Protocol):
-    """A device that runs batches."""
+    """A device that runs batches.
+
+    Attributes:
+        lanes: how many at a time. lane_threads: threads that work on one batch of a lane.
+    """
 
     name: str
     kind: str
     description: str
     lanes: int
+    lane_threads: int
 
-    def load(self, model: Model) -> list[tuple[int, float]]:
-        """Put a replica on the device and warm it up on every lane. Blocks.
-
-        Returns:
-            (rows, microseconds) of warm-up batches, for the cost model.
+    def load(self, model: Model) -> Warmth:
+        """Put a replica on the device and warm it up, beside the lanes: what they serve goes on. Blocks.
 
         Raises:
             Exception: whatever the model raised; the device goes on without it.
         """
+
+    def touch(self, model: Model) -> None:
+        """Run a loaded model once on every lane: a thread's first batch takes longer. Blocks; for the start."""
+
+    def unload(self, key: str) -> None:
+        """Free what the model of that key holds on the device. No batch of it may be waiting or running. Blocks."""
+
+    def forget_inline(self, key: str) -> None:
+        """Free what the calling thread keeps for `run_inline` of that model."""
 
     def submit(self, execution: Execution) -> None:
         """Run the execution on the lane that its batch names; `on_done` is called from there when it is over."""

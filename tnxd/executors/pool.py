@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ import torch
 from tnxctl.errors import Internal, TensorNextError, Unavailable
 from tnxctl.frames import STORAGE
 from tnxctl.wire import TensorSpec
-from tnxd.executors.execution import Execution
+from tnxd.executors.execution import Execution, Warmth
 from tnxd.executors.runner import Runner, first_line
 from tnxd.models.model import Model
 from tnxd.work import INLINE, Batch, Device
@@ -22,18 +24,26 @@ OnDone = Callable[[Execution], None]
 
 log = logging.getLogger(__name__)
 
+# A batch that takes longer than this is run once for warm-up, a shorter one three times: its second run may differ.
+_LONG_US = 200_000.0
 _WARM_UP_ROUNDS = 3
+
+Task = tuple[Execution, OnDone] | str
+"""What a lane's thread is told: to run an execution, or to forget the model of that key."""
 
 
 class LanePool:
     """Implements `tnxd.executors.execution.Executor`.
 
     Args:
-        runners: one per lane. inline: one more for the caller's thread, if the device allows that.
+        make_runner: makes one for each lane, and one more that warms models up beside the lanes.
+        lanes: how many batches run at a time.
+        inline: a runner for the caller's thread, if the device allows that.
         lane_threads: threads that work on one batch of a lane.
         replicas: what the runners look modules up in; `load` fills it.
         place: puts a freshly built module on the device.
         memory_mb: free and total memory of the device in MiB, without blocking.
+        give_back: returns memory that is not used any more to the system; may block.
         on_done: called on the lane's thread with every execution that `submit` took, when it is over.
     """
 
@@ -43,53 +53,98 @@ class LanePool:
         kind: str,
         description: str,
         *,
-        runners: Sequence[Runner],
+        make_runner: Callable[[], Runner],
+        lanes: int,
         inline: Runner | None,
         lane_threads: int = 1,
         replicas: dict[str, torch.nn.Module],
         place: Callable[[torch.nn.Module], torch.nn.Module],
         memory_mb: Callable[[], tuple[float, float]],
+        give_back: Callable[[], None] = lambda: None,
         on_done: OnDone,
     ) -> None:
         self.name = name
         self.kind = kind
         self.description = description
-        self.lanes = len(runners)
+        self.lanes = lanes
         self.lane_threads = lane_threads
         self.memory_mb = memory_mb
+        self._make_runner = make_runner
         self._inline = inline
         self._replicas = replicas
         self._place = place
-        self._queues: list[queue.SimpleQueue[tuple[Execution, OnDone]]] = [queue.SimpleQueue() for _ in runners]
+        self._give_back = give_back
         self._on_done = on_done
-        for lane, runner in enumerate(runners):
-            # Daemon threads: a model that hangs must not keep the process from ending.
-            threading.Thread(
-                target=self._work, args=(runner, self._queues[lane]), name=f"{name}/{lane}", daemon=True
-            ).start()
+        self._queues = [self._start_lane(str(lane)) for lane in range(lanes)]
+        self._warm_up = self._start_lane("warm-up"), threading.Lock()
 
-    def load(self, model: Model) -> list[tuple[int, float]]:
-        module = self._place(model.factory().requires_grad_(False).eval())
-        self._replicas[model.name] = module
+    def _start_lane(self, label: str) -> queue.SimpleQueue[Task]:
+        inbox: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        # Daemon threads: a model that hangs must not keep the process from ending.
+        threading.Thread(
+            target=self._work, args=(self._make_runner(), inbox), name=f"{self.name}/{label}", daemon=True
+        ).start()
+        return inbox
+
+    def load(self, model: Model) -> Warmth:
+        module = self._place(model.factory())
+        self._replicas[model.key] = module
         try:
-            costs: list[tuple[int, float]] = []
-            for lane in range(self.lanes):
-                done: queue.SimpleQueue[Execution] = queue.SimpleQueue()
+            with self._warm_up_lane() as lane:
                 costs = []
-                for rows in warm_up_sizes(model.max_batch_size):
+                safe_rows = 0
+                for rows in model.warm_up or warm_up_sizes(model.max_batch_size):
                     for _ in range(_WARM_UP_ROUNDS):
-                        self._queues[lane].put((self._example(model, rows, lane), done.put))
-                        execution = done.get()
-                        outcome = execution.outcomes[0]
-                        if execution.fatal:
-                            raise Unavailable(execution.fatal)
-                        if isinstance(outcome, TensorNextError):
-                            raise outcome
-                    costs.append((rows, (execution.finished_ns - execution.started_ns) / 1e3))
-            return costs
+                        execution = self._run_example(lane, model, rows)
+                        micros = (execution.finished_ns - execution.started_ns) / 1e3
+                        if micros > _LONG_US:
+                            break
+                    if execution.exhausted:  # it ran in pieces
+                        safe_rows = max(execution.safe_rows, 1)
+                        break
+                    costs.append((rows, micros))
         except BaseException:
-            del self._replicas[model.name]
+            self.unload(model.key)
             raise
+        return Warmth(costs, _nbytes(module), safe_rows)
+
+    @contextlib.contextmanager
+    def _warm_up_lane(self) -> Iterator[queue.SimpleQueue[Task]]:
+        lane, busy = self._warm_up
+        if not busy.acquire(blocking=False):  # a model that somebody gave up hangs there, perhaps for good
+            lane, busy = self._warm_up = self._start_lane("warm-up"), threading.Lock()
+            busy.acquire()
+        try:
+            yield lane
+        finally:
+            busy.release()
+
+    def touch(self, model: Model) -> None:
+        for inbox in self._queues:
+            self._run_example(inbox, model, 1)
+
+    def unload(self, key: str) -> None:
+        self._replicas.pop(key, None)
+        for inbox in (*self._queues, self._warm_up[0]):
+            inbox.put(key)
+        gc.collect()  # a traced or exported program refers to itself
+        self._give_back()
+
+    def forget_inline(self, key: str) -> None:
+        if self._inline is not None:
+            self._inline.forget(key)
+
+    def _run_example(self, inbox: queue.SimpleQueue[Task], model: Model, rows: int) -> Execution:
+        """Run the model on zeros. Raises what is wrong with it."""
+        done: queue.SimpleQueue[Execution] = queue.SimpleQueue()
+        inbox.put((self._example(model, rows), done.put))
+        execution = done.get()
+        outcome = execution.outcomes[0]
+        if execution.fatal:
+            raise Unavailable(execution.fatal)
+        if isinstance(outcome, TensorNextError):
+            raise outcome
+        return execution
 
     def submit(self, execution: Execution) -> None:
         self._queues[execution.batch.lane].put((execution, self._on_done))
@@ -102,22 +157,7 @@ class LanePool:
         if self._inline is not None:
             self._inline.enter_thread()
 
-    def warm_up_inline(self, model: Model, limit_us: float) -> list[tuple[int, float]]:
-        """As `load`, on the calling thread, from small to large as long as a batch takes no longer than the limit."""
-        costs: list[tuple[int, float]] = []
-        if self._inline is None:
-            return costs
-        for rows in warm_up_sizes(model.max_batch_size):
-            for _ in range(_WARM_UP_ROUNDS):
-                execution = self._example(model, rows, INLINE)
-                self._inline.run(execution)
-            micros = (execution.finished_ns - execution.started_ns) / 1e3
-            costs.append((rows, micros))
-            if micros > limit_us:
-                break
-        return costs
-
-    def _example(self, model: Model, rows: int, lane: int) -> Execution:
+    def _example(self, model: Model, rows: int) -> Execution:
         item = tuple(
             np.zeros(shape, STORAGE[spec.datatype])
             for shape, spec in zip(model.example_shapes(rows), model.inputs, strict=True)
@@ -126,19 +166,23 @@ class LanePool:
             TensorSpec(spec.name, spec.datatype, array.shape) for spec, array in zip(model.inputs, item, strict=True)
         ]
         bound = model.bind(specs, item)
-        device = Device(self.name, self.kind, self.lanes, frozenset())
-        batch = Batch(device, lane, model.name, [], bound.rows)
+        device = Device(self.name, self.kind, self.lanes, set())
+        batch = Batch(device, INLINE, model.key, [], bound.rows)
         return Execution(batch, model, [bound.arrays], [bound.rows], bound.group)
 
     @staticmethod
-    def _work(runner: Runner, inbox: queue.SimpleQueue[tuple[Execution, OnDone]]) -> None:
+    def _work(runner: Runner, inbox: queue.SimpleQueue[Task]) -> None:
         broken = ""
         try:
             runner.enter_thread()
         except BaseException as error:  # a device that vanished: answer for it rather than leave callers waiting
             broken = f"{type(error).__name__}: {first_line(error)}"
         while True:
-            execution, on_done = inbox.get()
+            task = inbox.get()
+            if isinstance(task, str):
+                runner.forget(task)
+                continue
+            execution, on_done = task
             execution.fatal = broken
             try:
                 runner.run(execution)
@@ -146,7 +190,7 @@ class LanePool:
                 log.exception("lane %s", threading.current_thread().name)
                 execution.outcomes = [Internal(f"the executor failed: {first_line(error)}") for _ in execution.items]
             on_done(execution)
-            del execution  # hold no request's memory while waiting for the next
+            del task, execution  # hold no request's memory while waiting for the next
 
 
 def warm_up_sizes(max_batch_size: int) -> list[int]:
@@ -155,3 +199,10 @@ def warm_up_sizes(max_batch_size: int) -> list[int]:
     while sizes[-1] * 2 < max_batch_size:
         sizes.append(sizes[-1] * 2)
     return sizes if max_batch_size <= 1 else [*sizes, max_batch_size]
+
+
+def _nbytes(module: torch.nn.Module) -> int:
+    """Of parameters and buffers; what two of them share counts once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in (*module.parameters(), *module.buffers())}
+    own = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    return own or int(getattr(module, "nbytes", 0))  # a module of another runtime keeps its weights to itself

@@ -1,4 +1,7 @@
-"""Run one execution on one device: whole if it works, in halves until the request that fails stands alone."""
+"""Run one execution on one device: whole if it works, in halves until the request that fails stands alone.
+
+One that has more rows than fit, into the model's limit or into memory, is run in pieces.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,28 @@ import torch
 
 from tnxctl.errors import Internal, ResourceExhausted, TensorNextError, Unavailable
 from tnxctl.frames import Array
-from tnxd.batching import split
+from tnxd.batching import Staging, split
 from tnxd.executors.execution import Execution, Outcome
 
 log = logging.getLogger(__name__)
 
 Replicas = Mapping[str, torch.nn.Module]
-"""Model name -> its module on the runner's device, shared by all lanes of that device."""
+"""Key of a model -> its module on the runner's device, shared by all lanes of that device."""
 
 
 class Runner(ABC):
     """Runs executions one at a time, on the thread that calls it.
 
     A subclass knows one kind of device: it implements `forward` and adds to the stages of the execution.
+
+    Args:
+        staging: what batches are gathered in.
     """
 
-    def __init__(self, device: str, replicas: Replicas) -> None:
+    def __init__(self, device: str, replicas: Replicas, staging: Staging) -> None:
         self.device = device
         self.replicas = replicas
+        self.staging = staging
         self._inference_mode = torch.inference_mode()
 
     def enter_thread(self) -> None:
@@ -51,6 +58,18 @@ class Runner(ABC):
         """Whether an accelerator's error is for good. Asked after one."""
         return True
 
+    def is_exhausted(self, error: BaseException) -> bool:
+        """Whether a forward failed because the device has no memory left."""
+        return isinstance(error, torch.OutOfMemoryError)
+
+    @abstractmethod
+    def free_memory(self) -> None:
+        """Give memory back that is kept for reuse. Called before less is tried where there was too little."""
+
+    def forget(self, key: str) -> None:
+        """Free what is kept for the next batch of a model."""
+        self.staging.forget(key)
+
     def run(self, execution: Execution) -> None:
         """Fill the outcomes and stages of the execution. Never raises: a failure is the outcome of its request."""
         execution.started_ns = time.perf_counter_ns()
@@ -69,37 +88,65 @@ class Runner(ABC):
             lost: list[Outcome] = [Unavailable(f"{self.device} failed: {execution.fatal}")]
             return lost * (stop - start)
         rows = execution.rows[start:stop]
+        exhausted = False
         try:
-            if len(rows) == 1 and 0 < execution.model.max_batch_size < rows[0]:
-                outputs = self._in_chunks(execution, execution.items[start], rows[0])
-            else:
-                outputs = self.forward(execution, execution.items[start:stop], sum(rows))
-            return [*split(outputs, rows)]
+            if stop - start == 1:
+                return [tuple(self._alone(execution, execution.items[start], rows[0]))]
+            return [*split(self._forward(execution, execution.items[start:stop], sum(rows)), rows)]
         except BaseException as error:  # a model may raise anything, SystemExit too: the daemon goes on
             if isinstance(error, torch.AcceleratorError) and self.is_lost():
                 execution.fatal = first_line(error)
+            exhausted = self.is_exhausted(error)
             failure = self._failure(execution, error)
         # Out of the except block: the traceback no longer holds the failed batch's tensors while the halves run.
         if stop - start == 1 or execution.fatal:
             return [failure] * (stop - start)
+        if exhausted:
+            self.free_memory()
         middle = (start + stop) // 2
         return self._attempt(execution, start, middle) + self._attempt(execution, middle, stop)
 
-    def _in_chunks(self, execution: Execution, item: tuple[Array, ...], rows: int) -> list[Array]:
-        """A request with more rows than the model takes at once: run in pieces, joined again."""
-        step = execution.model.max_batch_size
-        pieces = [
-            self.forward(execution, [tuple(array[at : at + step] for array in item)], min(step, rows - at))
-            for at in range(0, rows, step)
-        ]
-        return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+    def _alone(self, execution: Execution, item: tuple[Array, ...], rows: int) -> list[Array]:
+        """Run one request, in pieces that are joined again where it has too many rows for one forward."""
+        model, batch = execution.model, execution.batch
+        if not model.max_batch_size:
+            return self._forward(execution, [item], rows)
+        step = min(model.max_batch_size, batch.max_rows or model.max_batch_size)
+        pieces: list[list[Array]] = []
+        at = 0
+        while at < rows or not pieces:
+            count = min(step, rows - at)
+            piece = item if count == rows else tuple([array[at : at + count] for array in item])
+            try:
+                pieces.append(self._forward(execution, [piece], count))
+                at += count
+                continue
+            except BaseException as error:
+                if count <= 1 or not self.is_exhausted(error):
+                    raise
+            # Out of the except block, as above.
+            log.warning("%s on %s: no memory for %d rows at once", model.key, self.device, count)
+            self.free_memory()
+            step = count // 2
+        return pieces[0] if len(pieces) == 1 else [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+
+    def _forward(self, execution: Execution, items: Sequence[tuple[Array, ...]], rows: int) -> list[Array]:
+        """`forward`, and how much of it the memory of the device allows is noted."""
+        try:
+            outputs = self.forward(execution, items, rows)
+        except BaseException as error:
+            execution.exhausted = execution.exhausted or self.is_exhausted(error)
+            raise
+        if execution.exhausted:
+            execution.safe_rows = max(execution.safe_rows, rows)
+        return outputs
 
     def _failure(self, execution: Execution, error: BaseException) -> TensorNextError:
         model = execution.model
         if isinstance(error, TensorNextError):
             log.error("%s on %s: %s", model.name, self.device, error)
             return error.with_traceback(None)  # which would keep the inputs alive
-        if isinstance(error, torch.OutOfMemoryError):
+        if self.is_exhausted(error) and not execution.fatal:
             log.error("%s on %s: out of memory: %s", model.name, self.device, first_line(error))
             return ResourceExhausted(f"{self.device} has no memory left for this request: {first_line(error)}")
         log.error("%s on %s raised", model.name, self.device, exc_info=error)

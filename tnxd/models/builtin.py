@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tnxctl.errors import NotFound
 from tnxctl.wire import TensorSpec
+from tnxd.models.catalog import Entry
 from tnxd.models.model import Model
 
 if TYPE_CHECKING:
@@ -43,6 +46,9 @@ BUILTIN: dict[str, Model] = {
     ),
 }
 
+STANDARD = tuple(BUILTIN)
+"""What a daemon without a model repository serves if nothing else is said."""
+
 
 def builtin(name: str) -> Model:
     """The built-in model of that name. Raises NotFound."""
@@ -50,3 +56,33 @@ def builtin(name: str) -> Model:
         return BUILTIN[name]
     except KeyError:
         raise NotFound(f"no built-in model {name!r}; there are {', '.join(BUILTIN)}") from None
+
+
+@dataclass(frozen=True)
+class BuiltinSource:
+    """Implements `tnxd.models.catalog.Source`."""
+
+    model: Model
+    format: str = "built-in"
+    stamp: str = ""
+    nbytes: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    @property
+    def version(self) -> str:
+        return self.model.version
+
+    def open(self, generation: int) -> Model:
+        return self.model
+
+
+def builtin_entries(names: Iterable[str]) -> dict[str, Entry]:
+    """Catalogue entries of built-in models. Raises NotFound."""
+    models = [builtin(name) for name in names]
+    return {
+        model.name: Entry(model.name, {model.version: BuiltinSource(model)}, wanted=(model.version,))
+        for model in models
+    }

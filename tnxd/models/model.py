@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from tnxctl.errors import InvalidArgument
 from tnxctl.frames import Array
-from tnxctl.wire import TensorSpec, excerpt
+from tnxctl.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
 
 if TYPE_CHECKING:
     import torch
 
 
-class BoundInputs(NamedTuple):
+class BoundInputs(msgspec.Struct, frozen=True, gc=False):
     """Inputs that fit a signature.
 
     Attributes:
@@ -30,16 +32,28 @@ class BoundInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """One version of one model.
+    """One version of one model, ready to be put on devices.
 
     Attributes:
+        name, version: `key` joins them.
         inputs, outputs: the signature; -1 is an axis of any length. If the model batches, axis 0 of every tensor
             counts rows and is -1.
         max_batch_size: most rows in one forward; 0 if the model has no batch axis.
         factory: makes the module, on the CPU. All lanes of a device share it, each on a thread of its own. The module
             is called with the inputs in order and returns one tensor, a sequence in the order of `outputs`, or a dict
             by name. It must return fresh tensors: an output may still be on its way to a client while the next batch
-            runs.
+            runs. What it raises is why the model cannot be loaded.
+        format: where it comes from, for people.
+        devices: names of the devices that it may be put on, or kinds ("cuda"); empty: all.
+        replicas: how many batches of it a device may run at a time; 0: as many as the device has lanes. They share one
+            copy of the weights.
+        max_delay_us: how long a batch smaller than the limit waits for company; None: as the daemon is configured.
+        time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
+        deadline_us, priority: of requests that say nothing about it.
+        warm_up: batch sizes to run before it serves; empty: 1, 2, 4, ... up to the limit.
+        generation: counts how often this version has been loaded anew with other contents.
+        notes: what an operator should know about it.
+        examples: a shape for every input, to warm up with; empty: axes of any length have length 1.
     """
 
     name: str
@@ -48,6 +62,25 @@ class Model:
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int
     factory: Callable[[], torch.nn.Module] = field(repr=False, compare=False)
+    format: str = "built-in"
+    devices: tuple[str, ...] = ()
+    replicas: int = 0
+    max_delay_us: float | None = None
+    time_limit_s: float | None = None
+    deadline_us: float | None = None
+    priority: int = DEFAULT_PRIORITY
+    warm_up: tuple[int, ...] = ()
+    generation: int = 0
+    notes: tuple[str, ...] = ()
+    examples: tuple[tuple[int, ...], ...] = ()
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", model_key(self.name, self.version, self.generation))
+
+    def may_use(self, device: str) -> bool:
+        """Whether it may be put on the device of that name."""
+        return not self.devices or device in self.devices or device.partition(":")[0] in self.devices
 
     def bind(self, specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> BoundInputs:
         """Hold a request's tensors against the signature.
@@ -123,13 +156,22 @@ class Model:
     def example_group(self) -> tuple[int, ...]:
         """The group of inputs that have the example shapes."""
         start = 1 if self.max_batch_size else 0
-        return tuple(1 for spec in self.inputs for length in spec.shape[start:] if length == -1)
+        return tuple(
+            length
+            for spec, shape in zip(self.inputs, self.example_shapes(1), strict=True)
+            for wanted, length in zip(spec.shape[start:], shape[start:], strict=True)
+            if wanted == -1
+        )
 
     def example_shapes(self, rows: int) -> list[tuple[int, ...]]:
-        """A shape for every input, `rows` rows long; other variable axes get length 1."""
-        return [
-            tuple(
-                rows if axis == 0 and self.max_batch_size else max(length, 1) for axis, length in enumerate(spec.shape)
-            )
-            for spec in self.inputs
-        ]
+        """A shape for every input, `rows` rows long."""
+        shapes = self.examples or [tuple(max(length, 1) for length in spec.shape) for spec in self.inputs]
+        return [(rows, *shape[1:]) if self.max_batch_size else shape for shape in shapes]
+
+
+def model_key(name: str, version: str, generation: int) -> str:
+    """What stands for one content of one version wherever models are told apart.
+
+    Two contents of one version live side by side while the new one takes over.
+    """
+    return f"{name}@{version}#{generation}" if generation else f"{name}@{version}"

@@ -1,0 +1,247 @@
+"""Models compiled by inductor: by a child process, for every shape and thread, or not at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from format_tools import ask, open_model, save_program, source, tensors
+from tnxctl.errors import FailedPrecondition, InvalidArgument
+from tnxctl.frames import Array
+from tnxd.models.formats import compiling
+from tnxd.models.formats.compiling import Compiled
+from tnxd.models.model import Model
+
+needs_compiler = pytest.mark.skipif(bool(compiling.missing()), reason=compiling.missing() or "-")
+
+NETWORK = """\
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(50, 8)
+        self.linear = torch.nn.Linear(8, 8)
+        self.register_buffer("shift", torch.ones(8), persistent=False)
+
+    def forward(self, ids, mask):
+        rows = torch.tanh(self.linear(self.table(ids)) + self.shift + torch.tensor([0.5] * 8))
+        kept = rows * mask.unsqueeze(-1)
+        return {"mean": kept.sum(1) / mask.sum(1, keepdim=True), "next": ids + torch.arange(ids.shape[1])}
+
+def make():
+    return Net()
+"""
+TOML = (
+    'compile = "inductor"\nfactory = "net:make"\nmax_batch_size = 16\n'
+    + tensors("ids", "INT64", [-1, -1])
+    + tensors("mask", "INT64", [-1, -1])
+    + tensors("next", "INT64", [-1, -1], "outputs")
+    + tensors("mean", "FP32", [-1, 8], "outputs")
+)
+
+
+def save(root: Path) -> None:
+    (root / "net/1").mkdir(parents=True)
+    (root / "net/1/net.py").write_text(NETWORK)
+    generator = torch.Generator().manual_seed(5)
+    weights = {
+        "table.weight": torch.rand(50, 8, generator=generator),
+        "linear.weight": torch.rand(8, 8, generator=generator),
+        "linear.bias": torch.rand(8, generator=generator),
+    }
+    safetensors.torch.save_file(weights, root / "net/1/model.safetensors")
+
+
+class Pair(NamedTuple):
+    """A compiled model, and the same without."""
+
+    model: Model
+    compiled: torch.nn.Module
+    eager: torch.nn.Module
+
+
+def batch(rows: int, length: int) -> tuple[Array, Array]:
+    generator = np.random.default_rng(rows * length)
+    ids = generator.integers(0, 50, (rows, length))
+    return ids, (np.arange(length) <= generator.integers(0, length, (rows, 1))).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where compiled code is kept from one model to the next, as TORCHINDUCTOR_CACHE_DIR would have it: less to do."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("cache")
+        patch.setattr(compiling, "_KEPT", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Pair:
+    """Compiled by its first call, a batch of one row, as in warm-up."""
+    root = tmp_path_factory.mktemp("compiled")
+    save(root)
+    eager = open_model(root, TOML.replace('"inductor"', '"none"')).factory()
+    model = open_model(root, TOML)
+    assert model.notes == ()
+    compiled = model.factory()
+    assert isinstance(compiled, Compiled)
+    ask(model, compiled, *batch(1, 1))
+    return Pair(model, compiled, eager)
+
+
+@pytest.fixture
+def pair(compiled_once: Pair, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    """The same, where nothing can be compiled any more: no process can be started."""
+
+    def forbidden(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"started {args}")
+
+    monkeypatch.setattr(subprocess, "Popen", forbidden)
+    return compiled_once
+
+
+def assert_equal(pair: Pair, rows: int, length: int) -> None:
+    inputs = batch(rows, length)
+    got, wanted = ask(pair.model, pair.compiled, *inputs), ask(pair.model, pair.eager, *inputs)
+    np.testing.assert_array_equal(got["next"], wanted["next"])
+    np.testing.assert_allclose(got["mean"], wanted["mean"], rtol=1e-4, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("length", [1, 2, 7, 33])
+def test_compiled_answers_are_those_of_eager(pair: Pair, rows: int, length: int) -> None:
+    assert_equal(pair, rows, length)
+
+
+@needs_compiler
+@pytest.mark.timeout(240)
+def test_lanes_run_it_at_the_same_time_with_threads_of_their_own(pair: Pair) -> None:
+    """As lanes and the serving thread do: other threads than the first, each with its number of torch threads."""
+    failures: list[BaseException] = []
+
+    def lane(threads: int) -> None:
+        try:
+            torch.get_num_threads()
+            torch.set_num_threads(threads)
+            for round_ in range(30):
+                assert_equal(pair, 1 + round_ % 16, 1 + round_ * 7 % 40)
+        except BaseException as error:
+            failures.append(error)
+
+    lanes = [threading.Thread(target=lane, args=(threads,)) for threads in (1, 1, 2, 4)]
+    for thread in lanes:
+        thread.start()
+    for thread in lanes:
+        thread.join()
+    assert failures == []
+
+
+@needs_compiler
+@pytest.mark.timeout(240)
+def test_lengths_that_do_not_fit_are_refused_before_the_code_runs(pair: Pair) -> None:
+    ids, mask = batch(2, 5)[0], batch(2, 4)[1]
+    with pytest.raises(InvalidArgument, match="axis 1"):
+        ask(pair.model, pair.compiled, ids, mask)
+
+
+@needs_compiler
+@pytest.mark.timeout(240)
+def test_weights_are_not_copied(pair: Pair) -> None:
+    compiled = pair.compiled
+    assert isinstance(compiled, Compiled)
+    before = ask(pair.model, compiled, *batch(2, 3))["mean"]
+    bias = compiled.network.linear.bias  # type: ignore[union-attr]
+    assert isinstance(bias, torch.Tensor)
+    bias += 1
+    try:
+        assert not np.allclose(ask(pair.model, compiled, *batch(2, 3))["mean"], before)
+    finally:
+        bias -= 1
+
+
+@needs_compiler
+@pytest.mark.timeout(240)
+def test_a_program_is_compiled_too_and_leaves_nothing_behind(
+    tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = {0: torch.export.Dim("rows", max=8), 1: torch.export.Dim("length", min=3, max=9)}
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).eval()
+    save_program(tmp_path / "models/net/1/model.pt2", network, (torch.zeros(2, 5, 4),), (axes,))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    model = open_model(tmp_path / "models", 'compile = "inductor"')
+    module = model.factory()
+    for rows, length in ((1, 5), (8, 3), (2, 9)):
+        x = np.random.default_rng(rows).random((rows, length, 4)).astype(np.float32)
+        with torch.inference_mode():
+            wanted = network(torch.from_numpy(x)).numpy()
+        np.testing.assert_allclose(ask(model, module, x)["output"], wanted, rtol=1e-5, atol=1e-6)
+    for length, said in ((2, ">= 3"), (10, "<= 9")):
+        with pytest.raises(InvalidArgument, match=f"{said}; here axis 1 of 'input' is {length}"):
+            ask(model, module, np.zeros((2, length, 4), np.float32))
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert list(kept.iterdir())
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "rows = torch",
+            "assert float(mask.sum()) >= 0\n        rows = torch",
+            "torch.export cannot follow the network",
+        ),
+        ('"mean": ', '"other": ', "the network returns ['other', 'next']"),
+        ("ids + torch.arange", "ids if ids.shape[1] == 2 else ids + torch.arange", "'ids' would be fixed at [-1, 2]"),
+    ],
+)
+def test_what_cannot_be_compiled_is_named(tmp_path: Path, old: str, new: str, said: str) -> None:
+    save(tmp_path)
+    assert old in NETWORK
+    (tmp_path / "net/1/net.py").write_text(NETWORK.replace(old, new))
+    (tmp_path / "net/model.toml").write_text(TOML)
+    with pytest.raises(FailedPrecondition) as caught:
+        compiling.compile_into(source(tmp_path), torch.device("cpu"), tmp_path)
+    assert said in caught.value.message
+
+
+@needs_compiler
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("end", "said"), [("os.kill(os.getpid(), 9)", "ended by signal 9"), ("raise OSError('no')", "OSError: no")]
+)
+def test_a_compiler_that_ends_early_is_named(tmp_path: Path, end: str, said: str) -> None:
+    """In the child alone: there the factory ends the process, or raises."""
+    save(tmp_path)
+    network = NETWORK.replace(
+        "def make():", f"import os\ndef make():\n    if os.getpid() != {os.getpid()}:\n        {end}"
+    )
+    (tmp_path / "net/1/net.py").write_text(network)
+    model = open_model(tmp_path, TOML)
+    with pytest.raises(FailedPrecondition) as caught:
+        ask(model, model.factory(), *batch(2, 3))
+    assert caught.value.message.startswith("net/1: compile: ")
+    assert said in caught.value.message
+
+
+def test_without_a_compiler_it_runs_eager_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model = open_model(tmp_path, TOML)
+    assert model.notes == ("compile: no C++ compiler (no-such-compiler): runs eager",)
+    assert ask(model, model.factory(), *batch(2, 3))["mean"].shape == (2, 8)

@@ -1,0 +1,374 @@
+"""Versions that come and go while requests run: real loader, registry and scheduler, over devices that obey a test."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from tnxctl.errors import FailedPrecondition, NotFound, TensorNextError
+from tnxctl.wire import TensorSpec
+from tnxd.costs import CostModel
+from tnxd.executors.execution import Execution, Warmth
+from tnxd.loading import Changes, Loader
+from tnxd.models.catalog import Catalog, Entry
+from tnxd.models.model import Model
+from tnxd.registry import EVICTED, FAILED, READY, UNLOADED, Registry
+from tnxd.scheduler import Scheduler
+from tnxd.work import Device, Request
+
+MIB = 1024 * 1024
+
+
+@dataclass
+class FakeSource:
+    """Opens when it is told to: `opens` is called on the loading thread."""
+
+    name: str
+    version: str
+    stamp: str = "a"
+    nbytes: int = 0
+    format: str = "pt2"
+    width: int = 4
+    opens: Callable[[], None] = lambda: None
+
+    def open(self, generation: int) -> Model:
+        self.opens()
+        return Model(
+            name=self.name,
+            version=self.version,
+            inputs=(TensorSpec("x", "FP32", (-1, self.width)),),
+            outputs=(TensorSpec("y", "FP32", (-1, 1)),),
+            max_batch_size=4,
+            factory=object,  # type: ignore[arg-type]
+            generation=generation,
+        )
+
+
+@dataclass
+class FakeExecutor:
+    """A device that holds keys instead of models."""
+
+    name: str = "cpu"
+    kind: str = "cpu"
+    description: str = ""
+    lanes: int = 1
+    lane_threads: int = 1
+    held: set[str] = field(default_factory=set)
+    sizes: dict[str, int] = field(default_factory=dict)
+    broken: dict[str, BaseException] = field(default_factory=dict)
+    most: int = 0
+
+    def load(self, model: Model) -> Warmth:
+        if model.key in self.broken:
+            raise self.broken[model.key]
+        self.held.add(model.key)
+        self.most = max(self.most, len(self.held))
+        return Warmth([(1, 100.0), (4, 200.0)], self.sizes.get(model.name, MIB))
+
+    def touch(self, model: Model) -> None:
+        assert model.key in self.held
+
+    def unload(self, key: str) -> None:
+        self.held.discard(key)
+
+    def forget_inline(self, key: str) -> None: ...
+    def submit(self, execution: Execution) -> None: ...
+    def run_inline(self, execution: Execution) -> None: ...
+    def adopt_thread(self) -> None: ...
+    def memory_mb(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+
+class Bench:
+    """A loader and what it works on; `run` plays the serving loop."""
+
+    def __init__(
+        self, *, budget_mb: int = 0, load_timeout_s: float = 60.0, executors: tuple[str, ...] = ("cpu",)
+    ) -> None:
+        self.sources: dict[str, dict[str, FakeSource]] = {}
+        self.wanted: dict[str, tuple[str, ...]] = {}
+        self.failures: dict[str, str] = {}
+        self.executors = {name: FakeExecutor(name, name.partition(":")[0]) for name in executors}
+        self.executor = self.executors[executors[0]]
+        self.costs = CostModel()
+        devices = [Device(name, each.kind, each.lanes, set()) for name, each in self.executors.items()]
+        self.scheduler = Scheduler(devices, self.costs, max_requests=100, max_bytes=10**9)
+        self.registry = Registry()
+        self.reloads: list[bool] = []
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.loader = Loader(
+            self.registry,
+            self.scheduler,
+            self.executors,
+            self.costs,
+            self._scan,
+            self._calls.put,
+            budget={"cpu": budget_mb * MIB},
+            load_timeout_s=load_timeout_s,
+            on_reload=self.reloads.append,
+        )
+
+    def add(self, name: str, version: str, **options: Any) -> FakeSource:
+        """Put a version into the catalogue; the newest is wanted."""
+        source = FakeSource(name, version, **options)
+        self.sources.setdefault(name, {})[version] = source
+        self.wanted[name] = (max(self.sources[name], key=int),)
+        return source
+
+    def _scan(self) -> Catalog:
+        return Catalog(
+            {name: Entry(name, dict(sources), self.wanted[name]) for name, sources in self.sources.items()},
+            dict(self.failures),
+        )
+
+    def run(self, begin: Callable[[Callable[[Any], None]], None]) -> Any:
+        """Begin an operation and turn the loop until it is over; returns its outcome."""
+        outcomes: list[Any] = []
+        begin(outcomes.append)
+        while not outcomes:
+            self.turn()
+        return outcomes[0]
+
+    def turn(self) -> None:
+        """One turn of the loop, as soon as there is something to do."""
+        try:
+            self._calls.get(timeout=0.01)()
+        except queue.Empty:
+            self.loader.poll()
+
+    def states(self) -> dict[str, str]:
+        return {version.title: version.state for _, version in self.registry}
+
+    def answers(self, name: str) -> str:
+        return self.registry.find(name, b"c", "").title
+
+    def request(self, name: str) -> Request:
+        """A request that waits for its version's lane."""
+        version = self.registry.find(name, b"c", "")
+        request = Request(version.key, max_batch_size=4, wanted="cpu")
+        self.scheduler.add(request, 0)
+        return request
+
+    def finish_all(self) -> None:
+        """Run everything that waits."""
+        while self.scheduler.queued:
+            batches, _ = self.scheduler.next_batches(0)
+            for batch in batches:
+                self.scheduler.finished(batch, 100.0)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    made.add("net", "1")
+    assert made.run(made.loader.start) == Changes(["net@1"], [], {})
+    yield made
+    assert made.executor.held == {version.key for _, version in made.registry if version.state == READY}
+
+
+def test_a_new_version_takes_over_and_the_old_one_is_freed(bench: Bench) -> None:
+    bench.add("net", "2")
+    assert bench.run(bench.loader.reload) == Changes(["net@2"], ["net@1"], {})
+    assert bench.states() == {"net@1": UNLOADED, "net@2": READY}
+    assert bench.answers("net") == "net@2"
+    assert bench.executor.held == {"net@2"}
+    assert bench.reloads == [True, False]
+
+
+def test_the_old_version_finishes_what_it_has(bench: Bench) -> None:
+    request = bench.request("net")
+    bench.add("net", "2")
+    outcomes: list[Any] = []
+    bench.loader.reload(outcomes.append)
+    while bench.answers("net") != "net@2":
+        bench.turn()
+    assert not outcomes
+    assert request.waiting
+    assert "net@1" in bench.executor.held
+    assert bench.states()["net@1"] == "draining"
+    with pytest.raises(FailedPrecondition, match="draining"):
+        bench.answers("net@1")
+    bench.finish_all()
+    while not outcomes:
+        bench.turn()
+    assert bench.executor.held == {"net@2"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"opens": lambda: (_ for _ in ()).throw(RuntimeError("these weights are broken"))},
+            "these weights are broken",
+        ),
+        ({"opens": lambda: (_ for _ in ()).throw(SystemExit(3))}, "SystemExit: 3"),
+        ({"opens": lambda: (_ for _ in ()).throw(NotFound("net/2/model.pt2: no such file"))}, "no such file"),
+        ({"width": 5}, "its signature is not that of version 1"),
+    ],
+)
+def test_a_version_that_fails_leaves_the_old_one_serving(bench: Bench, change: dict[str, Any], words: str) -> None:
+    bench.add("net", "2", **change)
+    changes = bench.run(bench.loader.reload)
+    assert changes.loaded == changes.unloaded == []
+    assert words in changes.failed["net@2"]
+    assert bench.states() == {"net@1": READY, "net@2": FAILED}
+    assert bench.answers("net") == "net@1"
+    with pytest.raises(FailedPrecondition, match="not loaded"):
+        bench.answers("net@2")
+    # Mended, it takes over with the next look.
+    bench.add("net", "2", stamp="b")
+    assert bench.run(bench.loader.reload) == Changes(["net@2"], ["net@1"], {})
+
+
+def test_a_warm_up_that_fails_leaves_nothing_behind(bench: Bench) -> None:
+    bench.executor.broken["net@2"] = RuntimeError("out of registers")
+    bench.add("net", "2")
+    assert "out of registers" in bench.run(bench.loader.reload).failed["net@2"]
+    assert bench.executor.held == {"net@1"}
+
+
+def test_a_load_that_never_ends_is_given_up_and_the_next_one_works() -> None:
+    bench = Bench(load_timeout_s=0.2)
+    bench.add("net", "1")
+    bench.run(bench.loader.start)
+    release = threading.Event()
+    bench.add("net", "2", opens=release.wait)
+    assert "load_timeout_s, 0.2 s" in bench.run(bench.loader.reload).failed["net@2"]
+    assert bench.answers("net") == "net@1"
+    bench.add("net", "3")
+    assert bench.run(bench.loader.reload).loaded == ["net@3"]
+    release.set()  # what comes of it now interests nobody
+    bench.add("net", "4")
+    assert bench.run(bench.loader.reload).loaded == ["net@4"]
+    assert bench.executor.held == {"net@4"}
+
+
+def test_changed_files_of_a_version_take_its_place(bench: Bench) -> None:
+    request = bench.request("net")
+    bench.add("net", "1", stamp="b")
+    outcomes: list[Any] = []
+    bench.loader.reload(outcomes.append)
+    while bench.registry.find("net", b"c", "").key == "net@1":
+        bench.turn()
+    assert bench.executor.held == {"net@1", "net@1#1"}
+    assert request.model == "net@1"
+    bench.finish_all()
+    while not outcomes:
+        bench.turn()
+    assert outcomes == [Changes(["net@1"], [], {})]
+    assert bench.executor.held == {"net@1#1"}
+    # Files that cannot be loaded leave those that can, and say so.
+    bench.add("net", "1", stamp="c", opens=lambda: (_ for _ in ()).throw(OSError("cut short")))
+    assert "cut short" in bench.run(bench.loader.reload).failed["net@1"]
+    assert "newer files" in bench.registry.describe("net")[1].error
+    assert bench.answers("net") == "net@1"
+
+
+def test_a_version_asked_for_by_number_waits_for_its_traffic(bench: Bench) -> None:
+    bench.add("net", "2")
+    assert bench.run(lambda done: bench.loader.load("net@2", done)) == "net"
+    assert bench.answers("net") == "net@1"
+    assert bench.answers("net@2") == "net@2"
+    bench.loader.route("net", {"2": 1.0}, "")
+    assert bench.answers("net") == "net@2"
+    assert bench.run(bench.loader.reload) == Changes([], ["net@1"], {})
+    assert bench.run(lambda done: bench.loader.unload("net@2", done)) == "net"
+    with pytest.raises(FailedPrecondition, match="unloaded"):
+        bench.answers("net")
+
+
+def test_unloading_one_of_two_leaves_all_to_the_other(bench: Bench) -> None:
+    bench.add("net", "2")
+    bench.run(lambda done: bench.loader.load("net@2", done))
+    bench.loader.route("net", {"1": 95.0, "2": 5.0}, "")
+    bench.run(lambda done: bench.loader.unload("net@1", done))
+    assert bench.answers("net") == "net@2"
+
+
+@pytest.mark.parametrize(
+    ("title", "error", "words"),
+    [
+        ("none", NotFound, "no model 'none'; there are net"),
+        ("net@9", NotFound, "no version '9'"),
+        ("typo", FailedPrecondition, "not TOML"),
+        ("net@x", FailedPrecondition, "a version is a number"),
+    ],
+)
+def test_what_cannot_be_loaded_says_why(bench: Bench, title: str, error: type[TensorNextError], words: str) -> None:
+    bench.failures = {"typo": "typo/model.toml: not TOML", "net@x": "net/x: a version is a number"}
+    outcome = bench.run(lambda done: bench.loader.load(title, done))
+    assert isinstance(outcome, error)
+    assert words in outcome.message
+
+
+def test_a_model_that_has_gone_is_unloaded_and_one_with_a_mistake_is_not(bench: Bench) -> None:
+    bench.add("other", "1")
+    bench.run(bench.loader.reload)
+    del bench.sources["net"]
+    bench.failures["net"] = "net/model.toml: unknown key"
+    assert bench.run(bench.loader.reload) == Changes([], [], bench.failures)
+    assert bench.answers("net") == "net@1"
+    bench.failures.clear()
+    assert bench.run(bench.loader.reload) == Changes([], ["net@1"], {})
+    with pytest.raises(NotFound, match="there are other"):
+        bench.answers("net")
+
+
+def test_the_least_recently_used_model_makes_room_and_comes_back() -> None:
+    bench = Bench(budget_mb=10)
+    for name, size in (("a", 4), ("b", 4), ("c", 4)):
+        bench.executor.sizes[name] = size * MIB
+        bench.add(name, "1", nbytes=size * MIB)
+    bench.run(bench.loader.start)
+    assert sorted(bench.states().values()) == [EVICTED, READY, READY]
+    assert bench.states()["a@1"] == EVICTED
+    bench.answers("b")
+    version = bench.registry.find("a", b"c", "")
+    assert version.state == EVICTED
+    bench.loader.summon(version)
+    bench.loader.summon(version)  # asked for twice, it is loaded once
+    while bench.loader.active:
+        bench.turn()
+    assert bench.states() == {"a@1": READY, "b@1": READY, "c@1": EVICTED}
+    assert bench.executor.most == 2
+
+
+def test_a_model_that_can_never_fit_is_refused_with_both_numbers() -> None:
+    bench = Bench(budget_mb=10)
+    bench.add("small", "1", nbytes=MIB)
+    bench.add("large", "1", nbytes=11 * MIB)
+    changes = bench.run(bench.loader.start)
+    assert "it takes 11 MiB and cpu may hold 10 MiB" in changes.failed["large@1"]
+    assert bench.answers("small") == "small@1"
+    # What its files did not tell, its weights do.
+    bench.executor.sizes["sly"] = 12 * MIB
+    bench.add("sly", "1", nbytes=MIB)
+    assert "it takes 12 MiB and cpu may hold 10 MiB" in bench.run(bench.loader.reload).failed["sly@1"]
+    assert bench.executor.held == {"small@1"}
+
+
+def test_a_device_that_cannot_hold_a_model_is_noted_and_the_other_serves() -> None:
+    bench = Bench(executors=("cpu", "cuda:0"))
+    bench.executors["cuda:0"].broken["net@1"] = RuntimeError("no kernel image")
+    bench.add("net", "1")
+    assert not bench.run(bench.loader.start).failed
+    version = bench.registry.describe("net")[1]
+    assert version.state == READY
+    assert version.notes == ("not on cuda:0: RuntimeError: no kernel image",)
+
+
+def test_operations_run_one_after_the_other(bench: Bench) -> None:
+    outcomes: list[str] = []
+    bench.add("net", "2")
+    bench.loader.load("net@2", lambda outcome: outcomes.append("loaded"))
+    bench.loader.unload("net@1", lambda outcome: outcomes.append("unloaded"))
+    bench.loader.reload(lambda outcome: outcomes.append("reloaded"))
+    while len(outcomes) < 3:
+        bench.turn()
+    assert outcomes == ["loaded", "unloaded", "reloaded"]
+    assert bench.states() == {"net@1": UNLOADED, "net@2": READY}

@@ -1,0 +1,240 @@
+"""A model repository behind a real daemon: signals, verbs, splits, shadows, eviction, settings of its models."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import Daemon
+from dealer import Dealer
+from tnxctl import Client
+from tnxctl.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    PermissionDenied,
+)
+from tnxctl.wire import Reload, encode
+
+RunDaemon = Callable[..., Daemon]
+
+SAYS = """
+import torch
+
+class Says(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.answer = torch.nn.Parameter(torch.zeros(()))
+    def forward(self, x):
+        {before}
+        return x * 0 + self.answer
+
+make = Says
+"""
+
+TOML = """
+factory = "says:make"
+max_batch_size = 8
+inputs = [{{ name = "x", datatype = "FP32", shape = [-1, {width}] }}]
+outputs = [{{ name = "y", datatype = "FP32", shape = [-1, {width}] }}]
+{more}
+"""
+
+X = np.zeros((1, 2), np.float32)
+
+
+def put(
+    root: Path, name: str, version: int, *, answer: float | None = None, before: str = "pass", more: str = ""
+) -> None:
+    """Write a model that answers with its version, or with `answer`."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder = root / name / str(version)
+    folder.mkdir(parents=True)
+    (root / name / "model.toml").write_text(TOML.format(width=2, more=more))
+    (folder / "says.py").write_text(SAYS.format(before=before))
+    save_file({"answer": torch.tensor(float(version if answer is None else answer))}, folder / "model.safetensors")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A model repository with one model, `net`, in version 1."""
+    os.umask(0o022)
+    folder = tmp_path / "models"
+    put(folder, "net", 1)
+    return folder
+
+
+def says(client: Client, model: str = "net", **options: object) -> float:
+    return float(client.predict(X, model=model, **options).output[0, 0])  # type: ignore[arg-type]
+
+
+def test_versions_come_and_go(run_daemon: RunDaemon, root: Path) -> None:
+    daemon = run_daemon("--model-repository", str(root))
+    with Client(daemon.endpoint) as client:
+        assert says(client) == says(client, "") == says(client, "net@1") == 1
+        put(root, "net", 2)
+        report = client.reload()
+        assert (report.loaded, report.unloaded, report.failed) == (("net@2",), ("net@1",), {})
+        assert says(client) == says(client, "net@2") == 2
+        with pytest.raises(FailedPrecondition, match="'net@1' is unloaded"):
+            says(client, "net@1")
+        with pytest.raises(NotFound, match="no version '7'; there are 1, 2"):
+            says(client, "net@7")
+        infos = {f"{info.name}@{info.version}": info for info in client.load("net@1")}
+        assert {title: (info.status, info.traffic) for title, info in infos.items()} == {
+            "net@1": ("ready", 0.0),
+            "net@2": ("ready", 1.0),
+        }
+        client.route("net", {"1": 50, "2": 50})
+        split = {says(client, route_key=str(number)) for number in range(40)}
+        assert split == {1, 2}
+        assert len({says(client, route_key="someone") for _ in range(10)}) == 1
+        client.unload("net@2")
+        assert {says(client, route_key=str(number)) for number in range(40)} == {1}
+        client.unload("net")
+        with pytest.raises(FailedPrecondition, match="unloaded"):
+            says(client)
+        assert client.health().status == "ready"
+
+
+def test_sighup_looks_again_and_tells_systemd(run_daemon: RunDaemon, root: Path, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "notify"))
+        told.settimeout(30)
+        environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        daemon = run_daemon("--model-repository", str(root), environment=environment)
+
+        def until(state: str) -> None:
+            while state not in told.recv(4096).decode().splitlines():
+                pass
+
+        until("READY=1")
+        put(root, "net", 2)
+        (root / "broken").mkdir()
+        daemon.process.send_signal(signal.SIGHUP)
+        until("RELOADING=1")
+        until("READY=1")
+    with Client(daemon.endpoint) as client:
+        assert says(client) == 2
+        failed = [info for info in client.models() if info.status == "failed"]
+        assert [info.name for info in failed] == ["broken"]
+    assert "broken" in daemon.log.read_text()
+
+
+def test_who_may_not_give_orders(run_daemon: RunDaemon, root: Path, tmp_path: Path) -> None:
+    config = tmp_path / "tnxd.toml"
+    config.write_text(f'model_repository = "{root}"\nremote_control = false\n')
+    daemon = run_daemon("--config", str(config))
+    with Client(daemon.endpoint) as client:
+        for order in (
+            client.reload,
+            lambda: client.load("net"),
+            lambda: client.unload("net"),
+            lambda: client.route("net", {"1": 1}),
+        ):
+            with pytest.raises(PermissionDenied, match="remote_control"):
+                order()
+        assert says(client) == 1
+        assert len(client.models()) == 1
+
+
+def test_a_daemon_that_stops_answers_the_orders_it_has(run_daemon: RunDaemon, root: Path) -> None:
+    daemon = run_daemon("--model-repository", str(root))
+    fifo = root / "fifo"
+    os.mkfifo(fifo)
+    put(root, "slow", 1, before="pass")
+    (root / "slow" / "1" / "says.py").write_text(f"open({str(fifo)!r}).read()\n" + SAYS.format(before="pass"))
+    with Dealer(daemon.endpoint) as dealer:
+        dealer.socket.send(encode(Reload(v=1, id=5)))
+        with open(fifo, "wb"):  # opens as soon as the load is under way
+            daemon.process.send_signal(signal.SIGTERM)
+            error = dealer.error()
+    assert (error.id, error.code) == (5, "UNAVAILABLE")
+    assert daemon.process.wait(30) == 0
+
+
+def test_what_is_evicted_comes_back_when_it_is_asked_for(run_daemon: RunDaemon, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    for name in ("a", "b"):
+        put(root, name, 1, answer={"a": 1, "b": 2}[name])
+        with (root / name / "1" / "says.py").open("a") as code:
+            code.write(
+                "\nclass Heavy(Says):\n    def __init__(self):\n        super().__init__()\n"
+                "        self.register_buffer('weight', torch.ones(6 * 2**18), persistent=False)\nmake = Heavy\n"
+            )
+    config = tmp_path / "tnxd.toml"
+    config.write_text(f'model_repository = "{root}"\n[memory]\ncpu_mb = 10\n')
+    daemon = run_daemon("--config", str(config))
+    with Client(daemon.endpoint, timeout=30) as client:
+        for name, answer in [("a", 1), ("b", 2), ("a", 1), ("b", 2)]:
+            assert says(client, name) == answer
+            assert {info.name: info.status for info in client.models()} == {
+                name: "ready",
+                "ab".replace(name, ""): "evicted",
+            }
+
+
+def test_a_shadow_is_compared_and_answers_nobody(run_daemon: RunDaemon, root: Path) -> None:
+    put(root, "net", 2, answer=1.5)
+    daemon = run_daemon("--model-repository", str(root))
+    with Client(daemon.endpoint) as client:
+        client.load("net@1")
+        client.route("net", {"1": 1}, shadow="2")
+        with pytest.raises(FailedPrecondition, match="nothing to compare"):
+            client.compare("net", "2", "1")
+        while True:  # copies run when there is time
+            assert says(client) == 1
+            try:
+                report = client.compare("net", "1", "2")
+            except FailedPrecondition:
+                continue
+            if report.requests:
+                break
+        assert report.outputs[0].max_abs == 0.5
+        assert report.errors == 0
+        client.unload("net@2")
+        assert says(client) == 1
+
+
+def test_settings_of_a_model_hold_for_its_requests(run_daemon: RunDaemon, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    put(root, "urgent", 1, more="deadline_us = 0.001\npriority = 0")
+    put(
+        root,
+        "stuck",
+        1,
+        before="import time\n        while bool((x == 7).any()): time.sleep(0.01)",
+        more="time_limit_s = 0.3",
+    )
+    config = tmp_path / "tnxd.toml"
+    config.write_text(f'model_repository = "{root}"\n[cpu]\nworkers = 2\ninline_limit_us = 0\n')
+    daemon = run_daemon("--config", str(config))
+    with Client(daemon.endpoint) as client:
+        with pytest.raises(DeadlineExceeded):
+            says(client, "urgent")
+        assert says(client, "urgent", deadline=10.0) == 1
+        with pytest.raises(Internal, match=r"'stuck@1' ran for over 0\.3 s"):
+            client.predict(X + 7, model="stuck")
+        assert says(client, "stuck") == 1
+
+
+def test_a_repository_that_is_none(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "tnxd", "--bind", "tcp://127.0.0.1:*", "--model-repository", str(tmp_path / "nowhere")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 2
+    assert str(tmp_path / "nowhere") in ended.stderr

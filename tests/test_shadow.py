@@ -1,0 +1,163 @@
+"""Copies of answered batches: where they run, and what is said about their answers."""
+
+from __future__ import annotations
+
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tnxctl.errors import FailedPrecondition, Internal
+from tnxctl.frames import Array
+from tnxctl.wire import TensorSpec
+from tnxd.costs import CostModel
+from tnxd.executors.execution import Execution, Outcome
+from tnxd.models.model import Model
+from tnxd.scheduler import Scheduler
+from tnxd.shadow import Shadows
+from tnxd.work import INLINE, Batch, Device, Request
+
+
+def model(version: str, limit: int = 4, outputs: tuple[TensorSpec, ...] = (TensorSpec("y", "FP32", (-1, 3)),)) -> Model:
+    return Model("net", version, (TensorSpec("x", "FP32", (-1, 1)),), outputs, limit, object)  # type: ignore[arg-type]
+
+
+OLD, NEW = model("1"), model("2")
+
+
+def scheduler(*models: str, lanes: int = 1) -> Scheduler:
+    device = Device("cpu", "cpu", lanes, set(models), inline_limit_us=1e6)
+    return Scheduler([device], CostModel(), max_requests=100, max_bytes=10**9)
+
+
+def answered(*outcomes: Outcome, model: Model = OLD, width: int = 1) -> Execution:
+    """A batch of one-row requests that has been answered so."""
+    batch = Batch(Device("cpu", "cpu", 1, set()), 0, model.key, [], len(outcomes))
+    execution = Execution(batch, model, [(np.zeros((1, width), "f4"),)] * len(outcomes), [1] * len(outcomes), ())
+    execution.outcomes = list(outcomes)
+    execution.latency_us = 100.0
+    return execution
+
+
+def row(*values: float) -> tuple[Array, ...]:
+    return (np.array([values], "f4"),)
+
+
+def compared(shadows: Shadows, candidate: Model, original: Execution, *outcomes: Outcome) -> None:
+    """Let a batch be copied, and wait until its outcomes have been compared."""
+    shadows.offer(original, candidate)
+    copy = shadows.next(scheduler(candidate.key), 0)
+    assert copy is not None
+    copy.outcomes = list(outcomes)
+    copy.latency_us = 200.0
+    shadows.finished(copy)
+    settled = threading.Event()
+    end = answered(Internal("the last one"), model=model("end"))
+    end.outcomes = _Settles(settled)  # type: ignore[assignment]
+    shadows.offer(end, candidate)
+    last = shadows.next(scheduler(candidate.key), 0)
+    assert last is not None
+    last.outcomes = []
+    shadows.finished(last)
+    assert settled.wait(10)
+
+
+class _Settles(list):  # type: ignore[type-arg]
+    """Tells when somebody looks: what was handed over before has been compared then."""
+
+    def __init__(self, settled: threading.Event) -> None:
+        super().__init__()
+        self._settled = settled
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        self._settled.set()
+        return super().__iter__()
+
+
+def test_differences_are_summed_up() -> None:
+    shadows = Shadows()
+    compared(shadows, NEW, answered(row(1, 2, 3), row(3, 2, 1)), row(1, 2, 3.5), row(1, 2, 3))
+    compared(shadows, NEW, answered(row(0, 0, 9)), row(0, 0, 9))
+    report = shadows.report(7, OLD, NEW)
+    assert (report.id, report.model, report.baseline, report.candidate) == (7, "net", "1", "2")
+    assert (report.requests, report.errors, report.skipped) == (3, 0, 0)
+    (output,) = report.outputs
+    assert (output.name, output.elements, output.max_abs, output.misfits) == ("y", 9, 2.0, 0)
+    assert output.mean_abs == pytest.approx((0.5 + 2 + 2) / 9)
+    assert output.argmax_agreement == pytest.approx(2 / 3)
+    assert (report.baseline_us.count, report.baseline_us.p50_us) == (2, 100.0)
+    assert (report.candidate_us.count, report.candidate_us.p99_us) == (2, 200.0)
+
+
+def test_failures_of_the_candidate_are_counted_and_those_of_the_baseline_are_not() -> None:
+    shadows = Shadows()
+    compared(
+        shadows, NEW, answered(row(1, 2, 3), Internal("x"), row(1, 2, 3)), Internal("no"), row(0, 0, 0), row(1, 2, 3)
+    )
+    report = shadows.report(0, OLD, NEW)
+    assert (report.requests, report.errors, report.last_error) == (2, 1, "no")
+    assert report.outputs[0].max_abs == 0.0
+
+
+def test_what_is_not_finite_and_what_does_not_fit() -> None:
+    shadows = Shadows()
+    compared(shadows, NEW, answered(row(1, np.nan, 3)), row(1, np.nan, 3))
+    compared(shadows, NEW, answered(row(1, np.nan, 3)), row(1, 2, 4))
+    compared(shadows, NEW, answered(row(1, 2, 3)), row(1, 2))
+    output = shadows.report(0, OLD, NEW).outputs[0]
+    assert (output.misfits, output.max_abs) == (2, 1.0)
+
+
+def test_bfloat16_is_compared_by_value() -> None:
+    outputs = (TensorSpec("y", "BF16", (-1, 2)),)
+    old, new = model("1", outputs=outputs), model("2", outputs=outputs)
+    first, second = (np.array([values], ml_dtypes.bfloat16).view("u2") for values in ((1.0, 2.0), (1.0, 2.5)))
+    shadows = Shadows()
+    compared(shadows, new, answered((first,), model=old), (second,))
+    assert shadows.report(0, old, new).outputs[0].max_abs == 0.5
+
+
+def test_a_copy_runs_only_where_nothing_waits_and_never_inline() -> None:
+    shadows = Shadows()
+    shadows.offer(answered(row(1, 2, 3)), NEW)
+    busy = scheduler(OLD.key, NEW.key)
+    busy.add(Request(OLD.key, max_batch_size=4, wanted="cpu"), 0)
+    assert shadows.next(busy, 0) is None
+    (batch,), _ = busy.next_batches(0)
+    if batch.lane != INLINE:
+        assert shadows.next(busy, 0) is None  # its only lane runs
+    busy.finished(batch, 10.0)
+    copy = shadows.next(busy, 0)
+    assert copy is not None
+    assert copy.batch.lane != INLINE
+    assert copy.batch.requests == []
+    assert not shadows
+    busy.finished(copy.batch, 10.0)
+    assert busy.running == 0
+    assert busy.outstanding(NEW.key) == 0
+
+
+def test_a_smaller_limit_takes_the_first_requests_of_a_batch() -> None:
+    shadows = Shadows()
+    shadows.offer(answered(*[row(1, 2, 3)] * 4), model("2", limit=3))
+    copy = shadows.next(scheduler(NEW.key), 0)
+    assert copy is not None
+    assert (len(copy.items), copy.batch.rows) == (3, 3)
+    assert shadows.report(0, OLD, NEW).skipped == 1
+
+
+def test_what_finds_no_room_is_counted_and_what_has_gone_is_forgotten() -> None:
+    shadows = Shadows()
+    for _ in range(100):
+        shadows.offer(answered(row(1, 2, 3)), NEW)
+    assert shadows.report(0, OLD, NEW).skipped == 100 - 64
+    assert shadows.next(scheduler(OLD.key), 0) is None
+    assert not shadows
+    shadows.offer(answered(row(1, 2, 3), width=2**25), NEW)
+    assert not shadows
+
+
+def test_nothing_to_compare() -> None:
+    with pytest.raises(FailedPrecondition, match="route net 1=1 --shadow 2"):
+        Shadows().report(0, OLD, NEW)

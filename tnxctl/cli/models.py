@@ -1,0 +1,318 @@
+"""`tnxctl models`: which models a daemon serves, in which versions, and to change that."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+import click
+
+from tnxctl.cli import output, text
+from tnxctl.cli.options import DEFAULT_TIMEOUT_S, as_json, common, slow
+
+if TYPE_CHECKING:
+    from tnxctl.wire import ModelInfo
+
+_LATEST = "latest"
+
+
+class _InOrder(click.Group):
+    """Lists its commands as they are defined."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group("models", cls=_InOrder, short_help="Show what is served, and change it.", invoke_without_command=True)
+@common
+@click.pass_context
+def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) -> None:
+    """Show which models the daemon serves, in which versions; with a COMMAND, change that.
+
+    STATE is ready; starting: it is being loaded; draining: it finishes what it has and goes; unloaded; evicted: it made
+    room for another model and comes back when it is asked for; failed: the line below says why. MEMORY is what its
+    weights take on each device. TRAFFIC is its part of the requests that name no version; a shadow gets copies of
+    them, and nobody its answers.
+
+    What is changed here holds until the daemon restarts; what it starts with is in the model.toml of each model.
+
+    \b
+    Examples:
+      tnxctl models
+      tnxctl models show resnet
+      tnxctl models load resnet@2
+      tnxctl models route resnet 1=95 2=5
+      tnxctl models --json | jq '.models[] | select(.status == "failed")'
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+
+    from tnxctl.client import Client
+
+    with Client(endpoint, timeout=timeout) as client:
+        infos = client.models()
+    _show(endpoint, infos, as_json)
+
+
+@command.command("show", short_help="Show all about a model, and an example call.")
+@click.argument("model", metavar="NAME[@VERSION]")
+@common
+def show(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
+    """Show what a model takes and gives, how it is served, and a call of it to copy, for a shell and for Python.
+
+    Without VERSION: the version that gets most of the requests.
+
+    \b
+    Examples:
+      tnxctl models show resnet
+      tnxctl models show resnet@2 --json | jq -r .example.python > call.py
+    """
+    from tnxctl.cli import example
+    from tnxctl.client import Client
+
+    with Client(endpoint, timeout=timeout) as client:
+        info = client.metadata(model)
+        others = [other for other in client.models() if other.name == info.name and other.version != info.version]
+    calls = example.calls(info, model, endpoint)
+    if as_json:
+        document = output.model_document(info)
+        output.write_json({"endpoint": endpoint, **document, "example": calls and calls._asdict()})
+        return
+    click.echo("\n".join(_details(info, others)))
+    if calls is not None:
+        click.echo(f"\n{text.heading('In a shell')}\n{calls.shell}\n\n{text.heading('In Python')}\n{calls.python}")
+
+
+@command.command("load", short_help="Load a model, or one version of it.")
+@click.argument("model", metavar="NAME[@VERSION]")
+@slow
+@click.pass_context
+def load(ctx: click.Context, model: str, endpoint: str, timeout: float, as_json: bool) -> None:
+    """Load a version and wait until it is warm. It gets the requests that name it, and others when models route says
+    so. With NAME alone: load what its model.toml wants, traffic included.
+
+    Ctrl-C ends the waiting alone: the daemon goes on. A version that cannot be loaded leaves what served before as it
+    is; the exit code is 4 then.
+
+    \b
+    Examples:
+      tnxctl models load resnet@2
+      tnxctl models load resnet --timeout 60
+    """
+    from tnxctl.client import Client
+
+    with Client(endpoint, timeout=min(timeout, DEFAULT_TIMEOUT_S)) as client, output.interruptible(ctx):
+        infos = client.load(model, timeout=timeout)
+    _show(endpoint, infos, as_json)
+    if not as_json:
+        for info in infos:
+            if info.status == "ready" and model in (info.name, f"{info.name}@{info.version}"):
+                click.echo(f"{text.title(info)}: loading and warm-up took {text.duration(info.load_s)}")
+
+
+@command.command("unload", short_help="Stop serving a model, or one version of it.")
+@click.argument("model", metavar="NAME[@VERSION]")
+@slow
+@click.pass_context
+def unload(ctx: click.Context, model: str, endpoint: str, timeout: float, as_json: bool) -> None:
+    """Stop serving a version, or with NAME alone all versions, and wait until its memory is free.
+
+    Requests taken in before are answered. Ctrl-C ends the waiting alone.
+
+    \b
+    Examples:
+      tnxctl models unload resnet@1
+      tnxctl models unload resnet
+    """
+    from tnxctl.client import Client
+
+    with Client(endpoint, timeout=min(timeout, DEFAULT_TIMEOUT_S)) as client, output.interruptible(ctx):
+        infos = client.unload(model, timeout=timeout)
+    _show(endpoint, infos, as_json)
+
+
+@command.command("route", short_help="Split the requests for a model between its versions.")
+@click.argument("name")
+@click.argument("weights", nargs=-1, required=True, metavar="(VERSION=WEIGHT... | latest)")
+@click.option(
+    "--shadow",
+    default="",
+    metavar="VERSION",
+    help="Send copies of the requests to this version, as far as there is free capacity, and answer none of them.",
+)
+@common
+def route(name: str, weights: tuple[str, ...], shadow: str, endpoint: str, timeout: float, as_json: bool) -> None:
+    """Split the requests for NAME that name no version. Weights are relative to their sum; versions without one get
+    nothing. latest: the newest version takes all.
+
+    Requests of one connection, or with the same --route-key, stay with one version. How the answers of a shadow
+    differ, models compare tells.
+
+    \b
+    Examples:
+      tnxctl models route resnet 1=95 2=5
+      tnxctl models route resnet 1=1 --shadow 2
+      tnxctl models route resnet latest
+    """
+    shares = _weights(weights)
+
+    from tnxctl.client import Client
+
+    with Client(endpoint, timeout=timeout) as client:
+        infos = client.route(name, shares, shadow=shadow)
+    _show(endpoint, infos, as_json)
+
+
+@command.command("compare", short_help="Show how the answers of a shadow version differ.")
+@click.argument("name")
+@click.argument("baseline")
+@click.argument("candidate")
+@common
+def compare(name: str, baseline: str, candidate: str, endpoint: str, timeout: float, as_json: bool) -> None:
+    """Show how the answers of version CANDIDATE, a shadow, differ from those of BASELINE, which answers, and how long
+    both take for the same batches.
+
+    ARG-MAX AGREES is the part of the rows whose largest element is at the same place in both. MISFITS are outputs of
+    another shape or datatype, or with NaN or infinity in one of the two alone.
+
+    \b
+    Examples:
+      tnxctl models route resnet 1=1 --shadow 2
+      tnxctl models compare resnet 1 2
+      tnxctl models compare resnet 1 2 --json | jq '.outputs[].max_abs'
+    """
+    from tnxctl.cli import comparison
+    from tnxctl.client import Client
+
+    with Client(endpoint, timeout=timeout) as client:
+        found = client.compare(name, baseline, candidate)
+    if as_json:
+        output.write_json({"endpoint": endpoint, **output.report_document(found)})
+    else:
+        click.echo("\n".join(comparison.lines(found, text.terminal_width(sys.stdout))))
+
+
+@command.command("init", short_help="Write a commented model.toml.")
+@click.argument("directory", type=click.Path(file_okay=False))
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["pt2", "safetensors", "torchscript", "onnx"]),
+    default="pt2",
+    show_default=True,
+    help="What the weights come as. pt2 is torch.export; safetensors needs a factory in Python; torchscript is "
+    "deprecated.",
+)
+@click.option("--force", is_flag=True, help="Replace a model.toml that is there.")
+@as_json
+def init(directory: str, kind: str, force: bool, as_json: bool) -> None:
+    """Write DIRECTORY/model.toml, which says how a model is served, with all keys and their defaults as comments.
+
+    DIRECTORY is called like the model, and the folder around it is the repository. No daemon is asked.
+
+    \b
+    Examples:
+      tnxctl models init models/resnet
+      tnxctl models init models/minilm --format safetensors
+      tnxd --model-repository models/
+    """
+    from tnxctl.cli import modeltoml
+
+    path, weights = modeltoml.write(directory, kind, force)
+    if as_json:
+        output.write_json({"path": str(path), "weights": str(weights), "format": kind})
+    else:
+        click.echo(f"wrote {path}\nThe weights go to {weights}, those of a later version beside it, to 2, 3, ...")
+
+
+def _weights(arguments: Sequence[str]) -> dict[str, float]:
+    """VERSION=WEIGHT... as a mapping; empty for "latest".
+
+    Raises:
+        click.UsageError: something else; the sentence names it.
+    """
+    if list(arguments) == [_LATEST]:
+        return {}
+    weights: dict[str, float] = {}
+    for argument in arguments:
+        version, equals, number = argument.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not version or not equals or not 0 <= weight < math.inf:
+            raise click.UsageError(
+                f"{argument!r} is not VERSION=WEIGHT with a weight of 0 or more, as in 2=5; or {_LATEST} alone."
+            )
+        if version in weights:
+            raise click.UsageError(f"version {version} has two weights.")
+        weights[version] = weight
+    if not any(weights.values()):
+        raise click.UsageError("no weight is above 0.")
+    return weights
+
+
+# --- what is shown -------------------------------------------------------------------------------------------
+
+
+def _show(endpoint: str, infos: Sequence[ModelInfo], as_json: bool) -> None:
+    if as_json:
+        output.write_json({"endpoint": endpoint, "models": [output.model_document(info) for info in infos]})
+    elif infos:
+        click.echo("\n".join((*_table(infos, text.terminal_width(sys.stdout)), *text.remarks(infos))))
+    else:
+        click.echo("There are no models.")
+
+
+def _table(infos: Sequence[ModelInfo], width: int | None) -> list[str]:
+    """A line for each version and for each further tensor; on a narrow terminal, tensors are on lines of their own."""
+    rows = []
+    for info in infos:
+        first, last = _state(info), (text.memory(info.memory_mb), text.traffic(info))
+        tensors = list(zip_longest(map(text.tensor, info.inputs), map(text.tensor, info.outputs), fillvalue=""))
+        rows.append((*first, *(tensors[0] if tensors else ("", "")), *last))
+        rows.extend(("", "", "", "", *more, "", "") for more in tensors[1:])
+    header = ("NAME", "VERSION", "STATE", "DEVICES", "INPUTS", "OUTPUTS", "MEMORY", "TRAFFIC")
+    lines = text.table(header, rows, "<<<<<<>>", None)
+    if width is None or max(len(click.unstyle(line)) for line in lines) <= width:
+        return lines
+    return _folded(infos, width)
+
+
+def _folded(infos: Sequence[ModelInfo], width: int) -> list[str]:
+    rows = [(*_state(info), text.memory(info.memory_mb), text.traffic(info)) for info in infos]
+    header = ("NAME", "VERSION", "STATE", "DEVICES", "MEMORY", "TRAFFIC")
+    head, *body = text.table(header, rows, "<<<<>>", width, ("DEVICES", "NAME"))
+    lines = [head, text.heading("  INPUTS -> OUTPUTS")]
+    for line, info in zip(body, infos, strict=True):
+        lines.append(line)
+        if info.inputs or info.outputs:
+            inputs, outputs = (", ".join(map(text.tensor, specs)) for specs in (info.inputs, info.outputs))
+            lines.append(text.shorten(text.clean(f"  {inputs} -> {outputs}"), width))
+    return lines
+
+
+def _state(info: ModelInfo) -> tuple[str, str, str, str]:
+    name = f"{info.name} (default)" if info.default else info.name
+    return name, info.version, info.status, ",".join(info.devices) or "-"
+
+
+def _details(info: ModelInfo, others: Sequence[ModelInfo]) -> Iterator[str]:
+    from tnxctl.cli import metadata
+
+    yield metadata.state(info)
+    yield from text.remarks([info])
+    settings = {
+        "format": text.clean(info.format),
+        "traffic": text.traffic(info),
+        "memory": text.memory(info.memory_mb) + (" on each device" if info.memory_mb and len(info.devices) > 1 else ""),
+        "requests": str(info.requests),
+        "loading": f"took {text.duration(info.load_s)}" if info.load_s else "",
+        "versions": ", ".join(f"{text.title(other)} {text.clean(other.status)}" for other in others),
+    }
+    yield from (f"{key:10}{value}" for key, value in settings.items() if value)
+    yield ""
+    yield from metadata.signature(info)

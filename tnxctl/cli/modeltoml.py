@@ -1,0 +1,139 @@
+"""The commented model.toml that `tnxctl models init` writes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from tnxctl.cli.exits import FileProblem
+
+TEMPLATE = """\
+# How a model is served. The folder of this file is called like the model; beside the file is a folder for each
+# version, 1, 2, 3, ..., with one of model.pt2, model.safetensors, model.pt and model.onnx in it.
+#
+# Every key stands here, commented out, with its default, or with an example where the default is no value of its own.
+# What the weights tell by themselves need not be written. tnxd refuses a key that it does not know. After a change:
+# tnxctl reload
+
+# The versions to load: "latest", which is the newest one, "all", or a list: [1, 3].
+# versions = "latest"
+
+# Most rows that run in one batch. 0: axis 0 does not count rows, and each request runs alone. Default: 64, or as many
+# as the weights allow, if axis 0 of every input and output is the same variable; else 0.
+# max_batch_size = 64
+
+# Microseconds that a batch smaller than that waits for company. Default: max_delay_us in the daemon's [queue].
+# max_delay_us = 0.0
+
+# Where it may run: "cpu"; "cuda", which is any GPU; "cuda:1", which is that one. Default: on every device.
+# devices = ["cpu", "cuda"]
+
+# Batches of it that a device may run at a time, over one copy of its weights. 0: as many as the device has lanes.
+# replicas = 0
+
+# The datatype to run in: "float32", "bfloat16" or "float16". Inputs are converted to it, and outputs back to what is
+# said below. For model.safetensors and model.pt only. Default: that of the weights.
+# dtype = "bfloat16"
+
+# "inductor": compile it for this machine while it loads, which takes minutes, and a C++ compiler: without one it runs
+# as it is. For model.pt2 and model.safetensors only. "none": do not.
+# compile = "none"
+
+# The batch sizes to run before the first request; their times are what the first predictions are made from. Default: 1,
+# 2, 4, ... up to max_batch_size.
+# warm_up = [1, 8, 64]
+
+# Seconds that one batch may run. Default: stall_timeout_s of the daemon.
+# time_limit_s = 60.0
+
+# Microseconds after which an answer is worthless, for requests that do not say it themselves. Default: none.
+# deadline_us = 50000.0
+
+# 0 (first) to 3 (last), for requests that do not say it themselves.
+# priority = 1
+
+# For model.safetensors: what makes the module that the weights are put into, as "FILE:FUNCTION" without the .py. The
+# file is in the folder of the version, or in this one.
+# factory = "model:build"
+
+# What it takes and gives, in order, one block for each tensor. The datatypes are BOOL, UINT8 to UINT64, INT8 to INT64,
+# FP16, FP32, FP64 and BF16. -1 is an axis of any length; for a model that batches, axis 0 of every tensor is -1.
+# model.pt2 and model.onnx say it themselves, and what stands here narrows it: -1 to a length. The example of an input
+# is a shape that fits, for the warm-up; without one, every axis of any length has length 1 there.
+# [[inputs]]
+# name = "x"
+# datatype = "FP32"
+# shape = [-1, 256]
+# example = [1, 256]
+
+# [[outputs]]
+# name = "y"
+# datatype = "FP32"
+# shape = [-1, 10]
+
+# How requests that name no version are split at first, by weights relative to their sum, and the version that gets
+# copies of them without answering. Default: the newest version takes all, and there is no shadow.
+# [traffic]
+# weights = { "1" = 95, "2" = 5 }
+# shadow = "3"
+"""
+
+FILES = {
+    "pt2": "model.pt2",
+    "safetensors": "model.safetensors",
+    "torchscript": "model.pt",
+    "onnx": "model.onnx",
+}
+"""Format -> what the file with the weights is called."""
+
+# What cannot be read from the weights, and so must be written: the first lines of those blocks.
+_NEEDED = {
+    "safetensors": ("# factory", "# [[inputs]]", "# [[outputs]]"),
+    "torchscript": ("# [[inputs]]", "# [[outputs]]"),
+}
+
+
+def render(kind: str) -> str:
+    """The template for a format: what it needs is no comment there, but an example to change."""
+    blocks = []
+    for block in TEMPLATE.split("\n\n"):
+        lines = block.splitlines()
+        start = next((at for at, line in enumerate(lines) if line.startswith(_NEEDED.get(kind, ()))), len(lines))
+        blocks.append("\n".join([*lines[:start], *(line.removeprefix("# ") for line in lines[start:])]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def write(directory: str, kind: str, force: bool) -> tuple[Path, Path]:
+    """Write DIRECTORY/model.toml, and make the folders on the way to it.
+
+    Nobody but the owner may write to what is made here, whatever the umask: the daemon would refuse it.
+
+    Returns:
+        The file, and where the weights of the first version go.
+
+    Raises:
+        click.UsageError: the daemon would not take a model of that name.
+        FileProblem: there is one and `force` is not set, or it cannot be written.
+    """
+    from tnxctl.wire import MODEL_NAME
+
+    folder = Path(directory)
+    name = os.path.basename(os.path.abspath(folder))
+    if not MODEL_NAME.fullmatch(name):
+        raise click.UsageError(
+            f"{name!r} is no name for a model: up to 64 letters, digits, '.', '_' and '-', a letter or digit first."
+        )
+    path = folder / "model.toml"
+    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if force else os.O_EXCL)
+    try:
+        for missing in reversed([part for part in (folder, *folder.parents) if not part.exists()]):
+            missing.mkdir(0o755)
+        with os.fdopen(os.open(path, flags, 0o644), "w", encoding="utf-8") as file:
+            file.write(render(kind))
+    except FileExistsError:
+        raise FileProblem(f"{path} is there already: --force replaces it") from None
+    except OSError as error:
+        raise FileProblem(f"cannot write {path}: {error.strerror or error}") from None
+    return path, folder / "1" / FILES[kind]

@@ -1,0 +1,340 @@
+"""model.pt2: a program of torch.export, which knows its signature."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import (
+    ConstantArgument,
+    ExportGraphSignature,
+    InputKind,
+    OutputKind,
+    TensorArgument,
+)
+from torch.utils import _pytree as pytree
+
+from tnxctl.errors import FailedPrecondition
+from tnxctl.wire import TensorSpec
+from tnxd.executors.runner import first_line
+from tnxd.executors.tensors import TORCH_DTYPES
+from tnxd.models.formats import ignore_warnings_about_torch_itself
+from tnxd.models.formats.conditions import Conditions, bounds, of_program
+from tnxd.models.formats.signature import Found, Opened, Shape, Signature, settle
+from tnxd.models.repository import RepositorySource
+from tnxd.models.trust import TrustedFiles
+
+FILE = "model.pt2"
+
+_DATATYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class Program(torch.nn.Module):
+    """An exported program that is called with its tensors in order, and returns a tuple of tensors.
+
+    It runs the program's graph as it is, with weights as arguments. What `ExportedProgram.module` makes of it checks
+    and nests arguments, and looks up every weight by name, in each call: that takes longer than a small network.
+    """
+
+    def __init__(self, program: ExportedProgram, description: Description) -> None:
+        super().__init__()
+        self.description = description
+        self._program = program
+        self._run = program.graph_module.forward
+        weights: dict[str, int] = {}
+        for spec in program.graph_signature.input_specs:
+            if spec.target is None or spec.target in weights:
+                continue
+            weights[spec.target] = len(weights)
+            held = program.constants if spec.target in program.constants else program.state_dict
+            self.register_buffer(f"weight_{weights[spec.target]}", held[spec.target].detach())  # its own name has dots
+        places = iter(position for position, _ in description.leaves)
+        constants = iter(constant for _, constant in description.leaves)
+        self._constants: list[Any] = []
+        self._order: list[int] = []
+        """Of the graph's arguments: which of the weights, inputs and constants, counted in that order."""
+        for spec in program.graph_signature.input_specs:
+            if spec.target is not None:
+                self._order.append(weights[spec.target])
+                continue
+            position, constant = next(places), next(constants)
+            if position < 0:
+                self._order.append(len(weights) + len(description.found.inputs) + len(self._constants))
+                self._constants.append(constant)
+            else:
+                self._order.append(len(weights) + position)
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.description.conditions.check(inputs)
+        values = [*self._buffers.values(), *inputs, *self._constants]
+        results: tuple[torch.Tensor, ...] = self._run(*[values[index] for index in self._order])
+        return results
+
+    def train(self, mode: bool = True) -> Program:
+        """Nothing: a program is what it was when it was exported."""
+        return self
+
+    def to(self, device: torch.device) -> Program:  # type: ignore[override]
+        """The program on another device. Tensors that it makes are made there, too."""
+        if device.type == "cpu":
+            return self
+        from torch.export.passes import move_to_device_pass
+
+        moved = move_to_device_pass(self._program, device)
+        moved.graph_module.recompile()
+        return Program(moved, self.description)
+
+
+@dataclass(frozen=True)
+class Description:
+    """How a program is called, and what for.
+
+    Attributes:
+        found: its signature. conditions: what it demands beyond that.
+        leaves: of its arguments, one for each: the position of an input; or -1, and a constant of the export.
+    """
+
+    found: Found
+    conditions: Conditions
+    leaves: tuple[tuple[int, Any], ...]
+
+
+def read(source: RepositorySource, files: TrustedFiles) -> Opened:
+    """See `tnxd.models.formats.opening.read`."""
+    label = files.label(FILE)
+    program = load(files, label)
+    description = describe(program, label)
+    signature = settle(description.found, source.settings, source.settings_label, label)
+    if signature.max_batch_size:
+        description = replace(description, conditions=description.conditions.without_rows())
+    notes = tuple(f"{label} was exported in training mode: {what}" for what in _training(program))
+    first = [program]  # for the first build, and held no longer
+    del program
+
+    def build() -> torch.nn.Module:
+        return Program(first.pop() if first else load(files, label), description)
+
+    return Opened(signature, build, notes)
+
+
+def load(files: TrustedFiles, label: str) -> ExportedProgram:
+    """The program in a file. It is code: torch unpickles a part of it.
+
+    Raises:
+        FailedPrecondition: it is damaged, or made for another torch.
+    """
+    ignore_warnings_about_torch_itself()
+    with files.open(files.directory / FILE) as file:
+        if not zipfile.is_zipfile(file):
+            raise FailedPrecondition(f"{label}: incomplete, or not a program of torch.export")
+        file.seek(0)
+        try:
+            return torch.export.load(file)
+        except Exception as error:  # whatever torch stumbles over
+            raise FailedPrecondition(
+                f"{label}: torch {torch.__version__} cannot load it: {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+
+def describe(program: ExportedProgram, label: str) -> Description:
+    """What a program takes and gives.
+
+    Raises:
+        FailedPrecondition: it has inputs or outputs that cannot be served: the sentence names one.
+    """
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    names = _input_names(program, label)
+    inputs: list[TensorSpec] = []
+    leaves: list[tuple[int, Any]] = []
+    axes: list[tuple[int, int, Any]] = []
+    signature = program.graph_signature
+    _check_kinds(signature, label)
+    kinds = [spec for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    for name, spec in zip(names, kinds, strict=True):
+        if isinstance(spec.arg, ConstantArgument):
+            leaves.append((-1, spec.arg.value))
+            continue
+        if not isinstance(spec.arg, TensorArgument):
+            raise FailedPrecondition(f"{label}: the input {name!r} is a number that may change: make it a tensor")
+        value = values[spec.arg.name]
+        axes += [
+            (len(inputs), axis, length) for axis, length in enumerate(_lengths(value)) if not isinstance(length, int)
+        ]
+        leaves.append((len(inputs), None))
+        inputs.append(_tensor(name, value, label))
+    positions = {name: None if leaf[0] < 0 else leaf[0] for name, leaf in zip(names, leaves, strict=True)}
+    conditions = Conditions([spec.name for spec in inputs], of_program(program, axes, positions, label))
+    outputs, named = _outputs(program, values, label)
+    most, why = _batch(program, values)
+    found = Found(tuple(inputs), outputs, _examples(program, inputs, axes, leaves), most, why, named_outputs=named)
+    return Description(found, conditions, tuple(leaves))
+
+
+def _check_kinds(signature: ExportGraphSignature, label: str) -> None:
+    weights = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.USER_INPUT)
+    for given in signature.input_specs:
+        if given.kind not in weights:
+            raise FailedPrecondition(
+                f"{label}: {given.target or given.arg} is a {given.kind.name}: only tensors are served"
+            )
+    for returned in signature.output_specs:
+        if returned.kind is not OutputKind.USER_OUTPUT:
+            raise FailedPrecondition(
+                f"{label}: it writes to {returned.target!r} ({returned.kind.name}), and requests run at the same time"
+            )
+
+
+class _Positional(torch.nn.Module):
+    """Takes any number of inputs, whatever the network calls them."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.network(*inputs)
+
+
+def export(network: torch.nn.Module, signature: Signature, device: torch.device) -> ExportedProgram:
+    """A network as a program whose axes vary as its signature says, if they can.
+
+    Its weights are called as in a module that has the network as its attribute `network`.
+
+    Args:
+        device: that the network is on.
+
+    Raises:
+        FailedPrecondition: torch.export cannot follow it.
+    """
+    inputs, dimensions = [], []
+    rows = Dim("rows", min=1, max=max(signature.max_batch_size, 2))
+    for spec, example in zip(signature.inputs, signature.examples, strict=True):
+        # An axis of length 1 or 0 would be taken as fixed.
+        shape = [max(have, 2) if want == -1 else want for have, want in zip(example, spec.shape, strict=True)]
+        dynamic: dict[int, Any] = {axis: Dim.AUTO for axis, length in enumerate(spec.shape) if length == -1}
+        if signature.max_batch_size:
+            shape[0] = 2
+            dynamic[0] = rows
+        inputs.append(torch.zeros(shape, dtype=TORCH_DTYPES[spec.datatype], device=device))
+        dimensions.append(dynamic)
+    try:
+        return torch.export.export(
+            _Positional(network), tuple(inputs), dynamic_shapes=(tuple(dimensions),), strict=False
+        )
+    except Exception as error:
+        raise FailedPrecondition(
+            f"torch.export cannot follow the network: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _training(program: ExportedProgram) -> list[str]:
+    """What a program does only in training, because its network was in that mode when it was exported."""
+    found = set()
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            name = str(node.target)
+            if name == "aten.dropout.default" and len(node.args) > 2 and node.args[2]:
+                found.add("its dropout makes answers random")
+            if name == "aten.batch_norm.default" and node.args[5]:
+                found.add("its batch norm mixes the rows of a batch")
+    return sorted(found)
+
+
+def _tensor(name: str, value: torch.Tensor, label: str) -> TensorSpec:
+    datatype = _DATATYPES.get(value.dtype)
+    if datatype is None:
+        raise FailedPrecondition(f"{label}: {name!r} is {value.dtype}, which cannot be served")
+    return TensorSpec(name, datatype, tuple(axis if isinstance(axis, int) else -1 for axis in _lengths(value)))
+
+
+def _lengths(value: torch.Tensor) -> list[Any]:
+    """Of the axes of a fake tensor: numbers and, where they vary, sympy's expressions."""
+    expressions = [axis.node.expr if isinstance(axis, torch.SymInt) else axis for axis in value.shape]
+    return [int(length) if isinstance(length, int) or length.is_Integer else length for length in expressions]
+
+
+def _input_names(program: ExportedProgram, label: str) -> list[str]:
+    """Of the arguments, as the network's forward calls them."""
+    spec = program.call_spec.in_spec
+    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    signature = program.module_call_graph[0].signature
+    known = (signature.forward_arg_names if signature is not None else None) or []
+    names: dict[int, str] = {}
+    for position, leaf in enumerate(args):
+        name = known[position] if position < len(known) else f"input_{position}"
+        names |= {_leaf(leaf, f"input {name!r}", label): name}
+    names |= {_leaf(leaf, f"input {name!r}", label): name for name, leaf in kwargs.items()}
+    return [names[leaf] for leaf in range(spec.num_leaves)]
+
+
+def _outputs(program: ExportedProgram, values: Mapping[str, Any], label: str) -> tuple[tuple[TensorSpec, ...], bool]:
+    """The outputs, and whether the program itself gives them names."""
+    specs = [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    structure = pytree.tree_unflatten(list(range(len(specs))), program.call_spec.out_spec)
+    names: dict[int, str]
+    if isinstance(structure, int):
+        names = {structure: "output"}
+    elif isinstance(structure, Mapping):
+        names = {_leaf(leaf, f"output {name!r}", label): str(name) for name, leaf in structure.items()}
+    elif isinstance(structure, (tuple, list)):
+        fields = getattr(structure, "_fields", None) or [f"output_{index}" for index in range(len(structure))]
+        names = {_leaf(leaf, f"output {name!r}", label): name for name, leaf in zip(fields, structure, strict=True)}
+    else:
+        raise FailedPrecondition(f"{label}: returns {type(structure).__name__}, not a tensor, a tuple or a dict")
+    for leaf, argument in enumerate(specs):
+        if not isinstance(argument, TensorArgument):
+            raise FailedPrecondition(f"{label}: the output {names[leaf]!r} is not a tensor")
+    outputs = [_tensor(names[leaf], values[argument.name], label) for leaf, argument in enumerate(specs)]
+    return tuple(outputs), isinstance(structure, Mapping)
+
+
+def _leaf(leaf: Any, what: str, label: str) -> int:
+    if not isinstance(leaf, int):
+        raise FailedPrecondition(
+            f"{label}: the {what} is a {type(leaf).__name__} of tensors: only tensors can be served"
+        )
+    return leaf
+
+
+def _batch(program: ExportedProgram, values: Mapping[str, Any]) -> tuple[int | None, str]:
+    """The most rows of a batch as `Found.most` has it, and why it is 0."""
+    signature = program.graph_signature
+    arguments = [spec.arg for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    arguments += [spec.arg for spec in signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    rows: set[Any] = set()
+    others: set[Any] = set()
+    for argument in arguments:
+        if isinstance(argument, TensorArgument):
+            lengths = _lengths(values[argument.name])
+            rows.update(lengths[:1] or [0])
+            others.update(length for length in lengths[1:] if not isinstance(length, int))
+    expression = rows.pop() if len(rows) == 1 else 0
+    if isinstance(expression, int) or not expression.is_Symbol:
+        return 0, "axis 0 is not the same variable in every input and output"
+    if any(expression in other.free_symbols for other in others):
+        return 0, "the length of axis 0 is that of other axes, too: rows depend on each other"
+    least, most = bounds(program, expression)
+    if least > 1:
+        return 0, f"the batch axis has to be at least {least}, and requests may have 1 row: export it with min=1"
+    return most, ""
+
+
+def _examples(
+    program: ExportedProgram,
+    inputs: Sequence[TensorSpec],
+    axes: Sequence[tuple[int, int, Any]],
+    leaves: Sequence[tuple[int, Any]],
+) -> tuple[Shape, ...]:
+    """Shapes of the inputs that a program was exported with, or the least ones if the file does not have them."""
+    if program.example_inputs is not None:
+        values, _ = pytree.tree_flatten(program.example_inputs)
+        return tuple(tuple(value.shape) for value, (position, _) in zip(values, leaves, strict=True) if position >= 0)
+    least = {(position, axis): max(bounds(program, length)[0], 1) for position, axis, length in axes}
+    return tuple(
+        tuple(least.get((position, axis), length) for axis, length in enumerate(spec.shape))
+        for position, spec in enumerate(inputs)
+    )

@@ -1,0 +1,65 @@
+"""From one version in a repository to a model that can be put on devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tnxctl.errors import FailedPrecondition
+from tnxd.models.formats import compiling, exported, onnx, torchscript, weights
+from tnxd.models.formats.signature import Opened
+from tnxd.models.model import Model
+from tnxd.models.repository import RepositorySource
+from tnxd.models.trust import TrustedFiles
+
+_READERS: dict[str, Callable[[RepositorySource, TrustedFiles], Opened]] = {
+    "pt2": exported.read,
+    "safetensors": weights.read,
+    "torchscript": torchscript.read,
+    "onnx": onnx.read,
+}
+
+
+def read(source: RepositorySource) -> Opened:
+    """Check the files of a version, and learn its signature.
+
+    Raises:
+        TensorNextError: it cannot be served; the sentence names file and key.
+    """
+    try:
+        files = TrustedFiles.check(source.guard, source.directory, require_manifest=source.require_manifest)
+        return _READERS[source.format](source, files)
+    except OSError as error:
+        where = source.guard.label(source.directory) if error.filename is None else error.filename
+        raise FailedPrecondition(f"{where}: {error.strerror or error}") from error
+
+
+def open_model(source: RepositorySource, generation: int) -> Model:
+    """What `tnxd.models.catalog.Source.open` promises."""
+    opened = read(source)
+    settings = source.settings
+    build, notes = opened.build, opened.notes
+    if settings.compile == "inductor":
+        missing = compiling.missing()
+        if missing:
+            notes += (f"compile: {missing}: runs eager",)
+        else:
+            build = compiling.lazily(source, opened)
+    return Model(
+        name=source.name,
+        version=source.version,
+        inputs=opened.signature.inputs,
+        outputs=opened.signature.outputs,
+        max_batch_size=opened.signature.max_batch_size,
+        factory=build,
+        format=source.format,
+        devices=opened.devices or settings.devices,
+        replicas=settings.replicas,
+        max_delay_us=settings.max_delay_us,
+        time_limit_s=settings.time_limit_s,
+        deadline_us=settings.deadline_us,
+        priority=settings.priority,
+        warm_up=settings.warm_up,
+        generation=generation,
+        notes=notes,
+        examples=opened.signature.examples,
+    )

@@ -1,0 +1,43 @@
+"""Running a network in another datatype than the one that its signature shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tnxctl.wire import TensorSpec
+from tnxd.executors.tensors import TORCH_DTYPES
+
+
+class Precision(torch.nn.Module):
+    """Converts inputs on the way into a network and outputs on the way back; integers and booleans stay.
+
+    Args:
+        network: converted in place.
+        dtype: to run in.
+        outputs: the signature that its results are converted to.
+    """
+
+    def __init__(self, network: torch.nn.Module, dtype: torch.dtype, outputs: Sequence[TensorSpec]) -> None:
+        super().__init__()
+        self.network = network.to(dtype)
+        self._dtype = dtype
+        self._names = [spec.name for spec in outputs]
+        self._dtypes = [TORCH_DTYPES[spec.datatype] for spec in outputs]
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        raw = self.network(*[tensor.to(self._dtype) if tensor.is_floating_point() else tensor for tensor in inputs])
+        if isinstance(raw, torch.Tensor):
+            return self._back(raw, self._dtypes[0])
+        if isinstance(raw, Mapping):
+            wanted = dict(zip(self._names, self._dtypes, strict=True))
+            return {name: self._back(value, wanted[name]) for name, value in raw.items() if name in wanted}
+        if isinstance(raw, (tuple, list)) and len(raw) == len(self._dtypes):
+            return tuple([self._back(value, dtype) for value, dtype in zip(raw, self._dtypes, strict=True)])
+        return raw  # whatever it is, it does not fit the signature, and who checks that says so
+
+    def _back(self, value: Any, dtype: torch.dtype) -> Any:
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point() and dtype.is_floating_point
+        return value.to(dtype) if floating else value

@@ -1,0 +1,147 @@
+"""A model's signature, from what its file says and what model.toml says. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tnxctl.errors import InvalidArgument
+from tnxctl.wire import TensorSpec
+from tnxd.models.settings import Settings, Tensor, fits
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_MAX_BATCH_SIZE = 64
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a model takes and gives.
+
+    Attributes:
+        inputs, outputs, max_batch_size: as in `tnxd.models.model.Model`.
+        examples: a shape for every input that the model surely takes.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_batch_size: int
+    examples: tuple[Shape, ...]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model file whose signature is known.
+
+    Attributes:
+        build: makes the module, on the CPU, in eval mode and without gradients.
+        notes: what an operator should know. devices: where it may run; empty: everywhere.
+    """
+
+    signature: Signature
+    build: Callable[[], torch.nn.Module]
+    notes: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model file says itself.
+
+    Attributes:
+        examples: a shape for every input; empty: unknown.
+        most: rows that one batch may have at most; None: any number; 0: axis 0 cannot count rows, `why` says why.
+        counts_rows: whether axis 0 does count rows, if model.toml does not say it.
+        named_outputs: whether the names of the outputs mean something to the module, or only their order does.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    examples: tuple[Shape, ...] = ()
+    most: int | None = None
+    why: str = ""
+    counts_rows: bool = True
+    named_outputs: bool = True
+
+
+def declared(settings: Settings, label: str, file: str) -> Signature:
+    """The signature that model.toml alone says.
+
+    Args:
+        label, file: what to call model.toml and the model file in errors.
+
+    Raises:
+        InvalidArgument: it contradicts itself; the sentence names file and key.
+    """
+    inputs = tuple(tensor.spec for tensor in settings.inputs)
+    outputs = tuple(tensor.spec for tensor in settings.outputs)
+    return settle(Found(inputs, outputs), settings, label, file)
+
+
+def settle(found: Found, settings: Settings, label: str, file: str) -> Signature:
+    """The signature of a file, as model.toml narrows it.
+
+    Raises:
+        InvalidArgument: the two contradict each other; the sentence names file and key.
+    """
+    inputs = _narrow(found.inputs, settings.inputs, f"{label}: inputs", file, by_name=True)
+    outputs = _narrow(found.outputs, settings.outputs, f"{label}: outputs", file, by_name=found.named_outputs)
+    limit = _limit(settings.max_batch_size, [*inputs, *outputs], found, label, file)
+    for rows in settings.warm_up:
+        if rows > max(limit, 1):
+            raise InvalidArgument(
+                f"{label}: warm_up: {rows} is more than {limit or 1}, the most rows in one batch of {file}"
+            )
+    said = {tensor.name: tensor.example for tensor in settings.inputs}
+    known = dict(zip((spec.name for spec in found.inputs), found.examples, strict=False))
+    examples = []
+    for spec in inputs:
+        shape = said.get(spec.name) or known.get(spec.name) or (1,) * len(spec.shape)
+        # What model.toml narrows to one length has that length, whatever the file's own example was.
+        examples.append(tuple(have if want == -1 else want for have, want in zip(shape, spec.shape, strict=True)))
+    return Signature(inputs, outputs, limit, tuple(examples))
+
+
+def _narrow(
+    found: Sequence[TensorSpec], said: Sequence[Tensor], key: str, file: str, *, by_name: bool
+) -> tuple[TensorSpec, ...]:
+    if not said:
+        return tuple(found)
+    names = [spec.name for spec in found]
+    if len(said) != len(found):
+        raise InvalidArgument(f"{key}: {len(said)} tensors, and {file} has {len(found)}: {', '.join(names)}")
+    if by_name:
+        order = {tensor.name: tensor for tensor in said}
+        for index, tensor in enumerate(said):
+            if tensor.name not in names:
+                raise InvalidArgument(f"{key}[{index}].name: {file} has no {tensor.name!r}, only {', '.join(names)}")
+        said = [order[name] for name in names]
+    for tensor, spec in zip(said, found, strict=True):
+        if tensor.datatype != spec.datatype:
+            raise InvalidArgument(f"{key}: {tensor.name!r} is {spec.datatype} in {file}, not {tensor.datatype}")
+        if not fits(tensor.shape, spec.shape):
+            raise InvalidArgument(f"{key}: {tensor.name!r} is {list(spec.shape)} in {file}, not {list(tensor.shape)}")
+    return tuple(tensor.spec for tensor in said)
+
+
+def _limit(wanted: int | None, specs: Sequence[TensorSpec], found: Found, label: str, file: str) -> int:
+    fixed = next((spec for spec in specs if spec.shape[:1] != (-1,)), None)
+    if wanted is None:
+        batches = fixed is None and found.most != 0 and found.counts_rows
+        return min(DEFAULT_MAX_BATCH_SIZE, found.most or DEFAULT_MAX_BATCH_SIZE) if batches else 0
+    if wanted == 0:
+        return 0
+    key = f"{label}: max_batch_size: {wanted}"
+    if fixed is not None:
+        raise InvalidArgument(
+            f"{key}, but {fixed.name!r} is {list(fixed.shape)}: where axis 0 counts rows, it is -1 in every tensor"
+        )
+    if found.most == 0:
+        raise InvalidArgument(f"{key}, but in {file} {found.why}")
+    if found.most is not None and wanted > found.most:
+        raise InvalidArgument(f"{key} is more than the {found.most} rows that {file} takes")
+    return wanted

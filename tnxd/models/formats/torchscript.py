@@ -1,0 +1,41 @@
+"""model.pt: TorchScript, which torch has deprecated in favour of torch.export."""
+
+from __future__ import annotations
+
+import torch
+
+from tnxctl.errors import FailedPrecondition
+from tnxd.executors.runner import first_line
+from tnxd.models.formats import ignore_warnings_about_torch_itself
+from tnxd.models.formats.precision import Precision
+from tnxd.models.formats.signature import Opened, declared
+from tnxd.models.repository import RepositorySource
+from tnxd.models.trust import TrustedFiles
+
+FILE = "model.pt"
+NOTE = "TorchScript is deprecated by torch: export the model anew with torch.export, as model.pt2"
+
+
+def read(source: RepositorySource, files: TrustedFiles) -> Opened:
+    """See `tnxd.models.formats.opening.read`."""
+    settings = source.settings
+    label = files.label(FILE)
+    signature = declared(settings, source.settings_label, label)
+
+    def build() -> torch.nn.Module:
+        ignore_warnings_about_torch_itself()
+        with files.open(files.directory / FILE) as file:
+            try:
+                # By the path of the open file: of a file object, torch would make a copy.
+                module: torch.nn.Module = torch.jit.load(  # type: ignore[no-untyped-call]
+                    f"/proc/self/fd/{file.fileno()}", map_location="cpu"
+                )
+            except Exception as error:  # torch raises many kinds for a damaged file
+                raise FailedPrecondition(f"{label}: damaged, or not TorchScript: {first_line(error)}") from None
+        if settings.dtype:
+            module = Precision(module, getattr(torch, settings.dtype), signature.outputs)
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        return module.eval()
+
+    return Opened(signature, build, notes=(NOTE,))

@@ -1,0 +1,113 @@
+"""model.safetensors: weights alone, for a network that a factory makes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Mapping
+from io import BufferedReader
+
+import safetensors
+import safetensors.torch
+import torch
+
+from tnxctl.errors import FailedPrecondition
+from tnxd.models.formats.factories import Factory
+from tnxd.models.formats.precision import Precision
+from tnxd.models.formats.signature import Opened, declared
+from tnxd.models.repository import RepositorySource
+from tnxd.models.trust import TrustedFiles
+
+log = logging.getLogger(__name__)
+
+FILE = "model.safetensors"
+
+
+def read(source: RepositorySource, files: TrustedFiles) -> Opened:
+    """See `tnxd.models.formats.opening.read`."""
+    settings = source.settings
+    label = files.label(FILE)
+    signature = declared(settings, source.settings_label, label)
+    try:
+        factory = Factory(files, settings.factory, f"{source.name}@{source.version}")
+    except FailedPrecondition as error:
+        raise FailedPrecondition(f"{source.settings_label}: {error.message}") from None
+
+    def build() -> torch.nn.Module:
+        network = factory()
+        with files.open(files.directory / FILE) as file:
+            fill(network, file, label, factory.label)
+        if settings.dtype:
+            network = Precision(network, getattr(torch, settings.dtype), signature.outputs)
+        return network.requires_grad_(False).eval()
+
+    return Opened(signature, build)
+
+
+def fill(network: torch.nn.Module, file: BufferedReader, label: str, made_by: str) -> None:
+    """Put the weights of a file in place of those of a network.
+
+    A file that nobody may write is used as it lies in the page cache, mapped: nothing is copied. Others are copied once
+    while they are read, because whoever writes over a mapped file changes the weights of a model that serves, and one
+    that shortens it ends the process.
+
+    Args:
+        label, made_by: what to call the file and the network in errors.
+
+    Raises:
+        FailedPrecondition: the file is damaged, or its weights are not the network's: the sentence names them.
+    """
+    mapped = not os.fstat(file.fileno()).st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
+    try:
+        # The path of the open file, so that what is read is what was checked.
+        weights = safetensors.torch.load_file(f"/proc/self/fd/{file.fileno()}")
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FailedPrecondition(f"{label}: damaged or incomplete: {error}") from None
+    expected = network.state_dict(keep_vars=True)
+    _tie(weights, expected)
+    missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    if missing:
+        raise FailedPrecondition(f"{label}: {_some(missing)} missing, which the network of {made_by} has")
+    if unexpected:
+        raise FailedPrecondition(f"{label}: {_some(unexpected)} not in the network of {made_by}")
+    copies: dict[int, torch.Tensor] = {}  # tensors that share memory go on sharing it
+    converted = 0
+    for name, own in expected.items():
+        weight = weights[name]
+        if weight.shape != own.shape:
+            raise FailedPrecondition(
+                f"{label}: {name!r} is {list(weight.shape)}, in the network of {made_by} it is {list(own.shape)}"
+            )
+        if weight.dtype is not own.dtype or not mapped:
+            converted += weight.dtype is not own.dtype
+            key = weight.data_ptr()
+            if key not in copies or not weight.numel():
+                copies[key] = weight.to(own.dtype, copy=True)
+            weights[name] = copies[key]
+    if converted:
+        log.warning("%s: %d tensors have another datatype than in the network, and are converted", label, converted)
+    network.load_state_dict(weights, assign=True)
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_meta:
+            raise FailedPrecondition(f"{made_by}: {name!r} is on the meta device, and not among the weights of {label}")
+
+
+def _tie(weights: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Weights that a network uses under several names are stored under one: give them to the others, too."""
+    groups: dict[object, list[str]] = {}
+    for name, own in expected.items():
+        place = (own.untyped_storage().data_ptr(), own.storage_offset(), own.shape)
+        groups.setdefault(id(own) if own.is_meta or not own.numel() else place, []).append(name)
+    for names in groups.values():
+        stored = next((name for name in names if name in weights), None)
+        if stored is not None:
+            for name in names:
+                weights.setdefault(name, weights[stored])
+
+
+def _some(names: set[str]) -> str:
+    """The first of some names, as the subject of a sentence."""
+    first = sorted(names)[:3]
+    more = f" and {len(names) - len(first)} more" if len(names) > len(first) else ""
+    return f"{', '.join(map(repr, first))}{more} {'is' if len(names) == 1 else 'are'}"

@@ -1,0 +1,238 @@
+"""A directory of models: what is in it, and whether it may be served. Quick, and without torch.
+
+REPOSITORY/NAME/model.toml          see tnxd.models.settings; optional where the model file says everything
+REPOSITORY/NAME/VERSION/            a positive number; in it exactly one of
+    model.pt2                       an exported program (torch.export)
+    model.safetensors               weights, for the network that a factory makes
+    model.pt                        TorchScript
+    model.onnx
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tnxctl.errors import InvalidArgument, PermissionDenied, TensorNextError
+from tnxctl.wire import MODEL_NAME
+from tnxd.models import settings as model_toml
+from tnxd.models.catalog import Catalog, Entry, Source
+from tnxd.models.model import Model
+from tnxd.models.settings import Settings
+from tnxd.models.trust import MANIFEST, Guard, hidden, identity, modules
+
+FORMATS = {
+    "model.pt2": "pt2",
+    "model.safetensors": "safetensors",
+    "model.pt": "torchscript",
+    "model.onnx": "onnx",
+}
+"""What the file with the model is called -> its format."""
+
+SETTINGS = "model.toml"
+
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+
+
+@dataclass(frozen=True)
+class RepositorySource:
+    """One version in a repository: implements `tnxd.models.catalog.Source`.
+
+    Attributes:
+        directory: of the version. settings: of the model. guard: whom the repository trusts.
+        require_manifest: whether a version without SHA256SUMS is refused.
+    """
+
+    name: str
+    version: str
+    format: str
+    stamp: str
+    nbytes: int
+    directory: Path = field(repr=False)
+    settings: Settings = field(repr=False)
+    guard: Guard = field(repr=False)
+    require_manifest: bool = field(repr=False)
+
+    def open(self, generation: int) -> Model:
+        from tnxd.models.formats.opening import open_model
+
+        return open_model(self, generation)
+
+    @property
+    def settings_label(self) -> str:
+        """What to call the model's settings in errors."""
+        return f"{self.name}/{SETTINGS}"
+
+
+def scan(root: Path, *, require_manifest: bool = False) -> Catalog:
+    """Look at a repository. Mistakes in one model are reported and do not hide the others.
+
+    Args:
+        require_manifest: refuse versions without SHA256SUMS.
+
+    Raises:
+        InvalidArgument: there is no such directory.
+        PermissionDenied: somebody else may write to it.
+    """
+    guard = Guard.of(root)
+    try:
+        directories = sorted(path for path in guard.root.iterdir() if not hidden(path.name))
+    except OSError as error:
+        raise InvalidArgument(f"model repository {root}: {error.strerror}") from None
+    entries: dict[str, Entry] = {}
+    failures: dict[str, str] = {}
+    for directory in directories:
+        try:
+            entry, problems = _look_at(directory, guard, require_manifest)
+            entries[entry.name] = entry
+            failures.update(problems)
+        except _Unservable as error:
+            failures.update(error.failures)
+        except TensorNextError as error:
+            failures[directory.name] = error.message
+        except FileNotFoundError:
+            if directory.exists():  # else it went away while we looked
+                failures[directory.name] = f"{directory.name}: a file went away: look again"
+        except OSError as error:
+            failures[directory.name] = f"{guard.label(Path(error.filename or directory))}: {error.strerror}"
+    return Catalog(entries, failures)
+
+
+class _Unservable(Exception):
+    """No version of a model can be served. Attributes: failures: as in `Catalog`."""
+
+    def __init__(self, failures: Mapping[str, str]) -> None:
+        super().__init__(str(failures))
+        self.failures = failures
+
+
+def _look_at(directory: Path, guard: Guard, require_manifest: bool) -> tuple[Entry, dict[str, str]]:
+    """One model, and what is wrong with some of its versions."""
+    name = directory.name
+    if not MODEL_NAME.fullmatch(name):
+        raise InvalidArgument(
+            f"{name!r} is no name for a model: up to 64 letters, digits, '.', '_' and '-', a letter or digit first"
+        )
+    directory_now = guard.resolve(directory)
+    if not directory_now.is_dir():
+        raise InvalidArgument(f"{name} is a file; a model is a directory: {name}/VERSION/, with the model in it")
+    label = f"{name}/{SETTINGS}"
+    path = directory / SETTINGS
+    settings = Settings()
+    if path.exists() or path.is_symlink():
+        settings = model_toml.load(guard.resolve(path), label)
+    failures: dict[str, str] = {}
+    sources: dict[str, Source] = {}
+    for number, place in _versions(directory, failures):
+        title = f"{name}@{number}"
+        try:
+            sources[number] = _source(name, number, place, settings, guard, require_manifest)
+        except TensorNextError as error:
+            failures[title] = error.message
+        except FileNotFoundError:
+            if place.exists():
+                failures[title] = f"{guard.label(place)}: a file went away: look again"
+        except OSError as error:
+            failures[title] = f"{guard.label(Path(error.filename or place))}: {error.strerror}"
+    entry = _entry(name, sources, settings, label, failures)
+    if not sources:
+        raise _Unservable(failures or {name: f"{name} has no version: {name}/1/, with the model in it, would be one"})
+    return entry, failures
+
+
+def _versions(directory: Path, failures: dict[str, str]) -> list[tuple[str, Path]]:
+    """Numbers and directories of the versions, the oldest first."""
+    versions = []
+    for place in sorted(directory.iterdir()):
+        if hidden(place.name) or not place.is_dir():
+            continue
+        if _VERSION.fullmatch(place.name):
+            versions.append((place.name, place))
+        elif not (place / "__init__.py").is_file():  # a Python package that the versions share
+            label = f"{directory.name}/{place.name}"
+            failures[label] = f"{label}: {place.name!r} is no version: those are 1, 2, 3, ..."
+    return sorted(versions, key=lambda version: int(version[0]))
+
+
+def _source(
+    name: str, number: str, place: Path, settings: Settings, guard: Guard, require_manifest: bool
+) -> RepositorySource:
+    label = guard.label(place)
+    files = dict(guard.tree(place))
+    inside = guard.resolve(place)
+    present = [file for file in FORMATS if inside / file in files]
+    if len(present) != 1:
+        found = " and ".join(present) if present else "none"
+        raise InvalidArgument(f"{label}: exactly one of {', '.join(FORMATS)} has to be there, and {found} is")
+    file = present[0]
+    _check_combination(FORMATS[file], f"{label}/{file}", settings, f"{name}/{SETTINGS}")
+    if require_manifest and inside / MANIFEST not in files:
+        raise PermissionDenied(f"{label}/{MANIFEST} is missing, and the daemon requires one")
+    if FORMATS[file] == "safetensors":
+        files.update(modules(guard, guard.resolve(place.parent)))
+    nbytes = sum(info.st_size for info in files.values()) if file == "model.onnx" else files[inside / file].st_size
+    state = [(str(path), *identity(info)) for path, info in sorted(files.items())]
+    stamp = hashlib.sha256(settings.served + repr((state, require_manifest)).encode()).hexdigest()
+    return RepositorySource(name, number, FORMATS[file], stamp, nbytes, place, settings, guard, require_manifest)
+
+
+def _check_combination(kind: str, file: str, settings: Settings, label: str) -> None:
+    """Settings that cannot be kept for a format are refused, not ignored."""
+    if settings.dtype and kind in ("pt2", "onnx"):
+        raise InvalidArgument(
+            f"{label}: dtype: {file} was saved to run in its own datatypes; {settings.dtype!r} is for "
+            f"model.safetensors and model.pt"
+        )
+    if settings.compile == "inductor" and kind in ("torchscript", "onnx"):
+        raise InvalidArgument(f"{label}: compile: {file} cannot be compiled; model.pt2 and model.safetensors can")
+    if kind == "safetensors" and not settings.factory:
+        raise InvalidArgument(f'{label}: factory: "module:function" has to name what makes the network for {file}')
+    if kind in ("safetensors", "torchscript"):
+        for key, tensors in (("inputs", settings.inputs), ("outputs", settings.outputs)):
+            if not tensors:
+                raise InvalidArgument(f"{label}: {key}: have to stand here, since {file} does not say them")
+    if kind == "onnx" and settings.devices and "cpu" not in settings.devices:
+        raise InvalidArgument(f"{label}: devices: {file} runs on the CPU alone")
+
+
+def _entry(name: str, sources: Mapping[str, Source], settings: Settings, label: str, failures: dict[str, str]) -> Entry:
+    """Which versions are wanted, and their traffic. A version that is there and broken has been reported already."""
+
+    def known(number: str) -> bool:
+        return number in sources or f"{name}@{number}" in failures
+
+    if settings.versions == "latest":
+        wanted = tuple(sources)[-1:]
+    elif settings.versions == "all":
+        wanted = tuple(sources)
+    else:
+        listed = {str(number) for number in settings.versions}
+        wanted = tuple(number for number in sources if number in listed)
+        for number in sorted(listed, key=int):
+            if not known(number):
+                failures[f"{name}@{number}"] = f"{label}: versions: there is no {name}/{number}"
+        if sources and not wanted:
+            raise _Unservable(failures)
+    weights = settings.traffic.weights
+    shares = [(f"traffic.weights.{number}", number) for number in weights]
+    if settings.traffic.shadow:
+        shares.append(("traffic.shadow", settings.traffic.shadow))
+    for key, number in shares:
+        if not known(number):
+            raise InvalidArgument(f"{label}: {key}: there is no {name}/{number}")
+        if number in sources and number not in wanted:
+            raise InvalidArgument(
+                f"{label}: {key}: version {number} is not loaded: versions = {_toml(settings.versions)}"
+            )
+    if weights and not any(weights.values()):
+        raise InvalidArgument(f"{label}: traffic.weights: at least one has to be more than 0")
+    kept = {number: weight for number, weight in weights.items() if number in sources}
+    shadow = settings.traffic.shadow if settings.traffic.shadow in sources else ""
+    return Entry(name, sources, wanted, kept if any(kept.values()) else {}, shadow)
+
+
+def _toml(versions: str | tuple[int, ...]) -> str:
+    return f'"{versions}"' if isinstance(versions, str) else str(list(versions))

@@ -1,0 +1,123 @@
+"""model.toml: how one model is served, as a frozen Struct. Every key is optional."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from tnxctl.errors import InvalidArgument
+from tnxctl.frames import STORAGE
+from tnxctl.wire import DEFAULT_PRIORITY, LOWEST_PRIORITY, MAX_DEADLINE_US, MAX_DIM, MAX_WEIGHT, TensorSpec
+from tnxd import tomlfile
+
+_Axis = Annotated[int, msgspec.Meta(ge=-1, le=MAX_DIM)]
+_Length = Annotated[int, msgspec.Meta(ge=0, le=MAX_DIM)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Number = Annotated[int, msgspec.Meta(ge=1)]
+_Weight = Annotated[float, msgspec.Meta(ge=0, le=MAX_WEIGHT)]
+
+
+class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One input or output.
+
+    Attributes:
+        datatype: a name of the Open Inference Protocol v2. shape: -1 is an axis of any length.
+        example: of an input, a shape that fits, to warm up with; (): every axis of any length has length 1.
+    """
+
+    name: _Name
+    datatype: str
+    shape: tuple[_Axis, ...]
+    example: tuple[_Length, ...] = ()
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The same as the wire says it."""
+        return TensorSpec(self.name, self.datatype, self.shape)
+
+
+class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How requests that name no version are split, see `tnxctl.wire.Route`."""
+
+    weights: dict[str, _Weight] = {}
+    shadow: str = ""
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What model.toml says.
+
+    Attributes:
+        versions: those to load: the newest, all of them, or these.
+        max_batch_size: most rows in one batch; 0: no axis counts rows; None: derived from the signature.
+        max_delay_us: how long a smaller batch waits for company, in microseconds; None: as the daemon is configured.
+        devices: where it may run; (): everywhere. replicas: batches at a time per device; 0: one on every lane.
+        dtype: to run in; "": that of the weights. compile: "inductor" compiles it when it is loaded.
+        warm_up: batch sizes to run before it serves; (): powers of two up to the limit.
+        time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
+        deadline_us, priority: of requests that say nothing about it.
+        factory: "module:function" that makes the network for model.safetensors.
+        inputs, outputs: the signature; (): the model file says it.
+    """
+
+    versions: Literal["latest", "all"] | Annotated[tuple[_Number, ...], msgspec.Meta(min_length=1)] = "latest"
+    max_batch_size: Annotated[int, msgspec.Meta(ge=0, le=2**20)] | None = None
+    max_delay_us: Annotated[float, msgspec.Meta(ge=0, le=10_000_000)] | None = None
+    devices: tuple[str, ...] = ()
+    replicas: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    compile: Literal["none", "inductor"] = "none"
+    warm_up: tuple[_Number, ...] = ()
+    time_limit_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] = DEFAULT_PRIORITY
+    factory: str = ""
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    traffic: Traffic = Traffic()
+
+    @property
+    def served(self) -> bytes:
+        """What a loaded version depends on; what only says which versions get which requests is left out."""
+        return msgspec.json.encode(msgspec.structs.replace(self, versions="latest", traffic=Traffic()))
+
+
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+_FACTORY = re.compile(r"[A-Za-z_]\w*:[A-Za-z_]\w*", re.ASCII)
+
+
+def load(path: Path, label: str) -> Settings:
+    """Read a model.toml.
+
+    Args:
+        label: what to call the file in errors.
+
+    Raises:
+        InvalidArgument: it cannot be read, a key is unknown, a value is out of range. The sentence names file and key.
+    """
+    settings = tomlfile.convert(tomlfile.read(path, label), Settings, label)
+    for device in settings.devices:
+        if not _DEVICE.fullmatch(device):
+            raise InvalidArgument(f"{label}: devices: {device!r} is none of cpu, cuda, cuda:N")
+    if settings.factory and not _FACTORY.fullmatch(settings.factory):
+        raise InvalidArgument(f'{label}: factory: {settings.factory!r} is not "module:function"')
+    for kind, tensors in (("inputs", settings.inputs), ("outputs", settings.outputs)):
+        names = [tensor.name for tensor in tensors]
+        for index, tensor in enumerate(tensors):
+            key = f"{label}: {kind}[{index}]"
+            if names.index(tensor.name) < index:
+                raise InvalidArgument(f"{key}.name: {tensor.name!r} stands there twice")
+            if tensor.datatype not in STORAGE:
+                raise InvalidArgument(f"{key}.datatype: expected one of {', '.join(STORAGE)}, not {tensor.datatype!r}")
+            if tensor.example and kind == "outputs":
+                raise InvalidArgument(f"{key}.example: only an input has one")
+            if tensor.example and not fits(tensor.example, tensor.shape):
+                raise InvalidArgument(f"{key}.example: {list(tensor.example)} does not fit {list(tensor.shape)}")
+    return settings
+
+
+def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a shape, in which -1 is any length, is one of those that `wanted` allows."""
+    return len(shape) == len(wanted) and all(want in (-1, have) for have, want in zip(shape, wanted, strict=True))
