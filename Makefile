@@ -48,8 +48,13 @@ $(ENVIRONMENTS): $(VENV)/for-%: $(VENV)/created setup.cfg pyproject.toml constra
 demo: $(VENV)/for-demo
 	$(RUN) examples/digits/demo.py
 
+# Packages that ask for many others, which nothing here needs. Where they cannot be had, their tests are skipped.
+$(VENV)/for-examples: $(VENV)/for-test examples/requirements.txt constraints.txt
+	-$(PIP) install --no-deps --requirement examples/requirements.txt
+	@touch $@
+
 .PHONY: test
-test: $(VENV)/for-test
+test: $(VENV)/for-test $(VENV)/for-examples
 	$(RUN) -m pytest $(TESTS)
 
 .PHONY: check

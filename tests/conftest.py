@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+os.umask(0o022)  # a model repository that others can write is refused
 
 START_SECONDS = 60
 """torch takes seconds to import on a busy machine."""

@@ -281,12 +281,6 @@ def test_another_error_does_not_count_as_want_of_memory() -> None:
     assert (finished.exhausted, finished.safe_rows, runner.freed) == (False, 0, 0)
 
 
-def test_an_empty_request_runs_once() -> None:
-    finished, small, _ = run_small(16, [])
-    assert small.calls == [0]
-    assert codes(finished) == ["ok"]
-
-
 def test_what_is_forgotten_holds_no_staging_memory() -> None:
     _, _, runner = run_small(16, [1], [2])
     assert runner.staging._nbytes > 0
@@ -335,3 +329,16 @@ def test_an_input_alone_reaches_the_model_without_a_copy_if_it_is_aligned() -> N
 
 def test_available_cores_is_what_the_process_may_use() -> None:
     assert available_cores() >= 1
+
+
+def test_no_rows_need_no_forward() -> None:
+    def fails() -> torch.nn.Module:
+        raise AssertionError("not called")
+
+    model = served(fails)
+    lanes, done = pool(1, lambda replicas: CpuRunner(replicas, 1))
+    none = execution(model, 0, 0.0)
+    none.items, none.rows = [(np.zeros((0, 2), np.float32),)] * 2, [0, 0]
+    lanes.submit(none)
+    outcomes = done.get(timeout=10).outcomes
+    assert [outcome[0].shape for outcome in outcomes] == [(0, 2), (0, 2)]

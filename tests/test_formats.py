@@ -24,6 +24,7 @@ from model_repositories import load_example
 from tnxctl.errors import FailedPrecondition, InvalidArgument, PermissionDenied, TensorNextError
 from tnxctl.wire import TensorSpec
 from tnxd.models import networks
+from tnxd.models.formats import ignore_warnings_about_torch_itself
 from tnxd.models.formats.exported import Program
 from tnxd.models.formats.factories import _ROOT
 
@@ -285,6 +286,7 @@ class Counting(torch.nn.Module):
 def test_a_program_that_writes_to_its_buffers(tmp_path: Path) -> None:
     path = tmp_path / "net/1/model.pt2"
     path.parent.mkdir(parents=True)
+    ignore_warnings_about_torch_itself()
     torch.export.save(torch.export.export(Counting(), (torch.zeros(2),)).run_decompositions({}), path)
     assert "net/1/model.pt2: it writes to 'count' (BUFFER_MUTATION)" in refused(tmp_path)
 
@@ -368,9 +370,12 @@ def test_every_device_gets_its_own_program_and_none_is_kept(tmp_path: Path) -> N
         assert one.data_ptr() != other.data_ptr()
         assert torch.equal(one, other)
     gone = weakref.ref(next(first.buffers()))
-    del first, one
-    gc.collect()
-    assert gone() is None  # the model keeps nothing of it
+    gc.disable()  # what lives when the daemon has started is never looked at by the collector
+    try:
+        del first, one
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_program_moves_with_the_tensors_that_it_makes(tmp_path: Path) -> None:
@@ -379,7 +384,7 @@ def test_a_program_moves_with_the_tensors_that_it_makes(tmp_path: Path) -> None:
     assert isinstance(module, Program)
     moved = module.to(torch.device("meta"))
     ids = torch.ones(2, 4, dtype=torch.int64, device="meta")
-    assert moved(ids, ids.bool(), torch.ones(2, device="meta"))["positions"].is_meta
+    assert all(output.is_meta for output in moved(ids, ids.bool(), torch.ones(2, device="meta")))
 
 
 def test_a_program_that_changed_since_it_was_opened_is_not_built(tmp_path: Path) -> None:

@@ -73,6 +73,11 @@ def test_every_package_that_is_installed_is_pinned() -> None:
             assert requirement.specifier.contains(versions[name]), f"{requirement}, but {versions[name]} is pinned"
 
 
+def test_every_package_of_the_examples_is_pinned() -> None:
+    lines = (SOURCE / "examples/requirements.txt").read_text().splitlines()
+    assert {canonicalize_name(line) for line in lines if line and line[0] != "#"} <= pins().keys()
+
+
 def test_every_build_tool_is_pinned() -> None:
     project = tomllib.loads((SOURCE / "pyproject.toml").read_text())
     for requirement in map(Requirement, project["build-system"]["requires"]):

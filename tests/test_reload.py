@@ -69,7 +69,6 @@ def put(
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A model repository with one model, `net`, in version 1."""
-    os.umask(0o022)
     folder = tmp_path / "models"
     put(folder, "net", 1)
     return folder

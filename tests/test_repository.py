@@ -324,6 +324,12 @@ def test_the_commented_model_toml_names_every_key(tmp_path: Path) -> None:
         assert getattr(said, key) == getattr(defaults, key)
 
 
+def test_the_page_about_models_names_every_key() -> None:
+    page = (Path(__file__).parents[1] / "docs/models.md").read_text()
+    rows = {key for row in re.findall(r"(?m)^\| (`.*?) \|", page) for key in re.findall(r"`\[*(\w+)\]*`", row)}
+    assert set(Settings.__struct_fields__) <= rows
+
+
 @pytest.mark.parametrize("kind", modeltoml.FILES)
 def test_what_models_init_writes_for_a_format_is_accepted(tmp_path: Path, kind: str) -> None:
     assert modeltoml.FILES[kind] in repository.FORMATS

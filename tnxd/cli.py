@@ -251,6 +251,11 @@ class _Daemon:
             opened = open_devices(self._config, self._server.completed)
             if not opened.executors:
                 raise RuntimeError(f"no device works: {opened.failures}")
+            if self._config.model_repository:
+                import tnxd.models.formats.opening  # noqa: F401 - it imports much that stays, too
+            # What is alive now stays alive: the collector need not look at it again. Models come later, and may go.
+            gc.collect()
+            gc.freeze()
         except BaseException as error:
             log.error("cannot start: %s", error, exc_info=not isinstance(error, RuntimeError))
             self._server.call_soon(self._give_up)
@@ -300,9 +305,6 @@ class _Daemon:
             self._give_up()
             return
         self._server.serve()
-        # What is alive now stays alive: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
         line = self._status()
         with contextlib.suppress(OSError):  # nobody has to read it
             print(f"tnxd {__version__} {line}", flush=True)

@@ -127,7 +127,7 @@ class LanePool:
         self._replicas.pop(key, None)
         for inbox in (*self._queues, self._warm_up[0]):
             inbox.put(key)
-        gc.collect()  # a traced or exported program refers to itself
+        gc.collect()  # a network may refer to itself
         self._give_back()
 
     def forget_inline(self, key: str) -> None:

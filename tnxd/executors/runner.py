@@ -17,6 +17,7 @@ from tnxctl.errors import Internal, ResourceExhausted, TensorNextError, Unavaila
 from tnxctl.frames import Array
 from tnxd.batching import Staging, split
 from tnxd.executors.execution import Execution, Outcome
+from tnxd.executors.tensors import empty_outputs
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,10 @@ class Runner(ABC):
             lost: list[Outcome] = [Unavailable(f"{self.device} failed: {execution.fatal}")]
             return lost * (stop - start)
         rows = execution.rows[start:stop]
+        if not any(rows) and execution.model.max_batch_size:
+            empty = empty_outputs(execution.model)
+            if empty is not None:  # many a program cannot run no rows
+                return [*split(empty, rows)]
         exhausted = False
         try:
             if stop - start == 1:

@@ -45,6 +45,13 @@ def to_array(tensor: torch.Tensor) -> Array:
     return array
 
 
+def empty_outputs(model: Model) -> list[Array] | None:
+    """What a model that batches gives for no rows; None where only the model knows the length of an axis."""
+    if any(-1 in spec.shape[1:] for spec in model.outputs):
+        return None
+    return [to_array(torch.empty((0, *spec.shape[1:]), dtype=TORCH_DTYPES[spec.datatype])) for spec in model.outputs]
+
+
 def check_outputs(model: Model, raw: object, rows: int) -> list[torch.Tensor]:
     """A module's result as one tensor per output of the signature, in order.
 
