@@ -78,7 +78,7 @@ def test_the_newest_version_answers_and_each_can_be_named() -> None:
 
 def test_what_cannot_answer_says_why() -> None:
     made = registry(deployment("net", "1", "2"), deployment("bad", "1"))
-    made.failures = {"typo": "typo/model.toml: not TOML"}
+    made.failures = {"typo": "typo/model.toml: not TOML", "net@4": "net/4: no model file"}
     made.deployments["net"].versions["2"].state = FAILED
     made.deployments["net"].versions["2"].error = "model.pt2 is cut short"
     made.deployments["bad"].versions["1"].state = DRAINING
@@ -87,6 +87,7 @@ def test_what_cannot_answer_says_why() -> None:
     for name, error, words in [
         ("net@2", FailedPrecondition, "model.pt2 is cut short"),
         ("net@3", NotFound, "no version '3'; there are 1, 2"),
+        ("net@4", FailedPrecondition, "no model file"),
         ("none", NotFound, "no model 'none'; there are net, bad"),
         ("typo", FailedPrecondition, "not TOML"),
         ("bad", FailedPrecondition, "draining"),

@@ -64,6 +64,7 @@ def put(
     (root / name / "model.toml").write_text(TOML.format(width=2, more=more))
     (folder / "says.py").write_text(SAYS.format(before=before))
     save_file({"answer": torch.tensor(float(version if answer is None else answer))}, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)  # safetensors lets the owner alone read it
 
 
 @pytest.fixture

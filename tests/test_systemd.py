@@ -1,6 +1,7 @@
 """The service as an administrator meets it: installed by `make install`, run by a real systemd, and taken away.
 
-The machine is made once and installed once; each test finds the service running. The test of the removal is the last.
+The machine is made once and installed once, and the tests go on with it in their order: to start the service for each
+would take longer than all they do.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 
 import systemd_machine
 from systemd_machine import Machine, eventually
+from test_reload import put
 
 SOURCE = Path(__file__).parent.parent
 COPY = "/usr/src/tensornext"
@@ -53,10 +55,22 @@ def restarted(machine: Machine, before: str) -> bool:
     return show(machine, "ActiveState") == "active" and show(machine, "MainPID") not in ("0", before)
 
 
+def override(machine: Machine, settings: str) -> None:
+    """Change settings of the unit as `systemctl edit` does. Those of a running service change when it starts again."""
+    drop_in = machine.root / DROP_IN
+    drop_in.parent.mkdir(parents=True, exist_ok=True)
+    drop_in.write_text(f"[Service]\n{settings}\n")
+    machine.run("systemctl", "daemon-reload")
+
+
 def installed_files(machine: Machine) -> set[str]:
-    """What is where programs, their settings and their data are kept: files and links, no directories."""
+    """What is where programs, their settings and their data are kept: files and links, no directories.
+
+    Without the manual pages that this computer's own `man` may just be formatting: they show through.
+    """
     places = ("/etc", "/opt", "/usr/local", "/var/cache", "/var/lib")
-    return set(machine.run("find", *places, "-xdev", "-not", "-type", "d").splitlines())
+    pages = ("-path", "/var/cache/man", "-prune")
+    return set(machine.run("find", *places, "-xdev", *pages, "-o", "-not", "-type", "d", "-print").splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +99,23 @@ def installed(machine: Machine, before_install: set[str]) -> Machine:
 
 
 @pytest.fixture
-def service(installed: Machine) -> Iterator[Machine]:
-    """The installed service, running, with the settings it was installed with."""
+def restored(installed: Machine) -> Iterator[Machine]:
+    """The machine with the service installed. A test may change its settings."""
     config = installed.root / CONFIG
     original = config.read_text()
-    installed.run("systemctl", "start", "tensornext")
     yield installed
     config.write_text(original)
-    (installed.root / DROP_IN).unlink(missing_ok=True)
-    installed.run("systemctl", "daemon-reload")
+    if (installed.root / DROP_IN).exists():
+        (installed.root / DROP_IN).unlink()
+        installed.run("systemctl", "daemon-reload")
     installed.run("systemctl", "reset-failed", "tensornext", check=False)  # the last test has removed it
+
+
+@pytest.fixture
+def service(restored: Machine) -> Machine:
+    """The same with the service running, for most tests with the settings it was installed with."""
+    restored.run("systemctl", "start", "tensornext")
+    return restored
 
 
 def test_it_runs_at_once_and_after_a_boot(service: Machine) -> None:
@@ -103,11 +124,14 @@ def test_it_runs_at_once_and_after_a_boot(service: Machine) -> None:
     assert re.search(r"^tnxd \S+ ready on tcp://127\.0\.0\.1:5555; devices: .*; models: mlp", journal(service), re.M)
 
 
-def test_it_is_active_only_when_it_is_ready(service: Machine) -> None:
+def test_it_is_active_only_when_it_is_ready_on_tcp_and_ipc(service: Machine) -> None:
+    endpoints = ("tcp://127.0.0.1:5555", "ipc:///run/tensornext/tnxd")
+    (service.root / CONFIG).write_text(f"bind = {list(endpoints)}\n")
     service.run("systemctl", "restart", "tensornext")
     invocation = f"_SYSTEMD_INVOCATION_ID={show(service, 'InvocationID')}"
-    assert " ready on tcp://127.0.0.1:5555;" in service.run("journalctl", "--output=cat", invocation)
-    service.run("tnxctl", "health")
+    assert f" ready on {', '.join(endpoints)};" in service.run("journalctl", "--output=cat", invocation)
+    for endpoint in endpoints:
+        service.run("tnxctl", "health", "--host", endpoint)
 
 
 def test_systemd_finds_no_fault_in_the_unit(service: Machine) -> None:
@@ -121,47 +145,22 @@ def test_it_is_not_root_and_sees_no_home(service: Machine) -> None:
     assert service.run("nsenter", f"--target={pid}", "--mount", "ls", "/root", "/home").split() == ["/home:", "/root:"]
 
 
-def test_it_serves_over_ipc(service: Machine) -> None:
-    endpoint = "ipc:///run/tensornext/tnxd"
-    (service.root / CONFIG).write_text(f'bind = ["tcp://127.0.0.1:5555", "{endpoint}"]\n')
-    service.run("systemctl", "restart", "tensornext")
-    service.run("tnxctl", "health", "--host", endpoint)
+def test_an_interpreter_that_the_service_cannot_see_is_refused(service: Machine) -> None:
+    service.run("cp", "-L", "/usr/bin/python3", "/root/python3")
+    output = make(service, "install", "PYTHON=/root/python3", check=False)
+    assert "/root/python3 is /root/python3, and the service sees nothing in /root" in output
+    assert show(service, "ActiveState") == "active"
 
 
-def test_it_stops_without_being_killed(service: Machine) -> None:
-    service.run("systemctl", "stop", "tensornext")
-    assert show(service, "Result") == "success"
-    assert show(service, "ExecMainStatus") == "0"
-
-
-def test_a_killed_daemon_comes_back(service: Machine) -> None:
-    before = show(service, "MainPID")
-    service.run("kill", "-KILL", before)
-    eventually(lambda: restarted(service, before), "the service runs again")
-    service.run("tnxctl", "health")
-
-
-def test_a_daemon_that_hangs_is_replaced(service: Machine) -> None:
-    assert show(service, "WatchdogUSec") == "30s"  # too long to wait for
-    drop_in = service.root / DROP_IN
-    drop_in.parent.mkdir(parents=True, exist_ok=True)
-    drop_in.write_text("[Service]\nWatchdogSec=2s\nLimitCORE=0\n")
-    service.run("systemctl", "daemon-reload")
-    service.run("systemctl", "restart", "tensornext")
-    before = show(service, "MainPID")
-    service.run("kill", "-STOP", before)
-    eventually(lambda: restarted(service, before), "the service runs again")
+def test_a_daemon_that_dies_or_hangs_is_replaced(service: Machine) -> None:
+    assert (show(service, "RestartUSec"), show(service, "WatchdogUSec")) == ("2s", "30s")  # too long to wait for
+    override(service, "RestartSec=100ms\nWatchdogSec=2s\nLimitCORE=0")
+    for signal in ("KILL", "STOP"):
+        before = show(service, "MainPID")
+        service.run("kill", f"-{signal}", before)
+        eventually(lambda before=before: restarted(service, before), "the service runs again")
+        service.run("tnxctl", "health")
     assert "Watchdog timeout" in journal(service)
-    service.run("tnxctl", "health")
-
-
-def test_a_wrong_configuration_is_named_and_not_tried_again(service: Machine) -> None:
-    with (service.root / CONFIG).open("a") as config:
-        config.write("\nlains = 3\n")
-    service.run("systemctl", "restart", "tensornext", check=False)
-    assert show(service, "ActiveState") == "failed"
-    assert show(service, "ExecMainStatus") == "2"
-    assert "lains" in journal(service)
 
 
 def test_an_upgrade_restarts_the_service_and_keeps_the_configuration(service: Machine) -> None:
@@ -176,17 +175,37 @@ def test_an_upgrade_restarts_the_service_and_keeps_the_configuration(service: Ma
     service.run("grep", "-r", "--include=__init__.py", "newer, of the same version", "/opt/tensornext/lib")
 
 
-def test_a_stopped_service_stays_stopped_over_an_upgrade(service: Machine) -> None:
+def test_it_stops_without_being_killed_and_stays_so_over_an_upgrade(service: Machine) -> None:
     service.run("systemctl", "stop", "tensornext")
+    assert (show(service, "Result"), show(service, "ExecMainStatus")) == ("success", "0")
     make(service, "install")
     assert show(service, "ActiveState") == "inactive"
 
 
-def test_an_interpreter_that_the_service_cannot_see_is_refused(service: Machine) -> None:
-    service.run("cp", "-L", "/usr/bin/python3", "/root/python3")
-    output = make(service, "install", "PYTHON=/root/python3", check=False)
-    assert "/root/python3 is /root/python3, and the service sees nothing in /root" in output
-    assert show(service, "ActiveState") == "active"
+def test_a_reload_serves_what_is_new_and_tells_what_failed(service: Machine) -> None:
+    models = service.root / "srv/models"
+    put(models, "net", 1)
+    (service.root / CONFIG).write_text('model_repository = "/srv/models"\n')
+    service.run("systemctl", "restart", "tensornext")
+    before = show(service, "MainPID")
+    put(models, "net", 2)
+    service.run("systemctl", "reload", "tensornext")
+    assert "net version 2 (default): ready" in service.run("tnxctl", "metadata", "net")
+    (models / "net" / "3").mkdir()
+    refused = service.run("systemctl", "reload", "tensornext", check=False)
+    assert "failed" in refused
+    assert "net/3" in journal(service)
+    assert "net version 2 (default): ready" in service.run("tnxctl", "metadata", "net")
+    assert (show(service, "ActiveState"), show(service, "MainPID")) == ("active", before)
+
+
+def test_a_wrong_configuration_is_named_and_not_tried_again(restored: Machine) -> None:
+    with (restored.root / CONFIG).open("a") as config:
+        config.write("\nlains = 3\n")
+    restored.run("systemctl", "restart", "tensornext", check=False)
+    assert show(restored, "ActiveState") == "failed"
+    assert show(restored, "ExecMainStatus") == "2"
+    assert "lains" in journal(restored)
 
 
 def test_the_removal_leaves_the_configuration_only(service: Machine, before_install: set[str]) -> None:

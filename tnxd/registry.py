@@ -206,12 +206,16 @@ class Registry:
 
         Raises:
             NotFound: no such model or version.
+            FailedPrecondition: it is there, but cannot be served.
         """
         if not model and not self.default:
             raise NotFound("there is no model")
         name, number = split_title(model or self.default)
         deployment = self.deployment(name)
         if number:
+            failure = self.failures.get(f"{name}@{number}")
+            if failure is not None and number not in deployment.versions:
+                raise FailedPrecondition(f"model '{name}@{number}' cannot be served: {failure}")
             return deployment, deployment.sole(number)
         shares = deployment.shares()
         if shares:
