@@ -92,6 +92,7 @@ class Bench:
     ) -> None:
         self.sources: dict[str, dict[str, FakeSource]] = {}
         self.wanted: dict[str, tuple[str, ...]] = {}
+        self.weights: dict[str, dict[str, float]] = {}
         self.failures: dict[str, str] = {}
         self.executors = {name: FakeExecutor(name, name.partition(":")[0]) for name in executors}
         self.executor = self.executors[executors[0]]
@@ -122,7 +123,10 @@ class Bench:
 
     def _scan(self) -> Catalog:
         return Catalog(
-            {name: Entry(name, dict(sources), self.wanted[name]) for name, sources in self.sources.items()},
+            {
+                name: Entry(name, dict(sources), self.wanted[name], self.weights.get(name, {}))
+                for name, sources in self.sources.items()
+            },
             dict(self.failures),
         )
 
@@ -371,4 +375,131 @@ def test_operations_run_one_after_the_other(bench: Bench) -> None:
     while len(outcomes) < 3:
         bench.turn()
     assert outcomes == ["loaded", "unloaded", "reloaded"]
+    assert bench.states() == {"net@1": UNLOADED, "net@2": READY}
+
+
+def test_orders_that_fail_at_once_are_no_recursion(bench: Bench) -> None:
+    release = threading.Event()
+    bench.add("net", "2", opens=release.wait)
+    outcomes: list[Any] = []
+    bench.loader.load("net@2", outcomes.append)
+    for _ in range(3000):
+        bench.loader.unload("@", outcomes.append)
+    release.set()
+    while bench.loader.active:
+        bench.turn()
+    assert len(outcomes) == 3001
+
+
+def test_a_mistake_in_the_version_that_serves_does_not_unload_it(bench: Bench) -> None:
+    del bench.sources["net"]["1"]
+    bench.wanted["net"] = ()
+    bench.failures["net@1"] = "net/1 can be written by others"
+    assert bench.run(bench.loader.reload) == Changes([], [], bench.failures)
+    assert bench.answers("net") == "net@1"
+    del bench.sources["net"]
+    assert bench.run(bench.loader.reload) == Changes([], [], bench.failures)
+    assert bench.answers("net") == "net@1"
+
+
+def test_a_load_that_ends_after_it_was_given_up_leaves_nothing() -> None:
+    bench = Bench(load_timeout_s=0.2)
+    release, ended = threading.Event(), threading.Event()
+    load = bench.executor.load
+
+    def slow(model: Model) -> Warmth:
+        release.wait()
+        ended.set()
+        return load(model)
+
+    bench.executor.load = slow  # type: ignore[method-assign]
+    bench.add("net", "1")
+    assert "load_timeout_s" in bench.run(bench.loader.start).failed["net@1"]
+    release.set()
+    assert ended.wait(10)
+    bench.executor.load = load  # type: ignore[method-assign]
+    bench.add("other", "1")
+    bench.run(bench.loader.reload)
+    while bench.loader.active or bench.executor.held != {"net@1#1", "other@1"}:
+        bench.turn()
+    assert bench.answers("net") == "net@1"
+
+
+def test_an_evicted_version_keeps_its_traffic_while_it_drains() -> None:
+    bench = Bench(budget_mb=1)
+    for name in ("a", "b"):
+        bench.add(name, "1", nbytes=MIB)
+    bench.run(bench.loader.start)
+    assert bench.states() == {"a@1": EVICTED, "b@1": READY}
+    request = bench.request("b")
+    bench.loader.summon(bench.registry.find("a", b"c", ""))
+    while bench.states()["b@1"] == READY:
+        bench.turn()
+    assert request.waiting
+    assert bench.answers("b") == "b@1"
+    bench.finish_all()
+    while bench.loader.active:
+        bench.turn()
+    assert bench.states() == {"a@1": READY, "b@1": EVICTED}
+
+
+def test_what_cannot_fit_evicts_nobody() -> None:
+    bench = Bench(budget_mb=4)
+    for name in ("a", "b"):
+        bench.add(name, "1", nbytes=MIB)
+        bench.executor.sizes[name] = MIB
+    bench.run(bench.loader.start)
+    bench.add("a", "2", nbytes=4 * MIB)
+    assert "beside the other versions" in bench.run(bench.loader.reload).failed["a@2"]
+    assert bench.states()["b@1"] == READY
+    assert bench.answers("a") == "a@1"
+
+
+def test_a_split_over_different_signatures_is_refused() -> None:
+    bench = Bench()
+    bench.add("net", "1")
+    bench.add("net", "2", width=5)
+    bench.wanted["net"] = ("1", "2")
+    bench.weights["net"] = {"1": 50.0, "2": 50.0}
+    assert "signature" in bench.run(bench.loader.start).failed["net@2"]
+    assert {bench.registry.find("net", b"c", str(key)).number for key in range(20)} == {"1"}
+
+
+def test_loading_a_name_restores_its_traffic(bench: Bench) -> None:
+    bench.add("net", "2")
+    bench.wanted["net"] = ("1", "2")
+    bench.weights["net"] = {"1": 95.0, "2": 5.0}
+    bench.run(bench.loader.reload)
+    bench.run(lambda done: bench.loader.unload("net", done))
+    bench.run(lambda done: bench.loader.load("net", done))
+    assert bench.registry.deployments["net"].weights == {"1": 95.0, "2": 5.0}
+
+
+def test_what_was_held_back_for_a_version_by_number_ends_with_it(bench: Bench) -> None:
+    bench.add("net", "2")
+    bench.run(lambda done: bench.loader.load("net@2", done))
+    bench.run(lambda done: bench.loader.unload("net@2", done))
+    bench.add("net", "3")
+    bench.run(bench.loader.reload)
+    assert bench.answers("net") == "net@3"
+
+
+def test_reloads_that_nobody_waits_for_become_one(bench: Bench) -> None:
+    for _ in range(100):
+        bench.loader.reload()
+    while bench.loader.active:
+        bench.turn()
+    assert len(bench.reloads) <= 4
+
+
+def test_a_device_that_fails_to_free_does_not_stop_the_rest(bench: Bench) -> None:
+    unload = bench.executor.unload
+
+    def broken(key: str) -> None:
+        unload(key)
+        raise RuntimeError("the device is gone")
+
+    bench.executor.unload = broken  # type: ignore[method-assign]
+    bench.add("net", "2")
+    assert bench.run(bench.loader.reload) == Changes(["net@2"], ["net@1"], {})
     assert bench.states() == {"net@1": UNLOADED, "net@2": READY}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tnxctl.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from tnxd.costs import CostModel
 from tnxd.scheduler import Scheduler
-from tnxd.work import INLINE, NEVER, Batch, Device, Request
+from tnxd.work import INLINE, NEVER, SPARE, Batch, Device, Request
 
 MS = 1_000_000
 MODELS = frozenset({"mlp", "other"})
@@ -550,48 +550,38 @@ def test_predictions_know_of_lanes() -> None:
 # --- spare lanes ---------------------------------------------------------------------------------------------
 
 
-def test_a_spare_batch_takes_a_lane_that_nothing_waits_for() -> None:
-    scheduler = lanes_of(2, inline_limit_us=5000.0)
-    batch = scheduler.spare("mlp", (), 8, 0)
-    assert batch is not None
-    assert (batch.model, batch.requests, batch.rows, batch.device.name) == ("mlp", [], 8, "cpu")
-    assert batch.lane in (0, 1)
-    assert batch.device.free_lanes == [1 - batch.lane]
-    assert (scheduler.running, scheduler.outstanding("mlp"), scheduler.queued) == (1, 1, 0)
-    scheduler.finished(batch, 3000.0)
-    assert sorted(batch.device.free_lanes) == [0, 1]
-    assert (scheduler.running, scheduler.outstanding("mlp"), batch.device.outstanding_rows) == (0, 0, 0)
-
-
-def test_a_spare_batch_counts_in_predictions_as_a_lane_that_is_busy_and_its_cost_is_learned() -> None:
+def test_a_spare_batch_leaves_the_lanes_to_others() -> None:
     costs = CostModel()
     costs.curve("cpu", "mlp").observe(8, 1000.0)
     scheduler = policy(Device("cpu", "cpu", 1, set(MODELS)), costs=costs)
     (cpu,) = scheduler.devices.values()
     batch = scheduler.spare("mlp", (), 8, 0)
     assert batch is not None
+    assert (batch.model, batch.requests, batch.rows, batch.device, batch.lane) == ("mlp", [], 8, cpu, SPARE)
+    assert (scheduler.running, scheduler.outstanding("mlp"), scheduler.queued) == (1, 1, 0)
     one = request(rows=8)
     scheduler.add(one, 0)
-    assert one.predicted_us == pytest.approx(2000)
-    assert scheduler.next_batches(0)[0] == []
+    assert one.predicted_us == pytest.approx(1000)
     passes = list(cpu.passes)
-    scheduler.finished(batch, 2000.0)
+    scheduler.finished(batch, 5000.0)
     assert cpu.passes == passes
-    assert costs.curve("cpu", "mlp").mean(8) == pytest.approx(1100)
+    assert costs.curve("cpu", "mlp").mean(8) == pytest.approx(1000)
     assert run_one(scheduler).requests == [one]
+    assert (scheduler.running, scheduler.outstanding("mlp"), cpu.outstanding_rows) == (0, 0, 0)
 
 
-def test_there_is_no_spare_lane_where_something_waits_or_nothing_is_free() -> None:
-    scheduler = lanes_of(2)
+def test_there_is_no_spare_batch_where_something_waits_or_nothing_is_free() -> None:
+    scheduler = lanes_of(1)
     scheduler.add(request(max_delay_ns=3 * MS), 0)
     assert scheduler.spare("mlp", (), 1, 0) is None  # it waits for company and not for a lane, all the same
-    run_one(scheduler, 3 * MS)
+    (batch,), _ = scheduler.next_batches(3 * MS)
+    assert scheduler.spare("mlp", (), 1, 0) is None  # the only lane runs
+    scheduler.finished(batch, 1000.0)
     assert scheduler.spare("mlp@3", (), 1, 0) is None
-    first, second = scheduler.spare("mlp", (), 1, 0), scheduler.spare("other", (), 1, 0)
-    assert first is not None
-    assert second is not None
-    assert scheduler.spare("mlp", (), 1, 0) is None
-    scheduler.finished(first, 0.0)
+    spare = scheduler.spare("mlp", (), 1, 0)
+    assert spare is not None
+    assert scheduler.spare("other", (), 1, 0) is None  # one at a time
+    scheduler.finished(spare, 0.0)
     scheduler.fail_device("cpu", "fell off the bus")
     assert scheduler.spare("mlp", (), 1, 0) is None
 
@@ -903,7 +893,7 @@ class Machine:
         for place in after - before:
             assert not self.lanes[place[1]] or after[place] <= self.lanes[place[1]]
         for device in (self.gpu, self.cpu):
-            used = [batch.lane for batch in self.running if batch.device is device and batch.lane != INLINE]
+            used = [batch.lane for batch in self.running if batch.device is device and batch.lane >= 0]
             assert sorted([*used, *device.free_lanes]) == list(range(device.lanes))
             for (model, _), queue in device.waiting.items():
                 # Nothing waits beside a free lane, but for a lane of its own.
@@ -941,7 +931,7 @@ class Machine:
         assert [list(device.passes) for device in (self.gpu, self.cpu)] == passes
         if batch is not None:
             device = batch.device
-            assert batch.lane != INLINE
+            assert batch.lane == SPARE
             assert not device.queued
             assert not device.error
             assert model in device.models

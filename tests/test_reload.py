@@ -132,6 +132,25 @@ def test_sighup_looks_again_and_tells_systemd(run_daemon: RunDaemon, root: Path,
     assert "broken" in daemon.log.read_text()
 
 
+def test_names_and_texts_that_are_no_utf8_and_files_that_choke_a_parser(run_daemon: RunDaemon, root: Path) -> None:
+    os.mkdir(os.fsencode(root) + b"/caf\xe9")
+    put(root, "loud", 1)
+    (root / "loud" / "1" / "says.py").write_text("def make(): raise ValueError('\\udce9')\n")
+    for name, text in (("deep", "a = " + "[" * 5000), ("long", "a = " + "9" * 5000)):
+        put(root, name, 1)
+        (root / name / "model.toml").write_text(text)
+    daemon = run_daemon("--model-repository", str(root))
+    with Client(daemon.endpoint) as client:
+        failed = {info.name: info.error for info in client.health().models if info.status == "failed"}
+        assert failed.keys() >= {"caf?", "loud", "deep", "long"}
+        assert "not TOML" in failed["deep"]
+        assert "not TOML" in failed["long"]
+        with pytest.raises(FailedPrecondition, match="ValueError"):
+            client.load("loud@1")
+        assert client.reload().failed.keys() >= {"deep", "long"}
+        assert says(client) == 1
+
+
 def test_who_may_not_give_orders(run_daemon: RunDaemon, root: Path, tmp_path: Path) -> None:
     config = tmp_path / "tnxd.toml"
     config.write_text(f'model_repository = "{root}"\nremote_control = false\n')

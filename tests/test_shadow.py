@@ -13,10 +13,12 @@ from tnxctl.frames import Array
 from tnxctl.wire import TensorSpec
 from tnxd.costs import CostModel
 from tnxd.executors.execution import Execution, Outcome
+from tnxd.models.builtin import BuiltinSource
 from tnxd.models.model import Model
+from tnxd.registry import READY, UNLOADED, Version
 from tnxd.scheduler import Scheduler
 from tnxd.shadow import Shadows
-from tnxd.work import INLINE, Batch, Device, Request
+from tnxd.work import SPARE, Batch, Device, Request
 
 
 def model(version: str, limit: int = 4, outputs: tuple[TensorSpec, ...] = (TensorSpec("y", "FP32", (-1, 3)),)) -> Model:
@@ -26,8 +28,15 @@ def model(version: str, limit: int = 4, outputs: tuple[TensorSpec, ...] = (Tenso
 OLD, NEW = model("1"), model("2")
 
 
+def version(served: Model) -> Version:
+    """A version that serves that model."""
+    made = Version(BuiltinSource(served))
+    made.state, made.model = READY, served
+    return made
+
+
 def scheduler(*models: str, lanes: int = 1) -> Scheduler:
-    device = Device("cpu", "cpu", lanes, set(models), inline_limit_us=1e6)
+    device = Device("cpu", "cpu", lanes, set(models))
     return Scheduler([device], CostModel(), max_requests=100, max_bytes=10**9)
 
 
@@ -46,7 +55,7 @@ def row(*values: float) -> tuple[Array, ...]:
 
 def compared(shadows: Shadows, candidate: Model, original: Execution, *outcomes: Outcome) -> None:
     """Let a batch be copied, and wait until its outcomes have been compared."""
-    shadows.offer(original, candidate)
+    shadows.offer(original, version(candidate))
     copy = shadows.next(scheduler(candidate.key), 0)
     assert copy is not None
     copy.outcomes = list(outcomes)
@@ -54,10 +63,10 @@ def compared(shadows: Shadows, candidate: Model, original: Execution, *outcomes:
     shadows.finished(copy)
     settled = threading.Event()
     end = answered(Internal("the last one"), model=model("end"))
-    end.outcomes = _Settles(settled)  # type: ignore[assignment]
-    shadows.offer(end, candidate)
+    shadows.offer(end, version(candidate))
     last = shadows.next(scheduler(candidate.key), 0)
     assert last is not None
+    end.outcomes = _Settles(settled)  # type: ignore[assignment]
     last.outcomes = []
     shadows.finished(last)
     assert settled.wait(10)
@@ -120,17 +129,16 @@ def test_bfloat16_is_compared_by_value() -> None:
 
 def test_a_copy_runs_only_where_nothing_waits_and_never_inline() -> None:
     shadows = Shadows()
-    shadows.offer(answered(row(1, 2, 3)), NEW)
+    shadows.offer(answered(row(1, 2, 3)), version(NEW))
     busy = scheduler(OLD.key, NEW.key)
     busy.add(Request(OLD.key, max_batch_size=4, wanted="cpu"), 0)
     assert shadows.next(busy, 0) is None
     (batch,), _ = busy.next_batches(0)
-    if batch.lane != INLINE:
-        assert shadows.next(busy, 0) is None  # its only lane runs
+    assert shadows.next(busy, 0) is None  # its only lane runs
     busy.finished(batch, 10.0)
     copy = shadows.next(busy, 0)
     assert copy is not None
-    assert copy.batch.lane != INLINE
+    assert copy.batch.lane == SPARE
     assert copy.batch.requests == []
     assert not shadows
     busy.finished(copy.batch, 10.0)
@@ -140,21 +148,44 @@ def test_a_copy_runs_only_where_nothing_waits_and_never_inline() -> None:
 
 def test_a_smaller_limit_takes_the_first_requests_of_a_batch() -> None:
     shadows = Shadows()
-    shadows.offer(answered(*[row(1, 2, 3)] * 4), model("2", limit=3))
+    shadows.offer(answered(*[row(1, 2, 3)] * 4), version(model("2", limit=3)))
     copy = shadows.next(scheduler(NEW.key), 0)
     assert copy is not None
     assert (len(copy.items), copy.batch.rows) == (3, 3)
     assert shadows.report(0, OLD, NEW).skipped == 1
 
 
-def test_what_finds_no_room_is_counted_and_what_has_gone_is_forgotten() -> None:
+def test_what_finds_no_room_is_counted_and_what_goes_is_forgotten() -> None:
     shadows = Shadows()
+    candidate = version(NEW)
     for _ in range(100):
-        shadows.offer(answered(row(1, 2, 3)), NEW)
+        shadows.offer(answered(row(1, 2, 3)), candidate)
     assert shadows.report(0, OLD, NEW).skipped == 100 - 64
-    assert shadows.next(scheduler(OLD.key), 0) is None
+    candidate.state = UNLOADED
+    assert shadows.next(scheduler(NEW.key), 0) is None
     assert not shadows
-    shadows.offer(answered(row(1, 2, 3), width=2**25), NEW)
+    shadows.offer(answered(row(1, 2, 3), width=2**25), version(NEW))
+    assert not shadows
+    shadows.keep({OLD.key, NEW.key})
+    assert shadows.report(0, OLD, NEW)
+    shadows.keep({OLD.key})
+    with pytest.raises(FailedPrecondition):
+        shadows.report(0, OLD, NEW)
+
+
+def test_outputs_count_among_what_waits() -> None:
+    shadows = Shadows()
+    shadows.offer(answered((np.zeros((1, 2**25), "f4"),)), version(NEW))
+    assert not shadows
+
+
+def test_a_candidate_that_hangs_gets_no_more_copies() -> None:
+    shadows = Shadows()
+    shadows.offer(answered(row(1, 2, 3)), version(NEW))
+    assert shadows.stop(NEW)
+    assert not shadows.stop(NEW)
+    assert shadows.next(scheduler(NEW.key), 0) is None
+    shadows.offer(answered(row(1, 2, 3)), version(NEW))
     assert not shadows
 
 

@@ -147,7 +147,7 @@ def main(
     try:
         config = configuration.load(path, overrides)
         catalog = _catalog(config)
-        registry = Registry(_default(config, catalog))
+        _check_default(config, catalog)
     except TensorNextError as error:
         _exit(2, error)
     _log_to_stderr(config.log_level)
@@ -164,7 +164,7 @@ def main(
     except TensorNextError as error:
         router.close(0)
         _exit(1, error)
-    code = _Daemon(config, registry, router).run()
+    code = _Daemon(config, Registry(config.default_model), router).run()
     logging.shutdown()
     # Lanes may be inside torch, and the interpreter cannot end under them: it would abort.
     os._exit(code)
@@ -179,16 +179,14 @@ def _catalog(config: Config) -> Catalog:
     failures = dict(found.failures)
     for name in found.entries.keys() & entries.keys():
         failures[f"{config.model_repository}/{name}"] = f"two models are called {name!r}: the built-in one is served"
-    return Catalog({**found.entries, **entries}, failures)
+    return Catalog({**entries, **found.entries, **entries}, failures)
 
 
-def _default(config: Config, catalog: Catalog) -> str:
-    names = [*config.models, *sorted(catalog.entries)] if config.model_repository else list(catalog.entries)
-    default = config.default_model or (names[0] if names else "")
+def _check_default(config: Config, catalog: Catalog) -> None:
+    default = config.default_model
     if default and default not in catalog.entries and default not in catalog.failures:
-        served = ", ".join(names) or "none"
+        served = ", ".join(catalog.entries) or "none"
         raise InvalidArgument(f"default_model: {default!r} is not among the models {served}")
-    return default
 
 
 class _Daemon:
@@ -331,12 +329,12 @@ class _Daemon:
         if self._loader is None or self._server.state != READY:
             log.warning("SIGHUP is ignored: the daemon is %s", self._server.state)
         else:
-            self._loader.reload(lambda outcome: None)
+            self._loader.reload()
 
     def _announce_reload(self, begins: bool) -> None:
         if begins:
             self._notifier.reloading()
-        else:
+        elif self._server.state == READY:
             self._notifier.send("READY=1", f"STATUS={self._status()}")
 
     def _device_lost(self) -> None:

@@ -116,7 +116,10 @@ def reload_report(id_: int, changes: Changes) -> ReloadReport:
 def model_infos(registry: Registry, scheduler: Scheduler) -> tuple[ModelInfo, ...]:
     """Every version, and what could not become one."""
     infos = [_model_info(deployment, version, registry, scheduler) for deployment, version in registry]
+    titles = {version.title for _, version in registry}
     for what, why in registry.failures.items():
+        if what in titles:
+            continue  # told there
         name, _, number = what.partition("@")
         infos.append(ModelInfo(name=name, version=number, status="failed", error=why))
     return tuple(infos)
@@ -166,7 +169,7 @@ def _model_info(deployment: Deployment, version: Version, registry: Registry, sc
         outputs=model.outputs if model else (),
         max_batch_size=model.max_batch_size if model else 0,
         devices=devices,
-        error=version.error,
+        error=version.error or registry.failures.get(version.title, ""),
         format=version.source.format,
         traffic=traffic,
         shadow=deployment.shadow == version.number and not traffic,

@@ -24,7 +24,7 @@ from tnxctl.errors import (
     ResourceExhausted,
     TensorNextError,
 )
-from tnxctl.wire import split_title
+from tnxctl.wire import excerpt, split_title
 from tnxd.costs import CostModel
 from tnxd.executors.execution import Executor, Warmth
 from tnxd.models.catalog import Catalog, Entry
@@ -47,6 +47,9 @@ from tnxd.work import Device
 log = logging.getLogger(__name__)
 
 _MIB = 1024 * 1024
+
+# How long a version that came back for a request stays at least. Its clients ask again within a fraction of that.
+_STAY_S = 0.5
 
 T = TypeVar("T")
 
@@ -111,8 +114,11 @@ class Loader:
         self._waiting: deque[tuple[Operation[Any], Done[Any]]] = deque()
         self._current: tuple[Operation[Any], Done[Any]] | None = None
         self._drained: _Drained | None = None
-        self._inbox: queue.SimpleQueue[tuple[int, Callable[[], Any]]] | None = None
+        self._inbox: queue.SimpleQueue[tuple[int, Callable[[], Any]] | None] | None = None
         self._step = 0
+        self._late = 0
+        self._given_up: dict[int, str] = {}
+        self._reload_waits = False
         self._step_until = float("inf")
 
     # --- what can be asked for ---------------------------------------------------------------------------------
@@ -121,9 +127,13 @@ class Loader:
         """The first load of everything, before any request."""
         self._submit(self._start(), done)
 
-    def reload(self, done: Done[Changes]) -> None:
-        """Look at the catalogue again, and load and unload what it says."""
-        self._submit(self._announced_reload(), done)
+    def reload(self, done: Done[Changes] | None = None) -> None:
+        """Look at the catalogue again, and load and unload what it says. Without `done`, one that waits will do."""
+        if done is not None:
+            self._submit(self._announced_reload(), done)
+        elif not self._reload_waits:
+            self._reload_waits = True
+            self._submit(self._announced_reload(), lambda outcome: None)
 
     def load(self, title: str, done: Done[str]) -> None:
         """Load NAME@VERSION, which gets no traffic unless it is the first, or NAME as the catalogue says."""
@@ -137,7 +147,8 @@ class Loader:
         """Load an evicted version, for which a request has come."""
         if not version.loading:
             version.loading = True
-            self._submit(self._bring_back(version), lambda outcome: None)
+            self._waiting.appendleft((self._bring_back(version), lambda outcome: None))  # requests wait for it
+            self._go_on()
 
     def route(self, name: str, weights: Mapping[str, float], shadow: str) -> None:
         """Split the traffic of a name. Raises as `check_weights` does."""
@@ -145,21 +156,24 @@ class Loader:
         check_weights(deployment, weights, shadow)
         deployment.weights = {number: weight for number, weight in weights.items() if weight > 0}
         deployment.shadow = shadow
+        deployment.implied = False
         self._registry.rebuild()
-        log.info("traffic of %s: %s%s", name, dict(weights) or "newest", f", shadow {shadow}" if shadow else "")
+        split = excerpt(deployment.weights, 200) if weights else "newest"
+        log.info("traffic of %s: %s%s", name, split, f", shadow {shadow}" if shadow else "")
 
     # --- how operations run ------------------------------------------------------------------------------------
 
     def _submit(self, operation: Operation[T], done: Done[T]) -> None:
         self._waiting.append((operation, done))
-        if self._current is None:
-            self._next()
+        self._go_on()
 
-    def _next(self) -> None:
-        self._current = self._waiting.popleft() if self._waiting else None
-        self.active = self._current is not None
-        if self._current is not None:
+    def _go_on(self) -> None:
+        """Begin what waits, as long as nothing is under way. A loop: many may fail at their first step."""
+        while self._current is None and self._waiting:
+            self._current = self._waiting.popleft()
+            self.active = True
             self._advance(partial(self._current[0].send, None))
+        self.active = self._current is not None
 
     def _advance(self, resume: Callable[[], Callable[[], Any] | _Drained]) -> None:
         """Let the current operation go on up to its next step."""
@@ -189,17 +203,25 @@ class Loader:
 
     def _end(self, done: Done[Any], outcome: Any) -> None:
         self._registry.rebuild()
-        done(outcome)
-        self._next()
+        try:
+            done(outcome)
+        except Exception:
+            log.exception("answering for an operation")
+        self._current = None
 
     def poll(self) -> None:
         """Go on if what the current operation waits for has come. The loop calls it every turn while `active`."""
         if self._drained is not None and not self._scheduler.outstanding(self._drained.key):
             self._drained = None
             self._resume(None, None)
+        elif self._drained is not None and self._scheduler.hangs(self._drained.key):
+            self._drained = None
+            self._resume(None, DeadlineExceeded("what is left of it hangs"))
         elif self._current is not None and time.monotonic() > self._step_until:
-            if self._drained is None:
-                self._inbox = None  # its thread is stuck in a model's code
+            if self._drained is None and self._inbox is not None:
+                self._inbox.put(None)  # its thread is stuck in a model's code; should that end, it ends, too
+                self._inbox = None
+            self._late = self._step
             self._drained = None
             self._resume(None, DeadlineExceeded(f"it took longer than load_timeout_s, {self._timeout_s:g} s"))
 
@@ -207,11 +229,15 @@ class Loader:
         assert self._current is not None
         operation = self._current[0]
         self._advance(partial(operation.send, result) if error is None else partial(operation.throw, error))
+        self._go_on()
 
-    def _work(self, inbox: queue.SimpleQueue[tuple[int, Callable[[], Any]]]) -> None:
+    def _work(self, inbox: queue.SimpleQueue[tuple[int, Callable[[], Any]] | None]) -> None:
         """The thread beside the loop."""
         while True:
-            number, step = inbox.get()
+            task = inbox.get()
+            if task is None:
+                return
+            number, step = task
             result: Any = None
             error: BaseException | None = None
             try:
@@ -219,11 +245,13 @@ class Loader:
             except BaseException as raised:  # a model's code may raise anything, SystemExit too
                 error = raised
             self._call_soon(partial(self._step_done, number, result, error))
-            del step, result, error  # hold no model's memory while waiting for the next
+            del task, step, result, error  # hold no model's memory while waiting for the next
 
     def _step_done(self, number: int, result: Any, error: BaseException | None) -> None:
-        if number == self._step and self._current is not None:  # else it had been given up
+        if number == self._step and self._current is not None:
             self._resume(result, error)
+        elif number in self._given_up:  # it has come to an end after all: free what it made
+            self._submit(self._free_all(self._given_up.pop(number)), lambda outcome: None)
 
     # --- operations --------------------------------------------------------------------------------------------
 
@@ -233,13 +261,20 @@ class Loader:
             if version.model is not None:
                 for executor in self._executors.values():
                     if self._holds(executor.name, version.model.key):
-                        yield partial(executor.touch, version.model)
+                        try:
+                            yield partial(executor.touch, version.model)
+                        except Exception as error:
+                            log.error("%s on %s: %s", version.title, executor.name, _sentence(error))
         return changes
 
     def _announced_reload(self) -> Operation[Changes]:
+        self._reload_waits = False
         self._on_reload(True)
         try:
             return (yield from self._reload())
+        except TensorNextError as error:
+            log.error("nothing was reloaded: %s", error.message)
+            raise
         finally:
             self._on_reload(False)
 
@@ -248,14 +283,17 @@ class Loader:
         changes = Changes([], [], dict(catalog.failures))
         registry = self._registry
         registry.failures = dict(catalog.failures)
-        for entry in catalog.entries.values():
-            yield from self._follow(self._deployment(entry), changes)
+        for deployment in [self._deployment(entry) for entry in catalog.entries.values()]:
+            yield from self._follow(deployment, changes, catalog.failures)
         for name, deployment in list(registry.deployments.items()):
             # It has gone; a mistake in what is there would be no reason to stop serving it.
             if name not in catalog.entries and name not in catalog.failures:
-                for version in list(deployment.versions.values()):
-                    yield from self._retire(version, UNLOADED, changes)
-                del registry.deployments[name]
+                for number, version in list(deployment.versions.items()):
+                    if version.title not in catalog.failures or not version.servable:
+                        yield from self._retire(version, UNLOADED, changes)
+                        del deployment.versions[number]
+                if not deployment.versions:
+                    del registry.deployments[name]
         for what, why in catalog.failures.items():
             log.error("%s cannot be served: %s", what, why)
         return changes
@@ -279,7 +317,7 @@ class Loader:
                 del deployment.versions[number]
         return deployment
 
-    def _follow(self, deployment: Deployment, changes: Changes) -> Operation[None]:
+    def _follow(self, deployment: Deployment, changes: Changes, failures: Mapping[str, str]) -> Operation[None]:
         """Make one name what its entry says. What cannot be loaded is in `failed`, and what served goes on."""
         entry = deployment.entry
         wanted = {*entry.wanted, *deployment.pinned, *deployment.weights, deployment.shadow} & entry.sources.keys()
@@ -292,16 +330,21 @@ class Loader:
                 if version.servable:
                     yield from self._renew(deployment, version, changes)
                 else:
-                    yield from self._bring_up(deployment, version, takes_over=not deployment.weights)
+                    yield from self._bring_up(deployment, version, takes_over=self._answers(deployment, number))
                     changes.loaded.append(version.title)
             except TensorNextError as error:
                 changes.failed[version.title] = error.message
                 wanted = wanted | serving
         for number, version in list(deployment.versions.items()):
-            if number not in wanted:
+            if number not in wanted and not (version.servable and version.title in failures):
                 yield from self._retire(version, UNLOADED, changes)
             if number not in entry.sources and version.state == UNLOADED:
                 del deployment.versions[number]
+
+    @staticmethod
+    def _answers(deployment: Deployment, number: str) -> bool:
+        """Whether requests for the name alone will reach that version, or copies of them."""
+        return not deployment.weights or number in (*deployment.weights, deployment.shadow)
 
     def _renew(self, deployment: Deployment, old: Version, changes: Changes) -> Operation[None]:
         """The files of a version have changed: the new contents take its place when they are ready."""
@@ -327,7 +370,11 @@ class Loader:
         changes = Changes([], [], {})
         if not number:
             deployment = self._deployment(entry)
-            yield from self._follow(deployment, changes)
+            deployment.weights, deployment.shadow, deployment.implied = dict(entry.weights), entry.shadow, False
+            yield from self._follow(deployment, changes, catalog.failures)
+            for number in entry.wanted:
+                if deployment.versions[number].state == EVICTED:
+                    yield from self._bring_back(deployment.versions[number])
             for failed, why in changes.failed.items():
                 raise FailedPrecondition(f"{failed}: {why}")
             return name
@@ -345,6 +392,7 @@ class Loader:
             if serving and not deployment.weights:
                 # Asked for by number, it waits until traffic is routed to it.
                 deployment.weights = {other.number: weight for other, weight in serving}
+                deployment.implied = True
         deployment.pinned.add(number)
         return name
 
@@ -360,12 +408,14 @@ class Loader:
             if deployment.shadow == version.number:
                 deployment.shadow = ""
             yield from self._retire(version, UNLOADED, Changes([], [], {}))
+        if deployment.implied and not any(deployment.versions[pinned].servable for pinned in deployment.pinned):
+            deployment.weights, deployment.implied = {}, False
         return name
 
     def _bring_back(self, version: Version) -> Operation[None]:
         version.loading = True
-        deployment = self._registry.deployments[version.source.name]
-        if version.state == EVICTED:
+        deployment = self._registry.deployments.get(version.source.name)
+        if deployment is not None and version.state == EVICTED:
             yield from self._bring_up(deployment, version, takes_over=False)
         version.loading = False
 
@@ -415,13 +465,16 @@ class Loader:
                 raise FailedPrecondition(where or f"no device may run it: {', '.join(model.devices)}")
         except BaseException as error:
             for name in warmths:
-                yield partial(self._executors[name].unload, version.key)
+                yield from self._free(self._executors[name], version.key)
             if isinstance(error, DeadlineExceeded):
                 # The thread that was given up may yet write under the old key.
+                self._given_up[self._late] = version.key
                 version.generation = deployment.next_generation(version.number)
             failure = error if isinstance(error, TensorNextError) else FailedPrecondition(_sentence(error))
             version.loading = False
-            if not version.servable or version.state == EVICTED:
+            if version.state == EVICTED and isinstance(failure, ResourceExhausted):
+                version.error = failure.message  # there may be room another time
+            elif not version.servable or version.state == EVICTED:
                 version.state, version.error = FAILED, failure.message
             log.error("%s cannot be loaded: %s", version.title, failure.message)
             raise failure from None
@@ -438,6 +491,8 @@ class Loader:
         version.load_s = time.monotonic() - began
         version.loading = False
         version.error = ""
+        if version.state == EVICTED:
+            version.came_back = time.monotonic()
         version.state = READY
         self._registry.rebuild()
         log.info("%s is loaded on %s, %.1f s", version.title, ", ".join(warmths), version.load_s)
@@ -449,7 +504,8 @@ class Loader:
                 version.state = UNLOADED
             return
         held = version.state == READY
-        version.state = DRAINING
+        # One that is evicted keeps its traffic: a request that comes while it drains is told to come back.
+        version.state = EVICTED if state == EVICTED else DRAINING
         self._registry.rebuild()
         changes.unloaded.append(version.title)
         assert version.model is not None
@@ -460,16 +516,29 @@ class Loader:
             except DeadlineExceeded:
                 log.error("%s: a batch hangs, its memory is not freed", version.title)
                 held = False
+                # What still runs or waits has the old key: other contents must not answer it.
+                version.generation = self._registry.deployments[version.source.name].next_generation(version.number)
             for device in self._scheduler.devices.values():
                 device.models.discard(key)
         if held:
             self._scheduler.forget(key)
             for executor in self._executors.values():
                 executor.forget_inline(key)
-                yield partial(executor.unload, key)
+                yield from self._free(executor, key)
         version.state = state
         self._registry.rebuild()
         log.info("%s is %s", version.title, state)
+
+    def _free(self, executor: Executor, key: str) -> Operation[None]:
+        """Unload, from a device that may be lost."""
+        try:
+            yield partial(executor.unload, key)
+        except Exception as error:
+            log.error("%s is not freed on %s: %s", key, executor.name, _sentence(error))
+
+    def _free_all(self, key: str) -> Operation[None]:
+        for executor in self._executors.values():
+            yield from self._free(executor, key)
 
     def _make_room(self, executor: Executor, version: Version) -> Operation[None]:
         """Evict least recently used versions until the new one fits on the device. Raises ResourceExhausted."""
@@ -490,12 +559,15 @@ class Loader:
             if version.nbytes <= free:
                 return
             others = [other for other in held if other.source.name != version.source.name]
-            if not others:
+            if version.nbytes > free + sum(other.nbytes for other in others):
                 raise ResourceExhausted(
                     f"it takes {version.nbytes / _MIB:.0f} MiB, and beside the other versions of its model "
                     f"{free / _MIB:.0f} of {budget / _MIB:.0f} MiB are free on {executor.name}"
                 )
             victim = min(others, key=lambda other: other.last_used)
+            stay_s = victim.came_back + _STAY_S - time.monotonic()
+            if stay_s > 0:  # the clients that it was loaded for are about to ask again
+                yield partial(time.sleep, stay_s)
             log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title)
             yield from self._retire(victim, EVICTED, Changes([], [], {}))
 

@@ -35,11 +35,13 @@ class Version:
         error: why it failed; of a version that serves, why newer files of the same version do not.
         nbytes: weights and buffers on each of its devices. load_s: seconds to load and warm up.
         requests: taken in for it. last_used: a number that grows with every request to any model.
+        came_back: when it was last loaded for a request after it had been evicted, by the monotonic clock.
         notes: what an operator should know.
         mirror: the version that gets copies of its batches, if any.
     """
 
     __slots__ = (
+        "came_back",
         "error",
         "generation",
         "last_used",
@@ -67,6 +69,7 @@ class Version:
         self.last_used = 0
         self.notes: tuple[str, ...] = ()
         self.mirror: Version | None = None
+        self.came_back = float("-inf")
 
     @property
     def number(self) -> str:
@@ -112,6 +115,7 @@ class Deployment:
         weights: explicit shares; empty: the newest version takes all that is not the shadow.
         shadow: number of the version that gets copies; "": none.
         pinned: versions that somebody asked for by number: they stay whatever the catalogue wants.
+        implied: the weights only keep traffic from versions that were asked for by number.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -120,6 +124,7 @@ class Deployment:
         self.weights: dict[str, float] = dict(entry.weights)
         self.shadow = entry.shadow
         self.pinned: set[str] = set()
+        self.implied = False
         self._generations: dict[str, int] = {}
 
     @property
@@ -170,6 +175,7 @@ class Registry:
 
     def __init__(self, default: str = "") -> None:
         self.default = default
+        self._configured_default = default
         self.deployments: dict[str, Deployment] = {}
         self.failures: dict[str, str] = {}
         self._targets: dict[str, Version | _Split] = {}
@@ -249,8 +255,8 @@ class Registry:
                     version.mirror = shadow
             if shares:
                 self._targets[name] = shares[0][0] if len(shares) == 1 else _Split(shares)
-        if not self.default and self.deployments:
-            self.default = next(iter(self.deployments))
+        if self.default not in self.deployments and not self._configured_default:
+            self.default = next(iter(self.deployments), "")
         if self.default in self._targets:
             self._targets[""] = self._targets[self.default]
 

@@ -16,7 +16,7 @@ from heapq import heapify, heappop, heappush
 from tnxctl.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from tnxd.costs import BatchCosts, CostCurve, CostModel
 from tnxd.waiting import LEVELS, Waiting
-from tnxd.work import INLINE, NEVER, Batch, Device, Load, Placement, Request
+from tnxd.work import INLINE, NEVER, SPARE, Batch, Device, Load, Placement, Request
 
 # A request without a deadline takes its place in the order as if it had to be done in a second: among others of its
 # kind that is the order of arrival, and none with a later deadline overtakes it.
@@ -82,6 +82,11 @@ class Scheduler:
         """Requests of a model that wait or run, on all devices; a spare batch of it counts as one."""
         load = self._loads.get(model)
         return load.queued + load.running if load is not None else 0
+
+    def hangs(self, model: str) -> bool:
+        """Whether all that is outstanding of a model has been given up."""
+        load = self._loads.get(model)
+        return load is not None and 0 < load.hung == load.queued + load.running
 
     def forget(self, model: str) -> None:
         """Drop all that is kept about a model: to be called when it is on no device and nothing of it is outstanding.
@@ -402,7 +407,7 @@ class Scheduler:
         """Account for a batch that takes a lane until then."""
         placement = queue.placement
         batch = Batch(device, lane, queue.key[0], requests, rows, queue.costs, placement.max_rows)
-        if lane != INLINE:
+        if lane >= 0:
             device.busy_until_ns[lane] = until_ns
         device.running_rows += rows
         placement.lanes.append(lane)
@@ -477,19 +482,19 @@ class Scheduler:
         self.queued_bytes -= nbytes
 
     def spare(self, model: str, group: tuple[int, ...], rows: int, now_ns: int) -> Batch | None:
-        """A lane for a batch whose results nobody waits for, where nothing that somebody waits for wants it.
+        """A batch whose results nobody waits for, to run on the SPARE lane; None if it would be in the way.
 
-        That is a free lane, never INLINE, of a device that has the model, with nothing in its queues. The batch has
-        no requests; it occupies its lane, and one of the model's, until `finished`, which learns from it. It is
-        charged to no priority and counts as one running request.
+        There has to be a device that has the model, nothing in its queues and a free lane: for what comes next, not for
+        the batch. That has no requests and is charged to no priority; it counts as one running request of its model,
+        and as one of the lanes that run it.
         """
         for device in self.devices.values():
             if device.error or model not in device.models or device.queued or not device.free_lanes:
                 continue
             queue = self._queue(device, model, group)
-            if not queue.placement.has_all_lanes:
-                until_ns = now_ns + int(queue.costs.lane.mean(rows) * 1e3)
-                return self._batch(device, device.free_lanes.pop(), queue, [], rows, until_ns)
+            if device.spare_free and not queue.placement.has_all_lanes:
+                device.spare_free = False
+                return self._batch(device, SPARE, queue, [], rows, now_ns)
         return None
 
     def finished(self, batch: Batch, micros: float) -> None:
@@ -497,12 +502,16 @@ class Scheduler:
         device, placement, weight = batch.device, batch.device.placements[batch.model], len(batch.requests) or 1
         device.running_rows -= batch.rows
         self.running -= weight
-        if not batch.given_up:
+        if batch.given_up:
+            placement.load.hung -= weight
+        else:
             placement.lanes.remove(batch.lane)
         placement.load.running -= weight
         if batch.lane == INLINE:
             if micros > 0:
                 batch.costs.inline.observe(batch.rows, micros)
+        elif batch.lane == SPARE:
+            device.spare_free = True  # how long it took where others go first says nothing about a lane
         else:
             device.busy_until_ns.pop(batch.lane, None)
             device.free_lanes.append(batch.lane)
@@ -521,6 +530,7 @@ class Scheduler:
             batch.given_up = True
             placement = batch.device.placements[batch.model]
             placement.lanes.remove(batch.lane)
+            placement.load.hung += len(batch.requests) or 1
             self._release(batch.device, placement)
 
     def _watch(self, request: Request) -> None:

@@ -11,7 +11,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from tnxctl.errors import (
     AlreadyExists,
@@ -59,7 +61,7 @@ from tnxd.shadow import Copy, Shadows
 from tnxd.spinner import Spinner
 from tnxd.telemetry import Telemetry
 from tnxd.wakeup import Wakeup
-from tnxd.work import INLINE, NEVER, Batch, Request
+from tnxd.work import INLINE, NEVER, SPARE, Batch, Request
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -71,6 +73,9 @@ _DRAIN_LIMIT = 256
 
 # When to ask again a daemon that is starting, or one in the place of the one that is draining.
 _RETRY_AFTER_S = 0.1
+
+# Loads, unloads and reloads of one client that may wait: each may take minutes, and they run one after the other.
+_MAX_ORDERS = 16
 
 Control = Health | Metadata | Models | Load | Unload | Route | Reload | Compare
 """Requests about the daemon and its models."""
@@ -295,10 +300,11 @@ class Server:
         self._forget_vanished()
         for name, executor in self._inventory.executors.items():
             self._scheduler.devices[name].memory_free_mb = executor.memory_mb()[0]
+        self._shadows.keep({version.model.key for _, version in self._inventory.registry if version.model is not None})
         stalled = [execution for execution, since in self._on_lanes.items() if now - since > self._limit_s(execution)]
         for execution in stalled:
             self._give_up(execution)
-        dead = Counter(execution.batch.device.name for execution in stalled)
+        dead = Counter(execution.batch.device.name for execution in stalled if execution.batch.lane != SPARE)
         self._on_tick(all(self._scheduler.devices[name].lanes > count for name, count in dead.items()))
 
     def _limit_s(self, execution: Execution) -> float:
@@ -314,6 +320,8 @@ class Server:
         for request in held:
             self._answer_error(request, Internal(why))
         self._scheduler.give_up(batch)
+        if isinstance(execution, Copy) and self._shadows.stop(execution.model):
+            log.error("%s: it gets no more copies", why)
 
     def _is_drained(self, now: float, flushed: bool) -> bool:
         return (not self._in_flight and flushed) or now >= self._drain_until
@@ -374,9 +382,13 @@ class Server:
                     raise InvalidArgument(f"{len(tensors)} tensor frames came with a message that takes none")
                 reply = self._control(message, request)
                 if reply is not None:
-                    self._router.send(message.peer, message.delimited, (encode(reply), ()))
+                    self._router.send(message.peer, message.delimited, (_encoded(reply), ()))
         except TensorNextError as error:
             self._telemetry.requests += not isinstance(request, Predict)
+            self._send_error(message.peer, message.delimited, request.id, error)
+        except Exception:  # a defect of ours: this client gets an answer, and the others go on
+            log.exception("request %d", request.id)
+            error = Internal("the daemon failed at this request; its log says how")
             self._send_error(message.peer, message.delimited, request.id, error)
 
     def _control(self, message: Message, request: Control) -> Reply | None:
@@ -400,6 +412,8 @@ class Server:
         if isinstance(request, Route):
             loader.route(request.model, request.weights, request.shadow)
             return control.models(request.id, request.model, inventory, scheduler)
+        if sum(asking.peer == message.peer for asking, _ in self._asked.values()) >= _MAX_ORDERS:
+            raise ResourceExhausted(f"{_MAX_ORDERS} orders of this client are waiting, which is the limit")
         self._serial += 1
         self._asked[self._serial] = message, request.id
         done = partial(self._carried_out, self._serial, request)
@@ -424,7 +438,7 @@ class Server:
             reply = control.reload_report(id_, outcome)
         else:
             reply = control.models(id_, outcome, self._inventory, self._scheduler)
-        self._router.send(message.peer, message.delimited, (encode(reply), ()))
+        self._router.send(message.peer, message.delimited, (_encoded(reply), ()))
 
     def _predict(self, message: Message, request: Predict, tensors: Sequence[Buffer], received_ns: int) -> None:
         if self.state != READY:
@@ -521,7 +535,7 @@ class Server:
         elif batch.requests:
             mirror = batch.requests[0].version.mirror  # type: ignore[attr-defined]
             if mirror is not None:
-                self._shadows.offer(execution, mirror.model)
+                self._shadows.offer(execution, mirror)
         if execution.fatal and not device.error:
             self._lose_device(device.name, execution.fatal)
 
@@ -602,7 +616,23 @@ class Server:
         self._telemetry.errors[error.code] += 1
         retry_after_us = None if error.retry_after_s is None else error.retry_after_s * 1e6
         reply = ErrorReply(v=VERSION, id=id_, code=error.code, message=error.message, retry_after_us=retry_after_us)
-        self._router.send(peer, delimited, (encode(reply), ()))
+        self._router.send(peer, delimited, (_encoded(reply), ()))
+
+
+def _encoded(reply: Reply) -> bytes:
+    """The header frame of a reply that may quote what is no UTF-8: a file's name, an exception's text."""
+    try:
+        return encode(reply)
+    except UnicodeEncodeError:
+        return msgspec.msgpack.encode(_printable(msgspec.to_builtins(reply)))
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _describe(expected: TensorSpec, array: Array) -> TensorSpec:

@@ -1,7 +1,8 @@
 """Copies of the traffic for a version whose answers nobody sees, and how these differ from the answers that were sent.
 
-What is copied is a batch: both versions run on the same rows, and their forwards can be compared. A copy runs only
-where a lane is free and nothing waits; what finds no such place for long is dropped and counted.
+What is copied is a batch: both versions run on the same rows, and their forwards can be compared. A copy runs beside
+the lanes, on a thread that the operating system lets run last, and begins only while a lane is free and nothing waits;
+what finds no such moment is dropped and counted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tnxctl.frames import Array
 from tnxctl.wire import VERSION, Comparison, OutputDifference, Percentiles, TensorSpec
 from tnxd.executors.execution import Execution
 from tnxd.models.model import Model
+from tnxd.registry import READY, Version
 from tnxd.scheduler import Scheduler
 from tnxd.work import Batch
 
@@ -47,36 +49,48 @@ class Shadows:
     """Copies that wait, and what came of the others. `finished` hands the comparing to a thread of its own."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Execution, Model, int]] = deque()
+        self._waiting: deque[tuple[Execution, Version, Model, int]] = deque()
         self._nbytes = 0
+        self._stopped: set[str] = set()
         self._tallies: dict[tuple[str, str], _Tally] = {}
         self._to_compare: queue.SimpleQueue[Copy] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    def offer(self, execution: Execution, candidate: Model) -> None:
+    def stop(self, candidate: Model) -> bool:
+        """A copy hangs, and the next would take the next lane. False if that is known."""
+        known = candidate.key in self._stopped
+        self._stopped.add(candidate.key)
+        return not known
+
+    def offer(self, execution: Execution, version: Version) -> None:
         """A batch has been answered: copy it if there is room."""
+        candidate = version.model
+        assert candidate is not None
+        if candidate.key in self._stopped:
+            return
         nbytes = sum([array.nbytes for item in execution.items for array in item])
+        nbytes += sum([array.nbytes for answer in execution.outcomes if isinstance(answer, tuple) for array in answer])
         tally = self._tally(execution.model, candidate)
         if len(self._waiting) >= _MAX_WAITING or self._nbytes + nbytes > _MAX_WAITING_BYTES:
             tally.skipped += len(execution.items)
             return
-        self._waiting.append((execution, candidate, nbytes))
+        self._waiting.append((execution, version, candidate, nbytes))
         self._nbytes += nbytes
 
     def next(self, scheduler: Scheduler, now_ns: int) -> Copy | None:
-        """A copy to run now, on a lane that nobody else needs; None if there is none."""
+        """A copy to run now, where it is in nobody's way; None if there is none."""
         while self._waiting:
-            original, model, nbytes = self._waiting[0]
+            original, version, model, nbytes = self._waiting[0]
+            if version.state != READY or version.model is not model or model.key in self._stopped:
+                self._waiting.popleft()  # it goes, or hangs
+                self._nbytes -= nbytes
+                continue
             count, rows = _fitting(original.rows, model.max_batch_size)
             batch = scheduler.spare(model.key, original.group, rows, now_ns)
             if batch is None:
-                if any(model.key in device.models for device in scheduler.devices.values()):
-                    return None
-                self._waiting.popleft()  # its version has gone
-                self._nbytes -= nbytes
-                continue
+                return None
             self._waiting.popleft()
             self._nbytes -= nbytes
             self._tally(original.model, model).skipped += len(original.items) - count
@@ -92,6 +106,12 @@ class Shadows:
             self._to_compare.put(copy)
         else:
             self._tally(copy.original.model, copy.model).skipped += len(copy.items)
+
+    def keep(self, keys: set[str]) -> None:
+        """Drop what was found about models other than these."""
+        self._stopped &= keys
+        for pair in [pair for pair in self._tallies if not keys.issuperset(pair)]:
+            del self._tallies[pair]
 
     def report(self, id_: int, baseline: Model, candidate: Model) -> Comparison:
         """What has been found so far. Raises FailedPrecondition: nothing has."""

@@ -29,7 +29,7 @@ def read(path: Path, label: str = "") -> dict[str, Any]:
         settings: dict[str, Any] = msgspec.toml.decode(path.read_bytes())
     except OSError as error:
         raise InvalidArgument(f"{label}: {error.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:  # as numbers too long, nested too deep
         raise InvalidArgument(f"{label}: not TOML: {error}") from None
     return settings
 

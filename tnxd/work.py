@@ -110,13 +110,16 @@ class Request:
 INLINE = -1
 """The lane that is the caller's own thread."""
 
+SPARE = -2
+"""The lane for what nobody waits for: a thread of the device that the operating system lets run last."""
+
 
 @dataclass(slots=True)
 class Batch:
     """Requests to run together on one lane.
 
     Attributes:
-        lane: INLINE or an index below the device's lane count.
+        lane: INLINE, SPARE, or an index below the device's lane count.
         model: key of the model.
         requests: none in a spare batch, whose results nobody waits for; it counts as one request that runs.
         costs: what is to learn how long it took.
@@ -139,13 +142,15 @@ class Load:
     """What one model has to do, on all devices together.
 
     Attributes:
-        queued, queued_bytes: requests that wait, and their inputs. running: in batches that run.
+        queued, queued_bytes: requests that wait, and their inputs. running: in batches that run. hung: of these, in
+            batches that were given up.
         max_lanes: lanes of a device that may run it at a time; 0: all.
     """
 
     queued: int = 0
     queued_bytes: int = 0
     running: int = 0
+    hung: int = 0
     max_lanes: int = 0
 
 
@@ -155,7 +160,7 @@ class Placement:
 
     Attributes:
         load: of the model everywhere.
-        lanes: those that run it now, INLINE too, but for those that hang.
+        lanes: those that run it now, INLINE and SPARE too, but for those that hang.
         queued: requests that wait for it here. backlog_us: their predicted cost, per priority.
         max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
         worked: batches that worked at that ceiling.
@@ -212,6 +217,7 @@ class Device:
         inline_limit_us: a batch predicted to take no longer runs on the caller's own thread, since handing it to
             another would cost more than it saves. 0: never.
         lane_threads: threads that work on one batch of a lane.
+        spare_free: whether the SPARE lane has nothing to do.
         placements: of models that came here, by key.
         waiting: queues by model and group, empty ones too. queued, queued_rows: requests in them, and their rows.
         turns: which queue is next, per priority. counts: requests per priority.
@@ -231,6 +237,7 @@ class Device:
     lane_threads: int = 1
     error: str = ""
     free_lanes: list[int] = field(init=False)
+    spare_free: bool = field(init=False, default=True)
     busy_until_ns: dict[int, int] = field(init=False, default_factory=dict)
     placements: dict[str, Placement] = field(init=False, default_factory=dict)
     waiting: dict[tuple[str, tuple[int, ...]], Waiting] = field(init=False, default_factory=dict)

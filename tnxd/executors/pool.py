@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from tnxctl.wire import TensorSpec
 from tnxd.executors.execution import Execution, Warmth
 from tnxd.executors.runner import Runner, first_line
 from tnxd.models.model import Model
-from tnxd.work import INLINE, Batch, Device
+from tnxd.work import INLINE, SPARE, Batch, Device
 
 OnDone = Callable[[Execution], None]
 
@@ -77,12 +78,16 @@ class LanePool:
         self._on_done = on_done
         self._queues = [self._start_lane(str(lane)) for lane in range(lanes)]
         self._warm_up = self._start_lane("warm-up"), threading.Lock()
+        self._spare: queue.SimpleQueue[Task] | None = None
 
     def _start_lane(self, label: str) -> queue.SimpleQueue[Task]:
         inbox: queue.SimpleQueue[Task] = queue.SimpleQueue()
         # Daemon threads: a model that hangs must not keep the process from ending.
         threading.Thread(
-            target=self._work, args=(self._make_runner(), inbox), name=f"{self.name}/{label}", daemon=True
+            target=self._work,
+            args=(self._make_runner(), inbox, label == "spare"),
+            name=f"{self.name}/{label}",
+            daemon=True,
         ).start()
         return inbox
 
@@ -125,8 +130,9 @@ class LanePool:
 
     def unload(self, key: str) -> None:
         self._replicas.pop(key, None)
-        for inbox in (*self._queues, self._warm_up[0]):
-            inbox.put(key)
+        for inbox in (*self._queues, self._warm_up[0], self._spare):
+            if inbox is not None:
+                inbox.put(key)
         gc.collect()  # a network may refer to itself
         self._give_back()
 
@@ -147,7 +153,14 @@ class LanePool:
         return execution
 
     def submit(self, execution: Execution) -> None:
-        self._queues[execution.batch.lane].put((execution, self._on_done))
+        lane = execution.batch.lane
+        if lane == SPARE:
+            if self._spare is None:
+                self._spare = self._start_lane("spare")
+            inbox = self._spare
+        else:
+            inbox = self._queues[lane]
+        inbox.put((execution, self._on_done))
 
     def run_inline(self, execution: Execution) -> None:
         assert self._inline is not None
@@ -171,7 +184,10 @@ class LanePool:
         return Execution(batch, model, [bound.arrays], [bound.rows], bound.group)
 
     @staticmethod
-    def _work(runner: Runner, inbox: queue.SimpleQueue[Task]) -> None:
+    def _work(runner: Runner, inbox: queue.SimpleQueue[Task], yields: bool) -> None:
+        if yields:
+            with contextlib.suppress(OSError, AttributeError):  # where threads have no priorities of their own
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         broken = ""
         try:
             runner.enter_thread()
