@@ -55,7 +55,7 @@ $(VENV)/for-examples: $(VENV)/for-test examples/requirements.txt constraints.txt
 
 .PHONY: test
 test: $(VENV)/for-test $(VENV)/for-examples
-	$(RUN) -m pytest $(TESTS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
 
 .PHONY: check
 check: $(VENV)/for-check

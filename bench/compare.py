@@ -15,29 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 import numpy as np
 import zmq
 
 import comparison
 import httpload
+import options
 import pictures
 import proctree
 import report
 from comparison import LEAN, NATURAL, TENSORNEXT, C, Comparison, Measured, Round
 from contenders import CONTENDERS, ENVIRONMENTS, PEERS, Contender, NaturalClient, PeerServer, versions
-from loadgen import Connection, Recording, closed_loop
+from goals import goals_text
+from loadgen import Connection, Context, Recording, closed_loop
 from measurement import evaluate
-from processes import BenchError
-from rounds import exit_on_signals, numbers, require
-from targets import Context, start_daemon
-from workload import Workload, torch_forward
+from processes import BenchError, ChildProcess
+from rounds import in_turns
+from targets import daemon_target, start_daemon
+from workload import VARIANTS, Array, Workload, mlp, torch_forward
 from zmtpload import ZmtpConnection
 
 sys.path.insert(0, str(PEERS))
 import formats
 
-_VARIANTS = 8  # inputs that take turns
 _WARM_UP_SECONDS = 0.2
 _SETTLE_SECONDS = 0.5
 _IDLE_SECONDS = 1.0
@@ -69,12 +69,16 @@ class Target:
         self.has_c_client = True
         self.idle_cpu_percent = 0.0
 
-    def settle(self) -> None:
-        """See what it does when nobody asks. Who is busy then stands still between turns, out of the others' way."""
-        time.sleep(_SETTLE_SECONDS)
+    def settle(self, seconds: float) -> None:
+        """See what it does when nobody asks. Who is busy then stands still between turns, out of the others' way.
+
+        Args:
+            seconds: of a measurement: to look for longer says no more.
+        """
+        time.sleep(min(_SETTLE_SECONDS, seconds))
         meter = proctree.CpuMeter(self.pid)
         began = time.perf_counter_ns()
-        time.sleep(_IDLE_SECONDS)
+        time.sleep(min(_IDLE_SECONDS, seconds))
         self.idle_cpu_percent = round(100 * meter.used_ns() / (time.perf_counter_ns() - began), 2)
         self._pause()
 
@@ -94,7 +98,7 @@ class Target:
     def measure(self, client: str, outstanding: int, seconds: float) -> Round:
         """One round of one load, after a warm-up. Raises BenchError."""
         ask = {NATURAL: self.by_natural_client, LEAN: self.by_lean_client, C: self.by_c_client}[client]
-        (self.by_lean_client if client == C else ask)(outstanding, _WARM_UP_SECONDS)
+        (self.by_lean_client if client == C else ask)(outstanding, min(_WARM_UP_SECONDS, seconds))
         return ask(outstanding, seconds)
 
     def by_natural_client(self, outstanding: int, seconds: float) -> Round:
@@ -115,15 +119,22 @@ class Target:
 class TensorNextTarget(Target):
     """The daemon."""
 
-    def __init__(self, stack: contextlib.ExitStack, context: Context, workload: Workload, samples: Path) -> None:
-        self._endpoint, pid = start_daemon(stack, "cpu")
-        stack.callback(proctree.send, pid, signal.SIGCONT)  # who stands still does not end when asked to
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        daemon: ChildProcess,
+        context: Context,
+        workload: Workload,
+        samples: Path,
+    ) -> None:
+        self._endpoint = daemon_target(daemon).endpoint
+        stack.callback(proctree.send, daemon.pid, signal.SIGCONT)  # who stands still does not end when asked to
         arguments = [str(samples), self._endpoint]
         root = str(PEERS.parent.parent)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-        python = Path(sys.executable)
-        natural = stack.enter_context(NaturalClient(python, "tensornext_client.py", arguments, environment))
-        super().__init__(TENSORNEXT, pid, natural)
+        natural = NaturalClient(Path(sys.executable), "tensornext_client.py", arguments, environment)
+        stack.enter_context(natural).ready()
+        super().__init__(TENSORNEXT, daemon.pid, natural)
         self._context, self._workload = context, workload
 
     def by_lean_client(self, outstanding: int, seconds: float) -> Round:
@@ -164,10 +175,11 @@ class PeerTarget(Target):
         self._url = server.url
         address = [server.grpc] if contender.format == "triton" else [server.url, contender.format]
         arguments = [str(samples), *address]
-        natural = stack.enter_context(NaturalClient(python, contender.client, arguments, dict(os.environ)))
+        natural = NaturalClient(python, contender.client, arguments, os.environ)
+        stack.enter_context(natural).ready()
         super().__init__(contender.name, server.pid, natural)
         self.has_c_client = has_wrk
-        encoded = (formats.encode(contender.format, workload.input(number)) for number in range(_VARIANTS))
+        encoded = (formats.encode(contender.format, workload.input(number)) for number in range(VARIANTS))
         self._requests = [httpload.request_bytes(server.url, headers, body) for headers, body in encoded]
 
     def by_lean_client(self, outstanding: int, seconds: float) -> Round:
@@ -194,23 +206,10 @@ class PeerTarget(Target):
         return comparison.finish_round(said.requests, said.seconds, p50, p99, server_ns, said.cpu_us, said.errors)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.option(
-    "--outstanding",
-    metavar="N,N,...",
-    callback=numbers(int),
-    default="1,64",
-    show_default=True,
-    help="Requests in flight, each measured.",
-)
+@options.command()
+@options.listed("--outstanding", "1,64", "Requests in flight, each measured.")
 @click.option("--peers", metavar="NAME,NAME,...", help="Only these, by the names of their files in bench/peers.")
-@click.option("--rounds", type=click.IntRange(1, 1000), help="Rounds of each measurement.  [default: 5; quick: 2]")
-@click.option(
-    "--seconds",
-    type=click.FloatRange(0.001, 60),
-    help="Length of one measurement of one round; wrk takes whole seconds.  [default: 1.0; quick: 0.3]",
-)
-@click.option("--quick", is_flag=True, help="Short rounds and few: to see that it works, not to rely on.")
+@options.lengths(rounds=(5, 2), seconds=(1.0, 0.3), longest=60, note="; wrk takes whole seconds")
 @click.option("--no-wrk", is_flag=True, help="Leave out wrk even if it is installed.")
 @click.option(
     "--environments",
@@ -218,26 +217,8 @@ class PeerTarget(Target):
     default=ENVIRONMENTS,
     help="Where the environments of the peers are.  [default: build/peers]",
 )
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all results to this file."
-)
-@click.option(
-    "--plot",
-    "plot_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw a picture to this PNG (needs matplotlib).",
-)
-def main(
-    outstanding: tuple[int, ...],
-    peers: str | None,
-    rounds: int | None,
-    seconds: float | None,
-    quick: bool,
-    no_wrk: bool,
-    environments: Path,
-    json_path: Path | None,
-    plot_path: Path | None,
-) -> None:
+@options.outputs("Draw a picture to")
+def main(peers: str | None, no_wrk: bool, json_path: Path | None, plot_path: Path | None, **rest: Any) -> None:
     """Measure the daemon beside the servers that one would pick instead, on this machine, in the same run.
 
     The model is mlp (256-512-512-128, float32, the same weights everywhere), one row per request, on the CPU. `make
@@ -257,18 +238,11 @@ def main(
     for name in names or ():
         if name not in {contender.peer for contender in CONTENDERS}:
             raise click.UsageError(f"no peer {name!r}; there are {', '.join(sorted({c.peer for c in CONTENDERS}))}")
-    if plot_path is not None:
-        require("matplotlib", "--plot")
-    settings = Settings(outstanding, rounds or (2 if quick else 5), seconds or (0.3 if quick else 1.0), environments)
     wanted = [contender for contender in CONTENDERS if names is None or contender.peer in names]
-    exit_on_signals()
-    try:
-        result = _run(settings, wanted, with_wrk=not no_wrk)
-    except BenchError as error:
-        click.echo(f"compare.py: {error}", err=True)
-        sys.exit(1)
+    with options.measuring():
+        result = _run(Settings(**rest), wanted, with_wrk=not no_wrk)
     if json_path is not None:
-        json_path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+        report.write_json(result, json_path)
     if plot_path is not None:
         pictures.draw_comparison(result, plot_path)
 
@@ -281,11 +255,13 @@ def _run(settings: Settings, wanted: Sequence[Contender], *, with_wrk: bool) -> 
     machine["wrk"] = wrk_version or "not used"
     with contextlib.ExitStack() as stack:
         context: Context = stack.enter_context(zmq.Context())
-        workload = Workload(1, False, torch_forward())
+        daemon = start_daemon(stack)
+        forward = torch_forward()
+        workload = mlp(1, False, forward)
         samples = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tnx"))) / "samples.npz"
-        _write_samples(workload, samples)
-        targets: list[Target] = [TensorNextTarget(stack, context, workload, samples)]
-        targets[0].settle()
+        _write_samples(workload, forward, samples)
+        targets: list[Target] = [TensorNextTarget(stack, daemon, context, workload, samples)]
+        targets[0].settle(settings.seconds)
         for contender in wanted:
             python = contender.python(settings.environments)
             if python is None:
@@ -296,10 +272,12 @@ def _run(settings: Settings, wanted: Sequence[Contender], *, with_wrk: bool) -> 
             except BenchError as error:
                 missing[contender.name] = str(error)
                 continue
-            peer.settle()
+            peer.settle(settings.seconds)
             targets.append(peer)
             found_versions[contender.name] = versions(contender, python)
-        click.echo(_heading(machine, settings, found_versions))
+        packages = sorted({f"{name} {version}" for found in found_versions.values() for name, version in found.items()})
+        lengths = f"{settings.rounds} rounds of {settings.seconds:g} s"
+        click.echo(report.heading(machine, lengths, f"Peers: {', '.join(packages) or '-'}"))
         measured = _measure(targets, settings, missing)
     result = Comparison(
         environment=machine,
@@ -312,7 +290,7 @@ def _run(settings: Settings, wanted: Sequence[Contender], *, with_wrk: bool) -> 
     )
     for table in result.tables:
         click.echo("\n" + comparison.table_text(table))
-    click.echo("\n" + comparison.goals_text(result.goals))
+    click.echo("\n" + goals_text(result.goals))
     click.echo(
         "\nCPU while idle, in % of a core: "
         + ", ".join(f"{target.name} {target.idle_cpu_percent:g}" for target in targets)
@@ -324,41 +302,28 @@ def _run(settings: Settings, wanted: Sequence[Contender], *, with_wrk: bool) -> 
     return result
 
 
-def _write_samples(workload: Workload, path: Path) -> None:
+def _write_samples(workload: Workload, forward: Callable[[Array], Array], path: Path) -> None:
     """The same inputs, and the same answers to check, for clients in other environments."""
-    inputs = [workload.input(number) for number in range(_VARIANTS)]
-    forward = torch_forward()
+    inputs = [workload.input(number) for number in range(VARIANTS)]
     np.savez(path, inputs=np.stack(inputs), outputs=np.stack([forward(array) for array in inputs]))
-
-
-def _heading(machine: dict[str, Any], settings: Settings, found: dict[str, dict[str, str]]) -> str:
-    load = machine["load_average"]
-    warning = f"\nThe machine is not quiet: its load average is {load}." if load > machine["cores"] / 4 else ""
-    packages = sorted({f"{name} {version}" for packages in found.values() for name, version in packages.items()})
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores; {settings.rounds} rounds of {settings.seconds:g} s; torch "
-        f"{machine['torch']}, pyzmq {machine['pyzmq']}, Python {machine['python']}\nPeers: {', '.join(packages) or '-'}"
-    ) + warning
 
 
 def _measure(targets: Sequence[Target], settings: Settings, missing: dict[str, str]) -> Measured:
     """All rounds of all loads. A server that fails is out, and `missing` says why."""
     measured: Measured = {}
-    for number in range(settings.rounds):
-        first = number % len(targets)
-        for target in [*targets[first:], *targets[:first]]:
-            if target.name in missing:
-                continue
-            try:
-                with target.turn():
-                    for outstanding in settings.outstanding:
-                        for client in (NATURAL, LEAN, C) if target.has_c_client else (NATURAL, LEAN):
-                            round_ = target.measure(client, outstanding, settings.seconds)
-                            measured.setdefault((target.name, outstanding, client), []).append(round_)
-            except BenchError as error:
-                if target.name == TENSORNEXT:
-                    raise
-                missing[target.name] = f"failed in round {number + 1}: {error}"
+    for number, target in in_turns(targets, settings.rounds):
+        if target.name in missing:
+            continue
+        try:
+            with target.turn():
+                for outstanding in settings.outstanding:
+                    for client in (NATURAL, LEAN, C) if target.has_c_client else (NATURAL, LEAN):
+                        round_ = target.measure(client, outstanding, settings.seconds)
+                        measured.setdefault((target.name, outstanding, client), []).append(round_)
+        except BenchError as error:
+            if target.name == TENSORNEXT:
+                raise
+            missing[target.name] = f"failed in round {number + 1}: {error}"
     return {key: rounds for key, rounds in measured.items() if key[0] not in missing}
 
 

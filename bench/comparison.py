@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from report import Ratio
+from goals import Goal
+from report import Ratio, ratio
 
 TENSORNEXT = "TensorNext"
 
@@ -69,22 +70,6 @@ class Table(msgspec.Struct, frozen=True):
     rows: list[Row]
 
 
-class Goal(msgspec.Struct, frozen=True):
-    """A promise and how it stands. `ratio` is None where what it needs was not measured."""
-
-    promise: str
-    over: str
-    bound: float
-    at_most: bool
-    ratio: Ratio | None
-
-    @property
-    def is_met(self) -> bool | None:
-        if self.ratio is None:
-            return None
-        return self.ratio.median <= self.bound if self.at_most else self.ratio.median >= self.bound
-
-
 class Comparison(msgspec.Struct, frozen=True):
     """What --json writes.
 
@@ -134,12 +119,6 @@ def finish_round(
         client_cpu_us=round(client_cpu_us / max(requests, 1), 1),
         errors=dict(errors),
     )
-
-
-def ratio(mine: Iterable[float], its: Iterable[float]) -> Ratio:
-    """One over the other, round by round."""
-    values = [a / b if b else float("nan") for a, b in zip(mine, its, strict=True)]
-    return Ratio(*(round(float(value), 3) for value in (np.median(values), min(values), max(values))))
 
 
 def tables(measured: Measured, servers: Sequence[str]) -> list[Table]:
@@ -253,14 +232,4 @@ def table_text(table: Table) -> str:
             f"{medians['server_cpu_us']:>12.1f}{medians['client_cpu_us']:>12.1f}"
             f"   {ratios[0]:<22}{ratios[1]:<20}{ratios[2]:<20}{errors}"
         )
-    return "\n".join(lines)
-
-
-def goals_text(goals: Sequence[Goal]) -> str:
-    """All goals, for a terminal."""
-    lines = ["Goals: TensorNext over something else, median of the rounds and their range"]
-    for goal in goals:
-        state = {None: "not measured", True: "met", False: "missed"}[goal.is_met]
-        bound = f"{'at most' if goal.at_most else 'at least'} {goal.bound:g}"
-        lines.append(f"  {goal.promise + ':':<28} {goal.ratio or '-'!s:<22} {bound:<14} {state:<13} over {goal.over}")
     return "\n".join(lines)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import proctree
-from processes import START_SECONDS, STOP_SECONDS, BenchError
+from processes import START_SECONDS, STOP_SECONDS, BenchError, ChildProcess, complaint
 
 PEERS = Path(__file__).with_name("peers")
 
@@ -138,14 +136,9 @@ class PeerServer:
                 answer.read()
                 return
             if self._process.poll() is not None:
-                raise BenchError(f"{self._name} ended before it was ready{self._complaint()}")
+                raise BenchError(f"{self._name} ended before it was ready{complaint(self._said)}")
             time.sleep(_RETRY_SECONDS)
-        raise BenchError(f"{self._name} gave no answer within {START_SECONDS:g} s{self._complaint()}")
-
-    def _complaint(self) -> str:
-        self._said.seek(0)
-        text = self._said.read().decode(errors="replace").strip()
-        return f"; it said:\n{text[-1000:]}" if text else ""
+        raise BenchError(f"{self._name} gave no answer within {START_SECONDS:g} s{complaint(self._said)}")
 
     def stop(self) -> None:
         """End it: ask by SIGTERM, insist after a while. Does nothing the second time."""
@@ -165,39 +158,19 @@ class PeerServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
 
-class NaturalClient:
+class NaturalClient(ChildProcess):
     """A Python client in a process of its own, in the environment of its server; see `peers/calling.py`.
 
     Args:
-        python: the interpreter. program: in `peers/`. arguments: for it.
-
-    Raises:
-        BenchError: it does not start.
+        program: in `peers/`. arguments: for it.
     """
 
-    def __init__(self, python: Path, program: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
-        self._program = program
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `stop`
-        self._process = subprocess.Popen(
-            [str(python), str(PEERS / program), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            start_new_session=True,
-            env=environment,
-            text=True,
-        )
-        try:
-            self._line(START_SECONDS)
-        except BaseException:
-            self.stop()
-            raise
+    def __init__(self, python: Path, program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        super().__init__(program, [str(PEERS / program), *arguments], python, environment)
 
     def call(self, outstanding: int, seconds: float) -> dict[str, Any]:
         """One round: a `calling.Report` as a dict.
@@ -205,39 +178,9 @@ class NaturalClient:
         Raises:
             BenchError: the client died or went silent.
         """
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"outstanding": outstanding, "seconds": seconds}) + "\n")
-        self._process.stdin.flush()
-        report: dict[str, Any] = json.loads(self._line(seconds + START_SECONDS))
+        command = json.dumps({"outstanding": outstanding, "seconds": seconds})
+        report: dict[str, Any] = json.loads(self.ask(command.encode() + b"\n", seconds + START_SECONDS))
         return report
-
-    def _line(self, seconds: float) -> str:
-        stdout = self._process.stdout
-        assert stdout is not None
-        readable, _, _ = select.select([stdout], [], [], seconds)
-        line = stdout.readline() if readable else ""
-        if not line:
-            self._stderr.seek(0)
-            text = self._stderr.read().decode(errors="replace").strip()
-            raise BenchError(f"{self._program} " + (f"failed:\n{text[-1000:]}" if text else "says nothing"))
-        return line
-
-    def stop(self) -> None:
-        """End it; it has nothing to lose."""
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._stderr):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.stop()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -128,6 +128,8 @@ def _end_with_stdin() -> None:
 
 def main() -> None:
     kind, endpoint, *device = sys.argv[1:]
+    if kind == "forward":
+        import torch  # noqa: F401 - now, while others start: the answers come only when the daemon is there
     listed = msgspec.json.decode(sys.stdin.buffer.readline(), type=list[Answer])
     answers = {answer.request_bytes: answer for answer in listed}
     threading.Thread(target=_end_with_stdin, daemon=True).start()  # asleep in read(2): it never wants the GIL

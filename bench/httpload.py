@@ -21,11 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from loadgen import PATIENCE_SECONDS
+from loadgen import CHECKED, PATIENCE_SECONDS
 from processes import BenchError
 from report import PERCENTILES
 
-_CHECKED = 8
 _SPARE_SECONDS = 10.0
 
 # wrk prints for people; this prints for programs. Its latencies are in microseconds.
@@ -117,7 +116,7 @@ def _exchange(
     clock, variants = time.perf_counter_ns, len(requests)
     result = Answers([])
     latency_us = result.latency_us
-    kept: deque[tuple[int, bytes]] = deque(maxlen=_CHECKED)
+    kept: deque[tuple[int, bytes]] = deque(maxlen=CHECKED)
     begin = now = clock()
     end = begin + int(seconds * 1e9)
     sent = 0

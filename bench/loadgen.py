@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 import zmq
@@ -23,12 +22,15 @@ import zmq
 from processes import BenchError
 from workload import Workload
 
+Context = zmq.Context[zmq.Socket[bytes]]
+
 PATIENCE_SECONDS = 10.0
 """A closed loop gives a server up that says nothing for so long; an open loop waits so long after the last request."""
 
 _LEAD_NS = 10_000_000  # from the call of an open loop to its start: time to get ready
 
-_CHECKED = 8  # answers per recording whose tensors are kept, to be compared with the model's own output
+CHECKED = 8
+"""Answers per recording whose tensors are kept, to be compared with the model's own output."""
 
 _MORE = int(zmq.SNDMORE)
 _POLLIN = int(zmq.POLLIN)
@@ -51,14 +53,14 @@ class Recording:
     due_ns: Sequence[int] = field(default_factory=list)
     sent_ns: list[int] = field(default_factory=list)
     answers: list[tuple[int, bytes]] = field(default_factory=list)
-    tensors: deque[bytes] = field(default_factory=lambda: deque(maxlen=_CHECKED))
+    tensors: deque[bytes] = field(default_factory=lambda: deque(maxlen=CHECKED))
     seconds: float = 0.0
 
 
 class Connection:
     """A raw DEALER socket that sends the requests of a workload in turn, numbered from 0."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, workload: Workload) -> None:
+    def __init__(self, context: Context, endpoint: str, workload: Workload) -> None:
         self._endpoint = endpoint
         self._request = workload.request
         self._socket = socket = context.socket(zmq.DEALER)
@@ -101,9 +103,7 @@ class Connection:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._socket.close()
 
 

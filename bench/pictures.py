@@ -1,75 +1,70 @@
-"""Pictures of throughput and of comparisons with other servers. `plot` draws those of latency."""
+"""Pictures of what was measured, as PNG files. `schedule_plot` draws those of the simulation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+import report
 from comparison import CLIENTS, LEAN, NATURAL, TENSORNEXT, C, Comparison, Table
-from report import DAEMON, ECHO, CaseReport
+from report import CLIENT, DAEMON, ECHO, FORWARD, Case, CaseReport
+
+Samples = Mapping[str, "np.ndarray[Any, Any]"]
+"""Target -> latencies in microseconds of all its requests."""
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito).
-_MINE, _OTHERS = "#0072B2", "#999999"
+_BLUE, _GREEN, _RED, _GREY = "#0072B2", "#009E73", "#D55E00", "#7F7F7F"
+
+_PERCENTILE_LINES = {DAEMON: (_BLUE, "-"), CLIENT: (_GREEN, "-"), FORWARD: (_RED, "--"), ECHO: (_GREY, "--")}
+_PERCENTILE_COLUMNS = 2
+_MARKED_PERCENTILES = (50.0, 90.0, 99.0, 99.9, 99.99)
 
 
-def draw_comparison(result: Comparison, path: Path) -> None:
-    """Write a PNG: latency of the fewest outstanding by natural clients and in C, rate and CPU time of the most."""
-    tables = {(table.outstanding, table.client): table for table in result.tables}
-    few, many = (pick(at for at, _ in tables) for pick in (min, max))
-    by_c = C if (many, C) in tables and len(tables[many, C].rows) > 1 else LEAN
-    panels = [
-        (tables[few, NATURAL], "p50_us", "p50 in µs (line: to p99); shorter is better"),
-        (tables[few, by_c], "p50_us", "p50 in µs (line: to p99); shorter is better"),
-        (tables[many, by_c], "requests_per_s", "requests/s; longer is better"),
-        (tables[many, by_c], "server_cpu_us", "server CPU per request in µs; shorter is better"),
-    ]
+def draw_percentiles(cases: Sequence[tuple[Case, Samples]], about: str, path: Path) -> None:
+    """How latency grows towards the rare requests, one panel per case.
+
+    Args:
+        about: what was measured on, see `report.about`.
+    """
     pyplot = _pyplot()
-    figure, grid = pyplot.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
-    for axes, (table, figure_name, label) in zip(grid.flat, panels, strict=True):
-        _bars(axes, table, figure_name, label)
-    machine = result.environment
-    figure.suptitle(
-        f"mlp 256-512-512-128, float32, one row per request\n{machine['cpu']}, {machine['cores']} cores, "
-        f"medians of {result.settings['rounds']} rounds of {result.settings['seconds']:g} s",
-        fontsize=10,
-    )
+    columns = min(_PERCENTILE_COLUMNS, len(cases))
+    rows = -(-len(cases) // columns)
+    figure, grid = pyplot.subplots(rows, columns, figsize=(6.5 * columns, 3.6 * rows + 0.8), squeeze=False)
+    for axes, (case, samples) in zip(grid.flat, cases, strict=False):
+        _percentiles(axes, case, samples)
+    for axes in grid.flat[len(cases) :]:
+        axes.set_visible(False)
+    figure.suptitle(f"Latency by percentile\n{about}", fontsize=10)
+    figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def _bars(axes: Any, table: Table, figure: str, label: str) -> None:
-    rows = list(reversed(table.rows))
-    values = [row.medians[figure] for row in rows]
-    colours = [_MINE if row.server == TENSORNEXT else _OTHERS for row in rows]
-    ends = list(values)
-    if figure == "p50_us":
-        ends = [row.medians["p99_us"] for row in rows]
-        axes.hlines(range(len(rows)), values, ends, color="#333333", linewidth=1.2)
-    axes.barh(range(len(rows)), values, color=colours, height=0.65)
-    for at, (value, end) in enumerate(zip(values, ends, strict=True)):
-        text = f" {value:,.0f}" if end == value else f" {value:,.0f}, p99 {end:,.0f}"
-        axes.annotate(text, (end, at), va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [row.server for row in rows], fontsize=9)
-    axes.set_xlim(0, max(ends) * 1.25)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlabel(label, fontsize=9)
-    axes.set_title(f"{table.outstanding} outstanding, by\n{CLIENTS[table.client]}", fontsize=9)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
+def _percentiles(axes: Any, case: Case, samples: Samples) -> None:
+    for name, values in samples.items():
+        if len(values):
+            ordered = np.sort(values)
+            rank = np.arange(1, len(ordered) + 1) / (len(ordered) + 1)
+            colour, line = _PERCENTILE_LINES[name]
+            axes.plot(1 / (1 - rank), ordered, line, color=colour, label=name, linewidth=1.6)
+    axes.set_xscale("log")
+    axes.set_xlim(1.1, 3e4)
+    axes.set_xticks([1 / (1 - mark / 100) for mark in _MARKED_PERCENTILES], [f"{m:g} %" for m in _MARKED_PERCENTILES])
+    axes.minorticks_off()
+    _latency_axis(axes)
+    axes.set_title(case.title, fontsize=10)
+    axes.set_xlabel("requests at least as fast")
 
 
-def _pyplot() -> Any:
-    import matplotlib
+def draw_curve(cases: Sequence[CaseReport], about: str, path: Path) -> None:
+    """Latency against rate: closed loops to the left, open loops to the right.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def draw_curve(cases: Sequence[CaseReport], subtitle: str, path: Path) -> None:
-    """Write a PNG: latency against rate, closed loops to the left, open loops to the right."""
+    Args:
+        about: what was measured on, see `report.about`.
+    """
     pyplot = _pyplot()
     closed = [case for case in cases if not case.case.rate]
     opened = [case for case in cases if case.case.rate]
@@ -81,18 +76,15 @@ def draw_curve(cases: Sequence[CaseReport], subtitle: str, path: Path) -> None:
         _curve(axes, shown)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(label)
-        axes.set_ylabel("latency in µs")
         axes.yaxis.set_tick_params(labelleft=True)
-    figure.suptitle(f"Rate against latency, one row per request\n{subtitle}", fontsize=10)
+    figure.suptitle(f"Rate against latency, one row per request\n{about}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
 def _curve(axes: Any, cases: Sequence[CaseReport]) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    for name, colour in ((DAEMON, _MINE), (ECHO, _OTHERS)):
+    for name, colour in ((DAEMON, _BLUE), (ECHO, _GREY)):
         summaries = [case.targets[name] for case in cases]
         rates = [case.case.rate or summary.requests_per_s for case, summary in zip(cases, summaries, strict=True)]
         for percentile, line, mark in (("p50", "-", "o"), ("p99", "--", "^")):
@@ -108,11 +100,73 @@ def _curve(axes: Any, cases: Sequence[CaseReport]) -> None:
                     fontsize=7,
                     color=colour,
                 )
+    _latency_axis(axes)
+    axes.xaxis.set_major_formatter(_whole)
+    axes.set_xlim(left=0)
+
+
+def draw_comparison(result: Comparison, path: Path) -> None:
+    """Latency of the fewest outstanding by natural clients and in C, rate and CPU time of the most."""
+    tables = {(table.outstanding, table.client): table for table in result.tables}
+    few, many = (pick(at for at, _ in tables) for pick in (min, max))
+    by_c = C if (many, C) in tables and len(tables[many, C].rows) > 1 else LEAN
+    panels = [
+        (tables[few, NATURAL], "p50_us", "p50 in µs (line: to p99); shorter is better"),
+        (tables[few, by_c], "p50_us", "p50 in µs (line: to p99); shorter is better"),
+        (tables[many, by_c], "requests_per_s", "requests/s; longer is better"),
+        (tables[many, by_c], "server_cpu_us", "server CPU per request in µs; shorter is better"),
+    ]
+    pyplot = _pyplot()
+    figure, grid = pyplot.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
+    for axes, (table, figure_name, label) in zip(grid.flat, panels, strict=True):
+        _bars(axes, table, figure_name, label)
+    about = report.about(result.environment, result.settings["rounds"], result.settings["seconds"])
+    figure.suptitle(f"mlp 256-512-512-128, float32, one row per request, medians of the rounds\n{about}", fontsize=10)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _bars(axes: Any, table: Table, figure: str, label: str) -> None:
+    rows = list(reversed(table.rows))
+    values = [row.medians[figure] for row in rows]
+    colours = [_BLUE if row.server == TENSORNEXT else _GREY for row in rows]
+    ends = list(values)
+    if figure == "p50_us":
+        ends = [row.medians["p99_us"] for row in rows]
+        axes.hlines(range(len(rows)), values, ends, color="#333333", linewidth=1.2)
+    axes.barh(range(len(rows)), values, color=colours, height=0.65)
+    for at, (value, end) in enumerate(zip(values, ends, strict=True)):
+        text = f" {value:,.0f}" if end == value else f" {value:,.0f}, p99 {end:,.0f}"
+        axes.annotate(text, (end, at), va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row.server for row in rows], fontsize=9)
+    axes.set_xlim(0, max(ends) * 1.25)
+    axes.xaxis.set_major_formatter(_whole)
+    axes.set_xlabel(label, fontsize=9)
+    axes.set_title(f"{table.outstanding} outstanding, by\n{CLIENTS[table.client]}", fontsize=9)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _latency_axis(axes: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlim(left=0)
+    axes.yaxis.set_major_formatter(_whole)
+    axes.set_ylabel("latency in µs")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _whole(value: float, _position: object) -> str:
+    return f"{value:,.0f}"
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,4 +1,4 @@
-"""Servers as child processes: started, waited for, watched and stopped."""
+"""Programs as child processes: started, waited for, watched and stopped."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Self
 
 START_SECONDS = 120.0
 """torch takes long to import on a busy machine, CUDA longer."""
@@ -22,60 +22,65 @@ class BenchError(Exception):
     """The benchmark cannot go on; the message says why."""
 
 
-class ServerProcess:
-    """A server in a process of its own. As a context manager it stops it at the end, whatever happens.
+class ChildProcess:
+    """A Python program in a process of its own. As a context manager it stops it at the end, whatever happens.
 
     The terminal's Ctrl-C does not reach it: it is stopped from here, in order.
 
     Args:
         name: for messages.
-        arguments: of the Python interpreter.
-        stdin_line: written to its stdin, which then stays open until it is stopped.
+        arguments: of the interpreter.
+        python: the interpreter. environment: None for that of this process.
 
     Attributes:
-        line: the first line that it printed: it is ready.
         pid: its process id.
-
-    Raises:
-        BenchError: it ended before it was ready, or took too long; the message holds what it wrote to stderr.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], stdin_line: bytes = b"") -> None:
-        self._name = name
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        python: str | Path = sys.executable,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `stop`
         self._process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [str(python), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             start_new_session=True,
+            env=environment,
         )
         self.pid = self._process.pid
-        try:
-            self.line = self._first_line(stdin_line)
-        except BaseException:
-            self.stop()
-            raise
 
-    def _first_line(self, stdin_line: bytes) -> str:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
+    def ready(self, stdin: bytes = b"") -> str:
+        """Wait for the first line that it prints, and return that. Its stdin, which is given this, stays open.
+
+        Raises:
+            BenchError: it ended before, or took too long; the message holds what it wrote to stderr.
+        """
+        return self.ask(stdin, START_SECONDS, "was not ready", "ended before it was ready")
+
+    def ask(self, stdin: bytes, seconds: float, late: str = "did not answer", ended: str = "ended") -> str:
+        """Write this to its stdin and wait for a line from it.
+
+        Raises:
+            BenchError: there was none within so many seconds, or no more are to come: that it is `late` or `ended`.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            stdin.write(stdin_line)
-            stdin.flush()
-        readable, _, _ = select.select([stdout], [], [], START_SECONDS)
+            self._process.stdin.write(stdin)
+            self._process.stdin.flush()
+        readable, _, _ = select.select([self._process.stdout], [], [], seconds)
         if not readable:
-            raise BenchError(f"{self._name} was not ready within {START_SECONDS:g} s{self._complaint()}")
-        line = stdout.readline().decode().strip()
+            raise BenchError(f"{self.name} {late} within {seconds:g} s{complaint(self._stderr)}")
+        line = self._process.stdout.readline().decode().strip()
         if not line:
-            raise BenchError(f"{self._name} ended before it was ready{self._complaint()}")
+            raise BenchError(f"{self.name} {ended}{complaint(self._stderr)}")
         return line
-
-    def _complaint(self) -> str:
-        self._stderr.seek(0)
-        text = self._stderr.read().decode(errors="replace").strip()
-        return f"; it said:\n{text[-2000:]}" if text else ""
 
     def stop(self) -> None:
         """End it: ask by SIGTERM, insist after a while. Does nothing the second time."""
@@ -98,10 +103,15 @@ class ServerProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def complaint(file: IO[bytes]) -> str:
+    """The end of a message about a program: what it wrote to this file."""
+    file.seek(0)
+    text = file.read().decode(errors="replace").strip()
+    return f"; it said:\n{text[-2000:]}" if text else ""
 
 
 def cpu_ns(pid: int | None) -> int | None:

@@ -6,8 +6,10 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,6 +17,7 @@ import numpy as np
 import zmq
 
 from measurement import Measurement
+from tnxctl import __version__
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
 
@@ -118,21 +121,16 @@ class Report(msgspec.Struct, frozen=True):
 
 def environment() -> dict[str, Any]:
     """The machine and the versions that the numbers belong to."""
-    import torch
-
-    from tnxctl import __version__
-    from tnxd.executors.cpu import available_cores
-
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
         "cpu": _cpu_model(),
-        "cores": available_cores(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "load_average": round(os.getloadavg()[0], 2),
         "system": platform.platform(),
         "python": platform.python_version(),
         "tensornext": __version__,
-        "torch": str(torch.__version__),
+        "torch": version("torch"),  # without the seconds that it takes to import
         "numpy": np.__version__,
         "pyzmq": zmq.__version__,
         "libzmq": zmq.zmq_version(),
@@ -145,6 +143,34 @@ def _cpu_model() -> str:
             return next(line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def about(machine: Mapping[str, Any], rounds: int, seconds: float) -> str:
+    """The machine and the lengths, in a line for pictures."""
+    return f"{machine['cpu']}, {machine['cores']} cores, {rounds} rounds of {seconds:g} s"
+
+
+def heading(machine: Mapping[str, Any], how: str, more: str = "") -> str:
+    """What a program prints before it measures.
+
+    Args:
+        machine: as `environment` has it. how: it measures. more: a line about something else.
+    """
+    load = machine["load_average"]
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores; {how}; "
+        f"torch {machine['torch']}, pyzmq {machine['pyzmq']}, Python {machine['python']}"
+    ]
+    if more:
+        lines.append(more)
+    if load > machine["cores"] / 4:
+        lines.append(f"The machine is not quiet: its load average is {load}.")
+    return "\n".join(lines)
+
+
+def write_json(report: msgspec.Struct, path: Path) -> None:
+    """Write a whole report for programs to read."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
 
 
 def _rounded(value: float) -> float:
@@ -211,23 +237,36 @@ def _stage_means(rounds: Sequence[Measurement]) -> dict[str, float]:
     return {stage: _rounded(np.mean([getattr(timing, f"{stage}_us") for timing in timings])) for stage in STAGES}
 
 
-def compare(targets: dict[str, Summary]) -> dict[str, dict[str, Ratio]]:
+def case_report(case: Case, measured: Mapping[str, Sequence[Measurement]]) -> CaseReport:
+    """Put the rounds of one case together, which come by the names of the targets."""
+    summaries = {name: summarise(case, rounds, is_daemon=name in (DAEMON, CLIENT)) for name, rounds in measured.items()}
+    return CaseReport(case, summaries, compare(summaries))
+
+
+def compare(targets: Mapping[str, Summary]) -> dict[str, dict[str, Ratio]]:
     """The daemon, and the client, over each floor, round by round."""
     ratios: dict[str, dict[str, Ratio]] = {}
     for name in (DAEMON, CLIENT):
         for floor in (FORWARD, ECHO):
             if name in targets and floor in targets:
-                pairs = list(zip(targets[name].rounds, targets[floor].rounds, strict=True))
+                mine, its = targets[name].rounds, targets[floor].rounds
                 ratios[f"{name} / {floor}"] = {
-                    "p50": _ratio([(mine.latency_us["p50"], its.latency_us["p50"]) for mine, its in pairs]),
-                    "p99": _ratio([(mine.latency_us["p99"], its.latency_us["p99"]) for mine, its in pairs]),
-                    "requests_per_s": _ratio([(mine.requests_per_s, its.requests_per_s) for mine, its in pairs]),
+                    "p50": _latency_ratio(mine, its, "p50"),
+                    "p99": _latency_ratio(mine, its, "p99"),
+                    "requests_per_s": ratio(
+                        [round_.requests_per_s for round_ in mine], [round_.requests_per_s for round_ in its]
+                    ),
                 }
     return ratios
 
 
-def _ratio(pairs: Sequence[tuple[float, float]]) -> Ratio:
-    values = [mine / its if its else float("nan") for mine, its in pairs]
+def _latency_ratio(mine: Sequence[Round], its: Sequence[Round], percentile: str) -> Ratio:
+    return ratio([round_.latency_us[percentile] for round_ in mine], [round_.latency_us[percentile] for round_ in its])
+
+
+def ratio(mine: Iterable[float], its: Iterable[float]) -> Ratio:
+    """One over the other, round by round."""
+    values = [a / b if b else float("nan") for a, b in zip(mine, its, strict=True)]
     return Ratio(_rounded(np.median(values)), _rounded(min(values)), _rounded(max(values)))
 
 

@@ -1,93 +1,105 @@
-"""What the benchmarks share: options, signals, the schedule of an open loop, one round of load on one server."""
+"""Rounds: targets that take turns, the schedule of an open loop, one measurement."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
-import click
 import numpy as np
 
-from loadgen import Connection, closed_loop, open_loop
-from measurement import Measurement, evaluate
+from loadgen import Connection, Context, closed_loop, open_loop
+from measurement import Measurement, call_client, evaluate
 from processes import cpu_ns
-from report import ECHO, Case
-from targets import Context, Target
+from report import CLIENT, ECHO, Case
+from targets import Target
+from tnxctl import Client
 from workload import Workload
 
-_WARM_UP_SECONDS = 0.1
+T = TypeVar("T")
+
+WARM_UP_SECONDS = 0.1
+"""Of load before a measurement, if that is not shorter itself."""
 
 
-def numbers(kind: type[int] | type[float]) -> Callable[..., tuple[float, ...] | None]:
-    """Callback of an option that takes positive numbers with commas between."""
+def in_turns(targets: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
+    """The number of the round, and who is next in it.
 
-    def convert(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[float, ...] | None:
-        if text is None:
-            return None
-        try:
-            found = tuple(kind(item) for item in text.split(","))
-        except ValueError:
-            raise click.BadParameter(f"{text!r} is not a list of numbers, as in 1,8,64") from None
-        for number in found:
-            if not 0 < number < 1e7:
-                raise click.BadParameter(f"{number:g} is not between 0 and 10,000,000")
-        return found
-
-    return convert
+    Each round begins with another target, because the state of the machine drifts.
+    """
+    for number in range(rounds):
+        first = number % len(targets)
+        for target in (*targets[first:], *targets[:first]):
+            yield number, target
 
 
-def require(package: str, option: str, module: str = "") -> None:
-    """Refuse an option whose package is not installed.
+def measure_rounds(
+    context: Context,
+    case: Case,
+    targets: Sequence[Target],
+    workload: Workload,
+    rounds: int,
+    seconds: float,
+    arrivals: str = "exponential",
+) -> dict[str, list[Measurement]]:
+    """All rounds of one case, by the names of the targets.
+
+    Args:
+        seconds: of one measurement. arrivals: of an open loop, see `offsets_ns`.
 
     Raises:
-        click.UsageError: so it is.
+        BenchError: a server stopped answering.
     """
-    try:
-        __import__(module or package)
-    except ImportError:
-        raise click.UsageError(f"{option} needs the package {package}, which is not installed") from None
+    measured: dict[str, list[Measurement]] = {target.name: [] for target in targets}
+    for number, target in in_turns(targets, rounds):
+        due = offsets_ns(case.rate, seconds, arrivals, seed=number) if case.rate else []
+        measured[target.name].append(measure(context, case, target, workload, seconds, due))
+    return measured
 
 
-def exit_on_signals() -> None:
-    """Have SIGTERM and SIGHUP end this program by way of every `finally`: what it started is stopped."""
+def offsets_ns(rate: float, seconds: float, arrivals: str, seed: int) -> list[int]:
+    """When the requests of an open loop are due, from its start.
 
-    def leave(number: int, _: object) -> None:
-        sys.exit(128 + number)
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
-
-
-def offsets_ns(rate: float, seconds: float, seed: int) -> list[int]:
-    """When the requests of an open loop are due, from its start: with random gaps, as of independent clients."""
+    Args:
+        rate: requests per second.
+        arrivals: "exponential", with random gaps as of independent clients, the same for a seed; or "constant".
+    """
     count = max(int(rate * seconds), 1)
-    gaps = np.random.default_rng(seed).exponential(1 / rate, count)
+    if arrivals == "constant":
+        gaps = np.full(count, 1 / rate)
+    else:
+        gaps = np.random.default_rng(seed).exponential(1 / rate, count)
     offsets: list[int] = (np.cumsum(gaps) * 1e9).astype(np.int64).tolist()
     return offsets
 
 
 def measure(
-    context: Context, case: Case, target: Target, workload: Workload, seconds: float, offsets: Sequence[int] = ()
+    context: Context, case: Case, target: Target, workload: Workload, seconds: float, due_ns: Sequence[int] = ()
 ) -> Measurement:
     """One case, one target, one round, on a connection of its own, after a warm-up.
 
     Args:
-        offsets: of an open loop, where the case is one.
+        due_ns: of an open loop, where the case is one.
 
     Raises:
         BenchError: the server stopped answering.
     """
-    with Connection(context, target.endpoint, workload) as connection:
-        closed_loop(connection, case.outstanding or 1, _WARM_UP_SECONDS)
-        with _cpu_times(target.pid) as cpu:
-            if case.rate:
-                recording = open_loop(connection, offsets)
-            else:
-                recording = closed_loop(connection, case.outstanding, seconds)
-    result = evaluate(recording, workload, check=target.name != ECHO)
+    warm_up = min(WARM_UP_SECONDS, seconds)
+    if target.name == CLIENT:
+        with Client(target.endpoint) as client:
+            call_client(client, workload, warm_up)
+            with _cpu_times(target.pid) as cpu:
+                result = call_client(client, workload, seconds)
+    else:
+        with Connection(context, target.endpoint, workload) as connection:
+            closed_loop(connection, case.outstanding or 1, warm_up)
+            with _cpu_times(target.pid) as cpu:
+                if case.rate:
+                    recording = open_loop(connection, due_ns)
+                else:
+                    recording = closed_loop(connection, case.outstanding, seconds)
+        result = evaluate(recording, workload, check=target.name != ECHO)
     result.server_cpu_ns, result.client_cpu_ns = cpu
     return result
 

@@ -11,18 +11,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
-import zmq
 
 from floors import Answer
-from loadgen import Connection
-from processes import BenchError, ServerProcess
-from report import ECHO, FORWARD
+from loadgen import Connection, Context
+from processes import BenchError, ChildProcess
+from report import DAEMON, ECHO, FORWARD
 from tnxctl import wire
 from workload import MODEL, Workload
 
 _FLOORS = Path(__file__).with_name("floors.py")
-
-Context = zmq.Context[zmq.Socket[bytes]]
+_KINDS = {FORWARD: "forward", ECHO: "echo"}
 
 
 @dataclass(frozen=True)
@@ -39,29 +37,55 @@ class Target:
     pid: int | None
 
 
-def start_daemon(stack: contextlib.ExitStack, device: str) -> tuple[str, int]:
-    """Start a tnxd that the stack stops. Returns its endpoint and process id."""
-    arguments = ["--bind", "tcp://127.0.0.1:*", "--model", MODEL, "--devices", device, "--log-level", "warning"]
-    daemon = stack.enter_context(ServerProcess("tnxd", ["-m", "tnxd", *arguments]))
-    return daemon.line.split("ready on ", 1)[1].split(";")[0], daemon.pid
+# Servers start in two steps, because most of the time that it takes is spent on importing torch: several can do so at
+# once, and this program with them.
 
 
-def start_floors(stack: contextlib.ExitStack, transport: str, device: str, answers: Sequence[Answer]) -> list[Target]:
-    """Start both floors, which the stack stops.
+def start_daemon(
+    stack: contextlib.ExitStack, device: str = "cpu", program: Sequence[str] = ("-m", "tnxd"), model: str = MODEL
+) -> ChildProcess:
+    """Start a tnxd with one model, which the stack stops, for `daemon_target` to wait for."""
+    arguments = ["--bind", "tcp://127.0.0.1:*", "--model", model, "--devices", device, "--log-level", "warning"]
+    return stack.enter_context(ChildProcess("tnxd", [*program, *arguments]))
+
+
+def daemon_target(daemon: ChildProcess) -> Target:
+    """A daemon that was started, when it is ready.
+
+    Raises:
+        BenchError: it does not become so.
+    """
+    return Target(DAEMON, daemon.ready().split("ready on ", 1)[1].split(";")[0], daemon.pid)
+
+
+def start_floors(
+    stack: contextlib.ExitStack, transport: str = "tcp", device: str = "cpu", names: Sequence[str] = (FORWARD, ECHO)
+) -> list[ChildProcess]:
+    """Start floors, which the stack stops, for `floor_targets` to wait for.
 
     Args:
         transport: "tcp" or "ipc", as the daemon's.
-        answers: what they send back, one for each size of request.
     """
     floors = []
-    for name, kind in ((FORWARD, "forward"), (ECHO, "echo")):
+    for name in names:
         endpoint = "tcp://127.0.0.1:*"
         if transport == "ipc":
-            endpoint = f"ipc://{stack.enter_context(tempfile.TemporaryDirectory(prefix='tnx'))}/{kind}"
-        arguments = [str(_FLOORS), kind, endpoint, device]
-        floor = stack.enter_context(ServerProcess(name, arguments, msgspec.json.encode(answers) + b"\n"))
-        floors.append(Target(name, floor.line, floor.pid))
+            endpoint = f"ipc://{stack.enter_context(tempfile.TemporaryDirectory(prefix='tnx'))}/{_KINDS[name]}"
+        floors.append(stack.enter_context(ChildProcess(name, [str(_FLOORS), _KINDS[name], endpoint, device])))
     return floors
+
+
+def floor_targets(floors: Sequence[ChildProcess], answers: Sequence[Answer]) -> list[Target]:
+    """Floors that were started, when they are ready.
+
+    Args:
+        answers: what they send back, one for each size of request.
+
+    Raises:
+        BenchError: they do not become so.
+    """
+    line = msgspec.json.encode(answers) + b"\n"
+    return [Target(floor.name, floor.ready(line), floor.pid) for floor in floors]
 
 
 def is_here(endpoint: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,17 @@ import msgspec
 import numpy as np
 import zmq
 
+import options
 import pictures
 import report
-from comparison import Goal, goals_text, ratio
-from processes import BenchError, ServerProcess
-from report import DAEMON, ECHO, Case, CaseReport, Ratio
-from rounds import exit_on_signals, measure, numbers, offsets_ns, require
-from targets import Context, Target, probe, start_daemon, start_floors
-from workload import Workload, torch_forward
+from goals import Goal, goals_text
+from loadgen import Context
+from measurement import Measurement
+from processes import ChildProcess
+from report import DAEMON, ECHO, Case, CaseReport, Ratio, ratio
+from rounds import measure, measure_rounds
+from targets import Target, daemon_target, floor_targets, probe, start_daemon, start_floors
+from workload import Workload, mlp, torch_forward
 
 _HERE = Path(__file__).parent
 
@@ -30,6 +34,8 @@ PARTS = ("curve", "mebibyte", "idle")
 
 _MEBIBYTE_OUTSTANDING = (1, 4, 16)
 _IDLE_OUTSTANDING = (1, 64)
+
+_CLOSE_SECONDS = 0.05  # between two looks at open files
 
 _HALF = 0.5  # of the peak: where p99 is held against p50
 
@@ -98,46 +104,22 @@ def _parts(_context: click.Context, _option: click.Parameter, text: str) -> tupl
     return parts
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.option(
-    "--outstanding",
-    metavar="N,N,...",
-    callback=numbers(int),
-    default="1,2,4,8,16,32,64,128,256",
-    show_default=True,
-    help="Requests in flight of the closed loops.",
-)
-@click.option(
+@options.command()
+@options.listed("--outstanding", "1,2,4,8,16,32,64,128,256", "Requests in flight of the closed loops.")
+@options.listed(
     "--fractions",
-    metavar="X,X,...",
-    callback=numbers(float),
-    default="0.1,0.25,0.5,0.7,0.85,1",
-    show_default=True,
-    help="Rates of the open loops, of the best rate of a closed loop.",
+    "0.1,0.25,0.5,0.7,0.85,1",
+    "Rates of the open loops, of the best rate of a closed loop.",
+    float,
+    "X,X,...",
 )
 @click.option(
     "--parts", metavar="PART,PART,...", callback=_parts, default=",".join(PARTS), show_default=True, help="Only these."
 )
 @click.option("--idle", type=click.IntRange(1, 100_000), default=10_000, show_default=True, help="Idle connections.")
-@click.option("--rounds", type=click.IntRange(1, 1000), help="Rounds of each measurement.  [default: 5; quick: 2]")
-@click.option(
-    "--seconds",
-    type=click.FloatRange(0.001, 600),
-    help="Length of one measurement of one round.  [default: 1.0; quick: 0.2]",
-)
-@click.option("--quick", is_flag=True, help="Short rounds and few: to see that it works, not to rely on.")
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all results to this file."
-)
-@click.option(
-    "--plot",
-    "plot_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw the curve to this PNG (needs matplotlib).",
-)
-def main(
-    json_path: Path | None, plot_path: Path | None, quick: bool, rounds: int | None, seconds: float | None, **rest: Any
-) -> None:
+@options.lengths(rounds=(5, 2), seconds=(1.0, 0.2))
+@options.outputs("Draw the curve to")
+def main(json_path: Path | None, plot_path: Path | None, **rest: Any) -> None:
     """Measure how many requests the daemon takes, beside a bare echo of the same bytes.
 
     \b
@@ -150,39 +132,25 @@ def main(
     Latencies are in microseconds. The load generator is one lean thread in this process, with pyzmq's DEALER; at high
     rates it is part of what is measured, and how late it sent is printed.
     """
-    settings = Settings(rounds=rounds or (2 if quick else 5), seconds=seconds or (0.2 if quick else 1.0), **rest)
+    settings = Settings(**rest)
     if "curve" in settings.parts:
-        require("hdrhistogram", "the open loop", module="hdrh")
+        options.require("hdrhistogram", "the open loop", module="hdrh")
     if "idle" in settings.parts and sys.platform != "linux":
         raise click.UsageError("the part idle works on Linux only: it reads /proc")
-    if plot_path is not None:
-        require("matplotlib", "--plot")
-        if "curve" not in settings.parts:
-            raise click.UsageError("--plot draws the curve, which --parts leaves out")
-    exit_on_signals()
-    try:
+    if plot_path is not None and "curve" not in settings.parts:
+        raise click.UsageError("--plot draws the curve, which --parts leaves out")
+    with options.measuring():
         result = _run(settings)
-    except BenchError as error:
-        click.echo(f"throughput.py: {error}", err=True)
-        sys.exit(1)
     if json_path is not None:
-        json_path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+        report.write_json(result, json_path)
     if plot_path is not None:
-        subtitle = (
-            f"{result.environment['cpu']}, {result.environment['cores']} cores, "
-            f"{settings.rounds} rounds of {settings.seconds:g} s"
-        )
-        pictures.draw_curve(result.curve, subtitle, plot_path)
+        about = report.about(result.environment, settings.rounds, settings.seconds)
+        pictures.draw_curve(result.curve, about, plot_path)
 
 
 def _run(settings: Settings) -> Throughput:
     machine = report.environment()
-    load = machine["load_average"]
-    click.echo(
-        f"{machine['cpu']}, {machine['cores']} cores; {settings.rounds} rounds of {settings.seconds:g} s; "
-        f"torch {machine['torch']}, pyzmq {machine['pyzmq']}, Python {machine['python']}"
-        + (f"\nThe machine is not quiet: its load average is {load}." if load > machine["cores"] / 4 else "")
-    )
+    click.echo(report.heading(machine, f"{settings.rounds} rounds of {settings.seconds:g} s"))
     curve: list[CaseReport] = []
     mebibyte: list[CaseReport] = []
     peak, idle = None, None
@@ -199,10 +167,10 @@ def _run(settings: Settings) -> Throughput:
 
 
 def _curve(context: Context, settings: Settings) -> tuple[list[CaseReport], float]:
-    workload = Workload(1, False, torch_forward())
     with contextlib.ExitStack() as stack:
-        endpoint, pid = start_daemon(stack, "cpu")
-        targets = _with_echo(stack, context, Target(DAEMON, endpoint, pid), workload)
+        daemon, floors = start_daemon(stack), start_floors(stack, names=[ECHO])
+        workload = mlp(1, False, torch_forward())
+        targets = _ready(context, daemon, floors, workload)
         click.echo("\nOne row per request\n" + _table_heading())
         found = [
             _case(context, Case(1, outstanding=count), targets, workload, settings) for count in settings.outstanding
@@ -217,22 +185,20 @@ def _curve(context: Context, settings: Settings) -> tuple[list[CaseReport], floa
 def _mebibyte(context: Context, settings: Settings) -> list[CaseReport]:
     import passing
 
-    workload = passing.Mebibyte()
     with contextlib.ExitStack() as stack:
-        arguments = ["--bind", "tcp://127.0.0.1:*", "--model", passing.MODEL, "--devices", "cpu"]
-        program = [str(_HERE / "passing.py"), *arguments, "--log-level", "warning"]
-        daemon = stack.enter_context(ServerProcess("tnxd", program))
-        endpoint = daemon.line.split("ready on ", 1)[1].split(";")[0]
-        targets = _with_echo(stack, context, Target(DAEMON, endpoint, daemon.pid), workload)
+        daemon = start_daemon(stack, program=[str(_HERE / "passing.py")], model=passing.MODEL)
+        floors = start_floors(stack, names=[ECHO])
+        workload = passing.mebibyte()
+        targets = _ready(context, daemon, floors, workload)
         click.echo("\n1 MiB in and out, a model that does next to nothing\n" + _table_heading())
         return [
             _case(context, Case(1, outstanding=count), targets, workload, settings) for count in _MEBIBYTE_OUTSTANDING
         ]
 
 
-def _with_echo(stack: contextlib.ExitStack, context: Context, daemon: Target, workload: Workload) -> list[Target]:
-    floors = start_floors(stack, "tcp", "cpu", [probe(context, daemon.endpoint, workload)])
-    return [daemon, *(floor for floor in floors if floor.name == ECHO)]
+def _ready(context: Context, daemon: ChildProcess, floors: Sequence[ChildProcess], workload: Workload) -> list[Target]:
+    target = daemon_target(daemon)
+    return [target, *floor_targets(floors, [probe(context, target.endpoint, workload)])]
 
 
 def _case(
@@ -244,14 +210,8 @@ def _case(
     note: str = "",
 ) -> CaseReport:
     """All rounds of one case, and its line of the table."""
-    measured: dict[str, list[Any]] = {target.name: [] for target in targets}
-    for number in range(settings.rounds):
-        due = offsets_ns(case.rate, settings.seconds, seed=number) if case.rate else []
-        first = number % len(targets)
-        for target in [*targets[first:], *targets[:first]]:
-            measured[target.name].append(measure(context, case, target, workload, settings.seconds, due))
-    summaries = {name: report.summarise(case, rounds, is_daemon=name == DAEMON) for name, rounds in measured.items()}
-    found = CaseReport(case, summaries, report.compare(summaries))
+    measured = measure_rounds(context, case, targets, workload, settings.rounds, settings.seconds)
+    found = report.case_report(case, measured)
     click.echo(_table_line(found, note))
     return found
 
@@ -278,15 +238,16 @@ def _table_line(found: CaseReport, note: str) -> str:
 
 
 def _idle(context: Context, settings: Settings) -> IdleReport:
-    workload = Workload(1, False, torch_forward())
     loads = [Case(1, outstanding=count) for count in _IDLE_OUTSTANDING]
-    without: dict[Case, list[Any]] = {case: [] for case in loads}
-    beside: dict[Case, list[Any]] = {case: [] for case in loads}
+    without: dict[Case, list[Measurement]] = {case: [] for case in loads}
+    beside: dict[Case, list[Measurement]] = {case: [] for case in loads}
     held: list[int] = []
     rss_with: list[float] = []
     with contextlib.ExitStack() as stack:
-        endpoint, pid = start_daemon(stack, "cpu")
-        daemon = Target(DAEMON, endpoint, pid)
+        starting = start_daemon(stack)
+        workload = mlp(1, False, torch_forward())
+        daemon = daemon_target(starting)
+        pid = starting.pid
         for case in loads:
             measure(context, case, daemon, workload, settings.seconds)
         rss_before = _rss_mib(pid)
@@ -294,8 +255,9 @@ def _idle(context: Context, settings: Settings) -> IdleReport:
             for case in loads:
                 without[case].append(measure(context, case, daemon, workload, settings.seconds))
             files = _open_files(pid)
-            arguments = [str(_HERE / "idle.py"), endpoint, str(settings.idle)]
-            with ServerProcess("idle.py", arguments):
+            arguments = [str(_HERE / "idle.py"), daemon.endpoint, str(settings.idle)]
+            with ChildProcess("idle.py", arguments) as peers:
+                peers.ready()
                 for case in loads:
                     beside[case].append(measure(context, case, daemon, workload, settings.seconds))
                 held.append(_open_files(pid) - files)
@@ -311,7 +273,7 @@ def _idle(context: Context, settings: Settings) -> IdleReport:
     return found
 
 
-def _idle_load(case: Case, without: Sequence[Any], beside: Sequence[Any]) -> IdleLoad:
+def _idle_load(case: Case, without: Sequence[Measurement], beside: Sequence[Measurement]) -> IdleLoad:
     one, other = (report.summarise(case, rounds, is_daemon=True) for rounds in (without, beside))
     p50s = [[round_.latency_us["p50"] for round_ in summary.rounds] for summary in (one, other)]
     rates = [[round_.requests_per_s for round_ in summary.rounds] for summary in (one, other)]
@@ -344,7 +306,12 @@ def _rss_mib(pid: int) -> float:
 
 
 def _open_files(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    """How many a process has open, once it has closed those of connections that ended just before."""
+    found, before = len(os.listdir(f"/proc/{pid}/fd")), -1
+    while found != before:
+        time.sleep(_CLOSE_SECONDS)
+        found, before = len(os.listdir(f"/proc/{pid}/fd")), found
+    return found
 
 
 def goals(

@@ -1,8 +1,8 @@
-"""What is asked of every server: requests for the model `mlp`, made beforehand, and the answers they must get."""
+"""What is asked of a server: requests, made beforehand, and the answers that they must get."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,54 +16,60 @@ MODEL = "mlp"
 FIRST_ID = 1 << 32
 """msgpack writes integers from here on in nine bytes: the headers of one workload differ in eight bytes alone."""
 
+VARIANTS = 8
+"""Inputs that take turns, so that an answer that belongs to another request shows."""
+
 _COLUMNS = 256
-_VARIANTS = 8  # inputs that take turns, so that an answer that belongs to another request shows
 
 Array = NDArray[Any]
 
 
 class Workload:
-    """Requests of one size.
+    """Requests for one model, of one size.
 
     Args:
-        rows: of each request.
+        model: its name. name: of its input.
+        inputs, outputs: float32, all of one shape each; they take turns.
+        tolerance: relative and absolute, of an output that is right.
         prefer_gpu: as in `wire.Predict`.
-        model: the forward, float32 [N, 256] -> float32 [N, 128].
     """
 
-    def __init__(self, rows: int, prefer_gpu: bool, model: Callable[[Array], Array]) -> None:
-        self.rows = rows
+    def __init__(
+        self,
+        model: str,
+        name: str,
+        inputs: Sequence[Array],
+        outputs: Sequence[Array],
+        *,
+        tolerance: float,
+        prefer_gpu: bool = False,
+    ) -> None:
         self.prefer_gpu = prefer_gpu
-        generator = np.random.default_rng(rows)
-        self._inputs = [generator.standard_normal((rows, _COLUMNS), np.float32) for _ in range(_VARIANTS)]
-        self._outputs = [model(array) for array in self._inputs]
-        self._tensors = [array.tobytes() for array in self._inputs]
+        self._tolerance = tolerance
+        self._inputs, self._outputs = inputs, outputs
+        self._tensors = [array.tobytes() for array in inputs]
+        spec = wire.TensorSpec(name, "FP32", inputs[0].shape)
         header = wire.encode(
-            wire.Predict(
-                v=wire.VERSION,
-                id=FIRST_ID,
-                model=MODEL,
-                inputs=(wire.TensorSpec("input", "FP32", (rows, _COLUMNS)),),
-                prefer_gpu=prefer_gpu,
-            )
+            wire.Predict(v=wire.VERSION, id=FIRST_ID, model=model, inputs=(spec,), prefer_gpu=prefer_gpu)
         )
         self._before_id, self._after_id = _split_at_id(header)
 
     def request(self, number: int) -> tuple[bytes, bytes]:
         """The frames of request `number`, whose id is FIRST_ID + number."""
         id_ = (FIRST_ID + number).to_bytes(8, "big")
-        return self._before_id + id_ + self._after_id, self._tensors[number % _VARIANTS]
+        return self._before_id + id_ + self._after_id, self._tensors[number % len(self._tensors)]
 
     def input(self, number: int) -> Array:
         """The tensor of request `number`."""
-        return self._inputs[number % _VARIANTS]
+        return self._inputs[number % len(self._inputs)]
 
     def is_right(self, number: int, shape: tuple[int, ...], tensor: bytes) -> bool:
-        """Whether this shape and these bytes are the model's output for request `number`, up to rounding."""
-        expected = self._outputs[number % _VARIANTS]
+        """Whether this shape and these bytes are the model's output for request `number`."""
+        expected = self._outputs[number % len(self._outputs)]
         if shape != expected.shape or len(tensor) != expected.nbytes:
             return False
-        return np.allclose(np.frombuffer(tensor, "<f4").reshape(shape), expected, rtol=1e-4, atol=1e-4)
+        output = np.frombuffer(tensor, "<f4").reshape(shape)
+        return np.allclose(output, expected, rtol=self._tolerance, atol=self._tolerance)
 
     def answer(self, header: bytes, tensor: bytes) -> Answer:
         """What a floor answers in place of the server that gave this answer to request 0."""
@@ -74,6 +80,18 @@ class Workload:
 def _split_at_id(header: bytes) -> tuple[bytes, bytes]:
     before, after = header.split(FIRST_ID.to_bytes(8, "big"))
     return before, after
+
+
+def mlp(rows: int, prefer_gpu: bool, forward: Callable[[Array], Array]) -> Workload:
+    """Requests of so many rows for the daemon's default model.
+
+    Args:
+        forward: of the model, float32 [N, 256] -> float32 [N, 128].
+    """
+    generator = np.random.default_rng(rows)
+    inputs = [generator.standard_normal((rows, _COLUMNS), np.float32) for _ in range(VARIANTS)]
+    outputs = [forward(array) for array in inputs]
+    return Workload(MODEL, "input", inputs, outputs, tolerance=1e-4, prefer_gpu=prefer_gpu)
 
 
 def torch_forward() -> Callable[[Array], Array]:

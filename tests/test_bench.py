@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,46 +17,22 @@ import pytest
 import torch
 import zmq
 
+from benchmarks import check_that_it_stops_what_it_started, first_half, refusal, result_header, run
 from conftest import Daemon
 from tnxctl import wire
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.insert(0, str(BENCH))  # as `python bench/latency.py` has it
-
-import floors  # noqa: E402
-from loadgen import Connection, Recording, closed_loop, open_loop  # noqa: E402
-from measurement import evaluate  # noqa: E402
-from processes import BenchError, ServerProcess, cpu_ns  # noqa: E402
-from report import CLIENT, DAEMON, ECHO, FORWARD, PERCENTILES, STAGES, Case, compare, summarise  # noqa: E402
-from targets import is_here, probe  # noqa: E402
-from workload import FIRST_ID, Workload  # noqa: E402
+# isort: split
+# On the path since `benchmarks` was imported.
+import floors
+import latency
+from loadgen import Connection, Context, Recording, closed_loop, open_loop
+from measurement import evaluate
+from processes import BenchError, ChildProcess, cpu_ns
+from report import CLIENT, DAEMON, ECHO, FORWARD, PERCENTILES, STAGES, Case, compare, summarise
+from targets import is_here, probe
+from workload import FIRST_ID, Workload, mlp
 
 STALL_SECONDS = 0.5
-
-Context = zmq.Context[zmq.Socket[bytes]]
-
-
-def first_half(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Stands for the model: float32 [N, 256] -> float32 [N, 128]."""
-    return np.ascontiguousarray(array[:, :128])
-
-
-def result_header(id_: int, rows: int = 1) -> bytes:
-    return wire.encode(
-        wire.Result(
-            v=1,
-            id=id_,
-            model="mlp",
-            version="1",
-            outputs=(wire.TensorSpec("output", "FP32", (rows, 128)),),
-            device="cpu",
-            reason="only device",
-            batch_size=rows,
-            latency_ms=0.1,
-            gpu_memory_mb=0.0,
-            timing=wire.Timing(1.0, 2.0, 3.0, 0.0, 100.0, 0.0, 4.0, 110.0),
-        )
-    )
 
 
 def error_header(id_: int | None) -> bytes:
@@ -119,7 +93,7 @@ def server(context: Context) -> Iterator[FakeServer]:
 
 @pytest.fixture
 def workload() -> Workload:
-    return Workload(1, False, first_half)
+    return mlp(1, False, first_half)
 
 
 def stall_once(number: int) -> None:
@@ -139,13 +113,13 @@ def test_a_stall_of_the_server_costs_every_request_that_was_due_in_it(
 ) -> None:
     server.before = stall_once
     with Connection(context, server.endpoint, workload) as connection:
-        result = evaluate(open_loop(connection, even_ms(200, gap=5)), workload, check=True)
-    assert len(result.latency_us) == 200
+        result = evaluate(open_loop(connection, even_ms(150, gap=4)), workload, check=True)
+    assert len(result.latency_us) == 150
     assert not result.errors
-    # Of the 100 requests due while the server slept, those of the first half waited for at least the second half.
+    # Of the 125 requests due while the server slept, those of the first half waited for at least the second half.
     waited = np.count_nonzero(result.latency_us >= STALL_SECONDS / 2 * 1e6)
-    assert waited >= STALL_SECONDS / 2 / 0.005
-    summary = summarise(Case(1, rate=200.0), [result], is_daemon=True)
+    assert waited >= STALL_SECONDS / 2 / 0.004
+    summary = summarise(Case(1, rate=250.0), [result], is_daemon=True)
     assert summary.latency_us["p90"] >= STALL_SECONDS / 2 * 1e6 * 0.99  # the histogram's three digits
     assert summary.latency_us["max"] >= STALL_SECONDS * 1e6 * 0.99
 
@@ -155,7 +129,7 @@ def test_a_closed_loop_sees_the_same_stall_once_per_outstanding_request(
 ) -> None:
     server.before = stall_once
     with Connection(context, server.endpoint, workload) as connection:
-        result = evaluate(closed_loop(connection, 4, 2 * STALL_SECONDS), workload, check=True)
+        result = evaluate(closed_loop(connection, 4, STALL_SECONDS), workload, check=True)
     assert 1 <= np.count_nonzero(result.latency_us >= STALL_SECONDS * 0.9 * 1e6) <= 4
 
 
@@ -321,7 +295,7 @@ def test_ratios_are_taken_round_by_round() -> None:
         rounds = []
         for p50 in p50s:
             recording = Recording(0, [0], [0], [(int(p50 * 1e3), result_header(FIRST_ID))], deque([b""]), 1e-6 * p50)
-            rounds.append(evaluate(recording, Workload(1, False, first_half), check=False))
+            rounds.append(evaluate(recording, mlp(1, False, first_half), check=False))
         return summarise(Case(1, outstanding=1), rounds, is_daemon=True)
 
     # The machine is slower by the round. The medians of the rounds, 220 over 200, would not tell.
@@ -342,7 +316,7 @@ def test_probe_says_why_a_daemon_cannot_be_measured(context: Context, server: Fa
         probe(context, server.endpoint, workload)
     server.answer = result_header
     with pytest.raises(BenchError, match="computes on cpu, not on a GPU: only device"):
-        probe(context, server.endpoint, Workload(1, True, first_half))
+        probe(context, server.endpoint, mlp(1, True, first_half))
 
 
 @pytest.mark.parametrize(
@@ -363,8 +337,11 @@ def test_floors_are_compared_only_with_a_daemon_on_this_machine(endpoint: str, h
 
 def test_a_server_that_does_not_start_is_reported_with_what_it_said() -> None:
     program = "import sys; sys.exit('no such device')"
-    with pytest.raises(BenchError, match="tnxd ended before it was ready; it said:\nno such device"):
-        ServerProcess("tnxd", ["-c", program])
+    with (
+        ChildProcess("tnxd", ["-c", program]) as started,
+        pytest.raises(BenchError, match="tnxd ended before it was ready; it said:\nno such device"),
+    ):
+        started.ready()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
@@ -378,7 +355,8 @@ def test_cpu_time_of_a_process_counts_all_its_threads() -> None:
         print("ready", flush=True)
         input()
     """
-    with ServerProcess("worker", ["-c", program]) as worker:
+    with ChildProcess("worker", ["-c", program]) as worker:
+        worker.ready()
         used = cpu_ns(worker.pid)
         assert used is not None
         assert used >= 0.1e9
@@ -388,29 +366,20 @@ def test_cpu_time_of_a_process_counts_all_its_threads() -> None:
 
 # --- the command -------------------------------------------------------------------------------------------------
 
-TINY = ("--rounds", "2", "--seconds", "0.05")
 
-
-def run_latency(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(BENCH / "latency.py"), *arguments], capture_output=True, text=True, timeout=50
-    )
-
-
-def test_the_command_measures_a_daemon_of_its_own_beside_the_floors(tmp_path: Path) -> None:
+def test_the_command_measures_a_running_daemon_beside_the_floors(daemon: Daemon, tmp_path: Path) -> None:
     paths = tmp_path / "latency.json", tmp_path / "latency.png"
-    done = run_latency(
-        *TINY,
-        *("--batch-sizes", "1,8", "--outstanding", "1,4", "--rate", "200", "--arrivals", "constant"),
-        *("--json", str(paths[0]), "--plot", str(paths[1])),
+    printed = run(
+        *("latency.py", "--host", daemon.endpoint.removeprefix("tcp://"), "--pid", str(daemon.process.pid)),
+        *("--batch-sizes", "1,8", "--outstanding", "1,4", "--rate", "500", "--arrivals", "constant"),
+        *("--rounds", "2", "--seconds", "0.02", "--json", str(paths[0]), "--plot", str(paths[1])),
     )
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
+    assert daemon.process.poll() is None
     report = json.loads(paths[0].read_bytes())
     assert report["settings"]["rounds"] == 2
     assert report["environment"]["cores"] >= 1
     cases = [(case["case"]["rows"], case["case"]["outstanding"], case["case"]["rate"]) for case in report["cases"]]
-    assert cases == [(1, 1, 0), (1, 4, 0), (8, 1, 0), (8, 4, 0), (1, 0, 200)]
+    assert cases == [(1, 1, 0), (1, 4, 0), (8, 1, 0), (8, 4, 0), (1, 0, 500)]
     for case in report["cases"]:
         names = [DAEMON, CLIENT, FORWARD, ECHO] if case["case"]["outstanding"] == 1 else [DAEMON, FORWARD, ECHO]
         assert list(case["targets"]) == names
@@ -430,22 +399,10 @@ def test_the_command_measures_a_daemon_of_its_own_beside_the_floors(tmp_path: Pa
         assert sum(stages[stage] for stage in STAGES[:-1]) == pytest.approx(stages["total"], rel=0.02)
         assert {"daemon / forward floor", "daemon / echo floor"} <= set(case["ratios"])
         for name in case["targets"]:
-            assert name in done.stdout
+            assert name in printed
     opened = report["cases"][-1]["targets"][DAEMON]
     assert opened["requests"] == 2 * 10
     assert paths[1].read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_command_measures_a_running_daemon(daemon: Daemon, tmp_path: Path) -> None:
-    path = tmp_path / "latency.json"
-    host = daemon.endpoint.removeprefix("tcp://")
-    arguments = ("--host", host, "--pid", str(daemon.process.pid), "--batch-sizes", "2", "--outstanding", "2")
-    done = run_latency(*TINY, *arguments, "--no-rate", "--json", str(path))
-    assert done.returncode == 0, done.stderr
-    (case,) = json.loads(path.read_bytes())["cases"]
-    assert case["targets"][DAEMON]["requests"] > 0
-    assert not case["targets"][DAEMON]["errors"]
-    assert daemon.process.poll() is None
 
 
 @pytest.mark.parametrize(
@@ -459,31 +416,11 @@ def test_the_command_measures_a_running_daemon(daemon: Daemon, tmp_path: Path) -
     ],
 )
 def test_the_command_refuses_what_makes_no_sense(arguments: tuple[str, ...], code: int, sentence: str) -> None:
-    done = run_latency(*arguments)
-    assert done.returncode == code
-    assert sentence in done.stderr
-    assert "Traceback" not in done.stderr
+    got, said = refusal(latency.main, *arguments)
+    assert got == code
+    assert sentence in said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the servers through /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_benchmark_that_is_interrupted_stops_what_it_started(number: int) -> None:
-    command = [sys.executable, str(BENCH / "latency.py"), "--no-rate", "--seconds", "60"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # shells start background jobs with SIGINT ignored
-    ) as bench:
-        assert bench.stdout is not None
-        assert bench.stdout.readline()  # its heading: all servers run
-        servers = Path(f"/proc/{bench.pid}/task/{bench.pid}/children").read_text().split()
-        assert len(servers) == 3
-        bench.send_signal(number)
-        _, stderr = bench.communicate(timeout=50)
-    assert bench.returncode not in (0, -number)
-    assert "Traceback" not in stderr
-    for pid in servers:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid), 0)
+def test_a_benchmark_that_is_interrupted_stops_what_it_started() -> None:
+    check_that_it_stops_what_it_started("latency.py", "--no-rate", number=signal.SIGINT, children=3)

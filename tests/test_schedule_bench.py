@@ -6,22 +6,23 @@ import itertools
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.insert(0, str(BENCH))  # as `python bench/schedule.py` has it
+import benchmarks
 
-import decisions  # noqa: E402
-import traces  # noqa: E402
-from oracle import least_work_us, upper_bound  # noqa: E402
-from policies import Policy, Run, Scheduled, Threshold  # noqa: E402
-from schedule import SCHEDULER, examine  # noqa: E402
-from simulation import Noise, Outcome, replay  # noqa: E402
-from traces import CPU, GPU, Job, Machine, Trace  # noqa: E402
+# isort: split
+# On the path since `benchmarks` was imported.
+import decisions
+import schedule
+import traces
+from oracle import least_work_us, upper_bound
+from policies import Policy, Run, Scheduled, Threshold
+from schedule import SCHEDULER, examine
+from simulation import Noise, Outcome, replay
+from traces import CPU, GPU, Job, Machine, Trace
 
 
 class NoNoise(Noise):
@@ -235,26 +236,16 @@ def test_decisions_are_measured_with_as_many_in_the_queue(queued: int) -> None:
 
 
 def test_the_program_writes_a_table_json_and_a_picture(tmp_path: Path) -> None:
-    def run(*arguments: str) -> tuple[str, bytes]:
-        path = tmp_path / "out.json"
-        options = ["--requests", "300", "--trace", "light", "--trace", "clients", "--no-decisions", "--json", str(path)]
-        done = subprocess.run(
-            [sys.executable, str(BENCH / "schedule.py"), *options, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=50,
-            check=True,
-        )
-        return done.stdout, path.read_bytes()
-
-    picture = tmp_path / "out.png"
-    table, first = run("--plot", str(picture))
+    written, again, picture = tmp_path / "one.json", tmp_path / "again.json", tmp_path / "one.png"
+    options = ["--requests", "300", "--trace", "light", "--trace", "clients", "--no-decisions", "--json"]
+    table = benchmarks.run("schedule.py", *options, str(written), "--plot", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "Within 5 % of the upper bound" in table
-    report = json.loads(first)
+    report = json.loads(written.read_bytes())
     assert [entry["trace"] for entry in report["traces"]] == ["light", "clients"]
     for entry in report["traces"]:
         for policy in entry["policies"].values():
             assert 0 <= policy["met"] <= 1
         assert set(entry["policies"][SCHEDULER]["met_by_priority"]) <= {"0", "1", "2", "3"}
-    assert json.loads(run()[1])["traces"] == report["traces"]  # nothing depends on the clock
+    assert CliRunner().invoke(schedule.main, [*options, str(again)]).exit_code == 0
+    assert json.loads(again.read_bytes())["traces"] == report["traces"]  # nothing depends on the clock

@@ -1,14 +1,25 @@
 """Sees calls through for any number of threads, over one `Link`.
 
-The link belongs to whoever holds the lock. A lone caller takes it, sends, waits and reads in its own thread, without
-a hand-over to any other. A thread that finds the lock taken puts its call into the outbox and wakes the holder, which
-sends it along with its own. When a holder leaves and calls are still under way, an I/O thread takes its
-place until none are.
+The link belongs to whoever holds the lock. A call that finds no other under way takes it, sends, waits and reads in
+the caller's own thread, without a hand-over to any other. As soon as a second call comes, all are the I/O thread's
+until none is left: what is to be done goes into the outbox, and whoever wants its outcome waits for that.
+
+Ctrl-C raises KeyboardInterrupt in the main thread, at the beginning of any function, at the return of any call, at any
+turn of a loop: also in between a lock that has been taken and the next line, and from Python 3.14 on even at the head
+of a `with` block (python/cpython#148874). So that an interrupted call harms no other:
+
+- A caller's thread touches the link only while no call but its own is under way. Whatever state they are left in, it
+  gives up both, the call and the connection.
+- It takes the lock inside the `try` whose `finally` begins with the release. An RLock knows its owner and refuses
+  others, so nothing else has to remember whether it was taken. A context manager in Python would not do: its
+  `__exit__` can be interrupted before its first line.
+- Whoever puts something into the outbox wakes the I/O thread. Whoever lets go of the lock owes nobody anything.
+- Threads wait for each other at plain locks. A `Condition`, and with it `Event` and `Future`, takes its lock in a
+  function in Python, which can be interrupted before it returns.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import socket
@@ -19,11 +30,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
+from threading import get_ident
 from typing import Any, TypeVar
 
-import zmq
+from zmq import POLLIN, zmq_poll
 
-from tnxctl.errors import DeadlineExceeded, TensorNextError
+from tnxctl.errors import DeadlineExceeded
 from tnxctl.link import Link
 from tnxctl.session import Call, Session
 
@@ -32,42 +44,41 @@ T = TypeVar("T")
 _MAX_WAIT_MS = 3_600_000.0  # zmq_poll takes 32 bits
 _GRACE_S = 0.5  # the thread that reads has the better error message: let it speak first
 
+_POLLIN = int(POLLIN)  # pyzmq's own is an enum, whose operators cost microseconds
+
 _log = logging.getLogger("tnxctl")
 
 
 class ThreadDriver:
     """Moves the calls of a session. `run`, `submit` and `close` may be used from any thread at once."""
 
-    _closed = True  # until __init__ is through: __del__ runs in any case
+    _is_open = False  # until __init__ is through: __del__ runs in any case
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._poller = poller = zmq.Poller()
-        self._link = Link(session, watch=lambda opened: poller.register(opened, zmq.POLLIN), unwatch=poller.unregister)
+        self._link = Link(session, watch=_ignore, unwatch=_ignore)  # each step polls what the link has open
         self._wakeup = _Wakeup()
-        poller.register(self._wakeup.fd, zmq.POLLIN)
-        # Reentrant: a callback of a future may use the client in the very thread that drives.
         self._lock = threading.RLock()
         self._outbox: deque[tuple[Callable[[Call[Any]], None], Call[Any]]] = deque()
         self._io_thread: threading.Thread | None = None
-        self._io_thread_lock = threading.Lock()
-        self._io_work = threading.Event()
+        self._io_work = _Signal()
+        self._io_ident = 0  # of the I/O thread while it drives
         self._polling = False
+        self._closing = False
         self._closed = False
+        self._is_open = True
 
     def run(self, call: Call[T]) -> T:
-        """See a call through: in this thread if no other drives, else through the one that does."""
-        if not self._lock.acquire(blocking=False):
-            return self._await(call)
-        try:
+        """See a call through: in this thread if no other call is under way, else through the I/O thread."""
+        if self._io_ident == get_ident():  # a callback of a future
             self._start(call)
             while not call.done:
-                self._step()
-        except BaseException:
-            self._give_up(call)
-            raise
-        finally:
-            self._release()
+                self._turn()
+            return call.take()
+        self._drive_alone(call)
+        waiter = call.waiter  # this first: the I/O thread may settle the call meanwhile
+        if not call.done:
+            self._await(call, waiter)
         return call.take()
 
     def submit(self, call: Call[T]) -> Future[T]:
@@ -75,7 +86,10 @@ class ThreadDriver:
         future: Future[T] = Future()
         call.waiter = future
         future.add_done_callback(partial(self._on_done, call))
-        self._post(self._start, call)
+        if not self._drive_alone(call):
+            self._post(self._start, call)
+        elif not call.done:
+            self._call_io_thread()
         return future
 
     def close(self) -> None:
@@ -86,43 +100,51 @@ class ThreadDriver:
             thread.join(_GRACE_S)
 
     def __del__(self) -> None:
-        if not self._closed:
+        if self._is_open:
             self._shut_down()  # nobody is left who could hold the lock; the I/O thread ends by itself
 
-    # --- waiting for another thread --------------------------------------------------------------------------
-
-    def _await(self, call: Call[T]) -> T:
-        future: Future[T] = Future()
-        call.waiter = future
-        self._post(self._start, call)
-        patience = max(0.0, call.expires - time.monotonic()) + (0.0 if call.strict else _GRACE_S)
+    def _shut_down(self) -> None:
+        self._closing = True
+        self._wakeup.set()  # who drives leaves
         try:
-            return future.result(min(patience, threading.TIMEOUT_MAX))
-        except TensorNextError:
-            raise
-        except BaseException as error:
-            self._post(self._withdraw, call)
-            if isinstance(error, TimeoutError):
-                if call.strict:
-                    raise self._session.timeout_error(call) from None
-                raise DeadlineExceeded(  # the driving thread is stuck in a callback of some future
-                    f"{self._session.endpoint}: no answer to {call.verb} was read within {call.patience:g} s, "
-                    f"because a callback of a future keeps the reading thread busy"
-                ) from None
+            self._lock.acquire()
+            self._end()
+        finally:
+            try:  # noqa: SIM105 - as in `_drive_alone`
+                self._lock.release()
+            except RuntimeError:
+                pass
+        self._flush()
+        self._io_work.set()
+
+    # --- a call alone ----------------------------------------------------------------------------------------
+
+    def _drive_alone(self, call: Call[Any]) -> bool:
+        """If no other call is under way, start this one, and see it through until it is done or somebody waits for it.
+
+        That is so from the beginning if it has a future, and else as soon as another call comes: then it is for the
+        I/O thread to go on with it. Returns whether it was started.
+        """
+        started = False
+        try:
+            if self._lock.acquire(blocking=False) and self._session.idle and not self._outbox:
+                started = True
+                self._start(call)
+                while not call.done and call.waiter is None:
+                    if self._outbox:
+                        call.waiter = _Signal()
+                    else:
+                        self._step()
+        except BaseException:
+            if started:
+                self._give_up(call)
             raise
         finally:
-            del future  # else it, its exception and this frame would keep each other, and the inputs, alive
-
-    def _on_done(self, call: Call[Any], future: Future[Any]) -> None:
-        if future.cancelled():
-            self._post(self._withdraw, call)
-
-    # --- driving: these run under the lock -------------------------------------------------------------------
-
-    def _start(self, call: Call[Any]) -> None:
-        self._link.start(call)
-        if call.done:
-            _settle(call)
+            try:  # noqa: SIM105 - suppress() could be interrupted before the release
+                self._lock.release()
+            except RuntimeError:  # not taken
+                pass
+        return started
 
     def _give_up(self, call: Call[Any]) -> None:
         """After an exception from anywhere in the driving of a call, a KeyboardInterrupt for one."""
@@ -133,138 +155,188 @@ class ThreadDriver:
             self._session.forget(call)
             self._link.reset()
 
-    def _withdraw(self, call: Call[Any]) -> None:
-        if self._link.withdraw(call):
-            call.waiter.set_running_or_notify_cancel()  # concurrent.futures.wait returns only now
+    # --- calls in the hands of the I/O thread ----------------------------------------------------------------
+
+    def _await(self, call: Call[Any], waiter: _Signal | None) -> None:
+        """Return when a call is done. Without a waiter it is not under way yet."""
+        patience = max(0.0, call.expires - time.monotonic()) + (0.0 if call.strict else _GRACE_S)
+        try:
+            if waiter is None:
+                waiter = call.waiter = _Signal()
+                self._post(self._start, call)
+            if waiter.wait(min(patience, threading.TIMEOUT_MAX)):
+                return
+        except BaseException:
+            self._post(self._withdraw, call)
+            raise
+        self._post(self._withdraw, call)
+        if call.strict:
+            raise self._session.timeout_error(call)
+        raise DeadlineExceeded(
+            f"{self._session.endpoint}: no answer to {call.verb} was read within {patience:g} s, "
+            f"because a callback of a future keeps the reading thread busy"
+        )
+
+    def _on_done(self, call: Call[Any], future: Future[Any]) -> None:
+        if future.cancelled():
+            self._post(self._withdraw, call)
+
+    def _post(self, action: Callable[[Call[Any]], None], call: Call[Any]) -> None:
+        """Have the I/O thread do `action(call)`."""
+        self._outbox.append((action, call))
+        driving = self._io_ident
+        if self._closed:
+            self._flush()
+        elif driving != get_ident():
+            self._wakeup.set()
+            if not driving:
+                self._call_io_thread()
+
+    def _call_io_thread(self) -> None:
+        if self._io_thread is None:  # two callers may start one each; the second finds nothing to do
+            thread = threading.Thread(
+                target=_serve, args=(weakref.ref(self), self._io_work), name="tnxctl-io", daemon=True
+            )
+            thread.start()
+            self._io_thread = thread
+        self._io_work.set()
+
+    def drive_until_idle(self) -> None:
+        """The I/O thread's turn."""
+        with self._lock:  # no signal interrupts this thread
+            try:
+                while self._outbox or not self._session.idle:
+                    self._io_ident = get_ident()
+                    while self._outbox or not self._session.idle:
+                        self._turn()
+                    self._io_ident = 0  # who posts from now on calls; who posted just before finds one more look
+                if self._closing:
+                    self._end()
+                    self._flush()
+            except BaseException:
+                self._polling = False
+                self._link.reset()
+                raise
+            finally:
+                self._io_ident = 0
+
+    def _turn(self) -> None:
+        if self._outbox:
+            self._flush()
+        else:
+            self._step()
 
     def _flush(self) -> None:
-        while self._outbox:
-            action, call = self._outbox.popleft()
+        """Do what was posted: under the lock, or in any thread once the session is closed and all of it fails."""
+        while True:
+            try:
+                action, call = self._outbox.popleft()
+            except IndexError:  # empty
+                return
             action(call)
+
+    def _withdraw(self, call: Call[Any]) -> None:
+        if self._link.withdraw(call) and isinstance(call.waiter, Future):
+            call.waiter.set_running_or_notify_cancel()  # concurrent.futures.wait returns only now
+
+    # --- either way: these run under the lock ----------------------------------------------------------------
+
+    def _start(self, call: Call[Any]) -> None:
+        self._link.start(call)
+        if call.done:
+            _settle(call)
 
     def _step(self) -> None:
         """Wait until something happens or is due, and deal with it."""
-        if self._closed:
-            _settle_all(self._session.close())
-        if self._closed or self._outbox:
-            self._flush()
+        if self._closing:
+            self._end()
             return
         now = time.monotonic()
         wait_ms = (self._session.due - now) * 1e3
         if wait_ms <= 0:
             _settle_all(self._link.on_time(now))
             return
+        link = self._link
+        sources: list[tuple[Any, int]] = [(self._wakeup.fd, _POLLIN)]
+        if link.dealer is not None:
+            sources += [(link.dealer, _POLLIN), (link.monitor, _POLLIN)]
         self._polling = True
-        events = self._poller.poll(math.ceil(min(wait_ms, _MAX_WAIT_MS)))
+        events = zmq_poll(sources, math.ceil(min(wait_ms, _MAX_WAIT_MS)))
         self._polling = False
         for source, _ in events:
-            if source is self._link.dealer:
-                finished = self._link.receive()
+            if source is link.dealer:
+                finished = link.receive()
                 if finished is not None:
                     _settle(finished)
-            elif source is self._link.monitor:
-                _settle_all(self._link.on_monitor())
+            elif source is link.monitor:
+                _settle_all(link.on_monitor())
             elif source == self._wakeup.fd:
                 self._wakeup.clear()
 
-    def drive_until_idle(self) -> None:
-        """The I/O thread's turn."""
-        self._lock.acquire()
-        try:
-            while self._outbox or not self._session.idle:
-                self._step()
-        except BaseException:
-            self._polling = False
-            self._link.reset()
-            raise
-        finally:
-            self._release()
-
-    # --- who drives ------------------------------------------------------------------------------------------
-
-    def _post(self, action: Callable[[Call[Any]], None], call: Call[Any]) -> None:
-        """Have `action(call)` done under the lock: here if it is free, else by the thread that holds it.
-
-        A holder looks into the outbox once more after it has let go of the lock, so what is put there before the
-        attempt to take the lock is found by one of the two.
-        """
-        self._outbox.append((action, call))
-        self._flush_if_free()
-
-    def _flush_if_free(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            self._wakeup.set()
-            return
-        try:
-            self._flush()
-        finally:
-            self._release()
-
-    def _release(self) -> None:
-        """Let go of the lock, and see to it that what is left is driven on."""
-        self._lock.release()
-        if self._closed:
-            if self._outbox:
-                self._flush_if_free()
-        elif self._outbox or not self._session.idle:
-            self._call_io_thread()
-
-    def _call_io_thread(self) -> None:
-        if self._io_thread is None:
-            with self._io_thread_lock:
-                if self._io_thread is None:
-                    thread = threading.Thread(
-                        target=_serve, args=(weakref.ref(self), self._io_work), name="tnxctl-io", daemon=True
-                    )
-                    thread.start()
-                    self._io_thread = thread
-        self._io_work.set()
-
-    def _shut_down(self) -> None:
+    def _end(self) -> None:
+        """Fail whatever is under way, have whatever comes fail at once, and close the sockets. Idempotent."""
+        _settle_all(self._session.close())
         self._closed = True
-        self._wakeup.set()
-        self._lock.acquire()
-        try:
-            _settle_all(self._session.close())
-            self._link.close()
-            self._wakeup.close()
-        finally:
-            self._release()
-        self._io_work.set()
+        self._link.close()
+        self._wakeup.close()
+        self._is_open = False
 
 
-def _serve(driver_ref: weakref.ref[ThreadDriver], work: threading.Event) -> None:
+def _serve(driver_ref: weakref.ref[ThreadDriver], work: _Signal) -> None:
     """The I/O thread. It holds no driver while there is nothing to do, so a forgotten one can go."""
     while True:
         work.wait()
-        work.clear()
         driver = driver_ref()
-        if driver is None:
-            return
-        try:
-            driver.drive_until_idle()
-        except BaseException:  # SystemExit in a callback, say: the calls of others go on
-            _log.exception("the I/O thread of %s met an error", driver)
-        if driver._closed:
+        if driver is not None:
+            try:
+                driver.drive_until_idle()
+            except BaseException:  # SystemExit in a callback, say: the calls of others go on
+                _log.exception("the I/O thread of %s met an error", driver)
+                work.set()
+        if driver is None or driver._closed:
+            work.set()  # for another I/O thread, should there be one
             return
         del driver
 
 
+def _ignore(_opened_or_closed: object) -> None:
+    pass
+
+
 def _settle(call: Call[Any]) -> None:
-    """Give a finished call to the future that waits for it. Without one, the thread that drives is its caller."""
-    future, call.waiter = call.waiter, None
-    if future is None or not future.set_running_or_notify_cancel():
-        return
-    error = call.error
-    if error is None:
-        future.set_result(call.take())
-    else:
-        future.set_exception(error)
+    """Tell whoever waits for a finished call. Where nobody does, the thread that drives is its caller."""
+    waiter, call.waiter = call.waiter, None
+    if isinstance(waiter, _Signal):
+        waiter.set()
+    elif waiter is not None and waiter.set_running_or_notify_cancel():
+        if call.error is None:
+            waiter.set_result(call.take())
+        else:
+            waiter.set_exception(call.error)
 
 
 def _settle_all(calls: Iterable[Call[Any]]) -> None:
     for call in calls:
         _settle(call)
+
+
+class _Signal:
+    """For one thread to wait for another, once or again and again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        """Let the waiting thread through, or the next that comes."""
+        try:  # noqa: SIM105 - three times as fast as suppress()
+            self._lock.release()
+        except RuntimeError:  # set already
+            pass
+
+    def wait(self, timeout: float = -1) -> bool:
+        """Whether it was set within `timeout` seconds; without one, wait until it is. Clears it."""
+        return self._lock.acquire(timeout=timeout)
 
 
 class _Wakeup:
@@ -279,15 +351,20 @@ class _Wakeup:
 
     def set(self) -> None:
         if not self._is_set:
-            self._is_set = True
-            with contextlib.suppress(OSError):  # full: awake already; closed: nobody polls
+            try:
+                self._is_set = True  # nothing may come between this line and the next: the byte would never be sent
                 self._writer.send(b"\0")
+            except OSError:  # full: awake already; closed: nobody polls
+                pass
 
     def clear(self) -> None:
         """Call this before the look at whatever `set` announces: a later announcement sets it again."""
-        with contextlib.suppress(BlockingIOError):
+        try:
             self._reader.recv(64)
-        self._is_set = False
+        except OSError:  # empty; closed by a callback of a future
+            pass
+        finally:
+            self._is_set = False
 
     def close(self) -> None:
         self._reader.close()

@@ -192,16 +192,17 @@ class Link:
         dealer.connect(self._session.endpoint)
 
     def _close_sockets(self) -> None:
+        """Idempotent. What an interrupt keeps it from closing, the next time closes."""
         dealer, monitor = self.dealer, self.monitor
-        self.dealer = self.monitor = None
-        if monitor is not None:
+        if monitor is not None and not monitor.closed:
             assert dealer is not None
             dealer.disable_monitor()  # before its reader goes: libzmq's I/O thread could block on writing events
             self._unwatch(monitor)
             monitor.close(0)
-        if dealer is not None:
+        if dealer is not None and not dealer.closed:
             self._unwatch(dealer)
             dealer.close(0)
+        self.dealer = self.monitor = None
 
     def _cancel(self, call: Call[Any]) -> None:
         """Spare the daemon a computation that nobody waits for, if that is possible at once."""

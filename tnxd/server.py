@@ -388,8 +388,8 @@ class Server:
             self._send_error(message.peer, message.delimited, request.id, error)
         except Exception:  # a defect of ours: this client gets an answer, and the others go on
             log.exception("request %d", request.id)
-            error = Internal("the daemon failed at this request; its log says how")
-            self._send_error(message.peer, message.delimited, request.id, error)
+            defect = Internal("the daemon failed at this request; its log says how")
+            self._send_error(message.peer, message.delimited, request.id, defect)
 
     def _control(self, message: Message, request: Control) -> Reply | None:
         """The answer to a request about the daemon; None if it comes later."""
