@@ -443,6 +443,27 @@ def test_an_evicted_version_keeps_its_traffic_while_it_drains() -> None:
     assert bench.states() == {"a@1": READY, "b@1": EVICTED}
 
 
+def test_an_evicted_version_comes_back_as_its_files_are_now() -> None:
+    bench = Bench(budget_mb=1)
+    for name in ("a", "b"):
+        bench.add(name, "1", nbytes=MIB)
+    bench.run(bench.loader.start)
+    bench.add("a", "1", nbytes=MIB, stamp="b")
+    bench.loader.summon(bench.registry.find("a", b"c", ""))
+    while bench.loader.active:
+        bench.turn()
+    assert bench.executor.held == {"a@1#1"}
+    assert bench.run(bench.loader.reload) == Changes([], [], {})
+    bench.loader.summon(bench.registry.find("b", b"c", ""))
+    while bench.loader.active:
+        bench.turn()
+    bench.add("a", "1", nbytes=MIB, stamp="c", width=5)
+    bench.loader.summon(bench.registry.find("a", b"c", ""))
+    while bench.loader.active:
+        bench.turn()
+    assert "signature" in bench.registry.describe("a")[1].error
+
+
 def test_what_cannot_fit_evicts_nobody() -> None:
     bench = Bench(budget_mb=4)
     for name in ("a", "b"):

@@ -151,6 +151,16 @@ def test_names_and_texts_that_are_no_utf8_and_files_that_choke_a_parser(run_daem
         assert says(client) == 1
 
 
+def test_two_models_of_one_name(run_daemon: RunDaemon, root: Path) -> None:
+    put(root, "digits", 1)
+    daemon = run_daemon("--model-repository", str(root), "--model", "digits")
+    with Client(daemon.endpoint) as client:
+        errors = [info.error for info in client.models() if info.status == "failed"]
+        assert errors == ["two models are called 'digits': the built-in one is served"]
+        assert client.metadata("digits").format == "built-in"
+        assert says(client) == 1
+
+
 def test_who_may_not_give_orders(run_daemon: RunDaemon, root: Path, tmp_path: Path) -> None:
     config = tmp_path / "tnxd.toml"
     config.write_text(f'model_repository = "{root}"\nremote_control = false\n')

@@ -416,7 +416,13 @@ class Loader:
         version.loading = True
         deployment = self._registry.deployments.get(version.source.name)
         if deployment is not None and version.state == EVICTED:
-            yield from self._bring_up(deployment, version, takes_over=False)
+            catalog: Catalog = yield self._scan
+            entry = catalog.entries.get(deployment.name)
+            source = entry.sources.get(version.number) if entry is not None else None
+            changed = source is not None and source.stamp != version.source.stamp
+            if source is not None and changed:
+                version.source, version.generation = source, deployment.next_generation(version.number)
+            yield from self._bring_up(deployment, version, takes_over=changed)
         version.loading = False
 
     # --- steps of operations -----------------------------------------------------------------------------------
