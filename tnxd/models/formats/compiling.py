@@ -134,7 +134,7 @@ def _run_child(source: RepositorySource, device: torch.device, folder: Path, env
         assert child.stdin is not None
         assert child.stderr is not None
         with contextlib.suppress(BrokenPipeError):
-            child.stdin.write(pickle.dumps(source))
+            child.stdin.write(pickle.dumps(source))  # from a process to its own child: nothing comes from outside
             child.stdin.flush()
         said = child.stderr.read().decode("utf-8", "replace").strip()
         code = child.wait()
