@@ -185,11 +185,14 @@ def test_a_daemon_that_stops_answers_the_orders_it_has(run_daemon: RunDaemon, ro
     put(root, "slow", 1, before="pass")
     (root / "slow" / "1" / "says.py").write_text(f"open({str(fifo)!r}).read()\n" + SAYS.format(before="pass"))
     with Dealer(daemon.endpoint) as dealer:
-        dealer.socket.send(encode(Reload(v=1, id=5)))
+        for number in range(17):
+            dealer.socket.send(encode(Reload(v=1, id=number)))
         with open(fifo, "wb"):  # opens as soon as the load is under way
-            daemon.process.send_signal(signal.SIGTERM)
             error = dealer.error()
-    assert (error.id, error.code) == (5, "UNAVAILABLE")
+            assert (error.id, error.code) == (16, "RESOURCE_EXHAUSTED")
+            daemon.process.send_signal(signal.SIGTERM)
+            errors = [dealer.error() for _ in range(16)]
+    assert [(error.id, error.code) for error in errors] == [(number, "UNAVAILABLE") for number in range(16)]
     assert daemon.process.wait(30) == 0
 
 
