@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tnxctl.errors import FailedPrecondition, NotFound, TensorNextError
+from tnxctl.errors import FailedPrecondition, NotFound, PermissionDenied, TensorNextError
 from tnxctl.wire import TensorSpec
 from tnxd.costs import CostModel
 from tnxd.executors.execution import Execution, Warmth
@@ -94,6 +94,7 @@ class Bench:
         self.wanted: dict[str, tuple[str, ...]] = {}
         self.weights: dict[str, dict[str, float]] = {}
         self.failures: dict[str, str] = {}
+        self.scan_error: TensorNextError | None = None
         self.executors = {name: FakeExecutor(name, name.partition(":")[0]) for name in executors}
         self.executor = self.executors[executors[0]]
         self.costs = CostModel()
@@ -122,6 +123,8 @@ class Bench:
         return source
 
     def _scan(self) -> Catalog:
+        if self.scan_error is not None:
+            raise self.scan_error
         return Catalog(
             {
                 name: Entry(name, dict(sources), self.wanted[name], self.weights.get(name, {}))
@@ -524,3 +527,43 @@ def test_a_device_that_fails_to_free_does_not_stop_the_rest(bench: Bench) -> Non
     bench.add("net", "2")
     assert bench.run(bench.loader.reload) == Changes(["net@2"], ["net@1"], {})
     assert bench.states() == {"net@1": UNLOADED, "net@2": READY}
+
+
+def test_a_version_whose_way_back_was_barred_once_comes_back_later() -> None:
+    bench = Bench(budget_mb=1)
+    for name in ("a", "b"):
+        bench.add(name, "1", nbytes=MIB)
+    bench.run(bench.loader.start)
+    bench.scan_error = PermissionDenied("models can be written by others")
+    bench.loader.summon(bench.registry.find("a", b"c", ""))
+    while bench.loader.active:
+        bench.turn()
+    assert bench.states()["a@1"] == EVICTED
+    bench.scan_error = None
+    bench.loader.summon(bench.registry.find("a", b"c", ""))
+    while bench.loader.active:
+        bench.turn()
+    assert bench.states()["a@1"] == READY
+
+
+def test_a_version_asked_for_by_number_that_has_gone_is_no_obstacle(bench: Bench) -> None:
+    bench.add("net", "2")
+    bench.run(lambda done: bench.loader.load("net@2", done))
+    del bench.sources["net"]["2"]
+    bench.wanted["net"] = ("1",)
+    bench.run(bench.loader.reload)
+    assert bench.states() == {"net@1": READY}
+    assert bench.run(lambda done: bench.loader.unload("net@1", done)) == "net"
+
+
+def test_an_exception_that_cannot_say_what_it_is(bench: Bench) -> None:
+    class Unprintable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("not even that")
+
+    def opens() -> None:
+        raise Unprintable
+
+    bench.add("net", "2", opens=opens)
+    assert "Unprintable" in bench.run(bench.loader.reload).failed["net@2"]
+    assert not bench.registry.deployments["net"].versions["2"].loading

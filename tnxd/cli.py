@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,73 +43,61 @@ _TICK_S = 1.0
 _MIB = 1024 * 1024
 
 
+def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option that the environment may hold, too: --default-model as TNXD_DEFAULT_MODEL."""
+    variable = "TNXD_" + flag.removeprefix("--").replace("-", "_").upper()
+    return click.option(flag, *name, envvar=variable, show_envvar=True, **settings)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": False})
-@click.option(
+@_option(
     "--config",
     "path",
-    envvar="TNXD_CONFIG",
-    show_envvar=True,
     type=click.Path(path_type=Path, dir_okay=False),
     help="TOML file with settings.",
 )
-@click.option(
+@_option(
     "--bind",
-    envvar="TNXD_BIND",
-    show_envvar=True,
     multiple=True,
     metavar="ENDPOINT",
     help="Where to listen: tcp://HOST:PORT (port * picks one) or ipc://PATH.",
 )
-@click.option(
+@_option(
     "--model",
     "models",
-    envvar="TNXD_MODEL",
-    show_envvar=True,
     multiple=True,
     metavar="NAME",
     help="A built-in model to serve; may be given several times.",
 )
-@click.option(
+@_option(
     "--model-repository",
-    envvar="TNXD_MODEL_REPOSITORY",
-    show_envvar=True,
     metavar="DIRECTORY",
     help="Serve the models of this directory: NAME/VERSION/model.pt2 and so on.",
 )
-@click.option(
+@_option(
     "--default-model",
-    envvar="TNXD_DEFAULT_MODEL",
-    show_envvar=True,
     metavar="NAME",
     help="The model for requests that name none.",
 )
-@click.option(
+@_option(
     "--devices",
-    envvar="TNXD_DEVICES",
-    show_envvar=True,
     metavar="LIST",
     help="Devices to use: auto, or names with commas between: cpu,cuda:0.",
 )
-@click.option(
+@_option(
     "--cpu-workers",
-    envvar="TNXD_CPU_WORKERS",
-    show_envvar=True,
     type=int,
     metavar="N",
     help="CPU lanes; 0 chooses from the cores.",
 )
-@click.option(
+@_option(
     "--cpu-threads",
-    envvar="TNXD_CPU_THREADS",
-    show_envvar=True,
     type=int,
     metavar="N",
     help="torch threads per CPU lane; 0 chooses from the cores.",
 )
-@click.option(
+@_option(
     "--log-level",
-    envvar="TNXD_LOG_LEVEL",
-    show_envvar=True,
     type=click.Choice(configuration.LOG_LEVELS),
     help="What goes to the log.",
 )

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -42,6 +42,7 @@ from tnxd.registry import (
     signature_difference,
 )
 from tnxd.scheduler import Scheduler
+from tnxd.sentences import sentence
 from tnxd.work import Device
 
 log = logging.getLogger(__name__)
@@ -69,9 +70,9 @@ Done = Callable[[T | TensorNextError], None]
 class Changes:
     """What a reload did: NAME@VERSION that came and went, and what failed, by title, name or path, with the reason."""
 
-    loaded: list[str]
-    unloaded: list[str]
-    failed: dict[str, str]
+    loaded: list[str] = field(default_factory=list)
+    unloaded: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 class Loader:
@@ -109,8 +110,6 @@ class Loader:
         self._budget = budget
         self._timeout_s = load_timeout_s
         self._on_reload = on_reload
-        self.active = False
-        """Whether an operation is under way, and `poll` may have something to do."""
         self._waiting: deque[tuple[Operation[Any], Done[Any]]] = deque()
         self._current: tuple[Operation[Any], Done[Any]] | None = None
         self._drained: _Drained | None = None
@@ -120,6 +119,11 @@ class Loader:
         self._given_up: dict[int, str] = {}
         self._reload_waits = False
         self._step_until = float("inf")
+
+    @property
+    def active(self) -> bool:
+        """Whether an operation is under way, and `poll` may have something to do."""
+        return self._current is not None
 
     # --- what can be asked for ---------------------------------------------------------------------------------
 
@@ -171,9 +175,7 @@ class Loader:
         """Begin what waits, as long as nothing is under way. A loop: many may fail at their first step."""
         while self._current is None and self._waiting:
             self._current = self._waiting.popleft()
-            self.active = True
             self._advance(partial(self._current[0].send, None))
-        self.active = self._current is not None
 
     def _advance(self, resume: Callable[[], Callable[[], Any] | _Drained]) -> None:
         """Let the current operation go on up to its next step."""
@@ -189,7 +191,7 @@ class Loader:
             self._end(done, error)
         except Exception as error:
             log.exception("loading")
-            self._end(done, FailedPrecondition(_sentence(error)))
+            self._end(done, FailedPrecondition(sentence(error)))
         else:
             self._step_until = time.monotonic() + self._timeout_s
             if isinstance(step, _Drained):
@@ -264,7 +266,7 @@ class Loader:
                         try:
                             yield partial(executor.touch, version.model)
                         except Exception as error:
-                            log.error("%s on %s: %s", version.title, executor.name, _sentence(error))
+                            log.error("%s on %s: %s", version.title, executor.name, sentence(error))
         return changes
 
     def _announced_reload(self) -> Operation[Changes]:
@@ -280,7 +282,7 @@ class Loader:
 
     def _reload(self) -> Operation[Changes]:
         catalog: Catalog = yield self._scan
-        changes = Changes([], [], dict(catalog.failures))
+        changes = Changes(failed=dict(catalog.failures))
         registry = self._registry
         registry.failures = dict(catalog.failures)
         for deployment in [self._deployment(entry) for entry in catalog.entries.values()]:
@@ -322,8 +324,7 @@ class Loader:
         entry = deployment.entry
         wanted = {*entry.wanted, *deployment.pinned, *deployment.weights, deployment.shadow} & entry.sources.keys()
         serving = {version.number for version, _ in deployment.shares()}
-        for number in sorted(wanted, key=lambda number: (len(number), number)):
-            version = deployment.versions[number]
+        for number, version in [item for item in deployment.versions.items() if item[0] in wanted]:
             if version.servable and version.source.stamp == entry.sources[number].stamp:
                 continue
             try:
@@ -357,7 +358,7 @@ class Loader:
         deployment.put(new)
         self._registry.rebuild()
         changes.loaded.append(new.title)
-        yield from self._retire(old, UNLOADED, Changes([], [], {}))
+        yield from self._retire(old, UNLOADED, Changes())
 
     def _load_title(self, title: str) -> Operation[str]:
         name, number = split_title(title)
@@ -367,7 +368,7 @@ class Loader:
             if name in catalog.failures:
                 raise FailedPrecondition(f"model {name!r} cannot be served: {catalog.failures[name]}")
             raise NotFound(f"no model {name!r}; there are {', '.join(catalog.entries) or 'none'}")
-        changes = Changes([], [], {})
+        changes = Changes()
         if not number:
             deployment = self._deployment(entry)
             deployment.weights, deployment.shadow, deployment.implied = dict(entry.weights), entry.shadow, False
@@ -407,23 +408,28 @@ class Loader:
             deployment.weights.pop(version.number, None)
             if deployment.shadow == version.number:
                 deployment.shadow = ""
-            yield from self._retire(version, UNLOADED, Changes([], [], {}))
-        if deployment.implied and not any(deployment.versions[pinned].servable for pinned in deployment.pinned):
+            yield from self._retire(version, UNLOADED, Changes())
+        waiting = [each for each in deployment.versions.values() if each.number in deployment.pinned and each.servable]
+        if deployment.implied and not waiting:
             deployment.weights, deployment.implied = {}, False
         return name
 
     def _bring_back(self, version: Version) -> Operation[None]:
+        """Load an evicted version again, with the files that it has now."""
         version.loading = True
-        deployment = self._registry.deployments.get(version.source.name)
-        if deployment is not None and version.state == EVICTED:
+        try:
             catalog: Catalog = yield self._scan
+            deployment = self._registry.deployments.get(version.source.name)
+            if deployment is None or version.state != EVICTED:
+                return
             entry = catalog.entries.get(deployment.name)
-            source = entry.sources.get(version.number) if entry is not None else None
-            changed = source is not None and source.stamp != version.source.stamp
-            if source is not None and changed:
+            source = entry.sources.get(version.number, version.source) if entry is not None else version.source
+            changed = source.stamp != version.source.stamp
+            if changed:
                 version.source, version.generation = source, deployment.next_generation(version.number)
             yield from self._bring_up(deployment, version, takes_over=changed)
-        version.loading = False
+        finally:
+            version.loading = False
 
     # --- steps of operations -----------------------------------------------------------------------------------
 
@@ -459,7 +465,7 @@ class Loader:
                 except BaseException as error:
                     if not isinstance(error, TensorNextError):  # those are logged where they come from
                         log.error("%s on %s", version.title, name, exc_info=error)
-                    failures[name] = _sentence(error)
+                    failures[name] = sentence(error)
                     if isinstance(error, DeadlineExceeded):
                         raise
                     continue
@@ -476,7 +482,7 @@ class Loader:
                 # The thread that was given up may yet write under the old key.
                 self._given_up[self._late] = version.key
                 version.generation = deployment.next_generation(version.number)
-            failure = error if isinstance(error, TensorNextError) else FailedPrecondition(_sentence(error))
+            failure = error if isinstance(error, TensorNextError) else FailedPrecondition(sentence(error))
             version.loading = False
             if version.state == EVICTED and isinstance(failure, ResourceExhausted):
                 version.error = failure.message  # there may be room another time
@@ -540,7 +546,7 @@ class Loader:
         try:
             yield partial(executor.unload, key)
         except Exception as error:
-            log.error("%s is not freed on %s: %s", key, executor.name, _sentence(error))
+            log.error("%s is not freed on %s: %s", key, executor.name, sentence(error))
 
     def _free_all(self, key: str) -> Operation[None]:
         for executor in self._executors.values():
@@ -575,18 +581,10 @@ class Loader:
             if stay_s > 0:  # the clients that it was loaded for are about to ask again
                 yield partial(time.sleep, stay_s)
             log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title)
-            yield from self._retire(victim, EVICTED, Changes([], [], {}))
+            yield from self._retire(victim, EVICTED, Changes())
 
     def _holds(self, device: str, key: str) -> bool:
         return key in self._device(device).models
 
     def _device(self, name: str) -> Device:
         return self._scheduler.devices[name]
-
-
-def _sentence(error: BaseException) -> str:
-    """What an exception of a model's code says."""
-    if isinstance(error, TensorNextError):
-        return error.message
-    text = (str(error).splitlines() or [""])[0][:300]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -10,7 +10,6 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -34,17 +33,14 @@ from tnxctl.wire import (
     ErrorReply,
     Health,
     Limits,
-    Load,
     Metadata,
     Models,
+    ModelsReport,
     Predict,
-    Reload,
     Reply,
     Result,
-    Route,
     TensorSpec,
     Timing,
-    Unload,
     decode_request,
     encode,
     request_id,
@@ -52,8 +48,9 @@ from tnxctl.wire import (
 from tnxd import control
 from tnxd.control import Inventory
 from tnxd.executors.execution import Execution, Executor
-from tnxd.loading import Changes, Loader
+from tnxd.loading import Loader
 from tnxd.models.model import BoundInputs, Model
+from tnxd.orders import Order, Orders
 from tnxd.registry import DRAINING, READY, STARTING, Version
 from tnxd.router import Message, Router
 from tnxd.scheduler import Scheduler
@@ -74,10 +71,7 @@ _DRAIN_LIMIT = 256
 # When to ask again a daemon that is starting, or one in the place of the one that is draining.
 _RETRY_AFTER_S = 0.1
 
-# Loads, unloads and reloads of one client that may wait: each may take minutes, and they run one after the other.
-_MAX_ORDERS = 16
-
-Control = Health | Metadata | Models | Load | Unload | Route | Reload | Compare
+Control = Health | Metadata | Models | Compare | Order
 """Requests about the daemon and its models."""
 
 
@@ -182,8 +176,7 @@ class Server:
         self._on_device_lost = on_device_lost
         self._loader: Loader | None = None
         self._shadows = Shadows()
-        self._asked: dict[int, tuple[Message, int]] = {}  # requests about models that are still being carried out
-        self._serial = 0
+        self._orders: Orders | None = None
         self._calls: deque[Callable[[], None]] = deque()
         self._completed: deque[Execution] = deque()
         self._in_flight: dict[bytes, dict[int, Pending]] = {}
@@ -211,6 +204,7 @@ class Server:
         """The devices are open: models can be loaded."""
         self._scheduler = scheduler
         self._loader = loader
+        self._orders = Orders(loader, self._models, self._answer_control)
 
     def serve(self) -> None:
         """The models are ready: take requests."""
@@ -332,9 +326,8 @@ class Server:
         running = [request for execution in self._on_lanes for request in execution.batch.requests]
         for request in [*waiting, *[request for request in running if not request.done]]:
             self._answer_error(request, Unavailable("the daemon stopped before this request was done"))
-        for message, id_ in self._asked.values():
-            error = Unavailable("the daemon stopped before this was done")
-            self._send_error(message.peer, message.delimited, id_, error)
+        if self._orders is not None:
+            self._orders.abandon()
 
     # --- in ----------------------------------------------------------------------------------------------------
 
@@ -382,14 +375,15 @@ class Server:
                     raise InvalidArgument(f"{len(tensors)} tensor frames came with a message that takes none")
                 reply = self._control(message, request)
                 if reply is not None:
-                    self._router.send(message.peer, message.delimited, (_encoded(reply), ()))
+                    self._answer_control(message, request.id, reply)
+            return
         except TensorNextError as error:
-            self._telemetry.requests += not isinstance(request, Predict)
-            self._send_error(message.peer, message.delimited, request.id, error)
+            failure = error
         except Exception:  # a defect of ours: this client gets an answer, and the others go on
             log.exception("request %d", request.id)
-            defect = Internal("the daemon failed at this request; its log says how")
-            self._send_error(message.peer, message.delimited, request.id, defect)
+            failure = Internal("the daemon failed at this request; its log says how")
+        self._telemetry.requests += not isinstance(request, Predict)
+        self._send_error(message.peer, message.delimited, request.id, failure)
 
     def _control(self, message: Message, request: Control) -> Reply | None:
         """The answer to a request about the daemon; None if it comes later."""
@@ -401,44 +395,25 @@ class Server:
         if isinstance(request, Metadata):
             return control.metadata(request, inventory, scheduler)
         if isinstance(request, Models):
-            return control.models(request.id, "", inventory, scheduler)
+            return self._models(request.id, "")
         if isinstance(request, Compare):
             return control.comparison(request, inventory, self._shadows)
-        loader = self._loader
         if not self._remote_control:
             raise PermissionDenied("this daemon takes no orders about its models: remote_control is false")
-        if self.state != READY or loader is None:
+        if self.state != READY or self._orders is None:
             raise Unavailable(f"the daemon is {self.state}", retry_after_s=_RETRY_AFTER_S)
-        if isinstance(request, Route):
-            loader.route(request.model, request.weights, request.shadow)
-            return control.models(request.id, request.model, inventory, scheduler)
-        if sum(asking.peer == message.peer for asking, _ in self._asked.values()) >= _MAX_ORDERS:
-            raise ResourceExhausted(f"{_MAX_ORDERS} orders of this client are waiting, which is the limit")
-        self._serial += 1
-        self._asked[self._serial] = message, request.id
-        done = partial(self._carried_out, self._serial, request)
-        if isinstance(request, Reload):
-            loader.reload(done)
-        elif isinstance(request, Load):
-            loader.load(request.model, done)
-        else:
-            loader.unload(request.model, done)
+        self._orders.take(message, request)
         return None
 
-    def _carried_out(
-        self, serial: int, request: Load | Unload | Reload, outcome: Changes | str | TensorNextError
-    ) -> None:
-        message, id_ = self._asked.pop(serial)
-        if isinstance(outcome, TensorNextError):
+    def _models(self, id_: int, name: str) -> ModelsReport:
+        return control.models(id_, name, self._inventory, self._scheduler)
+
+    def _answer_control(self, message: Message, id_: int, answer: Reply | TensorNextError) -> None:
+        if isinstance(answer, TensorNextError):
             self._telemetry.requests += 1
-            self._send_error(message.peer, message.delimited, id_, outcome)
-            return
-        reply: Reply
-        if isinstance(outcome, Changes):
-            reply = control.reload_report(id_, outcome)
+            self._send_error(message.peer, message.delimited, id_, answer)
         else:
-            reply = control.models(id_, outcome, self._inventory, self._scheduler)
-        self._router.send(message.peer, message.delimited, (_encoded(reply), ()))
+            self._router.send(message.peer, message.delimited, (_encoded(answer), ()))
 
     def _predict(self, message: Message, request: Predict, tensors: Sequence[Buffer], received_ns: int) -> None:
         if self.state != READY:

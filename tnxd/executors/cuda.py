@@ -17,8 +17,9 @@ import torch
 from tnxctl.frames import STORAGE, Array
 from tnxd.batching import Staging
 from tnxd.executors.execution import Execution
-from tnxd.executors.runner import Replicas, Runner, first_line
+from tnxd.executors.runner import Replicas, Runner
 from tnxd.executors.tensors import check_outputs, to_array, to_tensor
+from tnxd.sentences import first_line
 
 _MIB = 1024 * 1024
 _MEMORY_PERIOD_S = 1.0

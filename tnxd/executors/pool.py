@@ -17,8 +17,9 @@ from tnxctl.errors import Internal, TensorNextError, Unavailable
 from tnxctl.frames import STORAGE
 from tnxctl.wire import TensorSpec
 from tnxd.executors.execution import Execution, Warmth
-from tnxd.executors.runner import Runner, first_line
+from tnxd.executors.runner import Runner
 from tnxd.models.model import Model
+from tnxd.sentences import first_line, sentence
 from tnxd.work import INLINE, SPARE, Batch, Device
 
 OnDone = Callable[[Execution], None]
@@ -80,12 +81,12 @@ class LanePool:
         self._warm_up = self._start_lane("warm-up"), threading.Lock()
         self._spare: queue.SimpleQueue[Task] | None = None
 
-    def _start_lane(self, label: str) -> queue.SimpleQueue[Task]:
+    def _start_lane(self, label: str, *, yields: bool = False) -> queue.SimpleQueue[Task]:
         inbox: queue.SimpleQueue[Task] = queue.SimpleQueue()
         # Daemon threads: a model that hangs must not keep the process from ending.
         threading.Thread(
             target=self._work,
-            args=(self._make_runner(), inbox, label == "spare"),
+            args=(self._make_runner(), inbox, yields),
             name=f"{self.name}/{label}",
             daemon=True,
         ).start()
@@ -156,7 +157,7 @@ class LanePool:
         lane = execution.batch.lane
         if lane == SPARE:
             if self._spare is None:
-                self._spare = self._start_lane("spare")
+                self._spare = self._start_lane("spare", yields=True)
             inbox = self._spare
         else:
             inbox = self._queues[lane]
@@ -192,7 +193,7 @@ class LanePool:
         try:
             runner.enter_thread()
         except BaseException as error:  # a device that vanished: answer for it rather than leave callers waiting
-            broken = f"{type(error).__name__}: {first_line(error)}"
+            broken = sentence(error)
         while True:
             task = inbox.get()
             if isinstance(task, str):

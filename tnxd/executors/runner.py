@@ -18,6 +18,7 @@ from tnxctl.frames import Array
 from tnxd.batching import Staging, split
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.executors.tensors import empty_outputs
+from tnxd.sentences import first_line
 
 log = logging.getLogger(__name__)
 
@@ -158,12 +159,3 @@ class Runner(ABC):
         if execution.fatal:
             return Unavailable(f"{self.device} failed: {execution.fatal}")
         return Internal(f"model {model.name!r} raised {type(error).__name__}: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, as far as a header can carry it; it may be of any class, with any __str__."""
-    try:
-        text = str(error)
-    except Exception:
-        text = "(its message cannot be shown)"
-    return (text.splitlines() or [""])[0][:200].encode("utf-8", "replace").decode()

@@ -20,13 +20,13 @@ from torch.utils import _pytree as pytree
 
 from tnxctl.errors import FailedPrecondition
 from tnxctl.wire import TensorSpec
-from tnxd.executors.runner import first_line
 from tnxd.executors.tensors import TORCH_DTYPES
 from tnxd.models.formats import ignore_warnings_about_torch_itself
 from tnxd.models.formats.conditions import Conditions, bounds, of_program
 from tnxd.models.formats.signature import Found, Opened, Shape, Signature, settle
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
+from tnxd.sentences import sentence
 
 FILE = "model.pt2"
 
@@ -135,9 +135,7 @@ def load(files: TrustedFiles, label: str) -> ExportedProgram:
         try:
             return torch.export.load(file)
         except Exception as error:  # whatever torch stumbles over
-            raise FailedPrecondition(
-                f"{label}: torch {torch.__version__} cannot load it: {type(error).__name__}: {first_line(error)}"
-            ) from error
+            raise FailedPrecondition(f"{label}: torch {torch.__version__} cannot load it: {sentence(error)}") from error
 
 
 def describe(program: ExportedProgram, label: str) -> Description:
@@ -226,9 +224,7 @@ def export(network: torch.nn.Module, signature: Signature, device: torch.device)
             _Positional(network), tuple(inputs), dynamic_shapes=(tuple(dimensions),), strict=False
         )
     except Exception as error:
-        raise FailedPrecondition(
-            f"torch.export cannot follow the network: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise FailedPrecondition(f"torch.export cannot follow the network: {sentence(error)}") from error
 
 
 def _training(program: ExportedProgram) -> list[str]:

@@ -24,6 +24,7 @@ import torch
 
 from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxd.models.trust import TrustedFiles
+from tnxd.sentences import sentence
 
 _ROOT = "tnxd_repository"
 _numbers = itertools.count(1)
@@ -88,7 +89,7 @@ class Factory:
         except TensorNextError:
             raise
         except (Exception, SystemExit) as error:
-            raise FailedPrecondition(f"{self.label}: {what} raised {type(error).__name__}: {error}") from error
+            raise FailedPrecondition(f"{self.label}: {what} raised {sentence(error)}") from error
 
 
 class _Loader(importlib.machinery.SourceFileLoader):

@@ -9,11 +9,11 @@ import torch
 
 from tnxctl.errors import FailedPrecondition, InvalidArgument
 from tnxctl.wire import TensorSpec
-from tnxd.executors.runner import first_line
 from tnxd.executors.tensors import to_array
 from tnxd.models.formats.signature import Found, Opened, settle
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
+from tnxd.sentences import first_line
 
 FILE = "model.onnx"
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from tnxctl.errors import FailedPrecondition
-from tnxd.executors.runner import first_line
 from tnxd.models.formats import ignore_warnings_about_torch_itself
 from tnxd.models.formats.precision import Precision
 from tnxd.models.formats.signature import Opened, declared
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
+from tnxd.sentences import first_line
 
 FILE = "model.pt"
 NOTE = "TorchScript is deprecated by torch: export the model anew with torch.export, as model.pt2"
