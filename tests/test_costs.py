@@ -117,6 +117,14 @@ def test_a_model_is_forgotten_on_all_devices_with_all_its_shapes() -> None:
     assert all(costs.curve(device, "other", group).known for device in ("cpu", "cuda:0") for group in ((), (128,)))
 
 
+def test_curves_that_are_in_use_stay() -> None:
+    costs = CostModel(max_curves=2)
+    costs.curve("cpu", "mlp").observe(1, 100.0)
+    for length in range(5):
+        costs.curve("cpu", "mlp", (length,)).observe(1, 100.0)
+        assert costs.curve("cpu", "mlp").known
+
+
 def test_the_oldest_curves_go_first() -> None:
     costs = CostModel(max_curves=2)
     for length in (1, 2, 3):

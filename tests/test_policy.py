@@ -1008,3 +1008,45 @@ def test_whatever_comes_and_goes_nothing_is_lost_and_every_limit_is_kept(steps: 
         for placement in device.placements.values():
             assert placement.lanes == []
             assert placement.backlog_us == pytest.approx([0.0] * 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("leaves", ["run", "cancel"])
+def test_what_has_left_before_its_delay_is_over_wakes_nobody(leaves: str) -> None:
+    scheduler = policy()
+    waiting = [request(max_batch_size=2, max_delay_ns=3 * MS) for _ in range(2)]
+    for one in waiting if leaves == "run" else waiting[:1]:
+        scheduler.add(one, 0)
+    if leaves == "run":
+        assert run_one(scheduler).requests == waiting
+    else:
+        assert scheduler.cancel(waiting[0])
+    assert scheduler.next_event_ns() == NEVER
+
+
+def test_each_has_a_delay_of_its_own() -> None:
+    scheduler = policy()
+    for _ in range(2):
+        scheduler.add(request(max_batch_size=2, max_delay_ns=3 * MS), 0)
+    run_one(scheduler)
+    later = request(max_batch_size=2, max_delay_ns=3 * MS)
+    scheduler.add(later, 2 * MS)
+    assert scheduler.next_batches(3 * MS) == ([], [])
+    assert scheduler.next_batches(5 * MS)[0][0].requests == [later]
+
+
+def test_new_shapes_are_as_quick_to_take_in_however_many_wait() -> None:
+    """Empty queues are swept out, but not looked for at every new one."""
+    scheduler = policy()
+    device = scheduler.devices["cpu"]
+    rebuilt = 0
+    for length in range(4096):
+        before = device.waiting
+        scheduler.add(request(group=(length,)), 0)
+        rebuilt += device.waiting is not before
+    assert rebuilt < 8
+    while scheduler.queued:
+        run_one(scheduler)
+    for length in range(4096, 20_000):
+        scheduler.add(request(group=(length,)), 0)
+        run_one(scheduler)
+    assert len(device.waiting) < 10_000

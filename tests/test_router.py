@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -201,3 +204,42 @@ def test_an_ipc_endpoint_cleans_up(tmp_path: Path) -> None:
     assert (tmp_path / "tnx").exists()
     one.close(0)
     assert [path.name for path in tmp_path.iterdir()] == ["tnx.lock"]
+
+
+_ONE_AFTER_THE_OTHER = """
+import sys, zmq
+context = zmq.Context()
+silent = context.socket(zmq.DEALER)
+monitor = silent.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+silent.connect(sys.argv[1])
+monitor.recv_multipart()
+silent.disable_monitor()
+silent.close(0)
+sys.stdin.readline()
+alive = context.socket(zmq.DEALER)
+alive.connect(sys.argv[1])
+alive.send(b"header")
+print(alive.recv().decode(), flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_news_of_one_that_said_nothing_is_not_taken_for_news_of_the_next(router: Router) -> None:
+    """Who connects and leaves without a word frees a descriptor, which the next client gets."""
+    command = [sys.executable, "-c", _ONE_AFTER_THE_OTHER, router.endpoints[0]]
+    before = len(os.listdir("/proc/self/fd"))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as clients:
+        assert clients.stdin is not None
+        assert clients.stdout is not None
+        assert router._monitor.poll(20_000)  # of the silent one; nobody looks at it yet
+        while len(os.listdir("/proc/self/fd")) > before + 2:  # both pipes are here, its connection is not yet closed
+            time.sleep(0)
+        print(file=clients.stdin, flush=True)
+        peer = next_message(router).peer
+        gone = router.vanished()
+        router.send(peer, False, (b"answer", ()))
+        assert peer not in gone
+        assert clients.stdout.readline() == "answer\n"
+        clients.communicate("\n")
+    while peer not in router.vanished():
+        router.wait(1000)

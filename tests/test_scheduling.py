@@ -10,6 +10,7 @@ import pytest
 
 from conftest import Daemon
 from dealer import Dealer, rows
+from model_repositories import rss_mb
 from tnxctl import wire
 
 ODD = (str(Path(__file__).parent / "odd_models.py"),)
@@ -64,6 +65,21 @@ def test_a_deadline_that_passes_in_the_queue(hold: Callable[[str], Held]) -> Non
     assert (report.queued, report.running) == (0, 1)
     held.release()
     assert held.dealer.result()[0].id == held.first
+
+
+def test_what_has_been_answered_keeps_no_memory_until_its_deadline(run_daemon: RunDaemon) -> None:
+    daemon = run_daemon("--model", "mlp")
+    dealer = Dealer(daemon.endpoint)
+    array = rows(8192, 256)  # 8 MiB
+    for _ in range(3):
+        dealer.predict(array, deadline_us=600e6)
+        dealer.result()
+    before = rss_mb(daemon.process.pid)
+    for _ in range(20):
+        dealer.predict(array, deadline_us=600e6)
+        dealer.result()
+    assert rss_mb(daemon.process.pid) - before < 80
+    dealer.context.destroy(linger=0)
 
 
 def test_a_deadline_that_passes_on_the_lane_is_answered_once(

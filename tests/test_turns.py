@@ -49,6 +49,35 @@ def test_a_newcomer_joins_the_round() -> None:
     assert turns.first() == "new"
 
 
+def test_a_stream_of_newcomers_does_not_keep_those_waiting_who_had_a_turn() -> None:
+    turns: Turns[str] = Turns()
+    turns.offer("patient", 0, 0)
+    had = 0
+    for serial in range(1, 3000):
+        turns.offer(f"new {serial}", 0, serial)
+        member = turns.first()
+        assert member is not None
+        turns.served(member)
+        if member == "patient":
+            had += 1
+            turns.offer(member, 0, 10_000 + serial)
+    assert had > 20
+
+
+def test_many_that_wait_are_of_one_round() -> None:
+    """However many they are: an urgent one that comes meanwhile still goes before those that have had a turn."""
+    turns: Turns[str] = Turns()
+    for serial in range(1000):
+        turns.offer(f"member {serial}", 100, serial)
+    for serial in range(400):
+        member = turns.first()
+        assert member is not None
+        turns.served(member)
+        turns.offer(member, 0, 2000 + serial)
+    turns.offer("urgent", 1, 9000)
+    assert turns.first() == "urgent"
+
+
 def test_offered_again_it_moves_forward_and_never_back() -> None:
     turns: Turns[str] = Turns()
     turns.offer("a", 20, 1)

@@ -156,7 +156,7 @@ class CostModel:
     """A curve per device, model and shape group, and another where batches run on the caller's own thread.
 
     Rows alone do not tell the cost of a sequence model: what is long is learned apart from what is short. The number of
-    curves is bounded; the oldest is forgotten first.
+    curves is bounded; the least recently used is forgotten first.
     """
 
     def __init__(self, max_curves: int = 4096) -> None:
@@ -166,11 +166,12 @@ class CostModel:
     def curve(self, device: str, model: str, group: tuple[int, ...] = (), *, inline: bool = False) -> CostCurve:
         """The curve, an empty one at first."""
         key = (device, model, group, inline)
-        known = self._curves.get(key)
+        known = self._curves.pop(key, None)
         if known is None:
             if len(self._curves) >= self._max_curves:
                 del self._curves[next(iter(self._curves))]
-            known = self._curves[key] = CostCurve()
+            known = CostCurve()
+        self._curves[key] = known  # last in the dict: most recently used
         return known
 
     def forget(self, model: str) -> None:

@@ -9,9 +9,9 @@ import contextlib
 import fcntl
 import os
 import stat
-import sys
+import struct
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ _NOBLOCK = int(zmq.NOBLOCK)
 _MORE = int(zmq.SNDMORE)
 _FIRST = _NOBLOCK | _MORE
 _POLLIN = int(zmq.POLLIN)
+
+_EVENT = struct.Struct("=Hi")  # of the monitor: the kind, and a descriptor
 
 # From this size on, handing libzmq a reference beats copying. It wakes a thread of pyzmq's for every frame, which
 # costs as much as to copy 512 kB; but what is copied counts against a peer as a message only, whatever its size.
@@ -104,7 +106,7 @@ class Router:
         self._lent: dict[bytes, _Lent] = {}
         self._peers: dict[int, bytes] = {}  # file descriptor of a connection -> its peer
         self._known: set[bytes] = set()
-        self._reused: Counter[int] = Counter()
+        self._open: set[int] = set()
         self._gone: list[bytes] = []
         self._locks: list[IO[str]] = []
         self._context = zmq.Context()
@@ -117,7 +119,11 @@ class Router:
         socket.setsockopt(zmq.BACKLOG, 1024)
         socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         socket.setsockopt(zmq.TCP_MAXRT, 30_000)  # cuts a peer that stops reading; heartbeats would cut slow uploads
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        news = f"inproc://connections-{id(self)}"
+        socket.monitor(news, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._monitor = self._context.socket(zmq.PAIR)
+        self._monitor.setsockopt(zmq.RCVHWM, 0)  # libzmq's thread would stand still where it is full
+        self._monitor.connect(news)
         self._recv: Any = socket.recv  # its stubs do not know that frames are buffers, nor that arrays are
         # Of the compiled class below: what pyzmq wraps around it serves options that nothing here uses, and costs half
         # as much again.
@@ -206,12 +212,26 @@ class Router:
 
     def _meet(self, peer: bytes, descriptor: int) -> None:
         """Remember which connection a new peer came by: the monitor tells of connections, not of peers."""
-        self._known.add(peer)
-        former = self._peers.get(descriptor)
-        if former is not None:  # its descriptor serves another: it has gone, and the news of that is still to come
-            self._lose(former)
-            self._reused[descriptor] += 1
-        self._peers[descriptor] = peer
+        # libzmq's one thread tells that a connection has ended before it closes the descriptor, and that there is one
+        # before it reads from it: the news about the descriptor up to this message is here.
+        self._hear()
+        if descriptor in self._open:
+            self._known.add(peer)
+            self._peers[descriptor] = peer
+        else:  # it sent this and left
+            self._gone.append(peer)
+
+    def _hear(self) -> None:
+        """Take in the news of connections."""
+        while self._monitor.poll(0):
+            event, descriptor = _EVENT.unpack(self._monitor.recv_multipart(_NOBLOCK)[0])
+            if event == zmq.EVENT_ACCEPTED:
+                self._open.add(descriptor)
+                continue
+            self._open.discard(descriptor)
+            peer = self._peers.pop(descriptor, None)
+            if peer is not None:
+                self._lose(peer)
 
     def _lose(self, peer: bytes) -> None:
         self._known.discard(peer)
@@ -219,14 +239,7 @@ class Router:
 
     def vanished(self) -> list[bytes]:
         """Peers whose connections have ended since the last call."""
-        while self._monitor.poll(0):
-            descriptor = int.from_bytes(self._monitor.recv_multipart(_NOBLOCK)[0][2:6], sys.byteorder)
-            if self._reused[descriptor]:
-                self._reused[descriptor] -= 1
-                continue
-            peer = self._peers.pop(descriptor, None)
-            if peer is not None:
-                self._lose(peer)
+        self._hear()
         gone, self._gone = self._gone, []
         return gone
 

@@ -18,8 +18,8 @@ from tnxd.costs import BatchCosts, CostCurve, CostModel
 from tnxd.waiting import LEVELS, Waiting
 from tnxd.work import INLINE, NEVER, SPARE, Batch, Device, Load, Placement, Request
 
-# A request without a deadline takes its place in the order as if it had to be done in a second: among others of its
-# kind that is the order of arrival, and none with a later deadline overtakes it.
+# A request without a deadline, or with a later one, takes its place in the order as if it had to be done in a second:
+# among others of its kind that is the order of arrival, and none with a later deadline overtakes it.
 _PATIENCE_NS = 1_000_000_000
 
 # Queues that are kept though nothing waits in them: sequence models bring a new shape group with every length.
@@ -184,8 +184,9 @@ class Scheduler:
         key = (model, group)
         queue = device.waiting.get(key)
         if queue is None:
-            if len(device.waiting) >= _MAX_IDLE_QUEUES:
+            if len(device.waiting) >= device.sweep_at:
                 device.waiting = {known: other for known, other in device.waiting.items() if other.count}
+                device.sweep_at = max(_MAX_IDLE_QUEUES, 2 * len(device.waiting))
             costs = BatchCosts(
                 *[self._costs.curve(device.name, model, group, inline=inline) for inline in (False, True)],
                 lane_threads=device.lane_threads,
@@ -337,9 +338,10 @@ class Scheduler:
         The caller runs the first and answers the second.
         """
         while self._delayed and self._delayed[0][0] <= now_ns:
-            _, _, device, queue = heappop(self._delayed)
-            for level in range(LEVELS):
-                self._enter(device, queue, level)
+            ready_ns, _, device, queue = heappop(self._delayed)
+            if ready_ns == queue.ready_ns:  # else it was emptied meanwhile, and waits anew
+                for level in range(LEVELS):
+                    self._enter(device, queue, level)
         batches: list[Batch] = []
         late: list[Request] = []
         for device in self.devices.values():
@@ -352,9 +354,8 @@ class Scheduler:
         passed_over: list[tuple[Waiting, int]] = []
         while (inline_free or device.free_lanes) and (level := device.next_level()) is not None:
             queue = device.turns[level].first()
-            head = queue.head(level) if queue is not None else None
-            if queue is None:
-                break
+            assert queue is not None  # the level has members
+            head = queue.head(level)
             if head is None:
                 device.turns[level].withdraw(queue)  # all its requests of this level are cancelled or late
                 continue
@@ -551,6 +552,8 @@ class Scheduler:
 
     def next_event_ns(self) -> int:
         """When `expire` or `next_batches` has something to do though nothing else happens; NEVER."""
+        while self._delayed and not self._delayed[0][3].count:
+            heappop(self._delayed)  # a full batch took what waited for company, or it was withdrawn
         first = self._deadlines[0][0] if self._deadlines else NEVER
         return min(first, self._delayed[0][0]) if self._delayed else first
 

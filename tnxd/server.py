@@ -582,6 +582,7 @@ class Server:
     def _close(self, request: Pending) -> None:
         """The request has been answered, or nobody waits for it any more."""
         request.done = True
+        request.arrays = ()  # the scheduler may remember the request until its deadline
         mine = self._in_flight[request.peer]
         del mine[request.id]
         if not mine:

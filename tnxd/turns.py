@@ -8,12 +8,18 @@ from typing import Generic, TypeVar
 M = TypeVar("M")
 
 
+# A round takes no newcomers after so many turns, or twice as many as there are members: else a stream of them would
+# keep those waiting for good that have had theirs.
+_ROUND_TURNS = 64
+
+
 class Turns(Generic[M]):
     """Who goes next: earliest due first, but nobody twice in a round while others wait.
 
-    A member that has had its turn queues for the next round; one that comes new joins the current one. So each waits
-    for at most one turn of every other, however much those others have, and among members of one round the order is
-    that of their due times. Every operation costs at most the logarithm of the number of members.
+    A member that has had its turn queues for the next round; one that comes new joins the current one, unless that has
+    lasted long. So each waits for about two turns of every other at most, however much those others have and however
+    many come, and among members of one round the order is that of their due times. Every operation costs at most the
+    logarithm of the number of members.
 
     Attributes:
         members: those that have something to do; to look at, not to change.
@@ -31,7 +37,9 @@ class Turns(Generic[M]):
         Args:
             serial: unique; the smaller goes first among equally due ones.
         """
-        entry = (self._round + (member in self._served), due, serial, member)
+        served = self._served
+        late = member in served or len(served) >= max(_ROUND_TURNS, 2 * len(self.members))
+        entry = (self._round + late, due, serial, member)
         known = self.members.get(member)
         if known is None or entry < known:
             self.members[member] = entry

@@ -187,7 +187,7 @@ class Waiting:
     Attributes:
         key: model and group. costs: what batches of them take on this device. placement: the model on this device.
         rows, count: of the requests that wait.
-        ready_ns: before that, a batch smaller than the limit waits for company.
+        ready_ns: before that, a batch smaller than the limit waits for company; what a full batch left over does not.
     """
 
     __slots__ = ("_levels", "_line", "costs", "count", "key", "placement", "ready_ns", "rows")

@@ -12,7 +12,7 @@ from tnxd.waiting import LEVELS, Waiting
 NEVER = 2**63 - 1
 """No deadline, in nanoseconds."""
 
-# A level gets this share of the batches while all have work: the last one keeps moving, too.
+# A level gets this share of the device's time while all have work: the last one keeps moving, too.
 _SHARES = (8.0, 4.0, 2.0, 1.0)
 
 # What a batch is charged with that nothing is known about, in microseconds: a level whose batches always fail must not
@@ -39,7 +39,8 @@ class Request:
         priority: 0 to LEVELS - 1, 0 first.
         deadline_ns: when it is worthless; NEVER.
         device, reason, predicted_us: filled by `Scheduler.add`: where it will run, why there, and the microseconds
-            until it will be done.
+            until it will be done. So are cost_us, its share of a full batch; due_ns, its place in the order; serial,
+            which grows with every request.
         waiting: whether it is in a queue. done: whether it has been answered; set by the caller.
     """
 
@@ -217,9 +218,12 @@ class Device:
         inline_limit_us: a batch predicted to take no longer runs on the caller's own thread, since handing it to
             another would cost more than it saves. 0: never.
         lane_threads: threads that work on one batch of a lane.
+        error: why it failed; empty while it works.
+        free_lanes: indices of lanes that have nothing to do.
         spare_free: whether the SPARE lane has nothing to do.
         placements: of models that came here, by key.
-        waiting: queues by model and group, empty ones too. queued, queued_rows: requests in them, and their rows.
+        waiting: queues by model and group, empty ones too. sweep_at: how many there may be before the empty ones are
+            dropped. queued, queued_rows: requests in them, and their rows. running_rows: those in batches that run.
         turns: which queue is next, per priority. counts: requests per priority.
         held: models that run on as many lanes as they may, and their queues that have no turn on that priority until
             one of these is free.
@@ -241,6 +245,7 @@ class Device:
     busy_until_ns: dict[int, int] = field(init=False, default_factory=dict)
     placements: dict[str, Placement] = field(init=False, default_factory=dict)
     waiting: dict[tuple[str, tuple[int, ...]], Waiting] = field(init=False, default_factory=dict)
+    sweep_at: int = field(init=False, default=0)
     held: dict[Placement, set[tuple[Waiting, int]]] = field(init=False, default_factory=dict)
     backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
     queued: int = field(init=False, default=0)
@@ -284,7 +289,7 @@ class Device:
 
     def enqueue(self, level: int, rows: int, micros: float) -> None:
         """Count a request that comes to a level."""
-        if not self.counts[level] and self.passes[level] < self.virtual:
+        if not self.counts[level]:
             self.wake(level)
         self.counts[level] += 1
         self.queued += 1
