@@ -1,4 +1,4 @@
-"""Model repositories for tests: small models whose answers tell which weights they have."""
+"""Model repositories for tests: small models whose answers tell which weights they have, or which version they are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from format_tools import save_program
+from tnxctl import Client
 from tnxctl.frames import Array
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -60,6 +62,32 @@ def scaled():
     return Scaled({elements})
 """
 """The module of the factory. `before` is a statement to run first."""
+
+
+SAYS = """
+import torch
+
+class Says(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.answer = torch.nn.Parameter(torch.zeros(()))
+    def forward(self, x):
+        {before}
+        return x * 0 + self.answer
+
+make = Says
+"""
+"""A module whose answer is a number that it has as its only weight. `before` is a statement to run first."""
+
+SAYS_MANIFEST = """
+factory = "says:make"
+max_batch_size = 8
+inputs = [{ name = "x", datatype = "FP32", shape = [-1, 2] }]
+outputs = [{ name = "y", datatype = "FP32", shape = [-1, 2] }]
+"""
+
+ONE_ROW = np.zeros((1, 2), np.float32)
+"""An input of `Says`."""
 
 
 class Scaled(torch.nn.Module):
@@ -135,13 +163,31 @@ def scaled_program(path: Path, scale: float, mib: float = 0.001) -> dict[str, by
 
 def exported(path: Path, net: torch.nn.Module, x: torch.Tensor, max_batch: int) -> bytes:
     """The content of a model.pt2 with one input whose axis 0 counts rows."""
-    batch = torch.export.Dim("batch", min=1, max=max_batch)
-    program = torch.export.export(net, (x,), dynamic_shapes=({0: batch},))
     file = path / "model.pt2"
-    torch.export.save(program, file)
+    save_program(file, net, (x,), ({0: torch.export.Dim("batch", min=1, max=max_batch)},))
     content = file.read_bytes()
     file.unlink()
     return content
+
+
+def put(
+    root: Path, name: str, version: int, *, answer: float | None = None, before: str = "pass", more: str = ""
+) -> None:
+    """Publish a model that answers with its version, or with `answer`.
+
+    Args:
+        before: Python statement that `forward` runs first. more: lines for its model.toml.
+    """
+    repository = Repository(root)
+    weights = {"answer": torch.tensor(float(version if answer is None else answer))}
+    files = {"model.safetensors": safetensors.torch.save(weights), "says.py": SAYS.format(before=before).encode()}
+    repository.manifest(name, f"{SAYS_MANIFEST}{more}\n")
+    repository.publish(name, version, files)
+
+
+def says(client: Client, model: str = "net", **options: object) -> float:
+    """What a model that was `put` answers."""
+    return float(client.predict(ONE_ROW, model=model, **options).output[0, 0])  # type: ignore[arg-type]
 
 
 def rows(*values: float) -> Array:

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 import tnxctl
 from fake_daemon import CPU, DIGITS, MLP, FakeDaemon, row_sums
 from tnxctl import errors, wire
 from tnxctl.cli import exits, main
 from tnxctl.cli.tally import KEPT
+from tool import ask, fields, run
 
 
 @pytest.fixture
 def fake() -> Iterator[FakeDaemon]:
     with FakeDaemon() as running:
         yield running
-
-
-def run(*arguments: object, stdin: bytes | None = None, **environment: str) -> Result:
-    return CliRunner(env={"TNX_HOST": None, **environment}).invoke(main, list(map(str, arguments)), input=stdin)
-
-
-def ask(fake: FakeDaemon, verb: str, *arguments: object, stdin: bytes | None = None) -> Result:
-    return run(verb, "--host", fake.endpoint, *arguments, stdin=stdin)
-
-
-def fields(result: Result) -> dict[str, Any]:
-    """The JSON document that must be all of standard output."""
-    document = json.loads(result.stdout)
-    assert isinstance(document, dict)
-    return document
 
 
 def npy(path: Path, array: np.ndarray) -> Path:
@@ -539,6 +523,16 @@ def test_a_run_ends_when_nothing_comes_any_more(concurrency: int) -> None:
         assert len(fake.predicts) < 20
     assert result.exit_code == exits.Exit.TIMEOUT
     assert result.stderr.startswith("Error: given up after ")
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_run_goes_on_when_the_daemon_refuses_what_would_be_late(concurrency: int) -> None:
+    """As it does where model.toml has a deadline: it answers at once."""
+    with FakeDaemon(compute=Every(1, errors.DeadlineExceeded)) as fake:
+        result = ask(fake, "predict", "--count", 20, "--concurrency", concurrency)
+        assert len(fake.predicts) == 20
+    assert result.exit_code == exits.Exit.TIMEOUT
+    assert "given up" not in result.stderr
 
 
 def test_what_a_daemon_says_cannot_steer_the_terminal() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import signal
 import stat
 import subprocess
@@ -19,15 +17,13 @@ import click
 import msgspec
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
 import peers
 from fake_daemon import DIGITS, MLP, RESNET, RESNETS, Change, FakeDaemon, Outputs
 from tnxctl import errors, wire
-from tnxctl.cli import comparison, example, exits, inputs, main, models, modeltoml, text
+from tnxctl.cli import comparison, example, exits, inputs, models, modeltoml, text
 from tnxctl.frames import STORAGE
-from tnxd.models.settings import Settings, Tensor, Traffic
-from tnxd.models.settings import load as load_settings
+from tool import ask, fields, run
 
 TOOL = [sys.executable, "-m", "tnxctl.cli"]
 PATIENCE_S = 30.0  # for what must happen; never reached when all is well
@@ -62,21 +58,6 @@ EVERY_KIND = (
 def fake() -> Iterator[FakeDaemon]:
     with FakeDaemon(models=(MLP, DIGITS, *RESNETS)) as running:
         yield running
-
-
-def run(*arguments: object, **environment: str) -> Result:
-    return CliRunner(env={"TNX_HOST": None, **environment}).invoke(main, list(map(str, arguments)))
-
-
-def ask(fake: FakeDaemon, *arguments: object) -> Result:
-    return run(*arguments, "--host", fake.endpoint)
-
-
-def fields(result: Result) -> dict[str, Any]:
-    """The JSON document that must be all of standard output."""
-    document = json.loads(result.stdout)
-    assert isinstance(document, dict)
-    return document
 
 
 def squeezed(text: str) -> list[str]:
@@ -344,7 +325,7 @@ def test_load_and_unload(fake: FakeDaemon) -> None:
     lines = squeezed(loaded.stdout)
     assert "resnet 2 ready cpu image FP32 [-1,3,224,224] scores FP32 [-1,1000] 97.5 MiB -" in lines
     assert "mlp" not in loaded.stdout, "only the versions of that name"
-    assert lines[-1] == "resnet@2: loading and warm-up took 3.2 s"
+    assert lines[-1] == "resnet@2: its loading and warm-up took 3.2 s"
     assert [(model["version"], model["status"]) for model in unloaded["models"]] == [("1", "unloaded"), ("2", "ready")]
 
 
@@ -385,6 +366,7 @@ def test_what_came_of_a_route(fake: FakeDaemon) -> None:
         (("1=nan",), "'1=nan'"),
         (("1=inf",), "'1=inf'"),
         (("1=-5",), "'1=-5'"),
+        (("1=1e10",), "from 0 to 1e+09"),
         (("1=",), "'1='"),
         (("=5",), "'=5'"),
         (("1",), "'1'"),
@@ -580,34 +562,6 @@ def test_an_agreement_of_100_percent_is_one(share: float, shown: str) -> None:
 
 
 # --- init ----------------------------------------------------------------------------------------------------
-
-
-def uncommented() -> str:
-    """The template with every key in force."""
-    return re.sub(r"^# (?=\w+ = |\[)", "", modeltoml.TEMPLATE, flags=re.MULTILINE)
-
-
-def test_the_template_has_every_key_as_a_comment() -> None:
-    assert tomllib.loads(modeltoml.TEMPLATE) == {}
-    document = tomllib.loads(uncommented())
-    assert set(document) == set(Settings.__struct_fields__)
-    assert {*document["inputs"][0], *document["outputs"][0]} == set(Tensor.__struct_fields__)
-    assert set(document["traffic"]) == set(Traffic.__struct_fields__)
-    assert all(len(line) <= 120 for line in modeltoml.TEMPLATE.splitlines())
-
-
-def test_the_daemon_reads_the_template_with_every_key_in_force(tmp_path: Path) -> None:
-    (tmp_path / "model.toml").write_text(uncommented())
-    settings = load_settings(tmp_path / "model.toml", "model.toml")
-    assert settings.inputs == (Tensor(name="x", datatype="FP32", shape=(-1, 256), example=(1, 256)),)
-    assert settings.traffic == Traffic(weights={"1": 95.0, "2": 5.0}, shadow="3")
-
-
-def test_a_default_in_the_template_is_that_of_the_daemon() -> None:
-    """What has no default of its own is said to be an example, or to come from elsewhere."""
-    document = tomllib.loads(uncommented())
-    for key in ("versions", "replicas", "compile", "priority"):
-        assert document[key] == getattr(Settings(), key)
 
 
 @pytest.mark.parametrize(

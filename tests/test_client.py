@@ -49,6 +49,7 @@ from peers import (
 )
 from tnxctl import AsyncClient, Client, driver, errors, wire
 from tnxctl.results import Result
+from tnxctl.session import MAX_LOSSES
 from tnxctl.wire import Limits
 
 X = np.arange(6, dtype="f4").reshape(2, 3)
@@ -804,6 +805,21 @@ def test_callbacks_may_fail(tnx: Client, thrown: type[BaseException], caplog: py
     future.add_done_callback(fail)
     future.result()
     assert [tnx.submit(X).result().batch_size for _ in range(3)] == [1, 1, 1]
+
+
+def test_a_callback_that_fails_keeps_no_other_future_from_its_end() -> None:
+    def fail(future: Future[Result]) -> None:
+        raise SystemExit
+
+    with FakeDaemon(silence) as daemon, Client(daemon.endpoint, timeout=PATIENCE_S) as tnx:
+        futures = [tnx.submit(X) for _ in range(4)]
+        for future in futures:
+            future.add_done_callback(fail)
+        for _ in range(MAX_LOSSES):  # then all are given up at once
+            for _ in futures:
+                daemon.received.get(timeout=PATIENCE_S)
+            daemon.start()
+        assert concurrent.futures.wait(futures, PATIENCE_S).not_done == set()
 
 
 def test_a_callback_that_blocks_delays_no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import inspect
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import pytest
 
 from fake_daemon import RESNETS, Change, FakeDaemon, Outputs, comparison
 from peers import FakeDaemon as Peer
-from peers import Request, die, echo, error, free_endpoint, in_turn, silence
+from peers import Reply, Request, die, echo, error, free_endpoint, in_turn, silence
 from tnxctl import AsyncClient, Client, errors, wire
+from tnxctl.results import Result
 from tnxctl.wire import ModelInfo
 
 PATIENCE_S = 20.0  # for what must happen; never reached when all is well
@@ -135,6 +137,38 @@ def test_a_daemon_that_dies_of_a_change_is_asked_once(connect: Callable[..., Ask
         received = [daemon.received.get_nowait().header for _ in range(2)]
     assert type(received[0]).__name__.lower() == verb
     assert isinstance(received[1], wire.Predict), "nothing else came"
+
+
+def test_a_change_is_not_sent_again_after_an_error_in_this_process() -> None:
+    watched = threading.Event()
+
+    def echo_then(request: Request) -> list[tuple[bytes, Reply]]:
+        watched.wait(PATIENCE_S)
+        return echo(request)
+
+    def leave(future: Future[Result]) -> None:
+        raise SystemExit
+
+    with Peer(in_turn(silence, echo_then)) as daemon, Client(daemon.endpoint, timeout=PATIENCE_S) as tnx:
+        failed: list[errors.TensorNextError] = []
+
+        def load() -> None:
+            try:
+                tnx.load("resnet@2")
+            except errors.TensorNextError as error:
+                failed.append(error)
+
+        loading = threading.Thread(target=load)
+        loading.start()
+        assert isinstance(daemon.received.get(timeout=PATIENCE_S).header, wire.Load)
+        tnx.submit(X).add_done_callback(leave)
+        watched.set()
+        assert tnx.predict(X).model == "mlp"
+        loading.join()
+        assert {type(request.header) for request in daemon.received.queue} == {wire.Predict}
+    sentence = "broke while load was under way: an error in this process ended it; whether it has changed"
+    assert isinstance(failed[0], errors.Unavailable)
+    assert sentence in failed[0].message
 
 
 @pytest.mark.parametrize("verb", ["models", "compare"])

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from conftest import Daemon
 from dealer import Dealer
+from model_repositories import ONE_ROW, SAYS, put, says
 from tnxctl import Client
 from tnxctl.errors import (
     DeadlineExceeded,
@@ -27,45 +27,6 @@ from tnxctl.wire import Reload, encode
 
 RunDaemon = Callable[..., Daemon]
 
-SAYS = """
-import torch
-
-class Says(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.answer = torch.nn.Parameter(torch.zeros(()))
-    def forward(self, x):
-        {before}
-        return x * 0 + self.answer
-
-make = Says
-"""
-
-TOML = """
-factory = "says:make"
-max_batch_size = 8
-inputs = [{{ name = "x", datatype = "FP32", shape = [-1, {width}] }}]
-outputs = [{{ name = "y", datatype = "FP32", shape = [-1, {width}] }}]
-{more}
-"""
-
-X = np.zeros((1, 2), np.float32)
-
-
-def put(
-    root: Path, name: str, version: int, *, answer: float | None = None, before: str = "pass", more: str = ""
-) -> None:
-    """Write a model that answers with its version, or with `answer`."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder = root / name / str(version)
-    folder.mkdir(parents=True)
-    (root / name / "model.toml").write_text(TOML.format(width=2, more=more))
-    (folder / "says.py").write_text(SAYS.format(before=before))
-    save_file({"answer": torch.tensor(float(version if answer is None else answer))}, folder / "model.safetensors")
-    (folder / "model.safetensors").chmod(0o644)  # safetensors lets the owner alone read it
-
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
@@ -73,10 +34,6 @@ def root(tmp_path: Path) -> Path:
     folder = tmp_path / "models"
     put(folder, "net", 1)
     return folder
-
-
-def says(client: Client, model: str = "net", **options: object) -> float:
-    return float(client.predict(X, model=model, **options).output[0, 0])  # type: ignore[arg-type]
 
 
 def test_versions_come_and_go(run_daemon: RunDaemon, root: Path) -> None:
@@ -221,6 +178,9 @@ def test_a_shadow_is_compared_and_answers_nobody(run_daemon: RunDaemon, root: Pa
     put(root, "net", 2, answer=1.5)
     daemon = run_daemon("--model-repository", str(root))
     with Client(daemon.endpoint) as client:
+        for versions in (("1", "2"), ("2", "1")):
+            with pytest.raises(FailedPrecondition, match="version 1 of 'net' is not loaded"):
+                client.compare("net", *versions)
         client.load("net@1")
         client.route("net", {"1": 1}, shadow="2")
         with pytest.raises(FailedPrecondition, match="nothing to compare"):
@@ -257,7 +217,7 @@ def test_settings_of_a_model_hold_for_its_requests(run_daemon: RunDaemon, tmp_pa
             says(client, "urgent")
         assert says(client, "urgent", deadline=10.0) == 1
         with pytest.raises(Internal, match=r"'stuck@1' ran for over 0\.3 s"):
-            client.predict(X + 7, model="stuck")
+            client.predict(ONE_ROW + 7, model="stuck")
         assert says(client, "stuck") == 1
 
 

@@ -821,9 +821,34 @@ def test_a_change_is_not_withdrawn(connected: Session, verb: str) -> None:
 def test_closing_the_own_side_blames_no_call(connected: Session) -> None:
     call = started(connected)
     for _ in range(10):
-        connected.disconnected()
+        assert connected.disconnected() == []
         connected.connecting(0.0)
         assert connected.connected(1.0) == [call]
+
+
+@pytest.mark.parametrize("verb", CHANGES)
+def test_after_closing_the_own_side_no_change_is_sent_again(connected: Session, verb: str) -> None:
+    call, harmless = change(connected, verb), started(connected)
+    connected.start(call)
+    connected.note_trouble("an error closed it")
+    assert connected.disconnected() == [call]
+    with pytest.raises(errors.Unavailable, match=f"while {verb} was under way: an error closed it; whether it has"):
+        call.take()
+    connected.connecting(0.0)
+    assert connected.connected(1.0) == [harmless]
+
+
+def test_closing_the_own_side_keeps_the_changes_that_have_not_been_carried_out(idle: Session) -> None:
+    waiting = change(idle, "load")
+    idle.start(waiting)
+    idle.connecting(0.0)
+    assert idle.disconnected() == [], "it was never sent"
+    idle.connecting(0.0)
+    assert idle.connected(0.1) == [waiting]
+    assert idle.receive(put_off(waiting), 0.2) is None
+    assert idle.disconnected() == [], "it was refused"
+    idle.connecting(0.2)
+    assert idle.connected(0.3) == [waiting]
 
 
 # --- bounds and the end --------------------------------------------------------------------------------------
@@ -922,6 +947,55 @@ def test_what_was_put_off_goes_out_on_a_new_connection_at_once(connected: Sessio
     connected.connecting(0.51)
     assert connected.connected(0.52) == [call]
     assert connected.asked_again(9.0) == []
+
+
+def test_what_was_put_off_is_not_sent_before_there_is_a_new_connection(connected: Session) -> None:
+    """Else it would go out twice: again as soon as the connection stands."""
+    call = change(connected, "load")
+    connected.start(call)
+    connected.receive(put_off(call), 0.5)
+    connected.lost()
+    assert connected.asked_again(9.0) == []
+    connected.connecting(9.0)
+    assert connected.asked_again(9.1) == []
+    assert connected.connected(9.2) == [call]
+
+
+@pytest.mark.parametrize(("timeout", "reach"), [(None, 5.0), (60.0, 5.0), (2.0, 1.4)])
+def test_a_change_that_was_put_off_does_not_wait_long_for_a_daemon_that_has_gone(
+    connected: Session, timeout: float | None, reach: float
+) -> None:
+    call = change(connected, "load", timeout=timeout)
+    connected.start(call)
+    assert connected.receive(put_off(call), 0.5) is None
+    connected.lost()
+    connected.note_trouble("nobody listens there")
+    assert connected.expire(0.59 + reach) == []
+    assert connected.expire(0.61 + reach) == [call]
+    within = 5 if reach == 5 else 2
+    with pytest.raises(errors.Unavailable, match=rf"got none again within {within} s: nobody listens there"):
+        call.take()
+
+
+def test_a_change_that_was_put_off_until_its_time_is_over_fails_with_what_the_daemon_said(connected: Session) -> None:
+    call = change(connected, "load", timeout=3.0)
+    connected.start(call)
+    assert connected.receive(put_off(call, 1e6), 1.9) is None
+    assert connected.expire(2.8) == []
+    assert connected.expire(3.0) == [call]
+    with pytest.raises(errors.Unavailable, match="the daemon is starting"):
+        call.take()
+
+
+def test_a_change_that_was_put_off_and_then_taken_is_not_refused(connected: Session) -> None:
+    call = change(connected, "load")
+    connected.start(call)
+    connected.receive(put_off(call), 0.5)
+    assert connected.asked_again(0.6) == [call]
+    assert connected.expire(599.0) == []
+    assert connected.expire(600.0) == [call]
+    with pytest.raises(errors.DeadlineExceeded, match="did not answer load within 600 s; it may still be at work"):
+        call.take()
 
 
 def test_a_forgotten_call_is_not_sent_again(connected: Session) -> None:

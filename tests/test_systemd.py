@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import systemd_machine
+from model_repositories import put
 from systemd_machine import Machine, eventually
-from test_reload import put
 
 SOURCE = Path(__file__).parent.parent
 COPY = "/usr/src/tensornext"

@@ -33,8 +33,8 @@ class Client:
     Internal for a malformed answer, and whatever error the daemon answers. The daemon is told of a prediction that was
     given up, by Ctrl-C for instance, and does not compute it if it has not yet begun.
 
-    `load`, `unload`, `route` and `reload` change what the daemon serves, for everybody, until it restarts. The daemon
-    goes on with them when nobody waits any more, after a timeout or Ctrl-C. They are not sent again on a new
+    `load`, `unload`, `route` and `reload` change what the daemon serves, for everybody, and write it to no file. The
+    daemon goes on with them when nobody waits any more, after a timeout or Ctrl-C. They are not sent again on a new
     connection, as the others are: a connection that breaks under them is an Unavailable error, `models` tells what
     has become of them, and to ask for the same once more does no harm. `load`, `unload` and `reload` take long, so
     their timeout is `tnxctl.session.LOAD_TIMEOUT_S`, ten minutes, unless the client's own is longer; to reach
@@ -167,8 +167,9 @@ class Client:
         """Load a version and wait until it is warm.
 
         Args:
-            model: NAME@VERSION for that version, which gets no traffic of its name yet; NAME for what its model.toml
-                wants, traffic included. What is loaded already, with the files as they are, stays as it is.
+            model: NAME@VERSION for that version; while another one of the name serves, it gets no traffic of its name
+                yet. NAME for what its model.toml wants, traffic included. What is loaded already, with the files as
+                they are, stays as it is.
 
         Returns:
             One entry for each version of that name.
@@ -176,7 +177,8 @@ class Client:
         Raises:
             NotFound: there is no such model or version.
             FailedPrecondition: it cannot be loaded; the sentence says why. What served before still does.
-            ResourceExhausted: it can never fit into the memory budget of a device.
+            ResourceExhausted: it does not fit into the memory budget of a device.
+            DeadlineExceeded: it took longer than the daemon allows.
         """
         return self._driver.run(self._session.load(model, timeout=timeout, now=time.monotonic()))
 
@@ -243,8 +245,8 @@ class Client:
 
         Raises:
             NotFound: there is no such model or version.
-            FailedPrecondition: the candidate has had no copies of what the baseline answered.
-            Unavailable: one of the two is not loaded.
+            FailedPrecondition: one of the two has not been loaded, or the candidate has had no copies of what the
+                baseline answered.
         """
         return self._driver.run(
             self._session.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())

@@ -27,8 +27,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from functools import partial
 from threading import get_ident
 from typing import Any, TypeVar
@@ -153,7 +154,7 @@ class ThreadDriver:
             self._link.withdraw(call)
         else:  # a message may have been left half sent or half read
             self._session.forget(call)
-            self._link.reset()
+            self._link.reset()  # fails none: no other call is under way
 
     # --- calls in the hands of the I/O thread ----------------------------------------------------------------
 
@@ -215,7 +216,7 @@ class ThreadDriver:
                     self._flush()
             except BaseException:
                 self._polling = False
-                self._link.reset()
+                _settle_all(self._link.reset())
                 raise
             finally:
                 self._io_ident = 0
@@ -315,9 +316,11 @@ def _settle(call: Call[Any]) -> None:
             waiter.set_exception(call.error)
 
 
-def _settle_all(calls: Iterable[Call[Any]]) -> None:
-    for call in calls:
-        _settle(call)
+def _settle_all(calls: Sequence[Call[Any]]) -> None:
+    """Settle each of them, whatever a callback of another one's future raises."""
+    with ExitStack() as settling:
+        for call in reversed(calls):
+            settling.callback(_settle, call)
 
 
 class _Signal:

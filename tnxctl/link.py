@@ -149,10 +149,14 @@ class Link:
             self._send(call)
         return finished
 
-    def reset(self) -> None:
-        """Give up the connection, for instance because a message may have been left half sent or half read."""
+    def reset(self) -> list[Call[Any]]:
+        """Give up the connection, since an error may have left a message half sent or half read.
+
+        Returns the calls that fail with it: those that change the daemon, which are not sent twice.
+        """
         self._close_sockets()
-        self._session.disconnected()
+        self._session.note_trouble("an error in this process ended it")
+        return self._session.disconnected()
 
     def close(self) -> None:
         """Close the sockets at once, whatever they have still to send. Idempotent."""

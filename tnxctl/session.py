@@ -5,6 +5,7 @@
     Session.connected(now) -> calls to send a connection stands: everything pending goes out on it
     Session.receive(frames, now) -> Call    the call that this reply finishes
     Session.lost() / expire(now)            -> calls that have failed
+    Session.disconnected()                  likewise, when this side has closed the connection
     Session.cancellation(call)              what tells the daemon that nobody waits for the answer any more
     Session.due                             when to look again
 
@@ -92,7 +93,7 @@ class Call(Generic[T]):
         expires: when it fails, by the clock that the session is given. patience: the same as a duration.
         strict: that is its deadline, and an answer that comes later is worthless.
         reach: seconds within which it must be sent, for most calls all of their patience.
-        due: when it fails unless something happens: first, unless it is sent, and then, unless it is answered.
+        due: when it fails unless something happens: unless it is sent, and once it is, unless it is answered.
         losses: connections that broke while it was under way.
         put_off: the daemon has refused it for now, so it has changed nothing there.
         refusal: what the daemon said when it put the call off.
@@ -166,6 +167,11 @@ class Call(Generic[T]):
     def changes_daemon(self) -> bool:
         """Whether it leaves the daemon other than it was."""
         return isinstance(self._request, _CHANGES)
+
+    @property
+    def may_have_changed_it(self) -> bool:
+        """Once it was sent: whether the daemon may have carried it out although no answer has come."""
+        return self.changes_daemon and not self.put_off
 
     def sent(self) -> None:
         """It is on its way: from now on it waits for its answer."""
@@ -371,7 +377,7 @@ class Session:
             raise InvalidArgument(f"the request cannot be encoded: {error}") from None
         if len(header) > self.limits.header_bytes:
             raise InvalidArgument(
-                f"the names and shapes take {len(header)} bytes, more than the limit of {self.limits.header_bytes}"
+                f"the header takes {len(header)} bytes, more than the limit of {self.limits.header_bytes}"
             )
         reach = patience if reach is None else reach
         return Call(request, [header, *arrays], nbytes, read, patience, strict, reach, now)
@@ -464,6 +470,8 @@ class Session:
             return False
         call.refusal = error
         call.put_off = True
+        call.due = min(call.expires, again + call.reach)  # the daemon may be gone by then
+        self._expiry = min(self._expiry, call.due)
         self._pending[call.id] = call
         self._pending_bytes += call.nbytes
         heappush(self._again, (again, call.id))
@@ -493,13 +501,13 @@ class Session:
 
     def timeout_error(self, call: Call[Any]) -> DeadlineExceeded | Unavailable:
         """Why a call fails whose time is over. May be asked in any thread."""
-        if call.refusal is not None:
+        if self._connected and call.refusal is not None and (call.put_off or not call.changes_daemon):
             return call.refusal
         within = f"within {'its deadline of ' if call.strict else ''}{call.patience:g} s"
         if self._connected:
             goes_on = "; it may still be at work on it" if call.changes_daemon else ""
             return DeadlineExceeded(f"{self.endpoint} did not answer {call.verb} {within}{goes_on}")
-        if not call.losses and call.reach < call.patience:
+        if call.reach < call.patience:
             within = f"within {call.reach:g} s"
         what = "lost the connection and got none again" if call.losses else "no connection"
         kind = DeadlineExceeded if call.strict else Unavailable
@@ -551,7 +559,6 @@ class Session:
         """The attempt succeeded. Returns what to send now, in order: all but the calls whose time is over."""
         self._connecting = False
         self._connected = True
-        self._again.clear()  # everything goes out now
         calls = [call for call in self._pending.values() if call.expires > now]
         for call in calls:
             call.renew(now)
@@ -564,24 +571,28 @@ class Session:
         if self._connected:
             for call in list(self._pending.values()):
                 call.losses += 1
-                unsure = call.changes_daemon and not call.put_off
-                if unsure or call.losses >= MAX_LOSSES:
-                    self._pop(call.id)
-                    call.fail(self._loss_error(call, unsure))
+                if call.losses >= MAX_LOSSES:
+                    self._fail_lost(call)
                     failed.append(call)
-        self.disconnected()
-        return failed
+        return failed + self.disconnected()
 
-    def _loss_error(self, call: Call[Any], unsure: bool) -> Unavailable:
-        times = f" {call.losses} times" if call.losses > 1 else ""
-        outcome = "; whether it has changed anything is not known" if unsure else ""
-        return Unavailable(
-            f"{self.endpoint}: the connection broke{times} while {call.verb} was under way: {self._trouble}{outcome}"
-        )
+    def disconnected(self) -> list[Call[Any]]:
+        """This side has closed the connection: no call is to blame.
 
-    def disconnected(self) -> None:
-        """This side has closed the connection: no call is to blame."""
+        Returns the changes that were under way: they fail, since they are not sent twice.
+        """
+        unsure = [call for call in self._pending.values() if call.may_have_changed_it] if self._connected else []
+        for call in unsure:
+            self._fail_lost(call)
         self._connected = self._connecting = False
+        self._again.clear()  # everything goes out on the next connection
+        return unsure
+
+    def _fail_lost(self, call: Call[Any]) -> None:
+        self._pop(call.id)
+        broke = f"{self.endpoint}: the connection broke" + (f" {call.losses} times" if call.losses > 1 else "")
+        outcome = "; whether it has changed anything is not known" if call.may_have_changed_it else ""
+        call.fail(Unavailable(f"{broke} while {call.verb} was under way: {self._trouble}{outcome}"))
 
 
 # --- what each verb's reply holds ----------------------------------------------------------------------------

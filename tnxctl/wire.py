@@ -4,9 +4,8 @@ A message is one msgpack header followed by one raw frame per tensor, little-end
 `docs/protocol.md` is the specification. `tnxctl.frames` is about the tensors. Both halves of TensorNext import this
 module, `tnxctl health` too, so it stays light.
 
-Headers are msgpack maps. An array header would save about 0.25 µs and 190 bytes per request and reply
-together (CPython 3.11, msgspec 0.22: see docs/performance.md), too little to give up names that a reader of a
-packet capture understands and that an older peer can skip.
+Headers are msgpack maps. Arrays would save little (measured in docs/performance.md), too little to give up names that
+a reader of a packet capture understands and that an older peer can skip.
 """
 
 from __future__ import annotations
@@ -132,8 +131,9 @@ class Models(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="m
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="load", gc=False):
-    """Load NAME@VERSION, which gets no traffic yet, or what the model.toml of NAME says, traffic included.
+    """Load NAME@VERSION, or what the model.toml of NAME says, traffic included.
 
+    NAME@VERSION gets no traffic of its name yet while another version of the name serves.
     Answered when it is loaded and warm, with `ModelsReport` about the versions of that name.
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tnxctl import __version__
-from tnxctl.errors import TensorNextError, Unavailable
+from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxctl.wire import (
     VERSION,
     Compare,
@@ -102,7 +102,7 @@ def comparison(request: Compare, inventory: Inventory, shadows: Shadows) -> Comp
     baseline, candidate = (deployment.sole(number).model for number in (request.baseline, request.candidate))
     if baseline is None or candidate is None:
         missing = request.candidate if baseline else request.baseline
-        raise Unavailable(f"version {missing} of {request.model!r} is not loaded")
+        raise FailedPrecondition(f"version {missing} of {request.model!r} is not loaded")
     return shadows.report(request.id, baseline, candidate)
 
 

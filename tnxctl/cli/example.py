@@ -20,7 +20,7 @@ class Calls(NamedTuple):
 
 
 def calls(info: ModelInfo, model: str, endpoint: str) -> Calls | None:
-    """Calls that fit the signature, with one row of zeros, as in the daemon's warm-up.
+    """Calls that fit the signature. The Python one sends one row of zeros, the shell one a random input of one row.
 
     Args:
         model: what the user calls it. endpoint: where the daemon is.

@@ -27,7 +27,7 @@ MEANINGS: dict[Exit, str] = {
     Exit.USAGE: "wrong use of the command line",
     Exit.UNREACHABLE: "no daemon answers there, or it takes no more requests",
     Exit.NOT_READY: "the daemon is not ready (health), or the model is not loaded",
-    Exit.REFUSED: "the request cannot work as it stands (shape, datatype, no such model)",
+    Exit.REFUSED: "the request cannot work as it is (shape, no such model, not allowed)",
     Exit.TIMEOUT: "no answer within --timeout or before --deadline",
     Exit.FILE: "a file cannot be read or written",
     Exit.OVERLOADED: "the daemon's queue or memory is full: try again later",

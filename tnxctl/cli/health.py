@@ -25,11 +25,11 @@ def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) ->
 
     The exit code is 0 if the daemon is ready, 4 if it answers but is starting or draining, 3 if nobody answers.
 
-    LANES BUSY are the places where batches run, one at a time each; QUEUED ROWS wait for one. BATCH is the number of
+    LANES BUSY says how many of the places where batches run are taken; QUEUED ROWS wait for one. BATCH is the number of
     rows up to which requests share a batch; TRAFFIC, shown where it is split, the part of a name's requests that each
-    version gets. UNDELIVERABLE answers had lost their client when they were ready, ABANDONED
-    requests while they still waited. Predicted times are those by which the daemon chooses devices and refuses requests
-    that cannot make their deadlines.
+    version gets. UNDELIVERABLE answers had lost their client when they were ready, ABANDONED requests while they still
+    waited. Predicted times are those by which the daemon chooses devices and refuses requests that cannot make their
+    deadlines.
 
     \b
     Examples:

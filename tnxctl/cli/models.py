@@ -37,7 +37,8 @@ def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) ->
     weights take on each device. TRAFFIC is its part of the requests that name no version; a shadow gets copies of
     them, and nobody its answers.
 
-    What is changed here holds until the daemon restarts; what it starts with is in the model.toml of each model.
+    What is changed here is written to no file. A restart brings back what each model.toml says. tnxctl reload brings
+    back versions that model.toml wants; it leaves versions loaded by number, and routes unless [traffic] has changed.
 
     \b
     Examples:
@@ -91,11 +92,11 @@ def show(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
 @slow
 @click.pass_context
 def load(ctx: click.Context, model: str, endpoint: str, timeout: float, as_json: bool) -> None:
-    """Load a version and wait until it is warm. It gets the requests that name it, and others when models route says
-    so. With NAME alone: load what its model.toml wants, traffic included.
+    """Load a version and wait until it is warm. While another version serves, it gets only the requests that name it,
+    until tnxctl models route gives it more. With NAME alone: load what its model.toml wants, traffic included.
 
-    Ctrl-C ends the waiting alone: the daemon goes on. A version that cannot be loaded leaves what served before as it
-    is; the exit code is 4 then.
+    Ctrl-C ends only the waiting: the daemon goes on. A version that cannot be loaded leaves what served before as it
+    is; the exit code is 4 then, 8 if there is no room for it, 6 if it took too long.
 
     \b
     Examples:
@@ -110,7 +111,7 @@ def load(ctx: click.Context, model: str, endpoint: str, timeout: float, as_json:
     if not as_json:
         for info in infos:
             if info.status == "ready" and model in (info.name, f"{info.name}@{info.version}"):
-                click.echo(f"{text.title(info)}: loading and warm-up took {text.duration(info.load_s)}")
+                click.echo(f"{text.title(info)}: its loading and warm-up took {text.duration(info.load_s)}")
 
 
 @command.command("unload", short_help="Stop serving a model, or one version of it.")
@@ -120,7 +121,7 @@ def load(ctx: click.Context, model: str, endpoint: str, timeout: float, as_json:
 def unload(ctx: click.Context, model: str, endpoint: str, timeout: float, as_json: bool) -> None:
     """Stop serving a version, or with NAME alone all versions, and wait until its memory is free.
 
-    Requests taken in before are answered. Ctrl-C ends the waiting alone.
+    Requests taken in before are answered. Ctrl-C ends only the waiting.
 
     \b
     Examples:
@@ -146,10 +147,10 @@ def unload(ctx: click.Context, model: str, endpoint: str, timeout: float, as_jso
 @common
 def route(name: str, weights: tuple[str, ...], shadow: str, endpoint: str, timeout: float, as_json: bool) -> None:
     """Split the requests for NAME that name no version. Weights are relative to their sum; versions without one get
-    nothing. latest: the newest version takes all.
+    nothing. latest: the newest version takes all. All versions named must be loaded.
 
-    Requests of one connection, or with the same --route-key, stay with one version. How the answers of a shadow
-    differ, models compare tells.
+    Requests of one connection, or with the same --route-key, stay with one version. tnxctl models compare shows how the
+    answers of a shadow differ.
 
     \b
     Examples:
@@ -236,6 +237,8 @@ def _weights(arguments: Sequence[str]) -> dict[str, float]:
     """
     if list(arguments) == [_LATEST]:
         return {}
+    from tnxctl.wire import MAX_WEIGHT
+
     weights: dict[str, float] = {}
     for argument in arguments:
         version, equals, number = argument.partition("=")
@@ -243,9 +246,10 @@ def _weights(arguments: Sequence[str]) -> dict[str, float]:
             weight = float(number)
         except ValueError:
             weight = math.nan
-        if not version or not equals or not 0 <= weight < math.inf:
+        if not version or not equals or not 0 <= weight <= MAX_WEIGHT:
             raise click.UsageError(
-                f"{argument!r} is not VERSION=WEIGHT with a weight of 0 or more, as in 2=5; or {_LATEST} alone."
+                f"{argument!r} is not VERSION=WEIGHT with a weight from 0 to {MAX_WEIGHT:g}, as in 2=5; "
+                f"or {_LATEST} alone."
             )
         if version in weights:
             raise click.UsageError(f"version {version} has two weights.")

@@ -37,8 +37,8 @@ TEMPLATE = """\
 # said below. For model.safetensors and model.pt only. Default: that of the weights.
 # dtype = "bfloat16"
 
-# "inductor": compile it for this machine while it loads, which takes minutes, and a C++ compiler: without one it runs
-# as it is. For model.pt2 and model.safetensors only. "none": do not.
+# "inductor": compile it for this machine while it loads. That takes half a minute or more, and needs a C++ compiler and
+# Python's header files; without them it runs as it is. For model.pt2 and model.safetensors only. "none": do not.
 # compile = "none"
 
 # The batch sizes to run before the first request; their times are what the first predictions are made from. Default: 1,
@@ -61,7 +61,7 @@ TEMPLATE = """\
 # What it takes and gives, in order, one block for each tensor. The datatypes are BOOL, UINT8 to UINT64, INT8 to INT64,
 # FP16, FP32, FP64 and BF16. -1 is an axis of any length; for a model that batches, axis 0 of every tensor is -1.
 # model.pt2 and model.onnx say it themselves, and what stands here narrows it: -1 to a length. The example of an input
-# is a shape that fits, for the warm-up; without one, every axis of any length has length 1 there.
+# is a shape that fits, for the warm-up; without one, the lengths that the program was exported with, else 1.
 # [[inputs]]
 # name = "x"
 # datatype = "FP32"

@@ -86,7 +86,7 @@ def common(command: _Command) -> _Command:
 
 def slow(command: _Command) -> _Command:
     """The same for a command that waits for a daemon's work."""
-    what = f"Longest wait for the daemon to be done. To reach it: {DEFAULT_TIMEOUT_S:g} at most."
+    what = f"Longest wait until the daemon is done, at most {DEFAULT_TIMEOUT_S:g} of it until it is reached."
     return _daemon(command, LOAD_TIMEOUT_S, what)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "--prefer-gpu/--no-prefer-gpu",
     default=True,
     show_default=True,
-    help="Run on a GPU if one qualifies, else on the CPU; or on the CPU.",
+    help="Run on a GPU if one qualifies, else on the CPU. --no-prefer-gpu: always on the CPU.",
 )
 @click.option(
     "--min-gpu-memory",
@@ -166,7 +166,7 @@ def command(
         )
         call = workload.Call(tensors, options)
         with report.view(count, None if as_json else people, explain) as show:
-            _run(workload.run(client, call, count, concurrency), tally, show)
+            _run(workload.run(client, call, count, concurrency, timeout), tally, show)
 
     if output_path is not None:
         for answer in tally.answers:  # one, or none if interrupted

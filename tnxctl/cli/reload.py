@@ -21,7 +21,7 @@ def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) ->
     """Have the daemon look at its model repository again, and wait until it serves what is there now.
 
     New versions are loaded and warmed up before they get requests; the version before serves until then, and still
-    does if that fails. Ctrl-C ends the waiting alone.
+    does if that fails. Ctrl-C ends only the waiting.
 
     The exit code is 0 if all went well and 1 if something could not be loaded.
 

@@ -57,19 +57,22 @@ class Answer:
     outcome: Result | TensorNextError
 
 
-def run(client: Client, call: Call, count: int, concurrency: int) -> Iterator[Answer]:
+def run(client: Client, call: Call, count: int, concurrency: int, timeout: float) -> Iterator[Answer]:
     """Send `count` requests and give the answers as they come, at most `concurrency` of them outstanding.
 
     The run ends early when the daemon cannot be reached, or when as many requests in a row as are outstanding, and
     three at least, have run into `--timeout`: what is left of it would only wait and fail as well. A deadline that was
-    missed is an answer.
+    missed is an answer, be it this call's or the model's own.
+
+    Args:
+        timeout: of the client, in seconds.
     """
     silent = 0
     answers = _one_by_one(client, call, count) if concurrency == 1 else _several(client, call, count, concurrency)
     for answer in answers:
         yield answer
-        timed_out = isinstance(answer.outcome, DeadlineExceeded) and call.options["deadline"] is None
-        silent = silent + 1 if timed_out else 0
+        late = isinstance(answer.outcome, DeadlineExceeded) and call.options["deadline"] is None
+        silent = silent + 1 if late and answer.round_trip_ms >= timeout * 1e3 else 0
         if isinstance(answer.outcome, Unavailable) or silent >= max(3, concurrency):
             return
 

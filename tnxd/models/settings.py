@@ -25,7 +25,7 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         datatype: a name of the Open Inference Protocol v2. shape: -1 is an axis of any length.
-        example: of an input, a shape that fits, to warm up with; (): every axis of any length has length 1.
+        example: of an input, a shape that fits, to warm up with; (): the lengths of the export, else 1.
     """
 
     name: _Name
