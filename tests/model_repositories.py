@@ -37,7 +37,7 @@ datatype = "FP32"
 shape = [-1, {WIDTH}]
 """
 
-MANIFEST = 'factory = "network:scaled"\nmax_batch_size = 16\nwarm_up = [1, 16]\n' + SIGNATURE
+MODEL_TOML = 'factory = "network:scaled"\nmax_batch_size = 16\nwarm_up = [1, 16]\n' + SIGNATURE
 """model.toml of a `Scaled`."""
 
 NETWORK = """\
@@ -79,7 +79,7 @@ make = Says
 """
 """A module whose answer is a number that it has as its only weight. `before` is a statement to run first."""
 
-SAYS_MANIFEST = """
+SAYS_TOML = """
 factory = "says:make"
 max_batch_size = 8
 inputs = [{ name = "x", datatype = "FP32", shape = [-1, 2] }]
@@ -112,7 +112,7 @@ class Repository:
         root.mkdir(parents=True, exist_ok=True)
         self.root = root
 
-    def manifest(self, name: str, text: str = MANIFEST) -> None:
+    def settings(self, name: str, text: str = MODEL_TOML) -> None:
         """Write model.toml of a model."""
         (self.root / name).mkdir(exist_ok=True)
         (self.root / name / "model.toml").write_text(text)
@@ -181,7 +181,7 @@ def put(
     repository = Repository(root)
     weights = {"answer": torch.tensor(float(version if answer is None else answer))}
     files = {"model.safetensors": safetensors.torch.save(weights), "says.py": SAYS.format(before=before).encode()}
-    repository.manifest(name, f"{SAYS_MANIFEST}{more}\n")
+    repository.settings(name, f"{SAYS_TOML}{more}\n")
     repository.publish(name, version, files)
 
 

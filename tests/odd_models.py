@@ -13,6 +13,7 @@ from tnxctl.wire import TensorSpec
 from tnxd.cli import main
 from tnxd.models.builtin import BUILTIN
 from tnxd.models.model import Model
+from unprintable import Unprintable
 
 WIDTH = 4
 
@@ -47,13 +48,6 @@ def answer(first: float, x: torch.Tensor) -> Any:
     if first == 13:
         raise Unprintable
     return doubled
-
-
-class Unprintable(Exception):
-    """Fails even to say what failed."""
-
-    def __str__(self) -> str:
-        raise RuntimeError("not even that")
 
 
 class Odd(torch.nn.Module):

@@ -223,7 +223,12 @@ def test_what_cannot_be_compiled_is_named(tmp_path: Path, old: str, new: str, sa
 @needs_compiler
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    ("end", "said"), [("os.kill(os.getpid(), 9)", "ended by signal 9"), ("raise OSError('no')", "OSError: no")]
+    ("end", "said"),
+    [
+        ("os.kill(os.getpid(), 9)", "the compiler was ended by signal 9"),
+        ("os._exit(3)", "the compiler ended with 3"),
+        ("raise OSError('no')", "OSError: no"),
+    ],
 )
 def test_a_compiler_that_ends_early_is_named(tmp_path: Path, end: str, said: str) -> None:
     """In the child alone: there the factory ends the process, or raises."""

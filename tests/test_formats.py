@@ -180,6 +180,13 @@ def test_the_batch_limit_follows_from_the_program(tmp_path: Path, rows: Any, lim
         assert ask(model, module, x, x)["output_1"].shape == (length,)
 
 
+def test_modules_beside_a_program_are_none_of_its_business(tmp_path: Path) -> None:
+    save_two(tmp_path)
+    (tmp_path / "net/convert.py").write_text("")
+    (tmp_path / "net/convert.py").chmod(0o664)
+    open_model(tmp_path).factory()
+
+
 def test_a_program_that_was_exported_for_one_row(tmp_path: Path) -> None:
     save_program(tmp_path / "net/1/model.pt2", networks.DigitsNet().eval(), (torch.zeros(1, 64),))
     model = open_model(tmp_path)
@@ -193,6 +200,39 @@ def test_rows_that_depend_on_each_other_do_not_batch(tmp_path: Path) -> None:
     assert (model.outputs[0].shape, model.max_batch_size) == ((-1, -1), 0)
     assert ask(model, model.factory(), np.ones((2, 4), np.float32))["output"].tolist() == [[4, 4], [4, 4]]
     assert "rows depend on each other" in refused(tmp_path, "max_batch_size = 4")
+
+
+class Uneven(torch.nn.Module):
+    """Doubles batches whose number of rows is even, and not 70."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[0] % 2 == 0 and x.shape[0] != 70 else x
+
+
+class NotSeventy(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.shape[0] == 70 else x * 2
+
+
+def test_a_program_for_some_numbers_of_rows_does_not_batch(tmp_path: Path) -> None:
+    save_program(tmp_path / "net/1/model.pt2", Uneven(), (torch.zeros(2, 4),), ({0: Dim.AUTO},))
+    model = open_model(tmp_path)
+    assert model.max_batch_size == 0
+    module = model.factory()
+    assert ask(model, module, np.ones((4, 4), np.float32))["output"].tolist() == [[2.0] * 4] * 4
+    for rows in (1, 3):
+        with pytest.raises(InvalidArgument, match=r"axis 0 of 'x' % 2\) == 0; here axis 0 of 'x' is"):
+            ask(model, module, np.ones((rows, 4), np.float32))
+    assert "max_batch_size: 8, but in net/1/model.pt2 not every number of rows will do: (axis 0 % 2) == 0" in refused(
+        tmp_path, "max_batch_size = 8"
+    )
+
+
+def test_numbers_of_rows_beyond_the_limit_do_not_matter(tmp_path: Path) -> None:
+    save_program(tmp_path / "net/1/model.pt2", NotSeventy(), (torch.zeros(2, 4),), ({0: Dim.AUTO},))
+    assert open_model(tmp_path).max_batch_size == 64
+    assert open_model(tmp_path, "max_batch_size = 69").max_batch_size == 69
+    assert "not every number of rows will do: axis 0 != 70" in refused(tmp_path, "max_batch_size = 70")
 
 
 def test_a_scalar_has_no_rows(tmp_path: Path) -> None:
@@ -744,26 +784,36 @@ needs_onnx = pytest.mark.skipif(not HAVE_ONNX, reason="onnx and onnxruntime are 
 
 
 def save_onnx(
-    root: Path, rows: Any = "rows", out_rows: Any = "rows", *, kind: str = "FLOAT", external: bool = False
+    root: Path,
+    rows: Any = "rows",
+    out_rows: Any = "rows",
+    *,
+    kind: str = "FLOAT",
+    width: int = 4,
+    external: bool = False,
 ) -> Path:
-    """y = x + w for x [rows, 4], and z, which says where x is positive."""
+    """y = x + w for x [rows, width], and z, which says where x is positive. Args: external: w is in weights.bin."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     (root / "net/1").mkdir(parents=True, exist_ok=True)
     path = root / "net/1/model.onnx"
     element = getattr(TensorProto, kind)
-    w = numpy_helper.from_array(np.arange(4).astype(helper.tensor_dtype_to_np_dtype(element)), "w")
-    zero = numpy_helper.from_array(np.zeros((), helper.tensor_dtype_to_np_dtype(element)), "zero")
+    w = numpy_helper.from_array(np.arange(width).astype(helper.tensor_dtype_to_np_dtype(element)), "w")
+    zero = numpy_helper.from_array(np.zeros((), helper.tensor_dtype_to_np_dtype(element)))
     graph = helper.make_graph(
-        [helper.make_node("Add", ["x", "w"], ["y"]), helper.make_node("Greater", ["x", "zero"], ["z"])],
-        "g",
-        [helper.make_tensor_value_info("x", element, [rows, 4])],
         [
-            helper.make_tensor_value_info("y", element, [out_rows, 4]),
-            helper.make_tensor_value_info("z", TensorProto.BOOL, [out_rows, 4]),
+            helper.make_node("Add", ["x", "w"], ["y"]),
+            helper.make_node("Constant", [], ["zero"], value=zero),
+            helper.make_node("Greater", ["x", "zero"], ["z"]),
         ],
-        [w, zero],
+        "g",
+        [helper.make_tensor_value_info("x", element, [rows, width])],
+        [
+            helper.make_tensor_value_info("y", element, [out_rows, width]),
+            helper.make_tensor_value_info("z", TensorProto.BOOL, [out_rows, width]),
+        ],
+        [w],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, str(path), save_as_external_data=external, location="weights.bin", size_threshold=0)
@@ -786,6 +836,27 @@ def test_onnx(tmp_path: Path, kind: str, external: bool) -> None:
         got = ask(model, module, x)
         assert got["y"].tolist() == [[1, 2, 3, 4]] * rows
         assert got["z"].all()
+
+
+@needs_onnx
+@pytest.mark.parametrize("change", ["overwritten", "truncated"])
+def test_tensors_beside_onnx_are_what_they_were(tmp_path: Path, change: str) -> None:
+    path = save_onnx(tmp_path, external=True).parent / "weights.bin"
+    model = open_model(tmp_path)
+    module = model.factory()
+    # In place: a mapping would answer with the new contents, or end the process.
+    path.write_bytes(bytes(path.stat().st_size) if change == "overwritten" else b"")
+    assert ask(model, module, np.ones((1, 4), np.float32))["y"].tolist() == [[1, 2, 3, 4]]
+    with pytest.raises(FailedPrecondition, match=r"net/1/weights.bin changed"):
+        model.factory()
+
+
+@needs_onnx
+def test_tensors_beside_onnx_are_not_sought_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_onnx(tmp_path / "models", width=1024, external=True).parent / "weights.bin"
+    path.rename(tmp_path / "weights.bin")
+    monkeypatch.chdir(tmp_path)
+    assert "net/1/model.onnx: onnxruntime cannot load it" in refused(tmp_path / "models")
 
 
 @needs_onnx

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tnxctl.errors import FailedPrecondition, NotFound, PermissionDenied, TensorNextError
+from tnxctl.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, TensorNextError
 from tnxctl.wire import TensorSpec
 from tnxd.costs import CostModel
 from tnxd.executors.execution import Execution, Warmth
@@ -20,6 +20,7 @@ from tnxd.models.model import Model
 from tnxd.registry import EVICTED, FAILED, READY, UNLOADED, Registry
 from tnxd.scheduler import Scheduler
 from tnxd.work import Device, Request
+from unprintable import Unprintable
 
 MIB = 1024 * 1024
 
@@ -84,6 +85,15 @@ class FakeExecutor:
         return 0.0, 0.0
 
 
+def raising(error: BaseException) -> Callable[[], None]:
+    """What `FakeSource.opens` is for a version that cannot be opened."""
+
+    def opens() -> None:
+        raise error
+
+    return opens
+
+
 class Bench:
     """A loader and what it works on; `run` plays the serving loop."""
 
@@ -93,6 +103,7 @@ class Bench:
         self.sources: dict[str, dict[str, FakeSource]] = {}
         self.wanted: dict[str, tuple[str, ...]] = {}
         self.weights: dict[str, dict[str, float]] = {}
+        self.shadows: dict[str, str] = {}
         self.failures: dict[str, str] = {}
         self.scan_error: TensorNextError | None = None
         self.executors = {name: FakeExecutor(name, name.partition(":")[0]) for name in executors}
@@ -127,7 +138,9 @@ class Bench:
             raise self.scan_error
         return Catalog(
             {
-                name: Entry(name, dict(sources), self.wanted[name], self.weights.get(name, {}))
+                name: Entry(
+                    name, dict(sources), self.wanted[name], self.weights.get(name, {}), self.shadows.get(name, "")
+                )
                 for name, sources in self.sources.items()
             },
             dict(self.failures),
@@ -148,11 +161,21 @@ class Bench:
         except queue.Empty:
             self.loader.poll()
 
+    def settle(self) -> None:
+        """Turn the loop until nothing is under way."""
+        while self.loader.active:
+            self.turn()
+
     def states(self) -> dict[str, str]:
         return {version.title: version.state for _, version in self.registry}
 
     def answers(self, name: str) -> str:
         return self.registry.find(name, b"c", "").title
+
+    def shares(self, name: str) -> dict[str, float]:
+        """The traffic of every version that has some, 0 to 1."""
+        deployment = self.registry.deployments[name]
+        return {version.number: deployment.traffic(version) for version, _ in deployment.shares()}
 
     def request(self, name: str) -> Request:
         """A request that waits for its version's lane."""
@@ -210,11 +233,11 @@ def test_the_old_version_finishes_what_it_has(bench: Bench) -> None:
     ("change", "words"),
     [
         (
-            {"opens": lambda: (_ for _ in ()).throw(RuntimeError("these weights are broken"))},
+            {"opens": raising(RuntimeError("these weights are broken"))},
             "these weights are broken",
         ),
-        ({"opens": lambda: (_ for _ in ()).throw(SystemExit(3))}, "SystemExit: 3"),
-        ({"opens": lambda: (_ for _ in ()).throw(NotFound("net/2/model.pt2: no such file"))}, "no such file"),
+        ({"opens": raising(SystemExit(3))}, "SystemExit: 3"),
+        ({"opens": raising(NotFound("net/2/model.pt2: no such file"))}, "no such file"),
         ({"width": 5}, "its signature is not that of version 1"),
     ],
 )
@@ -270,7 +293,7 @@ def test_changed_files_of_a_version_take_its_place(bench: Bench) -> None:
     assert outcomes == [Changes(["net@1"], [], {})]
     assert bench.executor.held == {"net@1#1"}
     # Files that cannot be loaded leave those that can, and say so.
-    bench.add("net", "1", stamp="c", opens=lambda: (_ for _ in ()).throw(OSError("cut short")))
+    bench.add("net", "1", stamp="c", opens=raising(OSError("cut short")))
     assert "cut short" in bench.run(bench.loader.reload).failed["net@1"]
     assert "newer files" in bench.registry.describe("net")[1].error
     assert bench.answers("net") == "net@1"
@@ -339,8 +362,7 @@ def test_the_least_recently_used_model_makes_room_and_comes_back() -> None:
     assert version.state == EVICTED
     bench.loader.summon(version)
     bench.loader.summon(version)  # asked for twice, it is loaded once
-    while bench.loader.active:
-        bench.turn()
+    bench.settle()
     assert bench.states() == {"a@1": READY, "b@1": READY, "c@1": EVICTED}
     assert bench.executor.most == 2
 
@@ -389,8 +411,7 @@ def test_orders_that_fail_at_once_are_no_recursion(bench: Bench) -> None:
     for _ in range(3000):
         bench.loader.unload("@", outcomes.append)
     release.set()
-    while bench.loader.active:
-        bench.turn()
+    bench.settle()
     assert len(outcomes) == 3001
 
 
@@ -441,8 +462,7 @@ def test_an_evicted_version_keeps_its_traffic_while_it_drains() -> None:
     assert request.waiting
     assert bench.answers("b") == "b@1"
     bench.finish_all()
-    while bench.loader.active:
-        bench.turn()
+    bench.settle()
     assert bench.states() == {"a@1": READY, "b@1": EVICTED}
 
 
@@ -453,17 +473,14 @@ def test_an_evicted_version_comes_back_as_its_files_are_now() -> None:
     bench.run(bench.loader.start)
     bench.add("a", "1", nbytes=MIB, stamp="b")
     bench.loader.summon(bench.registry.find("a", b"c", ""))
-    while bench.loader.active:
-        bench.turn()
+    bench.settle()
     assert bench.executor.held == {"a@1#1"}
     assert bench.run(bench.loader.reload) == Changes([], [], {})
     bench.loader.summon(bench.registry.find("b", b"c", ""))
-    while bench.loader.active:
-        bench.turn()
+    bench.settle()
     bench.add("a", "1", nbytes=MIB, stamp="c", width=5)
     bench.loader.summon(bench.registry.find("a", b"c", ""))
-    while bench.loader.active:
-        bench.turn()
+    bench.settle()
     assert "signature" in bench.registry.describe("a")[1].error
 
 
@@ -499,6 +516,142 @@ def test_loading_a_name_restores_its_traffic(bench: Bench) -> None:
     assert bench.registry.deployments["net"].weights == {"1": 95.0, "2": 5.0}
 
 
+def test_a_load_by_name_that_fails_leaves_the_traffic_as_it_was(bench: Bench) -> None:
+    bench.add("net", "2")
+    bench.run(lambda done: bench.loader.load("net@2", done))
+    bench.add("net", "3", opens=raising(OSError("broken")))
+    assert "broken" in bench.run(lambda done: bench.loader.load("net", done)).message
+    assert bench.states() == {"net@1": READY, "net@2": READY, "net@3": FAILED}
+    assert bench.shares("net") == {"1": 1.0}
+    bench.add("net", "3", stamp="mended")
+    assert bench.run(lambda done: bench.loader.load("net", done)) == "net"
+    assert bench.shares("net") == {"3": 1.0}
+    assert bench.states() == {"net@1": UNLOADED, "net@2": READY, "net@3": READY}  # 2 was asked for by number
+
+
+def test_a_reload_with_other_traffic_that_fails_leaves_it_as_it_was() -> None:
+    bench = Bench()
+    for number in ("1", "2"):
+        bench.add("net", number)
+    bench.wanted["net"], bench.weights["net"] = ("1", "2"), {"1": 75.0, "2": 25.0}
+    bench.run(bench.loader.start)
+    bench.weights["net"] = {}
+    bench.add("net", "3", opens=raising(OSError("broken")))
+    for _ in range(2):  # however often it fails
+        assert "broken" in bench.run(bench.loader.reload).failed["net@3"]
+        assert bench.states() == {"net@1": READY, "net@2": READY, "net@3": FAILED}
+        assert bench.shares("net") == {"1": 0.75, "2": 0.25}
+    bench.add("net", "3", stamp="mended")
+    assert bench.run(bench.loader.reload) == Changes(["net@3"], ["net@1", "net@2"], {})
+    assert bench.shares("net") == {"3": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("weights", "shadow", "shares"),
+    [
+        ({"1": 90.0, "2": 5.0, "3": 5.0}, "", {"1": 0.9, "2": 0.05, "3": 0.05}),
+        ({"1": 1.0}, "2", {"1": 1.0}),
+        ({}, "3", {"2": 1.0}),
+    ],
+)
+def test_traffic_changes_when_all_that_it_needs_is_loaded(
+    bench: Bench, weights: dict[str, float], shadow: str, shares: dict[str, float]
+) -> None:
+    bench.weights["net"], bench.shadows["net"] = weights, shadow
+    meanwhile: list[dict[str, float]] = []
+    bench.add("net", "2", opens=lambda: meanwhile.append(bench.shares("net")))
+    bench.add("net", "3", opens=lambda: meanwhile.append(bench.shares("net")))
+    bench.wanted["net"] = ("1", "2", "3")
+    bench.executor.broken["net@3"] = RuntimeError("out of registers")
+    failed = bench.run(bench.loader.reload).failed
+    assert list(failed) == ["net@3"]
+    assert bench.shares("net") == ({"1": 1.0} if "3" in (*weights, shadow) or not weights else shares)
+    del bench.executor.broken["net@3"]
+    assert not bench.run(bench.loader.reload).failed
+    assert bench.shares("net") == shares
+    assert bench.registry.deployments["net"].shadow == shadow
+    assert meanwhile[:2] == [{"1": 1.0}] * 2
+
+
+def test_traffic_that_is_routed_during_a_reload_stays(bench: Bench) -> None:
+    release = threading.Event()
+    bench.add("net", "2", opens=release.wait)
+    bench.weights["net"] = {"2": 1.0}
+    outcomes: list[Any] = []
+    bench.loader.reload(outcomes.append)
+    while "net@2" not in bench.states() or not bench.registry.deployments["net"].versions["2"].loading:
+        bench.turn()
+    bench.loader.route("net", {"1": 1.0}, "")
+    release.set()
+    while not outcomes:
+        bench.turn()
+    assert outcomes == [Changes(["net@2"], [], {})]
+    assert bench.shares("net") == {"1": 1.0}
+
+
+def test_what_is_loaded_by_number_does_not_undo_the_catalogues_traffic(bench: Bench) -> None:
+    bench.add("net", "2")
+    bench.wanted["net"] = ("1", "2")
+    bench.run(bench.loader.reload)
+    bench.add("net", "3")
+    bench.wanted["net"] = ("1", "2")
+    bench.run(lambda done: bench.loader.load("net@3", done))
+    assert bench.shares("net") == {"2": 1.0}
+    bench.weights["net"] = {"1": 75.0, "2": 25.0}
+    bench.run(bench.loader.reload)
+    bench.run(lambda done: bench.loader.unload("net@3", done))
+    assert bench.shares("net") == {"1": 0.75, "2": 0.25}
+
+
+@pytest.mark.parametrize("other", [True, False])  # whether the name has another version meanwhile
+def test_a_version_that_comes_again_does_not_meet_a_load_of_it_that_was_given_up(other: bool) -> None:
+    bench = Bench(load_timeout_s=0.2)
+    release = threading.Event()
+    load, unload = bench.executor.load, bench.executor.unload
+    freed: list[str] = []
+
+    def slow(model: Model) -> Warmth:
+        release.wait()
+        return load(model)
+
+    def free(key: str) -> None:
+        unload(key)
+        freed.append(key)
+
+    if other:
+        bench.add("net", "1")
+        bench.run(bench.loader.start)
+    bench.executor.load = slow  # type: ignore[method-assign]
+    source = bench.add("net", "2")
+    assert "load_timeout_s" in bench.run(bench.loader.reload).failed["net@2"]
+    bench.executor.load = load  # type: ignore[method-assign]
+    del bench.sources["net"]["2"]
+    bench.wanted["net"] = ("1",)
+    if not other:
+        del bench.sources["net"]
+    bench.run(bench.loader.reload)
+    assert "net@2" not in bench.states()
+    bench.sources.setdefault("net", {})["2"] = source
+    bench.wanted["net"] = ("2",)
+    assert bench.run(bench.loader.reload).loaded == ["net@2"]
+    bench.executor.unload = free  # type: ignore[method-assign]
+    release.set()
+    while "net@2" not in freed:  # what came too late
+        bench.turn()
+    assert bench.executor.held == {bench.registry.find("net", b"c", "").key} == {"net@2#1"}
+
+
+@pytest.mark.parametrize("error", [InvalidArgument("net/model.toml: dtype"), PermissionDenied("net/2 is writable")])
+def test_what_is_wrong_with_files_is_not_wrong_with_the_request(bench: Bench, error: TensorNextError) -> None:
+    bench.add("net", "2", opens=raising(error))
+    outcome = bench.run(lambda done: bench.loader.load("net@2", done))
+    assert (type(outcome), outcome.message) == (FailedPrecondition, error.message)
+    bench.scan_error = error
+    for begin in (bench.loader.reload, lambda done: bench.loader.load("net@2", done)):
+        outcome = bench.run(begin)
+        assert (type(outcome), outcome.message) == (FailedPrecondition, error.message)
+
+
 def test_what_was_held_back_for_a_version_by_number_ends_with_it(bench: Bench) -> None:
     bench.add("net", "2")
     bench.run(lambda done: bench.loader.load("net@2", done))
@@ -511,8 +664,7 @@ def test_what_was_held_back_for_a_version_by_number_ends_with_it(bench: Bench) -
 def test_reloads_that_nobody_waits_for_become_one(bench: Bench) -> None:
     for _ in range(100):
         bench.loader.reload()
-    while bench.loader.active:
-        bench.turn()
+    bench.settle()
     assert len(bench.reloads) <= 4
 
 
@@ -536,13 +688,11 @@ def test_a_version_whose_way_back_was_barred_once_comes_back_later() -> None:
     bench.run(bench.loader.start)
     bench.scan_error = PermissionDenied("models can be written by others")
     bench.loader.summon(bench.registry.find("a", b"c", ""))
-    while bench.loader.active:
-        bench.turn()
+    bench.settle()
     assert bench.states()["a@1"] == EVICTED
     bench.scan_error = None
     bench.loader.summon(bench.registry.find("a", b"c", ""))
-    while bench.loader.active:
-        bench.turn()
+    bench.settle()
     assert bench.states()["a@1"] == READY
 
 
@@ -557,13 +707,6 @@ def test_a_version_asked_for_by_number_that_has_gone_is_no_obstacle(bench: Bench
 
 
 def test_an_exception_that_cannot_say_what_it_is(bench: Bench) -> None:
-    class Unprintable(Exception):
-        def __str__(self) -> str:
-            raise RuntimeError("not even that")
-
-    def opens() -> None:
-        raise Unprintable
-
-    bench.add("net", "2", opens=opens)
+    bench.add("net", "2", opens=raising(Unprintable()))
     assert "Unprintable" in bench.run(bench.loader.reload).failed["net@2"]
     assert not bench.registry.deployments["net"].versions["2"].loading

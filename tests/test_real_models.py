@@ -51,8 +51,8 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     if installed("timm"):
         load_example("resnet", "export").build(repository)
     if installed(*TOKENIZER):
-        manifest = load_example("sentences", "build").build(repository, export=True) / "model.toml"
-        manifest.write_text('versions = "all"\n' + manifest.read_text())
+        toml = load_example("sentences", "build").build(repository, export=True) / "model.toml"
+        toml.write_text('versions = "all"\n' + toml.read_text())
     running = start_daemon(folder / "log", "--model-repository", str(repository))
     with Client(running.endpoint, timeout=30.0) as tnx:
         yield Serving(running, tnx, repository)

@@ -49,7 +49,7 @@ class FakeSource:
 
 
 def deployment(name: str, *versions: str) -> Deployment:
-    made = Deployment(Entry(name, {number: FakeSource(name, number) for number in versions}, wanted=versions))
+    made = Deployment(Entry(name, {number: FakeSource(name, number) for number in versions}, wanted=versions), {})
     for number in versions:
         version = Version(made.entry.sources[number])
         version.state, version.model = READY, model(name, number)

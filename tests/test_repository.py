@@ -128,9 +128,16 @@ def test_a_stamp_stays_until_something_changes_that_a_load_would_read(root: Path
 
 
 def test_shared_modules_are_a_part_of_weights_only(root: Path) -> None:
+    """And of those without a manifest: it would not list them."""
     write(
         root,
-        {"good/model.toml": 'factory = "net:make"\n' + SIGNATURE, "good/3/model.safetensors": "", "good/net.py": ""},
+        {
+            "good/model.toml": 'factory = "net:make"\n' + SIGNATURE,
+            "good/3/model.safetensors": "",
+            "good/4/model.safetensors": "",
+            "good/4/SHA256SUMS": "",
+            "good/net.py": "",
+        },
     )
     before = stamps(root)
     write(root, {"good/net.py": "# other"})
@@ -243,6 +250,29 @@ def test_a_missing_version_of_a_list_leaves_the_others(root: Path) -> None:
     assert catalog.entries["good"].wanted == ("2",)
 
 
+def test_links_that_lead_nowhere_are_named(root: Path) -> None:
+    write(root, {"good/labels.txt": "", "bad/1/README": ""})
+    (root / "good/words.txt").symlink_to("labels.txt")
+    (root / "model").symlink_to("nowhere")
+    (root / "good/11").symlink_to("nowhere")
+    (root / "good/12").symlink_to("12")
+    (root / "good/lost.txt").symlink_to("nowhere")
+    (root / "bad/model.toml").symlink_to("nowhere")
+    catalog = repository.scan(root)
+    assert "leads nowhere" in catalog.failures.pop("model")
+    assert catalog.failures.pop("good@11").startswith("good/11: a link that leads nowhere")
+    assert "Too many levels of symbolic links" in catalog.failures.pop("good@12")
+    assert catalog.failures.pop("good/lost.txt").startswith("good/lost.txt: a link that leads nowhere")
+    assert catalog.failures.pop("bad").startswith("bad: a link that leads nowhere")
+    assert catalog.failures == {}
+    assert list(catalog.entries["good"].sources) == ["1", "2", "10"]
+
+
+def test_a_directory_that_is_called_like_a_model_file(root: Path) -> None:
+    write(root, {"good/11/model.pt2/part": ""})
+    assert repository.scan(root).failures == {"good@11": "good/11/model.pt2 is not a file"}
+
+
 def test_a_directory_that_cannot_be_read(root: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may read everything")
@@ -309,6 +339,7 @@ def test_the_commented_model_toml_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "model.toml"
     path.write_text(modeltoml.TEMPLATE)
     assert settings.load(path, "model.toml") == Settings()
+    assert all(len(line) <= 120 for line in modeltoml.TEMPLATE.splitlines())
 
 
 def test_the_commented_model_toml_names_every_key(tmp_path: Path) -> None:
@@ -318,6 +349,7 @@ def test_the_commented_model_toml_names_every_key(tmp_path: Path) -> None:
     written = msgspec.toml.decode(path.read_bytes())
     assert set(written) == set(Settings.__struct_fields__)
     assert set(written["inputs"][0]) == set(settings.Tensor.__struct_fields__)
+    assert set(written["outputs"][0]) == set(settings.Tensor.__struct_fields__) - {"example"}
     assert set(written["traffic"]) == set(settings.Traffic.__struct_fields__)
     defaults = Settings()
     for key in ("versions", "compile", "priority", "replicas"):

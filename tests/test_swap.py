@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from conftest import Daemon, start_daemon
-from model_repositories import MANIFEST, WIDTH, Repository, Scaled, exported, rows, rss_mb, scaled, scaled_program
+from model_repositories import MODEL_TOML, WIDTH, Repository, Scaled, exported, rows, rss_mb, scaled, scaled_program
 from tnxctl import Client
 from tnxctl.errors import FailedPrecondition, TensorNextError
 
@@ -172,7 +172,7 @@ def swap(
 def swapped(run_daemon: RunDaemon, tmp_path: Path) -> tuple[Daemon, Repository]:
     """A daemon that serves version 1 of the model "swapped", with scale 1."""
     repository = Repository(tmp_path / "models")
-    repository.manifest("swapped")
+    repository.settings("swapped")
     repository.publish("swapped", 1, scaled(1.0, MIB))
     return run_daemon("--model-repository", str(repository.root)), repository
 
@@ -199,7 +199,7 @@ def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Da
     """A daemon with a repository that holds one model."""
     folder = tmp_path_factory.mktemp("shared")
     repository = Repository(folder / "models")
-    repository.manifest("first")
+    repository.settings("first")
     repository.publish("first", 1, scaled(1.0))
     running = start_daemon(folder / "log", "--model-repository", str(repository.root))
     yield running, repository
@@ -315,7 +315,7 @@ def test_a_version_that_cannot_be_loaded_leaves_the_old_one_serving(
 ) -> None:
     daemon, repository = shared
     name = request.node.callspec.id.replace(" ", "-")
-    repository.manifest(name)
+    repository.settings(name)
     repository.publish(name, 1, scaled(1.0))
     refuse_version_2(daemon, repository, name, files, named, mended=scaled(2.0))
 
@@ -354,7 +354,7 @@ def test_a_version_with_another_signature_does_not_take_over(shared: tuple[Daemo
 def test_files_that_change_under_a_version_that_serves(shared: tuple[Daemon, Repository]) -> None:
     """Broken ones under the same number: what was loaded before goes on."""
     daemon, repository = shared
-    repository.manifest("changed")
+    repository.settings("changed")
     repository.publish("changed", 1, scaled(1.0))
     with Client(daemon.endpoint) as tnx:
         assert tnx.reload().failed == {}
@@ -380,7 +380,7 @@ def test_weights_that_are_written_over_in_place(shared: tuple[Daemon, Repository
     """As `cp` does it: the file that a model was loaded from gets other contents, or fewer, while it serves."""
     daemon, repository = shared
     name = f"overwritten-{shorter}"
-    repository.manifest(name)
+    repository.settings(name)
     version = repository.publish(name, 1, scaled(1.0, 8))
     new = scaled(2.0, 1 if shorter else 8)
     with Client(daemon.endpoint) as tnx:
@@ -398,10 +398,10 @@ def test_weights_that_are_written_over_in_place(shared: tuple[Daemon, Repository
 
 def test_what_is_no_version_is_named_and_the_rest_serves(shared: tuple[Daemon, Repository]) -> None:
     daemon, repository = shared
-    repository.manifest("odd-versions")
+    repository.settings("odd-versions")
     for version in ("1", "two", "03", "-4", "0"):
         repository.publish("odd-versions", version, scaled(1.0))
-    repository.manifest("typing-mistake", MANIFEST.replace("max_batch_size", "max_batchsize"))
+    repository.settings("typing-mistake", MODEL_TOML.replace("max_batch_size", "max_batchsize"))
     repository.publish("typing-mistake", 1, scaled(1.0))
     with Client(daemon.endpoint) as tnx:
         report = tnx.reload()
@@ -416,7 +416,7 @@ def test_what_is_no_version_is_named_and_the_rest_serves(shared: tuple[Daemon, R
 
 def test_a_factory_that_never_returns_is_given_up(run_daemon: RunDaemon, tmp_path: Path) -> None:
     repository = Repository(tmp_path / "models")
-    repository.manifest("stuck")
+    repository.settings("stuck")
     repository.publish("stuck", 1, scaled(1.0))
     config = tmp_path / "tnxd.toml"
     config.write_text("load_timeout_s = 8.0\n")
@@ -443,9 +443,9 @@ def test_a_factory_that_never_returns_is_given_up(run_daemon: RunDaemon, tmp_pat
 def test_memory_comes_back(run_daemon: RunDaemon, tmp_path: Path, kind: str) -> None:
     """A model of 100 MiB, loaded and unloaded ten times."""
     repository = Repository(tmp_path / "models")
-    repository.manifest("small")
+    repository.settings("small")
     repository.publish("small", 1, scaled(1.0))
-    repository.manifest("large")
+    repository.settings("large")
     repository.publish("large", 1, scaled(1.0, 100) if kind == "safetensors" else scaled_program(tmp_path, 1.0, 100))
     daemon = run_daemon("--model-repository", str(repository.root))
     loaded, unloaded = [], []

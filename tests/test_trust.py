@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def check(root: Path, *, require_manifest: bool = False) -> TrustedFiles:
-    return TrustedFiles.check(Guard.of(root), root / "net/1", require_manifest=require_manifest)
+    return TrustedFiles.check(Guard.of(root), root / "net/1", require_manifest=require_manifest, modules=True)
 
 
 def sign(version: Path) -> Path:
@@ -180,6 +182,34 @@ def test_a_file_that_is_listed_and_missing(root: Path) -> None:
     (root / "net/1/network.py").unlink()
     with pytest.raises(PermissionDenied, match=r"SHA256SUMS lists network.py, which is not there"):
         check(root)
+
+
+def test_files_are_called_by_their_path_in_the_version(root: Path) -> None:
+    sums = sign(root / "net/1")
+    lines = sums.read_text().splitlines(keepends=True)
+    sums.write_text("".join(line for line in lines if "layers" not in line))
+    with pytest.raises(PermissionDenied, match=r"SHA256SUMS does not list layers/__init__.py"):
+        check(root)
+    sums.write_text("".join(lines))
+    (root / "net/1/layers/__init__.py").unlink()
+    with pytest.raises(PermissionDenied, match=r"SHA256SUMS lists layers/__init__.py, which is not there"):
+        check(root)
+
+
+def test_the_command_of_the_page_about_models_writes_a_manifest_that_matches(root: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/models.md").read_text()
+    command = re.search(r"(?ms)^    (?:cd \S+ && )?(find .*? > SHA256SUMS)$", page)
+    assert command is not None
+    (root / "shared").mkdir()
+    (root / "net/1/model.safetensors").rename(root / "shared/weights")
+    (root / "net/1/model.safetensors").symlink_to("../../shared/weights")
+    for file in ("__pycache__/network.pyc", "layers/__pycache__/__init__.pyc", ".staged/x", "layers/SHA256SUMS"):
+        path = root / "net/1" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(file)
+    for _ in range(2):  # a second time it leaves the first result out
+        subprocess.run(["sh", "-c", command[1]], cwd=root / "net/1", check=True, timeout=60)
+        check(root, require_manifest=True)
 
 
 def test_a_line_that_is_none(root: Path) -> None:

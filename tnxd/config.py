@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
 from tnxctl.errors import InvalidArgument
 from tnxctl.wire import DEFAULT_PORT, Limits
 from tnxd import tomlfile
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LOG_LEVELS: tuple[str, ...] = get_args(LogLevel)
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 _Names = Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
@@ -100,7 +103,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load_timeout_s: _Positive = 300.0
     stall_timeout_s: _Positive = 60.0
     on_device_loss: Literal["auto", "restart", "continue"] = "auto"
-    log_level: Literal["debug", "info", "warning", "error"] = "info"  # LOG_LEVELS
+    log_level: LogLevel = "info"
     cpu: Cpu = Cpu()
     cuda: Cuda = Cuda()
     queue: Queue = Queue()
@@ -108,7 +111,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: Limits = Limits()
 
 
-LOG_LEVELS = ("debug", "info", "warning", "error")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 

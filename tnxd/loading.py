@@ -20,7 +20,9 @@ from typing import Any, TypeVar
 from tnxctl.errors import (
     DeadlineExceeded,
     FailedPrecondition,
+    InvalidArgument,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
     TensorNextError,
 )
@@ -158,9 +160,7 @@ class Loader:
         """Split the traffic of a name. Raises as `check_weights` does."""
         deployment = self._registry.deployment(name)
         check_weights(deployment, weights, shadow)
-        deployment.weights = {number: weight for number, weight in weights.items() if weight > 0}
-        deployment.shadow = shadow
-        deployment.implied = False
+        deployment.route({number: weight for number, weight in weights.items() if weight > 0}, shadow)
         self._registry.rebuild()
         split = excerpt(deployment.weights, 200) if weights else "newest"
         log.info("traffic of %s: %s%s", name, split, f", shadow {shadow}" if shadow else "")
@@ -281,7 +281,7 @@ class Loader:
             self._on_reload(False)
 
     def _reload(self) -> Operation[Changes]:
-        catalog: Catalog = yield self._scan
+        catalog = yield from self._look()
         changes = Changes(failed=dict(catalog.failures))
         registry = self._registry
         registry.failures = dict(catalog.failures)
@@ -305,15 +305,15 @@ class Loader:
         registry = self._registry
         deployment = registry.deployments.get(entry.name)
         if deployment is None:
-            deployment = registry.deployments[entry.name] = Deployment(entry)
+            deployment = registry.deployments[entry.name] = Deployment(entry, registry.generations(entry.name))
         elif entry.weights != deployment.entry.weights or entry.shadow != deployment.entry.shadow:
-            deployment.weights, deployment.shadow = dict(entry.weights), entry.shadow
+            deployment.restore = True
         deployment.entry = entry
         registry.failures.pop(entry.name, None)
         for number, source in entry.sources.items():
             known = deployment.versions.get(number)
             if known is None or (known.state in (UNLOADED, FAILED) and known.source.stamp != source.stamp):
-                deployment.put(Version(source, known.generation if known else 0))
+                deployment.put(Version(source, deployment.generation(number)))
         for number, version in list(deployment.versions.items()):
             if number not in entry.sources and version.state in (UNLOADED, FAILED):
                 del deployment.versions[number]
@@ -322,30 +322,38 @@ class Loader:
     def _follow(self, deployment: Deployment, changes: Changes, failures: Mapping[str, str]) -> Operation[None]:
         """Make one name what its entry says. What cannot be loaded is in `failed`, and what served goes on."""
         entry = deployment.entry
-        wanted = {*entry.wanted, *deployment.pinned, *deployment.weights, deployment.shadow} & entry.sources.keys()
-        serving = {version.number for version, _ in deployment.shares()}
+        serving = {version.number: weight for version, weight in deployment.shares()}
+        if deployment.restore and not serving:
+            deployment.route(entry.weights, entry.shadow)
+        restore = deployment.restore
+        weights, shadow = (entry.weights, entry.shadow) if restore else (deployment.weights, deployment.shadow)
+        if restore and (weights or shadow) and not deployment.weights:
+            deployment.weights = dict(serving)  # what comes up now may get less than all of it, or nothing
+        wanted = {*entry.wanted, *deployment.pinned, *weights, shadow} & entry.sources.keys()
         for number, version in [item for item in deployment.versions.items() if item[0] in wanted]:
             if version.servable and version.source.stamp == entry.sources[number].stamp:
                 continue
+            # Whether requests for the name alone will reach it, or copies of them.
+            answers = not weights or number in (*weights, shadow)
             try:
                 if version.servable:
                     yield from self._renew(deployment, version, changes)
                 else:
-                    yield from self._bring_up(deployment, version, takes_over=self._answers(deployment, number))
+                    yield from self._bring_up(deployment, version, takes_over=answers)
                     changes.loaded.append(version.title)
             except TensorNextError as error:
                 changes.failed[version.title] = error.message
-                wanted = wanted | serving
+                wanted = wanted | serving.keys()
+                restore = restore and not answers
+        if restore and deployment.restore:
+            deployment.route(weights, shadow)
+            self._registry.rebuild()
+        wanted = wanted | {*deployment.weights, deployment.shadow} & entry.sources.keys()  # as routed meanwhile
         for number, version in list(deployment.versions.items()):
             if number not in wanted and not (version.servable and version.title in failures):
                 yield from self._retire(version, UNLOADED, changes)
             if number not in entry.sources and version.state == UNLOADED:
                 del deployment.versions[number]
-
-    @staticmethod
-    def _answers(deployment: Deployment, number: str) -> bool:
-        """Whether requests for the name alone will reach that version, or copies of them."""
-        return not deployment.weights or number in (*deployment.weights, deployment.shadow)
 
     def _renew(self, deployment: Deployment, old: Version, changes: Changes) -> Operation[None]:
         """The files of a version have changed: the new contents take its place when they are ready."""
@@ -362,7 +370,7 @@ class Loader:
 
     def _load_title(self, title: str) -> Operation[str]:
         name, number = split_title(title)
-        catalog: Catalog = yield self._scan
+        catalog = yield from self._look()
         entry = catalog.entries.get(name)
         if entry is None:
             if name in catalog.failures:
@@ -371,11 +379,11 @@ class Loader:
         changes = Changes()
         if not number:
             deployment = self._deployment(entry)
-            deployment.weights, deployment.shadow, deployment.implied = dict(entry.weights), entry.shadow, False
+            deployment.restore = True
             yield from self._follow(deployment, changes, catalog.failures)
-            for number in entry.wanted:
-                if deployment.versions[number].state == EVICTED:
-                    yield from self._bring_back(deployment.versions[number])
+            for version in [deployment.versions[wanted] for wanted in entry.wanted]:
+                if version.state == EVICTED:
+                    yield from self._bring_back(version)
             for failed, why in changes.failed.items():
                 raise FailedPrecondition(f"{failed}: {why}")
             return name
@@ -418,7 +426,7 @@ class Loader:
         """Load an evicted version again, with the files that it has now."""
         version.loading = True
         try:
-            catalog: Catalog = yield self._scan
+            catalog = yield from self._look()
             deployment = self._registry.deployments.get(version.source.name)
             if deployment is None or version.state != EVICTED:
                 return
@@ -432,6 +440,14 @@ class Loader:
             version.loading = False
 
     # --- steps of operations -----------------------------------------------------------------------------------
+
+    def _look(self) -> Operation[Catalog]:
+        """What could be served now. Raises FailedPrecondition: there is something wrong with the repository itself."""
+        try:
+            catalog: Catalog = yield self._scan
+        except (InvalidArgument, PermissionDenied) as error:  # not with the request
+            raise FailedPrecondition(error.message) from None
+        return catalog
 
     def _bring_up(self, deployment: Deployment, version: Version, *, takes_over: bool) -> Operation[None]:
         """Load a version on its devices and warm it up. It is READY then, or nothing of it is left.
@@ -482,7 +498,12 @@ class Loader:
                 # The thread that was given up may yet write under the old key.
                 self._given_up[self._late] = version.key
                 version.generation = deployment.next_generation(version.number)
-            failure = error if isinstance(error, TensorNextError) else FailedPrecondition(sentence(error))
+            # What is wrong with a model's files is not wrong with the request to load it.
+            failure = (
+                error
+                if isinstance(error, (FailedPrecondition, ResourceExhausted, DeadlineExceeded))
+                else FailedPrecondition(sentence(error))
+            )
             version.loading = False
             if version.state == EVICTED and isinstance(failure, ResourceExhausted):
                 version.error = failure.message  # there may be room another time

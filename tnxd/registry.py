@@ -116,16 +116,18 @@ class Deployment:
         shadow: number of the version that gets copies; "": none.
         pinned: versions that somebody asked for by number: they stay whatever the catalogue wants.
         implied: the weights only keep traffic from versions that were asked for by number.
+        restore: the traffic is to become that of the entry, once all that it needs is loaded.
     """
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: Entry, generations: dict[str, int]) -> None:
         self.entry = entry
         self.versions: dict[str, Version] = {}
         self.weights: dict[str, float] = dict(entry.weights)
         self.shadow = entry.shadow
         self.pinned: set[str] = set()
         self.implied = False
-        self._generations: dict[str, int] = {}
+        self.restore = False
+        self._generations = generations
 
     @property
     def name(self) -> str:
@@ -145,6 +147,14 @@ class Deployment:
         """The share of one version, 0 to 1."""
         shares = self.shares()
         return sum(weight for other, weight in shares if other is version) / (sum(w for _, w in shares) or 1.0)
+
+    def route(self, weights: Mapping[str, float], shadow: str) -> None:
+        """Split the traffic; see the attributes."""
+        self.weights, self.shadow, self.implied, self.restore = dict(weights), shadow, False, False
+
+    def generation(self, number: str) -> int:
+        """For contents of a version that nothing else is left of."""
+        return self._generations.get(number, 0)
 
     def next_generation(self, number: str) -> int:
         """For contents of a version that come beside others of the same number; see `Model`."""
@@ -180,6 +190,7 @@ class Registry:
         self.failures: dict[str, str] = {}
         self._targets: dict[str, Version | _Split] = {}
         self._clock = 0
+        self._generations: dict[str, dict[str, int]] = {}
 
     def __iter__(self) -> Iterator[tuple[Deployment, Version]]:
         for deployment in self.deployments.values():
@@ -239,6 +250,10 @@ class Registry:
                 raise FailedPrecondition(f"model {name!r} cannot be served: {failure}")
             raise NotFound(f"no model {excerpt(name)}; there are {', '.join(self.deployments) or 'none'}")
         return known
+
+    def generations(self, name: str) -> dict[str, int]:
+        """Of the versions of a name, by number. They outlive its deployment: a load that hangs does, too."""
+        return self._generations.setdefault(name, {})
 
     def rebuild(self) -> None:
         """Recompute where requests go, after any change."""

@@ -22,7 +22,7 @@ from tnxd.models import networks
 MAX_BATCH = 64
 
 NAME = "digits"
-MANIFEST = f"""\
+MODEL_TOML = f"""\
 versions = "all"
 factory = "network:DigitsNet"   # of version 2; the others need none
 max_batch_size = {MAX_BATCH}
@@ -90,7 +90,7 @@ def build(repository: Path, *, onnx: bool = False) -> Path:
     """Write the model into a repository, which is made if it is not there; returns its directory."""
     model = repository / NAME
     model.mkdir(parents=True, exist_ok=True)
-    (model / "model.toml").write_text(MANIFEST)
+    (model / "model.toml").write_text(MODEL_TOML)
     for version, save in enumerate(FORMATS, 1):
         if save is not save_onnx or onnx:
             folder = model / str(version)

@@ -29,7 +29,7 @@ SIDE = 224
 SEED = 50
 
 NAME = "resnet"
-MANIFEST = """\
+MODEL_TOML = """\
 # Signature and batch limit are known from the exported program.
 warm_up = [1, 8]
 """
@@ -57,7 +57,7 @@ def build(repository: Path, network: str = "resnet50") -> Path:
     program = torch.export.export(net, (torch.zeros(2, 3, SIDE, SIDE),), dynamic_shapes=({0: batch},))
     model = repository / NAME
     (model / "1").mkdir(parents=True, exist_ok=True)
-    (model / "model.toml").write_text(MANIFEST)
+    (model / "model.toml").write_text(MODEL_TOML)
     torch.export.save(program, model / "1" / "model.pt2")
     return model
 

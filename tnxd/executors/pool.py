@@ -219,7 +219,6 @@ def warm_up_sizes(max_batch_size: int) -> list[int]:
 
 
 def _nbytes(module: torch.nn.Module) -> int:
-    """Of parameters and buffers; what two of them share counts once."""
+    """Of parameters and buffers; what two of them share counts once. 0 for a module of another runtime."""
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in (*module.parameters(), *module.buffers())}
-    own = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-    return own or int(getattr(module, "nbytes", 0))  # a module of another runtime keeps its weights to itself
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())

@@ -11,18 +11,19 @@ REPOSITORY/NAME/VERSION/            a positive number; in it exactly one of
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tnxctl.errors import InvalidArgument, PermissionDenied, TensorNextError
+from tnxctl.errors import InvalidArgument, TensorNextError
 from tnxctl.wire import MODEL_NAME
 from tnxd.models import settings as model_toml
 from tnxd.models.catalog import Catalog, Entry, Source
 from tnxd.models.model import Model
 from tnxd.models.settings import Settings
-from tnxd.models.trust import MANIFEST, Guard, hidden, identity, modules
+from tnxd.models.trust import Guard, contents, hidden, identity
 
 FORMATS = {
     "model.pt2": "pt2",
@@ -32,8 +33,12 @@ FORMATS = {
 }
 """What the file with the model is called -> its format."""
 
+WITH_MODULES = ("safetensors",)
+"""Formats that use Python modules."""
+
 SETTINGS = "model.toml"
 
+_GONE = "a link that leads nowhere, or a file that went away: look again"
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 
@@ -94,8 +99,8 @@ def scan(root: Path, *, require_manifest: bool = False) -> Catalog:
         except TensorNextError as error:
             failures[directory.name] = error.message
         except FileNotFoundError:
-            if directory.exists():  # else it went away while we looked
-                failures[directory.name] = f"{directory.name}: a file went away: look again"
+            if os.path.lexists(directory):  # else it went away while we looked
+                failures[directory.name] = f"{directory.name}: {_GONE}"
         except OSError as error:
             failures[directory.name] = f"{guard.label(Path(error.filename or directory))}: {error.strerror}"
     return Catalog(entries, failures)
@@ -116,8 +121,7 @@ def _look_at(directory: Path, guard: Guard, require_manifest: bool) -> tuple[Ent
         raise InvalidArgument(
             f"{name!r} is no name for a model: up to 64 letters, digits, '.', '_' and '-', a letter or digit first"
         )
-    directory_now = guard.resolve(directory)
-    if not directory_now.is_dir():
+    if not guard.resolve(directory).is_dir():
         raise InvalidArgument(f"{name} is a file; a model is a directory: {name}/VERSION/, with the model in it")
     label = f"{name}/{SETTINGS}"
     path = directory / SETTINGS
@@ -133,8 +137,8 @@ def _look_at(directory: Path, guard: Guard, require_manifest: bool) -> tuple[Ent
         except TensorNextError as error:
             failures[title] = error.message
         except FileNotFoundError:
-            if place.exists():
-                failures[title] = f"{guard.label(place)}: a file went away: look again"
+            if os.path.lexists(place):
+                failures[title] = f"{guard.label(place)}: {_GONE}"
         except OSError as error:
             failures[title] = f"{guard.label(Path(error.filename or place))}: {error.strerror}"
     entry = _entry(name, sources, settings, label, failures)
@@ -147,10 +151,13 @@ def _versions(directory: Path, failures: dict[str, str]) -> list[tuple[str, Path
     """Numbers and directories of the versions, the oldest first."""
     versions = []
     for place in sorted(directory.iterdir()):
-        if hidden(place.name) or not place.is_dir():
+        nowhere = place.is_symlink() and not place.exists()
+        if hidden(place.name) or not (place.is_dir() or nowhere):
             continue
         if _VERSION.fullmatch(place.name):
             versions.append((place.name, place))
+        elif nowhere:
+            failures[f"{directory.name}/{place.name}"] = f"{directory.name}/{place.name}: {_GONE}"
         elif not (place / "__init__.py").is_file():  # a Python package that the versions share
             label = f"{directory.name}/{place.name}"
             failures[label] = f"{label}: {place.name!r} is no version: those are 1, 2, 3, ..."
@@ -161,22 +168,20 @@ def _source(
     name: str, number: str, place: Path, settings: Settings, guard: Guard, require_manifest: bool
 ) -> RepositorySource:
     label = guard.label(place)
-    files = dict(guard.tree(place))
     inside = guard.resolve(place)
-    present = [file for file in FORMATS if inside / file in files]
+    present = [file for file in FORMATS if os.path.lexists(inside / file)]
     if len(present) != 1:
         found = " and ".join(present) if present else "none"
         raise InvalidArgument(f"{label}: exactly one of {', '.join(FORMATS)} has to be there, and {found} is")
-    file = present[0]
-    _check_combination(FORMATS[file], f"{label}/{file}", settings, f"{name}/{SETTINGS}")
-    if require_manifest and inside / MANIFEST not in files:
-        raise PermissionDenied(f"{label}/{MANIFEST} is missing, and the daemon requires one")
-    if FORMATS[file] == "safetensors":
-        files.update(modules(guard, guard.resolve(place.parent)))
-    nbytes = sum(info.st_size for info in files.values()) if file == "model.onnx" else files[inside / file].st_size
+    file, kind = present[0], FORMATS[present[0]]
+    _, _, files = contents(guard, place, require_manifest=require_manifest, modules=kind in WITH_MODULES)
+    if inside / file not in files:
+        raise InvalidArgument(f"{label}/{file} is not a file")
+    _check_combination(kind, f"{label}/{file}", settings, f"{name}/{SETTINGS}")
+    nbytes = sum(info.st_size for info in files.values()) if kind == "onnx" else files[inside / file].st_size
     state = [(str(path), *identity(info)) for path, info in sorted(files.items())]
     stamp = hashlib.sha256(settings.served + repr((state, require_manifest)).encode()).hexdigest()
-    return RepositorySource(name, number, FORMATS[file], stamp, nbytes, place, settings, guard, require_manifest)
+    return RepositorySource(name, number, kind, stamp, nbytes, place, settings, guard, require_manifest)
 
 
 def _check_combination(kind: str, file: str, settings: Settings, label: str) -> None:

@@ -70,7 +70,7 @@ class Guard:
 
     def label(self, path: Path) -> str:
         """What to call a path in errors: relative to the repository, if it is in there."""
-        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+        return str(path.relative_to(self.root)) if path != self.root and path.is_relative_to(self.root) else str(path)
 
     def resolve(self, path: Path) -> Path:
         """An absolute path without symbolic links.
@@ -108,16 +108,16 @@ class Guard:
     def _check(self, path: Path, info: os.stat_result) -> None:
         if info.st_uid not in self.owners:
             raise self._wrong_owner(path, info)
-        above = path != self.root and not path.is_relative_to(self.root)
+        above = not path.is_relative_to(self.root)
         if info.st_mode & _OTHERS_MAY_WRITE and not (above and info.st_mode & stat.S_ISVTX):
             raise PermissionDenied(
-                f"{self.label(path) if path != self.root else path} is writable by others than its owner "
+                f"{self.label(path)} is writable by others than its owner "
                 f"(mode {stat.S_IMODE(info.st_mode):o}), and models are code: chmod go-w {path}"
             )
 
     def _wrong_owner(self, path: Path, info: os.stat_result) -> PermissionDenied:
         return PermissionDenied(
-            f"{self.label(path) if path != self.root else path} belongs to user {info.st_uid}, who is neither root, "
+            f"{self.label(path)} belongs to user {info.st_uid}, who is neither root, "
             f"nor the daemon's user, nor the owner of the model repository"
         )
 
@@ -163,27 +163,17 @@ class TrustedFiles:
     identities: Mapping[Path, tuple[int, ...]] = field(repr=False)
 
     @classmethod
-    def check(cls, guard: Guard, directory: Path, *, require_manifest: bool) -> TrustedFiles:
+    def check(cls, guard: Guard, directory: Path, *, require_manifest: bool, modules: bool) -> TrustedFiles:
         """Check everything that loading a version may read, and its manifest if there is one.
-
-        Where there is none, Python modules may be in the model's directory, too.
 
         Raises:
             PermissionDenied: somebody else may write to it, or the manifest is missing, or does not match.
             FailedPrecondition: a file went away meanwhile.
             OSError: something cannot be read.
         """
-        shared = guard.resolve(directory.parent)
-        directory = guard.resolve(directory)
-        files = dict(guard.tree(directory))
-        sums = directory / MANIFEST
-        code: tuple[Path, ...] = (directory,)
-        if sums not in files:
-            if require_manifest:
-                raise PermissionDenied(f"{guard.label(sums)} is missing, and the daemon requires one")
-            code += (shared,)
-            files.update(modules(guard, shared))
+        directory, code, files = contents(guard, directory, require_manifest=require_manifest, modules=modules)
         trusted = cls(guard, directory, code, {path: identity(info) for path, info in files.items()})
+        sums = directory / MANIFEST
         if sums in files:
             trusted._hold_against(sums)
         return trusted
@@ -223,9 +213,9 @@ class TrustedFiles:
             expected[self.directory / found["name"].removeprefix("./")] = found["digest"].lower()
         present = self.identities.keys() - {sums}
         for path in sorted(present - expected.keys()):
-            raise PermissionDenied(f"{label} does not list {path.name}")
+            raise PermissionDenied(f"{label} does not list {os.path.relpath(path, self.directory)}")
         for path in sorted(expected.keys() - present):
-            raise PermissionDenied(f"{label} lists {path.name}, which is not there")
+            raise PermissionDenied(f"{label} lists {os.path.relpath(path, self.directory)}, which is not there")
         for path in sorted(present):
             with self.open(path) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -233,7 +223,35 @@ class TrustedFiles:
                 raise PermissionDenied(f"{self.guard.label(path)} has SHA-256 {digest}, {label} says {expected[path]}")
 
 
-def modules(guard: Guard, directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
+def contents(
+    guard: Guard, directory: Path, *, require_manifest: bool, modules: bool
+) -> tuple[Path, tuple[Path, ...], dict[Path, os.stat_result]]:
+    """What a load of a version may read: its directory, resolved; those with Python modules; all files, checked.
+
+    Args:
+        require_manifest: whether a version without one is refused.
+        modules: whether its format uses Python modules. Where there is no manifest, they may be in the model's
+            directory, too.
+
+    Raises:
+        PermissionDenied: somebody else may write to it, or the manifest is missing.
+        FailedPrecondition: a file went away meanwhile.
+        OSError: something cannot be read.
+    """
+    shared = guard.resolve(directory.parent)
+    directory = guard.resolve(directory)
+    files = dict(guard.tree(directory))
+    code: tuple[Path, ...] = (directory,) if modules else ()
+    if directory / MANIFEST not in files:
+        if require_manifest:
+            raise PermissionDenied(f"{guard.label(directory / MANIFEST)} is missing, and the daemon requires one")
+        if modules:
+            code += (shared,)
+            files.update(_shared_modules(guard, shared))
+    return directory, code, files
+
+
+def _shared_modules(guard: Guard, directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Python modules and packages that all versions of a model share."""
     for entry in sorted(directory.iterdir()):
         if hidden(entry.name):

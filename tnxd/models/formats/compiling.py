@@ -140,7 +140,10 @@ def _run_child(source: RepositorySource, device: torch.device, folder: Path, env
         code = child.wait()
     if code:
         log.error("the compiler of %s@%s ended with %d:\n%s", source.name, source.version, code, said)
-        last = said.splitlines()[-1] if said and code > 0 else f"the compiler was ended by signal {-code}"
+        if code < 0:
+            last = f"the compiler was ended by signal {-code}"
+        else:
+            last = said.splitlines()[-1] if said else f"the compiler ended with {code}"
         raise FailedPrecondition(f"{source.guard.label(source.directory)}: compile: {last}")
 
 

@@ -66,8 +66,17 @@ class Conditions:
                     came.append(f"{place} is {inputs[index].shape[axis]}")
                 raise InvalidArgument(f"the model takes only lengths where {text}; here {' and '.join(came)}")
 
+    def on_rows(self, most: int) -> str:
+        """A condition that some number of rows from 1 to `most` does not meet, in words; "" if there is none."""
+        for (text, lengths), (holds, _) in zip(self.conditions, self._checks, strict=True):
+            if lengths and all(axis == 0 for _, axis in lengths):
+                for rows in range(1, most + 1):
+                    if not holds(*[rows] * len(lengths)):
+                        return re.sub(r"\bn\d+\b", "axis 0", text)
+        return ""
+
     def without_rows(self) -> Conditions:
-        """The same for a model whose rows have been counted, and whose batches are kept within bounds, by others."""
+        """The same for a model whose rows others count, and keep to numbers for which `on_rows` has found nothing."""
         return Conditions(self.names, [item for item in self.conditions if any(axis != 0 for _, axis in item.lengths)])
 
 

@@ -23,7 +23,7 @@ from tnxctl.wire import TensorSpec
 from tnxd.executors.tensors import TORCH_DTYPES
 from tnxd.models.formats import ignore_warnings_about_torch_itself
 from tnxd.models.formats.conditions import Conditions, bounds, of_program
-from tnxd.models.formats.signature import Found, Opened, Shape, Signature, settle
+from tnxd.models.formats.signature import DEFAULT_MAX_BATCH_SIZE, Found, Opened, Shape, Signature, settle
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
 from tnxd.sentences import sentence
@@ -52,8 +52,7 @@ class Program(torch.nn.Module):
             weights[spec.target] = len(weights)
             held = program.constants if spec.target in program.constants else program.state_dict
             self.register_buffer(f"weight_{weights[spec.target]}", held[spec.target].detach())  # its own name has dots
-        places = iter(position for position, _ in description.leaves)
-        constants = iter(constant for _, constant in description.leaves)
+        leaves = iter(description.leaves)
         self._constants: list[Any] = []
         self._order: list[int] = []
         """Of the graph's arguments: which of the weights, inputs and constants, counted in that order."""
@@ -61,7 +60,7 @@ class Program(torch.nn.Module):
             if spec.target is not None:
                 self._order.append(weights[spec.target])
                 continue
-            position, constant = next(places), next(constants)
+            position, constant = next(leaves)
             if position < 0:
                 self._order.append(len(weights) + len(description.found.inputs) + len(self._constants))
                 self._constants.append(constant)
@@ -107,7 +106,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     """See `tnxd.models.formats.opening.read`."""
     label = files.label(FILE)
     program = load(files, label)
-    description = describe(program, label)
+    description = describe(program, label, source.settings.max_batch_size or DEFAULT_MAX_BATCH_SIZE)
     signature = settle(description.found, source.settings, source.settings_label, label)
     if signature.max_batch_size:
         description = replace(description, conditions=description.conditions.without_rows())
@@ -138,8 +137,11 @@ def load(files: TrustedFiles, label: str) -> ExportedProgram:
             raise FailedPrecondition(f"{label}: torch {torch.__version__} cannot load it: {sentence(error)}") from error
 
 
-def describe(program: ExportedProgram, label: str) -> Description:
+def describe(program: ExportedProgram, label: str, rows: int = DEFAULT_MAX_BATCH_SIZE) -> Description:
     """What a program takes and gives.
+
+    Args:
+        rows: that a batch may have, if the program takes so many.
 
     Raises:
         FailedPrecondition: it has inputs or outputs that cannot be served: the sentence names one.
@@ -168,6 +170,9 @@ def describe(program: ExportedProgram, label: str) -> Description:
     conditions = Conditions([spec.name for spec in inputs], of_program(program, axes, positions, label))
     outputs, named = _outputs(program, values, label)
     most, why = _batch(program, values)
+    odd = conditions.on_rows(rows if most is None else min(most, rows))
+    if most != 0 and odd:
+        most, why = 0, f"not every number of rows will do: {odd}"
     found = Found(tuple(inputs), outputs, _examples(program, inputs, axes, leaves), most, why, named_outputs=named)
     return Description(found, conditions, tuple(leaves))
 

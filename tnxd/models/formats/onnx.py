@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,13 +80,24 @@ def _open(runtime: Any, files: TrustedFiles, label: str) -> Any:
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; what it warns of are its own optimizations
-    # Tensors in files beside the model, as large models have them.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(files.directory))
-    with files.open(files.directory / FILE) as file:
-        try:
-            return runtime.InferenceSession(file.read(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own classes have no base in common
-            raise FailedPrecondition(f"{label}: onnxruntime cannot load it: {first_line(error)}") from None
+    model = _content(files, files.directory / FILE)
+    # Large models have their tensors in files beside them. By path, onnxruntime would map those, and go on to use what
+    # is written over them later; what it gets here, it copies. Given no files at all, it would look for them in the
+    # current directory: so the model is among them.
+    others = files.identities.keys() - {files.directory / FILE}
+    read = {FILE: model, **{str(path.relative_to(files.directory)): _content(files, path) for path in others}}
+    options.add_external_initializers_from_files_in_memory(
+        list(read), list(read.values()), [len(content) for content in read.values()]
+    )
+    try:
+        return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own classes have no base in common
+        raise FailedPrecondition(f"{label}: onnxruntime cannot load it: {first_line(error)}") from None
+
+
+def _content(files: TrustedFiles, path: Path) -> bytes:
+    with files.open(path) as file:
+        return file.read()
 
 
 def _describe(session: Any, label: str) -> Found:

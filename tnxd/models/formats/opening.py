@@ -8,7 +8,7 @@ from tnxctl.errors import FailedPrecondition
 from tnxd.models.formats import compiling, exported, onnx, torchscript, weights
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import Model
-from tnxd.models.repository import RepositorySource
+from tnxd.models.repository import WITH_MODULES, RepositorySource
 from tnxd.models.trust import TrustedFiles
 
 _READERS: dict[str, Callable[[RepositorySource, TrustedFiles], Opened]] = {
@@ -26,7 +26,12 @@ def read(source: RepositorySource) -> Opened:
         TensorNextError: it cannot be served; the sentence names file and key.
     """
     try:
-        files = TrustedFiles.check(source.guard, source.directory, require_manifest=source.require_manifest)
+        files = TrustedFiles.check(
+            source.guard,
+            source.directory,
+            require_manifest=source.require_manifest,
+            modules=source.format in WITH_MODULES,
+        )
         return _READERS[source.format](source, files)
     except OSError as error:
         where = source.guard.label(source.directory) if error.filename is None else error.filename
