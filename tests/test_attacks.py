@@ -4,9 +4,11 @@ and serves the next request, on the same connection wherever ZeroMQ keeps it ope
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ import zmq
 from conftest import Daemon
 from dealer import Dealer, rows
 from headers import pack, predict_header
+from model_repositories import rss_mb
 from tnxctl import wire
 from tnxctl.wire import Limits
 from zmtp import GREETING, Peer, frame, message
@@ -496,6 +499,25 @@ socket.recv_multipart()
 print("answered", flush=True)
 sys.stdin.read()
 """
+
+
+def test_memory_of_connections_that_have_gone_comes_back(run_daemon: Callable[..., Daemon]) -> None:
+    """Each takes 23 KiB while it is there, which the C library would keep, and ever more of it as they come anew."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    count = min(2000, most - 200)
+    daemon = run_daemon("--model", "mlp")
+    check_new_connection(daemon)
+    before = rss_mb(daemon.process.pid)
+    for _ in range(2):
+        with contextlib.ExitStack() as stack:
+            for _ in range(count):
+                stack.enter_context(Peer(daemon.endpoint)).greet()
+            assert rss_mb(daemon.process.pid) - before > count * 0.015
+    end = time.monotonic() + PATIENCE_S
+    while rss_mb(daemon.process.pid) - before > count * 0.005:
+        assert time.monotonic() < end, rss_mb(daemon.process.pid) - before
+        check_new_connection(daemon)
 
 
 def test_a_client_killed_in_the_middle(daemon: Daemon) -> None:

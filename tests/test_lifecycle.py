@@ -21,6 +21,7 @@ from ahead import Making, makes
 from conftest import Daemon, start_daemon
 from dealer import Dealer, rows
 from tnxctl import AsyncClient, Client, Result, wire
+from zmtp import Peer, message
 
 ODD = (str(Path(__file__).parent / "odd_models.py"),)
 TNXD = ("-m", "tnxd")
@@ -444,6 +445,80 @@ def test_what_was_sent_before_the_signal_is_answered(made: Own) -> None:
         answers = [dealer.receive()[0] for _ in range(801)]
         assert sorted(answer.id for answer in answers if answer.id is not None) == list(range(801))
         assert made.process.wait(20) == 0
+
+
+@makes(
+    own(
+        config="drain_timeout_s = 0.2\n",
+        program=("-c", "from tnxd import cli; cli._FLUSH_S = 0.3; cli.main(prog_name='tnxd')"),
+    )
+)
+def test_a_client_that_takes_no_replies_makes_no_failure_of_a_stop(made: Own) -> None:
+    """They fill its connection and the queue behind: the drain takes all of its time, and so does the flush."""
+    count = 500
+    array = rows(64)
+    with Dealer(made.endpoint) as dealer, Peer(made.endpoint, receive_buffer=4096) as peer:
+        peer.greet()
+        for index in range(count):
+            specs = (wire.TensorSpec("", "FP32", array.shape),)
+            header = wire.encode(wire.Predict(v=wire.VERSION, id=index, inputs=specs))
+            peer.write(message(header, array.tobytes()))
+        dealer.await_health(replies=count)
+        assert made.stop() == 0
+    assert "stopped" in made.log.read_text()
+
+
+HANGS = """
+import logging, signal, sys, threading
+from tnxd.lifecycle import handled_signals
+
+logging.basicConfig()
+with handled_signals(lambda: print("stop", flush=True), lambda: print("reload", flush=True), patience_s=0.3):
+    if sys.argv[1] == "logging":
+        logging.getLogger().handlers[0].acquire()
+    print("ready", flush=True)
+    threading.Event().wait()
+"""
+"""A program whose loop does not turn, perhaps while it writes a line of its log."""
+
+
+@contextmanager
+def hanging(where: str) -> Iterator[subprocess.Popen[str]]:
+    """That program, ready for signals."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGS, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_loop_that_hangs_is_ended_and_the_log_says_so() -> None:
+    with hanging("computing") as process:
+        process.send_signal(signal.SIGTERM)
+        _, logged = process.communicate(timeout=20)
+        assert process.returncode == 1
+        assert "did not stop" in logged
+
+
+def test_a_loop_that_hangs_in_its_log_is_ended() -> None:
+    with hanging("logging") as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 1
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_more_signals_do_not_postpone_the_end(number: signal.Signals) -> None:
+    with hanging("computing") as process:
+        assert process.stdout is not None
+        process.send_signal(signal.SIGTERM)
+        while process.stdout.readline():  # one for each signal, until it has ended
+            process.send_signal(number)
+        assert process.wait() == 1
 
 
 # --- systemd's side of the conversation ----------------------------------------------------------------------

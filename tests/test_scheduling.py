@@ -175,6 +175,7 @@ def test_a_withdrawn_request_is_answered_and_never_run(hold: Callable[[str], Hel
 def test_one_cannot_withdraw_what_another_asked(hold: Callable[[str], Held]) -> None:
     held = hold("")
     waiting = held.dealer.predict(rows(1, 4))
+    held.dealer.await_health(queued=1)
     with Dealer(held.daemon.endpoint) as other:
         cancel(other, waiting)
         assert other.health().queued == 1

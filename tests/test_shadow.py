@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from conftest import Daemon, start_daemon
+from model_repositories import ONE_ROW, put
+from tnxctl import Client
 from tnxctl.errors import FailedPrecondition, Internal
 from tnxctl.frames import Array
 from tnxctl.wire import TensorSpec
@@ -17,7 +25,7 @@ from tnxd.models.builtin import BuiltinSource
 from tnxd.models.model import Model
 from tnxd.registry import READY, UNLOADED, Version
 from tnxd.scheduler import Scheduler
-from tnxd.shadow import Shadows
+from tnxd.shadow import Copy, Shadows
 from tnxd.work import SPARE, Batch, Device, Request
 
 
@@ -53,34 +61,46 @@ def row(*values: float) -> tuple[Array, ...]:
     return (np.array([values], "f4"),)
 
 
-def compared(shadows: Shadows, candidate: Model, original: Execution, *outcomes: Outcome) -> None:
-    """Let a batch be copied, and wait until its outcomes have been compared."""
+def copied(shadows: Shadows, candidate: Model, original: Execution, *outcomes: Outcome) -> Copy:
+    """Let a batch be copied, with those outcomes."""
     shadows.offer(original, version(candidate))
     copy = shadows.next(scheduler(candidate.key), 0)
     assert copy is not None
     copy.outcomes = list(outcomes)
     copy.latency_us = 200.0
-    shadows.finished(copy)
+    return copy
+
+
+def compared(shadows: Shadows, candidate: Model, original: Execution, *outcomes: Outcome) -> None:
+    """Let a batch be copied, and wait until its outcomes have been compared."""
+    shadows.finished(copied(shadows, candidate, original, *outcomes))
+    settle(shadows)
+
+
+def settle(shadows: Shadows) -> None:
+    """Wait until everything has been compared that has been handed over."""
     settled = threading.Event()
-    end = answered(Internal("the last one"), model=model("end"))
-    shadows.offer(end, version(candidate))
-    last = shadows.next(scheduler(candidate.key), 0)
-    assert last is not None
-    end.outcomes = _Settles(settled)  # type: ignore[assignment]
-    last.outcomes = []
-    shadows.finished(last)
+    shadows.finished(looked_at(shadows, settled.set))
     assert settled.wait(10)
 
 
-class _Settles(list):  # type: ignore[type-arg]
-    """Tells when somebody looks: what was handed over before has been compared then."""
+def looked_at(shadows: Shadows, on_look: Callable[[], object]) -> Copy:
+    """A copy that calls a function, on the thread that compares, when its turn has come."""
+    end = answered(Internal("the last one"), model=model("end"))
+    copy = copied(shadows, NEW, end)
+    end.outcomes = _Calls(on_look)  # type: ignore[assignment]
+    return copy
 
-    def __init__(self, settled: threading.Event) -> None:
+
+class _Calls(list):  # type: ignore[type-arg]
+    """Tells when somebody looks."""
+
+    def __init__(self, on_look: Callable[[], object]) -> None:
         super().__init__()
-        self._settled = settled
+        self._on_look = on_look
 
     def __iter__(self):  # type: ignore[no-untyped-def]
-        self._settled.set()
+        self._on_look()
         return super().__iter__()
 
 
@@ -179,11 +199,40 @@ def test_outputs_count_among_what_waits() -> None:
     assert not shadows
 
 
+def test_what_waits_to_be_compared_is_bounded_in_bytes() -> None:
+    shadows = Shadows()
+    looking, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        looking.set()
+        assert free.wait(10)
+
+    shadows.finished(looked_at(shadows, hold))
+    assert looking.wait(10)
+    for _ in range(2):
+        shadows.finished(copied(shadows, NEW, answered(row(1, 2, 3), width=10 * 2**20), row(1, 2, 3)))
+    assert shadows.report(0, OLD, NEW).skipped == 1
+    free.set()
+    settle(shadows)
+    compared(shadows, NEW, answered(row(1, 2, 3), width=10 * 2**20), row(1, 2, 3))
+    report = shadows.report(0, OLD, NEW)
+    assert (report.requests, report.skipped) == (2, 1)
+
+
+def test_what_is_compared_late_does_not_bring_back_what_is_gone() -> None:
+    shadows = Shadows()
+    copy = copied(shadows, NEW, answered(row(1, 2, 3)), row(1, 2, 3))
+    shadows.keep({OLD.key})
+    shadows.finished(copy)
+    settle(shadows)
+    with pytest.raises(FailedPrecondition):
+        shadows.report(0, OLD, NEW)
+
+
 def test_a_candidate_that_hangs_gets_no_more_copies() -> None:
     shadows = Shadows()
     shadows.offer(answered(row(1, 2, 3)), version(NEW))
-    assert shadows.stop(NEW)
-    assert not shadows.stop(NEW)
+    shadows.stop(NEW)
     assert shadows.next(scheduler(NEW.key), 0) is None
     shadows.offer(answered(row(1, 2, 3)), version(NEW))
     assert not shadows
@@ -192,3 +241,69 @@ def test_a_candidate_that_hangs_gets_no_more_copies() -> None:
 def test_nothing_to_compare() -> None:
     with pytest.raises(FailedPrecondition, match="route net 1=1 --shadow 2"):
         Shadows().report(0, OLD, NEW)
+
+
+# --- behind a real daemon ------------------------------------------------------------------------------------
+
+
+SETTINGS = """
+versions = "all"
+time_limit_s = 0.2
+[traffic]
+weights = { 1 = 1 }
+shadow = "2"
+"""
+
+
+@dataclass
+class Ticking(Daemon):
+    """A daemon whose model fails at 9 in version 1; its shadow, version 2, does not come back from a 7.
+
+    Attributes:
+        root: its model repository. told: the socket that systemd would listen on.
+    """
+
+    root: Path
+    told: socket.socket
+
+    def tick(self, times: int = 1) -> None:
+        """Wait until the daemon has looked so often for what hangs."""
+        while times:
+            times -= b"WATCHDOG=1" in self.told.recv(4096).split(b"\n")
+
+
+@pytest.fixture(scope="module")
+def ticking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ticking]:
+    folder = tmp_path_factory.mktemp("ticking")
+    root = folder / "models"
+    put(root, "net", 1, before="assert not bool((x == 9).any())")
+    put(root, "net", 2, before="import time\n        while bool((x == 7).any()): time.sleep(0.01)", more=SETTINGS)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(folder / "notify"))
+        told.settimeout(30)
+        environment = {**os.environ, "NOTIFY_SOCKET": str(folder / "notify"), "WATCHDOG_USEC": "300000"}
+        daemon = start_daemon(folder / "log", "--model-repository", str(root), environment=environment)
+        yield Ticking(daemon.endpoint, daemon.process, daemon.log, root, told)
+        assert daemon.stop() == 0
+        assert daemon.process.stdout is not None
+        daemon.process.stdout.close()
+
+
+def test_a_batch_that_failed_is_not_copied(ticking: Ticking) -> None:
+    with Client(ticking.endpoint) as client:
+        with pytest.raises(Internal):
+            client.predict(ONE_ROW + 9)
+        with pytest.raises(FailedPrecondition, match="nothing to compare"):
+            client.compare("net", "1", "2")
+
+
+def test_a_shadow_that_hangs_is_told_of_once(ticking: Ticking) -> None:
+    """Even when other files have taken its place."""
+    with Client(ticking.endpoint) as client:
+        client.predict(ONE_ROW + 7)
+        while "it gets no more copies" not in ticking.log.read_text():
+            ticking.tick()
+        put(ticking.root, "net", 2, answer=3, more=SETTINGS)
+        assert client.reload().loaded == ("net@2",)
+        ticking.tick(15)  # more than the socket may hold of those before
+        assert ticking.log.read_text().count("it gets no more copies") == 1

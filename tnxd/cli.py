@@ -221,9 +221,9 @@ class _Daemon:
         self._notifier.send("STATUS=loading")
         threading.Thread(target=self._open_devices, name="devices", daemon=True).start()
         call_soon = self._server.call_soon
-        with handled_signals(
-            lambda: call_soon(self._stop), lambda: call_soon(self._reload), self._config.drain_timeout_s + _FLUSH_S
-        ):
+        # The drain, the flush, and as much again before it counts as hung.
+        patience_s = self._config.drain_timeout_s + 2 * _FLUSH_S
+        with handled_signals(lambda: call_soon(self._stop), lambda: call_soon(self._reload), patience_s):
             self._server.run()
             self._router.close(max(_FLUSH_S, self._server.drain_left_s))
         log.info("stopped")

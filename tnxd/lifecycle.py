@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -10,9 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
+
+log = logging.getLogger(__name__)
 
 _NOTIFY_TIMEOUT_S = 1.0
 _SECOND_SIGNAL_S = 2.0
+_LAST_WORDS_S = 1.0
 
 
 class Notifier:
@@ -55,8 +60,8 @@ def handled_signals(on_stop: Callable[[], None], on_reload: Callable[[], None], 
     The old handlers are back at the end.
 
     A loop that hangs in a model's code does not stop: the process ends with 1 when `patience_s` seconds have passed
-    since the first signal, or two since the second. Python's own handlers run on the main thread alone, which is the
-    one that may hang; the descriptor that signals are written to is read whatever that does.
+    since the first signal to stop, or two since the second. Python's own handlers run on the main thread alone, which
+    is the one that may hang; the descriptor that signals are written to is read whatever that does.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -79,13 +84,15 @@ def _ignore(_number: int, _frame: FrameType | None) -> None:
 def _watch(
     reader: socket.socket, on_stop: Callable[[], None], on_reload: Callable[[], None], patience_s: float
 ) -> None:
-    signals = 0
+    signals, ends = 0, float("inf")
     with reader:
         while True:
+            # What is left, not all of it again: a signal must not postpone the end.
+            reader.settimeout(max(ends - time.monotonic(), 0.001) if signals else None)
             try:
                 received = reader.recv(1)
             except TimeoutError:
-                os._exit(1)
+                _end()
             if not received:
                 return
             if received[0] == signal.SIGHUP:
@@ -94,7 +101,17 @@ def _watch(
                 signals += 1
                 on_stop()
                 if signals <= 2:
-                    reader.settimeout(patience_s if signals == 1 else _SECOND_SIGNAL_S)
+                    ends = min(ends, time.monotonic() + (patience_s if signals == 1 else _SECOND_SIGNAL_S))
+
+
+def _end() -> NoReturn:
+    """The process did not stop in time: say so, and end it."""
+    sentence = "the daemon did not stop in time: it ends with 1, and what it had taken in is lost"
+    # On a thread of its own: a loop that hangs in writing to the log holds the log's lock.
+    thread = threading.Thread(target=log.error, args=(sentence,), daemon=True)
+    thread.start()
+    thread.join(_LAST_WORDS_S)
+    os._exit(1)
 
 
 def raise_file_limit() -> None:

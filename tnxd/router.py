@@ -96,11 +96,13 @@ class Router:
     Attributes:
         endpoints: where it really listens, wildcards resolved.
         undeliverable: messages given up because the peer was gone or took nothing for too long.
+        closed: connections that have ended.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.endpoints: list[str] = []
         self.undeliverable = 0
+        self.closed = 0
         self._max_tensors = limits.tensors
         self._backlogs: dict[bytes, _Backlog] = {}
         self._lent: dict[bytes, _Lent] = {}
@@ -228,6 +230,7 @@ class Router:
             if event == zmq.EVENT_ACCEPTED:
                 self._open.add(descriptor)
                 continue
+            self.closed += 1
             self._open.discard(descriptor)
             peer = self._peers.pop(descriptor, None)
             if peer is not None:

@@ -147,7 +147,8 @@ class Scheduler:
             ResourceExhausted: the queue is full. The sentence tells the predicted wait.
             DeadlineExceeded: it would not be done in time. The sentence tells the predicted wait.
         """
-        request.due_ns = min(request.deadline_ns, now_ns + _PATIENCE_NS)
+        due_ns = now_ns + _PATIENCE_NS
+        request.due_ns = due_ns if due_ns < request.deadline_ns else request.deadline_ns
         if request.wanted == "auto":
             device, reason, prediction = self._soonest(request, now_ns)
             queue = self._queue(device, request.model, request.group)
@@ -255,17 +256,16 @@ class Scheduler:
         last is its share of a full batch.
         """
         placement = queue.placement
-        costs = queue.costs if device.inline_limit_us else queue.costs.lane
+        mean = queue.costs.mean if device.inline_limit_us else queue.costs.lane.mean
         rows, limit = request.rows, request.max_batch_size
         if placement.max_rows:
             limit = placement.row_limit(limit)
-        full_us = costs.mean(limit or 1)
+        full_us = mean(limit or 1)
         share_us = full_us * rows / limit if limit else full_us
         wait_us = own_us = 0.0
         if device.queued:
             level = request.priority
-            for backlog_us in device.backlog_us[: level + 1]:
-                wait_us += backlog_us
+            wait_us = sum(device.backlog_us[: level + 1])
             if device.held:
                 held_us = sum([sum(held.backlog_us[: level + 1]) for held in device.held if held is not placement])
                 wait_us = max(wait_us - held_us, 0.0)
@@ -273,7 +273,8 @@ class Scheduler:
                 queued, ahead = queue.rows_ahead(level, request.client, request.due_ns)
                 batches, rest = divmod(ahead, limit) if limit else (ahead, 0)
                 own_us = batches * full_us
-                wait_us = max(wait_us - queued * full_us / (limit or 1), 0.0) + own_us
+                others_us = wait_us - queued * full_us / (limit or 1)
+                wait_us = others_us + own_us if others_us > 0.0 else own_us
                 if rest + rows <= limit:
                     rows += rest
         if device.busy_until_ns:
@@ -286,7 +287,7 @@ class Scheduler:
             for lane in placement.lanes:
                 own_us += max(device.busy_until_ns.get(lane, 0) - now_ns, 0) / 1e3
             wait_us = max(wait_us, own_us / max_lanes)
-        return wait_us, costs.mean(rows), share_us
+        return wait_us, mean(rows), share_us
 
     def _admit(self, request: Request, queue: Waiting, wait_us: float, run_us: float, now_ns: int) -> None:
         limit, load = "", queue.placement.load
@@ -381,7 +382,7 @@ class Scheduler:
                 device.turns[level].withdraw(queue)
                 passed_over.append((queue, level))
                 continue
-            run_us = curve.mean(rows)
+            planned, run_us = rows, curve.mean(rows)
             if now_ns + run_us * 1e3 > head.deadline_ns:
                 limit, run_us = self._hurry(queue, curve, level, head, limit, run_us, now_ns)
             first_late = len(late)
@@ -396,7 +397,7 @@ class Scheduler:
                 if lane != INLINE:
                     device.free_lanes.append(lane)
                 continue
-            micros = curve.mean(rows)
+            micros = run_us if rows == planned else curve.mean(rows)
             device.charge(level, micros)
             batches.append(self._batch(device, lane, queue, in_time, rows, now_ns + int(micros * 1e3)))
         for queue, level in passed_over:
@@ -469,13 +470,16 @@ class Scheduler:
 
     def _took(self, device: Device, queue: Waiting, requests: list[Request]) -> None:
         """Requests have left the queue."""
-        placement, nbytes, count = queue.placement, 0, len(requests)
-        load, backlog_us = placement.load, placement.backlog_us
+        placement, rows, nbytes, count = queue.placement, 0, 0, len(requests)
+        load, counts, backlog_us, own_us = placement.load, device.counts, device.backlog_us, placement.backlog_us
         for request in requests:
             level, cost_us = request.priority, request.cost_us
-            device.dequeue(level, request.rows, cost_us)
+            counts[level] -= 1
             backlog_us[level] -= cost_us
+            own_us[level] -= cost_us
+            rows += request.rows
             nbytes += request.nbytes
+        device.dequeued(count, rows)
         placement.queued -= count
         load.queued -= count
         load.queued_bytes -= nbytes

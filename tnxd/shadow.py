@@ -27,7 +27,7 @@ from tnxd.work import Batch
 
 log = logging.getLogger(__name__)
 
-# What may wait to be computed, and then to be compared.
+# What may wait to be computed, and as much again to be compared. Bytes are those of the requests and their answers.
 _MAX_WAITING = 64
 _MAX_WAITING_BYTES = 64 * 1024 * 1024
 
@@ -36,13 +36,18 @@ _LATENCIES = 1000
 
 
 class Copy(Execution):
-    """A batch that has been answered, on its way through another version. Attributes: original: the batch."""
+    """A batch that has been answered, on its way through another version.
 
-    __slots__ = ("original",)
+    Attributes:
+        original: the batch. nbytes: of its inputs and outputs.
+    """
 
-    def __init__(self, batch: Batch, model: Model, original: Execution, count: int) -> None:
+    __slots__ = ("nbytes", "original")
+
+    def __init__(self, batch: Batch, model: Model, original: Execution, count: int, nbytes: int) -> None:
         super().__init__(batch, model, original.items[:count], original.rows[:count], original.group)
         self.original = original
+        self.nbytes = nbytes
 
 
 class Shadows:
@@ -54,15 +59,16 @@ class Shadows:
         self._stopped: set[str] = set()
         self._tallies: dict[tuple[str, str], _Tally] = {}
         self._to_compare: queue.SimpleQueue[Copy] | None = None
+        # Their difference waits to be compared. Each is written by one thread alone, so neither needs a lock.
+        self._handed_nbytes = 0
+        self._compared_nbytes = 0
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    def stop(self, candidate: Model) -> bool:
-        """A copy hangs, and the next would take the next lane. False if that is known."""
-        known = candidate.key in self._stopped
+    def stop(self, candidate: Model) -> None:
+        """A copy hangs on the one SPARE lane of its device: no more of them, which would do so on the next device."""
         self._stopped.add(candidate.key)
-        return not known
 
     def offer(self, execution: Execution, version: Version) -> None:
         """A batch has been answered: copy it if there is room."""
@@ -94,7 +100,7 @@ class Shadows:
             self._waiting.popleft()
             self._nbytes -= nbytes
             self._tally(original.model, model).skipped += len(original.items) - count
-            return Copy(batch, model, original, count)
+            return Copy(batch, model, original, count, nbytes)
         return None
 
     def finished(self, copy: Copy) -> None:
@@ -102,7 +108,9 @@ class Shadows:
         if self._to_compare is None:
             self._to_compare = queue.SimpleQueue()
             threading.Thread(target=self._compare, args=(self._to_compare,), name="compare", daemon=True).start()
-        if self._to_compare.qsize() < _MAX_WAITING:
+        waiting = self._handed_nbytes - self._compared_nbytes
+        if self._to_compare.qsize() < _MAX_WAITING and waiting + copy.nbytes <= _MAX_WAITING_BYTES:
+            self._handed_nbytes += copy.nbytes
             self._to_compare.put(copy)
         else:
             self._tally(copy.original.model, copy.model).skipped += len(copy.items)
@@ -134,11 +142,15 @@ class Shadows:
     def _compare(self, inbox: queue.SimpleQueue[Copy]) -> None:
         while True:
             copy = inbox.get()
+            nbytes = copy.nbytes
             try:
-                self._tally(copy.original.model, copy.model).add(copy)
+                tally = self._tallies.get((copy.original.model.key, copy.model.key))
+                if tally is not None:  # else one of them has gone meanwhile
+                    tally.add(copy)
             except Exception:
                 log.exception("comparing %s with %s", copy.original.model.key, copy.model.key)
             del copy  # hold no request's memory while waiting for the next
+            self._compared_nbytes += nbytes
 
 
 def _fitting(rows: Sequence[int], limit: int) -> tuple[int, int]:
@@ -205,7 +217,10 @@ def _as_float(array: Array, spec: TensorSpec) -> Array:
 
 
 class _Tally:
-    """All that is known of one pair of versions. Written by the thread that compares, read by the loop."""
+    """All that is known of one pair of versions.
+
+    `skipped` is the loop's; the rest is written by the thread that compares, and read by the loop.
+    """
 
     def __init__(self, baseline: Model, candidate: Model) -> None:
         self._baseline = baseline

@@ -296,11 +296,9 @@ class Device:
         self.queued_rows += rows
         self.backlog_us[level] += micros
 
-    def dequeue(self, level: int, rows: int, micros: float) -> None:
-        """Count a request that leaves its level."""
-        self.counts[level] -= 1
-        self.queued -= 1
+    def dequeued(self, count: int, rows: int) -> None:
+        """So many requests have left; their levels have been told."""
+        self.queued -= count
         self.queued_rows -= rows
-        self.backlog_us[level] -= micros
         if not self.queued:
-            self.backlog_us[level] = 0.0  # rounding errors do not add up
+            self.backlog_us = [0.0] * LEVELS  # rounding errors do not add up

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections.abc import Sequence
@@ -78,13 +77,6 @@ def host_memory_mb() -> tuple[float, float]:
         return int(fields["MemAvailable"].split()[0]) / 1024, int(fields["MemTotal"].split()[0]) / 1024
     except (OSError, KeyError, ValueError):
         return 0.0, 0.0
-
-
-def trim_heap() -> None:
-    """Have the C library return free memory to the system. glibc keeps freed blocks of up to 32 MiB otherwise."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

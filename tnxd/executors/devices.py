@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tnxd import heap
 from tnxd.config import Config
-from tnxd.executors.cpu import CpuRunner, available_cores, choose_threads, host_memory_mb, order_weights, trim_heap
+from tnxd.executors.cpu import CpuRunner, available_cores, choose_threads, host_memory_mb, order_weights
 from tnxd.executors.cuda import CudaMemory, CudaRunner
 from tnxd.executors.pool import LanePool, OnDone
 
@@ -61,7 +62,7 @@ def _open_cpu(config: Config, on_done: OnDone) -> LanePool:
         replicas=replicas,
         place=order_weights,
         memory_mb=host_memory_mb,
-        give_back=trim_heap,
+        give_back=heap.trim,
         on_done=on_done,
     )
 
