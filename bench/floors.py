@@ -1,9 +1,10 @@
-"""The two servers that the daemon is measured against: as little as a server can do, each in a process of its own.
+"""The servers that the daemon is measured against: as little as a server can do, each in a process of its own.
 
     python bench/floors.py echo ENDPOINT             the same bytes in and out, nothing computed
     python bench/floors.py forward ENDPOINT [cuda]   the same, with the bare forward of the model `mlp` inside
+    python bench/floors.py batching ENDPOINT         the same, with one forward for all requests that wait
 
-Both are one blocking thread around one ROUTER socket: receive, answer, receive. They do not decode a header, check
+Each is one blocking thread around one ROUTER socket: receive, answer, receive. They do not decode a header, check
 nothing and never poll. The answers that they give come on stdin, one JSON list of `Answer` in one line; then they print
 their endpoint. They end when stdin does, so none outlives the program that started it.
 """
@@ -38,6 +39,8 @@ class Answer(msgspec.Struct, frozen=True):
     after_id: bytes
     tensor: bytes
 
+
+_MOST_ROWS = 64
 
 Forward = Callable[[bytes], "np.ndarray[Any, Any]"]
 
@@ -76,14 +79,48 @@ def forward(socket: zmq.Socket[bytes], answers: dict[int, Answer], compute: Forw
             send(output)
 
 
-def cpu_forward() -> Forward:
-    """The forward on this one thread. Bytes of float32 [N, 256] -> float32 [N, 128]."""
+def batching(socket: zmq.Socket[bytes], answers: dict[int, Answer], compute: Forward) -> None:
+    """Answer all requests that wait, up to 64, with the rows of one forward; each of them has one row."""
     import torch
 
+    recv, more, noblock = socket.recv, int(zmq.SNDMORE), int(zmq.NOBLOCK)
+    send: Any = socket.send
+    ((size, answer),) = answers.items()
+    with torch.inference_mode():
+        for rows in (1, 2, 4, 8, 16, 32, _MOST_ROWS) * 20:  # warm-up
+            compute(bytes(rows * size))
+        _announce(socket)
+        while True:
+            peers, headers, tensors = [recv()], [recv()], [recv()]
+            try:
+                while len(peers) < _MOST_ROWS:
+                    peers.append(recv(noblock))
+                    headers.append(recv())
+                    tensors.append(recv())
+            except zmq.Again:
+                pass
+            outputs = compute(b"".join(tensors))
+            for peer, header, output in zip(peers, headers, outputs, strict=True):
+                send(peer, more)
+                send(answer.before_id + header[answer.id_at : answer.id_at + 8] + answer.after_id, more)
+                send(output)
+
+
+def cpu_forward(*, ordered: bool = False) -> Forward:
+    """The forward on this one thread. Bytes of float32 [N, 256] -> float32 [N, 128].
+
+    Args:
+        ordered: with weights laid out as the daemon does for batches.
+    """
+    import torch
+
+    from tnxd.executors.cpu import order_weights
     from tnxd.models.builtin import builtin
 
     torch.set_num_threads(1)
     net = builtin("mlp").factory()
+    if ordered:
+        order_weights(net)
     from_numpy = torch.from_numpy  # with numpy's frombuffer it takes half as long as torch's own
 
     def compute(tensor: bytes) -> np.ndarray[Any, Any]:
@@ -128,7 +165,7 @@ def _end_with_stdin() -> None:
 
 def main() -> None:
     kind, endpoint, *device = sys.argv[1:]
-    if kind == "forward":
+    if kind != "echo":
         import torch  # noqa: F401 - now, while others start: the answers come only when the daemon is there
     listed = msgspec.json.decode(sys.stdin.buffer.readline(), type=list[Answer])
     answers = {answer.request_bytes: answer for answer in listed}
@@ -139,6 +176,8 @@ def main() -> None:
     socket.bind(endpoint)
     if kind == "echo":
         echo(socket, answers)
+    elif kind == "batching":
+        batching(socket, answers, cpu_forward(ordered=True))
     else:
         forward(socket, answers, cuda_forward(max(answers) // 1024) if device == ["cuda"] else cpu_forward())
 

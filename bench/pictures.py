@@ -10,7 +10,7 @@ import numpy as np
 
 import report
 from comparison import CLIENTS, LEAN, NATURAL, TENSORNEXT, C, Comparison, Table
-from report import CLIENT, DAEMON, ECHO, FORWARD, Case, CaseReport
+from report import BATCHING, CLIENT, DAEMON, ECHO, FORWARD, Case, CaseReport
 
 Samples = Mapping[str, "np.ndarray[Any, Any]"]
 """Target -> latencies in microseconds of all its requests."""
@@ -84,7 +84,7 @@ def draw_curve(cases: Sequence[CaseReport], about: str, path: Path) -> None:
 
 
 def _curve(axes: Any, cases: Sequence[CaseReport]) -> None:
-    for name, colour in ((DAEMON, _BLUE), (ECHO, _GREY)):
+    for name, colour in ((DAEMON, _BLUE), (BATCHING, _RED), (ECHO, _GREY)):
         summaries = [case.targets[name] for case in cases]
         rates = [case.case.rate or summary.requests_per_s for case, summary in zip(cases, summaries, strict=True)]
         for percentile, line, mark in (("p50", "-", "o"), ("p99", "--", "^")):

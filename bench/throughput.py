@@ -23,7 +23,7 @@ from goals import Goal, goals_text
 from loadgen import Context
 from measurement import Measurement
 from processes import ChildProcess
-from report import DAEMON, ECHO, Case, CaseReport, Ratio, ratio
+from report import BATCHING, DAEMON, ECHO, Case, CaseReport, Ratio, ratio
 from rounds import measure, measure_rounds
 from targets import Target, daemon_target, floor_targets, probe, start_daemon, start_floors
 from workload import Workload, mlp, torch_forward
@@ -168,7 +168,7 @@ def _run(settings: Settings) -> Throughput:
 
 def _curve(context: Context, settings: Settings) -> tuple[list[CaseReport], float]:
     with contextlib.ExitStack() as stack:
-        daemon, floors = start_daemon(stack), start_floors(stack, names=[ECHO])
+        daemon, floors = start_daemon(stack), start_floors(stack, names=[ECHO, BATCHING])
         workload = mlp(1, False, torch_forward())
         targets = _ready(context, daemon, floors, workload)
         click.echo("\nOne row per request\n" + _table_heading())
@@ -219,7 +219,7 @@ def _case(
 def _table_heading() -> str:
     return (
         f"  {'':<36}{'daemon p50':>11}{'p99':>9}{'requests/s':>12}{'server CPU':>12}{'client CPU':>12}"
-        f"{'echo p50':>10}{'p99':>9}{'requests/s':>12}   daemon / echo, requests/s"
+        f"{'echo p50':>10}{'p99':>9}{'requests/s':>12}   daemon / echo, requests/s   daemon / batching floor"
     )
 
 
@@ -231,7 +231,8 @@ def _table_line(found: CaseReport, note: str) -> str:
         f"  {load:<36}{mine.latency_us['p50']:>11.0f}{mine.latency_us['p99']:>9.0f}{mine.requests_per_s:>12.0f}"
         f"{mine.server_cpu_us or float('nan'):>12.1f}{mine.client_cpu_us or float('nan'):>12.1f}"
         f"{its.latency_us['p50']:>10.0f}{its.latency_us['p99']:>9.0f}{its.requests_per_s:>12.0f}"
-        f"   {found.ratios[f'{DAEMON} / {ECHO}']['requests_per_s']}"
+        f"   {found.ratios[f'{DAEMON} / {ECHO}']['requests_per_s']!s:<26}"
+        + (f"{found.ratios[f'{DAEMON} / {BATCHING}']['requests_per_s']}" if BATCHING in found.targets else "")
         + (f"  sent late by p99 {mine.late_us['p99']:.0f}" if mine.late_us else "")
         + (f"  errors: {', '.join(errors)}" if errors else "")
     )

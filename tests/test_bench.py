@@ -203,9 +203,9 @@ class ScriptedSocket:
         self._frames = [frame for message in messages for frame in message]
         self.sent: list[list[bytes]] = [[]]
 
-    def recv(self) -> bytes:
+    def recv(self, flags: int = 0) -> bytes:
         if not self._frames:
-            raise Script
+            raise zmq.Again if flags & zmq.NOBLOCK else Script
         return self._frames.pop(0)
 
     def send(self, frame: Any, flags: int = 0) -> None:
@@ -246,6 +246,22 @@ def test_the_forward_floor_computes_without_a_handicap(workload: Workload) -> No
         floors.forward(socket, {answer.request_bytes: answer}, compute)
     check_floor(socket, workload, [first_half(workload.input(number)).tobytes() for number in range(3)])
     assert inference_modes == {True}
+
+
+def test_the_batching_floor_answers_all_that_wait_with_the_rows_of_one_forward(workload: Workload) -> None:
+    answer = workload.answer(result_header(FIRST_ID), b"t" * 512)
+    socket = ScriptedSocket(*[(b"peer", *workload.request(number)) for number in range(67)])
+    rows = []
+
+    def compute(tensor: bytes) -> np.ndarray[Any, Any]:
+        assert torch.is_inference_mode_enabled()
+        rows.append(len(tensor) // answer.request_bytes)
+        return first_half(np.frombuffer(tensor, np.float32).reshape(-1, 256))
+
+    with pytest.raises(Script):
+        floors.batching(socket, {answer.request_bytes: answer}, compute)
+    assert rows[-2:] == [64, 3]
+    check_floor(socket, workload, [first_half(workload.input(number)).tobytes() for number in range(67)])
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------
