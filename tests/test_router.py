@@ -237,6 +237,7 @@ def test_news_of_one_that_said_nothing_is_not_taken_for_news_of_the_next(router:
             time.sleep(0)
         print(file=clients.stdin, flush=True)
         peer = next_message(router).peer
+        router.hear()
         gone = router.vanished()
         router.send(peer, False, (b"answer", ()))
         assert peer not in gone

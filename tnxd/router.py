@@ -181,12 +181,17 @@ class Router:
         return bool(events & _POLLIN)
 
     def wait(self, timeout_ms: float) -> bool:
-        """Block until a message, a wake-up or the timeout comes. True if the wake-up is set."""
+        """Block until a message, a wake-up, news of connections or the timeout comes. True if the wake-up is set."""
         if self._backlogs:
             timeout_ms = min(timeout_ms, _BACKLOG_RETRY_MS)
         # Rounded up: 0 would poll in a tight loop.
-        events = self._poller.poll(int(timeout_ms + 0.999))
-        return any(source == self._wakeup_fd for source, _ in events)
+        woken = False
+        for source, _ in self._poller.poll(int(timeout_ms + 0.999)):
+            if source == self._wakeup_fd:
+                woken = True
+            elif source is self._monitor:
+                self.hear()
+        return woken
 
     def receive(self) -> Message | None:
         """The next message; None if none is waiting. Never blocks."""
@@ -216,15 +221,15 @@ class Router:
         """Remember which connection a new peer came by: the monitor tells of connections, not of peers."""
         # libzmq's one thread tells that a connection has ended before it closes the descriptor, and that there is one
         # before it reads from it: the news about the descriptor up to this message is here.
-        self._hear()
+        self.hear()
         if descriptor in self._open:
             self._known.add(peer)
             self._peers[descriptor] = peer
         else:  # it sent this and left
             self._gone.append(peer)
 
-    def _hear(self) -> None:
-        """Take in the news of connections."""
+    def hear(self) -> None:
+        """Take in the news of connections. `wait` does so when there are some; who does not wait calls it at times."""
         while self._monitor.poll(0):
             event, descriptor = _EVENT.unpack(self._monitor.recv_multipart(_NOBLOCK)[0])
             if event == zmq.EVENT_ACCEPTED:
@@ -241,8 +246,7 @@ class Router:
         self._gone.append(peer)
 
     def vanished(self) -> list[bytes]:
-        """Peers whose connections have ended since the last call."""
-        self._hear()
+        """Peers of whose end was heard since the last call."""
         gone, self._gone = self._gone, []
         return gone
 

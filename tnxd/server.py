@@ -303,6 +303,7 @@ class Server:
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + self._tick_s
+        self._router.hear()
         self._forget_vanished()
         if self._router.closed - self._trimmed_at >= _TRIM_AFTER:
             self._trimmed_at = self._router.closed
