@@ -131,3 +131,16 @@ def test_the_oldest_curves_go_first() -> None:
         costs.curve("cpu", "mlp", (length,)).observe(1, 100.0)
     assert costs.curve("cpu", "mlp", (3,)).known
     assert not costs.curve("cpu", "mlp", (1,)).known
+
+
+def test_what_was_looked_up_follows_the_curve() -> None:
+    """Means are remembered until the curve has moved by 2 %."""
+    slow = curve((1, 100.0), (8, 200.0))
+    for rows in (1, 3, 8):
+        slow.mean(rows)
+    for micros in (104.0, 108.0, 112.0, 300.0, 300.0, 300.0):
+        slow.observe(1, micros)
+        fresh = CostCurve()
+        fresh.borrow(slow, 1.0)
+        assert all(abs(slow.mean(rows) / fresh.mean(rows) - 1.0) <= 0.021 for rows in (1, 3, 8))
+    assert slow.mean(1) > 140.0

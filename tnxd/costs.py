@@ -10,6 +10,11 @@ _WEIGHT = 0.1
 # An observation counts for at most so many times what was expected: one stall of the machine is not the new normal.
 _OUTLIER = 8.0
 
+# Means are looked up far more often than they change. What was worked out stays until the curve has moved by so much,
+# for so many sizes at most.
+_STALE = 0.02
+_MOST_SIZES = 1024
+
 # Deviations above the mean that a promise leaves room for. Mean and mean deviation in place of a true quantile is how
 # TCP sets its timers (Jacobson, Congestion Avoidance and Control, 1988; RFC 6298).
 _DEVIATIONS = 4.0
@@ -22,13 +27,15 @@ class CostCurve:
     last it grows in proportion.
     """
 
-    __slots__ = ("_deviations", "_points", "_rows", "_times")
+    __slots__ = ("_deviations", "_means", "_moved", "_points", "_rows", "_times")
 
     def __init__(self) -> None:
         self._points: dict[int, int] = {}  # bucket -> position in the lists, which are ordered by rows
         self._rows: list[float] = []
         self._times: list[float] = []
         self._deviations: list[float] = []
+        self._means: dict[int, float] = {}  # by rows, as they were worked out last
+        self._moved = 0.0  # since then, as a share
 
     def observe(self, rows: int, micros: float) -> None:
         """Record that a batch of `rows` took so long, from its gather to its outputs."""
@@ -41,10 +48,16 @@ class CostCurve:
             self._rows.insert(position, float(rows))
             self._times.insert(position, micros)
             self._deviations.insert(position, micros / 4)
+            self._means.clear()
             return
         expected = self._times[position]
         off = min(micros, _OUTLIER * expected) - expected
-        self._rows[position] += _WEIGHT * (rows - self._rows[position])
+        mean_rows = self._rows[position]
+        self._moved += _WEIGHT * (abs(off) / (expected or 1.0) + abs(rows - mean_rows) / (mean_rows or 1.0))
+        if self._moved > _STALE or len(self._means) > _MOST_SIZES:
+            self._means.clear()
+            self._moved = 0.0
+        self._rows[position] = mean_rows + _WEIGHT * (rows - mean_rows)
         self._times[position] = expected + _WEIGHT * off
         self._deviations[position] += _WEIGHT * (abs(off) - self._deviations[position])
 
@@ -59,9 +72,16 @@ class CostCurve:
         self._rows = list(other._rows)
         self._times = [factor * micros for micros in other._times]
         self._deviations = [factor * micros for micros in other._deviations]
+        self._means.clear()
 
     def mean(self, rows: int) -> float:
         """Expected microseconds for a batch of `rows`; 0 as long as nothing was observed."""
+        micros = self._means.get(rows)
+        if micros is None:
+            micros = self._means[rows] = self._interpolate(rows)
+        return micros
+
+    def _interpolate(self, rows: int) -> float:
         known, times = self._rows, self._times
         if not known:
             return 0.0
