@@ -79,6 +79,9 @@ make = Says
 """
 """A module whose answer is a number that it has as its only weight. `before` is a statement to run first."""
 
+HANGS_AT_7 = "import threading\n        if bool((x == 7).any()): threading.Event().wait()"
+"""For `put`: the network never comes back from an input with a 7."""
+
 SAYS_TOML = """
 factory = "says:make"
 max_batch_size = 8

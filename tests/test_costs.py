@@ -133,6 +133,14 @@ def test_the_oldest_curves_go_first() -> None:
     assert not costs.curve("cpu", "mlp", (1,)).known
 
 
+def test_means_of_many_sizes_take_no_more_memory() -> None:
+    """Where nothing is learned meanwhile, too: requests may have any number of rows."""
+    asked = curve((1, 100.0), (8, 200.0))
+    for rows in range(1, 10_000):
+        assert asked.mean(rows) > 0
+    assert len(asked._means) <= 1024
+
+
 def test_what_was_looked_up_follows_the_curve() -> None:
     """Means are remembered until the curve has moved by 2 %."""
     slow = curve((1, 100.0), (8, 200.0))

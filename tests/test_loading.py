@@ -449,11 +449,17 @@ def test_a_load_that_ends_after_it_was_given_up_leaves_nothing() -> None:
     assert bench.answers("net") == "net@1"
 
 
-def test_an_evicted_version_keeps_its_traffic_while_it_drains() -> None:
+def one_evicted() -> Bench:
+    """Room for one of two models: b has taken the place of a."""
     bench = Bench(budget_mb=1)
     for name in ("a", "b"):
         bench.add(name, "1", nbytes=MIB)
     bench.run(bench.loader.start)
+    return bench
+
+
+def test_an_evicted_version_keeps_its_traffic_while_it_drains() -> None:
+    bench = one_evicted()
     assert bench.states() == {"a@1": EVICTED, "b@1": READY}
     request = bench.request("b")
     bench.loader.summon(bench.registry.find("a", b"c", ""))
@@ -467,10 +473,7 @@ def test_an_evicted_version_keeps_its_traffic_while_it_drains() -> None:
 
 
 def test_an_evicted_version_comes_back_as_its_files_are_now() -> None:
-    bench = Bench(budget_mb=1)
-    for name in ("a", "b"):
-        bench.add(name, "1", nbytes=MIB)
-    bench.run(bench.loader.start)
+    bench = one_evicted()
     bench.add("a", "1", nbytes=MIB, stamp="b")
     bench.loader.summon(bench.registry.find("a", b"c", ""))
     bench.settle()
@@ -682,10 +685,7 @@ def test_a_device_that_fails_to_free_does_not_stop_the_rest(bench: Bench) -> Non
 
 
 def test_a_version_whose_way_back_was_barred_once_comes_back_later() -> None:
-    bench = Bench(budget_mb=1)
-    for name in ("a", "b"):
-        bench.add(name, "1", nbytes=MIB)
-    bench.run(bench.loader.start)
+    bench = one_evicted()
     bench.scan_error = PermissionDenied("models can be written by others")
     bench.loader.summon(bench.registry.find("a", b"c", ""))
     bench.settle()

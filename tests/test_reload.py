@@ -14,7 +14,7 @@ import pytest
 
 from conftest import Daemon
 from dealer import Dealer
-from model_repositories import ONE_ROW, SAYS, put, says
+from model_repositories import HANGS_AT_7, ONE_ROW, SAYS, put, says
 from tnxctl import Client
 from tnxctl.errors import (
     DeadlineExceeded,
@@ -206,7 +206,7 @@ def test_settings_of_a_model_hold_for_its_requests(run_daemon: RunDaemon, tmp_pa
         root,
         "stuck",
         1,
-        before="import time\n        while bool((x == 7).any()): time.sleep(0.01)",
+        before=HANGS_AT_7,
         more="time_limit_s = 0.3",
     )
     config = tmp_path / "tnxd.toml"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import Daemon, start_daemon
-from model_repositories import ONE_ROW, put
+from model_repositories import HANGS_AT_7, ONE_ROW, put
 from tnxctl import Client
 from tnxctl.errors import FailedPrecondition, Internal
 from tnxctl.frames import Array
@@ -277,7 +277,7 @@ def ticking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ticking]:
     folder = tmp_path_factory.mktemp("ticking")
     root = folder / "models"
     put(root, "net", 1, before="assert not bool((x == 9).any())")
-    put(root, "net", 2, before="import time\n        while bool((x == 7).any()): time.sleep(0.01)", more=SETTINGS)
+    put(root, "net", 2, before=HANGS_AT_7, more=SETTINGS)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind(str(folder / "notify"))
         told.settimeout(30)

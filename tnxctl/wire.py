@@ -467,9 +467,7 @@ def decode_request(frame: Buffer, limits: Limits) -> Request:
         InvalidArgument: not a header, or a field has the wrong type or value.
         Unimplemented: another protocol version, or an unknown verb.
     """
-    size = len(memoryview(frame))
-    if size > limits.header_bytes:
-        raise _size_error(size, limits)
+    _check_header_size(frame, limits)
     try:
         return _request_decoder.decode(frame)
     except _DECODE_ERRORS as error:
@@ -478,9 +476,7 @@ def decode_request(frame: Buffer, limits: Limits) -> Request:
 
 def decode_reply(frame: Buffer, limits: Limits) -> Reply:
     """Read the header frame of a reply. Raises as `decode_request` does."""
-    size = len(memoryview(frame))
-    if size > limits.header_bytes:
-        raise _size_error(size, limits)
+    _check_header_size(frame, limits)
     try:
         return _reply_decoder.decode(frame)
     except _DECODE_ERRORS as error:
@@ -508,8 +504,10 @@ def split_title(title: str) -> tuple[str, str]:
     return name, version
 
 
-def _size_error(size: int, limits: Limits) -> InvalidArgument:
-    return InvalidArgument(f"the header has {size} bytes, more than the limit of {limits.header_bytes}")
+def _check_header_size(frame: Buffer, limits: Limits) -> None:
+    size = len(memoryview(frame))
+    if size > limits.header_bytes:
+        raise InvalidArgument(f"the header has {size} bytes, more than the limit of {limits.header_bytes}")
 
 
 # What follows serves headers already refused. It takes them apart one level at a time and leaves the values

@@ -48,15 +48,14 @@ class CostCurve:
             self._rows.insert(position, float(rows))
             self._times.insert(position, micros)
             self._deviations.insert(position, micros / 4)
-            self._means.clear()
+            self._forget_means()
             return
         expected = self._times[position]
         off = min(micros, _OUTLIER * expected) - expected
         mean_rows = self._rows[position]
         self._moved += _WEIGHT * (abs(off) / (expected or 1.0) + abs(rows - mean_rows) / (mean_rows or 1.0))
-        if self._moved > _STALE or len(self._means) > _MOST_SIZES:
-            self._means.clear()
-            self._moved = 0.0
+        if self._moved > _STALE:
+            self._forget_means()
         self._rows[position] = mean_rows + _WEIGHT * (rows - mean_rows)
         self._times[position] = expected + _WEIGHT * off
         self._deviations[position] += _WEIGHT * (abs(off) - self._deviations[position])
@@ -72,14 +71,20 @@ class CostCurve:
         self._rows = list(other._rows)
         self._times = [factor * micros for micros in other._times]
         self._deviations = [factor * micros for micros in other._deviations]
-        self._means.clear()
+        self._forget_means()
 
     def mean(self, rows: int) -> float:
         """Expected microseconds for a batch of `rows`; 0 as long as nothing was observed."""
         micros = self._means.get(rows)
         if micros is None:
+            if len(self._means) == _MOST_SIZES:
+                self._forget_means()
             micros = self._means[rows] = self._interpolate(rows)
         return micros
+
+    def _forget_means(self) -> None:
+        self._means.clear()
+        self._moved = 0.0
 
     def _interpolate(self, rows: int) -> float:
         known, times = self._rows, self._times

@@ -39,9 +39,6 @@ from tnxctl.wire import (
     ModelsReport,
     Predict,
     Reply,
-    Result,
-    TensorSpec,
-    Timing,
     decode_request,
     encode,
     request_id,
@@ -50,8 +47,8 @@ from tnxd import control, heap
 from tnxd.control import Inventory
 from tnxd.executors.execution import Execution, Executor
 from tnxd.loading import Loader
-from tnxd.models.model import BoundInputs, Model
 from tnxd.orders import Order, Orders
+from tnxd.pending import Pending, as_execution, result_header
 from tnxd.registry import DRAINING, READY, STARTING, Version
 from tnxd.router import Message, Router
 from tnxd.scheduler import Scheduler
@@ -79,62 +76,11 @@ _SENT_TOGETHER = 16
 # Connections that end before memory is given back: libzmq takes 23 KiB for each, which glibc keeps, in ever new places.
 _TRIM_AFTER = 256
 
-_Answer = tuple["Pending", bytes, tuple[Array, ...]]
+_Answer = tuple[Pending, bytes, tuple[Array, ...]]
 """A request, the header of its result, and the outputs."""
 
 Control = Health | Metadata | Models | Compare | Order
 """Requests about the daemon and its models."""
-
-
-class Pending(Request):
-    """A predict request between its arrival and its answer.
-
-    Attributes:
-        peer, delimited, id: where the answer goes.
-        version: whose request it is. served: its model. arrays: the inputs in order; they keep the received frames
-            alive.
-        received_ns, queued_ns: monotonic clock, when its frames were taken up and when the scheduler had it.
-    """
-
-    __slots__ = ("arrays", "delimited", "id", "peer", "queued_ns", "received_ns", "served", "version")
-
-    def __init__(
-        self,
-        message: Message,
-        request: Predict,
-        version: Version,
-        model: Model,
-        bound: BoundInputs,
-        received_ns: int,
-        max_delay_us: float,
-    ) -> None:
-        deadline_us = model.deadline_us if request.deadline_us is None else request.deadline_us
-        delay_us = max_delay_us if model.max_delay_us is None else model.max_delay_us
-        nbytes = 0
-        for array in bound.arrays:
-            nbytes += array.nbytes
-        super().__init__(
-            model.key,
-            max_batch_size=model.max_batch_size,
-            group=bound.group,
-            rows=bound.rows,
-            nbytes=nbytes,
-            prefer_gpu=request.prefer_gpu,
-            min_gpu_memory_mb=request.min_gpu_memory_mb,
-            wanted=request.device,
-            priority=model.priority if request.priority is None else request.priority,
-            deadline_ns=NEVER if deadline_us is None else received_ns + int(deadline_us * 1e3),
-            client=message.peer,
-            max_delay_ns=int(delay_us * 1e3),
-        )
-        self.peer = message.peer
-        self.delimited = message.delimited
-        self.id = request.id
-        self.version = version
-        self.served = model
-        self.arrays = bound.arrays
-        self.received_ns = received_ns
-        self.queued_ns = received_ns
 
 
 class Server:
@@ -480,7 +426,7 @@ class Server:
         for request in late:
             self._answer_late(request)
         for batch in batches:
-            execution = _execution(batch)
+            execution = as_execution(batch)
             if batch.lane == INLINE:
                 inline = execution
             else:
@@ -516,21 +462,20 @@ class Server:
                 if not (execution.exhausted and self._runs_elsewhere(request, outcome)):
                     self._answer_error(request, outcome)
             else:
-                answers.append((request, _header(request, execution, outcome), outcome))
+                answers.append((request, result_header(request, execution, outcome), outcome))
                 if len(answers) == _SENT_TOGETHER:
                     self._answer(answers, execution)
                     answers.clear()
         self._answer(answers, execution)
         if execution.exhausted:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
-        succeeded = not execution.exhausted and not any(
-            isinstance(outcome, TensorNextError) for outcome in execution.outcomes
-        )
+        failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])
         # How long a failure took says nothing about the next success.
+        succeeded = not execution.exhausted and not failures
         self._scheduler.finished(batch, (execution.finished_ns - execution.started_ns) / 1e3 if succeeded else 0.0)
         if isinstance(execution, Copy):
             self._shadows.finished(execution)
-        elif batch.requests and any(isinstance(outcome, tuple) for outcome in execution.outcomes):
+        elif failures < len(batch.requests):
             mirror = batch.requests[0].version.mirror  # type: ignore[attr-defined]
             if mirror is not None:
                 self._shadows.offer(execution, mirror)
@@ -596,41 +541,6 @@ class Server:
         self._router.send(peer, delimited, (_encoded(reply), ()))
 
 
-def _header(request: Pending, execution: Execution, outputs: tuple[Array, ...]) -> bytes:
-    """The header frame of a result."""
-    model, received_ns, queued_ns = request.served, request.received_ns, request.queued_ns
-    now = time.perf_counter_ns()
-    result = Result(
-        v=VERSION,
-        id=request.id,
-        model=model.name,
-        version=model.version,
-        outputs=tuple(
-            [
-                TensorSpec(spec.name, spec.datatype, array.shape)
-                for spec, array in zip(model.outputs, outputs, strict=True)
-            ]
-        ),
-        device=request.device,
-        reason=request.reason,
-        batch_size=execution.batch.rows,
-        latency_ms=execution.latency_us / 1e3,
-        gpu_memory_mb=execution.memory_free_mb,
-        timing=Timing(  # by position, in half the time
-            (queued_ns - received_ns) / 1e3,  # receive_us
-            (execution.started_ns - queued_ns) / 1e3,  # queue_us
-            execution.gather_us,
-            execution.h2d_us,
-            execution.compute_us,
-            execution.d2h_us,
-            (now - execution.finished_ns) / 1e3,  # reply_us
-            (now - received_ns) / 1e3,  # total_us
-        ),
-        predicted_us=request.predicted_us,
-    )
-    return encode(result)
-
-
 def _encoded(reply: Reply) -> bytes:
     """The header frame of a reply that may quote what is no UTF-8: a file's name, an exception's text."""
     try:
@@ -645,11 +555,3 @@ def _printable(value: Any) -> Any:
     if isinstance(value, dict):
         return {_printable(key): _printable(item) for key, item in value.items()}
     return [_printable(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _execution(batch: Batch) -> Execution:
-    requests = batch.requests
-    first = requests[0]
-    assert isinstance(first, Pending)
-    items = [request.arrays for request in requests]  # type: ignore[attr-defined]
-    return Execution(batch, first.served, items, [request.rows for request in requests], first.group)

@@ -1,0 +1,108 @@
+"""A predict request between its arrival and its answer: what the server adds to what policy knows of it."""
+
+from __future__ import annotations
+
+import time
+
+from tnxctl.frames import Array
+from tnxctl.wire import VERSION, Predict, Result, TensorSpec, Timing, encode
+from tnxd.executors.execution import Execution
+from tnxd.models.model import BoundInputs, Model
+from tnxd.registry import Version
+from tnxd.router import Message
+from tnxd.work import NEVER, Batch, Request
+
+
+class Pending(Request):
+    """A predict request between its arrival and its answer.
+
+    Attributes:
+        peer, delimited, id: where the answer goes.
+        version: whose request it is. served: its model. arrays: the inputs in order; they keep the received frames
+            alive.
+        received_ns, queued_ns: monotonic clock, when its frames were taken up and when the scheduler had it.
+    """
+
+    __slots__ = ("arrays", "delimited", "id", "peer", "queued_ns", "received_ns", "served", "version")
+
+    def __init__(
+        self,
+        message: Message,
+        request: Predict,
+        version: Version,
+        model: Model,
+        bound: BoundInputs,
+        received_ns: int,
+        max_delay_us: float,
+    ) -> None:
+        deadline_us = model.deadline_us if request.deadline_us is None else request.deadline_us
+        delay_us = max_delay_us if model.max_delay_us is None else model.max_delay_us
+        nbytes = 0
+        for array in bound.arrays:
+            nbytes += array.nbytes
+        super().__init__(
+            model.key,
+            max_batch_size=model.max_batch_size,
+            group=bound.group,
+            rows=bound.rows,
+            nbytes=nbytes,
+            prefer_gpu=request.prefer_gpu,
+            min_gpu_memory_mb=request.min_gpu_memory_mb,
+            wanted=request.device,
+            priority=model.priority if request.priority is None else request.priority,
+            deadline_ns=NEVER if deadline_us is None else received_ns + int(deadline_us * 1e3),
+            client=message.peer,
+            max_delay_ns=int(delay_us * 1e3),
+        )
+        self.peer = message.peer
+        self.delimited = message.delimited
+        self.id = request.id
+        self.version = version
+        self.served = model
+        self.arrays = bound.arrays
+        self.received_ns = received_ns
+        self.queued_ns = received_ns
+
+
+def as_execution(batch: Batch) -> Execution:
+    """A batch of such requests, for an executor."""
+    requests = batch.requests
+    first = requests[0]
+    assert isinstance(first, Pending)
+    items = [request.arrays for request in requests]  # type: ignore[attr-defined]
+    return Execution(batch, first.served, items, [request.rows for request in requests], first.group)
+
+
+def result_header(request: Pending, execution: Execution, outputs: tuple[Array, ...]) -> bytes:
+    """The header frame of a result."""
+    model, received_ns, queued_ns = request.served, request.received_ns, request.queued_ns
+    now = time.perf_counter_ns()
+    result = Result(
+        v=VERSION,
+        id=request.id,
+        model=model.name,
+        version=model.version,
+        outputs=tuple(
+            [
+                TensorSpec(spec.name, spec.datatype, array.shape)
+                for spec, array in zip(model.outputs, outputs, strict=True)
+            ]
+        ),
+        device=request.device,
+        reason=request.reason,
+        batch_size=execution.batch.rows,
+        latency_ms=execution.latency_us / 1e3,
+        gpu_memory_mb=execution.memory_free_mb,
+        timing=Timing(
+            receive_us=(queued_ns - received_ns) / 1e3,
+            queue_us=(execution.started_ns - queued_ns) / 1e3,
+            gather_us=execution.gather_us,
+            h2d_us=execution.h2d_us,
+            compute_us=execution.compute_us,
+            d2h_us=execution.d2h_us,
+            reply_us=(now - execution.finished_ns) / 1e3,
+            total_us=(now - received_ns) / 1e3,
+        ),
+        predicted_us=request.predicted_us,
+    )
+    return encode(result)
