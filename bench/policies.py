@@ -40,9 +40,7 @@ class Policy(Protocol):
         """When to be asked again though nothing happens."""
 
 
-class _Numbered(Request):
-    __slots__ = ("number",)
-
+class _Numbered(Request, kw_only=True):
     number: int
 
 
@@ -77,8 +75,8 @@ class Scheduled:
             wanted="auto",
             priority=job.priority,
             deadline_ns=int(job.deadline_us * 1e3),
+            number=number,
         )
-        request.number = number
         try:
             self.scheduler.add(request, now_ns)
         except (DeadlineExceeded, ResourceExhausted):

@@ -6,10 +6,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tnxctl.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
+from tnxctl.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, TensorNextError, Unavailable
 from tnxd.costs import CostModel
 from tnxd.scheduler import Scheduler
 from tnxd.work import INLINE, NEVER, SPARE, Batch, Device, Request
@@ -234,6 +234,106 @@ def test_what_is_slow_on_the_callers_thread_leaves_it_however_quick_it_was_on_a_
     scheduler = one_cpu(lane_us=500.0)
     lanes = [run_for(scheduler, 5000.0).lane for _ in range(4)]
     assert (lanes[0], lanes[-1]) == (INLINE, 0)
+
+
+# --- what need not wait --------------------------------------------------------------------------------------
+
+
+def test_a_request_that_comes_alone_is_started_at_once() -> None:
+    scheduler = one_cpu(lane_us=100.0)
+    one = request(rows=2)
+    batch = scheduler.start(one, 0)
+    assert batch is not None
+    assert (batch.lane, batch.requests, batch.rows) == (INLINE, [one], 2)
+    assert (scheduler.queued, scheduler.running, scheduler.outstanding("mlp")) == (0, 1, 1)
+    scheduler.finished(batch, 100.0)
+    assert (scheduler.queued, scheduler.running, scheduler.outstanding("mlp")) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "why",
+    ["others wait", "it is dear", "it waits for company", "a lane is busy", "its model has its lanes", "any device"],
+)
+def test_what_has_to_be_weighed_is_not_started_at_once(why: str) -> None:
+    costs = CostModel()
+    for rows, micros in ((1, 100.0), (8, 1200.0)):
+        costs.curve("cpu", "mlp").observe(rows, micros)
+    scheduler = policy(Device("cpu", "cpu", 1, set(MODELS), inline_limit_us=1000.0), costs=costs)
+    one = request(
+        rows=8 if why == "it is dear" else 1,
+        max_delay_ns=MS * (why == "it waits for company"),
+        wanted="auto" if why == "any device" else "",
+    )
+    if why == "others wait":
+        scheduler.add(request(), 0)
+    elif why == "a lane is busy":
+        scheduler.add(request(rows=8), 0)
+        assert scheduler.next_batches(0)[0][0].lane == 0
+    elif why == "its model has its lanes":
+        scheduler.set_lane_limit("mlp", 1)
+        assert scheduler.spare("mlp", (), 1, 0) is not None
+    assert scheduler.start(one, 0) is None
+    scheduler.add(one, 0)
+    assert one.waiting
+
+
+def outcome(scheduler: Scheduler, one: Request, now: int, micros: float, *, at_once: bool) -> list[object]:
+    """All that can be seen of a request that comes to a scheduler without work, and of the scheduler after it."""
+    try:
+        batch = scheduler.start(one, now) if at_once else None
+        if batch is None:
+            scheduler.add(one, now)
+            (batch,), late = scheduler.next_batches(now)
+            assert not late
+    except TensorNextError as error:
+        return [type(error), error.message]
+    seen: list[object] = [one.device, one.reason, one.predicted_us, one.waiting, batch.lane, batch.rows, batch.max_rows]
+    seen += [scheduler.running, scheduler.outstanding(one.model), batch.device.running_rows]
+    scheduler.finished(batch, micros)
+    device = batch.device
+    return [*seen, scheduler.running, scheduler.outstanding(one.model), list(device.passes), device.virtual]
+
+
+_alone = st.tuples(
+    st.sampled_from(sorted(MODELS)),
+    st.integers(0, 12),
+    st.integers(0, 3),
+    st.sampled_from([NEVER, 300_000, 2 * MS]),
+    st.sampled_from(["", "", "", "auto", "cpu", "cuda:0", "tpu"]),
+    st.booleans(),
+    st.integers(1, 22),
+    st.floats(0.0, 3000.0),
+)
+
+
+@given(gpu=st.booleans(), max_bytes=st.sampled_from([20, 1000]), ones=st.lists(_alone, min_size=5, max_size=20))
+@example(  # a level that comes after two batches of another
+    gpu=False, max_bytes=20, ones=[("mlp", 1, level, NEVER, "", False, 1, 100.0) for level in (0, 0, 1)]
+)
+def test_to_be_started_at_once_comes_to_the_same_as_to_wait(
+    gpu: bool, max_bytes: int, ones: list[tuple[str, int, int, int, str, bool, int, float]]
+) -> None:
+    def fresh() -> Scheduler:
+        costs = CostModel()
+        for rows in (1, 8):
+            costs.curve("cpu", "mlp").observe(rows, 100.0 * rows)
+            costs.curve("cuda:0", "mlp").observe(rows, 200.0)
+        devices = [Device("cpu", "cpu", 1, set(MODELS), inline_limit_us=500.0)]
+        if gpu:
+            devices.append(Device("cuda:0", "cuda", 1, {"mlp"}, 8000.0))
+        return policy(*devices, costs=costs, max_bytes=max_bytes)
+
+    quick, plain = fresh(), fresh()
+    for number, (model, rows, level, left, wanted, prefer_gpu, nbytes, micros) in enumerate(ones):
+        now = number * MS
+        deadline = NEVER if left == NEVER else now + left
+        options: dict[str, Any] = {"rows": rows, "priority": level, "deadline_ns": deadline, "wanted": wanted}
+        options |= {"prefer_gpu": prefer_gpu, "nbytes": nbytes}
+        seen = [
+            outcome(scheduler, request(model, **options), now, micros, at_once=scheduler is quick)
+            for scheduler in (quick, plain)
+        ]
+        assert seen[0] == seen[1]
 
 
 # --- priorities and fair shares ------------------------------------------------------------------------------
@@ -864,7 +964,12 @@ class Machine:
 
     def accepts(self, one: Request) -> bool:
         try:
-            self.scheduler.add(one, self.now_ns)
+            batch = self.scheduler.start(one, self.now_ns)
+            if batch is None:
+                self.scheduler.add(one, self.now_ns)
+            else:
+                self.running.append(batch)
+                self.finish(len(self.running) - 1, 100.0)
         except Unavailable:
             assert one.model not in self.cpu.models
             assert one.wanted == "cpu" or one.model not in self.gpu.models or self.gpu.error

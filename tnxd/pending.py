@@ -13,7 +13,7 @@ from tnxd.router import Message
 from tnxd.work import NEVER, Batch, Request
 
 
-class Pending(Request):
+class Pending(Request, kw_only=True):
     """A predict request between its arrival and its answer.
 
     Attributes:
@@ -23,45 +23,53 @@ class Pending(Request):
         received_ns, queued_ns: monotonic clock, when its frames were taken up and when the scheduler had it.
     """
 
-    __slots__ = ("arrays", "delimited", "id", "peer", "queued_ns", "received_ns", "served", "version")
+    peer: bytes
+    delimited: bool
+    id: int
+    version: Version
+    served: Model
+    arrays: tuple[Array, ...]
+    received_ns: int
+    queued_ns: int
 
-    def __init__(
-        self,
-        message: Message,
-        request: Predict,
-        version: Version,
-        model: Model,
-        bound: BoundInputs,
-        received_ns: int,
-        max_delay_us: float,
-    ) -> None:
-        deadline_us = model.deadline_us if request.deadline_us is None else request.deadline_us
-        delay_us = max_delay_us if model.max_delay_us is None else model.max_delay_us
-        nbytes = 0
-        for array in bound.arrays:
-            nbytes += array.nbytes
-        super().__init__(
-            model.key,
-            max_batch_size=model.max_batch_size,
-            group=bound.group,
-            rows=bound.rows,
-            nbytes=nbytes,
-            prefer_gpu=request.prefer_gpu,
-            min_gpu_memory_mb=request.min_gpu_memory_mb,
-            wanted=request.device,
-            priority=model.priority if request.priority is None else request.priority,
-            deadline_ns=NEVER if deadline_us is None else received_ns + int(deadline_us * 1e3),
-            client=message.peer,
-            max_delay_ns=int(delay_us * 1e3),
-        )
-        self.peer = message.peer
-        self.delimited = message.delimited
-        self.id = request.id
-        self.version = version
-        self.served = model
-        self.arrays = bound.arrays
-        self.received_ns = received_ns
-        self.queued_ns = received_ns
+
+def as_pending(
+    message: Message,
+    request: Predict,
+    version: Version,
+    model: Model,
+    bound: BoundInputs,
+    received_ns: int,
+    max_delay_us: float,
+) -> Pending:
+    """A request that came in a message, for a version of a model that its inputs have been held against."""
+    deadline_us = model.deadline_us if request.deadline_us is None else request.deadline_us
+    delay_us = max_delay_us if model.max_delay_us is None else model.max_delay_us
+    nbytes = 0
+    for array in bound.arrays:
+        nbytes += array.nbytes
+    return Pending(  # the first ones by position: by name, this would take four times as long
+        model.key,
+        model.max_batch_size,
+        bound.rows,
+        nbytes,
+        bound.group,
+        message.peer,
+        request.device,
+        request.prefer_gpu,
+        request.min_gpu_memory_mb,
+        model.priority if request.priority is None else request.priority,
+        NEVER if deadline_us is None else received_ns + int(deadline_us * 1e3),
+        int(delay_us * 1e3),
+        peer=message.peer,
+        delimited=message.delimited,
+        id=request.id,
+        version=version,
+        served=model,
+        arrays=bound.arrays,
+        received_ns=received_ns,
+        queued_ns=received_ns,
+    )
 
 
 def as_execution(batch: Batch) -> Execution:

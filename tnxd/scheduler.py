@@ -180,6 +180,28 @@ class Scheduler:
         self.queued += 1
         self.queued_bytes += request.nbytes
 
+    def start(self, request: Request, now_ns: int) -> Batch | None:
+        """Take a request in that need not wait: a batch of it alone, INLINE. None: `add` it. Raises as `add` does.
+
+        Comes to the same as to add it and ask for the next batches, without the way through queues and turns. The
+        caller runs the batch before it comes with another request.
+        """
+        if self.queued or request.max_delay_ns or request.wanted == "auto" or (request.prefer_gpu and self._gpus):
+            return None
+        device, reason = self.route(request, now_ns)
+        if not device.inline_limit_us or device.busy_until_ns:
+            return None
+        queue = self._queue(device, request.model, request.group)
+        costs, placement, rows = queue.costs, queue.placement, request.rows
+        if (placement.load.max_lanes and placement.has_all_lanes) or not costs.fits_inline(rows):
+            return None
+        run_us = costs.inline.mean(rows)
+        self._admit(request, queue, 0.0, run_us, now_ns)
+        request.device, request.reason, request.predicted_us = device.name, reason, run_us
+        device.wake(request.priority)
+        device.charge(request.priority, run_us)
+        return self._batch(device, INLINE, queue, [request], rows, now_ns)
+
     def _queue(self, device: Device, model: str, group: tuple[int, ...]) -> Waiting:
         """Where its requests wait. Empty queues are kept for the next request, up to a number."""
         key = (model, group)

@@ -48,7 +48,7 @@ from tnxd.control import Inventory
 from tnxd.executors.execution import Execution, Executor
 from tnxd.loading import Loader
 from tnxd.orders import Order, Orders
-from tnxd.pending import Pending, as_execution, result_header
+from tnxd.pending import Pending, as_execution, as_pending, result_header
 from tnxd.registry import DRAINING, READY, STARTING, Version
 from tnxd.router import Message, Router
 from tnxd.scheduler import Scheduler
@@ -137,6 +137,7 @@ class Server:
         self._calls: deque[Callable[[], None]] = deque()
         self._completed: deque[Execution] = deque()
         self._in_flight: dict[bytes, dict[int, Pending]] = {}
+        self._started: Batch | None = None
         self._on_lanes: dict[Execution, float] = {}
         self._next_tick = time.monotonic()
         self._drain_until = float("inf")
@@ -191,7 +192,7 @@ class Server:
         """Serve until drained or stopped."""
         busy = False
         while not self._stopped:
-            if not busy:
+            if not busy or not self._router.readable():
                 self._wait()
             self._run_calls()
             while self._completed:
@@ -308,7 +309,7 @@ class Server:
                 return False
             self._take(message, begin)
             # At low load the first message is the only one, and to ask costs less than to try in vain.
-            if count == 0 and not self._router.readable():
+            if self._started is not None or (count == 0 and not self._router.readable()):
                 return False
         return True
 
@@ -391,9 +392,13 @@ class Server:
         if model is None or version.state != READY:
             raise self._summon(version)
         bound = model.bind(request.inputs, arrays)
-        pending = Pending(message, request, version, model, bound, received_ns, self._max_delay_us)
+        pending = as_pending(message, request, version, model, bound, received_ns, self._max_delay_us)
+        scheduler = self._scheduler
         pending.queued_ns = now_ns = time.perf_counter_ns()
-        self._scheduler.add(pending, now_ns)
+        if not scheduler.queued and not self._router.readable():  # else others may share its batch
+            self._started = scheduler.start(pending, now_ns)
+        if self._started is None:
+            scheduler.add(pending, now_ns)
         if mine is None:
             mine = self._in_flight[message.peer] = {}
         mine[request.id] = pending
@@ -417,6 +422,10 @@ class Server:
 
     def _dispatch(self) -> bool:
         """Put batches on free lanes. True if one ran right here: more may have come meanwhile."""
+        batch, self._started = self._started, None
+        if batch is not None:
+            self._run_inline(as_execution(batch))
+            return True
         if not self._scheduler.queued:
             if self._shadows:
                 self._run_copy()
@@ -434,9 +443,12 @@ class Server:
                 self._executor(batch).submit(execution)
         if inline is None:
             return False
-        self._executor(inline.batch).run_inline(inline)
-        self._finish(inline)
+        self._run_inline(inline)
         return True
+
+    def _run_inline(self, execution: Execution) -> None:
+        self._executor(execution.batch).run_inline(execution)
+        self._finish(execution)
 
     def _run_copy(self) -> None:
         copy = self._shadows.next(self._scheduler, time.perf_counter_ns())

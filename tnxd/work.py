@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from tnxctl.wire import DEFAULT_PRIORITY
 from tnxd.costs import BatchCosts
 from tnxd.turns import Turns
@@ -24,7 +26,7 @@ _UNKNOWN_US = 1000.0
 _PROBE_AFTER = 256
 
 
-class Request:
+class Request(msgspec.Struct, eq=False, gc=False):
     """What policy needs to know of a request; the server derives from it to add what it needs itself.
 
     Attributes:
@@ -44,68 +46,27 @@ class Request:
         waiting: whether it is in a queue. done: whether it has been answered; set by the caller.
     """
 
-    __slots__ = (
-        "client",
-        "cost_us",
-        "deadline_ns",
-        "device",
-        "done",
-        "due_ns",
-        "excluded",
-        "group",
-        "max_batch_size",
-        "max_delay_ns",
-        "min_gpu_memory_mb",
-        "model",
-        "nbytes",
-        "predicted_us",
-        "prefer_gpu",
-        "priority",
-        "reason",
-        "rows",
-        "serial",
-        "waiting",
-        "wanted",
-    )
-
-    def __init__(
-        self,
-        model: str,
-        *,
-        max_batch_size: int,
-        max_delay_ns: int = 0,
-        group: tuple[int, ...] = (),
-        rows: int = 1,
-        nbytes: int = 0,
-        client: bytes = b"",
-        wanted: str = "",
-        prefer_gpu: bool = True,
-        min_gpu_memory_mb: float = 0.0,
-        excluded: frozenset[str] = frozenset(),
-        priority: int = DEFAULT_PRIORITY,
-        deadline_ns: int = NEVER,
-    ) -> None:
-        self.model = model
-        self.max_batch_size = max_batch_size
-        self.max_delay_ns = max_delay_ns
-        self.group = group
-        self.rows = rows
-        self.nbytes = nbytes
-        self.client = client
-        self.wanted = wanted
-        self.prefer_gpu = prefer_gpu
-        self.min_gpu_memory_mb = min_gpu_memory_mb
-        self.excluded = excluded
-        self.priority = priority
-        self.deadline_ns = deadline_ns
-        self.device = ""
-        self.reason = ""
-        self.predicted_us = 0.0
-        self.cost_us = 0.0
-        self.due_ns = 0
-        self.serial = 0
-        self.waiting = False
-        self.done = False
+    model: str
+    max_batch_size: int
+    rows: int = 1
+    nbytes: int = 0
+    group: tuple[int, ...] = ()
+    client: bytes = b""
+    wanted: str = ""
+    prefer_gpu: bool = True
+    min_gpu_memory_mb: float = 0.0
+    priority: int = DEFAULT_PRIORITY
+    deadline_ns: int = NEVER
+    max_delay_ns: int = 0
+    excluded: frozenset[str] = frozenset()
+    device: str = ""
+    reason: str = ""
+    predicted_us: float = 0.0
+    cost_us: float = 0.0
+    due_ns: int = 0
+    serial: int = 0
+    waiting: bool = False
+    done: bool = False
 
 
 INLINE = -1
