@@ -8,6 +8,7 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -18,7 +19,7 @@ import benchmarks
 import decisions
 import schedule
 import traces
-from oracle import least_work_us, upper_bound
+from oracle import cost_by_start, upper_bound
 from policies import Policy, Run, Scheduled, Threshold
 from schedule import SCHEDULER, examine
 from simulation import Noise, Outcome, replay
@@ -151,21 +152,18 @@ def test_traces_are_the_same_for_a_seed_ordered_and_possible(name: str) -> None:
 # --- the upper bound -------------------------------------------------------------------------------------------
 
 
-def test_the_least_work_of_a_job_is_that_in_the_best_batch_it_can_be_in() -> None:
-    given = trace(
-        Job(0, 1000, "m"),  # with the three others, on either device
-        Job(0, 1000, "m"),
-        Job(0, 115, "m"),  # on the CPU, alone: a batch of two takes 120 us, less luck
-        Job(0, 1000, "m", rows=2),
-        Job(5000, 6000, "m"),  # nobody else is there
-        Job(0, 50, "m"),  # too short for anything
-    )
-    work = least_work_us(given, CPU)
-    assert list(work[:2]) == pytest.approx([35, 35])
-    assert work[2] == pytest.approx(110)
-    assert list(work[3:5]) == pytest.approx([70, 110])
-    assert work[5] == math.inf
-    assert least_work_us(given, GPU)[2] == math.inf
+@pytest.mark.parametrize("length", [0.3, 1.0, 2.5, 40.0])
+def test_a_batch_costs_no_less_than_at_its_cheapest_start(length: float) -> None:
+    """Held against many starts in each slot, with the prices summed up piece by piece."""
+    price = np.random.default_rng(1).exponential(1.0, 30)
+    spent = np.concatenate([[0.0], np.cumsum(price)])
+    edges = np.arange(31)
+    least = cost_by_start(spent, length)
+    for slot in range(30):
+        starts = np.linspace(slot, slot + 1, 2001)
+        tried = np.interp(starts + length, edges, spent) - np.interp(starts, edges, spent)
+        assert least[slot] <= tried.min() + 1e-9
+        assert least[slot] == pytest.approx(tried.min(), abs=0.01)
 
 
 def test_everything_possible_is_met_where_there_is_time() -> None:
