@@ -65,6 +65,35 @@ def test_what_cannot_be_done_in_time_is_refused_with_the_predicted_wait() -> Non
     assert scheduler.queued == 25
 
 
+@pytest.mark.parametrize("others", [7, 8])
+def test_what_would_be_done_just_in_time_makes_room_where_enough_others_wait(others: int) -> None:
+    costs = CostModel()
+    for number in range(200):  # a millisecond, give or take a tenth
+        for rows in (1, 8):
+            costs.curve("cpu", "mlp").observe(rows, 900.0 if number % 2 else 1100.0)
+    scheduler = policy(costs=costs)
+    scheduler.add(request(), 0)
+    ((running,), _) = scheduler.next_batches(0)
+    tight = [request(deadline_ns=3 * MS) for _ in range(8)]
+    relaxed = [request(deadline_ns=30 * MS) for _ in range(others)]
+    for one in [*tight, *relaxed]:
+        scheduler.add(one, 0)
+    now = int(1.95 * MS)
+    scheduler.finished(running, 0.0)
+    (batch,), late = scheduler.next_batches(now)
+    assert (batch.requests, late) == ((tight, []) if others < 8 else (relaxed, tight))
+
+
+def test_a_request_that_rides_alone_is_done_just_in_time() -> None:
+    costs = CostModel()
+    for number in range(200):
+        costs.curve("cpu", "mlp").observe(1, 900.0 if number % 2 else 1100.0)
+    scheduler = policy(costs=costs)
+    one = request(max_batch_size=0, deadline_ns=3 * MS)
+    scheduler.add(one, 0)
+    assert scheduler.next_batches(int(1.95 * MS))[0][0].requests == [one]
+
+
 def test_an_urgent_request_is_not_refused_for_what_it_overtakes() -> None:
     scheduler = policy()
     for _ in range(1000):

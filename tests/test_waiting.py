@@ -86,7 +86,7 @@ def test_removed_requests_do_not_pile_up_behind_one_that_stays() -> None:
         waiting.remove(one)
     assert waiting._levels is not None
     client = waiting._levels[1].clients[b"a"]
-    assert len(client.heap) < 10
+    assert len(client.entries) < 10
 
 
 def test_rows_ahead_are_bounded_by_turns() -> None:
@@ -102,3 +102,19 @@ def test_drain_empties_all_levels() -> None:
     waiting = queue(*requests)
     assert sorted(one.serial for one in waiting.drain()) == sorted(one.serial for one in requests)
     assert (waiting.rows, waiting.count) == (0, 0)
+
+
+def test_a_request_more_urgent_than_those_that_left_goes_first() -> None:
+    waiting = queue(*[request(due=10 + number) for number in range(9)], request("other", due=90))
+    assert [one.due_ns for one in waiting.take(1, 3)] == [10, 11, 12]
+    waiting.add(request(due=5))
+    assert [one.due_ns for one in waiting.take(1, 3)] == [90, 5, 13]  # after the turn of the other
+
+
+def test_what_left_is_not_kept() -> None:
+    waiting = queue(*[request("ab"[number % 2], due=number) for number in range(100)])
+    for _ in range(40):
+        waiting.take(1, 2)
+    assert waiting._levels is not None
+    for client in waiting._levels[1].clients.values():
+        assert len(client.entries) <= 2 * len(client) + 1

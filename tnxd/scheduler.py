@@ -13,23 +13,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 
-from tnxctl.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
-from tnxd.costs import BatchCosts, CostCurve, CostModel
+from tnxctl.errors import DeadlineExceeded, ResourceExhausted
+from tnxd.costs import CostCurve, CostModel
+from tnxd.routing import Routing
 from tnxd.waiting import LEVELS, Waiting
-from tnxd.work import INLINE, NEVER, SPARE, Batch, Device, Load, Placement, Request
+from tnxd.work import INLINE, NEVER, SPARE, Batch, Device, Placement, Request
 
 # A request without a deadline, or with a later one, takes its place in the order as if it had to be done in a second:
 # among others of its kind that is the order of arrival, and none with a later deadline overtakes it.
 _PATIENCE_NS = 1_000_000_000
 
-# Queues that are kept though nothing waits in them: sequence models bring a new shape group with every length.
-_MAX_IDLE_QUEUES = 256
-
 # How far to look for a batch that is cheap enough to run inline while all lanes are busy.
 _MAX_PASSED_OVER = 8
 
-Prediction = tuple[float, float, float]
-"""Of a request, in microseconds: until its batch starts; that batch; what it adds to the work of the device."""
+# Where many more wait than fit, the next batch leaves out what would be done just in time: it may take a little longer
+# than expected, and the place would be lost. So much of the spread of its cost counts as a little.
+_CLOSE = 0.5
+
+# A batch that is taken over has so large a part of the rows that it might have, at most. The device may be slower, and
+# what comes next must not find it busy for long.
+_TAKEN_OVER = 0.5
 
 
 class Scheduler:
@@ -56,7 +59,8 @@ class Scheduler:
         max_per_model: int | None = None,
         max_bytes_per_model: int | None = None,
     ) -> None:
-        self.devices = {device.name: device for device in devices}
+        self._routing = Routing(devices, costs)
+        self.devices = self._routing.devices
         self.queued = 0
         self.queued_bytes = 0
         self.running = 0
@@ -65,11 +69,9 @@ class Scheduler:
         self._max_bytes = max_bytes
         self._max_per_model = max_per_model or max_requests
         self._max_bytes_per_model = max_bytes_per_model or max_bytes
-        self._loads: dict[str, Load] = {}
         self._serial = 0
         self._deadlines: list[tuple[int, int, Request]] = []
         self._delayed: list[tuple[int, int, Device, Waiting]] = []
-        self._describe_devices()
 
     @property
     def room(self) -> int:
@@ -80,12 +82,12 @@ class Scheduler:
 
     def outstanding(self, model: str) -> int:
         """Requests of a model that wait or run, on all devices; a spare batch of it counts as one."""
-        load = self._loads.get(model)
+        load = self._routing.loads.get(model)
         return load.queued + load.running if load is not None else 0
 
     def hangs(self, model: str) -> bool:
         """Whether all that is outstanding of a model has been given up."""
-        load = self._loads.get(model)
+        load = self._routing.loads.get(model)
         return load is not None and 0 < load.hung == load.queued + load.running
 
     def forget(self, model: str) -> None:
@@ -95,7 +97,7 @@ class Scheduler:
         """
         assert not self.outstanding(model)
         assert not any(model in device.models for device in self.devices.values())
-        self._loads.pop(model, None)
+        self._routing.loads.pop(model, None)
         for device in self.devices.values():
             device.placements.pop(model, None)
             device.waiting = {key: queue for key, queue in device.waiting.items() if key[0] != model}
@@ -103,7 +105,7 @@ class Scheduler:
 
     def set_lane_limit(self, model: str, lanes: int) -> None:
         """So many lanes of each device at most, the caller's thread included, run this model at a time; 0: all."""
-        self._load(model).max_lanes = lanes
+        self._routing.load(model).max_lanes = lanes
         for device in self.devices.values():
             placement = device.placements.get(model)
             if placement is not None:
@@ -115,19 +117,7 @@ class Scheduler:
         Requests with more rows are still taken, to be run in pieces (`Batch.max_rows`). The ceiling rises again as
         batches work, see `Placement.count`.
         """
-        self._placement(self.devices[device], model).lower(rows)
-
-    def _load(self, model: str) -> Load:
-        load = self._loads.get(model)
-        if load is None:
-            load = self._loads[model] = Load()
-        return load
-
-    def _placement(self, device: Device, model: str) -> Placement:
-        placement = device.placements.get(model)
-        if placement is None:
-            placement = device.placements[model] = Placement(self._load(model))
-        return placement
+        self._routing.placement(self.devices[device], model).lower(rows)
 
     def _release(self, device: Device, placement: Placement) -> None:
         """A lane that ran the model is free: queues that were held for that take turns again."""
@@ -135,6 +125,10 @@ class Scheduler:
             if not device.turns[level].members:
                 device.wake(level)
             self._enter(device, queue, level)
+
+    def route(self, request: Request, now_ns: int) -> tuple[Device, str]:
+        """The device where a request would run now, and the reason in words. Raises as `add` does."""
+        return self._routing.route(request, now_ns)
 
     # --- in ----------------------------------------------------------------------------------------------------
 
@@ -149,14 +143,7 @@ class Scheduler:
         """
         due_ns = now_ns + _PATIENCE_NS
         request.due_ns = due_ns if due_ns < request.deadline_ns else request.deadline_ns
-        if request.wanted == "auto":
-            device, reason, prediction = self._soonest(request, now_ns)
-            queue = self._queue(device, request.model, request.group)
-        else:
-            device, reason = self.route(request, now_ns)
-            queue = self._queue(device, request.model, request.group)
-            prediction = self._predict(device, request, queue, now_ns)
-        wait_us, run_us, share_us = prediction
+        device, queue, reason, (wait_us, run_us, share_us, _) = self._routing.choose(request, now_ns)
         self._admit(request, queue, wait_us, run_us, now_ns)
         if request.excluded:
             tried = ", ".join([f"{name} had no memory left for it" for name in sorted(request.excluded)])
@@ -186,12 +173,13 @@ class Scheduler:
         Comes to the same as to add it and ask for the next batches, without the way through queues and turns. The
         caller runs the batch before it comes with another request.
         """
-        if self.queued or request.max_delay_ns or request.wanted == "auto" or (request.prefer_gpu and self._gpus):
+        routing = self._routing
+        if self.queued or request.max_delay_ns or request.wanted == "auto" or (request.prefer_gpu and routing.gpus):
             return None
-        device, reason = self.route(request, now_ns)
+        device, reason = routing.route(request, now_ns)
         if not device.inline_limit_us or device.busy_until_ns:
             return None
-        queue = self._queue(device, request.model, request.group)
+        queue = routing.queue(device, request.model, request.group)
         costs, placement, rows = queue.costs, queue.placement, request.rows
         if (placement.load.max_lanes and placement.has_all_lanes) or not costs.fits_inline(rows):
             return None
@@ -201,115 +189,6 @@ class Scheduler:
         device.wake(request.priority)
         device.charge(request.priority, run_us)
         return self._batch(device, INLINE, queue, [request], rows, now_ns)
-
-    def _queue(self, device: Device, model: str, group: tuple[int, ...]) -> Waiting:
-        """Where its requests wait. Empty queues are kept for the next request, up to a number."""
-        key = (model, group)
-        queue = device.waiting.get(key)
-        if queue is None:
-            if len(device.waiting) >= device.sweep_at:
-                device.waiting = {known: other for known, other in device.waiting.items() if other.count}
-                device.sweep_at = max(_MAX_IDLE_QUEUES, 2 * len(device.waiting))
-            costs = BatchCosts(
-                *[self._costs.curve(device.name, model, group, inline=inline) for inline in (False, True)],
-                lane_threads=device.lane_threads,
-                inline_limit_us=device.inline_limit_us,
-            )
-            queue = device.waiting[key] = Waiting(key, costs, self._placement(device, model))
-        return queue
-
-    def route(self, request: Request, now_ns: int) -> tuple[Device, str]:
-        """The device where a request would run now, and the reason in words. Raises as `add` does."""
-        wanted, model = request.wanted, request.model
-        if wanted:
-            return self._soonest(request, now_ns)[:2] if wanted == "auto" else self._named(wanted, model)
-        if not request.prefer_gpu:
-            return self._cpu_for(model), "the request did not prefer a GPU"
-        if not self._gpus:
-            return self._cpu_for(model), self._no_gpu
-        minimum, gpus = request.min_gpu_memory_mb, self._gpus
-        if request.excluded:
-            gpus = [gpu for gpu in gpus if gpu.name not in request.excluded]
-            if not gpus:
-                return self._cpu_for(model), "no other GPU is ready"
-        fitting = [gpu for gpu in gpus if model in gpu.models and gpu.memory_free_mb >= minimum]
-        if fitting:
-            gpu = min(fitting, key=lambda gpu: gpu.outstanding_rows)
-            return gpu, f"{gpu.name} has {gpu.memory_free_mb:.0f} MiB free"
-        free = ", ".join(
-            f"{gpu.name} has {gpu.memory_free_mb:.0f}"
-            if model in gpu.models
-            else f"{gpu.name} has not loaded {model!r}"
-            for gpu in gpus
-        )
-        return self._cpu_for(model), f"no GPU has {minimum:g} MiB free: {free}"
-
-    def _soonest(self, request: Request, now_ns: int) -> tuple[Device, str, Prediction]:
-        candidates: list[tuple[float, int, Device, Prediction]] = []
-        model, group, excluded = request.model, request.group, request.excluded
-        for device in self.devices.values():
-            if device.error or model not in device.models or (excluded and device.name in excluded):
-                continue
-            if device.kind == "cuda" and device.memory_free_mb < request.min_gpu_memory_mb:
-                continue
-            prediction = self._predict(device, request, self._queue(device, model, group), now_ns)
-            candidates.append((prediction[0] + prediction[1], len(candidates), device, prediction))
-        if not candidates:
-            raise Unavailable(f"no device serves {request.model!r} now")
-        candidates.sort()  # the first among equals stays first
-        times = ", ".join([f"{device.name} {micros / 1e3:.3g} ms" for micros, _, device, _ in candidates])
-        _, _, best, prediction = candidates[0]
-        return best, f"done first there: {times}", prediction
-
-    def _named(self, name: str, model: str) -> tuple[Device, str]:
-        device = self.devices.get(name)
-        if device is None:
-            raise InvalidArgument(f"device {name[:60]!r}: there are {', '.join(self.devices)}, and auto")
-        if device.error:
-            raise Unavailable(f"device {name} failed: {device.error}")
-        if model not in device.models:
-            raise Unavailable(f"device {name} has not loaded {model!r}")
-        return device, f"the request asked for {name}"
-
-    def _predict(self, device: Device, request: Request, queue: Waiting, now_ns: int) -> Prediction:
-        """Microseconds until its batch starts, that this batch takes, and that it adds to the work of the device.
-
-        The first counts lanes that run and what waits before it, but for models that wait for lanes of their own; the
-        last is its share of a full batch.
-        """
-        placement = queue.placement
-        mean = queue.costs.mean if device.inline_limit_us else queue.costs.lane.mean
-        rows, limit = request.rows, request.max_batch_size
-        if placement.max_rows:
-            limit = placement.row_limit(limit)
-        full_us = mean(limit or 1)
-        share_us = full_us * rows / limit if limit else full_us
-        wait_us = own_us = 0.0
-        if device.queued:
-            level = request.priority
-            wait_us = sum(device.backlog_us[: level + 1])
-            if device.held:
-                held_us = sum([sum(held.backlog_us[: level + 1]) for held in device.held if held is not placement])
-                wait_us = max(wait_us - held_us, 0.0)
-            if queue.count:
-                queued, ahead = queue.rows_ahead(level, request.client, request.due_ns)
-                batches, rest = divmod(ahead, limit) if limit else (ahead, 0)
-                own_us = batches * full_us
-                others_us = wait_us - queued * full_us / (limit or 1)
-                wait_us = others_us + own_us if others_us > 0.0 else own_us
-                if rest + rows <= limit:
-                    rows += rest
-        if device.busy_until_ns:
-            for until_ns in device.busy_until_ns.values():
-                if until_ns > now_ns:
-                    wait_us += (until_ns - now_ns) / 1e3
-        wait_us /= device.lanes
-        max_lanes = placement.load.max_lanes
-        if max_lanes:
-            for lane in placement.lanes:
-                own_us += max(device.busy_until_ns.get(lane, 0) - now_ns, 0) / 1e3
-            wait_us = max(wait_us, own_us / max_lanes)
-        return wait_us, mean(rows), share_us
 
     def _admit(self, request: Request, queue: Waiting, wait_us: float, run_us: float, now_ns: int) -> None:
         limit, load = "", queue.placement.load
@@ -370,6 +249,9 @@ class Scheduler:
         for device in self.devices.values():
             if device.queued:
                 self._fill_lanes(device, now_ns, batches, late)
+        for device in self.devices.values():
+            if self.queued and device.free_lanes and not device.error:
+                self._help_others(device, now_ns, batches)
         return batches, late
 
     def _fill_lanes(self, device: Device, now_ns: int, batches: list[Batch], late: list[Request]) -> None:
@@ -407,8 +289,13 @@ class Scheduler:
             planned, run_us = rows, curve.mean(rows)
             if now_ns + run_us * 1e3 > head.deadline_ns:
                 limit, run_us = self._hurry(queue, curve, level, head, limit, run_us, now_ns)
+            ends_ns = now_ns + int(run_us * 1e3)
+            if head.deadline_ns != NEVER:
+                close_ns = ends_ns + int(_CLOSE * curve.spread(rows) * 1e3)
+                if head.deadline_ns < close_ns and queue.rows - queue.rows_due(level, close_ns) >= (limit or 1):
+                    ends_ns = close_ns
             first_late = len(late)
-            in_time = queue.take(level, limit, now_ns + int(run_us * 1e3), late)
+            in_time = queue.take(level, limit, ends_ns, late)
             self._took(device, queue, in_time)
             if len(late) > first_late:
                 self._took(device, queue, late[first_late:])
@@ -424,6 +311,58 @@ class Scheduler:
             batches.append(self._batch(device, lane, queue, in_time, rows, now_ns + int(micros * 1e3)))
         for queue, level in passed_over:
             self._enter(device, queue, level)
+
+    def _help_others(self, device: Device, now_ns: int, batches: list[Batch]) -> None:
+        """A device with free lanes and nothing for them takes over what others have too much of."""
+        for other in self.devices.values():
+            while device.free_lanes and other.queued and other is not device:
+                batch = self._take_over(device, other, now_ns)
+                if batch is None:
+                    break
+                batches.append(batch)
+
+    def _take_over(self, device: Device, other: Device, now_ns: int) -> Batch | None:
+        """A batch of requests that may go anywhere and wait elsewhere, if this device is done with it before that one.
+
+        What is too urgent for this device stays where it is. Of the others the most urgent go first.
+        """
+        level = other.next_level()
+        queue = other.turns[level].first() if level is not None else None
+        if level is None or queue is None or not queue.movable:
+            return None
+        head = queue.head(level)
+        if head is None or head.model not in device.models:
+            return None
+        mine = self._routing.queue(device, *queue.key)
+        curve, placement = mine.costs.lane, mine.placement
+        if placement.load.max_lanes and placement.has_all_lanes:
+            return None
+        limit = placement.row_limit(head.max_batch_size)
+        most = max(int(_TAKEN_OVER * limit), min(head.rows, limit), 1)
+        rows, most = 0, curve.rows_within(other.clear_in_us(now_ns), most)
+        while rows < most:
+            middle = (rows + most + 1) // 2
+            if queue.rows_but(now_ns, _ends_ns(curve, middle, now_ns)) >= middle:
+                rows = middle
+            else:
+                most = middle - 1
+        if not rows:
+            return None
+        requests = queue.hand_over(level, rows, now_ns, _ends_ns(curve, rows, now_ns), device.takes_over)
+        if not requests:
+            return None
+        self._took(other, queue, requests)
+        self._thinned(other, queue)
+        rows = 0
+        for request in requests:
+            request.device = device.name
+            request.reason += f"; then {device.name} was free, and took it over"
+            rows += request.rows
+        micros = curve.mean(rows)
+        device.wake(level)
+        device.charge(level, micros)
+        until_ns = now_ns + int(micros * 1e3)
+        return self._batch(device, device.free_lanes.pop(), mine, requests, rows, until_ns)
 
     def _batch(
         self, device: Device, lane: int, queue: Waiting, requests: list[Request], rows: int, until_ns: int
@@ -475,14 +414,18 @@ class Scheduler:
     def _rotate(self, device: Device, queue: Waiting, level: int) -> None:
         """After its turn: the queue goes behind the others, or out if it is empty."""
         device.turns[level].served(queue)
+        self._thinned(device, queue)
+        if queue.count:
+            self._enter(device, queue, level)
+
+    def _thinned(self, device: Device, queue: Waiting) -> None:
+        """Requests have left the queue: it takes no turns on levels where nothing of it is left."""
         if not queue.count:
             self._retire(device, queue)
             return
-        for other in range(LEVELS):
-            if queue.head(other) is None:
-                device.turns[other].withdraw(queue)
-            elif other == level:
-                self._enter(device, queue, level)
+        for level in range(LEVELS):
+            if queue.head(level) is None:
+                device.turns[level].withdraw(queue)
 
     def _retire(self, device: Device, queue: Waiting) -> None:
         """The queue is empty: it takes no turns."""
@@ -518,7 +461,7 @@ class Scheduler:
         for device in self.devices.values():
             if device.error or model not in device.models or device.queued or not device.free_lanes:
                 continue
-            queue = self._queue(device, model, group)
+            queue = self._routing.queue(device, model, group)
             if device.spare_free and not queue.placement.has_all_lanes:
                 device.spare_free = False
                 return self._batch(device, SPARE, queue, [], rows, now_ns)
@@ -600,7 +543,7 @@ class Scheduler:
         device = self.devices[name]
         device.error = error
         stranded = self._drop_waiting(device)
-        self._describe_devices()
+        self._routing.look()
         return stranded
 
     def drop_all(self) -> list[Request]:
@@ -616,16 +559,7 @@ class Scheduler:
             dropped += requests
         return dropped
 
-    def _cpu_for(self, model: str) -> Device:
-        for cpu in self._cpus:
-            if model in cpu.models:
-                return cpu
-        raise Unavailable(f"no CPU lane serves {model!r}: " + (self._no_cpu or "it is not loaded on the CPU"))
 
-    def _describe_devices(self) -> None:
-        ready = [device for device in self.devices.values() if not device.error]
-        self._gpus = [device for device in ready if device.kind == "cuda"]
-        self._cpus = [device for device in ready if device.kind == "cpu"]
-        failed = [f"{device.name} failed" for device in self.devices.values() if device.error]
-        self._no_gpu = "no GPU is ready" + (f": {', '.join(failed)}" if failed else "")
-        self._no_cpu = "" if self._cpus else "this daemon runs without the CPU"
+def _ends_ns(curve: CostCurve, rows: int, now_ns: int) -> int:
+    """When a batch that starts now is over, rarely later."""
+    return now_ns + int((curve.mean(rows) + curve.spread(rows)) * 1e3)

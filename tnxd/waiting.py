@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from heapq import heapify, heappop, heappush
+from collections.abc import Callable
 from itertools import repeat
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,9 @@ LEVELS = LOWEST_PRIORITY + 1
 
 # Rows that one client may put into a batch before it is the next one's turn.
 _QUANTUM_ROWS = 16
+
+# Clients, and requests of each, that may be passed over while another device looks for some that it can have.
+_MAX_PASSED_OVER = 16
 
 _ZEROS = repeat(0)
 
@@ -65,31 +68,74 @@ class _Due:
 
 
 class _Client:
-    """Requests of one client on one level, the most urgent first."""
+    """Requests of one client on one level, the most urgent first.
 
-    __slots__ = ("gone", "heap")
+    They stand in a sorted list: from its middle, another device can take what is not too urgent for it.
+    """
+
+    __slots__ = ("entries", "gone", "start")
 
     def __init__(self) -> None:
-        self.heap: list[tuple[int, int, Request]] = []
+        self.entries: list[tuple[int, int, Request]] = []  # those before `start` have left
+        self.start = 0
         self.gone = 0  # entries of requests that were removed
+
+    def __len__(self) -> int:
+        return len(self.entries) - self.start
+
+    def add(self, entry: tuple[int, int, Request]) -> bool:
+        """Put a request in. True if it is the first now."""
+        entries = self.entries
+        if not entries or entry > entries[-1]:
+            entries.append(entry)
+        else:
+            insort(entries, entry, self.start)
+        return entries[self.start] is entry
 
     def remove(self) -> None:
         """One of the requests waits no more: once they are the greater part, sweep such entries out."""
         self.gone += 1
-        if 2 * self.gone > len(self.heap):
-            self.heap = [entry for entry in self.heap if entry[2].waiting]
-            heapify(self.heap)
-            self.gone = 0
+        if 2 * self.gone > len(self):
+            self.entries = [entry for entry in self.entries[self.start :] if entry[2].waiting]
+            self.start = self.gone = 0
 
     def head(self) -> tuple[int, int, Request] | None:
         """The first request that still waits."""
-        heap = self.heap
-        while heap:
-            if heap[0][2].waiting:
-                return heap[0]
-            heappop(heap)
+        while self.start < len(self.entries):
+            entry = self.entries[self.start]
+            if entry[2].waiting:
+                return entry
+            self.pop()
             self.gone -= 1
         return None
+
+    def pop(self) -> None:
+        """The first entry leaves."""
+        self.start += 1
+        if 2 * self.start > len(self.entries):  # so each entry is moved once, on average, and none is kept for long
+            del self.entries[: self.start]
+            self.start = 0
+
+    def hand_over(self, rows: int, now_ns: int, ends_ns: int, may: Callable[[Request], bool]) -> list[Request]:
+        """Take out requests, as `Waiting.hand_over` says."""
+        entries = self.entries
+        first = last = bisect_left(entries, (ends_ns,), self.start)
+        if entries[self.start][0] < now_ns:  # it is worth something for longer, else it would not wait any more
+            first = last = self.start
+        taken: list[Request] = []
+        left: list[tuple[int, int, Request]] = []
+        while last < len(entries) and rows > 0 and len(left) < _MAX_PASSED_OVER:
+            request = entries[last][2]
+            if not request.waiting:
+                self.gone -= 1
+            elif request.rows <= rows and request.deadline_ns >= ends_ns and may(request):
+                rows -= request.rows
+                taken.append(request)
+            else:
+                left.append(entries[last])
+            last += 1
+        entries[first:last] = left
+        return taken
 
 
 class _Level:
@@ -109,8 +155,7 @@ class _Level:
         if client is None:
             client = self.clients[request.client] = _Client()
         entry = (request.due_ns, request.serial, request)
-        heappush(client.heap, entry)
-        if client.heap[0] is entry:
+        if client.add(entry):
             self.turns.offer(request.client, request.due_ns, request.serial)
         self.count += 1
         self.rows += request.rows
@@ -152,7 +197,7 @@ class _Level:
                 if in_time and batch and rows + request.rows > limit:
                     full = True
                     break
-                heappop(client.heap)
+                client.pop()
                 request.waiting = False
                 self._leaves(request)
                 if in_time:
@@ -173,6 +218,33 @@ class _Level:
                 return rows, True
         return rows, False
 
+    def hand_over(
+        self, batch: list[Request], rows: int, now_ns: int, ends_ns: int, may: Callable[[Request], bool]
+    ) -> int:
+        """Append requests for another device, of so many rows at most. Returns how many rows are left of that."""
+        passed_over: list[tuple[bytes, tuple[int, int, Request]]] = []
+        while rows > 0 and len(passed_over) < _MAX_PASSED_OVER and (first := self.first()) is not None:
+            name, client, head = first
+            taken = client.hand_over(min(rows, _QUANTUM_ROWS), now_ns, ends_ns, may)
+            if not taken:
+                self.turns.withdraw(name)
+                passed_over.append((name, head))
+                continue
+            for request in taken:
+                request.waiting = False
+                self._leaves(request)
+                rows -= request.rows
+            batch += taken
+            self.turns.served(name)
+            next_head = client.head()
+            if next_head is None:
+                del self.clients[name]
+            else:
+                self.turns.offer(name, next_head[0], next_head[1])
+        for name, head in passed_over:
+            self.turns.offer(name, head[0], head[1])
+        return rows
+
 
 def _due_ns(request: Request) -> int:
     return request.due_ns
@@ -188,9 +260,10 @@ class Waiting:
         key: model and group. costs: what batches of them take on this device. placement: the model on this device.
         rows, count: of the requests that wait.
         ready_ns: before that, a batch smaller than the limit waits for company; what a full batch left over does not.
+        movable: whether there may be requests that another device could take over; set by the caller.
     """
 
-    __slots__ = ("_levels", "_line", "costs", "count", "key", "placement", "ready_ns", "rows")
+    __slots__ = ("_levels", "_line", "costs", "count", "key", "movable", "placement", "ready_ns", "rows")
 
     def __init__(self, key: tuple[str, tuple[int, ...]], costs: BatchCosts, placement: Placement) -> None:
         self.key = key
@@ -199,6 +272,7 @@ class Waiting:
         self.rows = 0
         self.count = 0
         self.ready_ns = 0
+        self.movable = False
         self._line: deque[Request] = deque()
         self._levels: list[_Level] | None = None
 
@@ -237,7 +311,11 @@ class Waiting:
         assert self._levels is not None
         self._levels[request.priority].remove(request)
         if not self.count:
-            self._levels = None
+            self._emptied()
+
+    def _emptied(self) -> None:
+        self._levels = None
+        self.movable = False
 
     def head(self, level: int) -> Request | None:
         """The request of that level whose turn it is."""
@@ -272,7 +350,7 @@ class Waiting:
             self.rows -= request.rows
             self.count -= 1
         if not self.count:
-            self._levels = None
+            self._emptied()
         return batch
 
     def _take_line(self, batch: list[Request], limit: int, ends_ns: int, late: list[Request]) -> int:
@@ -286,6 +364,57 @@ class Waiting:
                 continue
             rows += request.rows
             batch.append(request)
+        return rows
+
+    def hand_over(
+        self, level: int, rows: int, now_ns: int, ends_ns: int, may: Callable[[Request], bool]
+    ) -> list[Request]:
+        """Form a batch for another device: requests of that level first, then of the others, the earliest due first.
+
+        Args:
+            rows: at most, together.
+            ends_ns: when that batch will be over. Requests with earlier deadlines stay.
+            may: whether a request may go there.
+        """
+        batch: list[Request] = []
+        if self._levels is None:
+            self._hand_over_line(batch, rows, now_ns, ends_ns, may)
+        else:
+            rows = self._levels[level].hand_over(batch, rows, now_ns, ends_ns, may)
+            for other in self._levels:
+                if other.count and rows > 0:
+                    rows = other.hand_over(batch, rows, now_ns, ends_ns, may)
+        self.rows -= sum([request.rows for request in batch])
+        self.count -= len(batch)
+        if not self.count:
+            self._emptied()
+        return batch
+
+    def _hand_over_line(
+        self, batch: list[Request], rows: int, now_ns: int, ends_ns: int, may: Callable[[Request], bool]
+    ) -> None:
+        line = self._line
+        first = 0 if line[0].due_ns < now_ns else bisect_left(line, ends_ns, key=_due_ns)
+        line.rotate(-first)
+        left: list[Request] = []
+        for _ in range(len(line) - first):
+            if not rows or len(left) == _MAX_PASSED_OVER:
+                break
+            request = line.popleft()
+            if request.rows <= rows and request.deadline_ns >= ends_ns and may(request):
+                request.waiting = False
+                rows -= request.rows
+                batch.append(request)
+            else:
+                left.append(request)
+        line.extendleft(reversed(left))
+        line.rotate(first)
+
+    def rows_but(self, begin_ns: int, end_ns: int) -> int:
+        """Rows of all levels, about, but those that are due from the one to the other."""
+        rows = self.rows
+        for level in range(LEVELS) if self._levels is not None else (self._line[0].priority,):
+            rows -= self.rows_due(level, end_ns) - self.rows_due(level, begin_ns)
         return rows
 
     def rows_due(self, level: int, due_ns: int) -> int:
@@ -324,7 +453,7 @@ class Waiting:
         if ahead > _QUANTUM_ROWS and len(mine.clients) + (client not in mine.clients) > 1:
             own = mine.clients.get(client)
             turns = len(mine.clients) + (own is None)
-            ahead = min(ahead, turns * (_QUANTUM_ROWS + (len(own.heap) if own else 0)))
+            ahead = min(ahead, turns * (_QUANTUM_ROWS + (len(own) if own else 0)))
         return above + mine.rows, ahead
 
     def drain(self) -> list[Request]:

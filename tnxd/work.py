@@ -225,6 +225,21 @@ class Device:
         """Rows that wait or run here: the measure of load that routing compares."""
         return self.queued_rows + self.running_rows
 
+    def takes(self, request: Request) -> bool:
+        """Whether a request that may go anywhere may go here."""
+        if self.error or request.model not in self.models or self.name in request.excluded:
+            return False
+        return self.kind != "cuda" or self.memory_free_mb >= request.min_gpu_memory_mb
+
+    def takes_over(self, request: Request) -> bool:
+        """Whether a request that waits elsewhere may come here."""
+        return request.wanted == "auto" and self.takes(request)
+
+    def clear_in_us(self, now_ns: int) -> float:
+        """Microseconds until all that runs and waits here should be done."""
+        running_ns = sum([until_ns - now_ns for until_ns in self.busy_until_ns.values() if until_ns > now_ns])
+        return (sum(self.backlog_us) + running_ns / 1e3) / self.lanes
+
     def next_level(self) -> int | None:
         """The priority whose turn it is: levels share by weight (stride scheduling, Waldspurger and Weihl, 1995)."""
         best = None
