@@ -12,6 +12,7 @@ from zlib import crc32
 
 from tnxctl.errors import FailedPrecondition, InvalidArgument, NotFound, TensorNextError
 from tnxctl.wire import excerpt, split_title
+from tnxd.fitting import Fitting
 from tnxd.models.catalog import Entry, Source
 from tnxd.models.model import Model, model_key
 
@@ -31,7 +32,7 @@ class Version:
         source: where it comes from. generation: see `Model`.
         state: READY, UNLOADED, DRAINING, EVICTED or FAILED.
         loading: whether it is being loaded. An evicted version stays EVICTED meanwhile: its traffic waits for it.
-        model: what serves, or served last; None before the first time.
+        model: what serves, or served last; None before the first time. fitting: of requests to it.
         error: why it failed; of a version that serves, why newer files of the same version do not.
         nbytes: weights and buffers on each of its devices. load_s: seconds to load and warm up.
         requests: taken in for it. last_used: a number that grows with every request to any model.
@@ -43,6 +44,7 @@ class Version:
     __slots__ = (
         "came_back",
         "error",
+        "fitting",
         "generation",
         "last_used",
         "load_s",
@@ -62,6 +64,7 @@ class Version:
         self.state = UNLOADED
         self.loading = False
         self.model: Model | None = None
+        self.fitting = Fitting()
         self.error = ""
         self.nbytes = source.nbytes
         self.load_s = 0.0

@@ -386,12 +386,12 @@ class Server:
         mine = self._in_flight.get(message.peer)
         if mine is not None and request.id in mine:
             raise AlreadyExists(f"a request with id {request.id} is in flight on this connection")
-        arrays = view_tensors(request.inputs, tensors, self._limits)
         version = self._inventory.registry.find(request.model, message.peer, request.route_key)
         model = version.model
         if model is None or version.state != READY:
+            view_tensors(request.inputs, tensors, self._limits)  # nothing is loaded for what is broken
             raise self._summon(version)
-        bound = model.bind(request.inputs, arrays)
+        bound = version.fitting.bind(model, request.inputs, tensors, self._limits)
         pending = as_pending(message, request, version, model, bound, received_ns, self._max_delay_us)
         scheduler = self._scheduler
         pending.queued_ns = now_ns = time.perf_counter_ns()

@@ -23,11 +23,13 @@ class BoundInputs(msgspec.Struct, frozen=True, gc=False):
         arrays: in the signature's order.
         rows: length of axis 0; 1 for a model without a batch axis.
         group: lengths of the variable axes; only requests with equal groups can share a batch.
+        nbytes: of all arrays.
     """
 
     arrays: tuple[Array, ...]
     rows: int
     group: tuple[int, ...]
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,14 @@ class Model:
             for expected in self.inputs:
                 rows, group = self._fit(expected, specs[positions[expected.name]], rows)
                 lengths += group
+        nbytes = sum([array.nbytes for array in ordered])
         if rows is None:
-            return BoundInputs(ordered, 1, lengths)
+            return BoundInputs(ordered, 1, lengths, nbytes)
         if rows > self.max_batch_size and not any(array.size for array in ordered):
             raise InvalidArgument(
                 f"model {self.name!r}: {rows} rows without an element; it takes {self.max_batch_size}"
             )
-        return BoundInputs(ordered, rows, lengths)
+        return BoundInputs(ordered, rows, lengths, nbytes)
 
     def _positions(self, specs: Sequence[TensorSpec]) -> dict[str, int]:
         positions = {spec.name: position for position, spec in enumerate(specs)}

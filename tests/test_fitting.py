@@ -1,0 +1,119 @@
+"""What is remembered of the requests before changes nothing but the time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tnxctl.errors import InvalidArgument, TensorNextError
+from tnxctl.frames import STORAGE, view_tensors
+from tnxctl.wire import Limits, TensorSpec
+from tnxd.fitting import Fitting
+from tnxd.models.model import BoundInputs, Model
+
+LIMITS = Limits()
+OUTPUTS = (TensorSpec("y", "FP32", (-1, 2)),)
+
+
+def served(*inputs: TensorSpec, max_batch_size: int = 8) -> Model:
+    return Model("net", "1", inputs, OUTPUTS, max_batch_size, factory=lambda: None)  # type: ignore[arg-type,return-value]
+
+
+IMAGE = served(TensorSpec("x", "FP32", (-1, 3)))
+TOKENS = served(TensorSpec("ids", "INT64", (-1, -1)), TensorSpec("mask", "BOOL", (-1, -1)))
+TABLE = served(TensorSpec("x", "FP32", (-1, -1)))
+PAIR = served(TensorSpec("a", "UINT8", (-1, 2)), TensorSpec("b", "UINT16", (-1, -1)))
+MODELS = [IMAGE, TABLE, TOKENS, PAIR]
+
+_SPECS = st.sampled_from(
+    [
+        (TensorSpec("x", "FP32", (1, 3)),),
+        (TensorSpec("", "FP32", (1, 3)),),
+        (TensorSpec("", "FP32", (2, 3)),),
+        (TensorSpec("x", "FP32", (0, 3)),),
+        (TensorSpec("x", "INT32", (1, 3)),),
+        (TensorSpec("ids", "INT64", (1, 2)), TensorSpec("mask", "BOOL", (1, 2))),
+        (TensorSpec("mask", "BOOL", (1, 2)), TensorSpec("ids", "INT64", (1, 2))),
+        (TensorSpec("a", "UINT8", (1, 2)), TensorSpec("b", "UINT16", (1, 1))),
+        (TensorSpec("b", "UINT16", (1, 1)), TensorSpec("a", "UINT8", (1, 2))),
+        (TensorSpec("b", "UINT16", (1, 4)), TensorSpec("a", "UINT8", (1, 2))),
+        (),
+    ]
+)
+
+
+@st.composite
+def _requests(draw: st.DrawFn) -> tuple[Model, tuple[TensorSpec, ...], list[bytes]]:
+    """Mostly what fits."""
+    specs = draw(_SPECS)
+    model = draw(st.sampled_from([model for model in MODELS if len(model.inputs) == len(specs)] or MODELS))
+    lengths = [STORAGE[spec.datatype].itemsize * math.prod(spec.shape) for spec in specs]
+    frames = [bytes([draw(st.sampled_from([0, 1, 1, 2]))] * length) for length in lengths]
+    odd = draw(st.sampled_from(["", "", "", "one more", "one less", "longer", "shorter"]))
+    if odd == "one more":
+        frames.append(bytes(4))
+    elif frames and odd == "one less":
+        frames.pop()
+    elif frames and odd:
+        frames[-1] = frames[-1] + b"\0" if odd == "longer" else frames[-1][1:]
+    return model, specs, frames
+
+
+def seen(bound: BoundInputs) -> list[object]:
+    arrays = [(array.dtype, array.shape, array.tobytes()) for array in bound.arrays]
+    return [arrays, bound.rows, bound.group, bound.nbytes]
+
+
+def outcome(bind: Callable[[], BoundInputs]) -> list[object]:
+    try:
+        return seen(bind())
+    except TensorNextError as error:
+        return [type(error), error.message]
+
+
+@given(st.lists(_requests(), max_size=30))
+def test_inputs_are_taken_as_if_each_request_were_the_first(
+    requests: list[tuple[Model, tuple[TensorSpec, ...], list[bytes]]],
+) -> None:
+    fitting = Fitting()
+    for model, specs, frames in requests:
+        remembering = outcome(partial(fitting.bind, model, specs, frames, LIMITS))
+        assert remembering == outcome(lambda: model.bind(specs, view_tensors(specs, frames, LIMITS)))  # noqa: B023
+
+
+def test_arrays_are_views_of_the_frames_and_keep_them_alive() -> None:
+    fitting = Fitting()
+    specs = (TensorSpec("x", "FP32", (1, 3)),)
+    for number in range(3):
+        frame = zmq.Frame(np.full(3, number, np.float32).tobytes())
+        (array,) = fitting.bind(IMAGE, specs, [frame], LIMITS).arrays
+        assert np.shares_memory(array, np.frombuffer(frame, np.float32))
+        del frame
+        assert array.tolist() == [[number] * 3]
+
+
+@pytest.mark.parametrize("length", [0, 8, 11, 13, 24])
+def test_a_frame_of_another_length_is_refused_after_many_of_the_right_one(length: int) -> None:
+    fitting = Fitting()
+    specs = (TensorSpec("x", "FP32", (1, 3)),)
+    for _ in range(3):
+        fitting.bind(IMAGE, specs, [bytes(12)], LIMITS)
+    with pytest.raises(InvalidArgument, match=rf"takes 12 bytes, its frame has {length}"):
+        fitting.bind(IMAGE, specs, [bytes(length)], LIMITS)
+    assert fitting.bind(IMAGE, specs, [bytes(12)], LIMITS).rows == 1
+
+
+def test_every_truth_value_is_looked_at() -> None:
+    fitting = Fitting()
+    specs = (TensorSpec("ids", "INT64", (1, 2)), TensorSpec("mask", "BOOL", (1, 2)))
+    for _ in range(2):
+        fitting.bind(TOKENS, specs, [bytes(16), b"\0\1"], LIMITS)
+    with pytest.raises(InvalidArgument, match="byte 2 is not a BOOL"):
+        fitting.bind(TOKENS, specs, [bytes(16), b"\1\2"], LIMITS)

@@ -1,0 +1,75 @@
+"""The inputs of requests, from frames to arrays that fit a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from tnxctl.frames import STORAGE, view_tensors
+from tnxctl.wire import Limits, TensorSpec
+from tnxd.models.model import BoundInputs, Model
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class _Plan(msgspec.Struct, frozen=True, gc=False):
+    """What is known about inputs that a header announces.
+
+    Attributes:
+        model, specs: for whom, and what was announced.
+        tensors: in the signature's order, which frame is one, its shape, datatype and length in bytes.
+        rows, group, nbytes: as in `BoundInputs`.
+    """
+
+    model: Model
+    specs: tuple[TensorSpec, ...]
+    tensors: list[tuple[int, tuple[int, ...], np.dtype[Any], int]]
+    rows: int
+    group: tuple[int, ...]
+    nbytes: int
+
+
+class Fitting:
+    """Turns the inputs of requests for one model into arrays.
+
+    Most requests announce what the one before them did: then the lengths of the frames are all that is left to check.
+    That takes a third of the time.
+    """
+
+    __slots__ = ("_plan",)
+
+    def __init__(self) -> None:
+        self._plan: _Plan | None = None
+
+    def bind(
+        self, model: Model, specs: tuple[TensorSpec, ...], frames: Sequence[Buffer], limits: Limits
+    ) -> BoundInputs:
+        """Arrays that fit the signature, without a copy. Raises as `view_tensors` and `Model.bind` do."""
+        plan = self._plan
+        if plan is not None and specs == plan.specs and model is plan.model and len(frames) == len(specs):
+            arrays = []
+            for position, shape, dtype, nbytes in plan.tensors:
+                frame: Any = frames[position]  # bytes, or what ZeroMQ calls a frame
+                if len(frame) != nbytes:
+                    break
+                arrays.append(np.ndarray(shape, dtype, frame))
+            else:
+                return BoundInputs(tuple(arrays), plan.rows, plan.group, plan.nbytes)
+        bound = model.bind(specs, view_tensors(specs, frames, limits))
+        if not any(spec.datatype == "BOOL" for spec in specs):  # of which every byte has to be looked at
+            self._plan = _planned(model, specs, bound)
+        return bound
+
+
+def _planned(model: Model, specs: tuple[TensorSpec, ...], bound: BoundInputs) -> _Plan:
+    positions = {spec.name: position for position, spec in enumerate(specs)}
+    order = [positions[spec.name] for spec in model.inputs] if len(specs) > 1 else [0] * len(specs)
+    tensors = [
+        (position, array.shape, STORAGE[specs[position].datatype], array.nbytes)
+        for position, array in zip(order, bound.arrays, strict=True)
+    ]
+    return _Plan(model, specs, tensors, bound.rows, bound.group, bound.nbytes)
