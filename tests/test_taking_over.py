@@ -244,6 +244,23 @@ def test_a_deadline_counts_the_help_of_the_others() -> None:
         pair.scheduler.add(request(deadline_ns=int(9.15 * MS)), 0)
 
 
+@pytest.mark.parametrize(("limit", "taken"), [(0, True), (4, False)])
+def test_where_the_fastest_is_full_slow_ones_are_left_to_batches(limit: int, taken: bool) -> None:
+    """The GPU needs 10 ms from the start for all that waits, the CPU 8 ms for this one."""
+    pair = Pair()
+    pair.occupy("cpu", "cuda:0")
+    for _ in range(6 * (limit or 1)):
+        pair.add(1, max_batch_size=limit, wanted="cuda:0", deadline_ns=int(8.9 * MS))
+    one = request(max_batch_size=limit, deadline_ns=int(9.2 * MS))
+    now = int(3.5 * MS)
+    if taken:
+        pair.scheduler.add(one, now)
+        assert one.device == "cpu"
+    else:
+        with pytest.raises(DeadlineExceeded):
+            pair.scheduler.add(one, now)
+
+
 def test_without_a_deadline_the_device_counts_that_is_done_first() -> None:
     pair = Pair()
     pair.occupy("cpu", "cuda:0")

@@ -146,8 +146,8 @@ class Routing:
     def _shared(self, request: Request, candidates: list[_Candidate], now_ns: int) -> tuple[Device, Prediction] | None:
         """The fastest device, if the request is in time there while all work on its queue, or if that is full.
 
-        Full is a queue of more requests than fit into a batch: elsewhere it would be late, too, and keep others from
-        being in time.
+        Full is a queue of as many requests as fit into a batch: a slow device does more for all with a large batch that
+        it takes over than with a small one for who comes last. What cannot be batched gains nothing by that.
         """
         rates = [device.lanes / share_us if share_us else 0.0 for _, _, device, (_, _, share_us, _) in candidates]
         if not all(rates):
@@ -156,7 +156,8 @@ class Routing:
         _, _, fastest, (wait_us, run_us, share_us, own_us) = candidates[rates.index(most)]
         wait_us -= own_us * (1.0 - most / sum(rates)) / fastest.lanes
         queue = self.queue(fastest, request.model, request.group)
-        if queue.count < (queue.placement.row_limit(request.max_batch_size) or 1):
+        limit = queue.placement.row_limit(request.max_batch_size)
+        if not limit or queue.count < limit:
             margin_us = queue.costs.curve(request.rows).spread(request.rows)
             if now_ns + (wait_us + run_us + margin_us) * 1e3 > request.deadline_ns:
                 return None
