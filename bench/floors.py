@@ -1,12 +1,13 @@
 """The servers that the daemon is measured against: as little as a server can do, each in a process of its own.
 
     python bench/floors.py echo ENDPOINT             the same bytes in and out, nothing computed
+    python bench/floors.py plain ENDPOINT            the same with a poller and whole messages
     python bench/floors.py forward ENDPOINT [cuda]   the same, with the bare forward of the model `mlp` inside
     python bench/floors.py batching ENDPOINT         the same, with one forward for all requests that wait
 
 Each is one blocking thread around one ROUTER socket: receive, answer, receive. They do not decode a header, check
-nothing and never poll. The answers that they give come on stdin, one JSON list of `Answer` in one line; then they print
-their endpoint. They end when stdin does, so none outlives the program that started it.
+nothing and, but for the plain echo, never poll. The answers that they give come on stdin, one JSON list of `Answer` in
+one line; then they print their endpoint. They end when stdin does, so none outlives the program that started it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,19 @@ def echo(socket: zmq.Socket[bytes], answers: dict[int, Answer]) -> None:
         send(peer, more)
         send(answer.before_id + header[answer.id_at : answer.id_at + 8] + answer.after_id, more)
         send(answer.tensor)
+
+
+def plain(socket: zmq.Socket[bytes], answers: dict[int, Answer]) -> None:
+    """The same echo as one writes it first, with pyzmq's poller and its calls for whole messages."""
+    poller = zmq.Poller()
+    poller.register(socket, zmq.POLLIN)
+    _announce(socket)
+    while True:
+        if socket in dict(poller.poll()):
+            peer, header, tensor = socket.recv_multipart()
+            answer = answers[len(tensor)]
+            named = answer.before_id + header[answer.id_at : answer.id_at + 8] + answer.after_id
+            socket.send_multipart([peer, named, answer.tensor])
 
 
 def forward(socket: zmq.Socket[bytes], answers: dict[int, Answer], compute: Forward) -> None:
@@ -165,7 +179,7 @@ def _end_with_stdin() -> None:
 
 def main() -> None:
     kind, endpoint, *device = sys.argv[1:]
-    if kind != "echo":
+    if kind not in ("echo", "plain"):
         import torch  # noqa: F401 - now, while others start: the answers come only when the daemon is there
     listed = msgspec.json.decode(sys.stdin.buffer.readline(), type=list[Answer])
     answers = {answer.request_bytes: answer for answer in listed}
@@ -176,6 +190,8 @@ def main() -> None:
     socket.bind(endpoint)
     if kind == "echo":
         echo(socket, answers)
+    elif kind == "plain":
+        plain(socket, answers)
     elif kind == "batching":
         batching(socket, answers, cpu_forward(ordered=True))
     else:

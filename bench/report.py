@@ -22,7 +22,7 @@ from tnxctl import __version__
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
 
 DAEMON, CLIENT = "daemon", "tnxctl.Client"
-FORWARD, BATCHING, ECHO = "forward floor", "batching floor", "echo floor"
+FORWARD, BATCHING, ECHO, PLAIN = "forward floor", "batching floor", "echo floor", "plain echo"
 
 STAGES = ("receive", "queue", "gather", "h2d", "compute", "d2h", "reply", "total")
 
@@ -248,7 +248,7 @@ def compare(targets: Mapping[str, Summary]) -> dict[str, dict[str, Ratio]]:
     """The daemon, and the client, over each floor, round by round."""
     ratios: dict[str, dict[str, Ratio]] = {}
     for name in (DAEMON, CLIENT):
-        for floor in (FORWARD, BATCHING, ECHO):
+        for floor in (FORWARD, BATCHING, ECHO, PLAIN):
             if name in targets and floor in targets:
                 mine, its = targets[name].rounds, targets[floor].rounds
                 ratios[f"{name} / {floor}"] = {

@@ -15,12 +15,12 @@ import msgspec
 from floors import Answer
 from loadgen import Connection, Context
 from processes import BenchError, ChildProcess
-from report import BATCHING, DAEMON, ECHO, FORWARD
+from report import BATCHING, DAEMON, ECHO, FORWARD, PLAIN
 from tnxctl import wire
 from workload import MODEL, Workload
 
 _FLOORS = Path(__file__).with_name("floors.py")
-_KINDS = {FORWARD: "forward", BATCHING: "batching", ECHO: "echo"}
+_KINDS = {FORWARD: "forward", BATCHING: "batching", ECHO: "echo", PLAIN: "plain"}
 
 
 @dataclass(frozen=True)
