@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from tnxctl.frames import STORAGE, view_tensors
+from tnxctl.frames import view_tensors
 from tnxctl.wire import Limits, TensorSpec
 from tnxd.models.model import BoundInputs, Model
 
@@ -59,17 +59,10 @@ class Fitting:
                 arrays.append(np.ndarray(shape, dtype, frame))
             else:
                 return BoundInputs(tuple(arrays), plan.rows, plan.group, plan.nbytes)
-        bound = model.bind(specs, view_tensors(specs, frames, limits))
+        views = view_tensors(specs, frames, limits)
+        bound = model.bind(specs, views)
         if not any(spec.datatype == "BOOL" for spec in specs):  # of which every byte has to be looked at
-            self._plan = _planned(model, specs, bound)
+            positions = {id(array): position for position, array in enumerate(views)}
+            tensors = [(positions[id(array)], array.shape, array.dtype, array.nbytes) for array in bound.arrays]
+            self._plan = _Plan(model, specs, tensors, bound.rows, bound.group, bound.nbytes)
         return bound
-
-
-def _planned(model: Model, specs: tuple[TensorSpec, ...], bound: BoundInputs) -> _Plan:
-    positions = {spec.name: position for position, spec in enumerate(specs)}
-    order = [positions[spec.name] for spec in model.inputs] if len(specs) > 1 else [0] * len(specs)
-    tensors = [
-        (position, array.shape, STORAGE[specs[position].datatype], array.nbytes)
-        for position, array in zip(order, bound.arrays, strict=True)
-    ]
-    return _Plan(model, specs, tensors, bound.rows, bound.group, bound.nbytes)

@@ -106,7 +106,7 @@ class Routing:
             gpus = [gpu for gpu in gpus if gpu.name not in request.excluded]
             if not gpus:
                 return self._cpu_for(model), "no other GPU is ready"
-        fitting = [gpu for gpu in gpus if model in gpu.models and gpu.memory_free_mb >= minimum]
+        fitting = [gpu for gpu in gpus if gpu.takes(request)]
         if fitting:
             gpu = min(fitting, key=lambda gpu: gpu.outstanding_rows)
             return gpu, f"{gpu.name} has {gpu.memory_free_mb:.0f} MiB free"
