@@ -13,26 +13,12 @@ import torch
 
 from tnxctl.errors import TensorNextError, Unavailable
 from tnxctl.wire import TensorSpec
-from tnxd.executors.cpu import CpuRunner, available_cores, choose_threads, order_weights
+from tnxd.executors.cpu import CpuRunner, order_weights
 from tnxd.executors.execution import Execution
 from tnxd.executors.pool import LanePool, warm_up_sizes
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Model
 from tnxd.work import Batch, Device
-
-
-@pytest.mark.parametrize(
-    ("cores", "workers", "threads"), [(1, 1, 1), (2, 1, 1), (4, 3, 1), (8, 2, 3), (16, 3, 4), (64, 15, 4)]
-)
-def test_workers_and_threads_fill_the_cores_but_one(cores: int, workers: int, threads: int) -> None:
-    assert choose_threads(cores) == (workers, threads)
-    assert workers * threads <= max(cores - 1, 1)
-
-
-def test_what_is_given_stays() -> None:
-    assert choose_threads(16, workers=5) == (5, 3)
-    assert choose_threads(16, threads=2) == (7, 2)
-    assert choose_threads(2, workers=4, threads=4) == (4, 4)
 
 
 def test_warm_up_covers_every_power_of_two_and_the_limit() -> None:
@@ -325,10 +311,6 @@ def test_an_input_alone_reaches_the_model_without_a_copy_if_it_is_aligned() -> N
         lanes.submit(Execution(batch, model, [(x,)], [1], (width,)))
         done.get(timeout=20)
         assert (addresses[-1] == x.ctypes.data) is same
-
-
-def test_available_cores_is_what_the_process_may_use() -> None:
-    assert available_cores() >= 1
 
 
 def test_no_rows_need_no_forward() -> None:

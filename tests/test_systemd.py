@@ -6,6 +6,7 @@ would take longer than all they do.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -161,6 +162,18 @@ def test_a_daemon_that_dies_or_hangs_is_replaced(service: Machine) -> None:
         eventually(lambda before=before: restarted(service, before), "the service runs again")
         service.run("tnxctl", "health")
     assert "Watchdog timeout" in journal(service)
+
+
+def test_it_keeps_to_the_cores_and_the_memory_that_its_unit_allows(service: Machine) -> None:
+    controllers = (service.root / "sys/fs/cgroup/cgroup.controllers").read_text().split()
+    if not {"cpu", "memory"} <= set(controllers):
+        pytest.skip("this computer has the controllers cpu and memory in cgroup v1")
+    override(service, "CPUQuota=100%\nMemoryMax=3G")
+    service.run("systemctl", "restart", "tensornext")
+    device = json.loads(service.run("tnxctl", "health", "--json"))["devices"][0]
+    assert device["description"].startswith("1 core,")
+    assert device["memory_total_mb"] == 3 * 1024
+    assert 0 < device["memory_free_mb"] < 3 * 1024
 
 
 def test_an_upgrade_restarts_the_service_and_keeps_the_configuration(service: Machine) -> None:

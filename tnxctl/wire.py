@@ -254,7 +254,7 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
         description: the vendor's name of it.
         lanes, busy_lanes: places where batches run, one at a time each.
         queued_rows: rows that wait for a lane of this device.
-        memory_free_mb, memory_total_mb: in MiB; for the CPU, of the host.
+        memory_free_mb, memory_total_mb: in MiB; for the CPU, of the host, within the limits of the daemon.
     """
 
     name: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -46,37 +45,6 @@ def order_weights(module: torch.nn.Module) -> torch.nn.Module:
         if weight.dtype is torch.float32 and weight.numel() <= _MOST_ORDERED and id(weight) not in others:
             weight.data = weight.data.t().contiguous().t()
     return module
-
-
-def choose_threads(cores: int, workers: int = 0, threads: int = 0) -> tuple[int, int]:
-    """Workers of the pool and torch threads in each, so that together they fill the cores but one.
-
-    One core is left to the thread that serves the socket. Up to four threads work on one batch: beyond that small
-    models gain little, and several batches at a time hide each other's serial parts. What is given (not 0) stays.
-    """
-    spare = max(cores - 1, 1)
-    if not threads:
-        threads = max(spare // workers, 1) if workers else max(min(4, spare // 2), 1)
-    if not workers:
-        workers = max(spare // threads, 1)
-    return workers, threads
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def host_memory_mb() -> tuple[float, float]:
-    """Available and total memory of the host in MiB; zeros where /proc is missing."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as meminfo:
-            fields = dict(line.split(":", 1) for line in meminfo)
-        return int(fields["MemAvailable"].split()[0]) / 1024, int(fields["MemTotal"].split()[0]) / 1024
-    except (OSError, KeyError, ValueError):
-        return 0.0, 0.0
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -9,8 +9,9 @@ import torch
 
 from tnxd import heap
 from tnxd.config import Config
-from tnxd.executors.cpu import CpuRunner, available_cores, choose_threads, host_memory_mb, order_weights
+from tnxd.executors.cpu import CpuRunner, order_weights
 from tnxd.executors.cuda import CudaMemory, CudaRunner
+from tnxd.executors.host import available_cores, choose_threads, host_memory_mb
 from tnxd.executors.pool import LanePool, OnDone
 
 
@@ -49,12 +50,14 @@ def _names(configured: Sequence[str]) -> list[str]:
 
 
 def _open_cpu(config: Config, on_done: OnDone) -> LanePool:
-    workers, threads = choose_threads(available_cores(), config.cpu.workers, config.cpu.threads)
+    cores = available_cores()
+    workers, threads = choose_threads(cores, config.cpu.workers, config.cpu.threads)
+    torch.set_num_threads(min(torch.get_num_threads(), cores))  # where no lane runs, in loading: it knows no quota
     replicas: dict[str, torch.nn.Module] = {}
     return LanePool(
         "cpu",
         "cpu",
-        f"{available_cores()} cores, {threads} per lane",
+        f"{cores} core{'s' if cores > 1 else ''}, {threads} per lane",
         make_runner=lambda: CpuRunner(replicas, threads),
         lanes=workers,
         inline=CpuRunner(replicas, 1),
