@@ -17,6 +17,7 @@ from tnxctl.errors import Internal, ResourceExhausted, TensorNextError, Unavaila
 from tnxctl.frames import Array
 from tnxd.batching import Staging, split
 from tnxd.executors.execution import Execution, Outcome
+from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.tensors import empty_outputs
 from tnxd.sentences import first_line
 
@@ -62,7 +63,7 @@ class Runner(ABC):
 
     def is_exhausted(self, error: BaseException) -> bool:
         """Whether a forward failed because the device has no memory left."""
-        return isinstance(error, torch.OutOfMemoryError)
+        return is_out_of_memory(error)
 
     @abstractmethod
     def free_memory(self) -> None:
