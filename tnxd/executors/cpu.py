@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
 
 from tnxctl.frames import Array
+from tnxd import heap
 from tnxd.batching import Staging
 from tnxd.executors.execution import Execution
-from tnxd.executors.runner import Replicas, Runner
+from tnxd.executors.host import Peak, free_memory, peak_memory
+from tnxd.executors.runner import Runner
 from tnxd.executors.tensors import check_outputs, to_array, to_tensor
 
 # MKL cuts larger weights into blocks that it copies anyway: what one batch size gains, another loses.
@@ -61,8 +64,8 @@ class CpuRunner(Runner):
         threads: torch threads that one forward may use.
     """
 
-    def __init__(self, replicas: Replicas, threads: int) -> None:
-        super().__init__("cpu", replicas, Staging(_aligned))
+    def __init__(self, threads: int) -> None:
+        super().__init__("cpu", Staging(_aligned))
         self._threads = threads
 
     def enter_thread(self) -> None:
@@ -73,6 +76,13 @@ class CpuRunner(Runner):
     def free_memory(self) -> None:
         """Nothing to do: what the C library keeps it takes for what comes next."""
 
+    def memory_left(self) -> int:
+        return free_memory()
+
+    def measured(self) -> AbstractContextManager[Peak]:
+        heap.trim()  # what is kept and used again would not show
+        return peak_memory()
+
     def forward(self, execution: Execution, items: Sequence[tuple[Array, ...]], rows: int) -> list[Array]:
         model = execution.model
         begin = time.perf_counter_ns()
@@ -82,7 +92,7 @@ class CpuRunner(Runner):
             arrays = self.staging.gather(model.key, model.inputs, execution.group, items, rows)
         tensors = [to_tensor(array, spec.datatype) for array, spec in zip(arrays, model.inputs, strict=True)]
         gathered = time.perf_counter_ns()
-        raw = self.replicas[model.key](*tensors)
+        raw = self.calls[model.key](*tensors)
         done = time.perf_counter_ns()
         execution.gather_us += (gathered - begin) / 1e3
         execution.latency_us += (done - gathered) / 1e3

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from tnxctl.frames import STORAGE, Array
 from tnxd.batching import Staging
 from tnxd.executors.execution import Execution
-from tnxd.executors.runner import Replicas, Runner
+from tnxd.executors.host import Peak
+from tnxd.executors.runner import Runner
 from tnxd.executors.tensors import check_outputs, to_array, to_tensor
 from tnxd.sentences import first_line
 
@@ -65,9 +66,9 @@ class CudaMemory:
 class CudaRunner(Runner):
     """Runs batches on one stream of one device."""
 
-    def __init__(self, index: int, replicas: Replicas, memory: CudaMemory) -> None:
-        super().__init__(f"cuda:{index}", replicas, Staging(_pinned))
-        self._device = torch.device("cuda", index)
+    def __init__(self, index: int, memory: CudaMemory) -> None:
+        super().__init__(f"cuda:{index}", Staging(_pinned))
+        self._device = self.torch_device
         self._memory = memory
         self._stream: torch.cuda.Stream | None = None
         self._events: list[torch.cuda.Event] = []
@@ -99,6 +100,20 @@ class CudaRunner(Runner):
         with contextlib.suppress(RuntimeError):  # if the device is gone, the next forward says so
             torch.cuda.empty_cache()
 
+    def memory_left(self) -> int:
+        return int(self._memory.sample()[0] * _MIB)
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[Peak]:
+        """Measures all streams of the device: what other lanes do meanwhile counts too."""
+        peak = Peak()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        try:
+            yield peak
+        finally:
+            peak.nbytes = max(torch.cuda.max_memory_allocated(self._device) - before, 0)
+
     def run(self, execution: Execution) -> None:
         super().run(execution)
         execution.memory_free_mb = self._memory.free_mb
@@ -123,7 +138,7 @@ class CudaRunner(Runner):
                 for array, spec in zip(staged, model.inputs, strict=True)
             ]
             copied.record()
-            tensors = check_outputs(model, self.replicas[model.key](*inputs), rows)
+            tensors = check_outputs(model, self.calls[model.key](*inputs), rows)
             computed.record()
             # Fresh from torch's pinned-memory cache, not a buffer of ours: a reply may still be reading the last one.
             hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]

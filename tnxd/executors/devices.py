@@ -53,16 +53,14 @@ def _open_cpu(config: Config, on_done: OnDone) -> LanePool:
     cores = available_cores()
     workers, threads = choose_threads(cores, config.cpu.workers, config.cpu.threads)
     torch.set_num_threads(min(torch.get_num_threads(), cores))  # where no lane runs, in loading: it knows no quota
-    replicas: dict[str, torch.nn.Module] = {}
     return LanePool(
         "cpu",
         "cpu",
         f"{cores} core{'s' if cores > 1 else ''}, {threads} per lane",
-        make_runner=lambda: CpuRunner(replicas, threads),
+        make_runner=lambda: CpuRunner(threads),
         lanes=workers,
-        inline=CpuRunner(replicas, 1),
+        inline=CpuRunner(1),
         lane_threads=threads,
-        replicas=replicas,
         place=order_weights,
         memory_mb=host_memory_mb,
         give_back=heap.trim,
@@ -73,15 +71,13 @@ def _open_cpu(config: Config, on_done: OnDone) -> LanePool:
 def _open_cuda(name: str, lanes: int, on_done: OnDone) -> LanePool:
     index = torch.device(name).index
     memory = CudaMemory(index)
-    replicas: dict[str, torch.nn.Module] = {}
     return LanePool(
         name,
         "cuda",
         torch.cuda.get_device_name(index),
-        make_runner=lambda: CudaRunner(index, replicas, memory),
+        make_runner=lambda: CudaRunner(index, memory),
         lanes=lanes,
         inline=None,
-        replicas=replicas,
         place=lambda module: module.to(torch.device("cuda", index)),
         memory_mb=memory.latest,
         give_back=torch.cuda.empty_cache,

@@ -29,6 +29,7 @@ class Execution:
         memory_free_mb: of a GPU, in MiB, when the batch was done; 0 on a CPU.
         exhausted: whether a forward ran out of the device's memory. safe_rows: most rows of a forward that worked after
             one had; 0 if none did.
+        mixes: what showed that rows depend on each other, if anything did.
         fatal: what went wrong for good with the device, if it did: nothing can run there any more.
     """
 
@@ -45,6 +46,7 @@ class Execution:
         "items",
         "latency_us",
         "memory_free_mb",
+        "mixes",
         "model",
         "outcomes",
         "rows",
@@ -76,6 +78,7 @@ class Execution:
         self.memory_free_mb = 0.0
         self.exhausted = False
         self.safe_rows = 0
+        self.mixes = ""
         self.fatal = ""
 
 
@@ -85,12 +88,27 @@ class Warmth(NamedTuple):
     Attributes:
         costs: (rows, microseconds) of the batches that warmed it up, for the cost model.
         nbytes: of its weights and buffers there.
+        warmed: whether it could be run at all.
+        batches: whether axis 0 was found to count rows. serial: whether one request at a time may use it.
+        state: "pure", "scratch" or "shared", see `tnxd.executors.trial.state`.
+        random: whether answers are drawn by chance.
+        tolerance: difference between two computations of an answer that is rounding, relative to its largest value.
         safe_rows: most rows that memory allows in one forward, if more had none left; 0: all that were tried.
+        most_rows: the same, if more would have taken too great a part of what is free, so that none were tried.
+        notes: what an operator should know.
     """
 
     costs: list[tuple[int, float]]
     nbytes: int
+    warmed: bool = True
+    batches: bool = True
+    serial: bool = False
+    state: str = "pure"
+    random: bool = False
+    tolerance: float = 0.0
     safe_rows: int = 0
+    most_rows: int = 0
+    notes: tuple[str, ...] = ()
 
 
 class Executor(Protocol):

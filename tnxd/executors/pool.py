@@ -30,8 +30,29 @@ log = logging.getLogger(__name__)
 _LONG_US = 200_000.0
 _WARM_UP_ROUNDS = 3
 
-Task = tuple[Execution, OnDone] | str
-"""What a lane's thread is told: to run an execution, or to forget the model of that key."""
+# A batch may take this share of the free memory, divided by the lanes, which may all run one: else larger ones are not
+# tried. Other models and the requests themselves need memory, too.
+_MEMORY_SHARE = 0.25
+
+
+class _Job:
+    """A function that a lane's thread is to call with its runner. Attributes: done: its result, or what it raised."""
+
+    def __init__(self, function: Callable[[Runner], Any]) -> None:
+        self._function = function
+        self.done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run(self, runner: Runner, broken: str) -> None:
+        try:
+            if broken:
+                raise Unavailable(broken)
+            self.done.put((self._function(runner), None))
+        except BaseException as error:  # a model's code may raise anything, SystemExit too
+            self.done.put((None, error))
+
+
+Task = tuple[Execution, OnDone] | str | _Job
+"""What a lane's thread is told: to run an execution, to forget the model of that key, or to call a function."""
 
 
 class LanePool:
@@ -42,7 +63,6 @@ class LanePool:
         lanes: how many batches run at a time.
         inline: a runner for the caller's thread, if the device allows that.
         lane_threads: threads that work on one batch of a lane.
-        replicas: what the runners look modules up in; `load` fills it.
         place: puts a freshly built module on the device.
         memory_mb: free and total memory of the device in MiB, without blocking.
         give_back: returns memory that is not used any more to the system; may block.
@@ -59,7 +79,6 @@ class LanePool:
         lanes: int,
         inline: Runner | None,
         lane_threads: int = 1,
-        replicas: dict[str, torch.nn.Module],
         place: Callable[[torch.nn.Module], torch.nn.Module],
         memory_mb: Callable[[], tuple[float, float]],
         give_back: Callable[[], None] = lambda: None,
@@ -73,7 +92,9 @@ class LanePool:
         self.memory_mb = memory_mb
         self._make_runner = make_runner
         self._inline = inline
-        self._replicas = replicas
+        self._runners: list[Runner] = [] if inline is None else [inline]
+        self._calls: dict[str, Callable[[], Call]] = {}
+        self._examples: dict[str, tuple[Model, Make]] = {}
         self._place = place
         self._give_back = give_back
         self._on_done = on_done
@@ -81,38 +102,74 @@ class LanePool:
         self._warm_up = self._start_lane("warm-up"), threading.Lock()
         self._spare: queue.SimpleQueue[Task] | None = None
 
-    def _start_lane(self, label: str, *, yields: bool = False) -> queue.SimpleQueue[Task]:
-        inbox: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    def _start_lane(self, label: str, *, yields: bool = False) -> Inbox:
+        inbox: Inbox = queue.SimpleQueue()
+        runner = self._make_runner()
+        # First known, then given what there is; `_install` does it the other way round, on another thread.
+        self._runners.append(runner)
+        for key, call in list(self._calls.items()):
+            runner.calls[key] = call()
         # Daemon threads: a model that hangs must not keep the process from ending.
         threading.Thread(
-            target=self._work,
-            args=(self._make_runner(), inbox, yields),
-            name=f"{self.name}/{label}",
-            daemon=True,
+            target=self._work, args=(runner, inbox, yields), name=f"{self.name}/{label}", daemon=True
         ).start()
         return inbox
 
     def load(self, model: Model) -> Warmth:
         module = self._place(model.factory())
-        self._replicas[model.key] = module
+        nbytes = _nbytes(module)
         try:
             with self._warm_up_lane() as lane:
-                costs = []
-                safe_rows = 0
-                for rows in model.warm_up or warm_up_sizes(model.max_batch_size):
-                    for _ in range(_WARM_UP_ROUNDS):
-                        execution = self._run_example(lane, model, rows)
-                        micros = (execution.finished_ns - execution.started_ns) / 1e3
-                        if micros > _LONG_US:
-                            break
-                    if execution.exhausted:  # it ran in pieces
-                        safe_rows = max(execution.safe_rows, 1)
-                        break
-                    costs.append((rows, micros))
+                verdict: Verdict = _called(lane, lambda runner: try_out(module, model, runner.torch_device, self.kind))
+                if not verdict.pristine:
+                    del module
+                    module = self._place(model.factory())
+                self._install(model.key, lane_calls(module, verdict))
+                if verdict.make is not None:
+                    self._examples[model.key] = verdict.model, verdict.make
+                costs, safe_rows, most_rows = self._warm_up_sizes(lane, verdict)
         except BaseException:
             self.unload(model.key)
             raise
-        return Warmth(costs, _nbytes(module), safe_rows)
+        return Warmth(
+            costs,
+            nbytes,
+            warmed=verdict.make is not None or verdict.kind == SHARED,
+            batches=bool(verdict.model.max_batch_size),
+            serial=verdict.serial,
+            state=verdict.kind,
+            random=verdict.state.random,
+            tolerance=verdict.tolerance,
+            safe_rows=safe_rows,
+            most_rows=most_rows,
+            notes=verdict.notes,
+        )
+
+    def _install(self, key: str, call: Callable[[], Call]) -> None:
+        """Give every lane what it calls for a model."""
+        self._calls[key] = call
+        for runner in list(self._runners):
+            runner.calls[key] = call()
+
+    def _warm_up_sizes(self, lane: Inbox, verdict: Verdict) -> tuple[list[tuple[int, float]], int, int]:
+        """Run growing batches: their costs, and `safe_rows` and `most_rows` as `Warmth` has them."""
+        model, costs, most_rows = verdict.model, [], 0
+        if verdict.make is None:
+            return [], 0, 0
+        needed = 0.0  # bytes per row
+        for rows in model.warm_up or warm_up_sizes(model.max_batch_size):
+            execution, nbytes = None, 0
+            for _ in range(_WARM_UP_ROUNDS):
+                left = _called(lane, lambda runner: runner.memory_left()) * _MEMORY_SHARE / self.lanes
+                if costs and left and needed * rows > left:
+                    most_rows = costs[-1][0]
+                    log.warning(
+                        "%s on %s: batches of %d rows would take %.0f MiB of memory, and %.0f may be taken: at most "
+                        "%d rows a batch", model.key, self.name, rows, needed * rows / _MIB, left / _MIB, most_rows,
+                    )
+                    return costs, 0, most_rows
+                execution, nbytes = self._measured_example(lane, verdict, rows)
+        return costs, 0, most_rows
 
     @contextlib.contextmanager
     def _warm_up_lane(self) -> Iterator[queue.SimpleQueue[Task]]:

@@ -8,24 +8,24 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 
-from tnxctl.errors import Internal, ResourceExhausted, TensorNextError, Unavailable
+from tnxctl.errors import FailedPrecondition, Internal, ResourceExhausted, TensorNextError, Unavailable
 from tnxctl.frames import Array
 from tnxd.batching import Staging, split
 from tnxd.executors.execution import Execution, Outcome
+from tnxd.executors.host import Peak
 from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.tensors import empty_outputs
+from tnxd.executors.trial.copies import Call
+from tnxd.models.model import Model
 from tnxd.sentences import first_line
 
 log = logging.getLogger(__name__)
-
-Replicas = Mapping[str, torch.nn.Module]
-"""Key of a model -> its module on the runner's device, shared by all lanes of that device."""
-
 
 class Runner(ABC):
     """Runs executions one at a time, on the thread that calls it.
@@ -33,12 +33,16 @@ class Runner(ABC):
     A subclass knows one kind of device: it implements `forward` and adds to the stages of the execution.
 
     Args:
-        staging: what batches are gathered in.
+        device: its name, as torch has it. staging: what batches are gathered in.
+
+    Attributes:
+        calls: key of a model -> what to call for it, see `tnxd.executors.trial.copies`. Other threads change it.
     """
 
-    def __init__(self, device: str, replicas: Replicas, staging: Staging) -> None:
+    def __init__(self, device: str, staging: Staging) -> None:
         self.device = device
-        self.replicas = replicas
+        self.torch_device = torch.device(device)
+        self.calls: dict[str, Call] = {}
         self.staging = staging
         self._inference_mode = torch.inference_mode()
 
@@ -68,6 +72,14 @@ class Runner(ABC):
     @abstractmethod
     def free_memory(self) -> None:
         """Give memory back that is kept for reuse. Called before less is tried where there was too little."""
+
+    @abstractmethod
+    def memory_left(self) -> int:
+        """Bytes that the device has free now; 0 if that is not known."""
+
+    @abstractmethod
+    def measured(self) -> AbstractContextManager[Peak]:
+        """Measure how much memory a block needs on the device, on top of what is taken."""
 
     def forget(self, key: str) -> None:
         """Free what is kept for the next batch of a model."""
@@ -135,7 +147,7 @@ class Runner(ABC):
             log.warning("%s on %s: no memory for %d rows at once", model.key, self.device, count)
             self.free_memory()
             step = count // 2
-        return pieces[0] if len(pieces) == 1 else [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+        return pieces[0] if len(pieces) == 1 else _joined(model, pieces, execution)
 
     def _forward(self, execution: Execution, items: Sequence[tuple[Array, ...]], rows: int) -> list[Array]:
         """`forward`, and how much of it the memory of the device allows is noted."""
@@ -160,3 +172,25 @@ class Runner(ABC):
         if execution.fatal:
             return Unavailable(f"{self.device} failed: {execution.fatal}")
         return Internal(f"model {model.name!r} raised {type(error).__name__}: {first_line(error)}")
+
+
+def _joined(model: Model, pieces: Sequence[Sequence[Array]], execution: Execution) -> list[Array]:
+    """The outputs of the pieces of a request below each other.
+
+    Raises:
+        FailedPrecondition: they do not fit together: the length of an output depends on the rows beside it.
+    """
+    outputs = []
+    for spec, parts in zip(model.outputs, zip(*pieces, strict=True), strict=True):
+        shapes = list(dict.fromkeys(part.shape[1:] for part in parts))
+        if len(shapes) > 1:
+            execution.mixes = (
+                f"output {spec.name!r} of a piece of a request is {list(shapes[0])} in each row, "
+                f"of another {list(shapes[1])}"
+            )
+            raise FailedPrecondition(
+                f"model {model.name!r} takes {model.max_batch_size} rows at a time, and the pieces of this request "
+                f"cannot be joined: {execution.mixes}"
+            )
+        outputs.append(np.concatenate(parts))
+    return outputs

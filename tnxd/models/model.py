@@ -166,6 +166,11 @@ class Model:
             if wanted == -1
         )
 
+    @property
+    def example_rows(self) -> int:
+        """Length of axis 0 in the example shapes."""
+        return next((shape[0] for shape in self.examples if shape), 1)
+
     def example_shapes(self, rows: int) -> list[tuple[int, ...]]:
         """A shape for every input, `rows` rows long."""
         shapes = self.examples or [tuple(max(length, 1) for length in spec.shape) for spec in self.inputs]

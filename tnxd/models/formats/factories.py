@@ -92,6 +92,11 @@ class Factory:
             raise FailedPrecondition(f"{self.label}: {what} raised {sentence(error)}") from error
 
 
+def is_private(module: str) -> bool:
+    """Whether a module of that name is one that stands beside weights in a repository."""
+    return module.startswith(f"{_ROOT}.")
+
+
 class _Loader(importlib.machinery.SourceFileLoader):
     """Compiles what was checked, and keeps no bytecode."""
 

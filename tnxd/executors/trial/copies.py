@@ -1,0 +1,145 @@
+"""What each lane calls for a model, so that nothing crosses from one request to another.
+
+A pure module is called as it is, by all lanes. One that writes to what it holds is copied for each lane: what it writes
+to is the lane's own, all other tensors are shared. What cannot be copied, and what is meant to be shared, is called by
+one lane at a time. The answers of both are copied, since the module may keep their memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+
+from tnxd.executors.trial.held import memory
+
+Call = Callable[..., Any]
+"""A module, or what stands before one: takes the inputs in order."""
+
+
+class Own:
+    """A lane's own copy of a module.
+
+    What its forward does to attributes is undone after each call: no request leaves anything behind. So is what it
+    writes to tensors, but for those that were seen to be written before they are read.
+
+    Args:
+        module: the copy. undone: the attributes, as (module, name). unread: those of them whose tensors need not be
+            put back.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        undone: Collection[tuple[torch.nn.Module, str]],
+        unread: Collection[tuple[torch.nn.Module, str]] = (),
+    ) -> None:
+        self._module = module
+        self._bound: list[tuple[dict[str, Any], str, Any]] = []
+        self._containers: list[tuple[dict[str, Any], str, Any]] = []
+        self._kept: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        for owner, name in undone:
+            holder = _holder(owner, name)
+            value = holder.get(name, _ABSENT)
+            if isinstance(value, torch.Tensor):
+                self._bound.append((holder, name, value))
+                if (owner, name) not in unread:
+                    self._kept.append((value, value.detach().clone(), value._version))
+            elif value is _ABSENT or isinstance(value, _WITHOUT_PARTS):
+                self._bound.append((holder, name, value))
+            else:
+                self._containers.append((holder, name, copy.deepcopy(value)))
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        try:
+            return cloned(self._module(*inputs))
+        finally:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        for holder, name, value in self._bound:
+            if value is _ABSENT:
+                holder.pop(name, None)
+            elif holder.get(name) is not value:
+                holder[name] = value
+        for holder, name, value in self._containers:
+            holder[name] = copy.deepcopy(value)
+        for position, (tensor, content, version) in enumerate(self._kept):
+            if tensor._version != version:
+                tensor.copy_(content)
+                self._kept[position] = (tensor, content, tensor._version)
+
+
+_ABSENT = object()
+_WITHOUT_PARTS = (str, bytes, int, float, complex, bool, type(None), torch.nn.Module, torch.dtype, torch.device, type)
+
+
+def _holder(owner: torch.nn.Module, name: str) -> dict[str, Any]:
+    for holder in (owner._parameters, owner._buffers, owner._modules):
+        if name in holder:
+            return holder  # type: ignore[return-value]
+    return vars(owner)
+
+
+class Serial:
+    """A module that one lane calls at a time."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        with self._lock:
+            answer = cloned(self._module(*inputs))
+            if any(tensor.is_cuda for tensor in inputs):
+                torch.cuda.current_stream().synchronize()  # the next lane has a stream of its own
+            return answer
+
+
+def cloned(raw: Any) -> Any:
+    """A module's result with all its tensors copied."""
+    if isinstance(raw, torch.Tensor):
+        return raw.clone()
+    if isinstance(raw, Mapping):
+        return {name: cloned(value) for name, value in raw.items()}
+    if isinstance(raw, tuple) and hasattr(raw, "_fields"):
+        return type(raw)(*map(cloned, raw))
+    if isinstance(raw, (tuple, list)):
+        return tuple(map(cloned, raw))
+    return raw
+
+
+def duplicate(module: torch.nn.Module, written: Collection[torch.Tensor]) -> torch.nn.Module:
+    """A copy of a module that shares all tensors with it but those that share memory with `written`.
+
+    Raises:
+        Exception: there is something in it that cannot be copied, such as a lock.
+    """
+    own = {memory(tensor) for tensor in written}
+    shared = {
+        id(tensor): tensor
+        for tensor in (*module.parameters(), *module.buffers(), *_attributes(module))
+        if memory(tensor) not in own
+    }
+    made: torch.nn.Module = copy.deepcopy(module, dict(shared))
+    # TorchScript copies in C++, where nothing is known of what has been copied.
+    for original, other in zip(module.modules(), made.modules(), strict=True):
+        if isinstance(original, torch.jit.ScriptModule):
+            for name, tensor in (*original.named_parameters(recurse=False), *original.named_buffers(recurse=False)):
+                if id(tensor) in shared or memory(tensor) not in own:
+                    setattr(other, name, tensor)
+    return made
+
+
+def _attributes(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Tensors that are attributes, and neither parameters nor buffers."""
+    return [
+        value
+        for child in module.modules()
+        if not isinstance(child, torch.jit.ScriptModule)
+        for value in vars(child).values()
+        if isinstance(value, torch.Tensor)
+    ]

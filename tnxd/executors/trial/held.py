@@ -1,0 +1,252 @@
+"""What a module holds between two forwards: its tensors, its attributes, and the globals of its own code.
+
+A `Held` is a picture of that. Two of them, before and after a forward, show what the forward wrote, wherever it did:
+into a buffer, over an attribute, into a list or a dict, a class attribute, a closure or a global of the module that the
+factory stands in. State in installed libraries and in C++ is out of sight; how answers differ is all that shows it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tnxd.models.formats.factories import is_private
+
+_MOST_ITEMS = 200_000  # a model of a thousand layers has a tenth of that
+
+_OF_NN_MODULE = frozenset(vars(torch.nn.Module()))
+"""Attributes of every module: `_buffers` and the like, which are looked into by hand, and hooks."""
+
+_CLOSED = frozenset({"torch", "numpy", "onnxruntime", "safetensors", "sympy", "tnxd", *sys.stdlib_module_names})
+"""Libraries whose objects are not looked into. They are large, or no Python."""
+
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, range)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that is held. Attributes: version: counts most writes to it; content: a checksum, which shows them all.
+
+    Inference tensors, which a forward made itself, have no version.
+    """
+
+    tensor: torch.Tensor = field(repr=False, compare=False)
+    identity: int
+    version: int
+    content: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Somewhere that something is held.
+
+    Attributes:
+        name: for people: "layers.0.running_mean", "cache['k']", "net.CACHE".
+        owner, attribute: the module of the network that it is below, and the attribute; None and "": it is outside.
+    """
+
+    name: str
+    owner: str | None
+    attribute: str
+
+
+class Held:
+    """What a module holds now.
+
+    Attributes:
+        places: by name. tokens: what is there, by name; equal as long as nothing was written.
+        complete: whether all of it was seen.
+    """
+
+    def __init__(self, module: torch.nn.Module, *, contents: bool = True) -> None:
+        """Args: contents: whether to read the tensors; else only writes that torch counts are seen."""
+        self.places: dict[str, Place] = {}
+        self.tokens: dict[str, Any] = {}
+        self.complete = True
+        self._contents = contents
+        self._alive: list[Any] = []  # so that no id is taken again
+        self._seen: set[int] = set()
+        self._checksums: dict[int, int] = {}
+        for path, child in module.named_modules():
+            self._module(path, child)
+        for name, value in _outside(module):
+            self._value(Place(name, None, ""), value)
+
+    @property
+    def tensors(self) -> Iterator[tuple[Place, torch.Tensor]]:
+        """Every tensor, at the first place where it was found."""
+        for name, token in self.tokens.items():
+            if isinstance(token, Tensor):
+                yield self.places[name], token.tensor
+
+    def changed(self, later: Held) -> list[Place]:
+        """Places where a later picture shows something else: written over, bound anew, added or removed."""
+        names = dict.fromkeys([*self.tokens, *later.tokens])
+        return [
+            later.places.get(name) or self.places[name]
+            for name in names
+            if _unlike(self.tokens.get(name, _MISSING), later.tokens.get(name, _MISSING))
+        ]
+
+    def _module(self, path: str, module: torch.nn.Module) -> None:
+        prefix = f"{path}." if path else ""
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            self._value(Place(prefix + name, path, name), tensor)
+        if isinstance(module, torch.jit.ScriptModule):
+            return
+        for name, value in vars(module).items():
+            if name not in _OF_NN_MODULE:
+                self._value(Place(prefix + name, path, name), value)
+
+    def _value(self, root: Place, value: Any) -> None:
+        waiting = [(root, value)]
+        while waiting:
+            place, value = waiting.pop()
+            if len(self.tokens) >= _MOST_ITEMS:
+                self.complete = False
+                return
+            self.places[place.name] = place
+            self._alive.append(value)
+            self.tokens[place.name] = self._token(value)
+            if id(value) in self._seen and not isinstance(value, _PLAIN):
+                continue
+            self._seen.add(id(value))
+            for step, child in _children(value):
+                waiting.append((Place(f"{place.name}{step}", place.owner, place.attribute), child))
+
+    def _token(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, _PLAIN):
+            return type(value), value
+        if isinstance(value, np.ndarray):
+            return id(value), value.tobytes() if value.dtype != object and self._contents else b""
+        if isinstance(value, torch.Generator):
+            return id(value), value.get_state().numpy().tobytes()
+        if isinstance(value, functools._lru_cache_wrapper):
+            return id(value), value.cache_info().currsize
+        if isinstance(value, (set, frozenset)):
+            return id(value), len(value)
+        return id(value)
+
+    def _tensor(self, tensor: torch.Tensor) -> Tensor:
+        version = -1 if tensor.is_inference() else tensor._version
+        content = 0
+        if self._contents and type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta:
+            try:
+                storage = tensor.untyped_storage()
+                key = storage.data_ptr()
+                if key not in self._checksums:
+                    self._checksums[key] = checksum(storage)
+                content = self._checksums[key]
+            except (RuntimeError, NotImplementedError):  # sparse ones and others have no storage
+                content = 0
+        return Tensor(tensor, id(tensor), version, content)
+
+
+_MISSING = object()
+
+
+def _unlike(one: Any, other: Any) -> bool:
+    return one is not other and bool(one != other) and repr(one) != repr(other)  # NaN is unlike itself
+
+
+def _children(value: Any) -> Iterable[tuple[str, Any]]:
+    """What is in a container or an object, and what to append to its name for it."""
+    if isinstance(value, (torch.Tensor, torch.nn.Module, types.ModuleType, type, *_PLAIN)):
+        return ()
+    if isinstance(value, dict):
+        return [(f"[{key!r:.60}]", child) for key, child in list(value.items())]
+    if isinstance(value, (list, tuple, deque)):
+        return [(f"[{index}]", child) for index, child in enumerate(list(value))]
+    if isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=False)
+        found = [(f".{name}", cell.cell_contents) for name, cell in cells if _filled(cell)]
+        return [*found, *((f".{name}", child) for name, child in vars(value).items())]
+    if isinstance(value, functools._lru_cache_wrapper):
+        return ()
+    if type(value).__module__.partition(".")[0] in _CLOSED:
+        return ()
+    attributes = getattr(value, "__dict__", {})
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
+    return [
+        *((f".{name}", child) for name, child in list(attributes.items())),
+        *((f".{name}", getattr(value, name)) for name in slots),
+    ]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - it raises where there is nothing yet
+    except ValueError:
+        return False
+    return True
+
+
+def _outside(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """What the code of a network holds beside it: class attributes, and globals of the modules beside the weights."""
+    kinds = {type(child) for child in module.modules()}
+    packages = set()
+    for kind in kinds:
+        if kind.__module__.partition(".")[0] not in _CLOSED:
+            for name, value in list(vars(kind).items()):
+                if not name.startswith("__") and _holds(value):
+                    yield f"{kind.__name__}.{name}", value
+        if is_private(kind.__module__):
+            packages.add(kind.__module__.rpartition(".")[0])
+    for name, code in list(sys.modules.items()):
+        if name.rpartition(".")[0] in packages:
+            for variable, value in list(vars(code).items()):
+                if not variable.startswith("__") and _holds(value):
+                    yield f"{name.rpartition('.')[2]}.{variable}", value
+
+
+def _holds(value: Any) -> bool:
+    """Whether a class attribute or a global may be state."""
+    return not isinstance(value, (types.ModuleType, type, property, staticmethod, classmethod, torch.nn.Module))
+
+
+def memory(tensor: torch.Tensor) -> int:
+    """Where the storage of a tensor is: the same for tensors that share it."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse ones and others have no storage
+        return id(tensor)
+
+
+_CHUNK = 1 << 18  # of 8 bytes: what fits into a cache
+_FACTORS: dict[torch.device, torch.Tensor] = {}
+
+
+def checksum(storage: torch.UntypedStorage) -> int:
+    """A number that changes with the bytes of a storage, wherever they are, and with their order."""
+    device = storage.device
+    if device not in _FACTORS:
+        generator = torch.Generator().manual_seed(1)
+        drawn = torch.randint(-(2**62), 2**62, (_CHUNK,), dtype=torch.int64, generator=generator)
+        _FACTORS[device] = (drawn | 1).to(device)  # odd: no bit is lost
+    size = storage.nbytes()
+    data = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    words = data[: size // 8 * 8].view(torch.int64)
+    found = 0
+    for start in range(0, len(words), _CHUNK):
+        part = words[start : start + _CHUNK]
+        found = found * 31 + int((part * _FACTORS[device][: len(part)]).sum())
+    for byte in data[size // 8 * 8 :].tolist():
+        found = found * 257 + byte
+    return found & (2**64 - 1)

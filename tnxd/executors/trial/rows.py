@@ -1,0 +1,58 @@
+"""Whether axis 0 counts rows: whether a batch gives each request what it would have got alone, found out by running it.
+
+An axis that may vary need not count independent rows: it may be the points of a cloud, the nodes of a graph, or time. In
+such a batch each answer would depend on its neighbours, and nothing in the file tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tnxctl.frames import Array
+from tnxd.executors.trial.examples import Item, Make
+from tnxd.executors.trial.state import Ask, seeded
+from tnxd.models.model import Model
+from tnxd.noise import Difference, difference
+
+_COUNTED_TRIES = 2
+"""Of values that count or choose, a near tie that rounding decides is no proof against a batch; two are."""
+
+
+def rows_apart(model: Model, ask: Ask, make: Make, allowed: float) -> str:
+    """How a request's answer differs in company from what it is alone, in words; "" if it does not.
+
+    Two requests with different values, of one row and of two if the model takes so many, are asked alone, and together
+    in both orders.
+
+    Args:
+        model: one with a batch axis. ask: runs it; raises what it raises. make: items, see `Make`.
+        allowed: difference that rounding may make, relative to the largest value of an output.
+    """
+    for attempt in range(_COUNTED_TRIES):
+        first = make(1, 2 * attempt)
+        second = make(2 if model.max_batch_size > 2 else 1, 2 * attempt + 1)
+        found = _apart(model, ask, first, second, allowed)
+        if found is None:
+            return ""
+        if not found.counted:
+            break
+    return found.text
+
+
+def _apart(model: Model, ask: Ask, first: Item, second: Item, allowed: float) -> Difference | None:
+    alone = [seeded(ask, item)[1] for item in (first, second)]
+    for items, answers in (((first, second), alone), ((second, first), alone[::-1])):
+        together = seeded(ask, tuple(map(np.concatenate, zip(*items, strict=True))))[1]
+        rows = [len(items[0][0]), len(items[1][0])]
+        for answer, part in zip(answers, _parts(together, rows), strict=True):
+            found = difference(model.outputs, answer, part, allowed)
+            if found is not None:
+                return found
+    return None
+
+
+def _parts(outputs: Sequence[Array], rows: Sequence[int]) -> list[list[Array]]:
+    """What each of two requests gets of a batch."""
+    return [[output[: rows[0]] for output in outputs], [output[rows[0] :] for output in outputs]]

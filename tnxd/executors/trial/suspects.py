@@ -1,0 +1,185 @@
+"""Attributes that the Python code of a network may write in a forward, though no trial has seen it do so.
+
+A forward that writes only sometimes, for a certain input or at every tenth call, looks pure as long as it does not. Its
+source tells: this reads `forward` and the methods that it calls, of the classes that stand beside the weights. It knows
+the common ways to write to `self`. Libraries are trusted not to, and what they do is seen by the audit.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+
+import torch
+
+from tnxd.models.formats.factories import is_private
+
+_WRITERS = frozenset(
+    "append extend insert pop popitem clear update setdefault remove appendleft extendleft popleft add discard "
+    "rotate sort reverse put".split()
+)
+"""Methods of containers and of numpy arrays that write."""
+
+
+def suspects(module: torch.nn.Module) -> list[tuple[str, str]]:
+    """Path of a module, and an attribute of it that its forward may write."""
+    known: dict[type, set[str]] = {}
+    found = []
+    for path, child in module.named_modules():
+        kind = type(child)
+        if not is_private(kind.__module__):
+            continue
+        if kind not in known:
+            known[kind] = _written(kind)
+        found += [(path, name) for name in sorted(known[kind])]
+    return found
+
+
+def _written(kind: type) -> set[str]:
+    """Attributes of `self` that `forward` of a class may write, itself or through other methods."""
+    written: set[str] = set()
+    waiting, seen = ["forward"], {"forward"}
+    while waiting:
+        function = _function(kind, waiting.pop())
+        if function is None or not function.args.args:
+            continue
+        reader = _Reader(function.args.args[0].arg)
+        reader.visit(function)
+        written |= reader.written
+        for name in reader.used - seen:
+            seen.add(name)
+            waiting.append(name)
+    return written
+
+
+def _function(kind: type, name: str) -> ast.FunctionDef | None:
+    """The source of a method; None for one of a library, or where there is no source."""
+    member = inspect.getattr_static(kind, name, None)
+    function = inspect.unwrap(member.fget if isinstance(member, property) else member) if member is not None else None
+    if not inspect.isfunction(function) or not is_private(function.__module__):
+        return None
+    with contextlib.suppress(OSError, SyntaxError, TypeError):
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+            if isinstance(node, ast.FunctionDef):
+                return node
+    return None
+
+
+class _Reader(ast.NodeVisitor):
+    """Reads one method. Attributes: written, used: attributes of `self`."""
+
+    def __init__(self, self_name: str) -> None:
+        self.written: set[str] = set()
+        self.used: set[str] = set()
+        self._aliases: dict[str, str] = {}  # local variable -> attribute that it is, or a part of
+        self._self = self_name
+
+    def _root(self, node: ast.AST) -> str | None:
+        """The attribute of `self` that an expression is, or a view of."""
+        while True:
+            if isinstance(node, ast.Attribute):
+                if isinstance(node.value, ast.Name) and node.value.id == self._self:
+                    return node.attr
+                node = node.value
+            elif isinstance(node, (ast.Subscript, ast.Starred)):
+                node = node.value
+            elif isinstance(node, ast.Call):
+                node = node.func
+            elif isinstance(node, ast.Name):
+                return self._aliases.get(node.id)
+            else:
+                return None
+
+    def _write(self, node: ast.AST) -> None:
+        if isinstance(node, (ast.Tuple, ast.List)):
+            for element in node.elts:
+                self._write(element)
+        elif not isinstance(node, ast.Name):  # a local variable is bound anew
+            root = self._root(node)
+            if root is not None:
+                self.written.add(root)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            self._write(target)
+            if isinstance(target, ast.Name):
+                self._name(target.id, node.value)
+        self.generic_visit(node)
+
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
+        self._name(node.target.id, node.value)
+        self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self._write(node.target)
+        self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        root = self._root(node.target)  # in place, where it is a tensor: of a local variable, too
+        if root is not None:
+            self.written.add(root)
+        self.generic_visit(node)
+
+    def visit_Delete(self, node: ast.Delete) -> None:
+        for target in node.targets:
+            self._write(target)
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if isinstance(node.value, ast.Name) and node.value.id == self._self:
+            self.used.add(node.attr)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        function = node.func
+        if isinstance(function, ast.Attribute) and _writes(function.attr):
+            root = self._root(function.value)
+            if root is not None:
+                self.written.add(root)
+        for keyword in node.keywords:
+            if keyword.arg == "out":
+                self._write_argument(keyword.value)
+        if isinstance(function, ast.Name) and function.id in ("setattr", "delattr") and len(node.args) > 1:
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                self.written.add(name.value)
+        if isinstance(function, (ast.Attribute, ast.Name)):
+            called = function.attr if isinstance(function, ast.Attribute) else function.id
+            if called in ("copyto", "setattr_") or (called.endswith("_") and not called.startswith("_")):
+                for argument in node.args[:1]:  # torch.relu_(self.x), numpy.copyto(self.x, ...)
+                    self._write_argument(argument)
+        self.generic_visit(node)
+
+    def _write_argument(self, node: ast.AST) -> None:
+        root = self._root(node)
+        if root is not None:
+            self.written.add(root)
+
+    def _name(self, name: str, value: ast.AST) -> None:
+        root = self._root(value)
+        if root is not None and not _computes(value):
+            self._aliases[name] = root
+        else:
+            self._aliases.pop(name, None)
+
+
+_VIEWS = frozenset("view reshape data numpy detach T mT transpose permute squeeze unsqueeze narrow select expand".split())
+
+
+def _computes(node: ast.AST) -> bool:
+    """Whether an expression is the result of a call, and not a view of what it is called on."""
+    return isinstance(node, ast.Call) and not (isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS)
+
+
+def _writes(method: str) -> bool:
+    return method in _WRITERS or (method.endswith("_") and not method.endswith("__"))
+
+
+def attributes(module: torch.nn.Module, found: list[tuple[str, str]]) -> Iterator[tuple[torch.nn.Module, str]]:
+    """The modules themselves, for paths and attributes that `suspects` has found."""
+    for path, name in found:
+        yield module.get_submodule(path), name

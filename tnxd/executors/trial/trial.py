@@ -1,0 +1,245 @@
+"""The trial of one version on one device: what it is like, and what lanes call for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from tnxctl.errors import FailedPrecondition, TensorNextError
+from tnxctl.frames import Array
+from tnxctl.wire import TensorSpec
+from tnxd.executors.exhaustion import is_out_of_memory
+from tnxd.executors.tensors import TORCH_DTYPES, check_outputs, to_array, to_tensor
+from tnxd.executors.trial.copies import Call, Own, Serial, duplicate
+from tnxd.executors.trial.examples import Item, Make, examples, telling_examples
+from tnxd.executors.trial.rows import rows_apart
+from tnxd.executors.trial.state import PURE, SCRATCH, SHARED, Answer, Ask, State, find_state, same_chance
+from tnxd.models.model import Model
+from tnxd.noise import as_float, tolerance
+from tnxd.sentences import sentence
+
+log = logging.getLogger(__name__)
+
+_DATATYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+_OF_THE_CODE = (NotImplementedError, AttributeError, NameError, ImportError, TypeError, SyntaxError)
+"""What is wrong with the code whatever the input is."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a trial has shown.
+
+    Attributes:
+        model: as it may be served: without a batch axis where that does not count rows.
+        state: of the module.
+        serial: whether one lane may call it at a time.
+        make: makes inputs that it takes; None: no example was one.
+        tolerance: difference that rounding makes, relative to the largest value of an output.
+        notes: what an operator should know.
+    """
+
+    model: Model
+    state: State
+    serial: bool
+    make: Make | None
+    tolerance: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """PURE, SCRATCH or SHARED."""
+        return SHARED if self.model.state == SHARED else self.state.kind
+
+    @property
+    def pristine(self) -> bool:
+        """Whether the module is after the trial as it was built."""
+        return self.kind == PURE and not self.serial
+
+
+def try_out(module: torch.nn.Module, model: Model, device: torch.device, kind: str) -> Verdict:
+    """Run a module that was just built, and find out what can be promised about it.
+
+    Args:
+        module: on the device. kind: of the device, "cpu" or "cuda".
+
+    Raises:
+        FailedPrecondition: it cannot be served: requests would depend on each other, against what model.toml says.
+        Exception: what it raised, where no other input would help.
+    """
+
+    def ask(item: Item) -> Answer:
+        tensors = [
+            None if array is None else to_tensor(array.copy(), spec.datatype).to(device)  # it may write to them
+            for array, spec in zip(item, model.inputs, strict=True)
+        ]
+        rows = len(item[0]) if model.max_batch_size else 1
+        outputs = check_outputs(model, module(*tensors), rows)
+        return outputs, [to_array(output.cpu()).copy() for output in outputs]
+
+    allowed = tolerance(_datatypes(module, model), kind)
+    with same_chance():
+        make, complaint = _first_that_runs(ask, model)
+    if model.state == SHARED:
+        whole = unbatched(model)
+        return Verdict(whole, State(SCRATCH), True, None, allowed, ("requests share its state: one at a time",))
+    if make is None:
+        note = (
+            f"not warmed up, and served one request at a time: {complaint}. Put values that it takes into "
+            f"example.npz beside the model"
+        )
+        return Verdict(unbatched(model), State(SCRATCH), True, None, allowed, (note,))
+    with same_chance():
+        telling = _first_telling(ask, model)
+    varied = telling or make
+    state = find_state(module, model, ask, varied(1, 0), varied(1, 1), allowed)
+    verdict = Verdict(model, state, state.outside, make, allowed, _about(state))
+    if model.max_batch_size > 1:  # one row has no company
+        with same_chance():
+            verdict = _with_rows(verdict, ask, telling)
+    return verdict
+
+
+def lane_calls(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]:
+    """Makes what one more lane calls for a module.
+
+    Args:
+        module: as it was built, not the one of the trial unless that is `pristine`.
+
+    Raises:
+        FailedPrecondition: requests cannot be kept apart.
+    """
+    if verdict.serial:
+        one = Serial(module)
+        return lambda: one
+    if verdict.pristine:
+        return lambda: module
+    written, unread = verdict.state.written, verdict.state.unread
+
+    def own() -> Own:
+        copied = duplicate(module, _tensors(module, written))
+        undone = [(copied.get_submodule(path), name) for path, name in written]
+        return Own(copied, undone, [(copied.get_submodule(path), name) for path, name in unread])
+
+    try:
+        own()
+    except Exception as error:  # whatever a part of it has against being copied
+        names = [_joined(*place) for place in written if place not in unread]
+        if names:
+            raise FailedPrecondition(
+                f"its code may write to {names[0]!r}, and it cannot be copied for each lane: {sentence(error)}. "
+                f'state = "shared" in model.toml serves it one request at a time'
+            ) from None
+        log.info("%s is called by one lane at a time: %s", verdict.model.key, sentence(error))
+        one = Serial(module)
+        return lambda: one
+    return own
+
+
+def _first_that_runs(ask: Ask, model: Model) -> tuple[Make | None, str]:
+    """The first example that a model takes, or why it takes none. Raises what is wrong with its code."""
+    complaint = ""
+    for what, make in examples(model):
+        try:
+            ask(make(1, 0))
+            return make, ""
+        except _OF_THE_CODE as error:
+            raise FailedPrecondition(f"a forward of {what} raised {sentence(error)}") from error
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            if isinstance(error, TensorNextError) and error.code == "INTERNAL":  # the outputs do not fit
+                raise FailedPrecondition(error.message) from None
+            complaint = f"a forward of {what} raised {sentence(error)}"
+    return None, complaint
+
+
+def _first_telling(ask: Ask, model: Model) -> Make | None:
+    """Examples with values that differ and that the model takes; None: there are none."""
+    for _, make in telling_examples(model):
+        try:
+            answers = [ask(make(1, variant))[1] for variant in (0, 1)]
+        except Exception:  # noqa: S112 - it takes no such values: the next ones
+            continue
+        if all(np.isfinite(as_float(array, spec.datatype)).all() for array, spec in _each(answers, model)):
+            return make
+    return None
+
+
+def _each(answers: Sequence[Sequence[Array]], model: Model) -> Iterator[tuple[Array, TensorSpec]]:
+    for answer in answers:
+        yield from zip(answer, model.outputs, strict=True)
+
+
+def _with_rows(verdict: Verdict, ask: Ask, telling: Make | None) -> Verdict:
+    """The verdict, with a batch axis only where that counts rows.
+
+    Raises:
+        FailedPrecondition: model.toml asks for batches, and they would mix requests up.
+    """
+    model = verdict.model
+    if telling is None:
+        return _whole(verdict, "no batches: no example with values that differ was taken; put some into example.npz")
+    try:
+        apart = rows_apart(model, ask, telling, verdict.tolerance)
+    except Exception as error:
+        apart = f"together, the forward raises {sentence(error)}"
+    if not apart:
+        return verdict
+    if verdict.state.random:
+        return _whole(verdict, f"no batches: answers are drawn at random, and rows cannot be compared: {apart}")
+    if model.batching_asked:
+        raise FailedPrecondition(
+            f"max_batch_size: {model.max_batch_size}, but axis 0 does not count rows: alone and beside another request, "
+            f"{apart}"
+        )
+    return _whole(verdict, f"no batches: axis 0 does not count rows: alone and beside another request, {apart}")
+
+
+def _whole(verdict: Verdict, note: str) -> Verdict:
+    """The verdict for a model whose requests are never batched and never cut."""
+    make = verdict.make
+    rows = verdict.model.example_rows
+    assert make is not None
+    return replace(
+        verdict,
+        model=unbatched(verdict.model),
+        make=lambda _, variant: make(rows, variant),
+        notes=(*verdict.notes, note),
+    )
+
+
+def unbatched(model: Model) -> Model:
+    """The same model, for requests that run alone and whole."""
+    return replace(model, max_batch_size=0, warm_up=())
+
+
+def _about(state: State) -> tuple[str, ...]:
+    """Notes about a state that is not pure."""
+    if state.kind == PURE:
+        return ()
+    names = [_joined(*place) for place in state.written]
+    told = ", ".join(map(repr, names[:3])) + (" and more" if len(names) > 3 else "") or "what nobody sees"
+    how = "one lane at a time calls it" if state.outside else "each lane has a copy of its own"
+    return (f"a forward writes, or may write, to {told}: {how}",)
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _tensors(module: torch.nn.Module, places: Sequence[tuple[str, str]]) -> list[torch.Tensor]:
+    values = [getattr(module.get_submodule(path), name, None) for path, name in places]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _datatypes(module: torch.nn.Module, model: Model) -> list[str]:
+    """Datatypes that a model computes in, as far as they show."""
+    held = [_DATATYPES.get(tensor.dtype, "") for tensor in (*module.parameters(), *module.buffers())]
+    return [*held, *(spec.datatype for spec in model.outputs)]
