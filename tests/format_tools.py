@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tnxctl.errors import TensorNextError
 from tnxctl.frames import Array
 from tnxctl.wire import TensorSpec
 from tnxd.executors.tensors import check_outputs, to_array, to_tensor
@@ -29,6 +30,20 @@ def open_model(root: Path, toml: str = "", name: str = "net", version: str = "1"
     if toml:
         (root / name / "model.toml").write_text(toml)
     return source(root, name, version).open(0)
+
+
+def refused(root: Path, toml: str = "", name: str = "net") -> str:
+    """Why the only version of a model cannot be served: said by the scan, by opening it, or by building it."""
+    if toml:
+        (root / name / "model.toml").write_text(toml)
+    failures = list(repository.scan(root).failures.values())
+    if failures:
+        return failures[0]
+    try:
+        source(root, name).open(0).factory()
+    except TensorNextError as error:
+        return error.message
+    raise AssertionError("nothing is wrong with it")
 
 
 def tensors(names: str, datatype: str, shape: list[int], kind: str = "inputs") -> str:

@@ -24,7 +24,6 @@ from model_repositories import load_example
 from tnxctl.errors import FailedPrecondition, InvalidArgument, PermissionDenied, TensorNextError
 from tnxctl.wire import TensorSpec
 from tnxd.models import networks
-from tnxd.models.formats import ignore_warnings_about_torch_itself
 from tnxd.models.formats.exported import Program
 from tnxd.models.formats.factories import _ROOT
 
@@ -311,24 +310,6 @@ def test_lengths_that_follow_from_others(tmp_path: Path) -> None:
     for x, y in ((41, 5), (48, 5), (24, 3), (808, 101)):
         with pytest.raises(InvalidArgument, match="the model takes only lengths where"):
             ask(model, module, np.ones((1, x), np.float32), np.ones(y, np.float32))
-
-
-class Counting(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.count += 1
-        return x + self.count
-
-
-def test_a_program_that_writes_to_its_buffers(tmp_path: Path) -> None:
-    path = tmp_path / "net/1/model.pt2"
-    path.parent.mkdir(parents=True)
-    ignore_warnings_about_torch_itself()
-    torch.export.save(torch.export.export(Counting(), (torch.zeros(2),)).run_decompositions({}), path)
-    assert "net/1/model.pt2: it writes to 'count' (BUFFER_MUTATION)" in refused(tmp_path)
 
 
 class Switched(torch.nn.Module):

@@ -54,6 +54,13 @@ TEMPLATE = """\
 # 0 (first) to 3 (last), for requests that do not say it themselves.
 # priority = 1
 
+# "shared": the model keeps something from one request to the next, and that is meant for all of them. Then one request
+# runs at a time. "": a model that does so is refused.
+# state = ""
+
+# Share of the batches that are computed again in idle time, one request alone, and compared. 0.0: none.
+# audit = 0.001
+
 # For model.safetensors: what makes the module that the weights are put into, as "FILE:FUNCTION" without the .py. The
 # file is in the folder of the version, or in this one.
 # factory = "model:build"
@@ -61,12 +68,15 @@ TEMPLATE = """\
 # What it takes and gives, in order, one block for each tensor. The datatypes are BOOL, UINT8 to UINT64, INT8 to INT64,
 # FP16, FP32, FP64 and BF16. -1 is an axis of any length; for a model that batches, axis 0 of every tensor is -1.
 # model.pt2 and model.onnx say it themselves, and what stands here narrows it: -1 to a length. The example of an input
-# is a shape that fits, for the warm-up; without one, the lengths that the program was exported with, else 1.
+# is a shape that fits, for the warm-up; without one, the lengths that the program was exported with, else 1. Its values
+# are what stands in a tensor of that shape: one number, lists of them, or random ones, as here. A file example.npz, in
+# the folder of the version or in this one, can have them, too, by the names of the inputs.
 # [[inputs]]
 # name = "x"
 # datatype = "FP32"
 # shape = [-1, 256]
 # example = [1, 256]
+# values = { low = 0, high = 255 }
 
 # [[outputs]]
 # name = "y"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -14,6 +14,10 @@ from tnxctl.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
 
 if TYPE_CHECKING:
     import torch
+
+
+DEFAULT_AUDIT = 0.001
+"""Share of the batches that are computed again where model.toml does not say another."""
 
 
 class BoundInputs(msgspec.Struct, frozen=True, gc=False):
@@ -56,6 +60,14 @@ class Model:
         generation: counts how often this version has been loaded anew with other contents.
         notes: what an operator should know about it.
         examples: a shape for every input, to warm up with; empty: axes of any length have length 1.
+        example_values: input -> an array to warm up with, as a client would send it: of the input's datatype (as
+            `tnxctl.frames.STORAGE` keeps it), of its shape. If the model batches, axis 0 has as many rows in all of
+            them, at least one. Inputs that nothing is known about are not in it. They must not be written to.
+        writes: names of what its module holds (buffers, parameters, constants, attributes) and may write to in a
+            forward, as far as its graph tells; a module of plain Python tells nothing.
+        state: "shared": what the module keeps from one request to the next is meant for all of them.
+        audit: share of its batches that are computed again in idle time.
+        batching_asked: whether model.toml itself says that axis 0 counts rows; else it was derived.
     """
 
     name: str
@@ -75,6 +87,11 @@ class Model:
     generation: int = 0
     notes: tuple[str, ...] = ()
     examples: tuple[tuple[int, ...], ...] = ()
+    example_values: Mapping[str, Array] = field(default_factory=dict, repr=False, compare=False)
+    writes: tuple[str, ...] = ()
+    state: Literal["", "shared"] = ""
+    audit: float = DEFAULT_AUDIT
+    batching_asked: bool = False
     key: str = field(init=False)
 
     def __post_init__(self) -> None:

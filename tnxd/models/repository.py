@@ -23,7 +23,7 @@ from tnxd.models import settings as model_toml
 from tnxd.models.catalog import Catalog, Entry, Source
 from tnxd.models.model import Model
 from tnxd.models.settings import Settings
-from tnxd.models.trust import Guard, contents, hidden, identity
+from tnxd.models.trust import EXAMPLE, Guard, contents, hidden, identity
 
 FORMATS = {
     "model.pt2": "pt2",
@@ -178,7 +178,8 @@ def _source(
     if inside / file not in files:
         raise InvalidArgument(f"{label}/{file} is not a file")
     _check_combination(kind, f"{label}/{file}", settings, f"{name}/{SETTINGS}")
-    nbytes = sum(info.st_size for info in files.values()) if kind == "onnx" else files[inside / file].st_size
+    weights = [info.st_size for path, info in files.items() if kind == "onnx" and path.name != EXAMPLE]
+    nbytes = sum(weights) or files[inside / file].st_size
     state = [(str(path), *identity(info)) for path, info in sorted(files.items())]
     stamp = hashlib.sha256(settings.served + repr((state, require_manifest)).encode()).hexdigest()
     return RepositorySource(name, number, kind, stamp, nbytes, place, settings, guard, require_manifest)

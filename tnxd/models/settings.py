@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -20,18 +20,27 @@ _Number = Annotated[int, msgspec.Meta(ge=1)]
 _Weight = Annotated[float, msgspec.Meta(ge=0, le=MAX_WEIGHT)]
 
 
+class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Random numbers from `low` to `high`, both included: whole ones for a datatype that has no others."""
+
+    low: int | float
+    high: int | float
+
+
 class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One input or output.
 
     Attributes:
         datatype: a name of the Open Inference Protocol v2. shape: -1 is an axis of any length.
         example: of an input, a shape that fits, to warm up with; (): the lengths of the export, else 1.
+        values: of an input, what to warm up with: one number everywhere, nested lists of them, or random ones.
     """
 
     name: _Name
     datatype: str
     shape: tuple[_Axis, ...]
     example: tuple[_Length, ...] = ()
+    values: bool | int | float | tuple[Any, ...] | Range | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -58,6 +67,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         warm_up: batch sizes to run before it serves; (): powers of two up to the limit.
         time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
         deadline_us, priority: of requests that say nothing about it.
+        state: "shared": what the module keeps from one request to the next is meant for all of them.
+        audit: share of the batches that are computed again in idle time, 0 to 1; None: 0.001.
         factory: "module:function" that makes the network for model.safetensors.
         inputs, outputs: the signature; (): the model file says it.
     """
@@ -73,6 +84,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     time_limit_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] = DEFAULT_PRIORITY
+    state: Literal["", "shared"] = ""
+    audit: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     factory: str = ""
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
@@ -111,10 +124,18 @@ def load(path: Path, label: str) -> Settings:
                 raise InvalidArgument(f"{key}.name: {tensor.name!r} stands there twice")
             if tensor.datatype not in STORAGE:
                 raise InvalidArgument(f"{key}.datatype: expected one of {', '.join(STORAGE)}, not {tensor.datatype!r}")
-            if tensor.example and kind == "outputs":
-                raise InvalidArgument(f"{key}.example: only an input has one")
+            if kind == "outputs":
+                for name, given in (("example", tensor.example), ("values", tensor.values is not None)):
+                    if given:
+                        raise InvalidArgument(f"{key}.{name}: only an input has one")
             if tensor.example and not fits(tensor.example, tensor.shape):
                 raise InvalidArgument(f"{key}.example: {list(tensor.example)} does not fit {list(tensor.shape)}")
+            if isinstance(tensor.values, Range) and not tensor.values.low <= tensor.values.high:
+                raise InvalidArgument(f"{key}.values: low is {tensor.values.low}, above high, {tensor.values.high}")
+    if settings.state == "shared" and settings.max_batch_size:
+        raise InvalidArgument(
+            f'{label}: max_batch_size: {settings.max_batch_size}, but with state = "shared" requests run one at a time'
+        )
     return settings
 
 

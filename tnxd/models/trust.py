@@ -28,6 +28,9 @@ from tnxctl.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 
 MANIFEST = "SHA256SUMS"
 
+EXAMPLE = "example.npz"
+"""Values to warm a model up with, in the directory of a version or of its model."""
+
 _MAX_LINKS = 40  # as many as Linux follows in one path
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _MANIFEST_LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
@@ -153,12 +156,13 @@ class TrustedFiles:
     """The files of one version, as they were when they were checked.
 
     Attributes:
-        directory: of the version. code: directories where its Python modules may be.
+        directory: of the version. shared: of the model. code: directories where its Python modules may be.
         identities: of every file, by path.
     """
 
     guard: Guard
     directory: Path
+    shared: Path
     code: tuple[Path, ...]
     identities: Mapping[Path, tuple[int, ...]] = field(repr=False)
 
@@ -171,12 +175,19 @@ class TrustedFiles:
             FailedPrecondition: a file went away meanwhile.
             OSError: something cannot be read.
         """
+        shared = guard.resolve(directory.parent)
         directory, code, files = contents(guard, directory, require_manifest=require_manifest, modules=modules)
-        trusted = cls(guard, directory, code, {path: identity(info) for path, info in files.items()})
+        trusted = cls(guard, directory, shared, code, {path: identity(info) for path, info in files.items()})
         sums = directory / MANIFEST
         if sums in files:
             trusted._hold_against(sums)
         return trusted
+
+    @property
+    def example(self) -> Path | None:
+        """The file with values to warm up with; None: there is none."""
+        places = (self.directory / EXAMPLE, self.shared / EXAMPLE)
+        return next((path for path in places if path in self.identities), None)
 
     def label(self, name: str) -> str:
         """What to call a file of the version in errors."""
@@ -231,7 +242,7 @@ def contents(
     Args:
         require_manifest: whether a version without one is refused.
         modules: whether its format uses Python modules. Where there is no manifest, they may be in the model's
-            directory, too.
+            directory, too, as may be an example.
 
     Raises:
         PermissionDenied: somebody else may write to it, or the manifest is missing.
@@ -248,7 +259,17 @@ def contents(
         if modules:
             code += (shared,)
             files.update(_shared_modules(guard, shared))
+        example = shared / EXAMPLE
+        if directory / EXAMPLE not in files and os.path.lexists(example):
+            files[example] = _file(guard, example)
     return directory, code, files
+
+
+def _file(guard: Guard, path: Path) -> os.stat_result:
+    info = guard.resolve(path).stat()
+    if not stat.S_ISREG(info.st_mode):
+        raise PermissionDenied(f"{guard.label(path)} is not a file")
+    return info
 
 
 def _shared_modules(guard: Guard, directory: Path) -> Iterator[tuple[Path, os.stat_result]]:

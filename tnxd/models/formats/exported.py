@@ -19,11 +19,13 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from tnxctl.errors import FailedPrecondition
+from tnxctl.frames import Array
 from tnxctl.wire import TensorSpec
 from tnxd.executors.tensors import TORCH_DTYPES
-from tnxd.models.formats import ignore_warnings_about_torch_itself
+from tnxd.models.formats import examples, ignore_warnings_about_torch_itself
 from tnxd.models.formats.conditions import Conditions, bounds, of_program
 from tnxd.models.formats.signature import DEFAULT_MAX_BATCH_SIZE, Found, Opened, Shape, Signature, settle
+from tnxd.models.formats.writes import STORING, written, written_inputs
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
 from tnxd.sentences import sentence
@@ -38,6 +40,9 @@ class Program(torch.nn.Module):
 
     It runs the program's graph as it is, with weights as arguments. What `ExportedProgram.module` makes of it checks
     and nests arguments, and looks up every weight by name, in each call: that takes longer than a small network.
+
+    Attributes:
+        held: parameter, buffer or constant of the program -> name of the buffer that holds it here.
     """
 
     def __init__(self, program: ExportedProgram, description: Description) -> None:
@@ -52,6 +57,7 @@ class Program(torch.nn.Module):
             weights[spec.target] = len(weights)
             held = program.constants if spec.target in program.constants else program.state_dict
             self.register_buffer(f"weight_{weights[spec.target]}", held[spec.target].detach())  # its own name has dots
+        self.held = {name: f"weight_{index}" for name, index in weights.items()}
         leaves = iter(description.leaves)
         self._constants: list[Any] = []
         self._order: list[int] = []
@@ -66,12 +72,29 @@ class Program(torch.nn.Module):
                 self._constants.append(constant)
             else:
                 self._order.append(len(weights) + position)
+        outputs = program.graph_signature.output_specs
+        self._returned = [index for index, spec in enumerate(outputs) if spec.kind is OutputKind.USER_OUTPUT]
+        self._stored = [
+            (index, weights[spec.target])
+            for index, spec in enumerate(outputs)
+            if spec.kind in STORING and spec.target is not None
+        ]
+        """Of the graph's results: what its caller has to put into which of the weights."""
+        self._plain = len(self._returned) == len(outputs)
+        self._copied = sorted({description.leaves[position][0] for position in written_inputs(program)} - {-1})
+        """Inputs that the graph works on in place: they are the request's, and not for it to change."""
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self.description.conditions.check(inputs)
-        values = [*self._buffers.values(), *inputs, *self._constants]
+        values: list[Any] = [*self._buffers.values(), *inputs, *self._constants]
+        for position in self._copied:
+            values[position - len(inputs) - len(self._constants)] = inputs[position].clone()
         results: tuple[torch.Tensor, ...] = self._run(*[values[index] for index in self._order])
-        return results
+        if self._plain:
+            return results
+        for index, weight in self._stored:
+            values[weight].copy_(results[index])
+        return tuple([results[index] for index in self._returned])
 
     def train(self, mode: bool = True) -> Program:
         """Nothing: a program is what it was when it was exported."""
@@ -110,6 +133,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     signature = settle(description.found, source.settings, source.settings_label, label)
     if signature.max_batch_size:
         description = replace(description, conditions=description.conditions.without_rows())
+    writes = written(program)
     notes = tuple(f"{label} was exported in training mode: {what}" for what in _training(program))
     first = [program]  # for the first build, and held no longer
     del program
@@ -117,7 +141,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     def build() -> torch.nn.Module:
         return Program(first.pop() if first else load(files, label), description)
 
-    return Opened(signature, build, notes)
+    return Opened(signature, build, notes, writes=writes, example_values=description.found.example_values)
 
 
 def load(files: TrustedFiles, label: str) -> ExportedProgram:
@@ -173,7 +197,15 @@ def describe(program: ExportedProgram, label: str, rows: int = DEFAULT_MAX_BATCH
     odd = conditions.on_rows(rows if most is None else min(most, rows))
     if most != 0 and odd:
         most, why = 0, f"not every number of rows will do: {odd}"
-    found = Found(tuple(inputs), outputs, _examples(program, inputs, axes, leaves), most, why, named_outputs=named)
+    found = Found(
+        tuple(inputs),
+        outputs,
+        _examples(program, inputs, axes, leaves),
+        most,
+        why,
+        named_outputs=named,
+        example_values=_example_values(program, inputs, leaves),
+    )
     return Description(found, conditions, tuple(leaves))
 
 
@@ -185,10 +217,8 @@ def _check_kinds(signature: ExportGraphSignature, label: str) -> None:
                 f"{label}: {given.target or given.arg} is a {given.kind.name}: only tensors are served"
             )
     for returned in signature.output_specs:
-        if returned.kind is not OutputKind.USER_OUTPUT:
-            raise FailedPrecondition(
-                f"{label}: it writes to {returned.target!r} ({returned.kind.name}), and requests run at the same time"
-            )
+        if returned.kind not in (OutputKind.USER_OUTPUT, OutputKind.USER_INPUT_MUTATION, *STORING):
+            raise FailedPrecondition(f"{label}: it returns a {returned.kind.name}: only tensors are served")
 
 
 class _Positional(torch.nn.Module):
@@ -338,4 +368,16 @@ def _examples(
     return tuple(
         tuple(least.get((position, axis), length) for axis, length in enumerate(spec.shape))
         for position, spec in enumerate(inputs)
+    )
+
+
+def _example_values(
+    program: ExportedProgram, inputs: Sequence[TensorSpec], leaves: Sequence[tuple[int, Any]]
+) -> dict[str, Array]:
+    """Values of the inputs that a program was exported with, if its file has them."""
+    if program.example_inputs is None:
+        return {}
+    values, _ = pytree.tree_flatten(program.example_inputs)
+    return examples.of_tensors(
+        inputs, [value for value, (position, _) in zip(values, leaves, strict=True) if position >= 0]
     )

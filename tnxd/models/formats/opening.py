@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tnxctl.errors import FailedPrecondition
-from tnxd.models.formats import compiling, exported, onnx, torchscript, weights
+from tnxd.models.formats import compiling, examples, exported, onnx, torchscript, weights
 from tnxd.models.formats.signature import Opened
-from tnxd.models.model import Model
+from tnxd.models.model import DEFAULT_AUDIT, Model
 from tnxd.models.repository import WITH_MODULES, RepositorySource
 from tnxd.models.trust import TrustedFiles
 
@@ -32,7 +32,7 @@ def read(source: RepositorySource) -> Opened:
             require_manifest=source.require_manifest,
             modules=source.format in WITH_MODULES,
         )
-        return _READERS[source.format](source, files)
+        return examples.add(_READERS[source.format](source, files), source, files)
     except OSError as error:
         where = source.guard.label(source.directory) if error.filename is None else error.filename
         raise FailedPrecondition(f"{where}: {error.strerror or error}") from error
@@ -67,4 +67,9 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         generation=generation,
         notes=notes,
         examples=opened.signature.examples,
+        example_values=opened.example_values,
+        writes=opened.writes,
+        state=settings.state,
+        audit=DEFAULT_AUDIT if settings.audit is None else settings.audit,
+        batching_asked=bool(settings.max_batch_size),
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tnxctl.errors import InvalidArgument
+from tnxctl.frames import Array
 from tnxctl.wire import TensorSpec
 from tnxd.models.settings import Settings, Tensor, fits
 
@@ -40,12 +41,15 @@ class Opened:
     Attributes:
         build: makes the module, on the CPU, in eval mode and without gradients.
         notes: what an operator should know. devices: where it may run; empty: everywhere.
+        writes, example_values: as in `tnxd.models.model.Model`.
     """
 
     signature: Signature
     build: Callable[[], torch.nn.Module]
     notes: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    example_values: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Found:
     """What a model file says itself.
 
     Attributes:
-        examples: a shape for every input; empty: unknown.
+        examples: a shape for every input; empty: unknown. example_values: as in `Opened`.
         most: rows that one batch may have at most; None: any number; 0: axis 0 cannot count rows, `why` says why.
         counts_rows: whether axis 0 does count rows, if model.toml does not say it.
         named_outputs: whether the names of the outputs mean something to the module, or only their order does.
@@ -66,6 +70,7 @@ class Found:
     why: str = ""
     counts_rows: bool = True
     named_outputs: bool = True
+    example_values: Mapping[str, Array] = field(default_factory=dict)
 
 
 def declared(settings: Settings, label: str, file: str) -> Signature:

@@ -8,6 +8,7 @@ from tnxctl.errors import FailedPrecondition
 from tnxd.models.formats import ignore_warnings_about_torch_itself
 from tnxd.models.formats.precision import Precision
 from tnxd.models.formats.signature import Opened, declared
+from tnxd.models.formats.writes import written_by_script
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
 from tnxd.sentences import first_line
@@ -22,20 +23,27 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     label = files.label(FILE)
     signature = declared(settings, source.settings_label, label)
 
-    def build() -> torch.nn.Module:
+    def load() -> torch.jit.ScriptModule:
         ignore_warnings_about_torch_itself()
         with files.open(files.directory / FILE) as file:
             try:
                 # By the path of the open file: of a file object, torch would make a copy.
-                module: torch.nn.Module = torch.jit.load(  # type: ignore[no-untyped-call]
+                module: torch.jit.ScriptModule = torch.jit.load(  # type: ignore[no-untyped-call]
                     f"/proc/self/fd/{file.fileno()}", map_location="cpu"
                 )
             except Exception as error:  # torch raises many kinds for a damaged file
                 raise FailedPrecondition(f"{label}: damaged, or not TorchScript: {first_line(error)}") from None
+        return module.eval()
+
+    first = [load()]  # for the first build, and held no longer
+    writes = written_by_script(first[0])
+
+    def build() -> torch.nn.Module:
+        module: torch.nn.Module = first.pop() if first else load()
         if settings.dtype:
             module = Precision(module, getattr(torch, settings.dtype), signature.outputs)
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         return module.eval()
 
-    return Opened(signature, build, notes=(NOTE,))
+    return Opened(signature, build, notes=(NOTE,), writes=writes)

@@ -1,0 +1,189 @@
+"""Values to warm a model up with: from example.npz, from model.toml, or from the program itself."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from tnxctl.errors import FailedPrecondition, InvalidArgument
+from tnxctl.frames import STORAGE, Array
+from tnxctl.wire import TensorSpec, excerpt
+from tnxd.executors.tensors import to_array
+from tnxd.models.formats.signature import Opened, Shape, Signature
+from tnxd.models.repository import RepositorySource
+from tnxd.models.settings import Range, Tensor, fits
+from tnxd.models.trust import TrustedFiles
+from tnxd.sentences import sentence
+
+# Rows of values that model.toml describes: enough for two that differ, and no more memory than this with more.
+_ROWS = 8
+_ENOUGH_BYTES = 1 << 20
+
+
+def add(opened: Opened, source: RepositorySource, files: TrustedFiles) -> Opened:
+    """The same with values for the inputs that something is said about.
+
+    model.toml wins over example.npz, which wins over the inputs that a program was exported with. The shapes to warm up
+    with become those of the values.
+
+    Raises:
+        TensorNextError: values do not fit the signature, or each other; the sentence names file and input.
+    """
+    signature = opened.signature
+    found = dict(opened.example_values)
+    path = files.example
+    labels = dict.fromkeys(found, "")
+    if path is not None:
+        label = files.guard.label(path)
+        stored = _stored(files, signature, label)
+        found |= stored
+        labels |= dict.fromkeys(stored, label)
+    for index, tensor in enumerate(source.settings.inputs):
+        if tensor.values is not None:
+            key = f"{source.settings_label}: inputs[{index}].values"
+            position = [spec.name for spec in signature.inputs].index(tensor.name)
+            rows = next((len(found[name]) for name, said in labels.items() if said), 0)
+            found[tensor.name] = _described(
+                tensor, signature.inputs[position], signature.examples[position], signature, rows, key
+            )
+            labels[tensor.name] = key
+    said = [name for name in found if labels[name]]
+    if signature.max_batch_size:
+        for name in said[1:]:
+            if len(found[name]) != len(found[said[0]]):
+                raise InvalidArgument(
+                    f"{labels[name]}: {name!r} has {len(found[name])} rows, {said[0]!r} has {len(found[said[0]])}"
+                )
+    asked = {tensor.name: tensor.example for tensor in source.settings.inputs if tensor.example}
+    for name in said:
+        if name in asked and not _alike(found[name].shape, asked[name], signature):
+            raise InvalidArgument(
+                f"{labels[name]}: {name!r} has shape {list(found[name].shape)}, and the example in "
+                f"{source.settings_label} {list(asked[name])}"
+            )
+    found = _agreeing(found, signature, said, asked)
+    examples = tuple(
+        found[spec.name].shape if spec.name in found else shape
+        for spec, shape in zip(signature.inputs, signature.examples, strict=True)
+    )
+    return replace(opened, signature=replace(signature, examples=examples), example_values=found)
+
+
+def of_tensors(specs: Sequence[TensorSpec], tensors: Sequence[Any]) -> dict[str, Array]:
+    """Values that a program was exported with, by input. Zeros say nothing, and are left out."""
+    return {
+        spec.name: to_array(tensor.detach().cpu())
+        for spec, tensor in zip(specs, tensors, strict=True)
+        if isinstance(tensor, torch.Tensor) and tensor.numel() and bool((tensor != 0).any())
+    }
+
+
+def _agreeing(
+    found: Mapping[str, Array], signature: Signature, said: Sequence[str], asked: Mapping[str, Shape]
+) -> dict[str, Array]:
+    """Without those of the program's own values that do not fit what model.toml and example.npz say."""
+    limit = signature.max_batch_size
+    rows = next((len(found[name]) for name in said), 0)
+    shapes = {spec.name: spec.shape for spec in signature.inputs}
+
+    def agrees(name: str, array: Array) -> bool:
+        if not fits(array.shape, shapes[name]) or not _alike(array.shape, asked.get(name, array.shape), signature):
+            return False
+        return not limit or (len(array) == rows if rows else len(array) <= limit)
+
+    return {name: array for name, array in found.items() if name in said or agrees(name, array)}
+
+
+def _alike(shape: Shape, other: Shape, signature: Signature) -> bool:
+    """Whether shapes are the same but for the number of rows."""
+    start = 1 if signature.max_batch_size else 0
+    return len(shape) == len(other) and shape[start:] == other[start:]
+
+
+def _stored(files: TrustedFiles, signature: Signature, label: str) -> dict[str, Array]:
+    """The arrays of an example.npz. Nothing is unpickled."""
+    specs = {spec.name: spec for spec in signature.inputs}
+    assert files.example is not None
+    found = {}
+    with files.open(files.example) as file:
+        try:
+            if not zipfile.is_zipfile(file):
+                raise FailedPrecondition(f"{label}: damaged, or not an .npz file of numpy")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                for name in archive.files:
+                    if name not in specs:
+                        raise FailedPrecondition(f"{label}: there is no input {excerpt(name)}, only {', '.join(specs)}")
+                    found[name] = _fitting(archive[name], specs[name], signature, f"{label}: {name}")
+        except FailedPrecondition:
+            raise
+        except Exception as error:  # numpy, zipfile and zlib raise many kinds for a damaged file
+            raise FailedPrecondition(f"{label}: cannot be read: {sentence(error)}") from None
+    return found
+
+
+def _fitting(array: Array, spec: TensorSpec, signature: Signature, key: str) -> Array:
+    if spec.datatype == "BF16" and array.dtype == np.float32:  # numpy has no bfloat16 of its own
+        array = to_array(torch.from_numpy(np.ascontiguousarray(array)).to(torch.bfloat16))
+    dtype = STORAGE[spec.datatype]
+    if array.dtype.newbyteorder("=") != dtype:
+        raise FailedPrecondition(f"{key} is {array.dtype}, and the input is {spec.datatype}")
+    if not fits(array.shape, spec.shape):
+        raise FailedPrecondition(f"{key} has shape {list(array.shape)}, and the input {list(spec.shape)}")
+    _check_rows(array, signature, key)
+    return np.ascontiguousarray(array, dtype)
+
+
+def _check_rows(array: Array, signature: Signature, key: str) -> None:
+    if signature.max_batch_size and not 1 <= len(array) <= signature.max_batch_size:
+        raise FailedPrecondition(f"{key} has {len(array)} rows: 1 to {signature.max_batch_size} are of use")
+
+
+def _described(tensor: Tensor, spec: TensorSpec, example: Shape, signature: Signature, rows: int, key: str) -> Array:
+    """What `values` of an input in model.toml means. Args: rows: that others have; 0: none has any."""
+    values, datatype = tensor.values, spec.datatype
+    if isinstance(values, tuple):
+        try:
+            array = np.array(values)
+        except ValueError:
+            raise InvalidArgument(f"{key}: the lists in it differ in length") from None
+        if not array.size or not fits(array.shape, spec.shape):
+            raise InvalidArgument(f"{key}: has shape {list(array.shape)}, and the input {list(spec.shape)}")
+        _check_rows(array, signature, key)
+        return _typed(array, datatype, key)
+    shape = example
+    if signature.max_batch_size:
+        size = math.prod(example[1:]) * STORAGE[datatype].itemsize
+        several = min(_ROWS, signature.max_batch_size) if size * _ROWS <= _ENOUGH_BYTES else 2
+        shape = (rows or min(several, signature.max_batch_size), *example[1:])
+    if not isinstance(values, Range):
+        return _typed(np.full(shape, values), datatype, key)
+    bounds = _typed(np.array([values.low, values.high]), datatype, key)
+    generator = np.random.default_rng(0)
+    if bounds.dtype.kind == "f" or datatype == "BF16":
+        return _typed(generator.uniform(values.low, values.high, shape), datatype, key)
+    drawn = generator.integers(
+        int(bounds[0]), int(bounds[1]), shape, np.int64 if bounds.dtype.kind != "u" else np.uint64, endpoint=True
+    )
+    return drawn.astype(STORAGE[datatype])
+
+
+def _typed(array: Array, datatype: str, key: str) -> Array:
+    """Numbers of model.toml in a datatype that can hold them."""
+    dtype = STORAGE[datatype]
+    if array.dtype.kind not in "biuf":
+        raise InvalidArgument(f"{key}: numbers alone can stand there")
+    if datatype == "BF16":
+        return to_array(torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16))
+    with np.errstate(all="ignore"):
+        typed: Array = array.astype(dtype)
+    if dtype.kind != "f" and not np.array_equal(typed, array):
+        odd = array[typed != array].flat[0]
+        raise InvalidArgument(f"{key}: {odd} is no {datatype}")
+    return typed
