@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from tnxctl.errors import DeadlineExceeded, ResourceExhausted
 from tnxd.costs import CostModel
-from tnxd.executors.pool import warm_up_sizes
+from tnxd.executors.trial.warmup import warm_up_sizes
 from tnxd.scheduler import Scheduler
 from tnxd.work import Batch, Device, Request
 from traces import CPU, GPU, Job, Machine

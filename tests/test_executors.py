@@ -6,6 +6,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from tnxctl.errors import TensorNextError, Unavailable
 from tnxctl.wire import TensorSpec
 from tnxd.executors.cpu import CpuRunner, order_weights
 from tnxd.executors.execution import Execution
-from tnxd.executors.pool import LanePool, warm_up_sizes
+from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
+from tnxd.executors.trial.warmup import warm_up_sizes
 from tnxd.models.model import Model
 from tnxd.work import Batch, Device
 
@@ -47,16 +49,21 @@ def test_weights_that_others_use_too_stay_as_they_are() -> None:
     assert order_weights(doubles).weight.is_contiguous()
 
 
+def drain(seen: queue.SimpleQueue[Any]) -> list[Any]:
+    """All that is in a queue. A trial does not look into one: what a module puts there is no state of its own."""
+    return [seen.get() for _ in range(seen.qsize())]
+
+
 class Probe(torch.nn.Module):
     """Remembers in what surroundings it ran."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[str, bool, int]] = []
+        self.seen: queue.SimpleQueue[tuple[str, bool, int]] = queue.SimpleQueue()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         name = threading.current_thread().name
-        self.seen.append((name, torch.is_inference_mode_enabled(), torch.get_num_threads()))
+        self.seen.put((name, torch.is_inference_mode_enabled(), torch.get_num_threads()))
         return x + 1
 
 
@@ -65,19 +72,15 @@ def served(factory: Callable[[], torch.nn.Module]) -> Model:
     return Model("m", "1", spec, spec, 4, factory)
 
 
-def pool(
-    runners: int, runner: Callable[[dict[str, torch.nn.Module]], Runner]
-) -> tuple[LanePool, queue.Queue[Execution]]:
+def pool(runners: int, runner: Callable[[], Runner]) -> tuple[LanePool, queue.Queue[Execution]]:
     done: queue.Queue[Execution] = queue.Queue()
-    replicas: dict[str, torch.nn.Module] = {}
     made = LanePool(
         "cpu",
         "cpu",
         "",
-        make_runner=lambda: runner(replicas),
+        make_runner=runner,
         lanes=runners,
         inline=None,
-        replicas=replicas,
         place=lambda module: module,
         memory_mb=lambda: (0.0, 0.0),
         on_done=done.put,
@@ -93,11 +96,11 @@ def execution(model: Model, lane: int, value: float) -> Execution:
 def test_every_lane_runs_in_inference_mode_with_its_share_of_threads() -> None:
     probe = Probe()
     model = served(lambda: probe)
-    lanes, done = pool(3, lambda replicas: CpuRunner(replicas, 2))
+    lanes, done = pool(3, lambda: CpuRunner(2))
     costs = lanes.load(model).costs
     assert [rows for rows, _ in costs] == [1, 2, 4]
     assert all(micros > 0 for _, micros in costs)
-    probe.seen.clear()
+    drain(probe.seen)
     for lane in range(3):
         lanes.submit(execution(model, lane, float(lane)))
     outputs = {}
@@ -110,7 +113,7 @@ def test_every_lane_runs_in_inference_mode_with_its_share_of_threads() -> None:
         total = finished.gather_us + finished.h2d_us + finished.compute_us + finished.d2h_us
         assert total == pytest.approx((finished.finished_ns - finished.started_ns) / 1e3)
     assert outputs == {0: 1.0, 1: 2.0, 2: 3.0}
-    assert sorted(probe.seen) == [(f"cpu/{lane}", True, 2) for lane in range(3)]
+    assert sorted(drain(probe.seen)) == [(f"cpu/{lane}", True, 2) for lane in range(3)]
 
 
 def test_a_lane_that_cannot_start_answers_all_the_same() -> None:
@@ -118,7 +121,7 @@ def test_a_lane_that_cannot_start_answers_all_the_same() -> None:
         def enter_thread(self) -> None:
             raise RuntimeError("the device is gone")
 
-    lanes, done = pool(1, lambda replicas: Vanished(replicas, 1))
+    lanes, done = pool(1, lambda: Vanished(1))
     model = served(torch.nn.Identity)
     with pytest.raises(Unavailable, match="the device is gone"):
         lanes.load(model)
@@ -129,26 +132,28 @@ def test_a_lane_that_cannot_start_answers_all_the_same() -> None:
 
 
 def test_a_device_error_is_fatal_and_not_bisected() -> None:
-    calls = []
+    calls: queue.SimpleQueue[int] = queue.SimpleQueue()
+    loaded = threading.Event()
 
     class Broken(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            calls.append(len(x))
-            if len(calls) > 9:  # after the warm-up
+            calls.put(len(x))
+            if loaded.is_set():
                 raise torch.AcceleratorError("an illegal memory access was encountered")
             return x
 
-    lanes, done = pool(1, lambda replicas: CpuRunner(replicas, 1))
+    lanes, done = pool(1, lambda: CpuRunner(1))
     model = served(Broken)
     lanes.load(model)
-    calls[:] = [0] * 9
+    drain(calls)
+    loaded.set()
     batch = Batch(Device("cpu", "cpu", 1, set()), 0, model.name, [], 2)
     item = (np.zeros((1, 2), np.float32),)
     lanes.submit(Execution(batch, model, [item, item], [1, 1], ()))
     finished = done.get(timeout=20)
     assert finished.fatal == "an illegal memory access was encountered"
     assert [type(outcome) for outcome in finished.outcomes] == [Unavailable, Unavailable]
-    assert len(calls) == 10
+    assert drain(calls) == [2]
 
 
 class Small(torch.nn.Module):
@@ -157,13 +162,18 @@ class Small(torch.nn.Module):
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.rows = rows
-        self.calls: list[int] = []
-        self.workspace: weakref.ref[torch.Tensor] | None = None
+        self.seen: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.workspaces: queue.LifoQueue[weakref.ref[torch.Tensor]] = queue.LifoQueue()
+
+    @property
+    def calls(self) -> list[int]:
+        """Rows of each call since the last time that somebody asked."""
+        return drain(self.seen)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls.append(len(x))
+        self.seen.put(len(x))
         workspace = x * 2
-        self.workspace = weakref.ref(workspace)
+        self.workspaces.put(weakref.ref(workspace))
         if len(x) > self.rows or bool((x[..., 0] == 100).any()):
             raise torch.OutOfMemoryError("made up")
         if bool((x < 0).any()):
@@ -174,14 +184,13 @@ class Small(torch.nn.Module):
 class Thrifty(CpuRunner):
     """Counts how often memory is freed, and looks whether what failed still holds some."""
 
-    def __init__(self, replicas: dict[str, torch.nn.Module], small: Small) -> None:
-        super().__init__(replicas, 1)
+    def __init__(self, small: Small) -> None:
+        super().__init__(1)
         self.small = small
         self.freed = 0
 
     def free_memory(self) -> None:
-        assert self.small.workspace is not None
-        assert self.small.workspace() is None
+        assert self.small.workspaces.get_nowait()() is None
         self.freed += 1
 
 
@@ -192,15 +201,15 @@ def run_small(
     small = Small(16)
     made: list[Thrifty] = []
 
-    def runner(replicas: dict[str, torch.nn.Module]) -> Thrifty:
-        made.append(Thrifty(replicas, small))
+    def runner() -> Thrifty:
+        made.append(Thrifty(small))
         return made[-1]
 
     lanes, done = pool(1, runner)
     spec = (TensorSpec("x", "FP32", (-1, 2) if max_batch_size else (-1,)),)
     model = Model("m", "1", spec, spec, max_batch_size, lambda: small)
     lanes.load(model)
-    small.calls.clear()
+    drain(small.seen)
     small.rows = memory
     values = [np.array(item, np.float32) for item in items]
     arrays = [np.repeat(each[:, None], 2, axis=1) if max_batch_size else each for each in values]
@@ -277,19 +286,18 @@ def test_what_is_forgotten_holds_no_staging_memory() -> None:
 def test_a_model_that_fails_to_warm_up_is_not_kept() -> None:
     class Fails(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise ValueError("no")
+            raise TypeError("no")
 
-    replicas: dict[str, torch.nn.Module] = {}
+    made: list[CpuRunner] = []
 
-    def runner(shared: dict[str, torch.nn.Module]) -> CpuRunner:
-        nonlocal replicas
-        replicas = shared
-        return CpuRunner(shared, 1)
+    def runner() -> CpuRunner:
+        made.append(CpuRunner(1))
+        return made[-1]
 
     lanes, _ = pool(1, runner)
-    with pytest.raises(TensorNextError, match="ValueError: no"):
+    with pytest.raises(TensorNextError, match="TypeError: no"):
         lanes.load(served(Fails))
-    assert replicas == {}
+    assert [each.calls for each in made] == [{}, {}]
 
 
 def test_an_input_alone_reaches_the_model_without_a_copy_if_it_is_aligned() -> None:
@@ -302,7 +310,7 @@ def test_an_input_alone_reaches_the_model_without_a_copy_if_it_is_aligned() -> N
 
     spec = (TensorSpec("x", "FP32", (-1, -1)),)
     model = Model("m", "1", spec, (TensorSpec("y", "FP32", (-1,)),), 4, Address)
-    lanes, done = pool(1, lambda replicas: CpuRunner(replicas, 1))
+    lanes, done = pool(1, lambda: CpuRunner(1))
     lanes.load(model)
     raw = np.zeros(4 * 10 + 1, np.uint8)
     for x, same in ((np.ones((1, 100_000), np.float32), True), (raw[1:].view(np.float32).reshape(1, 10), False)):
@@ -318,7 +326,7 @@ def test_no_rows_need_no_forward() -> None:
         raise AssertionError("not called")
 
     model = served(fails)
-    lanes, done = pool(1, lambda replicas: CpuRunner(replicas, 1))
+    lanes, done = pool(1, lambda: CpuRunner(1))
     none = execution(model, 0, 0.0)
     none.items, none.rows = [(np.zeros((0, 2), np.float32),)] * 2, [0, 0]
     lanes.submit(none)

@@ -19,14 +19,25 @@ from tnxctl import Client
 from tnxctl.errors import FailedPrecondition, Internal
 from tnxctl.frames import Array
 from tnxctl.wire import TensorSpec
+from tnxd.background import Background, Copy
 from tnxd.costs import CostModel
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.models.builtin import BuiltinSource
 from tnxd.models.model import Model
 from tnxd.registry import READY, UNLOADED, Version
 from tnxd.scheduler import Scheduler
-from tnxd.shadow import Copy, Shadows
+from tnxd.shadow import Shadows
 from tnxd.work import SPARE, Batch, Device, Request
+
+
+class Shadowing(Shadows):
+    """Shadows, and the background in which their copies run."""
+
+    def __init__(self) -> None:
+        background = Background()
+        super().__init__(background)
+        self.next, self.finished, self.stop = background.next, background.finished, background.stop
+        self.waits = lambda: bool(background)
 
 
 def model(version: str, limit: int = 4, outputs: tuple[TensorSpec, ...] = (TensorSpec("y", "FP32", (-1, 3)),)) -> Model:
@@ -61,7 +72,7 @@ def row(*values: float) -> tuple[Array, ...]:
     return (np.array([values], "f4"),)
 
 
-def copied(shadows: Shadows, candidate: Model, original: Execution, *outcomes: Outcome) -> Copy:
+def copied(shadows: Shadowing, candidate: Model, original: Execution, *outcomes: Outcome) -> Copy:
     """Let a batch be copied, with those outcomes."""
     shadows.offer(original, version(candidate))
     copy = shadows.next(scheduler(candidate.key), 0)
@@ -71,20 +82,20 @@ def copied(shadows: Shadows, candidate: Model, original: Execution, *outcomes: O
     return copy
 
 
-def compared(shadows: Shadows, candidate: Model, original: Execution, *outcomes: Outcome) -> None:
+def compared(shadows: Shadowing, candidate: Model, original: Execution, *outcomes: Outcome) -> None:
     """Let a batch be copied, and wait until its outcomes have been compared."""
     shadows.finished(copied(shadows, candidate, original, *outcomes))
     settle(shadows)
 
 
-def settle(shadows: Shadows) -> None:
+def settle(shadows: Shadowing) -> None:
     """Wait until everything has been compared that has been handed over."""
     settled = threading.Event()
     shadows.finished(looked_at(shadows, settled.set))
     assert settled.wait(10)
 
 
-def looked_at(shadows: Shadows, on_look: Callable[[], object]) -> Copy:
+def looked_at(shadows: Shadowing, on_look: Callable[[], object]) -> Copy:
     """A copy that calls a function, on the thread that compares, when its turn has come."""
     end = answered(Internal("the last one"), model=model("end"))
     copy = copied(shadows, NEW, end)
@@ -99,13 +110,13 @@ class _Calls(list):  # type: ignore[type-arg]
         super().__init__()
         self._on_look = on_look
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __getitem__(self, place):  # type: ignore[no-untyped-def]
         self._on_look()
-        return super().__iter__()
+        return [Internal("the last one")]
 
 
 def test_differences_are_summed_up() -> None:
-    shadows = Shadows()
+    shadows = Shadowing()
     compared(shadows, NEW, answered(row(1, 2, 3), row(3, 2, 1)), row(1, 2, 3.5), row(1, 2, 3))
     compared(shadows, NEW, answered(row(0, 0, 9)), row(0, 0, 9))
     report = shadows.report(7, OLD, NEW)
@@ -120,7 +131,7 @@ def test_differences_are_summed_up() -> None:
 
 
 def test_failures_of_the_candidate_are_counted_and_those_of_the_baseline_are_not() -> None:
-    shadows = Shadows()
+    shadows = Shadowing()
     compared(
         shadows, NEW, answered(row(1, 2, 3), Internal("x"), row(1, 2, 3)), Internal("no"), row(0, 0, 0), row(1, 2, 3)
     )
@@ -130,7 +141,7 @@ def test_failures_of_the_candidate_are_counted_and_those_of_the_baseline_are_not
 
 
 def test_what_is_not_finite_and_what_does_not_fit() -> None:
-    shadows = Shadows()
+    shadows = Shadowing()
     compared(shadows, NEW, answered(row(1, np.nan, 3)), row(1, np.nan, 3))
     compared(shadows, NEW, answered(row(1, np.nan, 3)), row(1, 2, 4))
     compared(shadows, NEW, answered(row(1, 2, 3)), row(1, 2))
@@ -142,13 +153,13 @@ def test_bfloat16_is_compared_by_value() -> None:
     outputs = (TensorSpec("y", "BF16", (-1, 2)),)
     old, new = model("1", outputs=outputs), model("2", outputs=outputs)
     first, second = (np.array([values], ml_dtypes.bfloat16).view("u2") for values in ((1.0, 2.0), (1.0, 2.5)))
-    shadows = Shadows()
+    shadows = Shadowing()
     compared(shadows, new, answered((first,), model=old), (second,))
     assert shadows.report(0, old, new).outputs[0].max_abs == 0.5
 
 
 def test_a_copy_runs_only_where_nothing_waits_and_never_inline() -> None:
-    shadows = Shadows()
+    shadows = Shadowing()
     shadows.offer(answered(row(1, 2, 3)), version(NEW))
     busy = scheduler(OLD.key, NEW.key)
     busy.add(Request(OLD.key, max_batch_size=4, wanted="cpu"), 0)
@@ -160,14 +171,14 @@ def test_a_copy_runs_only_where_nothing_waits_and_never_inline() -> None:
     assert copy is not None
     assert copy.batch.lane == SPARE
     assert copy.batch.requests == []
-    assert not shadows
+    assert not shadows.waits()
     busy.finished(copy.batch, 10.0)
     assert busy.running == 0
     assert busy.outstanding(NEW.key) == 0
 
 
 def test_a_smaller_limit_takes_the_first_requests_of_a_batch() -> None:
-    shadows = Shadows()
+    shadows = Shadowing()
     shadows.offer(answered(*[row(1, 2, 3)] * 4), version(model("2", limit=3)))
     copy = shadows.next(scheduler(NEW.key), 0)
     assert copy is not None
@@ -176,16 +187,16 @@ def test_a_smaller_limit_takes_the_first_requests_of_a_batch() -> None:
 
 
 def test_what_finds_no_room_is_counted_and_what_goes_is_forgotten() -> None:
-    shadows = Shadows()
+    shadows = Shadowing()
     candidate = version(NEW)
     for _ in range(100):
         shadows.offer(answered(row(1, 2, 3)), candidate)
     assert shadows.report(0, OLD, NEW).skipped == 100 - 64
     candidate.state = UNLOADED
     assert shadows.next(scheduler(NEW.key), 0) is None
-    assert not shadows
+    assert not shadows.waits()
     shadows.offer(answered(row(1, 2, 3), width=2**25), version(NEW))
-    assert not shadows
+    assert not shadows.waits()
     shadows.keep({OLD.key, NEW.key})
     assert shadows.report(0, OLD, NEW)
     shadows.keep({OLD.key})
@@ -194,13 +205,13 @@ def test_what_finds_no_room_is_counted_and_what_goes_is_forgotten() -> None:
 
 
 def test_outputs_count_among_what_waits() -> None:
-    shadows = Shadows()
+    shadows = Shadowing()
     shadows.offer(answered((np.zeros((1, 2**25), "f4"),)), version(NEW))
-    assert not shadows
+    assert not shadows.waits()
 
 
 def test_what_waits_to_be_compared_is_bounded_in_bytes() -> None:
-    shadows = Shadows()
+    shadows = Shadowing()
     looking, free = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -220,7 +231,7 @@ def test_what_waits_to_be_compared_is_bounded_in_bytes() -> None:
 
 
 def test_what_is_compared_late_does_not_bring_back_what_is_gone() -> None:
-    shadows = Shadows()
+    shadows = Shadowing()
     copy = copied(shadows, NEW, answered(row(1, 2, 3)), row(1, 2, 3))
     shadows.keep({OLD.key})
     shadows.finished(copy)
@@ -230,17 +241,17 @@ def test_what_is_compared_late_does_not_bring_back_what_is_gone() -> None:
 
 
 def test_a_candidate_that_hangs_gets_no_more_copies() -> None:
-    shadows = Shadows()
+    shadows = Shadowing()
     shadows.offer(answered(row(1, 2, 3)), version(NEW))
     shadows.stop(NEW)
     assert shadows.next(scheduler(NEW.key), 0) is None
     shadows.offer(answered(row(1, 2, 3)), version(NEW))
-    assert not shadows
+    assert not shadows.waits()
 
 
 def test_nothing_to_compare() -> None:
     with pytest.raises(FailedPrecondition, match="route net 1=1 --shadow 2"):
-        Shadows().report(0, OLD, NEW)
+        Shadowing().report(0, OLD, NEW)
 
 
 # --- behind a real daemon ------------------------------------------------------------------------------------

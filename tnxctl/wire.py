@@ -285,6 +285,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         memory_mb: weights and buffers in MiB, on each of its devices.
         requests: how many were taken in for it. load_s: how long loading and warm-up took, in seconds.
         notes: what an operator should know, such as a deprecated format.
+        state: of the module, between requests: "pure": it holds nothing that changes; "scratch": it writes what no
+            other request reads; "shared": requests share it, as model.toml says. "": not known yet.
+        audited: requests that were computed again, alone. audit_differences: those that got another answer then.
     """
 
     name: str
@@ -304,6 +307,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_s: float = 0.0
     notes: tuple[str, ...] = ()
     example_shapes: tuple[tuple[int, ...], ...] = ()
+    state: str = ""
+    audited: int = 0
+    audit_differences: int = 0
 
 
 class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="health"):

@@ -272,6 +272,7 @@ class _Daemon:
             budget={"cpu": int(config.memory.cpu_mb * _MIB), "cuda": int(config.memory.cuda_mb * _MIB)},
             load_timeout_s=config.load_timeout_s,
             on_reload=self._announce_reload,
+            on_mixing=self._server.end_batches,
         )
         self._server.install(scheduler, self._loader)
         self._loader.start(self._loaded)

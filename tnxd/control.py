@@ -72,7 +72,7 @@ def health(
         devices=devices,
         models=model_infos(inventory.registry, scheduler),
         queued=scheduler.queued,
-        running=scheduler.running,
+        running=scheduler.running - scheduler.background,  # who asks waits for none of those
         requests=telemetry.requests,
         replies=telemetry.replies,
         errors=dict(telemetry.errors),
@@ -178,4 +178,7 @@ def _model_info(deployment: Deployment, version: Version, registry: Registry, sc
         load_s=version.load_s,
         notes=version.notes,
         example_shapes=tuple(model.example_shapes(1)) if model else (),
+        state=version.kind,
+        audited=version.audit.checked if version.audit else 0,
+        audit_differences=version.audit.differing if version.audit else 0,
     )

@@ -12,8 +12,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Generator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,8 +27,9 @@ from tnxctl.errors import (
     TensorNextError,
 )
 from tnxctl.wire import excerpt, split_title
+from tnxd.audit import Audit
 from tnxd.costs import CostModel
-from tnxd.executors.execution import Executor, Warmth
+from tnxd.executors.execution import SHARED, Executor, Warmth
 from tnxd.models.catalog import Catalog, Entry
 from tnxd.models.model import Model
 from tnxd.registry import (
@@ -88,6 +89,7 @@ class Loader:
         budget: bytes that the weights of all models may take on a device, by kind of device; no limit without an entry.
         load_timeout_s: a step that takes longer has failed. Its thread is left to itself: Python cannot end it.
         on_reload: called with True when a reload begins and with False when it is over.
+        on_mixing: called, on another thread, when an audit shows that requests in a batch change each other's answers.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Loader:
         budget: Mapping[str, int],
         load_timeout_s: float,
         on_reload: Callable[[bool], None],
+        on_mixing: Callable[[Version, str], None],
     ) -> None:
         self._registry = registry
         self._scheduler = scheduler
@@ -112,6 +115,7 @@ class Loader:
         self._budget = budget
         self._timeout_s = load_timeout_s
         self._on_reload = on_reload
+        self._on_mixing = on_mixing
         self._waiting: deque[tuple[Operation[Any], Done[Any]]] = deque()
         self._current: tuple[Operation[Any], Done[Any]] | None = None
         self._drained: _Drained | None = None
@@ -488,9 +492,16 @@ class Loader:
                 warmths[name] = warmth
                 version.nbytes = warmth.nbytes or version.source.nbytes
                 yield from self._make_room(executor, version)  # only now is it known for sure
+                if model.state == SHARED:
+                    break  # on another device it would have another state
             if not warmths:
                 where = "; ".join(f"{name}: {why}" for name, why in failures.items())
                 raise FailedPrecondition(where or f"no device may run it: {', '.join(model.devices)}")
+            if takes_over and serving and not all(warmth.warmed for warmth in warmths.values()):
+                raise FailedPrecondition(
+                    f"it could not be warmed up, and version {serving[0][0].number} serves: {_notes(warmths)[0]}"
+                )
+            model = _as_tried(model, warmths.values(), mixes=bool(version.mixes))
         except BaseException as error:
             for name in warmths:
                 yield from self._free(self._executors[name], version.key)
@@ -514,13 +525,23 @@ class Loader:
         for name in warmths:
             curve = self._costs.curve(name, model.key, model.example_group)
             for rows, micros in warmths[name].costs:
-                curve.observe(rows, micros)
+                if model.max_batch_size or rows == 1:
+                    curve.observe(rows, micros)
             self._device(name).models.add(model.key)
             if warmths[name].safe_rows:
                 self._scheduler.limit_rows(name, model.key, warmths[name].safe_rows)
+            if warmths[name].most_rows:
+                self._scheduler.bound_rows(name, model.key, warmths[name].most_rows)
         self._scheduler.set_lane_limit(model.key, model.replicas)
         version.model = model
-        version.notes = (*model.notes, *(f"not on {name}: {why}" for name, why in failures.items()))
+        version.audit = self._audit(version, model, warmths.values())
+        version.notes = (
+            *model.notes,
+            *_notes(warmths),
+            *((f"no batches: {version.mixes}",) if version.mixes else ()),
+            *(f"not on {name}: {why}" for name, why in failures.items()),
+        )
+        version.trials = warmths
         version.load_s = time.monotonic() - began
         version.loading = False
         version.error = ""
@@ -604,8 +625,28 @@ class Loader:
             log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title)
             yield from self._retire(victim, EVICTED, Changes())
 
+    def _audit(self, version: Version, model: Model, warmths: Collection[Warmth]) -> Audit | None:
+        """The audit of a version that can be audited, which goes on if there was one before."""
+        if not model.audit or any(warmth.serial or warmth.random for warmth in warmths):
+            return None
+        return version.audit or Audit(version, model.audit, self._on_mixing)
+
     def _holds(self, device: str, key: str) -> bool:
         return key in self._device(device).models
 
     def _device(self, name: str) -> Device:
         return self._scheduler.devices[name]
+
+
+def _as_tried(model: Model, warmths: Collection[Warmth], *, mixes: bool) -> Model:
+    """A model as all of its devices can serve it. Args: mixes: requests have been seen to change each other."""
+    if mixes or not all(warmth.batches for warmth in warmths):
+        model = model.unbatched()
+    if any(warmth.serial for warmth in warmths):
+        model = replace(model, replicas=1)
+    return model
+
+
+def _notes(warmths: Mapping[str, Warmth]) -> list[str]:
+    """What trials have shown, once if it is the same everywhere."""
+    return list(dict.fromkeys(note for warmth in warmths.values() for note in warmth.notes))

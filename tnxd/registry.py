@@ -8,13 +8,18 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 from tnxctl.errors import FailedPrecondition, InvalidArgument, NotFound, TensorNextError
 from tnxctl.wire import excerpt, split_title
+from tnxd.executors.execution import STATES, Warmth
 from tnxd.fitting import Fitting
 from tnxd.models.catalog import Entry, Source
 from tnxd.models.model import Model, model_key
+
+if TYPE_CHECKING:
+    from tnxd.audit import Audit
 
 # What a version can be; the daemon itself is STARTING, READY or DRAINING, too.
 UNLOADED = "unloaded"
@@ -37,11 +42,14 @@ class Version:
         nbytes: weights and buffers on each of its devices. load_s: seconds to load and warm up.
         requests: taken in for it. last_used: a number that grows with every request to any model.
         came_back: when it was last loaded for a request after it had been evicted, by the monotonic clock.
-        notes: what an operator should know.
+        notes: what an operator should know. trials: what loading it showed, by device.
+        mixes: why its requests run alone, though loading it did not show that they must; else "".
+        audit: goes on looking; None: nothing does.
         mirror: the version that gets copies of its batches, if any.
     """
 
     __slots__ = (
+        "audit",
         "came_back",
         "error",
         "fitting",
@@ -50,12 +58,14 @@ class Version:
         "load_s",
         "loading",
         "mirror",
+        "mixes",
         "model",
         "nbytes",
         "notes",
         "requests",
         "source",
         "state",
+        "trials",
     )
 
     def __init__(self, source: Source, generation: int = 0) -> None:
@@ -71,6 +81,9 @@ class Version:
         self.requests = 0
         self.last_used = 0
         self.notes: tuple[str, ...] = ()
+        self.trials: Mapping[str, Warmth] = {}
+        self.mixes = ""
+        self.audit: Audit | None = None
         self.mirror: Version | None = None
         self.came_back = float("-inf")
 
@@ -88,6 +101,20 @@ class Version:
     def key(self) -> str:
         """What its model's key is or will be."""
         return model_key(self.source.name, self.source.version, self.generation)
+
+    @property
+    def kind(self) -> str:
+        """Of its devices, the most careful state, see `STATES`; "" before it was loaded."""
+        return max((trial.state for trial in self.trials.values()), key=STATES.index, default="")
+
+    def end_batches(self, why: str) -> bool:
+        """Have each request run alone from now on. False: it has been so before."""
+        if self.model is None or not self.model.max_batch_size:
+            return False
+        self.mixes = why
+        self.model = self.model.unbatched()
+        self.notes = (*self.notes, f"no batches any more: {why}")
+        return True
 
     @property
     def servable(self) -> bool:

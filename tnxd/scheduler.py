@@ -46,7 +46,7 @@ class Scheduler:
 
     Attributes:
         queued, queued_bytes: requests that wait, and their inputs. running: in batches that run; a spare batch counts
-            as one.
+            as one. background: spare batches that run.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Scheduler:
         self.queued = 0
         self.queued_bytes = 0
         self.running = 0
+        self.background = 0
         self._costs = costs
         self._max_requests = max_requests
         self._max_bytes = max_bytes
@@ -118,6 +119,10 @@ class Scheduler:
         batches work, see `Placement.count`.
         """
         self._routing.placement(self.devices[device], model).lower(rows)
+
+    def bound_rows(self, device: str, model: str, rows: int) -> None:
+        """A forward of this model with more rows must never be tried there: the same, but the ceiling does not rise."""
+        self._routing.placement(self.devices[device], model).bound(rows)
 
     def _release(self, device: Device, placement: Placement) -> None:
         """A lane that ran the model is free: queues that were held for that take turns again."""
@@ -464,6 +469,7 @@ class Scheduler:
             queue = self._routing.queue(device, model, group)
             if device.spare_free and not queue.placement.has_all_lanes:
                 device.spare_free = False
+                self.background += 1
                 return self._batch(device, SPARE, queue, [], rows, now_ns)
         return None
 
@@ -481,6 +487,7 @@ class Scheduler:
             if micros > 0:
                 batch.costs.inline.observe(batch.rows, micros)
         elif batch.lane == SPARE:
+            self.background -= 1
             device.spare_free = True  # how long it took where others go first says nothing about a lane
         else:
             device.busy_until_ns.pop(batch.lane, None)

@@ -44,6 +44,7 @@ from tnxctl.wire import (
     request_id,
 )
 from tnxd import control, heap
+from tnxd.background import Background, Copy
 from tnxd.control import Inventory
 from tnxd.executors.execution import Execution, Executor
 from tnxd.loading import Loader
@@ -52,7 +53,7 @@ from tnxd.pending import Pending, as_execution, as_pending, result_header
 from tnxd.registry import DRAINING, READY, STARTING, Version
 from tnxd.router import Message, Router
 from tnxd.scheduler import Scheduler
-from tnxd.shadow import Copy, Shadows
+from tnxd.shadow import Shadows
 from tnxd.spinner import Spinner
 from tnxd.telemetry import Telemetry
 from tnxd.wakeup import Wakeup
@@ -132,7 +133,8 @@ class Server:
         self._remote_control = remote_control
         self._on_device_lost = on_device_lost
         self._loader: Loader | None = None
-        self._shadows = Shadows()
+        self._background = Background()
+        self._shadows = Shadows(self._background)
         self._orders: Orders | None = None
         self._calls: deque[Callable[[], None]] = deque()
         self._completed: deque[Execution] = deque()
@@ -156,6 +158,10 @@ class Server:
         """An executor is done with what it was given. Any thread."""
         self._completed.append(execution)
         self._wakeup.set()
+
+    def end_batches(self, version: Version, why: str) -> None:
+        """Requests to a version change each other's answers in a batch. Any thread."""
+        self.call_soon(lambda: self._end_batches(version, why))
 
     # --- called on the loop's thread, by `call_soon` or before `run` -------------------------------------------
 
@@ -257,7 +263,9 @@ class Server:
             threading.Thread(target=heap.trim, name="trim", daemon=True).start()
         for name, executor in self._inventory.executors.items():
             self._scheduler.devices[name].memory_free_mb = executor.memory_mb()[0]
-        self._shadows.keep({version.model.key for _, version in self._inventory.registry if version.model is not None})
+        keys = {version.model.key for _, version in self._inventory.registry if version.model is not None}
+        self._shadows.keep(keys)
+        self._background.keep(keys)
         stalled = [execution for execution, since in self._on_lanes.items() if now - since > self._limit_s(execution)]
         for execution in stalled:
             if not execution.batch.given_up:
@@ -279,7 +287,7 @@ class Server:
             self._answer_error(request, Internal(why))
         self._scheduler.give_up(batch)
         if isinstance(execution, Copy):
-            self._shadows.stop(execution.model)
+            self._background.stop(execution.model)
             log.error("%s: it gets no more copies", why)
 
     def _is_drained(self, now: float, flushed: bool) -> bool:
@@ -427,7 +435,7 @@ class Server:
             self._run_inline(as_execution(batch))
             return True
         if not self._scheduler.queued:
-            if self._shadows:
+            if self._background:
                 self._run_copy()
             return False
         inline: Execution | None = None
@@ -451,7 +459,7 @@ class Server:
         self._finish(execution)
 
     def _run_copy(self) -> None:
-        copy = self._shadows.next(self._scheduler, time.perf_counter_ns())
+        copy = self._background.next(self._scheduler, time.perf_counter_ns())
         if copy is not None:
             self._on_lanes[copy] = time.monotonic()
             self._executor(copy.batch).submit(copy)
@@ -486,13 +494,22 @@ class Server:
         succeeded = not execution.exhausted and not failures
         self._scheduler.finished(batch, (execution.finished_ns - execution.started_ns) / 1e3 if succeeded else 0.0)
         if isinstance(execution, Copy):
-            self._shadows.finished(execution)
+            self._background.finished(execution)
         elif failures < len(batch.requests):
-            mirror = batch.requests[0].version.mirror  # type: ignore[attr-defined]
-            if mirror is not None:
-                self._shadows.offer(execution, mirror)
+            version: Version = batch.requests[0].version  # type: ignore[attr-defined]
+            if version.audit is not None:
+                version.audit.look(execution, self._background)
+            if version.mirror is not None:
+                self._shadows.offer(execution, version.mirror)
+        if execution.mixes:
+            self._end_batches(batch.requests[0].version, execution.mixes)  # type: ignore[attr-defined]
         if execution.fatal and not device.error:
             self._lose_device(device.name, execution.fatal)
+
+    def _end_batches(self, version: Version, why: str) -> None:
+        """Requests to a version change each other's answers in a batch: from now on each runs alone, and whole."""
+        if version.end_batches(why):
+            log.error("%s: its requests run alone from now on: %s", version.title, why)
 
     def _runs_elsewhere(self, request: Pending, error: TensorNextError) -> bool:
         """A GPU had no memory for a request: have it run where else it may. False if that is nowhere."""

@@ -1,17 +1,12 @@
 """Copies of the traffic for a version whose answers nobody sees, and how these differ from the answers that were sent.
 
-What is copied is a batch: both versions run on the same rows, and their forwards can be compared. A copy runs beside
-the lanes, on a thread that the operating system lets run last, and begins only while a lane is free and nothing waits;
-what finds no such moment is dropped and counted.
+What is copied is a batch: both versions run on the same rows, and their forwards can be compared. See
+`tnxd.background` for when a copy runs.
 """
 
 from __future__ import annotations
 
-import logging
-import queue
-import threading
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -19,105 +14,30 @@ import numpy as np
 from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxctl.frames import Array
 from tnxctl.wire import VERSION, Comparison, OutputDifference, Percentiles, TensorSpec
+from tnxd.background import Background, Copy
 from tnxd.executors.execution import Execution
 from tnxd.models.model import Model
-from tnxd.registry import READY, Version
-from tnxd.scheduler import Scheduler
-from tnxd.work import Batch
-
-log = logging.getLogger(__name__)
-
-# What may wait to be computed, and as much again to be compared. Bytes are those of the requests and their answers.
-_MAX_WAITING = 64
-_MAX_WAITING_BYTES = 64 * 1024 * 1024
+from tnxd.noise import as_float
+from tnxd.registry import Version
 
 # Forwards that the percentiles are taken from.
 _LATENCIES = 1000
 
 
-class Copy(Execution):
-    """A batch that has been answered, on its way through another version.
-
-    Attributes:
-        original: the batch. nbytes: of its inputs and outputs.
-    """
-
-    __slots__ = ("nbytes", "original")
-
-    def __init__(self, batch: Batch, model: Model, original: Execution, count: int, nbytes: int) -> None:
-        super().__init__(batch, model, original.items[:count], original.rows[:count], original.group)
-        self.original = original
-        self.nbytes = nbytes
-
-
 class Shadows:
-    """Copies that wait, and what came of the others. `finished` hands the comparing to a thread of its own."""
+    """What has been found about pairs of versions. Args: background: where the copies run."""
 
-    def __init__(self) -> None:
-        self._waiting: deque[tuple[Execution, Version, Model, int]] = deque()
-        self._nbytes = 0
-        self._stopped: set[str] = set()
+    def __init__(self, background: Background) -> None:
+        self._background = background
         self._tallies: dict[tuple[str, str], _Tally] = {}
-        self._to_compare: queue.SimpleQueue[Copy] | None = None
-        # Their difference waits to be compared. Each is written by one thread alone, so neither needs a lock.
-        self._handed_nbytes = 0
-        self._compared_nbytes = 0
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
-
-    def stop(self, candidate: Model) -> None:
-        """A copy hangs on the one SPARE lane of its device: no more of them, which would do so on the next device."""
-        self._stopped.add(candidate.key)
 
     def offer(self, execution: Execution, version: Version) -> None:
         """A batch has been answered: copy it if there is room."""
-        candidate = version.model
-        assert candidate is not None
-        if candidate.key in self._stopped:
-            return
-        nbytes = sum([array.nbytes for item in execution.items for array in item])
-        nbytes += sum([array.nbytes for answer in execution.outcomes if isinstance(answer, tuple) for array in answer])
-        tally = self._tally(execution.model, candidate)
-        if len(self._waiting) >= _MAX_WAITING or self._nbytes + nbytes > _MAX_WAITING_BYTES:
-            tally.skipped += len(execution.items)
-            return
-        self._waiting.append((execution, version, candidate, nbytes))
-        self._nbytes += nbytes
-
-    def next(self, scheduler: Scheduler, now_ns: int) -> Copy | None:
-        """A copy to run now, where it is in nobody's way; None if there is none."""
-        while self._waiting:
-            original, version, model, nbytes = self._waiting[0]
-            if version.state != READY or version.model is not model or model.key in self._stopped:
-                self._waiting.popleft()  # it goes, or hangs
-                self._nbytes -= nbytes
-                continue
-            count, rows = _fitting(original.rows, model.max_batch_size)
-            batch = scheduler.spare(model.key, original.group, rows, now_ns)
-            if batch is None:
-                return None
-            self._waiting.popleft()
-            self._nbytes -= nbytes
-            self._tally(original.model, model).skipped += len(original.items) - count
-            return Copy(batch, model, original, count, nbytes)
-        return None
-
-    def finished(self, copy: Copy) -> None:
-        """A copy has been computed."""
-        if self._to_compare is None:
-            self._to_compare = queue.SimpleQueue()
-            threading.Thread(target=self._compare, args=(self._to_compare,), name="compare", daemon=True).start()
-        waiting = self._handed_nbytes - self._compared_nbytes
-        if self._to_compare.qsize() < _MAX_WAITING and waiting + copy.nbytes <= _MAX_WAITING_BYTES:
-            self._handed_nbytes += copy.nbytes
-            self._to_compare.put(copy)
-        else:
-            self._tally(copy.original.model, copy.model).skipped += len(copy.items)
+        assert version.model is not None
+        self._background.offer(execution, version, self._tally(execution.model, version.model))
 
     def keep(self, keys: set[str]) -> None:
         """Drop what was found about models other than these."""
-        self._stopped &= keys
         for pair in [pair for pair in self._tallies if not keys.issuperset(pair)]:
             del self._tallies[pair]
 
@@ -138,28 +58,6 @@ class Shadows:
         if tally is None:
             tally = self._tallies[key] = _Tally(baseline, candidate)
         return tally
-
-    def _compare(self, inbox: queue.SimpleQueue[Copy]) -> None:
-        while True:
-            copy = inbox.get()
-            nbytes = copy.nbytes
-            try:
-                tally = self._tallies.get((copy.original.model.key, copy.model.key))
-                if tally is not None:  # else one of them has gone meanwhile
-                    tally.add(copy)
-            except Exception:
-                log.exception("comparing %s with %s", copy.original.model.key, copy.model.key)
-            del copy  # hold no request's memory while waiting for the next
-            self._compared_nbytes += nbytes
-
-
-def _fitting(rows: Sequence[int], limit: int) -> tuple[int, int]:
-    """How many requests, from the first, fit into a batch, and their rows; one always does."""
-    count, total = 1, rows[0]
-    while count < len(rows) and total + rows[count] <= limit:
-        total += rows[count]
-        count += 1
-    return count, total
 
 
 def _joined(outputs: list[tuple[Array, ...]]) -> tuple[Array, ...]:
@@ -183,7 +81,7 @@ class _Difference:
         if baseline.shape != candidate.shape or baseline.dtype != candidate.dtype:
             self.misfits += 1
             return
-        first, second = _as_float(baseline, self.spec), _as_float(candidate, self.spec)
+        first, second = as_float(baseline, self.spec.datatype), as_float(candidate, self.spec.datatype)
         finite = np.isfinite(first) & np.isfinite(second)
         if not np.array_equal(np.isfinite(first), np.isfinite(second)):
             self.misfits += 1
@@ -209,13 +107,6 @@ class _Difference:
         )
 
 
-def _as_float(array: Array, spec: TensorSpec) -> Array:
-    if spec.datatype == "BF16":  # stored as the upper halves of float32, see `tnxctl.frames.STORAGE`
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    floats: Array = array.astype(np.float64)
-    return floats
-
-
 class _Tally:
     """All that is known of one pair of versions.
 
@@ -232,11 +123,14 @@ class _Tally:
         self._latencies: tuple[deque[float], deque[float]] = (deque(maxlen=_LATENCIES), deque(maxlen=_LATENCIES))
         self.skipped = 0
 
-    def add(self, copy: Copy) -> None:
+    def skip(self, requests: int) -> None:
+        self.skipped += requests
+
+    def compare(self, copy: Copy) -> None:
         original = copy.original
         ours: list[tuple[Array, ...]] = []
         theirs: list[tuple[Array, ...]] = []
-        for answer, other in zip(original.outcomes, copy.outcomes, strict=False):
+        for answer, other in zip(copy.answered, copy.outcomes, strict=True):
             if isinstance(answer, TensorNextError):
                 continue
             self._requests += 1

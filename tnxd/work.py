@@ -126,6 +126,8 @@ class Placement:
         queued: requests that wait for it here. backlog_us: their predicted cost, per priority.
         max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
         worked: batches that worked at that ceiling.
+        most_rows: where that ceiling ends to rise; 0: at what the model allows. On a CPU, memory that has run out is
+            the end of the process: nothing may be tried.
     """
 
     load: Load
@@ -134,6 +136,7 @@ class Placement:
     backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
     max_rows: int = field(init=False, default=0)
     worked: int = field(init=False, default=0)
+    most_rows: int = field(init=False, default=0)
 
     @property
     def has_all_lanes(self) -> bool:
@@ -143,6 +146,10 @@ class Placement:
     def row_limit(self, limit: int) -> int:
         """Most rows of a batch, of a model that takes so many."""
         return self.max_rows if 0 < self.max_rows < limit else limit
+
+    def bound(self, rows: int) -> None:
+        """A forward of more rows than these must never be tried."""
+        self.most_rows = self.max_rows = rows
 
     def lower(self, rows: int) -> None:
         """A forward ran out of memory, and one of so many rows worked."""
@@ -162,7 +169,7 @@ class Placement:
         self.worked += 1
         if self.worked == _PROBE_AFTER:
             self.worked = 0
-            self.max_rows = 2 * self.max_rows
+            self.max_rows = min(2 * self.max_rows, self.most_rows or 2 * self.max_rows)
             if self.max_rows >= batch.requests[0].max_batch_size:
                 self.max_rows = 0
 

@@ -10,6 +10,13 @@ from tnxctl.frames import Array
 from tnxd.models.model import Model
 from tnxd.work import Batch
 
+PURE = "pure"
+SCRATCH = "scratch"
+SHARED = "shared"
+STATES = (PURE, SCRATCH, SHARED)
+"""How a module treats what it holds from one request to the next: it changes nothing; it writes what no other request
+reads; all requests share it."""
+
 Outcome = tuple[Array, ...] | TensorNextError
 """What one request gets: its outputs in the order of the model's signature, or an error."""
 
@@ -90,7 +97,7 @@ class Warmth(NamedTuple):
         nbytes: of its weights and buffers there.
         warmed: whether it could be run at all.
         batches: whether axis 0 was found to count rows. serial: whether one request at a time may use it.
-        state: "pure", "scratch" or "shared", see `tnxd.executors.trial.state`.
+        state: one of STATES.
         random: whether answers are drawn by chance.
         tolerance: difference between two computations of an answer that is rounding, relative to its largest value.
         safe_rows: most rows that memory allows in one forward, if more had none left; 0: all that were tried.
@@ -103,7 +110,7 @@ class Warmth(NamedTuple):
     warmed: bool = True
     batches: bool = True
     serial: bool = False
-    state: str = "pure"
+    state: str = PURE
     random: bool = False
     tolerance: float = 0.0
     safe_rows: int = 0

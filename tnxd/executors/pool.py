@@ -9,30 +9,24 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
-from tnxctl.errors import Internal, TensorNextError, Unavailable
-from tnxctl.frames import STORAGE
-from tnxctl.wire import TensorSpec
-from tnxd.executors.execution import Execution, Warmth
+from tnxctl.errors import Internal, Unavailable
+from tnxd.executors.execution import SHARED, Execution, Warmth
 from tnxd.executors.runner import Runner
+from tnxd.executors.trial.copies import Call
+from tnxd.executors.trial.examples import Item
+from tnxd.executors.trial.trial import Verdict, lane_calls, try_out
+from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
 from tnxd.models.model import Model
 from tnxd.sentences import first_line, sentence
-from tnxd.work import INLINE, SPARE, Batch, Device
+from tnxd.work import SPARE
 
 OnDone = Callable[[Execution], None]
 
 log = logging.getLogger(__name__)
-
-# A batch that takes longer than this is run once for warm-up, a shorter one three times: its second run may differ.
-_LONG_US = 200_000.0
-_WARM_UP_ROUNDS = 3
-
-# A batch may take this share of the free memory, divided by the lanes, which may all run one: else larger ones are not
-# tried. Other models and the requests themselves need memory, too.
-_MEMORY_SHARE = 0.25
 
 
 class _Job:
@@ -51,8 +45,11 @@ class _Job:
             self.done.put((None, error))
 
 
+T = TypeVar("T")
 Task = tuple[Execution, OnDone] | str | _Job
 """What a lane's thread is told: to run an execution, to forget the model of that key, or to call a function."""
+
+Inbox = queue.SimpleQueue[Task]
 
 
 class LanePool:
@@ -94,13 +91,13 @@ class LanePool:
         self._inline = inline
         self._runners: list[Runner] = [] if inline is None else [inline]
         self._calls: dict[str, Callable[[], Call]] = {}
-        self._examples: dict[str, tuple[Model, Make]] = {}
+        self._examples: dict[str, tuple[Model, Item]] = {}
         self._place = place
         self._give_back = give_back
         self._on_done = on_done
         self._queues = [self._start_lane(str(lane)) for lane in range(lanes)]
         self._warm_up = self._start_lane("warm-up"), threading.Lock()
-        self._spare: queue.SimpleQueue[Task] | None = None
+        self._spare: Inbox | None = None
 
     def _start_lane(self, label: str, *, yields: bool = False) -> Inbox:
         inbox: Inbox = queue.SimpleQueue()
@@ -125,14 +122,12 @@ class LanePool:
                     del module
                     module = self._place(model.factory())
                 self._install(model.key, lane_calls(module, verdict))
-                if verdict.make is not None:
-                    self._examples[model.key] = verdict.model, verdict.make
-                costs, safe_rows, most_rows = self._warm_up_sizes(lane, verdict)
+                warmed = _called(lane, lambda runner: self._grow(runner, verdict))
         except BaseException:
             self.unload(model.key)
             raise
         return Warmth(
-            costs,
+            warmed.costs,
             nbytes,
             warmed=verdict.make is not None or verdict.kind == SHARED,
             batches=bool(verdict.model.max_batch_size),
@@ -140,10 +135,17 @@ class LanePool:
             state=verdict.kind,
             random=verdict.state.random,
             tolerance=verdict.tolerance,
-            safe_rows=safe_rows,
-            most_rows=most_rows,
+            safe_rows=warmed.safe_rows,
+            most_rows=warmed.most_rows,
             notes=verdict.notes,
         )
+
+    def _grow(self, runner: Runner, verdict: Verdict) -> Warmed:
+        if verdict.make is None:
+            return Warmed([])
+        warmed = warm_up(runner, verdict.model, verdict.make, self.lanes)
+        self._examples[verdict.model.key] = verdict.model, verdict.make(1, 0)
+        return warmed
 
     def _install(self, key: str, call: Callable[[], Call]) -> None:
         """Give every lane what it calls for a model."""
@@ -151,28 +153,8 @@ class LanePool:
         for runner in list(self._runners):
             runner.calls[key] = call()
 
-    def _warm_up_sizes(self, lane: Inbox, verdict: Verdict) -> tuple[list[tuple[int, float]], int, int]:
-        """Run growing batches: their costs, and `safe_rows` and `most_rows` as `Warmth` has them."""
-        model, costs, most_rows = verdict.model, [], 0
-        if verdict.make is None:
-            return [], 0, 0
-        needed = 0.0  # bytes per row
-        for rows in model.warm_up or warm_up_sizes(model.max_batch_size):
-            execution, nbytes = None, 0
-            for _ in range(_WARM_UP_ROUNDS):
-                left = _called(lane, lambda runner: runner.memory_left()) * _MEMORY_SHARE / self.lanes
-                if costs and left and needed * rows > left:
-                    most_rows = costs[-1][0]
-                    log.warning(
-                        "%s on %s: batches of %d rows would take %.0f MiB of memory, and %.0f may be taken: at most "
-                        "%d rows a batch", model.key, self.name, rows, needed * rows / _MIB, left / _MIB, most_rows,
-                    )
-                    return costs, 0, most_rows
-                execution, nbytes = self._measured_example(lane, verdict, rows)
-        return costs, 0, most_rows
-
     @contextlib.contextmanager
-    def _warm_up_lane(self) -> Iterator[queue.SimpleQueue[Task]]:
+    def _warm_up_lane(self) -> Iterator[Inbox]:
         lane, busy = self._warm_up
         if not busy.acquire(blocking=False):  # a model that somebody gave up hangs there, perhaps for good
             lane, busy = self._warm_up = self._start_lane("warm-up"), threading.Lock()
@@ -183,11 +165,16 @@ class LanePool:
             busy.release()
 
     def touch(self, model: Model) -> None:
-        for inbox in self._queues:
-            self._run_example(inbox, model, 1)
+        if model.key in self._examples:
+            served, item = self._examples[model.key]
+            for inbox in self._queues:
+                _called(inbox, lambda runner: run_example(runner, served, item))
 
     def unload(self, key: str) -> None:
-        self._replicas.pop(key, None)
+        self._calls.pop(key, None)
+        self._examples.pop(key, None)
+        for runner in list(self._runners):
+            runner.calls.pop(key, None)
         for inbox in (*self._queues, self._warm_up[0], self._spare):
             if inbox is not None:
                 inbox.put(key)
@@ -197,18 +184,6 @@ class LanePool:
     def forget_inline(self, key: str) -> None:
         if self._inline is not None:
             self._inline.forget(key)
-
-    def _run_example(self, inbox: queue.SimpleQueue[Task], model: Model, rows: int) -> Execution:
-        """Run the model on zeros. Raises what is wrong with it."""
-        done: queue.SimpleQueue[Execution] = queue.SimpleQueue()
-        inbox.put((self._example(model, rows), done.put))
-        execution = done.get()
-        outcome = execution.outcomes[0]
-        if execution.fatal:
-            raise Unavailable(execution.fatal)
-        if isinstance(outcome, TensorNextError):
-            raise outcome
-        return execution
 
     def submit(self, execution: Execution) -> None:
         lane = execution.batch.lane
@@ -228,21 +203,8 @@ class LanePool:
         if self._inline is not None:
             self._inline.enter_thread()
 
-    def _example(self, model: Model, rows: int) -> Execution:
-        item = tuple(
-            np.zeros(shape, STORAGE[spec.datatype])
-            for shape, spec in zip(model.example_shapes(rows), model.inputs, strict=True)
-        )
-        specs = [
-            TensorSpec(spec.name, spec.datatype, array.shape) for spec, array in zip(model.inputs, item, strict=True)
-        ]
-        bound = model.bind(specs, item)
-        device = Device(self.name, self.kind, self.lanes, set())
-        batch = Batch(device, INLINE, model.key, [], bound.rows)
-        return Execution(batch, model, [bound.arrays], [bound.rows], bound.group)
-
     @staticmethod
-    def _work(runner: Runner, inbox: queue.SimpleQueue[Task], yields: bool) -> None:
+    def _work(runner: Runner, inbox: Inbox, yields: bool) -> None:
         if yields:
             with contextlib.suppress(OSError, AttributeError):  # where threads have no priorities of their own
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
@@ -256,6 +218,10 @@ class LanePool:
             if isinstance(task, str):
                 runner.forget(task)
                 continue
+            if isinstance(task, _Job):
+                task.run(runner, broken)
+                del task
+                continue
             execution, on_done = task
             execution.fatal = broken
             try:
@@ -267,12 +233,14 @@ class LanePool:
             del task, execution  # hold no request's memory while waiting for the next
 
 
-def warm_up_sizes(max_batch_size: int) -> list[int]:
-    """1, 2, 4, ... up to and with the limit: one batch size for every bucket of the cost model."""
-    sizes = [1]
-    while sizes[-1] * 2 < max_batch_size:
-        sizes.append(sizes[-1] * 2)
-    return sizes if max_batch_size <= 1 else [*sizes, max_batch_size]
+def _called(inbox: Inbox, function: Callable[[Runner], T]) -> T:
+    """Have a lane's thread call a function with its runner, and wait for it. Raises what it raises."""
+    job = _Job(function)
+    inbox.put(job)
+    result, error = job.done.get()
+    if error is not None:
+        raise error
+    return result  # type: ignore[no-any-return]
 
 
 def _nbytes(module: torch.nn.Module) -> int:

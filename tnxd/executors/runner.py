@@ -18,14 +18,15 @@ from tnxctl.errors import FailedPrecondition, Internal, ResourceExhausted, Tenso
 from tnxctl.frames import Array
 from tnxd.batching import Staging, split
 from tnxd.executors.execution import Execution, Outcome
-from tnxd.executors.host import Peak
 from tnxd.executors.exhaustion import is_out_of_memory
+from tnxd.executors.host import Peak
 from tnxd.executors.tensors import empty_outputs
 from tnxd.executors.trial.copies import Call
 from tnxd.models.model import Model
 from tnxd.sentences import first_line
 
 log = logging.getLogger(__name__)
+
 
 class Runner(ABC):
     """Runs executions one at a time, on the thread that calls it.

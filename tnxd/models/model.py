@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -96,6 +96,10 @@ class Model:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", model_key(self.name, self.version, self.generation))
+
+    def unbatched(self) -> Model:
+        """The same model, for requests that run alone and whole."""
+        return replace(self, max_batch_size=0, warm_up=())
 
     def may_use(self, device: str) -> bool:
         """Whether it may be put on the device of that name."""

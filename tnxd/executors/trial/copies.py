@@ -80,8 +80,24 @@ _WITHOUT_PARTS = (str, bytes, int, float, complex, bool, type(None), torch.nn.Mo
 def _holder(owner: torch.nn.Module, name: str) -> dict[str, Any]:
     for holder in (owner._parameters, owner._buffers, owner._modules):
         if name in holder:
-            return holder  # type: ignore[return-value]
+            return holder
     return vars(owner)
+
+
+class Sparing:
+    """A module that writes to its inputs, and gets copies of these: a request may be run, or compared, once more.
+
+    Args:
+        positions: of the inputs that it writes to.
+    """
+
+    def __init__(self, call: Call, positions: Collection[int]) -> None:
+        self._call = call
+        self._positions = positions
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        own = [tensor.clone() if position in self._positions else tensor for position, tensor in enumerate(inputs)]
+        return self._call(*own)
 
 
 class Serial:

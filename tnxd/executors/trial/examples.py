@@ -16,79 +16,82 @@ Item = tuple[Array, ...]
 Make = Callable[[int, int], Item]
 """Makes the item of so many rows; the second number is a variant: another one has other values where it can."""
 
-_FRACTION_BITS_LOST = 16  # of FP32, in BF16
+_FLOATING = frozenset(("FP64", "FP32", "FP16", "BF16"))
 
 
 def examples(model: Model) -> Iterator[tuple[str, Make]]:
-    """Ways to make inputs, by what to call them: the author's own values if there are some, else several to be tried.
+    """Ways to make inputs that a model may take, by what to call them. What its author gave stands for itself.
 
     Zeros come first, since they are small: no index is out of range and nothing overflows. Lengths and divisors are
     1 at least, which ones are. Small random numbers are what is left.
     """
-    if model.example_values:
-        yield "the example values", lambda rows, variant: _own(model, rows, variant)
+    if all(spec.name in model.example_values for spec in model.inputs):
+        yield "the example values", _maker(model, lambda spec, shape, _: np.zeros(shape))
         return
-    yield "zeros", lambda rows, variant: _filled(model, rows, 0)
-    yield "ones", lambda rows, variant: _filled(model, rows, 1)
-    yield "small random numbers", lambda rows, variant: _drawn(model, rows, variant, 1, 4)
+    yield "zeros", _maker(model, lambda spec, shape, _: np.zeros(shape))
+    yield "ones", _maker(model, lambda spec, shape, _: np.ones(shape))
+    yield "small random numbers", _maker(model, _drawing(1, 3))
 
 
-def telling_examples(model: Model) -> Iterator[tuple[str, Make]]:
-    """Ways to make inputs whose values differ from row to row and from variant to variant, none of them zero."""
-    if model.example_values:
-        yield "the example values", lambda rows, variant: _own(model, rows, variant)
-        return
-    for least, beyond in ((1, 4), (0, 2), (1, 2), (0, 1)):
-        # Of integers alone, those of one value tell nothing apart.
-        if beyond - least > 1 or any(spec.datatype in ("FP64", "FP32", "FP16", "BF16") for spec in model.inputs):
-            integers = f"integers from {least} to {beyond - 1}" if beyond - least > 1 else f"integers of {least}"
-            yield f"random numbers, {integers}", _drawing(model, least, beyond)
+def telling_examples(model: Model) -> Iterator[Make]:
+    """Ways to make inputs whose values differ, from row to row and from variant to variant, and are mostly not zero.
+
+    An author's own values are used if they differ; else, as with the zeros that many a program is exported with, they
+    say no more than a shape does.
+    """
+    counts = any(spec.datatype not in _FLOATING and spec.datatype != "BOOL" for spec in model.inputs)
+    for least, most in ((1, 3), (0, 1), (1, 1), (0, 0)) if counts else ((1, 3),):
+        if most > least or any(spec.datatype in _FLOATING for spec in model.inputs):
+            yield _maker(model, _drawing(least, most), telling=True)
+    if any(np.ptp(value) for value in model.example_values.values() if value.size):
+        yield _maker(model, _drawing(1, 3))
 
 
-def _drawing(model: Model, least: int, beyond: int) -> Make:
-    return lambda rows, variant: _drawn(model, rows, variant, least, beyond)
+def _drawing(least: int, most: int) -> Callable[[TensorSpec, tuple[int, ...], np.random.Generator], Array]:
+    """Random numbers: integers within bounds, fractions from 0.1 to 1."""
+
+    def draw(spec: TensorSpec, shape: tuple[int, ...], generator: np.random.Generator) -> Array:
+        if spec.datatype in _FLOATING:
+            return generator.uniform(0.1, 1.0, shape)
+        return generator.integers(*((0, 1) if spec.datatype == "BOOL" else (least, most)), shape, endpoint=True)
+
+    return draw
 
 
-def _filled(model: Model, rows: int, value: int) -> Item:
-    return tuple(
-        _stored(np.full(shape, value, np.float64), spec)
-        for shape, spec in zip(model.example_shapes(rows), model.inputs, strict=True)
-    )
+def _maker(
+    model: Model, draw: Callable[[TensorSpec, tuple[int, ...], np.random.Generator], Array], *, telling: bool = False
+) -> Make:
+    """Args: draw: makes values that the author has not given. telling: the author's are not used if all are equal."""
+
+    def make(rows: int, variant: int) -> Item:
+        generator = np.random.default_rng(variant)
+        item = []
+        for spec, shape in zip(model.inputs, model.example_shapes(rows), strict=True):
+            own = model.example_values.get(spec.name)
+            if own is None or (telling and not (own.size and np.ptp(own))):
+                item.append(_stored(draw(spec, shape, generator), spec))
+            else:
+                item.append(_varied(model, own, rows, variant, spec))
+        return tuple(item)
+
+    return make
 
 
-def _drawn(model: Model, rows: int, variant: int, least: int, beyond: int) -> Item:
-    generator = np.random.default_rng(variant)
-    item = []
-    for shape, spec in zip(model.example_shapes(rows), model.inputs, strict=True):
-        if STORAGE[spec.datatype].kind in "ui" and spec.datatype != "BF16":
-            item.append(generator.integers(least, beyond, shape).astype(STORAGE[spec.datatype]))
-        elif spec.datatype == "BOOL":
-            item.append(generator.integers(0, 2, shape).astype(np.bool_))
-        else:
-            item.append(_stored(generator.uniform(0.1, 1.0, shape), spec))
-    return tuple(item)
-
-
-def _own(model: Model, rows: int, variant: int) -> Item:
+def _varied(model: Model, own: Array, rows: int, variant: int, spec: TensorSpec) -> Array:
     """Rows of the author's values, from another one on for each variant, over again where there are too few.
 
     Where there is one row alone, what is a fraction becomes a little smaller, so that variants differ.
     """
-    item = []
-    for value, spec in zip(model.example_values, model.inputs, strict=True):
-        array = value
-        if model.max_batch_size:
-            array = np.take(value, np.arange(variant, variant + rows), axis=0, mode="wrap")
-        if (not model.max_batch_size or len(value) == 1) and array.dtype.kind == "f" and variant:
-            array = (array * (1 - 0.1 / (1 + variant))).astype(array.dtype)
-        item.append(np.ascontiguousarray(array, STORAGE[spec.datatype]))
-    return tuple(item)
+    array = np.take(own, np.arange(variant, variant + rows), axis=0, mode="wrap") if model.max_batch_size else own
+    if variant and array.dtype.kind == "f" and (not model.max_batch_size or len(own) == 1):
+        array = array * (1 - 0.1 / (1 + variant))
+    return np.ascontiguousarray(array, STORAGE[spec.datatype])
 
 
 def _stored(values: Array, spec: TensorSpec) -> Array:
     """Numbers as an array of the datatype, as on the wire."""
     if spec.datatype == "BF16":
-        patterns: Array = (values.astype(np.float32).view(np.uint32) >> _FRACTION_BITS_LOST).astype(np.uint16)
+        patterns: Array = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
         return patterns
     stored: Array = values.astype(STORAGE[spec.datatype])
     return stored

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tnxd.models.formats.exported import Program
 from tnxd.models.formats.factories import is_private
 
 _MOST_ITEMS = 200_000  # a model of a thousand layers has a tenth of that
@@ -99,8 +100,10 @@ class Held:
     def _module(self, path: str, module: torch.nn.Module) -> None:
         prefix = f"{path}." if path else ""
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        # An exported program holds them under names of its own; people know those of the network.
+        called = {held: name for name, held in module.held.items()} if isinstance(module, Program) else {}
         for name, tensor in tensors:
-            self._value(Place(prefix + name, path, name), tensor)
+            self._value(Place(prefix + called.get(name, name), path, name), tensor)
         if isinstance(module, torch.jit.ScriptModule):
             return
         for name, value in vars(module).items():

@@ -1,7 +1,7 @@
-"""Whether axis 0 counts rows: whether a batch gives each request what it would have got alone, found out by running it.
+"""Whether a batch gives each request what it would have got alone, found out by running it.
 
-An axis that may vary need not count independent rows: it may be the points of a cloud, the nodes of a graph, or time. In
-such a batch each answer would depend on its neighbours, and nothing in the file tells.
+An axis 0 that may vary need not count independent rows: it may be the points of a cloud, the nodes of a graph, or time.
+In such a batch each answer would depend on its neighbours, and nothing in the file tells.
 """
 
 from __future__ import annotations
@@ -30,15 +30,20 @@ def rows_apart(model: Model, ask: Ask, make: Make, allowed: float) -> str:
         model: one with a batch axis. ask: runs it; raises what it raises. make: items, see `Make`.
         allowed: difference that rounding may make, relative to the largest value of an output.
     """
+    told = ""
     for attempt in range(_COUNTED_TRIES):
-        first = make(1, 2 * attempt)
-        second = make(2 if model.max_batch_size > 2 else 1, 2 * attempt + 1)
-        found = _apart(model, ask, first, second, allowed)
+        found = _apart(model, ask, *pair_of_requests(model, make, attempt), allowed)
         if found is None:
             return ""
+        told = found.text
         if not found.counted:
             break
-    return found.text
+    return told
+
+
+def pair_of_requests(model: Model, make: Make, attempt: int) -> tuple[Item, Item]:
+    """Two requests that share a batch: one row, and two if the model takes three in all."""
+    return make(1, 2 * attempt), make(2 if model.max_batch_size > 2 else 1, 2 * attempt + 1)
 
 
 def _apart(model: Model, ask: Ask, first: Item, second: Item, allowed: float) -> Difference | None:

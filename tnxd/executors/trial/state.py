@@ -1,7 +1,7 @@
 """Whether an answer depends on earlier requests, found out by running a module.
 
 *Pure*: no forward changes what the module holds. *Scratch*: it does, but what it writes is not read by the next one.
-*Stateful*: an answer depends on what was asked before.
+*Stateful*: an answer depends on what was asked before. That is refused, unless it is meant to be *shared*.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxctl.frames import Array
+from tnxd.executors.execution import PURE, SCRATCH
 from tnxd.executors.tensors import to_array
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import Held, Place, memory
@@ -24,10 +25,6 @@ from tnxd.executors.trial.suspects import suspects
 from tnxd.models.model import Model
 from tnxd.noise import Difference, difference
 from tnxd.sentences import sentence
-
-PURE = "pure"
-SCRATCH = "scratch"
-SHARED = "shared"
 
 Answer = tuple[list[torch.Tensor], list[Array]]
 """What the module returned, and a copy of it."""
@@ -50,6 +47,7 @@ class State:
         kind: PURE or SCRATCH.
         written: attributes that it writes: (path of the module within the network, attribute).
         unread: those of them whose tensors are written before they are read.
+        names: what it writes, for people.
         outside: whether it also writes outside of the network, or to what nobody sees: it cannot be copied for a lane.
         random: whether answers differ by chance.
     """
@@ -57,6 +55,7 @@ class State:
     kind: str
     written: tuple[tuple[str, str], ...] = ()
     unread: frozenset[tuple[str, str]] = frozenset()
+    names: tuple[str, ...] = ()
     outside: bool = False
     random: bool = False
 
@@ -96,11 +95,13 @@ def find_state(module: torch.nn.Module, model: Model, ask: Ask, first: Item, sec
             raise _stateful(model, names, apart.text)
         _check_graph(model, before, after, changed)
         inside = {(place.owner, place.attribute) for place in changed if place.owner is not None}
-        written = tuple(dict.fromkeys([*inside, *suspects(module)]))  # type: ignore[list-item]
+        written = tuple(dict.fromkeys([*inside, *suspects(module)]))
         unread = frozenset(_unread(module, model, ask, first, alone, changed, differ))
         outside = any(place.owner is None for place in changed) or (reused and not changed) or not after.complete
         kind = SCRATCH if written or outside or reused else PURE
-    return State(kind, written, unread, outside, random=_is_random(ask, first, differ))  # type: ignore[arg-type]
+        told = dict.fromkeys([place.name for place in changed])
+        told |= dict.fromkeys([".".join(filter(None, place)) for place in written if place not in inside])
+    return State(kind, written, unread, tuple(told), outside, random=_is_random(ask, first, differ))
 
 
 def _check_graph(model: Model, before: Held, after: Held, changed: Sequence[Place]) -> None:
@@ -173,13 +174,13 @@ def _is_random(ask: Ask, item: Item, differ: Callable[[Sequence[Array], Sequence
 @contextlib.contextmanager
 def same_chance() -> Iterator[None]:
     """Put the generators of the process back in the end."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - a model may use it
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
+        np.random.set_state(states[1])
         torch.set_rng_state(states[2])
         if on_gpus:
             torch.cuda.set_rng_state_all(on_gpus)
@@ -188,7 +189,6 @@ def same_chance() -> Iterator[None]:
 def seeded(ask: Ask, item: Item) -> Answer:
     """Run it with the same random numbers as ever. What others draw meanwhile is foreseeable."""
     random.seed(_SEED)
-    np.random.seed(_SEED)  # noqa: NPY002
+    np.random.seed(_SEED)
     torch.manual_seed(_SEED)
     return ask(item)
-

@@ -11,17 +11,18 @@ import ast
 import contextlib
 import inspect
 import textwrap
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from tnxd.models.formats.factories import is_private
 
-_WRITERS = frozenset(
-    "append extend insert pop popitem clear update setdefault remove appendleft extendleft popleft add discard "
-    "rotate sort reverse put".split()
-)
+_WRITERS = {"append", "extend", "insert", "pop", "popitem", "clear", "update", "setdefault", "remove", "add", "discard"}
+_WRITERS |= {"appendleft", "extendleft", "popleft", "rotate", "sort", "reverse", "put"}
 """Methods of containers and of numpy arrays that write."""
+
+_VIEWS = {"view", "reshape", "numpy", "detach", "transpose", "permute", "squeeze", "unsqueeze", "narrow", "expand"}
+"""Methods of tensors whose results share their memory."""
 
 
 def suspects(module: torch.nn.Module) -> list[tuple[str, str]]:
@@ -58,7 +59,9 @@ def _written(kind: type) -> set[str]:
 def _function(kind: type, name: str) -> ast.FunctionDef | None:
     """The source of a method; None for one of a library, or where there is no source."""
     member = inspect.getattr_static(kind, name, None)
-    function = inspect.unwrap(member.fget if isinstance(member, property) else member) if member is not None else None
+    function: Any = member.fget if isinstance(member, property) else member
+    if callable(function):
+        function = inspect.unwrap(function)
     if not inspect.isfunction(function) or not is_private(function.__module__):
         return None
     with contextlib.suppress(OSError, SyntaxError, TypeError):
@@ -167,9 +170,6 @@ class _Reader(ast.NodeVisitor):
             self._aliases.pop(name, None)
 
 
-_VIEWS = frozenset("view reshape data numpy detach T mT transpose permute squeeze unsqueeze narrow select expand".split())
-
-
 def _computes(node: ast.AST) -> bool:
     """Whether an expression is the result of a call, and not a view of what it is called on."""
     return isinstance(node, ast.Call) and not (isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS)
@@ -177,9 +177,3 @@ def _computes(node: ast.AST) -> bool:
 
 def _writes(method: str) -> bool:
     return method in _WRITERS or (method.endswith("_") and not method.endswith("__"))
-
-
-def attributes(module: torch.nn.Module, found: list[tuple[str, str]]) -> Iterator[tuple[torch.nn.Module, str]]:
-    """The modules themselves, for paths and attributes that `suspects` has found."""
-    for path, name in found:
-        yield module.get_submodule(path), name

@@ -12,12 +12,13 @@ import torch
 from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxctl.frames import Array
 from tnxctl.wire import TensorSpec
+from tnxd.executors.execution import PURE, SCRATCH, SHARED
 from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.tensors import TORCH_DTYPES, check_outputs, to_array, to_tensor
-from tnxd.executors.trial.copies import Call, Own, Serial, duplicate
+from tnxd.executors.trial.copies import Call, Own, Serial, Sparing, duplicate
 from tnxd.executors.trial.examples import Item, Make, examples, telling_examples
-from tnxd.executors.trial.rows import rows_apart
-from tnxd.executors.trial.state import PURE, SCRATCH, SHARED, Answer, Ask, State, find_state, same_chance
+from tnxd.executors.trial.rows import pair_of_requests, rows_apart
+from tnxd.executors.trial.state import Answer, Ask, State, find_state, same_chance
 from tnxd.models.model import Model
 from tnxd.noise import as_float, tolerance
 from tnxd.sentences import sentence
@@ -40,6 +41,7 @@ class Verdict:
         serial: whether one lane may call it at a time.
         make: makes inputs that it takes; None: no example was one.
         tolerance: difference that rounding makes, relative to the largest value of an output.
+        written_inputs: positions of inputs that a forward writes to.
         notes: what an operator should know.
     """
 
@@ -49,6 +51,7 @@ class Verdict:
     make: Make | None
     tolerance: float
     notes: tuple[str, ...] = ()
+    written_inputs: frozenset[int] = frozenset()
 
     @property
     def kind(self) -> str:
@@ -72,27 +75,33 @@ def try_out(module: torch.nn.Module, model: Model, device: torch.device, kind: s
         Exception: what it raised, where no other input would help.
     """
 
+    written: set[int] = set()
+
     def ask(item: Item) -> Answer:
         tensors = [
-            None if array is None else to_tensor(array.copy(), spec.datatype).to(device)  # it may write to them
-            for array, spec in zip(item, model.inputs, strict=True)
+            to_tensor(array.copy(), spec.datatype).to(device) for array, spec in zip(item, model.inputs, strict=True)
         ]
         rows = len(item[0]) if model.max_batch_size else 1
         outputs = check_outputs(model, module(*tensors), rows)
-        return outputs, [to_array(output.cpu()).copy() for output in outputs]
+        answer = [to_array(output.cpu()).copy() for output in outputs]
+        for position, (tensor, array) in enumerate(zip(tensors, item, strict=True)):
+            if to_array(tensor.cpu()).tobytes() != array.tobytes():
+                written.add(position)
+        return outputs, answer
 
     allowed = tolerance(_datatypes(module, model), kind)
     with same_chance():
         make, complaint = _first_that_runs(ask, model)
     if model.state == SHARED:
-        whole = unbatched(model)
-        return Verdict(whole, State(SCRATCH), True, None, allowed, ("requests share its state: one at a time",))
+        return Verdict(
+            model.unbatched(), State(SCRATCH), True, None, allowed, ("requests share its state: one at a time",)
+        )
     if make is None:
         note = (
             f"not warmed up, and served one request at a time: {complaint}. Put values that it takes into "
             f"example.npz beside the model"
         )
-        return Verdict(unbatched(model), State(SCRATCH), True, None, allowed, (note,))
+        return Verdict(model.unbatched(), State(SCRATCH), True, None, allowed, (note,))
     with same_chance():
         telling = _first_telling(ask, model)
     varied = telling or make
@@ -101,7 +110,7 @@ def try_out(module: torch.nn.Module, model: Model, device: torch.device, kind: s
     if model.max_batch_size > 1:  # one row has no company
         with same_chance():
             verdict = _with_rows(verdict, ask, telling)
-    return verdict
+    return replace(verdict, written_inputs=frozenset(written))
 
 
 def lane_calls(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]:
@@ -113,6 +122,12 @@ def lane_calls(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]:
     Raises:
         FailedPrecondition: requests cannot be kept apart.
     """
+    made = _kept_apart(module, verdict)
+    written = verdict.written_inputs
+    return (lambda: Sparing(made(), written)) if written else made
+
+
+def _kept_apart(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]:
     if verdict.serial:
         one = Serial(module)
         return lambda: one
@@ -162,10 +177,10 @@ def _first_that_runs(ask: Ask, model: Model) -> tuple[Make | None, str]:
 
 def _first_telling(ask: Ask, model: Model) -> Make | None:
     """Examples with values that differ and that the model takes; None: there are none."""
-    for _, make in telling_examples(model):
+    for make in telling_examples(model):
         try:
-            answers = [ask(make(1, variant))[1] for variant in (0, 1)]
-        except Exception:  # noqa: S112 - it takes no such values: the next ones
+            answers = [ask(item)[1] for item in (make(1, 0), make(1, 1), *pair_of_requests(model, make, 0))]
+        except Exception:  # it takes no such values: the next ones
             continue
         if all(np.isfinite(as_float(array, spec.datatype)).all() for array, spec in _each(answers, model)):
             return make
@@ -196,8 +211,8 @@ def _with_rows(verdict: Verdict, ask: Ask, telling: Make | None) -> Verdict:
         return _whole(verdict, f"no batches: answers are drawn at random, and rows cannot be compared: {apart}")
     if model.batching_asked:
         raise FailedPrecondition(
-            f"max_batch_size: {model.max_batch_size}, but axis 0 does not count rows: alone and beside another request, "
-            f"{apart}"
+            f"max_batch_size: {model.max_batch_size}, but axis 0 does not count rows: alone and beside another "
+            f"request, {apart}"
         )
     return _whole(verdict, f"no batches: axis 0 does not count rows: alone and beside another request, {apart}")
 
@@ -209,23 +224,17 @@ def _whole(verdict: Verdict, note: str) -> Verdict:
     assert make is not None
     return replace(
         verdict,
-        model=unbatched(verdict.model),
+        model=verdict.model.unbatched(),
         make=lambda _, variant: make(rows, variant),
         notes=(*verdict.notes, note),
     )
-
-
-def unbatched(model: Model) -> Model:
-    """The same model, for requests that run alone and whole."""
-    return replace(model, max_batch_size=0, warm_up=())
 
 
 def _about(state: State) -> tuple[str, ...]:
     """Notes about a state that is not pure."""
     if state.kind == PURE:
         return ()
-    names = [_joined(*place) for place in state.written]
-    told = ", ".join(map(repr, names[:3])) + (" and more" if len(names) > 3 else "") or "what nobody sees"
+    told = ", ".join(map(repr, state.names[:3])) + (" and more" if len(state.names) > 3 else "") or "what nobody sees"
     how = "one lane at a time calls it" if state.outside else "each lane has a copy of its own"
     return (f"a forward writes, or may write, to {told}: {how}",)
 

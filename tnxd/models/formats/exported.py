@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -95,6 +96,12 @@ class Program(torch.nn.Module):
         for index, weight in self._stored:
             values[weight].copy_(results[index])
         return tuple([results[index] for index in self._returned])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        """The same program over copies of its tensors. The graph is shared: it holds nothing."""
+        made = memo[id(self)] = Program.__new__(Program)
+        made.__dict__ = {**vars(self), "_buffers": copy.deepcopy(self._buffers, memo)}
+        return made
 
     def train(self, mode: bool = True) -> Program:
         """Nothing: a program is what it was when it was exported."""

@@ -1,0 +1,97 @@
+"""Warm-up: growing batches before a version serves. They show what batches cost, and how large they may be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tnxctl.errors import TensorNextError, Unavailable
+from tnxctl.wire import TensorSpec
+from tnxd.executors.execution import Execution
+from tnxd.executors.runner import Runner
+from tnxd.executors.trial.examples import Item, Make
+from tnxd.models.model import Model
+from tnxd.work import INLINE, Batch, Device
+
+log = logging.getLogger(__name__)
+
+_MIB = 1024 * 1024
+
+# A batch that takes longer than this is run once for warm-up, a shorter one three times: its second run may differ.
+_LONG_US = 200_000.0
+_ROUNDS = 3
+
+# A batch may take this share of the free memory, divided by the lanes, which may all run one: else larger ones are not
+# tried. Other models and the requests themselves need memory, too.
+_MEMORY_SHARE = 0.25
+
+# Less is noise: of what other threads do, and of what the C library takes at a time.
+_SHOWS_FROM = 16 * _MIB
+
+
+class Warmed(NamedTuple):
+    """What a warm-up has shown. Attributes: as in `tnxd.executors.execution.Warmth`."""
+
+    costs: list[tuple[int, float]]
+    safe_rows: int = 0
+    most_rows: int = 0
+
+
+def warm_up(runner: Runner, model: Model, make: Make, lanes: int) -> Warmed:
+    """Run batches of growing size on the calling thread.
+
+    Args:
+        runner: of this thread; it has the model. make: inputs that the model takes. lanes: of the device.
+
+    Raises:
+        TensorNextError: what is wrong with the model.
+    """
+    costs: list[tuple[int, float]] = []
+    row_bytes = 0.0
+    for rows in model.warm_up or warm_up_sizes(model.max_batch_size):
+        left = runner.memory_left() * _MEMORY_SHARE / lanes
+        if costs and left and row_bytes * rows > left:
+            log.warning(
+                "%s on %s: a batch of %d rows would take %.0f MiB, and may take %.0f: at most %d rows",
+                *(model.key, runner.device, rows, row_bytes * rows / _MIB, left / _MIB, costs[-1][0]),
+            )
+            return Warmed(costs, most_rows=costs[-1][0])
+        with runner.measured() as peak:
+            execution = run_example(runner, model, make(rows, 0))
+        row_bytes = peak.nbytes / rows if peak.nbytes > _SHOWS_FROM else 0.0
+        for _ in range(_ROUNDS - 1):
+            if execution.exhausted or _micros(execution) > _LONG_US:
+                break
+            execution = run_example(runner, model, make(rows, 0))
+        if execution.exhausted:  # it ran in pieces
+            return Warmed(costs, safe_rows=max(execution.safe_rows, 1))
+        costs.append((rows, _micros(execution)))
+    return Warmed(costs)
+
+
+def run_example(runner: Runner, model: Model, item: Item) -> Execution:
+    """Run one request on the calling thread. Raises what is wrong with the model."""
+    specs = [TensorSpec(spec.name, spec.datatype, array.shape) for spec, array in zip(model.inputs, item, strict=True)]
+    bound = model.bind(specs, item)
+    batch = Batch(Device(runner.device, runner.torch_device.type, 1, set()), INLINE, model.key, [], bound.rows)
+    execution = Execution(batch, model, [bound.arrays], [bound.rows], bound.group)
+    runner.run(execution)
+    if execution.fatal:
+        raise Unavailable(execution.fatal)
+    outcome = execution.outcomes[0]
+    if isinstance(outcome, TensorNextError):
+        raise outcome
+    return execution
+
+
+def warm_up_sizes(max_batch_size: int) -> Sequence[int]:
+    """1, 2, 4, ... up to and with the limit: one batch size for every bucket of the cost model."""
+    sizes = [1]
+    while sizes[-1] * 2 < max_batch_size:
+        sizes.append(sizes[-1] * 2)
+    return sizes if max_batch_size <= 1 else [*sizes, max_batch_size]
+
+
+def _micros(execution: Execution) -> float:
+    return (execution.finished_ns - execution.started_ns) / 1e3
