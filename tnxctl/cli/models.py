@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 _LATEST = "latest"
 
+_STATES = {
+    "pure": "none: nothing that it holds changes",
+    "scratch": "none: what a request writes is gone before the next",
+    "shared": "shared by all requests, which run one at a time",
+}
+"""What a version keeps from one request to the next, see `tnxctl.wire.ModelInfo`."""
+
 
 class _InOrder(click.Group):
     """Lists its commands as they are defined."""
@@ -314,6 +321,8 @@ def _details(info: ModelInfo, others: Sequence[ModelInfo]) -> Iterator[str]:
         "traffic": text.traffic(info),
         "memory": text.memory(info.memory_mb) + (" on each device" if info.memory_mb and len(info.devices) > 1 else ""),
         "requests": str(info.requests),
+        "state": _STATES.get(info.state, text.clean(info.state)),
+        "audit": f"{info.audited} computed again, {info.audit_differences} differed" if info.audited else "",
         "loading": f"took {text.duration(info.load_s)}" if info.load_s else "",
         "versions": ", ".join(f"{text.title(other)} {text.clean(other.status)}" for other in others),
     }

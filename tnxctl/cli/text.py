@@ -117,12 +117,17 @@ def title(model: ModelInfo) -> str:
 
 
 def failures(models: Iterable[ModelInfo]) -> list[str]:
-    """Why versions failed, or why newer files of those that serve cannot be loaded."""
-    return [
-        f"{title(model)}{' failed' * (model.status == 'failed')}: {reason(title(model), model.error)}"
-        for model in models
-        if model.error
-    ]
+    """Why versions failed, why newer files of those that serve cannot be loaded, and answers that proved wrong."""
+    lines = []
+    for model in models:
+        if model.error:
+            lines.append(f"{title(model)}{' failed' * (model.status == 'failed')}: {reason(title(model), model.error)}")
+        if model.audit_differences:
+            lines.append(
+                f"{title(model)}: {model.audit_differences} of {model.audited} requests had another answer when they "
+                f"were computed again; the daemon's log has the values"
+            )
+    return lines
 
 
 def reason(what: str, why: str) -> str:

@@ -113,14 +113,17 @@ class LanePool:
         return inbox
 
     def load(self, model: Model) -> Warmth:
-        module = self._place(model.factory())
+        def build() -> torch.nn.Module:
+            return self._place(model.factory())
+
+        module = build()
         nbytes = _nbytes(module)
         try:
             with self._warm_up_lane() as lane:
-                verdict: Verdict = _called(lane, lambda runner: try_out(module, model, runner.torch_device, self.kind))
+                verdict = _called(lane, lambda runner: try_out(module, model, runner.torch_device, build))
                 if not verdict.pristine:
                     del module
-                    module = self._place(model.factory())
+                    module = build()
                 self._install(model.key, lane_calls(module, verdict))
                 warmed = _called(lane, lambda runner: self._grow(runner, verdict))
         except BaseException:

@@ -42,6 +42,8 @@ class Own:
         self._containers: list[tuple[dict[str, Any], str, Any]] = []
         self._kept: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         for owner, name in undone:
+            if isinstance(owner, torch.jit.ScriptModule):
+                continue  # what its graph writes is known, and it is written before it is read
             holder = _holder(owner, name)
             value = holder.get(name, _ABSENT)
             if isinstance(value, torch.Tensor):

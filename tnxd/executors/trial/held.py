@@ -7,6 +7,7 @@ factory stands in. State in installed libraries and in C++ is out of sight; how 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import types
@@ -50,7 +51,7 @@ class Place:
     """Somewhere that something is held.
 
     Attributes:
-        name: for people: "layers.0.running_mean", "cache['k']", "net.CACHE".
+        name: for people: "layers.0.running_mean", "cache[k]", "net.CACHE".
         owner, attribute: the module of the network that it is below, and the attribute; None and "": it is outside.
     """
 
@@ -67,8 +68,13 @@ class Held:
         complete: whether all of it was seen.
     """
 
-    def __init__(self, module: torch.nn.Module, *, contents: bool = True) -> None:
-        """Args: contents: whether to read the tensors; else only writes that torch counts are seen."""
+    def __init__(self, module: torch.nn.Module, attributes: Iterable[str] = (), *, contents: bool = True) -> None:
+        """Take the picture.
+
+        Args:
+            attributes: those of TorchScript to look at: it does not tell which there are.
+            contents: whether to read the tensors; else only writes that torch counts are seen.
+        """
         self.places: dict[str, Place] = {}
         self.tokens: dict[str, Any] = {}
         self.complete = True
@@ -78,6 +84,12 @@ class Held:
         self._checksums: dict[int, int] = {}
         for path, child in module.named_modules():
             self._module(path, child)
+        for name in attributes:
+            path, _, attribute = name.rpartition(".")
+            with contextlib.suppress(AttributeError):
+                owner = module.get_submodule(path)
+                if isinstance(owner, torch.jit.ScriptModule):
+                    self._value(Place(name, path, attribute), getattr(owner, attribute))
         for name, value in _outside(module):
             self._value(Place(name, None, ""), value)
 
@@ -168,7 +180,7 @@ def _children(value: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(value, (torch.Tensor, torch.nn.Module, types.ModuleType, type, *_PLAIN)):
         return ()
     if isinstance(value, dict):
-        return [(f"[{key!r:.60}]", child) for key, child in list(value.items())]
+        return [(f"[{str(key):.60}]", child) for key, child in list(value.items())]
     if isinstance(value, (list, tuple, deque)):
         return [(f"[{index}]", child) for index, child in enumerate(list(value))]
     if isinstance(value, types.FunctionType):

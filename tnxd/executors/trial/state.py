@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tnxctl.errors import FailedPrecondition, TensorNextError
+from tnxctl.errors import FailedPrecondition
 from tnxctl.frames import Array
 from tnxd.executors.execution import PURE, SCRATCH
 from tnxd.executors.tensors import to_array
@@ -32,9 +32,16 @@ Answer = tuple[list[torch.Tensor], list[Array]]
 Ask = Callable[[Item], Answer]
 """Runs the module once. Raises what it raises."""
 
+Differ = Callable[[Sequence[Array], Sequence[Array]], Difference | None]
+
 _MOST_CALLS = 24
 _MOST_SECONDS = 0.3
 """For a module that looks pure: a counter that changes every tenth answer shows within so many calls."""
+
+_ORDER = (0, 0, 1, 1, 0)
+"""Each of the two inputs after itself and after the other one: what one left behind would show."""
+
+_REMEDY = 'state = "shared" in model.toml serves it so, one request at a time'
 
 _SEED = 20_261_128
 
@@ -64,7 +71,7 @@ def find_state(module: torch.nn.Module, model: Model, ask: Ask, first: Item, sec
     """Find out what forwards of a module do to what it holds.
 
     Args:
-        module: as it was built, and called at least once: what it makes at the first call is no state.
+        module: called at least once: what it makes at the first call is no state.
         ask: runs it. first, second: inputs of one request each, with different values where possible.
         allowed: difference that rounding may make, relative to the largest value of an output.
 
@@ -76,74 +83,81 @@ def find_state(module: torch.nn.Module, model: Model, ask: Ask, first: Item, sec
         return difference(model.outputs, one, other, allowed)
 
     with same_chance():
-        before = Held(module)
+        seeded(ask, first)
+        before = Held(module, model.writes)
         raw, alone = seeded(ask, first)
-        _, other = seeded(ask, second)
-        kept = [to_array(tensor.cpu()) for tensor in raw]
-        reused = differ(kept, alone) is not None
-        apart = None
-        began = time.monotonic()
-        for call in range(_MOST_CALLS):
-            again = seeded(ask, first if call % 2 == 0 else second)[1]
-            apart = differ(alone if call % 2 == 0 else other, again)
-            if apart is not None or (call and time.monotonic() - began > _MOST_SECONDS):
-                break
-        after = Held(module)
+        other = seeded(ask, second)[1]
+        reused = differ([to_array(tensor.cpu()) for tensor in raw], alone) is not None
+        apart = _repeated(ask, [(first, alone), (second, other)], differ)
+        seeded(ask, second)  # so that what an input left behind is not what was there before
+        after = Held(module, model.writes)
         changed = before.changed(after)
-        names = [place.name for place in changed] or list(model.writes)
         if apart is not None:
-            raise _stateful(model, names, apart.text)
-        _check_graph(model, before, after, changed)
-        inside = {(place.owner, place.attribute) for place in changed if place.owner is not None}
-        written = tuple(dict.fromkeys([*inside, *suspects(module)]))
-        unread = frozenset(_unread(module, model, ask, first, alone, changed, differ))
+            raise stateful([place.name for place in changed] or model.writes, apart.text)
+        _check_graph(model, changed)
+        inside = dict.fromkeys((place.owner, place.attribute) for place in changed if place.owner is not None)
+        suspected = [place for place in suspects(module) if place not in inside]
+        _disturbed(module, model, ask, first, alone, changed, differ)
         outside = any(place.owner is None for place in changed) or (reused and not changed) or not after.complete
-        kind = SCRATCH if written or outside or reused else PURE
-        told = dict.fromkeys([place.name for place in changed])
-        told |= dict.fromkeys([".".join(filter(None, place)) for place in written if place not in inside])
-    return State(kind, written, unread, tuple(told), outside, random=_is_random(ask, first, differ))
+        return State(
+            SCRATCH if inside or suspected or outside else PURE,
+            (*inside, *suspected),
+            frozenset(inside),
+            tuple(dict.fromkeys([*(place.name for place in changed), *(".".join(filter(None, p)) for p in suspected)])),
+            outside,
+            random=differ(ask(first)[1], ask(first)[1]) is not None,
+        )
 
 
-def _check_graph(model: Model, before: Held, after: Held, changed: Sequence[Place]) -> None:
+def _repeated(ask: Ask, known: Sequence[tuple[Item, list[Array]]], differ: Differ) -> Difference | None:
+    """How an answer differs from that to the same input before, if one does."""
+    began = time.monotonic()
+    for call in range(_MOST_CALLS):
+        item, answer = known[_ORDER[call % len(_ORDER)]]
+        apart = differ(answer, seeded(ask, item)[1])
+        if apart is not None or (call >= len(_ORDER) and time.monotonic() - began > _MOST_SECONDS):
+            return apart
+    return None
+
+
+def _check_graph(model: Model, changed: Sequence[Place]) -> None:
     """Whether all that the graph of a program may write to has been written: what it does otherwise is not known."""
-    seen = {place.name.rpartition(".")[2] for place in changed} | {place.name for place in changed}
+    written = {place.name for place in changed}
     for name in model.writes:
-        if name not in seen and name.rpartition(".")[2] not in seen:
+        if name not in written:
             raise FailedPrecondition(
                 f"it may write to {name!r}, but did not for any example: whether an answer depends on earlier "
-                f'requests cannot be told. state = "shared" in model.toml serves it one request at a time'
+                f"requests cannot be told. {_REMEDY}"
             )
 
 
-def _unread(
+def _disturbed(
     module: torch.nn.Module,
     model: Model,
     ask: Ask,
-    first: Item,
-    alone: Sequence[Array],
+    item: Item,
+    answer: Sequence[Array],
     changed: Sequence[Place],
-    differ: Callable[[Sequence[Array], Sequence[Array]], Difference | None],
-) -> Iterator[tuple[str, str]]:
-    """Attributes with tensors that may hold anything before a forward: it makes no difference to its answer."""
+    differ: Differ,
+) -> None:
+    """Whether it makes no difference what was in the tensors that a forward writes: it writes before it reads."""
     places = {place.name for place in changed}
-    if not places:
-        return
-    held = list(Held(module, contents=False).tensors)
+    held = list(Held(module, model.writes, contents=False).tensors) if places else []
     weights = {memory(tensor) for place, tensor in held if place.name not in places}
+    disturbed = []
     generator = torch.Generator().manual_seed(_SEED)
     for place, tensor in held:
         if place.name in places and not tensor.is_meta and memory(tensor) not in weights:
             _disturb(tensor, generator)
+            disturbed.append(place.name)
+    if not disturbed:
+        return
     try:
-        disturbed = seeded(ask, first)[1]
-    except TensorNextError as error:
-        raise _stateful(model, sorted(places), f"with other values there: {sentence(error)}") from None
-    apart = differ(alone, disturbed)
+        apart = differ(answer, seeded(ask, item)[1])
+    except Exception as error:  # whatever it has against these values
+        raise stateful(disturbed, f"with other values there it raises {sentence(error)}") from None
     if apart is not None:
-        raise _stateful(model, sorted(places), apart.text)
-    for place in changed:
-        if place.owner is not None:
-            yield place.owner, place.attribute
+        raise stateful(disturbed, apart.text)
 
 
 def _disturb(tensor: torch.Tensor, generator: torch.Generator) -> None:
@@ -157,18 +171,13 @@ def _disturb(tensor: torch.Tensor, generator: torch.Generator) -> None:
         tensor.add_(1)
 
 
-def _stateful(model: Model, names: Sequence[str], how: str) -> FailedPrecondition:
+def stateful(names: Sequence[str], how: str) -> FailedPrecondition:
+    """An answer depends on earlier requests. Args: names: of what holds what they left. how: it showed."""
     through = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     what = f"through {through}" if names else "through something that it holds out of sight"
     return FailedPrecondition(
-        f"an answer depends on earlier requests, {what}: the same input gave different answers, {how}. "
-        f'state = "shared" in model.toml serves it so, one request at a time'
+        f"an answer depends on earlier requests, {what}: the same input gave different answers, {how}. {_REMEDY}"
     )
-
-
-def _is_random(ask: Ask, item: Item, differ: Callable[[Sequence[Array], Sequence[Array]], Difference | None]) -> bool:
-    """Whether answers differ by chance: drawn from the generators of the process."""
-    return differ(ask(item)[1], ask(item)[1]) is not None
 
 
 @contextlib.contextmanager

@@ -17,10 +17,11 @@ from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.tensors import TORCH_DTYPES, check_outputs, to_array, to_tensor
 from tnxd.executors.trial.copies import Call, Own, Serial, Sparing, duplicate
 from tnxd.executors.trial.examples import Item, Make, examples, telling_examples
+from tnxd.executors.trial.held import Held
 from tnxd.executors.trial.rows import pair_of_requests, rows_apart
-from tnxd.executors.trial.state import Answer, Ask, State, find_state, same_chance
+from tnxd.executors.trial.state import Answer, Ask, State, find_state, same_chance, seeded, stateful
 from tnxd.models.model import Model
-from tnxd.noise import as_float, tolerance
+from tnxd.noise import as_float, difference, tolerance
 from tnxd.sentences import sentence
 
 log = logging.getLogger(__name__)
@@ -64,53 +65,89 @@ class Verdict:
         return self.kind == PURE and not self.serial
 
 
-def try_out(module: torch.nn.Module, model: Model, device: torch.device, kind: str) -> Verdict:
+def try_out(
+    module: torch.nn.Module, model: Model, device: torch.device, build: Callable[[], torch.nn.Module]
+) -> Verdict:
     """Run a module that was just built, and find out what can be promised about it.
 
     Args:
-        module: on the device. kind: of the device, "cpu" or "cuda".
+        module: on the device. build: makes another one there.
 
     Raises:
         FailedPrecondition: it cannot be served: requests would depend on each other, against what model.toml says.
         Exception: what it raised, where no other input would help.
     """
-
-    written: set[int] = set()
-
-    def ask(item: Item) -> Answer:
-        tensors = [
-            to_tensor(array.copy(), spec.datatype).to(device) for array, spec in zip(item, model.inputs, strict=True)
-        ]
-        rows = len(item[0]) if model.max_batch_size else 1
-        outputs = check_outputs(model, module(*tensors), rows)
-        answer = [to_array(output.cpu()).copy() for output in outputs]
-        for position, (tensor, array) in enumerate(zip(tensors, item, strict=True)):
-            if to_array(tensor.cpu()).tobytes() != array.tobytes():
-                written.add(position)
-        return outputs, answer
-
-    allowed = tolerance(_datatypes(module, model), kind)
+    allowed = tolerance(_datatypes(module, model), device.type)
+    asking = _Asking(module, model, device)
+    as_built = Held(module, model.writes, contents=False)
     with same_chance():
-        make, complaint = _first_that_runs(ask, model)
+        make, complaint = _first_that_runs(asking, model)
     if model.state == SHARED:
-        return Verdict(
-            model.unbatched(), State(SCRATCH), True, None, allowed, ("requests share its state: one at a time",)
-        )
+        note = "requests share its state: they run one at a time"
+        return Verdict(model.unbatched(), State(SCRATCH), True, None, allowed, (note,))
     if make is None:
         note = (
             f"not warmed up, and served one request at a time: {complaint}. Put values that it takes into "
             f"example.npz beside the model"
         )
         return Verdict(model.unbatched(), State(SCRATCH), True, None, allowed, (note,))
+    made_at_first = [place.name for place in as_built.changed(Held(module, model.writes, contents=False))]
     with same_chance():
-        telling = _first_telling(ask, model)
+        telling = _first_telling(asking, model)
     varied = telling or make
-    state = find_state(module, model, ask, varied(1, 0), varied(1, 1), allowed)
+    first, second = varied(1, 0), varied(1, 1)
+    state = find_state(module, model, asking, first, second, allowed)
+    if made_at_first:
+        with same_chance(), torch.inference_mode(False):
+            again = build()
+        with same_chance():
+            _check_first_call(asking, _Asking(again, model, device), first, second, made_at_first, allowed)
     verdict = Verdict(model, state, state.outside, make, allowed, _about(state))
     if model.max_batch_size > 1:  # one row has no company
         with same_chance():
-            verdict = _with_rows(verdict, ask, telling)
-    return replace(verdict, written_inputs=frozenset(written))
+            verdict = _with_rows(verdict, asking, telling)
+    return replace(verdict, written_inputs=frozenset(asking.written_inputs))
+
+
+class _Asking:
+    """Runs a module: an `Ask`. Attributes: written_inputs: positions of the inputs that it has written to."""
+
+    def __init__(self, module: torch.nn.Module, model: Model, device: torch.device) -> None:
+        self.model = model
+        self.written_inputs: set[int] = set()
+        self._module = module
+        self._device = device
+
+    def __call__(self, item: Item) -> Answer:
+        model = self.model
+        tensors = [
+            to_tensor(array.copy(), spec.datatype).to(self._device)
+            for array, spec in zip(item, model.inputs, strict=True)
+        ]
+        rows = len(item[0]) if model.max_batch_size else 1
+        outputs = check_outputs(model, self._module(*tensors), rows)
+        answer = [to_array(output.cpu()).copy() for output in outputs]
+        for position, (tensor, array) in enumerate(zip(tensors, item, strict=True)):
+            if to_array(tensor.cpu()).tobytes() != array.tobytes():
+                self.written_inputs.add(position)
+        return outputs, answer
+
+
+def _check_first_call(
+    asking: _Asking, again: _Asking, first: Item, second: Item, made: Sequence[str], allowed: float
+) -> None:
+    """Whether what a module made at its first call depends on what was asked then.
+
+    Args:
+        asking: one that was first asked something else than `second`. again: one that was never asked.
+
+    Raises:
+        FailedPrecondition: it does.
+    """
+    seeded(again, second)
+    apart = difference(asking.model.outputs, seeded(asking, first)[1], seeded(again, first)[1], allowed)
+    if apart is not None:
+        raise stateful(made, apart.text)
 
 
 def lane_calls(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]:

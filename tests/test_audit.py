@@ -1,0 +1,161 @@
+"""Audits: requests computed again, alone, and what happens when their answer is another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from conftest import Daemon, start_daemon
+from dealer import Dealer
+from model_repositories import put
+from tnxctl import Client
+from tnxctl.errors import Internal
+from tnxctl.frames import Array
+from tnxctl.wire import ModelInfo, TensorSpec
+from tnxd.audit import Audit
+from tnxd.background import Background, Copy
+from tnxd.costs import CostModel
+from tnxd.executors.execution import Execution, Outcome, Warmth
+from tnxd.models.builtin import BuiltinSource
+from tnxd.models.model import Model
+from tnxd.registry import READY, Version
+from tnxd.scheduler import Scheduler
+from tnxd.work import Batch, Device
+
+MIXES = "return x + self.answer - (x.mean(0) if len(x) > 3 else 0)"
+"""For `put`: a batch of four rows or more mixes them, which is more than the trial of a version asks together."""
+
+
+def model(datatype: str = "FP32") -> Model:
+    specs = (TensorSpec("x", datatype, (-1, 2)),)
+    return Model("net", "1", specs, specs, 8, object)  # type: ignore[arg-type]
+
+
+class Bench:
+    """An audit of a version that a test answers for."""
+
+    def __init__(self, share: float = 1.0, datatype: str = "FP32") -> None:
+        self.served = model(datatype)
+        self.version = Version(BuiltinSource(self.served))
+        self.version.state, self.version.model = READY, self.served
+        self.version.trials = {"cpu": Warmth([], 0, tolerance=1e-4)}
+        self.mixing: list[str] = []
+        self.audit = Audit(self.version, share, lambda version, why: self.mixing.append(why))
+        self.background = Background()
+
+    def answered(self, *outcomes: Outcome) -> Copy | None:
+        """A batch of one-row requests has been answered so: the copy that is made of it, if any."""
+        item = (np.zeros((1, 2), "f4"),)
+        batch = Batch(Device("cpu", "cpu", 1, set()), 0, self.served.key, [], len(outcomes))
+        execution = Execution(batch, self.served, [item] * len(outcomes), [1] * len(outcomes), ())
+        execution.outcomes = list(outcomes)
+        self.audit.look(execution, self.background)
+        device = Device("cpu", "cpu", 1, {self.served.key})
+        return self.background.next(Scheduler([device], CostModel(), max_requests=9, max_bytes=10**9), 0)
+
+    def checked(self, again: Outcome, *outcomes: Outcome) -> None:
+        """A batch has been answered so, and one of its requests again otherwise."""
+        copy = self.answered(*outcomes)
+        assert copy is not None
+        assert len(copy.items) == 1
+        copy.outcomes = [again]
+        self.audit.compare(copy)
+
+
+def row(*values: float, dtype: str = "f4") -> tuple[Array, ...]:
+    return (np.array([values], dtype),)
+
+
+def test_every_so_many_batches_one_is_checked_alone_and_in_company() -> None:
+    bench = Bench(share=0.25)
+    alone = [bench.answered(row(1, 2)) is not None for _ in range(9)]
+    company = [bench.answered(row(1, 2), row(3, 4)) is not None for _ in range(9)]
+    assert alone == company == [True, False, False, False] * 2 + [True]
+
+
+def test_rounding_is_no_difference_and_another_value_is() -> None:
+    bench = Bench()
+    bench.checked(row(1.00001, 2), row(1, 2), row(1, 2))
+    assert (bench.audit.checked, bench.audit.differing, bench.mixing) == (1, 0, [])
+    bench.checked(row(1, 2.5), row(1, 2), row(1, 2))
+    assert (bench.audit.checked, bench.audit.differing) == (2, 1)
+    (why,) = bench.mixing
+    assert "output 'x'[0, 1] is 2 and 2.5" in why
+
+
+def test_a_request_that_rode_alone_ends_no_batches() -> None:
+    bench = Bench()
+    bench.checked(row(5, 5), row(1, 2))
+    assert (bench.audit.differing, bench.mixing) == (1, [])
+
+
+@pytest.mark.parametrize("datatype", ["INT64", "FP32"])
+def test_a_near_tie_and_a_failure_are_forgiven_twice(datatype: str) -> None:
+    bench = Bench(datatype=datatype)
+    again: Outcome = row(1, 3, dtype="i8") if datatype == "INT64" else Internal("no memory")
+    for _ in range(2):
+        bench.checked(again, row(1, 2, dtype="i8"), row(1, 2, dtype="i8"))
+    assert (bench.audit.differing, bench.mixing) == (2, [])
+    bench.checked(again, row(1, 2, dtype="i8"), row(1, 2, dtype="i8"))
+    assert len(bench.mixing) == 1
+
+
+def test_what_failed_is_not_computed_again() -> None:
+    bench = Bench()
+    assert bench.answered(Internal("no"), Internal("no")) is None
+    copy = bench.answered(Internal("no"), row(3, 4), Internal("no"))
+    assert copy is None or copy.start == 1
+
+
+# --- behind a real daemon ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["inline", "worker"])
+def mixing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    folder = tmp_path_factory.mktemp("mixing")
+    put(folder / "models", "net", 1, before=MIXES, more="audit = 1.0")
+    put(folder / "models", "quiet", 1, before=MIXES, more="audit = 0.0")
+    config = folder / "tnxd.toml"
+    config.write_text(f"[cpu]\nworkers = 2\ninline_limit_us = {1e6 if request.param == 'inline' else 0}\n")
+    daemon = start_daemon(folder / "log", "--config", str(config), "--model-repository", str(folder / "models"))
+    yield daemon
+    assert daemon.stop() == 0
+    assert daemon.process.stdout is not None
+    daemon.process.stdout.close()
+
+
+def info(daemon: Daemon, name: str) -> ModelInfo:
+    with Client(daemon.endpoint) as client:
+        return client.metadata(name)
+
+
+def in_company(dealer: Dealer, name: str) -> None:
+    """Have requests share batches; their answers are right or wrong."""
+    for index in range(64):
+        dealer.predict(np.full((1, 2), index, np.float32), model=name, id=index)
+    for _ in range(64):
+        dealer.result()
+
+
+def test_batches_end_once_they_are_seen_to_mix_requests_up(mixing: Daemon) -> None:
+    with Dealer(mixing.endpoint) as dealer:
+        while not info(mixing, "net").audit_differences:
+            in_company(dealer, "net")
+        seen = info(mixing, "net")
+        while seen.max_batch_size:
+            seen = info(mixing, "net")
+        assert "no batches any more" in seen.notes[-1]
+        assert "audit of net@1" in mixing.log.read_text()
+        # What each gets alone, of a model whose rows depend on each other: nine rows together are not cut.
+        x = np.float32([[1, 2]] * 8 + [[10, 11]])
+        dealer.predict(x, model="net")
+        (output,) = dealer.result()[1]
+        np.testing.assert_allclose(output, x + 1 - x.mean(0))
+
+
+def test_without_an_audit_nobody_looks(mixing: Daemon) -> None:
+    with Dealer(mixing.endpoint) as dealer:
+        in_company(dealer, "quiet")
+    assert (info(mixing, "quiet").audited, info(mixing, "quiet").max_batch_size) == (0, 8)

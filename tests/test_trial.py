@@ -1,0 +1,531 @@
+"""The trial of a version when it is loaded: what running a module shows about it, and what lanes then call."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from format_tools import open_model
+from tnxctl.errors import FailedPrecondition
+from tnxctl.wire import TensorSpec
+from tnxd.executors.trial.copies import Call, Own, Serial
+from tnxd.executors.trial.examples import telling_examples
+from tnxd.executors.trial.held import Held, checksum
+from tnxd.executors.trial.suspects import suspects
+from tnxd.executors.trial.trial import Verdict, lane_calls, try_out
+from tnxd.models.model import Model
+from tnxd.noise import difference, tolerance
+
+WIDTH = 4
+X = TensorSpec("x", "FP32", (-1, WIDTH))
+Y = TensorSpec("y", "FP32", (-1, WIDTH))
+
+
+def model(inputs: tuple[TensorSpec, ...] = (X,), outputs: tuple[TensorSpec, ...] = (Y,), **options: Any) -> Model:
+    return Model("net", "1", inputs, outputs, **{"max_batch_size": 16, "factory": nn.Identity, **options})
+
+
+def tried(make: Callable[[], nn.Module], served: Model | None = None) -> Verdict:
+    with torch.inference_mode():
+        return try_out(make().eval(), served or model(), torch.device("cpu"), lambda: make().eval())
+
+
+def called(make: Callable[[], nn.Module], served: Model | None = None) -> tuple[Verdict, list[Call]]:
+    """What two lanes call for a module that has been tried."""
+    verdict = tried(make, served)
+    calls = lane_calls(make().eval(), verdict)
+    return verdict, [calls(), calls()]
+
+
+def ask(call: Call, *values: float) -> list[float]:
+    """The first column of what a lane answers for rows of these values."""
+    rows = torch.tensor([[float(value)] * WIDTH for value in values])
+    with torch.inference_mode():
+        return [float(row[0]) for row in call(rows)]
+
+
+class Module(nn.Module):
+    """Runs a function with itself and its input. Args: held: attributes."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Any], **held: Any) -> None:
+        super().__init__()
+        self._run = run
+        for name, value in held.items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self._run(self, x)
+
+
+def adding(tensor: Tensor, x: Tensor, write: Callable[[], object]) -> Tensor:
+    answer = x + tensor
+    write()
+    return answer
+
+
+# --- state ---------------------------------------------------------------------------------------------------
+
+
+STATEFUL: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "copy_": ("last", lambda: Module(lambda m, x: adding(m.last, x, lambda: m.last.copy_(x[0])), last=torch.zeros(4))),
+    "data": (
+        "last",
+        lambda: Module(lambda m, x: adding(m.last, x, lambda: m.last.data.copy_(x[0])), last=torch.zeros(4)),
+    ),
+    "slice": (
+        "last",
+        lambda: Module(lambda m, x: adding(m.last, x, lambda: m.last.__setitem__(0, x[0, 0])), last=torch.zeros(4)),
+    ),
+    "numpy": (
+        "last",
+        lambda: Module(
+            lambda m, x: adding(m.last, x, lambda: np.copyto(m.last.numpy(), x[0].numpy())), last=torch.zeros(4)
+        ),
+    ),
+    "parameter": (
+        "last",
+        lambda: Module(
+            lambda m, x: adding(m.last, x, lambda: m.last.add_(1)), last=nn.Parameter(torch.zeros(4), False)
+        ),
+    ),
+    "attribute": (
+        "last",
+        lambda: Module(lambda m, x: adding(m.last, x, lambda: setattr(m, "last", x[0].clone())), last=torch.zeros(4)),
+    ),
+    "list": ("seen", lambda: Module(lambda m, x: x + (m.seen.append(0) or len(m.seen)), seen=[])),
+    "dict": (
+        "seen",
+        lambda: Module(lambda m, x: adding(m.seen.get("n", torch.zeros(4)), x, lambda: m.seen.update(n=x[0])), seen={}),
+    ),
+    "deque": ("seen", lambda: Module(lambda m, x: x + (m.seen.append(0) or len(m.seen)), seen=deque())),
+    "every tenth call": (
+        "n",
+        lambda: Module(lambda m, x: (setattr(m, "n", m.n + 1), x + (m.n % 10 == 0))[1], n=0),
+    ),
+    "first request": ("seen", lambda: Module(lambda m, x: x + m.seen.setdefault("n", float(x[0, 0])), seen={})),
+    "own generator": (
+        "generator",
+        lambda: Module(lambda m, x: x + torch.rand(1, generator=m.generator), generator=torch.Generator()),
+    ),
+}
+
+
+@pytest.mark.parametrize(("held", "make"), STATEFUL.values(), ids=STATEFUL)
+def test_an_answer_that_depends_on_earlier_requests_is_refused_by_name(
+    held: str, make: Callable[[], nn.Module]
+) -> None:
+    with pytest.raises(FailedPrecondition, match=f"depends on earlier requests, through '{held}") as caught:
+        tried(make)
+    assert 'state = "shared"' in caught.value.message
+
+
+@pytest.mark.parametrize(("held", "make"), STATEFUL.values(), ids=STATEFUL)
+def test_state_that_is_meant_to_be_shared_is(held: str, make: Callable[[], nn.Module]) -> None:
+    verdict, (first, second) = called(make, model(state="shared"))
+    assert (verdict.kind, verdict.serial, verdict.model.max_batch_size) == ("shared", True, 0)
+    assert first is second
+    assert "one at a time" in verdict.notes[0]
+
+
+def reuse(m: Any, x: Tensor) -> Tensor:
+    out: Tensor = m.out[: len(x)]
+    return out.copy_(x * 2)
+
+
+def hide(m: Any, x: Tensor) -> Tensor:
+    m.hidden = x * 2
+    answer: Tensor = m.hidden + 0
+    return answer
+
+
+def keep(m: Any, x: Tensor) -> Tensor:
+    m.kept["x"] = x * 2
+    answer: Tensor = m.kept["x"]
+    return answer
+
+
+SCRATCH: dict[str, Callable[[], nn.Module]] = {
+    "buffer": lambda: Module(reuse, out=torch.zeros(32, WIDTH)),
+    "attribute": lambda: Module(hide),
+    "dict": lambda: Module(keep, kept={}),
+    "counter": lambda: Module(lambda m, x: (setattr(m, "n", m.n + 1), x * 2)[1], n=0),
+}
+
+
+@pytest.mark.parametrize("make", SCRATCH.values(), ids=SCRATCH)
+def test_what_is_written_before_it_is_read_is_each_lanes_own(make: Callable[[], nn.Module]) -> None:
+    verdict, (first, second) = called(make)
+    assert (verdict.kind, verdict.model.max_batch_size) == ("scratch", 16)
+    assert isinstance(first, Own)
+    rows = torch.ones(3, WIDTH)
+    with torch.inference_mode():
+        answer = first(rows)
+        second(rows * 5)
+        first(rows * 7)
+    assert torch.equal(answer, rows * 2)
+
+
+def test_a_lanes_copy_shares_the_weights_and_leaves_nothing_behind() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        m.hidden = m.layer(x)
+        m.out[: len(x)].copy_(m.hidden)
+        return m.out[: len(x)]  # type: ignore[no-any-return]
+
+    layer = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+    verdict, (first, second) = called(
+        lambda: Module(run, layer=layer, out=torch.zeros(32, WIDTH), unused=torch.ones(9))
+    )
+    assert isinstance(first, Own)
+    assert isinstance(second, Own)
+    one, other = first._module, second._module
+    assert one.layer.weight.data_ptr() == other.layer.weight.data_ptr() == layer.weight.data_ptr()
+    assert one.unused.data_ptr() == other.unused.data_ptr()
+    assert one.out.data_ptr() != other.out.data_ptr()
+    ask(first, 1, 2)
+    assert not hasattr(one, "hidden")
+    assert "'out'" in verdict.notes[0]
+
+
+def test_a_failed_forward_leaves_nothing_behind_either() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        m.hidden = x
+        if bool((x == 13).any()):
+            raise ValueError("no")
+        return m.hidden * 2  # type: ignore[no-any-return]
+
+    _, (first, _) = called(lambda: Module(run))
+    assert isinstance(first, Own)
+    with pytest.raises(ValueError, match="no"):
+        ask(first, 13)
+    assert not hasattr(first._module, "hidden")
+
+
+def lazily(m: Any, x: Tensor) -> Tensor:
+    if m.table is None:
+        m.table = torch.full((WIDTH,), 2.0)
+    return x * m.table
+
+
+PURE: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(WIDTH, WIDTH),
+    "batch norm": lambda: nn.BatchNorm1d(WIDTH),
+    "identity": nn.Identity,
+    "made once": lambda: Module(lazily, table=None),
+    "constant": lambda: Module(lambda m, x: m.anchor.expand(len(x), WIDTH), anchor=torch.ones(WIDTH)),
+    "cached function": lambda: Module(lambda m, x: x * two(WIDTH)),
+    "not a number": lambda: Module(lambda m, x: x * 2, limit=float("nan")),
+}
+
+
+@functools.lru_cache
+def two(width: int) -> Tensor:
+    return torch.full((width,), 2.0)
+
+
+@pytest.mark.parametrize("make", PURE.values(), ids=PURE)
+def test_a_module_that_changes_nothing_is_called_as_it_is(make: Callable[[], nn.Module]) -> None:
+    module = make().requires_grad_(False)
+    verdict = tried(lambda: module)
+    assert (verdict.kind, verdict.notes, verdict.serial) == ("pure", (), False)
+    assert lane_calls(module, verdict)() is module
+
+
+def test_what_cannot_be_copied_is_called_by_one_lane_at_a_time() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        with m.lock:
+            return reuse(m, x)
+
+    verdict, (first, second) = called(lambda: Module(run, lock=threading.Lock(), out=torch.zeros(32, WIDTH)))
+    assert verdict.kind == "scratch"
+    assert isinstance(first, Serial)
+    assert first is second
+
+
+SHARED_SCRATCH = torch.zeros(32, WIDTH)
+
+
+def test_memory_that_nobody_sees_is_found_by_its_reuse() -> None:
+    verdict, (first, second) = called(lambda: Module(lambda m, x: SHARED_SCRATCH[: len(x)].copy_(x)))
+    assert (verdict.kind, verdict.serial) == ("scratch", True)
+    assert first is second
+    rows = torch.ones(2, WIDTH)
+    answer = first(rows)
+    second(rows * 5)
+    assert torch.equal(answer, rows)
+
+
+def test_answers_by_chance_are_no_state_and_share_no_batch() -> None:
+    verdict = tried(lambda: Module(lambda m, x: nn.functional.dropout(x, 0.5, training=True)))
+    assert (verdict.kind, verdict.state.random, verdict.model.max_batch_size) == ("pure", True, 0)
+    assert "at random" in verdict.notes[0]
+
+
+def test_a_trial_leaves_the_random_numbers_of_the_process_as_they_were() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    tried(lambda: Module(lambda m, x: nn.functional.dropout(x, 0.5, training=True)))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_inputs_that_a_forward_writes_to_are_copied() -> None:
+    verdict, (first, _) = called(lambda: Module(lambda m, x: x.add_(1)))
+    assert verdict.written_inputs == {0}
+    rows = torch.zeros(2, WIDTH)
+    assert torch.equal(first(rows), rows + 1)
+    assert torch.equal(rows, torch.zeros(2, WIDTH))
+
+
+def test_what_a_picture_shows() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = Held(net)
+    assert not before.changed(Held(net))
+    net[1].running_mean.data.add_(1)  # torch counts no version of this
+    assert [place.name for place in before.changed(Held(net))] == ["1.running_mean"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 64, 2**21 + 3])
+def test_a_checksum_changes_with_every_byte_and_with_their_order(size: int) -> None:
+    data = torch.arange(size, dtype=torch.int64).to(torch.uint8).clone()
+    first = checksum(data.untyped_storage())
+    assert checksum(data.clone().untyped_storage()) == first
+    for place in {0, size // 2, size - 1} if size else ():
+        data[place] ^= 1
+        assert checksum(data.untyped_storage()) != first
+        data[place] ^= 1
+    if size > 9:
+        assert checksum(data.roll(8).untyped_storage()) != first
+
+
+# --- rows ----------------------------------------------------------------------------------------------------
+
+
+MIXING: dict[str, Callable[[Any, Tensor], Any]] = {
+    "maximum over all": lambda m, x: x - x.amax(0),
+    "mean": lambda m, x: x - x.mean(0),
+    "softmax": lambda m, x: x.softmax(0),
+    "sorted": lambda m, x: x.sort(0).values,
+    "cumulative": lambda m, x: x.cumsum(0),
+    "backwards": lambda m, x: x.flip(0),
+    "neighbours": lambda m, x: x + x.roll(1, 0),
+    "normalised": lambda m, x: x / x.norm(),
+    "position": lambda m, x: x + torch.arange(len(x)).reshape(-1, 1),
+    "first row": lambda m, x: x * 0 + x[:1],
+    "count": lambda m, x: x * len(x),
+}
+
+
+@pytest.mark.parametrize("run", MIXING.values(), ids=MIXING)
+def test_an_axis_0_that_does_not_count_rows_is_no_batch(run: Callable[[Any, Tensor], Any]) -> None:
+    verdict = tried(lambda: Module(run))
+    assert (verdict.kind, verdict.model.max_batch_size) == ("pure", 0)
+    assert "axis 0 does not count rows" in verdict.notes[0]
+    with pytest.raises(FailedPrecondition, match=r"max_batch_size: 16, but axis 0 does not count rows.* is .* and "):
+        tried(lambda: Module(run), model(batching_asked=True))
+
+
+def test_a_limit_of_one_row_has_no_company_to_look_at() -> None:
+    assert tried(lambda: Module(MIXING["mean"]), model(max_batch_size=1)).model.max_batch_size == 1
+
+
+def test_a_choice_that_rounding_decides_is_no_proof_against_a_batch() -> None:
+    """Indices differ in company for the first pair of requests alone, as where two values are nearly equal."""
+    pairs = iter([1] + [0] * 1000)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        index = x.argmax(1)
+        return index + next(pairs) if len(x) == 3 else index
+
+    verdict = tried(lambda: Module(run), model(outputs=(TensorSpec("y", "INT64", (-1,)),)))
+    assert verdict.model.max_batch_size == 16
+
+
+# --- examples ------------------------------------------------------------------------------------------------
+
+
+def test_ones_are_tried_where_zeros_fail() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        if bool((x <= 0).any()):
+            raise ValueError("every length must be positive")
+        return x
+
+    verdict = tried(lambda: Module(run))
+    assert (verdict.kind, verdict.model.max_batch_size, verdict.notes) == ("pure", 16, ())
+    assert verdict.make is not None
+    np.testing.assert_array_equal(verdict.make(2, 0)[0], np.ones((2, WIDTH), np.float32))
+
+
+def test_what_takes_no_example_is_served_with_care_and_a_note() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        if bool((x < 100).any()):
+            raise ValueError("everything must be large")
+        return x
+
+    verdict, (first, second) = called(lambda: Module(run))
+    assert (verdict.make, verdict.serial, verdict.model.max_batch_size) == (None, True, 0)
+    assert first is second
+    assert "everything must be large" in verdict.notes[0]
+    assert "example.npz" in verdict.notes[0]
+    values = {"x": np.float32([[100, 200, 300, 400], [500, 600, 700, 800]])}
+    assert tried(lambda: Module(run), model(example_values=values)).notes == ()
+
+
+def test_what_is_wrong_with_the_code_fails_whatever_the_input() -> None:
+    with pytest.raises(FailedPrecondition, match="AttributeError: "):
+        tried(lambda: Module(lambda m, x: m.nothing))
+
+
+def test_the_zeros_that_a_program_was_exported_with_tell_nothing() -> None:
+    zeros = {"x": np.zeros((2, WIDTH), np.float32)}
+    assert tried(lambda: Module(MIXING["maximum over all"]), model(example_values=zeros)).model.max_batch_size == 0
+
+
+def test_telling_examples_differ_from_row_to_row_and_from_variant_to_variant() -> None:
+    specs = tuple(
+        TensorSpec(kind, kind, (-1, 8)) for kind in ("FP32", "FP64", "FP16", "BF16", "INT64", "UINT8", "BOOL")
+    )
+    make = next(iter(telling_examples(model(inputs=specs))))
+    for one, other in zip(make(3, 0), make(3, 1), strict=True):
+        assert not np.array_equal(one, other)
+        assert not np.array_equal(one[0], one[1])
+        assert one.shape == (3, 8)
+
+
+# --- code that may write -------------------------------------------------------------------------------------
+
+
+CODE = """
+import torch
+from torch import nn
+
+CACHE = {{}}
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.register_buffer("last", torch.zeros(4))
+        self.seen = []
+    def helper(self, x):
+        {helper}
+    def forward(self, x):
+        {forward}
+        return x * self.weight + self.last
+
+def build():
+    return Net()
+"""
+
+TOML = """
+factory = "net:build"
+max_batch_size = 8
+inputs = [{ name = "x", datatype = "FP32", shape = [-1, 4] }]
+outputs = [{ name = "y", datatype = "FP32", shape = [-1, 4] }]
+"""
+
+RARELY = "if bool((x == 77).any()): "
+
+WRITES = {
+    "in place": ("last", "self.last.copy_(x[0])"),
+    "slice": ("last", "self.last[:] = x[0]"),
+    "alias": ("last", "last = self.last; last.add_(x[0])"),
+    "view": ("last", "self.last.view(2, 2).add_(float(x[0, 0]))"),
+    "augmented": ("last", "self.last += x[0]"),
+    "out": ("last", "torch.add(self.last, x[0], out=self.last)"),
+    "function": ("last", "torch.relu_(self.last)"),
+    "attribute": ("last", "self.last = x[0].clone()"),
+    "setattr": ("last", "setattr(self, 'last', x[0].clone())"),
+    "unpacked": ("last", "self.last, _ = x[0].clone(), 1"),
+    "list": ("seen", "self.seen.append(1)"),
+    "through a method": ("last", "self.helper(x)"),
+}
+
+
+def written(root: Path, forward: str, helper: str = "self.last.copy_(x[0])") -> Model:
+    folder = root / "net/1"
+    folder.mkdir(parents=True)
+    (folder / "net.py").write_text(CODE.format(forward=forward, helper=helper))
+    weights = {"weight": torch.ones(4), "last": torch.zeros(4)}
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights))
+    return open_model(root, TOML)
+
+
+@pytest.mark.parametrize(("held", "statement"), WRITES.values(), ids=WRITES)
+def test_a_forward_that_only_sometimes_writes_leaves_nothing_behind(tmp_path: Path, held: str, statement: str) -> None:
+    served = written(tmp_path, RARELY + statement)
+    module = served.factory()
+    assert suspects(module) == [("", held)]
+    verdict = tried(served.factory, served)
+    assert (verdict.kind, verdict.model.max_batch_size) == ("scratch", 8)
+    assert f"'{held}'" in verdict.notes[0]
+    calls = lane_calls(served.factory(), verdict)
+    lane = calls()
+    before = ask(lane, 1, 2)
+    ask(lane, 77)
+    assert ask(lane, 1, 2) == before == [1, 2]
+
+
+def test_code_that_only_reads_is_not_suspected(tmp_path: Path) -> None:
+    served = written(
+        tmp_path, "last = self.last.clone(); last.add_(1); y = [self.weight]; y.append(2); self.last.sum()"
+    )
+    assert suspects(served.factory()) == []
+    assert tried(served.factory, served).kind == "pure"
+
+
+@pytest.mark.parametrize("statement", ["CACHE['last'] = x", "Net.last_seen = x", "self.helper.__func__.last = x"])
+def test_what_is_written_beside_the_network_has_one_lane_at_a_time(tmp_path: Path, statement: str) -> None:
+    served = written(tmp_path, statement)
+    verdict = tried(served.factory, served)
+    assert (verdict.kind, verdict.serial) == ("scratch", True)
+
+
+def test_a_global_that_an_answer_depends_on_is_named(tmp_path: Path) -> None:
+    served = written(tmp_path, "CACHE['n'] = CACHE.get('n', 0) + 1; x = x + CACHE['n']")
+    with pytest.raises(FailedPrecondition, match=r"through 'net.CACHE\[n\]'"):
+        tried(served.factory, served)
+
+
+# --- rounding ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("datatype", "one", "other", "same"),
+    [
+        ("FP32", [1.0, 1000.0], [1.01, 1000.0], True),  # beside the largest value it is nothing
+        ("FP32", [1.0, 1.0], [1.01, 1.0], False),
+        ("FP32", [np.nan, 1.0], [np.nan, 1.0], True),
+        ("FP32", [np.nan, 1.0], [2.0, 1.0], False),
+        ("FP32", [np.inf, 1.0], [-np.inf, 1.0], False),
+        ("INT64", [3, 4], [3, 5], False),
+        ("BOOL", [True, False], [True, False], True),
+        ("FP32", [], [], True),
+    ],
+)
+def test_a_difference_is_more_than_rounding(datatype: str, one: list[float], other: list[float], same: bool) -> None:
+    specs = [TensorSpec("y", datatype, (-1,))]
+    arrays = [[np.array(values, {"FP32": "f4", "INT64": "i8", "BOOL": "?"}[datatype])] for values in (one, other)]
+    found = difference(specs, *arrays, tolerance([datatype], "cpu"))
+    assert (found is None) is same
+    if found is not None:
+        assert "output 'y'[" in found.text
+
+
+def test_half_precision_and_graphics_processors_round_more() -> None:
+    kinds = [tolerance([datatype], "cpu") for datatype in ("FP64", "FP32", "FP16", "BF16")]
+    assert kinds == sorted(kinds)
+    assert tolerance(["FP32"], "cuda") > tolerance(["FP32"], "cpu")
+    assert tolerance(["INT64"], "cpu") == tolerance(["FP32"], "cpu")
