@@ -235,7 +235,9 @@ def test_the_largest_weight() -> None:
 def test_every_status_of_a_version() -> None:
     (statuses,) = tables(section("Status of a version"))
     names = [json.loads(bare(name)) for name, _ in statuses]
-    assert sorted(names) == sorted(value for name, value in vars(registry).items() if name.isupper())
+    assert sorted(names) == sorted(
+        value for name, value in vars(registry).items() if name.isupper() and isinstance(value, str)
+    )
 
 
 def test_zmtp_handshake() -> None:
