@@ -13,9 +13,12 @@ from tnxctl.frames import STORAGE
 from tnxctl.wire import DEFAULT_PRIORITY, LOWEST_PRIORITY, MAX_DEADLINE_US, MAX_DIM, MAX_WEIGHT, TensorSpec
 from tnxd import tomlfile
 
+MAX_NAME = 256
+"""Characters in the name of an input or output."""
+
 _Axis = Annotated[int, msgspec.Meta(ge=-1, le=MAX_DIM)]
 _Length = Annotated[int, msgspec.Meta(ge=0, le=MAX_DIM)]
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
 _Number = Annotated[int, msgspec.Meta(ge=1)]
 _Weight = Annotated[float, msgspec.Meta(ge=0, le=MAX_WEIGHT)]
 

@@ -6,6 +6,7 @@ import torch
 
 from tnxctl.errors import FailedPrecondition
 from tnxd.models.formats import ignore_warnings_about_torch_itself
+from tnxd.models.formats.calling import arranged, check_names
 from tnxd.models.formats.precision import Precision
 from tnxd.models.formats.signature import Opened, declared
 from tnxd.models.formats.writes import written_by_script
@@ -22,6 +23,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     settings = source.settings
     label = files.label(FILE)
     signature = declared(settings, source.settings_label, label)
+    check_names(signature, source.settings_label)
 
     def load() -> torch.jit.ScriptModule:
         ignore_warnings_about_torch_itself()
@@ -39,7 +41,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     writes = written_by_script(first[0])
 
     def build() -> torch.nn.Module:
-        module: torch.nn.Module = first.pop() if first else load()
+        module = arranged(first.pop() if first else load(), [spec.name for spec in signature.inputs])
         if settings.dtype:
             module = Precision(module, getattr(torch, settings.dtype), signature.outputs)
         for parameter in module.parameters():

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from tnxctl.errors import FailedPrecondition
+from tnxd.models.formats.calling import arranged, check_names
 from tnxd.models.formats.factories import Factory
 from tnxd.models.formats.precision import Precision
 from tnxd.models.formats.signature import Opened, declared
@@ -29,6 +30,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     settings = source.settings
     label = files.label(FILE)
     signature = declared(settings, source.settings_label, label)
+    check_names(signature, source.settings_label)
     try:
         factory = Factory(files, settings.factory, f"{source.name}@{source.version}")
     except FailedPrecondition as error:
@@ -38,6 +40,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
         network = factory()
         with files.open(files.directory / FILE) as file:
             fill(network, file, label, factory.label)
+        network = arranged(network, [spec.name for spec in signature.inputs])
         if settings.dtype:
             network = Precision(network, getattr(torch, settings.dtype), signature.outputs)
         return network.requires_grad_(False).eval()
