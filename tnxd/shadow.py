@@ -76,7 +76,7 @@ class Shadows:
         assert candidate is not None
         if candidate.key in self._stopped:
             return
-        nbytes = sum([array.nbytes for item in execution.items for array in item])
+        nbytes = sum([array.nbytes for item in execution.items for array in item if array is not None])
         nbytes += sum([array.nbytes for answer in execution.outcomes if isinstance(answer, tuple) for array in answer])
         tally = self._tally(execution.model, candidate)
         if len(self._waiting) >= _MAX_WAITING or self._nbytes + nbytes > _MAX_WAITING_BYTES:

@@ -18,6 +18,7 @@ from tnxctl.frames import Array
 from tnxd.batching import Staging, split
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.executors.tensors import empty_outputs
+from tnxd.models.model import Item
 from tnxd.sentences import first_line
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Runner(ABC):
         self._inference_mode.__enter__()
 
     @abstractmethod
-    def forward(self, execution: Execution, items: Sequence[tuple[Array, ...]], rows: int) -> list[Array]:
+    def forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
         """Run the model once on the rows of `items`, in order.
 
         Adds to gather_us, h2d_us, d2h_us and latency_us of the execution.
@@ -112,7 +113,7 @@ class Runner(ABC):
         middle = (start + stop) // 2
         return self._attempt(execution, start, middle) + self._attempt(execution, middle, stop)
 
-    def _alone(self, execution: Execution, item: tuple[Array, ...], rows: int) -> list[Array]:
+    def _alone(self, execution: Execution, item: Item, rows: int) -> list[Array]:
         """Run one request, in pieces that are joined again where it has too many rows for one forward."""
         model, batch = execution.model, execution.batch
         if not model.max_batch_size:
@@ -122,7 +123,9 @@ class Runner(ABC):
         at = 0
         while at < rows or not pieces:
             count = min(step, rows - at)
-            piece = item if count == rows else tuple([array[at : at + count] for array in item])
+            piece = (
+                item if count == rows else tuple([None if array is None else array[at : at + count] for array in item])
+            )
             try:
                 pieces.append(self._forward(execution, [piece], count))
                 at += count
@@ -136,7 +139,7 @@ class Runner(ABC):
             step = count // 2
         return pieces[0] if len(pieces) == 1 else [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
 
-    def _forward(self, execution: Execution, items: Sequence[tuple[Array, ...]], rows: int) -> list[Array]:
+    def _forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
         """`forward`, and how much of it the memory of the device allows is noted."""
         try:
             outputs = self.forward(execution, items, rows)

@@ -37,6 +37,8 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         datatype: a name of the Open Inference Protocol v2. shape: -1 is an axis of any length.
         example: of an input, a shape that fits, to warm up with; (): the lengths of the export, else 1.
         values: of an input, what to warm up with: one number everywhere, nested lists of them, or random ones.
+        optional: of an input, whether a request may leave it out. default: the number that fills it then, which makes
+            it optional; None: the network gets None, or the default of its `forward`.
     """
 
     name: _Name
@@ -44,6 +46,8 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[_Axis, ...]
     example: tuple[_Length, ...] = ()
     values: bool | int | float | tuple[Any, ...] | Range | None = None
+    optional: bool = False
+    default: bool | int | float | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -128,7 +132,12 @@ def load(path: Path, label: str) -> Settings:
             if tensor.datatype not in STORAGE:
                 raise InvalidArgument(f"{key}.datatype: expected one of {', '.join(STORAGE)}, not {tensor.datatype!r}")
             if kind == "outputs":
-                for name, given in (("example", tensor.example), ("values", tensor.values is not None)):
+                for name, given in (
+                    ("example", tensor.example),
+                    ("values", tensor.values is not None),
+                    ("optional", tensor.optional),
+                    ("default", tensor.default is not None),
+                ):
                     if given:
                         raise InvalidArgument(f"{key}.{name}: only an input has one")
             if tensor.example and not fits(tensor.example, tensor.shape):

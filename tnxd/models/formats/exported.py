@@ -23,7 +23,7 @@ from tnxctl.frames import Array
 from tnxctl.wire import TensorSpec, excerpt
 from tnxd import structures
 from tnxd.executors.tensors import TORCH_DTYPES
-from tnxd.models.formats import examples, ignore_warnings_about_torch_itself
+from tnxd.models.formats import examples, ignore_warnings_about_torch_itself, optional
 from tnxd.models.formats.conditions import Conditions, bounds, of_program
 from tnxd.models.formats.signature import DEFAULT_MAX_BATCH_SIZE, Found, Opened, Shape, Signature, settle
 from tnxd.models.formats.writes import STORING, written, written_inputs
@@ -144,6 +144,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
         [tensor.name for tensor in settings.outputs],
     )
     signature = settle(description.found, settings, source.settings_label, label)
+    signature = optional.settle(signature, settings, source.settings_label, label, None)
     description = replace(description, returned=tuple(description.returned[index] for index in signature.returned))
     if signature.max_batch_size:
         description = replace(description, conditions=description.conditions.without_rows())

@@ -27,6 +27,7 @@ class Signature:
         inputs, outputs, max_batch_size: as in `tnxd.models.model.Model`.
         examples: a shape for every input that the model surely takes.
         returned: of every output, which one of the file's it is.
+        optional: as in `tnxd.models.model.Model`.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -34,6 +35,7 @@ class Signature:
     max_batch_size: int
     examples: tuple[Shape, ...]
     returned: tuple[int, ...]
+    optional: Mapping[str, Array | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

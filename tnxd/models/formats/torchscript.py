@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from tnxctl.errors import FailedPrecondition
-from tnxd.models.formats import ignore_warnings_about_torch_itself
-from tnxd.models.formats.calling import arranged, check_names
+from tnxd.models.formats import ignore_warnings_about_torch_itself, optional
+from tnxd.models.formats.calling import arranged, check_names, defaults
 from tnxd.models.formats.precision import Precision
 from tnxd.models.formats.signature import Opened, declared
 from tnxd.models.formats.writes import written_by_script
@@ -39,9 +39,12 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
 
     first = [load()]  # for the first build, and held no longer
     writes = written_by_script(first[0])
+    signature = optional.settle(signature, settings, source.settings_label, label, defaults(first[0]))
 
     def build() -> torch.nn.Module:
-        module = arranged(first.pop() if first else load(), [spec.name for spec in signature.inputs])
+        module = arranged(
+            first.pop() if first else load(), [spec.name for spec in signature.inputs], signature.optional
+        )
         if settings.dtype:
             module = Precision(module, getattr(torch, settings.dtype), signature.outputs)
         for parameter in module.parameters():
