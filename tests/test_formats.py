@@ -705,10 +705,13 @@ def test_versions_share_modules_in_the_directory_of_the_model(tmp_path: Path) ->
 
 
 def test_a_module_that_changed_since_the_check_is_not_executed(tmp_path: Path) -> None:
-    path = save_weights(tmp_path).parent / "net.py"
+    late = "calls = []\ndef make():\n    calls.append(1)\n    if len(calls) > 1: from . import late\n    return Net()\n"
+    path = save_weights(tmp_path, network=NETWORK.partition("def make")[0] + late).parent / "late.py"
+    path.write_text("")
     model = open_model(tmp_path, TOML)
+    model.factory()
     path.write_text("raise RuntimeError('another one')")
-    with pytest.raises(FailedPrecondition, match=r"net/1/net.py changed"):
+    with pytest.raises(FailedPrecondition, match=r"net/1/late.py changed"):
         model.factory()
 
 

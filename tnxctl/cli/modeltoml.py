@@ -54,6 +54,10 @@ TEMPLATE = """\
 # 0 (first) to 3 (last), for requests that do not say it themselves.
 # priority = 1
 
+# Modules of installed packages to import before the model file is read: what has the operators, or the classes of
+# outputs, that it uses. Default: none.
+# imports = ["torchvision"]
+
 # "shared": the model keeps something from one request to the next, and that is meant for all of them. Then one request
 # runs at a time. "": a model that does so is refused.
 # state = ""

@@ -19,7 +19,7 @@ from tnxd.batching import Staging, split
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.executors.tensors import empty_outputs
 from tnxd.models.model import Item
-from tnxd.sentences import first_line
+from tnxd.sentences import first_line, sentence
 
 log = logging.getLogger(__name__)
 
@@ -161,4 +161,4 @@ class Runner(ABC):
         log.error("%s on %s raised", model.name, self.device, exc_info=error)
         if execution.fatal:
             return Unavailable(f"{self.device} failed: {execution.fatal}")
-        return Internal(f"model {model.name!r} raised {type(error).__name__}: {first_line(error)}")
+        return Internal(f"model {model.name!r} raised {sentence(error)}")

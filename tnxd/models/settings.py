@@ -74,6 +74,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         warm_up: batch sizes to run before it serves; (): powers of two up to the limit.
         time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
         deadline_us, priority: of requests that say nothing about it.
+        imports: modules to import before the model file is read.
         state: "shared": what the module keeps from one request to the next is meant for all of them.
         audit: share of the batches that are computed again in idle time, 0 to 1; None: 0.001.
         factory: "module:function" that makes the network for model.safetensors.
@@ -91,6 +92,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     time_limit_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] = DEFAULT_PRIORITY
+    imports: tuple[str, ...] = ()
     state: Literal["", "shared"] = ""
     audit: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     factory: str = ""
@@ -105,6 +107,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _FACTORY = re.compile(r"[A-Za-z_]\w*:[A-Za-z_]\w*", re.ASCII)
 
 
@@ -123,6 +126,9 @@ def load(path: Path, label: str) -> Settings:
             raise InvalidArgument(f"{label}: devices: {device!r} is none of cpu, cuda, cuda:N")
     if settings.factory and not _FACTORY.fullmatch(settings.factory):
         raise InvalidArgument(f'{label}: factory: {settings.factory!r} is not "module:function"')
+    for index, name in enumerate(settings.imports):
+        if not _MODULE.fullmatch(name):
+            raise InvalidArgument(f"{label}: imports[{index}]: {name!r} is no name of a module")
     for kind, tensors in (("inputs", settings.inputs), ("outputs", settings.outputs)):
         names = [tensor.name for tensor in tensors]
         for index, tensor in enumerate(tensors):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import threading
 import zipfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,14 +26,14 @@ from tnxctl.frames import Array
 from tnxctl.wire import TensorSpec, excerpt
 from tnxd import structures
 from tnxd.executors.tensors import TORCH_DTYPES
-from tnxd.models.formats import examples, ignore_warnings_about_torch_itself, optional
+from tnxd.models.formats import examples, ignore_warnings_about_torch_itself, libraries, optional
 from tnxd.models.formats.conditions import Conditions, bounds, of_program
 from tnxd.models.formats.signature import DEFAULT_MAX_BATCH_SIZE, Found, Opened, Shape, Signature, settle
 from tnxd.models.formats.writes import STORING, written, written_inputs
 from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import MAX_NAME
 from tnxd.models.trust import TrustedFiles
-from tnxd.sentences import sentence
+from tnxd.sentences import cause, sentence
 
 FILE = "model.pt2"
 
@@ -149,7 +152,8 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     if signature.max_batch_size:
         description = replace(description, conditions=description.conditions.without_rows())
     writes = written(program)
-    notes = description.notes + tuple(f"{label} was exported in training mode: {what}" for what in _training(program))
+    notes = description.notes + libraries.note(libraries.of_program(program), settings.imports, label)
+    notes += tuple(f"{label} was exported in training mode: {what}" for what in _training(program))
     first = [program]  # for the first build, and held no longer
     del program
 
@@ -170,10 +174,33 @@ def load(files: TrustedFiles, label: str) -> ExportedProgram:
         if not zipfile.is_zipfile(file):
             raise FailedPrecondition(f"{label}: incomplete, or not a program of torch.export")
         file.seek(0)
-        try:
-            return torch.export.load(file)
-        except Exception as error:  # whatever torch stumbles over
-            raise FailedPrecondition(f"{label}: torch {torch.__version__} cannot load it: {sentence(error)}") from error
+        with _what_is_logged() as logged:
+            try:
+                return torch.export.load(file)
+            except Exception as error:  # whatever torch stumbles over
+                why = cause(logged[-1] if logged else error)
+                raise FailedPrecondition(f"{label}: torch {torch.__version__} cannot load it: {why}") from error
+
+
+@contextlib.contextmanager
+def _what_is_logged() -> Iterator[list[BaseException]]:
+    """Errors that torch.export only logs, and then raises another that says to look there."""
+    thread = threading.get_ident()
+    errors: list[BaseException] = []
+
+    def hear(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if record.thread != thread or error is None:
+            return True
+        errors.append(error)
+        return False
+
+    log = logging.getLogger("torch.export")
+    log.addFilter(hear)
+    try:
+        yield errors
+    finally:
+        log.removeFilter(hear)
 
 
 def describe(

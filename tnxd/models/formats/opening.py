@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tnxctl.errors import FailedPrecondition
-from tnxd.models.formats import compiling, examples, exported, onnx, optional, torchscript, weights
+from tnxd.models.formats import compiling, examples, exported, libraries, onnx, optional, torchscript, weights
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import DEFAULT_AUDIT, Model
 from tnxd.models.repository import WITH_MODULES, RepositorySource
@@ -32,6 +32,7 @@ def read(source: RepositorySource) -> Opened:
             require_manifest=source.require_manifest,
             modules=source.format in WITH_MODULES,
         )
+        libraries.load(source.settings.imports, source.settings_label)
         return examples.add(_READERS[source.format](source, files), source, files)
     except OSError as error:
         where = source.guard.label(source.directory) if error.filename is None else error.filename
