@@ -51,14 +51,20 @@ def tensors(names: str, datatype: str, shape: list[int], kind: str = "inputs") -
     return "".join(f'[[{kind}]]\nname = "{name}"\ndatatype = "{datatype}"\nshape = {shape}\n' for name in names.split())
 
 
-def ask(model: Model, module: torch.nn.Module, *arrays: Array) -> dict[str, Array]:
-    """Outputs by name, as an executor gets them: held against the signature before and after."""
-    specs = [
-        TensorSpec(spec.name, spec.datatype, array.shape) for spec, array in zip(model.inputs, arrays, strict=True)
-    ]
-    bound = model.bind(specs, arrays)
+def ask(model: Model, module: torch.nn.Module, *arrays: Array | None) -> dict[str, Array]:
+    """Outputs by name, as an executor gets them: held against the signature before and after.
+
+    Args:
+        arrays: in the order of the inputs; None is left out of the request.
+    """
+    pairs = [(spec, array) for spec, array in zip(model.inputs, arrays, strict=True) if array is not None]
+    specs = [TensorSpec(spec.name, spec.datatype, array.shape) for spec, array in pairs]
+    bound = model.bind(specs, [array for _, array in pairs])
     with torch.inference_mode():
-        inputs = [to_tensor(array, spec.datatype) for array, spec in zip(bound.arrays, model.inputs, strict=True)]
+        inputs = [
+            None if array is None else to_tensor(array, spec.datatype)
+            for array, spec in zip(bound.arrays, model.inputs, strict=True)
+        ]
         outputs = check_outputs(model, module(*inputs), bound.rows)
     return {spec.name: to_array(output) for spec, output in zip(model.outputs, outputs, strict=True)}
 

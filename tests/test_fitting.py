@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -30,7 +31,13 @@ IMAGE = served(TensorSpec("x", "FP32", (-1, 3)))
 TOKENS = served(TensorSpec("ids", "INT64", (-1, -1)), TensorSpec("mask", "BOOL", (-1, -1)))
 TABLE = served(TensorSpec("x", "FP32", (-1, -1)))
 PAIR = served(TensorSpec("a", "UINT8", (-1, 2)), TensorSpec("b", "UINT16", (-1, -1)))
-MODELS = [IMAGE, TABLE, TOKENS, PAIR]
+EITHER = replace(
+    served(
+        TensorSpec("ids", "INT64", (-1, -1)), TensorSpec("mask", "FP32", (-1, -1)), TensorSpec("x", "FP32", (-1, 3))
+    ),
+    optional={"mask": np.array(1, np.float32), "x": None},
+)
+MODELS = [IMAGE, TABLE, TOKENS, PAIR, EITHER]
 
 _SPECS = st.sampled_from(
     [
@@ -44,6 +51,9 @@ _SPECS = st.sampled_from(
         (TensorSpec("a", "UINT8", (1, 2)), TensorSpec("b", "UINT16", (1, 1))),
         (TensorSpec("b", "UINT16", (1, 1)), TensorSpec("a", "UINT8", (1, 2))),
         (TensorSpec("b", "UINT16", (1, 4)), TensorSpec("a", "UINT8", (1, 2))),
+        (TensorSpec("ids", "INT64", (1, 2)),),
+        (TensorSpec("ids", "INT64", (1, 2)), TensorSpec("mask", "FP32", (1, 2))),
+        (TensorSpec("x", "FP32", (1, 3)), TensorSpec("ids", "INT64", (1, 3))),
         (),
     ]
 )
@@ -53,7 +63,7 @@ _SPECS = st.sampled_from(
 def _requests(draw: st.DrawFn) -> tuple[Model, tuple[TensorSpec, ...], list[bytes]]:
     """Mostly what fits."""
     specs = draw(_SPECS)
-    model = draw(st.sampled_from([model for model in MODELS if len(model.inputs) == len(specs)] or MODELS))
+    model = draw(st.sampled_from([model for model in MODELS if len(model.inputs) == len(specs)] + [EITHER]))
     lengths = [STORAGE[spec.datatype].itemsize * math.prod(spec.shape) for spec in specs]
     frames = [bytes([draw(st.sampled_from([0, 1, 1, 2]))] * length) for length in lengths]
     odd = draw(st.sampled_from(["", "", "", "one more", "one less", "longer", "shorter"]))
@@ -67,7 +77,7 @@ def _requests(draw: st.DrawFn) -> tuple[Model, tuple[TensorSpec, ...], list[byte
 
 
 def seen(bound: BoundInputs) -> list[object]:
-    arrays = [(array.dtype, array.shape, array.tobytes()) for array in bound.arrays]
+    arrays = [None if array is None else (array.dtype, array.shape, array.tobytes()) for array in bound.arrays]
     return [arrays, bound.rows, bound.group, bound.nbytes]
 
 
@@ -94,6 +104,7 @@ def test_arrays_are_views_of_the_frames_and_keep_them_alive() -> None:
     for number in range(3):
         frame = zmq.Frame(np.full(3, number, np.float32).tobytes())
         (array,) = fitting.bind(IMAGE, specs, [frame], LIMITS).arrays
+        assert array is not None
         assert np.shares_memory(array, np.frombuffer(frame, np.float32))
         del frame
         assert array.tolist() == [[number] * 3]
@@ -117,3 +128,14 @@ def test_every_truth_value_is_looked_at() -> None:
         fitting.bind(TOKENS, specs, [bytes(16), b"\0\1"], LIMITS)
     with pytest.raises(InvalidArgument, match="byte 2 is not a BOOL"):
         fitting.bind(TOKENS, specs, [bytes(16), b"\1\2"], LIMITS)
+
+
+def test_what_fills_an_input_is_each_requests_own() -> None:
+    fitting = Fitting()
+    specs = (TensorSpec("ids", "INT64", (1, 2)),)
+    for _ in range(3):
+        _, mask, x = fitting.bind(EITHER, specs, [bytes(16)], LIMITS).arrays
+        assert x is None
+        assert mask is not None
+        assert mask.tolist() == [[1, 1]]
+        mask += 1

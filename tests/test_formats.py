@@ -324,37 +324,33 @@ def test_arguments_that_are_no_tensors_are_what_they_were(tmp_path: Path) -> Non
     assert ask(model, model.factory(), np.ones((1, 4), np.float32))["output"].tolist() == [[2.0] * 4]
 
 
-class Nested(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> Any:
-        return {"pair": (x, x)}
-
-
-class NestedInput(torch.nn.Module):
-    def forward(self, pair: list[torch.Tensor]) -> torch.Tensor:
-        return pair[0] + pair[1]
-
-
 class Complex(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.complex(x, x)
 
 
-class Maybe(torch.nn.Module):
+class Silent(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
-        return x + 1, None
+        return {"none": None, "three": 3}
+
+
+class Deaf(torch.nn.Module):
+    def forward(self, options: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.ones(3)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"a": {"b": x + 1}, "a.b": x + 2}
 
 
 @pytest.mark.parametrize(
     ("network", "args", "said"),
     [
-        (
-            Nested(),
-            (torch.zeros(2),),
-            "net/1/model.pt2: the output 'pair' is a tuple of tensors: only tensors can be served",
-        ),
-        (NestedInput(), ([torch.zeros(2), torch.zeros(2)],), "the input 'pair' is a list"),
         (Complex(), (torch.zeros(2),), "'output' is torch.complex64, which cannot be served"),
-        (Maybe(), (torch.zeros(2),), "the output 'output_1' is not a tensor"),
+        (Silent(), (torch.zeros(2),), "net/1/model.pt2: returns no tensor: there is nothing to serve"),
+        (Deaf(), ({},), "net/1/model.pt2: takes no tensor: there is nothing to serve"),
+        (Twice(), (torch.zeros(2),), "net/1/model.pt2: two outputs would be called 'a.b'"),
     ],
 )
 def test_programs_that_cannot_be_served(tmp_path: Path, network: torch.nn.Module, args: Any, said: str) -> None:
@@ -709,10 +705,13 @@ def test_versions_share_modules_in_the_directory_of_the_model(tmp_path: Path) ->
 
 
 def test_a_module_that_changed_since_the_check_is_not_executed(tmp_path: Path) -> None:
-    path = save_weights(tmp_path).parent / "net.py"
+    late = "calls = []\ndef make():\n    calls.append(1)\n    if len(calls) > 1: from . import late\n    return Net()\n"
+    path = save_weights(tmp_path, network=NETWORK.partition("def make")[0] + late).parent / "late.py"
+    path.write_text("")
     model = open_model(tmp_path, TOML)
+    model.factory()
     path.write_text("raise RuntimeError('another one')")
-    with pytest.raises(FailedPrecondition, match=r"net/1/net.py changed"):
+    with pytest.raises(FailedPrecondition, match=r"net/1/late.py changed"):
         model.factory()
 
 

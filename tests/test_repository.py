@@ -349,7 +349,12 @@ def test_the_commented_model_toml_names_every_key(tmp_path: Path) -> None:
     written = msgspec.toml.decode(path.read_bytes())
     assert set(written) == set(Settings.__struct_fields__)
     assert set(written["inputs"][0]) == set(settings.Tensor.__struct_fields__)
-    assert set(written["outputs"][0]) == set(settings.Tensor.__struct_fields__) - {"example", "values"}
+    assert set(written["outputs"][0]) == set(settings.Tensor.__struct_fields__) - {
+        "example",
+        "values",
+        "optional",
+        "default",
+    }
     assert set(written["traffic"]) == set(settings.Traffic.__struct_fields__)
     defaults = Settings()
     for key in ("versions", "compile", "priority", "replicas"):

@@ -114,7 +114,7 @@ class Background:
         if model.key in self._stopped:
             return
         items, outcomes = original.items[start:stop], original.outcomes[start:stop]
-        nbytes = sum([array.nbytes for item in items for array in item])
+        nbytes = sum([array.nbytes for item in items for array in item if array is not None])
         nbytes += sum([array.nbytes for answer in outcomes if isinstance(answer, tuple) for array in answer])
         if len(self._waiting) >= _MAX_WAITING or self._nbytes + nbytes > _MAX_WAITING_BYTES:
             purpose.skip(len(items))

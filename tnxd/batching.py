@@ -26,7 +26,7 @@ class Staging:
     def __init__(self, allocate: Allocate, max_bytes: int = 256 * 1024 * 1024) -> None:
         self._allocate = allocate
         self._max_bytes = max_bytes
-        self._sets: dict[tuple[str, tuple[int, ...]], list[Array]] = {}
+        self._sets: dict[tuple[str, tuple[int, ...]], list[Array | None]] = {}
         self._nbytes = 0
 
     def gather(
@@ -34,27 +34,30 @@ class Staging:
         model: str,
         specs: Sequence[TensorSpec],
         group: tuple[int, ...],
-        items: Sequence[Sequence[Array]],
+        items: Sequence[Sequence[Array | None]],
         rows: int,
-    ) -> list[Array]:
+    ) -> list[Array | None]:
         """Copy the inputs of every item below each other.
 
         Args:
             model: key of the model; specs: its inputs; group: lengths of their variable axes.
-            items: per request, its arrays in the order of `specs`, each `[rows_i, ...]`.
+            items: per request, its arrays in the order of `specs`, each `[rows_i, ...]`; None in all of them for an
+                input that did not come.
             rows: sum of all rows_i.
 
         Returns:
-            One array `[rows, ...]` per input: views of buffers that the next gather of this lane writes again.
+            One array `[rows, ...]` per input, or None: views of buffers that the next gather of this lane writes again.
         """
         buffers = self._buffers(model, specs, group, items[0], rows)
         if len(items) == 1:
             for buffer, array in zip(buffers, items[0], strict=True):
-                buffer[:rows] = array
+                if buffer is not None:
+                    buffer[:rows] = array
         else:
             for position, buffer in enumerate(buffers):
-                np.concatenate([item[position] for item in items], out=buffer[:rows])
-        return [buffer[:rows] for buffer in buffers]
+                if buffer is not None:
+                    np.concatenate([item[position] for item in items], out=buffer[:rows])  # type: ignore[misc]
+        return [None if buffer is None else buffer[:rows] for buffer in buffers]
 
     def forget(self, model: str) -> None:
         """Let the buffers of a model go."""
@@ -62,16 +65,21 @@ class Staging:
             self._nbytes -= _nbytes(self._sets.pop(key))
 
     def _buffers(
-        self, model: str, specs: Sequence[TensorSpec], group: tuple[int, ...], example: Sequence[Array], rows: int
-    ) -> list[Array]:
+        self,
+        model: str,
+        specs: Sequence[TensorSpec],
+        group: tuple[int, ...],
+        example: Sequence[Array | None],
+        rows: int,
+    ) -> list[Array | None]:
         key = (model, group)
         buffers = self._sets.pop(key, None)
         if buffers is not None:
             self._nbytes -= _nbytes(buffers)
-        if buffers is None or len(buffers[0]) < rows:
+        if buffers is None or _capacity(buffers) < rows:
             capacity = 1 << max(rows - 1, 0).bit_length()
             buffers = [
-                self._allocate((capacity, *array.shape[1:]), STORAGE[spec.datatype])
+                None if array is None else self._allocate((capacity, *array.shape[1:]), STORAGE[spec.datatype])
                 for spec, array in zip(specs, example, strict=True)
             ]
         self._sets[key] = buffers  # last in the dict: most recently used
@@ -82,8 +90,16 @@ class Staging:
         return buffers
 
 
-def _nbytes(buffers: Sequence[Array]) -> int:
-    return sum([buffer.nbytes for buffer in buffers])
+def _capacity(buffers: Sequence[Array | None]) -> int:
+    """Rows that all of them have room for."""
+    for buffer in buffers:
+        if buffer is not None:
+            return len(buffer)
+    return 0
+
+
+def _nbytes(buffers: Sequence[Array | None]) -> int:
+    return sum([buffer.nbytes for buffer in buffers if buffer is not None])
 
 
 def split(outputs: Sequence[Array], rows: Sequence[int]) -> list[tuple[Array, ...]]:

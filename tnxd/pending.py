@@ -7,7 +7,7 @@ import time
 from tnxctl.frames import Array
 from tnxctl.wire import VERSION, Predict, Result, TensorSpec, Timing, encode
 from tnxd.executors.execution import Execution
-from tnxd.models.model import BoundInputs, Model
+from tnxd.models.model import BoundInputs, Item, Model
 from tnxd.registry import Version
 from tnxd.router import Message
 from tnxd.work import NEVER, Batch, Request
@@ -28,7 +28,7 @@ class Pending(Request, kw_only=True):
     id: int
     version: Version
     served: Model
-    arrays: tuple[Array, ...]
+    arrays: Item
     received_ns: int
     queued_ns: int
 

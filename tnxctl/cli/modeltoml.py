@@ -54,6 +54,10 @@ TEMPLATE = """\
 # 0 (first) to 3 (last), for requests that do not say it themselves.
 # priority = 1
 
+# Modules of installed packages to import before the model file is read: what has the operators, or the classes of
+# outputs, that it uses. Default: none.
+# imports = ["torchvision"]
+
 # "shared": the model keeps something from one request to the next, and that is meant for all of them. Then one request
 # runs at a time. "": a model that does so is refused.
 # state = ""
@@ -70,13 +74,16 @@ TEMPLATE = """\
 # model.pt2 and model.onnx say it themselves, and what stands here narrows it: -1 to a length. The example of an input
 # is a shape that fits, for the warm-up; without one, the lengths that the program was exported with, else 1. Its values
 # are what stands in a tensor of that shape: one number, lists of them, or random ones, as here. A file example.npz, in
-# the folder of the version or in this one, can have them, too, by the names of the inputs.
+# the folder of the version or in this one, can have them, too, by the names of the inputs. An optional input may be
+# left out by a request: the network gets None, or the number that is the default. model.pt2 and model.onnx need that.
 # [[inputs]]
 # name = "x"
 # datatype = "FP32"
 # shape = [-1, 256]
 # example = [1, 256]
 # values = { low = 0, high = 255 }
+# optional = false
+# default = 0.0
 
 # [[outputs]]
 # name = "y"

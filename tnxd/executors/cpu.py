@@ -17,6 +17,7 @@ from tnxd.executors.execution import Execution
 from tnxd.executors.host import Peak, free_memory, peak_memory
 from tnxd.executors.runner import Runner
 from tnxd.executors.tensors import check_outputs, to_array, to_tensor
+from tnxd.models.model import Item
 
 # MKL cuts larger weights into blocks that it copies anyway: what one batch size gains, another loses.
 _MOST_ORDERED = 1 << 20
@@ -83,14 +84,17 @@ class CpuRunner(Runner):
         heap.trim()  # what is kept and used again would not show
         return peak_memory()
 
-    def forward(self, execution: Execution, items: Sequence[tuple[Array, ...]], rows: int) -> list[Array]:
+    def forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
         model = execution.model
         begin = time.perf_counter_ns()
-        arrays: Sequence[Array] = items[0]
+        arrays: Sequence[Array | None] = items[0]
         gather = len(items) > 1
         if gather:
             arrays = self.staging.gather(model.key, model.inputs, execution.group, items, rows)
-        tensors = [to_tensor(array, spec.datatype) for array, spec in zip(arrays, model.inputs, strict=True)]
+        tensors = [
+            None if array is None else to_tensor(array, spec.datatype)
+            for array, spec in zip(arrays, model.inputs, strict=True)
+        ]
         gathered = time.perf_counter_ns()
         raw = self.calls[model.key](*tensors)
         done = time.perf_counter_ns()
@@ -100,7 +104,9 @@ class CpuRunner(Runner):
         if gather:
             # A model may hand its input through; the next batch would overwrite what is still being sent.
             return [
-                output.copy() if any(np.may_share_memory(output, array) for array in arrays) else output
+                output.copy()
+                if any(array is not None and np.may_share_memory(output, array) for array in arrays)
+                else output
                 for output in outputs
             ]
         return outputs

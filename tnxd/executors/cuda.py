@@ -20,6 +20,7 @@ from tnxd.executors.execution import Execution
 from tnxd.executors.host import Peak
 from tnxd.executors.runner import Runner
 from tnxd.executors.tensors import check_outputs, to_array, to_tensor
+from tnxd.models.model import Item
 from tnxd.sentences import first_line
 
 _MIB = 1024 * 1024
@@ -118,7 +119,7 @@ class CudaRunner(Runner):
         super().run(execution)
         execution.memory_free_mb = self._memory.free_mb
 
-    def forward(self, execution: Execution, items: Sequence[tuple[Array, ...]], rows: int) -> list[Array]:
+    def forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
         model = execution.model
         begin = time.perf_counter_ns()
         if model.max_batch_size:
@@ -126,6 +127,9 @@ class CudaRunner(Runner):
         else:
             staged = []
             for array, spec in zip(items[0], model.inputs, strict=True):
+                if array is None:
+                    staged.append(None)
+                    continue
                 buffer = _pinned(array.shape, STORAGE[spec.datatype])
                 np.copyto(buffer, array)
                 staged.append(buffer)
@@ -134,7 +138,7 @@ class CudaRunner(Runner):
         try:
             start.record()
             inputs = [
-                to_tensor(array, spec.datatype).to(self._device, non_blocking=True)
+                None if array is None else to_tensor(array, spec.datatype).to(self._device, non_blocking=True)
                 for array, spec in zip(staged, model.inputs, strict=True)
             ]
             copied.record()

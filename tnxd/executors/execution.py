@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from tnxctl.errors import TensorNextError
 from tnxctl.frames import Array
-from tnxd.models.model import Model
+from tnxd.models.model import Item, Model
 from tnxd.work import Batch
 
 PURE = "pure"
@@ -27,7 +27,8 @@ class Execution:
     Attributes:
         batch: what the scheduler decided.
         model: what to run.
-        items: inputs per request, in the order of the model's signature. rows: their lengths along axis 0.
+        items: inputs per request, in the order of the model's signature, None for those that did not come, the same
+            in all items. rows: their lengths along axis 0.
         group: lengths of the variable axes, the same for all items.
         outcomes: per request, filled by the executor.
         started_ns, finished_ns: of the monotonic clock (`time.perf_counter_ns`).
@@ -65,7 +66,7 @@ class Execution:
         self,
         batch: Batch,
         model: Model,
-        items: Sequence[tuple[Array, ...]],
+        items: Sequence[Item],
         rows: Sequence[int],
         group: tuple[int, ...],
     ) -> None:

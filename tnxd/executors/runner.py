@@ -22,8 +22,8 @@ from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.host import Peak
 from tnxd.executors.tensors import empty_outputs
 from tnxd.executors.trial.copies import Call
-from tnxd.models.model import Model
-from tnxd.sentences import first_line
+from tnxd.models.model import Item, Model
+from tnxd.sentences import first_line, sentence
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Runner(ABC):
         self._inference_mode.__enter__()
 
     @abstractmethod
-    def forward(self, execution: Execution, items: Sequence[tuple[Array, ...]], rows: int) -> list[Array]:
+    def forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
         """Run the model once on the rows of `items`, in order.
 
         Adds to gather_us, h2d_us, d2h_us and latency_us of the execution.
@@ -126,7 +126,7 @@ class Runner(ABC):
         middle = (start + stop) // 2
         return self._attempt(execution, start, middle) + self._attempt(execution, middle, stop)
 
-    def _alone(self, execution: Execution, item: tuple[Array, ...], rows: int) -> list[Array]:
+    def _alone(self, execution: Execution, item: Item, rows: int) -> list[Array]:
         """Run one request, in pieces that are joined again where it has too many rows for one forward."""
         model, batch = execution.model, execution.batch
         if not model.max_batch_size:
@@ -136,7 +136,9 @@ class Runner(ABC):
         at = 0
         while at < rows or not pieces:
             count = min(step, rows - at)
-            piece = item if count == rows else tuple([array[at : at + count] for array in item])
+            piece = (
+                item if count == rows else tuple([None if array is None else array[at : at + count] for array in item])
+            )
             try:
                 pieces.append(self._forward(execution, [piece], count))
                 at += count
@@ -150,7 +152,7 @@ class Runner(ABC):
             step = count // 2
         return pieces[0] if len(pieces) == 1 else _joined(model, pieces, execution)
 
-    def _forward(self, execution: Execution, items: Sequence[tuple[Array, ...]], rows: int) -> list[Array]:
+    def _forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
         """`forward`, and how much of it the memory of the device allows is noted."""
         try:
             outputs = self.forward(execution, items, rows)
@@ -172,7 +174,7 @@ class Runner(ABC):
         log.error("%s on %s raised", model.name, self.device, exc_info=error)
         if execution.fatal:
             return Unavailable(f"{self.device} failed: {execution.fatal}")
-        return Internal(f"model {model.name!r} raised {type(error).__name__}: {first_line(error)}")
+        return Internal(f"model {model.name!r} raised {sentence(error)}")
 
 
 def _joined(model: Model, pieces: Sequence[Sequence[Array]], execution: Execution) -> list[Array]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from tnxctl.errors import Internal
+from tnxctl.errors import FailedPrecondition, Internal
 from tnxctl.frames import Array
+from tnxctl.wire import excerpt
+from tnxd import structures
 from tnxd.models.model import Model
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -59,22 +61,8 @@ def check_outputs(model: Model, raw: object, rows: int) -> list[torch.Tensor]:
         Internal: it is not what the signature promises; the sentence says how.
     """
     expected = model.outputs
-    found: Sequence[object]
-    if isinstance(raw, torch.Tensor):
-        found = (raw,)
-    elif isinstance(raw, Mapping):
-        missing = [spec.name for spec in expected if spec.name not in raw]
-        if missing:
-            raise Internal(f"model {model.name!r} did not return the output {missing[0]!r}, only {list(raw)}")
-        found = [raw[spec.name] for spec in expected]
-    elif isinstance(raw, (tuple, list)):
-        found = raw
-    else:
-        raise Internal(f"model {model.name!r} returned {type(raw).__name__}, not tensors")
-    if len(found) != len(expected):
-        raise Internal(f"model {model.name!r} returned {len(found)} outputs, its signature has {len(expected)}")
     tensors = []
-    for spec, tensor in zip(expected, found, strict=True):
+    for spec, tensor in zip(expected, _found(model, raw), strict=True):
         if not isinstance(tensor, torch.Tensor):
             raise Internal(f"model {model.name!r}: output {spec.name!r} is {type(tensor).__name__}, not a tensor")
         if tensor.dtype is not TORCH_DTYPES[spec.datatype]:
@@ -89,3 +77,48 @@ def check_outputs(model: Model, raw: object, rows: int) -> list[torch.Tensor]:
             raise Internal(f"model {model.name!r}: output {spec.name!r} has shape {list(shape)}, not {list(wanted)}")
         tensors.append(tensor)
     return tensors
+
+
+def _found(model: Model, raw: object) -> Sequence[object]:
+    """What stands for each output of the signature. Most models return just that; others a structure with it inside."""
+    expected = model.outputs
+    if isinstance(raw, torch.Tensor):
+        if len(expected) == 1:
+            return (raw,)
+    elif type(raw) in (tuple, list):
+        assert isinstance(raw, (tuple, list))
+        if len(raw) == len(expected) and all(isinstance(part, torch.Tensor) for part in raw):
+            return raw
+    elif isinstance(raw, dict):
+        found = [raw.get(spec.name) for spec in expected]
+        if all(isinstance(part, torch.Tensor) for part in found):
+            return found
+    return pick(raw, [spec.name for spec in expected], model.name)
+
+
+def pick(raw: object, names: Sequence[str], model: str) -> list[object]:
+    """Of a structure that a model returned, what has those names; in a tuple or list, what comes in that order.
+
+    Raises:
+        Internal: it is not there; the sentence says what is.
+    """
+    try:
+        found = structures.leaves(raw)
+    except FailedPrecondition as error:
+        raise Internal(f"model {model!r} returned {error.message}") from None
+    named = structures.has_names(raw)
+    if not named and not all(name in found for name in names):
+        tensors = [value for value in found.values() if isinstance(value, torch.Tensor)]
+        if len(tensors) == len(names):
+            return [*tensors]
+        if not tensors:
+            raise Internal(f"model {model!r} returned {type(raw).__name__}, not tensors")
+        raise Internal(
+            f"model {model!r} returned {len(tensors)} outputs, its signature has {len(names)}: {excerpt([*found])}"
+        )
+    for name in names:
+        if name not in found:
+            within = [path for path in found if path.startswith(f"{name}.")]
+            what = f"{excerpt(within)} within it" if within else f"only {excerpt([*found])}"
+            raise Internal(f"model {model!r} did not return the output {name!r}, {what}")
+    return [found[name] for name in names]

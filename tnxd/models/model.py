@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
+import numpy as np
 
 from tnxctl.errors import InvalidArgument
 from tnxctl.frames import Array
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 
+Item = tuple[Array | None, ...]
+"""The inputs of one request, in the order of the signature; None for one that did not come."""
+
 DEFAULT_AUDIT = 0.001
 """Share of the batches that are computed again where model.toml does not say another."""
 
@@ -24,13 +28,14 @@ class BoundInputs(msgspec.Struct, frozen=True, gc=False):
     """Inputs that fit a signature.
 
     Attributes:
-        arrays: in the signature's order.
+        arrays: in the signature's order; None for an optional input that did not come.
         rows: length of axis 0; 1 for a model without a batch axis.
-        group: lengths of the variable axes; only requests with equal groups can share a batch.
+        group: lengths of the variable axes, and a negative number that stands for an input that did not come; only
+            requests with equal groups can share a batch.
         nbytes: of all arrays.
     """
 
-    arrays: tuple[Array, ...]
+    arrays: Item
     rows: int
     group: tuple[int, ...]
     nbytes: int
@@ -56,6 +61,8 @@ class Model:
         max_delay_us: how long a batch smaller than the limit waits for company; None: as the daemon is configured.
         time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
         deadline_us, priority: of requests that say nothing about it.
+        optional: inputs that a request may leave out -> the number that fills them then, without axes, or None, which
+            the module gets in its place.
         warm_up: batch sizes to run before it serves; empty: 1, 2, 4, ... up to the limit.
         generation: counts how often this version has been loaded anew with other contents.
         notes: what an operator should know about it.
@@ -87,6 +94,7 @@ class Model:
     generation: int = 0
     notes: tuple[str, ...] = ()
     examples: tuple[tuple[int, ...], ...] = ()
+    optional: Mapping[str, Array | None] = field(default_factory=dict, compare=False)
     example_values: Mapping[str, Array] = field(default_factory=dict, repr=False, compare=False)
     writes: tuple[str, ...] = ()
     state: Literal["", "shared"] = ""
@@ -109,7 +117,7 @@ class Model:
         """Hold a request's tensors against the signature.
 
         Args:
-            specs: as sent. A single tensor may have the name "", it is then the model's only input.
+            specs: as sent. A single tensor may have the name "", it is then the only input that the model needs.
             arrays: one per entry of `specs`.
 
         Raises:
@@ -117,19 +125,65 @@ class Model:
         """
         rows: int | None = None
         lengths: tuple[int, ...] = ()
+        ordered: Item
         if len(specs) == 1 and len(self.inputs) == 1 and specs[0].name in ("", self.inputs[0].name):
             ordered = tuple(arrays)
             rows, lengths = self._fit(self.inputs[0], specs[0], None)
         else:
             positions = self._positions(specs)
+            if self.optional and len(positions) < len(self.inputs):
+                return self._bind_some(specs, arrays, positions)
             ordered = tuple([arrays[positions[expected.name]] for expected in self.inputs])
             for expected in self.inputs:
                 rows, group = self._fit(expected, specs[positions[expected.name]], rows)
                 lengths += group
-        nbytes = sum([array.nbytes for array in ordered])
+        return self._bound(ordered, rows, lengths)
+
+    def _bind_some(
+        self, specs: Sequence[TensorSpec], arrays: Sequence[Array], positions: dict[str, int]
+    ) -> BoundInputs:
+        """The same for a request that leaves optional inputs out."""
+        rows: int | None = None
+        groups: list[tuple[int, ...]] = []
+        for index, expected in enumerate(self.inputs):
+            position = positions.get(expected.name)
+            if position is None:
+                groups.append((-1 - index,))
+            else:
+                rows, group = self._fit(expected, specs[position], rows)
+                groups.append(group)
+        came = [(expected, specs[positions[expected.name]]) for expected in self.inputs if expected.name in positions]
+        ordered: list[Array | None] = []
+        for index, expected in enumerate(self.inputs):
+            value = self.optional.get(expected.name)
+            if expected.name in positions:
+                ordered.append(arrays[positions[expected.name]])
+            elif value is None:
+                ordered.append(None)
+            else:
+                shape = self._filled_shape(expected, came, rows)
+                ordered.append(np.full(shape, value, value.dtype))
+                _, groups[index] = self._fit(expected, TensorSpec(expected.name, expected.datatype, shape), rows)
+        return self._bound(tuple(ordered), rows, sum(groups, ()))
+
+    def _filled_shape(
+        self, expected: TensorSpec, came: Sequence[tuple[TensorSpec, TensorSpec]], rows: int | None
+    ) -> tuple[int, ...]:
+        """Of an input that did not come: an axis of any length is as long as that axis of the first input that did."""
+        shape = list(expected.shape)
+        for axis, length in enumerate(expected.shape):
+            if length == -1:
+                like = [got.shape[axis] for want, got in came if want.shape[axis : axis + 1] == (-1,)]
+                shape[axis] = like[0] if like else 1
+        if rows is not None:
+            shape[0] = rows
+        return tuple(shape)
+
+    def _bound(self, ordered: Item, rows: int | None, lengths: tuple[int, ...]) -> BoundInputs:
+        nbytes = sum([array.nbytes for array in ordered if array is not None])
         if rows is None:
             return BoundInputs(ordered, 1, lengths, nbytes)
-        if rows > self.max_batch_size and not any(array.size for array in ordered):
+        if rows > self.max_batch_size and not any(array.size for array in ordered if array is not None):
             raise InvalidArgument(
                 f"model {self.name!r}: {rows} rows without an element; it takes {self.max_batch_size}"
             )
@@ -141,10 +195,16 @@ class Model:
             names = [spec.name for spec in specs]
             raise InvalidArgument(f"an input of {self.name!r} came twice: {excerpt(names)}")
         wanted = [expected.name for expected in self.inputs]
+        if list(positions) == [""]:
+            required = [name for name in wanted if name not in self.optional]
+            if len(required) == 1:
+                return {required[0]: 0}
         unknown = [name for name in positions if name not in wanted]
         if unknown:
             raise InvalidArgument(f"model {self.name!r} has no input {excerpt(unknown[0])}; its inputs are {wanted}")
-        missing = [name for name in wanted if name not in positions]
+        missing = [name for name in wanted if name not in positions and name not in self.optional]
+        if not missing and not positions:
+            missing = wanted  # something has to come
         if missing:
             raise InvalidArgument(f"model {self.name!r} needs the input {missing[0]!r}, which did not come")
         return positions

@@ -13,9 +13,12 @@ from tnxctl.frames import STORAGE
 from tnxctl.wire import DEFAULT_PRIORITY, LOWEST_PRIORITY, MAX_DEADLINE_US, MAX_DIM, MAX_WEIGHT, TensorSpec
 from tnxd import tomlfile
 
+MAX_NAME = 256
+"""Characters in the name of an input or output."""
+
 _Axis = Annotated[int, msgspec.Meta(ge=-1, le=MAX_DIM)]
 _Length = Annotated[int, msgspec.Meta(ge=0, le=MAX_DIM)]
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
 _Number = Annotated[int, msgspec.Meta(ge=1)]
 _Weight = Annotated[float, msgspec.Meta(ge=0, le=MAX_WEIGHT)]
 
@@ -34,6 +37,8 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         datatype: a name of the Open Inference Protocol v2. shape: -1 is an axis of any length.
         example: of an input, a shape that fits, to warm up with; (): the lengths of the export, else 1.
         values: of an input, what to warm up with: one number everywhere, nested lists of them, or random ones.
+        optional: of an input, whether a request may leave it out. default: the number that fills it then, which makes
+            it optional; None: the network gets None, or the default of its `forward`.
     """
 
     name: _Name
@@ -41,6 +46,8 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[_Axis, ...]
     example: tuple[_Length, ...] = ()
     values: bool | int | float | tuple[Any, ...] | Range | None = None
+    optional: bool = False
+    default: bool | int | float | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -67,6 +74,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         warm_up: batch sizes to run before it serves; (): powers of two up to the limit.
         time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
         deadline_us, priority: of requests that say nothing about it.
+        imports: modules to import before the model file is read.
         state: "shared": what the module keeps from one request to the next is meant for all of them.
         audit: share of the batches that are computed again in idle time, 0 to 1; None: 0.001.
         factory: "module:function" that makes the network for model.safetensors.
@@ -84,6 +92,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     time_limit_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] = DEFAULT_PRIORITY
+    imports: tuple[str, ...] = ()
     state: Literal["", "shared"] = ""
     audit: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     factory: str = ""
@@ -98,6 +107,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _FACTORY = re.compile(r"[A-Za-z_]\w*:[A-Za-z_]\w*", re.ASCII)
 
 
@@ -116,6 +126,9 @@ def load(path: Path, label: str) -> Settings:
             raise InvalidArgument(f"{label}: devices: {device!r} is none of cpu, cuda, cuda:N")
     if settings.factory and not _FACTORY.fullmatch(settings.factory):
         raise InvalidArgument(f'{label}: factory: {settings.factory!r} is not "module:function"')
+    for index, name in enumerate(settings.imports):
+        if not _MODULE.fullmatch(name):
+            raise InvalidArgument(f"{label}: imports[{index}]: {name!r} is no name of a module")
     for kind, tensors in (("inputs", settings.inputs), ("outputs", settings.outputs)):
         names = [tensor.name for tensor in tensors]
         for index, tensor in enumerate(tensors):
@@ -125,7 +138,12 @@ def load(path: Path, label: str) -> Settings:
             if tensor.datatype not in STORAGE:
                 raise InvalidArgument(f"{key}.datatype: expected one of {', '.join(STORAGE)}, not {tensor.datatype!r}")
             if kind == "outputs":
-                for name, given in (("example", tensor.example), ("values", tensor.values is not None)):
+                for name, given in (
+                    ("example", tensor.example),
+                    ("values", tensor.values is not None),
+                    ("optional", tensor.optional),
+                    ("default", tensor.default is not None),
+                ):
                     if given:
                         raise InvalidArgument(f"{key}.{name}: only an input has one")
             if tensor.example and not fits(tensor.example, tensor.shape):

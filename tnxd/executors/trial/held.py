@@ -180,7 +180,7 @@ def _children(value: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(value, (torch.Tensor, torch.nn.Module, types.ModuleType, type, *_PLAIN)):
         return ()
     if isinstance(value, dict):
-        return [(f"[{str(key):.60}]", child) for key, child in list(value.items())]
+        return [(f"[{key!s:.60}]", child) for key, child in list(value.items())]
     if isinstance(value, (list, tuple, deque)):
         return [(f"[{index}]", child) for index, child in enumerate(list(value))]
     if isinstance(value, types.FunctionType):

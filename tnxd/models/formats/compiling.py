@@ -220,10 +220,12 @@ def compile_into(source: RepositorySource, device: torch.device, folder: Path) -
     conditions = description.conditions
     if opened.signature.max_batch_size:
         conditions = conditions.without_rows()
-    returned = [spec.name for spec in description.found.outputs]
-    wanted = [spec.name for spec in opened.signature.outputs] if description.found.named_outputs else returned
-    if len(returned) != len(opened.signature.outputs) or not set(wanted) <= set(returned):
-        raise FailedPrecondition(f"the network returns {returned}, its signature has {wanted}")
+    returned = {spec.name: at for at, spec in zip(description.returned, description.found.outputs, strict=True)}
+    wanted = [spec.name for spec in opened.signature.outputs]
+    if not returned.keys() >= set(wanted):
+        if description.found.named_outputs or len(returned) != len(wanted):
+            raise FailedPrecondition(f"the network returns {list(returned)}, its signature has {wanted}")
+        wanted = list(returned)
     graph = program.graph_module
     for node in graph.graph.nodes:
         if "val" in node.meta:
@@ -240,7 +242,7 @@ def compile_into(source: RepositorySource, device: torch.device, folder: Path) -
     order = {
         "arguments": targets,
         "constants": constants,
-        "outputs": [returned.index(name) for name in wanted],
+        "outputs": [returned[name] for name in wanted],
         "names": [spec.name for spec in opened.signature.inputs],
         "conditions": [tuple(condition) for condition in conditions.conditions],
     }

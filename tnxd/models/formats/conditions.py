@@ -15,8 +15,8 @@ from tnxctl.errors import FailedPrecondition, InvalidArgument
 # torch.export notes "at least 2" for an axis whose lower bound it does not know; 1 works there.
 _UNKNOWN_LEAST = 2
 
-_LENGTH = re.compile(r"L(?P<path>(?:\['\w+'\]|\[\d+\])+)\.size\(\)\[(?P<axis>\d+)\]")
-_STEP = re.compile(r"\['(\w+)'\]|\[(\d+)\]")
+_LENGTH = re.compile(r"L(?P<path>(?:\['[^']+'\]|\[\d+\]|\.(?!size\()\w+)+)\.size\(\)\[(?P<axis>\d+)\]")
+_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
 _NAMES = {"math": math, "torch": torch, "inf": math.inf, "max": max, "min": min}
 
 
@@ -136,11 +136,11 @@ def _translate(code: str, leaves: Mapping[str, int | None], label: str) -> Condi
 
 
 def _position(path: str, leaves: Mapping[str, int | None]) -> int | None:
-    """Which input torch means by L['x'], L['inputs'][0], L['options']['x'] or L['flat_args'][0]."""
-    steps = [name or int(index) for name, index in _STEP.findall(path)]
-    if steps[0] == "flat_args" and isinstance(steps[1], int):
-        return list(leaves.values())[steps[1]]
-    for name in (str(steps[-1]), "_".join(map(str, steps))):
+    """Which input torch means by L['x'], L['inputs'][0], L['options']['x'], L['boxes'].scores or L['flat_args'][0]."""
+    steps = [key or index or field for key, index, field in _STEP.findall(path)]
+    if steps[0] == "flat_args" and steps[1].isdecimal():
+        return list(leaves.values())[int(steps[1])]
+    for name in (".".join(steps), "_".join(steps), steps[-1]):  # the second for *args, the third for **kwargs
         if name in leaves:
             return leaves[name]
     return None

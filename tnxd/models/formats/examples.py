@@ -156,34 +156,34 @@ def _described(tensor: Tensor, spec: TensorSpec, example: Shape, signature: Sign
         if not array.size or not fits(array.shape, spec.shape):
             raise InvalidArgument(f"{key}: has shape {list(array.shape)}, and the input {list(spec.shape)}")
         _check_rows(array, signature, key)
-        return _typed(array, datatype, key)
+        return typed(array, datatype, key)
     shape = example
     if signature.max_batch_size:
         size = math.prod(example[1:]) * STORAGE[datatype].itemsize
         several = min(_ROWS, signature.max_batch_size) if size * _ROWS <= _ENOUGH_BYTES else 2
         shape = (rows or min(several, signature.max_batch_size), *example[1:])
     if not isinstance(values, Range):
-        return _typed(np.full(shape, values), datatype, key)
-    bounds = _typed(np.array([values.low, values.high]), datatype, key)
+        return typed(np.full(shape, values), datatype, key)
+    bounds = typed(np.array([values.low, values.high]), datatype, key)
     generator = np.random.default_rng(0)
     if bounds.dtype.kind == "f" or datatype == "BF16":
-        return _typed(generator.uniform(values.low, values.high, shape), datatype, key)
+        return typed(generator.uniform(values.low, values.high, shape), datatype, key)
     drawn = generator.integers(
         int(bounds[0]), int(bounds[1]), shape, np.int64 if bounds.dtype.kind != "u" else np.uint64, endpoint=True
     )
     return drawn.astype(STORAGE[datatype])
 
 
-def _typed(array: Array, datatype: str, key: str) -> Array:
-    """Numbers of model.toml in a datatype that can hold them."""
+def typed(array: Array, datatype: str, key: str) -> Array:
+    """Numbers of model.toml in a datatype that can hold them. Raises InvalidArgument: it cannot; says KEY and why."""
     dtype = STORAGE[datatype]
     if array.dtype.kind not in "biuf":
         raise InvalidArgument(f"{key}: numbers alone can stand there")
     if datatype == "BF16":
         return to_array(torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16))
     with np.errstate(all="ignore"):
-        typed: Array = array.astype(dtype)
-    if dtype.kind != "f" and not np.array_equal(typed, array):
-        odd = array[typed != array].flat[0]
+        result: Array = array.astype(dtype)
+    if dtype.kind != "f" and not np.array_equal(result, array):
+        odd = array[result != array].flat[0] if array.ndim else array
         raise InvalidArgument(f"{key}: {odd} is no {datatype}")
-    return typed
+    return result

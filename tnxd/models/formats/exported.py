@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
+import threading
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,15 +24,17 @@ from torch.utils import _pytree as pytree
 
 from tnxctl.errors import FailedPrecondition
 from tnxctl.frames import Array
-from tnxctl.wire import TensorSpec
+from tnxctl.wire import TensorSpec, excerpt
+from tnxd import structures
 from tnxd.executors.tensors import TORCH_DTYPES
-from tnxd.models.formats import examples, ignore_warnings_about_torch_itself
+from tnxd.models.formats import examples, ignore_warnings_about_torch_itself, libraries, optional
 from tnxd.models.formats.conditions import Conditions, bounds, of_program
 from tnxd.models.formats.signature import DEFAULT_MAX_BATCH_SIZE, Found, Opened, Shape, Signature, settle
 from tnxd.models.formats.writes import STORING, written, written_inputs
 from tnxd.models.repository import RepositorySource
+from tnxd.models.settings import MAX_NAME
 from tnxd.models.trust import TrustedFiles
-from tnxd.sentences import sentence
+from tnxd.sentences import cause, sentence
 
 FILE = "model.pt2"
 
@@ -74,14 +79,15 @@ class Program(torch.nn.Module):
             else:
                 self._order.append(len(weights) + position)
         outputs = program.graph_signature.output_specs
-        self._returned = [index for index, spec in enumerate(outputs) if spec.kind is OutputKind.USER_OUTPUT]
+        own = [index for index, spec in enumerate(outputs) if spec.kind is OutputKind.USER_OUTPUT]
+        self._returned = [own[position] for position in description.returned]
         self._stored = [
             (index, weights[spec.target])
             for index, spec in enumerate(outputs)
             if spec.kind in STORING and spec.target is not None
         ]
         """Of the graph's results: what its caller has to put into which of the weights."""
-        self._plain = len(self._returned) == len(outputs)
+        self._plain = self._returned == list(range(len(outputs)))
         self._copied = sorted({description.leaves[position][0] for position in written_inputs(program)} - {-1})
         """Inputs that the graph works on in place: they are the request's, and not for it to change."""
 
@@ -125,23 +131,36 @@ class Description:
     Attributes:
         found: its signature. conditions: what it demands beyond that.
         leaves: of its arguments, one for each: the position of an input; or -1, and a constant of the export.
+        returned: of every output, its position among all that the program returns.
+        notes: what an operator should know.
     """
 
     found: Found
     conditions: Conditions
     leaves: tuple[tuple[int, Any], ...]
+    returned: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     """See `tnxd.models.formats.opening.read`."""
     label = files.label(FILE)
+    settings = source.settings
     program = load(files, label)
-    description = describe(program, label, source.settings.max_batch_size or DEFAULT_MAX_BATCH_SIZE)
-    signature = settle(description.found, source.settings, source.settings_label, label)
+    description = describe(
+        program,
+        label,
+        settings.max_batch_size or DEFAULT_MAX_BATCH_SIZE,
+        [tensor.name for tensor in settings.outputs],
+    )
+    signature = settle(description.found, settings, source.settings_label, label)
+    signature = optional.settle(signature, settings, source.settings_label, label, None)
+    description = replace(description, returned=tuple(description.returned[index] for index in signature.returned))
     if signature.max_batch_size:
         description = replace(description, conditions=description.conditions.without_rows())
     writes = written(program)
-    notes = tuple(f"{label} was exported in training mode: {what}" for what in _training(program))
+    notes = description.notes + libraries.note(libraries.of_program(program), settings.imports, label)
+    notes += tuple(f"{label} was exported in training mode: {what}" for what in _training(program))
     first = [program]  # for the first build, and held no longer
     del program
 
@@ -162,17 +181,43 @@ def load(files: TrustedFiles, label: str) -> ExportedProgram:
         if not zipfile.is_zipfile(file):
             raise FailedPrecondition(f"{label}: incomplete, or not a program of torch.export")
         file.seek(0)
-        try:
-            return torch.export.load(file)
-        except Exception as error:  # whatever torch stumbles over
-            raise FailedPrecondition(f"{label}: torch {torch.__version__} cannot load it: {sentence(error)}") from error
+        with _what_is_logged() as logged:
+            try:
+                return torch.export.load(file)
+            except Exception as error:  # whatever torch stumbles over
+                why = cause(logged[-1] if logged else error)
+                raise FailedPrecondition(f"{label}: torch {torch.__version__} cannot load it: {why}") from error
 
 
-def describe(program: ExportedProgram, label: str, rows: int = DEFAULT_MAX_BATCH_SIZE) -> Description:
+@contextlib.contextmanager
+def _what_is_logged() -> Iterator[list[BaseException]]:
+    """Errors that torch.export only logs, and then raises another that says to look there."""
+    thread = threading.get_ident()
+    errors: list[BaseException] = []
+
+    def hear(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if record.thread != thread or error is None:
+            return True
+        errors.append(error)
+        return False
+
+    log = logging.getLogger("torch.export")
+    log.addFilter(hear)
+    try:
+        yield errors
+    finally:
+        log.removeFilter(hear)
+
+
+def describe(
+    program: ExportedProgram, label: str, rows: int = DEFAULT_MAX_BATCH_SIZE, served: Collection[str] = ()
+) -> Description:
     """What a program takes and gives.
 
     Args:
         rows: that a batch may have, if the program takes so many.
+        served: names of the outputs that are served; others have no say about the axis that counts rows.
 
     Raises:
         FailedPrecondition: it has inputs or outputs that cannot be served: the sentence names one.
@@ -199,8 +244,20 @@ def describe(program: ExportedProgram, label: str, rows: int = DEFAULT_MAX_BATCH
         inputs.append(_tensor(name, value, label))
     positions = {name: None if leaf[0] < 0 else leaf[0] for name, leaf in zip(names, leaves, strict=True)}
     conditions = Conditions([spec.name for spec in inputs], of_program(program, axes, positions, label))
-    outputs, named = _outputs(program, values, label)
-    most, why = _batch(program, values)
+    returned, outputs, named, notes = _outputs(program, values, label, served)
+    if not inputs or not outputs:
+        raise FailedPrecondition(
+            f"{label}: {'takes' if not inputs else 'returns'} no tensor: there is nothing to serve"
+        )
+    given = [spec.arg for spec in signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    count = {spec.name for spec in outputs}.issuperset(served) and set(served)
+    tensors = [values[spec.arg.name] for spec in kinds if isinstance(spec.arg, TensorArgument)]
+    tensors += [
+        values[given[position].name]
+        for position, spec in zip(returned, outputs, strict=True)
+        if not count or spec.name in count
+    ]
+    most, why = _batch(program, tensors)
     odd = conditions.on_rows(rows if most is None else min(most, rows))
     if most != 0 and odd:
         most, why = 0, f"not every number of rows will do: {odd}"
@@ -213,7 +270,7 @@ def describe(program: ExportedProgram, label: str, rows: int = DEFAULT_MAX_BATCH
         named_outputs=named,
         example_values=_example_values(program, inputs, leaves),
     )
-    return Description(found, conditions, tuple(leaves))
+    return Description(found, conditions, tuple(leaves), returned, notes)
 
 
 def _check_kinds(signature: ExportGraphSignature, label: str) -> None:
@@ -296,60 +353,76 @@ def _lengths(value: torch.Tensor) -> list[Any]:
 
 
 def _input_names(program: ExportedProgram, label: str) -> list[str]:
-    """Of the arguments, as the network's forward calls them."""
+    """Of the arguments, as the network's forward calls them; what is in a structure has its path there."""
     spec = program.call_spec.in_spec
-    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    args, kwargs = _unflattened(spec, label)
     signature = program.module_call_graph[0].signature
     known = (signature.forward_arg_names if signature is not None else None) or []
-    names: dict[int, str] = {}
-    for position, leaf in enumerate(args):
-        name = known[position] if position < len(known) else f"input_{position}"
-        names |= {_leaf(leaf, f"input {name!r}", label): name}
-    names |= {_leaf(leaf, f"input {name!r}", label): name for name, leaf in kwargs.items()}
-    return [names[leaf] for leaf in range(spec.num_leaves)]
+    arguments = [(known[at] if at < len(known) else f"input_{at}", argument) for at, argument in enumerate(args)]
+    names: dict[Any, str] = {}
+    for name, argument in (*arguments, *kwargs.items()):
+        names |= {leaf: path for path, leaf in structures.below(name, argument, _inside) if isinstance(leaf, int)}
+    return _checked([names.get(leaf, "") for leaf in range(spec.num_leaves)], "input", label)
 
 
-def _outputs(program: ExportedProgram, values: Mapping[str, Any], label: str) -> tuple[tuple[TensorSpec, ...], bool]:
-    """The outputs, and whether the program itself gives them names."""
+def _outputs(
+    program: ExportedProgram, values: Mapping[str, Any], label: str, served: Collection[str]
+) -> tuple[tuple[int, ...], tuple[TensorSpec, ...], bool, tuple[str, ...]]:
+    """The outputs: where they are, what they are, whether the program itself gives them names, and notes on others."""
     specs = [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
-    structure = pytree.tree_unflatten(list(range(len(specs))), program.call_spec.out_spec)
-    names: dict[int, str]
-    if isinstance(structure, int):
-        names = {structure: "output"}
-    elif isinstance(structure, Mapping):
-        names = {_leaf(leaf, f"output {name!r}", label): str(name) for name, leaf in structure.items()}
-    elif isinstance(structure, (tuple, list)):
-        fields = getattr(structure, "_fields", None) or [f"output_{index}" for index in range(len(structure))]
-        names = {_leaf(leaf, f"output {name!r}", label): name for name, leaf in zip(fields, structure, strict=True)}
-    else:
-        raise FailedPrecondition(f"{label}: returns {type(structure).__name__}, not a tensor, a tuple or a dict")
-    for leaf, argument in enumerate(specs):
-        if not isinstance(argument, TensorArgument):
-            raise FailedPrecondition(f"{label}: the output {names[leaf]!r} is not a tensor")
-    outputs = [_tensor(names[leaf], values[argument.name], label) for leaf, argument in enumerate(specs)]
-    return tuple(outputs), isinstance(structure, Mapping)
+    structure = _unflattened(program.call_spec.out_spec, label)
+    try:
+        paths = {leaf: path for path, leaf in structures.leaves(structure, _inside).items() if isinstance(leaf, int)}
+    except FailedPrecondition as error:
+        raise FailedPrecondition(f"{label}: {error.message}") from None
+    names = _checked([paths.get(leaf, "") for leaf in range(len(specs))], "output", label)
+    returned, outputs, notes = [], [], []
+    for leaf, (name, argument) in enumerate(zip(names, specs, strict=True)):
+        if isinstance(argument, TensorArgument):
+            if name not in served and served and values[argument.name].dtype not in _DATATYPES:
+                continue  # nobody asks for it
+            returned.append(leaf)
+            outputs.append(_tensor(name, values[argument.name], label))
+        elif not isinstance(argument, ConstantArgument) or argument.value is not None:
+            what = repr(argument.value) if isinstance(argument, ConstantArgument) else "a number"
+            notes.append(f"{label}: the output {name!r} is {excerpt(what)}, no tensor, and is left out")
+    return tuple(returned), tuple(outputs), structures.has_names(structure), tuple(notes)
 
 
-def _leaf(leaf: Any, what: str, label: str) -> int:
-    if not isinstance(leaf, int):
-        raise FailedPrecondition(
-            f"{label}: the {what} is a {type(leaf).__name__} of tensors: only tensors can be served"
-        )
-    return leaf
+def _unflattened(spec: pytree.TreeSpec, label: str) -> Any:
+    """A structure with the positions of its leaves in their place."""
+    try:
+        return pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    except Exception as error:  # whatever the code of its class raises, which is no torch
+        raise FailedPrecondition(f"{label}: a structure in it cannot be made: {sentence(error)}") from error
 
 
-def _batch(program: ExportedProgram, values: Mapping[str, Any]) -> tuple[int | None, str]:
-    """The most rows of a batch as `Found.most` has it, and why it is 0."""
-    signature = program.graph_signature
-    arguments = [spec.arg for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
-    arguments += [spec.arg for spec in signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+def _inside(value: object) -> Iterable[tuple[str, object]] | None:
+    """As `structures.children`, and what is in a class that torch alone knows how to take apart, by position."""
+    known = structures.children(value)
+    if known is not None or isinstance(value, int):
+        return known
+    parts, _ = pytree.tree_flatten(value, is_leaf=lambda part: part is not value)
+    return None if len(parts) == 1 and parts[0] is value else [(str(at), part) for at, part in enumerate(parts)]
+
+
+def _checked(names: list[str], what: str, label: str) -> list[str]:
+    for name in names:
+        if not 1 <= len(name) <= MAX_NAME:
+            raise FailedPrecondition(f"{label}: an {what} is in a structure that gives it no name, or one too long")
+        if names.count(name) > 1:
+            raise FailedPrecondition(f"{label}: two {what}s would be called {name!r}")
+    return names
+
+
+def _batch(program: ExportedProgram, tensors: Iterable[torch.Tensor]) -> tuple[int | None, str]:
+    """The most rows of a batch as `Found.most` has it, and why it is 0. Args: tensors: inputs and outputs."""
     rows: set[Any] = set()
     others: set[Any] = set()
-    for argument in arguments:
-        if isinstance(argument, TensorArgument):
-            lengths = _lengths(values[argument.name])
-            rows.update(lengths[:1] or [0])
-            others.update(length for length in lengths[1:] if not isinstance(length, int))
+    for tensor in tensors:
+        lengths = _lengths(tensor)
+        rows.update(lengths[:1] or [0])
+        others.update(length for length in lengths[1:] if not isinstance(length, int))
     expression = rows.pop() if len(rows) == 1 else 0
     if isinstance(expression, int) or not expression.is_Symbol:
         return 0, "axis 0 is not the same variable in every input and output"

@@ -11,6 +11,7 @@ import torch
 from tnxctl.errors import FailedPrecondition, InvalidArgument
 from tnxctl.wire import TensorSpec
 from tnxd.executors.tensors import to_array
+from tnxd.models.formats import optional
 from tnxd.models.formats.signature import Found, Opened, settle
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
@@ -67,6 +68,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
         raise FailedPrecondition(f"{label} needs onnxruntime: pip install 'tensornext[onnx]'") from None
     first: list[Any] = [_open(runtime, files, label)]
     signature = settle(_describe(first[0], label), source.settings, source.settings_label, label)
+    signature = optional.settle(signature, source.settings, source.settings_label, label, None)
 
     def build() -> torch.nn.Module:
         return Session(first.pop() if first else _open(runtime, files, label), label).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tnxctl.errors import FailedPrecondition
-from tnxd.models.formats import compiling, examples, exported, onnx, torchscript, weights
+from tnxd.models.formats import compiling, examples, exported, libraries, onnx, optional, torchscript, weights
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import DEFAULT_AUDIT, Model
 from tnxd.models.repository import WITH_MODULES, RepositorySource
@@ -32,6 +32,7 @@ def read(source: RepositorySource) -> Opened:
             require_manifest=source.require_manifest,
             modules=source.format in WITH_MODULES,
         )
+        libraries.load(source.settings.imports, source.settings_label)
         return examples.add(_READERS[source.format](source, files), source, files)
     except OSError as error:
         where = source.guard.label(source.directory) if error.filename is None else error.filename
@@ -42,7 +43,7 @@ def open_model(source: RepositorySource, generation: int) -> Model:
     """What `tnxd.models.catalog.Source.open` promises."""
     opened = read(source)
     settings = source.settings
-    build, notes = opened.build, opened.notes
+    build, notes = opened.build, opened.notes + optional.notes(opened.signature)
     if settings.compile == "inductor":
         missing = compiling.missing()
         if missing:
@@ -67,6 +68,7 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         generation=generation,
         notes=notes,
         examples=opened.signature.examples,
+        optional=opened.signature.optional,
         example_values=opened.example_values,
         writes=opened.writes,
         state=settings.state,

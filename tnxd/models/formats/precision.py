@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from tnxctl.errors import Internal
 from tnxctl.wire import TensorSpec
-from tnxd.executors.tensors import TORCH_DTYPES
+from tnxd.executors.tensors import TORCH_DTYPES, pick
 
 
 class Precision(torch.nn.Module):
@@ -27,16 +28,20 @@ class Precision(torch.nn.Module):
         self._names = [spec.name for spec in outputs]
         self._dtypes = [TORCH_DTYPES[spec.datatype] for spec in outputs]
 
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        raw = self.network(*[tensor.to(self._dtype) if tensor.is_floating_point() else tensor for tensor in inputs])
+    def forward(self, *inputs: torch.Tensor | None) -> Any:
+        raw = self.network(
+            *[
+                tensor.to(self._dtype) if tensor is not None and tensor.is_floating_point() else tensor
+                for tensor in inputs
+            ]
+        )
         if isinstance(raw, torch.Tensor):
             return self._back(raw, self._dtypes[0])
-        if isinstance(raw, Mapping):
-            wanted = dict(zip(self._names, self._dtypes, strict=True))
-            return {name: self._back(value, wanted[name]) for name, value in raw.items() if name in wanted}
-        if isinstance(raw, (tuple, list)) and len(raw) == len(self._dtypes):
-            return tuple([self._back(value, dtype) for value, dtype in zip(raw, self._dtypes, strict=True)])
-        return raw  # whatever it is, it does not fit the signature, and who checks that says so
+        try:
+            found = pick(raw, self._names, "")
+        except Internal:
+            return raw  # whatever it is, it does not fit the signature, and who checks that says so
+        return tuple([self._back(value, dtype) for value, dtype in zip(found, self._dtypes, strict=True)])
 
     def _back(self, value: Any, dtype: torch.dtype) -> Any:
         floating = isinstance(value, torch.Tensor) and value.is_floating_point() and dtype.is_floating_point

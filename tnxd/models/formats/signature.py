@@ -26,12 +26,16 @@ class Signature:
     Attributes:
         inputs, outputs, max_batch_size: as in `tnxd.models.model.Model`.
         examples: a shape for every input that the model surely takes.
+        returned: of every output, which one of the file's it is.
+        optional: as in `tnxd.models.model.Model`.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int
     examples: tuple[Shape, ...]
+    returned: tuple[int, ...]
+    optional: Mapping[str, Array | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,8 @@ def settle(found: Found, settings: Settings, label: str, file: str) -> Signature
     Raises:
         InvalidArgument: the two contradict each other; the sentence names file and key.
     """
-    inputs = _narrow(found.inputs, settings.inputs, f"{label}: inputs", file, by_name=True)
-    outputs = _narrow(found.outputs, settings.outputs, f"{label}: outputs", file, by_name=found.named_outputs)
+    inputs = _narrow(found.inputs, settings.inputs, f"{label}: inputs", file)
+    returned, outputs = _chosen(found, settings.outputs, f"{label}: outputs", file)
     limit = _limit(settings.max_batch_size, [*inputs, *outputs], found, label, file)
     for rows in settings.warm_up:
         if rows > max(limit, 1):
@@ -108,29 +112,61 @@ def settle(found: Found, settings: Settings, label: str, file: str) -> Signature
         shape = said.get(spec.name) or known.get(spec.name) or (1,) * len(spec.shape)
         # What model.toml narrows to one length has that length, whatever the file's own example was.
         examples.append(tuple(have if want == -1 else want for have, want in zip(shape, spec.shape, strict=True)))
-    return Signature(inputs, outputs, limit, tuple(examples))
+    return Signature(inputs, outputs, limit, tuple(examples), returned)
 
 
-def _narrow(
-    found: Sequence[TensorSpec], said: Sequence[Tensor], key: str, file: str, *, by_name: bool
-) -> tuple[TensorSpec, ...]:
+def _narrow(found: Sequence[TensorSpec], said: Sequence[Tensor], key: str, file: str) -> tuple[TensorSpec, ...]:
     if not said:
         return tuple(found)
     names = [spec.name for spec in found]
     if len(said) != len(found):
-        raise InvalidArgument(f"{key}: {len(said)} tensors, and {file} has {len(found)}: {', '.join(names)}")
-    if by_name:
-        order = {tensor.name: tensor for tensor in said}
-        for index, tensor in enumerate(said):
-            if tensor.name not in names:
-                raise InvalidArgument(f"{key}[{index}].name: {file} has no {tensor.name!r}, only {', '.join(names)}")
-        said = [order[name] for name in names]
-    for tensor, spec in zip(said, found, strict=True):
-        if tensor.datatype != spec.datatype:
-            raise InvalidArgument(f"{key}: {tensor.name!r} is {spec.datatype} in {file}, not {tensor.datatype}")
-        if not fits(tensor.shape, spec.shape):
-            raise InvalidArgument(f"{key}: {tensor.name!r} is {list(spec.shape)} in {file}, not {list(tensor.shape)}")
-    return tuple(tensor.spec for tensor in said)
+        raise InvalidArgument(f"{key}: {len(said)} tensors, and {file} has {len(found)}: {_listed(names)}")
+    order = {tensor.name: tensor for tensor in said}
+    if not order.keys() <= set(names):
+        raise _unknown(said, names, key, file)
+    return tuple(_agreed(order[spec.name], spec, key, file) for spec in found)
+
+
+def _chosen(
+    found: Found, said: Sequence[Tensor], key: str, file: str
+) -> tuple[tuple[int, ...], tuple[TensorSpec, ...]]:
+    """The outputs that are served, in the file's order, and which ones of the file's they are."""
+    if not said:
+        return tuple(range(len(found.outputs))), found.outputs
+    names = [spec.name for spec in found.outputs]
+    order = {tensor.name: tensor for tensor in said}
+    if order.keys() <= set(names):
+        positions = tuple(position for position, name in enumerate(names) if name in order)
+        pairs = [(order[names[position]], found.outputs[position]) for position in positions]
+    elif found.named_outputs:
+        raise _unknown(said, names, key, file)
+    elif len(said) != len(found.outputs):
+        raise InvalidArgument(
+            f"{key}: {len(said)} tensors, and {file} has {len(found.outputs)}; to leave some out, take from its own "
+            f"names: {_listed(names)}"
+        )
+    else:
+        positions = tuple(range(len(names)))
+        pairs = list(zip(said, found.outputs, strict=True))
+    return positions, tuple(_agreed(tensor, spec, key, file) for tensor, spec in pairs)
+
+
+def _unknown(said: Sequence[Tensor], names: Sequence[str], key: str, file: str) -> InvalidArgument:
+    index, name = next((index, tensor.name) for index, tensor in enumerate(said) if tensor.name not in names)
+    return InvalidArgument(f"{key}[{index}].name: {file} has no {name!r}, only {_listed(names)}")
+
+
+def _agreed(tensor: Tensor, spec: TensorSpec, key: str, file: str) -> TensorSpec:
+    if tensor.datatype != spec.datatype:
+        raise InvalidArgument(f"{key}: {tensor.name!r} is {spec.datatype} in {file}, not {tensor.datatype}")
+    if not fits(tensor.shape, spec.shape):
+        raise InvalidArgument(f"{key}: {tensor.name!r} is {list(spec.shape)} in {file}, not {list(tensor.shape)}")
+    return tensor.spec
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names for a sentence; a model may have hundreds."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _limit(wanted: int | None, specs: Sequence[TensorSpec], found: Found, label: str, file: str) -> int:

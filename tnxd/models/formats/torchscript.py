@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from tnxctl.errors import FailedPrecondition
-from tnxd.models.formats import ignore_warnings_about_torch_itself
+from tnxd.models.formats import ignore_warnings_about_torch_itself, libraries, optional
+from tnxd.models.formats.calling import arranged, check_names, defaults
 from tnxd.models.formats.precision import Precision
 from tnxd.models.formats.signature import Opened, declared
 from tnxd.models.formats.writes import written_by_script
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
-from tnxd.sentences import first_line
+from tnxd.sentences import cause
 
 FILE = "model.pt"
 NOTE = "TorchScript is deprecated by torch: export the model anew with torch.export, as model.pt2"
@@ -22,6 +23,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     settings = source.settings
     label = files.label(FILE)
     signature = declared(settings, source.settings_label, label)
+    check_names(signature, source.settings_label)
 
     def load() -> torch.jit.ScriptModule:
         ignore_warnings_about_torch_itself()
@@ -32,18 +34,22 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
                     f"/proc/self/fd/{file.fileno()}", map_location="cpu"
                 )
             except Exception as error:  # torch raises many kinds for a damaged file
-                raise FailedPrecondition(f"{label}: damaged, or not TorchScript: {first_line(error)}") from None
+                raise FailedPrecondition(f"{label}: damaged, or not TorchScript: {cause(error)}") from None
         return module.eval()
 
     first = [load()]  # for the first build, and held no longer
+    notes = (NOTE, *libraries.note(libraries.of_script(first[0]), settings.imports, label))
     writes = written_by_script(first[0])
+    signature = optional.settle(signature, settings, source.settings_label, label, defaults(first[0]))
 
     def build() -> torch.nn.Module:
-        module: torch.nn.Module = first.pop() if first else load()
+        module = arranged(
+            first.pop() if first else load(), [spec.name for spec in signature.inputs], signature.optional
+        )
         if settings.dtype:
             module = Precision(module, getattr(torch, settings.dtype), signature.outputs)
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         return module.eval()
 
-    return Opened(signature, build, notes=(NOTE,), writes=writes)
+    return Opened(signature, build, notes=notes, writes=writes)

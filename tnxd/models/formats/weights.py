@@ -13,6 +13,8 @@ import safetensors.torch
 import torch
 
 from tnxctl.errors import FailedPrecondition
+from tnxd.models.formats import optional
+from tnxd.models.formats.calling import arranged, check_names, defaults
 from tnxd.models.formats.factories import Factory
 from tnxd.models.formats.precision import Precision
 from tnxd.models.formats.signature import Opened, declared
@@ -29,15 +31,24 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     settings = source.settings
     label = files.label(FILE)
     signature = declared(settings, source.settings_label, label)
+    check_names(signature, source.settings_label)
     try:
         factory = Factory(files, settings.factory, f"{source.name}@{source.version}")
     except FailedPrecondition as error:
         raise FailedPrecondition(f"{source.settings_label}: {error.message}") from None
 
+    first = [factory()]  # for the first build, and held no longer
+    compiled = settings.compile == "inductor"  # for all inputs that there are
+    arguments = None if compiled else defaults(first[0])
+    signature = optional.settle(
+        signature, settings, source.settings_label, "compiled code" if compiled else label, arguments
+    )
+
     def build() -> torch.nn.Module:
-        network = factory()
+        network = first.pop() if first else factory()
         with files.open(files.directory / FILE) as file:
             fill(network, file, label, factory.label)
+        network = arranged(network, [spec.name for spec in signature.inputs], signature.optional)
         if settings.dtype:
             network = Precision(network, getattr(torch, settings.dtype), signature.outputs)
         return network.requires_grad_(False).eval()
