@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import threading
@@ -124,6 +125,65 @@ class FakeDaemon:
         self.received.put(request)
         for receiver, reply in self.answer(request):
             router.send_multipart([receiver, *reply])
+
+
+class Proxy:
+    """Forwards TCP connections to an endpoint, until it is told to swallow what comes.
+
+    Attributes:
+        endpoint: where clients connect. accepted: how many connections there have been.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        self._target = ("127.0.0.1", int(endpoint.rpartition(":")[2]))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.accepted = 0
+        self._swallowed = 0
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept, name="proxy")]
+        self._threads[0].start()
+
+    def swallow(self, connections: int) -> None:
+        """The first so many connections stay open and carry nothing from now on: what comes is read and dropped."""
+        self._swallowed = connections
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # `close` alone would not wake the thread
+        self._listener.close()
+        self._threads[0].join(10)
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(10)
+        for each in self._sockets:
+            each.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self._target)
+            self._sockets += [client, server]
+            self.accepted += 1
+            for source, sink in ((client, server), (server, client)):
+                thread = threading.Thread(target=self._pump, args=(source, sink, self.accepted), name="proxy")
+                self._threads.append(thread)
+                thread.start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, number: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if number > self._swallowed:
+                    sink.sendall(data)
+            if number > self._swallowed:
+                sink.shutdown(socket.SHUT_WR)
 
 
 # --- answers -------------------------------------------------------------------------------------------------

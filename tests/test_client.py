@@ -33,6 +33,7 @@ import zmq
 from peers import (
     Die,
     FakeDaemon,
+    Proxy,
     Reply,
     Request,
     backwards,
@@ -428,7 +429,7 @@ def test_no_answer_in_time(connect: Connect) -> None:
 
 @pytest.mark.parametrize("limit", ["timeout", "deadline"])
 def test_what_is_late_is_withdrawn(connect: Connect, limit: str) -> None:
-    with FakeDaemon(in_turn(echo, silence, silence, echo)) as daemon:
+    with FakeDaemon(in_turn(echo, silence, silence, silence, echo)) as daemon:
         tnx = connect(daemon.endpoint)
         tnx.predict(X)
         daemon.received.get(timeout=PATIENCE_S)
@@ -487,6 +488,8 @@ def test_an_answer_too_late_is_dropped(connect: Connect) -> None:
     held: list[Request] = []
 
     def one_late(request: Request) -> list[tuple[bytes, Reply]]:
+        if isinstance(request.header, wire.Health):  # the client asks whether anybody is there
+            return []
         held.append(request)
         return [message for each in held for message in echo(each)] if len(held) == 2 else []
 
@@ -618,6 +621,45 @@ def test_a_request_that_kills_is_given_up(connect: Connect) -> None:
             future.result()
         daemon.start(echo)
         assert equal(tnx.predict(X), X)
+
+
+def test_a_connection_that_carries_nothing_is_left_for_a_new_one(connect: Connect) -> None:
+    with FakeDaemon(echo) as daemon, Proxy(daemon.endpoint) as proxy:
+        tnx = connect(proxy.endpoint)
+        assert equal(tnx.predict(X), X)
+        proxy.swallow(1)
+        with pytest.raises(errors.DeadlineExceeded):
+            tnx.predict(X, timeout=0.1)
+        assert equal(tnx.predict(X), X)
+        assert proxy.accepted == 2
+
+
+def test_a_long_call_outlives_a_connection_that_carries_nothing(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeDaemon(in_turn(echo, silence, echo)) as daemon, Proxy(daemon.endpoint) as proxy:
+        tnx = connect(proxy.endpoint)
+        tnx.predict(X)
+        future = tnx.submit(X)
+        for _ in range(2):
+            daemon.received.get(timeout=PATIENCE_S)  # it has gone out, and is not answered
+        proxy.swallow(1)
+        with pytest.raises(errors.DeadlineExceeded):
+            tnx.predict(X, timeout=0.1)
+        assert equal(future.result(PATIENCE_S), X)
+        assert proxy.accepted == 2
+    assert f"{proxy.endpoint}: nothing comes over the connection" in caplog.text
+
+
+def test_a_proxy_that_carries_nothing_at_all_is_named(connect: Connect) -> None:
+    with FakeDaemon(echo) as daemon, Proxy(daemon.endpoint) as proxy:
+        tnx = connect(proxy.endpoint)
+        tnx.predict(X)
+        proxy.swallow(1000)
+        with pytest.raises(errors.DeadlineExceeded):
+            tnx.predict(X, timeout=0.1)
+        with pytest.raises(errors.Unavailable, match="no connection within 2 s: it accepts"):
+            tnx.predict(X, timeout=2.0)
 
 
 def test_a_restart_between_calls(connect: Connect) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tnxctl.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, TensorNextError
-from tnxctl.wire import TensorSpec
+from tnxctl.wire import Limits, TensorSpec
 from tnxd.costs import CostModel
 from tnxd.executors.execution import Execution, Warmth
 from tnxd.loading import Changes, Loader
@@ -121,6 +121,7 @@ class Bench:
             self.costs,
             self._scan,
             self._calls.put,
+            limits=Limits(),
             budget={"cpu": budget_mb * MIB},
             load_timeout_s=load_timeout_s,
             on_reload=self.reloads.append,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -148,12 +149,11 @@ def test_ids_differ(idle: Session) -> None:
     ("arguments", "named"),
     [
         ({"inputs": {}}, "0 inputs"),
-        ({"inputs": {f"x{i}": X for i in range(65)}}, "65 inputs"),
+        ({"inputs": {f"x{i}": X for i in range(9000)}}, r"\d bytes.*65536"),
         ({"inputs": {3: X}}, "3"),
         ({"inputs": {"x": X, "pixels": np.zeros(2, object)}}, "'pixels'.*object"),
         ({"inputs": {"\ud800": X}}, "encode"),
         ({"inputs": {40_000 * "é": X}}, r"800\d\d bytes.*65536"),
-        ({"inputs": np.zeros([1] * 17)}, "rank 17.*16"),
         ({"model": None}, "None"),
         ({"model": b"mlp"}, "b'mlp'"),
         ({"prefer_gpu": "no"}, "'no'"),
@@ -512,11 +512,13 @@ def test_calls_expire_each_in_its_time(connected: Session) -> None:
     assert connected.due <= 11.0
     assert connected.expire(10.9) == []
     assert connected.expire(11.0) == [early]
+    connected.receive([b""], 11.0)
     assert connected.due == 13.0
     with pytest.raises(errors.DeadlineExceeded, match=r"did not answer predict within 1 s") as caught:
         early.take()
     assert isinstance(caught.value, TimeoutError)
     assert connected.expire(13.0) == [late]
+    connected.receive([b""], 13.0)
     assert connected.due == math.inf
     assert connected.receive(result(late), 0.0) is None
 
@@ -701,6 +703,194 @@ def test_what_comes_for_a_withdrawn_call_is_dropped(connected: Session) -> None:
     assert connected.receive([wire.encode(withdrawn)], 0.0) is None
     assert connected.receive(result(second), 0.0) is None
     assert (first.done, second.done) == (False, False)
+
+
+# --- doubts about the daemon ---------------------------------------------------------------------------------
+
+
+def asked(session: Session) -> int:
+    """The id of the question that the session has for the daemon."""
+    message = session.question()
+    assert message is not None
+    question = wire.decode_request(message, Limits())
+    assert isinstance(question, wire.Health)
+    assert session.question() is None
+    return question.id
+
+
+def report(id_: int, **changes: Any) -> list[bytes]:
+    reply = wire.HealthReport(
+        v=1,
+        id=id_,
+        status="ready",
+        cuda_available=False,
+        current_device="cpu",
+        gpu_memory_free_mb=0.0,
+        version="0.1.0",
+        uptime_s=1.0,
+        devices=(),
+        models=(),
+        queued=0,
+        running=0,
+        requests=0,
+        replies=0,
+        errors={},
+    )
+    return [wire.encode(msgspec.structs.replace(reply, **changes))]
+
+
+def reconnected(session: Session, now: float) -> list[Call[Any]]:
+    session.connecting(now)
+    return session.connected(now)
+
+
+def test_a_connection_on_which_nothing_comes_is_given_up(connected: Session) -> None:
+    started(connected, timeout=4.0)
+    patient = started(connected, timeout=60.0)
+    assert connected.question() is None
+    assert len(connected.expire(4.0)) == 1
+    asked(connected)
+    assert not connected.silent(6.0)  # half as long again as the call waited
+    assert connected.silent(connected.due)
+    assert connected.due == pytest.approx(6.0, abs=1e-3)
+    assert connected.give_up() == []
+    assert connected.must_connect(6.1)
+    assert reconnected(connected, 6.1) == [patient]
+    assert patient.losses == 0  # no call is to blame
+    assert not connected.silent(9.0)
+
+
+@pytest.mark.parametrize("message", [[b""], report(10**9), [b"noise"]])
+def test_whatever_comes_ends_the_doubt(connected: Session, message: list[bytes]) -> None:
+    started(connected, timeout=4.0)
+    connected.expire(4.0)
+    asked(connected)
+    connected.receive(message, 5.0)
+    assert not connected.silent(100.0)
+
+
+def test_an_answer_to_the_question_is_for_nobody(connected: Session) -> None:
+    started(connected, timeout=4.0)
+    connected.expire(4.0)
+    assert connected.receive(report(asked(connected)), 5.0) is None
+
+
+def test_a_call_that_times_out_while_others_are_answered_is_no_reason_to_doubt(connected: Session) -> None:
+    started(connected, timeout=4.0)
+    other = started(connected, timeout=9.0)
+    connected.receive(result(other), 3.0)
+    connected.expire(4.0)
+    assert connected.question() is None
+    assert not connected.silent(100.0)
+
+
+def test_a_call_that_waited_for_the_connection_may_find_it_silent(idle: Session) -> None:
+    started(idle, timeout=4.0)
+    reconnected(idle, 3.0)
+    idle.expire(4.0)
+    asked(idle)
+    assert idle.silent(6.0)
+
+
+def test_without_a_connection_nobody_is_asked(idle: Session) -> None:
+    started(idle, timeout=4.0)
+    idle.expire(4.0)
+    assert idle.question() is None
+    assert not idle.silent(100.0)
+
+
+def test_the_time_to_answer_is_bounded_and_doubles_until_something_comes(connected: Session) -> None:
+    waits = []
+    for timeout in (0.1, 60.0, 60.0, 60.0):
+        started(connected, timeout=timeout)
+        connected.expire(timeout)
+        waits.append(connected.due - timeout)
+        connected.give_up()
+        reconnected(connected, 0.0)
+    assert waits == pytest.approx([1.0, 10.0, 20.0, 40.0])
+    connected.receive([b""], -1.0)
+    started(connected, timeout=60.0)
+    connected.expire(60.0)
+    assert connected.due == 65.0
+    for _ in range(20):
+        connected.give_up()
+        reconnected(connected, 0.0)
+    started(connected, timeout=60.0)
+    connected.expire(60.0)
+    assert connected.due == 60.0 + session.LAST_SILENCE_S
+
+
+def test_a_slow_line_gets_time_for_what_it_carries(connected: Session) -> None:
+    started(connected, inputs=np.zeros(30_000_000, "u1"), timeout=900.0)
+    started(connected, timeout=2.0)
+    connected.expire(2.0)
+    assert connected.due == pytest.approx(33.0, abs=0.1)
+
+
+@pytest.mark.parametrize("verb", ["load", "unload", "route", "reload"])
+def test_a_change_keeps_its_connection(connected: Session, verb: str) -> None:
+    sent = change(connected, verb, timeout=50.0)
+    connected.start(sent)
+    started(connected, timeout=4.0)
+    connected.expire(4.0)
+    assert not connected.silent(49.9)
+
+
+LARGE = np.zeros(session.LARGE_BYTES, "u1")
+
+
+def broken_under(session: Session, *inputs: Any) -> list[Call[Result]]:
+    calls = [started(session, inputs=array) for array in inputs]
+    assert session.lost() == []
+    return calls
+
+
+def test_large_inputs_wait_for_what_the_daemon_takes(connected: Session) -> None:
+    small, large, larger = broken_under(connected, X, LARGE, np.zeros(2 * LARGE.size, "u1"))
+    assert reconnected(connected, 1.0) == [small]
+    connected.receive(report(asked(connected), max_message_bytes=LARGE.size), 1.0)
+    assert connected.due <= 1.0
+    assert connected.expire(1.0) == [larger]
+    with pytest.raises(errors.InvalidArgument, match=rf"inputs have {2 * LARGE.size} bytes.*takes {LARGE.size}"):
+        larger.take()
+    assert connected.asked_again(1.0) == [large]
+    assert connected.receive(result(large), 2.0) is large
+
+
+def refused(id_: int) -> list[bytes]:
+    return [wire.encode(wire.ErrorReply(v=1, id=id_, code="UNIMPLEMENTED", message="health?"))]
+
+
+@pytest.mark.parametrize("answer", [report, refused])
+def test_where_it_does_not_say_large_inputs_are_sent_again(
+    connected: Session, answer: Callable[[int], list[bytes]]
+) -> None:
+    (large,) = broken_under(connected, LARGE)
+    assert reconnected(connected, 1.0) == []
+    connected.receive(answer(asked(connected)), 1.0)
+    assert connected.asked_again(1.0) == [large]
+
+
+def test_large_inputs_that_wait_may_expire_or_be_withdrawn_or_lose_the_connection_again(connected: Session) -> None:
+    late, withdrawn, patient = broken_under(connected, LARGE, LARGE, LARGE)
+    assert reconnected(connected, 1.0) == []
+    late.due = 1.5
+    connected.forget(withdrawn)
+    connected._expiry = 1.5
+    assert connected.expire(2.0) == [late]
+    assert connected.lost() == []
+    assert reconnected(connected, 3.0) == []
+    connected.receive(report(asked(connected), max_message_bytes=1 << 30), 3.0)
+    assert connected.asked_again(3.0) == [patient]
+
+
+def test_how_often_the_last_connections_broke_names_the_limit_of_an_answer(connected: Session) -> None:
+    (call,) = broken_under(connected, X)
+    for _ in range(session.MAX_LOSSES - 1):
+        reconnected(connected, 1.0)
+        connected.lost()
+    with pytest.raises(errors.Unavailable, match=r"an answer with a tensor of more than 268435456 bytes would"):
+        call.take()
 
 
 # --- connections ---------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ class Client:
     Args:
         endpoint: an address, a host name, tcp://... or ipc://..., see `tnxctl.endpoint.parse_endpoint`.
         timeout: seconds allowed to a call that names no timeout of its own.
-        limits: most that a message may hold. A larger request is refused here; a larger reply breaks the connection.
+        limits: most that a message may hold. A larger request is refused here, a larger answer by the daemon, before it
+            computes it if it can. How many tensors and axes there may be, the daemon knows, by its models.
 
     Raises:
         InvalidArgument: the endpoint or the timeout is not one.

@@ -86,7 +86,6 @@ class Link:
         self._session = session
         self._watch = watch
         self._unwatch = unwatch
-        self._max_frames = session.limits.tensors + 2  # one too many of them shows that the count is wrong
         self.dealer: Socket | None = None
         self.monitor: Socket | None = None
 
@@ -113,7 +112,7 @@ class Link:
             return None
         while dealer.get(_RCVMORE):
             frame = dealer.recv(_NOBLOCK)
-            if len(frames) < self._max_frames:
+            if len(frames) < self._session.max_frames:
                 frames.append(frame)
         return self._session.receive(frames, time.monotonic())
 
@@ -129,25 +128,47 @@ class Link:
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 for call in self._session.connected(time.monotonic()):
                     self._send(call)
+                self._ask()
             elif event in _OVER:
-                while has_input(self.dealer):  # answers that came before the end still count
-                    call_or_none = self.receive()
-                    if call_or_none is not None:
-                        finished.append(call_or_none)
+                finished += self._receive_all()  # answers that came before the end still count
                 self._close_sockets()
                 finished += self._session.lost()
         return finished
 
     def on_time(self, now: float) -> list[Call[Any]]:
-        """Do what is due: fail late calls, try to connect, ask again. Returns finished calls."""
-        finished = self._session.expire(now)
-        for call in finished:
+        """Do what is due: fail late calls, leave a silent connection, connect, ask again. Returns finished calls."""
+        finished: list[Call[Any]] = []
+        if self._session.silent(now):
+            finished += self._receive_all()  # nobody may have looked for a while
+            if self._session.silent(now):
+                self._close_sockets()
+                finished += self._session.give_up()
+        expired = self._session.expire(now)
+        for call in expired:
             self._cancel(call)
+        finished += expired
+        self._ask()
         if self._session.must_connect(now):
             self._connect(now)
         for call in self._session.asked_again(now):
             self._send(call)
         return finished
+
+    def _receive_all(self) -> list[Call[Any]]:
+        """Take all messages that wait. Returns the calls that they finished."""
+        finished: list[Call[Any]] = []
+        while has_input(self.dealer):
+            call = self.receive()
+            if call is not None:
+                finished.append(call)
+        return finished
+
+    def _ask(self) -> None:
+        """Ask the daemon how it is, where the session wants to know."""
+        message = self._session.question()
+        if message is not None and self.dealer is not None:
+            with contextlib.suppress(zmq.ZMQError):
+                self.dealer.send(message, _NOBLOCK)
 
     def reset(self) -> list[Call[Any]]:
         """Give up the connection, since an error may have left a message half sent or half read.

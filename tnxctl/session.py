@@ -7,6 +7,8 @@
     Session.lost() / expire(now)            -> calls that have failed
     Session.disconnected()                  likewise, when this side has closed the connection
     Session.cancellation(call)              what tells the daemon that nobody waits for the answer any more
+    Session.question()                      what asks the daemon how it is, when there is doubt about it
+    Session.silent(now), give_up()          a connection that stands and carries nothing
     Session.due                             when to look again
 
 No socket, no thread, no clock: times come in as arguments, in seconds of any monotonic clock. The shells
@@ -22,6 +24,12 @@ again would be harmless in itself. But a load may be what killed the daemon, and
 somebody else has changed since must not be undone by a message from before. So such a call fails when the connection
 breaks under it, and whoever asked decides. Since it may take minutes, it also fails early while nobody is there: it
 waits for a connection no longer than other calls do.
+
+Two doubts about a daemon are settled by asking it for its health, which it answers in every state. A connection may
+stand and carry nothing: a proxy or a firewall has lost the other half, and goes on to acknowledge. So when a call has
+timed out and nothing has come since it was made, and nothing comes after the question either, the connection is given
+up. And a daemon ends a connection when a frame is longer than it takes, which would happen again on every new one: so
+large inputs under which a connection broke are sent again only when the daemon has said how much it takes.
 """
 
 from __future__ import annotations
@@ -71,6 +79,17 @@ filling the memory of a program that asks faster than the daemon answers."""
 MAX_LOSSES = 3
 """How many connections may break under a call before it is given up: it may be what breaks them."""
 
+FIRST_SILENCE_S = 1.0
+LAST_SILENCE_S = 600.0
+_SILENCE_S = 5.0
+_SLOW_BYTES_PER_S = 1e6
+"""Time to answer the question whether the daemon is there at all: half as long as the call that timed out waited, from
+the first to the middle one. It doubles with each connection that is given up, up to the last, until something comes,
+and inputs under way get as long on top as a slow line takes for them: what needs very long must have an end, too."""
+
+LARGE_BYTES = 64 * 1024
+"""From so many bytes on, inputs may be what a connection broke of: it is no sane limit of a daemon."""
+
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 1.0
 """Time from one attempt to connect to the next: doubles from the first to the last, until a reply comes."""
@@ -80,6 +99,7 @@ _CHANGES = (wire.Load, wire.Unload, wire.Route, wire.Reload)
 
 # Reports about many devices and models outgrow the header limit that protects a daemon from its clients.
 _REPLY_HEADER_BYTES = 16 * 1024 * 1024
+_REPLY_TENSORS = 65_536
 
 _log = logging.getLogger("tnxctl")
 
@@ -96,7 +116,7 @@ class Call(Generic[T]):
         due: when it fails unless something happens: unless it is sent, and once it is, unless it is answered.
         losses: connections that broke while it was under way.
         put_off: the daemon has refused it for now, so it has changed nothing there.
-        refusal: what the daemon said when it put the call off.
+        refusal: what the daemon said when it put the call off, or why it is not sent again.
         waiter: the future of the shell that waits for it, if any. The session never looks at it.
     """
 
@@ -141,7 +161,7 @@ class Call(Generic[T]):
         self.due = now + reach
         self.losses = 0
         self.put_off = False
-        self.refusal: Unavailable | None = None
+        self.refusal: Unavailable | InvalidArgument | None = None
         self.done = False
         self.waiter: Any = None
         self._request = request
@@ -219,7 +239,14 @@ class Session:
         self.endpoint = endpoint
         self.timeout = _check_timeout(timeout)
         self.limits = limits
-        self._reply_limits = msgspec.structs.replace(limits, header_bytes=max(limits.header_bytes, _REPLY_HEADER_BYTES))
+        # What a model has in outputs and axes, it has: a header of the daemon bounds their number well enough.
+        self._reply_limits = msgspec.structs.replace(
+            limits,
+            header_bytes=max(limits.header_bytes, _REPLY_HEADER_BYTES),
+            tensors=max(limits.tensors, _REPLY_TENSORS),
+            rank=max(limits.rank, wire.MAX_RANK),
+        )
+        self.max_frames = self._reply_limits.tensors + 2  # one too many of them shows that the count is wrong
         self.max_frame_bytes = max(limits.message_bytes, self._reply_limits.header_bytes)
         self._ids = itertools.count(1)
         self._pending: dict[int | None, Call[Any]] = {}
@@ -232,6 +259,14 @@ class Session:
         self._retry_at = -math.inf
         self._retry_s = FIRST_RETRY_S
         self._again: list[tuple[float, int]] = []
+        # About the connection that stands: when something last came, and from when on it is silent.
+        self._heard_at = -math.inf
+        self._silent_at = math.inf
+        self._silences = 0
+        # The question to the daemon: whether it is to be asked, and its id; and the calls that wait for the answer.
+        self._asks = False
+        self._question: int | None = None
+        self._held: list[Call[Any]] = []
         self._trouble = "the attempt to connect is still under way"
 
     # --- requests --------------------------------------------------------------------------------------------
@@ -282,6 +317,7 @@ class Session:
             deadline_us=deadline_us,
             priority=None if priority is None else _check_priority(priority),
             route_key=_check_string("route_key", route_key),
+            max_reply_bytes=self.limits.message_bytes,
         )
         return self._call(request, arrays, nbytes, _read_result, patience, now, strict)
 
@@ -391,10 +427,11 @@ class Session:
 
     @property
     def due(self) -> float:
-        """When `expire`, `asked_again` or `must_connect` may have something to say."""
-        if self._connected and self._again:
-            return min(self._expiry, self._again[0][0])
-        if self._connected or self._connecting or not self._pending:
+        """When `expire`, `asked_again`, `silent` or `must_connect` may have something to say."""
+        if self._connected:
+            due = min(self._expiry, self._silent_at)
+            return min(due, self._again[0][0]) if self._again else due
+        if self._connecting or not self._pending:
             return self._expiry
         return min(self._expiry, self._retry_at)
 
@@ -436,12 +473,16 @@ class Session:
 
     def receive(self, frames: Sequence[bytes], now: float) -> Call[Any] | None:
         """Take a message from the daemon, whatever it holds. Returns the call that it finished, if any."""
+        self._heard_at, self._silent_at, self._silences = now, math.inf, 0
         try:
             reply = wire.decode_reply(frames[0], self._reply_limits)
         except TensorNextError as error:
             return self._receive_malformed(frames[0], error)
         call = self._pop(reply.id)
         if call is None:
+            if reply.id == self._question:
+                self._learn(reply, now)
+                return None
             _log.debug("dropped a reply that nobody waits for: %.200r", reply)
             return None
         self._retry_s = FIRST_RETRY_S
@@ -496,10 +537,14 @@ class Session:
         for call in expired:
             self._pop(call.id)
             call.fail(self.timeout_error(call))
+        if self._connected and self._silent_at == math.inf:
+            unheard = [call.patience for call in expired if self._heard_at <= call.expires - call.patience]
+            if unheard:
+                self._doubt(now, min(unheard))
         self._expiry = min((call.due for call in self._pending.values()), default=math.inf)
         return expired
 
-    def timeout_error(self, call: Call[Any]) -> DeadlineExceeded | Unavailable:
+    def timeout_error(self, call: Call[Any]) -> DeadlineExceeded | Unavailable | InvalidArgument:
         """Why a call fails whose time is over. May be asked in any thread."""
         if self._connected and call.refusal is not None and (call.put_off or not call.changes_daemon):
             return call.refusal
@@ -539,6 +584,52 @@ class Session:
     def _malformed(self, call: Call[Any], error: TensorNextError) -> Internal:
         return Internal(f"{self.endpoint} answered {call.verb} with a malformed reply: {error.message}")
 
+    # --- doubts about the daemon -----------------------------------------------------------------------------
+
+    def question(self) -> bytes | None:
+        """The message that asks the daemon how it is; None if there is no doubt, or it has been asked."""
+        if not (self._asks and self._connected):
+            return None
+        self._asks = False
+        self._question = next(self._ids)
+        return wire.encode(wire.Health(v=wire.VERSION, id=self._question))
+
+    def silent(self, now: float) -> bool:
+        """Whether nothing has come for so long that the connection is to be given up. Look for messages first."""
+        return self._connected and now >= self._silent_at
+
+    def give_up(self) -> list[Call[Any]]:
+        """The silent connection is closed: the calls go out on a new one. Returns those that fail, see above."""
+        self._silences += 1
+        self.note_trouble("nothing came over the last connection any more, though it stood")
+        _log.warning("%s: nothing comes over the connection, though it stands: a new one is made", self.endpoint)
+        return self.disconnected()
+
+    def _doubt(self, now: float, patience: float) -> None:
+        """A call timed out after `patience`, and nothing at all has come meanwhile."""
+        wait = min(max(patience / 2, FIRST_SILENCE_S), _SILENCE_S) * 2**self._silences
+        until = now + min(wait + self._pending_bytes / _SLOW_BYTES_PER_S, LAST_SILENCE_S)
+        # A change would fail with its connection: it keeps it as long as it waits itself.
+        self._silent_at = max([until, *(call.expires for call in self._pending.values() if call.may_have_changed_it)])
+        self._asks = True
+
+    def _learn(self, reply: wire.Reply, now: float) -> None:
+        """The daemon has answered the question: send again what it takes of the calls that wait for that."""
+        limit = reply.max_message_bytes if isinstance(reply, wire.HealthReport) else 0
+        for call in self._held:
+            if call.id not in self._pending:
+                continue
+            if 0 < limit < call.nbytes:
+                call.refusal = InvalidArgument(
+                    f"the inputs have {call.nbytes} bytes, and {self.endpoint} takes {limit} in a message: "
+                    f"it ended the connection"
+                )
+                call.put_off, call.due = True, now
+                self._expiry = min(self._expiry, now)
+            else:
+                heappush(self._again, (now, call.id))
+        self._held, self._question = [], None
+
     # --- the connection --------------------------------------------------------------------------------------
 
     def must_connect(self, now: float) -> bool:
@@ -556,10 +647,18 @@ class Session:
         self._trouble = trouble
 
     def connected(self, now: float) -> list[Call[Any]]:
-        """The attempt succeeded. Returns what to send now, in order: all but the calls whose time is over."""
+        """The attempt succeeded. Returns what to send now, in order.
+
+        That is all but the calls whose time is over, and those that may be what the last connection broke of.
+        """
         self._connecting = False
         self._connected = True
         calls = [call for call in self._pending.values() if call.expires > now]
+        self._held = [call for call in calls if call.losses and call.nbytes >= LARGE_BYTES]
+        if self._held:
+            self._asks = True
+            held = {call.id for call in self._held}
+            calls = [call for call in calls if call.id not in held]
         for call in calls:
             call.renew(now)
             call.sent()
@@ -585,6 +684,8 @@ class Session:
         for call in unsure:
             self._fail_lost(call)
         self._connected = self._connecting = False
+        self._heard_at, self._silent_at = -math.inf, math.inf
+        self._asks, self._question, self._held = False, None, []
         self._again.clear()  # everything goes out on the next connection
         return unsure
 
@@ -592,6 +693,8 @@ class Session:
         self._pop(call.id)
         broke = f"{self.endpoint}: the connection broke" + (f" {call.losses} times" if call.losses > 1 else "")
         outcome = "; whether it has changed anything is not known" if call.may_have_changed_it else ""
+        if call.losses > 1 and call.can_be_withdrawn:
+            outcome = f"; an answer with a tensor of more than {self.max_frame_bytes} bytes would break it, too"
         call.fail(Unavailable(f"{broke} while {call.verb} was under way: {self._trouble}{outcome}"))
 
 

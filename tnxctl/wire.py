@@ -24,6 +24,7 @@ VERSION: Final = 1
 DEFAULT_PORT = 5555
 MAX_ID = 2**63 - 1
 MAX_DIM = 2**63 - 1
+MAX_RANK = 64  # of numpy
 MAX_DEADLINE_US = 24 * 3600 * 1e6
 DEFAULT_PRIORITY = 1
 LOWEST_PRIORITY = 3
@@ -31,6 +32,9 @@ MAX_WEIGHT = 1e9
 
 MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a model may be called: a name for a folder, too, on every system, and never one with an "@"."""
+
+
+_MESSAGE_BYTES = 256 * 1024 * 1024
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,8 +49,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     header_bytes: Annotated[int, msgspec.Meta(ge=256)] = 64 * 1024
     tensors: Annotated[int, msgspec.Meta(ge=1)] = 64
-    rank: Annotated[int, msgspec.Meta(ge=1, le=64)] = 16
-    message_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 256 * 1024 * 1024
+    rank: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)] = 16
+    message_bytes: Annotated[int, msgspec.Meta(ge=1024)] = _MESSAGE_BYTES
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -82,6 +86,7 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
         priority: 0 (first) to 3 (last); None: as the model says, which usually is DEFAULT_PRIORITY.
         route_key: requests with the same key go to the same version while traffic is split; "": those of one
             connection do.
+        max_reply_bytes: most bytes that all tensors of the answer may have together.
     """
 
     v: _Version
@@ -94,6 +99,7 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] | None = None
     route_key: str = ""
+    max_reply_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = _MESSAGE_BYTES
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="cancel", gc=False):
@@ -326,6 +332,7 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
         errors: error replies by code. undeliverable: answers whose client was gone. abandoned: requests taken out of
             the queue because their client was gone.
         prediction_error_us: how far the predictions of the last requests were off, on average.
+        max_message_bytes: most bytes that all tensors of a request may have together; 0: not told.
     """
 
     v: _Version
@@ -346,6 +353,7 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
     undeliverable: int = 0
     abandoned: int = 0
     prediction_error_us: float = 0.0
+    max_message_bytes: int = 0
 
 
 class MetadataReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata"):

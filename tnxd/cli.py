@@ -269,6 +269,7 @@ class _Daemon:
             self._costs,
             lambda: _catalog(config),
             self._server.call_soon,
+            limits=config.limits,
             budget={"cpu": int(config.memory.cpu_mb * _MIB), "cuda": int(config.memory.cuda_mb * _MIB)},
             load_timeout_s=config.load_timeout_s,
             on_reload=self._announce_reload,

@@ -52,6 +52,7 @@ def health(
     scheduler: Scheduler,
     telemetry: Telemetry,
     undeliverable: int,
+    max_message_bytes: int,
 ) -> HealthReport:
     """The state of everything, now."""
     devices = tuple(_device_info(name, inventory, scheduler) for name in _device_names(inventory, scheduler))
@@ -79,6 +80,7 @@ def health(
         undeliverable=undeliverable,
         abandoned=telemetry.abandoned,
         prediction_error_us=telemetry.prediction_error_us,
+        max_message_bytes=max_message_bytes,
     )
 
 

@@ -26,12 +26,13 @@ from tnxctl.errors import (
     ResourceExhausted,
     TensorNextError,
 )
-from tnxctl.wire import excerpt, split_title
+from tnxctl.wire import Limits, excerpt, split_title
 from tnxd.audit import Audit
 from tnxd.costs import CostModel
 from tnxd.executors.execution import SHARED, Executor, Warmth
 from tnxd.models.catalog import Catalog, Entry
 from tnxd.models.model import Model
+from tnxd.models.sizes import check_message_sizes
 from tnxd.registry import (
     DRAINING,
     EVICTED,
@@ -86,6 +87,7 @@ class Loader:
         costs: learns what warm-up shows.
         scan: looks at what could be served; blocks.
         call_soon: has the loop run a function; called from the thread beside it.
+        limits: of messages; what cannot be asked for within them is not loaded.
         budget: bytes that the weights of all models may take on a device, by kind of device; no limit without an entry.
         load_timeout_s: a step that takes longer has failed. Its thread is left to itself: Python cannot end it.
         on_reload: called with True when a reload begins and with False when it is over.
@@ -101,6 +103,7 @@ class Loader:
         scan: Callable[[], Catalog],
         call_soon: Callable[[Callable[[], None]], None],
         *,
+        limits: Limits,
         budget: Mapping[str, int],
         load_timeout_s: float,
         on_reload: Callable[[bool], None],
@@ -112,6 +115,7 @@ class Loader:
         self._costs = costs
         self._scan = scan
         self._call_soon = call_soon
+        self._limits = limits
         self._budget = budget
         self._timeout_s = load_timeout_s
         self._on_reload = on_reload
@@ -467,6 +471,7 @@ class Loader:
         warmths: dict[str, Warmth] = {}
         try:
             model: Model = yield partial(version.source.open, version.generation)
+            check_message_sizes(model, self._limits)
             serving = deployment.shares()
             if takes_over and serving and serving[0][0].model is not None:
                 difference = signature_difference(serving[0][0].model, model)

@@ -20,6 +20,7 @@ class Pending(Request, kw_only=True):
         peer, delimited, id: where the answer goes.
         version: whose request it is. served: its model. arrays: the inputs in order; they keep the received frames
             alive.
+        max_reply_bytes: what its client takes.
         received_ns, queued_ns: monotonic clock, when its frames were taken up and when the scheduler had it.
     """
 
@@ -29,6 +30,7 @@ class Pending(Request, kw_only=True):
     version: Version
     served: Model
     arrays: Item
+    max_reply_bytes: int
     received_ns: int
     queued_ns: int
 
@@ -64,6 +66,7 @@ def as_pending(
         version=version,
         served=model,
         arrays=bound.arrays,
+        max_reply_bytes=request.max_reply_bytes,
         received_ns=received_ns,
         queued_ns=received_ns,
     )

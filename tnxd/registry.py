@@ -6,7 +6,7 @@ Owned by the serving loop's thread. `tnxd.loading` changes it; the server asks `
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING
 from zlib import crc32
@@ -211,6 +211,7 @@ class Registry:
     Attributes:
         deployments: by name. default: the name for requests that give none.
         failures: what could not become a deployment, by name or path, and why.
+        on_change: called after any change.
     """
 
     def __init__(self, default: str = "") -> None:
@@ -218,6 +219,7 @@ class Registry:
         self._configured_default = default
         self.deployments: dict[str, Deployment] = {}
         self.failures: dict[str, str] = {}
+        self.on_change: Callable[[], None] = lambda: None
         self._targets: dict[str, Version | _Split] = {}
         self._clock = 0
         self._generations: dict[str, dict[str, int]] = {}
@@ -304,6 +306,13 @@ class Registry:
             self.default = next(iter(self.deployments), "")
         if self.default in self._targets:
             self._targets[""] = self._targets[self.default]
+        self.on_change()
+
+    def needs(self) -> tuple[int, int]:
+        """Most inputs that a version takes, and most axes that one of them has."""
+        inputs = [version.model.inputs for _, version in self if version.servable and version.model is not None]
+        ranks = [len(spec.shape) for specs in inputs for spec in specs]
+        return max(map(len, inputs), default=0), max(ranks, default=0)
 
     def _why_not(self, model: str) -> TensorNextError:
         try:

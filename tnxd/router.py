@@ -97,13 +97,14 @@ class Router:
         endpoints: where it really listens, wildcards resolved.
         undeliverable: messages given up because the peer was gone or took nothing for too long.
         closed: connections that have ended.
+        max_tensors: frames behind a header that are kept of a message.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.endpoints: list[str] = []
         self.undeliverable = 0
         self.closed = 0
-        self._max_tensors = limits.tensors
+        self.max_tensors = limits.tensors
         self._backlogs: dict[bytes, _Backlog] = {}
         self._lent: dict[bytes, _Lent] = {}
         self._peers: dict[int, bytes] = {}  # file descriptor of a connection -> its peer
@@ -213,7 +214,7 @@ class Router:
         while frame.more:
             frame = recv(0, False)
             count += 1
-            if count <= self._max_tensors:  # read on beyond it: the rest of the message must leave the socket
+            if count <= self.max_tensors:  # read on beyond it: the rest of the message must leave the socket
                 tensors.append(frame)
         return Message(peer, delimited, header, tensors, count)
 

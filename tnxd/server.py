@@ -48,6 +48,7 @@ from tnxd.background import Background, Copy
 from tnxd.control import Inventory
 from tnxd.executors.execution import Execution, Executor
 from tnxd.loading import Loader
+from tnxd.models.sizes import reply_too_large
 from tnxd.orders import Order, Orders
 from tnxd.pending import Pending, as_execution, as_pending, result_header
 from tnxd.registry import DRAINING, READY, STARTING, Version
@@ -124,7 +125,8 @@ class Server:
         self._scheduler = scheduler
         self._telemetry = telemetry
         self._spinner = spinner
-        self._limits = limits
+        self._configured_limits = self._limits = limits
+        self._message_bytes = limits.message_bytes
         self._on_tick = on_tick
         self._tick_s = tick_s
         self._drain_timeout_s = drain_timeout_s
@@ -146,6 +148,16 @@ class Server:
         self._trimmed_at = 0
         self._stopped = False
         router.watch(wakeup)
+        inventory.registry.on_change = self._fit_limits
+
+    def _fit_limits(self) -> None:
+        """What models take, they may be sent: their signatures raise the limits of tensors and of axes."""
+        tensors, rank = self._inventory.registry.needs()
+        configured = self._configured_limits
+        self._limits = msgspec.structs.replace(
+            configured, tensors=max(configured.tensors, tensors), rank=max(configured.rank, rank)
+        )
+        self._router.max_tensors = self._limits.tensors
 
     # --- called from other threads ---------------------------------------------------------------------------
 
@@ -363,7 +375,13 @@ class Server:
         inventory, scheduler = self._inventory, self._scheduler
         if isinstance(request, Health):
             return control.health(
-                request, self.state, inventory, scheduler, self._telemetry, self._router.undeliverable
+                request,
+                self.state,
+                inventory,
+                scheduler,
+                self._telemetry,
+                self._router.undeliverable,
+                self._message_bytes,
             )
         if isinstance(request, Metadata):
             return control.metadata(request, inventory, scheduler)
@@ -400,6 +418,9 @@ class Server:
             view_tensors(request.inputs, tensors, self._limits)  # nothing is loaded for what is broken
             raise self._summon(version)
         bound = version.fitting.bind(model, request.inputs, tensors, self._limits)
+        reply_nbytes = bound.rows * model.reply_row_nbytes
+        if reply_nbytes > self._message_bytes or reply_nbytes > request.max_reply_bytes:
+            raise self._too_large(reply_nbytes, request.max_reply_bytes)
         pending = as_pending(message, request, version, model, bound, received_ns, self._max_delay_us)
         scheduler = self._scheduler
         pending.queued_ns = now_ns = time.perf_counter_ns()
@@ -474,6 +495,7 @@ class Server:
         if device.kind == "cuda":
             device.memory_free_mb = execution.memory_free_mb
         answers: list[_Answer] = []
+        sizes_known = execution.model.reply_row_nbytes  # and looked at before
         for request, outcome in zip(batch.requests, execution.outcomes, strict=False):  # a copy has no requests
             assert isinstance(request, Pending)
             if request.done:
@@ -481,6 +503,10 @@ class Server:
             if isinstance(outcome, TensorNextError):
                 if not (execution.exhausted and self._runs_elsewhere(request, outcome)):
                     self._answer_error(request, outcome)
+            elif not sizes_known and (nbytes := sum([array.nbytes for array in outcome])) > min(
+                self._message_bytes, request.max_reply_bytes
+            ):
+                self._answer_error(request, self._too_large(nbytes, request.max_reply_bytes))
             else:
                 answers.append((request, result_header(request, execution, outcome), outcome))
                 if len(answers) == _SENT_TOGETHER:
@@ -510,6 +536,11 @@ class Server:
         """Requests to a version change each other's answers in a batch: from now on each runs alone, and whole."""
         if version.end_batches(why):
             log.error("%s: its requests run alone from now on: %s", version.title, why)
+
+    def _too_large(self, nbytes: int, max_reply_bytes: int) -> InvalidArgument:
+        if max_reply_bytes < self._message_bytes:
+            return reply_too_large(nbytes, max_reply_bytes, "the client")
+        return reply_too_large(nbytes, self._message_bytes, "the daemon")
 
     def _runs_elsewhere(self, request: Pending, error: TensorNextError) -> bool:
         """A GPU had no memory for a request: have it run where else it may. False if that is nowhere."""

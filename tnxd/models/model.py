@@ -12,6 +12,7 @@ import numpy as np
 from tnxctl.errors import InvalidArgument
 from tnxctl.frames import Array
 from tnxctl.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
+from tnxd.models.sizes import row_nbytes
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +76,8 @@ class Model:
         state: "shared": what the module keeps from one request to the next is meant for all of them.
         audit: share of its batches that are computed again in idle time.
         batching_asked: whether model.toml itself says that axis 0 counts rows; else it was derived.
+        reply_row_nbytes: bytes of the outputs for each row, or of an answer if it has no batch axis; 0: not known
+            before they are computed.
     """
 
     name: str
@@ -101,9 +104,11 @@ class Model:
     audit: float = DEFAULT_AUDIT
     batching_asked: bool = False
     key: str = field(init=False)
+    reply_row_nbytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", model_key(self.name, self.version, self.generation))
+        object.__setattr__(self, "reply_row_nbytes", row_nbytes(self.outputs, bool(self.max_batch_size)))
 
     def unbatched(self) -> Model:
         """The same model, for requests that run alone and whole."""

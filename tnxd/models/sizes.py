@@ -1,0 +1,60 @@
+"""How large the messages for a model are, as far as its signature says, and whether the limits let them through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tnxctl.errors import FailedPrecondition, InvalidArgument
+from tnxctl.frames import STORAGE
+from tnxctl.wire import MAX_ID, VERSION, Limits, Predict, TensorSpec, encode
+
+if TYPE_CHECKING:
+    from tnxd.models.model import Model
+
+
+def row_nbytes(specs: Sequence[TensorSpec], batches: bool) -> int:
+    """Bytes of all these tensors for one row, or in all if axis 0 counts none; 0 if other axes have any length."""
+    shapes = [spec.shape[1:] if batches else spec.shape for spec in specs]
+    if any(-1 in shape for shape in shapes):
+        return 0
+    return sum(math.prod(shape) * STORAGE[spec.datatype].itemsize for shape, spec in zip(shapes, specs, strict=True))
+
+
+def check_message_sizes(model: Model, limits: Limits) -> None:
+    """Whether anybody can ask for this model, and be answered. How many tensors it has raises the limit for that.
+
+    Raises:
+        FailedPrecondition: the smallest request or answer is larger than a message may be; the sentence has both sizes.
+    """
+    ones = tuple(
+        TensorSpec(spec.name, spec.datatype, tuple(max(length, 1) for length in spec.shape)) for spec in model.inputs
+    )
+    header = len(encode(Predict(v=VERSION, id=MAX_ID, inputs=ones, model=f"{model.name}@{model.version}")))
+    if header > limits.header_bytes:
+        raise FailedPrecondition(
+            f"a request for its {len(ones)} inputs needs a header of {header} bytes, and limits.header_bytes is "
+            f"{limits.header_bytes}: raise it, in the clients too"
+        )
+    batches = bool(model.max_batch_size)
+    one = "one row" if batches else "a request"
+    for what, specs in ((f"the inputs of {one}", model.inputs), (f"the answer to {one}", model.outputs)):
+        nbytes = row_nbytes(specs, batches)
+        if nbytes > limits.message_bytes:
+            raise FailedPrecondition(
+                f"{what} would take {nbytes} bytes, and limits.message_bytes is {limits.message_bytes}: raise it, "
+                f"in the clients too"
+            )
+
+
+def reply_too_large(nbytes: int, limit: int, whose: str) -> InvalidArgument:
+    """The refusal of an answer, which would be as large another time.
+
+    Args:
+        nbytes: what its tensors take. limit: what they may take. whose: limit it is.
+    """
+    return InvalidArgument(
+        f"the answer takes {nbytes} bytes, more than the {limit} that {whose} may have in a message: ask for less at a "
+        f"time"
+    )
