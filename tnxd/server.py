@@ -171,25 +171,27 @@ class Server:
             self.state = READY
 
     def drain(self) -> None:
-        """Refuse what is new, finish what is here, then stop. A second call stops at once."""
+        """Refuse what is new, finish what is here, then stop. A second call waits for nothing more to be finished."""
         if self.state == DRAINING:
-            self._stopped = True
+            self.stop()
             return
         self.state = DRAINING
         self._drain_until = time.monotonic() + self._drain_timeout_s
         log.info("draining: %d requests waiting, %d running", self._scheduler.queued, self._scheduler.running)
 
-    @property
-    def drain_left_s(self) -> float:
-        """Seconds that are left for draining; 0 if it does not drain."""
-        return max(self._drain_until - time.monotonic(), 0.0) if self.state == DRAINING else 0.0
-
     def stop(self) -> None:
-        """Leave `run` now."""
+        """Leave `run` as soon as everybody has an answer, or the news that there will be none."""
         self._stopped = True
 
-    def run(self) -> None:
-        """Serve until drained or stopped."""
+    def run(self, linger_s: float) -> float:
+        """Serve until drained or stopped, and until every peer that reads has what it is owed.
+
+        Args:
+            linger_s: how long it may take at least until those who read have it.
+
+        Returns:
+            Seconds that are left of the time for that.
+        """
         busy = False
         while not self._stopped:
             if not busy or not self._router.readable():
@@ -208,8 +210,22 @@ class Server:
                 self._tick(now)
             if self.state == DRAINING and self._is_drained(now, flushed and not busy):
                 break
+        return self._deliver(linger_s if self._stopped else max(linger_s, self._drain_until - time.monotonic()))
+
+    def _deliver(self, seconds: float) -> float:
+        """Answer all that is here, and see to it that the answers go out, for so long at most. Returns what is left."""
+        until = time.monotonic() + seconds
+        while self._completed:
+            self._finish(self._completed.popleft())
+        self.state = DRAINING
         self._abandon()
-        self._router.flush()
+        while True:
+            self._receive()  # what came meanwhile is refused: nobody is to wait for an answer from the next daemon
+            left = until - time.monotonic()
+            if left <= 0 or (self._router.flush() and not self._router.readable()):
+                return max(left, 0.0)
+            if self._router.wait(left * 1e3):
+                self._wakeup.clear()
 
     def _wait(self) -> None:
         # A thread that polls holds the GIL most of the time: only while no lane needs it.
@@ -287,9 +303,8 @@ class Server:
 
     def _abandon(self) -> None:
         """Answer what will never be finished."""
-        waiting = self._scheduler.drop_all()
-        running = [request for execution in self._on_lanes for request in execution.batch.requests]
-        for request in [*waiting, *[request for request in running if not request.done]]:
+        self._scheduler.drop_all()
+        for request in [request for mine in self._in_flight.values() for request in mine.values()]:
             self._answer_error(request, Unavailable("the daemon stopped before this request was done"))
         if self._orders is not None:
             self._orders.abandon()
@@ -345,7 +360,7 @@ class Server:
         except TensorNextError as error:
             failure = error
         except Exception:  # a defect of ours: this client gets an answer, and the others go on
-            log.exception("request %d", request.id)
+            log.exception("the daemon failed at a request")
             failure = Internal("the daemon failed at this request; its log says how")
         self._telemetry.requests += not isinstance(request, Predict)
         self._send_error(message.peer, message.delimited, request.id, failure)
