@@ -49,6 +49,7 @@ from tnxd.executors.execution import Execution, Executor
 from tnxd.loading import Loader
 from tnxd.orders import Order, Orders
 from tnxd.pending import Pending, as_execution, as_pending, result_header
+from tnxd.quarantine import Quarantine
 from tnxd.registry import DRAINING, READY, STARTING, Version
 from tnxd.router import Message, Router
 from tnxd.scheduler import Scheduler
@@ -133,6 +134,7 @@ class Server:
         self._on_device_lost = on_device_lost
         self._loader: Loader | None = None
         self._shadows = Shadows()
+        self._quarantine = Quarantine()
         self._orders: Orders | None = None
         self._calls: deque[Callable[[], None]] = deque()
         self._completed: deque[Execution] = deque()
@@ -245,6 +247,7 @@ class Server:
     def _forget_vanished(self) -> None:
         """Nobody waits for the answers to a client that is gone: take what it queued out."""
         for peer in self._router.vanished():
+            self._quarantine.forget(peer)
             for request in list(self._in_flight.get(peer, {}).values()):
                 if self._scheduler.cancel(request):
                     self._telemetry.abandoned += 1
@@ -408,6 +411,8 @@ class Server:
             raise self._summon(version)
         bound = version.fitting.bind(model, request.inputs, tensors, self._limits)
         pending = as_pending(message, request, version, model, bound, received_ns, self._max_delay_us)
+        if self._quarantine.clients and model.max_batch_size and self._quarantine.holds(pending.client):
+            pending.alone, pending.max_batch_size = True, 1
         scheduler = self._scheduler
         pending.queued_ns = now_ns = time.perf_counter_ns()
         if not scheduler.queued and not self._router.readable():  # else others may share its batch
@@ -497,6 +502,8 @@ class Server:
         if execution.exhausted:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
         failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])
+        if failures or self._quarantine.clients:
+            self._judge(execution)
         # How long a failure took says nothing about the next success.
         succeeded = not execution.exhausted and not failures
         self._scheduler.finished(batch, (execution.finished_ns - execution.started_ns) / 1e3 if succeeded else 0.0)
@@ -508,6 +515,16 @@ class Server:
                 self._shadows.offer(execution, mirror)
         if execution.fatal and not device.error:
             self._lose_device(device.name, execution.fatal)
+
+    def _judge(self, execution: Execution) -> None:
+        """Who sent what a model fails at rides alone, until it has shown that it can do otherwise."""
+        if execution.fatal:
+            return
+        for request, outcome in zip(execution.batch.requests, execution.outcomes, strict=False):
+            if not isinstance(outcome, TensorNextError):
+                self._quarantine.succeeded(request.client)
+            elif not isinstance(outcome, ResourceExhausted):
+                self._quarantine.failed(request.client)
 
     def _runs_elsewhere(self, request: Pending, error: TensorNextError) -> bool:
         """A GPU had no memory for a request: have it run where else it may. False if that is nowhere."""
