@@ -34,6 +34,7 @@ from tnxd.server import Server
 from tnxd.spinner import Spinner
 from tnxd.telemetry import Telemetry
 from tnxd.wakeup import Wakeup
+from tnxd.watchdog import Watchdog
 from tnxd.work import Device
 
 log = logging.getLogger("tnxd")
@@ -229,6 +230,7 @@ class _Daemon:
         with signals.handled_signals(
             lambda: call_soon(self._stop), lambda: call_soon(self._reload), patience_s, _FLUSH_S
         ):
+            Watchdog(self._hang, self._hangs)
             self._router.close(self._server.run(_FLUSH_S))
             log.info("stopped")
             logs.flush(_LAST_WORDS_S)
@@ -337,12 +339,24 @@ class _Daemon:
             self._notifier.send("READY=1", f"STATUS={self._status()}")
 
     def _device_lost(self) -> None:
-        choice = self._config.on_device_loss
-        if choice == "restart" or (choice == "auto" and self._notifier.supervised):
+        if self._is_to_restart(self._config.on_device_loss):
             log.error("the daemon finishes what other devices run, and ends for a new start")
             self._exit_code = 1
             if self._server.state != DRAINING:
                 self._stop()
+
+    def _hang(self) -> str:
+        # Before systemd's watchdog, which would end the process without naming anything.
+        return self._server.hangs(self._notifier.watchdog_s * 2 / 3 or float("inf"))
+
+    def _hangs(self, why: str, stack: str) -> None:
+        """On the watchdog's thread: nothing is served."""
+        log.error("%s: nothing is served meanwhile\n%s", why, stack)
+        if self._is_to_restart(self._config.on_hang):
+            signals.die(f"{why}: the daemon ends for a new start")
+
+    def _is_to_restart(self, choice: str) -> bool:
+        return choice == "restart" or (choice == "auto" and self._notifier.supervised)
 
     def _stop(self) -> None:
         self._notifier.send("STOPPING=1", "STATUS=draining")

@@ -140,6 +140,7 @@ class Server:
         self._completed: deque[Execution] = deque()
         self._in_flight: dict[bytes, dict[int, Pending]] = {}
         self._started: Batch | None = None
+        self._inline: Execution | None = None
         self._on_lanes: dict[Execution, float] = {}
         self._next_tick = time.monotonic()
         self._drain_until = float("inf")
@@ -158,6 +159,19 @@ class Server:
         """An executor is done with what it was given. Any thread."""
         self._completed.append(execution)
         self._wakeup.set()
+
+    def hangs(self, most_s: float) -> str:
+        """In words, what has kept the loop for longer than its limit, or `most_s` seconds; "": nothing. Any thread."""
+        execution = self._inline
+        if execution is not None and execution.started_ns:
+            limit_s = min(self._limit_s(execution), most_s)
+            if (time.perf_counter_ns() - execution.started_ns) / 1e9 > limit_s:
+                model, count = execution.model.key, len(execution.items)
+                return f"model {model!r} has run for over {limit_s:g} s with {count} requests on the serving thread"
+        limit_s = min(self._stall_timeout_s, most_s)
+        if time.monotonic() - self._next_tick > limit_s:
+            return f"the serving loop has not turned for {limit_s:g} s"
+        return ""
 
     # --- called on the loop's thread, by `call_soon` or before `run` -------------------------------------------
 
@@ -220,6 +234,7 @@ class Server:
         while self._completed:
             self._finish(self._completed.popleft())
         self.state = DRAINING
+        self._next_tick = float("inf")
         self._abandon()
         while True:
             self._receive()  # what came meanwhile is refused: nobody is to wait for an answer from the next daemon
@@ -467,7 +482,9 @@ class Server:
         return True
 
     def _run_inline(self, execution: Execution) -> None:
+        self._inline = execution
         self._executor(execution.batch).run_inline(execution)
+        self._inline = None
         self._finish(execution)
 
     def _run_copy(self) -> None:
