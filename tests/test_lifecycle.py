@@ -470,10 +470,10 @@ def test_a_client_that_takes_no_replies_makes_no_failure_of_a_stop(made: Own) ->
 
 HANGS = """
 import logging, signal, sys, threading
-from tnxd.lifecycle import handled_signals
+from tnxd.signals import handled_signals
 
 logging.basicConfig()
-with handled_signals(lambda: print("stop", flush=True), lambda: print("reload", flush=True), patience_s=0.3):
+with handled_signals(lambda: print("stop", flush=True), lambda: print("reload", flush=True), 0.3, 0.3):
     if sys.argv[1] == "logging":
         logging.getLogger().handlers[0].acquire()
     print("ready", flush=True)

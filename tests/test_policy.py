@@ -524,7 +524,7 @@ def test_what_is_forgotten_comes_back_as_new() -> None:
         assert costs.curve("cpu", model).known
     cpu.models.discard("mlp")
     scheduler.forget("mlp")
-    assert cpu.waiting.keys() == {("other", ())}
+    assert cpu.waiting.keys() == {("other", (), False)}
     assert not costs.curve("cpu", "mlp").known
     assert costs.curve("cpu", "other").known
     cpu.models.add("mlp")
@@ -1029,7 +1029,7 @@ class Machine:
         for device in (self.gpu, self.cpu):
             used = [batch.lane for batch in self.running if batch.device is device and batch.lane >= 0]
             assert sorted([*used, *device.free_lanes]) == list(range(device.lanes))
-            for (model, _), queue in device.waiting.items():
+            for (model, *_), queue in device.waiting.items():
                 # Nothing waits beside a free lane, but for a lane of its own.
                 assert not queue.count or not device.free_lanes or 0 < self.lanes[model] <= after[device.name, model]
 

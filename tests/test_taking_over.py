@@ -276,7 +276,7 @@ _entry = st.tuples(
 
 
 def queue_of(entries: list[tuple[int, int, int, int, bool, bool]]) -> tuple[Waiting, list[Request]]:
-    queue = Waiting(("mlp", ()), BatchCosts(), Placement(Load()))
+    queue = Waiting(("mlp", (), False), BatchCosts(), Placement(Load()))
     requests = []
     for serial, (due_ms, rows, level, client, lasting, movable) in enumerate(entries):
         one = request(rows=rows, priority=level, client=b"%d" % client, wanted="auto" if movable else "cuda:0")

@@ -146,7 +146,7 @@ def test_a_link_to_the_repository_is_followed_if_it_is_safe(root: Path) -> None:
 
 def test_a_fifo_is_no_model(root: Path) -> None:
     os.mkfifo(root / "net/1/pipe")
-    with pytest.raises(PermissionDenied, match="net/1/pipe is neither a file nor a directory"):
+    with pytest.raises(PermissionDenied, match="net/1/pipe is a named pipe, not a file"):
         check(root)
 
 

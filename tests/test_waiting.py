@@ -20,7 +20,7 @@ def request(client: str = "a", priority: int = 1, due: int = 0, rows: int = 1) -
 
 
 def queue(*requests: Request) -> Waiting:
-    made = Waiting(("m", ()), BatchCosts(), Placement(Load()))
+    made = Waiting(("m", (), False), BatchCosts(), Placement(Load()))
     for one in requests:
         made.add(one)
     return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.util
 import logging
@@ -18,11 +17,12 @@ import click
 from tnxctl import __version__
 from tnxctl.errors import FailedPrecondition, InvalidArgument, TensorNextError
 from tnxd import config as configuration
+from tnxd import logs, signals
 from tnxd.config import Config
 from tnxd.control import Inventory
 from tnxd.costs import CostModel
 from tnxd.executors.execution import Executor
-from tnxd.lifecycle import Notifier, handled_signals, raise_file_limit
+from tnxd.lifecycle import Notifier, raise_file_limit
 from tnxd.loading import Changes, Loader
 from tnxd.models import repository
 from tnxd.models.builtin import STANDARD, builtin_entries
@@ -34,11 +34,13 @@ from tnxd.server import Server
 from tnxd.spinner import Spinner
 from tnxd.telemetry import Telemetry
 from tnxd.wakeup import Wakeup
+from tnxd.watchdog import Watchdog
 from tnxd.work import Device
 
 log = logging.getLogger("tnxd")
 
 _FLUSH_S = 5.0
+_LAST_WORDS_S = 1.0
 _TICK_S = 1.0
 _MIB = 1024 * 1024
 _GC_THRESHOLD = 10_000
@@ -124,6 +126,7 @@ def main(
     it has taken in, then it exits with 0; a second signal stops it at once. Exit code 2: the configuration is wrong; 1:
     it cannot listen or cannot load, or it lost a device.
     """
+    signals.prepare()  # `tnxd.__main__` has done so long before; other programs call this function
     overrides: dict[str, Any] = {
         "bind": list(bind) or None,
         "models": list(models) or None,
@@ -139,7 +142,7 @@ def main(
         _check_default(config, catalog)
     except TensorNextError as error:
         _exit(2, error)
-    _log_to_stderr(config.log_level)
+    logs.install(config.log_level)
     if importlib.util.find_spec("torch") is None:
         _exit(1, FailedPrecondition("the daemon needs torch, which is not installed: pip install 'tensornext[daemon]'"))
     for name in sorted(os.environ.keys() - _known_variables()):
@@ -154,7 +157,6 @@ def main(
         router.close(0)
         _exit(1, error)
     code = _Daemon(config, Registry(config.default_model), router).run()
-    logging.shutdown()
     # Lanes may be inside torch, and the interpreter cannot end under them: it would abort.
     os._exit(code)
 
@@ -188,6 +190,7 @@ class _Daemon:
         self._notifier = Notifier()
         self._costs = CostModel()
         self._loader: Loader | None = None
+        self._reload_waits = False
         self._exit_code = 0
         self._server = Server(
             router,
@@ -224,10 +227,13 @@ class _Daemon:
         call_soon = self._server.call_soon
         # The drain, the flush, and as much again before it counts as hung.
         patience_s = self._config.drain_timeout_s + 2 * _FLUSH_S
-        with handled_signals(lambda: call_soon(self._stop), lambda: call_soon(self._reload), patience_s):
-            self._server.run()
-            self._router.close(max(_FLUSH_S, self._server.drain_left_s))
-        log.info("stopped")
+        with signals.handled_signals(
+            lambda: call_soon(self._stop), lambda: call_soon(self._reload), patience_s, _FLUSH_S
+        ):
+            Watchdog(self._hang, self._hangs)
+            self._router.close(self._server.run(_FLUSH_S))
+            log.info("stopped")
+            logs.flush(_LAST_WORDS_S)
         return self._exit_code
 
     def _open_devices(self) -> None:
@@ -298,9 +304,10 @@ class _Daemon:
             return
         self._server.serve()
         line = self._status()
-        with contextlib.suppress(OSError):  # nobody has to read it
-            print(f"tnxd {__version__} {line}", flush=True)
+        print(f"tnxd {__version__} {line}", flush=True)  # as `tnxd.logs` has it: nobody has to read it
         self._notifier.send("READY=1", f"STATUS={line}")
+        if self._reload_waits:
+            self._reload()
 
     def _status(self) -> str:
         """What is served, where."""
@@ -319,8 +326,10 @@ class _Daemon:
         return f"ready on {', '.join(self._router.endpoints)}; devices: {devices}; models: {models}"
 
     def _reload(self) -> None:
-        """SIGHUP."""
-        if self._loader is None or self._server.state != READY:
+        """SIGHUP. One that comes while models are loaded counts when they are: what it is about may be read already."""
+        if self._server.state == STARTING:
+            self._reload_waits = True
+        elif self._server.state != READY or self._loader is None:
             log.warning("SIGHUP is ignored: the daemon is %s", self._server.state)
         else:
             self._loader.reload()
@@ -332,12 +341,24 @@ class _Daemon:
             self._notifier.send("READY=1", f"STATUS={self._status()}")
 
     def _device_lost(self) -> None:
-        choice = self._config.on_device_loss
-        if choice == "restart" or (choice == "auto" and self._notifier.supervised):
+        if self._is_to_restart(self._config.on_device_loss):
             log.error("the daemon finishes what other devices run, and ends for a new start")
             self._exit_code = 1
             if self._server.state != DRAINING:
                 self._stop()
+
+    def _hang(self) -> str:
+        # Before systemd's watchdog, which would end the process without naming anything.
+        return self._server.hangs(self._notifier.watchdog_s * 2 / 3 or float("inf"))
+
+    def _hangs(self, why: str, stack: str) -> None:
+        """On the watchdog's thread: nothing is served."""
+        log.error("%s: nothing is served meanwhile\n%s", why, stack)
+        if self._is_to_restart(self._config.on_hang):
+            signals.die(f"{why}: the daemon ends for a new start")
+
+    def _is_to_restart(self, choice: str) -> bool:
+        return choice == "restart" or (choice == "auto" and self._notifier.supervised)
 
     def _stop(self) -> None:
         self._notifier.send("STOPPING=1", "STATUS=draining")
@@ -349,7 +370,9 @@ class _Daemon:
 
     def _tick(self, progress: bool) -> None:
         if progress and self._notifier.watchdog_s and self._server.state != STARTING:
-            self._notifier.send("WATCHDOG=1")
+            self._notifier.alive()
+        else:
+            self._notifier.retry()
 
 
 def _known_variables() -> set[str]:
@@ -357,32 +380,9 @@ def _known_variables() -> set[str]:
 
 
 def _exit(code: int, error: TensorNextError) -> None:
-    click.echo(f"{'<3>' if _journal() else ''}tnxd: {error.message}", err=True)
+    click.echo(f"{'<3>' if logs.to_journal() else ''}tnxd: {error.message}", err=True)
+    logs.flush(_LAST_WORDS_S)
     sys.exit(code)
-
-
-def _log_to_stderr(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        _JournalFormatter("%(name)s: %(message)s")
-        if _journal()
-        else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    )
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.raiseExceptions = False  # a closed stderr must not become an error of its own
-
-
-class _JournalFormatter(logging.Formatter):
-    """journald adds the time itself, and reads the priority of each line from the <N> that it begins with."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        priority = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
-        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
-
-
-def _journal() -> bool:
-    """Whether stderr goes to systemd's journal."""
-    return bool(os.environ.get("JOURNAL_STREAM"))
 
 
 if __name__ == "__main__":

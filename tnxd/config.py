@@ -89,6 +89,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         on_device_loss: when a device is lost for good, "restart" finishes what is under way elsewhere and exits with 1,
             for a service manager to start the daemon anew; "continue" goes on without the device; "auto" restarts if
             systemd started the daemon.
+        on_hang: when a batch on the serving thread does not come back, nothing can be served: "restart" exits with 1,
+            "continue" waits for it, "auto" restarts if systemd started the daemon.
     """
 
     bind: _Names = (f"tcp://127.0.0.1:{DEFAULT_PORT}",)
@@ -103,6 +105,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load_timeout_s: _Positive = 300.0
     stall_timeout_s: _Positive = 60.0
     on_device_loss: Literal["auto", "restart", "continue"] = "auto"
+    on_hang: Literal["auto", "restart", "continue"] = "auto"
     log_level: LogLevel = "info"
     cpu: Cpu = Cpu()
     cuda: Cuda = Cuda()

@@ -158,7 +158,9 @@ class Router:
             raise InvalidArgument(f"cannot listen on {endpoint}: there is something else than a socket at that path")
         path = socket_path + ".lock"
         try:
-            lock = open(path, "a", encoding="ascii")  # noqa: SIM115 - held until close
+            # Not blocking, for a pipe at that path; and no link, which may lead to what is not ours.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+            lock = os.fdopen(os.open(path, flags, 0o666), "w", encoding="ascii")  # held until close
         except OSError as error:
             raise InvalidArgument(f"cannot listen on {endpoint}: {path}: {error.strerror}") from None
         try:

@@ -59,9 +59,9 @@ class Routing:
             placement = device.placements[model] = Placement(self.load(model))
         return placement
 
-    def queue(self, device: Device, model: str, group: tuple[int, ...]) -> Waiting:
+    def queue(self, device: Device, model: str, group: tuple[int, ...], alone: bool = False) -> Waiting:
         """Where its requests wait. Empty queues are kept for the next request, up to a number."""
-        key = (model, group)
+        key = (model, group, alone)
         queue = device.waiting.get(key)
         if queue is None:
             if len(device.waiting) >= device.sweep_at:
@@ -84,11 +84,11 @@ class Routing:
         """
         if request.wanted == "auto":
             device, reason, prediction = self._soonest(request, now_ns)
-            queue = self.queue(device, request.model, request.group)
+            queue = self.queue(device, request.model, request.group, request.alone)
             queue.movable = True
         else:
             device, reason = self.route(request, now_ns)
-            queue = self.queue(device, request.model, request.group)
+            queue = self.queue(device, request.model, request.group, request.alone)
             prediction = self._predict(device, request, queue, now_ns)
         return device, queue, reason, prediction
 
@@ -128,7 +128,9 @@ class Routing:
         candidates: list[_Candidate] = []
         for device in self.devices.values():
             if device.takes(request):
-                prediction = self._predict(device, request, self.queue(device, request.model, request.group), now_ns)
+                prediction = self._predict(
+                    device, request, self.queue(device, request.model, request.group, request.alone), now_ns
+                )
                 candidates.append((prediction[0] + prediction[1], len(candidates), device, prediction))
         if not candidates:
             raise Unavailable(f"no device serves {request.model!r} now")
@@ -155,7 +157,7 @@ class Routing:
         most = max(rates)
         _, _, fastest, (wait_us, run_us, share_us, own_us) = candidates[rates.index(most)]
         wait_us -= own_us * (1.0 - most / sum(rates)) / fastest.lanes
-        queue = self.queue(fastest, request.model, request.group)
+        queue = self.queue(fastest, request.model, request.group, request.alone)
         limit = queue.placement.row_limit(request.max_batch_size)
         if not limit or queue.count < limit:
             margin_us = queue.costs.curve(request.rows).spread(request.rows)

@@ -538,7 +538,7 @@ class Scheduler:
         if not request.waiting:
             return False
         device = self.devices[request.device]
-        queue = device.waiting[(request.model, request.group)]
+        queue = device.waiting[(request.model, request.group, request.alone)]
         queue.remove(request)
         if not queue.count:
             self._retire(device, queue)

@@ -51,6 +51,7 @@ from tnxd.loading import Loader
 from tnxd.models.sizes import reply_too_large
 from tnxd.orders import Order, Orders
 from tnxd.pending import Pending, as_execution, as_pending, result_header
+from tnxd.quarantine import Quarantine
 from tnxd.registry import DRAINING, READY, STARTING, Version
 from tnxd.router import Message, Router
 from tnxd.scheduler import Scheduler
@@ -137,11 +138,13 @@ class Server:
         self._loader: Loader | None = None
         self._background = Background()
         self._shadows = Shadows(self._background)
+        self._quarantine = Quarantine()
         self._orders: Orders | None = None
         self._calls: deque[Callable[[], None]] = deque()
         self._completed: deque[Execution] = deque()
         self._in_flight: dict[bytes, dict[int, Pending]] = {}
         self._started: Batch | None = None
+        self._inline: Execution | None = None
         self._on_lanes: dict[Execution, float] = {}
         self._next_tick = time.monotonic()
         self._drain_until = float("inf")
@@ -175,6 +178,19 @@ class Server:
         """Requests to a version change each other's answers in a batch. Any thread."""
         self.call_soon(lambda: self._end_batches(version, why))
 
+    def hangs(self, most_s: float) -> str:
+        """In words, what has kept the loop for longer than its limit, or `most_s` seconds; "": nothing. Any thread."""
+        execution = self._inline
+        if execution is not None and execution.started_ns:
+            limit_s = min(self._limit_s(execution), most_s)
+            if (time.perf_counter_ns() - execution.started_ns) / 1e9 > limit_s:
+                model, count = execution.model.key, len(execution.items)
+                return f"model {model!r} has run for over {limit_s:g} s with {count} requests on the serving thread"
+        limit_s = min(self._stall_timeout_s, most_s)
+        if time.monotonic() - self._next_tick > limit_s:
+            return f"the serving loop has not turned for {limit_s:g} s"
+        return ""
+
     # --- called on the loop's thread, by `call_soon` or before `run` -------------------------------------------
 
     def install(self, scheduler: Scheduler, loader: Loader) -> None:
@@ -189,25 +205,27 @@ class Server:
             self.state = READY
 
     def drain(self) -> None:
-        """Refuse what is new, finish what is here, then stop. A second call stops at once."""
+        """Refuse what is new, finish what is here, then stop. A second call waits for nothing more to be finished."""
         if self.state == DRAINING:
-            self._stopped = True
+            self.stop()
             return
         self.state = DRAINING
         self._drain_until = time.monotonic() + self._drain_timeout_s
         log.info("draining: %d requests waiting, %d running", self._scheduler.queued, self._scheduler.running)
 
-    @property
-    def drain_left_s(self) -> float:
-        """Seconds that are left for draining; 0 if it does not drain."""
-        return max(self._drain_until - time.monotonic(), 0.0) if self.state == DRAINING else 0.0
-
     def stop(self) -> None:
-        """Leave `run` now."""
+        """Leave `run` as soon as everybody has an answer, or the news that there will be none."""
         self._stopped = True
 
-    def run(self) -> None:
-        """Serve until drained or stopped."""
+    def run(self, linger_s: float) -> float:
+        """Serve until drained or stopped, and until every peer that reads has what it is owed.
+
+        Args:
+            linger_s: how long it may take at least until those who read have it.
+
+        Returns:
+            Seconds that are left of the time for that.
+        """
         busy = False
         while not self._stopped:
             if not busy or not self._router.readable():
@@ -226,8 +244,23 @@ class Server:
                 self._tick(now)
             if self.state == DRAINING and self._is_drained(now, flushed and not busy):
                 break
+        return self._deliver(linger_s if self._stopped else max(linger_s, self._drain_until - time.monotonic()))
+
+    def _deliver(self, seconds: float) -> float:
+        """Answer all that is here, and see to it that the answers go out, for so long at most. Returns what is left."""
+        until = time.monotonic() + seconds
+        while self._completed:
+            self._finish(self._completed.popleft())
+        self.state = DRAINING
+        self._next_tick = float("inf")
         self._abandon()
-        self._router.flush()
+        while True:
+            self._receive()  # what came meanwhile is refused: nobody is to wait for an answer from the next daemon
+            left = until - time.monotonic()
+            if left <= 0 or (self._router.flush() and not self._router.readable()):
+                return max(left, 0.0)
+            if self._router.wait(left * 1e3):
+                self._wakeup.clear()
 
     def _wait(self) -> None:
         # A thread that polls holds the GIL most of the time: only while no lane needs it.
@@ -247,6 +280,7 @@ class Server:
     def _forget_vanished(self) -> None:
         """Nobody waits for the answers to a client that is gone: take what it queued out."""
         for peer in self._router.vanished():
+            self._quarantine.forget(peer)
             for request in list(self._in_flight.get(peer, {}).values()):
                 if self._scheduler.cancel(request):
                     self._telemetry.abandoned += 1
@@ -307,9 +341,8 @@ class Server:
 
     def _abandon(self) -> None:
         """Answer what will never be finished."""
-        waiting = self._scheduler.drop_all()
-        running = [request for execution in self._on_lanes for request in execution.batch.requests]
-        for request in [*waiting, *[request for request in running if not request.done]]:
+        self._scheduler.drop_all()
+        for request in [request for mine in self._in_flight.values() for request in mine.values()]:
             self._answer_error(request, Unavailable("the daemon stopped before this request was done"))
         if self._orders is not None:
             self._orders.abandon()
@@ -365,7 +398,7 @@ class Server:
         except TensorNextError as error:
             failure = error
         except Exception:  # a defect of ours: this client gets an answer, and the others go on
-            log.exception("request %d", request.id)
+            log.exception("the daemon failed at a request")
             failure = Internal("the daemon failed at this request; its log says how")
         self._telemetry.requests += not isinstance(request, Predict)
         self._send_error(message.peer, message.delimited, request.id, failure)
@@ -422,6 +455,8 @@ class Server:
         if reply_nbytes > self._message_bytes or reply_nbytes > request.max_reply_bytes:
             raise self._too_large(reply_nbytes, request.max_reply_bytes)
         pending = as_pending(message, request, version, model, bound, received_ns, self._max_delay_us)
+        if self._quarantine.clients and model.max_batch_size and self._quarantine.holds(pending.client):
+            pending.alone, pending.max_batch_size = True, 1
         scheduler = self._scheduler
         pending.queued_ns = now_ns = time.perf_counter_ns()
         if not scheduler.queued and not self._router.readable():  # else others may share its batch
@@ -476,7 +511,9 @@ class Server:
         return True
 
     def _run_inline(self, execution: Execution) -> None:
+        self._inline = execution
         self._executor(execution.batch).run_inline(execution)
+        self._inline = None
         self._finish(execution)
 
     def _run_copy(self) -> None:
@@ -516,6 +553,8 @@ class Server:
         if execution.exhausted:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
         failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])
+        if failures or self._quarantine.clients:
+            self._judge(execution)
         # How long a failure took says nothing about the next success.
         succeeded = not execution.exhausted and not failures
         self._scheduler.finished(batch, (execution.finished_ns - execution.started_ns) / 1e3 if succeeded else 0.0)
@@ -541,6 +580,16 @@ class Server:
         if max_reply_bytes < self._message_bytes:
             return reply_too_large(nbytes, max_reply_bytes, "the client")
         return reply_too_large(nbytes, self._message_bytes, "the daemon")
+
+    def _judge(self, execution: Execution) -> None:
+        """Who sent what a model fails at rides alone, until it has shown that it can do otherwise."""
+        if execution.fatal:
+            return
+        for request, outcome in zip(execution.batch.requests, execution.outcomes, strict=False):
+            if not isinstance(outcome, TensorNextError):
+                self._quarantine.succeeded(request.client)
+            elif not isinstance(outcome, ResourceExhausted):
+                self._quarantine.failed(request.client)
 
     def _runs_elsewhere(self, request: Pending, error: TensorNextError) -> bool:
         """A GPU had no memory for a request: have it run where else it may. False if that is nowhere."""

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import inspect
 
-from tnxctl.errors import InvalidArgument
+from tnxctl.errors import FailedPrecondition, InvalidArgument
+from tnxd import files
 
 T = TypeVar("T")
 
@@ -22,13 +23,15 @@ def read(path: Path, label: str = "") -> dict[str, Any]:
         label: what to call the file in errors; its path without one.
 
     Raises:
-        InvalidArgument: it cannot be read, or is not TOML.
+        InvalidArgument: it cannot be read, is no file or a large one, or is not TOML.
     """
     label = label or str(path)
     try:
-        settings: dict[str, Any] = msgspec.toml.decode(path.read_bytes())
+        settings: dict[str, Any] = msgspec.toml.decode(files.read(path, label))
     except OSError as error:
         raise InvalidArgument(f"{label}: {error.strerror}") from None
+    except FailedPrecondition as error:
+        raise InvalidArgument(error.message) from None
     except (msgspec.DecodeError, ValueError, RecursionError) as error:  # as numbers too long, nested too deep
         raise InvalidArgument(f"{label}: not TOML: {error}") from None
     return settings

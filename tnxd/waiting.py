@@ -257,7 +257,8 @@ class Waiting:
     are, they stand in a plain line. The first one that is different makes it an ordered queue, until it is empty.
 
     Attributes:
-        key: model and group. costs: what batches of them take on this device. placement: the model on this device.
+        key: model, group, and whether each rides alone. costs: what batches of them take on this device. placement: the
+            model on this device.
         rows, count: of the requests that wait.
         ready_ns: before that, a batch smaller than the limit waits for company; what a full batch left over does not.
         movable: whether there may be requests that another device could take over; set by the caller.
@@ -265,7 +266,7 @@ class Waiting:
 
     __slots__ = ("_levels", "_line", "costs", "count", "key", "movable", "placement", "ready_ns", "rows")
 
-    def __init__(self, key: tuple[str, tuple[int, ...]], costs: BatchCosts, placement: Placement) -> None:
+    def __init__(self, key: tuple[str, tuple[int, ...], bool], costs: BatchCosts, placement: Placement) -> None:
         self.key = key
         self.costs = costs
         self.placement = placement

@@ -38,6 +38,7 @@ class Request(msgspec.Struct, eq=False, gc=False):
         wanted: "" to go by prefer_gpu and min_gpu_memory_mb, "auto" for the device that is done first, or a device
             that it must run on.
         excluded: devices that had no memory left for it: it goes to others, unless it names one.
+        alone: whether it shares no batch, though others of its model and group wait (`tnxd.quarantine`).
         priority: 0 to LEVELS - 1, 0 first.
         deadline_ns: when it is worthless; NEVER.
         device, reason, predicted_us: filled by `Scheduler.add`: where it will run, why there, and the microseconds
@@ -59,6 +60,7 @@ class Request(msgspec.Struct, eq=False, gc=False):
     deadline_ns: int = NEVER
     max_delay_ns: int = 0
     excluded: frozenset[str] = frozenset()
+    alone: bool = False
     device: str = ""
     reason: str = ""
     predicted_us: float = 0.0
@@ -190,8 +192,9 @@ class Device:
         free_lanes: indices of lanes that have nothing to do.
         spare_free: whether the SPARE lane has nothing to do.
         placements: of models that came here, by key.
-        waiting: queues by model and group, empty ones too. sweep_at: how many there may be before the empty ones are
-            dropped. queued, queued_rows: requests in them, and their rows. running_rows: those in batches that run.
+        waiting: queues by model, group and whether their requests ride alone, empty ones too. sweep_at: how many there
+            may be before the empty ones are dropped. queued, queued_rows: requests in them, and their rows.
+            running_rows: those in batches that run.
         turns: which queue is next, per priority. counts: requests per priority.
         held: models that run on as many lanes as they may, and their queues that have no turn on that priority until
             one of these is free.
@@ -212,7 +215,7 @@ class Device:
     spare_free: bool = field(init=False, default=True)
     busy_until_ns: dict[int, int] = field(init=False, default_factory=dict)
     placements: dict[str, Placement] = field(init=False, default_factory=dict)
-    waiting: dict[tuple[str, tuple[int, ...]], Waiting] = field(init=False, default_factory=dict)
+    waiting: dict[tuple[str, tuple[int, ...], bool], Waiting] = field(init=False, default_factory=dict)
     sweep_at: int = field(init=False, default=0)
     held: dict[Placement, set[tuple[Waiting, int]]] = field(init=False, default_factory=dict)
     backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)

@@ -6,6 +6,8 @@ Nothing is ever unpickled. Whatever is wrong with a file becomes a FileProblem: 
 from __future__ import annotations
 
 import io
+import os
+import stat
 import sys
 import warnings
 import zipfile
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 STANDARD = "-"
 SUFFIXES = (".npy", ".npz")
+
+MOST_BYTES = 1 << 30
+"""Of a file: four times what a message may hold by default, since `--cast` may make it smaller."""
 
 _NPY_MAGIC = b"\x93NUMPY"
 _ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")  # the second: an archive without members
@@ -35,7 +40,7 @@ def read(path: str) -> dict[str, Array]:
     """
     name = _name(path, "standard input")
     try:
-        content = _standard_bytes(sys.stdin).read() if path == STANDARD else Path(path).read_bytes()
+        content = _content(path, name)
     except OSError as error:
         raise FileProblem(f"cannot read {name}: {error.strerror or error}") from None
     if content.startswith(_ZIP_MAGIC):
@@ -84,6 +89,24 @@ def write(path: str, tensors: dict[str, Array]) -> None:
         raise FileProblem(f"cannot write {name}: {error.strerror or error}") from None
 
 
+def _content(path: str, name: str) -> bytes:
+    """All of it. A pipe is welcome: a shell's <(...) is one. Of a device or a sparse file, no more than is of use."""
+    too_large = FileProblem(
+        f"cannot read {name}: it has more than {MOST_BYTES} bytes, and no message has room for that"
+    )
+    if path == STANDARD:
+        content = _standard_bytes(sys.stdin).read(MOST_BYTES + 1)
+    else:
+        with open(path, "rb") as stream:
+            info = os.fstat(stream.fileno())
+            if stat.S_ISREG(info.st_mode) and info.st_size > MOST_BYTES:
+                raise too_large
+            content = stream.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise too_large
+    return content
+
+
 def _name(path: str, standard: str) -> str:
     return standard if path == STANDARD else path
 
@@ -117,6 +140,8 @@ def _read_npz(name: str, content: bytes) -> dict[str, Array]:
     tensors: dict[str, Array] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
+                raise FileProblem(f"cannot read {name}: unpacked, it has more than {MOST_BYTES} bytes")
             for member in archive.namelist():
                 tensors[member.removesuffix(".npy")] = _read_npy(f"{name} ({member})", archive.read(member))
     except FileProblem:

@@ -117,14 +117,19 @@ class Runner(ABC):
             if isinstance(error, torch.AcceleratorError) and self.is_lost():
                 execution.fatal = first_line(error)
             exhausted = self.is_exhausted(error)
-            failure = self._failure(execution, error)
+            why = first_line(error)
+            if stop - start == 1 or execution.fatal or exhausted:  # else its halves have more to say
+                failure = self._failure(execution, error)
         # Out of the except block: the traceback no longer holds the failed batch's tensors while the halves run.
         if stop - start == 1 or execution.fatal:
             return [failure] * (stop - start)
         if exhausted:
             self.free_memory()
         middle = (start + stop) // 2
-        return self._attempt(execution, start, middle) + self._attempt(execution, middle, stop)
+        outcomes = self._attempt(execution, start, middle) + self._attempt(execution, middle, stop)
+        if not exhausted and not any(isinstance(outcome, TensorNextError) for outcome in outcomes):
+            log.error("%s on %s: %d requests failed together: %s", execution.model.name, self.device, len(rows), why)
+        return outcomes
 
     def _alone(self, execution: Execution, item: Item, rows: int) -> list[Array]:
         """Run one request, in pieces that are joined again where it has too many rows for one forward."""

@@ -70,5 +70,5 @@ def digits() -> nn.Module:
     with torch.device("meta"):
         net = DigitsNet()
     net.to_empty(device="cpu")
-    net.load_state_dict(safetensors.torch.load_file(DIGITS_WEIGHTS))  # copies: the file may change afterwards
+    net.load_state_dict(safetensors.torch.load(DIGITS_WEIGHTS.read_bytes()))  # mapped, it could change meanwhile
     return net.eval().requires_grad_(False)

@@ -25,6 +25,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from tnxctl.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+from tnxd.files import MOST_TEXT, kind, open_file, read_open
 
 MANIFEST = "SHA256SUMS"
 
@@ -143,7 +144,7 @@ class Guard:
             elif stat.S_ISREG(info.st_mode):
                 yield entry, info
             else:
-                raise PermissionDenied(f"{self.label(entry)} is neither a file nor a directory")
+                raise PermissionDenied(f"{self.label(entry)} is {kind(info)}, not a file")
 
 
 def identity(info: os.stat_result) -> tuple[int, ...]:
@@ -204,7 +205,7 @@ class TrustedFiles:
         expected = self.identities.get(path)
         if expected is None:
             raise FailedPrecondition(f"{label} is missing")
-        with self.guard.resolve(path).open("rb") as file:
+        with open_file(self.guard.resolve(path), label) as file:
             if identity(os.fstat(file.fileno())) != expected:
                 raise FailedPrecondition(f"{label} changed while it was loaded: load it again")
             yield file
@@ -215,7 +216,7 @@ class TrustedFiles:
         """Compare every file with the manifest, both ways."""
         label = self.guard.label(sums)
         with self.open(sums) as file:
-            text = file.read().decode("utf-8", "replace")
+            text = read_open(file, label, MOST_TEXT).decode("utf-8", "replace")
         expected: dict[Path, str] = {}
         for number, line in enumerate(text.splitlines(), 1):
             found = _MANIFEST_LINE.fullmatch(line)
@@ -278,6 +279,9 @@ def _shared_modules(guard: Guard, directory: Path) -> Iterator[tuple[Path, os.st
         if hidden(entry.name):
             continue
         if entry.suffix == ".py":
-            yield entry, guard.resolve(entry).stat()
+            info = guard.resolve(entry).stat()
+            if not stat.S_ISREG(info.st_mode):
+                raise PermissionDenied(f"{guard.label(entry)} is {kind(info)}, not a file")
+            yield entry, info
         elif (entry / "__init__.py").is_file():
             yield from guard.tree(entry)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from tnxctl.errors import FailedPrecondition, TensorNextError
+from tnxd.files import MOST_CODE, read_open
 from tnxd.models.trust import TrustedFiles
 from tnxd.sentences import sentence
 
@@ -107,7 +108,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
         with self._files.open(Path(path)) as file:
-            code: CodeType = self.source_to_code(file.read(), path)
+            source = read_open(file, self._files.guard.label(Path(path)), MOST_CODE)
+            code: CodeType = self.source_to_code(source, path)
         return code
 
 

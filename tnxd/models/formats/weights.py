@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 FILE = "model.safetensors"
 
+_MOST_HEAD = 100_000_000  # bytes, as the library has it
+
 
 def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     """See `tnxd.models.formats.opening.read`."""
@@ -59,9 +61,9 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
 def fill(network: torch.nn.Module, file: BufferedReader, label: str, made_by: str) -> None:
     """Put the weights of a file in place of those of a network.
 
-    A file that nobody may write is used as it lies in the page cache, mapped: nothing is copied. Others are copied once
-    while they are read, because whoever writes over a mapped file changes the weights of a model that serves, and one
-    that shortens it ends the process.
+    A file that nobody may write is used as it lies in the page cache, mapped: nothing is copied. Others are read,
+    because whoever writes over a mapped file changes the weights of a model that serves, and one that shortens it ends
+    the process.
 
     Args:
         label, made_by: what to call the file and the network in errors.
@@ -71,8 +73,8 @@ def fill(network: torch.nn.Module, file: BufferedReader, label: str, made_by: st
     """
     mapped = not os.fstat(file.fileno()).st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
     try:
-        # The path of the open file, so that what is read is what was checked.
-        weights = safetensors.torch.load_file(f"/proc/self/fd/{file.fileno()}")
+        # The path of the open file, so that what is mapped is what was checked.
+        weights = safetensors.torch.load_file(f"/proc/self/fd/{file.fileno()}") if mapped else _read(file, label)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise FailedPrecondition(f"{label}: damaged or incomplete: {error}") from None
     expected = network.state_dict(keep_vars=True)
@@ -90,8 +92,8 @@ def fill(network: torch.nn.Module, file: BufferedReader, label: str, made_by: st
             raise FailedPrecondition(
                 f"{label}: {name!r} is {list(weight.shape)}, in the network of {made_by} it is {list(own.shape)}"
             )
-        if weight.dtype is not own.dtype or not mapped:
-            converted += weight.dtype is not own.dtype
+        if weight.dtype is not own.dtype:
+            converted += 1
             key = weight.data_ptr()
             if key not in copies or not weight.numel():
                 copies[key] = weight.to(own.dtype, copy=True)
@@ -102,6 +104,34 @@ def fill(network: torch.nn.Module, file: BufferedReader, label: str, made_by: st
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if tensor.is_meta:
             raise FailedPrecondition(f"{made_by}: {name!r} is on the meta device, and not among the weights of {label}")
+
+
+def _read(file: BufferedReader, label: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file that somebody may write to, in memory of their own; the file is never mapped.
+
+    The library maps what it reads the names and shapes from, however it reads the rest: it gets a copy of the head,
+    with nothing behind it.
+
+    Raises:
+        FailedPrecondition: it was shortened meanwhile.
+        safetensors.SafetensorError: it is damaged.
+    """
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(8)
+    head += file.read(min(int.from_bytes(head, "little"), _MOST_HEAD))
+    weights: dict[str, torch.Tensor] = {}
+    with os.fdopen(os.memfd_create("head"), "wb") as copy:
+        copy.write(head)
+        copy.truncate(max(size, len(head)))
+        copy.flush()
+        with safetensors.safe_open(f"/proc/self/fd/{copy.fileno()}", framework="pt", backend="pread") as plan:
+            for name in plan.offset_keys():  # as they lie in the file, without gaps
+                weights[name] = plan.get_tensor(name)
+                if weights[name].numel():
+                    content = weights[name].reshape(-1).view(torch.uint8).numpy().data
+                    if file.readinto(content) != len(content):
+                        raise FailedPrecondition(f"{label} changed while it was loaded: load it again")
+    return weights
 
 
 def _tie(weights: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

@@ -1,0 +1,105 @@
+"""Daemon processes with standard streams, limits and surroundings that a test chooses."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent.parent
+
+ODD = (str(TESTS / "odd_models.py"),)
+"""The program whose models misbehave on command."""
+
+ONE_LANE = "[cpu]\nworkers = 1\ninline_limit_us = 0\n"
+
+
+@dataclass
+class Running:
+    """A daemon process. Attributes: endpoint: where it listens. folder: of its own."""
+
+    endpoint: str
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Signal it; its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    @property
+    def log(self) -> str:
+        """What it wrote to stderr, if that went to the file `log`."""
+        return (self.folder / "log").read_text()
+
+    def status(self, field: str) -> str:
+        """A line of /proc/PID/status, by its name."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(rf"^{field}:\s+(.*)$", text, re.MULTILINE)
+        assert found is not None
+        return found[1]
+
+
+@contextmanager
+def running(
+    folder: Path,
+    *arguments: str,
+    program: tuple[str, ...] = ("-m", "tnxd"),
+    config: str = "",
+    stderr: Any = None,
+    stdout: Any = subprocess.DEVNULL,
+    before: Callable[[], None] | None = None,
+    environment: dict[str, str] | None = None,
+) -> Iterator[Running]:
+    """A daemon on an ipc path in that folder; it may not be ready yet. Killed at the end if it still runs.
+
+    Args:
+        stderr: a descriptor; None is the file `log` in the folder.
+        before: called in the new process before the program is.
+    """
+    endpoint = f"ipc://{folder}/tnx"
+    command = [sys.executable, *program, "--bind", endpoint, *arguments]
+    if config:
+        (folder / "tnxd.toml").write_text(config)
+        command += ["--config", str(folder / "tnxd.toml")]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=stdout,
+            stderr=log if stderr is None else stderr,
+            preexec_fn=before,
+            env={**os.environ, **(environment or {})},
+        )
+    try:
+        yield Running(endpoint, process, folder)
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+@contextmanager
+def full_pipe() -> Iterator[tuple[int, int]]:
+    """A pipe, its reading and its writing end, that takes not one byte more."""
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(writer, False)
+        for size in (65536, 1):
+            try:
+                while True:
+                    os.write(writer, bytes(size))
+            except BlockingIOError:
+                pass
+        os.set_blocking(writer, True)
+        yield reader, writer
+    finally:
+        os.close(reader)
+        os.close(writer)

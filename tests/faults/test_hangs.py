@@ -1,0 +1,53 @@
+"""A batch on the serving thread that does not come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from dealer import Dealer, rows
+from processes import ODD, running
+
+INLINE = "stall_timeout_s = 0.5\n[cpu]\ninline_limit_us = 1000000.0\n"
+
+
+def test_it_is_named_and_the_process_ends_for_a_new_start(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    environment = {"RUN_FIFO": str(tmp_path / "fifo")}
+    config = f'on_hang = "restart"\n{INLINE}'
+    with running(tmp_path, "--model", "wait", program=ODD, config=config, environment=environment) as daemon:
+        with Dealer(daemon.endpoint) as dealer:
+            dealer.await_health(status="ready")
+            dealer.predict(rows(1, 4, 1.0))
+            assert daemon.process.wait(30) == 1
+        assert "model 'wait@1' has run for over 0.5 s with 1 requests on the serving thread" in daemon.log
+        assert "wait_for_release" in daemon.log  # where it hangs
+
+
+def test_without_a_service_manager_it_goes_on_when_that_ends_after_all(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    environment = {"RUN_FIFO": str(fifo)}
+    with running(tmp_path, "--model", "wait", program=ODD, config=INLINE, environment=environment) as daemon:
+        with Dealer(daemon.endpoint) as dealer:
+            dealer.await_health(status="ready")
+            dealer.predict(rows(1, 4, 1.0))
+            with fifo.open("wb"):
+                while "has run for over" not in daemon.log:
+                    assert daemon.process.poll() is None
+            assert dealer.result()[0].model == "wait"
+        assert daemon.stop() == 0
+
+
+def test_a_process_that_was_stopped_for_long_has_not_hung(tmp_path: Path) -> None:
+    config = 'on_hang = "restart"\nstall_timeout_s = 0.5\n'
+    with running(tmp_path, config=config) as daemon, Dealer(daemon.endpoint) as dealer:
+        dealer.await_health(status="ready")
+        daemon.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED)
+        dealer.predict(rows(1))
+        assert not dealer.socket.poll(1500)  # longer than the limit
+        daemon.process.send_signal(signal.SIGCONT)
+        dealer.result()
+        assert daemon.stop() == 0

@@ -1,0 +1,155 @@
+"""A log that nobody reads, that is full or closed, or that one client would fill: the daemon serves, and stops."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from dealer import Dealer, rows
+from processes import ODD, full_pipe, running
+from tnxd import logs
+
+POISON = rows(1, 4, 1.0)
+GOOD = rows(1, 4, 100.0)
+
+
+def check_that_it_serves(endpoint: str, failing: int = 40) -> None:
+    """So many requests fail, as many do not, and each gets its answer."""
+    with Dealer(endpoint) as dealer:
+        dealer.await_health(status="ready")
+        for _ in range(failing):
+            dealer.predict(POISON)
+            dealer.predict(GOOD)
+        codes = [getattr(dealer.receive()[0], "code", "") for _ in range(2 * failing)]
+        assert sorted(codes) == [""] * failing + ["INTERNAL"] * failing
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_pipe_that_nobody_reads(stream: str, tmp_path: Path) -> None:
+    with full_pipe() as (_, writer), running(tmp_path, "--model", "odd", program=ODD, **{stream: writer}) as daemon:
+        check_that_it_serves(daemon.endpoint)
+        assert daemon.stop() == 0
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    with (
+        open("/dev/full", "wb") as full,
+        running(tmp_path, "--model", "odd", program=ODD, stderr=full, stdout=full) as daemon,
+    ):
+        check_that_it_serves(daemon.endpoint)
+        assert daemon.stop() == 0
+
+
+def test_streams_that_are_closed_are_not_taken_for_sockets(tmp_path: Path) -> None:
+    """The next descriptor that is opened gets the number of a closed one, and what is printed would go there."""
+
+    def close() -> None:
+        for descriptor in range(3):
+            os.close(descriptor)
+
+    with running(tmp_path, before=close) as daemon:
+        with Dealer(daemon.endpoint) as dealer:
+            dealer.await_health(status="ready")
+            streams = [os.readlink(f"/proc/{daemon.process.pid}/fd/{descriptor}") for descriptor in range(3)]
+            assert streams == [os.devnull] * 3
+        assert daemon.stop() == 0
+
+
+def test_one_client_with_wrong_requests_does_not_fill_the_log(tmp_path: Path) -> None:
+    with running(tmp_path, "--model", "odd", program=ODD) as daemon:
+        with Dealer(daemon.endpoint) as dealer:
+            dealer.await_health(status="ready")
+            for _ in range(2000):
+                dealer.predict(POISON)
+            assert {dealer.error().code for _ in range(2000)} == {"INTERNAL"}
+        assert daemon.stop() == 0
+        lines = daemon.log.splitlines()
+        told = [line for line in lines if "odd on cpu raised" in line]
+        more = [int(found[1].replace(",", "")) for line in told if (found := re.search(r"and ([\d,]+) more", line))]
+        assert len(told) - len(more) + sum(more) == 2000
+        assert sum("Traceback" in line for line in lines) == len(told) - len(more)
+        assert len(lines) < 200
+
+
+# --- the parts, without a daemon -----------------------------------------------------------------------------
+
+
+def record(text: str, *arguments: object, level: int = logging.ERROR) -> logging.LogRecord:
+    return logging.LogRecord("test", level, "", 0, text, arguments, None)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def read_all(reader: int) -> list[str]:
+    """What is in a pipe now."""
+    os.set_blocking(reader, False)
+    data = b""
+    try:
+        while part := os.read(reader, 65536):
+            data += part
+    except BlockingIOError:
+        pass
+    return data.decode().splitlines()
+
+
+def test_what_finds_no_room_is_counted() -> None:
+    count = 20_000
+    with full_pipe() as (reader, writer):
+        clock = Clock()
+        log = logs.Log(writer, clock)
+        log.writer.start()
+        for _ in range(count):
+            log.handle(record("line %s", "x" * 50))
+            clock.now += logs.INTERVAL_S
+        lines: list[str] = []
+        while not log.writer.flush(0.05):
+            lines += read_all(reader)
+        log.writer.put("")  # a look at the time
+        assert log.writer.flush(20)
+        lines += read_all(reader)
+        whole = [line for line in lines if "xxx" in line]
+        dropped = [int(found[1]) for line in lines if (found := re.match(r"(\d+) lines of this log were", line))]
+        assert len(whole) + sum(dropped) == count
+        assert sum(dropped) > 0
+
+
+def test_of_one_kind_there_is_one_line_and_a_number() -> None:
+    reader, writer = os.pipe()
+    clock = Clock()
+    log = logs.Log(writer, clock)
+    log.writer.start()
+    for index in range(5):
+        log.handle(record("%s failed: %d", "one", index))
+        log.handle(record("%s failed: %d", "other", index))
+    clock.now = logs.INTERVAL_S
+    log.handle(record("%s failed: %d", "one", 5))
+    log.flush(20)
+    assert read_all(reader) == [
+        "one failed: 0",
+        "other failed: 0",
+        "one failed: 0 ... and 4 more of this kind within 10 s",
+        "one failed: 5",
+        "other failed: 0 ... and 4 more of this kind within 10 s",
+    ]
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_text_without_end_is_cut() -> None:
+    reader, writer = os.pipe()
+    log = logs.Log(writer)
+    log.writer.start()
+    log.handle(record("%s", "x" * 1_000_000))
+    assert log.writer.flush(20)
+    assert sum(map(len, read_all(reader))) < 20_000
+    os.close(reader)
+    os.close(writer)

@@ -1,0 +1,117 @@
+"""Signals that somebody sends to the daemon, from its first line on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from dealer import Dealer
+from processes import ODD, running
+
+PASSED_OVER = [
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGPIPE,
+    signal.SIGALRM,
+    signal.SIGVTALRM,
+    signal.SIGPROF,
+    signal.SIGIO,
+    signal.SIGPWR,
+    signal.SIGXFSZ,
+    signal.SIGRTMIN,
+    signal.SIGRTMIN + 1,
+    signal.SIGRTMAX,
+]
+
+EARLY = f"""
+import os, runpy, sys
+
+class Sends:
+    def find_spec(self, name, path, target=None):
+        if name in ("tnxd.cli", "click", "zmq"):
+            for number in {[int(number) for number in (*PASSED_OVER, signal.SIGHUP)]}:
+                os.kill(os.getpid(), number)
+
+sys.meta_path.insert(0, Sends())
+runpy.run_module("tnxd", run_name="__main__", alter_sys=True)
+"""
+"""The daemon, which gets all these signals while its first modules are imported."""
+
+
+def test_signals_in_the_first_moments_do_not_end_it(tmp_path: Path) -> None:
+    with running(tmp_path, program=("-c", EARLY)) as daemon, Dealer(daemon.endpoint) as dealer:
+        dealer.await_health(status="ready")
+        assert daemon.stop() == 0
+
+
+def test_signals_without_a_meaning_are_passed_over_and_named(tmp_path: Path) -> None:
+    with running(tmp_path) as daemon, Dealer(daemon.endpoint) as dealer:
+        dealer.await_health(status="ready")
+        for number in PASSED_OVER:
+            daemon.process.send_signal(number)
+        assert dealer.health().status == "ready"
+        while "SIGUSR1 is ignored" not in daemon.log or f"signal {signal.SIGRTMIN + 1} is ignored" not in daemon.log:
+            assert dealer.health().status == "ready"
+        assert daemon.stop() == 0
+
+
+def test_a_flood_of_signals_hides_none_that_counts(tmp_path: Path) -> None:
+    with running(tmp_path) as daemon, Dealer(daemon.endpoint) as dealer:
+        dealer.await_health(status="ready")
+        for _ in range(20_000):
+            daemon.process.send_signal(signal.SIGUSR1)
+        assert daemon.stop() == 0
+        assert len(daemon.log.splitlines()) < 50
+
+
+def test_a_reload_that_is_asked_for_while_models_load_comes_when_they_are(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(20)
+        environment = {"LOAD_FIFO": str(fifo), "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with running(tmp_path, "--model", "slow", program=ODD, environment=environment) as daemon:
+            with fifo.open("wb"), Dealer(daemon.endpoint) as dealer:  # it is being loaded
+                daemon.process.send_signal(signal.SIGHUP)
+                daemon.process.send_signal(signal.SIGUSR1)  # the next, in order
+                while "SIGUSR1" not in daemon.log:
+                    assert dealer.health().status == "starting"
+            said = ""
+            while "RELOADING=1" not in said:
+                said = systemd.recv(4096).decode()
+            assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_to_stop_before_anything_was_taken_in_ends_it_without_a_traceback(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    program = (
+        "from tnxd import signals; signals.prepare(); print(flush=True); import threading; threading.Event().wait()"
+    )
+    with running(tmp_path, program=("-c", program), stdout=-1) as starting:
+        assert starting.process.stdout is not None
+        starting.process.stdout.readline()
+        assert starting.stop(number) == -number
+        assert starting.log == ""
+
+
+def test_the_processes_that_it_starts_are_as_any(tmp_path: Path) -> None:
+    """An ignored signal would be inherited: a compiler that cannot be stopped."""
+    program = "from tnxd import signals; signals.prepare(); import subprocess; subprocess.run(['sleep', '60'])"
+    with running(tmp_path, program=("-c", program)) as parent:
+        children = Path(f"/proc/{parent.process.pid}/task/{parent.process.pid}/children")
+        while not children.read_text().split():
+            assert parent.process.poll() is None
+        child = int(children.read_text().split()[0])
+        status = Path(f"/proc/{child}/status")
+        while "sleep" not in status.read_text().splitlines()[0]:
+            assert parent.process.poll() is None
+        ignored = next(line for line in status.read_text().splitlines() if line.startswith("SigIgn"))
+        assert int(ignored.split()[1], 16) & (1 << (signal.SIGUSR1 - 1)) == 0
+        os.kill(child, signal.SIGKILL)

@@ -1,0 +1,79 @@
+"""Files that are looked at before they are opened.
+
+Somebody's mistake may have put a pipe in their place, which hangs, or a device, or a sparse file that fills the memory.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from io import BufferedReader
+from pathlib import Path
+
+from tnxctl.errors import FailedPrecondition
+
+MOST_TEXT = 1024 * 1024
+"""Bytes of settings, a manifest or an index."""
+
+MOST_CODE = 16 * 1024 * 1024
+"""Bytes of a Python module."""
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a directory",
+}
+
+
+def kind(info: os.stat_result) -> str:
+    """What something is that is no file, in words."""
+    return _KINDS.get(stat.S_IFMT(info.st_mode), "no file")
+
+
+def open_file(path: Path, label: str, most: int | None = None) -> BufferedReader:
+    """Open a file to read it.
+
+    Args:
+        label: what to call it in errors.
+        most: bytes that it may have.
+
+    Raises:
+        FailedPrecondition: it is no file, or larger.
+        OSError: it cannot be opened.
+    """
+    _check(os.stat(path), label, most)  # a device may do something as soon as it is opened
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    file = os.fdopen(descriptor, "rb")
+    try:
+        _check(os.fstat(descriptor), label, most)  # it may be another one by now
+    except FailedPrecondition:
+        file.close()
+        raise
+    return file
+
+
+def read(path: Path, label: str, most: int = MOST_TEXT) -> bytes:
+    """What is in a file of so many bytes at most. Raises as `open_file` does."""
+    with open_file(path, label, most) as file:
+        return read_open(file, label, most)
+
+
+def read_open(file: BufferedReader, label: str, most: int) -> bytes:
+    """What is in an open file. Raises FailedPrecondition: that is more bytes, by now."""
+    content = file.read(most + 1)
+    if len(content) > most:
+        raise _too_large(label, len(content), most)
+    return content
+
+
+def _check(info: os.stat_result, label: str, most: int | None) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        raise FailedPrecondition(f"{label} is {kind(info)}, not a file")
+    if most is not None and info.st_size > most:
+        raise _too_large(label, info.st_size, most)
+
+
+def _too_large(label: str, size: int, most: int) -> FailedPrecondition:
+    return FailedPrecondition(f"{label} has {size} bytes, and {most} are the most that are read of such a file")

@@ -1,0 +1,298 @@
+"""Lines for stderr and stdout that nobody who writes them waits for.
+
+A pipe that is not read, a terminal that is stopped, a disk that hangs: whoever writes to such a descriptor stands
+still, and the serving loop must not. So all lines go through bounded queues to one thread for each descriptor. What
+does not fit is dropped and counted, and the log says how much that was. Failures of one kind are one line, and one
+traceback, in ten seconds, with their number.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import queue
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+INTERVAL_S = 10.0
+"""Of one kind of warning or error, one line is written within it."""
+
+# What is no failure is told, too, up to a number: an operator who routes traffic five times wants to see all five.
+_LINES_OF_NEWS = 20
+
+_MAX_KINDS = 1000
+_MAX_LINE = 16 * 1024  # characters; journald would cut lines of 48 KiB
+_MAX_WAITING = 4096  # entries
+_MAX_WAITING_BYTES = 1024 * 1024
+_RETRY_S = 1.0
+
+
+class Writer:
+    """Writes to a descriptor on a thread of its own. `put` never blocks, whatever becomes of the descriptor.
+
+    Args:
+        on_time: called on that thread before it waits; returns the seconds after which to call it again at the latest,
+            or None.
+
+    Attributes:
+        dropped: entries that found no room, since the descriptor takes too little.
+    """
+
+    def __init__(self, descriptor: int, on_time: Callable[[], float | None] = lambda: None) -> None:
+        self._descriptor = descriptor
+        self._on_time = on_time
+        self._queue: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
+        self._lock = threading.RLock()  # a finalizer may log in the middle of anything
+        # Each is written by one side alone: what was taken, and what has gone.
+        self._taken_bytes = 0
+        self._gone_bytes = 0
+        self.dropped = 0
+
+    def start(self) -> Writer:
+        """Begin to write; returns itself."""
+        threading.Thread(target=self._run, name=f"writer {self._descriptor}", daemon=True).start()
+        return self
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether there is room for much more."""
+        return (
+            2 * self._queue.qsize() < _MAX_WAITING and 2 * (self._taken_bytes - self._gone_bytes) < _MAX_WAITING_BYTES
+        )
+
+    def put(self, text: str, *, needed: bool = False) -> None:
+        """Have a text written, which ends with its line, if there is room for it or it is needed.
+
+        An empty one makes the thread look at the time.
+        """
+        data = text.encode("utf-8", "backslashreplace")
+        with self._lock:
+            waiting = self._taken_bytes - self._gone_bytes
+            full = self._queue.qsize() >= _MAX_WAITING or waiting + len(data) > _MAX_WAITING_BYTES
+            if full and not needed:
+                self.dropped += bool(data)
+                return
+            self._taken_bytes += len(data)
+        self._queue.put(data)
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until what was put is written, for so long at most. Whether it is."""
+        written = threading.Event()
+        self._queue.put(written)
+        return written.wait(seconds)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                entry = self._queue.get(timeout=self._on_time())
+            except queue.Empty:
+                continue
+            if isinstance(entry, threading.Event):
+                entry.set()
+                continue
+            self._write(entry)
+            self._gone_bytes += len(entry)
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[os.write(self._descriptor, left) :]
+            except BlockingIOError:  # somebody who shares it has made it so
+                _wait_until_writable(self._descriptor)
+            except OSError:  # closed, broken, the disk is full: a log that cannot be written is no reason to stop
+                return
+
+
+def _wait_until_writable(descriptor: int) -> None:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    poll.poll(_RETRY_S * 1e3)
+
+
+class _Kind:
+    """Records that say the same of the same thing, within one interval."""
+
+    __slots__ = ("left", "level", "more", "name", "text", "until")
+
+    def __init__(self, record: logging.LogRecord, text: str, until: float) -> None:
+        # Not the record, whose exception would keep the tensors of its frames alive.
+        self.name, self.level, self.text = record.name, record.levelno, text
+        self.until = until
+        self.left = 1 if record.levelno >= logging.WARNING else _LINES_OF_NEWS
+        self.more = 0
+
+
+class Log(logging.Handler):
+    """A handler that writes through a `Writer`, and one line for each kind of failure and interval.
+
+    The caller starts its writer.
+
+    Of one kind are records with the same logger, text and first argument, which is what they are about, and the same
+    class of exception. The others are counted: "... and 1999 more of this kind within 10 s".
+    """
+
+    def __init__(self, descriptor: int, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._kinds: dict[tuple[Any, ...], _Kind] = {}
+        self._kinds_lock = threading.RLock()
+        self._dropped = 0
+        self.writer = Writer(descriptor, self._on_time)
+
+    def createLock(self) -> None:
+        """No lock around `emit`: to make a text of an exception may run a model's code, for as long as that likes."""
+        self.lock = None
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        passed = self.filter(record)
+        if passed:
+            self.emit(record)
+        return bool(passed)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if self._is_to_be_told(record):
+                self.writer.put(self._text(record))
+        except Exception:  # a text that cannot be made is no reason for anything
+            self.handleError(record)
+
+    def flush(self, seconds: float = 0.0) -> None:
+        """Write what is known so far, counts included, within so many seconds."""
+        self._close_kinds(float("inf"))
+        if seconds > 0:
+            self.writer.flush(seconds)
+
+    def _is_to_be_told(self, record: logging.LogRecord) -> bool:
+        subject = record.args[0] if isinstance(record.args, tuple) and record.args else None
+        error = record.exc_info[0] if record.exc_info else None
+        kind: tuple[Any, ...] = (record.name, record.levelno, record.msg, str(subject)[:200], error)
+        text, now = record.getMessage(), self._clock()
+        with self._kinds_lock:
+            if kind not in self._kinds and len(self._kinds) >= _MAX_KINDS:
+                kind = (record.levelno,)  # too many to tell apart
+            known = self._kinds.get(kind)
+            if known is None or now >= known.until:
+                if known is not None and known.more:
+                    self.writer.put(self._summary(known))
+                known = self._kinds[kind] = _Kind(record, text, now + INTERVAL_S)
+            if known.left:
+                known.left -= 1
+                return True
+            known.more += 1
+            first = known.more == 1
+        if first:
+            self.writer.put("")  # the writer's thread has a time to look at now
+        return False
+
+    def _on_time(self) -> float | None:
+        """On the writer's thread: tell what has come to its end."""
+        dropped = self.writer.dropped - self._dropped
+        if dropped and self.writer.keeps_up:
+            self._dropped += dropped
+            line = f"{dropped} lines of this log were dropped: nobody read them in time"
+            self.writer.put(self._line(logging.WARNING, line), needed=True)
+        return self._close_kinds(self._clock())
+
+    def _close_kinds(self, now: float) -> float | None:
+        """Tell the numbers of kinds whose interval is over. Returns the seconds until the next one is."""
+        with self._kinds_lock:
+            for name, kind in list(self._kinds.items()):
+                if now >= kind.until:
+                    if kind.more:
+                        self.writer.put(self._summary(kind))
+                    del self._kinds[name]
+            counted = [kind.until for kind in self._kinds.values() if kind.more]
+        return max(min(counted) - now, 0.0) if counted else None
+
+    def _summary(self, kind: _Kind) -> str:
+        text = f"{kind.text} ... and {kind.more:,} more of this kind within {INTERVAL_S:g} s"
+        return self._line(kind.level, text, kind.name)
+
+    def _line(self, level: int, text: str, name: str = __name__) -> str:
+        return self._text(logging.LogRecord(name, level, "", 0, "%s", (text,), None))
+
+    def _text(self, record: logging.LogRecord) -> str:
+        text = self.format(record)
+        if len(text) > _MAX_LINE:
+            half = _MAX_LINE // 2
+            text = f"{text[:half]}\n[{len(text) - 2 * half} characters are left out]\n{text[-half:]}"
+        return text + "\n"
+
+
+class _Stream(io.TextIOBase):
+    """Takes the place of sys.stdout or sys.stderr: what a model prints goes the same way, line by line."""
+
+    encoding = "utf-8"
+    errors = "backslashreplace"
+
+    def __init__(self, descriptor: int, writer: Writer) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._writer = writer
+        self._own = threading.local()  # the line that a thread has begun
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, text: str) -> int:
+        begun: str = getattr(self._own, "line", "") + text
+        end = len(begun) if len(begun) > _MAX_LINE else begun.rfind("\n") + 1
+        if end:
+            self._writer.put(begun[:end])
+        self._own.line = begun[end:]
+        return len(text)
+
+
+class _JournalFormatter(logging.Formatter):
+    """journald adds the time itself, and reads the priority of each line from the <N> that it begins with."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+def to_journal() -> bool:
+    """Whether stderr goes to systemd's journal."""
+    return bool(os.environ.get("JOURNAL_STREAM"))
+
+
+_installed: tuple[Log, Writer] | None = None
+
+
+def install(level: str) -> None:
+    """Have the log of this process written to stderr, and all that it prints, without that anybody waits for it."""
+    global _installed
+    handler, printed = Log(2), Writer(1).start()
+    handler.setFormatter(
+        _JournalFormatter("%(name)s: %(message)s")
+        if to_journal()
+        else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    )
+    handler.writer.start()
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a text that cannot be made must not become a text of its own
+    sys.stdout = _Stream(1, printed)
+    sys.stderr = _Stream(2, handler.writer)
+    _installed = handler, printed
+
+
+def flush(seconds: float) -> None:
+    """Write what waits, within so many seconds. Without `install` there is nothing that waits."""
+    if _installed is not None:
+        handler, printed = _installed
+        until = time.monotonic() + seconds
+        handler.flush(seconds)
+        printed.flush(max(until - time.monotonic(), 0.0))
