@@ -205,7 +205,7 @@ class Router:
             return None
         frame = recv(0, False)  # multipart messages arrive whole: the other parts are here
         if peer not in self._known:
-            self._meet(peer, frame.get(zmq.SRCFD))
+            self._meet(peer, frame)
         delimited = False
         if frame.more and not len(frame):
             delimited = True
@@ -220,8 +220,17 @@ class Router:
                 tensors.append(frame)
         return Message(peer, delimited, header, tensors, count)
 
-    def _meet(self, peer: bytes, descriptor: int) -> None:
+    def resume(self) -> None:
+        """Drop the rest of a message that `receive` could not read to its end."""
+        while self._get(zmq.RCVMORE):
+            self._recv(_NOBLOCK)
+
+    def _meet(self, peer: bytes, frame: zmq.Frame) -> None:
         """Remember which connection a new peer came by: the monitor tells of connections, not of peers."""
+        try:
+            descriptor = int(frame.get(zmq.SRCFD))
+        except (zmq.ZMQError, ValueError):
+            return  # a peer of ZMTP 1 or 2 has none
         # libzmq's one thread tells that a connection has ended before it closes the descriptor, and that there is one
         # before it reads from it: the news about the descriptor up to this message is here.
         self.hear()

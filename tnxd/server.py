@@ -357,10 +357,14 @@ class Server:
         limit = min(_DRAIN_LIMIT, self._scheduler.room or _DRAIN_LIMIT)
         for count in range(limit):
             begin = clock()
-            message = receive()
-            if message is None:
-                return False
-            self._take(message, begin)
+            try:
+                message = receive()
+                if message is None:
+                    return False
+                self._take(message, begin)
+            except Exception:  # a defect of ours, or of what is below us: this message is lost, the loop goes on
+                log.exception("a message could not be taken in")
+                self._router.resume()
             # At low load the first message is the only one, and to ask costs less than to try in vain.
             if self._started is not None or (count == 0 and not self._router.readable()):
                 return False
