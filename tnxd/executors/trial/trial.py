@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from tnxctl.errors import FailedPrecondition, TensorNextError
-from tnxctl.frames import Array
-from tnxctl.wire import TensorSpec
 from tnxd.executors.execution import PURE, SCRATCH, SHARED
 from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.tensors import TORCH_DTYPES, check_outputs, to_array, to_tensor
@@ -213,20 +211,26 @@ def _first_that_runs(ask: Ask, model: Model) -> tuple[Make | None, str]:
 
 
 def _first_telling(ask: Ask, model: Model) -> Make | None:
-    """Examples with values that differ and that the model takes; None: there are none."""
+    """Examples with values that differ and that the model takes; None: there are none.
+
+    Those with finite answers alone go before others, which tell less.
+    """
+    otherwise = None
     for make in telling_examples(model):
         try:
             answers = [ask(item)[1] for item in (make(1, 0), make(1, 1), *pair_of_requests(model, make, 0))]
         except Exception:  # it takes no such values: the next ones
             continue
-        if all(np.isfinite(as_float(array, spec.datatype)).all() for array, spec in _each(answers, model)):
+        finite = [
+            np.isfinite(as_float(array, spec.datatype))
+            for answer in answers
+            for array, spec in zip(answer, model.outputs, strict=True)
+        ]
+        if all(each.all() for each in finite):
             return make
-    return None
-
-
-def _each(answers: Sequence[Sequence[Array]], model: Model) -> Iterator[tuple[Array, TensorSpec]]:
-    for answer in answers:
-        yield from zip(answer, model.outputs, strict=True)
+        if any(each.any() for each in finite):
+            otherwise = otherwise or make
+    return otherwise
 
 
 def _with_rows(verdict: Verdict, ask: Ask, telling: Make | None) -> Verdict:
