@@ -92,8 +92,7 @@ def outputs(case: Case) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Datatypes and shapes of outputs: an axis that differs between two requests is one of any length."""
     weights = {name: weight.clone() for name, weight in case.make().state_dict().items()}
     first, second = (
-        flatten(run(case.fresh(weights), case.draw(seed, rows)))
-        for seed, rows in ((0, case.rows[0]), (1, case.rows[1]))
+        run(case, case.fresh(weights), case.draw(seed, rows)) for seed, rows in ((0, case.rows[0]), (1, case.rows[1]))
     )
     return {
         name: (
@@ -105,32 +104,33 @@ def outputs(case: Case) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     }
 
 
-def run(network: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def run(case: Case, network: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """What plain torch makes of inputs, which stay as they are; nothing changes it any more."""
-    result = flatten(network(*[x.clone() for x in inputs]))
+    result = flatten(network(*case.nest(*[x.clone() for x in inputs])))
     return {name: tensor.detach().clone() for name, tensor in result.items()}
 
 
 def _pt2(exhibit: Exhibit, network: nn.Module, folder: Path) -> None:
     case = exhibit.case
-    program = torch.export.export(network, case.draw(0, case.rows[1]), dynamic_shapes=_dynamic(case))
+    program = torch.export.export(network, case.nest(*case.draw(0, case.rows[1])), dynamic_shapes=_dynamic(case))
     if exhibit.format == CORE:
         program = program.run_decompositions()
     torch.export.save(program, folder / "model.pt2")
 
 
-def _dynamic(case: Case) -> tuple[dict[int, Any], ...]:
+def _dynamic(case: Case) -> tuple[Any, ...]:
     """As README says it: axis 0 is a `Dim`. Other axes are for torch.export to find out about."""
     first = case.inputs[0].shape[0] if case.inputs[0].shape else 0
     rows = torch.export.Dim(first) if isinstance(first, str) and not case.auto else torch.export.Dim.AUTO
-    return tuple(
+    axes = [
         {
             axis: rows if length == first else torch.export.Dim.AUTO
             for axis, length in enumerate(given.shape)
             if isinstance(length, str)
         }
         for given in case.inputs
-    )
+    ]
+    return case.nest(*axes)
 
 
 def _script(exhibit: Exhibit, network: nn.Module, folder: Path) -> None:
@@ -159,7 +159,7 @@ def _onnx(exhibit: Exhibit, network: nn.Module, folder: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(
             network,
-            case.draw(0, case.rows[1]),
+            case.nest(*case.draw(0, case.rows[1])),
             folder / "model.onnx",
             dynamo=True,
             dynamic_shapes=_dynamic(case),

@@ -164,10 +164,12 @@ class Case:
         noise: how far an answer may be off, relative to the largest value; None: by datatype.
         alike: requests get equal answers, so that others' answers cannot be told apart.
         scripted: TorchScript by script, not by trace.
+        evident: a program, or ONNX, says itself that axis 0 counts no rows: nobody needs a note.
         heavy: requests are few.
         auto: torch.export finds out itself which axes vary how.
         cured: once caught, its answers are right.
         outputs: shapes of outputs by name where two runs do not show them.
+        nest: makes arguments of the network of a flat list of them.
     """
 
     name: str
@@ -190,10 +192,12 @@ class Case:
     noise: float | None = None
     alike: bool = False
     scripted: bool = False
+    evident: bool = False
     heavy: bool = False
     auto: bool = False
     cured: bool = True
     outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    nest: Callable[..., tuple[Any, ...]] = lambda *flat: flat
 
     @property
     def file(self) -> Path:

@@ -34,7 +34,7 @@ from zoo.case import (
     wild,
     with_end,
 )
-from zoo.networks import plain, rows, scratch, state, values
+from zoo.networks import plain, rows, scratch, state, structures, values
 
 SERVED = (BATCHED, UNBATCHED)
 """Either will do, as long as the answers are right."""
@@ -212,6 +212,7 @@ ROWS = [
     mixes(
         "graph",
         rows.Graph,
+        evident=True,
         inputs=(Input("x", ("nodes", 8)), Input("edges", ("edges", 2), indices("nodes"))),
         sizes={"edges": (4, 6)},
         quick=(FACTORY,),
@@ -225,8 +226,14 @@ ROWS = [
         asked=False,
     ),
     mixes("set", rows.Set, quick=(FACTORY,)),
-    mixes("pairwise", rows.Pairwise, asked=False, formats=TORCH),
-    mixes("contrastive", rows.Contrastive, inputs=(Input("picture", ("rows", 8)), Input("text", ("rows", 8))), asked=0),
+    mixes("pairwise", rows.Pairwise, evident=True, asked=False, formats=TORCH),
+    mixes(
+        "contrastive",
+        rows.Contrastive,
+        evident=True,
+        inputs=(Input("picture", ("rows", 8)), Input("text", ("rows", 8))),
+        asked=0,
+    ),
     mixes("softmax", rows.Softmax, quick=(PT2,)),
     mixes("sort", rows.Sort, quick=(ONNX,)),
     mixes("cumulative-sum", rows.CumulativeSum),
@@ -252,11 +259,19 @@ ROWS = [
     mixes("signal", rows.Signal, inputs=(Input("signal", ("samples",)),), rows=(16, 20, 35), quick=(PT2, FACTORY)),
     mixes("difference", rows.Difference, formats=(PT2, FACTORY)),
     mixes("covariance", rows.Covariance, formats=(PT2, FACTORY)),
-    mixes("nonzero", rows.Nonzero, formats=(PT2, SCRIPT, FACTORY), quick=(FACTORY,), outputs={"output": (-1, 2)}),
-    mixes("positive", rows.Positive, formats=(PT2, FACTORY), outputs={"output": (-1, 8)}),
+    mixes(
+        "nonzero",
+        rows.Nonzero,
+        evident=True,
+        formats=(PT2, SCRIPT, FACTORY),
+        quick=(FACTORY,),
+        outputs={"output": (-1, 2)},
+    ),
+    mixes("positive", rows.Positive, evident=True, formats=(PT2, FACTORY), outputs={"output": (-1, 8)}),
     mixes(
         "unique",
         rows.Unique,
+        evident=True,
         inputs=(Input("ids", ("ids",), numbers(0, 6)),),
         formats=(PT2, FACTORY),
         outputs={"output": (-1,)},
@@ -292,9 +307,10 @@ ROWS = [
     mixes(
         "segments",
         rows.Segments,
+        evident=True,
         inputs=(Input("x", ("frames", 8)),),
         formats=(PT2, SCRIPT, FACTORY),
-        rows=(4, 8, 12),
+        rows=(8, 12, 16),
         auto=True,
         asked=False,
         quick=(FACTORY,),
@@ -304,6 +320,7 @@ ROWS = [
     mixes(
         "ragged",
         rows.Ragged,
+        evident=True,
         inputs=(Input("ids", ("ids",), numbers(0, 50)), Input("offsets", ("bags",), offsets)),
         sizes={"ids": (9, 7), "bags": (3, 2)},
         formats=(PT2, FACTORY),
@@ -313,6 +330,7 @@ ROWS = [
     mixes(
         "boxes-of-picture",
         rows.BoxesOfPicture,
+        evident=True,
         inputs=(Input("picture", ("height", "width", 8)), Input("boxes", ("boxes", 8))),
         sizes={"height": (4, 5), "width": (6, 3), "boxes": (2, 3)},
         formats=(PT2, FACTORY),
@@ -321,6 +339,7 @@ ROWS = [
     mixes(
         "queries-and-keys",
         rows.QueryAndKeys,
+        evident=True,
         inputs=(Input("queries", ("queries", 8)), Input("keys", ("keys", 8))),
         sizes={"keys": (6, 5)},
         formats=(PT2, FACTORY),
@@ -513,4 +532,39 @@ PLAIN = [
     Case("empty", plain.Empty, formats=(PT2, FACTORY)),
     Case("own-tensor", plain.OwnTensor, formats=(FACTORY,)),
     Case("parameter-out", plain.ParameterOut, formats=(FACTORY,)),
+]
+
+
+# --- nested, optional, by name -------------------------------------------------------------------------------
+
+X, Y = Input("x", ("rows", 8)), Input("y", ("rows", 8))
+
+STRUCTURES = [
+    Case("nested-out", structures.NestedOut, formats=(PT2, CORE, FACTORY), quick=(PT2, FACTORY)),
+    Case("nested-mapping", structures.NestedMapping, formats=(PT2, CORE, FACTORY), quick=(PT2, FACTORY)),
+    Case("list-out", structures.ListOut, formats=(PT2, FACTORY)),
+    Case("with-none", structures.WithNone, formats=(PT2, FACTORY), quick=(PT2,)),
+    Case(
+        "pair-in",
+        structures.PairIn,
+        (Input("pair.0", ("rows", 8)), Input("pair.1", ("rows", 8))),
+        formats=(PT2, CORE),
+        quick=(PT2,),
+        nest=lambda first, second: ((first, second),),
+    ),
+    Case(
+        "mapping-in",
+        structures.MappingIn,
+        (Input("batch.x", ("rows", 8)), Input("batch.y", ("rows", 8))),
+        formats=(PT2, CORE),
+        quick=(PT2,),
+        nest=lambda x, y: ({"x": x, "y": y},),
+    ),
+    Case(
+        "list-in",
+        structures.ListIn,
+        (Input("features.0", ("rows", 8)), Input("features.1", ("rows", 8)), Input("scale", ("rows",), positive)),
+        formats=(PT2, CORE),
+        nest=lambda first, second, scale: ([first, second], scale),
+    ),
 ]

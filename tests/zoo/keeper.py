@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,8 @@ from tnxctl.results import Result
 from tnxctl.wire import ModelInfo
 from tnxd.config import Config
 from zoo import building
-from zoo.case import BATCHED, CAUGHT, ONNX, REFUSED, UNBATCHED, Case, Exhibit
+from zoo.case import BATCHED, CAUGHT, FACTORY, ONNX, REFUSED, SCRIPT, UNBATCHED, Case, Exhibit
+from zoo.networks.plain import Perceptron
 
 CLIENTS = 8
 LANES = 3
@@ -31,6 +33,10 @@ NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bf
 
 ROUNDS = 40
 """Of company, in which a mistake that shows while a model serves has to be found."""
+
+
+WITNESS = Exhibit(Case("witness", Perceptron), FACTORY)
+"""A model that does nothing odd. It is served beside all others, and looked at in the end."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class Keeper:
                 yield Finding("outcome", f"a request got {error.code} {error.message!r}")
         elif outcome == UNBATCHED and exhibit.variant != "shared":
             varies = all(spec.shape[:1] == (-1,) for spec in (*info.inputs, *info.outputs))
-            said = "max_batch_size = 0" in exhibit.case.toml
+            said = exhibit.case.evident and exhibit.format not in (FACTORY, SCRIPT)
             if varies and not said and not re.search(exhibit.case.noted, "\n".join(info.notes)):
                 yield Finding("note", f"no note says {exhibit.case.noted!r}: {info.notes}")
 
@@ -128,11 +134,7 @@ class Keeper:
         for seed, count in zip(seeds, rows, strict=True):
             inputs = case.draw(seed, count)
             network = case.fresh(weights) if case.remembers else plain
-            expected = {
-                name: tensor.detach().clone()
-                for name, tensor in building.flatten(building.run(network, inputs)).items()
-            }
-            requests.append(Request(inputs, expected))
+            requests.append(Request(inputs, building.run(case, network, inputs)))
         return requests
 
     def _alone(self, exhibit: Exhibit) -> Iterator[Finding]:
@@ -155,9 +157,8 @@ class Keeper:
 
     def _crowd(self, exhibit: Exhibit, seed: int) -> tuple[list[Request], list[Result | TensorNextError]]:
         case = exhibit.case
-        rows = [
-            count for count in (case.rows[:1] if case.heavy else (*case.rows, *case.rows[:1])) for _ in range(CLIENTS)
-        ]
+        counts = case.rows[:1] if case.heavy else (*case.rows, *case.rows[:1])
+        rows = [count for count in counts for _ in range(CLIENTS)]
         if case.over:
             rows.insert(len(rows) // 2, case.over)
         requests = self._requests(exhibit, range(seed, seed + len(rows)), rows)
@@ -189,7 +190,10 @@ class Keeper:
             if isinstance(outcome, TensorNextError):
                 failed.append(f"{outcome.code} {outcome.message!r}")
                 continue
-            got = {name: building.to_torch(array) for name, array in outcome.outputs.items()}
+            # ONNX has names of its own: the order counts.
+            names = request.expected if exhibit.format == ONNX else outcome.outputs
+            pairs = zip(names, outcome.outputs.values(), strict=False)
+            got = {name: building.to_torch(array) for name, array in pairs}
             difference = _difference(case, request.expected, got)
             if difference:
                 wrong.append(f"request {index}, {outcome.batch_size} rows in its batch, {difference}")
@@ -226,10 +230,7 @@ class Keeper:
         requests = []
         for seed in range(6):
             inputs = case.draw(seed, case.rows[seed % len(case.rows)])
-            expected = {
-                name: tensor.clone() for name, tensor in building.flatten(building.run(network, inputs)).items()
-            }
-            requests.append(Request(inputs, expected))
+            requests.append(Request(inputs, building.run(case, network, inputs)))
         outcomes = [_outcome_of(lambda r=r: self._ask(exhibit, r)) for r in requests]
         yield from self._judge(exhibit, "in order", requests, outcomes)
         if case.chained:
@@ -272,10 +273,11 @@ def _outcome_of(ask: Callable[[], Result]) -> Result | TensorNextError:
 
 
 def _difference(case: Case, expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> str:
-    """How two answers differ, in words; "" if not by more than noise. ONNX has names of its own: the order counts."""
-    if len(expected) != len(got):
+    """How two answers differ, in words; "" if not by more than noise."""
+    if expected.keys() != got.keys():
         return f"{list(got)}, not {list(expected)}"
-    for (name, want), have in zip(expected.items(), got.values(), strict=True):
+    for name, want in expected.items():
+        have = got[name]
         if have.dtype != want.dtype:
             return f"{name}: {have.dtype}, not {want.dtype}"
         if have.shape != want.shape:
@@ -298,7 +300,7 @@ def _difference(case: Case, expected: dict[str, torch.Tensor], got: dict[str, to
 
 def _is_near(case: Case, expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> bool:
     """Whether an answer is that one, as far as a few thousand of its elements tell."""
-    same = all(want.shape == have.shape for want, have in zip(expected.values(), got.values(), strict=False))
+    same = expected.keys() == got.keys() and all(want.shape == got[name].shape for name, want in expected.items())
     return same and not _difference(case, *({name: _some(x) for name, x in each.items()} for each in (expected, got)))
 
 
@@ -329,6 +331,7 @@ def keep(
     repository = folder / "models"
     repository.mkdir(parents=True)
     unbuilt: dict[str, str] = {}
+    building.write(WITNESS, repository)
     for exhibit in chosen:
         try:
             building.write(exhibit, repository)
@@ -336,17 +339,24 @@ def keep(
             unbuilt[exhibit.name] = f"{type(error).__name__}: {error}"
             shutil.rmtree(repository / exhibit.name)
     with serve(folder, repository, config, program) as (daemon, clients):
-        yield Keeper(daemon, clients, unbuilt)
+        one = Keeper(daemon, clients, unbuilt)
+        yield one
+        assert one.examine(WITNESS) == [], "a model that does nothing odd suffers from the others"
 
 
 @contextmanager
 def serve(
-    folder: Path, repository: Path, config: str, program: tuple[str, ...] = ("-m", "tnxd")
+    folder: Path,
+    repository: Path,
+    config: str,
+    program: tuple[str, ...] = ("-m", "tnxd"),
+    python_path: Path | None = None,
 ) -> Iterator[tuple[Daemon, list[Client]]]:
-    """A daemon with a repository, and eight clients of it."""
+    """A daemon with a repository, and eight clients of it. Args: python_path: where it finds more libraries."""
     (folder / "tnxd.toml").write_text(config)
     arguments = ("--config", str(folder / "tnxd.toml"), "--model-repository", str(repository))
-    daemon = start_daemon(folder / "log", *arguments, program=program)
+    environment = None if python_path is None else {**os.environ, "PYTHONPATH": str(python_path)}
+    daemon = start_daemon(folder / "log", *arguments, program=program, environment=environment)
     try:
         with ExitStack() as stack:
             yield daemon, [stack.enter_context(Client(daemon.endpoint, timeout=30.0)) for _ in range(CLIENTS)]

@@ -1,0 +1,204 @@
+"""What a model does to the process is undone, or the model is refused by name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from tnxctl import Client
+from tnxctl.errors import TensorNextError
+from tnxctl.frames import Array
+from zoo import keeper
+from zoo.case import NETWORKS
+from zoo.networks.switches import SWITCHES
+
+TOML = """
+factory = "network:make"
+max_batch_size = 0
+[[inputs]]
+name = "x"
+datatype = "FP32"
+shape = [2]
+[[outputs]]
+name = "y"
+datatype = "{datatype}"
+shape = [{length}]
+"""
+
+NETWORK = """\
+import contextlib, gc, locale, logging, os, random, signal, socket, sys, warnings
+import numpy as np
+import torch
+
+{on_import}
+
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
+
+    def forward(self, x):
+        {on_forward}
+        return x * 2
+
+
+def make():
+    {on_build}
+    return Network()
+"""
+
+# What is promised: a statement for each switch of the process. Where it may, it sets another value in each place, {n}.
+PROMISED = {
+    "default-dtype": "torch.set_default_dtype((torch.float64, torch.float16, torch.bfloat16)[{n}])",
+    "grad-mode": "torch.set_grad_enabled(False)",
+    "grad-mode-on": "torch.set_grad_enabled(True)",
+    "seed-torch": "torch.manual_seed({n})",
+    "seed-python": "random.seed({n})",
+    "seed-numpy": "np.random.seed({n})",
+    "logging-disabled": "logging.disable(50 + {n})",
+    "logging-level": "logging.getLogger().setLevel(50 + {n})",
+    "logging-handlers": "logging.basicConfig(force=True, level=logging.DEBUG)",
+    "warnings": "warnings.filterwarnings('error', message='zoo{n}')",
+    "directory": "os.chdir(('/', '/usr', '/tmp')[{n}])",
+    "environment": "os.environ['ZOO_POISON'] = '{n}'",
+    "environment-less": "del os.environ[sorted(os.environ)[-1]]",
+}
+
+# Nobody promised these, and each makes others answer otherwise, or fail.
+BEYOND = {
+    "default-device": "torch.set_default_device('meta')",
+    "autocast": "torch.autocast('cpu', torch.bfloat16).__enter__()",
+    "inference-mode": "torch.inference_mode(False).__enter__()",
+    "deterministic": "torch.use_deterministic_algorithms(True)",
+    "matmul-precision": "torch.set_float32_matmul_precision('medium')",
+    "threads": "torch.set_num_threads(2)",
+    "anomaly": "torch.autograd.set_detect_anomaly(True)",
+    "denormals": "torch.set_flush_denormal(True)",
+    "mkldnn": "torch.backends.mkldnn.set_flags(False)",
+    "umask": "os.umask(0o777)",
+    "recursion": "sys.setrecursionlimit(5000)",
+    "stderr": "sys.stderr = open(os.devnull, 'w')",
+    "path": "sys.path.insert(0, '/nowhere')",
+    "excepthook": "sys.excepthook = print",
+    "collector": "gc.disable()",
+    "numpy-errors": "np.seterr(all='raise')",
+    "socket-timeout": "socket.setdefaulttimeout(0.01)",
+}
+
+PLACES = ("on_import", "on_build", "on_forward")
+
+
+class Zoo:
+    """A daemon whose models come and go. Args: root: its repository."""
+
+    def __init__(self, root: Path, tnx: Client) -> None:
+        self.root = root
+        self.tnx = tnx
+
+    def switches(self) -> Array:
+        """How the process is now, as a model sees it."""
+        return self.tnx.predict(np.ones(2, np.float32), model="switches").output
+
+
+def publish(root: Path, name: str, source: str, datatype: str = "FP32", length: int = 2) -> None:
+    staged = root / f".{name}"
+    (staged / "1").mkdir(parents=True)
+    (staged / "model.toml").write_text(TOML.format(datatype=datatype, length=length))
+    (staged / "1" / "network.py").write_text(source)
+    safetensors.torch.save_file({"weight": torch.zeros(1)}, staged / "1" / "model.safetensors")
+    staged.rename(root / name)
+
+
+@pytest.fixture(scope="module", params=["lane", "inline"])
+def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
+    """A daemon with one lane, or with none but its serving thread, so that all models share a thread."""
+    folder = tmp_path_factory.mktemp("process")
+    root = folder / "models"
+    root.mkdir()
+    source = (NETWORKS / "switches.py").read_text() + "\n\nmake = Switches\n"
+    publish(root, "switches", source, "FP64", len(SWITCHES))
+    config = keeper.settings(inline=request.param == "inline").replace("workers = 3", "workers = 1")
+    with keeper.serve(folder, root, config) as (_, clients):
+        yield Zoo(root, clients[0])
+
+
+def poison(statement: str, place: str) -> str:
+    places = dict.fromkeys(PLACES, "pass") | {place: statement.replace("{n}", str(PLACES.index(place)))}
+    return NETWORK.format(**places)
+
+
+def changed(before: Array, after: Array) -> list[str]:
+    return [name for name, one, other in zip(SWITCHES, before, after, strict=True) if one != other]
+
+
+def examine(zoo: Zoo, name: str, statement: str, place: str) -> None:
+    x = np.ones(2, np.float32)
+    before = zoo.switches()
+    publish(zoo.root, name, poison(statement, place))
+    try:
+        report = zoo.tnx.reload(timeout=15)
+        assert changed(before, zoo.switches()) == [], "after it was loaded"
+        if not report.failed:
+            answer = zoo.tnx.predict(x, model=name).output
+            np.testing.assert_array_equal(answer, x * 2)
+            assert changed(before, zoo.switches()) == [], "after it was asked"
+        else:
+            (title,) = report.failed
+            assert title == f"{name}@1"
+    finally:
+        shutil.rmtree(zoo.root / name)
+        zoo.tnx.reload(timeout=15)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", PROMISED)
+def test_a_switch_of_the_process_is_put_back(zoo: Zoo, name: str, place: str) -> None:
+    examine(zoo, name, PROMISED[name], place)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", BEYOND)
+def test_another_switch_of_the_process_is_put_back(zoo: Zoo, name: str, place: str) -> None:
+    examine(zoo, name, BEYOND[name], place)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_signal_handlers_are_put_back(zoo: Zoo, place: str) -> None:
+    """Only the main thread may set one, which is where batches run inline: elsewhere the model fails."""
+    before = zoo.switches()
+    publish(zoo.root, "signals", poison("signal.signal(signal.SIGTERM, signal.SIG_IGN)", place))
+    try:
+        report = zoo.tnx.reload(timeout=15)
+        if not report.failed:
+            try:
+                zoo.tnx.predict(np.ones(2, np.float32), model="signals")
+            except TensorNextError as error:
+                assert "signals" in str(error)  # noqa: PT017
+        assert changed(before, zoo.switches()) == []
+    finally:
+        shutil.rmtree(zoo.root / "signals")
+        zoo.tnx.reload(timeout=15)
+
+
+# The last of them stops every generator that it is thrown into, and what loads models is one.
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("statement", ["sys.exit(3)", "raise KeyboardInterrupt", "raise GeneratorExit"])
+def test_a_model_that_wants_to_end_the_program_ends_nothing(zoo: Zoo, place: str, statement: str) -> None:
+    publish(zoo.root, "ends", poison(statement, place))
+    try:
+        report = zoo.tnx.reload(timeout=15)
+        if not report.failed:
+            with pytest.raises(TensorNextError, match="ends"):
+                zoo.tnx.predict(np.ones(2, np.float32), model="ends")
+        assert zoo.switches().shape == (len(SWITCHES),)
+    finally:
+        shutil.rmtree(zoo.root / "ends")
+        zoo.tnx.reload(timeout=15)
