@@ -78,17 +78,27 @@ def try_out(
     allowed = tolerance(_datatypes(module, model), device.type)
     asking = _Asking(module, model, device)
     as_built = Held(module, model.writes, contents=False)
+    notes: tuple[str, ...] = ()
     with same_chance():
-        make, complaint = _first_that_runs(asking, model)
+        try:
+            make, complaint = _first_that_runs(asking, model)
+        except TensorNextError as error:
+            if not model.max_batch_size or model.batching_asked:
+                raise
+            # What does not fit may be the number of rows alone.
+            model = model.unbatched()
+            asking = _Asking(module, model, device)
+            make, complaint = _first_that_runs(asking, model)
+            notes = (f"no batches: axis 0 does not count rows: {error.message}",)
     if model.state == SHARED:
         note = "requests share its state: they run one at a time"
         return Verdict(model.unbatched(), State(SCRATCH), True, None, allowed, (note,))
     if make is None:
         note = (
-            f"not warmed up, and served one request at a time: {complaint}. Put values that it takes into "
-            f"example.npz beside the model"
+            f"not warmed up, and served without batches, one request at a time: {complaint}. Put values that it takes "
+            f"into example.npz beside the model"
         )
-        return Verdict(model.unbatched(), State(SCRATCH), True, None, allowed, (note,))
+        return Verdict(model.unbatched(), State(SCRATCH), True, None, allowed, (*notes, note))
     made_at_first = [place.name for place in as_built.changed(Held(module, model.writes, contents=False))]
     with same_chance():
         telling = _first_telling(asking, model)
@@ -100,7 +110,7 @@ def try_out(
             again = build()
         with same_chance():
             _check_first_call(asking, _Asking(again, model, device), first, second, made_at_first, allowed)
-    verdict = Verdict(model, state, state.outside, make, allowed, _about(state))
+    verdict = Verdict(model, state, state.outside, make, allowed, (*notes, *_about(state)))
     if model.max_batch_size > 1:  # one row has no company
         with same_chance():
             verdict = _with_rows(verdict, asking, telling)
