@@ -74,7 +74,7 @@ def tensor(name: str, *shape: int) -> str:
 
 def model_toml(kind: str, inputs: list[str], outputs: list[str]) -> str:
     return (
-        f'factory = "net:{kind}"\nmax_batch_size = 16\nwarm_up = [1]\n'
+        f'factory = "net:{kind}"\nmax_batch_size = 16\nwarm_up = [1]\naudit = 0.0\n'
         f"inputs = [{', '.join(inputs)}]\noutputs = [{', '.join(outputs)}]\n"
     )
 

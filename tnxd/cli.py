@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -36,6 +36,9 @@ from tnxd.telemetry import Telemetry
 from tnxd.wakeup import Wakeup
 from tnxd.watchdog import Watchdog
 from tnxd.work import Device
+
+if TYPE_CHECKING:
+    from tnxd.models.process import Watch
 
 log = logging.getLogger("tnxd")
 
@@ -191,6 +194,7 @@ class _Daemon:
         self._costs = CostModel()
         self._loader: Loader | None = None
         self._reload_waits = False
+        self._watch: Watch | None = None
         self._exit_code = 0
         self._server = Server(
             router,
@@ -282,6 +286,9 @@ class _Daemon:
             on_mixing=self._server.end_batches,
         )
         self._server.install(scheduler, self._loader)
+        from tnxd.models.process import Watch  # imports torch, which is here by now
+
+        self._watch = Watch()
         self._loader.start(self._loaded)
 
     def _device(self, executor: Executor) -> Device:
@@ -369,6 +376,8 @@ class _Daemon:
         self._server.stop()
 
     def _tick(self, progress: bool) -> None:
+        if self._watch is not None and self._loader is not None and not self._loader.active:  # which puts back itself
+            self._watch.look()
         if progress and self._notifier.watchdog_s and self._server.state != STARTING:
             self._notifier.alive()
         else:

@@ -54,7 +54,7 @@ def order_weights(module: torch.nn.Module) -> torch.nn.Module:
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     # torch's CPU allocator aligns to 64 bytes, numpy's to 16.
     size = int(np.prod(shape)) * dtype.itemsize
-    array: Array = torch.empty(size, dtype=torch.uint8).numpy().view(dtype).reshape(shape)
+    array: Array = torch.empty(size, dtype=torch.uint8, device="cpu").numpy().view(dtype).reshape(shape)
     return array
 
 

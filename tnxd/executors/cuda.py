@@ -30,7 +30,8 @@ _CUDA_ERROR_MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation
 
 def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     size = int(np.prod(shape)) * dtype.itemsize
-    array: Array = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
+    pinned = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+    array: Array = pinned.numpy().view(dtype).reshape(shape)
     return array
 
 
@@ -145,7 +146,7 @@ class CudaRunner(Runner):
             tensors = check_outputs(model, self.calls[model.key](*inputs), rows)
             computed.record()
             # Fresh from torch's pinned-memory cache, not a buffer of ours: a reply may still be reading the last one.
-            hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+            hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True) for tensor in tensors]
             for host, tensor in zip(hosts, tensors, strict=True):
                 host.copy_(tensor)  # blocking: pinned memory would remember the stream, and ask a lost device on free
             returned.record()

@@ -21,6 +21,7 @@ from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.trial import Verdict, lane_calls, try_out
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
 from tnxd.models.model import Model
+from tnxd.models.process import settings_kept
 from tnxd.sentences import first_line, sentence
 from tnxd.work import SPARE
 
@@ -113,8 +114,13 @@ class LanePool:
         return inbox
 
     def load(self, model: Model) -> Warmth:
+        notes: list[str] = []
+
         def build() -> torch.nn.Module:
-            return self._place(model.factory())
+            with settings_kept() as changes:
+                made = self._place(model.factory())
+            notes.extend(changes.note("building it"))
+            return made
 
         module = build()
         nbytes = _nbytes(module)
@@ -140,13 +146,14 @@ class LanePool:
             tolerance=verdict.tolerance,
             safe_rows=warmed.safe_rows,
             most_rows=warmed.most_rows,
-            notes=verdict.notes,
+            notes=(*dict.fromkeys(notes), *verdict.notes),
         )
 
     def _grow(self, runner: Runner, verdict: Verdict) -> Warmed:
         if verdict.make is None:
             return Warmed([])
-        warmed = warm_up(runner, verdict.model, verdict.make, self.lanes)
+        with settings_kept():  # what a forward changes every time, the trial has found
+            warmed = warm_up(runner, verdict.model, verdict.make, self.lanes)
         self._examples[verdict.model.key] = verdict.model, verdict.make(1, 0)
         return warmed
 

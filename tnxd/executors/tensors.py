@@ -51,7 +51,10 @@ def empty_outputs(model: Model) -> list[Array] | None:
     """What a model that batches gives for no rows; None where only the model knows the length of an axis."""
     if any(-1 in spec.shape[1:] for spec in model.outputs):
         return None
-    return [to_array(torch.empty((0, *spec.shape[1:]), dtype=TORCH_DTYPES[spec.datatype])) for spec in model.outputs]
+    return [
+        to_array(torch.empty((0, *spec.shape[1:]), dtype=TORCH_DTYPES[spec.datatype], device="cpu"))
+        for spec in model.outputs
+    ]
 
 
 def check_outputs(model: Model, raw: object, rows: int) -> list[torch.Tensor]:

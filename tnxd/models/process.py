@@ -76,7 +76,7 @@ class Setting:
         read: its value, one that `==` compares; what raises cannot be read and is left out.
         write: puts a value back that was read.
         watched: whether `Watch` looks at it: what libraries may rightly change later, when they are first used, is not.
-        harmless: whether a forward that changes it harms nobody.
+        harmless: whether nobody is harmed if a model changes it.
     """
 
     name: str
@@ -389,6 +389,8 @@ SETTINGS: tuple[Setting, ...] = (*_TORCH, *_PYTHON)
 
 SEED = "torch's random seed"
 
+_HARMLESS = {setting.name for setting in SETTINGS if setting.harmless}
+
 _UNREADABLE = object()
 
 
@@ -432,8 +434,11 @@ class Changes:
     lasting: list[str] = field(default_factory=list)
 
     def note(self, what: str) -> tuple[str, ...]:
-        """A sentence for operators about the step `what`, if there is something to say."""
-        undone = [name for name in self.names if name not in self.lasting]
+        """A sentence for operators about the step `what`, if there is something to say.
+
+        What is harmless and undone is not worth one: many a library has warnings of its own ignored.
+        """
+        undone = [name for name in self.names if name not in self.lasting and name not in _HARMLESS]
         told = [f"{', '.join(undone)}: put back"] if undone else []
         if self.lasting:
             told.append(f"{', '.join(self.lasting)}, which could not be put back there")

@@ -19,6 +19,7 @@ from tnxd.executors.trial.held import Held
 from tnxd.executors.trial.rows import pair_of_requests, rows_apart
 from tnxd.executors.trial.state import Answer, Ask, State, find_state, same_chance, seeded, stateful
 from tnxd.models.model import Model
+from tnxd.models.process import Witness
 from tnxd.noise import as_float, difference, tolerance
 from tnxd.sentences import sentence
 
@@ -105,6 +106,8 @@ def try_out(
     varied = telling or make
     first, second = varied(1, 0), varied(1, 1)
     state = find_state(module, model, asking, first, second, allowed)
+    if asking.witness.complaint():
+        raise FailedPrecondition(asking.witness.complaint())
     if made_at_first:
         with same_chance(), torch.inference_mode(False):
             again = build()
@@ -118,11 +121,16 @@ def try_out(
 
 
 class _Asking:
-    """Runs a module: an `Ask`. Attributes: written_inputs: positions of the inputs that it has written to."""
+    """Runs a module: an `Ask`.
+
+    Attributes:
+        written_inputs: positions of the inputs that it has written to. witness: of what it changes in the process.
+    """
 
     def __init__(self, module: torch.nn.Module, model: Model, device: torch.device) -> None:
         self.model = model
         self.written_inputs: set[int] = set()
+        self.witness = Witness()
         self._module = module
         self._device = device
 
@@ -133,7 +141,9 @@ class _Asking:
             for array, spec in zip(item, model.inputs, strict=True)
         ]
         rows = len(item[0]) if model.max_batch_size else 1
-        outputs = check_outputs(model, self._module(*tensors), rows)
+        with self.witness:
+            raw = self._module(*tensors)
+        outputs = check_outputs(model, raw, rows)
         answer = [to_array(output.cpu()).copy() for output in outputs]
         for position, (tensor, array) in enumerate(zip(tensors, item, strict=True)):
             if to_array(tensor.cpu()).tobytes() != array.tobytes():

@@ -8,6 +8,7 @@ from tnxctl.errors import FailedPrecondition
 from tnxd.models.formats import compiling, examples, exported, libraries, onnx, optional, torchscript, weights
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import DEFAULT_AUDIT, Model
+from tnxd.models.process import settings_kept
 from tnxd.models.repository import WITH_MODULES, RepositorySource
 from tnxd.models.trust import TrustedFiles
 
@@ -41,9 +42,11 @@ def read(source: RepositorySource) -> Opened:
 
 def open_model(source: RepositorySource, generation: int) -> Model:
     """What `tnxd.models.catalog.Source.open` promises."""
-    opened = read(source)
+    with settings_kept() as changes:
+        opened = read(source)
     settings = source.settings
-    build, notes = opened.build, opened.notes + optional.notes(opened.signature)
+    build = opened.build
+    notes = opened.notes + optional.notes(opened.signature) + changes.note("reading it")
     if settings.compile == "inductor":
         missing = compiling.missing()
         if missing:

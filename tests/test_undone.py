@@ -1,0 +1,115 @@
+"""What the code of one model does to the process is undone, or the model refused: seen by the other models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+
+from conftest import Daemon
+from model_repositories import Repository
+from tnxctl import Client, FailedPrecondition, Internal
+from tnxctl.wire import ModelInfo
+
+SETTINGS = """
+factory = "net:make"
+max_batch_size = 4
+audit = 0.0
+inputs = [{ name = "x", datatype = "FP32", shape = [-1, 2] }]
+outputs = [{ name = "y", datatype = "FP32", shape = [-1, 2] }]
+"""
+NET = """
+import logging.config, os, random, socket, torch
+{on_import}
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        {forward}
+        return x + 1
+
+def make():
+    {on_build}
+    return Net()
+"""
+DEPENDS = "x = x + torch.zeros(2)"
+"""In a forward: the answer has torch's default dtype."""
+
+DOUBLES = "torch.set_default_dtype(torch.float64)"
+X = np.ones((1, 2), np.float32)
+
+
+def put(root: Path, name: str, *, on_import: str = "", on_build: str = "pass", forward: str = "pass") -> None:
+    repository = Repository(root)
+    repository.settings(name, SETTINGS)
+    code = NET.format(on_import=on_import, on_build=on_build, forward=forward)
+    repository.publish(name, 1, {"model.safetensors": safetensors.torch.save({}), "net.py": code.encode()})
+
+
+def info(tnx: Client, name: str) -> ModelInfo:
+    return next(model for model in tnx.models() if model.name == name)
+
+
+def test_what_loading_changes_is_undone_and_noted(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> None:
+    root = tmp_path / "models"
+    put(root, "a-depends", forward=DEPENDS)
+    put(root, "b-imports", on_import=DOUBLES)
+    put(root, "c-builds", on_build="torch.manual_seed(0); socket.setdefaulttimeout(1.0)")
+    put(root, "d-silences", on_import="logging.config.dictConfig({'version': 1}); logging.disable()")
+    put(root, "e-moves", on_import="os.chdir('/'); os.environ['OMP_NUM_THREADS'] = '1'")
+    put(root, "f-depends", forward=DEPENDS)
+    running = run_daemon("--model-repository", str(root))
+    with Client(running.endpoint, timeout=20.0) as tnx:
+        for name in ("a-depends", "b-imports", "c-builds", "d-silences", "e-moves", "f-depends"):
+            assert np.array_equal(tnx.predict(X, model=name).output, X + 1), name
+        notes = {model.name: model.notes for model in tnx.models()}
+    assert notes["a-depends"] == ()
+    assert notes["b-imports"] == ("building it changed torch's default dtype: put back",)
+    assert notes["c-builds"] == ("building it changed the default timeout of sockets, torch's random seed: put back",)
+    assert "the level or the handlers of loggers, what logging disables: put back" in notes["d-silences"][0]
+    assert "the working directory, the environment: put back" in notes["e-moves"][0]
+    assert "f-depends@1 is loaded" in running.log.read_text()  # after d-silences
+
+
+@pytest.mark.parametrize(
+    ("forward", "named"),
+    [
+        (DOUBLES, "torch's default dtype"),
+        ("torch.manual_seed(0)", "torch's random seed"),
+        ("random.seed(0); random.random()", "the seed of Python's random numbers"),
+        ("torch.set_num_threads(torch.get_num_threads() + 1)", "torch's number of threads"),
+        ("torch.autocast('cpu', torch.bfloat16).__enter__()", "torch's autocast"),
+    ],
+)
+def test_a_forward_that_changes_the_process_is_refused(
+    tmp_path: Path, run_daemon: Callable[..., Daemon], forward: str, named: str
+) -> None:
+    put(tmp_path, "good", forward=DEPENDS)
+    put(tmp_path, "bad", forward=forward)
+    running = run_daemon("--model-repository", str(tmp_path))
+    with Client(running.endpoint, timeout=20.0) as tnx:
+        with pytest.raises(FailedPrecondition, match=f"a forward changes {named}"):
+            tnx.predict(X, model="bad")
+        assert np.array_equal(tnx.predict(X, model="good").output, X + 1)
+
+
+def test_what_a_forward_in_service_changes_is_put_back_soon(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> None:
+    put(tmp_path, "depends", forward=DEPENDS)
+    put(tmp_path, "sometimes", forward=f"if x.amax() == 700: {DOUBLES}")
+    running = run_daemon("--model-repository", str(tmp_path))
+    with Client(running.endpoint, timeout=20.0) as tnx:
+        for _ in range(2):
+            tnx.predict(X * 700, model="sometimes")
+            until = time.monotonic() + 20
+            while True:
+                try:
+                    answer = tnx.predict(X, model="depends").output
+                    break
+                except Internal as error:
+                    assert "float64" in error.message  # noqa: PT017 - until the daemon has looked
+                    assert time.monotonic() < until
+            assert np.array_equal(answer, X + 1)
+    assert running.log.read_text().count("a model that serves has changed torch's default dtype: put back") == 1
