@@ -20,11 +20,12 @@ from pathlib import Path
 
 from tnxctl.errors import InvalidArgument, TensorNextError
 from tnxctl.wire import MODEL_NAME
+from tnxd.models import onnxfile
 from tnxd.models import settings as model_toml
 from tnxd.models.catalog import Catalog, Entry, Source
 from tnxd.models.model import Model
 from tnxd.models.settings import Settings, Weights
-from tnxd.models.trust import EXAMPLE, Guard, contents, hidden, identity
+from tnxd.models.trust import Guard, contents, hidden, identity
 
 FORMATS = {
     "model.pt2": "pt2",
@@ -181,11 +182,9 @@ def _source(
     if inside / file not in files:
         raise InvalidArgument(f"{label}/{file} is not a file")
     _check_combination(kind, f"{label}/{file}", settings, f"{name}/{SETTINGS}")
-    nbytes = files[inside / file].st_size + sum(
-        info.st_size
-        for path, info in files.items()
-        if (kind == "onnx" and path.name not in (file, EXAMPLE)) or (file.endswith(".json") and path.suffix == _SHARD)
-    )
+    nbytes = onnxfile.size(inside / file) if kind == "onnx" else files[inside / file].st_size
+    if file.endswith(".json"):
+        nbytes += sum(info.st_size for path, info in files.items() if path.suffix == _SHARD)
     state = [(str(path), *identity(info)) for path, info in sorted(files.items())]
     stamp = hashlib.sha256(settings.served + repr((state, require_manifest)).encode()).hexdigest()
     return RepositorySource(name, number, kind, stamp, nbytes, place, settings, guard, require_manifest)
