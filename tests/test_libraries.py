@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from format_tools import ask, open_model, refused, save_program, tensors
-from tnxd.models.formats import ignore_warnings_about_torch_itself
+from tnxd.models.formats import ignore_warnings_about_torch_itself, libraries
 
 LIBRARY = """
 import collections, torch
@@ -178,6 +178,10 @@ def test_what_works_by_luck_has_a_note(tmp_path: Path) -> None:
     __import__(NAME)  # as another model may have
     (note,) = open_model(root).notes
     assert note.startswith("net/1/model.pt2 uses operators of tnxtest, which are there only because another model has")
+
+
+def test_what_comes_with_torch_is_no_library() -> None:
+    assert libraries.note(iter(["aten", "prim", "quantized"]), (), "net/1/model.pt2") == ()
 
 
 @pytest.mark.usefixtures("place")
