@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from format_tools import ask, open_model, refused, save_program, tensors
-from tnxd.models.formats import ignore_warnings_about_torch_itself
+from tnxd.models.formats import ignore_warnings_about_torch_itself, libraries
 
 LIBRARY = """
 import collections, torch
@@ -98,19 +100,64 @@ def test_a_program_whose_operators_are_missing(tmp_path: Path, caplog: pytest.Lo
     assert loud == []  # the sentence says it all
 
 
+@pytest.fixture
+def _operator() -> Iterator[None]:
+    """The operator of the library alone."""
+    library = torch.library.Library("tnxtest", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
+    yield
+    library._destroy()
+
+
 @pytest.mark.usefixtures("place")
-def test_a_program_whose_class_is_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_class_that_is_not_there_is_taken_by_its_fields(
+    tmp_path: Path, request: pytest.FixtureRequest, times: int
+) -> None:
     root = tmp_path / "models"
     save(root, output=True)
-    library = torch.library.Library("tnxtest", "DEF")  # the operator alone
-    library.define("twice(Tensor x) -> Tensor")
-    try:
-        said = refused(root)
-    finally:
-        library._destroy()
-    assert said.endswith(
-        f"the class {NAME}.Output is not registered with torch: the module that does so belongs into imports of "
-        f'model.toml, as in imports = ["{NAME}"]'
+    request.getfixturevalue("_operator")
+    for _ in range(times):
+        model = open_model(root)
+        assert [spec.name for spec in model.outputs] == ["y"]
+        assert ask(model, model.factory(), np.ones(2, np.float32))["y"].tolist() == [2.0, 2.0]
+    assert NAME not in sys.modules
+
+
+class Box:
+    """Torch's context of it names no fields."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+
+Pair = namedtuple("Pair", ["low", "high"])
+
+
+class Returns(torch.nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.kind(x + 1) if self.kind is Box else self.kind(x + 1, x + 2)
+
+
+@pytest.mark.parametrize("kind", [Box, Pair])
+def test_a_class_that_does_not_name_its_fields_is_named(tmp_path: Path, kind: Any) -> None:
+    name = f"test_libraries.{kind.__name__}"
+    if kind is Box:
+        pytree.register_pytree_node(
+            Box, lambda box: ([box.inner], 7), lambda values, _: Box(*values), serialized_type_name=name
+        )
+    else:
+        pytree._register_namedtuple(Pair, serialized_type_name=name)
+    save_program(tmp_path / "net/1/model.pt2", Returns(kind), (torch.ones(2),))
+    pytree._deregister_pytree_node(kind)
+    assert refused(tmp_path).endswith(
+        f"the class {name} is not registered with torch: the module that does so belongs into imports of model.toml, "
+        f'as in imports = ["test_libraries"]'
     )
 
 
@@ -131,6 +178,10 @@ def test_what_works_by_luck_has_a_note(tmp_path: Path) -> None:
     __import__(NAME)  # as another model may have
     (note,) = open_model(root).notes
     assert note.startswith("net/1/model.pt2 uses operators of tnxtest, which are there only because another model has")
+
+
+def test_what_comes_with_torch_is_no_library() -> None:
+    assert libraries.note(iter(["aten", "prim", "quantized"]), (), "net/1/model.pt2") == ()
 
 
 @pytest.mark.usefixtures("place")

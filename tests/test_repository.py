@@ -80,7 +80,7 @@ def test_every_format_is_known_by_its_file(tmp_path: Path) -> None:
     catalog = repository.scan(tmp_path)
     assert catalog.failures == {}
     sources = catalog.entries["m"].sources
-    assert [source.format for source in sources.values()] == ["pt2", "safetensors", "torchscript", "onnx"]
+    assert [source.format for source in sources.values()] == [*repository.FORMATS.values()]
     assert {source.nbytes for source in sources.values()} == {5}
 
 

@@ -90,6 +90,13 @@ TEMPLATE = """\
 # datatype = "FP32"
 # shape = [-1, 10]
 
+# How the keys of model.safetensors become those of the network: a prefix that is taken from them, one that is put
+# before them, and patterns of those that need not be on both sides.
+# [weights]
+# strip_prefix = "module."
+# add_prefix = ""
+# ignore = ["*.inv_freq"]
+
 # How requests that name no version are split at first, by weights relative to their sum, and the version that gets
 # copies of them without answering. Default: the newest version takes all, and there is no shadow.
 # [traffic]

@@ -3,7 +3,8 @@
 REPOSITORY/NAME/model.toml          see tnxd.models.settings; optional where the model file says everything
 REPOSITORY/NAME/VERSION/            a positive number; in it exactly one of
     model.pt2                       an exported program (torch.export)
-    model.safetensors               weights, for the network that a factory makes
+    model.safetensors               weights, for the network that a factory makes; or, in several files,
+    model.safetensors.index.json
     model.pt                        TorchScript
     model.onnx
 """
@@ -19,15 +20,17 @@ from pathlib import Path
 
 from tnxctl.errors import InvalidArgument, TensorNextError
 from tnxctl.wire import MODEL_NAME
+from tnxd.models import onnxfile
 from tnxd.models import settings as model_toml
 from tnxd.models.catalog import Catalog, Entry, Source
 from tnxd.models.model import Model
-from tnxd.models.settings import Settings
-from tnxd.models.trust import EXAMPLE, Guard, contents, hidden, identity
+from tnxd.models.settings import Settings, Weights
+from tnxd.models.trust import Guard, contents, hidden, identity
 
 FORMATS = {
     "model.pt2": "pt2",
     "model.safetensors": "safetensors",
+    "model.safetensors.index.json": "safetensors",
     "model.pt": "torchscript",
     "model.onnx": "onnx",
 }
@@ -38,6 +41,7 @@ WITH_MODULES = ("safetensors",)
 
 SETTINGS = "model.toml"
 
+_SHARD = ".safetensors"
 _GONE = "a link that leads nowhere, or a file that went away: look again"
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
@@ -178,8 +182,9 @@ def _source(
     if inside / file not in files:
         raise InvalidArgument(f"{label}/{file} is not a file")
     _check_combination(kind, f"{label}/{file}", settings, f"{name}/{SETTINGS}")
-    weights = [info.st_size for path, info in files.items() if kind == "onnx" and path.name != EXAMPLE]
-    nbytes = sum(weights) or files[inside / file].st_size
+    nbytes = onnxfile.size(inside / file) if kind == "onnx" else files[inside / file].st_size
+    if file.endswith(".json"):
+        nbytes += sum(info.st_size for path, info in files.items() if path.suffix == _SHARD)
     state = [(str(path), *identity(info)) for path, info in sorted(files.items())]
     stamp = hashlib.sha256(settings.served + repr((state, require_manifest)).encode()).hexdigest()
     return RepositorySource(name, number, kind, stamp, nbytes, place, settings, guard, require_manifest)
@@ -194,6 +199,8 @@ def _check_combination(kind: str, file: str, settings: Settings, label: str) -> 
         )
     if settings.compile == "inductor" and kind in ("torchscript", "onnx"):
         raise InvalidArgument(f"{label}: compile: {file} cannot be compiled; model.pt2 and model.safetensors can")
+    if kind != "safetensors" and settings.weights != Weights():
+        raise InvalidArgument(f"{label}: weights: {file} has a network of its own; they are for model.safetensors")
     if kind == "safetensors" and not settings.factory:
         raise InvalidArgument(f'{label}: factory: "module:function" has to name what makes the network for {file}')
     if kind in ("safetensors", "torchscript"):

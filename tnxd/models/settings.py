@@ -55,6 +55,20 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return TensorSpec(self.name, self.datatype, self.shape)
 
 
+class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the keys of model.safetensors become those of the network.
+
+    Attributes:
+        strip_prefix, add_prefix: taken from the keys of the file that have it, then put before all of them.
+        ignore: keys, after that, that need not be on both sides, as patterns of `fnmatch`: what only the file has is
+            not used, what only the network has stays as its factory made it.
+    """
+
+    strip_prefix: str = ""
+    add_prefix: str = ""
+    ignore: tuple[str, ...] = ()
+
+
 class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How requests that name no version are split, see `tnxctl.wire.Route`."""
 
@@ -78,6 +92,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         state: "shared": what the module keeps from one request to the next is meant for all of them.
         audit: share of the batches that are computed again in idle time, 0 to 1; None: 0.001.
         factory: "module:function" that makes the network for model.safetensors.
+        weights: how the keys of model.safetensors are those of the network.
         inputs, outputs: the signature; (): the model file says it.
     """
 
@@ -96,6 +111,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state: Literal["", "shared"] = ""
     audit: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     factory: str = ""
+    weights: Weights = Weights()
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
     traffic: Traffic = Traffic()

@@ -27,7 +27,7 @@ from tnxctl.frames import Array
 from tnxctl.wire import TensorSpec, excerpt
 from tnxd import structures
 from tnxd.executors.tensors import TORCH_DTYPES
-from tnxd.models.formats import examples, ignore_warnings_about_torch_itself, libraries, optional
+from tnxd.models.formats import classes, examples, ignore_warnings_about_torch_itself, libraries, optional
 from tnxd.models.formats.conditions import Conditions, bounds, of_program
 from tnxd.models.formats.signature import DEFAULT_MAX_BATCH_SIZE, Found, Opened, Shape, Signature, settle
 from tnxd.models.formats.writes import STORING, written, written_inputs
@@ -180,13 +180,18 @@ def load(files: TrustedFiles, label: str) -> ExportedProgram:
     with files.open(files.directory / FILE) as file:
         if not zipfile.is_zipfile(file):
             raise FailedPrecondition(f"{label}: incomplete, or not a program of torch.export")
-        file.seek(0)
-        with _what_is_logged() as logged:
-            try:
-                return torch.export.load(file)
-            except Exception as error:  # whatever torch stumbles over
-                why = cause(logged[-1] if logged else error)
-                raise FailedPrecondition(f"{label}: torch {torch.__version__} cannot load it: {why}") from error
+        while True:
+            file.seek(0)
+            with _what_is_logged() as logged:
+                try:
+                    return torch.export.load(file)
+                except Exception as error:  # whatever torch stumbles over
+                    why = logged[-1] if logged else error
+                    if classes.stand_in(why):
+                        continue
+                    raise FailedPrecondition(
+                        f"{label}: torch {torch.__version__} cannot load it: {cause(why)}"
+                    ) from error
 
 
 @contextlib.contextmanager
@@ -394,7 +399,7 @@ def _unflattened(spec: pytree.TreeSpec, label: str) -> Any:
     try:
         return pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     except Exception as error:  # whatever the code of its class raises, which is no torch
-        raise FailedPrecondition(f"{label}: a structure in it cannot be made: {sentence(error)}") from error
+        raise FailedPrecondition(f"{label}: a structure in it cannot be made: {cause(error)}") from error
 
 
 def _inside(value: object) -> Iterable[tuple[str, object]] | None:

@@ -59,7 +59,8 @@ def of_program(program: ExportedProgram) -> Iterator[str]:
 
 def of_script(module: torch.jit.ScriptModule) -> Iterator[str]:
     """Namespaces of the operators that a TorchScript module uses."""
-    blocks: list[Any] = [module.inlined_graph]
+    graph = module.inlined_graph  # which its nodes do not keep alive
+    blocks: list[Any] = [graph]
     while blocks:
         for node in blocks.pop().nodes():
             yield node.kind().partition("::")[0]

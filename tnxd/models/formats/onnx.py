@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tnxctl.errors import FailedPrecondition, InvalidArgument
-from tnxctl.wire import TensorSpec
+from tnxctl.wire import TensorSpec, excerpt
 from tnxd.executors.tensors import to_array
+from tnxd.models import onnxfile
 from tnxd.models.formats import optional
 from tnxd.models.formats.signature import Found, Opened, settle
+from tnxd.models.onnxfile import OnnxFile
 from tnxd.models.repository import RepositorySource
+from tnxd.models.settings import Settings, Tensor
 from tnxd.models.trust import TrustedFiles
 from tnxd.sentences import first_line
 
@@ -41,12 +46,14 @@ class Session(torch.nn.Module):
 
     Args:
         session: an `onnxruntime.InferenceSession`.
+        outputs: names of those to compute.
         file: what to call it in errors.
     """
 
-    def __init__(self, session: Any, file: str) -> None:
+    def __init__(self, session: Any, outputs: Sequence[str], file: str) -> None:
         super().__init__()
         self._session = session
+        self._outputs = list(outputs)
         self._file = file
         self._inputs = [node.name for node in session.get_inputs()]
         self._refused = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state").InvalidArgument
@@ -54,45 +61,60 @@ class Session(torch.nn.Module):
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         feed = dict(zip(self._inputs, map(to_array, inputs), strict=True))
         try:
-            return tuple([torch.from_numpy(output) for output in self._session.run(None, feed)])
+            return tuple([torch.from_numpy(output) for output in self._session.run(self._outputs, feed)])
         except self._refused as error:
             raise InvalidArgument(f"{self._file} does not take these inputs: {error}") from None
 
 
 def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     """See `tnxd.models.formats.opening.read`."""
-    label = files.label(FILE)
+    settings, label = source.settings, files.label(FILE)
     try:
         runtime = importlib.import_module("onnxruntime")
     except ImportError:
         raise FailedPrecondition(f"{label} needs onnxruntime: pip install 'tensornext[onnx]'") from None
-    first: list[Any] = [_open(runtime, files, label)]
-    signature = settle(_describe(first[0], label), source.settings, source.settings_label, label)
-    signature = optional.settle(signature, source.settings, source.settings_label, label, None)
+    session, said = _open(runtime, files, label)
+    first: list[Any] = [session]
+    found = _describe(session, said, settings, source.settings_label, label)
+    signature = optional.settle(
+        settle(found, settings, source.settings_label, label), settings, source.settings_label, label, None
+    )
+    outputs = [found.outputs[position].name for position in signature.returned]
+    del session
 
     def build() -> torch.nn.Module:
-        return Session(first.pop() if first else _open(runtime, files, label), label).eval()
+        return Session(first.pop() if first else _open(runtime, files, label)[0], outputs, label).eval()
 
     return Opened(signature, build, devices=("cpu",))
 
 
-def _open(runtime: Any, files: TrustedFiles, label: str) -> Any:
+def _open(runtime: Any, files: TrustedFiles, label: str) -> tuple[Any, OnnxFile]:
     options = runtime.SessionOptions()
     # The lanes share the cores already: each of them runs a batch on its own thread, which its session does not leave.
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; what it warns of are its own optimizations
     model = _content(files, files.directory / FILE)
+    try:
+        said = onnxfile.read(model)
+    except (ValueError, RecursionError):
+        said = OnnxFile()  # it is damaged, which onnxruntime says better
     # Large models have their tensors in files beside them. By path, onnxruntime would map those, and go on to use what
     # is written over them later; what it gets here, it copies. Given no files at all, it would look for them in the
     # current directory: so the model is among them.
-    others = files.identities.keys() - {files.directory / FILE}
-    read = {FILE: model, **{str(path.relative_to(files.directory)): _content(files, path) for path in others}}
+    read = {FILE: model}
+    for name in sorted(said.beside):
+        path = Path(os.path.normpath(files.directory / name))
+        if not path.is_relative_to(files.directory):
+            raise FailedPrecondition(f"{label}: its tensors are in {excerpt(name)}, which leads out of the version")
+        if path not in files.identities:
+            raise FailedPrecondition(f"{label}: its tensors are in {excerpt(name)}, which is missing")
+        read[name] = _content(files, path)
     options.add_external_initializers_from_files_in_memory(
         list(read), list(read.values()), [len(content) for content in read.values()]
     )
     try:
-        return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"]), said
     except Exception as error:  # onnxruntime's own classes have no base in common
         raise FailedPrecondition(f"{label}: onnxruntime cannot load it: {first_line(error)}") from None
 
@@ -102,18 +124,38 @@ def _content(files: TrustedFiles, path: Path) -> bytes:
         return file.read()
 
 
-def _describe(session: Any, label: str) -> Found:
+def _describe(session: Any, said: OnnxFile, settings: Settings, settings_label: str, label: str) -> Found:
     inputs, outputs = session.get_inputs(), session.get_outputs()
+    wanted = {tensor.name for tensor in settings.outputs}
+    if wanted:
+        unknown = not wanted <= {node.name for node in outputs}  # which is said later
+        outputs = [node for node in outputs if node.name in wanted or (unknown and node.type in DATATYPES)]
     rows = {node.shape[0] if node.shape else None for node in (*inputs, *outputs)}
+
+    def specs(nodes: Sequence[Any], declared: Sequence[Tensor], key: str) -> tuple[TensorSpec, ...]:
+        shapes = {tensor.name: tensor.shape for tensor in declared}
+        found = []
+        for node in nodes:
+            shape = tuple(axis if isinstance(axis, int) else -1 for axis in node.shape)
+            if not shape and node.name in said.unranked:
+                if node.name not in shapes:
+                    raise FailedPrecondition(
+                        f"{label}: {node.name!r} has any number of axes: its shape has to stand in {settings_label}, "
+                        f"under [[{key}]]"
+                    )
+                shape = shapes[node.name]
+            found.append(_spec(node, shape, label))
+        return tuple(found)
+
     return Found(
-        tuple(_spec(node, label) for node in inputs),
-        tuple(_spec(node, label) for node in outputs),
+        specs(inputs, settings.inputs, "inputs"),
+        specs(outputs, settings.outputs, "outputs"),
         counts_rows=len(rows) == 1 and isinstance(rows.pop(), str),  # one name: one length
     )
 
 
-def _spec(node: Any, label: str) -> TensorSpec:
+def _spec(node: Any, shape: tuple[int, ...], label: str) -> TensorSpec:
     datatype = DATATYPES.get(node.type)
     if datatype is None:
         raise FailedPrecondition(f"{label}: {node.name!r} is a {node.type}, which cannot be served")
-    return TensorSpec(node.name, datatype, tuple(axis if isinstance(axis, int) else -1 for axis in node.shape))
+    return TensorSpec(node.name, datatype, shape)

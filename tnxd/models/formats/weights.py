@@ -1,29 +1,36 @@
-"""model.safetensors: weights alone, for a network that a factory makes."""
+"""model.safetensors, in one file or several: weights alone, for a network that a factory makes."""
 
 from __future__ import annotations
 
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
 from io import BufferedReader
+from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
 
 from tnxctl.errors import FailedPrecondition
-from tnxd.models.formats import optional
+from tnxd.models.formats import optional, shards
 from tnxd.models.formats.calling import arranged, check_names, defaults
 from tnxd.models.formats.factories import Factory
 from tnxd.models.formats.precision import Precision
 from tnxd.models.formats.signature import Opened, declared
 from tnxd.models.repository import RepositorySource
+from tnxd.models.settings import Weights
 from tnxd.models.trust import TrustedFiles
+from tnxd.sentences import first_line
 
 log = logging.getLogger(__name__)
 
 FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""Says which of several files has which weight."""
 
 _MOST_HEAD = 100_000_000  # bytes, as the library has it
 
@@ -31,7 +38,7 @@ _MOST_HEAD = 100_000_000  # bytes, as the library has it
 def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     """See `tnxd.models.formats.opening.read`."""
     settings = source.settings
-    label = files.label(FILE)
+    label = files.label(FILE if files.directory / FILE in files.identities else INDEX)
     signature = declared(settings, source.settings_label, label)
     check_names(signature, source.settings_label)
     try:
@@ -48,8 +55,8 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
 
     def build() -> torch.nn.Module:
         network = first.pop() if first else factory()
-        with files.open(files.directory / FILE) as file:
-            fill(network, file, label, factory.label)
+        with stored(files, label) as weights:
+            fill(network, renamed(weights, settings.weights), label, factory.label, settings.weights.ignore)
         network = arranged(network, [spec.name for spec in signature.inputs], signature.optional)
         if settings.dtype:
             network = Precision(network, getattr(torch, settings.dtype), signature.outputs)
@@ -58,52 +65,141 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     return Opened(signature, build)
 
 
-def fill(network: torch.nn.Module, file: BufferedReader, label: str, made_by: str) -> None:
-    """Put the weights of a file in place of those of a network.
+class Stored(NamedTuple):
+    """One weight. Attributes: file: what to call its file."""
+
+    tensor: torch.Tensor
+    file: str
+
+
+@contextmanager
+def stored(files: TrustedFiles, label: str) -> Iterator[dict[str, Stored]]:
+    """The weights of a version, from one file or several.
 
     A file that nobody may write is used as it lies in the page cache, mapped: nothing is copied. Others are read,
     because whoever writes over a mapped file changes the weights of a model that serves, and one that shortens it ends
     the process.
 
-    Args:
-        label, made_by: what to call the file and the network in errors.
-
     Raises:
-        FailedPrecondition: the file is damaged, or its weights are not the network's: the sentence names them.
+        FailedPrecondition: a file is damaged, or the index and the files disagree: the sentence names file and key.
     """
+    index = files.directory / INDEX
+    found: dict[str, Stored] = {}
+    with ExitStack() as stack:
+        if index not in files.identities:
+            yield _of_file(stack.enter_context(files.open(files.directory / FILE)), label)
+            return
+        with files.open(index) as file:
+            places = shards.read(file.read(), files, label)
+        for shard in dict.fromkeys(places.values()):
+            name = files.guard.label(shard)
+            weights = _of_file(stack.enter_context(files.open(shard)), name)
+            shards.check(weights, shard, places, files, label)
+            found |= weights
+        yield found
+
+
+def _of_file(file: BufferedReader, label: str) -> dict[str, Stored]:
     mapped = not os.fstat(file.fileno()).st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
     try:
         # The path of the open file, so that what is mapped is what was checked.
         weights = safetensors.torch.load_file(f"/proc/self/fd/{file.fileno()}") if mapped else _read(file, label)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise FailedPrecondition(f"{label}: damaged or incomplete: {error}") from None
+        raise FailedPrecondition(f"{label}: damaged or incomplete: {first_line(error)}") from None
+    return {name: Stored(tensor, label) for name, tensor in weights.items()}
+
+
+def renamed(weights: Mapping[str, Stored], settings: Weights) -> dict[str, Stored]:
+    """With the keys that model.toml makes of them. Raises FailedPrecondition: two become the same."""
+    found: dict[str, Stored] = {}
+    for key, weight in weights.items():
+        name = settings.add_prefix + key.removeprefix(settings.strip_prefix)
+        if name in found:
+            raise FailedPrecondition(f"{weight.file}: weights.strip_prefix makes {name!r} of two keys")
+        found[name] = weight
+    return found
+
+
+def fill(
+    network: torch.nn.Module, weights: dict[str, Stored], label: str, made_by: str, ignore: Sequence[str] = ()
+) -> None:
+    """Put weights in place of those of a network.
+
+    Args:
+        weights: consumed.
+        label, made_by: what to call the weights and the network in errors.
+        ignore: patterns of keys that need not be on both sides.
+
+    Raises:
+        FailedPrecondition: they are not the network's: the sentence names them.
+    """
     expected = network.state_dict(keep_vars=True)
     _tie(weights, expected)
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    if missing:
-        raise FailedPrecondition(f"{label}: {_some(missing)} missing, which the network of {made_by} has")
-    if unexpected:
-        raise FailedPrecondition(f"{label}: {_some(unexpected)} not in the network of {made_by}")
+    missing, unexpected = _without(missing, ignore), _without(unexpected, ignore)
+    if missing or unexpected:
+        raise FailedPrecondition(f"{label}: {_difference(missing, unexpected, expected, weights, made_by)}")
     copies: dict[int, torch.Tensor] = {}  # tensors that share memory go on sharing it
     converted = 0
+    used: dict[str, torch.Tensor] = {}
     for name, own in expected.items():
-        weight = weights[name]
+        if name not in weights:
+            used[name] = own
+            continue
+        weight, file = weights[name]
         if weight.shape != own.shape:
             raise FailedPrecondition(
-                f"{label}: {name!r} is {list(weight.shape)}, in the network of {made_by} it is {list(own.shape)}"
+                f"{file}: {name!r} is {list(weight.shape)}, in the network of {made_by} it is {list(own.shape)}"
             )
         if weight.dtype is not own.dtype:
             converted += 1
             key = weight.data_ptr()
             if key not in copies or not weight.numel():
                 copies[key] = weight.to(own.dtype, copy=True)
-            weights[name] = copies[key]
+            weight = copies[key]
+        used[name] = weight
     if converted:
         log.warning("%s: %d tensors have another datatype than in the network, and are converted", label, converted)
-    network.load_state_dict(weights, assign=True)
+    network.load_state_dict(used, assign=True)
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if tensor.is_meta:
             raise FailedPrecondition(f"{made_by}: {name!r} is on the meta device, and not among the weights of {label}")
+
+
+def _without(names: set[str], patterns: Sequence[str]) -> set[str]:
+    return {name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def _difference(
+    missing: set[str], unexpected: set[str], expected: Collection[str], weights: Collection[str], made_by: str
+) -> str:
+    """What is on one side alone, and what to do about it if it is a prefix."""
+    parts = []
+    if missing:
+        parts.append(f"{_some(missing)} missing, which the network of {made_by} has")
+    if unexpected:
+        parts.append(f"{_some(unexpected)} not in the network of {made_by}")
+    more = _prefix(missing, unexpected)
+    if more:
+        parts.append(f'its keys begin with {more!r}: strip_prefix = "{more}" under [weights] in model.toml')
+    less = _prefix(unexpected, missing)
+    if less:
+        parts.append(f'those of the network begin with {less!r}: add_prefix = "{less}" under [weights] in model.toml')
+    return "; ".join(parts)
+
+
+def _prefix(short: set[str], long: set[str]) -> str:
+    """What stands before the names of one set in the other; "" if that is not so for most: some may be missing."""
+    for first in sorted(short)[:5]:
+        for name in sorted(long):
+            prefix = name.removesuffix(first)
+            if (
+                prefix != name
+                and prefix.endswith(".")
+                and 2 * sum(prefix + each in long for each in short) >= len(short)
+            ):
+                return prefix
+    return ""
 
 
 def _read(file: BufferedReader, label: str) -> dict[str, torch.Tensor]:
@@ -134,7 +230,7 @@ def _read(file: BufferedReader, label: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _tie(weights: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+def _tie(weights: dict[str, Stored], expected: Mapping[str, torch.Tensor]) -> None:
     """Weights that a network uses under several names are stored under one: give them to the others, too."""
     groups: dict[object, list[str]] = {}
     for name, own in expected.items():

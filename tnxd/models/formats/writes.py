@@ -179,8 +179,9 @@ def written_by_script(module: torch.jit.ScriptModule) -> tuple[str, ...]:
     Those are set anew, and those whose tensors, or lists of them, something works on in place. A branch that only
     training takes does not count.
     """
+    graph = module.inlined_graph  # which its nodes do not keep alive
     walk = _Script()
-    walk.block(module.inlined_graph)
+    walk.block(graph)
     return tuple(sorted(walk.found))
 
 
