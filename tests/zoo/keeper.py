@@ -25,6 +25,9 @@ from zoo import building
 from zoo.case import BATCHED, CAUGHT, FACTORY, ONNX, REFUSED, SCRIPT, UNBATCHED, Case, Exhibit
 from zoo.networks.plain import Perceptron
 
+LIBRARIES = Path(__file__).parent / "libraries"
+"""What models import that is no file of their own."""
+
 CLIENTS = 8
 LANES = 3
 
@@ -350,12 +353,12 @@ def serve(
     repository: Path,
     config: str,
     program: tuple[str, ...] = ("-m", "tnxd"),
-    python_path: Path | None = None,
+    python_path: Path = LIBRARIES,
 ) -> Iterator[tuple[Daemon, list[Client]]]:
     """A daemon with a repository, and eight clients of it. Args: python_path: where it finds more libraries."""
     (folder / "tnxd.toml").write_text(config)
     arguments = ("--config", str(folder / "tnxd.toml"), "--model-repository", str(repository))
-    environment = None if python_path is None else {**os.environ, "PYTHONPATH": str(python_path)}
+    environment = {**os.environ, "PYTHONPATH": str(python_path)}
     daemon = start_daemon(folder / "log", *arguments, program=program, environment=environment)
     try:
         with ExitStack() as stack:

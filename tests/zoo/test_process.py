@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -116,17 +118,61 @@ def publish(root: Path, name: str, source: str, datatype: str = "FP32", length: 
     staged.rename(root / name)
 
 
+class Zoos:
+    """Daemons with one lane, or with none but the serving thread, so that all models share a thread.
+
+    One serves all tests until a test fails: what that has left behind is nothing that the next one has to bear.
+    """
+
+    def __init__(self, folder: Path, inline: bool) -> None:
+        self._folder = folder
+        self._inline = inline
+        self._stack: ExitStack | None = None
+        self._zoo: Zoo | None = None
+        self._number = 0
+
+    def get(self) -> Zoo:
+        """The daemon, or another one."""
+        if self._zoo is None:
+            self._number += 1
+            folder = self._folder / str(self._number)
+            root = folder / "models"
+            root.mkdir(parents=True)
+            source = (NETWORKS / "switches.py").read_text() + "\n\nmake = Switches\n"
+            publish(root, "switches", source, "FP64", len(SWITCHES))
+            config = keeper.settings(inline=self._inline).replace("workers = 3", "workers = 1")
+            self._stack = ExitStack()
+            self._daemon, clients = self._stack.enter_context(keeper.serve(folder, root, config))
+            self._zoo = Zoo(root, clients[0])
+        return self._zoo
+
+    def drop(self, *, spoiled: bool) -> None:
+        """End the daemon. Args: spoiled: it may hang, or have ended."""
+        stack, self._stack, self._zoo = self._stack, None, None
+        if stack is None:
+            return
+        if not spoiled:
+            stack.close()
+            return
+        self._daemon.process.kill()
+        self._daemon.process.wait()
+        with contextlib.suppress(AssertionError):
+            stack.close()
+
+
 @pytest.fixture(scope="module", params=["lane", "inline"])
-def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
-    """A daemon with one lane, or with none but its serving thread, so that all models share a thread."""
-    folder = tmp_path_factory.mktemp("process")
-    root = folder / "models"
-    root.mkdir()
-    source = (NETWORKS / "switches.py").read_text() + "\n\nmake = Switches\n"
-    publish(root, "switches", source, "FP64", len(SWITCHES))
-    config = keeper.settings(inline=request.param == "inline").replace("workers = 3", "workers = 1")
-    with keeper.serve(folder, root, config) as (_, clients):
-        yield Zoo(root, clients[0])
+def zoos(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoos]:
+    all_of_them = Zoos(tmp_path_factory.mktemp("process"), request.param == "inline")
+    yield all_of_them
+    all_of_them.drop(spoiled=False)
+
+
+@pytest.fixture
+def zoo(zoos: Zoos, request: pytest.FixtureRequest) -> Iterator[Zoo]:
+    failed = request.session.testsfailed
+    yield zoos.get()
+    if request.session.testsfailed > failed:
+        zoos.drop(spoiled=True)
 
 
 def poison(statement: str, place: str) -> str:

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import safetensors.torch
 import torch
+import zoo_operators
 
 from conftest import Daemon
 from tnxctl import Client
@@ -23,7 +24,6 @@ from zoo.cases import STRUCTURES
 from zoo.keeper import Keeper
 from zoo.networks import structures, values
 
-HERE = Path(__file__).parent
 X = '[[inputs]]\nname = "x"\ndatatype = "FP32"\nshape = [-1, 8]\n'
 Y = '[[outputs]]\nname = "output"\ndatatype = "FP32"\nshape = [-1, 8]\n'
 LIMIT = 1024 * 1024
@@ -129,19 +129,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, 
     repository.program("wide-answer", structures.ListOut(), x=torch.ones(2, 8))
     operators(repository)
     config = keeper.settings() + f"[limits]\nmessage_bytes = {LIMIT}\n"
-    with keeper.serve(folder, repository.root, config, python_path=HERE / "libraries") as (daemon, clients):
+    with keeper.serve(folder, repository.root, config) as (daemon, clients):
         yield daemon, clients[0]
 
 
 def operators(repository: Repository) -> None:
     """A program that needs an operator of a library, with and without a word about it."""
-    import sys
-
-    sys.path.insert(0, str(HERE / "libraries"))
-    try:
-        import zoo_operators
-    finally:
-        sys.path.pop(0)
     repository.program("operator", zoo_operators.Triples(), x=torch.ones(2, 8))
     repository.program(
         "operator-imported", zoo_operators.Triples(), 'imports = ["zoo_operators"]\n', x=torch.ones(2, 8)
