@@ -156,7 +156,12 @@ def main(
     except TensorNextError as error:
         router.close(0)
         _exit(1, error)
-    code = _Daemon(config, Registry(config.default_model), router).run()
+    try:
+        code = _Daemon(config, Registry(config.default_model), router).run()
+    except BaseException:
+        log.exception("the daemon has failed, and ends with 1")
+        code = 1
+    logs.flush(_LAST_WORDS_S)
     # Lanes may be inside torch, and the interpreter cannot end under them: it would abort.
     os._exit(code)
 
@@ -233,7 +238,7 @@ class _Daemon:
             Watchdog(self._hang, self._hangs)
             self._router.close(self._server.run(_FLUSH_S))
             log.info("stopped")
-            logs.flush(_LAST_WORDS_S)
+            logs.flush(_LAST_WORDS_S)  # while a signal does not end it yet
         return self._exit_code
 
     def _open_devices(self) -> None:
