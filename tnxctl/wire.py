@@ -330,6 +330,10 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
         errors: error replies by code. undeliverable: answers whose client was gone. abandoned: requests taken out of
             the queue because their client was gone.
         prediction_error_us: how far the predictions of the last requests were off, on average.
+        connections: now. connections_refused: not let in, since their client had too many. connections_cut: ended by
+            the daemon, since they took too much of what is everybody's.
+        traffic_mb: memory in MiB of what is received, in flight and owed. traffic_limit_mb: the most that it may be.
+        traffic_owed_mb: of this, replies that clients have not taken yet.
     """
 
     v: _Version
@@ -350,6 +354,12 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
     undeliverable: int = 0
     abandoned: int = 0
     prediction_error_us: float = 0.0
+    connections: int = 0
+    connections_refused: int = 0
+    connections_cut: int = 0
+    traffic_mb: float = 0.0
+    traffic_limit_mb: float = 0.0
+    traffic_owed_mb: float = 0.0
 
 
 class MetadataReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata"):
