@@ -19,6 +19,7 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 help:
 	@echo 'make demo             classify handwritten digits with a daemon of its own'
 	@echo 'make test             run the tests'
+	@echo 'make faults           every kind of fault against real daemons, the slow ones too'
 	@echo 'make check            ruff and mypy'
 	@echo 'make bench            measure latency; BENCH="--help" shows what can be asked'
 	@echo 'make bench-peers      build environments for the servers that bench/compare.py measures beside the daemon'
@@ -55,7 +56,12 @@ $(VENV)/for-examples: $(VENV)/for-test examples/requirements.txt constraints.txt
 
 .PHONY: test
 test: $(VENV)/for-test $(VENV)/for-examples
-	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'not slow' $(TESTS)
+
+# One after the other, since what is measured beside a fault is reported.
+.PHONY: faults
+faults: $(VENV)/for-test
+	$(RUN) -m pytest tests/faults -s $(TESTS)
 
 .PHONY: check
 check: $(VENV)/for-check

@@ -28,6 +28,8 @@ MAX_DEADLINE_US = 24 * 3600 * 1e6
 DEFAULT_PRIORITY = 1
 LOWEST_PRIORITY = 3
 MAX_WEIGHT = 1e9
+MAX_TENSORS = 1024
+MAX_RANK = 64
 
 MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a model may be called: a name for a folder, too, on every system, and never one with an "@"."""
@@ -44,9 +46,15 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     header_bytes: Annotated[int, msgspec.Meta(ge=256)] = 64 * 1024
-    tensors: Annotated[int, msgspec.Meta(ge=1)] = 64
-    rank: Annotated[int, msgspec.Meta(ge=1, le=64)] = 16
+    tensors: Annotated[int, msgspec.Meta(ge=1, le=MAX_TENSORS)] = 64
+    rank: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)] = 16
     message_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 256 * 1024 * 1024
+
+
+# How long what a header holds may be. With a bound, what is too long is refused before it is decoded.
+_Name = Annotated[str, msgspec.Meta(max_length=1024)]
+_Title = Annotated[str, msgspec.Meta(max_length=256)]
+_Word = Annotated[str, msgspec.Meta(max_length=64)]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -55,9 +63,9 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
     In a message the shape is that of the frame that follows; in a model's signature an axis of -1 takes any length.
     """
 
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
+    name: _Name
+    datatype: _Word
+    shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_RANK)]
 
 
 # --- headers -------------------------------------------------------------------------------------------------
@@ -86,14 +94,14 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
 
     v: _Version
     id: _Id
-    inputs: tuple[TensorSpec, ...]
-    model: str = ""
+    inputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=MAX_TENSORS)]
+    model: _Title = ""
     prefer_gpu: bool = True
     min_gpu_memory_mb: _NotNegative = 0.0
-    device: str = ""
+    device: _Word = ""
     deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] | None = None
-    route_key: str = ""
+    route_key: _Name = ""
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="cancel", gc=False):
@@ -120,7 +128,7 @@ class Metadata(
 
     v: _Version
     id: _Id
-    model: str = ""
+    model: _Title = ""
 
 
 class Models(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="models", gc=False):
@@ -139,7 +147,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="loa
 
     v: _Version
     id: _Id
-    model: str
+    model: _Title
 
 
 class Unload(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="unload", gc=False):
@@ -150,7 +158,7 @@ class Unload(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="u
 
     v: _Version
     id: _Id
-    model: str
+    model: _Title
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="route", omit_defaults=True):
@@ -165,9 +173,11 @@ class Route(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ro
 
     v: _Version
     id: _Id
-    model: str
-    weights: dict[str, Annotated[float, msgspec.Meta(ge=0, le=MAX_WEIGHT)]] = {}
-    shadow: str = ""
+    model: _Title
+    weights: Annotated[
+        dict[_Title, Annotated[float, msgspec.Meta(ge=0, le=MAX_WEIGHT)]], msgspec.Meta(max_length=1024)
+    ] = {}
+    shadow: _Title = ""
 
 
 class Reload(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="reload", gc=False):
@@ -186,9 +196,9 @@ class Compare(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
 
     v: _Version
     id: _Id
-    model: str
-    baseline: str
-    candidate: str
+    model: _Title
+    baseline: _Title
+    candidate: _Title
 
 
 Request = Predict | Cancel | Health | Metadata | Models | Load | Unload | Route | Reload | Compare
@@ -320,6 +330,10 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
         errors: error replies by code. undeliverable: answers whose client was gone. abandoned: requests taken out of
             the queue because their client was gone.
         prediction_error_us: how far the predictions of the last requests were off, on average.
+        connections: now. connections_refused: not let in, since their client had too many. connections_cut: ended by
+            the daemon, since they took too much of what is everybody's.
+        traffic_mb: memory in MiB of what is received, in flight and owed. traffic_limit_mb: the most that it may be.
+        traffic_owed_mb: of this, replies that clients have not taken yet.
     """
 
     v: _Version
@@ -340,6 +354,12 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
     undeliverable: int = 0
     abandoned: int = 0
     prediction_error_us: float = 0.0
+    connections: int = 0
+    connections_refused: int = 0
+    connections_cut: int = 0
+    traffic_mb: float = 0.0
+    traffic_limit_mb: float = 0.0
+    traffic_owed_mb: float = 0.0
 
 
 class MetadataReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata"):
@@ -486,10 +506,14 @@ def decode_reply(frame: Buffer, limits: Limits) -> Reply:
 def request_id(frame: Buffer, limits: Limits) -> int | None:
     """The id in a header that `decode_request` refused, if it can be made out: the error reply carries it back.
 
-    A header beyond the size limit is not looked into.
+    A header beyond the size limit is not looked into, and of one of more than a kilobyte only the beginning is.
     """
-    if len(memoryview(frame)) > limits.header_bytes:
+    size = len(memoryview(frame))
+    if size > limits.header_bytes:
         return None
+    if size > _SECOND_LOOK:
+        id_ = _first_integers(frame).get(b"id")
+        return id_ if id_ is not None and 0 <= id_ <= MAX_ID else None
     try:
         return _id_decoder.decode(_map_decoder.decode(frame)["id"])
     except (KeyError, *_DECODE_ERRORS):
@@ -510,7 +534,45 @@ def _check_header_size(frame: Buffer, limits: Limits) -> None:
         raise InvalidArgument(f"the header has {size} bytes, more than the limit of {limits.header_bytes}")
 
 
-# What follows serves headers already refused. It takes them apart one level at a time and leaves the values
+# What follows serves headers already refused. Beyond so many bytes only the whole numbers at the beginning of the map
+# are looked at: to refuse must not cost more than to accept.
+_SECOND_LOOK = 1024
+
+
+def _first_integers(frame: Buffer) -> dict[bytes, int]:
+    """Whole numbers among the first entries of a map, by key: as far as keys and values are short scalars."""
+    data = bytes(memoryview(frame)[:_SECOND_LOOK])
+    found: dict[bytes, int] = {}
+    if not 0x80 <= data[0] <= 0x8F:
+        return found
+    at = 1
+    for _ in range(data[0] & 0x0F):
+        if at >= len(data) or not 0xA0 <= data[at] <= 0xBF:
+            break
+        key = data[at + 1 : (at := at + 1 + (data[at] & 0x1F))]
+        if at >= len(data):
+            break
+        kind = data[at]
+        if kind <= 0x7F:
+            found[key], size = kind, 1
+        elif 0xCC <= kind <= 0xCF:
+            size = 1 + (1 << (kind - 0xCC))
+            if at + size > len(data):
+                break
+            found[key] = int.from_bytes(data[at + 1 : at + size], "big")
+        elif 0xA0 <= kind <= 0xBF:
+            size = 1 + (kind & 0x1F)
+        elif kind in (0xC0, 0xC2, 0xC3):
+            size = 1
+        elif kind in (0xCA, 0xCB):
+            size = 5 if kind == 0xCA else 9
+        else:
+            break
+        at += size
+    return found
+
+
+# It takes them apart one level at a time and leaves the values
 # undecoded: decoded freely, 64 KiB of map keys with equal hashes would hold the process up for a fifth of a second.
 _map_decoder = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
 _array_decoder = msgspec.msgpack.Decoder(list[msgspec.Raw])
@@ -526,13 +588,15 @@ def _header_error(frame: Buffer, error: Exception) -> InvalidArgument | Unimplem
     if version not in (None, VERSION):
         return Unimplemented(f"protocol version {version} is not spoken here, only version {VERSION}")
     why = "nested too deep" if isinstance(error, RecursionError) else str(error).replace("`object`", "`map`")
-    value = _value_at(frame, why)
+    value = _value_at(frame, why) if len(memoryview(frame)) <= _SECOND_LOOK else _excerpt_msgpack(frame)
     if why.startswith("Invalid value") and why.endswith("`$.type`"):
         return Unimplemented(f"unknown message type {value}")
     return InvalidArgument(f"header: {why}: {value}")
 
 
 def _version(frame: Buffer) -> int | None:
+    if len(memoryview(frame)) > _SECOND_LOOK:
+        return _first_integers(frame).get(b"v")
     try:
         return _int_decoder.decode(_map_decoder.decode(frame)["v"])
     except (KeyError, *_DECODE_ERRORS):
@@ -548,17 +612,19 @@ def _value_at(frame: Buffer, why: str) -> str:
             value = _map_decoder.decode(value)[name] if name else _array_decoder.decode(value)[int(index)]
     except (KeyError, IndexError, *_DECODE_ERRORS):
         value = frame
-    return _excerpt_msgpack(bytes(value))
+    return _excerpt_msgpack(value)
 
 
-def _excerpt_msgpack(data: bytes) -> str:
+def _excerpt_msgpack(value: Buffer) -> str:
     """A short value as Python writes it; of a longer one, or of what is no msgpack, the first bytes."""
-    if len(data) <= 100:
+    size = len(memoryview(value))
+    data = bytes(memoryview(value)[:100])
+    if size <= 100:
         try:
             return excerpt(msgspec.msgpack.decode(data, ext_hook=lambda code, data: (code, bytes(data))))
         except _DECODE_ERRORS:
             pass
-    return f"{data[:50]!r}... ({len(data)} bytes)" if len(data) > 50 else repr(data)
+    return f"{data[:50]!r}... ({size} bytes)" if size > 50 else repr(data)
 
 
 def excerpt(value: object, length: int = 60) -> str:

@@ -18,7 +18,8 @@ from tnxctl import __version__
 from tnxctl.errors import FailedPrecondition, InvalidArgument, TensorNextError
 from tnxd import config as configuration
 from tnxd import logs, signals
-from tnxd.config import Config
+from tnxd.admission import Admission, is_loopback
+from tnxd.config import Config, control_of
 from tnxd.control import Inventory
 from tnxd.costs import CostModel
 from tnxd.executors.execution import Executor
@@ -149,21 +150,37 @@ def main(
         if name.startswith("TNXD_"):
             log.warning("the environment variable %s is none of the daemon's", name)
     raise_file_limit()
-    router = Router(config.limits)
+    queue = config.queue
+    admission = Admission(config.clients, max_requests=queue.max_requests, max_bytes=int(queue.max_mb * _MIB))
+    router = Router(config.limits, admission)
     try:
         for endpoint in config.bind:
             router.bind(endpoint)
     except TensorNextError as error:
         router.close(0)
         _exit(1, error)
+    _warn_of_strangers(config, router.endpoints)
     try:
-        code = _Daemon(config, Registry(config.default_model), router).run()
+        code = _Daemon(config, Registry(config.default_model), router, admission).run()
     except BaseException:
         log.exception("the daemon has failed, and ends with 1")
         code = 1
     logs.flush(_LAST_WORDS_S)
     # Lanes may be inside torch, and the interpreter cannot end under them: it would abort.
     os._exit(code)
+
+
+def _warn_of_strangers(config: Config, endpoints: list[str]) -> None:
+    """Say what whoever reaches the daemon could do there."""
+    for endpoint in endpoints:
+        if endpoint.startswith("tcp://") and not is_loopback(endpoint.removeprefix("tcp://").rpartition(":")[0]):
+            orders = ", and load, unload and route them" if control_of(config) == "any" else ""
+            log.warning(
+                "%s: the daemon does not ask who its clients are: whoever reaches it can run every model%s, and read "
+                "names, signatures and traffic from health",
+                endpoint,
+                orders,
+            )
 
 
 def _catalog(config: Config) -> Catalog:
@@ -188,7 +205,7 @@ def _check_default(config: Config, catalog: Catalog) -> None:
 class _Daemon:
     """The parts, wired."""
 
-    def __init__(self, config: Config, registry: Registry, router: Router) -> None:
+    def __init__(self, config: Config, registry: Registry, router: Router, admission: Admission) -> None:
         self._config = config
         self._inventory = Inventory(registry)
         self._router = router
@@ -210,7 +227,8 @@ class _Daemon:
             drain_timeout_s=config.drain_timeout_s,
             stall_timeout_s=config.stall_timeout_s,
             max_delay_us=config.queue.max_delay_us,
-            remote_control=config.remote_control,
+            admission=admission,
+            remote_control=control_of(config),
             on_device_lost=self._device_lost,
         )
 

@@ -20,6 +20,7 @@ from tnxctl.wire import (
     ModelsReport,
     ReloadReport,
 )
+from tnxd.admission import Admission
 from tnxd.executors.execution import Executor
 from tnxd.loading import Changes
 from tnxd.registry import READY, STARTING, Deployment, Registry, Version
@@ -52,6 +53,7 @@ def health(
     scheduler: Scheduler,
     telemetry: Telemetry,
     undeliverable: int,
+    admission: Admission,
 ) -> HealthReport:
     """The state of everything, now."""
     devices = tuple(_device_info(name, inventory, scheduler) for name in _device_names(inventory, scheduler))
@@ -79,6 +81,12 @@ def health(
         undeliverable=undeliverable,
         abandoned=telemetry.abandoned,
         prediction_error_us=telemetry.prediction_error_us,
+        connections=sum(client.connections for client in admission),
+        connections_refused=admission.refused,
+        connections_cut=admission.cut,
+        traffic_mb=admission.held / _MIB,
+        traffic_limit_mb=admission.ceiling / _MIB,
+        traffic_owed_mb=admission.owed / _MIB,
     )
 
 

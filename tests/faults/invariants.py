@@ -1,0 +1,220 @@
+"""What has to hold whatever is done to a daemon, checked in one place for every kind of fault.
+
+    with unharmed(daemon):
+        ...  # the fault
+
+An honest client runs beside the fault, in a process of its own: it loses nothing, and its latencies are reported
+against its own from just before. Afterwards the process is alive, and its descriptors, threads and memory are what they
+were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from conftest import Daemon
+from dealer import Dealer, rows
+
+PATIENCE_S = 40.0
+"""How long something may take that no clock in the daemon bounds, on a busy machine."""
+
+MEMORY_SLACK_MIB = 24.0
+"""What a daemon's memory moves by on its own: arenas of the C library, caches of torch that grow once."""
+
+LATENCY_BOUND = 100.0
+"""Times its own baseline that the honest client's p50 must stay below: far beyond noise. The figures are reported."""
+
+_BASELINE_REQUESTS = 300
+
+_TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a process holds. Attributes: descriptors, threads: how many. rss_mib: memory in MiB."""
+
+    descriptors: int
+    threads: int
+    rss_mib: float
+
+
+def footprint(pid: int) -> Footprint:
+    """What a process holds now."""
+    process = Path(f"/proc/{pid}")
+    pages = int((process / "statm").read_text().split()[1])
+    return Footprint(
+        len(os.listdir(process / "fd")),
+        len(os.listdir(process / "task")),
+        pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
+    )
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latencies of one phase, in microseconds."""
+
+    count: int
+    p50_us: float
+    p99_us: float
+    max_us: float
+
+    def __str__(self) -> str:
+        return f"{self.count} requests, p50 {self.p50_us:.0f} us, p99 {self.p99_us:.0f} us, max {self.max_us:.0f} us"
+
+
+def latency(values: Sequence[float]) -> Latency:
+    """Percentiles of one phase."""
+    ordered = sorted(values) or [float("nan")]
+    at = len(ordered) - 1
+    return Latency(len(values), ordered[at // 2], ordered[int(at * 0.99)], ordered[-1])
+
+
+class Honest:
+    """A client that behaves, in a process of its own, with one request outstanding at a time."""
+
+    def __init__(self, endpoint: str, model: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("honest.py")), endpoint, model],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(_TESTS), str(_TESTS.parent)])},
+        )
+        self._expect("going")
+
+    def phase(self, name: str) -> None:
+        """Begin a phase. Returns when ten requests of it have been answered."""
+        assert self._process.stdin is not None
+        print(name, file=self._process.stdin, flush=True)
+        self._expect("phase")
+
+    def finish(self) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+        """End it. Latencies in microseconds, and what it got that was no result, by phase."""
+        out, _ = self._process.communicate(timeout=PATIENCE_S)
+        found = json.loads(out.splitlines()[-1])
+        return found["latencies"], found["failures"]
+
+    def kill(self) -> None:
+        """End it, whatever it is doing."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.communicate()
+
+    def _expect(self, word: str) -> None:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line == word + "\n", f"the honest client said {line!r}"
+
+
+@contextlib.contextmanager
+def unharmed(
+    daemon: Daemon,
+    *,
+    model: str = "mlp",
+    name: str = "",
+    memory_slack_mib: float = MEMORY_SLACK_MIB,
+    latency_bound: float = LATENCY_BOUND,
+    settled: bool = True,
+) -> Iterator[Honest]:
+    """Do something to a daemon inside, and check afterwards that nobody else noticed.
+
+    Args:
+        name: what the report calls the fault; the test's own name by default.
+        memory_slack_mib: memory that may stay beyond 10 % of what it was.
+        latency_bound: times its own baseline that the honest client's p50 may be meanwhile.
+        settled: whether descriptors, threads and memory have to come back.
+    """
+    pid = daemon.process.pid
+    with Dealer(daemon.endpoint) as dealer:  # what the first requests make once is made
+        for count in (1, 64):
+            for _ in range(32):
+                dealer.predict(rows(count), model=model)
+            for _ in range(32):
+                dealer.result()
+    before = quiet_footprint(pid)
+    honest = Honest(daemon.endpoint, model)
+    try:
+        honest.phase("baseline")
+        _let_it_run(daemon, _BASELINE_REQUESTS)
+        honest.phase("fault")
+        yield honest
+        check_alive(daemon)
+        honest.phase("after")
+        latencies, failures = honest.finish()
+    finally:
+        honest.kill()
+    base, fault = latency(latencies["baseline"]), latency(latencies["fault"])
+    after = quiet_footprint(pid, before, memory_slack_mib) if settled else footprint(pid)
+    _report(name, base, fault, before, after)
+    assert not failures, failures
+    assert fault.p50_us < latency_bound * base.p50_us, f"{fault}; before: {base}"
+
+
+def check_alive(daemon: Daemon, model: str = "mlp") -> None:
+    """The process runs, and a new connection is served."""
+    assert daemon.process.poll() is None, f"exit code {daemon.process.returncode}:\n{daemon.log.read_text()[-3000:]}"
+    with Dealer(daemon.endpoint) as dealer:
+        dealer.predict(rows(2), model=model)
+        dealer.result(PATIENCE_S)
+        assert dealer.health().status == "ready"
+
+
+def quiet_footprint(pid: int, before: Footprint | None = None, memory_slack_mib: float = MEMORY_SLACK_MIB) -> Footprint:
+    """What a process holds once that has stopped changing; with `before`, once it is back there.
+
+    Raises:
+        AssertionError: it does not come back.
+    """
+    end = time.monotonic() + PATIENCE_S
+    last = footprint(pid)
+    while True:
+        time.sleep(0.1)  # between two looks, not for something to happen
+        now = footprint(pid)
+        if before is None:
+            if (now.descriptors, now.threads) == (last.descriptors, last.threads):
+                return now
+        elif (
+            now.descriptors <= before.descriptors
+            and now.threads <= before.threads
+            and now.rss_mib <= 1.1 * before.rss_mib + memory_slack_mib
+        ):
+            return now
+        assert time.monotonic() < end, f"{now} does not come back to {before}"
+        last = now
+
+
+def _let_it_run(daemon: Daemon, requests: int) -> None:
+    """Until so many more requests have been answered."""
+    with Dealer(daemon.endpoint) as dealer:
+        wanted = dealer.health().replies + requests
+        while dealer.health().replies < wanted:
+            time.sleep(0.02)  # health is work, too
+
+
+def _report(name: str, base: Latency, fault: Latency, before: Footprint, after: Footprint) -> None:
+    """A line for whoever reads the output; with TNX_FAULTS_REPORT, also one of JSON in that file."""
+    name = name or os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0].rpartition("::")[2]
+    print(f"\n{name}: beside it {fault}; before: {base}; memory {before.rss_mib:.0f} -> {after.rss_mib:.0f} MiB")
+    path = os.environ.get("TNX_FAULTS_REPORT")
+    if path:
+        line = {
+            "fault": name,
+            "p50_us": [base.p50_us, fault.p50_us],
+            "p99_us": [base.p99_us, fault.p99_us],
+            "rss_mib": [before.rss_mib, after.rss_mib],
+        }
+        with open(path, "a", encoding="utf-8") as report:
+            print(json.dumps(line), file=report)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")

@@ -1,0 +1,69 @@
+"""Peers of another age or another protocol: bytes that are no ZMTP 3."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import Daemon
+from invariants import needs_proc, unharmed
+from zmtp import GREETING, Peer
+
+UNVERSIONED = bytes.fromhex("0100020078")
+"""A whole message of a ZeroMQ 2 peer: an empty identity, and a frame that holds "x"."""
+
+ZMTP_2 = b"\xff" + bytes(7) + b"\x01\x7f" + b"\x01\x05" + b"\x00\x00" + b"\x00\x01x"
+"""Greeting of ZMTP 2.0 by a DEALER, its empty identity, and a message."""
+
+TLS_HELLO = bytes.fromhex("16030100a5010000a10303") + bytes(range(160))
+
+OPENINGS = {
+    "unversioned": UNVERSIONED,
+    "ZMTP 2": ZMTP_2,
+    "TLS": TLS_HELLO,
+    "HTTP": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "SSH": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "SMB": b"\0\0\0\x85\xffSMBr" + bytes(120),
+    "newline": b"\n",
+    "nothing": b"",
+    "zeros": bytes(64),
+    "ones": b"\xff" * 64,
+    "half a greeting": GREETING[:11],
+    "random": os.urandom(512),
+}
+
+
+def open_with(address: str | tuple[str, int], opening: bytes) -> None:
+    """Connect, say that, and hang up once the other side has, or at once if it waits for more."""
+    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as peer:
+        peer.settimeout(0.3)
+        peer.connect(address)
+        peer.sendall(opening)
+        try:
+            while peer.recv(4096):
+                pass
+        except OSError:
+            pass
+
+
+@needs_proc
+def test_what_scanners_say_is_survived(run_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    path = tmp_path / "tnxd"
+    daemon = run_daemon("--bind", "tcp://127.0.0.1:*", "--bind", f"ipc://{path}", "--model", "mlp")
+    tcp = ("127.0.0.1", int(daemon.endpoint.rpartition(":")[2]))
+    with unharmed(daemon):
+        for opening in OPENINGS.values():
+            open_with(tcp, opening)
+            open_with(str(path), opening)
+
+
+@pytest.mark.parametrize("command", ["PING", "SUBSCRIBE", "ERROR", "JOIN"])
+def test_commands_after_the_handshake_are_survived(daemon: Daemon, command: str) -> None:
+    with unharmed(daemon, settled=False), Peer(daemon.endpoint) as peer:
+        body = bytes([len(command)]) + command.encode()
+        peer.greet().write(bytes([4, len(body) + 2]) + body + b"\0\0")
+        peer.reset()
