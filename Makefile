@@ -20,6 +20,7 @@ help:
 	@echo 'make demo             classify handwritten digits with a daemon of its own'
 	@echo 'make test             run the tests'
 	@echo 'make faults           every kind of fault against real daemons, the slow ones too'
+	@echo 'make soak MINUTES=30  mixed load on one daemon, whether it grows, and whether a planted leak is found'
 	@echo 'make check            ruff and mypy'
 	@echo 'make bench            measure latency; BENCH="--help" shows what can be asked'
 	@echo 'make bench-peers      build environments for the servers that bench/compare.py measures beside the daemon'
@@ -62,6 +63,12 @@ test: $(VENV)/for-test $(VENV)/for-examples
 .PHONY: faults
 faults: $(VENV)/for-test
 	$(RUN) -m pytest tests/faults -s $(TESTS)
+
+MINUTES ?= 30
+.PHONY: soak
+soak: $(VENV)/for-test
+	@mkdir -p build
+	$(RUN) tests/soak/soak.py --minutes $(MINUTES) --json build/soak.json
 
 .PHONY: check
 check: $(VENV)/for-check
