@@ -280,7 +280,8 @@ class Server:
     def _forget_vanished(self) -> None:
         """Nobody waits for the answers to a client that is gone: take what it queued out."""
         for connection in self._router.vanished():
-            self._quarantine.forget(connection.peer)
+            if self._quarantine.active:
+                self._quarantine.left(connection.peer, connection.client.name)
             for request in list(connection.requests.values()):
                 if self._scheduler.cancel(request):
                     self._telemetry.abandoned += 1
@@ -494,7 +495,8 @@ class Server:
         bound = version.fitting.bind(model, request.inputs, tensors, self._limits)
         self._admission.check(connection, bound.nbytes)
         pending = as_pending(message, request, version, model, bound, received_ns, self._max_delay_us)
-        if self._quarantine.clients and model.max_batch_size and self._quarantine.holds(pending.client):
+        quarantine = self._quarantine
+        if quarantine.active and model.max_batch_size and quarantine.holds(message.peer, connection.client.name):
             pending.alone, pending.max_batch_size = True, 1
         scheduler = self._scheduler
         pending.queued_ns = now_ns = time.perf_counter_ns()
@@ -585,7 +587,7 @@ class Server:
         if execution.exhausted:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
         failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])
-        if failures or self._quarantine.clients:
+        if failures or self._quarantine.active:
             self._judge(execution)
         # How long a failure took says nothing about the next success.
         succeeded = not execution.exhausted and not failures
@@ -604,10 +606,11 @@ class Server:
         if execution.fatal:
             return
         for request, outcome in zip(execution.batch.requests, execution.outcomes, strict=False):
+            peer = request.peer  # type: ignore[attr-defined]
             if not isinstance(outcome, TensorNextError):
-                self._quarantine.succeeded(request.client)
+                self._quarantine.succeeded(peer)
             elif not isinstance(outcome, ResourceExhausted):
-                self._quarantine.failed(request.client)
+                self._quarantine.failed(peer)
 
     def _runs_elsewhere(self, request: Pending, error: TensorNextError) -> bool:
         """A GPU had no memory for a request: have it run where else it may. False if that is nowhere."""
