@@ -124,8 +124,8 @@ def main(
     an option that may be given several times holds its values with spaces between.
 
     Prints one line when it is ready. SIGHUP looks at the model repository again. SIGTERM and SIGINT let it finish what
-    it has taken in, then it exits with 0; a second signal stops it at once. Exit code 2: the configuration is wrong; 1:
-    it cannot listen or cannot load, or it lost a device.
+    it has taken in, then it exits with 0; after a second signal, what is left gets UNAVAILABLE. Exit code 2: the
+    configuration is wrong; 1: it cannot listen or cannot load, it lost a device, or a model hangs.
     """
     signals.prepare()  # `tnxd.__main__` has done so long before; other programs call this function
     overrides: dict[str, Any] = {
