@@ -21,6 +21,7 @@ help:
 	@echo 'make test             run the tests'
 	@echo 'make faults           every kind of fault against real daemons, the slow ones too'
 	@echo 'make zoo              all of the zoo of models, of which make test runs the quick part'
+	@echo 'make soak MINUTES=30  mixed load on one daemon, whether it grows, and whether a planted leak is found'
 	@echo 'make check            ruff and mypy'
 	@echo 'make bench            measure latency; BENCH="--help" shows what can be asked'
 	@echo 'make bench-peers      build environments for the servers that bench/compare.py measures beside the daemon'
@@ -72,6 +73,12 @@ $(VENV)/for-zoo: $(VENV)/for-examples tests/zoo/requirements.txt constraints.txt
 .PHONY: zoo
 zoo: $(VENV)/for-zoo
 	$(RUN) -m pytest -n 2 --dist loadfile -m 'zoo or not zoo' $(or $(TESTS),tests/zoo)
+
+MINUTES ?= 30
+.PHONY: soak
+soak: $(VENV)/for-test
+	@mkdir -p build
+	$(RUN) tests/soak/soak.py --minutes $(MINUTES) --json build/soak.json
 
 .PHONY: check
 check: $(VENV)/for-check

@@ -120,7 +120,7 @@ def test_two_models_of_one_name(run_daemon: RunDaemon, root: Path) -> None:
 
 def test_who_may_not_give_orders(run_daemon: RunDaemon, root: Path, tmp_path: Path) -> None:
     config = tmp_path / "tnxd.toml"
-    config.write_text(f'model_repository = "{root}"\nremote_control = false\n')
+    config.write_text(f'model_repository = "{root}"\nremote_control = "off"\n')
     daemon = run_daemon("--config", str(config))
     with Client(daemon.endpoint) as client:
         for order in (

@@ -20,8 +20,10 @@ of a `with` block (python/cpython#148874). So that an interrupted call harms no 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
+import os
 import socket
 import threading
 import time
@@ -34,6 +36,7 @@ from functools import partial
 from threading import get_ident
 from typing import Any, TypeVar
 
+import zmq.utils.garbage  # noqa: F401 - before the registration at the end of this file
 from zmq import POLLIN, zmq_poll
 
 from tnxctl.errors import DeadlineExceeded
@@ -48,6 +51,9 @@ _GRACE_S = 0.5  # the thread that reads has the better error message: let it spe
 _POLLIN = int(POLLIN)  # pyzmq's own is an enum, whose operators cost microseconds
 
 _log = logging.getLogger("tnxctl")
+
+_drivers: weakref.WeakSet[ThreadDriver] = weakref.WeakSet()
+_exiting = False
 
 
 class ThreadDriver:
@@ -67,7 +73,9 @@ class ThreadDriver:
         self._polling = False
         self._closing = False
         self._closed = False
+        self._process = os.getpid()
         self._is_open = True
+        _drivers.add(self)
 
     def run(self, call: Call[T]) -> T:
         """See a call through: in this thread if no other call is under way, else through the I/O thread."""
@@ -117,6 +125,22 @@ class ThreadDriver:
                 pass
         self._flush()
         self._io_work.set()
+
+    def leave(self) -> None:
+        """Let everything be, since the interpreter ends: nobody waits for it any more."""
+        if self._process != os.getpid():
+            return  # a child: what is here is its parent's
+        self._closing = True
+        self._wakeup.set()
+        if self._lock.acquire(timeout=_GRACE_S):  # else a callback of a future keeps it, perhaps for good
+            try:
+                self._end()
+            finally:
+                self._lock.release()
+        self._io_work.set()
+        thread = self._io_thread
+        if thread is not None:
+            thread.join(_GRACE_S)
 
     # --- a call alone ----------------------------------------------------------------------------------------
 
@@ -276,7 +300,9 @@ class ThreadDriver:
 
     def _end(self) -> None:
         """Fail whatever is under way, have whatever comes fail at once, and close the sockets. Idempotent."""
-        _settle_all(self._session.close())
+        left = self._session.close()
+        if not _exiting:  # else callbacks would run in an interpreter that is half gone
+            _settle_all(left)
         self._closed = True
         self._link.close()
         self._wakeup.close()
@@ -372,3 +398,15 @@ class _Wakeup:
     def close(self) -> None:
         self._reader.close()
         self._writer.close()
+
+
+def _leave_all() -> None:
+    global _exiting
+    _exiting = True
+    for driver in list(_drivers):
+        driver.leave()
+
+
+# Threads go on while the interpreter ends, and pyzmq refuses to send large frames then. What was registered later runs
+# earlier: this comes before pyzmq's own end.
+atexit.register(_leave_all)

@@ -343,6 +343,10 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
             the queue because their client was gone.
         prediction_error_us: how far the predictions of the last requests were off, on average.
         max_message_bytes: most bytes that all tensors of a request may have together; 0: not told.
+        connections: now. connections_refused: not let in, since their client had too many. connections_cut: ended by
+            the daemon, since they took too much of what is everybody's.
+        traffic_mb: memory in MiB of what is received, in flight and owed. traffic_limit_mb: the most that it may be.
+        traffic_owed_mb: of this, replies that clients have not taken yet.
     """
 
     v: _Version
@@ -364,6 +368,12 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
     abandoned: int = 0
     prediction_error_us: float = 0.0
     max_message_bytes: int = 0
+    connections: int = 0
+    connections_refused: int = 0
+    connections_cut: int = 0
+    traffic_mb: float = 0.0
+    traffic_limit_mb: float = 0.0
+    traffic_owed_mb: float = 0.0
 
 
 class MetadataReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata"):

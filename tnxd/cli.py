@@ -18,7 +18,8 @@ from tnxctl import __version__
 from tnxctl.errors import FailedPrecondition, InvalidArgument, TensorNextError
 from tnxd import config as configuration
 from tnxd import logs, signals
-from tnxd.config import Config
+from tnxd.admission import Admission, is_loopback
+from tnxd.config import Config, control_of
 from tnxd.control import Inventory
 from tnxd.costs import CostModel
 from tnxd.executors.execution import Executor
@@ -126,8 +127,8 @@ def main(
     an option that may be given several times holds its values with spaces between.
 
     Prints one line when it is ready. SIGHUP looks at the model repository again. SIGTERM and SIGINT let it finish what
-    it has taken in, then it exits with 0; a second signal stops it at once. Exit code 2: the configuration is wrong; 1:
-    it cannot listen or cannot load, or it lost a device.
+    it has taken in, then it exits with 0; after a second signal, what is left gets UNAVAILABLE. Exit code 2: the
+    configuration is wrong; 1: it cannot listen or cannot load, it lost a device, or a model hangs.
     """
     signals.prepare()  # `tnxd.__main__` has done so long before; other programs call this function
     overrides: dict[str, Any] = {
@@ -152,16 +153,37 @@ def main(
         if name.startswith("TNXD_"):
             log.warning("the environment variable %s is none of the daemon's", name)
     raise_file_limit()
-    router = Router(config.limits)
+    queue = config.queue
+    admission = Admission(config.clients, max_requests=queue.max_requests, max_bytes=int(queue.max_mb * _MIB))
+    router = Router(config.limits, admission)
     try:
         for endpoint in config.bind:
             router.bind(endpoint)
     except TensorNextError as error:
         router.close(0)
         _exit(1, error)
-    code = _Daemon(config, Registry(config.default_model), router).run()
+    _warn_of_strangers(config, router.endpoints)
+    try:
+        code = _Daemon(config, Registry(config.default_model), router, admission).run()
+    except BaseException:
+        log.exception("the daemon has failed, and ends with 1")
+        code = 1
+    logs.flush(_LAST_WORDS_S)
     # Lanes may be inside torch, and the interpreter cannot end under them: it would abort.
     os._exit(code)
+
+
+def _warn_of_strangers(config: Config, endpoints: list[str]) -> None:
+    """Say what whoever reaches the daemon could do there."""
+    for endpoint in endpoints:
+        if endpoint.startswith("tcp://") and not is_loopback(endpoint.removeprefix("tcp://").rpartition(":")[0]):
+            orders = ", and load, unload and route them" if control_of(config) == "any" else ""
+            log.warning(
+                "%s: the daemon does not ask who its clients are: whoever reaches it can run every model%s, and read "
+                "names, signatures and traffic from health",
+                endpoint,
+                orders,
+            )
 
 
 def _catalog(config: Config) -> Catalog:
@@ -186,7 +208,7 @@ def _check_default(config: Config, catalog: Catalog) -> None:
 class _Daemon:
     """The parts, wired."""
 
-    def __init__(self, config: Config, registry: Registry, router: Router) -> None:
+    def __init__(self, config: Config, registry: Registry, router: Router, admission: Admission) -> None:
         self._config = config
         self._inventory = Inventory(registry)
         self._router = router
@@ -209,7 +231,8 @@ class _Daemon:
             drain_timeout_s=config.drain_timeout_s,
             stall_timeout_s=config.stall_timeout_s,
             max_delay_us=config.queue.max_delay_us,
-            remote_control=config.remote_control,
+            admission=admission,
+            remote_control=control_of(config),
             on_device_lost=self._device_lost,
         )
 
@@ -237,7 +260,7 @@ class _Daemon:
             Watchdog(self._hang, self._hangs)
             self._router.close(self._server.run(_FLUSH_S))
             log.info("stopped")
-            logs.flush(_LAST_WORDS_S)
+            logs.flush(_LAST_WORDS_S)  # while a signal does not end it yet
         return self._exit_code
 
     def _open_devices(self) -> None:

@@ -58,6 +58,23 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_mb_per_model: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
 
 
+class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one client may have, which is an address, or a user on ipc://; and the memory of all traffic.
+
+    Attributes:
+        max_connections: connections.
+        max_requests: requests in flight. max_mb: their inputs, in MiB. Never more than three quarters of the queue.
+        max_owed_mb: replies that one connection has not taken yet, in MiB; all of a client's may have four times that.
+        memory_mb: most that all traffic may take, in MiB: what is received, waits, runs, and is owed.
+    """
+
+    max_connections: Annotated[int, msgspec.Meta(ge=1)] = 16384
+    max_requests: Annotated[int, msgspec.Meta(ge=1)] = 12288
+    max_mb: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 768.0
+    max_owed_mb: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 64.0
+    memory_mb: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 4096.0
+
+
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the weights of all models may take, in MiB; 0 sets no limit.
 
@@ -80,7 +97,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         model_repository: directory of models, see docs/models.md; "": none.
         require_manifest: refuse a version without SHA256SUMS.
         default_model: for requests that name none; "" is the first one: built-in ones first, then by name.
-        remote_control: whether clients may load, unload, route and reload.
+        remote_control: which clients may load, unload, route and reload: those on this host ("local": loopback or
+            ipc), "any", or none ("off"). true is "any" and false is "off".
         devices: "auto", "cpu", "cuda", "cuda:N".
         spin_us: longest time in microseconds that the loop polls before it blocks; 0 blocks at once.
         drain_timeout_s: how long SIGTERM waits for running requests.
@@ -98,7 +116,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_repository: str = ""
     require_manifest: bool = False
     default_model: str = ""
-    remote_control: bool = True
+    remote_control: Literal["local", "any", "off"] | bool = "local"
     devices: _Names = ("auto",)
     spin_us: Annotated[float, msgspec.Meta(ge=0, le=10_000)] = 100.0
     drain_timeout_s: _Positive = 30.0
@@ -110,8 +128,17 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cpu: Cpu = Cpu()
     cuda: Cuda = Cuda()
     queue: Queue = Queue()
+    clients: Clients = Clients()
     memory: Memory = Memory()
     limits: Limits = Limits()
+
+
+def control_of(config: Config) -> str:
+    """Which clients may give orders about models: "local", "any" or "off"."""
+    control = config.remote_control
+    if isinstance(control, bool):
+        return "any" if control else "off"
+    return control
 
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -154,6 +181,14 @@ def _check(config: Config, origin: str) -> None:
         port = endpoint.rpartition(":")[2]
         if endpoint.startswith("tcp://") and not (port == "*" or (port.isdigit() and int(port) < 65536)):
             raise InvalidArgument(f"{origin}: bind: {endpoint!r} has no port from 1 to 65535, or *")
+    message_mb = (config.limits.message_bytes + config.limits.header_bytes) / 2**20
+    for key in ("max_mb", "memory_mb"):
+        value = getattr(config.clients, key)
+        if value < message_mb:
+            raise InvalidArgument(
+                f"{origin}: clients.{key}: {value:g} MiB are less than one message may have by [limits], "
+                f"{message_mb:g} MiB"
+            )
     for name in config.models:
         if config.models.count(name) > 1:
             raise InvalidArgument(f"{origin}: models: {name!r} stands there twice")

@@ -20,6 +20,7 @@ from tnxctl.wire import (
     ModelsReport,
     ReloadReport,
 )
+from tnxd.admission import Admission
 from tnxd.executors.execution import Executor
 from tnxd.loading import Changes
 from tnxd.registry import READY, STARTING, Deployment, Registry, Version
@@ -53,6 +54,7 @@ def health(
     telemetry: Telemetry,
     undeliverable: int,
     max_message_bytes: int,
+    admission: Admission,
 ) -> HealthReport:
     """The state of everything, now."""
     devices = tuple(_device_info(name, inventory, scheduler) for name in _device_names(inventory, scheduler))
@@ -81,6 +83,12 @@ def health(
         abandoned=telemetry.abandoned,
         prediction_error_us=telemetry.prediction_error_us,
         max_message_bytes=max_message_bytes,
+        connections=sum(client.connections for client in admission),
+        connections_refused=admission.refused,
+        connections_cut=admission.cut,
+        traffic_mb=admission.held / _MIB,
+        traffic_limit_mb=admission.ceiling / _MIB,
+        traffic_owed_mb=admission.owed / _MIB,
     )
 
 

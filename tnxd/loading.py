@@ -127,7 +127,7 @@ class Loader:
         self._step = 0
         self._late = 0
         self._given_up: dict[int, str] = {}
-        self._reload_waits = False
+        self._reload_asked: list[Done[Changes]] | None = None  # by whom, while one waits
         self._step_until = float("inf")
 
     @property
@@ -142,12 +142,18 @@ class Loader:
         self._submit(self._start(), done)
 
     def reload(self, done: Done[Changes] | None = None) -> None:
-        """Look at the catalogue again, and load and unload what it says. Without `done`, one that waits will do."""
-        if done is not None:
-            self._submit(self._announced_reload(), done)
-        elif not self._reload_waits:
-            self._reload_waits = True
-            self._submit(self._announced_reload(), lambda outcome: None)
+        """Look at the catalogue again, and load and unload what it says. One that waits already will do."""
+        asked = [done] if done is not None else []
+        if self._reload_asked is not None:
+            self._reload_asked += asked
+            return
+        self._reload_asked = asked
+
+        def tell_all(outcome: Changes | TensorNextError) -> None:
+            for tell in asked:
+                tell(outcome)
+
+        self._submit(self._announced_reload(), tell_all)
 
     def load(self, title: str, done: Done[str]) -> None:
         """Load NAME@VERSION, which gets no traffic unless it is the first, or NAME as the catalogue says."""
@@ -278,7 +284,7 @@ class Loader:
         return changes
 
     def _announced_reload(self) -> Operation[Changes]:
-        self._reload_waits = False
+        self._reload_asked = None
         self._on_reload(True)
         try:
             return (yield from self._reload())

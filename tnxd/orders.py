@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from tnxctl.errors import ResourceExhausted, TensorNextError, Unavailable
+from tnxctl.errors import TensorNextError, Unavailable
 from tnxctl.wire import Load, ModelsReport, Reload, Reply, Route, Unload
 from tnxd import control
+from tnxd.admission import Admission
 from tnxd.loading import Changes, Loader
 from tnxd.router import Message
 
 Order = Load | Unload | Route | Reload
-
-# Of one client: each may take minutes, and they run one after the other.
-_MAX_WAITING = 16
 
 
 class Orders:
     """Orders of all clients, until they are answered.
 
     Args:
+        admission: says whose orders may wait.
         report: makes the answer with a request's id about the models of one name.
         answer: sends an answer, or an error, to the sender of a message, with the id of its request.
     """
@@ -28,10 +27,12 @@ class Orders:
     def __init__(
         self,
         loader: Loader,
+        admission: Admission,
         report: Callable[[int, str], ModelsReport],
         answer: Callable[[Message, int, Reply | TensorNextError], None],
     ) -> None:
         self._loader = loader
+        self._admission = admission
         self._report = report
         self._answer = answer
         self._waiting: dict[int, tuple[Message, int]] = {}
@@ -48,8 +49,7 @@ class Orders:
             self._loader.route(order.model, order.weights, order.shadow)
             self._answer(message, order.id, self._report(order.id, order.model))
             return
-        if sum(asking.peer == message.peer for asking, _ in self._waiting.values()) >= _MAX_WAITING:
-            raise ResourceExhausted(f"{_MAX_WAITING} orders of this client are waiting, which is the limit")
+        self._admission.take_order(message.connection)
         self._serial += 1
         self._waiting[self._serial] = message, order.id
         done = partial(self._carried_out, self._serial)
@@ -62,6 +62,7 @@ class Orders:
 
     def _carried_out(self, serial: int, outcome: Changes | str | TensorNextError) -> None:
         message, id_ = self._waiting.pop(serial)
+        self._admission.release_order(message.connection)
         if isinstance(outcome, TensorNextError):
             self._answer(message, id_, outcome)
         elif isinstance(outcome, Changes):

@@ -6,6 +6,7 @@ import time
 
 from tnxctl.frames import Array
 from tnxctl.wire import VERSION, Predict, Result, TensorSpec, Timing, encode
+from tnxd.admission import Connection
 from tnxd.executors.execution import Execution
 from tnxd.models.model import BoundInputs, Item, Model
 from tnxd.registry import Version
@@ -17,13 +18,14 @@ class Pending(Request, kw_only=True):
     """A predict request between its arrival and its answer.
 
     Attributes:
-        peer, delimited, id: where the answer goes.
+        connection, peer, delimited, id: where the answer goes.
         version: whose request it is. served: its model. arrays: the inputs in order; they keep the received frames
             alive.
         max_reply_bytes: what its client takes.
         received_ns, queued_ns: monotonic clock, when its frames were taken up and when the scheduler had it.
     """
 
+    connection: Connection
     peer: bytes
     delimited: bool
     id: int
@@ -60,6 +62,7 @@ def as_pending(
         model.priority if request.priority is None else request.priority,
         NEVER if deadline_us is None else received_ns + int(deadline_us * 1e3),
         int(delay_us * 1e3),
+        connection=message.connection,
         peer=message.peer,
         delimited=message.delimited,
         id=request.id,

@@ -6,13 +6,16 @@ Owned by one thread. What the options guard against is measured in docs/architec
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
+import logging
 import os
+import socket as socket_module
 import stat
 import struct
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
@@ -21,10 +24,13 @@ import zmq
 from tnxctl.errors import FailedPrecondition, InvalidArgument
 from tnxctl.frames import Array
 from tnxctl.wire import Limits
+from tnxd.admission import Admission, Client, Connection
 from tnxd.wakeup import Wakeup
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+log = logging.getLogger(__name__)
 
 _NOBLOCK = int(zmq.NOBLOCK)
 _MORE = int(zmq.SNDMORE)
@@ -37,12 +43,31 @@ _EVENT = struct.Struct("=Hi")  # of the monitor: the kind, and a descriptor
 # costs as much as to copy 512 kB; but what is copied counts against a peer as a message only, whatever its size.
 _REFERENCE_FROM_BYTES = 256 * 1024
 
+# Smaller frames are not counted: with libzmq's limit in messages they come to a megabyte at most.
+_COUNTED_FROM_BYTES = 4096
+# After so many bytes of copies, a frame is sent by reference, as a mark: once it has left, they have, too.
+_MARK_EVERY_BYTES = 1024 * 1024
+
 # A peer that takes no replies: libzmq queues this many messages for it, then they wait in a backlog, within limits.
 _PEER_HWM = 256
-_PEER_LENT_BYTES = 64 * 1024 * 1024  # of the frames that it sends by reference, since the other limit is in messages
-_BACKLOG_BYTES = 64 * 1024 * 1024
+_PEER_LENT_BYTES = 16 * 1024 * 1024  # what libzmq holds for it, since the other limit is in messages
 _BACKLOG_SECONDS = 60.0  # without progress; a large frame over a slow line shows none until it has gone
-_BACKLOG_RETRY_MS = 2
+_RETRY_S = 0.002  # at first, then twice as long each time that nothing could be sent
+_MAX_RETRY_S = 0.064
+_LENT_S = 0.01
+
+# Parts that one call reads of a message that has far too many: its sender must not hold the others up.
+_SKIPPED = 512
+_TOO_MANY_PARTS = 10_000
+
+# Of what the kernel says has come: at most so much around each frame, and before the first one; what is in its own
+# buffer (net.ipv4.tcp_rmem), which need not be a message that does not end.
+_FRAME_HEAD_BYTES = 9
+_HANDSHAKE_BYTES = 256
+_UNREAD_FROM_BYTES = 1024 * 1024
+_LOOKED_AT = 100
+_KERNEL_BYTES = 8 * 1024 * 1024
+_TCP_INFO_BYTES_RECEIVED = 128  # of Linux's struct tcp_info, since 4.1
 
 Frames = tuple[bytes, Sequence[Array]]
 """An encoded header and the tensors behind it."""
@@ -52,13 +77,14 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     """One message from a peer.
 
     Attributes:
-        peer: the connection's identity.
+        connection: where it came from. peer: the routing id of that.
         delimited: whether an empty frame came first, as REQ sockets send it; the answer must have one too.
         header: the header frame; None if there was none.
         tensors: the frames behind it, buffers that own their memory; no more than the limit are kept.
         tensor_count: how many frames there were behind the header.
     """
 
+    connection: Connection
     peer: bytes
     delimited: bool
     header: Buffer | None
@@ -67,18 +93,19 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Lent:
-    """Frames that libzmq sends by reference for one peer, and has not yet let go of."""
+    """Bytes that libzmq holds for one peer, as far as they are known not to have left."""
 
     def __init__(self) -> None:
         self.frames: deque[tuple[zmq.MessageTracker, int]] = deque()
         self.nbytes = 0
+        self.copied = 0  # since the last frame that was sent by reference: what comes before that has left with it
 
-    def collect(self) -> bool:
-        """Forget what has been sent. True if anything was."""
+    def collect(self) -> int:
+        """Forget what has been sent; how many bytes that was."""
         before = self.nbytes
         while self.frames and self.frames[0][0].done:
             self.nbytes -= self.frames.popleft()[1]
-        return self.nbytes < before
+        return before - self.nbytes
 
 
 class _Backlog:
@@ -86,8 +113,9 @@ class _Backlog:
 
     def __init__(self) -> None:
         self.messages: deque[tuple[bool, Frames, int]] = deque()
-        self.nbytes = 0
         self.since = time.monotonic()
+        self.retry_s = _RETRY_S
+        self.retry_at = self.since + _RETRY_S
 
 
 class Router:
@@ -100,20 +128,36 @@ class Router:
         max_tensors: frames behind a header that are kept of a message.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, admission: Admission) -> None:
         self.endpoints: list[str] = []
         self.undeliverable = 0
         self.closed = 0
         self.max_tensors = limits.tensors
+        self._admission = admission
+        self._message_bytes = limits.message_bytes + limits.header_bytes
         self._backlogs: dict[bytes, _Backlog] = {}
         self._lent: dict[bytes, _Lent] = {}
-        self._peers: dict[int, bytes] = {}  # file descriptor of a connection -> its peer
-        self._known: set[bytes] = set()
-        self._open: set[int] = set()
-        self._gone: list[bytes] = []
+        self._lending: set[bytes] = set()
+        self._lent_bytes = min(_PEER_LENT_BYTES, admission.max_owed // 4)
+        self._mark_every_bytes = min(_MARK_EVERY_BYTES, self._lent_bytes // 4)
+        self._retry_at = 0.0
+        self._known: dict[bytes, Connection] = {}
+        self._open: dict[int, Client] = {}  # by file descriptor
+        self._peers: dict[int, list[Connection]] = {}  # likewise; several if it was used again before they were met
+        self._gone: list[Connection] = []
+        self._rest: Message | None = None
+        self._to_look_at: list[int] = []
+        self._unread_of: dict[int, int] = {}
         self._locks: list[IO[str]] = []
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 64)
+        self._zap = self._context.socket(zmq.ROUTER)
+        self._zap.setsockopt(zmq.RCVHWM, 0)
+        self._zap.bind("inproc://zeromq.zap.01")
+        # libzmq names its peers by counting from a random number that it never seeds, and ends the process where a peer
+        # has claimed the name that comes next: nobody must know it.
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "little"))
         socket = self._socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else a reply to a full or vanished peer is dropped in silence
         socket.setsockopt(zmq.MAXMSGSIZE, max(limits.message_bytes, limits.header_bytes))
@@ -122,6 +166,9 @@ class Router:
         socket.setsockopt(zmq.BACKLOG, 1024)
         socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         socket.setsockopt(zmq.TCP_MAXRT, 30_000)  # cuts a peer that stops reading; heartbeats would cut slow uploads
+        socket.setsockopt(zmq.ZAP_DOMAIN, b"tnxd")
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody gets in whom nobody has asked about
+        socket.copy_threshold = 0  # what is to be sent by reference is, however small: its tracker is a mark
         news = f"inproc://connections-{id(self)}"
         socket.monitor(news, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._monitor = self._context.socket(zmq.PAIR)
@@ -177,6 +224,7 @@ class Router:
         self._wakeup_fd = wakeup.fileno()
         self._poller.register(self._wakeup_fd, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
+        self._poller.register(self._zap, zmq.POLLIN)
 
     def readable(self) -> bool:
         """Whether a message is waiting. About a microsecond."""
@@ -185,108 +233,198 @@ class Router:
 
     def wait(self, timeout_ms: float) -> bool:
         """Block until a message, a wake-up, news of connections or the timeout comes. True if the wake-up is set."""
-        if self._backlogs:
-            timeout_ms = min(timeout_ms, _BACKLOG_RETRY_MS)
+        if self._backlogs or self._lending:
+            timeout_ms = min(timeout_ms, max(self._retry_at - time.monotonic(), 0.0) * 1e3)
         # Rounded up: 0 would poll in a tight loop.
         woken = False
         for source, _ in self._poller.poll(int(timeout_ms + 0.999)):
             if source == self._wakeup_fd:
                 woken = True
-            elif source is self._monitor:
+            elif source is self._monitor or source is self._zap:
                 self.hear()
         return woken
 
     def receive(self) -> Message | None:
-        """The next message; None if none is waiting. Never blocks."""
+        """The next message; None if none is waiting, or if more of it has to be read. Never blocks."""
         recv = self._recv
+        if self._rest is not None:
+            return self._skip(self._rest)
         try:
             peer = recv(_NOBLOCK)
         except zmq.Again:
             return None
         frame = recv(0, False)  # multipart messages arrive whole: the other parts are here
-        if peer not in self._known:
-            self._meet(peer, frame)
+        connection = self._known.get(peer)
+        if connection is None:
+            connection = self._meet(peer, frame)
         delimited = False
         if frame.more and not len(frame):
             delimited = True
             frame = recv(0, False)
-        header = frame if frame.more or len(frame) else None
+        nbytes = len(frame)
+        header = frame if frame.more or nbytes else None
         tensors: list[Buffer] = []
         count = 0
         while frame.more:
             frame = recv(0, False)
             count += 1
-            if count <= self.max_tensors:  # read on beyond it: the rest of the message must leave the socket
+            nbytes += len(frame)
+            if count <= self.max_tensors:
                 tensors.append(frame)
-        return Message(peer, delimited, header, tensors, count)
+            elif count > self.max_tensors + _SKIPPED:
+                # Read on beyond it, too: the rest of the message must leave the socket.
+                self._rest = Message(connection, peer, delimited, header, tensors, count)
+                return None
+        connection.received += nbytes
+        connection.frames += count + 2
+        return Message(connection, peer, delimited, header, tensors, count)
+
+    def _skip(self, message: Message) -> Message | None:
+        """Read on in a message of far too many parts, some at a time; who sends very many is cut off."""
+        recv, count = self._recv, message.tensor_count
+        for _ in range(_SKIPPED):
+            frame = recv(0, False)
+            count += 1
+            if not frame.more:
+                self._rest = None
+                if count > _TOO_MANY_PARTS:
+                    log.warning("%s sent a message of %d parts and is cut off", message.connection.client.name, count)
+                    self.cut(message.connection)
+                return msgspec.structs.replace(message, tensor_count=count)
+        self._rest = msgspec.structs.replace(message, tensor_count=count)
+        return None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a message is being read over several calls of `receive`."""
+        return self._rest is not None
 
     def resume(self) -> None:
         """Drop the rest of a message that `receive` could not read to its end."""
+        self._rest = None
         while self._get(zmq.RCVMORE):
             self._recv(_NOBLOCK)
 
-    def _meet(self, peer: bytes, frame: zmq.Frame) -> None:
+    # --- connections -------------------------------------------------------------------------------------------
+
+    def _meet(self, peer: bytes, frame: zmq.Frame) -> Connection:
         """Remember which connection a new peer came by: the monitor tells of connections, not of peers."""
-        try:
-            descriptor = int(frame.get(zmq.SRCFD))
-        except (zmq.ZMQError, ValueError):
-            return  # a peer of ZMTP 1 or 2 has none
         # libzmq's one thread tells that a connection has ended before it closes the descriptor, and that there is one
         # before it reads from it: the news about the descriptor up to this message is here.
         self.hear()
+        descriptor, address, claimed = -1, "", b""
+        with contextlib.suppress(zmq.ZMQError, ValueError):  # what is no ZMTP 3 has none of them
+            descriptor = int(frame.get(zmq.SRCFD))
+            address = str(frame.get("Peer-Address"))
+            claimed = str(frame.get("Identity")).encode()
+        connection = Connection(peer, descriptor, self._admission.client(address))
         if descriptor in self._open:
-            self._known.add(peer)
-            self._peers[descriptor] = peer
+            self._known[peer] = connection
+            self._peers.setdefault(descriptor, []).append(connection)
+            if claimed and peer.startswith(b"\0"):
+                # libzmq names its peers so, and ends the process when a name is taken already.
+                log.warning("%s claims an identity that begins with a zero byte and is cut off", address)
+                self.cut(connection)
         else:  # it sent this and left
-            self._gone.append(peer)
+            connection.closed = True
+            self._gone.append(connection)
+        return connection
 
     def hear(self) -> None:
-        """Take in the news of connections. `wait` does so when there are some; who does not wait calls it at times."""
-        while self._monitor.poll(0):
-            event, descriptor = _EVENT.unpack(self._monitor.recv_multipart(_NOBLOCK)[0])
+        """Take in the news of connections, and say who may come in. Who does not `wait` calls it at times."""
+        monitor, admission = self._monitor, self._admission
+        while monitor.poll(0):
+            event, descriptor = _EVENT.unpack(monitor.recv_multipart(_NOBLOCK)[0])
             if event == zmq.EVENT_ACCEPTED:
-                self._open.add(descriptor)
+                client = self._open[descriptor] = admission.client(_address(descriptor))
+                admission.connected(client)
                 continue
             self.closed += 1
-            self._open.discard(descriptor)
-            peer = self._peers.pop(descriptor, None)
-            if peer is not None:
-                self._lose(peer)
+            ended = self._open.pop(descriptor, None)
+            for connection in self._peers.pop(descriptor, ()):
+                self._lose(connection)
+            if ended is not None:
+                admission.disconnected(ended)
+        while self._zap.poll(0):
+            self._decide(self._zap.recv_multipart(_NOBLOCK))
 
-    def _lose(self, peer: bytes) -> None:
-        self._known.discard(peer)
-        self._gone.append(peer)
+    def _decide(self, request: list[bytes]) -> None:
+        """Answer a question of ZeroMQ's own whether a peer may come in: https://rfc.zeromq.org/spec/27/."""
+        if len(request) < 7:
+            return
+        envelope, _, version, id_, _, address = request[:6]
+        why = self._admission.why_not(address.decode("utf-8", "replace"))
+        status, text = (b"400", why.encode()) if why else (b"200", b"OK")
+        self._zap.send_multipart([envelope, b"", version, id_, status, text, b"", b""])
 
-    def vanished(self) -> list[bytes]:
-        """Peers of whose end was heard since the last call."""
+    def cut(self, connection: Connection) -> None:
+        """End a connection. What was received from it is still handed over; what it is owed is dropped."""
+        if not connection.closed:
+            connection.closed = True
+            self._shut(connection.descriptor, connection)
+
+    def _shut(self, descriptor: int, connection: Connection | None) -> None:
+        if descriptor not in self._open:
+            return
+        client = self._open[descriptor]
+        try:
+            own = os.dup(descriptor)
+        except OSError:
+            return
+        # The news that it has ended comes before its descriptor is closed: if there is none, the copy is of that one.
+        with socket_module.socket(fileno=own) as copy:
+            self.hear()
+            known = self._peers.get(descriptor, ())
+            if self._open.get(descriptor) is client and (connection in known or (connection is None and not known)):
+                self._admission.cut += 1
+                with contextlib.suppress(OSError):
+                    copy.shutdown(socket_module.SHUT_RDWR)
+
+    def _lose(self, connection: Connection) -> None:
+        connection.closed = True
+        peer = connection.peer
+        self._known.pop(peer, None)
+        self._gone.append(connection)
+        backlog = self._backlogs.pop(peer, None)
+        if backlog is not None:
+            self.undeliverable += len(backlog.messages)
+        if self._lent.pop(peer, None) is not None:
+            self._lending.discard(peer)
+        if connection.owed:
+            self._admission.owe(connection, -connection.owed)
+
+    def vanished(self) -> list[Connection]:
+        """Connections of whose end was heard since the last call."""
         gone, self._gone = self._gone, []
         return gone
+
+    # --- out ---------------------------------------------------------------------------------------------------
 
     def send(self, peer: bytes, delimited: bool, frames: Frames) -> bool:
         """Send a message, or keep it for later if the peer takes none now. Counts what cannot be delivered.
 
         Returns:
             False if the peer is owed too much already: the message is not taken, send a smaller one instead. Messages
-            without tensors are taken up to twice that limit.
+            without tensors are taken up to twice that limit; beyond that the peer is cut off.
         """
-        backlog = self._backlogs.get(peer) if self._backlogs else None
-        if backlog is None:
-            self._try_send(peer, delimited, frames)
+        if (not self._backlogs or peer not in self._backlogs) and self._attempt(peer, delimited, frames):
             return True
-        if frames[1] and backlog.nbytes > _BACKLOG_BYTES:
+        connection = self._known.get(peer)
+        if connection is not None and frames[1] and self._admission.owes_too_much(connection):
             return False
         self._keep(peer, delimited, frames)
         return True
 
-    def _try_send(self, peer: bytes, delimited: bool, frames: Frames) -> bool:
+    def _attempt(self, peer: bytes, delimited: bool, frames: Frames) -> bool:
+        """Hand a message to libzmq. False if the peer takes none now."""
         send = self._send
-        if self._lent and peer in self._lent and self._lent[peer].nbytes > _PEER_LENT_BYTES:
-            self._keep(peer, delimited, frames)
-            return False
+        if self._lent and peer in self._lent and self._lent[peer].nbytes > self._lent_bytes:
+            self._collect(peer)
+            if self._lent[peer].nbytes > self._lent_bytes:
+                return False
         try:
             send(peer, _FIRST)  # only here can a ROUTER refuse; the frames behind it follow without fail
         except zmq.Again:
-            self._keep(peer, delimited, frames)
             return False
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
@@ -303,67 +441,174 @@ class Router:
         last = len(arrays) - 1
         for position, array in enumerate(arrays):
             flags = _MORE if position < last else 0
-            if array.nbytes < _REFERENCE_FROM_BYTES:
+            nbytes = array.nbytes
+            if nbytes < _COUNTED_FROM_BYTES or (nbytes < _REFERENCE_FROM_BYTES and not self._is_marked(peer, nbytes)):
                 send(array, flags)
             else:
-                self._lend(peer, send(array, flags, False, True), array.nbytes)
+                self._lend(peer, send(array, flags, False, True), nbytes)
         return True
 
+    def _is_marked(self, peer: bytes, nbytes: int) -> bool:
+        """Count a frame that is sent as a copy, or say that it has to be a mark behind those that were."""
+        lent = self._lent.get(peer)
+        if lent is None:
+            lent = self._lent[peer] = _Lent()
+        if lent.copied + nbytes >= self._mark_every_bytes:
+            return True
+        lent.copied += nbytes
+        return False
+
     def _lend(self, peer: bytes, tracker: zmq.MessageTracker, nbytes: int) -> None:
-        lent = self._lent.setdefault(peer, _Lent())
+        lent = self._lent.get(peer)
+        if lent is None:
+            lent = self._lent[peer] = _Lent()
+        nbytes += lent.copied
+        lent.copied = 0
         lent.frames.append((tracker, nbytes))
         lent.nbytes += nbytes
+        if not self._lending and not self._backlogs:
+            self._retry_at = time.monotonic() + _RETRY_S
+        self._lending.add(peer)
+        connection = self._known.get(peer)
+        if connection is not None:
+            self._admission.owe(connection, nbytes)
 
-    def _collect_lent(self) -> None:
-        for peer, lent in list(self._lent.items()):
-            if lent.collect() and peer in self._backlogs:
+    def _collect(self, peer: bytes) -> None:
+        """Forget what has left to a peer."""
+        lent = self._lent[peer]
+        left = lent.collect()
+        if left:
+            connection = self._known.get(peer)
+            if connection is not None:
+                self._admission.owe(connection, -min(left, connection.owed))
+            if peer in self._backlogs:
                 self._backlogs[peer].since = time.monotonic()
-            if not lent.frames:
-                del self._lent[peer]
+        if not lent.frames:
+            self._lending.discard(peer)
 
     def _keep(self, peer: bytes, delimited: bool, frames: Frames) -> None:
         header, arrays = frames
+        connection = self._known.get(peer)
+        if connection is None or self._admission.is_hopeless(connection):
+            self.undeliverable += 1
+            if connection is not None:
+                self.cut(connection)
+            return
         # A small slice must not keep the outputs of a whole batch alive.
         arrays = [
             array.copy() if array.base is not None and array.nbytes < _REFERENCE_FROM_BYTES else array
             for array in arrays
         ]
         nbytes = len(header) + sum(array.nbytes for array in arrays)
-        backlog = self._backlogs.setdefault(peer, _Backlog())
-        if backlog.nbytes > 2 * _BACKLOG_BYTES:
-            self.undeliverable += 1
-            return
+        if not self._backlogs:
+            self._retry_at = time.monotonic() + _RETRY_S
+        backlog = self._backlogs.get(peer)
+        if backlog is None:
+            backlog = self._backlogs[peer] = _Backlog()
         frames = (header, arrays)
         backlog.messages.append((delimited, frames, nbytes))
-        backlog.nbytes += nbytes
+        self._admission.owe(connection, nbytes)
 
     def flush(self) -> bool:
-        """Try again what peers did not take. True when nothing is left."""
-        if self._lent:
-            self._collect_lent()
-        if not self._backlogs:
+        """Try again what peers did not take, each less often the longer it takes nothing. True when nothing is left."""
+        if not self._backlogs and not self._lending:
             return True
         now = time.monotonic()
-        for peer in list(self._backlogs):
-            backlog = self._backlogs.pop(peer)
-            while backlog.messages:
-                delimited, frames, nbytes = backlog.messages[0]
-                if not self._try_send(peer, delimited, frames):
-                    self._backlogs[peer] = backlog  # in place of the one that the failed attempt began
-                    break
-                backlog.messages.popleft()
-                backlog.nbytes -= nbytes
-                backlog.since = now
-            if backlog.messages and now - backlog.since > _BACKLOG_SECONDS:
-                self.undeliverable += len(backlog.messages)
-                del self._backlogs[peer]
+        if now < self._retry_at:
+            return not self._backlogs
+        for peer in list(self._lending):
+            self._collect(peer)
+        for peer, backlog in list(self._backlogs.items()):
+            if backlog.retry_at <= now:
+                self._retry(peer, backlog, now)
+        self._retry_at = min([backlog.retry_at for backlog in self._backlogs.values()], default=now + _RETRY_S)
+        if self._lending:
+            self._retry_at = min(self._retry_at, now + _LENT_S)
         return not self._backlogs
+
+    def _retry(self, peer: bytes, backlog: _Backlog, now: float) -> None:
+        connection = self._known.get(peer)
+        if connection is None:
+            del self._backlogs[peer]
+            self.undeliverable += len(backlog.messages)
+            return
+        moved = False
+        while backlog.messages:
+            delimited, frames, nbytes = backlog.messages[0]
+            if not self._attempt(peer, delimited, frames):
+                break
+            backlog.messages.popleft()
+            self._admission.owe(connection, -min(nbytes, connection.owed))
+            moved = True
+        if not backlog.messages:
+            del self._backlogs[peer]
+            return
+        if moved:
+            backlog.since, backlog.retry_s = now, _RETRY_S
+        else:
+            backlog.retry_s = min(2 * backlog.retry_s, _MAX_RETRY_S)
+        backlog.retry_at = now + backlog.retry_s
+        if now - backlog.since > _BACKLOG_SECONDS:
+            self.undeliverable += len(backlog.messages)
+            del self._backlogs[peer]
+            self._admission.owe(connection, -connection.owed)
+            self.cut(connection)
+
+    # --- what ZeroMQ holds -------------------------------------------------------------------------------------
+
+    def look_at_unread(self, everywhere: bool) -> None:
+        """Count what ZeroMQ has received and not handed over; cut off who has begun a message beyond every limit.
+
+        A message that has not ended is invisible in ZeroMQ, and none of its options bounds one. The kernel knows how
+        much came over a TCP connection: what is not here yet is there, or in the kernel's buffer.
+
+        Args:
+            everywhere: look at all connections. Otherwise at the next few, so that a call takes half a millisecond.
+        """
+        hidden = not self.readable()  # whole messages are here
+        if everywhere or not self._to_look_at:
+            self._unread_of = {}
+            self._to_look_at = list(self._open)
+        for _ in range(len(self._to_look_at) if everywhere else _LOOKED_AT):
+            if not self._to_look_at:
+                break
+            descriptor = self._to_look_at.pop()
+            connections = self._peers.get(descriptor)
+            connection = connections[-1] if connections else None
+            unread = _bytes_received(descriptor) - _HANDSHAKE_BYTES
+            if connection is not None:
+                unread -= connection.received + _FRAME_HEAD_BYTES * connection.frames
+            if unread > _UNREAD_FROM_BYTES:
+                self._unread_of[descriptor] = unread
+                if hidden and unread > self._message_bytes + _KERNEL_BYTES and descriptor in self._open:
+                    self._cut_unread(descriptor, connection, unread)
+        if not self._to_look_at:
+            self._admission.unread = sum(self._unread_of.values())
+
+    def cut_worst(self) -> bool:
+        """Cut off whom most was received from that is not read yet. False if there is nobody with a megabyte."""
+        if not self._unread_of:
+            return False
+        descriptor = max(self._unread_of, key=self._unread_of.__getitem__)
+        connections = self._peers.get(descriptor)
+        self._cut_unread(descriptor, connections[-1] if connections else None, self._unread_of.pop(descriptor))
+        return True
+
+    def _cut_unread(self, descriptor: int, connection: Connection | None, unread: int) -> None:
+        client = self._open.get(descriptor)
+        if client is not None:
+            log.warning("%s sent %d bytes of what is no message yet, and is cut off", client.name, unread)
+            if connection is not None:
+                self.cut(connection)
+            else:
+                self._shut(descriptor, None)
 
     def close(self, linger_s: float) -> None:
         """Close, giving what was sent up to `linger_s` seconds to leave. Removes the files of ipc endpoints."""
         self._socket.disable_monitor()
         self._monitor.close(0)
         self._socket.close(linger=int(linger_s * 1000))
+        self._zap.close(0)
         self._context.term()
         for endpoint in self.endpoints:
             if endpoint.startswith("ipc://"):
@@ -371,3 +616,38 @@ class Router:
                     os.unlink(endpoint.removeprefix("ipc://"))
         for lock in self._locks:
             lock.close()  # the file stays: to remove it would let two others lock two files of one name
+
+
+def _address(descriptor: int) -> str:
+    """Where a connection comes from, as ZeroMQ writes it; "" if it has ended."""
+    try:
+        with _borrowed(descriptor) as connection:
+            if connection.family == socket_module.AF_UNIX:
+                credentials = connection.getsockopt(socket_module.SOL_SOCKET, socket_module.SO_PEERCRED, 12)
+                pid, user, group = struct.unpack("3i", credentials)
+                return f"localhost:{user}:{group}:{pid}"
+            return str(connection.getpeername()[0])
+    except (OSError, AttributeError):
+        return ""
+
+
+def _bytes_received(descriptor: int) -> int:
+    """How much has come over a TCP connection; -1 if the kernel does not say."""
+    try:
+        with _borrowed(descriptor) as connection:
+            info = connection.getsockopt(socket_module.IPPROTO_TCP, socket_module.TCP_INFO, 192)
+    except (OSError, AttributeError):
+        return -1
+    if len(info) < _TCP_INFO_BYTES_RECEIVED + 8:
+        return -1
+    return int(struct.unpack_from("=Q", info, _TCP_INFO_BYTES_RECEIVED)[0])
+
+
+@contextlib.contextmanager
+def _borrowed(descriptor: int) -> Iterator[socket_module.socket]:
+    """Somebody else's descriptor as a socket, which is not closed."""
+    borrowed = socket_module.socket(fileno=descriptor)
+    try:
+        yield borrowed
+    finally:
+        borrowed.detach()

@@ -44,6 +44,7 @@ from tnxctl.wire import (
     request_id,
 )
 from tnxd import control, heap
+from tnxd.admission import Admission, Connection
 from tnxd.background import Background, Copy
 from tnxd.control import Inventory
 from tnxd.executors.execution import Execution, Executor
@@ -66,8 +67,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Messages taken in before the scheduler gets to act: bounds how long a flood can keep finished work waiting.
-_DRAIN_LIMIT = 256
+# How long messages are taken in before the scheduler gets to act: a flood must not keep finished work waiting.
+_INTAKE_NS = 1_000_000
+
+# Where the queue is full, so many messages may be refused in a turn.
+_REFUSED_AT_ONCE = 64
+
+# A loop that never waits looks after new connections so often.
+_LOOK_S = 0.03
+
+# Memory beyond what a quiet daemon had: from so much on it is worth to give it back.
+_TRIM_BYTES = 48 * 1024 * 1024
+_QUIET_BYTES = 16 * 1024 * 1024
 
 # When to ask again a daemon that is starting, or one in the place of the one that is draining.
 _RETRY_AFTER_S = 0.1
@@ -97,7 +108,8 @@ class Server:
         drain_timeout_s: how long `drain` lets running work go on.
         stall_timeout_s: a batch that runs longer is given up, and its lane counts as dead until it ends after all.
         max_delay_us: how long a batch smaller than its model's limit waits for company, in microseconds.
-        remote_control: whether clients may change what is served.
+        admission: who may have how much in flight.
+        remote_control: which clients may change what is served: "local", "any" or "off".
         on_device_lost: called when a device has failed for good.
     """
 
@@ -116,7 +128,8 @@ class Server:
         drain_timeout_s: float,
         stall_timeout_s: float,
         max_delay_us: float,
-        remote_control: bool,
+        admission: Admission,
+        remote_control: str,
         on_device_lost: Callable[[], None],
     ) -> None:
         self.state = STARTING
@@ -134,6 +147,7 @@ class Server:
         self._stall_timeout_s = stall_timeout_s
         self._max_delay_us = max_delay_us
         self._remote_control = remote_control
+        self._admission = admission
         self._on_device_lost = on_device_lost
         self._loader: Loader | None = None
         self._background = Background()
@@ -142,13 +156,15 @@ class Server:
         self._orders: Orders | None = None
         self._calls: deque[Callable[[], None]] = deque()
         self._completed: deque[Execution] = deque()
-        self._in_flight: dict[bytes, dict[int, Pending]] = {}
         self._started: Batch | None = None
         self._inline: Execution | None = None
         self._on_lanes: dict[Execution, float] = {}
         self._next_tick = time.monotonic()
         self._drain_until = float("inf")
         self._trimmed_at = 0
+        self._quiet_bytes = 0
+        self._next_look = 0.0
+        self._looked_at_ns = time.perf_counter_ns()
         self._stopped = False
         router.watch(wakeup)
         inventory.registry.on_change = self._fit_limits
@@ -197,7 +213,7 @@ class Server:
         """The devices are open: models can be loaded."""
         self._scheduler = scheduler
         self._loader = loader
-        self._orders = Orders(loader, self._models, self._answer_control)
+        self._orders = Orders(loader, self._admission, self._models, self._answer_control)
 
     def serve(self) -> None:
         """The models are ready: take requests."""
@@ -240,6 +256,8 @@ class Server:
             if self._loader is not None and self._loader.active:
                 self._loader.poll()
             now = time.monotonic()
+            if now >= self._next_look:
+                self._look(now)
             if now >= self._next_tick:
                 self._tick(now)
             if self.state == DRAINING and self._is_drained(now, flushed and not busy):
@@ -279,9 +297,10 @@ class Server:
 
     def _forget_vanished(self) -> None:
         """Nobody waits for the answers to a client that is gone: take what it queued out."""
-        for peer in self._router.vanished():
-            self._quarantine.forget(peer)
-            for request in list(self._in_flight.get(peer, {}).values()):
+        for connection in self._router.vanished():
+            if self._quarantine.active:
+                self._quarantine.left(connection.peer, connection.client.name)
+            for request in list(connection.requests.values()):
                 if self._scheduler.cancel(request):
                     self._telemetry.abandoned += 1
                     self._close(request)
@@ -300,10 +319,39 @@ class Server:
         while self._calls:
             self._calls.popleft()()
 
-    def _tick(self, now: float) -> None:
-        self._next_tick = now + self._tick_s
+    def _look(self, now: float) -> None:
+        """Look after connections, whatever else there is to do."""
+        self._next_look = now + _LOOK_S
         self._router.hear()
         self._forget_vanished()
+        self._router.look_at_unread(everywhere=False)
+
+    def _look_at_clients(self) -> None:
+        """Cut off who floods, and who takes the memory of all."""
+        router, admission = self._router, self._admission
+        now_ns = time.perf_counter_ns()
+        for connection in admission.flooding(now_ns - self._looked_at_ns):
+            log.warning("%s goes on sending what is refused, and is cut off", connection.client.name)
+            router.cut(connection)
+        self._looked_at_ns = now_ns
+        admission.sweep()
+        resident = heap.resident_bytes()
+        if self._loader is None or self._loader.active or not self._quiet_bytes:
+            self._quiet_bytes = resident  # models come and go
+            return
+        if resident - self._quiet_bytes > admission.ceiling or admission.held > admission.ceiling:
+            router.look_at_unread(everywhere=True)
+            router.cut_worst()
+        if admission.held < _QUIET_BYTES:
+            if resident > self._quiet_bytes + _TRIM_BYTES:
+                threading.Thread(target=heap.trim, name="trim", daemon=True).start()
+                self._quiet_bytes = resident
+            self._quiet_bytes = min(self._quiet_bytes, resident)
+
+    def _tick(self, now: float) -> None:
+        self._next_tick = now + self._tick_s
+        self._look(now)
+        self._look_at_clients()
         if self._router.closed - self._trimmed_at >= _TRIM_AFTER:
             self._trimmed_at = self._router.closed
             threading.Thread(target=heap.trim, name="trim", daemon=True).start()
@@ -337,12 +385,13 @@ class Server:
             log.error("%s: it gets no more copies", why)
 
     def _is_drained(self, now: float, flushed: bool) -> bool:
-        return (not self._in_flight and flushed) or now >= self._drain_until
+        return (not self._admission.requests and flushed) or now >= self._drain_until
 
     def _abandon(self) -> None:
         """Answer what will never be finished."""
-        self._scheduler.drop_all()
-        for request in [request for mine in self._in_flight.values() for request in mine.values()]:
+        waiting = self._scheduler.drop_all()
+        running = [request for execution in self._on_lanes for request in execution.batch.requests]
+        for request in [*waiting, *[request for request in running if not request.done]]:
             self._answer_error(request, Unavailable("the daemon stopped before this request was done"))
         if self._orders is not None:
             self._orders.abandon()
@@ -352,35 +401,38 @@ class Server:
     def _receive(self) -> bool:
         """Take in what is waiting, up to a limit. True if there may be more."""
         clock = time.perf_counter_ns
-        receive = self._router.receive
+        router = self._router
+        receive = router.receive
+        until = 0
         # No more than the queue has room for: lanes that are free may empty it before the next one is refused.
-        limit = min(_DRAIN_LIMIT, self._scheduler.room or _DRAIN_LIMIT)
-        for count in range(limit):
+        for count in range(self._scheduler.room or _REFUSED_AT_ONCE):
             begin = clock()
+            if not until:
+                until = begin + _INTAKE_NS
+            elif begin > until:
+                break
             try:
                 message = receive()
                 if message is None:
-                    return False
+                    return router.busy
                 self._take(message, begin)
             except Exception:  # a defect of ours, or of what is below us: this message is lost, the loop goes on
                 log.exception("a message could not be taken in")
-                self._router.resume()
+                router.resume()
             # At low load the first message is the only one, and to ask costs less than to try in vain.
-            if self._started is not None or (count == 0 and not self._router.readable()):
+            if self._started is not None or (count == 0 and not router.readable()):
                 return False
         return True
 
     def _take(self, message: Message, received_ns: int) -> None:
         header, tensors = message.header, message.tensors
         if header is None:
-            self._telemetry.requests += 1
-            self._send_error(message.peer, message.delimited, None, InvalidArgument("the message is empty"))
+            self._refuse(message, None, InvalidArgument("the message is empty"), received_ns)
             return
         try:
             request = decode_request(header, self._limits)
         except TensorNextError as error:
-            self._telemetry.requests += 1
-            self._send_error(message.peer, message.delimited, request_id(header, self._limits), error)
+            self._refuse(message, request_id(header, self._limits), error, received_ns)
             return
         try:
             if message.tensor_count > len(tensors):
@@ -391,7 +443,7 @@ class Server:
                 self._telemetry.requests += 1
                 self._predict(message, request, tensors, received_ns)
             elif isinstance(request, Cancel):
-                self._cancel(message.peer, request.id)
+                self._cancel(message.connection, request.id)
             else:
                 if tensors:
                     raise InvalidArgument(f"{len(tensors)} tensor frames came with a message that takes none")
@@ -404,8 +456,14 @@ class Server:
         except Exception:  # a defect of ours: this client gets an answer, and the others go on
             log.exception("the daemon failed at a request")
             failure = Internal("the daemon failed at this request; its log says how")
-        self._telemetry.requests += not isinstance(request, Predict)
-        self._send_error(message.peer, message.delimited, request.id, failure)
+        self._telemetry.requests -= isinstance(request, Predict)
+        self._refuse(message, request.id, failure, received_ns)
+
+    def _refuse(self, message: Message, id_: int | None, error: TensorNextError, received_ns: int) -> None:
+        """Answer a message with an error at once. What that takes counts against its sender."""
+        self._telemetry.requests += 1
+        self._send_error(message.peer, message.delimited, id_, error)
+        self._admission.spent(message.connection, time.perf_counter_ns() - received_ns)
 
     def _control(self, message: Message, request: Control) -> Reply | None:
         """The answer to a request about the daemon; None if it comes later."""
@@ -419,6 +477,7 @@ class Server:
                 self._telemetry,
                 self._router.undeliverable,
                 self._message_bytes,
+                self._admission,
             )
         if isinstance(request, Metadata):
             return control.metadata(request, inventory, scheduler)
@@ -426,8 +485,14 @@ class Server:
             return self._models(request.id, "")
         if isinstance(request, Compare):
             return control.comparison(request, inventory, self._shadows)
-        if not self._remote_control:
-            raise PermissionDenied("this daemon takes no orders about its models: remote_control is false")
+        if self._remote_control == "off":
+            raise PermissionDenied('this daemon takes no orders about its models: remote_control is "off"')
+        client = message.connection.client
+        if self._remote_control == "local" and not client.local:
+            raise PermissionDenied(
+                f"this daemon takes orders about its models from its own host alone, not from {client.name}: "
+                'remote_control is "local"'
+            )
         if self.state != READY or self._orders is None:
             raise Unavailable(f"the daemon is {self.state}", retry_after_s=_RETRY_AFTER_S)
         self._orders.take(message, request)
@@ -446,8 +511,8 @@ class Server:
     def _predict(self, message: Message, request: Predict, tensors: Sequence[Buffer], received_ns: int) -> None:
         if self.state != READY:
             raise Unavailable(f"the daemon is {self.state}", retry_after_s=_RETRY_AFTER_S)
-        mine = self._in_flight.get(message.peer)
-        if mine is not None and request.id in mine:
+        connection = message.connection
+        if request.id in connection.requests:
             raise AlreadyExists(f"a request with id {request.id} is in flight on this connection")
         version = self._inventory.registry.find(request.model, message.peer, request.route_key)
         model = version.model
@@ -455,11 +520,13 @@ class Server:
             view_tensors(request.inputs, tensors, self._limits)  # nothing is loaded for what is broken
             raise self._summon(version)
         bound = version.fitting.bind(model, request.inputs, tensors, self._limits)
+        self._admission.check(connection, bound.nbytes)
         reply_nbytes = bound.rows * model.reply_row_nbytes
         if reply_nbytes > self._message_bytes or reply_nbytes > request.max_reply_bytes:
             raise self._too_large(reply_nbytes, request.max_reply_bytes)
         pending = as_pending(message, request, version, model, bound, received_ns, self._max_delay_us)
-        if self._quarantine.clients and model.max_batch_size and self._quarantine.holds(pending.client):
+        quarantine = self._quarantine
+        if quarantine.active and model.max_batch_size and quarantine.holds(message.peer, connection.client.name):
             pending.alone, pending.max_batch_size = True, 1
         scheduler = self._scheduler
         pending.queued_ns = now_ns = time.perf_counter_ns()
@@ -467,9 +534,7 @@ class Server:
             self._started = scheduler.start(pending, now_ns)
         if self._started is None:
             scheduler.add(pending, now_ns)
-        if mine is None:
-            mine = self._in_flight[message.peer] = {}
-        mine[request.id] = pending
+        self._admission.take(connection, pending)
         version.requests += 1
 
     def _summon(self, version: Version) -> Unavailable:
@@ -481,8 +546,8 @@ class Server:
             retry_after_s=_RETRY_AFTER_S,
         )
 
-    def _cancel(self, peer: bytes, id_: int) -> None:
-        request = self._in_flight.get(peer, {}).get(id_)
+    def _cancel(self, connection: Connection, id_: int) -> None:
+        request = connection.requests.get(id_)
         if request is not None and self._scheduler.cancel(request):
             self._answer_error(request, Cancelled("the request was withdrawn by its client"))
 
@@ -557,7 +622,7 @@ class Server:
         if execution.exhausted:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
         failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])
-        if failures or self._quarantine.clients:
+        if failures or self._quarantine.active:
             self._judge(execution)
         # How long a failure took says nothing about the next success.
         succeeded = not execution.exhausted and not failures
@@ -590,10 +655,11 @@ class Server:
         if execution.fatal:
             return
         for request, outcome in zip(execution.batch.requests, execution.outcomes, strict=False):
+            peer = request.peer  # type: ignore[attr-defined]
             if not isinstance(outcome, TensorNextError):
-                self._quarantine.succeeded(request.client)
+                self._quarantine.succeeded(peer)
             elif not isinstance(outcome, ResourceExhausted):
-                self._quarantine.failed(request.client)
+                self._quarantine.failed(peer)
 
     def _runs_elsewhere(self, request: Pending, error: TensorNextError) -> bool:
         """A GPU had no memory for a request: have it run where else it may. False if that is nowhere."""
@@ -642,10 +708,7 @@ class Server:
         """The request has been answered, or nobody waits for it any more."""
         request.done = True
         request.arrays = ()  # the scheduler may remember the request until its deadline
-        mine = self._in_flight[request.peer]
-        del mine[request.id]
-        if not mine:
-            del self._in_flight[request.peer]
+        self._admission.release(request)
 
     def _send_error(self, peer: bytes, delimited: bool, id_: int | None, error: TensorNextError) -> None:
         self._telemetry.errors[error.code] += 1

@@ -66,12 +66,12 @@ def test_a_model_that_fails_for_everybody_recovers_for_everybody(tmp_path: Path)
         assert daemon.stop() == 0
 
 
-def tell(quarantine: Quarantine, outcomes: str) -> str:
+def tell_of(quarantine: Quarantine, client: bytes, outcomes: str) -> str:
     """Tell of successes and failures of a client; returns before which it rode alone."""
     alone = ""
     for outcome in outcomes:
-        alone += "x" if quarantine.holds(b"a") else "."
-        (quarantine.succeeded if outcome == "+" else quarantine.failed)(b"a")
+        alone += "x" if quarantine.holds(client) else "."
+        (quarantine.succeeded if outcome == "+" else quarantine.failed)(client)
     return alone
 
 
@@ -87,7 +87,7 @@ def tell(quarantine: Quarantine, outcomes: str) -> str:
     ],
 )
 def test_how_many_successes_are_asked_for(outcomes: str, alone: str) -> None:
-    assert tell(Quarantine(), outcomes) == alone
+    assert tell_of(Quarantine(), b"a", outcomes) == alone
 
 
 def test_what_is_known_of_clients_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,5 +97,19 @@ def test_what_is_known_of_clients_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     for client in (b"a", b"b", b"a", b"c"):
         fail(client)
     assert (quarantine.holds(b"a"), quarantine.holds(b"b"), quarantine.holds(b"c")) == (True, False, True)
-    quarantine.forget(b"a")
-    assert not quarantine.holds(b"a")
+
+
+def test_who_comes_again_is_no_stranger() -> None:
+    quarantine = Quarantine()
+    quarantine.failed(b"a")
+    quarantine.left(b"a", "there")
+    assert not quarantine.holds(b"b", "elsewhere")
+    assert quarantine.holds(b"b", "there")
+    assert tell_of(quarantine, b"b", "++") == "x."
+    assert not quarantine.holds(b"b", "there")  # it has shown what it is
+    assert quarantine.holds(b"c", "there")
+    quarantine.left(b"c", "there")
+    for _ in range(10_000):
+        quarantine.succeeded(b"b")
+    assert not quarantine.active
+    assert not quarantine.holds(b"d", "there")
