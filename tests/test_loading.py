@@ -35,6 +35,7 @@ class FakeSource:
     nbytes: int = 0
     format: str = "pt2"
     width: int = 4
+    state: str = ""
     opens: Callable[[], None] = lambda: None
 
     def open(self, generation: int) -> Model:
@@ -47,6 +48,7 @@ class FakeSource:
             max_batch_size=4,
             factory=object,  # type: ignore[arg-type]
             generation=generation,
+            state=self.state,  # type: ignore[arg-type]
         )
 
 
@@ -62,6 +64,7 @@ class FakeExecutor:
     held: set[str] = field(default_factory=set)
     sizes: dict[str, int] = field(default_factory=dict)
     broken: dict[str, BaseException] = field(default_factory=dict)
+    trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     most: int = 0
 
     def load(self, model: Model) -> Warmth:
@@ -69,7 +72,7 @@ class FakeExecutor:
             raise self.broken[model.key]
         self.held.add(model.key)
         self.most = max(self.most, len(self.held))
-        return Warmth([(1, 100.0), (4, 200.0)], self.sizes.get(model.name, MIB))
+        return Warmth([(1, 100.0), (4, 200.0)], self.sizes.get(model.name, MIB), **self.trials.get(model.key, {}))
 
     def touch(self, model: Model) -> None:
         assert model.key in self.held
@@ -255,6 +258,87 @@ def test_a_version_that_fails_leaves_the_old_one_serving(bench: Bench, change: d
     # Mended, it takes over with the next look.
     bench.add("net", "2", stamp="b")
     assert bench.run(bench.loader.reload) == Changes(["net@2"], ["net@1"], {})
+
+
+# --- what a trial has found ----------------------------------------------------------------------------------
+
+
+def test_one_device_where_rows_depend_on_each_other_ends_batches_everywhere() -> None:
+    bench = Bench(executors=("cuda:0", "cpu"))
+    bench.executors["cpu"].trials["net@1"] = {"batches": False, "notes": ("no batches: why",)}
+    bench.add("net", "1")
+    bench.run(bench.loader.start)
+    version = bench.registry.find("net", b"c", "")
+    assert version.model is not None
+    assert version.model.max_batch_size == 0
+    assert version.notes == ("no batches: why",)
+    curve = bench.costs.curve("cpu", "net@1", version.model.example_group)
+    assert (curve.mean(1), curve.known) == (100.0, True)
+
+
+def test_a_serial_version_runs_once_at_a_time_and_has_no_audit() -> None:
+    bench = Bench()
+    bench.executor.trials["net@1"] = {"serial": True, "state": "scratch"}
+    bench.add("net", "1")
+    bench.add("pure", "1")
+    bench.run(bench.loader.start)
+    serial, pure = (bench.registry.find(name, b"c", "") for name in ("net", "pure"))
+    assert (serial.kind, serial.audit, pure.kind) == ("scratch", None, "pure")
+    assert pure.audit is not None
+    for name in ("net", "pure"):
+        bench.request(name)
+    placements = bench.scheduler.devices["cpu"].placements
+    assert [placements[f"{name}@1"].load.max_lanes for name in ("net", "pure")] == [1, 0]
+
+
+def test_a_shared_state_is_on_one_device() -> None:
+    bench = Bench(executors=("cuda:0", "cpu"))
+    bench.executors["cuda:0"].trials["net@1"] = {"serial": True, "state": "shared", "batches": False}
+    bench.add("net", "1", state="shared")
+    bench.run(bench.loader.start)
+    assert [executor.held for executor in bench.executors.values()] == [{"net@1"}, set()]
+
+
+def test_what_could_not_be_warmed_up_takes_nobodys_place(bench: Bench) -> None:
+    bench.executor.trials["net@2"] = bench.executor.trials["new@1"] = {"warmed": False, "notes": ("not warmed up: x",)}
+    bench.add("net", "2")
+    bench.add("new", "1")
+    changes = bench.run(bench.loader.reload)
+    assert changes.loaded == ["new@1"]
+    assert "could not be warmed up, and version 1 serves: not warmed up: x" in changes.failed["net@2"]
+    assert bench.answers("net") == "net@1"
+
+
+def test_rows_beyond_what_memory_allows_are_never_tried() -> None:
+    bench = Bench()
+    bench.executor.trials["net@1"] = {"most_rows": 2}
+    bench.add("net", "1")
+    bench.run(bench.loader.start)
+    placement = bench.scheduler.devices["cpu"].placements["net@1"]
+    assert placement.row_limit(4) == 2
+    for _ in range(1000):
+        for _ in range(2):
+            bench.request("net")
+        bench.finish_all()
+    assert placement.row_limit(4) == 2
+
+
+def test_what_an_audit_has_ended_stays_ended_when_a_version_comes_back() -> None:
+    bench = Bench(budget_mb=1)
+    bench.add("net", "1")
+    bench.run(bench.loader.start)
+    version = bench.registry.find("net", b"c", "")
+    assert version.end_batches("they mix")
+    assert not version.end_batches("again")
+    bench.add("other", "1")
+    bench.run(bench.loader.reload)
+    assert version.state == EVICTED
+    bench.loader.summon(version)
+    bench.settle()
+    assert version.state == READY
+    assert version.model is not None
+    assert version.model.max_batch_size == 0
+    assert version.notes == ("no batches: they mix",)
 
 
 def test_a_warm_up_that_fails_leaves_nothing_behind(bench: Bench) -> None:

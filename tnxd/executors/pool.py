@@ -98,7 +98,7 @@ class LanePool:
         self._on_done = on_done
         self._queues = [self._start_lane(str(lane)) for lane in range(lanes)]
         self._warm_up = self._start_lane("warm-up"), threading.Lock()
-        self._spare: Inbox | None = None
+        self._spare = self._start_lane("spare", yields=True)
 
     def _start_lane(self, label: str, *, yields: bool = False) -> Inbox:
         inbox: Inbox = queue.SimpleQueue()
@@ -186,8 +186,7 @@ class LanePool:
         for runner in list(self._runners):
             runner.calls.pop(key, None)
         for inbox in (*self._queues, self._warm_up[0], self._spare):
-            if inbox is not None:
-                inbox.put(key)
+            inbox.put(key)
         gc.collect()  # a network may refer to itself
         self._give_back()
 
@@ -197,12 +196,7 @@ class LanePool:
 
     def submit(self, execution: Execution) -> None:
         lane = execution.batch.lane
-        if lane == SPARE:
-            if self._spare is None:
-                self._spare = self._start_lane("spare", yields=True)
-            inbox = self._spare
-        else:
-            inbox = self._queues[lane]
+        inbox = self._spare if lane == SPARE else self._queues[lane]
         inbox.put((execution, self._on_done))
 
     def run_inline(self, execution: Execution) -> None:
