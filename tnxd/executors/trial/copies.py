@@ -23,37 +23,37 @@ Call = Callable[..., Any]
 class Own:
     """A lane's own copy of a module.
 
-    What its forward does to attributes is undone after each call: no request leaves anything behind. So is what it
-    writes to tensors, but for those that were seen to be written before they are read.
+    What a forward does to attributes and tensors is undone after each call: no request leaves anything behind, though
+    the next one may read it where no trial has led to.
 
     Args:
-        module: the copy. undone: the attributes, as (module, name). unread: those of them whose tensors need not be
-            put back.
+        module: the copy. written: attributes that its forward writes, as (module, name). suspected: those that it may
+            write, of whose tensors torch counts the writes.
     """
 
     def __init__(
         self,
         module: torch.nn.Module,
-        undone: Collection[tuple[torch.nn.Module, str]],
-        unread: Collection[tuple[torch.nn.Module, str]] = (),
+        written: Collection[tuple[torch.nn.Module, str]],
+        suspected: Collection[tuple[torch.nn.Module, str]] = (),
     ) -> None:
         self._module = module
-        self._bound: list[tuple[dict[str, Any], str, Any]] = []
-        self._containers: list[tuple[dict[str, Any], str, Any]] = []
-        self._kept: list[tuple[torch.Tensor, torch.Tensor, int]] = []
-        for owner, name in undone:
-            if isinstance(owner, torch.jit.ScriptModule):
-                continue  # what its graph writes is known, and it is written before it is read
-            holder = _holder(owner, name)
-            value = holder.get(name, _ABSENT)
-            if isinstance(value, torch.Tensor):
-                self._bound.append((holder, name, value))
-                if (owner, name) not in unread:
-                    self._kept.append((value, value.detach().clone(), value._version))
-            elif value is _ABSENT or isinstance(value, _WITHOUT_PARTS):
-                self._bound.append((holder, name, value))
+        self._bound: list[tuple[torch.nn.Module, str, Any]] = []
+        self._made: list[tuple[torch.nn.Module, str, Any]] = []
+        self._contents: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._counted: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        for owner, name in (*written, *suspected):
+            value = getattr(owner, name, _ABSENT)
+            if value is _ABSENT or isinstance(value, (torch.Tensor, *_WITHOUT_PARTS)):
+                self._bound.append((owner, name, value))
             else:
-                self._containers.append((holder, name, copy.deepcopy(value)))
+                self._made.append((owner, name, copy.deepcopy(value)))
+            if isinstance(value, torch.Tensor):
+                content = value.detach().clone()
+                if (owner, name) in written:
+                    self._contents.append((value, content))
+                else:
+                    self._counted.append((value, content, value._version))
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         try:
@@ -62,28 +62,25 @@ class Own:
             self._put_back()
 
     def _put_back(self) -> None:
-        for holder, name, value in self._bound:
-            if value is _ABSENT:
-                holder.pop(name, None)
-            elif holder.get(name) is not value:
-                holder[name] = value
-        for holder, name, value in self._containers:
-            holder[name] = copy.deepcopy(value)
-        for position, (tensor, content, version) in enumerate(self._kept):
+        for owner, name, value in self._bound:
+            now = getattr(owner, name, _ABSENT)
+            if now is not value:
+                if value is _ABSENT:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, value)
+        for owner, name, value in self._made:
+            setattr(owner, name, copy.deepcopy(value))
+        for tensor, content in self._contents:
+            tensor.copy_(content)
+        for position, (tensor, content, version) in enumerate(self._counted):
             if tensor._version != version:
                 tensor.copy_(content)
-                self._kept[position] = (tensor, content, tensor._version)
+                self._counted[position] = (tensor, content, tensor._version)
 
 
 _ABSENT = object()
 _WITHOUT_PARTS = (str, bytes, int, float, complex, bool, type(None), torch.nn.Module, torch.dtype, torch.device, type)
-
-
-def _holder(owner: torch.nn.Module, name: str) -> dict[str, Any]:
-    for holder in (owner._parameters, owner._buffers, owner._modules):
-        if name in holder:
-            return holder
-    return vars(owner)
 
 
 class Sparing:

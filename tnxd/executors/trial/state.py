@@ -52,16 +52,16 @@ class State:
 
     Attributes:
         kind: PURE or SCRATCH.
-        written: attributes that it writes: (path of the module within the network, attribute).
-        unread: those of them whose tensors are written before they are read.
-        names: what it writes, for people.
+        written: attributes that it was seen to write: (path of the module within the network, attribute).
+        suspected: those that it may write besides.
+        names: both, for people.
         outside: whether it also writes outside of the network, or to what nobody sees: it cannot be copied for a lane.
         random: whether answers differ by chance.
     """
 
     kind: str
     written: tuple[tuple[str, str], ...] = ()
-    unread: frozenset[tuple[str, str]] = frozenset()
+    suspected: tuple[tuple[str, str], ...] = ()
     names: tuple[str, ...] = ()
     outside: bool = False
     random: bool = False
@@ -94,15 +94,15 @@ def find_state(module: torch.nn.Module, model: Model, ask: Ask, first: Item, sec
         changed = before.changed(after)
         if apart is not None:
             raise stateful([place.name for place in changed] or model.writes, apart.text)
-        _check_graph(model, changed)
+        check_graph(model, changed)
         inside = dict.fromkeys((place.owner, place.attribute) for place in changed if place.owner is not None)
         suspected = [place for place in suspects(module) if place not in inside]
         _disturbed(module, model, ask, first, alone, changed, differ)
         outside = any(place.owner is None for place in changed) or (reused and not changed) or not after.complete
         return State(
             SCRATCH if inside or suspected or outside else PURE,
-            (*inside, *suspected),
-            frozenset(inside),
+            tuple(inside),
+            tuple(suspected),
             tuple(dict.fromkeys([*(place.name for place in changed), *(".".join(filter(None, p)) for p in suspected)])),
             outside,
             random=differ(ask(first)[1], ask(first)[1]) is not None,
@@ -120,7 +120,7 @@ def _repeated(ask: Ask, known: Sequence[tuple[Item, list[Array]]], differ: Diffe
     return None
 
 
-def _check_graph(model: Model, changed: Sequence[Place]) -> None:
+def check_graph(model: Model, changed: Sequence[Place]) -> None:
     """Whether all that the graph of a program may write to has been written: what it does otherwise is not known."""
     written = {place.name for place in changed}
     for name in model.writes:

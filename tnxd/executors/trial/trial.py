@@ -17,7 +17,8 @@ from tnxd.executors.trial.copies import Call, Own, Serial, Sparing, duplicate
 from tnxd.executors.trial.examples import Item, Make, examples, telling_examples
 from tnxd.executors.trial.held import Held
 from tnxd.executors.trial.rows import pair_of_requests, rows_apart
-from tnxd.executors.trial.state import Answer, Ask, State, find_state, same_chance, seeded, stateful
+from tnxd.executors.trial.state import Answer, Ask, State, check_graph, find_state, same_chance, seeded, stateful
+from tnxd.executors.trial.suspects import suspects
 from tnxd.models.model import Model
 from tnxd.models.process import Witness
 from tnxd.noise import as_float, difference, tolerance
@@ -99,7 +100,9 @@ def try_out(
             f"not warmed up, and served without batches, one request at a time: {complaint}. Put values that it takes "
             f"into example.npz beside the model"
         )
-        return Verdict(model.unbatched(), State(SCRATCH), True, None, allowed, (*notes, note))
+        check_graph(model, ())
+        state = State(SCRATCH, suspected=tuple(suspects(module)))
+        return Verdict(model.unbatched(), state, not state.suspected, None, allowed, (*notes, note))
     made_at_first = [place.name for place in as_built.changed(Held(module, model.writes, contents=False))]
     with same_chance():
         telling = _first_telling(asking, model)
@@ -188,20 +191,20 @@ def _kept_apart(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]
         return lambda: one
     if verdict.pristine:
         return lambda: module
-    written, unread = verdict.state.written, verdict.state.unread
+    written, suspected = verdict.state.written, verdict.state.suspected
 
     def own() -> Own:
-        copied = duplicate(module, _tensors(module, written))
-        undone = [(copied.get_submodule(path), name) for path, name in written]
-        return Own(copied, undone, [(copied.get_submodule(path), name) for path, name in unread])
+        copied = duplicate(module, _tensors(module, (*written, *suspected)))
+        places = [[(copied.get_submodule(path), name) for path, name in each] for each in (written, suspected)]
+        return Own(copied, *places)
 
     try:
         own()
     except Exception as error:  # whatever a part of it has against being copied
-        names = [_joined(*place) for place in written if place not in unread]
-        if names:
+        if suspected:
             raise FailedPrecondition(
-                f"its code may write to {names[0]!r}, and it cannot be copied for each lane: {sentence(error)}. "
+                f"its code may write to {_joined(*suspected[0])!r}, and it cannot be copied for each lane: "
+                f"{sentence(error)}. "
                 f'state = "shared" in model.toml serves it one request at a time'
             ) from None
         log.info("%s is called by one lane at a time: %s", verdict.model.key, sentence(error))
