@@ -154,13 +154,15 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     writes = written(program)
     notes = description.notes + libraries.note(libraries.of_program(program), settings.imports, label)
     notes += tuple(f"{label} was exported in training mode: {what}" for what in _training(program))
+    values = description.found.example_values
+    description = replace(description, found=replace(description.found, example_values={}))  # it stays in memory
     first = [program]  # for the first build, and held no longer
     del program
 
     def build() -> torch.nn.Module:
         return Program(first.pop() if first else load(files, label), description)
 
-    return Opened(signature, build, notes, writes=writes, example_values=description.found.example_values)
+    return Opened(signature, build, notes, writes=writes, example_values=values)
 
 
 def load(files: TrustedFiles, label: str) -> ExportedProgram:
