@@ -21,11 +21,11 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from tnxctl.errors import FailedPrecondition
+from tnxctl.errors import FailedPrecondition, Internal
 from tnxctl.frames import Array
 from tnxctl.wire import TensorSpec, excerpt
 from tnxd import structures
-from tnxd.executors.tensors import TORCH_DTYPES
+from tnxd.executors.tensors import TORCH_DTYPES, pick
 from tnxd.models.formats import classes, examples, ignore_warnings_about_torch_itself, libraries, optional
 from tnxd.models.formats.conditions import Conditions, bounds, of_program
 from tnxd.models.formats.signature import DEFAULT_MAX_BATCH_SIZE, Found, Opened, Shape, Signature, settle
@@ -286,14 +286,23 @@ def _check_kinds(signature: ExportGraphSignature, label: str) -> None:
 
 
 class _Positional(torch.nn.Module):
-    """Takes any number of inputs, whatever the network calls them."""
+    """Takes any number of inputs, whatever the network calls them, and returns its outputs in order.
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    Args:
+        outputs: their names.
+    """
+
+    def __init__(self, network: torch.nn.Module, outputs: Sequence[str]) -> None:
         super().__init__()
         self.network = network
+        self._outputs = outputs
 
     def forward(self, *inputs: torch.Tensor) -> Any:
-        return self.network(*inputs)
+        raw = self.network(*inputs)
+        try:
+            return tuple(pick(raw, self._outputs, ""))  # torch.export does not know every class that holds them
+        except Internal:
+            return raw  # whoever compares the two says what is wrong
 
 
 def export(network: torch.nn.Module, signature: Signature, device: torch.device) -> ExportedProgram:
@@ -320,7 +329,10 @@ def export(network: torch.nn.Module, signature: Signature, device: torch.device)
         dimensions.append(dynamic)
     try:
         return torch.export.export(
-            _Positional(network), tuple(inputs), dynamic_shapes=(tuple(dimensions),), strict=False
+            _Positional(network, [spec.name for spec in signature.outputs]),
+            tuple(inputs),
+            dynamic_shapes=(tuple(dimensions),),
+            strict=False,
         )
     except Exception as error:
         raise FailedPrecondition(f"torch.export cannot follow the network: {sentence(error)}") from error
