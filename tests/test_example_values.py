@@ -34,7 +34,7 @@ def save(root: Path, ids: Tensor | None = None) -> None:
     ids = torch.zeros(2, 5, dtype=torch.int64) if ids is None else ids
     length = Dim("length", min=1, max=100)
     save_program(
-        root / "net/1/model.pt2", Embeds().eval(), (ids, torch.zeros(2, 1, 1)), ({0: ROWS, 1: length}, {0: ROWS})
+        root / "net/1/model.pt2", Embeds().eval(), (ids, torch.zeros(len(ids), 1, 1)), ({0: ROWS, 1: length}, {0: ROWS})
     )
 
 
@@ -176,6 +176,9 @@ def test_a_program_brings_what_it_was_exported_with(tmp_path: Path) -> None:
     found = open_model(tmp_path).example_values
     assert list(found) == ["ids"]  # a scale of zeros says nothing
     assert found["ids"].tolist() == [[1, 2, 3], [4, 5, 6]]
+    save(tmp_path, torch.ones(20, 5, dtype=torch.int64))
+    assert open_model(tmp_path).example_values["ids"].shape == (8, 5)  # a few rows are enough
+    save(tmp_path, torch.tensor([[1, 2, 3], [4, 5, 6]]))
     # It gives way to what model.toml says about the shape, or about the other inputs.
     text = toml("1", "values = [[[1]], [[2]], [[3]]]").replace("values = 1", "example = [1, 7]")
     found = open_model(tmp_path, text).example_values

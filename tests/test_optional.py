@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tnxd.executors.execution import Execution
 from tnxd.executors.pool import LanePool
 from tnxd.models.formats import ignore_warnings_about_torch_itself
 from tnxd.models.model import BoundInputs, Model
+from tnxd.registry import signature_difference
 from tnxd.work import Batch, Device
 
 ROWS = Dim("rows", min=1, max=32)
@@ -90,6 +92,21 @@ def test_an_input_that_model_toml_calls_optional(tmp_path: Path) -> None:
     assert said.startswith("net/model.toml: inputs[1].optional: compiled code always needs a tensor there")
 
 
+def test_model_toml_can_ask_for_an_input_all_the_same(tmp_path: Path) -> None:
+    save_factory(tmp_path)
+    text = 'factory = "code:make"\n' + tensors("x mask", "FP32", [-1, 2]) + "optional = false\n" + OUTPUT
+    model = open_model(tmp_path, text)
+    assert model.optional == {}
+    with pytest.raises(InvalidArgument, match="needs the input 'mask', which did not come"):
+        ask(model, model.factory(), full(1), None)
+
+
+def test_a_version_that_needs_more_is_another_signature() -> None:
+    needs = replace(EITHER, optional={"a": None})
+    assert signature_difference(EITHER, needs) == "input 'b' may not be left out any more"
+    assert signature_difference(needs, EITHER) == ""
+
+
 def test_a_lone_tensor_without_a_name_is_the_one_that_is_needed(tmp_path: Path) -> None:
     save_factory(tmp_path)
     model = open_model(tmp_path, 'factory = "code:make"\n' + tensors("x mask", "FP32", [-1, 2]) + OUTPUT)
@@ -145,7 +162,7 @@ def test_a_number_fills_what_a_program_needs(tmp_path: Path) -> None:
     [
         ("default = 1.5", "net/model.toml: inputs[0].default: 1.5 is no INT64"),
         ("default = [1]", "net/model.toml: inputs[0].default: expected"),
-        ("optional = 1", "net/model.toml: inputs[0].optional: expected bool, got int, not 1"),
+        ("optional = 1", "net/model.toml: inputs[0].optional: expected bool"),
     ],
 )
 def test_defaults_that_do_not_fit(tmp_path: Path, line: str, said: str) -> None:

@@ -18,9 +18,12 @@ from torch.utils import _pytree as pytree
 
 from format_tools import ask, open_model, refused, save_program, tensors
 from tnxctl.errors import FailedPrecondition, Internal, InvalidArgument
+from tnxctl.wire import TensorSpec
 from tnxd import structures
 from tnxd.executors.tensors import pick
 from tnxd.models.formats import ignore_warnings_about_torch_itself
+from tnxd.models.formats.exported import export
+from tnxd.models.formats.signature import Signature
 
 ROWS = Dim("rows", min=1, max=32)
 
@@ -368,3 +371,22 @@ def test_a_factory_with_structures(tmp_path: Path) -> None:
     model = open_model(tmp_path, text + tensors("hidden.1 logits", "FP32", [-1, 2], "outputs"))
     got = ask(model, model.factory(), *numbers()[:5])
     assert {name: float(array[0, 0]) for name, array in got.items()} == {"hidden.1": 9.0, "logits": 2.0}
+
+
+class Detects(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return Detections(x + 1, {"more": [x + 2]})
+
+
+def test_a_network_is_exported_with_its_outputs_in_order() -> None:
+    rows = (-1, 2)
+    signature = Signature(
+        (TensorSpec("x", "FP32", rows),),
+        (TensorSpec("scores.more.0", "FP32", rows), TensorSpec("boxes", "FP32", rows)),
+        8,
+        ((2, 2),),
+        (0, 1),
+    )
+    program = export(Detects(), signature, torch.device("cpu"))  # which has no pytree of the class
+    scores, boxes = program.module()(torch.zeros(3, 2))
+    assert (float(scores[0, 0]), float(boxes[0, 0])) == (2.0, 1.0)

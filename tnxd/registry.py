@@ -371,4 +371,6 @@ def signature_difference(old: Model, new: Model) -> str:
                 for was, now in zip(spec.shape, other.shape, strict=True)
             ):
                 return f"{side[:-1]} {name!r} has shape {list(other.shape)} instead of {list(spec.shape)}"
+            if side == "inputs" and name in old.optional and name not in new.optional:
+                return f"input {name!r} may not be left out any more"
     return ""

@@ -37,8 +37,9 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         datatype: a name of the Open Inference Protocol v2. shape: -1 is an axis of any length.
         example: of an input, a shape that fits, to warm up with; (): the lengths of the export, else 1.
         values: of an input, what to warm up with: one number everywhere, nested lists of them, or random ones.
-        optional: of an input, whether a request may leave it out. default: the number that fills it then, which makes
-            it optional; None: the network gets None, or the default of its `forward`.
+        optional: of an input, whether a request may leave it out; None: if the network's `forward` has a default there.
+        default: of an input, the number that fills it then, which makes it optional; None: the network gets None, or
+            the default of its `forward`.
     """
 
     name: _Name
@@ -46,7 +47,7 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[_Axis, ...]
     example: tuple[_Length, ...] = ()
     values: bool | int | float | tuple[Any, ...] | Range | None = None
-    optional: bool = False
+    optional: bool | None = None
     default: bool | int | float | None = None
 
     @property
@@ -157,7 +158,7 @@ def load(path: Path, label: str) -> Settings:
                 for name, given in (
                     ("example", tensor.example),
                     ("values", tensor.values is not None),
-                    ("optional", tensor.optional),
+                    ("optional", tensor.optional is not None),
                     ("default", tensor.default is not None),
                 ):
                     if given:

@@ -222,9 +222,10 @@ def compile_into(source: RepositorySource, device: torch.device, folder: Path) -
         conditions = conditions.without_rows()
     returned = {spec.name: at for at, spec in zip(description.returned, description.found.outputs, strict=True)}
     wanted = [spec.name for spec in opened.signature.outputs]
-    if not returned.keys() >= set(wanted):
-        if description.found.named_outputs or len(returned) != len(wanted):
-            raise FailedPrecondition(f"the network returns {list(returned)}, its signature has {wanted}")
+    named = description.found.named_outputs
+    if not (returned.keys() >= set(wanted) if named else len(returned) == len(wanted)):
+        raise FailedPrecondition(f"the network returns {list(returned)}, its signature has {wanted}")
+    if not named:
         wanted = list(returned)
     graph = program.graph_module
     for node in graph.graph.nodes:

@@ -24,6 +24,8 @@ from tnxd.sentences import sentence
 # Rows of values that model.toml describes: enough for two that differ, and no more memory than this with more.
 _ROWS = 8
 _ENOUGH_BYTES = 1 << 20
+# More than this is not kept of what a program was exported with.
+_MOST_BYTES = 1 << 26
 
 
 def add(opened: Opened, source: RepositorySource, files: TrustedFiles) -> Opened:
@@ -95,9 +97,16 @@ def _agreeing(
     def agrees(name: str, array: Array) -> bool:
         if not fits(array.shape, shapes[name]) or not _alike(array.shape, asked.get(name, array.shape), signature):
             return False
-        return not limit or (len(array) == rows if rows else len(array) <= limit)
+        return not limit or not rows or len(array) == rows
 
-    return {name: array for name, array in found.items() if name in said or agrees(name, array)}
+    kept = {name: array for name, array in found.items() if name in said}
+    for name, array in found.items():
+        if name not in said and agrees(name, array):
+            # A copy, so that what it was exported with does not stay in memory for good.
+            few = array[:_ROWS].copy() if limit and not rows else array.copy()
+            if few.nbytes <= _MOST_BYTES:
+                kept[name] = few
+    return kept
 
 
 def _alike(shape: Shape, other: Shape, signature: Signature) -> bool:

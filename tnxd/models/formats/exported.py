@@ -22,11 +22,11 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from tnxctl.errors import FailedPrecondition
+from tnxctl.errors import FailedPrecondition, Internal
 from tnxctl.frames import Array
 from tnxctl.wire import TensorSpec, excerpt
 from tnxd import structures
-from tnxd.executors.tensors import TORCH_DTYPES
+from tnxd.executors.tensors import TORCH_DTYPES, pick
 from tnxd.models.formats import classes, examples, ignore_warnings_about_torch_itself, libraries, optional
 from tnxd.models.formats.conditions import Conditions, bounds, of_program
 from tnxd.models.formats.signature import DEFAULT_MAX_BATCH_SIZE, Found, Opened, Shape, Signature, settle
@@ -161,13 +161,15 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     writes = written(program)
     notes = description.notes + libraries.note(libraries.of_program(program), settings.imports, label)
     notes += tuple(f"{label} was exported in training mode: {what}" for what in _training(program))
+    values = description.found.example_values
+    description = replace(description, found=replace(description.found, example_values={}))  # it stays in memory
     first = [program]  # for the first build, and held no longer
     del program
 
     def build() -> torch.nn.Module:
         return Program(first.pop() if first else load(files, label), description)
 
-    return Opened(signature, build, notes, writes=writes, example_values=description.found.example_values)
+    return Opened(signature, build, notes, writes=writes, example_values=values)
 
 
 def load(files: TrustedFiles, label: str) -> ExportedProgram:
@@ -291,14 +293,23 @@ def _check_kinds(signature: ExportGraphSignature, label: str) -> None:
 
 
 class _Positional(torch.nn.Module):
-    """Takes any number of inputs, whatever the network calls them."""
+    """Takes any number of inputs, whatever the network calls them, and returns its outputs in order.
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    Args:
+        outputs: their names.
+    """
+
+    def __init__(self, network: torch.nn.Module, outputs: Sequence[str]) -> None:
         super().__init__()
         self.network = network
+        self._outputs = outputs
 
     def forward(self, *inputs: torch.Tensor) -> Any:
-        return self.network(*inputs)
+        raw = self.network(*inputs)
+        try:
+            return tuple(pick(raw, self._outputs, ""))  # torch.export does not know every class that holds them
+        except Internal:
+            return raw  # whoever compares the two says what is wrong
 
 
 def export(network: torch.nn.Module, signature: Signature, device: torch.device) -> ExportedProgram:
@@ -325,7 +336,10 @@ def export(network: torch.nn.Module, signature: Signature, device: torch.device)
         dimensions.append(dynamic)
     try:
         return torch.export.export(
-            _Positional(network), tuple(inputs), dynamic_shapes=(tuple(dimensions),), strict=False
+            _Positional(network, [spec.name for spec in signature.outputs]),
+            tuple(inputs),
+            dynamic_shapes=(tuple(dimensions),),
+            strict=False,
         )
     except Exception as error:
         raise FailedPrecondition(f"torch.export cannot follow the network: {sentence(error)}") from error

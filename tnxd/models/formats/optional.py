@@ -46,6 +46,8 @@ def settle(
             )
         elif tensor.optional:
             optional[tensor.name] = None
+        elif tensor.optional is False:
+            optional.pop(tensor.name, None)
     return replace(signature, optional=optional)
 
 

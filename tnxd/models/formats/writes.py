@@ -222,6 +222,8 @@ class _Script:
         elif kind == "prim::Loop":
             self._loop(node, inputs[2:], outputs)
         else:
+            if kind in ("prim::CallMethod", "prim::CallFunction"):  # of an interface: nobody knows what it does
+                self.found |= self._union(inputs)
             schema = node.schema()
             if schema == "(no schema)":  # lists, tuples, and what takes them apart
                 for name in outputs:
