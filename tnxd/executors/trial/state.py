@@ -199,5 +199,7 @@ def seeded(ask: Ask, item: Item) -> Answer:
     """Run it with the same random numbers as ever. What others draw meanwhile is foreseeable."""
     random.seed(_SEED)
     np.random.seed(_SEED)
-    torch.manual_seed(_SEED)
+    torch.default_generator.manual_seed(_SEED)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else torch would remember each seed until then
+        torch.cuda.manual_seed_all(_SEED)
     return ask(item)
