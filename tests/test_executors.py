@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tnxctl.errors import TensorNextError, Unavailable
+from tnxctl.errors import FailedPrecondition, TensorNextError, Unavailable
 from tnxctl.wire import TensorSpec
 from tnxd.executors.cpu import CpuRunner, order_weights
 from tnxd.executors.execution import Execution
@@ -304,6 +304,24 @@ def test_a_warm_up_ends_where_a_batch_would_take_too_much_of_the_memory(lanes: i
     spec = (TensorSpec("x", "FP32", (-1, 2)),)
     warmth = made.load(Model("m", "1", spec, spec, 64, lambda: small))
     assert (warmth.most_rows, warmth.safe_rows, [rows for rows, _ in warmth.costs][-1]) == (most, 0, most)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_rows_that_mix_in_large_batches_alone_are_found_by_the_warm_up(asked: bool) -> None:
+    class FromEleven(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - x.mean(0) if len(x) > 10 else x
+
+    made, _ = pool(1, lambda: CpuRunner(1))
+    spec = (TensorSpec("x", "FP32", (-1, 2)),)
+    served = Model("m", "1", spec, spec, 64, FromEleven, batching_asked=asked)
+    if asked:
+        with pytest.raises(FailedPrecondition, match="axis 0 does not count rows: alone and in a batch of 16, output"):
+            made.load(served)
+    else:
+        warmth = made.load(served)
+        assert (warmth.batches, [rows for rows, _ in warmth.costs]) == (False, [1])
+        assert "in a batch of 16" in warmth.notes[0]
 
 
 def test_what_is_forgotten_holds_no_staging_memory() -> None:

@@ -337,6 +337,35 @@ def test_an_axis_0_that_does_not_count_rows_is_no_batch(run: Callable[[Any, Tens
         tried(lambda: Module(run), model(batching_asked=True))
 
 
+def edges(m: Any, nodes: Tensor, edges: Tensor) -> Tensor:
+    return nodes + edges.sum(0)
+
+
+def added(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+def ignored(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return x * 2
+
+
+class Two(nn.Module):
+    """Runs a function with itself and two inputs."""
+
+    def __init__(self, run: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._run(self, x, y)
+
+
+@pytest.mark.parametrize(("run", "limit"), [(edges, 0), (added, 16), (ignored, 16)])
+def test_inputs_of_different_lengths_are_no_rows(run: Callable[[Any, Tensor, Tensor], Tensor], limit: int) -> None:
+    inputs = (X, TensorSpec("z", "FP32", (-1, WIDTH)))
+    assert tried(lambda: Two(run), model(inputs=inputs)).model.max_batch_size == limit
+
+
 def test_a_limit_of_one_row_has_no_company_to_look_at() -> None:
     assert tried(lambda: Module(MIXING["mean"]), model(max_batch_size=1)).model.max_batch_size == 1
 
@@ -365,7 +394,7 @@ def test_ones_are_tried_where_zeros_fail() -> None:
     verdict = tried(lambda: Module(run))
     assert (verdict.kind, verdict.model.max_batch_size, verdict.notes) == ("pure", 16, ())
     assert verdict.make is not None
-    np.testing.assert_array_equal(verdict.make(2, 0)[0], np.ones((2, WIDTH), np.float32))
+    assert verdict.make(2, 0)[0].min() > 0
 
 
 def test_what_takes_no_example_is_served_with_care_and_a_note() -> None:

@@ -258,8 +258,10 @@ class Loader:
             error: BaseException | None = None
             try:
                 result = step()
-            except BaseException as raised:  # a model's code may raise anything, SystemExit too
+            except Exception as raised:
                 error = raised
+            except BaseException as raised:  # a model's code may raise anything; GeneratorExit would end an operation
+                error = FailedPrecondition(sentence(raised))
             self._call_soon(partial(self._step_done, number, result, error))
             del task, step, result, error  # hold no model's memory while waiting for the next
 

@@ -56,9 +56,9 @@ def spiky(shape: tuple[int, ...], generator: torch.Generator, sizes: Sizes) -> t
 def wild(shape: tuple[int, ...], generator: torch.Generator, sizes: Sizes) -> torch.Tensor:
     """Some of the values are infinite, or not numbers."""
     x = torch.randn(shape, generator=generator)
-    x.view(-1)[::5] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])[: 1 + int(x[..., 1].flatten()[0] > 0) * 3][
-        0
-    ]
+    flat = x.view(-1)
+    for first, value in enumerate((torch.nan, torch.inf, -torch.inf, 0.0)):
+        flat[first :: 2 * flat.numel() // 3 + 1] = value
     return x
 
 
@@ -269,8 +269,8 @@ class Exhibit:
         return r"\d.*\d" if self.variant == "asked" else self.case.naming
 
 
-def exhibits(cases: Sequence[Case]) -> list[Any]:
-    """Parameters for tests: every exhibit; those that are not quick are marked `zoo`."""
+def exhibits(cases: Sequence[Case], *, quick: bool = False) -> list[Any]:
+    """Parameters for tests: every exhibit, marked `zoo`; or those that are quick."""
     names = [case.name for case in cases]
     assert len(set(names)) == len(names)
     parameters = []
@@ -278,7 +278,9 @@ def exhibits(cases: Sequence[Case]) -> list[Any]:
         assert set(case.quick) <= set(case.formats), case.name
         assert re.fullmatch(r"[a-z0-9-]{1,40}", case.name), case.name
         for format in case.formats:
-            marks = () if format in case.quick else pytest.mark.zoo
+            if quick and format not in case.quick:
+                continue
+            marks = () if quick else pytest.mark.zoo
             variants = [
                 "",
                 *(["asked"] if case.asked and format in (PT2, FACTORY) else []),

@@ -19,7 +19,12 @@ ROUNDS = 6
 
 # Which of them have to be noticed, and the kinds of findings that say so.
 CAUGHT_BY = {
-    "copies": (("small-output", FACTORY), ("large-output", FACTORY), ("attribute", FACTORY), ("hooks", FACTORY)),
+    "copies": (
+        ("small-output", FACTORY),
+        ("large-output", FACTORY),
+        ("scratch-attribute", FACTORY),
+        ("hooks", FACTORY),
+    ),
     "classes": (("buffer-copy", PT2), ("buffer-add", SCRIPT), ("attribute-list", FACTORY), ("module-global", FACTORY)),
     "proof": (("point-cloud", PT2), ("normalized", SCRIPT), ("sequence-first", FACTORY), ("flip", PT2)),
     "audit": (("mixes-beyond", FACTORY), ("mixes-from-eleven", FACTORY)),

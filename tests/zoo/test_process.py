@@ -160,7 +160,7 @@ class Zoos:
             stack.close()
 
 
-@pytest.fixture(scope="module", params=["lane", "inline"])
+@pytest.fixture(scope="module", params=["lane", pytest.param("inline", marks=pytest.mark.zoo)])
 def zoos(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoos]:
     all_of_them = Zoos(tmp_path_factory.mktemp("process"), request.param == "inline")
     yield all_of_them

@@ -18,7 +18,7 @@ from tnxd.executors.execution import SHARED, Execution, Warmth
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item
-from tnxd.executors.trial.trial import Verdict, lane_calls, try_out
+from tnxd.executors.trial.trial import Verdict, lane_calls, try_out, without_rows
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
 from tnxd.models.model import Model
 from tnxd.models.process import settings_kept
@@ -132,6 +132,9 @@ class LanePool:
                     module = build()
                 self._install(model.key, lane_calls(module, verdict))
                 warmed = _called(lane, lambda runner: self._grow(runner, verdict))
+                if warmed.mixes and not verdict.state.random:
+                    verdict = without_rows(verdict, warmed.mixes)
+                    warmed = _called(lane, lambda runner: self._grow(runner, verdict))
         except BaseException:
             self.unload(model.key)
             raise
@@ -153,7 +156,7 @@ class LanePool:
         if verdict.make is None:
             return Warmed([])
         with settings_kept():  # what a forward changes every time, the trial has found
-            warmed = warm_up(runner, verdict.model, verdict.make, self.lanes)
+            warmed = warm_up(runner, verdict.model, verdict.make, self.lanes, verdict.tolerance)
         self._examples[verdict.model.key] = verdict.model, verdict.make(1, 0)
         return warmed
 

@@ -34,8 +34,7 @@ class MobileNet(Timm):
 
 
 class EfficientNet(Timm):
-    title = "efficientnet_b0"
-    arguments: ClassVar[dict[str, Any]] = {"channel_multiplier": 0.25, "depth_multiplier": 0.3}
+    title = "efficientnet_lite0"
 
 
 class ConvNext(Timm):

@@ -16,6 +16,9 @@ Item = tuple[Array, ...]
 Make = Callable[[int, int], Item]
 """Makes the item of so many rows; the second number is a variant: another one has other values where it can."""
 
+Draw = Callable[[TensorSpec, tuple[int, ...], np.random.Generator], Array]
+"""Makes values of a shape."""
+
 _FLOATING = frozenset(("FP64", "FP32", "FP16", "BF16"))
 
 
@@ -40,33 +43,33 @@ def telling_examples(model: Model) -> Iterator[Make]:
     say no more than a shape does.
     """
     counts = any(spec.datatype not in _FLOATING and spec.datatype != "BOOL" for spec in model.inputs)
-    for least, most in ((1, 3), (0, 1), (1, 1), (0, 0)) if counts else ((1, 3),):
-        if most > least or any(spec.datatype in _FLOATING for spec in model.inputs):
-            yield _maker(model, _drawing(least, most), telling=True)
+    measures = any(spec.datatype in _FLOATING for spec in model.inputs)
+    for largest in (1.0, 3.0) if measures else (1.0,):
+        for least, most in ((1, 3), (0, 1), (1, 1), (0, 0)) if counts else ((1, 3),):
+            if most > least or measures:
+                yield _maker(model, _drawing(least, most, largest), telling=True)
     if any(np.ptp(value) for value in model.example_values.values() if value.size):
         yield _maker(model, _drawing(1, 3))
 
 
-def _drawing(least: int, most: int) -> Callable[[TensorSpec, tuple[int, ...], np.random.Generator], Array]:
-    """Random numbers: integers within bounds, fractions from 0.1 to 1."""
+def _drawing(least: int, most: int, largest: float = 1.0) -> Draw:
+    """Random numbers: integers within bounds, fractions from 0.1 up."""
 
     def draw(spec: TensorSpec, shape: tuple[int, ...], generator: np.random.Generator) -> Array:
         if spec.datatype in _FLOATING:
-            return generator.uniform(0.1, 1.0, shape)
+            return generator.uniform(0.1, largest, shape)
         return generator.integers(*((0, 1) if spec.datatype == "BOOL" else (least, most)), shape, endpoint=True)
 
     return draw
 
 
-def _maker(
-    model: Model, draw: Callable[[TensorSpec, tuple[int, ...], np.random.Generator], Array], *, telling: bool = False
-) -> Make:
+def _maker(model: Model, draw: Draw, *, telling: bool = False) -> Make:
     """Args: draw: makes values that the author has not given. telling: the author's are not used if all are equal."""
 
     def make(rows: int, variant: int) -> Item:
-        generator = np.random.default_rng(variant)
         item = []
-        for spec, shape in zip(model.inputs, model.example_shapes(rows), strict=True):
+        for position, (spec, shape) in enumerate(zip(model.inputs, model.example_shapes(rows), strict=True)):
+            generator = np.random.default_rng((variant, position))  # so the first rows are the same, of however many
             own = model.example_values.get(spec.name)
             if own is None or (telling and not (own.size and np.ptp(own))):
                 item.append(_stored(draw(spec, shape, generator), spec))

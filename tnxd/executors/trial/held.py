@@ -60,6 +60,13 @@ class Place:
     attribute: str
 
 
+def submodule(module: torch.nn.Module, path: str) -> torch.nn.Module:
+    """A module within a network, of TorchScript too, which has no `get_submodule`. Raises AttributeError."""
+    for step in path.split(".") if path else ():
+        module = getattr(module, step)
+    return module
+
+
 class Held:
     """What a module holds now.
 
@@ -87,11 +94,17 @@ class Held:
         for name in attributes:
             path, _, attribute = name.rpartition(".")
             with contextlib.suppress(AttributeError):
-                owner = module.get_submodule(path)
+                owner = submodule(module, path)
                 if isinstance(owner, torch.jit.ScriptModule):
                     self._value(Place(name, path, attribute), getattr(owner, attribute))
         for name, value in _outside(module):
             self._value(Place(name, None, ""), value)
+
+    def forget_caches(self) -> None:
+        """Empty the caches of functions (`functools.lru_cache`): what is in them is out of sight."""
+        for value in self._alive:
+            if isinstance(value, functools._lru_cache_wrapper):
+                value.cache_clear()
 
     @property
     def tensors(self) -> Iterator[tuple[Place, torch.Tensor]]:

@@ -41,6 +41,27 @@ def rows_apart(model: Model, ask: Ask, make: Make, allowed: float) -> str:
     return told
 
 
+def lengths_apart(model: Model, ask: Ask, make: Make) -> str:
+    """How a model of several inputs shows that their axes 0 count different things, in words; "" if it does not.
+
+    It takes one input longer than the others, which two tensors with a row for each request could not be, and its
+    answer depends on what stands there.
+
+    Args:
+        ask: runs it without a batch axis.
+    """
+    short, long = make(2, 0), make(3, 0)
+    for position, spec in enumerate(model.inputs):
+        item = tuple(array if place != position else long[place] for place, array in enumerate(short))
+        try:
+            one, other = ask(short)[1], ask(item)[1]
+        except Exception:  # as it should
+            continue
+        if difference(model.outputs, one, other, 0.0) is not None:
+            return f"{spec.name!r} may have another length than the other inputs"
+    return ""
+
+
 def pair_of_requests(model: Model, make: Make, attempt: int) -> tuple[Item, Item]:
     """Two requests that share a batch: one row, and two if the model takes three in all."""
     return make(1, 2 * attempt), make(2 if model.max_batch_size > 2 else 1, 2 * attempt + 1)

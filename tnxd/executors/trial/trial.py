@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from tnxctl.errors import FailedPrecondition, TensorNextError
+from tnxctl.frames import Array
 from tnxd.executors.execution import PURE, SCRATCH, SHARED
 from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.tensors import TORCH_DTYPES, check_outputs, to_array, to_tensor
 from tnxd.executors.trial.copies import Call, Own, Serial, Sparing, duplicate
 from tnxd.executors.trial.examples import Item, Make, examples, telling_examples
-from tnxd.executors.trial.held import Held
-from tnxd.executors.trial.rows import pair_of_requests, rows_apart
+from tnxd.executors.trial.held import Held, submodule
+from tnxd.executors.trial.rows import lengths_apart, pair_of_requests, rows_apart
 from tnxd.executors.trial.state import Answer, Ask, State, check_graph, find_state, same_chance, seeded, stateful
 from tnxd.executors.trial.suspects import suspects
 from tnxd.models.model import Model
@@ -28,6 +29,9 @@ from tnxd.sentences import sentence
 log = logging.getLogger(__name__)
 
 _DATATYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+_KNOWN = ("pt2", "onnx")
+"""Formats whose files say which axes have one length."""
 
 _WITNESSED = 6
 """Calls that are looked at for what they change in the process: each costs some milliseconds."""
@@ -119,8 +123,11 @@ def try_out(
         with same_chance(), torch.inference_mode(False):
             again = build()
         with same_chance():
-            _check_first_call(asking, _Asking(again, model, device), first, second, made_at_first, allowed)
-    verdict = Verdict(model, state, state.outside, make, allowed, (*notes, *_about(state)))
+            known = seeded(asking, first)[1]
+            as_built.forget_caches()
+            _check_first_call(known, _Asking(again, model, device), first, second, made_at_first, allowed)
+            as_built.forget_caches()
+    verdict = Verdict(model, state, state.outside, varied, allowed, (*notes, *_about(state)))
     if model.max_batch_size > 1:  # one row has no company
         with same_chance():
             verdict = _with_rows(verdict, asking, telling)
@@ -142,6 +149,10 @@ class _Asking:
         self._module = module
         self._device = device
 
+    def whole(self) -> _Asking:
+        """The same without a batch axis."""
+        return _Asking(self._module, self.model.unbatched(), self._device)
+
     def __call__(self, item: Item) -> Answer:
         model = self.model
         tensors = [
@@ -161,18 +172,19 @@ class _Asking:
 
 
 def _check_first_call(
-    asking: _Asking, again: _Asking, first: Item, second: Item, made: Sequence[str], allowed: float
+    known: Sequence[Array], again: _Asking, first: Item, second: Item, made: Sequence[str], allowed: float
 ) -> None:
     """Whether what a module made at its first call depends on what was asked then.
 
     Args:
-        asking: one that was first asked something else than `second`. again: one that was never asked.
+        known: what a module answered `first` that had first been asked something else than `second`.
+        again: another one, that was never asked.
 
     Raises:
         FailedPrecondition: it does.
     """
     seeded(again, second)
-    apart = difference(asking.model.outputs, seeded(asking, first)[1], seeded(again, first)[1], allowed)
+    apart = difference(again.model.outputs, known, seeded(again, first)[1], allowed)
     if apart is not None:
         raise stateful(made, apart.text)
 
@@ -201,7 +213,7 @@ def _kept_apart(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]
 
     def own() -> Own:
         copied = duplicate(module, _tensors(module, (*written, *suspected)))
-        places = [[(copied.get_submodule(path), name) for path, name in each] for each in (written, suspected)]
+        places = [[(submodule(copied, path), name) for path, name in each] for each in (written, suspected)]
         return Own(copied, *places)
 
     try:
@@ -262,7 +274,7 @@ def _first_telling(ask: Ask, model: Model) -> Make | None:
     return otherwise
 
 
-def _with_rows(verdict: Verdict, ask: Ask, telling: Make | None) -> Verdict:
+def _with_rows(verdict: Verdict, ask: _Asking, telling: Make | None) -> Verdict:
     """The verdict, with a batch axis only where that counts rows.
 
     Raises:
@@ -271,6 +283,10 @@ def _with_rows(verdict: Verdict, ask: Ask, telling: Make | None) -> Verdict:
     model = verdict.model
     if telling is None:
         return _whole(verdict, "no batches: no example with values that differ was taken; put some into example.npz")
+    if not model.batching_asked and model.format not in _KNOWN and len(model.inputs) > 1:
+        lengths = lengths_apart(model, ask.whole(), telling)
+        if lengths:
+            return without_rows(verdict, lengths)
     try:
         apart = rows_apart(model, ask, telling, verdict.tolerance)
     except Exception as error:
@@ -279,12 +295,19 @@ def _with_rows(verdict: Verdict, ask: Ask, telling: Make | None) -> Verdict:
         return verdict
     if verdict.state.random:
         return _whole(verdict, f"no batches: answers are drawn at random, and rows cannot be compared: {apart}")
-    if model.batching_asked:
-        raise FailedPrecondition(
-            f"max_batch_size: {model.max_batch_size}, but axis 0 does not count rows: alone and beside another "
-            f"request, {apart}"
-        )
-    return _whole(verdict, f"no batches: axis 0 does not count rows: alone and beside another request, {apart}")
+    return without_rows(verdict, f"alone and beside another request, {apart}")
+
+
+def without_rows(verdict: Verdict, why: str) -> Verdict:
+    """The verdict for a model whose rows are found to depend on each other.
+
+    Raises:
+        FailedPrecondition: model.toml asks for batches.
+    """
+    what = f"axis 0 does not count rows: {why}"
+    if verdict.model.batching_asked:
+        raise FailedPrecondition(f"max_batch_size: {verdict.model.max_batch_size}, but {what}")
+    return _whole(verdict, f"no batches: {what}")
 
 
 def _whole(verdict: Verdict, note: str) -> Verdict:
@@ -314,7 +337,7 @@ def _joined(path: str, name: str) -> str:
 
 
 def _tensors(module: torch.nn.Module, places: Sequence[tuple[str, str]]) -> list[torch.Tensor]:
-    values = [getattr(module.get_submodule(path), name, None) for path, name in places]
+    values = [getattr(submodule(module, path), name, None) for path, name in places]
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tnxctl.errors import TensorNextError, Unavailable
+from tnxctl.frames import Array
 from tnxctl.wire import TensorSpec
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item, Make
 from tnxd.models.model import Model
+from tnxd.noise import difference
 from tnxd.work import INLINE, Batch, Device
 
 log = logging.getLogger(__name__)
@@ -31,24 +33,32 @@ _SHOWS_FROM = 16 * _MIB
 
 
 class Warmed(NamedTuple):
-    """What a warm-up has shown. Attributes: as in `tnxd.executors.execution.Warmth`."""
+    """What a warm-up has shown.
+
+    Attributes:
+        costs, safe_rows, most_rows: as in `tnxd.executors.execution.Warmth`.
+        mixes: how a row had another answer in a batch than alone, in words; "" if none had.
+    """
 
     costs: list[tuple[int, float]]
     safe_rows: int = 0
     most_rows: int = 0
+    mixes: str = ""
 
 
-def warm_up(runner: Runner, model: Model, make: Make, lanes: int) -> Warmed:
-    """Run batches of growing size on the calling thread.
+def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float) -> Warmed:
+    """Run batches of growing size on the calling thread, whose first row is the same.
 
     Args:
         runner: of this thread; it has the model. make: inputs that the model takes. lanes: of the device.
+        allowed: difference that rounding may make, relative to the largest value of an output.
 
     Raises:
         TensorNextError: what is wrong with the model.
     """
     costs: list[tuple[int, float]] = []
     row_bytes = 0.0
+    alone: list[Array] = []
     for rows in model.warm_up or warm_up_sizes(model.max_batch_size):
         left = runner.memory_left() * _MEMORY_SHARE / lanes
         if costs and left and row_bytes * rows > left:
@@ -67,6 +77,14 @@ def warm_up(runner: Runner, model: Model, make: Make, lanes: int) -> Warmed:
         if execution.exhausted:  # it ran in pieces
             return Warmed(costs, safe_rows=max(execution.safe_rows, 1))
         costs.append((rows, _micros(execution)))
+        if model.max_batch_size:
+            outputs = execution.outcomes[0]
+            assert not isinstance(outputs, TensorNextError)
+            first = [output[:1] for output in outputs]
+            apart = difference(model.outputs, alone, first, allowed) if alone else None
+            if apart is not None and not apart.counted:
+                return Warmed(costs, mixes=f"alone and in a batch of {rows}, {apart.text}")
+            alone = alone or [output.copy() for output in first]
     return Warmed(costs)
 
 

@@ -1,0 +1,14 @@
+"""The quick part of what has to be served; `make zoo` looks at the rest."""
+
+from __future__ import annotations
+
+import pytest
+
+from zoo.case import Exhibit, exhibits
+from zoo.cases import PLAIN, STRUCTURES, VALUES
+from zoo.keeper import Keeper
+
+
+@pytest.mark.parametrize("exhibit", exhibits([*PLAIN, *STRUCTURES, *VALUES], quick=True))
+def test_each_is_served_as_it_has_to_be(serving: Keeper, exhibit: Exhibit) -> None:
+    assert serving.examine(exhibit) == []
