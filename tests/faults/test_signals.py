@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from daemons import ODD, running
 from dealer import Dealer
-from processes import ODD, running
 
 PASSED_OVER = [
     signal.SIGUSR1,
