@@ -13,8 +13,8 @@ import socket
 import subprocess
 from pathlib import Path
 
+from daemons import running
 from dealer import Dealer, rows
-from processes import running
 
 MOST = 80
 """Descriptors that the process may have. It needs some 40 itself."""

@@ -13,9 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from daemons import running
 from dealer import Dealer
 from model_repositories import Repository, scaled
-from processes import running
 from tnxctl.cli import tensorfiles
 from tnxctl.cli.exits import FileProblem
 from tnxctl.errors import FailedPrecondition

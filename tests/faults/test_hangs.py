@@ -6,8 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+from daemons import ODD, running
 from dealer import Dealer, rows
-from processes import ODD, running
 
 INLINE = "stall_timeout_s = 0.5\n[cpu]\ninline_limit_us = 1000000.0\n"
 

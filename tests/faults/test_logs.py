@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from daemons import ODD, full_pipe, running
 from dealer import Dealer, rows
-from processes import ODD, full_pipe, running
 from tnxd import logs
 
 POISON = rows(1, 4, 1.0)

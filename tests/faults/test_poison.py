@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from daemons import ODD, ONE_LANE, running
 from dealer import Dealer, rows
-from processes import ODD, ONE_LANE, running
 from tnxd.quarantine import Quarantine
 
 GOOD = rows(1, 4, 100.0)

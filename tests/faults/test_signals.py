@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from daemons import ODD, running
 from dealer import Dealer
-from processes import ODD, running
 
 PASSED_OVER = [
     signal.SIGUSR1,
@@ -94,7 +94,7 @@ def test_to_stop_before_anything_was_taken_in_ends_it_without_a_traceback(
     program = (
         "from tnxd import signals; signals.prepare(); print(flush=True); import threading; threading.Event().wait()"
     )
-    with running(tmp_path, program=("-c", program), stdout=-1) as starting:
+    with running(tmp_path, program=("-c", program), stdout=-1, binds=False) as starting:
         assert starting.process.stdout is not None
         starting.process.stdout.readline()
         assert starting.stop(number) == -number
@@ -104,7 +104,7 @@ def test_to_stop_before_anything_was_taken_in_ends_it_without_a_traceback(
 def test_the_processes_that_it_starts_are_as_any(tmp_path: Path) -> None:
     """An ignored signal would be inherited: a compiler that cannot be stopped."""
     program = "from tnxd import signals; signals.prepare(); import subprocess; subprocess.run(['sleep', '60'])"
-    with running(tmp_path, program=("-c", program)) as parent:
+    with running(tmp_path, program=("-c", program), binds=False) as parent:
         children = Path(f"/proc/{parent.process.pid}/task/{parent.process.pid}/children")
         while not children.read_text().split():
             assert parent.process.poll() is None

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from daemons import ODD, ONE_LANE, running
 from dealer import Dealer, rows
 from model_repositories import Repository, scaled
-from processes import ODD, ONE_LANE, running
 from tnxctl import wire
 from zmtp import Peer, message
 

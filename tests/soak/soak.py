@@ -30,9 +30,9 @@ sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
 
 import numpy as np  # noqa: E402
 
+from daemons import ODD, Running, running  # noqa: E402
 from dealer import Dealer, rows  # noqa: E402
 from model_repositories import ONE_ROW, put  # noqa: E402
-from processes import ODD, Running, running  # noqa: E402
 from slopes import BLOCKS, Slope, slope  # noqa: E402
 from tnxctl import Client, wire  # noqa: E402
 from zmtp import Peer, message  # noqa: E402

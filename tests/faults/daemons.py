@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,10 +58,12 @@ def running(
     stdout: Any = subprocess.DEVNULL,
     before: Callable[[], None] | None = None,
     environment: dict[str, str] | None = None,
+    binds: bool = True,
 ) -> Iterator[Running]:
-    """A daemon on an ipc path in that folder; it may not be ready yet. Killed at the end if it still runs.
+    """A daemon that listens on an ipc path in that folder; it may not be ready yet. Killed at the end if it still runs.
 
     Args:
+        binds: whether to wait until it listens, or has ended.
         stderr: a descriptor; None is the file `log` in the folder.
         before: called in the new process before the program is.
     """
@@ -78,6 +81,8 @@ def running(
             env={**os.environ, **(environment or {})},
         )
     try:
+        while binds and process.poll() is None and not (folder / "tnx").exists():
+            time.sleep(0.02)  # the test's own time limit ends this
         yield Running(endpoint, process, folder)
     finally:
         process.kill()
