@@ -25,6 +25,9 @@ _RETRY_AFTER_S = 0.05
 # Whose refused messages take this part of the loop's time does not listen to what it is told.
 _FLOOD = 0.25
 
+# Who has no more than this is served even where the memory for traffic is full.
+_LITTLE_BYTES = 64 * 1024
+
 # Of one client: each may take minutes, and they run one after the other.
 _MAX_ORDERS = 64
 _MAX_ORDERS_PER_CONNECTION = 16
@@ -58,14 +61,16 @@ class Connection:
 
     Attributes:
         peer: its routing id. descriptor: the file descriptor, -1 if unknown. client: whose it is.
-        requests: in flight, by id. orders: that wait or run. owed: bytes of replies that it has not taken yet.
+        requests: in flight, by id. nbytes: their inputs. orders: that wait or run.
+        owed: bytes of replies that it has not taken yet.
         received, frames: what has been taken from it, in bytes, and in how many frames.
         refused_ns: as of its client.
         closed: whether it has ended, or is being cut off.
     """
 
     __slots__ = (
-        "client", "closed", "descriptor", "frames", "orders", "owed", "peer", "received", "refused_ns", "requests",
+        "client", "closed", "descriptor", "frames", "nbytes", "orders", "owed", "peer", "received", "refused_ns",
+        "requests",
     )  # fmt: skip
 
     def __init__(self, peer: bytes, descriptor: int, client: Client) -> None:
@@ -73,6 +78,7 @@ class Connection:
         self.descriptor = descriptor
         self.client = client
         self.requests: dict[int, Pending] = {}
+        self.nbytes = 0
         self.orders = 0
         self.owed = 0
         self.received = 0
@@ -164,15 +170,18 @@ class Admission:
             or client.requests >= 2 * self._max_requests
         ):
             raise _over(f"{client.requests} requests of {client.name} are in flight", f"{self._max_requests}")
-        if client.nbytes + nbytes > self._max_bytes and client.nbytes:
+        if client.nbytes + nbytes > self._max_bytes and (
+            connection.nbytes and (connection.nbytes + nbytes) * client.connections > self._max_bytes
+        ):
             raise _over(f"{client.nbytes} bytes of {client.name} are in flight", f"{self._max_bytes}")
-        if self.held + nbytes > self.ceiling:
+        if self.held + nbytes > self.ceiling and connection.nbytes + connection.owed + nbytes > _LITTLE_BYTES:
             raise _over(f"{self.held} bytes are received, in flight or owed", f"{self.ceiling}")
 
     def take(self, connection: Connection, request: Pending) -> None:
         """A request is in flight."""
         connection.requests[request.id] = request
         client, nbytes = connection.client, request.nbytes
+        connection.nbytes += nbytes
         client.requests += 1
         client.nbytes += nbytes
         self.requests += 1
@@ -183,6 +192,7 @@ class Admission:
         connection = request.connection
         del connection.requests[request.id]
         client, nbytes = connection.client, request.nbytes
+        connection.nbytes -= nbytes
         client.requests -= 1
         client.nbytes -= nbytes
         self.requests -= 1

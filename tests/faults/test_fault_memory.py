@@ -55,7 +55,15 @@ def peak_of(pid: int) -> Iterator[list[float]]:
 
 
 @needs_proc
-@pytest.mark.parametrize("part", [b"", bytes(1000), bytes(1 << 20)], ids=["empty", "1 kB", "1 MiB"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        b"",
+        pytest.param(bytes(1000), marks=pytest.mark.slow),
+        pytest.param(bytes(1 << 20), marks=pytest.mark.slow),
+    ],
+    ids=["empty", "1 kB", "1 MiB"],
+)
 def test_a_message_that_does_not_end_is_cut_off(small_daemon: Daemon, part: bytes) -> None:
     """Each empty part takes 2 bytes on the wire and 64 in memory."""
     pid = small_daemon.process.pid

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+import pytest
+
 from conftest import Daemon
 from dealer import Dealer
 from headers import pack, predict_header
@@ -43,6 +45,7 @@ def test_a_message_of_a_million_parts(run_daemon: Callable[..., Daemon]) -> None
 
 
 @needs_proc
+@pytest.mark.slow
 def test_who_goes_on_sending_what_is_refused_is_cut_off(run_daemon: Callable[..., Daemon]) -> None:
     daemon = run_daemon("--model", "mlp")
     with unharmed(daemon):
@@ -51,6 +54,7 @@ def test_who_goes_on_sending_what_is_refused_is_cut_off(run_daemon: Callable[...
 
 
 @needs_proc
+@pytest.mark.slow
 def test_a_flood_of_good_requests_leaves_room_for_others(run_daemon: Callable[..., Daemon]) -> None:
     """More than the queue of all holds, from one client; what is over its limit is refused."""
     daemon = run_daemon("--model", "mlp")
