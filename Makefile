@@ -20,6 +20,7 @@ help:
 	@echo 'make demo             classify handwritten digits with a daemon of its own'
 	@echo 'make test             run the tests'
 	@echo 'make faults           every kind of fault against real daemons, the slow ones too'
+	@echo 'make fuzz             damaged messages against a live daemon; COUNT=1000000 of them'
 	@echo 'make check            ruff and mypy'
 	@echo 'make bench            measure latency; BENCH="--help" shows what can be asked'
 	@echo 'make bench-peers      build environments for the servers that bench/compare.py measures beside the daemon'
@@ -62,6 +63,12 @@ test: $(VENV)/for-test $(VENV)/for-examples
 .PHONY: faults
 faults: $(VENV)/for-test
 	$(RUN) -m pytest tests/faults -s $(TESTS)
+
+# COUNT messages, in steps with an honest client beside each.
+COUNT ?= 20000
+.PHONY: fuzz
+fuzz: $(VENV)/for-test
+	$(RUN) tests/faults/fuzz.py --count $(COUNT)
 
 .PHONY: check
 check: $(VENV)/for-check
