@@ -96,7 +96,7 @@ class Admission:
 
     Attributes:
         max_owed: bytes of replies that one connection may be owed. ceiling: bytes of all traffic.
-        requests: in flight, of all. nbytes: their inputs. owed: bytes of replies that clients have not taken yet.
+        owed: bytes of replies that clients have not taken yet.
         unread: bytes that ZeroMQ has received and not handed over, as of the last look.
         refused: connections. cut: connections that were ended since they took too much.
     """
@@ -107,9 +107,8 @@ class Admission:
         self._max_bytes = min(int(limits.max_mb * _MIB), max_bytes * 3 // 4)
         self.max_owed = int(limits.max_owed_mb * _MIB)
         self.ceiling = int(limits.memory_mb * _MIB)
+        self._easy_bytes = 0
         self._clients: dict[str, Client] = {}
-        self.requests = 0
-        self.nbytes = 0
         self.owed = 0
         self.unread = 0
         self.refused = 0
@@ -118,6 +117,16 @@ class Admission:
 
     def __iter__(self) -> Iterator[Client]:
         return iter(list(self._clients.values()))
+
+    @property
+    def requests(self) -> int:
+        """Requests in flight, of all."""
+        return sum(client.requests for client in self._clients.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of inputs in flight, of all."""
+        return sum(client.nbytes for client in self._clients.values())
 
     @property
     def held(self) -> int:
@@ -143,7 +152,9 @@ class Admission:
         client.connections -= 1
 
     def sweep(self) -> None:
-        """Forget the clients of whom nothing is left."""
+        """Forget the clients of whom nothing is left, and see up to where no closer look at the others is needed."""
+        left = max(self.ceiling - self.held, 0) // (2 * len(self._clients) + 2)
+        self._easy_bytes = min(self._max_bytes, left)
         for client in self:
             if client.connections <= 0 and not (client.requests or client.owed or client.orders):
                 del self._clients[client.name]
@@ -165,6 +176,11 @@ class Admission:
             ResourceExhausted: the client has too much in flight, or all together have.
         """
         client = connection.client
+        if client.requests >= self._max_requests or client.nbytes + nbytes > self._easy_bytes:
+            self._check_closely(connection, nbytes)
+
+    def _check_closely(self, connection: Connection, nbytes: int) -> None:
+        client = connection.client
         if client.requests >= self._max_requests and (
             len(connection.requests) * client.connections >= self._max_requests
             or client.requests >= 2 * self._max_requests
@@ -184,8 +200,6 @@ class Admission:
         connection.nbytes += nbytes
         client.requests += 1
         client.nbytes += nbytes
-        self.requests += 1
-        self.nbytes += nbytes
 
     def release(self, request: Pending) -> None:
         """A request has been answered, or nobody waits for it any more."""
@@ -195,8 +209,6 @@ class Admission:
         connection.nbytes -= nbytes
         client.requests -= 1
         client.nbytes -= nbytes
-        self.requests -= 1
-        self.nbytes -= nbytes
 
     def take_order(self, connection: Connection) -> None:
         """An order about models waits. Raises ResourceExhausted."""

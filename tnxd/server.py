@@ -286,11 +286,11 @@ class Server:
             log.warning("%s goes on sending what is refused, and is cut off", connection.client.name)
             router.cut(connection)
         self._looked_at_ns = now_ns
-        admission.sweep()
 
     def _look_at_memory(self, now: float) -> None:
         """Cut off who takes the memory of all, and give back what the C library keeps."""
         router, admission = self._router, self._admission
+        admission.sweep()
         resident = heap.resident_bytes()
         if self._loader is None or self._loader.active or not self._quiet_bytes:
             self._quiet_bytes = resident  # models come and go
