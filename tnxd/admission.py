@@ -25,6 +25,10 @@ _RETRY_AFTER_S = 0.05
 # Whose refused messages take this part of the loop's time does not listen to what it is told.
 _FLOOD = 0.25
 
+# A queue that is smaller than this is too small to keep a quarter of it free for others.
+_SHARED_FROM = 1024
+_SHARED_FROM_BYTES = 64 * _MIB
+
 # Who has no more than this is served even where the memory for traffic is full.
 _LITTLE_BYTES = 64 * 1024
 
@@ -103,8 +107,12 @@ class Admission:
 
     def __init__(self, limits: Clients, *, max_requests: int, max_bytes: int) -> None:
         self._max_connections = limits.max_connections
-        self._max_requests = min(limits.max_requests, max(max_requests * 3 // 4, 1))
-        self._max_bytes = min(int(limits.max_mb * _MIB), max_bytes * 3 // 4)
+        self._max_requests = limits.max_requests
+        if max_requests >= _SHARED_FROM:
+            self._max_requests = min(self._max_requests, max_requests * 3 // 4)
+        self._max_bytes = int(limits.max_mb * _MIB)
+        if max_bytes >= _SHARED_FROM_BYTES:
+            self._max_bytes = min(self._max_bytes, max_bytes * 3 // 4)
         self.max_owed = int(limits.max_owed_mb * _MIB)
         self.ceiling = int(limits.memory_mb * _MIB)
         self._easy_bytes = 0

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # How long messages are taken in before the scheduler gets to act: a flood must not keep finished work waiting.
-_INTAKE_NS = 1_000_000
+_INTAKE_NS = 2_000_000
 
 # Where the queue is full, so many messages may be refused in a turn.
 _REFUSED_AT_ONCE = 64
