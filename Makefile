@@ -22,6 +22,7 @@ help:
 	@echo 'make faults           every kind of fault against real daemons, the slow ones too'
 	@echo 'make zoo              all of the zoo of models, of which make test runs the quick part'
 	@echo 'make soak MINUTES=30  mixed load on one daemon, whether it grows, and whether a planted leak is found'
+	@echo 'make fuzz             damaged messages against a live daemon; COUNT=1000000 of them'
 	@echo 'make check            ruff and mypy'
 	@echo 'make bench            measure latency; BENCH="--help" shows what can be asked'
 	@echo 'make bench-peers      build environments for the servers that bench/compare.py measures beside the daemon'
@@ -79,6 +80,12 @@ MINUTES ?= 30
 soak: $(VENV)/for-test
 	@mkdir -p build
 	$(RUN) tests/soak/soak.py --minutes $(MINUTES) --json build/soak.json
+
+# COUNT messages, in steps with an honest client beside each.
+COUNT ?= 20000
+.PHONY: fuzz
+fuzz: $(VENV)/for-test
+	$(RUN) tests/faults/fuzz.py --count $(COUNT)
 
 .PHONY: check
 check: $(VENV)/for-check

@@ -68,6 +68,9 @@ class ZmtpConnection:
             if self._buffer[0] != 0xFF or self._buffer[10] < 3:
                 raise BenchError(f"{endpoint} does not speak ZMTP 3")
             self._buffer = self._buffer[len(GREETING) :]
+            while len(self._buffer) < 2 or len(self._buffer) < 2 + self._buffer[1]:
+                self._read()  # READY: what comes before it is no message to a server that asks who its peers are
+            self._buffer = self._buffer[2 + self._buffer[1] :]
         except BaseException:
             self._socket.close()
             raise

@@ -143,7 +143,7 @@ def test_a_slow_peer_gets_everything_in_order_and_others_do_not_wait(router: Rou
 @pytest.fixture
 def strict_router(wakeup: Wakeup) -> Iterator[Router]:
     """One that is owed little."""
-    one = new_router(Limits(tensors=3), max_owed_mb=2.0)
+    one = new_router(Limits(tensors=3), max_owed_mb=8.0)
     one.bind("tcp://127.0.0.1:*")
     one.watch(wakeup)
     yield one
@@ -156,7 +156,7 @@ def test_a_peer_that_never_reads_is_given_up(strict_router: Router, monkeypatch:
     with Peer(router, narrow=True) as peer:
         peer.socket.send(b"header")
         peer_id = next_message(router).peer
-        payload = np.zeros(50_000, np.uint8)
+        payload = np.zeros(200_000, np.uint8)
         taken = sum(router.send(peer_id, False, (b"answer", (payload,))) for _ in range(800))
         assert 10 < taken < 800
         assert router.undeliverable == 0

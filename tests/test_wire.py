@@ -638,3 +638,34 @@ def test_limit_on_bytes_holds_for_all_tensors_together() -> None:
 def test_limits_that_make_no_sense_are_refused(limit: dict[str, int]) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(limit, Limits)
+
+
+# --- headers that random changes have damaged ------------------------------------------------------------------
+
+
+@thorough
+@given(st.binary(max_size=2000), st.integers(0, 2000), st.booleans())
+def test_no_bytes_do_more_than_be_refused(noise: bytes, at: int, inside: bool) -> None:
+    """Whatever comes is a request or an error of ours, and its id is one or None."""
+    good = wire.encode(wire.Predict(v=1, id=7, inputs=(wire.TensorSpec("x", "FP32", (1, 2)),) * 60))
+    frame = good[: at % len(good)] + noise + good[at % len(good) :] if inside else noise
+    limits = wire.Limits()
+    refused = False
+    try:
+        wire.decode_request(frame, limits)
+    except TensorNextError:
+        refused = True
+    if refused:
+        id_ = wire.request_id(frame, limits)
+        assert id_ is None or 0 <= id_ <= wire.MAX_ID
+
+
+@pytest.mark.parametrize("id_", [0, 127, 128, 255, 65_535, 2**32 - 1, wire.MAX_ID])
+def test_the_id_of_a_long_header_is_found_at_its_beginning(id_: int) -> None:
+    header = {"type": "predict", "v": 1, "id": id_, "prefer_gpu": True, "inputs": [["x", "FP32", "y" * 2000]]}
+    frame = msgspec.msgpack.encode(header)
+    assert wire.request_id(frame, wire.Limits()) == id_
+    behind = msgspec.msgpack.encode(dict(reversed(header.items())))
+    assert wire.request_id(behind, wire.Limits()) is None
+    with pytest.raises(InvalidArgument, match="str"):
+        wire.decode_request(frame, wire.Limits())

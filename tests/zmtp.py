@@ -56,13 +56,16 @@ class Peer:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def greet(self) -> Self:
-        """Do the whole handshake: greeting and READY, both ways."""
+    def greet(self, identity: bytes | None = None) -> Self:
+        """Do the whole handshake: greeting and READY, both ways. `identity` is a routing id to claim."""
         self.write(GREETING)
         greeting = self._read(64)
         if greeting[0] != 0xFF or greeting[9] != 0x7F or greeting[10] < 3:
             raise ConnectionError(f"not a ZMTP 3 greeting: {greeting.hex(' ')}")
-        self.write(frame(b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER", command=True))
+        properties = b"\x0bSocket-Type\x00\x00\x00\x06DEALER"
+        if identity is not None:
+            properties += b"\x08Identity" + struct.pack(">I", len(identity)) + identity
+        self.write(frame(b"\x05READY" + properties, command=True))
         ready, flags = self._read_frame()
         if not flags & COMMAND or not ready.startswith(b"\x05READY"):
             raise ConnectionError(f"expected READY, got {ready!r}")

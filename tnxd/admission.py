@@ -25,6 +25,13 @@ _RETRY_AFTER_S = 0.05
 # Whose refused messages take this part of the loop's time does not listen to what it is told.
 _FLOOD = 0.25
 
+# A queue that is smaller than this is too small to keep a quarter of it free for others.
+_SHARED_FROM = 1024
+_SHARED_FROM_BYTES = 64 * _MIB
+
+# Who has no more than this is served even where the memory for traffic is full.
+_LITTLE_BYTES = 64 * 1024
+
 # Of one client: each may take minutes, and they run one after the other.
 _MAX_ORDERS = 64
 _MAX_ORDERS_PER_CONNECTION = 16
@@ -58,14 +65,16 @@ class Connection:
 
     Attributes:
         peer: its routing id. descriptor: the file descriptor, -1 if unknown. client: whose it is.
-        requests: in flight, by id. orders: that wait or run. owed: bytes of replies that it has not taken yet.
+        requests: in flight, by id. nbytes: their inputs. orders: that wait or run.
+        owed: bytes of replies that it has not taken yet.
         received, frames: what has been taken from it, in bytes, and in how many frames.
         refused_ns: as of its client.
         closed: whether it has ended, or is being cut off.
     """
 
     __slots__ = (
-        "client", "closed", "descriptor", "frames", "orders", "owed", "peer", "received", "refused_ns", "requests",
+        "client", "closed", "descriptor", "frames", "nbytes", "orders", "owed", "peer", "received", "refused_ns",
+        "requests",
     )  # fmt: skip
 
     def __init__(self, peer: bytes, descriptor: int, client: Client) -> None:
@@ -73,6 +82,7 @@ class Connection:
         self.descriptor = descriptor
         self.client = client
         self.requests: dict[int, Pending] = {}
+        self.nbytes = 0
         self.orders = 0
         self.owed = 0
         self.received = 0
@@ -90,20 +100,23 @@ class Admission:
 
     Attributes:
         max_owed: bytes of replies that one connection may be owed. ceiling: bytes of all traffic.
-        requests: in flight, of all. nbytes: their inputs. owed: bytes of replies that clients have not taken yet.
+        owed: bytes of replies that clients have not taken yet.
         unread: bytes that ZeroMQ has received and not handed over, as of the last look.
         refused: connections. cut: connections that were ended since they took too much.
     """
 
     def __init__(self, limits: Clients, *, max_requests: int, max_bytes: int) -> None:
         self._max_connections = limits.max_connections
-        self._max_requests = min(limits.max_requests, max(max_requests * 3 // 4, 1))
-        self._max_bytes = min(int(limits.max_mb * _MIB), max_bytes * 3 // 4)
+        self._max_requests = limits.max_requests
+        if max_requests >= _SHARED_FROM:
+            self._max_requests = min(self._max_requests, max_requests * 3 // 4)
+        self._max_bytes = int(limits.max_mb * _MIB)
+        if max_bytes >= _SHARED_FROM_BYTES:
+            self._max_bytes = min(self._max_bytes, max_bytes * 3 // 4)
         self.max_owed = int(limits.max_owed_mb * _MIB)
         self.ceiling = int(limits.memory_mb * _MIB)
+        self._easy_bytes = 0
         self._clients: dict[str, Client] = {}
-        self.requests = 0
-        self.nbytes = 0
         self.owed = 0
         self.unread = 0
         self.refused = 0
@@ -112,6 +125,16 @@ class Admission:
 
     def __iter__(self) -> Iterator[Client]:
         return iter(list(self._clients.values()))
+
+    @property
+    def requests(self) -> int:
+        """Requests in flight, of all."""
+        return sum(client.requests for client in self._clients.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of inputs in flight, of all."""
+        return sum(client.nbytes for client in self._clients.values())
 
     @property
     def held(self) -> int:
@@ -137,7 +160,9 @@ class Admission:
         client.connections -= 1
 
     def sweep(self) -> None:
-        """Forget the clients of whom nothing is left."""
+        """Forget the clients of whom nothing is left, and see up to where no closer look at the others is needed."""
+        left = max(self.ceiling - self.held, 0) // (2 * len(self._clients) + 2)
+        self._easy_bytes = min(self._max_bytes, left)
         for client in self:
             if client.connections <= 0 and not (client.requests or client.owed or client.orders):
                 del self._clients[client.name]
@@ -159,34 +184,39 @@ class Admission:
             ResourceExhausted: the client has too much in flight, or all together have.
         """
         client = connection.client
+        if client.requests >= self._max_requests or client.nbytes + nbytes > self._easy_bytes:
+            self._check_closely(connection, nbytes)
+
+    def _check_closely(self, connection: Connection, nbytes: int) -> None:
+        client = connection.client
         if client.requests >= self._max_requests and (
             len(connection.requests) * client.connections >= self._max_requests
             or client.requests >= 2 * self._max_requests
         ):
             raise _over(f"{client.requests} requests of {client.name} are in flight", f"{self._max_requests}")
-        if client.nbytes + nbytes > self._max_bytes and client.nbytes:
+        if client.nbytes + nbytes > self._max_bytes and (
+            connection.nbytes and (connection.nbytes + nbytes) * client.connections > self._max_bytes
+        ):
             raise _over(f"{client.nbytes} bytes of {client.name} are in flight", f"{self._max_bytes}")
-        if self.held + nbytes > self.ceiling:
+        if self.held + nbytes > self.ceiling and connection.nbytes + connection.owed + nbytes > _LITTLE_BYTES:
             raise _over(f"{self.held} bytes are received, in flight or owed", f"{self.ceiling}")
 
     def take(self, connection: Connection, request: Pending) -> None:
         """A request is in flight."""
         connection.requests[request.id] = request
         client, nbytes = connection.client, request.nbytes
+        connection.nbytes += nbytes
         client.requests += 1
         client.nbytes += nbytes
-        self.requests += 1
-        self.nbytes += nbytes
 
     def release(self, request: Pending) -> None:
         """A request has been answered, or nobody waits for it any more."""
         connection = request.connection
         del connection.requests[request.id]
         client, nbytes = connection.client, request.nbytes
+        connection.nbytes -= nbytes
         client.requests -= 1
         client.nbytes -= nbytes
-        self.requests -= 1
-        self.nbytes -= nbytes
 
     def take_order(self, connection: Connection) -> None:
         """An order about models waits. Raises ResourceExhausted."""

@@ -145,6 +145,7 @@ class Router:
         self._open: dict[int, Client] = {}  # by file descriptor
         self._peers: dict[int, list[Connection]] = {}  # likewise; several if it was used again before they were met
         self._gone: list[Connection] = []
+        self._shutting: set[int] = set()
         self._rest: Message | None = None
         self._to_look_at: list[int] = []
         self._unread_of: dict[int, int] = {}
@@ -168,6 +169,7 @@ class Router:
         socket.setsockopt(zmq.TCP_MAXRT, 30_000)  # cuts a peer that stops reading; heartbeats would cut slow uploads
         socket.setsockopt(zmq.ZAP_DOMAIN, b"tnxd")
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody gets in whom nobody has asked about
+        self._first, self._accepted = self._first_name(), 0
         socket.copy_threshold = 0  # what is to be sent by reference is, however small: its tracker is a mark
         news = f"inproc://connections-{id(self)}"
         socket.monitor(news, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
@@ -312,23 +314,38 @@ class Router:
         # libzmq's one thread tells that a connection has ended before it closes the descriptor, and that there is one
         # before it reads from it: the news about the descriptor up to this message is here.
         self.hear()
-        descriptor, address, claimed = -1, "", b""
+        descriptor, address = -1, ""
         with contextlib.suppress(zmq.ZMQError, ValueError):  # what is no ZMTP 3 has none of them
             descriptor = int(frame.get(zmq.SRCFD))
             address = str(frame.get("Peer-Address"))
-            claimed = str(frame.get("Identity")).encode()
         connection = Connection(peer, descriptor, self._admission.client(address))
         if descriptor in self._open:
             self._known[peer] = connection
             self._peers.setdefault(descriptor, []).append(connection)
-            if claimed and peer.startswith(b"\0"):
-                # libzmq names its peers so, and ends the process when a name is taken already.
-                log.warning("%s claims an identity that begins with a zero byte and is cut off", address)
+            if self._is_claimed(peer):
+                log.warning("%s claims a routing id that begins with a zero byte, and is cut off", address)
                 self.cut(connection)
         else:  # it sent this and left
             connection.closed = True
             self._gone.append(connection)
         return connection
+
+    def _first_name(self) -> int:
+        """The number that libzmq begins to count its peers from."""
+        address = f"inproc://first-{id(self)}"
+        self._socket.bind(address)
+        with self._context.socket(zmq.DEALER) as first:
+            first.connect(address)
+            first.send(b"")
+            peer = self._socket.recv_multipart()[0]
+        self._socket.unbind(address)
+        return int.from_bytes(peer[1:], "big")
+
+    def _is_claimed(self, peer: bytes) -> bool:
+        """Whether a routing id that only libzmq should give was given by the peer itself, and may yet be needed."""
+        if not peer.startswith(b"\0"):
+            return False
+        return len(peer) != 5 or (int.from_bytes(peer[1:], "big") - self._first) % 2**32 > self._accepted
 
     def hear(self) -> None:
         """Take in the news of connections, and say who may come in. Who does not `wait` calls it at times."""
@@ -336,11 +353,13 @@ class Router:
         while monitor.poll(0):
             event, descriptor = _EVENT.unpack(monitor.recv_multipart(_NOBLOCK)[0])
             if event == zmq.EVENT_ACCEPTED:
+                self._accepted += 1
                 client = self._open[descriptor] = admission.client(_address(descriptor))
                 admission.connected(client)
                 continue
             self.closed += 1
             ended = self._open.pop(descriptor, None)
+            self._shutting.discard(descriptor)
             for connection in self._peers.pop(descriptor, ()):
                 self._lose(connection)
             if ended is not None:
@@ -364,9 +383,9 @@ class Router:
             self._shut(connection.descriptor, connection)
 
     def _shut(self, descriptor: int, connection: Connection | None) -> None:
-        if descriptor not in self._open:
+        client = self._open.get(descriptor)
+        if client is None or descriptor in self._shutting:
             return
-        client = self._open[descriptor]
         try:
             own = os.dup(descriptor)
         except OSError:
@@ -377,7 +396,10 @@ class Router:
             known = self._peers.get(descriptor, ())
             if self._open.get(descriptor) is client and (connection in known or (connection is None and not known)):
                 self._admission.cut += 1
+                self._shutting.add(descriptor)
                 with contextlib.suppress(OSError):
+                    # Else it would wait for its peer to take or send the rest.
+                    copy.setsockopt(socket_module.SOL_SOCKET, socket_module.SO_LINGER, struct.pack("ii", 1, 0))
                     copy.shutdown(socket_module.SHUT_RDWR)
 
     def _lose(self, connection: Connection) -> None:
@@ -581,23 +603,27 @@ class Router:
             if unread > _UNREAD_FROM_BYTES:
                 self._unread_of[descriptor] = unread
                 if hidden and unread > self._message_bytes + _KERNEL_BYTES and descriptor in self._open:
-                    self._cut_unread(descriptor, connection, unread)
+                    self._cut_off(descriptor, connection, unread)
         if not self._to_look_at:
             self._admission.unread = sum(self._unread_of.values())
 
     def cut_worst(self) -> bool:
-        """Cut off whom most was received from that is not read yet. False if there is nobody with a megabyte."""
-        if not self._unread_of:
+        """Cut off who takes most memory: sent what is not read yet, or is owed. False if nobody has a megabyte."""
+        taken = dict(self._unread_of)
+        for connection in self._known.values():
+            if connection.owed:
+                taken[connection.descriptor] = taken.get(connection.descriptor, 0) + connection.owed
+        worst = max(taken, key=taken.__getitem__, default=-1)
+        if worst < 0 or taken[worst] < _UNREAD_FROM_BYTES or worst in self._shutting:
             return False
-        descriptor = max(self._unread_of, key=self._unread_of.__getitem__)
-        connections = self._peers.get(descriptor)
-        self._cut_unread(descriptor, connections[-1] if connections else None, self._unread_of.pop(descriptor))
+        connections = self._peers.get(worst)
+        self._cut_off(worst, connections[-1] if connections else None, taken[worst])
         return True
 
-    def _cut_unread(self, descriptor: int, connection: Connection | None, unread: int) -> None:
+    def _cut_off(self, descriptor: int, connection: Connection | None, nbytes: int) -> None:
         client = self._open.get(descriptor)
-        if client is not None:
-            log.warning("%s sent %d bytes of what is no message yet, and is cut off", client.name, unread)
+        if client is not None and descriptor not in self._shutting:
+            log.warning("%s has %d bytes in memory, unread or owed, and is cut off", client.name, nbytes)
             if connection is not None:
                 self.cut(connection)
             else:

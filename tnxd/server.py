@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # How long messages are taken in before the scheduler gets to act: a flood must not keep finished work waiting.
-_INTAKE_NS = 1_000_000
+_INTAKE_NS = 2_000_000
 
 # Where the queue is full, so many messages may be refused in a turn.
 _REFUSED_AT_ONCE = 64
@@ -79,6 +79,8 @@ _LOOK_S = 0.03
 # Memory beyond what a quiet daemon had: from so much on it is worth to give it back.
 _TRIM_BYTES = 48 * 1024 * 1024
 _QUIET_BYTES = 16 * 1024 * 1024
+_TRIM_EVERY_S = 1.0
+_TRIMS = 10
 
 # When to ask again a daemon that is starting, or one in the place of the one that is draining.
 _RETRY_AFTER_S = 0.1
@@ -163,6 +165,8 @@ class Server:
         self._drain_until = float("inf")
         self._trimmed_at = 0
         self._quiet_bytes = 0
+        self._trims = 0
+        self._next_trim = 0.0
         self._next_look = 0.0
         self._looked_at_ns = time.perf_counter_ns()
         self._stopped = False
@@ -325,15 +329,20 @@ class Server:
         self._router.hear()
         self._forget_vanished()
         self._router.look_at_unread(everywhere=False)
+        self._look_at_memory(now)
 
     def _look_at_clients(self) -> None:
-        """Cut off who floods, and who takes the memory of all."""
+        """Cut off who floods."""
         router, admission = self._router, self._admission
         now_ns = time.perf_counter_ns()
         for connection in admission.flooding(now_ns - self._looked_at_ns):
             log.warning("%s goes on sending what is refused, and is cut off", connection.client.name)
             router.cut(connection)
         self._looked_at_ns = now_ns
+
+    def _look_at_memory(self, now: float) -> None:
+        """Cut off who takes the memory of all, and give back what the C library keeps."""
+        router, admission = self._router, self._admission
         admission.sweep()
         resident = heap.resident_bytes()
         if self._loader is None or self._loader.active or not self._quiet_bytes:
@@ -341,12 +350,21 @@ class Server:
             return
         if resident - self._quiet_bytes > admission.ceiling or admission.held > admission.ceiling:
             router.look_at_unread(everywhere=True)
-            router.cut_worst()
-        if admission.held < _QUIET_BYTES:
-            if resident > self._quiet_bytes + _TRIM_BYTES:
-                threading.Thread(target=heap.trim, name="trim", daemon=True).start()
-                self._quiet_bytes = resident
+            if router.cut_worst():
+                return
+        if resident <= self._quiet_bytes + _TRIM_BYTES:
             self._quiet_bytes = min(self._quiet_bytes, resident)
+            self._trims = 0
+        elif admission.held >= _QUIET_BYTES:
+            self._trims = 0
+        else:
+            if now < self._next_trim:
+                return
+            self._next_trim = now + _TRIM_EVERY_S
+            self._trims += 1
+            threading.Thread(target=heap.trim, name="trim", daemon=True).start()
+            if self._trims == _TRIMS:
+                self._quiet_bytes = resident  # whatever has it, it is no traffic
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + self._tick_s
@@ -463,6 +481,8 @@ class Server:
         """Answer a message with an error at once. What that takes counts against its sender."""
         self._telemetry.requests += 1
         self._send_error(message.peer, message.delimited, id_, error)
+        # The traceback holds the frame that holds the error, and with it the message until the collector comes by.
+        error.__traceback__ = error.__context__ = None
         self._admission.spent(message.connection, time.perf_counter_ns() - received_ns)
 
     def _control(self, message: Message, request: Control) -> Reply | None:

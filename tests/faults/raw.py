@@ -1,0 +1,32 @@
+"""What the faults send, byte by byte, and how they read what comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+from headers import pack, predict_header
+from tnxctl import wire
+from tnxctl.wire import Limits
+from zmtp import Peer, message
+
+ROW = bytes(1024)
+
+
+def good(request_id: int = 7, **changes: object) -> bytes:
+    """A good request, as it goes over the wire."""
+    return message(pack(predict_header(id=request_id, **changes)), ROW)
+
+
+def reply(peer: Peer) -> wire.Reply:
+    """The header of the next message."""
+    return wire.decode_reply(peer.read_message()[0], Limits(header_bytes=1 << 20))
+
+
+@contextlib.contextmanager
+def connected(endpoint: str, count: int) -> Iterator[list[socket.socket]]:
+    """So many bare TCP connections."""
+    host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(socket.create_connection((host, int(port)), 10)) for _ in range(count)]

@@ -1,0 +1,22 @@
+"""Every message that ever was a bug, sent again: corpus/*.bin is what a peer wrote after it had connected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import Daemon
+from invariants import needs_proc, unharmed
+from test_fault_old_peers import open_with
+
+CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.bin"))
+
+
+@needs_proc
+def test_what_was_a_bug_is_survived(run_daemon: Callable[..., Daemon]) -> None:
+    daemon = run_daemon("--model", "mlp")
+    address = "127.0.0.1", int(daemon.endpoint.rpartition(":")[2])
+    assert CORPUS
+    with unharmed(daemon):
+        for path in CORPUS:
+            open_with(address, path.read_bytes())

@@ -1,0 +1,45 @@
+"""Peers that claim the names which libzmq gives to its own peers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+
+from conftest import Daemon
+from invariants import check_alive, needs_proc, unharmed
+from raw import good, reply
+from tnxctl import wire
+from zmtp import Peer
+
+# The first names that the first and the second ROUTER of a process give with libzmq 4.3.5, where nobody has seeded
+# glibc's random numbers.
+UNSEEDED = 0x6B8B4567, 0xE43C9869
+
+
+@needs_proc
+def test_claimed_names_do_not_end_the_process(run_daemon: Callable[..., Daemon]) -> None:
+    daemon = run_daemon("--model", "mlp")
+    with unharmed(daemon), contextlib.ExitStack() as stack:
+        for number in range(150):
+            peer = stack.enter_context(Peer(daemon.endpoint))
+            peer.greet(b"\0" + (UNSEEDED[number % 2] + 20 + number).to_bytes(4, "big"))
+        for _ in range(300):
+            with Peer(daemon.endpoint) as honest:
+                honest.greet()
+        check_alive(daemon)
+
+
+@pytest.mark.parametrize("identity", [b"\0abc", b"\0\0\0\0\1", b"\0" * 200])
+def test_who_speaks_under_such_a_name_is_cut_off(daemon: Daemon, identity: bytes) -> None:
+    with Peer(daemon.endpoint, timeout=20) as peer:
+        peer.greet(identity).write(good())
+        peer.read_end()
+    check_alive(daemon)
+
+
+def test_a_name_of_its_own_is_served(daemon: Daemon) -> None:
+    with Peer(daemon.endpoint) as peer:
+        peer.greet(b"mine").write(good())
+        assert isinstance(reply(peer), wire.Result)
