@@ -83,6 +83,7 @@ CHANGES: dict[str, list[Callable[[], Any]]] = {
         set_attribute(backends.cuda.matmul, "allow_tf32", True),
     ],
     "torch.backends.cudnn.conv.fp32_precision": [set_attribute(backends.cudnn, "allow_tf32", False)],
+    "cuDNN's use of TF32": [set_attribute(backends.cudnn, "allow_tf32", False)],
     "torch.backends.mkldnn.matmul.fp32_precision": [set_attribute(backends.mkldnn.matmul, "fp32_precision", "bf16")],
     "cuDNN's use": [set_attribute(backends.cudnn, "enabled", False)],
     "cuDNN's benchmarking": [set_attribute(backends.cudnn, "benchmark", True)],
@@ -150,6 +151,7 @@ CHANGES: dict[str, list[Callable[[], Any]]] = {
     "the start method of multiprocessing": [lambda: multiprocessing.set_start_method("spawn", force=True)],
 }
 UNTRIED = {  # of what this computer lacks, or what has the effect of one above
+    "CUDA's use of TF32",
     "the current CUDA device",
     "torch.backends.cudnn.fp32_precision",
     "torch.backends.cudnn.rnn.fp32_precision",
@@ -384,3 +386,13 @@ def test_only_what_concerns_a_thread_stays_on_it() -> None:
     with settings_kept():
         torch.set_default_device("meta")
         assert in_own_thread(setting.read) == before
+
+
+def test_what_is_put_back_can_be_read_by_torch() -> None:
+    """torch.export asks for it, and refuses to work where conv and rnn were set apart from each other."""
+    with process.settings_kept():
+        backends.cudnn.allow_tf32 = False
+    assert backends.cudnn.allow_tf32
+    with process.settings_kept():
+        backends.cudnn.conv.fp32_precision = "ieee"
+    assert backends.cudnn.allow_tf32

@@ -126,7 +126,7 @@ class LanePool:
         nbytes = _nbytes(module)
         try:
             with self._warm_up_lane() as lane:
-                verdict = _called(lane, lambda runner: try_out(module, model, runner.torch_device, build))
+                verdict = _called(lane, lambda runner: self._tried(runner, module, model, build))
                 if not verdict.pristine:
                     del module
                     module = build()
@@ -152,10 +152,15 @@ class LanePool:
             notes=(*dict.fromkeys(notes), *verdict.notes),
         )
 
+    @staticmethod
+    def _tried(runner: Runner, module: torch.nn.Module, model: Model, build: Callable[[], torch.nn.Module]) -> Verdict:
+        with settings_kept():  # what a forward changes every time, the trial finds
+            return try_out(module, model, runner.torch_device, build)
+
     def _grow(self, runner: Runner, verdict: Verdict) -> Warmed:
         if verdict.make is None:
             return Warmed([])
-        with settings_kept():  # what a forward changes every time, the trial has found
+        with settings_kept():
             warmed = warm_up(runner, verdict.model, verdict.make, self.lanes, verdict.tolerance)
         self._examples[verdict.model.key] = verdict.model, verdict.make(1, 0)
         return warmed

@@ -94,6 +94,22 @@ def _attribute(name: str, owner: Any, attribute: str, **options: Any) -> Setting
     return Setting(name, lambda: getattr(owner, attribute), lambda value: setattr(owner, attribute, value), **options)
 
 
+def _readable(library: str, owner: Any, attribute: str) -> Setting:
+    """One that cannot always be read, and is put back only where it could be."""
+
+    def read() -> Any:
+        try:
+            return getattr(owner, attribute)
+        except RuntimeError:
+            return None
+
+    def write(value: Any) -> None:
+        if value is not None:
+            setattr(owner, attribute, value)
+
+    return Setting(f"{library}'s use of TF32", read, write)
+
+
 def _modes() -> tuple[torch.device, int]:
     """The device that new tensors are on, and how many modes are entered: one of them may be what sets it."""
     return torch.get_default_device(), torch._C._len_torch_function_stack()
@@ -185,6 +201,8 @@ def _precisions() -> list[Setting]:
     return [_attribute(f"{path}.fp32_precision", owner, "fp32_precision") for path, owner in owners.items()]
 
 
+_MATMUL = torch.backends.cuda.matmul
+
 _TORCH = [
     Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
     Setting("torch's default device or function modes", _modes, _set_modes, Scope.THREAD),
@@ -214,6 +232,8 @@ _TORCH = [
         torch.set_float32_matmul_precision,
     ),
     *_precisions(),
+    # And these last: torch refuses to read them, as torch.export does, where what they stand for was set one by one.
+    *[_readable(name, owner, "allow_tf32") for name, owner in (("cuDNN", torch.backends.cudnn), ("CUDA", _MATMUL))],
     _attribute("cuDNN's use", torch.backends.cudnn, "enabled"),
     _attribute("cuDNN's benchmarking", torch.backends.cudnn, "benchmark"),
     _attribute("cuDNN's determinism", torch.backends.cudnn, "deterministic"),
