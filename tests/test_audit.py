@@ -24,8 +24,8 @@ from tnxd.registry import READY, Version
 from tnxd.scheduler import Scheduler
 from tnxd.work import Batch, Device
 
-MIXES = "return x + self.answer - (x.mean(0) if len(x) > 3 else 0)"
-"""For `put`: a batch of four rows or more mixes them, which is more than the trial of a version asks together."""
+MIXES = "return x + self.answer - (x.mean(0) if bool((x > 40).any()) else 0)"
+"""For `put`: rows are mixed where a value is larger than what a trial asks."""
 
 
 def model(datatype: str = "FP32") -> Model:
@@ -149,7 +149,7 @@ def test_batches_end_once_they_are_seen_to_mix_requests_up(mixing: Daemon) -> No
         assert "no batches any more" in seen.notes[-1]
         assert "audit of net@1" in mixing.log.read_text()
         # What each gets alone, of a model whose rows depend on each other: nine rows together are not cut.
-        x = np.float32([[1, 2]] * 8 + [[10, 11]])
+        x = np.float32([[41, 42]] * 8 + [[50, 51]])
         dealer.predict(x, model="net")
         (output,) = dealer.result()[1]
         np.testing.assert_allclose(output, x + 1 - x.mean(0))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from format_tools import ask, open_model, refused, source, tensors
 from tnxd.models import onnxfile
 from tnxd.models.onnxfile import OnnxFile
+from tnxd.models.trust import TrustedFiles
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx") is None,
@@ -79,15 +80,15 @@ def test_files_that_the_model_does_not_name_are_not_read(tmp_path: Path, monkeyp
     path = save(tmp_path, external=True)
     (path.parent / "checkpoint.bin").write_bytes(bytes(1 << 20))
     read: list[str] = []
-    opened = Path.open
+    opened = TrustedFiles.open
 
-    def watched(self: Path, *args: Any, **options: Any) -> Any:
-        read.append(self.name)
-        return opened(self, *args, **options)
+    def watched(self: TrustedFiles, path: Path) -> Any:
+        read.append(path.name)
+        return opened(self, path)
 
     (tmp_path / "net/model.toml").write_text(Y)
     assert source(tmp_path).nbytes == path.stat().st_size + 16
-    monkeypatch.setattr(Path, "open", watched)
+    monkeypatch.setattr(TrustedFiles, "open", watched)
     model = open_model(tmp_path)
     assert ask(model, model.factory(), X)["y"].tolist() == [[1, 2, 3, 4]] * 2
     assert "weights.bin" in read

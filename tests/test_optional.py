@@ -211,15 +211,13 @@ def test_requests_with_other_inputs_do_not_share_a_batch() -> None:
 @pytest.mark.parametrize("rows", [[2], [1, 3], [20]])
 def test_a_batch_without_an_input(inputs: dict[str, float], rows: list[int]) -> None:
     done: queue.SimpleQueue[Execution] = queue.SimpleQueue()
-    replicas: dict[str, nn.Module] = {}
     pool = LanePool(
         "cpu",
         "cpu",
         "",
-        make_runner=lambda: CpuRunner(replicas, 1),
+        make_runner=lambda: CpuRunner(1),
         lanes=1,
         inline=None,
-        replicas=replicas,
         place=lambda module: module,
         memory_mb=lambda: (0.0, 0.0),
         on_done=done.put,

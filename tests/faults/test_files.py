@@ -115,7 +115,7 @@ def state_dict(keep_vars):
 network.state_dict = state_dict
 with path.open("rb") as file:
     try:
-        weights.fill(network, file, "file", "a test")
+        weights.fill(network, weights.of_file(file, "file"), "file", "a test")
     except FailedPrecondition as error:
         print(error.message)
 print(float(network.weight.sum()))
@@ -133,15 +133,13 @@ def test_weights_that_are_shortened_while_they_are_loaded(tmp_path: Path) -> Non
 def test_weights_that_are_shortened_before_they_are_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"weight": torch.ones(1 << 20)}, path)
-    network = torch.nn.Module()
-    network.weight = torch.nn.Parameter(torch.empty(1 << 20), requires_grad=False)
     with path.open("rb") as file:
         size = os.stat(path)
         os.truncate(path, 4096)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(weights.os, "fstat", lambda descriptor: size)
             with pytest.raises(FailedPrecondition, match="changed while it was loaded"):
-                weights.fill(network, file, "model.safetensors", "a test")
+                weights.of_file(file, "model.safetensors")
 
 
 # --- the tool ------------------------------------------------------------------------------------------------

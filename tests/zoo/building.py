@@ -139,7 +139,9 @@ def _script(exhibit: Exhibit, network: nn.Module, folder: Path) -> None:
     if case.scripted:
         module = torch.jit.script(network)
     else:
+        as_made = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         module = torch.jit.trace(network, tuple(x.clone() for x in inputs), check_trace=False, strict=False)
+        module.load_state_dict(as_made, strict=False)  # to trace it was to run it
     torch.jit.save(module, folder / "model.pt")
 
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
@@ -337,7 +338,9 @@ def keep(
     building.write(WITNESS, repository)
     for exhibit in chosen:
         try:
-            building.write(exhibit, repository)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what strangers use though torch would rather not
+                building.write(exhibit, repository)
         except Exception as error:  # an exporter's: the others are served
             unbuilt[exhibit.name] = f"{type(error).__name__}: {error}"
             shutil.rmtree(repository / exhibit.name)

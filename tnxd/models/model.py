@@ -114,6 +114,15 @@ class Model:
         """The same model, for requests that run alone and whole."""
         return replace(self, max_batch_size=0, warm_up=())
 
+    def with_rows(self, rows: int) -> Model:
+        """The same model, whose examples have so many rows along axis 0 where it may have any length."""
+        shapes = self.examples or [tuple(max(length, 1) for length in spec.shape) for spec in self.inputs]
+        free = [
+            (rows, *shape[1:]) if spec.shape[:1] == (-1,) else shape
+            for spec, shape in zip(self.inputs, shapes, strict=True)
+        ]
+        return replace(self, examples=tuple(free))
+
     def may_use(self, device: str) -> bool:
         """Whether it may be put on the device of that name."""
         return not self.devices or device in self.devices or device.partition(":")[0] in self.devices

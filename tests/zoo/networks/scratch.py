@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -302,7 +303,9 @@ class WeightNorm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would rather have the new one
+            self.layer = nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.layer(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,9 @@ _DATATYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 _KNOWN = ("pt2", "onnx")
 """Formats whose files say which axes have one length."""
+
+_OF_A_SHAPE = re.compile(r"\b(shapes?|sizes?|dimensions?|channels?)\b")
+"""In what torch says of tensors that do not fit together."""
 
 _WITNESSED = 6
 """Calls that are looked at for what they change in the process: each costs some milliseconds."""
@@ -93,12 +97,12 @@ def try_out(
         try:
             make, complaint = _first_that_runs(asking, model)
         except TensorNextError as error:
-            if not model.max_batch_size or model.batching_asked:
+            found = None if model.batching_asked else _other_rows(asking)
+            if found is None:
                 raise
             # What does not fit may be the number of rows alone.
-            model = model.unbatched()
-            asking = _Asking(module, model, device)
-            make, complaint = _first_that_runs(asking, model)
+            asking, make, complaint = found
+            model = asking.model
             notes = (f"no batches: axis 0 does not count rows: {error.message}",)
     if model.state == SHARED:
         note = "requests share its state: they run one at a time"
@@ -139,6 +143,7 @@ class _Asking:
 
     Attributes:
         written_inputs: positions of the inputs that it has written to. witness: of what it changes in the process.
+        module, model, device: what is run, as what, where.
     """
 
     def __init__(self, module: torch.nn.Module, model: Model, device: torch.device) -> None:
@@ -146,23 +151,23 @@ class _Asking:
         self.written_inputs: set[int] = set()
         self.witness = Witness()
         self._calls = 0
-        self._module = module
-        self._device = device
+        self.module = module
+        self.device = device
 
     def whole(self) -> _Asking:
         """The same without a batch axis."""
-        return _Asking(self._module, self.model.unbatched(), self._device)
+        return _Asking(self.module, self.model.unbatched(), self.device)
 
     def __call__(self, item: Item) -> Answer:
         model = self.model
         tensors = [
-            to_tensor(array.copy(), spec.datatype).to(self._device)
+            to_tensor(array.copy(), spec.datatype).to(self.device)
             for array, spec in zip(item, model.inputs, strict=True)
         ]
         rows = len(item[0]) if model.max_batch_size else 1
         self._calls += 1
         with self.witness if self._calls <= _WITNESSED else contextlib.nullcontext():
-            raw = self._module(*tensors)
+            raw = self.module(*tensors)
         outputs = check_outputs(model, raw, rows)
         answer = [to_array(output.cpu()).copy() for output in outputs]
         for position, (tensor, array) in enumerate(zip(tensors, item, strict=True)):
@@ -231,12 +236,16 @@ def _kept_apart(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]
     return own
 
 
-def _first_that_runs(ask: Ask, model: Model) -> tuple[Make | None, str]:
-    """The first example that a model takes, or why it takes none. Raises what is wrong with its code."""
-    complaint = ""
+def _first_that_runs(ask: Ask, model: Model, rows: int = 1) -> tuple[Make | None, str]:
+    """The first example that a model takes, or why it takes none.
+
+    Raises:
+        FailedPrecondition: what is wrong is so whatever the values are: with the code, or with the shapes.
+    """
+    complaints = []
     for what, make in examples(model):
         try:
-            ask(make(1, 0))
+            ask(make(rows, 0))
             return make, ""
         except _OF_THE_CODE as error:
             raise FailedPrecondition(f"a forward of {what} raised {sentence(error)}") from error
@@ -247,8 +256,27 @@ def _first_that_runs(ask: Ask, model: Model) -> tuple[Make | None, str]:
                 raise
             if isinstance(error, TensorNextError) and error.code == "INTERNAL":  # the outputs do not fit
                 raise FailedPrecondition(error.message) from None
-            complaint = f"a forward of {what} raised {sentence(error)}"
-    return None, complaint
+            complaints.append((what, sentence(error)))
+    what, complaint = complaints[-1]
+    told = f"a forward of {what} raised {complaint}"
+    if len({text for _, text in complaints}) == 1 and _OF_A_SHAPE.search(complaint):
+        said = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in model.inputs)
+        where = f"{model.name}: the file" if model.format in _KNOWN else f"{model.name}/model.toml: inputs"
+        raise FailedPrecondition(f"{where} says {said}: {told}")
+    return None, told
+
+
+def _other_rows(asking: _Asking) -> tuple[_Asking, Make | None, str] | None:
+    """A model that takes no single row, or returns other numbers of rows, asked without a batch axis; None: nor so."""
+    if not asking.model.max_batch_size:
+        return None
+    whole = asking.whole()
+    for rows in (1, 2, 4, 8):
+        model = whole.model.with_rows(rows)
+        with contextlib.suppress(TensorNextError):
+            again = _Asking(whole.module, model, whole.device)
+            return again, *_first_that_runs(again, model)
+    return None
 
 
 def _first_telling(ask: Ask, model: Model) -> Make | None:

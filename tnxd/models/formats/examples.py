@@ -134,6 +134,8 @@ def _stored(files: TrustedFiles, signature: Signature, label: str) -> dict[str, 
             raise
         except Exception as error:  # numpy, zipfile and zlib raise many kinds for a damaged file
             raise FailedPrecondition(f"{label}: cannot be read: {sentence(error)}") from None
+    if not found:
+        raise FailedPrecondition(f"{label}: there is no array in it; the inputs are {', '.join(specs)}")
     return found
 
 

@@ -87,19 +87,20 @@ def stored(files: TrustedFiles, label: str) -> Iterator[dict[str, Stored]]:
     found: dict[str, Stored] = {}
     with ExitStack() as stack:
         if index not in files.identities:
-            yield _of_file(stack.enter_context(files.open(files.directory / FILE)), label)
+            yield of_file(stack.enter_context(files.open(files.directory / FILE)), label)
             return
         with files.open(index) as file:
             places = shards.read(file.read(), files, label)
         for shard in dict.fromkeys(places.values()):
             name = files.guard.label(shard)
-            weights = _of_file(stack.enter_context(files.open(shard)), name)
+            weights = of_file(stack.enter_context(files.open(shard)), name)
             shards.check(weights, shard, places, files, label)
             found |= weights
         yield found
 
 
-def _of_file(file: BufferedReader, label: str) -> dict[str, Stored]:
+def of_file(file: BufferedReader, label: str) -> dict[str, Stored]:
+    """The weights of one open file. Raises FailedPrecondition: it is damaged, or changed meanwhile."""
     mapped = not os.fstat(file.fileno()).st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
     try:
         # The path of the open file, so that what is mapped is what was checked.
