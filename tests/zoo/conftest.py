@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from zoo import keeper
-from zoo.case import CAUGHT
 from zoo.keeper import Keeper
 
 sys.path.append(str(keeper.LIBRARIES))
@@ -36,7 +35,6 @@ def serving(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         if "exhibit" in each and each["serving"] == request.param
     }
     inline = request.param == "inline"
-    caught = any(CAUGHT in exhibit.may for exhibit in chosen.values())
-    config = keeper.settings(inline=inline, audit=1.0 if inline or caught else 0.0)
+    config = keeper.settings(inline=inline)
     with keeper.keep(tmp_path_factory.mktemp("zoo"), list(chosen.values()), config) as one:
         yield one

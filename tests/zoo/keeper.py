@@ -21,7 +21,6 @@ from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxctl.frames import Array
 from tnxctl.results import Result
 from tnxctl.wire import ModelInfo
-from tnxd.config import Config
 from zoo import building
 from zoo.case import BATCHED, CAUGHT, FACTORY, ONNX, REFUSED, SCRIPT, UNBATCHED, Case, Exhibit
 from zoo.networks.plain import Perceptron
@@ -315,12 +314,10 @@ def _some(tensor: torch.Tensor) -> torch.Tensor:
 # --- daemons -------------------------------------------------------------------------------------------------
 
 
-def settings(*, inline: bool = False, audit: float = 0.0, more: str = "") -> str:
-    """A tnxd.toml: three lanes, or all on the serving thread. Args: audit: share of batches that are checked."""
-    known = "audit" in Config.__struct_fields__
+def settings(*, inline: bool = False, more: str = "") -> str:
+    """A tnxd.toml: three lanes, or all on the serving thread."""
     return (
         'devices = ["cpu"]\n'
-        + (f"audit = {audit}\n" if known else "")
         + more
         + f"[cpu]\nworkers = {LANES}\nthreads = 1\ninline_limit_us = {1e6 if inline else 0}\n"
         + f"[queue]\nmax_delay_us = {1000 if inline else 300}\n"

@@ -10,19 +10,28 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from tnxd.executors.execution import PURE
+from tnxd.executors.trial.state import State
+
 MECHANISMS: dict[str, dict[str, Callable[..., Any]]] = {
     # No lane gets a copy of its own of a network that writes before it reads, and no output is copied.
     "copies": {
-        # "tnxd.models.purity:Nature.needs_copies": lambda self: False,
+        "tnxd.executors.trial.trial:_kept_apart": lambda module, verdict: lambda: module,
     },
     # No network is looked at when it is loaded: all are taken for pure.
-    "classes": {},
+    "classes": {"tnxd.executors.trial.trial:find_state": lambda *_: State(PURE)},
     # No two examples are run together and apart when a version is loaded: axis 0 counts rows wherever it varies.
-    "proof": {},
+    "proof": {
+        "tnxd.executors.trial.trial:_with_rows": lambda verdict, *_: verdict,
+        "tnxd.executors.trial.warmup:difference": lambda *_: None,
+    },
     # No batch is recomputed.
-    "audit": {},
+    "audit": {"tnxd.audit:Audit.look": lambda *_: None},
     # What an import, a build or a forward does to the process stays.
-    "process": {},
+    "process": {
+        "tnxd.models.process:_changed": lambda before: iter(()),
+        "tnxd.models.process:Watch.look": lambda self: None,
+    },
 }
 """What is left out -> attributes as "module:dotted.name", and what takes their place."""
 

@@ -219,4 +219,4 @@ def test_what_only_looks_like_it_is_served(tnx: Client, name: str) -> None:
 
 def test_the_rest_goes_on_serving(tnx: Client) -> None:
     answer = tnx.predict(GOOD, model="whole").output
-    np.testing.assert_allclose(answer, DOUBLES(torch.from_numpy(GOOD)).numpy(), rtol=1e-5)
+    np.testing.assert_allclose(answer, DOUBLES(torch.from_numpy(GOOD)).numpy(), rtol=1e-5, atol=1e-6)

@@ -25,9 +25,9 @@ CAUGHT_BY = {
         ("scratch-attribute", FACTORY),
         ("hooks", FACTORY),
     ),
-    "classes": (("buffer-copy", PT2), ("buffer-add", SCRIPT), ("attribute-list", FACTORY), ("module-global", FACTORY)),
+    "classes": (("buffer-copy", PT2), ("attribute-list", FACTORY), ("module-global", FACTORY)),
     "proof": (("point-cloud", PT2), ("normalized", SCRIPT), ("sequence-first", FACTORY), ("flip", PT2)),
-    "audit": (("mixes-beyond", FACTORY), ("mixes-from-eleven", FACTORY)),
+    "audit": (("mixes-beyond", FACTORY),),
 }
 KINDS = {"copies": {"answer", "error"}, "classes": {"answer"}, "proof": {"answer"}, "audit": {"late"}}
 
@@ -43,8 +43,7 @@ def without(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(mechanism)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZOO_PLANTED", mechanism)
-        # Nobody else may notice it in its place.
-        config = keeper.settings(audit=1.0 if mechanism == "audit" else 0.0)
+        config = keeper.settings()
         with keeper.keep(folder, chosen(mechanism), config, PROGRAM) as one:
             yield mechanism, one
 
