@@ -58,6 +58,10 @@ def enter(context: Any) -> Callable[[], None]:
 _entered: list[Any] = []
 
 
+def disable_a_logger() -> None:
+    logging.getLogger("torch.export").disabled = True
+
+
 CHANGES: dict[str, list[Callable[[], Any]]] = {
     "torch's default dtype": [lambda: torch.set_default_dtype(torch.float64)],
     "torch's default device or function modes": [
@@ -112,6 +116,7 @@ CHANGES: dict[str, list[Callable[[], Any]]] = {
         lambda: logging.getLogger("tnxd").addFilter(lambda record: False),
         silence_loggers,
     ],
+    "the other loggers that are disabled": [disable_a_logger],
     "what logging disables": [logging.disable],
     "logging's errors": [set_attribute(logging, "raiseExceptions", not logging.raiseExceptions)],
     "signal handlers": [lambda: signal.signal(signal.SIGTERM, lambda *_: None)],

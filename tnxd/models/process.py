@@ -291,6 +291,23 @@ def _set_logging(kept: dict[str, tuple[Any, ...]]) -> None:
         logger.disabled, logger.propagate = disabled, propagate
 
 
+def _others() -> Iterator[logging.Logger]:
+    own = {logger.name for logger in _own_loggers()}
+    for logger in list(logging.root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger) and logger.name not in own:
+            yield logger
+
+
+def _disabled() -> frozenset[str]:
+    """Those of libraries: logging.config disables all that there are, and torch.export's say why a load fails."""
+    return frozenset(logger.name for logger in _others() if logger.disabled)
+
+
+def _set_disabled(kept: frozenset[str]) -> None:
+    for logger in _others():
+        logger.disabled = logger.name in kept
+
+
 _SIGNALS = [
     getattr(signal, name)
     for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGPIPE", "SIGALRM", "SIGCHLD")
@@ -350,6 +367,7 @@ def _set_limits(kept: list[tuple[int, int]]) -> None:
 
 _PYTHON = [
     Setting("the level or the handlers of loggers", _logging, _set_logging),
+    Setting("the other loggers that are disabled", _disabled, _set_disabled, harmless=True),
     Setting("what logging disables", lambda: logging.root.manager.disable, logging.disable),
     _attribute("logging's errors", logging, "raiseExceptions"),
     Setting("signal handlers", lambda: [signal.getsignal(number) for number in _SIGNALS], _set_signals),
