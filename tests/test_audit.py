@@ -11,7 +11,7 @@ from conftest import Daemon, start_daemon
 from dealer import Dealer
 from model_repositories import put
 from tnxctl import Client
-from tnxctl.errors import Internal
+from tnxctl.errors import Internal, ResourceExhausted, Unavailable
 from tnxctl.frames import Array
 from tnxctl.wire import ModelInfo, TensorSpec
 from tnxd.audit import Audit
@@ -42,7 +42,7 @@ class Bench:
         self.version.state, self.version.model = READY, self.served
         self.version.trials = {"cpu": Warmth([], 0, tolerance=1e-4)}
         self.mixing: list[str] = []
-        self.audit = Audit(self.version, share, lambda version, why: self.mixing.append(why))
+        self.audit = Audit(self.version, share, lambda version, key, why: self.mixing.append(why))
         self.background = Background()
 
     def answered(self, *outcomes: Outcome) -> Copy | None:
@@ -94,7 +94,7 @@ def test_a_request_that_rode_alone_ends_no_batches() -> None:
 @pytest.mark.parametrize("datatype", ["INT64", "FP32"])
 def test_a_near_tie_and_a_failure_are_forgiven_twice(datatype: str) -> None:
     bench = Bench(datatype=datatype)
-    again: Outcome = row(1, 3, dtype="i8") if datatype == "INT64" else Internal("no memory")
+    again: Outcome = row(1, 3, dtype="i8") if datatype == "INT64" else Internal("it raised")
     for _ in range(2):
         bench.checked(again, row(1, 2, dtype="i8"), row(1, 2, dtype="i8"))
     assert (bench.audit.differing, bench.mixing) == (2, [])
@@ -106,7 +106,38 @@ def test_what_failed_is_not_computed_again() -> None:
     bench = Bench()
     assert bench.answered(Internal("no"), Internal("no")) is None
     copy = bench.answered(Internal("no"), row(3, 4), Internal("no"))
-    assert copy is None or copy.start == 1
+    assert copy is not None
+    ((answer,),) = copy.original.outcomes
+    assert answer.tolist() == [[3, 4]]
+
+
+def test_a_device_that_fails_says_nothing_about_an_answer() -> None:
+    bench = Bench()
+    for error in (ResourceExhausted("no memory"), Unavailable("lost")) * 3:
+        bench.checked(error, row(1, 2), row(1, 2))
+    assert (bench.audit.differing, bench.mixing) == (0, [])
+
+
+def test_doubts_are_forgotten() -> None:
+    bench = Bench(datatype="INT64")
+    fine, other = row(1, 2, dtype="i8"), row(1, 3, dtype="i8")
+    for _ in range(4):
+        bench.checked(other, fine, fine)
+        for _ in range(100):
+            bench.checked(fine, fine, fine)
+    assert (bench.audit.differing, bench.mixing) == (4, [])
+
+
+def test_one_request_keeps_no_more_than_its_own_memory() -> None:
+    """The outputs of a batch are views of one array."""
+    bench = Bench()
+    outputs = np.zeros((64, 2), "f4")
+    copy = bench.answered(*[(outputs[place : place + 1],) for place in range(64)])
+    assert copy is not None
+    ((answer,),) = copy.original.outcomes
+    assert answer.base is None
+    assert copy.original.company == 64
+    assert copy.nbytes == 8 + 8
 
 
 # --- behind a real daemon ------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class Bench:
             budget={"cpu": budget_mb * MIB},
             load_timeout_s=load_timeout_s,
             on_reload=self.reloads.append,
-            on_mixing=lambda version, why: None,
+            on_mixing=lambda version, key, why: None,
         )
 
     def add(self, name: str, version: str, **options: Any) -> FakeSource:

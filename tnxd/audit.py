@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from tnxctl.errors import TensorNextError
-from tnxd.background import Background, Copy
+from tnxctl.errors import ResourceExhausted, TensorNextError, Unavailable
+from tnxd.background import Answered, Background, Copy
 from tnxd.executors.execution import Execution
 from tnxd.noise import Difference, difference
 from tnxd.registry import Version
@@ -21,6 +21,13 @@ log = logging.getLogger(__name__)
 # reasons of its own: that has to happen several times.
 _PATIENCE = 3
 
+# Checks after which one of those is forgotten: rounding decides a tie in one of many thousand.
+_FORGETS_AFTER = 100
+
+
+OnMixing = Callable[[Version, str, str], None]
+"""Called with a version, the key of the model that was asked, and how its requests change each other's answers."""
+
 
 class Audit:
     """The audit of one version.
@@ -30,7 +37,7 @@ class Audit:
         skipped: those that found no moment.
     """
 
-    def __init__(self, version: Version, share: float, on_mixing: Callable[[Version, str], None]) -> None:
+    def __init__(self, version: Version, share: float, on_mixing: OnMixing) -> None:
         """Args: share: of the batches, more than 0. on_mixing: called when batches have to end, with the reason."""
         self.version = version
         self.checked = 0
@@ -51,16 +58,17 @@ class Audit:
         self._left[several] = self._every - 1
         answered = [place for place, outcome in enumerate(execution.outcomes) if isinstance(outcome, tuple)]
         if answered:
-            chosen = answered[self.checked % len(answered)]
-            background.offer(execution, self.version, self, chosen, chosen + 1)
+            background.offer(_one(execution, answered[self.checked % len(answered)]), self.version, self)
 
     def skip(self, requests: int) -> None:
         self.skipped += requests
 
     def compare(self, copy: Copy) -> None:
-        (answer,), (again,) = copy.answered, copy.outcomes
-        assert isinstance(answer, tuple)
         model, original = copy.model, copy.original
+        (answer,), (again,) = original.outcomes, copy.outcomes
+        assert isinstance(answer, tuple)
+        if isinstance(again, (ResourceExhausted, Unavailable)):
+            return  # which says something about the device
         # The copy may have run on another device than the batch.
         allowed = max((trial.tolerance for trial in self.version.trials.values()), default=0.0)
         self.checked += 1
@@ -70,13 +78,34 @@ class Audit:
         else:
             found = difference(model.outputs, answer, again, allowed)
         if found is None:
+            if self.checked % _FORGETS_AFTER == 0:
+                self._doubts = max(self._doubts - 1, 0)
             return
         self.differing += 1
         self._doubts += 1 if found.counted else _PATIENCE
-        company = len(original.items)
+        company = original.company
         log.error(
             "audit of %s: a request %swas computed again, and has another answer: %s",
             *(self.version.title, f"from a batch of {company} " if company > 1 else "", found.text),
         )
         if company > 1 and self._doubts >= _PATIENCE:
-            self._on_mixing(self.version, f"a request in a batch was answered otherwise than alone: {found.text}")
+            self._on_mixing(
+                self.version, model.key, f"a request in a batch was answered otherwise than alone: {found.text}"
+            )
+
+
+def _one(execution: Execution, place: int) -> Answered:
+    """One request of a batch, without the memory of the others."""
+    outcome = execution.outcomes[place]
+    assert isinstance(outcome, tuple)
+    if len(execution.items) > 1:  # its outputs are views of those of all
+        outcome = tuple([array.copy() for array in outcome])
+    return Answered(
+        execution.model,
+        [execution.items[place]],
+        [execution.rows[place]],
+        execution.group,
+        [outcome],
+        len(execution.items),
+        execution.latency_us,
+    )

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from tnxctl.wire import TensorSpec
 from tnxd.executors.execution import Execution, Outcome
-from tnxd.models.model import Model
+from tnxd.models.model import Item, Model
 from tnxd.registry import READY, Version
 from tnxd.scheduler import Scheduler
 from tnxd.work import Batch
@@ -37,44 +38,54 @@ class Purpose(Protocol):
         """So many requests are not computed again, for want of a moment or of memory. Called on the loop's thread."""
 
 
+@dataclass(frozen=True)
+class Answered:
+    """Requests that have been answered, and their batch.
+
+    Attributes:
+        model: what answered. items, rows, group, outcomes: as in `Execution`, of these requests alone.
+        company: requests in the batch. latency_us: of its forward.
+    """
+
+    model: Model
+    items: Sequence[Item]
+    rows: Sequence[int]
+    group: tuple[int, ...]
+    outcomes: Sequence[Outcome]
+    company: int
+    latency_us: float
+
+    @property
+    def nbytes(self) -> int:
+        """Of inputs and outputs."""
+        inputs = sum([array.nbytes for item in self.items for array in item if array is not None])
+        return inputs + sum([array.nbytes for answer in self.outcomes if isinstance(answer, tuple) for array in answer])
+
+
 class Copy(Execution):
     """Requests that have been answered, on their way through a model again.
 
     Attributes:
-        original: the batch that they rode in. start: the first of them there.
-        purpose: why. nbytes: of their inputs and outputs.
+        original: them and their batch; there may be more of them than are computed again.
+        version: what computes them. purpose: why. nbytes: of their inputs and outputs.
     """
 
-    __slots__ = ("nbytes", "original", "purpose", "start")
+    __slots__ = ("nbytes", "original", "purpose", "version")
 
-    def __init__(self, batch: Batch, waiting: _Waiting, count: int) -> None:
-        original, start = waiting.original, waiting.start
-        super().__init__(
-            batch,
-            waiting.model,
-            original.items[start : start + count],
-            original.rows[start : start + count],
-            original.group,
-        )
-        self.original = original
-        self.start = start
+    def __init__(self, batch: Batch, waiting: _Waiting, rows: Sequence[int], group: tuple[int, ...]) -> None:
+        super().__init__(batch, waiting.model, waiting.original.items[: len(rows)], rows, group)
+        self.original = waiting.original
+        self.version = waiting.version
         self.purpose = waiting.purpose
         self.nbytes = waiting.nbytes
-
-    @property
-    def answered(self) -> Sequence[Outcome]:
-        """What these requests were answered."""
-        return self.original.outcomes[self.start : self.start + len(self.items)]
 
 
 @dataclass(frozen=True)
 class _Waiting:
-    original: Execution
+    original: Answered
     version: Version
     model: Model
     purpose: Purpose
-    start: int
-    stop: int
     nbytes: int
 
 
@@ -101,48 +112,41 @@ class Background:
         """Forget what hung of models other than these."""
         self._stopped &= keys
 
-    def offer(
-        self, original: Execution, version: Version, purpose: Purpose, start: int = 0, stop: int | None = None
-    ) -> None:
-        """A batch has been answered: compute requests of it again if there is room.
-
-        Args:
-            version: what is to compute them. start, stop: which requests; by default all.
-        """
+    def offer(self, original: Answered, version: Version, purpose: Purpose) -> None:
+        """Compute requests that have been answered again, by a version, if there is room."""
         model = version.model
         assert model is not None
         if model.key in self._stopped:
             return
-        items, outcomes = original.items[start:stop], original.outcomes[start:stop]
-        nbytes = sum([array.nbytes for item in items for array in item if array is not None])
-        nbytes += sum([array.nbytes for answer in outcomes if isinstance(answer, tuple) for array in answer])
+        nbytes = original.nbytes
         if len(self._waiting) >= _MAX_WAITING or self._nbytes + nbytes > _MAX_WAITING_BYTES:
-            purpose.skip(len(items))
+            purpose.skip(len(original.items))
             return
-        self._waiting.append(_Waiting(original, version, model, purpose, start, start + len(items), nbytes))
+        self._waiting.append(_Waiting(original, version, model, purpose, nbytes))
         self._nbytes += nbytes
 
     def next(self, scheduler: Scheduler, now_ns: int) -> Copy | None:
-        """A copy to run now, where it is in nobody's way; None if there is none."""
-        while self._waiting:
-            first = self._waiting[0]
-            version, model = first.version, first.model
-            if version.state != READY or version.model is not model or model.key in self._stopped:
-                self._take()  # it goes, or hangs
+        """A copy to run now, where it is in nobody's way; None if there is none. What can never run is dropped."""
+        for waiting in list(self._waiting):
+            original, version, model = waiting.original, waiting.version, waiting.model
+            serves = version.state == READY and version.model is model and model.key not in self._stopped
+            if not serves or not any(model.key in each.models for each in scheduler.devices.values() if not each.error):
+                self._take(waiting)  # it goes, or hangs, or its device is lost
+                waiting.purpose.skip(len(original.items))
                 continue
-            every = first.original.rows[first.start : first.stop]
-            count, rows = _fitting(every, model.max_batch_size)
-            batch = scheduler.spare(model.key, first.original.group, rows, now_ns)
+            rows, group = _fitting(original, model)
+            batch = scheduler.spare(model.key, group, sum(rows), now_ns)
             if batch is None:
-                return None
-            self._take()
-            if count < len(every):
-                first.purpose.skip(len(every) - count)
-            return Copy(batch, first, count)
+                continue
+            self._take(waiting)
+            if len(rows) < len(original.items):
+                waiting.purpose.skip(len(original.items) - len(rows))
+            return Copy(batch, waiting, rows, group)
         return None
 
-    def _take(self) -> None:
-        self._nbytes -= self._waiting.popleft().nbytes
+    def _take(self, waiting: _Waiting) -> None:
+        self._waiting.remove(waiting)
+        self._nbytes -= waiting.nbytes
 
     def finished(self, copy: Copy) -> None:
         """A copy has been computed."""
@@ -168,10 +172,16 @@ class Background:
             self._compared_nbytes += nbytes
 
 
-def _fitting(rows: Sequence[int], limit: int) -> tuple[int, int]:
-    """How many requests, from the first, fit into a batch, and their rows; one always does."""
+def _fitting(original: Answered, model: Model) -> tuple[list[int], tuple[int, ...]]:
+    """Rows of the requests, from the first, that fit into one batch of a model, and its group; one always fits."""
+    if bool(model.max_batch_size) != bool(original.model.max_batch_size):  # then neither is what it was
+        item = [(spec, array) for spec, array in zip(model.inputs, original.items[0], strict=True) if array is not None]
+        specs = [TensorSpec(spec.name, spec.datatype, array.shape) for spec, array in item]
+        bound = model.bind(specs, [array for _, array in item])
+        return [bound.rows], bound.group
+    rows = original.rows
     count, total = 1, rows[0]
-    while count < len(rows) and total + rows[count] <= limit:
+    while count < len(rows) and total + rows[count] <= model.max_batch_size:
         total += rows[count]
         count += 1
-    return count, total
+    return list(rows[:count]), original.group

@@ -27,7 +27,7 @@ from tnxctl.errors import (
     TensorNextError,
 )
 from tnxctl.wire import Limits, excerpt, split_title
-from tnxd.audit import Audit
+from tnxd.audit import Audit, OnMixing
 from tnxd.costs import CostModel
 from tnxd.executors.execution import SHARED, Executor, Warmth
 from tnxd.models.catalog import Catalog, Entry
@@ -107,7 +107,7 @@ class Loader:
         budget: Mapping[str, int],
         load_timeout_s: float,
         on_reload: Callable[[bool], None],
-        on_mixing: Callable[[Version, str], None],
+        on_mixing: OnMixing,
     ) -> None:
         self._registry = registry
         self._scheduler = scheduler
@@ -451,6 +451,7 @@ class Loader:
             changed = source.stamp != version.source.stamp
             if changed:
                 version.source, version.generation = source, deployment.next_generation(version.number)
+                version.mixes, version.audit = "", None  # what was found was about other files
             yield from self._bring_up(deployment, version, takes_over=changed)
         finally:
             version.loading = False
@@ -654,7 +655,8 @@ class Loader:
 def _as_tried(model: Model, warmths: Collection[Warmth], *, mixes: bool) -> Model:
     """A model as all of its devices can serve it. Args: mixes: requests have been seen to change each other."""
     if mixes or not all(warmth.batches for warmth in warmths):
-        model = model.unbatched()
+        examples = next((warmth.examples for warmth in warmths if warmth.examples), model.examples)
+        model = replace(model.unbatched(), examples=examples)
     if any(warmth.serial for warmth in warmths):
         model = replace(model, replicas=1)
     return model

@@ -194,9 +194,9 @@ class Server:
         self._completed.append(execution)
         self._wakeup.set()
 
-    def end_batches(self, version: Version, why: str) -> None:
-        """Requests to a version change each other's answers in a batch. Any thread."""
-        self.call_soon(lambda: self._end_batches(version, why))
+    def end_batches(self, version: Version, key: str, why: str) -> None:
+        """Requests to a version, as the model of that key, change each other's answers in a batch. Any thread."""
+        self.call_soon(lambda: self._end_batches(version, key, why))
 
     def hangs(self, most_s: float) -> str:
         """In words, what has kept the loop for longer than its limit, or `most_s` seconds; "": nothing. Any thread."""
@@ -206,6 +206,7 @@ class Server:
             if (time.perf_counter_ns() - execution.started_ns) / 1e9 > limit_s:
                 model, count = execution.model.key, len(execution.items)
                 return f"model {model!r} has run for over {limit_s:g} s with {count} requests on the serving thread"
+            return ""
         limit_s = min(self._stall_timeout_s, most_s)
         if time.monotonic() - self._next_tick > limit_s:
             return f"the serving loop has not turned for {limit_s:g} s"
@@ -345,6 +346,8 @@ class Server:
         router, admission = self._router, self._admission
         admission.sweep()
         resident = heap.resident_bytes()
+        if admission.held > admission.ceiling and router.cut_worst():
+            return
         if self._loader is None or self._loader.active or not self._quiet_bytes:
             self._quiet_bytes = resident  # models come and go
             return
@@ -615,6 +618,16 @@ class Server:
         return self._inventory.executors[batch.device.name]
 
     def _finish(self, execution: Execution) -> None:
+        """Answer the requests of a batch that is over."""
+        try:
+            self._settle(execution)
+        except Exception:  # a defect of ours: these clients get an answer, and the others go on
+            log.exception("finishing a batch of %s", execution.batch.model)
+            for request in execution.batch.requests:
+                if not request.done:
+                    self._answer_error(request, Internal("the daemon failed at this request; its log says how"))
+
+    def _settle(self, execution: Execution) -> None:
         batch = execution.batch
         self._on_lanes.pop(execution, None)
         device = batch.device
@@ -656,13 +669,14 @@ class Server:
             if version.mirror is not None:
                 self._shadows.offer(execution, version.mirror)
         if execution.mixes:
-            self._end_batches(batch.requests[0].version, execution.mixes)  # type: ignore[attr-defined]
+            mixing: Version = execution.version if isinstance(execution, Copy) else batch.requests[0].version  # type: ignore[attr-defined]
+            self._end_batches(mixing, batch.model, execution.mixes)
         if execution.fatal and not device.error:
             self._lose_device(device.name, execution.fatal)
 
-    def _end_batches(self, version: Version, why: str) -> None:
+    def _end_batches(self, version: Version, key: str, why: str) -> None:
         """Requests to a version change each other's answers in a batch: from now on each runs alone, and whole."""
-        if version.end_batches(why):
+        if version.model is not None and version.model.key == key and version.end_batches(why):
             log.error("%s: its requests run alone from now on: %s", version.title, why)
 
     def _too_large(self, nbytes: int, max_reply_bytes: int) -> InvalidArgument:
@@ -680,6 +694,8 @@ class Server:
                 self._quarantine.succeeded(peer)
             elif not isinstance(outcome, ResourceExhausted):
                 self._quarantine.failed(peer)
+                if request.connection.closed:  # type: ignore[attr-defined]
+                    self._quarantine.left(peer, request.connection.client.name)  # type: ignore[attr-defined]
 
     def _runs_elsewhere(self, request: Pending, error: TensorNextError) -> bool:
         """A GPU had no memory for a request: have it run where else it may. False if that is nowhere."""

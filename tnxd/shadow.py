@@ -14,7 +14,7 @@ import numpy as np
 from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxctl.frames import Array
 from tnxctl.wire import VERSION, Comparison, OutputDifference, Percentiles, TensorSpec
-from tnxd.background import Background, Copy
+from tnxd.background import Answered, Background, Copy
 from tnxd.executors.execution import Execution
 from tnxd.models.model import Model
 from tnxd.noise import as_float
@@ -34,7 +34,16 @@ class Shadows:
     def offer(self, execution: Execution, version: Version) -> None:
         """A batch has been answered: copy it if there is room."""
         assert version.model is not None
-        self._background.offer(execution, version, self._tally(execution.model, version.model))
+        answered = Answered(
+            execution.model,
+            execution.items,
+            execution.rows,
+            execution.group,
+            execution.outcomes,
+            len(execution.items),
+            execution.latency_us,
+        )
+        self._background.offer(answered, version, self._tally(execution.model, version.model))
 
     def keep(self, keys: set[str]) -> None:
         """Drop what was found about models other than these."""
@@ -130,7 +139,7 @@ class _Tally:
         original = copy.original
         ours: list[tuple[Array, ...]] = []
         theirs: list[tuple[Array, ...]] = []
-        for answer, other in zip(copy.answered, copy.outcomes, strict=True):
+        for answer, other in zip(original.outcomes, copy.outcomes, strict=False):
             if isinstance(answer, TensorNextError):
                 continue
             self._requests += 1

@@ -21,7 +21,6 @@ from tnxd.executors.host import Peak
 from tnxd.executors.runner import Runner
 from tnxd.executors.tensors import check_outputs, to_array, to_tensor
 from tnxd.models.model import Item
-from tnxd.sentences import first_line
 
 _MIB = 1024 * 1024
 _MEMORY_PERIOD_S = 1.0
@@ -93,10 +92,10 @@ class CudaRunner(Runner):
     def is_exhausted(self, error: BaseException) -> bool:
         if super().is_exhausted(error):
             return True
-        # What torch's allocator has no part in: pinned memory, and the handles of libraries (pytorch/pytorch#128601).
+        # What torch's allocator has no part in: pinned memory (pytorch/pytorch#128601).
         if isinstance(error, torch.AcceleratorError):
             return getattr(error, "error_code", 0) == _CUDA_ERROR_MEMORY_ALLOCATION
-        return isinstance(error, RuntimeError) and "CUBLAS_STATUS_ALLOC_FAILED" in first_line(error)
+        return False
 
     def free_memory(self) -> None:
         with contextlib.suppress(RuntimeError):  # if the device is gone, the next forward says so

@@ -103,6 +103,7 @@ class Warmth(NamedTuple):
         tolerance: difference between two computations of an answer that is rounding, relative to its largest value.
         safe_rows: most rows that memory allows in one forward, if more had none left; 0: all that were tried.
         most_rows: the same, if more would have taken too great a part of what is free, so that none were tried.
+        examples: shapes of the inputs that were tried, where these are not those of the model.
         notes: what an operator should know.
     """
 
@@ -116,6 +117,7 @@ class Warmth(NamedTuple):
     tolerance: float = 0.0
     safe_rows: int = 0
     most_rows: int = 0
+    examples: tuple[tuple[int, ...], ...] = ()
     notes: tuple[str, ...] = ()
 
 

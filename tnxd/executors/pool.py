@@ -96,11 +96,11 @@ class LanePool:
         self._place = place
         self._give_back = give_back
         self._on_done = on_done
-        self._queues = [self._start_lane(str(lane)) for lane in range(lanes)]
-        self._warm_up = self._start_lane("warm-up"), threading.Lock()
-        self._spare = self._start_lane("spare", yields=True)
+        self._queues = [self._start_lane(str(lane))[0] for lane in range(lanes)]
+        self._warm_up = *self._start_lane("warm-up"), threading.Lock()
+        self._spare = self._start_lane("spare", yields=True)[0]
 
-    def _start_lane(self, label: str, *, yields: bool = False) -> Inbox:
+    def _start_lane(self, label: str, *, yields: bool = False) -> tuple[Inbox, Runner]:
         inbox: Inbox = queue.SimpleQueue()
         runner = self._make_runner()
         # First known, then given what there is; `_install` does it the other way round, on another thread.
@@ -111,7 +111,7 @@ class LanePool:
         threading.Thread(
             target=self._work, args=(runner, inbox, yields), name=f"{self.name}/{label}", daemon=True
         ).start()
-        return inbox
+        return inbox, runner
 
     def load(self, model: Model) -> Warmth:
         notes: list[str] = []
@@ -132,7 +132,7 @@ class LanePool:
                     module = build()
                 self._install(model.key, lane_calls(module, verdict))
                 warmed = _called(lane, lambda runner: self._grow(runner, verdict))
-                if warmed.mixes and not verdict.state.random:
+                if warmed.mixes:
                     verdict = without_rows(verdict, warmed.mixes)
                     warmed = _called(lane, lambda runner: self._grow(runner, verdict))
         except BaseException:
@@ -149,6 +149,7 @@ class LanePool:
             tolerance=verdict.tolerance,
             safe_rows=warmed.safe_rows,
             most_rows=warmed.most_rows,
+            examples=verdict.model.examples if verdict.model.examples != model.examples else (),
             notes=(*dict.fromkeys(notes), *verdict.notes),
         )
 
@@ -161,7 +162,9 @@ class LanePool:
         if verdict.make is None:
             return Warmed([])
         with settings_kept():
-            warmed = warm_up(runner, verdict.model, verdict.make, self.lanes, verdict.tolerance)
+            warmed = warm_up(
+                runner, verdict.model, verdict.make, self.lanes, None if verdict.state.random else verdict.tolerance
+            )
         self._examples[verdict.model.key] = verdict.model, verdict.make(1, 0)
         return warmed
 
@@ -173,9 +176,10 @@ class LanePool:
 
     @contextlib.contextmanager
     def _warm_up_lane(self) -> Iterator[Inbox]:
-        lane, busy = self._warm_up
+        lane, runner, busy = self._warm_up
         if not busy.acquire(blocking=False):  # a model that somebody gave up hangs there, perhaps for good
-            lane, busy = self._warm_up = self._start_lane("warm-up"), threading.Lock()
+            self._runners.remove(runner)
+            lane, runner, busy = self._warm_up = *self._start_lane("warm-up"), threading.Lock()
             busy.acquire()
         try:
             yield lane

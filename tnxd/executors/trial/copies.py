@@ -55,7 +55,7 @@ class Own:
                 else:
                     self._counted.append((value, content, value._version))
 
-    def __call__(self, *inputs: torch.Tensor) -> Any:
+    def __call__(self, *inputs: torch.Tensor | None) -> Any:
         try:
             return cloned(self._module(*inputs))
         finally:
@@ -94,8 +94,11 @@ class Sparing:
         self._call = call
         self._positions = positions
 
-    def __call__(self, *inputs: torch.Tensor) -> Any:
-        own = [tensor.clone() if position in self._positions else tensor for position, tensor in enumerate(inputs)]
+    def __call__(self, *inputs: torch.Tensor | None) -> Any:
+        own = [
+            tensor.clone() if tensor is not None and position in self._positions else tensor
+            for position, tensor in enumerate(inputs)
+        ]
         return self._call(*own)
 
 
@@ -106,10 +109,10 @@ class Serial:
         self._module = module
         self._lock = threading.Lock()
 
-    def __call__(self, *inputs: torch.Tensor) -> Any:
+    def __call__(self, *inputs: torch.Tensor | None) -> Any:
         with self._lock:
             answer = cloned(self._module(*inputs))
-            if any(tensor.is_cuda for tensor in inputs):
+            if any(tensor is not None and tensor.is_cuda for tensor in inputs):
                 torch.cuda.current_stream().synchronize()  # the next lane has a stream of its own
             return answer
 

@@ -16,13 +16,17 @@ Item = tuple[Array, ...]
 Make = Callable[[int, int], Item]
 """Makes the item of so many rows; the second number is a variant: another one has other values where it can."""
 
+_INTEGERS = {"cpu": ((1, 3), (0, 1), (1, 1), (0, 0)), "cuda": ((0, 1), (0, 0))}
+"""Bounds of made-up integers, in the order in which they are tried. On a GPU, an index out of range is the end of its
+context, for all models: there they are as small as they can be."""
+
 Draw = Callable[[TensorSpec, tuple[int, ...], np.random.Generator], Array]
 """Makes values of a shape."""
 
 _FLOATING = frozenset(("FP64", "FP32", "FP16", "BF16"))
 
 
-def examples(model: Model) -> Iterator[tuple[str, Make]]:
+def examples(model: Model, kind: str) -> Iterator[tuple[str, Make]]:
     """Ways to make inputs that a model may take, by what to call them. What its author gave stands for itself.
 
     Zeros come first, since they are small: no index is out of range and nothing overflows. Lengths and divisors are
@@ -33,23 +37,26 @@ def examples(model: Model) -> Iterator[tuple[str, Make]]:
         return
     yield "zeros", _maker(model, lambda spec, shape, _: np.zeros(shape))
     yield "ones", _maker(model, lambda spec, shape, _: np.ones(shape))
-    yield "small random numbers", _maker(model, _drawing(1, 3))
+    yield "small random numbers", _maker(model, _drawing(*_INTEGERS[kind][0]))
 
 
-def telling_examples(model: Model) -> Iterator[Make]:
+def telling_examples(model: Model, kind: str) -> Iterator[Make]:
     """Ways to make inputs whose values differ, from row to row and from variant to variant, and are mostly not zero.
 
-    An author's own values are used if they differ; else, as with the zeros that many a program is exported with, they
-    say no more than a shape does.
+    An author's own numbers are used. Fractions that are all equal are not, such as the zeros that many a program is
+    exported with: they say no more than a shape does.
+
+    Args:
+        kind: of the device, "cpu" or "cuda".
     """
     counts = any(spec.datatype not in _FLOATING and spec.datatype != "BOOL" for spec in model.inputs)
     measures = any(spec.datatype in _FLOATING for spec in model.inputs)
     for largest in (1.0, 3.0) if measures else (1.0,):
-        for least, most in ((1, 3), (0, 1), (1, 1), (0, 0)) if counts else ((1, 3),):
+        for least, most in _INTEGERS[kind] if counts else _INTEGERS[kind][:1]:
             if most > least or measures:
                 yield _maker(model, _drawing(least, most, largest), telling=True)
     if any(np.ptp(value) for value in model.example_values.values() if value.size):
-        yield _maker(model, _drawing(1, 3))
+        yield _maker(model, _drawing(*_INTEGERS[kind][0]))
 
 
 def _drawing(least: int, most: int, largest: float = 1.0) -> Draw:
@@ -71,7 +78,7 @@ def _maker(model: Model, draw: Draw, *, telling: bool = False) -> Make:
         for position, (spec, shape) in enumerate(zip(model.inputs, model.example_shapes(rows), strict=True)):
             generator = np.random.default_rng((variant, position))  # so the first rows are the same, of however many
             own = model.example_values.get(spec.name)
-            if own is None or (telling and not (own.size and np.ptp(own))):
+            if own is None or (telling and spec.datatype in _FLOATING and not (own.size and np.ptp(own))):
                 item.append(_stored(draw(spec, shape, generator), spec))
             else:
                 item.append(_varied(model, own, rows, variant, spec))

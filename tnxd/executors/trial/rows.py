@@ -12,7 +12,7 @@ import numpy as np
 
 from tnxctl.frames import Array
 from tnxd.executors.trial.examples import Item, Make
-from tnxd.executors.trial.state import Ask, seeded
+from tnxd.executors.trial.state import Ask, blame, seeded
 from tnxd.models.model import Model
 from tnxd.noise import Difference, difference
 
@@ -58,7 +58,8 @@ def lengths_apart(model: Model, ask: Ask, make: Make) -> str:
         item = tuple(array if place == position else own for place, own in enumerate(short))
         try:
             return difference(model.outputs, answer, ask(item)[1], 0.0) is not None
-        except Exception:  # as it should, for one that is longer than the others
+        except Exception as error:  # as it should, for one that is longer than the others
+            blame(error)
             return False
 
     used = [position for position in range(len(model.inputs)) if changes(position, other[position])]

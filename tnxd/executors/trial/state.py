@@ -18,6 +18,7 @@ import torch
 from tnxctl.errors import FailedPrecondition
 from tnxctl.frames import Array
 from tnxd.executors.execution import PURE, SCRATCH
+from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.tensors import to_array
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import Held, Place, memory
@@ -155,6 +156,7 @@ def _disturbed(
     try:
         apart = differ(answer, seeded(ask, item)[1])
     except Exception as error:  # whatever it has against these values
+        blame(error)
         raise stateful(disturbed, f"with other values there it raises {sentence(error)}") from None
     if apart is not None:
         raise stateful(disturbed, apart.text)
@@ -168,7 +170,7 @@ def _disturb(tensor: torch.Tensor, generator: torch.Generator) -> None:
         noise = torch.rand(tensor.shape, dtype=torch.float32, generator=generator).to(tensor.device)
         tensor.copy_((3 * noise + 1).to(tensor.dtype))
     else:
-        tensor.add_(1)
+        tensor.copy_((tensor.to(torch.int64) + 1).to(tensor.dtype))  # unsigned ones cannot be added to
 
 
 def stateful(names: Sequence[str], how: str) -> FailedPrecondition:
@@ -180,19 +182,26 @@ def stateful(names: Sequence[str], how: str) -> FailedPrecondition:
     )
 
 
+def blame(error: Exception) -> None:
+    """Raise what is the fault of the device, lost or short of memory, and says nothing about the model."""
+    if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+        raise error
+
+
 @contextlib.contextmanager
 def same_chance() -> Iterator[None]:
-    """Put the generators of the process back in the end."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    """Give the generators of the process an unforeseeable seed in the end.
+
+    Not their state of before: lanes that sample have drawn from it meanwhile, and would draw it all twice.
+    """
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if on_gpus:
-            torch.cuda.set_rng_state_all(on_gpus)
+        random.seed()
+        np.random.seed()
+        torch.default_generator.seed()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.seed_all()
 
 
 def seeded(ask: Ask, item: Item) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -14,13 +15,12 @@ import torch
 from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxctl.frames import Array
 from tnxd.executors.execution import PURE, SCRATCH, SHARED
-from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.tensors import TORCH_DTYPES, check_outputs, to_array, to_tensor
 from tnxd.executors.trial.copies import Call, Own, Serial, Sparing, duplicate
 from tnxd.executors.trial.examples import Item, Make, examples, telling_examples
 from tnxd.executors.trial.held import Held, submodule
 from tnxd.executors.trial.rows import lengths_apart, pair_of_requests, rows_apart
-from tnxd.executors.trial.state import Answer, Ask, State, check_graph, find_state, same_chance, seeded, stateful
+from tnxd.executors.trial.state import Answer, State, blame, check_graph, find_state, same_chance, seeded, stateful
 from tnxd.executors.trial.suspects import suspects
 from tnxd.models.model import Model
 from tnxd.models.process import Witness
@@ -89,8 +89,16 @@ def try_out(
         FailedPrecondition: it cannot be served: requests would depend on each other, against what model.toml says.
         Exception: what it raised, where no other input would help.
     """
-    allowed = tolerance(_datatypes(module, model), device.type)
     asking = _Asking(module, model, device)
+    verdict = _verdict(asking, build)
+    if asking.witness.complaint():
+        raise FailedPrecondition(asking.witness.complaint())
+    return replace(verdict, written_inputs=frozenset(asking.written_inputs))
+
+
+def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
+    module, model, device = asking.module, asking.model, asking.device
+    allowed = tolerance(_datatypes(module, model), device.type)
     as_built = Held(module, model.writes, contents=False)
     notes: tuple[str, ...] = ()
     with same_chance():
@@ -121,8 +129,6 @@ def try_out(
     varied = telling or make
     first, second = varied(1, 0), varied(1, 1)
     state = find_state(module, model, asking, first, second, allowed)
-    if asking.witness.complaint():
-        raise FailedPrecondition(asking.witness.complaint())
     if made_at_first:
         with same_chance(), torch.inference_mode(False):
             again = build()
@@ -135,7 +141,7 @@ def try_out(
     if model.max_batch_size > 1:  # one row has no company
         with same_chance():
             verdict = _with_rows(verdict, asking, telling)
-    return replace(verdict, written_inputs=frozenset(asking.written_inputs))
+    return verdict
 
 
 class _Asking:
@@ -154,9 +160,11 @@ class _Asking:
         self.module = module
         self.device = device
 
-    def whole(self) -> _Asking:
-        """The same without a batch axis."""
-        return _Asking(self.module, self.model.unbatched(), self.device)
+    def as_another(self, model: Model) -> _Asking:
+        """The same as another model, seen together with this."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def __call__(self, item: Item) -> Answer:
         model = self.model
@@ -236,24 +244,21 @@ def _kept_apart(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]
     return own
 
 
-def _first_that_runs(ask: Ask, model: Model, rows: int = 1) -> tuple[Make | None, str]:
+def _first_that_runs(ask: _Asking, model: Model, rows: int = 1) -> tuple[Make | None, str]:
     """The first example that a model takes, or why it takes none.
 
     Raises:
         FailedPrecondition: what is wrong is so whatever the values are: with the code, or with the shapes.
     """
     complaints = []
-    for what, make in examples(model):
+    for what, make in examples(model, ask.device.type):
         try:
             ask(make(rows, 0))
             return make, ""
         except _OF_THE_CODE as error:
             raise FailedPrecondition(f"a forward of {what} raised {sentence(error)}") from error
-        except torch.AcceleratorError:
-            raise
         except Exception as error:
-            if is_out_of_memory(error):
-                raise
+            blame(error)
             if isinstance(error, TensorNextError) and error.code == "INTERNAL":  # the outputs do not fit
                 raise FailedPrecondition(error.message) from None
             complaints.append((what, sentence(error)))
@@ -270,25 +275,24 @@ def _other_rows(asking: _Asking) -> tuple[_Asking, Make | None, str] | None:
     """A model that takes no single row, or returns other numbers of rows, asked without a batch axis; None: nor so."""
     if not asking.model.max_batch_size:
         return None
-    whole = asking.whole()
     for rows in (1, 2, 4, 8):
-        model = whole.model.with_rows(rows)
+        again = asking.as_another(asking.model.unbatched().with_rows(rows))
         with contextlib.suppress(TensorNextError):
-            again = _Asking(whole.module, model, whole.device)
-            return again, *_first_that_runs(again, model)
+            return again, *_first_that_runs(again, again.model)
     return None
 
 
-def _first_telling(ask: Ask, model: Model) -> Make | None:
+def _first_telling(ask: _Asking, model: Model) -> Make | None:
     """Examples with values that differ and that the model takes; None: there are none.
 
     Those with finite answers alone go before others, which tell less.
     """
     otherwise = None
-    for make in telling_examples(model):
+    for make in telling_examples(model, ask.device.type):
         try:
             answers = [ask(item)[1] for item in (make(1, 0), make(1, 1), *pair_of_requests(model, make, 0))]
-        except Exception:  # it takes no such values: the next ones
+        except Exception as error:  # it takes no such values: the next ones
+            blame(error)
             continue
         finite = [
             np.isfinite(as_float(array, spec.datatype))
@@ -312,12 +316,13 @@ def _with_rows(verdict: Verdict, ask: _Asking, telling: Make | None) -> Verdict:
     if telling is None:
         return _whole(verdict, "no batches: no example with values that differ was taken; put some into example.npz")
     if not model.batching_asked and model.format not in _KNOWN and len(model.inputs) > 1:
-        lengths = lengths_apart(model, ask.whole(), telling)
+        lengths = lengths_apart(model, ask.as_another(model.unbatched()), telling)
         if lengths:
             return without_rows(verdict, lengths)
     try:
         apart = rows_apart(model, ask, telling, verdict.tolerance)
     except Exception as error:
+        blame(error)
         apart = f"together, the forward raises {sentence(error)}"
     if not apart:
         return verdict

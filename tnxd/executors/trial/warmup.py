@@ -46,12 +46,12 @@ class Warmed(NamedTuple):
     mixes: str = ""
 
 
-def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float) -> Warmed:
+def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float | None) -> Warmed:
     """Run batches of growing size on the calling thread, whose first row is the same.
 
     Args:
         runner: of this thread; it has the model. make: inputs that the model takes. lanes: of the device.
-        allowed: difference that rounding may make, relative to the largest value of an output.
+        allowed: difference that rounding may make, relative to the largest value of an output; None: any.
 
     Raises:
         TensorNextError: what is wrong with the model.
@@ -77,7 +77,7 @@ def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float
         if execution.exhausted:  # it ran in pieces
             return Warmed(costs, safe_rows=max(execution.safe_rows, 1))
         costs.append((rows, _micros(execution)))
-        if model.max_batch_size:
+        if model.max_batch_size and allowed is not None:
             outputs = execution.outcomes[0]
             assert not isinstance(outputs, TensorNextError)
             first = [output[:1] for output in outputs]
