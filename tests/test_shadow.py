@@ -205,6 +205,34 @@ def test_what_finds_no_room_is_counted_and_what_goes_is_forgotten() -> None:
         shadows.report(0, OLD, NEW)
 
 
+def test_what_no_device_can_run_blocks_nothing_else() -> None:
+    shadows = Shadowing()
+    shadows.offer(answered(row(1, 2, 3)), version(NEW))
+    other = model("3")
+    shadows.offer(answered(row(1, 2, 3)), version(other))
+    copy = shadows.next(scheduler(other.key), 0)
+    assert copy is not None
+    assert copy.model is other
+    assert not shadows.waits()
+    assert shadows.report(0, OLD, NEW).skipped == 1
+
+
+@pytest.mark.parametrize(("limits", "rows", "group"), [((0, 4), [3], ()), ((4, 0), [1], (3,))])
+def test_versions_of_which_one_has_batches_are_compared_request_by_request(
+    limits: tuple[int, int], rows: list[int], group: tuple[int, ...]
+) -> None:
+    old, new = model("1", limits[0]), model("2", limits[1])
+    item = (np.zeros((3, 1), "f4"),)
+    batch = Batch(Device("cpu", "cpu", 1, set()), 0, old.key, [], 3)
+    original = Execution(batch, old, [item], [3 if old.max_batch_size else 1], () if old.max_batch_size else (3,))
+    original.outcomes = [(np.zeros((3, 3), "f4"),)]
+    shadows = Shadowing()
+    shadows.offer(original, version(new))
+    copy = shadows.next(scheduler(new.key), 0)
+    assert copy is not None
+    assert (list(copy.rows), copy.group) == (rows, group)
+
+
 def test_outputs_count_among_what_waits() -> None:
     shadows = Shadowing()
     shadows.offer(answered((np.zeros((1, 2**25), "f4"),)), version(NEW))

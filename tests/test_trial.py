@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from format_tools import open_model
 from tnxctl.errors import FailedPrecondition
 from tnxctl.wire import TensorSpec
-from tnxd.executors.trial.copies import Call, Own, Serial
+from tnxd.executors.trial.copies import Call, Own, Serial, Sparing
 from tnxd.executors.trial.examples import telling_examples
 from tnxd.executors.trial.held import Held, checksum
 from tnxd.executors.trial.suspects import suspects
@@ -289,6 +289,15 @@ def test_inputs_that_a_forward_writes_to_are_copied() -> None:
     rows = torch.zeros(2, WIDTH)
     assert torch.equal(first(rows), rows + 1)
     assert torch.equal(rows, torch.zeros(2, WIDTH))
+
+
+def test_inputs_that_did_not_come_are_none_wherever_a_module_is_called() -> None:
+    def run(m: Any, x: Tensor, y: Tensor | None) -> Tensor:
+        return x if y is None else x.add_(y)
+
+    module = Two(run)
+    for call in (Serial(module), Sparing(module, {0, 1}), Own(module, (), ())):
+        assert torch.equal(call(torch.ones(1, WIDTH), None), torch.ones(1, WIDTH))
 
 
 def test_what_a_picture_shows() -> None:
