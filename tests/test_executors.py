@@ -306,6 +306,75 @@ def test_a_warm_up_ends_where_a_batch_would_take_too_much_of_the_memory(lanes: i
     assert (warmth.most_rows, warmth.safe_rows, [rows for rows, _ in warmth.costs][-1]) == (most, 0, most)
 
 
+class Told(torch.nn.Module):
+    """Multiplies with what its parent tells it for the time of a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.told is not None
+        return x * self.told
+
+
+class Tells(torch.nn.Module):
+    """Leaves nothing behind, and is used by two lanes at once all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Told()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.child.told = x
+        for _ in range(20):
+            x = x + 0
+        answer = self.child(x)
+        self.child.told = None
+        return answer
+
+
+class Hooked(torch.nn.Module):
+    """A hook of a copy would write to what it was copied from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Identity()
+        self.seen = torch.zeros(1, 2)
+        self.layer.register_forward_hook(lambda module, given, output: setattr(self, "seen", output * 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * 0 + self.seen
+
+
+class Context(torch.nn.Module):
+    """Two layers share a dict, of which a copy for each would be two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Told(), Told()
+        self.first.context = self.second.context = {"x": torch.zeros(1, 2)}  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.first.context["x"] = x * 2  # type: ignore[operator]
+        return x * 0 + self.second.context["x"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("make", "factor"), [(Tells, None), (Hooked, 2), (Context, 2)])
+def test_lanes_that_are_not_as_separate_as_they_look_take_turns(
+    make: type[torch.nn.Module], factor: float | None
+) -> None:
+    lanes, done = pool(2, lambda: CpuRunner(1))
+    model = served(make)
+    warmth = lanes.load(model)
+    assert warmth.serial
+    for lane, value in ((0, 3.0), (1, 5.0), (0, 7.0)):
+        lanes.submit(execution(model, lane, value))
+        outcome = done.get(timeout=20).outcomes[0]
+        assert not isinstance(outcome, TensorNextError)
+        assert outcome[0].tolist() == [[value * (factor or value)] * 2]
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_rows_that_mix_in_large_batches_alone_are_found_by_the_warm_up(asked: bool) -> None:
     class FromEleven(torch.nn.Module):

@@ -490,6 +490,7 @@ WRITES = {
     "setattr": ("last", "setattr(self, 'last', x[0].clone())"),
     "unpacked": ("last", "self.last, _ = x[0].clone(), 1"),
     "list": ("seen", "self.seen.append(1)"),
+    "two names": ("last", "k, w = self.last, 1; k.add_(x[0])"),
     "through a method": ("last", "self.helper(x)"),
 }
 

@@ -18,6 +18,12 @@ _ROUNDING = {"FP64": 1e-8, "FP32": 2e-4, "FP16": 2e-2, "BF16": 6e-2}
 """Datatype -> tolerated difference, relative to the largest value of the output: some hundred units in the last place,
 which is ten times what ResNet-50 and MiniLM show between one row and 64."""
 
+_UNUSUAL = 1e4
+"""Times the median: larger values do not set the scale of an output."""
+
+FLOATING = frozenset(_ROUNDING)
+"""Datatypes whose values are rounded."""
+
 _ROUNDING_TF32 = 1e-2
 """For FP32 on a GPU, whose convolutions may keep 10 bits of the mantissa (torch.backends.cudnn.allow_tf32)."""
 
@@ -77,9 +83,13 @@ def _in_output(spec: TensorSpec, one: Array, other: Array, allowed: float) -> Di
         place = np.unravel_index(int(np.argmax(unlike)), one.shape)
         return Difference(_told(spec, place, left[place], right[place]))
     apart = np.where(finite, np.abs(np.where(finite, left, 0) - np.where(finite, right, 0)), 0)
-    scale = float(np.max(np.abs(left), where=finite, initial=0.0))
-    place = np.unravel_index(int(np.argmax(apart)), one.shape)
-    if float(apart[place]) <= allowed * scale:
+    sizes = np.where(finite, np.abs(left), 0)
+    # What stands for "masked", such as -1e9, is no measure for the others.
+    usual = float(np.median(sizes[sizes > 0])) if (sizes > 0).any() else 0.0
+    scale = float(np.max(sizes, where=sizes <= _UNUSUAL * usual, initial=0.0))
+    beyond = apart - allowed * np.maximum(scale, sizes)
+    place = np.unravel_index(int(np.argmax(beyond)), one.shape)
+    if float(beyond[place]) <= 0:
         return None
     return Difference(_told(spec, place, left[place], right[place]))
 

@@ -16,8 +16,11 @@ import torch
 from tnxctl.errors import Internal, Unavailable
 from tnxd.executors.execution import SHARED, Execution, Warmth
 from tnxd.executors.runner import Runner
+from tnxd.executors.trial.company import lanes_apart
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item
+from tnxd.executors.trial.held import memory
+from tnxd.executors.trial.state import stateful
 from tnxd.executors.trial.trial import Verdict, lane_calls, try_out, without_rows
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
 from tnxd.models.model import Model
@@ -130,7 +133,17 @@ class LanePool:
                 if not verdict.pristine:
                     del module
                     module = build()
-                self._install(model.key, lane_calls(module, verdict))
+                calls = lane_calls(module, verdict)
+                apart = self._apart(lane, calls, verdict)
+                if apart:  # they are not as separate as they look
+                    verdict = verdict.one_at_a_time(apart)
+                    del module, calls
+                    module = build()
+                    calls = lane_calls(module, verdict)
+                    apart = self._apart(lane, calls, verdict)
+                if apart:
+                    raise stateful((), apart)
+                self._install(model.key, calls)
                 warmed = _called(lane, lambda runner: self._grow(runner, verdict))
                 if warmed.mixes:
                     verdict = without_rows(verdict, warmed.mixes)
@@ -151,6 +164,17 @@ class LanePool:
             most_rows=warmed.most_rows,
             examples=verdict.model.examples if verdict.model.examples != model.examples else (),
             notes=(*dict.fromkeys(notes), *verdict.notes),
+        )
+
+    @staticmethod
+    def _apart(lane: Inbox, calls: Callable[[], Call], verdict: Verdict) -> str:
+        """How lanes answer otherwise than the trial, in words; "" if they do not."""
+        if not verdict.known:
+            return ""
+        pair = calls(), calls()
+        return _called(
+            lane,
+            lambda runner: lanes_apart(pair, verdict.model, runner.torch_device, verdict.known, verdict.tolerance),
         )
 
     @staticmethod
@@ -261,5 +285,8 @@ def _called(inbox: Inbox, function: Callable[[Runner], T]) -> T:
 
 def _nbytes(module: torch.nn.Module) -> int:
     """Of parameters and buffers; what two of them share counts once. 0 for a module of another runtime."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    held = {memory(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(
+        tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else tensor.numel() * tensor.itemsize
+        for tensor in held.values()
+    )

@@ -5,6 +5,7 @@ held.py       what a module keeps between two forwards, and what a forward chang
 suspects.py   what its Python code may change, though no trial has seen it
 state.py      whether an answer depends on earlier requests: pure, scratch or stateful
 rows.py       whether a batch gives each request what it would have got alone
+company.py    whether lanes answer as the trial did, at the same time
 copies.py     what each lane calls, so that nothing crosses from one request to another
 trial.py      all of it, in order
 """

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import threading
+import types
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -39,21 +41,28 @@ class Own:
     ) -> None:
         self._module = module
         self._bound: list[tuple[torch.nn.Module, str, Any]] = []
-        self._made: list[tuple[torch.nn.Module, str, Any]] = []
+        self._made: list[tuple[torch.nn.Module, str, Any, Any]] = []
         self._contents: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._counted: list[tuple[torch.Tensor, torch.Tensor, int]] = []
-        for owner, name in (*written, *suspected):
-            value = getattr(owner, name, _ABSENT)
-            if value is _ABSENT or isinstance(value, (torch.Tensor, *_WITHOUT_PARTS)):
-                self._bound.append((owner, name, value))
+        for owner, name in written:
+            self._remember(owner, name, seen=True)
+        for owner, name in suspected:
+            self._remember(owner, name, seen=False)
+
+    def _remember(self, owner: torch.nn.Module, name: str, *, seen: bool) -> None:
+        if isinstance(getattr(type(owner), name, None), property):
+            return
+        value = getattr(owner, name, _ABSENT)
+        if value is _ABSENT or isinstance(value, (torch.Tensor, *_WITHOUT_PARTS)):
+            self._bound.append((owner, name, value))
+        else:
+            self._made.append((owner, name, copy.deepcopy(value), None if seen else _parts(value)))
+        for tensor in (value,) if isinstance(value, torch.Tensor) else held_by(value):
+            content = tensor.detach().clone()
+            if seen:
+                self._contents.append((tensor, content))
             else:
-                self._made.append((owner, name, copy.deepcopy(value)))
-            if isinstance(value, torch.Tensor):
-                content = value.detach().clone()
-                if (owner, name) in written:
-                    self._contents.append((value, content))
-                else:
-                    self._counted.append((value, content, value._version))
+                self._counted.append((tensor, content, tensor._version))
 
     def __call__(self, *inputs: torch.Tensor | None) -> Any:
         try:
@@ -69,8 +78,9 @@ class Own:
                     delattr(owner, name)
                 else:
                     setattr(owner, name, value)
-        for owner, name, value in self._made:
-            setattr(owner, name, copy.deepcopy(value))
+        for owner, name, value, parts in self._made:
+            if parts is None or _parts(getattr(owner, name, None)) != parts:
+                setattr(owner, name, copy.deepcopy(value))
         for tensor, content in self._contents:
             tensor.copy_(content)
         for position, (tensor, content, version) in enumerate(self._counted):
@@ -80,7 +90,25 @@ class Own:
 
 
 _ABSENT = object()
-_WITHOUT_PARTS = (str, bytes, int, float, complex, bool, type(None), torch.nn.Module, torch.dtype, torch.device, type)
+_CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+_VALUES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, type)
+_WITHOUT_PARTS: tuple[type, ...] = (*_VALUES, *_CODE, torch.nn.Module)
+
+
+def held_by(value: Any) -> list[torch.Tensor]:
+    """Tensors of a module that is an attribute, but for its weights; [] of anything else."""
+    if not isinstance(value, torch.nn.Module):
+        return []
+    return [*value.buffers(), *attributes_of(value)]
+
+
+def _parts(value: Any) -> Any:
+    """Changes with what a container holds: which objects, and what was written to those that are tensors."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if not isinstance(value, (list, tuple, set, deque)):
+        return id(value), _ABSENT
+    return [(id(part), part._version if isinstance(part, torch.Tensor) else 0) for part in value]
 
 
 class Sparing:
@@ -139,7 +167,7 @@ def duplicate(module: torch.nn.Module, written: Collection[torch.Tensor]) -> tor
     own = {memory(tensor) for tensor in written}
     shared = {
         id(tensor): tensor
-        for tensor in (*module.parameters(), *module.buffers(), *_attributes(module))
+        for tensor in (*module.parameters(), *module.buffers(), *attributes_of(module))
         if memory(tensor) not in own
     }
     made: torch.nn.Module = copy.deepcopy(module, dict(shared))
@@ -152,7 +180,7 @@ def duplicate(module: torch.nn.Module, written: Collection[torch.Tensor]) -> tor
     return made
 
 
-def _attributes(module: torch.nn.Module) -> list[torch.Tensor]:
+def attributes_of(module: torch.nn.Module) -> list[torch.Tensor]:
     """Tensors that are attributes, and neither parameters nor buffers."""
     return [
         value

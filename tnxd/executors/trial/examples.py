@@ -9,6 +9,7 @@ import numpy as np
 from tnxctl.frames import STORAGE, Array
 from tnxctl.wire import TensorSpec
 from tnxd.models.model import Model
+from tnxd.noise import FLOATING
 
 Item = tuple[Array, ...]
 """The inputs of one request, in the order of the signature."""
@@ -16,14 +17,15 @@ Item = tuple[Array, ...]
 Make = Callable[[int, int], Item]
 """Makes the item of so many rows; the second number is a variant: another one has other values where it can."""
 
+_FRACTIONS = ((0.1, 1.0), (-3.0, 3.0), (0.0, 300.0))
+"""Bounds of made-up fractions: probabilities, standardised values, and values of 8 bits."""
+
 _INTEGERS = {"cpu": ((1, 3), (0, 1), (1, 1), (0, 0)), "cuda": ((0, 1), (0, 0))}
 """Bounds of made-up integers, in the order in which they are tried. On a GPU, an index out of range is the end of its
 context, for all models: there they are as small as they can be."""
 
-Draw = Callable[[TensorSpec, tuple[int, ...], np.random.Generator], Array]
-"""Makes values of a shape."""
-
-_FLOATING = frozenset(("FP64", "FP32", "FP16", "BF16"))
+Draw = Callable[[TensorSpec, tuple[int, ...], np.random.Generator, int], Array]
+"""Makes values of a shape, for a variant."""
 
 
 def examples(model: Model, kind: str) -> Iterator[tuple[str, Make]]:
@@ -33,10 +35,10 @@ def examples(model: Model, kind: str) -> Iterator[tuple[str, Make]]:
     1 at least, which ones are. Small random numbers are what is left.
     """
     if all(spec.name in model.example_values for spec in model.inputs):
-        yield "the example values", _maker(model, lambda spec, shape, _: np.zeros(shape))
+        yield "the example values", _maker(model, lambda spec, shape, *_: np.zeros(shape))
         return
-    yield "zeros", _maker(model, lambda spec, shape, _: np.zeros(shape))
-    yield "ones", _maker(model, lambda spec, shape, _: np.ones(shape))
+    yield "zeros", _maker(model, lambda spec, shape, *_: np.zeros(shape))
+    yield "ones", _maker(model, lambda spec, shape, *_: np.ones(shape))
     yield "small random numbers", _maker(model, _drawing(*_INTEGERS[kind][0]))
 
 
@@ -49,23 +51,25 @@ def telling_examples(model: Model, kind: str) -> Iterator[Make]:
     Args:
         kind: of the device, "cpu" or "cuda".
     """
-    counts = any(spec.datatype not in _FLOATING and spec.datatype != "BOOL" for spec in model.inputs)
-    measures = any(spec.datatype in _FLOATING for spec in model.inputs)
-    for largest in (1.0, 3.0) if measures else (1.0,):
+    counts = any(spec.datatype not in FLOATING and spec.datatype != "BOOL" for spec in model.inputs)
+    measures = any(spec.datatype in FLOATING for spec in model.inputs)
+    for smallest, largest in _FRACTIONS if measures else _FRACTIONS[:1]:
         for least, most in _INTEGERS[kind] if counts else _INTEGERS[kind][:1]:
             if most > least or measures:
-                yield _maker(model, _drawing(least, most, largest), telling=True)
+                yield _maker(model, _drawing(least, most, smallest, largest), telling=True)
     if any(np.ptp(value) for value in model.example_values.values() if value.size):
         yield _maker(model, _drawing(*_INTEGERS[kind][0]))
 
 
-def _drawing(least: int, most: int, largest: float = 1.0) -> Draw:
-    """Random numbers: integers within bounds, fractions from 0.1 up."""
+def _drawing(least: int, most: int, smallest: float = 0.1, largest: float = 1.0) -> Draw:
+    """Random numbers within bounds."""
 
-    def draw(spec: TensorSpec, shape: tuple[int, ...], generator: np.random.Generator) -> Array:
-        if spec.datatype in _FLOATING:
-            return generator.uniform(0.1, largest, shape)
-        return generator.integers(*((0, 1) if spec.datatype == "BOOL" else (least, most)), shape, endpoint=True)
+    def draw(spec: TensorSpec, shape: tuple[int, ...], generator: np.random.Generator, variant: int) -> Array:
+        if spec.datatype in FLOATING:
+            return generator.uniform(smallest, largest, shape)
+        low, high = (0, 1) if spec.datatype == "BOOL" else (least, most)
+        # Moved on by the variant: so no value of one request is that of the next one.
+        return low + (generator.integers(0, high - low, shape, endpoint=True) + variant) % (high - low + 1)
 
     return draw
 
@@ -76,10 +80,12 @@ def _maker(model: Model, draw: Draw, *, telling: bool = False) -> Make:
     def make(rows: int, variant: int) -> Item:
         item = []
         for position, (spec, shape) in enumerate(zip(model.inputs, model.example_shapes(rows), strict=True)):
-            generator = np.random.default_rng((variant, position))  # so the first rows are the same, of however many
+            # The same for all variants of integers, and so that the first rows are the same, of however many.
+            seed = (0 if spec.datatype not in FLOATING else variant, position)
+            generator = np.random.default_rng(seed)
             own = model.example_values.get(spec.name)
-            if own is None or (telling and spec.datatype in _FLOATING and not (own.size and np.ptp(own))):
-                item.append(_stored(draw(spec, shape, generator), spec))
+            if own is None or (telling and spec.datatype in FLOATING and not (own.size and np.ptp(own))):
+                item.append(_stored(draw(spec, shape, generator, variant), spec))
             else:
                 item.append(_varied(model, own, rows, variant, spec))
         return tuple(item)

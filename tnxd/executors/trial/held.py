@@ -11,6 +11,7 @@ import contextlib
 import functools
 import sys
 import types
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from tnxd.models.formats.exported import Program
 from tnxd.models.formats.factories import is_private
 
 _MOST_ITEMS = 200_000  # a model of a thousand layers has a tenth of that
+
+_MOST_PARTS = 10_000
+"""Of a container that is looked into: of a larger one, only how many there are."""
 
 _OF_NN_MODULE = frozenset(vars(torch.nn.Module()))
 """Attributes of every module: `_buffers` and the like, which are looked into by hand, and hooks."""
@@ -155,14 +159,15 @@ class Held:
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, _PLAIN):
-            return type(value), value
+            return type(value), repr(value) if isinstance(value, (float, complex)) else value  # NaN is unlike itself
         if isinstance(value, np.ndarray):
-            return id(value), value.tobytes() if value.dtype != object and self._contents else b""
+            plain = self._contents and value.dtype != object
+            return id(value), zlib.crc32(np.ascontiguousarray(value).data) if plain and value.size else 0
         if isinstance(value, torch.Generator):
             return id(value), value.get_state().numpy().tobytes()
         if isinstance(value, functools._lru_cache_wrapper):
             return id(value), value.cache_info().currsize
-        if isinstance(value, (set, frozenset)):
+        if isinstance(value, (set, frozenset, dict, list, deque)):
             return id(value), len(value)
         return id(value)
 
@@ -185,13 +190,15 @@ _MISSING = object()
 
 
 def _unlike(one: Any, other: Any) -> bool:
-    return one is not other and bool(one != other) and repr(one) != repr(other)  # NaN is unlike itself
+    return one is not other and bool(one != other)
 
 
 def _children(value: Any) -> Iterable[tuple[str, Any]]:
     """What is in a container or an object, and what to append to its name for it."""
     if isinstance(value, (torch.Tensor, torch.nn.Module, types.ModuleType, type, *_PLAIN)):
         return ()
+    if isinstance(value, (dict, list, tuple, deque)) and len(value) > _MOST_PARTS:
+        return ()  # a vocabulary
     if isinstance(value, dict):
         return [(f"[{key!s:.60}]", child) for key, child in list(value.items())]
     if isinstance(value, (list, tuple, deque)):
@@ -204,12 +211,15 @@ def _children(value: Any) -> Iterable[tuple[str, Any]]:
         return ()
     if type(value).__module__.partition(".")[0] in _CLOSED:
         return ()
-    attributes = getattr(value, "__dict__", {})
-    slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
-    return [
-        *((f".{name}", child) for name, child in list(attributes.items())),
-        *((f".{name}", getattr(value, name)) for name in slots),
-    ]
+    try:
+        attributes = getattr(value, "__dict__", {})
+        slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
+        return [
+            *((f".{name}", child) for name, child in list(attributes.items())),
+            *((f".{name}", getattr(value, name)) for name in slots),
+        ]
+    except Exception:  # of a class that answers for its attributes itself
+        return ()
 
 
 def _slots(kind: type) -> tuple[str, ...]:

@@ -14,31 +14,35 @@ from tnxctl.frames import Array
 from tnxd.executors.trial.examples import Item, Make
 from tnxd.executors.trial.state import Ask, blame, seeded
 from tnxd.models.model import Model
-from tnxd.noise import Difference, difference
+from tnxd.noise import FLOATING, Difference, difference
 
-_COUNTED_TRIES = 2
+_TRIES = 4
+_COUNTED = 2
 """Of values that count or choose, a near tie that rounding decides is no proof against a batch; two are."""
 
 
-def rows_apart(model: Model, ask: Ask, make: Make, allowed: float) -> str:
+def rows_apart(model: Model, ask: Ask, makes: Sequence[Make], allowed: float) -> str:
     """How a request's answer differs in company from what it is alone, in words; "" if it does not.
 
     Two requests with different values, of one row and of two if the model takes so many, are asked alone, and together
-    in both orders.
+    in both orders: each kind of values among its like, and the first kind beside each other one.
 
     Args:
-        model: one with a batch axis. ask: runs it; raises what it raises. make: items, see `Make`.
+        model: one with a batch axis. ask: runs it; raises what it raises.
+        makes: items, see `Make`, of at least one kind of values.
         allowed: difference that rounding may make, relative to the largest value of an output.
     """
-    told = ""
-    for attempt in range(_COUNTED_TRIES):
-        found = _apart(model, ask, *pair_of_requests(model, make, attempt), allowed)
-        if found is None:
-            return ""
-        told = found.text
-        if not found.counted:
-            break
-    return told
+    pairs = [(make, make) for make in makes] + [(makes[0], make) for make in makes[1:]]
+    counts = any(spec.datatype not in FLOATING for spec in model.outputs)
+    doubts = []
+    for attempt in range(_TRIES if counts else 1):
+        for one, other in pairs:
+            found = _apart(model, ask, *pair_of_requests(model, one, other, attempt), allowed)
+            if found is not None:
+                doubts.append(found)
+                if not found.counted or len(doubts) >= _COUNTED:
+                    return found.text
+    return ""
 
 
 def lengths_apart(model: Model, ask: Ask, make: Make) -> str:
@@ -69,9 +73,9 @@ def lengths_apart(model: Model, ask: Ask, make: Make) -> str:
     return ""
 
 
-def pair_of_requests(model: Model, make: Make, attempt: int) -> tuple[Item, Item]:
+def pair_of_requests(model: Model, one: Make, other: Make, attempt: int) -> tuple[Item, Item]:
     """Two requests that share a batch: one row, and two if the model takes three in all."""
-    return make(1, 2 * attempt), make(2 if model.max_batch_size > 2 else 1, 2 * attempt + 1)
+    return one(1, 2 * attempt), other(2 if model.max_batch_size > 2 else 1, 2 * attempt + 1)
 
 
 def _apart(model: Model, ask: Ask, first: Item, second: Item, allowed: float) -> Difference | None:

@@ -88,12 +88,12 @@ def find_state(module: torch.nn.Module, model: Model, ask: Ask, first: Item, sec
         before = Held(module, model.writes)
         raw, alone = seeded(ask, first)
         other = seeded(ask, second)[1]
-        reused = differ([to_array(tensor.cpu()) for tensor in raw], alone) is not None
         apart = _repeated(ask, [(first, alone), (second, other)], differ)
+        reused = differ([to_array(tensor.cpu()) for tensor in raw], alone) is not None
         seeded(ask, second)  # so that what an input left behind is not what was there before
         after = Held(module, model.writes)
         changed = before.changed(after)
-        if apart is not None:
+        if apart is not None and (changed or not _draws(ask, first)):
             raise stateful([place.name for place in changed] or model.writes, apart.text)
         check_graph(model, changed)
         inside = dict.fromkeys((place.owner, place.attribute) for place in changed if place.owner is not None)
@@ -108,6 +108,18 @@ def find_state(module: torch.nn.Module, model: Model, ask: Ask, first: Item, sec
             outside,
             random=differ(ask(first)[1], ask(first)[1]) is not None,
         )
+
+
+def _draws(ask: Ask, item: Item) -> bool:
+    """Whether a forward draws from the generators of the process. Others may, too, and spoil what was seeded for it."""
+    seeded(lambda _: ([], []), item)
+    states = _generators()
+    ask(item)
+    return _generators() != states
+
+
+def _generators() -> tuple[object, ...]:
+    return random.getstate(), torch.get_rng_state().numpy().tobytes(), repr(np.random.get_state())
 
 
 def _repeated(ask: Ask, known: Sequence[tuple[Item, list[Array]]], differ: Differ) -> Difference | None:

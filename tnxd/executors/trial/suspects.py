@@ -44,21 +44,21 @@ def _written(kind: type) -> set[str]:
     written: set[str] = set()
     waiting, seen = ["forward"], {"forward"}
     while waiting:
-        function = _function(kind, waiting.pop())
-        if function is None or not function.args.args:
-            continue
-        reader = _Reader(function.args.args[0].arg)
-        reader.visit(function)
-        written |= reader.written
-        for name in reader.used - seen:
-            seen.add(name)
-            waiting.append(name)
+        name = waiting.pop()
+        for base in kind.__mro__:  # of its bases, too, which it may call by super()
+            function = _function(vars(base).get(name))
+            if function is None or not function.args.args:
+                continue
+            reader = _Reader(function.args.args[0].arg)
+            reader.visit(function)
+            written |= reader.written
+            waiting += reader.used - seen
+            seen |= reader.used
     return written
 
 
-def _function(kind: type, name: str) -> ast.FunctionDef | None:
+def _function(member: Any) -> ast.FunctionDef | None:
     """The source of a method; None for one of a library, or where there is no source."""
-    member = inspect.getattr_static(kind, name, None)
     function: Any = member.fget if isinstance(member, property) else member
     if callable(function):
         function = inspect.unwrap(function)
@@ -90,7 +90,9 @@ class _Reader(ast.NodeVisitor):
             elif isinstance(node, (ast.Subscript, ast.Starred)):
                 node = node.value
             elif isinstance(node, ast.Call):
-                node = node.func
+                if not (isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS):
+                    return None  # the result is a new object
+                node = node.func.value
             elif isinstance(node, ast.Name):
                 return self._aliases.get(node.id)
             else:
@@ -108,9 +110,27 @@ class _Reader(ast.NodeVisitor):
     def visit_Assign(self, node: ast.Assign) -> None:
         for target in node.targets:
             self._write(target)
-            if isinstance(target, ast.Name):
-                self._name(target.id, node.value)
+            self._alias(target, node.value)
         self.generic_visit(node)
+
+    def visit_For(self, node: ast.For) -> None:
+        source: ast.AST = node.iter
+        if isinstance(source, ast.Call) and source.args:  # enumerate(self.caches), zip(...), reversed(...)
+            source = source.args[0]
+        if isinstance(source, ast.Call) and isinstance(source.func, ast.Attribute):  # self.caches.values()
+            source = source.func.value
+        root = self._root(source)
+        for target in ast.walk(node.target):
+            if isinstance(target, ast.Name) and root is not None:
+                self._aliases[target.id] = root
+        self.generic_visit(node)
+
+    def _alias(self, target: ast.AST, value: ast.AST) -> None:
+        if isinstance(target, ast.Name):
+            self._name(target.id, value)
+        elif isinstance(target, (ast.Tuple, ast.List)) and isinstance(value, (ast.Tuple, ast.List)):
+            for one, other in zip(target.elts, value.elts, strict=False):
+                self._alias(one, other)
 
     def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
         self._name(node.target.id, node.value)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxctl.frames import Array
 from tnxd.executors.execution import PURE, SCRATCH, SHARED
 from tnxd.executors.tensors import TORCH_DTYPES, check_outputs, to_array, to_tensor
-from tnxd.executors.trial.copies import Call, Own, Serial, Sparing, duplicate
+from tnxd.executors.trial.copies import Call, Own, Serial, Sparing, duplicate, held_by
 from tnxd.executors.trial.examples import Item, Make, examples, telling_examples
 from tnxd.executors.trial.held import Held, submodule
 from tnxd.executors.trial.rows import lengths_apart, pair_of_requests, rows_apart
@@ -33,6 +34,12 @@ _DATATYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 _KNOWN = ("pt2", "onnx")
 """Formats whose files say which axes have one length."""
+
+_SHARE = 0.01
+"""Of the numbers that a module holds: a datatype of fewer does not say what it computes in."""
+
+_MOST_KINDS = 3
+"""Kinds of values that requests are compared with."""
 
 _OF_A_SHAPE = re.compile(r"\b(shapes?|sizes?|dimensions?|channels?)\b")
 """In what torch says of tensors that do not fit together."""
@@ -55,6 +62,7 @@ class Verdict:
         make: makes inputs that it takes; None: no example was one.
         tolerance: difference that rounding makes, relative to the largest value of an output.
         written_inputs: positions of inputs that a forward writes to.
+        known: inputs of two requests and their answers; (): these cannot be repeated.
         notes: what an operator should know.
     """
 
@@ -65,11 +73,17 @@ class Verdict:
     tolerance: float
     notes: tuple[str, ...] = ()
     written_inputs: frozenset[int] = frozenset()
+    known: tuple[tuple[Item, Sequence[Array]], ...] = ()
 
     @property
     def kind(self) -> str:
         """PURE, SCRATCH or SHARED."""
         return SHARED if self.model.state == SHARED else self.state.kind
+
+    def one_at_a_time(self, why: str) -> Verdict:
+        """The verdict for a module that lanes cannot call at the same time."""
+        note = f"one lane at a time calls it: with a lane each, two requests had other answers than alone: {why}"
+        return replace(self, serial=True, notes=(*self.notes, note))
 
     @property
     def pristine(self) -> bool:
@@ -125,8 +139,8 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
         return Verdict(model.unbatched(), state, not state.suspected, None, allowed, (*notes, note))
     made_at_first = [place.name for place in as_built.changed(Held(module, model.writes, contents=False))]
     with same_chance():
-        telling = _first_telling(asking, model)
-    varied = telling or make
+        telling = _telling(asking, model)
+    varied = telling[0] if telling else make
     first, second = varied(1, 0), varied(1, 1)
     state = find_state(module, model, asking, first, second, allowed)
     if made_at_first:
@@ -141,7 +155,12 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
     if model.max_batch_size > 1:  # one row has no company
         with same_chance():
             verdict = _with_rows(verdict, asking, telling)
-    return verdict
+    if state.random:
+        return verdict
+    served = asking.as_another(verdict.model)
+    with same_chance():
+        answered = [(item, seeded(served, item)[1]) for item in (varied(1, 0), varied(1, 1))]
+    return replace(verdict, known=tuple(answered))
 
 
 class _Asking:
@@ -251,19 +270,21 @@ def _first_that_runs(ask: _Asking, model: Model, rows: int = 1) -> tuple[Make | 
         FailedPrecondition: what is wrong is so whatever the values are: with the code, or with the shapes.
     """
     complaints = []
+    of_the_code = True
     for what, make in examples(model, ask.device.type):
         try:
             ask(make(rows, 0))
             return make, ""
-        except _OF_THE_CODE as error:
-            raise FailedPrecondition(f"a forward of {what} raised {sentence(error)}") from error
         except Exception as error:
             blame(error)
             if isinstance(error, TensorNextError) and error.code == "INTERNAL":  # the outputs do not fit
                 raise FailedPrecondition(error.message) from None
+            of_the_code = of_the_code and isinstance(error, _OF_THE_CODE)
             complaints.append((what, sentence(error)))
     what, complaint = complaints[-1]
     told = f"a forward of {what} raised {complaint}"
+    if of_the_code:
+        raise FailedPrecondition(told)
     if len({text for _, text in complaints}) == 1 and _OF_A_SHAPE.search(complaint):
         said = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in model.inputs)
         where = f"{model.name}: the file" if model.format in _KNOWN else f"{model.name}/model.toml: inputs"
@@ -282,15 +303,16 @@ def _other_rows(asking: _Asking) -> tuple[_Asking, Make | None, str] | None:
     return None
 
 
-def _first_telling(ask: _Asking, model: Model) -> Make | None:
-    """Examples with values that differ and that the model takes; None: there are none.
+def _telling(ask: _Asking, model: Model) -> list[Make]:
+    """Kinds of examples whose values and answers differ, and that the model takes; [] if there is none.
 
     Those with finite answers alone go before others, which tell less.
     """
-    otherwise = None
+    fine: list[Make] = []
+    others: list[Make] = []
     for make in telling_examples(model, ask.device.type):
         try:
-            answers = [ask(item)[1] for item in (make(1, 0), make(1, 1), *pair_of_requests(model, make, 0))]
+            answers = [ask(item)[1] for item in (make(1, 0), make(1, 1), *pair_of_requests(model, make, make, 0))]
         except Exception as error:  # it takes no such values: the next ones
             blame(error)
             continue
@@ -299,24 +321,27 @@ def _first_telling(ask: _Asking, model: Model) -> Make | None:
             for answer in answers
             for array, spec in zip(answer, model.outputs, strict=True)
         ]
-        if all(each.all() for each in finite):
-            return make
-        if any(each.any() for each in finite):
-            otherwise = otherwise or make
-    return otherwise
+        differ = difference(model.outputs, answers[0], answers[1], 0.0) is not None
+        if differ and all(each.all() for each in finite):
+            fine.append(make)
+        elif any(each.any() for each in finite):
+            others.append(make)
+        if len(fine) == _MOST_KINDS:
+            break
+    return fine or others[:1]
 
 
-def _with_rows(verdict: Verdict, ask: _Asking, telling: Make | None) -> Verdict:
+def _with_rows(verdict: Verdict, ask: _Asking, telling: Sequence[Make]) -> Verdict:
     """The verdict, with a batch axis only where that counts rows.
 
     Raises:
         FailedPrecondition: model.toml asks for batches, and they would mix requests up.
     """
     model = verdict.model
-    if telling is None:
+    if not telling:
         return _whole(verdict, "no batches: no example with values that differ was taken; put some into example.npz")
     if not model.batching_asked and model.format not in _KNOWN and len(model.inputs) > 1:
-        lengths = lengths_apart(model, ask.as_another(model.unbatched()), telling)
+        lengths = lengths_apart(model, ask.as_another(model.unbatched()), telling[0])
         if lengths:
             return without_rows(verdict, lengths)
     try:
@@ -371,10 +396,13 @@ def _joined(path: str, name: str) -> str:
 
 def _tensors(module: torch.nn.Module, places: Sequence[tuple[str, str]]) -> list[torch.Tensor]:
     values = [getattr(submodule(module, path), name, None) for path, name in places]
-    return [value for value in values if isinstance(value, torch.Tensor)]
+    return [each for value in values for each in ((value,) if isinstance(value, torch.Tensor) else held_by(value))]
 
 
 def _datatypes(module: torch.nn.Module, model: Model) -> list[str]:
-    """Datatypes that a model computes in, as far as they show."""
-    held = [_DATATYPES.get(tensor.dtype, "") for tensor in (*module.parameters(), *module.buffers())]
-    return [*held, *(spec.datatype for spec in model.outputs)]
+    """Datatypes that a model computes in, as far as they show: those of much of what it holds, and of its tensors."""
+    held: Counter[str] = Counter()
+    for tensor in (*module.parameters(), *module.buffers()):
+        held[_DATATYPES.get(tensor.dtype, "")] += tensor.numel()
+    large = [name for name, count in held.items() if count >= _SHARE * held.total()]
+    return [*large, *(spec.datatype for spec in (*model.inputs, *model.outputs))]

@@ -1,0 +1,94 @@
+"""Whether lanes answer as the trial did: each request its own, one after the other and at the same time.
+
+It is the last word about what the lanes call. A copy may still reach into what it was copied from, and a network may
+keep what a forward needs where no picture shows it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from tnxctl.frames import Array
+from tnxd.executors.tensors import check_outputs, to_array, to_tensor
+from tnxd.executors.trial.copies import Call
+from tnxd.executors.trial.examples import Item
+from tnxd.models.model import Model
+from tnxd.noise import difference
+
+_ROUNDS = 500
+_SECONDS = 0.2
+_SWITCH_SECONDS = 1e-5
+"""Two threads change places so often meanwhile: what one leaves for a moment, the other finds."""
+
+
+def lanes_apart(
+    calls: Sequence[Call],
+    model: Model,
+    device: torch.device,
+    known: Sequence[tuple[Item, Sequence[Array]]],
+    allowed: float,
+) -> str:
+    """How an answer of a lane differs from that to the same input before, in words; "" if none does.
+
+    Args:
+        calls: what two lanes call. known: two inputs, and what they were answered.
+        allowed: difference that rounding may make, relative to the largest value of an output.
+    """
+
+    def ask(call: Call, item: Item, answer: Sequence[Array]) -> str:
+        tensors = [
+            to_tensor(array.copy(), spec.datatype).to(device) for array, spec in zip(item, model.inputs, strict=True)
+        ]
+        try:
+            outputs = check_outputs(model, call(*tensors), len(item[0]) if model.max_batch_size else 1)
+        except Exception as error:
+            return f"it raises {type(error).__name__}"
+        found = difference(model.outputs, answer, [to_array(output.cpu()) for output in outputs], allowed)
+        return found.text if found is not None and not found.counted else ""
+
+    for item, answer in (*known, *known):  # one after the other, on one lane and on both
+        for call in calls:
+            apart = ask(call, item, answer)
+            if apart:
+                return apart
+    if device.type != "cpu":
+        return ""  # lanes of a GPU have streams of their own
+    return _at_once([partial(ask, call, *pair) for call, pair in zip(calls, known, strict=True)])
+
+
+def _at_once(asks: Sequence[Callable[[], str]]) -> str:
+    """The first complaint of several that ask again and again at the same time."""
+    complaints: list[str] = []
+    until = time.monotonic() + _SECONDS
+    inference = torch.is_inference_mode_enabled()
+    threads = torch.get_num_threads()
+
+    both = threading.Barrier(2)
+
+    def work(ask: Callable[[], str]) -> None:
+        torch.set_num_threads(threads)
+        both.wait()
+        with torch.inference_mode(inference):
+            for _ in range(_ROUNDS):
+                complaint = ask()
+                if complaint:
+                    complaints.append(complaint)
+                if complaints or time.monotonic() > until:
+                    return
+
+    other = threading.Thread(target=work, args=(asks[1],), name="trial", daemon=True)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        other.start()
+        work(asks[0])
+        other.join()
+    finally:
+        sys.setswitchinterval(interval)
+    return complaints[0] if complaints else ""
