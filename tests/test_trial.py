@@ -117,10 +117,6 @@ STATEFUL: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         lambda: Module(lambda m, x: (setattr(m, "n", m.n + 1), x + (m.n % 10 == 0))[1], n=0),
     ),
     "first request": ("seen", lambda: Module(lambda m, x: x + m.seen.setdefault("n", float(x[0, 0])), seen={})),
-    "own generator": (
-        "generator",
-        lambda: Module(lambda m, x: x + torch.rand(1, generator=m.generator), generator=torch.Generator()),
-    ),
 }
 
 
@@ -268,8 +264,15 @@ def test_memory_that_nobody_sees_is_found_by_its_reuse() -> None:
     assert torch.equal(answer, rows)
 
 
-def test_answers_by_chance_are_no_state_and_share_no_batch() -> None:
-    verdict = tried(lambda: Module(lambda m, x: nn.functional.dropout(x, 0.5, training=True)))
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Module(lambda m, x: nn.functional.dropout(x, 0.5, training=True)),
+        lambda: Module(lambda m, x: x + torch.rand(1, generator=m.own), own=torch.Generator()),
+    ],
+)
+def test_answers_by_chance_are_no_state_and_share_no_batch(make: Callable[[], nn.Module]) -> None:
+    verdict = tried(make)
     assert (verdict.kind, verdict.state.random, verdict.model.max_batch_size) == ("pure", True, 0)
     assert "at random" in verdict.notes[0]
 

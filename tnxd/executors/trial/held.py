@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import random
 import sys
 import types
 import zlib
@@ -76,7 +77,7 @@ class Held:
 
     Attributes:
         places: by name. tokens: what is there, by name; equal as long as nothing was written.
-        complete: whether all of it was seen.
+        complete: whether all of it was seen. draws: whether there are generators of random numbers.
     """
 
     def __init__(self, module: torch.nn.Module, attributes: Iterable[str] = (), *, contents: bool = True) -> None:
@@ -89,6 +90,7 @@ class Held:
         self.places: dict[str, Place] = {}
         self.tokens: dict[str, Any] = {}
         self.complete = True
+        self.draws = False
         self._contents = contents
         self._alive: list[Any] = []  # so that no id is taken again
         self._seen: set[int] = set()
@@ -163,8 +165,8 @@ class Held:
         if isinstance(value, np.ndarray):
             plain = self._contents and value.dtype != object
             return id(value), zlib.crc32(np.ascontiguousarray(value).data) if plain and value.size else 0
-        if isinstance(value, torch.Generator):
-            return id(value), value.get_state().numpy().tobytes()
+        if isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
+            self.draws = True  # what it gives next depends on how often it was asked, and on nobody's request
         if isinstance(value, functools._lru_cache_wrapper):
             return id(value), value.cache_info().currsize
         if isinstance(value, (set, frozenset, dict, list, deque)):
