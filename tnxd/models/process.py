@@ -266,7 +266,7 @@ _TORCH = [
 
 def _own_loggers() -> list[logging.Logger]:
     """The root of all loggers, and those of TensorNext."""
-    known = logging.root.manager.loggerDict
+    known = logging.root.manager.loggerDict.copy()
     names = [name for name in list(known) if name.partition(".")[0] in ("tnxd", "tnxctl")]
     return [logging.root, *(logger for name in names if isinstance(logger := known[name], logging.Logger))]
 
@@ -293,7 +293,7 @@ def _set_logging(kept: dict[str, tuple[Any, ...]]) -> None:
 
 def _others() -> Iterator[logging.Logger]:
     own = {logger.name for logger in _own_loggers()}
-    for logger in list(logging.root.manager.loggerDict.values()):
+    for logger in logging.root.manager.loggerDict.copy().values():
         if isinstance(logger, logging.Logger) and logger.name not in own:
             yield logger
 

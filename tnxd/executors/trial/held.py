@@ -137,7 +137,7 @@ class Held:
             self._value(Place(prefix + called.get(name, name), path, name), tensor)
         if isinstance(module, torch.jit.ScriptModule):
             return
-        for name, value in vars(module).items():
+        for name, value in list(vars(module).items()):
             if name not in _OF_NN_MODULE:
                 self._value(Place(prefix + name, path, name), value)
 
@@ -249,7 +249,7 @@ def _outside(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
                     yield f"{kind.__name__}.{name}", value
         if is_private(kind.__module__):
             packages.add(kind.__module__.rpartition(".")[0])
-    for name, code in list(sys.modules.items()):
+    for name, code in sys.modules.copy().items():  # others may import meanwhile
         if name.rpartition(".")[0] in packages:
             for variable, value in list(vars(code).items()):
                 if not variable.startswith("__") and _holds(value):
