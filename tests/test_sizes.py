@@ -52,7 +52,7 @@ class Fixed(Counts):
 
 class Free(Counts):
     def answer(self, x):
-        return torch.zeros(len(x), int(x[0, 0]))
+        return torch.zeros(len(x), int(x[0, 0]) if x[0, 0] > 1000 else 1)
 
 
 class Wide(torch.nn.Module):

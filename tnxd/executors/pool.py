@@ -172,10 +172,12 @@ class LanePool:
         if not verdict.known:
             return ""
         pair = calls(), calls()
-        return _called(
-            lane,
-            lambda runner: lanes_apart(pair, verdict.model, runner.torch_device, verdict.known, verdict.tolerance),
-        )
+
+        def compare(runner: Runner) -> str:
+            with settings_kept():
+                return lanes_apart(pair, verdict.model, runner.torch_device, verdict.known, verdict.tolerance)
+
+        return _called(lane, compare)
 
     @staticmethod
     def _tried(runner: Runner, module: torch.nn.Module, model: Model, build: Callable[[], torch.nn.Module]) -> Verdict:

@@ -313,8 +313,9 @@ def _telling(ask: _Asking, model: Model) -> list[Make]:
     for make in telling_examples(model, ask.device.type):
         try:
             answers = [ask(item)[1] for item in (make(1, 0), make(1, 1), *pair_of_requests(model, make, make, 0))]
-        except Exception as error:  # it takes no such values: the next ones
-            blame(error)
+        except torch.AcceleratorError:
+            raise
+        except Exception:  # it takes no such values, which may ask for memory, too: the next ones
             continue
         finite = [
             np.isfinite(as_float(array, spec.datatype))
