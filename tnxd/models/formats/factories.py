@@ -132,14 +132,16 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         for directory in files.code:
             place = directory.joinpath(*module.split("."))
-            for candidate, within in ((place / "__init__.py", [str(place)]), (place.with_suffix(".py"), None)):
+            for candidate, is_package in ((place / "__init__.py", True), (place.with_suffix(".py"), False)):
                 if candidate in files.identities:
-                    return importlib.util.spec_from_file_location(
-                        fullname,
-                        candidate,
-                        loader=_Loader(fullname, str(candidate), files),
-                        submodule_search_locations=within,
+                    loader = _Loader(fullname, str(candidate), files)
+                    spec = importlib.machinery.ModuleSpec(
+                        fullname, loader, origin=str(candidate), is_package=is_package
                     )
+                    # A package has no path of its own: Python's finder, which is asked first, would take modules from
+                    # there, and bytecode, that nobody has checked.
+                    spec.has_location = True
+                    return spec
         return None
 
 
