@@ -168,7 +168,7 @@ class LanePool:
 
     @staticmethod
     def _apart(lane: Inbox, calls: Callable[[], Call], verdict: Verdict) -> str:
-        """How lanes answer otherwise than the trial, in words; "" if they do not."""
+        """The difference between answers of lanes and of the trial, in words; "" if there is none."""
         if not verdict.known:
             return ""
         pair = calls(), calls()

@@ -34,7 +34,7 @@ def lanes_apart(
     known: Sequence[tuple[Item, Sequence[Array]]],
     allowed: float,
 ) -> str:
-    """How an answer of a lane differs from that to the same input before, in words; "" if none does.
+    """The difference between an answer of a lane and that to the same input before, in words; "" if none does.
 
     Args:
         calls: what two lanes call. known: two inputs, and what they were answered.

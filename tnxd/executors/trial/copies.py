@@ -1,4 +1,4 @@
-"""What each lane calls for a model, so that nothing crosses from one request to another.
+"""Calls of lanes: what stands between a lane and a module, so that nothing crosses from one request to another.
 
 A pure module is called as it is, by all lanes. One that writes to what it holds is copied for each lane: what it writes
 to is the lane's own, all other tensors are shared. What cannot be copied, and what is meant to be shared, is called by

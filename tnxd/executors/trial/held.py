@@ -1,4 +1,4 @@
-"""What a module holds between two forwards: its tensors, its attributes, and the globals of its own code.
+"""State that a module holds between two forwards: its tensors, its attributes, and the globals of its own code.
 
 A `Held` is a picture of that. Two of them, before and after a forward, show what the forward wrote, wherever it did:
 into a buffer, over an attribute, into a list or a dict, a class attribute, a closure or a global of the module that the
@@ -73,7 +73,7 @@ def submodule(module: torch.nn.Module, path: str) -> torch.nn.Module:
 
 
 class Held:
-    """What a module holds now.
+    """A picture of what a module holds now.
 
     Attributes:
         places: by name. tokens: what is there, by name; equal as long as nothing was written.
@@ -196,7 +196,7 @@ def _unlike(one: Any, other: Any) -> bool:
 
 
 def _children(value: Any) -> Iterable[tuple[str, Any]]:
-    """What is in a container or an object, and what to append to its name for it."""
+    """Parts of a container or an object, and what to append to its name for it."""
     if isinstance(value, (torch.Tensor, torch.nn.Module, types.ModuleType, type, *_PLAIN)):
         return ()
     if isinstance(value, (dict, list, tuple, deque)) and len(value) > _MOST_PARTS:
@@ -239,7 +239,7 @@ def _filled(cell: types.CellType) -> bool:
 
 
 def _outside(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """What the code of a network holds beside it: class attributes, and globals of the modules beside the weights."""
+    """State of the code of a network, beside it: class attributes, and globals of the modules beside the weights."""
     kinds = {type(child) for child in module.modules()}
     packages = set()
     for kind in kinds:

@@ -22,7 +22,7 @@ _COUNTED = 2
 
 
 def rows_apart(model: Model, ask: Ask, makes: Sequence[Make], allowed: float) -> str:
-    """How a request's answer differs in company from what it is alone, in words; "" if it does not.
+    """The difference between a request's answer in company and alone, in words; "" if it does not.
 
     Two requests with different values, of one row and of two if the model takes so many, are asked alone, and together
     in both orders: each kind of values among its like, and the first kind beside each other one.
@@ -46,7 +46,7 @@ def rows_apart(model: Model, ask: Ask, makes: Sequence[Make], allowed: float) ->
 
 
 def lengths_apart(model: Model, ask: Ask, make: Make) -> str:
-    """How a model of several inputs shows that their axes 0 count different things, in words; "" if it does not.
+    """The sign, in a model of several inputs, that their axes 0 count different things, in words; "" if it does not.
 
     It takes one input longer than the others, which two tensors with a row for each request could not be, and its
     answer depends on what stands there.
@@ -91,5 +91,5 @@ def _apart(model: Model, ask: Ask, first: Item, second: Item, allowed: float) ->
 
 
 def _parts(outputs: Sequence[Array], rows: Sequence[int]) -> list[list[Array]]:
-    """What each of two requests gets of a batch."""
+    """The share of each of two requests in a batch."""
     return [[output[: rows[0]] for output in outputs], [output[rows[0] :] for output in outputs]]

@@ -49,7 +49,7 @@ _SEED = 20_261_128
 
 @dataclass(frozen=True)
 class State:
-    """What a forward does to what the module holds.
+    """The treatment of what a module holds by its forwards.
 
     Attributes:
         kind: PURE or SCRATCH.
@@ -123,7 +123,7 @@ def _generators() -> tuple[object, ...]:
 
 
 def _repeated(ask: Ask, known: Sequence[tuple[Item, list[Array]]], differ: Differ) -> Difference | None:
-    """How an answer differs from that to the same input before, if one does."""
+    """The difference between an answer and that to the same input before, if there is one."""
     began = time.monotonic()
     for call in range(_MOST_CALLS):
         item, answer = known[_ORDER[call % len(_ORDER)]]

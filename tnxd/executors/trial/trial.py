@@ -53,7 +53,7 @@ _OF_THE_CODE = (NotImplementedError, AttributeError, NameError, ImportError, Typ
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a trial has shown.
+    """The outcome of a trial.
 
     Attributes:
         model: as it may be served: without a batch axis where that does not count rows.

@@ -33,7 +33,7 @@ _SHOWS_FROM = 16 * _MIB
 
 
 class Warmed(NamedTuple):
-    """What a warm-up has shown.
+    """The outcome of a warm-up.
 
     Attributes:
         costs, safe_rows, most_rows: as in `tnxd.executors.execution.Warmth`.
