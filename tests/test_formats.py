@@ -358,6 +358,25 @@ def test_programs_that_cannot_be_served(tmp_path: Path, network: torch.nn.Module
     assert said in refused(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")  # torch about itself
+def test_a_decomposed_program_with_side_effects(tmp_path: Path) -> None:
+    class Inverse(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.inv(x)
+
+    rows = torch.export.Dim("rows")
+    program = torch.export.export(Inverse(), (torch.ones(2, 1, 1),), dynamic_shapes=({0: rows},)).run_decompositions()
+    path = tmp_path / "net/1/model.pt2"
+    path.parent.mkdir(parents=True)
+    torch.export.save(program, path)
+    model = open_model(tmp_path)
+    assert [spec.name for spec in model.inputs] == ["x"]
+    module = model.factory()
+    np.testing.assert_array_equal(ask(model, module, np.full((3, 1, 1), 4, np.float32))["output"], 0.25)
+    with pytest.raises(RuntimeError, match="singular"):
+        module(torch.zeros(1, 1, 1))
+
+
 def test_a_program_that_was_exported_in_training_mode_has_a_note(tmp_path: Path) -> None:
     save_program(tmp_path / "net/1/model.pt2", networks.DigitsNet().train(), (torch.zeros(2, 64),))
     assert ["dropout makes answers random" in note for note in open_model(tmp_path).notes] == [True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import pytest
@@ -65,6 +66,14 @@ def test_the_end_of_a_torchscript_error(x: torch.Tensor, said: str) -> None:
     with pytest.raises(Exception, match="TorchScript interpreter") as caught:
         torch.jit.script(Fails())(x)
     assert sentence(caught.value) == said
+
+
+def test_the_end_of_an_error_of_a_traced_module() -> None:
+    ignore_warnings_about_torch_itself()
+    traced = torch.jit.trace(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.zeros(1, 2))
+    with pytest.raises(RuntimeError, match="original code") as caught:
+        torch.jit.load(io.BytesIO(traced.save_to_buffer()))(torch.zeros(1, 3))
+    assert sentence(caught.value).startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
 
 
 OPERATOR = (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from format_tools import open_model
 from tnxctl.errors import FailedPrecondition
 from tnxctl.wire import TensorSpec
+from tnxd.executors.tensors import check_outputs
 from tnxd.executors.trial.copies import Call, Own, Serial, Sparing
 from tnxd.executors.trial.examples import telling_examples
 from tnxd.executors.trial.held import Held, checksum
@@ -175,6 +177,26 @@ def test_what_is_written_before_it_is_read_is_each_lanes_own(make: Callable[[], 
     assert torch.equal(answer, rows * 2)
 
 
+@dataclasses.dataclass
+class Fields:
+    y: Tensor
+
+
+class Named(NamedTuple):
+    y: Tensor
+
+
+@pytest.mark.parametrize("wrap", [Fields, Named, lambda y: {"y": y}, lambda y: deque([y]), lambda y: [y]])
+def test_an_answer_in_any_structure_is_the_requests_own(wrap: Callable[[Tensor], Any]) -> None:
+    served = model()
+    _, (call, _) = called(lambda: Module(lambda m, x: wrap(reuse(m, x)), out=torch.zeros(32, WIDTH)), served)
+    rows = torch.ones(3, WIDTH)
+    with torch.inference_mode():
+        (answer,) = check_outputs(served, call(rows), 3)
+        call(rows * 5)
+    assert torch.equal(answer, rows * 2)
+
+
 def test_a_lanes_copy_shares_the_weights_and_leaves_nothing_behind() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         m.hidden = m.layer(x)
@@ -238,6 +260,39 @@ def test_a_module_that_changes_nothing_is_called_as_it_is(make: Callable[[], nn.
     verdict = tried(lambda: module)
     assert (verdict.kind, verdict.notes, verdict.serial) == ("pure", (), False)
     assert lane_calls(module, verdict)() is module
+
+
+def squared(m: Any, x: Tensor) -> Tensor:
+    """Twice the input, as a gradient."""
+    with torch.enable_grad():
+        x.requires_grad_(True)
+        (gradient,) = torch.autograd.grad((x * x).sum(), x)
+    return gradient
+
+
+def squared_into_buffer(m: Any, x: Tensor) -> Tensor:
+    m.hidden = x * x
+    (gradient,) = torch.autograd.grad(m.hidden.sum(), x)
+    return gradient
+
+
+@pytest.mark.parametrize(
+    ("run", "kind"),
+    [
+        (squared, "pure"),
+        (lambda m, x: squared_into_buffer(m, x.requires_grad_(True)), "scratch"),
+    ],
+)
+def test_a_forward_that_differentiates_runs_outside_of_inference_mode(
+    run: Callable[[Any, Tensor], Tensor], kind: str
+) -> None:
+    verdict, calls = called(lambda: Module(run))
+    assert (verdict.kind, verdict.model.max_batch_size) == (kind, 16)
+    assert "differentiates" in verdict.notes[0]
+    for call in calls:
+        assert ask(call, 1, 2, 3) == [2, 4, 6]
+        with torch.inference_mode():
+            assert not call(torch.ones(1, WIDTH)).requires_grad
 
 
 def test_what_cannot_be_copied_is_called_by_one_lane_at_a_time() -> None:

@@ -207,3 +207,22 @@ def test_keys_of_a_file_that_has_a_network(tmp_path: Path) -> None:
     (tmp_path / "net/1").mkdir(parents=True)
     (tmp_path / "net/1/model.pt2").write_bytes(b"")
     assert refused(tmp_path, '[weights]\nignore = ["a"]\n').startswith("net/model.toml: weights: net/1/model.pt2 has a")
+
+
+LAZY = NETWORK.replace("torch.nn.Linear(2, 2)", "torch.nn.LazyLinear(2)")
+
+
+def test_a_network_that_learns_its_shapes_from_the_weights(tmp_path: Path) -> None:
+    version = save(tmp_path, weights())
+    (version / "code.py").write_text(LAZY)
+    model = open_model(tmp_path, TOML)
+    np.testing.assert_allclose(ask(model, model.factory(), X)["y"], expected(), rtol=1e-6)
+
+
+def test_a_weight_that_nothing_gives_a_shape(tmp_path: Path) -> None:
+    version = save(tmp_path, {key: weight for key, weight in weights().items() if key != "layers.1.weight"})
+    (version / "code.py").write_text(LAZY)
+    said = refused(tmp_path, TOML + '[weights]\nignore = ["layers.1.weight"]\n')
+    assert said.endswith(
+        "code.py: 'layers.1.weight' has no shape yet, and is not among the weights of net/1/model.safetensors"
+    )

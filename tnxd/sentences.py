@@ -12,6 +12,9 @@ _MOST_CAUSES = 20
 # Where TorchScript has shown the line at fault; what went wrong comes after it.
 _HERE = "<--- HERE"
 
+_LOCATION = re.compile(r"\s|Traceback of TorchScript|.*\(\d+\): [\w<>]+$")
+"""A line that says where: of source, or of the stack of a module that was made by tracing."""
+
 _OPERATOR = re.compile(
     r"Unknown builtin op: (?P<a>\w+::\w+)"  # torch.jit.load
     r"|failed to resolve torch\.ops\.(?P<b>\w+\.\w+)"  # torch.export.load
@@ -66,9 +69,9 @@ def _said(error: BaseException) -> str:
 
 
 def _after(text: str) -> str:
-    """What TorchScript says after the lines of source, which are indented."""
+    """The message of TorchScript after the lines of source, which are indented, and after the stack of a trace."""
     lines = text.rpartition(_HERE)[2].splitlines()
-    start = next((at for at, line in enumerate(lines) if line and not line[0].isspace()), len(lines))
+    start = next((at for at, line in enumerate(lines) if line and not _LOCATION.match(line)), len(lines))
     return "\n".join(lines[start:]) or text
 
 

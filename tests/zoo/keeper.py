@@ -90,7 +90,7 @@ class Keeper:
             return found
         if exhibit.variant == "shared":
             return found + list(self._in_order(exhibit))
-        if CAUGHT in exhibit.may:
+        if CAUGHT in exhibit.may and (info.max_batch_size or UNBATCHED not in exhibit.may):
             return found + list(self._until_caught(exhibit))
         found += self._alone(exhibit)
         for number in range(rounds):

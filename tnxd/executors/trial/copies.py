@@ -11,11 +11,12 @@ import copy
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
+from tnxd import structures
 from tnxd.executors.trial.held import memory
 
 Call = Callable[..., Any]
@@ -145,17 +146,35 @@ class Serial:
             return answer
 
 
+class Differentiating:
+    """A module that differentiates while it answers, such as a force field: inference mode would not let it."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __call__(self, *inputs: torch.Tensor | None) -> Any:
+        with torch.inference_mode(False), torch.enable_grad():
+            # Tensors that were made in inference mode take no part in autograd, their copies do.
+            own = [None if tensor is None else tensor.clone() for tensor in inputs]
+            return _changed(self._call(*own), torch.Tensor.detach)
+
+
 def cloned(raw: Any) -> Any:
     """A module's result with all its tensors copied."""
+    return _changed(raw, torch.Tensor.clone)
+
+
+def _changed(raw: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A module's result, whatever structure it is, with its tensors changed and their names the same."""
     if isinstance(raw, torch.Tensor):
-        return raw.clone()
-    if isinstance(raw, Mapping):
-        return {name: cloned(value) for name, value in raw.items()}
-    if isinstance(raw, tuple) and hasattr(raw, "_fields"):
-        return type(raw)(*map(cloned, raw))
-    if isinstance(raw, (tuple, list)):
-        return tuple(map(cloned, raw))
-    return raw
+        return change(raw)
+    parts = structures.children(raw)
+    if parts is None:
+        return raw
+    changed = {name: _changed(part, change) for name, part in parts}
+    if structures.has_names(raw):
+        return changed
+    return type(raw)(*changed.values()) if hasattr(raw, "_fields") else tuple(changed.values())
 
 
 def duplicate(module: torch.nn.Module, written: Collection[torch.Tensor]) -> torch.nn.Module:

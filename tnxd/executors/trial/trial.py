@@ -17,7 +17,7 @@ from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxctl.frames import Array
 from tnxd.executors.execution import PURE, SCRATCH, SHARED
 from tnxd.executors.tensors import TORCH_DTYPES, check_outputs, to_array, to_tensor
-from tnxd.executors.trial.copies import Call, Own, Serial, Sparing, duplicate, held_by
+from tnxd.executors.trial.copies import Call, Differentiating, Own, Serial, Sparing, duplicate, held_by
 from tnxd.executors.trial.examples import Item, Make, examples, telling_examples
 from tnxd.executors.trial.held import Held, submodule
 from tnxd.executors.trial.rows import lengths_apart, pair_of_requests, rows_apart
@@ -47,6 +47,9 @@ _OF_A_SHAPE = re.compile(r"\b(shapes?|sizes?|dimensions?|channels?)\b")
 _WITNESSED = 6
 """Calls that are looked at for what they change in the process: each costs some milliseconds."""
 
+_OF_AUTOGRAD = re.compile(r"(?i)\bgrad|\binference (mode|tensor)")
+"""In what torch says where inference mode does not let a forward differentiate."""
+
 _OF_THE_CODE = (NotImplementedError, AttributeError, NameError, ImportError, TypeError, SyntaxError)
 """What is wrong with the code whatever the input is."""
 
@@ -63,6 +66,7 @@ class Verdict:
         tolerance: difference that rounding makes, relative to the largest value of an output.
         written_inputs: positions of inputs that a forward writes to.
         known: inputs of two requests and their answers; (): these cannot be repeated.
+        differentiates: whether it runs outside of inference mode.
         notes: what an operator should know.
     """
 
@@ -74,6 +78,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
     written_inputs: frozenset[int] = frozenset()
     known: tuple[tuple[Item, Sequence[Array]], ...] = ()
+    differentiates: bool = False
 
     @property
     def kind(self) -> str:
@@ -114,25 +119,19 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
     module, model, device = asking.module, asking.model, asking.device
     allowed = tolerance(_datatypes(module, model), device.type)
     as_built = Held(module, model.writes, contents=False)
-    notes: tuple[str, ...] = ()
     with same_chance():
-        try:
-            make, complaint = _first_that_runs(asking, model)
-        except TensorNextError as error:
-            found = None if model.batching_asked else _other_rows(asking)
-            if found is None:
-                raise
-            # What does not fit may be the number of rows alone.
-            asking, make, complaint = found
-            model = asking.model
-            notes = (f"no batches: axis 0 does not count rows: {error.message}",)
+        asking, make, complaint, notes = _begun(asking)
+    model = asking.model
     if model.state == SHARED:
         note = "requests share its state: they run one at a time"
-        return Verdict(model.unbatched(), State(SCRATCH), True, None, allowed, (note,))
+        return Verdict(
+            *(model.unbatched(), State(SCRATCH), True, None, allowed, (*notes, note)),
+            differentiates=asking.differentiates,
+        )
     if make is None:
         note = (
-            f"not warmed up, and served without batches, one request at a time: {complaint}. Put values that it takes "
-            f"into example.npz beside the model"
+            f"not warmed up, and served without batches, one request at a time: {complaint.rstrip('.')}. "
+            f"Put values that it takes into example.npz beside the model"
         )
         check_graph(model, ())
         state = State(SCRATCH, suspected=tuple(suspects(module)))
@@ -149,9 +148,11 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
         with same_chance():
             known = seeded(asking, first)[1]
             as_built.forget_caches()
-            _check_first_call(known, _Asking(again, model, device), first, second, made_at_first, allowed)
+            _check_first_call(known, asking.of_another(again), first, second, made_at_first, allowed)
             as_built.forget_caches()
-    verdict = Verdict(model, state, state.outside, varied, allowed, (*notes, *_about(state)))
+    verdict = Verdict(
+        *(model, state, state.outside, varied, allowed, (*notes, *_about(state))), differentiates=asking.differentiates
+    )
     if model.max_batch_size > 1:  # one row has no company
         with same_chance():
             verdict = _with_rows(verdict, asking, telling)
@@ -169,6 +170,7 @@ class _Asking:
     Attributes:
         written_inputs: positions of the inputs that it has written to. witness: of what it changes in the process.
         module, model, device: what is run, as what, where.
+        differentiates: whether it runs outside of inference mode, see `Differentiating`.
     """
 
     def __init__(self, module: torch.nn.Module, model: Model, device: torch.device) -> None:
@@ -178,11 +180,24 @@ class _Asking:
         self._calls = 0
         self.module = module
         self.device = device
+        self.differentiates = False
 
     def as_another(self, model: Model) -> _Asking:
         """The same as another model, seen together with this."""
         other = copy.copy(self)
         other.model = model
+        return other
+
+    def differentiating(self) -> _Asking:
+        """The same outside of inference mode, seen together with this."""
+        other = copy.copy(self)
+        other.differentiates = True
+        return other
+
+    def of_another(self, module: torch.nn.Module) -> _Asking:
+        """The same of another module, seen by itself."""
+        other = _Asking(module, self.model, self.device)
+        other.differentiates = self.differentiates
         return other
 
     def __call__(self, item: Item) -> Answer:
@@ -193,8 +208,9 @@ class _Asking:
         ]
         rows = len(item[0]) if model.max_batch_size else 1
         self._calls += 1
+        call: Call = Differentiating(self.module) if self.differentiates else self.module
         with self.witness if self._calls <= _WITNESSED else contextlib.nullcontext():
-            raw = self.module(*tensors)
+            raw = call(*tensors)
         outputs = check_outputs(model, raw, rows)
         answer = [to_array(output.cpu()).copy() for output in outputs]
         for position, (tensor, array) in enumerate(zip(tensors, item, strict=True)):
@@ -230,7 +246,8 @@ def lane_calls(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]:
     Raises:
         FailedPrecondition: requests cannot be kept apart.
     """
-    made = _kept_apart(module, verdict)
+    apart = _kept_apart(module, verdict)
+    made = (lambda: Differentiating(apart())) if verdict.differentiates else apart
     written = verdict.written_inputs
     return (lambda: Sparing(made(), written)) if written else made
 
@@ -261,6 +278,35 @@ def _kept_apart(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]
         one = Serial(module)
         return lambda: one
     return own
+
+
+def _begun(asking: _Asking) -> tuple[_Asking, Make | None, str, tuple[str, ...]]:
+    """A way to run a module, an example that it takes, why it takes none, and notes.
+
+    What does not fit may be inference mode alone, or the number of rows.
+
+    Raises:
+        FailedPrecondition: there is none.
+    """
+    model = asking.model
+    make, failure = None, None
+    try:
+        make, complaint = _first_that_runs(asking, model)
+    except TensorNextError as error:
+        failure, complaint = error, error.message
+    if make is None and _OF_AUTOGRAD.search(complaint):
+        again = asking.differentiating()
+        with contextlib.suppress(TensorNextError):
+            taken, _ = _first_that_runs(again, model)
+            if taken is not None:
+                note = "a forward differentiates: it runs outside of inference mode, which takes longer"
+                return again, taken, "", (note,)
+    if failure is None:
+        return asking, make, complaint, ()
+    found = None if model.batching_asked else _other_rows(asking)
+    if found is None:
+        raise failure
+    return *found, (f"no batches: axis 0 does not count rows: {complaint}",)
 
 
 def _first_that_runs(ask: _Asking, model: Model, rows: int = 1) -> tuple[Make | None, str]:

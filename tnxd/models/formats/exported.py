@@ -186,7 +186,7 @@ def load(files: TrustedFiles, label: str) -> ExportedProgram:
             file.seek(0)
             with _what_is_logged() as logged:
                 try:
-                    return torch.export.load(file)
+                    return _without_tokens(torch.export.load(file))
                 except Exception as error:  # whatever torch stumbles over
                     why = logged[-1] if logged else error
                     if classes.stand_in(why):
@@ -194,6 +194,19 @@ def load(files: TrustedFiles, label: str) -> ExportedProgram:
                     raise FailedPrecondition(
                         f"{label}: torch {torch.__version__} cannot load it: {cause(why)}"
                     ) from error
+
+
+def _without_tokens(program: ExportedProgram) -> ExportedProgram:
+    """The program without the tokens that order its side effects, such as checks of matrices after decomposing.
+
+    `ExportedProgram.module` drops them in the same way, since a graph runs in order anyway.
+    """
+    if any(spec.kind is InputKind.TOKEN for spec in program.graph_signature.input_specs):
+        from torch.export._remove_effect_tokens_pass import _remove_effect_tokens
+
+        program = _remove_effect_tokens(program)
+        program.graph_module.recompile()
+    return program
 
 
 @contextlib.contextmanager

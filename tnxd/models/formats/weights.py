@@ -14,6 +14,7 @@ from typing import NamedTuple
 import safetensors
 import safetensors.torch
 import torch
+from torch.nn.parameter import is_lazy
 
 from tnxctl.errors import FailedPrecondition
 from tnxd.models.formats import optional, shards
@@ -145,10 +146,14 @@ def fill(
     used: dict[str, torch.Tensor] = {}
     for name, own in expected.items():
         if name not in weights:
+            if is_lazy(own):
+                raise FailedPrecondition(
+                    f"{made_by}: {name!r} has no shape yet, and is not among the weights of {label}"
+                )
             used[name] = own
             continue
         weight, file = weights[name]
-        if weight.shape != own.shape:
+        if not is_lazy(own) and weight.shape != own.shape:
             raise FailedPrecondition(
                 f"{file}: {name!r} is {list(weight.shape)}, in the network of {made_by} it is {list(own.shape)}"
             )
@@ -235,8 +240,9 @@ def _tie(weights: dict[str, Stored], expected: Mapping[str, torch.Tensor]) -> No
     """Weights that a network uses under several names are stored under one: give them to the others, too."""
     groups: dict[object, list[str]] = {}
     for name, own in expected.items():
-        place = (own.untyped_storage().data_ptr(), own.storage_offset(), own.shape)
-        groups.setdefault(id(own) if own.is_meta or not own.numel() else place, []).append(name)
+        nowhere = is_lazy(own) or own.is_meta or not own.numel()
+        place = id(own) if nowhere else (own.untyped_storage().data_ptr(), own.storage_offset(), own.shape)
+        groups.setdefault(place, []).append(name)
     for names in groups.values():
         stored = next((name for name in names if name in weights), None)
         if stored is not None:
