@@ -60,7 +60,15 @@ STATE = [
     remembers("buffer-scatter", state.BufferScatter, "counts", formats=TORCH),
     remembers("buffer-out", state.BufferOut, "sums", formats=(SCRIPT, FACTORY)),
     remembers("buffer-set", state.BufferSet, "last"),
-    remembers("buffer-assigned", state.BufferAssigned, "average", formats=TORCH, quick=(PT2,)),
+    remembers("buffer-assigned", state.BufferAssigned, "average", formats=(PT2, CORE, FACTORY), quick=(PT2,)),
+    # To trace it is to leave the assignment out.
+    Case(
+        "buffer-assigned-traced",
+        state.BufferAssigned,
+        may=(UNBATCHED,),
+        formats=(SCRIPT,),
+        remembers=True,
+    ),
     remembers("buffer-non-persistent", state.BufferNonPersistent, "recent", formats=TORCH),
     remembers("buffer-view", state.BufferView, "pair|front"),
     remembers("buffer-observer", state.BufferObserver, "low|high", formats=TORCH),
@@ -88,7 +96,16 @@ STATE = [
     remembers("recurrent", state.Recurrent, "hidden", shared=True),
     remembers("key-value-cache", state.KeyValueCache, "cache|filled", shared=True),
     remembers("running-statistics", state.RunningStatistics, "running_mean", formats=TORCH),
-    remembers("stored-generator", state.StoredGenerator, "generator|before|earlier"),
+    # What is drawn next is nobody's answer.
+    Case(
+        "stored-generator",
+        state.StoredGenerator,
+        may=(UNBATCHED,),
+        formats=(FACTORY,),
+        noise=10.0,
+        noted="random",
+        alike=True,
+    ),
     # A batch norm in training mode looks at no statistics, but at the whole batch, and a careful reader may refuse it.
     Case(
         "training-statistics",
@@ -352,6 +369,7 @@ ROWS = [
         may=(UNBATCHED, CAUGHT),
         formats=(FACTORY,),
         over=0,
+        toml="audit = 1.0\n",  # else it would be a matter of thousands of batches
     ),
     Case("mixes-from-eleven", rows.MixesFromEleven, may=(UNBATCHED, CAUGHT), formats=(FACTORY,), over=0),
 ]

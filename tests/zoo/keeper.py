@@ -208,10 +208,12 @@ class Keeper:
             yield Finding("error", f"{how}, {len(failed)} of {len(requests)} requests fail: {failed[0]}")
 
     def _until_caught(self, exhibit: Exhibit) -> Iterator[Finding]:
-        """Ask until `tnxctl models` says that something is wrong."""
+        """Ask until `tnxctl models` says that something is wrong, or long enough for all answers to have been right."""
         began = self.info(exhibit)
+        wrong: list[Finding] = []
         for number in range(ROUNDS):
-            self._crowd(exhibit, 1000 * (number + 1))
+            requests, outcomes = self._crowd(exhibit, 1000 * (number + 1))
+            wrong += self._judge(exhibit, "in company", requests, outcomes)
             now = self.info(exhibit)
             if (now.status, now.max_batch_size, now.notes, now.error) != (
                 began.status,
@@ -222,7 +224,8 @@ class Keeper:
                 if exhibit.case.cured and now.status == "ready":
                     yield from self._together(exhibit, 1000 * (ROUNDS + 1))
                 return
-        yield Finding("late", f"nothing is said of it after {ROUNDS} rounds: {_state(began)}")
+        if wrong:
+            yield Finding("late", f"nothing is said of it after {ROUNDS} rounds: {_state(began)}: {wrong[0]}")
 
     def _in_order(self, exhibit: Exhibit) -> Iterator[Finding]:
         """A model that remembers, and may: one request after the other, as plain torch does it from its beginning."""

@@ -158,12 +158,12 @@ def expected(x: Array) -> Array:
 
 def test_weights_in_shards_are_put_together(tnx: Client) -> None:
     assert info(tnx, "sharded").error == ""
-    np.testing.assert_allclose(tnx.predict(ROWS, model="sharded").output, expected(ROWS), rtol=1e-5)
+    np.testing.assert_allclose(tnx.predict(ROWS, model="sharded").output, expected(ROWS), rtol=1e-4)
 
 
 def test_a_shard_that_is_missing_is_named(tnx: Client) -> None:
     assert "model-00002-of-00002.safetensors" in info(tnx, "shard-missing").error
-    np.testing.assert_allclose(tnx.predict(ROWS, model="whole").output, expected(ROWS), rtol=1e-5)
+    np.testing.assert_allclose(tnx.predict(ROWS, model="whole").output, expected(ROWS), rtol=1e-4)
 
 
 def test_keys_with_a_prefix_are_named_on_both_sides(tnx: Client) -> None:

@@ -142,7 +142,7 @@ class LanePool:
                     calls = lane_calls(module, verdict)
                     apart = self._apart(lane, calls, verdict)
                 if apart:
-                    raise stateful((), apart)
+                    raise stateful(verdict.state.names, apart)
                 self._install(model.key, calls)
                 warmed = _called(lane, lambda runner: self._grow(runner, verdict))
                 if warmed.mixes:

@@ -520,7 +520,7 @@ class KeyValueCache(nn.Module):
 
 
 class Sometimes(nn.Module):
-    """Writes only when a value is beyond 100, which few are."""
+    """Writes only when a value is beyond 500, which few are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -528,7 +528,7 @@ class Sometimes(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = x + self.offset
-        if bool((x > 100).any()):
+        if bool((x > 500).any()):
             self.offset.copy_(x[0])
         return out
 
@@ -543,7 +543,7 @@ class SometimesAttribute(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = x * self.scale + self.offset
-        if bool((x > 100).any()):
+        if bool((x > 500).any()):
             self.offset = x[0].clone()
         return out
 
@@ -557,7 +557,7 @@ class WhereWrites(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = x + self.offset
-        self.offset.copy_(torch.where((x > 100).any(), x[0], self.offset))
+        self.offset.copy_(torch.where((x > 500).any(), x[0], self.offset))
         return out
 
 

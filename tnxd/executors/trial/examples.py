@@ -42,22 +42,22 @@ def examples(model: Model, kind: str) -> Iterator[tuple[str, Make]]:
     yield "small random numbers", _maker(model, _drawing(*_INTEGERS[kind][0]))
 
 
-def telling_examples(model: Model, kind: str) -> Iterator[Make]:
+def telling_examples(model: Model, kind: str, *, own: bool = True) -> Iterator[Make]:
     """Ways to make inputs whose values differ, from row to row and from variant to variant, and are mostly not zero.
 
     An author's own numbers are used. Fractions that are all equal are not, such as the zeros that many a program is
     exported with: they say no more than a shape does.
 
     Args:
-        kind: of the device, "cpu" or "cuda".
+        kind: of the device, "cpu" or "cuda". own: whether to use an author's fractions.
     """
     counts = any(spec.datatype not in FLOATING and spec.datatype != "BOOL" for spec in model.inputs)
     measures = any(spec.datatype in FLOATING for spec in model.inputs)
     for smallest, largest in _FRACTIONS if measures else _FRACTIONS[:1]:
         for least, most in _INTEGERS[kind] if counts else _INTEGERS[kind][:1]:
             if most > least or measures:
-                yield _maker(model, _drawing(least, most, smallest, largest), telling=True)
-    if any(np.ptp(value) for value in model.example_values.values() if value.size):
+                yield _maker(model, _drawing(least, most, smallest, largest), telling=True, own=own)
+    if own and any(np.ptp(value) for value in model.example_values.values() if value.size):
         yield _maker(model, _drawing(*_INTEGERS[kind][0]))
 
 
@@ -74,8 +74,10 @@ def _drawing(least: int, most: int, smallest: float = 0.1, largest: float = 1.0)
     return draw
 
 
-def _maker(model: Model, draw: Draw, *, telling: bool = False) -> Make:
-    """Args: draw: makes values that the author has not given. telling: the author's are not used if all are equal."""
+def _maker(model: Model, draw: Draw, *, telling: bool = False, own: bool = True) -> Make:
+    """Args: draw: makes values that the author has not given. telling: the author's are not used if all are equal; own:
+    whether their fractions are used at all.
+    """
 
     def make(rows: int, variant: int) -> Item:
         item = []
@@ -83,11 +85,12 @@ def _maker(model: Model, draw: Draw, *, telling: bool = False) -> Make:
             # The same for all variants of integers, and so that the first rows are the same, of however many.
             seed = (0 if spec.datatype not in FLOATING else variant, position)
             generator = np.random.default_rng(seed)
-            own = model.example_values.get(spec.name)
-            if own is None or (telling and spec.datatype in FLOATING and not (own.size and np.ptp(own))):
+            given = model.example_values.get(spec.name)
+            tells = given is not None and ((own and given.size and np.ptp(given)) or spec.datatype not in FLOATING)
+            if given is None or (telling and not tells):
                 item.append(_stored(draw(spec, shape, generator, variant), spec))
             else:
-                item.append(_varied(model, own, rows, variant, spec))
+                item.append(_varied(model, given, rows, variant, spec))
         return tuple(item)
 
     return make

@@ -352,30 +352,44 @@ def _other_rows(asking: _Asking) -> tuple[_Asking, Make | None, str] | None:
 def _telling(ask: _Asking, model: Model) -> list[Make]:
     """Kinds of examples whose values and answers differ, and that the model takes; [] if there is none.
 
-    Those with finite answers alone go before others, which tell less.
+    Those with finite answers alone go before others, which tell less. Made-up ones stand in for an author's own where
+    those have no such answers.
     """
     fine: list[Make] = []
     others: list[Make] = []
-    for make in telling_examples(model, ask.device.type):
-        try:
-            answers = [ask(item)[1] for item in (make(1, 0), make(1, 1), *pair_of_requests(model, make, make, 0))]
-        except torch.AcceleratorError:
-            raise
-        except Exception:  # it takes no such values, which may ask for memory, too: the next ones
-            continue
-        finite = [
-            np.isfinite(as_float(array, spec.datatype))
-            for answer in answers
-            for array, spec in zip(answer, model.outputs, strict=True)
-        ]
-        differ = difference(model.outputs, answers[0], answers[1], 0.0) is not None
-        if differ and all(each.all() for each in finite):
-            fine.append(make)
-        elif any(each.any() for each in finite):
-            others.append(make)
-        if len(fine) == _MOST_KINDS:
-            break
-    return fine or others[:1]
+    for own in (True, False) if model.example_values else (True,):
+        for make in telling_examples(model, ask.device.type, own=own):
+            told = _told(ask, model, make)
+            if told == _ALL:
+                fine.append(make)
+            elif told:
+                others.append(make)
+            if len(fine) == _MOST_KINDS:
+                return fine
+        if fine:
+            return fine
+    return others[:1]
+
+
+_SOME, _ALL = 1, 2
+
+
+def _told(ask: _Asking, model: Model, make: Make) -> int:
+    """_ALL: answers to such examples differ, and are finite; _SOME: some are finite; 0: it takes none, or none is."""
+    try:
+        answers = [ask(item)[1] for item in (make(1, 0), make(1, 1), *pair_of_requests(model, make, make, 0))]
+    except torch.AcceleratorError:
+        raise
+    except Exception:  # it takes no such values, which may ask for memory, too: the next ones
+        return 0
+    finite = [
+        np.isfinite(as_float(array, spec.datatype))
+        for answer in answers
+        for array, spec in zip(answer, model.outputs, strict=True)
+    ]
+    if difference(model.outputs, answers[0], answers[1], 0.0) is not None and all(each.all() for each in finite):
+        return _ALL
+    return _SOME if any(each.any() for each in finite) else 0
 
 
 def _with_rows(verdict: Verdict, ask: _Asking, telling: Sequence[Make]) -> Verdict:
