@@ -10,7 +10,7 @@ import pytest
 
 from conftest import Daemon
 from dealer import Dealer, rows
-from model_repositories import rss_mb
+from model_repositories import ONE_ROW, SAYS_TOML, put, rss_mb
 from tnxctl import wire
 
 ODD = (str(Path(__file__).parent / "odd_models.py"),)
@@ -230,6 +230,24 @@ def test_a_hung_batch_is_given_up_and_other_lanes_go_on(run_daemon: RunDaemon, t
         with fifo.open("wb"):
             pass
         dealer.await_health(running=0)
+
+
+# --- one at a time -------------------------------------------------------------------------------------------
+
+
+def test_what_waits_for_an_inline_batch_of_its_model_waits_for_nothing_else(
+    run_daemon: RunDaemon, tmp_path: Path
+) -> None:
+    """Else each would wait for the next message, or for the tick of a second: this would take more than a minute."""
+    put(tmp_path / "models", "net", 1)
+    settings = SAYS_TOML.replace("max_batch_size = 8", "max_batch_size = 1\nreplicas = 1")
+    (tmp_path / "models/net/model.toml").write_text(settings)
+    config = tmp_path / "tnxd.toml"
+    config.write_text("[cpu]\nworkers = 1\ninline_limit_us = 1000000\n")
+    daemon = run_daemon("--model-repository", str(tmp_path / "models"), "--config", str(config))
+    with Dealer(daemon.endpoint) as dealer:
+        ids = [dealer.predict(ONE_ROW, model="net") for _ in range(200)]
+        assert sorted(dealer.result()[0].id for _ in ids) == ids
 
 
 # --- fair shares ---------------------------------------------------------------------------------------------

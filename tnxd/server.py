@@ -249,7 +249,7 @@ class Server:
         """
         busy = False
         while not self._stopped:
-            if not busy or not self._router.readable():
+            if not busy or not (self._scheduler.queued or self._router.readable()):
                 self._wait()
             self._run_calls()
             while self._completed:
