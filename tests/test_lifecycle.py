@@ -108,11 +108,8 @@ def own(
         try:
             yield Own(daemon.endpoint, daemon.process, daemon.log, folder, systemd)
         finally:
-            daemon.process.kill()
-            daemon.process.wait()
+            daemon.discard()
             systemd.socket.close()
-            if daemon.process.stdout is not None:
-                daemon.process.stdout.close()
 
     return start
 

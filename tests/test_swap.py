@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import Daemon, start_daemon
+from conftest import Daemon, serving_daemon
 from model_repositories import MODEL_TOML, WIDTH, Repository, Scaled, exported, rows, rss_mb, scaled, scaled_program
 from tnxctl import Client
 from tnxctl.errors import FailedPrecondition, TensorNextError
@@ -201,12 +201,8 @@ def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Da
     repository = Repository(folder / "models")
     repository.settings("first")
     repository.publish("first", 1, scaled(1.0))
-    running = start_daemon(folder / "log", "--model-repository", str(repository.root))
-    yield running, repository
-    assert running.process.poll() is None, f"the daemon died:\n{running.log.read_text()}"
-    assert running.stop() == 0
-    assert running.process.stdout is not None
-    running.process.stdout.close()
+    with serving_daemon(folder / "log", "--model-repository", str(repository.root)) as running:
+        yield running, repository
 
 
 @pytest.fixture
