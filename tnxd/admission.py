@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tnxctl.errors import ResourceExhausted
@@ -37,6 +38,7 @@ _MAX_ORDERS = 64
 _MAX_ORDERS_PER_CONNECTION = 16
 
 
+@dataclass(slots=True, eq=False)
 class Client:
     """What one address, or one user on ipc://, has here.
 
@@ -47,19 +49,17 @@ class Client:
         refused_ns: time of the loop that its refused messages took since the last look.
     """
 
-    __slots__ = ("connections", "local", "name", "nbytes", "orders", "owed", "refused_ns", "requests")
-
-    def __init__(self, name: str, local: bool) -> None:
-        self.name = name
-        self.local = local
-        self.connections = 0
-        self.requests = 0
-        self.nbytes = 0
-        self.owed = 0
-        self.orders = 0
-        self.refused_ns = 0
+    name: str
+    local: bool
+    connections: int = 0
+    requests: int = 0
+    nbytes: int = 0
+    owed: int = 0
+    orders: int = 0
+    refused_ns: int = 0
 
 
+@dataclass(slots=True, eq=False)
 class Connection:
     """One peer, from its first message on.
 
@@ -72,23 +72,17 @@ class Connection:
         closed: whether it has ended, or is being cut off.
     """
 
-    __slots__ = (
-        "client", "closed", "descriptor", "frames", "nbytes", "orders", "owed", "peer", "received", "refused_ns",
-        "requests",
-    )  # fmt: skip
-
-    def __init__(self, peer: bytes, descriptor: int, client: Client) -> None:
-        self.peer = peer
-        self.descriptor = descriptor
-        self.client = client
-        self.requests: dict[int, Pending] = {}
-        self.nbytes = 0
-        self.orders = 0
-        self.owed = 0
-        self.received = 0
-        self.frames = 0
-        self.refused_ns = 0
-        self.closed = False
+    peer: bytes
+    descriptor: int
+    client: Client
+    requests: dict[int, Pending] = field(default_factory=dict)
+    nbytes: int = 0
+    orders: int = 0
+    owed: int = 0
+    received: int = 0
+    frames: int = 0
+    refused_ns: int = 0
+    closed: bool = False
 
 
 class Admission:
