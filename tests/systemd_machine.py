@@ -20,7 +20,7 @@ BOOT_TIMEOUT = 30.0
 
 
 def missing() -> str:
-    """What this computer lacks for such a machine, as a reason to skip a test; "" if it lacks nothing."""
+    """A reason to skip a test: what this computer lacks for such a machine; "" if it lacks nothing."""
     if os.geteuid() != 0:
         return "needs root"
     if not SYSTEMD.exists():

@@ -148,7 +148,7 @@ def test_on_a_terminal_there_are_colours_and_a_progress_bar(fake: FakeDaemon) ->
 
 
 def on_terminal(*arguments: str) -> str:
-    """What the tool writes to a terminal of 80 columns."""
+    """The text that the tool writes to a terminal of 80 columns."""
     import pty
 
     ours, theirs = pty.openpty()

@@ -70,7 +70,7 @@ def started(session: Session, **arguments: Any) -> Call[Result]:
 
 
 def header(call: Call[Any]) -> wire.Predict:
-    """What would be sent now."""
+    """The header that would be sent now."""
     decoded = wire.decode_request(call.frames[0], Limits())
     assert isinstance(decoded, wire.Predict)
     return decoded

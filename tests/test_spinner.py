@@ -28,7 +28,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def polls(spinner: Spinner) -> int:
-    """How often a spin that finds nothing looks."""
+    """The number of looks in a spin that finds nothing."""
     looks = 0
 
     def never() -> bool:

@@ -71,7 +71,7 @@ class Load:
             thread.join()
 
     def await_answers(self) -> None:
-        """Until every client has got an answer to a request that it sends from now on, or cannot go on."""
+        """Wait until every client has got an answer to a request that it sends from now on, or cannot go on."""
         for _ in range(2):  # the first one may be to a request that was sent before
             for answered in self._answered:
                 answered.clear()
@@ -373,7 +373,7 @@ def test_files_that_change_under_a_version_that_serves(shared: tuple[Daemon, Rep
 
 @pytest.mark.parametrize("shorter", [False, True])
 def test_weights_that_are_written_over_in_place(shared: tuple[Daemon, Repository], shorter: bool) -> None:
-    """As `cp` does it: the file that a model was loaded from gets other contents, or fewer, while it serves."""
+    """The file that a model was loaded from gets other contents, or fewer, while it serves, as by `cp`."""
     daemon, repository = shared
     name = f"overwritten-{shorter}"
     repository.settings(name)

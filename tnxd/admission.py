@@ -1,4 +1,4 @@
-"""Who is connected, what each client still has here, and when that is too much.
+"""Admission: who is connected, what each client still has here, and when that is too much.
 
 A client is an address, or a user of this machine on ipc://; it may have many connections. Limits are per client, so
 that nobody gets more by connecting more often. Many may share one address, behind a NAT or on loopback: where a client
@@ -40,7 +40,7 @@ _MAX_ORDERS_PER_CONNECTION = 16
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """What one address, or one user on ipc://, has here.
+    """One address, or one user on ipc://, and what it has here.
 
     Attributes:
         name: its address, or `uid:` and a number. local: whether it is on this host.
@@ -162,7 +162,7 @@ class Admission:
                 del self._clients[client.name]
 
     def why_not(self, address: str) -> str:
-        """Why a peer that asks to be let in is not; "" if it is."""
+        """The reason why a peer that asks to be let in is not; "" if it is."""
         client = self.client(address)
         if client.connections > self._max_connections:
             self.refused += 1
@@ -172,7 +172,7 @@ class Admission:
     # --- requests ----------------------------------------------------------------------------------------------
 
     def check(self, connection: Connection, nbytes: int) -> None:
-        """Whether a request with so many bytes of inputs may be taken in.
+        """Check that a request with so many bytes of inputs may be taken in.
 
         Raises:
             ResourceExhausted: the client has too much in flight, or all together have.
@@ -241,7 +241,7 @@ class Admission:
         return connection.owed > 2 * self.max_owed
 
     def owe(self, connection: Connection, nbytes: int) -> None:
-        """So many more bytes are owed; negative: they have left, or nobody waits for them any more."""
+        """Count so many more bytes as owed; negative: they have left, or nobody waits for them any more."""
         connection.owed += nbytes
         connection.client.owed += nbytes
         self.owed += nbytes

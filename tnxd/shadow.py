@@ -26,7 +26,7 @@ _LATENCIES = 1000
 
 
 class Shadows:
-    """What has been found about pairs of versions. Args: background: where the copies run."""
+    """Findings about pairs of versions. Args: background: where the copies run."""
 
     def __init__(self, background: Background) -> None:
         self._background = background
@@ -52,7 +52,7 @@ class Shadows:
             del self._tallies[pair]
 
     def report(self, id_: int, baseline: Model, candidate: Model) -> Comparison:
-        """What has been found so far. Raises FailedPrecondition: nothing has."""
+        """Report the findings so far. Raises FailedPrecondition: there are none."""
         tally = self._tallies.get((baseline.key, candidate.key))
         if tally is None:
             raise FailedPrecondition(
@@ -76,7 +76,7 @@ def _joined(outputs: list[tuple[Array, ...]]) -> tuple[Array, ...]:
 
 @dataclass
 class _Difference:
-    """Of one output."""
+    """Differences in one output."""
 
     spec: TensorSpec
     elements: int = 0

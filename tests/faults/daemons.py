@@ -37,7 +37,7 @@ class Running:
 
     @property
     def log(self) -> str:
-        """What it wrote to stderr, if that went to the file `log`."""
+        """The text that it wrote to stderr, if that went to the file `log`."""
         return (self.folder / "log").read_text()
 
     def status(self, field: str) -> str:

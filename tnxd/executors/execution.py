@@ -1,4 +1,4 @@
-"""What travels between the server and an executor: a batch on its way, and what came of it. No torch."""
+"""A batch on its way between the server and an executor, and what came of it. No torch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Execution:
 
 
 class Warmth(NamedTuple):
-    """What loading a model on a device showed.
+    """The findings of loading a model on a device.
 
     Attributes:
         costs: (rows, microseconds) of the batches that warmed it up, for the cost model.
