@@ -117,7 +117,7 @@ def eventually(condition: Callable[[], bool], what: str, timeout: float = 30.0) 
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
-        time.sleep(0.05)
+        time.sleep(0.05)  # between two looks: at /proc, cgroups and systemd, which tell nobody here of a change
 
 
 def _wait_for_boot(boot: subprocess.Popen[bytes]) -> Machine:

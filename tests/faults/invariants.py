@@ -178,7 +178,7 @@ def quiet_footprint(pid: int, before: Footprint | None = None, memory_slack_mib:
     end = time.monotonic() + PATIENCE_S
     last = footprint(pid)
     while True:
-        time.sleep(0.1)  # between two looks, not for something to happen
+        time.sleep(0.1)  # between two looks: /proc has nothing to wait on
         now = footprint(pid)
         if before is None:
             if (now.descriptors, now.threads) == (last.descriptors, last.threads):
@@ -198,7 +198,7 @@ def _let_it_run(daemon: Daemon, requests: int) -> None:
     with Dealer(daemon.endpoint) as dealer:
         wanted = dealer.health().replies + requests
         while dealer.health().replies < wanted:
-            time.sleep(0.02)  # health is work, too
+            time.sleep(0.02)  # between two looks: nothing tells of a count that has grown, and health is work, too
 
 
 def _report(name: str, base: Latency, fault: Latency, before: Footprint, after: Footprint) -> None:
