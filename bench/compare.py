@@ -46,7 +46,7 @@ _BUSY_PERCENT = 5.0  # of a core, while nobody asks
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for on the command line."""
+    """Options that were given on the command line."""
 
     outstanding: tuple[int, ...]
     rounds: int

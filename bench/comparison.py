@@ -1,4 +1,4 @@
-"""What comes out of a comparison with other servers: rounds put together, ratios, goals, tables."""
+"""Results of a comparison with other servers: rounds put together, ratios, goals, tables."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Table(msgspec.Struct, frozen=True):
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """What --json writes.
+    """The document that --json writes.
 
     Attributes:
         versions: server -> package -> version.

@@ -80,7 +80,7 @@ CONTENDERS = (
 
 
 def versions(contender: Contender, python: Path) -> dict[str, str]:
-    """What is installed in its environment: Python, torch, numpy and its own packages."""
+    """Versions in a contender's environment: Python, torch, numpy and its own packages."""
     names = (*contender.packages, "torch", "numpy")
     program = (
         "import json, platform, sys; from importlib.metadata import version;"

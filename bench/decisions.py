@@ -1,4 +1,4 @@
-"""What one decision of the scheduler costs, by how many requests wait."""
+"""The cost of one decision of the scheduler, by how many requests wait."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ import zmq
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What to send back for a request of a certain size.
+    """The reply to a request of a certain size.
 
     Attributes:
         request_bytes: length of the tensor frame of the request that this answers.

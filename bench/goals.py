@@ -1,4 +1,4 @@
-"""What the project promises, held against what was measured."""
+"""Promises of the project, held against what was measured."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ end
 
 @dataclass
 class Answers:
-    """What came back in one round.
+    """Answers that came back in one round.
 
     Attributes:
         latency_us: of every answer with status 200.
@@ -195,7 +195,7 @@ class WrkReport:
 
 
 def wrk_version() -> str | None:
-    """What wrk calls itself; None if there is none."""
+    """The version that wrk says it has; None if there is no wrk."""
     program = shutil.which("wrk")
     if program is None:
         return None

@@ -19,7 +19,7 @@ _SECONDS = 30.0
 
 
 def connect(endpoint: str, count: int) -> list[socket.socket]:
-    """So many connections, or as many as the limit of open files allows. Each has got the other side's greeting."""
+    """Open so many connections, or as many as open files are allowed. Each has got the other side's greeting."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     address = urlsplit(endpoint).hostname, urlsplit(endpoint).port

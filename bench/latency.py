@@ -29,7 +29,7 @@ _DEFAULT_RATE = 1000.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for on the command line, as in --help.
+    """Options that were given on the command line, as in --help.
 
     Attributes:
         rates: of the open loops.
@@ -154,7 +154,7 @@ def _run(settings: Settings, json_path: Path | None, plot_path: Path | None) -> 
 def _start(
     stack: contextlib.ExitStack, context: Context, settings: Settings
 ) -> tuple[Sequence[Target], dict[int, Workload]]:
-    """What takes part, ready, and the requests by their rows."""
+    """Start what takes part. Returns it, ready, and the requests by their rows."""
     floors = []
     ready: Callable[[], Target]
     if settings.host is None:

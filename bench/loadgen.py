@@ -38,7 +38,7 @@ _POLLIN = int(zmq.POLLIN)
 
 @dataclass
 class Recording:
-    """What a load generator did and saw. Times are in nanoseconds of the monotonic clock.
+    """A record of what a load generator did and saw. Times are in nanoseconds of the monotonic clock.
 
     Attributes:
         first: number of the first request.

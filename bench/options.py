@@ -1,4 +1,4 @@
-"""What the programs here have in common on the command line, and how they end."""
+"""Options that the programs here have in common, and how they end."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def require(package: str, option: str, module: str = "") -> None:
 
 @contextlib.contextmanager
 def measuring() -> Iterator[None]:
-    """Around all that starts servers: however it ends, they are stopped, and what went wrong is said in a sentence."""
+    """Stop what was started within the block, however that ends, and say in a sentence what went wrong."""
     before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield

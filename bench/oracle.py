@@ -1,4 +1,4 @@
-"""How many deadlines could be met by a scheduler that knows the whole trace beforehand: an upper bound."""
+"""An upper bound: how many deadlines a scheduler could meet that knows the whole trace beforehand."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def cost_by_start(spent: Floats, slots: float) -> Floats:
 
 
 def _cheapest(costs: Floats, kind: _Kind) -> Ints:
-    """In which slot each job starts cheapest, by a table of minima over powers of two."""
+    """The slot in which each job starts cheapest, by a table of minima over powers of two."""
     at = np.arange(_SLOTS)
     table = [at]
     for level in range(int(kind.level.max())):
@@ -255,7 +255,7 @@ def _cheapest(costs: Floats, kind: _Kind) -> Ints:
 
 
 def _busy(started: Floats, slots: float) -> Floats:
-    """How many batches run in each slot, if they start in the middle of theirs."""
+    """The number of batches that run in each slot, if they start in the middle of theirs."""
     total = np.concatenate([[0.0], np.cumsum(started)])
     middle = np.arange(_SLOTS) + 0.5
     edges = np.arange(_SLOTS + 1)

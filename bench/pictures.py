@@ -24,7 +24,7 @@ _MARKED_PERCENTILES = (50.0, 90.0, 99.0, 99.9, 99.99)
 
 
 def draw_percentiles(cases: Sequence[tuple[Case, Samples]], about: str, path: Path) -> None:
-    """How latency grows towards the rare requests, one panel per case.
+    """Draw how latency grows towards the rare requests, one panel per case.
 
     Args:
         about: what was measured on, see `report.about`.

@@ -37,7 +37,7 @@ class Policy(Protocol):
         """A batch is over after so long."""
 
     def next_event_ns(self) -> int | None:
-        """When to be asked again though nothing happens."""
+        """The time at which to be asked again though nothing happens."""
 
 
 class _Numbered(Request, kw_only=True):
@@ -110,7 +110,7 @@ def _number(request: Request) -> int:
 
 class Measure(Protocol):
     def __call__(self, device: str, model: str, rows: int) -> float:
-        """What one batch takes, in microseconds."""
+        """Microseconds that one batch takes."""
 
 
 class Threshold:

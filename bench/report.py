@@ -1,4 +1,4 @@
-"""From measurements to what is read: summaries, ratios, tables, JSON."""
+"""Reports, made from measurements: summaries, ratios, tables, JSON."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class CaseReport(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What --json writes."""
+    """The document that --json writes."""
 
     environment: dict[str, Any]
     settings: dict[str, Any]
@@ -152,7 +152,7 @@ def about(machine: Mapping[str, Any], rounds: int, seconds: float) -> str:
 
 
 def heading(machine: Mapping[str, Any], how: str, more: str = "") -> str:
-    """What a program prints before it measures.
+    """The lines that a program prints before it measures.
 
     Args:
         machine: as `environment` has it. how: it measures. more: a line about something else.

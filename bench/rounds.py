@@ -59,7 +59,7 @@ def measure_rounds(
 
 
 def offsets_ns(rate: float, seconds: float, arrivals: str, seed: int) -> list[int]:
-    """When the requests of an open loop are due, from its start.
+    """Times at which the requests of an open loop are due, from its start.
 
     Args:
         rate: requests per second.

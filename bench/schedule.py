@@ -62,7 +62,7 @@ class TraceReport(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What --json writes."""
+    """The document that --json writes."""
 
     command: str
     seed: int

@@ -16,7 +16,7 @@ NOISE = 0.03
 
 
 class Noise:
-    """What batches really take: what the table says on average."""
+    """Durations that batches really have: on average what the table says."""
 
     def __init__(self, machine: Machine, seed: int) -> None:
         self._machine = machine
@@ -29,7 +29,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the jobs of a trace.
+    """The fate of the jobs of a trace.
 
     Attributes:
         done_us: when each was done; infinite for those that never were.
@@ -49,7 +49,7 @@ class Outcome:
 
     @property
     def share(self) -> float:
-        """Of all jobs, those that were done by their deadlines."""
+        """The part of all jobs that were done by their deadlines."""
         return float(self.in_time.mean()) if len(self.in_time) else 1.0
 
 

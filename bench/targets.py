@@ -1,4 +1,4 @@
-"""What is measured: the daemon, and the floors beside it."""
+"""Targets that are measured: the daemon, and the floors beside it."""
 
 from __future__ import annotations
 

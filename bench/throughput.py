@@ -42,7 +42,7 @@ _HALF = 0.5  # of the peak: where p99 is held against p50
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for on the command line, as in --help."""
+    """Options that were given on the command line, as in --help."""
 
     outstanding: tuple[int, ...]
     fractions: tuple[float, ...]
@@ -80,7 +80,7 @@ class IdleLoad(msgspec.Struct, frozen=True):
 
 
 class Throughput(msgspec.Struct, frozen=True):
-    """What --json writes.
+    """The document that --json writes.
 
     Attributes:
         curve: closed loops by number outstanding, then open loops by rate. mebibyte: closed loops.
@@ -312,7 +312,7 @@ def _rss_mib(pid: int) -> float:
 
 
 def _open_files(pid: int) -> int:
-    """How many a process has open, once it has closed those of connections that ended just before."""
+    """The number of files that a process has open, once it has closed those of connections that ended just before."""
     found, before = len(os.listdir(f"/proc/{pid}/fd")), -1
     while found != before:
         time.sleep(_CLOSE_SECONDS)

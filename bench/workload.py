@@ -1,4 +1,4 @@
-"""What is asked of a server: requests, made beforehand, and the answers that they must get."""
+"""Requests to a server, made beforehand, and the answers that they must get."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Workload:
         return np.allclose(output, expected, rtol=self._tolerance, atol=self._tolerance)
 
     def answer(self, header: bytes, tensor: bytes) -> Answer:
-        """What a floor answers in place of the server that gave this answer to request 0."""
+        """The answer of a floor in place of the server that gave this answer to request 0."""
         before, after = _split_at_id(header)
         return Answer(len(self._tensors[0]), len(self._before_id), before, after, tensor)
 

@@ -1,4 +1,4 @@
-"""What takes long to make for a test, made while the tests before it run.
+"""Things that take long to make for a test, made while the tests before it run.
 
 A daemon of its own, say: it spends more than a second on importing torch, and the tests keep one core busy.
 
@@ -66,7 +66,7 @@ class Making:
 
     @contextmanager
     def of(self, test: pytest.Item) -> Iterator[Any]:
-        """What was made for a test. Its context ends with this one."""
+        """The thing that was made for a test. Its context ends with this one."""
         while next(iter(self._waiting)) != test.nodeid:  # one that was skipped
             self._drop(next(iter(self._waiting)))
         self._room.release()

@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks share: their modules on the path, a stand-in for the model, the programs run."""
+"""Helpers for the tests of the benchmarks: their modules on the path, a stand-in for the model, the programs run."""
 
 from __future__ import annotations
 

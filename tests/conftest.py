@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,14 @@ class Daemon:
         self.process.send_signal(number)
         return self.process.wait(START_SECONDS)
 
+    def discard(self) -> None:
+        """Kill it if it still runs, and close its pipe."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
 
 def start_daemon(
     log: Path, *arguments: str, program: tuple[str, ...] = ("-m", "tnxd"), environment: dict[str, str] | None = None
@@ -67,15 +76,25 @@ def start_daemon(
     return Daemon(found[1].split(", ")[0], process, log)
 
 
+@contextmanager
+def serving_daemon(
+    log: Path, *arguments: str, program: tuple[str, ...] = ("-m", "tnxd"), environment: dict[str, str] | None = None
+) -> Iterator[Daemon]:
+    """A daemon for tests that do it no harm: at the end it has to be alive, and to stop without an error."""
+    daemon = start_daemon(log, *arguments, program=program, environment=environment)
+    try:
+        yield daemon
+        assert daemon.process.poll() is None, f"the daemon died during the tests:\n{log.read_text()[-5000:]}"
+        assert daemon.stop() == 0
+    finally:
+        daemon.discard()
+
+
 @pytest.fixture(scope="session")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One daemon with its built-in defaults, shared by all tests that do it no harm."""
-    running = start_daemon(tmp_path_factory.mktemp("daemon") / "log")
-    yield running
-    assert running.process.poll() is None, f"the daemon died during the tests:\n{running.log.read_text()}"
-    assert running.stop() == 0
-    assert running.process.stdout is not None
-    running.process.stdout.close()
+    with serving_daemon(tmp_path_factory.mktemp("daemon") / "log") as running:
+        yield running
 
 
 @pytest.fixture
@@ -93,8 +112,4 @@ def run_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
 
     yield run
     for running in started:
-        if running.process.poll() is None:
-            running.process.kill()
-        running.process.wait()
-        assert running.process.stdout is not None
-        running.process.stdout.close()
+        running.discard()

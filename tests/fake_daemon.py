@@ -130,7 +130,7 @@ def comparison(request: wire.Compare) -> wire.Comparison:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What the fake is like.
+    """Settings of how the fake behaves.
 
     Attributes:
         compute: inputs -> outputs; a TensorNextError that it raises becomes the error reply.

@@ -1,4 +1,4 @@
-"""For tests of model formats: repositories with one model in them, and answers of what comes out of them."""
+"""Helpers for tests of model formats: repositories with one model, and answers of what comes out of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def open_model(root: Path, toml: str = "", name: str = "net", version: str = "1"
 
 
 def refused(root: Path, toml: str = "", name: str = "net") -> str:
-    """Why the only version of a model cannot be served: said by the scan, by opening it, or by building it."""
+    """The error that keeps the only version of a model from being served: of the scan, of opening or of building it."""
     if toml:
         (root / name / "model.toml").write_text(toml)
     failures = list(repository.scan(root).failures.values())

@@ -189,7 +189,7 @@ def put(
 
 
 def says(client: Client, model: str = "net", **options: object) -> float:
-    """What a model that was `put` answers."""
+    """The answer of a model that was `put`."""
     return float(client.predict(ONE_ROW, model=model, **options).output[0, 0])  # type: ignore[arg-type]
 
 

@@ -19,7 +19,7 @@ WIDTH = 4
 
 
 def answer(first: float, x: torch.Tensor) -> Any:
-    """What a model does with a batch in which some row begins with `first`."""
+    """The answer of a model to a batch in which some row begins with `first`."""
     doubled = x * 2
     if first == 1:
         raise ValueError("poisoned row\nwith a second line")
@@ -59,7 +59,7 @@ class Odd(torch.nn.Module):
 
 
 def wait_for_release(name: str) -> None:
-    """Until somebody opens and closes the fifo whose path is in that environment variable."""
+    """Wait until somebody opens and closes the fifo whose path is in that environment variable."""
     with open(os.environ[name], "rb") as fifo:
         fifo.read()
 

@@ -26,7 +26,7 @@ class Die(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """What a client sent: the decoded header, the raw tensor frames, and who it was."""
+    """A client's request: the decoded header, the raw tensor frames, and who sent it."""
 
     identity: bytes
     header: wire.Request
@@ -290,7 +290,7 @@ def health_report(call_id: int) -> wire.HealthReport:
 
 
 def free_endpoint() -> str:
-    """Where nobody listens."""
+    """An endpoint where nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"

@@ -20,7 +20,7 @@ BOOT_TIMEOUT = 30.0
 
 
 def missing() -> str:
-    """What this computer lacks for such a machine, as a reason to skip a test; "" if it lacks nothing."""
+    """A reason to skip a test: what this computer lacks for such a machine; "" if it lacks nothing."""
     if os.geteuid() != 0:
         return "needs root"
     if not SYSTEMD.exists():
@@ -117,7 +117,7 @@ def eventually(condition: Callable[[], bool], what: str, timeout: float = 30.0) 
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
-        time.sleep(0.05)
+        time.sleep(0.05)  # between two looks: at /proc, cgroups and systemd, which tell nobody here of a change
 
 
 def _wait_for_boot(boot: subprocess.Popen[bytes]) -> Machine:

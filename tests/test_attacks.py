@@ -1,4 +1,4 @@
-"""What a broken or hostile client can send to a running daemon. Each time the daemon says what was wrong, exactly once,
+"""Messages of broken or hostile clients to a running daemon. Each time the daemon says what was wrong, exactly once,
 and serves the next request, on the same connection wherever ZeroMQ keeps it open.
 """
 

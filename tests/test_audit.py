@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from conftest import Daemon, start_daemon
+from conftest import Daemon, serving_daemon
 from dealer import Dealer
 from model_repositories import put
 from tnxctl import Client
@@ -150,11 +150,9 @@ def mixing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     put(folder / "models", "quiet", 1, before=MIXES, more="audit = 0.0")
     config = folder / "tnxd.toml"
     config.write_text(f"[cpu]\nworkers = 2\ninline_limit_us = {1e6 if request.param == 'inline' else 0}\n")
-    daemon = start_daemon(folder / "log", "--config", str(config), "--model-repository", str(folder / "models"))
-    yield daemon
-    assert daemon.stop() == 0
-    assert daemon.process.stdout is not None
-    daemon.process.stdout.close()
+    arguments = ("--config", str(config), "--model-repository", str(folder / "models"))
+    with serving_daemon(folder / "log", *arguments) as daemon:
+        yield daemon
 
 
 def info(daemon: Daemon, name: str) -> ModelInfo:

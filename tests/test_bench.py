@@ -98,7 +98,7 @@ def workload() -> Workload:
 
 def stall_once(number: int) -> None:
     if number == 20:
-        time.sleep(STALL_SECONDS)
+        time.sleep(STALL_SECONDS)  # the stall itself, whose cost is measured: no wait for something
 
 
 def even_ms(count: int, gap: int) -> list[int]:
@@ -141,7 +141,7 @@ def test_a_pause_of_the_load_generator_counts_as_latency_too(
 
         def sleepy_send() -> None:
             if connection.sent == 10:
-                time.sleep(0.2)
+                time.sleep(0.2)  # the pause itself, likewise
             send()
 
         monkeypatch.setattr(connection, "send", sleepy_send)

@@ -527,7 +527,7 @@ def test_a_run_ends_when_nothing_comes_any_more(concurrency: int) -> None:
 
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_a_run_goes_on_when_the_daemon_refuses_what_would_be_late(concurrency: int) -> None:
-    """As it does where model.toml has a deadline: it answers at once."""
+    """The daemon answers at once, as it does where model.toml has a deadline."""
     with FakeDaemon(compute=Every(1, errors.DeadlineExceeded)) as fake:
         result = ask(fake, "predict", "--count", 20, "--concurrency", concurrency)
         assert len(fake.predicts) == 20

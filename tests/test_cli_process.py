@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,16 @@ def run(*arguments: object, stdin: bytes = b"", **extra: str) -> subprocess.Comp
     return subprocess.run(
         [*TOOL, *map(str, arguments)], input=stdin, capture_output=True, env=environment(**extra), timeout=PATIENCE_S
     )
+
+
+def interrupted(*arguments: str, when: Callable[[], bool]) -> tuple[bytes, bytes]:
+    """Output of a tool that gets a Ctrl-C when `when` returns, and ends because of it."""
+    process = subprocess.Popen([*TOOL, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    assert when()
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == Exit.INTERRUPTED
+    return stdout, stderr
 
 
 def test_health_in_json_from_the_environments_host(fake: FakeDaemon) -> None:
@@ -104,16 +114,9 @@ def test_a_reader_that_has_enough_is_no_trouble(fake: FakeDaemon) -> None:
 def test_ctrl_c_ends_the_run_with_its_summary(concurrency: int, as_json: bool) -> None:
     with FakeDaemon(delay_s=0.002) as fake:
         arguments = ["predict", "--host", fake.endpoint, "--count", "100000", "--concurrency", str(concurrency)]
-        process = subprocess.Popen(
-            [*TOOL, *arguments, *(["--json"] if as_json else [])],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(),
-        )
-        assert fake.wait_for_predicts(50, PATIENCE_S)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == Exit.INTERRUPTED
+        if as_json:
+            arguments.append("--json")
+        stdout, stderr = interrupted(*arguments, when=lambda: fake.wait_for_predicts(50, PATIENCE_S))
     assert stderr.startswith(b"Error: interrupted after ")
     assert stderr.count(b"\n") == 1
     if as_json:
@@ -129,16 +132,8 @@ def test_ctrl_c_ends_the_run_with_its_summary(concurrency: int, as_json: bool) -
 @pytest.mark.parametrize("verb", ["health", "predict"])
 def test_ctrl_c_while_a_daemon_keeps_silent(verb: str) -> None:
     with FakeDaemon(mute=True) as fake:
-        process = subprocess.Popen(
-            [*TOOL, verb, "--host", fake.endpoint, "--timeout", "60"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(),
-        )
-        assert fake.wait_for_requests(1, PATIENCE_S)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == Exit.INTERRUPTED
+        arguments = [verb, "--host", fake.endpoint, "--timeout", "60"]
+        stdout, stderr = interrupted(*arguments, when=lambda: fake.wait_for_requests(1, PATIENCE_S))
     assert (stdout, stderr.strip()) == (b"", b"")
 
 
@@ -153,7 +148,7 @@ def test_on_a_terminal_there_are_colours_and_a_progress_bar(fake: FakeDaemon) ->
 
 
 def on_terminal(*arguments: str) -> str:
-    """What the tool writes to a terminal of 80 columns."""
+    """The text that the tool writes to a terminal of 80 columns."""
     import pty
 
     ours, theirs = pty.openpty()

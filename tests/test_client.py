@@ -102,7 +102,7 @@ class AsyncShell:
 
 
 class BlindLoop(asyncio.SelectorEventLoop):
-    """As the default loop of Windows: it watches no file descriptor for others."""
+    """A loop like the default one of Windows: it watches no file descriptor for others."""
 
     def add_reader(self, fd: Any, callback: Any, *args: Any) -> None:
         raise NotImplementedError

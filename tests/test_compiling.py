@@ -78,7 +78,7 @@ def batch(rows: int, length: int) -> tuple[Array, Array]:
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where compiled code is kept from one model to the next, as TORCHINDUCTOR_CACHE_DIR would have it: less to do."""
+    """The folder that keeps compiled code from one model to the next, as TORCHINDUCTOR_CACHE_DIR does: less to do."""
     with pytest.MonkeyPatch.context() as patch:
         directory = tmp_path_factory.mktemp("cache")
         patch.setattr(compiling, "_KEPT", str(directory))
@@ -128,7 +128,7 @@ def test_compiled_answers_are_those_of_eager(pair: Pair, rows: int, length: int)
 @needs_compiler
 @pytest.mark.timeout(240)
 def test_lanes_run_it_at_the_same_time_with_threads_of_their_own(pair: Pair) -> None:
-    """As lanes and the serving thread do: other threads than the first, each with its number of torch threads."""
+    """Threads other than the first run it, each with its number of torch threads, as lanes and serving thread do."""
     failures: list[BaseException] = []
 
     def lane(threads: int) -> None:
@@ -231,7 +231,7 @@ def test_what_cannot_be_compiled_is_named(tmp_path: Path, old: str, new: str, sa
     ],
 )
 def test_a_compiler_that_ends_early_is_named(tmp_path: Path, end: str, said: str) -> None:
-    """In the child alone: there the factory ends the process, or raises."""
+    """The factory ends the process, or raises, in the child alone."""
     save(tmp_path)
     network = NETWORK.replace(
         "def make():", f"import os\ndef make():\n    if os.getpid() != {os.getpid()}:\n        {end}"

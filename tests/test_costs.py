@@ -134,7 +134,7 @@ def test_the_oldest_curves_go_first() -> None:
 
 
 def test_means_of_many_sizes_take_no_more_memory() -> None:
-    """Where nothing is learned meanwhile, too: requests may have any number of rows."""
+    """Requests may have any number of rows, also where nothing is learned meanwhile."""
     asked = curve((1, 100.0), (8, 200.0))
     for rows in range(1, 10_000):
         assert asked.mean(rows) > 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import Daemon
+from format_tools import tensors
 from tnxctl import Client, ResourceExhausted
 from tnxd.executors.exhaustion import is_out_of_memory
 from unprintable import Unprintable
@@ -41,18 +42,11 @@ TAKES = {
     "numpy": "numpy.empty(int(len(x) * gib * 2**30), numpy.uint8)",
 }
 
-MODEL_TOML = """
-factory = "network:make"
-max_batch_size = 16
-[[inputs]]
-name = "x"
-datatype = "FP32"
-shape = [-1, 2]
-[[outputs]]
-name = "y"
-datatype = "FP32"
-shape = [-1, 2]
-"""
+MODEL_TOML = (
+    'factory = "network:make"\nmax_batch_size = 16\n'
+    + tensors("x", "FP32", [-1, 2])
+    + tensors("y", "FP32", [-1, 2], "outputs")
+)
 
 LIMITED = f"""
 import resource

@@ -1,4 +1,4 @@
-"""What is remembered of the requests before changes nothing but the time."""
+"""Memory of earlier requests, which changes nothing but the time."""
 
 from __future__ import annotations
 

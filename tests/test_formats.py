@@ -34,7 +34,7 @@ LENGTH = Dim("length", min=3, max=512)
 
 
 def refused(root: Path, toml: str = "") -> str:
-    """What opening the only model of a repository, and building it, says against it."""
+    """The error that opening the only model of a repository, or building it, ends with."""
     with pytest.raises(TensorNextError) as caught:
         open_model(root, toml).factory()
     return caught.value.message

@@ -272,7 +272,7 @@ def _make(directory: Path, wanted: tuple[str, ...]) -> bool:
 
 
 def within(group: Path, expression: str) -> str:
-    """What a process in that control group has for an expression."""
+    """The value that an expression has for a process in that control group."""
     joined = f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')"
     return in_child(f"from tnxd.executors import host\n{joined}\nprint({expression})")
 

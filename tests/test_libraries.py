@@ -58,7 +58,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget() -> None:
-    """As if nothing had imported the library."""
+    """Make it look as if nothing had imported the library."""
     module = sys.modules.pop(NAME, None)
     if module is not None:
         module.library._destroy()

@@ -1,4 +1,4 @@
-"""How a daemon starts, refuses to start, drains and stops; what health says meanwhile."""
+"""Daemons that start, refuse to start, drain and stop; what health says meanwhile."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Systemd:
             pass
 
     def count(self, state: str, seconds: float) -> int:
-        """How often a state comes before nothing has come for so long."""
+        """The number of times that a state comes before nothing has come for so long."""
         self.socket.settimeout(seconds)
         found = 0
         try:
@@ -76,7 +76,7 @@ def own(
     stdout: str = "",
     **environment: str,
 ) -> Callable[[Path], AbstractContextManager[Own]]:
-    """To start a daemon with. "{}" in its arguments and variables stands for its folder.
+    """A way to start a daemon. "{}" in its arguments and variables stands for its folder.
 
     Args:
         is_ready: whether to wait until it is. Without that its endpoint is the first among the arguments.
@@ -108,11 +108,8 @@ def own(
         try:
             yield Own(daemon.endpoint, daemon.process, daemon.log, folder, systemd)
         finally:
-            daemon.process.kill()
-            daemon.process.wait()
+            daemon.discard()
             systemd.socket.close()
-            if daemon.process.stdout is not None:
-                daemon.process.stdout.close()
 
     return start
 
@@ -327,7 +324,7 @@ def test_the_answer_and_its_stages(daemon: Daemon) -> None:
 
 
 def waiting(config: str) -> Callable[[Path], AbstractContextManager[Own]]:
-    """To start a daemon with whose model waits at the gate when told to."""
+    """A way to start a daemon whose model waits at the gate when told to."""
     return own("--model", "wait", config=config, program=ODD)
 
 

@@ -89,7 +89,7 @@ class FakeExecutor:
 
 
 def raising(error: BaseException) -> Callable[[], None]:
-    """What `FakeSource.opens` is for a version that cannot be opened."""
+    """A value of `FakeSource.opens` for a version that cannot be opened."""
 
     def opens() -> None:
         raise error

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import Daemon, start_daemon
+from conftest import Daemon, serving_daemon
 from dealer import Dealer, rows
 from tnxctl import wire
 from tnxctl.frames import Array
@@ -24,12 +24,8 @@ def odd_daemon(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     config = folder / "tnxd.toml"
     config.write_text(f"[cpu]\nworkers = 2\ninline_limit_us = {1e6 if request.param == 'inline' else 0}\n")
     arguments = [argument for name in MODELS for argument in ("--model", name)]
-    running = start_daemon(folder / "log", "--config", str(config), *arguments, program=(str(ODD),))
-    yield running
-    assert running.process.poll() is None, f"the daemon died:\n{running.log.read_text()}"
-    assert running.stop() == 0
-    assert running.process.stdout is not None
-    running.process.stdout.close()
+    with serving_daemon(folder / "log", "--config", str(config), *arguments, program=(str(ODD),)) as running:
+        yield running
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What is installed and with what: requirements and their pins, the unit, the commented configuration."""
+"""Installations: requirements and their pins, the unit, the commented configuration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pins() -> dict[str, str]:
 
 
 def needed(package: str, extras: set[str]) -> dict[str, list[Requirement]]:
-    """What an installation of `package[extras]` brings along on this computer: by name, what is asked of a package."""
+    """Requirements that `package[extras]` brings along on this computer: by name, what is asked of a package."""
     found: dict[str, list[Requirement]] = {}
     seen: set[tuple[str, str]] = set()
     waiting = [(package, extra) for extra in {"", *extras}]

@@ -1,4 +1,4 @@
-"""What code may change in the process: each change found, named and undone, and what is no change left alone."""
+"""Changes of the process by code: each found, named and undone, and what is no change left alone."""
 
 from __future__ import annotations
 
@@ -381,7 +381,7 @@ def test_what_drifts_is_put_back_and_logged_once(
 
 
 def test_only_what_concerns_a_thread_stays_on_it() -> None:
-    """What `Scope` says is so: a change of PROCESS is seen on other threads."""
+    """A change of PROCESS is seen on other threads, as `Scope` says."""
     scopes = {setting.name: setting.scope for setting in SETTINGS}
     for name in ("torch's default dtype", "cuDNN's benchmarking", "sys.path", "the locale", "the umask"):
         assert scopes[name] is Scope.PROCESS

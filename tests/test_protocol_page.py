@@ -58,7 +58,7 @@ def bare(cell: str) -> str:
 
 
 def page_type(kind: msgspec.inspect.Type) -> str:
-    """How the page calls a type."""
+    """The page's name of a type."""
     match kind:
         case msgspec.inspect.IntType() | msgspec.inspect.LiteralType():
             return "int"
@@ -84,7 +84,7 @@ def page_type(kind: msgspec.inspect.Type) -> str:
 
 
 def page_default(field: msgspec.inspect.Field) -> str:
-    """How the page writes what a field is when it is left out."""
+    """The page's notation for what a field is when it is left out."""
     if field.required:
         return "required"
     default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import Daemon, start_daemon
+from conftest import Daemon, serving_daemon
 from model_repositories import EXAMPLES, load_example
 from tnxctl import Client
 from tnxctl.errors import InvalidArgument
@@ -53,13 +53,11 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     if installed(*TOKENIZER):
         toml = load_example("sentences", "build").build(repository, export=True) / "model.toml"
         toml.write_text('versions = "all"\n' + toml.read_text())
-    running = start_daemon(folder / "log", "--model-repository", str(repository))
-    with Client(running.endpoint, timeout=30.0) as tnx:
+    with (
+        serving_daemon(folder / "log", "--model-repository", str(repository)) as running,
+        Client(running.endpoint, timeout=30.0) as tnx,
+    ):
         yield Serving(running, tnx, repository)
-    assert running.process.poll() is None, f"the daemon died:\n{running.log.read_text()}"
-    assert running.stop() == 0
-    assert running.process.stdout is not None
-    running.process.stdout.close()
 
 
 def test_all_versions_are_ready_and_say_what_they_are(serving: Serving) -> None:

@@ -1,4 +1,4 @@
-"""Which version a request gets."""
+"""The version that a request gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found in a model repository, and how mistakes in it are named."""
+"""A scan of a model repository: what it finds, and how it names mistakes."""
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ sys.stdin.readline()
 
 
 def test_news_of_one_that_said_nothing_is_not_taken_for_news_of_the_next(router: Router) -> None:
-    """Who connects and leaves without a word frees a descriptor, which the next client gets."""
+    """A client that connects and leaves without a word frees a descriptor, which the next one gets."""
     command = [sys.executable, "-c", _ONE_AFTER_THE_OTHER, router.endpoints[0]]
     before = len(os.listdir("/proc/self/fd"))
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as clients:

@@ -225,15 +225,21 @@ def test_a_request_is_refused_for_what_is_due_before_it() -> None:
     policy.add(request(deadline_ns=18 * MS), 0)
 
 
-def test_those_that_a_batch_is_too_late_for_give_their_room_to_others() -> None:
-    policy = scheduler(costs=affine(1000, 100))
+def with_a_free_lane(waiting: list[Request], costs: CostModel) -> Scheduler:
+    """A scheduler whose one lane has become free after these requests came."""
+    policy = scheduler(costs=costs)
     policy.add(request(), 0)
     (running,) = policy.next_batches(0)[0]
-    hopeless = [request(deadline_ns=10 * MS) for _ in range(3)]
-    others = [request(deadline_ns=50 * MS) for _ in range(8)]
-    for one in [*hopeless, *others]:
+    for one in waiting:
         policy.add(one, 0)
     policy.finished(running, 0.0)
+    return policy
+
+
+def test_those_that_a_batch_is_too_late_for_give_their_room_to_others() -> None:
+    hopeless = [request(deadline_ns=10 * MS) for _ in range(3)]
+    others = [request(deadline_ns=50 * MS) for _ in range(8)]
+    policy = with_a_free_lane([*hopeless, *others], affine(1000, 100))
     (batch,), late = policy.next_batches(9 * MS)  # a batch takes at least 1.1 ms
     assert batch.requests == others
     assert late == hopeless
@@ -241,28 +247,18 @@ def test_those_that_a_batch_is_too_late_for_give_their_room_to_others() -> None:
 
 
 def test_a_batch_is_made_smaller_where_that_saves_the_most_urgent() -> None:
-    policy = scheduler(costs=affine(1000, 100))
-    policy.add(request(), 0)
-    (running,) = policy.next_batches(0)[0]
     urgent = request(deadline_ns=10 * MS)
     others = [request(deadline_ns=50 * MS) for _ in range(3)]
-    for one in [urgent, *others]:
-        policy.add(one, 0)
-    policy.finished(running, 0.0)
+    policy = with_a_free_lane([urgent, *others], affine(1000, 100))
     (batch,), late = policy.next_batches(10 * MS - 1_250_000)  # enough for two rows, not for four
     assert batch.requests == [urgent, others[0]]
     assert late == []
 
 
 def test_a_full_batch_is_not_cut_for_one_where_that_costs_more_than_it_saves() -> None:
-    policy = scheduler(costs=affine(5000, 100))
-    policy.add(request(), 0)
-    (running,) = policy.next_batches(0)[0]
     urgent = request(deadline_ns=20 * MS)
     others = [request(deadline_ns=100 * MS) for _ in range(16)]
-    for one in [urgent, *others]:
-        policy.add(one, 0)
-    policy.finished(running, 0.0)
+    policy = with_a_free_lane([urgent, *others], affine(5000, 100))
     (batch,), late = policy.next_batches(20 * MS - 5_250_000)  # enough for two rows, not for eight
     assert batch.rows == 8
     assert late == [urgent]

@@ -1,4 +1,4 @@
-"""What is said about exceptions of any kind."""
+"""Sentences about exceptions of any kind."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from conftest import Daemon, start_daemon
+from conftest import Daemon, serving_daemon
 from format_tools import save_program, tensors
 from tnxctl import Client
 from tnxctl.errors import Internal
@@ -66,11 +66,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     )
     rows = Dim("rows", min=1, max=32)
     save_program(root / "deep/1/model.pt2", Deep(), ((torch.ones(2, 2), torch.ones(2, 2)),), (({0: rows}, {0: rows}),))
-    running = start_daemon(folder / "log", "--model-repository", str(root))
-    yield running
-    assert running.stop() == 0
-    assert running.process.stdout is not None
-    running.process.stdout.close()
+    with serving_daemon(folder / "log", "--model-repository", str(root)) as running:
+        yield running
 
 
 def full(value: float, rows: int = 1) -> Array:

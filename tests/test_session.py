@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peers import health_report
 from tnxctl import errors, session, wire
 from tnxctl.results import Result
 from tnxctl.session import Call, Session
@@ -54,6 +55,13 @@ def predict(
     return session.predict(inputs, timeout=timeout, now=now, **arguments)
 
 
+def nobody_listens(session: Session) -> None:
+    """An attempt to connect fails."""
+    session.connecting(0.0)
+    session.note_trouble("nobody listens there")
+    session.lost()
+
+
 def started(session: Session, **arguments: Any) -> Call[Result]:
     call = predict(session, **arguments)
     session.start(call)
@@ -62,7 +70,7 @@ def started(session: Session, **arguments: Any) -> Call[Result]:
 
 
 def header(call: Call[Any]) -> wire.Predict:
-    """What would be sent now."""
+    """The header that would be sent now."""
     decoded = wire.decode_request(call.frames[0], Limits())
     assert isinstance(decoded, wire.Predict)
     return decoded
@@ -532,9 +540,7 @@ def test_answered_calls_do_not_expire(connected: Session) -> None:
 
 def test_without_a_connection_time_runs_too_and_the_error_says_so(idle: Session) -> None:
     call = started(idle, timeout=2.5)
-    idle.connecting(0.0)
-    idle.note_trouble("nobody listens there")
-    idle.lost()
+    nobody_listens(idle)
     assert idle.expire(2.5) == [call]
     with pytest.raises(
         errors.Unavailable, match=r"tcp://10.0.0.1:5555: no connection within 2.5 s: nobody listens"
@@ -568,9 +574,7 @@ def test_the_timeout_of_what_takes_long(timeout: float | None, patience: float) 
 def test_what_takes_long_does_not_wait_long_for_a_daemon(idle: Session, timeout: float | None, reach: float) -> None:
     call = change(idle, "load", timeout=timeout)
     idle.start(call)
-    idle.connecting(0.0)
-    idle.note_trouble("nobody listens there")
-    idle.lost()
+    nobody_listens(idle)
     assert idle.expire(reach - 0.01) == []
     assert idle.due <= reach
     assert idle.expire(reach) == [call]
@@ -611,9 +615,7 @@ def test_of_deadline_and_timeout_the_earlier_counts(connected: Session) -> None:
 
 def test_without_a_connection_a_deadline_passes_all_the_same(idle: Session) -> None:
     call = started(idle, deadline=0.5)
-    idle.connecting(0.0)
-    idle.note_trouble("nobody listens there")
-    idle.lost()
+    nobody_listens(idle)
     assert idle.expire(0.5) == [call]
     with pytest.raises(errors.DeadlineExceeded, match=r"no connection within its deadline of 0\.5 s: nobody listens"):
         call.take()
@@ -719,24 +721,7 @@ def asked(session: Session) -> int:
 
 
 def report(id_: int, **changes: Any) -> list[bytes]:
-    reply = wire.HealthReport(
-        v=1,
-        id=id_,
-        status="ready",
-        cuda_available=False,
-        current_device="cpu",
-        gpu_memory_free_mb=0.0,
-        version="0.1.0",
-        uptime_s=1.0,
-        devices=(),
-        models=(),
-        queued=0,
-        running=0,
-        requests=0,
-        replies=0,
-        errors={},
-    )
-    return [wire.encode(msgspec.structs.replace(reply, **changes))]
+    return [wire.encode(msgspec.structs.replace(health_report(id_), **changes))]
 
 
 def reconnected(session: Session, now: float) -> list[Call[Any]]:

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from conftest import Daemon, start_daemon
+from conftest import Daemon, serving_daemon
 from model_repositories import HANGS_AT_7, ONE_ROW, put
 from tnxctl import Client
 from tnxctl.errors import FailedPrecondition, Internal
@@ -322,11 +322,8 @@ def ticking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ticking]:
         told.bind(str(folder / "notify"))
         told.settimeout(30)
         environment = {**os.environ, "NOTIFY_SOCKET": str(folder / "notify"), "WATCHDOG_USEC": "300000"}
-        daemon = start_daemon(folder / "log", "--model-repository", str(root), environment=environment)
-        yield Ticking(daemon.endpoint, daemon.process, daemon.log, root, told)
-        assert daemon.stop() == 0
-        assert daemon.process.stdout is not None
-        daemon.process.stdout.close()
+        with serving_daemon(folder / "log", "--model-repository", str(root), environment=environment) as daemon:
+            yield Ticking(daemon.endpoint, daemon.process, daemon.log, root, told)
 
 
 def test_a_batch_that_failed_is_not_copied(ticking: Ticking) -> None:

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from conftest import Daemon, start_daemon
+from conftest import Daemon, serving_daemon
 from dealer import Dealer
 from model_repositories import Repository
 from tnxctl import Client, FailedPrecondition, InvalidArgument, wire
@@ -111,12 +111,10 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, 
         repository.publish(name, 1, files)
     config = root / "tnxd.toml"
     config.write_text(CONFIG)
-    running = start_daemon(root / "log", "--config", str(config), "--model-repository", str(root / "models"))
-    calls.unlink()
-    yield running, calls
-    assert running.stop() == 0
-    assert running.process.stdout is not None
-    running.process.stdout.close()
+    arguments = ("--config", str(config), "--model-repository", str(root / "models"))
+    with serving_daemon(root / "log", *arguments) as running:
+        calls.unlink()
+        yield running, calls
 
 
 @pytest.fixture

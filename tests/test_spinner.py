@@ -28,7 +28,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def polls(spinner: Spinner) -> int:
-    """How often a spin that finds nothing looks."""
+    """The number of looks in a spin that finds nothing."""
     looks = 0
 
     def never() -> bool:
@@ -49,21 +49,22 @@ def test_gives_up_after_the_limit(clock: Clock) -> None:
     assert polls(Spinner(100)) == pytest.approx(100, abs=2)
 
 
-def test_an_idle_daemon_stops_polling(clock: Clock) -> None:
+def idle(clock: Clock) -> Spinner:
+    """A spinner whose last waits were long."""
     spinner = Spinner(100)
     for _ in range(20):
         polls(spinner)
         clock.now += 1_000_000_000
         spinner.blocked()
-    assert polls(spinner) == 0
+    return spinner
+
+
+def test_an_idle_daemon_stops_polling(clock: Clock) -> None:
+    assert polls(idle(clock)) == 0
 
 
 def test_a_short_wait_brings_polling_back(clock: Clock) -> None:
-    spinner = Spinner(100)
-    for _ in range(20):
-        polls(spinner)
-        clock.now += 1_000_000_000
-        spinner.blocked()
+    spinner = idle(clock)
     polls(spinner)
     clock.now += 120_000
     spinner.blocked()

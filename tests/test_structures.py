@@ -40,7 +40,7 @@ class Detections:
 
 
 class ModelOutput(OrderedDict[str, Any]):
-    """As in transformers: fields by key, by attribute and by position; what is None is not in it."""
+    """An output as in transformers: fields by key, by attribute and by position; what is None is not in it."""
 
     def __init__(self, **fields: Any) -> None:
         super().__init__({name: value for name, value in fields.items() if value is not None})

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import Daemon, start_daemon
+from conftest import Daemon, serving_daemon
 from model_repositories import MODEL_TOML, WIDTH, Repository, Scaled, exported, rows, rss_mb, scaled, scaled_program
 from tnxctl import Client
 from tnxctl.errors import FailedPrecondition, TensorNextError
@@ -71,7 +71,7 @@ class Load:
             thread.join()
 
     def await_answers(self) -> None:
-        """Until every client has got an answer to a request that it sends from now on, or cannot go on."""
+        """Wait until every client has got an answer to a request that it sends from now on, or cannot go on."""
         for _ in range(2):  # the first one may be to a request that was sent before
             for answered in self._answered:
                 answered.clear()
@@ -201,12 +201,8 @@ def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Da
     repository = Repository(folder / "models")
     repository.settings("first")
     repository.publish("first", 1, scaled(1.0))
-    running = start_daemon(folder / "log", "--model-repository", str(repository.root))
-    yield running, repository
-    assert running.process.poll() is None, f"the daemon died:\n{running.log.read_text()}"
-    assert running.stop() == 0
-    assert running.process.stdout is not None
-    running.process.stdout.close()
+    with serving_daemon(folder / "log", "--model-repository", str(repository.root)) as running:
+        yield running, repository
 
 
 @pytest.fixture
@@ -377,7 +373,7 @@ def test_files_that_change_under_a_version_that_serves(shared: tuple[Daemon, Rep
 
 @pytest.mark.parametrize("shorter", [False, True])
 def test_weights_that_are_written_over_in_place(shared: tuple[Daemon, Repository], shorter: bool) -> None:
-    """As `cp` does it: the file that a model was loaded from gets other contents, or fewer, while it serves."""
+    """The file that a model was loaded from gets other contents, or fewer, while it serves, as by `cp`."""
     daemon, repository = shared
     name = f"overwritten-{shorter}"
     repository.settings(name)

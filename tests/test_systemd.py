@@ -65,7 +65,7 @@ def override(machine: Machine, settings: str) -> None:
 
 
 def installed_files(machine: Machine) -> set[str]:
-    """What is where programs, their settings and their data are kept: files and links, no directories.
+    """Files and links, no directories, where programs, their settings and their data are kept.
 
     Without the manual pages that this computer's own `man` may just be formatting: they show through.
     """

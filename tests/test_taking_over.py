@@ -62,7 +62,7 @@ class Pair:
         return {batch.device.name: batch for batch in batches}
 
     def freed(self, batch: Batch, now_ns: int = 0) -> list[Batch]:
-        """What starts when a batch is over."""
+        """The batches that start when one is over."""
         self.scheduler.finished(batch, 0.0)
         batches, late = self.scheduler.next_batches(now_ns)
         assert not late

@@ -44,7 +44,7 @@ def tried(make: Callable[[], nn.Module], served: Model | None = None) -> Verdict
 
 
 def called(make: Callable[[], nn.Module], served: Model | None = None) -> tuple[Verdict, list[Call]]:
-    """What two lanes call for a module that has been tried."""
+    """The verdict on a module, and what two lanes call for it."""
     verdict = tried(make, served)
     calls = lane_calls(make().eval(), verdict)
     return verdict, [calls(), calls()]

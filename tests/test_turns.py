@@ -10,7 +10,7 @@ from tnxd.turns import Turns
 
 
 def order(turns: Turns[str], again: dict[str, int], steps: int) -> str:
-    """Who is served in so many steps, each member coming back as often as `again` says."""
+    """The members served in so many steps, each coming back as often as `again` says."""
     serials = itertools.count(1000)
     served = ""
     for _ in range(steps):

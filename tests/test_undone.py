@@ -1,4 +1,4 @@
-"""What the code of one model does to the process is undone, or the model refused: seen by the other models."""
+"""Changes of the process by the code of one model: undone, or the model refused, as the other models see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who goes into the next batch."""
+"""The choice of requests for the next batch."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ X = np.array([[1.0, 2.0]], np.float32)
 
 
 def expected(zero: str = "") -> Any:
-    """What the network gives for X. Args: zero: a key that is something else: inv_freq as it was made."""
+    """The network's answer to X. Args: zero: a key that is something else: inv_freq as it was made."""
     found = weights()
     if zero:
         found[zero] = torch.full((2,), 7.0)

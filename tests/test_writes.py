@@ -1,4 +1,4 @@
-"""What a graph says that its module writes to: exported programs and TorchScript."""
+"""The writes of a module as its graph tells them: exported programs and TorchScript."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tnxctl.cli import main
 
 
 def run(*arguments: object, stdin: bytes | None = None, **environment: str) -> Result:
-    """What came of a command line."""
+    """The outcome of a command line."""
     return CliRunner(env={"TNX_HOST": None, **environment}).invoke(main, list(map(str, arguments)), input=stdin)
 
 

@@ -46,7 +46,7 @@ class AsyncClient:
 
     @property
     def endpoint(self) -> str:
-        """Where the daemon is, as ZeroMQ spells it."""
+        """The daemon's address, as ZeroMQ spells it."""
         return self._session.endpoint
 
     async def predict(
@@ -78,11 +78,11 @@ class AsyncClient:
         return await self._here().run(call)
 
     async def health(self, *, timeout: float | None = None) -> HealthReport:
-        """How the daemon is."""
+        """The state of the daemon."""
         return await self._here().run(self._session.health(timeout=timeout, now=time.monotonic()))
 
     async def metadata(self, model: str = "", *, timeout: float | None = None) -> ModelInfo:
-        """What a model takes and gives, see `Client.metadata`."""
+        """The inputs and outputs of a model, see `Client.metadata`."""
         return await self._here().run(self._session.metadata(model, timeout=timeout, now=time.monotonic()))
 
     async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
@@ -116,7 +116,7 @@ class AsyncClient:
     async def compare(
         self, model: str, baseline: str | int, candidate: str | int, *, timeout: float | None = None
     ) -> Comparison:
-        """How the answers of a shadow version differ, see `Client.compare`."""
+        """The differences of a shadow version's answers, see `Client.compare`."""
         call = self._session.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())
         return await self._here().run(call)
 
@@ -192,7 +192,7 @@ class _LoopDriver:
             self.close()
 
     def _look_again(self) -> None:
-        """After a message was sent: its sending may have swallowed the news of one that came."""
+        """Look again after a message was sent: its sending may have swallowed the news of one that came."""
         if has_input(self._link.dealer):
             self.loop.call_soon(self._turn)
 
@@ -236,7 +236,7 @@ class _LoopDriver:
 
 
 class _OtherThreadDriver:
-    """For loops that cannot watch a file descriptor, as the default one of Windows: an I/O thread does it."""
+    """A driver for loops that cannot watch a file descriptor, as the default one of Windows: an I/O thread does it."""
 
     def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop

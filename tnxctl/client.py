@@ -63,7 +63,7 @@ class Client:
 
     @property
     def endpoint(self) -> str:
-        """Where the daemon is, as ZeroMQ spells it."""
+        """The daemon's address, as ZeroMQ spells it."""
         return self._session.endpoint
 
     def predict(
@@ -125,7 +125,7 @@ class Client:
         route_key: str = "",
         timeout: float | None = None,
     ) -> Future[Result]:
-        """As `predict`, but returns a future of the result at once.
+        """Run a model as `predict` does, but return a future of the result at once.
 
         The inputs are copied: their memory may be used again at once. `cancel` withdraws the request. Callbacks run
         in the thread that reads everybody's replies, so they must not wait for another future; they may use the
@@ -147,11 +147,11 @@ class Client:
         return self._driver.submit(call)
 
     def health(self, *, timeout: float | None = None) -> HealthReport:
-        """How the daemon is."""
+        """The state of the daemon."""
         return self._driver.run(self._session.health(timeout=timeout, now=time.monotonic()))
 
     def metadata(self, model: str = "", *, timeout: float | None = None) -> ModelInfo:
-        """What a model takes and gives: NAME, NAME@VERSION, or "" for the daemon's default model.
+        """The inputs and outputs of a model: NAME, NAME@VERSION, or "" for the daemon's default model.
 
         A name alone means the version that gets most of its traffic.
 
@@ -239,7 +239,7 @@ class Client:
     def compare(
         self, model: str, baseline: str | int, candidate: str | int, *, timeout: float | None = None
     ) -> Comparison:
-        """How the answers of a shadow version differ from those of the version that answers, and how long both take.
+        """The differences between the answers of a shadow version and of the one that answers, and how long both take.
 
         Args:
             model: its name. baseline: the version that answers. candidate: the shadow, see `route`.

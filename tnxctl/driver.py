@@ -145,7 +145,7 @@ class ThreadDriver:
     # --- a call alone ----------------------------------------------------------------------------------------
 
     def _drive_alone(self, call: Call[Any]) -> bool:
-        """If no other call is under way, start this one, and see it through until it is done or somebody waits for it.
+        """Start this call if no other is under way, and see it through until it is done or somebody waits for it.
 
         That is so from the beginning if it has a future, and else as soon as another call comes: then it is for the
         I/O thread to go on with it. Returns whether it was started.
@@ -172,7 +172,7 @@ class ThreadDriver:
         return started
 
     def _give_up(self, call: Call[Any]) -> None:
-        """After an exception from anywhere in the driving of a call, a KeyboardInterrupt for one."""
+        """Give up a call after an exception from anywhere in its driving, a KeyboardInterrupt for one."""
         if self._polling:
             self._polling = False
             self._link.withdraw(call)
@@ -350,7 +350,7 @@ def _settle_all(calls: Sequence[Call[Any]]) -> None:
 
 
 class _Signal:
-    """For one thread to wait for another, once or again and again."""
+    """A signal from one thread to another that waits for it, once or again and again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""What a user types for "where is the daemon" -> the one spelling that ZeroMQ connects to."""
+"""Translation of what a user types for "where is the daemon" into the one spelling that ZeroMQ connects to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can go wrong, as one tree. Every error that reaches a user derives from TensorNextError.
+"""Errors, as one tree. Every error that reaches a user derives from TensorNextError.
 
     TensorNextError
     ├── InvalidArgument     the request can never work as it stands: fix the named value (also a ValueError)

@@ -255,7 +255,7 @@ def has_input(socket: Socket | None) -> bool:
 
 
 def _trouble(event: int, value: int) -> str | None:
-    """What an event says about an attempt to connect, as a clause for error messages."""
+    """A clause for error messages: what an event says about an attempt to connect."""
     match event:
         case zmq.Event.CONNECT_DELAYED:
             return "nothing answers at that address"

@@ -1,4 +1,4 @@
-"""What `predict` returns."""
+"""The result of `predict`."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class Call(Generic[T]):
 
     @property
     def verb(self) -> str:
-        """What was asked, for error messages."""
+        """The name of what was asked, for error messages."""
         return type(self._request).__name__.lower()
 
     @property
@@ -427,7 +427,7 @@ class Session:
 
     @property
     def due(self) -> float:
-        """When `expire`, `asked_again`, `silent` or `must_connect` may have something to say."""
+        """The time at which `expire`, `asked_again`, `silent` or `must_connect` may have something to say."""
         if self._connected:
             due = min(self._expiry, self._silent_at)
             return min(due, self._again[0][0]) if self._again else due
@@ -545,7 +545,7 @@ class Session:
         return expired
 
     def timeout_error(self, call: Call[Any]) -> DeadlineExceeded | Unavailable | InvalidArgument:
-        """Why a call fails whose time is over. May be asked in any thread."""
+        """The error of a call whose time is over, with the reason. May be asked in any thread."""
         if self._connected and call.refusal is not None and (call.put_off or not call.changes_daemon):
             return call.refusal
         within = f"within {'its deadline of ' if call.strict else ''}{call.patience:g} s"
@@ -643,7 +643,7 @@ class Session:
         self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
 
     def note_trouble(self, trouble: str) -> None:
-        """How far the attempt to connect came, or why it failed: a clause for error messages."""
+        """Note how far the attempt to connect came, or why it failed: a clause for error messages."""
         self._trouble = trouble
 
     def connected(self, now: float) -> list[Call[Any]]:

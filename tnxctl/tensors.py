@@ -94,7 +94,7 @@ def _type_name(value: object) -> str:
 
 
 def pack(inputs: object, limits: Limits, copy: bool) -> tuple[tuple[TensorSpec, ...], list[Array], int]:
-    """What a user gave to `predict`, as specs, arrays and their bytes together.
+    """Make specs, arrays and their bytes together of what a user gave to `predict`.
 
     Args:
         inputs: one array, or a mapping of names to arrays.

@@ -40,7 +40,7 @@ _MESSAGE_BYTES = 256 * 1024 * 1024
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one message may be. Checked before anything is allocated for it.
+    """Limits of one message. Checked before anything is allocated for it.
 
     Attributes:
         header_bytes: length of the msgpack header.
@@ -211,7 +211,7 @@ Request = Predict | Cancel | Health | Metadata | Models | Load | Unload | Route 
 
 
 class Timing(msgspec.Struct, frozen=True, gc=False):
-    """Where a request's time in the daemon went, in microseconds. The seven stages sum to `total_us`.
+    """Microseconds that a request spent in each stage in the daemon. The seven stages sum to `total_us`.
 
     Attributes:
         receive_us: taking the frames from the socket, decoding and validating them.
@@ -408,7 +408,7 @@ class ReloadReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
 
 
 class OutputDifference(msgspec.Struct, frozen=True, kw_only=True):
-    """How one output of two versions differs.
+    """The difference between two versions in one output.
 
     Attributes:
         name: of the output. elements: compared so far.
@@ -427,7 +427,7 @@ class OutputDifference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the last forwards, in microseconds per batch."""
+    """Percentiles of the last forwards, in microseconds per batch."""
 
     count: int
     p50_us: float

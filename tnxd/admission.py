@@ -1,4 +1,4 @@
-"""Who is connected, what each client still has here, and when that is too much.
+"""Admission: who is connected, what each client still has here, and when that is too much.
 
 A client is an address, or a user of this machine on ipc://; it may have many connections. Limits are per client, so
 that nobody gets more by connecting more often. Many may share one address, behind a NAT or on loopback: where a client
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tnxctl.errors import ResourceExhausted
@@ -37,8 +38,9 @@ _MAX_ORDERS = 64
 _MAX_ORDERS_PER_CONNECTION = 16
 
 
+@dataclass(slots=True, eq=False)
 class Client:
-    """What one address, or one user on ipc://, has here.
+    """One address, or one user on ipc://, and what it has here.
 
     Attributes:
         name: its address, or `uid:` and a number. local: whether it is on this host.
@@ -47,19 +49,17 @@ class Client:
         refused_ns: time of the loop that its refused messages took since the last look.
     """
 
-    __slots__ = ("connections", "local", "name", "nbytes", "orders", "owed", "refused_ns", "requests")
-
-    def __init__(self, name: str, local: bool) -> None:
-        self.name = name
-        self.local = local
-        self.connections = 0
-        self.requests = 0
-        self.nbytes = 0
-        self.owed = 0
-        self.orders = 0
-        self.refused_ns = 0
+    name: str
+    local: bool
+    connections: int = 0
+    requests: int = 0
+    nbytes: int = 0
+    owed: int = 0
+    orders: int = 0
+    refused_ns: int = 0
 
 
+@dataclass(slots=True, eq=False)
 class Connection:
     """One peer, from its first message on.
 
@@ -72,23 +72,17 @@ class Connection:
         closed: whether it has ended, or is being cut off.
     """
 
-    __slots__ = (
-        "client", "closed", "descriptor", "frames", "nbytes", "orders", "owed", "peer", "received", "refused_ns",
-        "requests",
-    )  # fmt: skip
-
-    def __init__(self, peer: bytes, descriptor: int, client: Client) -> None:
-        self.peer = peer
-        self.descriptor = descriptor
-        self.client = client
-        self.requests: dict[int, Pending] = {}
-        self.nbytes = 0
-        self.orders = 0
-        self.owed = 0
-        self.received = 0
-        self.frames = 0
-        self.refused_ns = 0
-        self.closed = False
+    peer: bytes
+    descriptor: int
+    client: Client
+    requests: dict[int, Pending] = field(default_factory=dict)
+    nbytes: int = 0
+    orders: int = 0
+    owed: int = 0
+    received: int = 0
+    frames: int = 0
+    refused_ns: int = 0
+    closed: bool = False
 
 
 class Admission:
@@ -168,7 +162,7 @@ class Admission:
                 del self._clients[client.name]
 
     def why_not(self, address: str) -> str:
-        """Why a peer that asks to be let in is not; "" if it is."""
+        """The reason why a peer that asks to be let in is not; "" if it is."""
         client = self.client(address)
         if client.connections > self._max_connections:
             self.refused += 1
@@ -178,7 +172,7 @@ class Admission:
     # --- requests ----------------------------------------------------------------------------------------------
 
     def check(self, connection: Connection, nbytes: int) -> None:
-        """Whether a request with so many bytes of inputs may be taken in.
+        """Check that a request with so many bytes of inputs may be taken in.
 
         Raises:
             ResourceExhausted: the client has too much in flight, or all together have.
@@ -247,7 +241,7 @@ class Admission:
         return connection.owed > 2 * self.max_owed
 
     def owe(self, connection: Connection, nbytes: int) -> None:
-        """So many more bytes are owed; negative: they have left, or nobody waits for them any more."""
+        """Count so many more bytes as owed; negative: they have left, or nobody waits for them any more."""
         connection.owed += nbytes
         connection.client.owed += nbytes
         self.owed += nbytes

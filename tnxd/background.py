@@ -29,13 +29,13 @@ _MAX_WAITING_BYTES = 64 * 1024 * 1024
 
 
 class Purpose(Protocol):
-    """Why a batch is computed again."""
+    """A reason to compute batches again."""
 
     def compare(self, copy: Copy) -> None:
         """Look at what came of a copy. Called on a thread of its own."""
 
     def skip(self, requests: int) -> None:
-        """So many requests are not computed again, for want of a moment or of memory. Called on the loop's thread."""
+        """Count requests not computed again, for want of a moment or of memory. Called on the loop's thread."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Answered:
 
     @property
     def nbytes(self) -> int:
-        """Of inputs and outputs."""
+        """Bytes of inputs and outputs."""
         inputs = sum([array.nbytes for item in self.items for array in item if array is not None])
         return inputs + sum([array.nbytes for answer in self.outcomes if isinstance(answer, tuple) for array in answer])
 

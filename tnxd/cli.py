@@ -187,7 +187,7 @@ def _warn_of_strangers(config: Config, endpoints: list[str]) -> None:
 
 
 def _catalog(config: Config) -> Catalog:
-    """What there is to serve. Raises TensorNextError: the configuration names something that there is not."""
+    """The models to serve. Raises TensorNextError: the configuration names something that there is not."""
     entries = builtin_entries(config.models or (() if config.model_repository else STANDARD))
     if not config.model_repository:
         return Catalog(entries)
@@ -264,7 +264,7 @@ class _Daemon:
         return self._exit_code
 
     def _open_devices(self) -> None:
-        """On a thread of its own: health answers meanwhile."""
+        """Open the devices on a thread of its own: health answers meanwhile."""
         try:
             from tnxd.executors.devices import open_devices  # imports torch, which takes seconds
 
@@ -340,7 +340,7 @@ class _Daemon:
             self._reload()
 
     def _status(self) -> str:
-        """What is served, where."""
+        """A line about what is served, and where."""
         inventory = self._inventory
         devices = ", ".join(
             f"{executor.name} ({executor.lanes} lane{'s' if executor.lanes > 1 else ''})"
@@ -382,7 +382,7 @@ class _Daemon:
         return self._server.hangs(self._notifier.watchdog_s * 2 / 3 or float("inf"))
 
     def _hangs(self, why: str, stack: str) -> None:
-        """On the watchdog's thread: nothing is served."""
+        """Log, on the watchdog's thread, that nothing is served, and end the process if it is to restart."""
         log.error("%s: nothing is served meanwhile\n%s", why, stack)
         if self._is_to_restart(self._config.on_hang):
             signals.die(f"{why}: the daemon ends for a new start")

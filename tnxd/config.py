@@ -43,7 +43,7 @@ class Cuda(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What may wait; beyond it requests are refused with RESOURCE_EXHAUSTED.
+    """Limits of what may wait; beyond it requests are refused with RESOURCE_EXHAUSTED.
 
     Attributes:
         max_requests: in all. max_per_model: for one model; 0 is as many as in all.
@@ -59,7 +59,7 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one client may have, which is an address, or a user on ipc://; and the memory of all traffic.
+    """Limits of one client, which is an address, or a user on ipc://; and of the memory of all traffic.
 
     Attributes:
         max_connections: connections.
@@ -76,7 +76,7 @@ class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the weights of all models may take, in MiB; 0 sets no limit.
+    """Limits in MiB of what the weights of all models may take; 0 sets no limit.
 
     When a model does not fit beside the others, the least recently used ones leave, and come back when asked for.
 
@@ -134,7 +134,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def control_of(config: Config) -> str:
-    """Which clients may give orders about models: "local", "any" or "off"."""
+    """The clients that may give orders about models: "local", "any" or "off"."""
     control = config.remote_control
     if isinstance(control, bool):
         return "any" if control else "off"

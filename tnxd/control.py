@@ -34,7 +34,7 @@ _MIB = 1024 * 1024
 
 @dataclass
 class Inventory:
-    """What the daemon serves, and on what.
+    """The versions that the daemon serves, and its devices.
 
     Attributes:
         executors: devices that work, by name.
@@ -107,7 +107,7 @@ def models(id_: int, name: str, inventory: Inventory, scheduler: Scheduler) -> M
 
 
 def comparison(request: Compare, inventory: Inventory, shadows: Shadows) -> Comparison:
-    """How two versions differ. Raises NotFound, FailedPrecondition."""
+    """The differences between two versions. Raises NotFound, FailedPrecondition."""
     deployment = inventory.registry.deployment(request.model)
     baseline, candidate = (deployment.sole(number).model for number in (request.baseline, request.candidate))
     if baseline is None or candidate is None:
@@ -117,7 +117,7 @@ def comparison(request: Compare, inventory: Inventory, shadows: Shadows) -> Comp
 
 
 def reload_report(id_: int, changes: Changes) -> ReloadReport:
-    """What a reload did."""
+    """The report on a reload."""
     return ReloadReport(
         v=VERSION, id=id_, loaded=tuple(changes.loaded), unloaded=tuple(changes.unloaded), failed=changes.failed
     )

@@ -1,4 +1,4 @@
-"""What a batch is expected to cost, learned from the batches that ran."""
+"""Expected costs of batches, learned from the batches that ran."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class CostCurve:
 
 
 class BatchCosts:
-    """What batches of one model and shape group take on one device: on its lanes, and on the caller's own thread.
+    """Costs of batches of one model and shape group on one device: on its lanes, and on the caller's own thread.
 
     A batch is meant for the caller's thread if it is expected to take no longer than `inline_limit_us` there. What is
     expected there starts with what the lanes took, times their threads, and learns from the batches that ran there.
@@ -159,7 +159,7 @@ class BatchCosts:
         return 0.0 < self.inline.mean(rows) <= self._inline_limit_us
 
     def curve(self, rows: int) -> CostCurve:
-        """What is known of the place that a batch of `rows` is meant for."""
+        """The curve of the place that a batch of `rows` is meant for."""
         return self.inline if self.fits_inline(rows) else self.lane
 
     def mean(self, rows: int) -> float:

@@ -28,7 +28,7 @@ _KINDS = {
 
 
 def kind(info: os.stat_result) -> str:
-    """What something is that is no file, in words."""
+    """The kind of something that is no file, in words."""
     return _KINDS.get(stat.S_IFMT(info.st_mode), "no file")
 
 
@@ -55,13 +55,13 @@ def open_file(path: Path, label: str, most: int | None = None) -> BufferedReader
 
 
 def read(path: Path, label: str, most: int = MOST_TEXT) -> bytes:
-    """What is in a file of so many bytes at most. Raises as `open_file` does."""
+    """The content of a file of so many bytes at most. Raises as `open_file` does."""
     with open_file(path, label, most) as file:
         return read_open(file, label, most)
 
 
 def read_open(file: BufferedReader, label: str, most: int) -> bytes:
-    """What is in an open file. Raises FailedPrecondition: that is more bytes, by now."""
+    """The content of an open file. Raises FailedPrecondition: that is more bytes, by now."""
     content = file.read(most + 1)
     if len(content) > most:
         raise _too_large(label, len(content), most)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _Plan(msgspec.Struct, frozen=True, gc=False):
-    """What is known about inputs that a header announces.
+    """Facts about inputs that a header announces.
 
     Attributes:
         model, specs: for whom, and what was announced.

@@ -61,7 +61,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Drained:
-    """What an operation yields to wait until no request of a model is waiting or running."""
+    """A wish of an operation: to go on once no request of a model is waiting or running."""
 
     key: str
 
@@ -72,7 +72,7 @@ Done = Callable[[T | TensorNextError], None]
 
 @dataclass
 class Changes:
-    """What a reload did: NAME@VERSION that came and went, and what failed, by title, name or path, with the reason."""
+    """Changes by a reload: NAME@VERSION that came and went; what failed, by title, name or path, with the reason."""
 
     loaded: list[str] = field(default_factory=list)
     unloaded: list[str] = field(default_factory=list)
@@ -459,7 +459,7 @@ class Loader:
     # --- steps of operations -----------------------------------------------------------------------------------
 
     def _look(self) -> Operation[Catalog]:
-        """What could be served now. Raises FailedPrecondition: there is something wrong with the repository itself."""
+        """The catalog of what could be served now. Raises FailedPrecondition: the repository itself is wrong."""
         try:
             catalog: Catalog = yield self._scan
         except (InvalidArgument, PermissionDenied) as error:  # not with the request
@@ -663,5 +663,5 @@ def _as_tried(model: Model, warmths: Collection[Warmth], *, mixes: bool) -> Mode
 
 
 def _notes(warmths: Mapping[str, Warmth]) -> list[str]:
-    """What trials have shown, once if it is the same everywhere."""
+    """The findings of trials, once if they are the same everywhere."""
     return list(dict.fromkeys(note for warmth in warmths.values() for note in warmth.notes))

@@ -191,7 +191,7 @@ class Log(logging.Handler):
         return False
 
     def _on_time(self) -> float | None:
-        """On the writer's thread: tell what has come to its end."""
+        """Tell, on the writer's thread, what has come to its end."""
         dropped = self.writer.dropped - self._dropped
         if dropped and self.writer.keeps_up:
             self._dropped += dropped

@@ -99,12 +99,12 @@ class Version:
 
     @property
     def key(self) -> str:
-        """What its model's key is or will be."""
+        """The key of its model, now or once it is loaded."""
         return model_key(self.source.name, self.source.version, self.generation)
 
     @property
     def kind(self) -> str:
-        """Of its devices, the most careful state, see `STATES`; "" before it was loaded."""
+        """The most careful state among its devices, see `STATES`; "" before it was loaded."""
         return max((trial.state for trial in self.trials.values()), key=STATES.index, default="")
 
     def end_batches(self, why: str) -> bool:
@@ -164,7 +164,7 @@ class Deployment:
         return self.entry.name
 
     def shares(self) -> list[tuple[Version, float]]:
-        """Who gets requests that name no version, and how much, relative to the sum."""
+        """The versions that get requests that name none, and how much, relative to the sum."""
         servable = [version for version in self.versions.values() if version.servable]
         weighted = [(version, self.weights.get(version.number, 0.0)) for version in servable]
         weighted = [(version, weight) for version, weight in weighted if weight > 0]
@@ -183,11 +183,11 @@ class Deployment:
         self.weights, self.shadow, self.implied, self.restore = dict(weights), shadow, False, False
 
     def generation(self, number: str) -> int:
-        """For contents of a version that nothing else is left of."""
+        """The generation for contents of a version that nothing else is left of."""
         return self._generations.get(number, 0)
 
     def next_generation(self, number: str) -> int:
-        """For contents of a version that come beside others of the same number; see `Model`."""
+        """The generation for contents of a version that come beside others of the same number; see `Model`."""
         self._generations[number] = self._generations.get(number, 0) + 1
         return self._generations[number]
 
@@ -251,7 +251,7 @@ class Registry:
         return target  # type: ignore[return-value]
 
     def describe(self, model: str) -> tuple[Deployment, Version]:
-        """What `find` would find, in whatever state, and of several versions the one with the largest share.
+        """The version that `find` would find, in whatever state, and of several the one with the largest share.
 
         Raises:
             NotFound: no such model or version.
@@ -284,7 +284,7 @@ class Registry:
         return known
 
     def generations(self, name: str) -> dict[str, int]:
-        """Of the versions of a name, by number. They outlive its deployment: a load that hangs does, too."""
+        """Generations of a name's versions, by number. They outlive its deployment: a load that hangs does, too."""
         return self._generations.setdefault(name, {})
 
     def rebuild(self) -> None:
@@ -327,7 +327,7 @@ class Registry:
 
 
 def check_weights(deployment: Deployment, weights: Mapping[str, float], shadow: str) -> None:
-    """Whether traffic can be split so.
+    """Check that traffic can be split so.
 
     Raises:
         NotFound: a version that is not there.
@@ -356,7 +356,7 @@ def check_weights(deployment: Deployment, weights: Mapping[str, float], shadow: 
 
 
 def signature_difference(old: Model, new: Model) -> str:
-    """Why requests made for the one may fail with the other, in words; "" if they do not."""
+    """The reason why requests made for the one may fail with the other, in words; "" if they do not."""
     for side in ("inputs", "outputs"):
         before = {spec.name: spec for spec in getattr(old, side)}
         after = {spec.name: spec for spec in getattr(new, side)}

@@ -645,7 +645,7 @@ class Router:
 
 
 def _address(descriptor: int) -> str:
-    """Where a connection comes from, as ZeroMQ writes it; "" if it has ended."""
+    """The address that a connection comes from, as ZeroMQ writes it; "" if it has ended."""
     try:
         with _borrowed(descriptor) as connection:
             if connection.family == socket_module.AF_UNIX:
@@ -658,7 +658,7 @@ def _address(descriptor: int) -> str:
 
 
 def _bytes_received(descriptor: int) -> int:
-    """How much has come over a TCP connection; -1 if the kernel does not say."""
+    """Bytes that came over a TCP connection; -1 if the kernel does not say."""
     try:
         with _borrowed(descriptor) as connection:
             info = connection.getsockopt(socket_module.IPPROTO_TCP, socket_module.TCP_INFO, 192)

@@ -1,4 +1,4 @@
-"""Which device a request goes to, and what is expected of it there. Pure policy, as `tnxd.scheduler` is."""
+"""Routing: which device a request goes to, and what is expected of it there. Pure policy, as `tnxd.scheduler` is."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Routing:
         self._no_cpu = "" if self._cpus else "this daemon runs without the CPU"
 
     def load(self, model: str) -> Load:
-        """What a model has to do."""
+        """The load of a model."""
         load = self.loads.get(model)
         if load is None:
             load = self.loads[model] = Load()
@@ -60,7 +60,7 @@ class Routing:
         return placement
 
     def queue(self, device: Device, model: str, group: tuple[int, ...], alone: bool = False) -> Waiting:
-        """Where its requests wait. Empty queues are kept for the next request, up to a number."""
+        """The queue of its requests. Empty queues are kept for the next request, up to a number."""
         key = (model, group, alone)
         queue = device.waiting.get(key)
         if queue is None:
@@ -176,7 +176,7 @@ class Routing:
         return device, f"the request asked for {name}"
 
     def _predict(self, device: Device, request: Request, queue: Waiting, now_ns: int) -> Prediction:
-        """What is expected of a request on a device.
+        """Predict how a request would fare on a device.
 
         The wait counts lanes that run and what waits before it, but for models that wait for lanes of their own; what
         it adds is its share of a full batch.

@@ -1,4 +1,4 @@
-"""Which device a request goes to, and which batch runs next. Pure policy: no tensor, no thread, no clock, no socket.
+"""Scheduling: where a request goes, and which batch runs next. Pure policy: no tensor, thread, clock or socket.
 
 A request is routed to a device when it arrives and waits there with others of its model and shape group
 (`tnxd.waiting`). A lane of that device takes what is waiting the moment it is free, up to the model's batch limit:
@@ -76,7 +76,7 @@ class Scheduler:
 
     @property
     def room(self) -> int:
-        """How many more requests may wait."""
+        """The number of requests that the queue still has room for."""
         return self._max_requests - self.queued
 
     # --- models that come and go -------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class Scheduler:
         self._costs.forget(model)
 
     def set_lane_limit(self, model: str, lanes: int) -> None:
-        """So many lanes of each device at most, the caller's thread included, run this model at a time; 0: all."""
+        """Let so many lanes of each device at most, the caller's thread included, run this model at a time; 0: all."""
         self._routing.load(model).max_lanes = lanes
         for device in self.devices.values():
             placement = device.placements.get(model)
@@ -417,7 +417,7 @@ class Scheduler:
             size = max(size // 2, smallest)
 
     def _rotate(self, device: Device, queue: Waiting, level: int) -> None:
-        """After its turn: the queue goes behind the others, or out if it is empty."""
+        """Put a queue that has had its turn behind the others, or out if it is empty."""
         device.turns[level].served(queue)
         self._thinned(device, queue)
         if queue.count:
@@ -527,7 +527,7 @@ class Scheduler:
         return expired
 
     def next_event_ns(self) -> int:
-        """When `expire` or `next_batches` has something to do though nothing else happens; NEVER."""
+        """The time at which `expire` or `next_batches` has something to do though nothing else happens; NEVER."""
         while self._delayed and not self._delayed[0][3].count:
             heappop(self._delayed)  # a full batch took what waited for company, or it was withdrawn
         first = self._deadlines[0][0] if self._deadlines else NEVER
@@ -568,5 +568,5 @@ class Scheduler:
 
 
 def _ends_ns(curve: CostCurve, rows: int, now_ns: int) -> int:
-    """When a batch that starts now is over, rarely later."""
+    """The time at which a batch that starts now is over, rarely later."""
     return now_ns + int((curve.mean(rows) + curve.spread(rows)) * 1e3)

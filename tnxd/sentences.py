@@ -1,4 +1,4 @@
-"""What exceptions say, as far as an error reply can carry it. They may be of any class, with any __str__."""
+"""Texts of exceptions, as far as an error reply can carry them. These may be of any class, with any __str__."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def first_line(error: BaseException) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """What is wrong, and at the end why in the first place: our own errors say it in words, others with their class."""
+    """A sentence on what is wrong, and at its end the first cause: our own errors in words, others with their class."""
     if isinstance(error, TensorNextError):
         return error.message
     said, why = _said(error), cause(error)
@@ -38,7 +38,7 @@ def sentence(error: BaseException) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """What was wrong in the first place, in one line: of the error that it was raised from, and so on."""
+    """The first cause in one line: the error that it was raised from, and so on."""
     for _ in range(_MOST_CAUSES):
         if error.__cause__ is None:
             break

@@ -174,7 +174,7 @@ class Server:
         inventory.registry.on_change = self._fit_limits
 
     def _fit_limits(self) -> None:
-        """What models take, they may be sent: their signatures raise the limits of tensors and of axes."""
+        """Raise the limits of tensors and of axes as signatures ask: what models take, they may be sent."""
         tensors, rank = self._inventory.registry.needs()
         configured = self._configured_limits
         self._limits = msgspec.structs.replace(
@@ -199,7 +199,7 @@ class Server:
         self.call_soon(lambda: self._end_batches(version, key, why))
 
     def hangs(self, most_s: float) -> str:
-        """In words, what has kept the loop for longer than its limit, or `most_s` seconds; "": nothing. Any thread."""
+        """Words for what has kept the loop longer than its limit, or `most_s` seconds; "": nothing. Any thread."""
         execution = self._inline
         if execution is not None and execution.started_ns:
             limit_s = min(self._limit_s(execution), most_s)
@@ -685,7 +685,7 @@ class Server:
         return reply_too_large(nbytes, self._message_bytes, "the daemon")
 
     def _judge(self, execution: Execution) -> None:
-        """Who sent what a model fails at rides alone, until it has shown that it can do otherwise."""
+        """Let clients ride alone who sent what a model fails at, until they have shown that they can do otherwise."""
         if execution.fatal:
             return
         for request, outcome in zip(execution.batch.requests, execution.outcomes, strict=False):

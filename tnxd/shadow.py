@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,7 +26,7 @@ _LATENCIES = 1000
 
 
 class Shadows:
-    """What has been found about pairs of versions. Args: background: where the copies run."""
+    """Findings about pairs of versions. Args: background: where the copies run."""
 
     def __init__(self, background: Background) -> None:
         self._background = background
@@ -51,7 +52,7 @@ class Shadows:
             del self._tallies[pair]
 
     def report(self, id_: int, baseline: Model, candidate: Model) -> Comparison:
-        """What has been found so far. Raises FailedPrecondition: nothing has."""
+        """Report the findings so far. Raises FailedPrecondition: there are none."""
         tally = self._tallies.get((baseline.key, candidate.key))
         if tally is None:
             raise FailedPrecondition(
@@ -73,18 +74,18 @@ def _joined(outputs: list[tuple[Array, ...]]) -> tuple[Array, ...]:
     return outputs[0] if len(outputs) == 1 else tuple(map(np.concatenate, zip(*outputs, strict=True)))
 
 
+@dataclass
 class _Difference:
-    """Of one output."""
+    """Differences in one output."""
 
-    def __init__(self, spec: TensorSpec) -> None:
-        self.spec = spec
-        self.elements = 0
-        self.max_abs = 0.0
-        self.sum_abs = 0.0
-        self.finite = 0
-        self.rows = 0
-        self.agreeing = 0
-        self.misfits = 0
+    spec: TensorSpec
+    elements: int = 0
+    max_abs: float = 0.0
+    sum_abs: float = 0.0
+    finite: int = 0
+    rows: int = 0
+    agreeing: int = 0
+    misfits: int = 0
 
     def add(self, baseline: Array, candidate: Array) -> None:
         if baseline.shape != candidate.shape or baseline.dtype != candidate.dtype:

@@ -1,4 +1,4 @@
-"""What signals do to the daemon, from its first line on. Imports little: what comes before it is not protected.
+"""Signals and what they do to the daemon, from its first line on. Imports little: what comes before is not protected.
 
 | signal | what it does |
 |---|---|
@@ -35,7 +35,7 @@ _REACTION_S = 2.0  # within which a loop that turns has seen a second signal
 
 
 def prepare() -> None:
-    """Before anything that takes time: from here on no signal ends the process but those that are to.
+    """Prepare for signals before anything that takes time: from here on none ends the process but those that are to.
 
     SIGHUP may be passed over until `handled_signals`: the repository is looked at after that.
     """
@@ -78,7 +78,7 @@ def handled_signals(
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:
-    """Without a handler of Python's, a signal would do what it does by default."""
+    """Do nothing. Without a handler of Python's, a signal would do what it does by default."""
 
 
 def _watch(

@@ -1,4 +1,4 @@
-"""How long to poll before blocking."""
+"""The time to poll before blocking."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ Inside = Callable[[object], Iterable[tuple[str, object]] | None]
 
 
 def children(value: object) -> Iterable[tuple[str, object]] | None:
-    """What is in a structure, by the names of the steps; None: the value is no structure, or one of an unknown kind."""
+    """Parts of a structure, by the names of the steps; None: the value is no structure, or one of an unknown kind."""
     if isinstance(value, Mapping):  # such as the output classes of transformers, which leave None out
         return [(str(key), value[key]) for key in value]
     if isinstance(value, tuple) and hasattr(value, "_fields"):

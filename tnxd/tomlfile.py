@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def read(path: Path, label: str = "") -> dict[str, Any]:
-    """What stands in a TOML file.
+    """Read a TOML file.
 
     Args:
         label: what to call the file in errors; its path without one.

@@ -14,7 +14,7 @@ _ROUND_TURNS = 64
 
 
 class Turns(Generic[M]):
-    """Who goes next: earliest due first, but nobody twice in a round while others wait.
+    """An order of turns: earliest due first, but nobody twice in a round while others wait.
 
     A member that has had its turn queues for the next round; one that comes new joins the current one, unless that has
     lasted long. So each waits for about two turns of every other at most, however much those others have and however

@@ -44,7 +44,7 @@ class _Due:
         self._coarser: dict[int, int] = {}  # 67 ms
 
     def change(self, due_ns: int, rows: int) -> None:
-        """So many rows more, or fewer, are due then."""
+        """Count so many rows more, or fewer, as due then."""
         self._rows += rows
         self._latest_ns = max(self._latest_ns, due_ns)
         key = due_ns >> 17
@@ -171,7 +171,7 @@ class _Level:
         self.due.change(request.due_ns, -request.rows)
 
     def first(self) -> tuple[bytes, _Client, tuple[int, int, Request]] | None:
-        """Whose turn it is, and the request that it would put forward."""
+        """The client whose turn it is, and the request that it would put forward."""
         while (name := self.turns.first()) is not None:
             client = self.clients[name]
             head = client.head()
@@ -251,7 +251,7 @@ def _due_ns(request: Request) -> int:
 
 
 class Waiting:
-    """What waits, on all levels.
+    """Requests that wait, on all levels.
 
     As long as all requests are alike in client, priority and urgency, which at low load and with a single client they
     are, they stand in a plain line. The first one that is different makes it an ordered queue, until it is empty.

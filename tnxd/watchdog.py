@@ -39,6 +39,6 @@ class Watchdog:
                 self._bark(why, self._stack())
 
     def _stack(self) -> str:
-        """Where the loop is, the innermost frames."""
+        """The innermost frames of where the loop is."""
         frame = sys._current_frames().get(self._watched)
         return "".join(traceback.format_stack(frame, _FRAMES)) if frame is not None else ""

@@ -1,4 +1,4 @@
-"""What the scheduler decides about: requests, the devices that they go to, the batches that they become."""
+"""Things that the scheduler decides about: requests, the devices that they go to, the batches that they become."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROBE_AFTER = 256
 
 
 class Request(msgspec.Struct, eq=False, gc=False):
-    """What policy needs to know of a request; the server derives from it to add what it needs itself.
+    """A request as policy needs to know it; the server derives from it to add what it needs itself.
 
     Attributes:
         model: key of the model. max_batch_size: its row limit, 0 if it cannot be batched. max_delay_ns: how long a
@@ -103,7 +103,7 @@ class Batch:
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """What one model has to do, on all devices together.
+    """The work that one model has, on all devices together.
 
     Attributes:
         queued, queued_bytes: requests that wait, and their inputs. running: in batches that run. hung: of these, in
@@ -283,7 +283,7 @@ class Device:
         self.backlog_us[level] += micros
 
     def dequeued(self, count: int, rows: int) -> None:
-        """So many requests have left; their levels have been told."""
+        """Count off requests that have left; their levels have been told."""
         self.queued -= count
         self.queued_rows -= rows
         if not self.queued:

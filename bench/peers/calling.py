@@ -103,7 +103,7 @@ def call_one_by_one(round_: Round, predict: Predict) -> Report:
 async def call_at_once(
     make_round: Callable[[], Round], connect: Callable[[], AbstractAsyncContextManager[PredictLater]], outstanding: int
 ) -> Report:
-    """As many tasks as calls outstanding, each calling again when its call returns."""
+    """Run as many tasks as calls outstanding, each calling again when its call returns."""
 
     async def caller(round_: Round, predict: PredictLater) -> None:
         while not round_.is_over():

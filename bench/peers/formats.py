@@ -1,4 +1,4 @@
-"""How a float32 array travels to each peer and back, for every client that speaks HTTP. Knows numpy alone.
+"""Formats in which a float32 array travels to each peer and back, for clients that speak HTTP. Knows numpy alone.
 
 A format is one of
 

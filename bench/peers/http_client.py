@@ -1,4 +1,4 @@
-"""What people call an HTTP server with: requests one by one, aiohttp for many at once. Arguments: URL FORMAT."""
+"""Clients that people use for HTTP servers: requests one by one, aiohttp for many at once. Arguments: URL FORMAT."""
 # mypy: disable-error-code="import-not-found,import-untyped,misc"
 
 from __future__ import annotations

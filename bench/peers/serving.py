@@ -1,4 +1,4 @@
-"""What the servers of the peers share: the model, and an end that does not depend on the harness.
+"""Parts that the servers of the peers share: the model, and an end that does not depend on the harness.
 
 A server is started as `python X_server.py CONFIGURATION PORT PORT`, in a session of its own. The second port is for
 those who need two.

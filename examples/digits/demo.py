@@ -109,7 +109,7 @@ def running(tnxd: Sequence[str]) -> Iterator[str]:
 
 
 def ready_line(process: subprocess.Popen[str]) -> str:
-    """What the daemon prints first; "" if it ends without a word or says nothing for START_TIMEOUT seconds."""
+    """The first line that the daemon prints; "" if it ends without a word or says nothing for START_TIMEOUT seconds."""
     assert process.stdout is not None
     alarm = threading.Timer(START_TIMEOUT, process.kill)  # a killed process closes its pipe: the reading ends
     alarm.start()
@@ -132,7 +132,7 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 
 def post_mortem(process: subprocess.Popen[str], log: IO[bytes]) -> str:
-    """How the daemon ended, and what it wrote to its stderr."""
+    """A report on how the daemon ended, with what it wrote to its stderr."""
     try:
         state = f"exit code {process.wait(1.0)}"  # a pipe that closed announces an exit that may be a moment away
     except subprocess.TimeoutExpired:

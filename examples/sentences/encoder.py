@@ -45,7 +45,7 @@ class Embeddings(nn.Module):
 
 
 class Projections(nn.Module):
-    """What makes queries, keys and values."""
+    """Layers that make queries, keys and values."""
 
     def __init__(self) -> None:
         super().__init__()

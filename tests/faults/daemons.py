@@ -37,7 +37,7 @@ class Running:
 
     @property
     def log(self) -> str:
-        """What it wrote to stderr, if that went to the file `log`."""
+        """The text that it wrote to stderr, if that went to the file `log`."""
         return (self.folder / "log").read_text()
 
     def status(self, field: str) -> str:
@@ -81,8 +81,10 @@ def running(
             env={**os.environ, **(environment or {})},
         )
     try:
+        # At intervals, since there is nothing to wait on for a file that appears or else a process that ends, and a
+        # connection that waits for its server would be one more in the daemon. The test's own time limit ends this.
         while binds and process.poll() is None and not (folder / "tnx").exists():
-            time.sleep(0.02)  # the test's own time limit ends this
+            time.sleep(0.02)
         yield Running(endpoint, process, folder)
     finally:
         process.kill()

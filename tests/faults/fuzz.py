@@ -66,7 +66,7 @@ def damaged(chance: random.Random, data: bytes) -> bytes:
 
 
 def step(daemon: Daemon, chance: random.Random, count: int) -> None:
-    """So many messages, over connections that last as long as the daemon lets them."""
+    """Send so many messages, over connections that last as long as the daemon lets them."""
     address = "127.0.0.1", int(daemon.endpoint.rpartition(":")[2])
     sent = 0
     with unharmed(daemon, name=f"{count} damaged messages", latency_bound=1000.0):

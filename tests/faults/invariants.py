@@ -1,4 +1,4 @@
-"""What has to hold whatever is done to a daemon, checked in one place for every kind of fault.
+"""Checks of what has to hold whatever is done to a daemon, in one place for every kind of fault.
 
     with unharmed(daemon):
         ...  # the fault
@@ -41,7 +41,7 @@ _TESTS = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a process holds. Attributes: descriptors, threads: how many. rss_mib: memory in MiB."""
+    """The footprint of a process. Attributes: descriptors, threads: how many. rss_mib: memory in MiB."""
 
     descriptors: int
     threads: int
@@ -49,7 +49,7 @@ class Footprint:
 
 
 def footprint(pid: int) -> Footprint:
-    """What a process holds now."""
+    """Descriptors, threads and memory that a process holds now."""
     process = Path(f"/proc/{pid}")
     pages = int((process / "statm").read_text().split()[1])
     return Footprint(
@@ -170,7 +170,7 @@ def check_alive(daemon: Daemon, model: str = "mlp") -> None:
 
 
 def quiet_footprint(pid: int, before: Footprint | None = None, memory_slack_mib: float = MEMORY_SLACK_MIB) -> Footprint:
-    """What a process holds once that has stopped changing; with `before`, once it is back there.
+    """The footprint of a process once that has stopped changing; with `before`, once it is back there.
 
     Raises:
         AssertionError: it does not come back.
@@ -178,7 +178,7 @@ def quiet_footprint(pid: int, before: Footprint | None = None, memory_slack_mib:
     end = time.monotonic() + PATIENCE_S
     last = footprint(pid)
     while True:
-        time.sleep(0.1)  # between two looks, not for something to happen
+        time.sleep(0.1)  # between two looks: /proc has nothing to wait on
         now = footprint(pid)
         if before is None:
             if (now.descriptors, now.threads) == (last.descriptors, last.threads):
@@ -194,11 +194,11 @@ def quiet_footprint(pid: int, before: Footprint | None = None, memory_slack_mib:
 
 
 def _let_it_run(daemon: Daemon, requests: int) -> None:
-    """Until so many more requests have been answered."""
+    """Wait until so many more requests have been answered."""
     with Dealer(daemon.endpoint) as dealer:
         wanted = dealer.health().replies + requests
         while dealer.health().replies < wanted:
-            time.sleep(0.02)  # health is work, too
+            time.sleep(0.02)  # between two looks: nothing tells of a count that has grown, and health is work, too
 
 
 def _report(name: str, base: Latency, fault: Latency, before: Footprint, after: Footprint) -> None:

@@ -1,4 +1,4 @@
-"""What the faults send, byte by byte, and how they read what comes back."""
+"""Bytes that the faults send one by one, and readers of what comes back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def reply(peer: Peer) -> wire.Reply:
 
 @contextlib.contextmanager
 def connected(endpoint: str, count: int) -> Iterator[list[socket.socket]]:
-    """So many bare TCP connections."""
+    """Bare TCP connections, so many of them, open within the block."""
     host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(socket.create_connection((host, int(port)), 10)) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Who may give orders, and what is said about strangers."""
+"""Strangers: who may give orders, and what is said about those who may not."""
 
 from __future__ import annotations
 

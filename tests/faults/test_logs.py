@@ -18,7 +18,7 @@ GOOD = rows(1, 4, 100.0)
 
 
 def check_that_it_serves(endpoint: str, failing: int = 40) -> None:
-    """So many requests fail, as many do not, and each gets its answer."""
+    """Let so many requests fail and as many succeed: each has to get its answer."""
     with Dealer(endpoint) as dealer:
         dealer.await_health(status="ready")
         for _ in range(failing):
@@ -90,7 +90,7 @@ class Clock:
 
 
 def read_all(reader: int) -> list[str]:
-    """What is in a pipe now."""
+    """The lines that are in a pipe now."""
     os.set_blocking(reader, False)
     data = b""
     try:

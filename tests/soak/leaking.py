@@ -20,7 +20,7 @@ _count = 0
 
 
 def _leaky(server: Server, *arguments: Any) -> None:
-    """As little as a leak may be, for each request, or for every 200th."""
+    """Leak as little as can be, for each request, or for every 200th."""
     global _count
     _count += 1
     kind = os.environ["LEAK"]

@@ -1,4 +1,4 @@
-"""Whether a series of samples grows, and how sure that is."""
+"""Slopes: whether a series of samples grows, and how sure that is."""
 
 from __future__ import annotations
 

@@ -158,6 +158,7 @@ STATE = [
 
 SIXTY_FOUR = (Input("x", ("rows", 64)),)
 SEQUENCES = (Input("x", ("rows", "length", 64)),)
+LENGTHS = {"length": (3, 9, 5)}
 
 SCRATCH = [
     Case(
@@ -183,27 +184,13 @@ SCRATCH = [
     Case("reset-buffer", scratch.ResetBuffer, SIXTY_FOUR, may=(UNBATCHED,), formats=TORCH, remembers=True),
     Case("inference-flag", scratch.InferenceFlag, SIXTY_FOUR, may=(UNBATCHED,), formats=(FACTORY,)),
     Case(
-        "rotary-grows",
-        scratch.RotaryGrows,
-        SEQUENCES,
-        may=SERVED,
-        formats=(FACTORY,),
-        quick=(FACTORY,),
-        sizes={"length": (3, 9, 5)},
+        "rotary-grows", scratch.RotaryGrows, SEQUENCES, may=SERVED, formats=(FACTORY,), quick=(FACTORY,), sizes=LENGTHS
     ),
     Case(
-        "rotary-exact",
-        scratch.RotaryExact,
-        SEQUENCES,
-        may=SERVED,
-        formats=(FACTORY,),
-        quick=(FACTORY,),
-        sizes={"length": (3, 9, 5)},
+        "rotary-exact", scratch.RotaryExact, SEQUENCES, may=SERVED, formats=(FACTORY,), quick=(FACTORY,), sizes=LENGTHS
     ),
-    Case(
-        "mask-by-length", scratch.MaskByLength, SEQUENCES, may=SERVED, formats=(FACTORY,), sizes={"length": (3, 9, 5)}
-    ),
-    Case("good-lru-cache", scratch.LruCache, SEQUENCES, formats=(FACTORY,), sizes={"length": (3, 9, 5)}),
+    Case("mask-by-length", scratch.MaskByLength, SEQUENCES, may=SERVED, formats=(FACTORY,), sizes=LENGTHS),
+    Case("good-lru-cache", scratch.LruCache, SEQUENCES, formats=(FACTORY,), sizes=LENGTHS),
     Case("inspected", scratch.Inspected, SEQUENCES, may=SERVED, formats=(FACTORY,), sizes={"length": (3, 9)}),
     Case("counts", scratch.Counts, SIXTY_FOUR, may=(*SERVED, REFUSED), formats=(PT2, FACTORY), naming="calls|steps"),
     Case("weight-norm", scratch.WeightNorm, SIXTY_FOUR, may=SERVED, formats=(FACTORY,), quick=(FACTORY,)),

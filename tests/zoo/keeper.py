@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from conftest import Daemon, start_daemon
+from conftest import Daemon, serving_daemon
 from tnxctl import Client
 from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxctl.frames import Array
@@ -362,15 +362,8 @@ def serve(
     (folder / "tnxd.toml").write_text(config)
     arguments = ("--config", str(folder / "tnxd.toml"), "--model-repository", str(repository))
     environment = {**os.environ, "PYTHONPATH": str(python_path)}
-    daemon = start_daemon(folder / "log", *arguments, program=program, environment=environment)
-    try:
-        with ExitStack() as stack:
-            yield daemon, [stack.enter_context(Client(daemon.endpoint, timeout=30.0)) for _ in range(CLIENTS)]
-        assert daemon.process.poll() is None, f"the daemon died:\n{daemon.log.read_text()[-5000:]}"
-        assert daemon.stop() == 0
-    finally:
-        if daemon.process.poll() is None:
-            daemon.process.kill()
-        daemon.process.wait()
-        assert daemon.process.stdout is not None
-        daemon.process.stdout.close()
+    with (
+        serving_daemon(folder / "log", *arguments, program=program, environment=environment) as daemon,
+        ExitStack() as stack,
+    ):
+        yield daemon, [stack.enter_context(Client(daemon.endpoint, timeout=30.0)) for _ in range(CLIENTS)]

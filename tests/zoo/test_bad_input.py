@@ -13,24 +13,18 @@ import pytest
 import safetensors.torch
 import torch
 
+from format_tools import tensors
 from tnxctl import Client
 from tnxctl.wire import ModelInfo
 from zoo import keeper
 from zoo.case import NETWORKS
 from zoo.networks import structures
 
-TOML = """
-factory = "structures:Doubles"
-{more}
-[[inputs]]
-name = "x"
-datatype = "FP32"
-shape = [-1, 8]
-[[outputs]]
-name = "output"
-datatype = "FP32"
-shape = [-1, 8]
-"""
+TOML = (
+    'factory = "structures:Doubles"\n{more}\n'
+    + tensors("x", "FP32", [-1, 8])
+    + tensors("output", "FP32", [-1, 8], "outputs")
+)
 
 DOUBLES = structures.Doubles().eval().requires_grad_(False)
 WEIGHTS = {name: weight.clone() for name, weight in DOUBLES.state_dict().items()}

@@ -14,6 +14,7 @@ import torch
 import zoo_operators
 
 from conftest import Daemon
+from format_tools import tensors
 from tnxctl import Client
 from tnxctl.errors import InvalidArgument, TensorNextError
 from tnxctl.frames import Array
@@ -24,8 +25,8 @@ from zoo.cases import STRUCTURES
 from zoo.keeper import Keeper
 from zoo.networks import structures, values
 
-X = '[[inputs]]\nname = "x"\ndatatype = "FP32"\nshape = [-1, 8]\n'
-Y = '[[outputs]]\nname = "output"\ndatatype = "FP32"\nshape = [-1, 8]\n'
+X = tensors("x", "FP32", [-1, 8])
+Y = tensors("output", "FP32", [-1, 8], "outputs")
 LIMIT = 1024 * 1024
 """Most bytes of a message."""
 FLOOD = 300

@@ -1,4 +1,4 @@
-"""How `tnxctl models compare` shows two versions of a model to people."""
+"""Text for people about two versions of a model, as `tnxctl models compare` shows it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def lines(found: Comparison, width: int | None) -> Iterator[str]:
-    """How much was compared, how the outputs differ, how long both take."""
+    """Lines about how much was compared, how the outputs differ, and how long both take."""
     name, baseline, candidate = map(text.clean, (found.model, found.baseline, found.candidate))
     yield f"{name} version {candidate} against {baseline}: {found.requests} requests compared"
     yield f"{found.errors} failed in version {candidate}, {found.skipped} skipped because there was no free capacity"

@@ -52,7 +52,7 @@ def _program(info: ModelInfo, model: str, endpoint: str) -> Iterator[str]:
 
 
 def _dtype(datatype: str) -> str:
-    """How Python calls the dtype of a datatype."""
+    """Python's name for the dtype of a datatype."""
     if datatype == "BF16":
         return "ml_dtypes.bfloat16"
     return "np.bool_" if datatype == "BOOL" else f"np.{STORAGE[datatype].name}"

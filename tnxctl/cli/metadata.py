@@ -41,7 +41,7 @@ def command(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
 
 
 def state(info: ModelInfo) -> str:
-    """How a version is, and where."""
+    """The state of a version, and where it is."""
     version = f" version {text.clean(info.version)}" if info.version else ""
     place = f" on {text.clean(', '.join(info.devices))}" if info.devices else ""
     return (
@@ -51,7 +51,7 @@ def state(info: ModelInfo) -> str:
 
 
 def signature(info: ModelInfo) -> Iterator[str]:
-    """What a version takes and gives, and what its axes mean."""
+    """The inputs and outputs of a version, and what its axes mean."""
     if not info.inputs and not info.outputs:
         yield "What it takes and gives is not known before it is loaded."
         return

@@ -59,7 +59,7 @@ _DURATION = re.compile(rf"(?P<number>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*(?
 
 
 def inherited(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """What was given for an option here, else what was given for it before the name of this command.
+    """The value given for an option here, else the one given for it before the name of this command.
 
     tnxctl models --host 192.168.1.100 show resnet
     """
@@ -70,7 +70,7 @@ def inherited(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 
 def _endpoint(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """What --host takes, made into the endpoint that ZeroMQ connects to."""
+    """The endpoint that ZeroMQ connects to, made of what --host takes."""
     from tnxctl.endpoint import parse_endpoint
 
     try:

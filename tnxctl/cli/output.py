@@ -59,7 +59,7 @@ def _spec_document(spec: TensorSpec) -> dict[str, Any]:
 
 @contextmanager
 def interruptible(ctx: click.Context) -> Iterator[None]:
-    """For waiting until a daemon has changed what it serves: Ctrl-C ends the waiting, and nothing else."""
+    """Wait inside until a daemon has changed what it serves: Ctrl-C ends the waiting, and nothing else."""
     try:
         yield
     except KeyboardInterrupt:

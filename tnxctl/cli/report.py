@@ -1,4 +1,4 @@
-"""How `tnxctl predict` shows its answers and their summary, to people and to machines."""
+"""Answers of `tnxctl predict` and their summary, for people and for machines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Show: TypeAlias = Callable[["Answer"], None]
 
 
 def view(count: int, stream: IO[str] | None, explain: bool) -> AbstractContextManager[Show]:
-    """What `count` answers are shown with while they come: a list of them, or a progress bar if they are many.
+    """The view of `count` answers while they come: a list of them, or a progress bar if they are many.
 
     Args:
         stream: where the list goes; None: no list.
@@ -91,7 +91,7 @@ class _Listing:
 
 
 def explanation(result: Result) -> str:
-    """What was predicted for an answer against what it took, and why it ran where it did."""
+    """The time predicted for an answer against the time it took, and why it ran where it did."""
     return f"{_forecast(result)}; {text.clean(result.device)}: {text.clean(result.reason)}"
 
 

@@ -1,4 +1,4 @@
-"""What came of a run of requests, in numbers."""
+"""The outcome of a run of requests, in numbers."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Tally:
 
 
 def _percentiles(values: array[float]) -> dict[str, float]:
-    """By nearest rank: each of them happened."""
+    """Percentiles by nearest rank: each of them happened."""
     ranked = sorted(values)
     if not ranked:
         return {}

@@ -154,7 +154,7 @@ def _read_npz(name: str, content: bytes) -> dict[str, Array]:
 
 
 def _write_npz(stream: IO[bytes], tensors: dict[str, Array]) -> None:
-    """As `numpy.savez` does, which cannot write a tensor called "file"."""
+    """Write as `numpy.savez` does, which cannot write a tensor called "file"."""
     import numpy as np
 
     with zipfile.ZipFile(stream, "w", allowZip64=True) as archive:

@@ -117,7 +117,7 @@ def title(model: ModelInfo) -> str:
 
 
 def failures(models: Iterable[ModelInfo]) -> list[str]:
-    """Why versions failed, why newer files of those that serve cannot be loaded, and answers that proved wrong."""
+    """Reasons why versions failed, why newer files of those that serve cannot be loaded, answers that proved wrong."""
     lines = []
     for model in models:
         if model.error:
@@ -131,12 +131,12 @@ def failures(models: Iterable[ModelInfo]) -> list[str]:
 
 
 def reason(what: str, why: str) -> str:
-    """Why something failed, without its name, which stands before it."""
+    """The reason why something failed, without its name, which stands before it."""
     return clean(why.removeprefix(f"{what}: "))
 
 
 def remarks(models: Sequence[ModelInfo]) -> list[str]:
-    """What there is to say about versions beside their tables: errors and notes."""
+    """Remarks on versions beside their tables: errors and notes."""
     return [*failures(models), *(f"{title(model)}: {clean(note)}" for model in models for note in model.notes)]
 
 
@@ -150,6 +150,6 @@ def memory(mebibytes: float) -> str:
 
 
 def traffic(model: ModelInfo) -> str:
-    """Which part of its name's traffic a version gets: "95 %", "shadow", "-" for none."""
+    """The part of its name's traffic that a version gets: "95 %", "shadow", "-" for none."""
     share = f"{100 * model.traffic:.3g} %" if model.traffic > 0 else ""
     return " + ".join(filter(None, (share, "shadow" if model.shadow else ""))) or "-"

@@ -37,7 +37,7 @@ class Options(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What every request of a run asks for."""
+    """Parameters that all requests of a run share."""
 
     inputs: Mapping[str, Array]
     options: Options
@@ -45,7 +45,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of one request.
+    """The outcome of one request.
 
     Attributes:
         index: number of the request, from 1.

@@ -1,8 +1,9 @@
-"""What travels between the server and an executor: a batch on its way, and what came of it. No torch."""
+"""A batch on its way between the server and an executor, and what came of it. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from tnxctl.errors import TensorNextError
@@ -21,6 +22,7 @@ Outcome = tuple[Array, ...] | TensorNextError
 """What one request gets: its outputs in the order of the model's signature, or an error."""
 
 
+@dataclass(slots=True, eq=False)
 class Execution:
     """One batch on one lane.
 
@@ -41,57 +43,28 @@ class Execution:
         fatal: what went wrong for good with the device, if it did: nothing can run there any more.
     """
 
-    __slots__ = (
-        "batch",
-        "compute_us",
-        "d2h_us",
-        "exhausted",
-        "fatal",
-        "finished_ns",
-        "gather_us",
-        "group",
-        "h2d_us",
-        "items",
-        "latency_us",
-        "memory_free_mb",
-        "mixes",
-        "model",
-        "outcomes",
-        "rows",
-        "safe_rows",
-        "started_ns",
-    )
-
-    def __init__(
-        self,
-        batch: Batch,
-        model: Model,
-        items: Sequence[Item],
-        rows: Sequence[int],
-        group: tuple[int, ...],
-    ) -> None:
-        self.batch = batch
-        self.model = model
-        self.items = items
-        self.rows = rows
-        self.group = group
-        self.outcomes: list[Outcome] = []
-        self.started_ns = 0
-        self.finished_ns = 0
-        self.gather_us = 0.0
-        self.h2d_us = 0.0
-        self.compute_us = 0.0
-        self.d2h_us = 0.0
-        self.latency_us = 0.0
-        self.memory_free_mb = 0.0
-        self.exhausted = False
-        self.safe_rows = 0
-        self.mixes = ""
-        self.fatal = ""
+    batch: Batch
+    model: Model
+    items: Sequence[Item]
+    rows: Sequence[int]
+    group: tuple[int, ...]
+    outcomes: list[Outcome] = field(default_factory=list)
+    started_ns: int = 0
+    finished_ns: int = 0
+    gather_us: float = 0.0
+    h2d_us: float = 0.0
+    compute_us: float = 0.0
+    d2h_us: float = 0.0
+    latency_us: float = 0.0
+    memory_free_mb: float = 0.0
+    exhausted: bool = False
+    safe_rows: int = 0
+    mixes: str = ""
+    fatal: str = ""
 
 
 class Warmth(NamedTuple):
-    """What loading a model on a device showed.
+    """The findings of loading a model on a device.
 
     Attributes:
         costs: (rows, microseconds) of the batches that warmed it up, for the cost model.

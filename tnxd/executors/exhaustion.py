@@ -1,4 +1,4 @@
-"""Whether an exception means that memory has run out, of whatever device, whoever reports it."""
+"""Exceptions that mean that memory has run out, of whatever device, whoever reports it."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def _address_space_left(proc: Path) -> float:
 
 @dataclass
 class Peak:
-    """What `peak_memory` found. Attributes: nbytes: most bytes that became resident at a time."""
+    """The finding of `peak_memory`. Attributes: nbytes: most bytes that became resident at a time."""
 
     nbytes: int = 0
 
@@ -235,7 +235,7 @@ def _unescaped(path: str) -> str:
 
 
 def _text(path: str) -> str:
-    """What a file of the kernel says; "" if there is none, or none that this process may read."""
+    """The text of a file of the kernel; "" if there is none, or none that this process may read."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return file.read()

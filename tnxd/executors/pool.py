@@ -286,7 +286,7 @@ def _called(inbox: Inbox, function: Callable[[Runner], T]) -> T:
 
 
 def _nbytes(module: torch.nn.Module) -> int:
-    """Of parameters and buffers; what two of them share counts once. 0 for a module of another runtime."""
+    """Bytes of parameters and buffers; what two of them share counts once. 0 for a module of another runtime."""
     held = {memory(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return sum(
         tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else tensor.numel() * tensor.itemsize

@@ -48,7 +48,7 @@ def to_array(tensor: torch.Tensor) -> Array:
 
 
 def empty_outputs(model: Model) -> list[Array] | None:
-    """What a model that batches gives for no rows; None where only the model knows the length of an axis."""
+    """The outputs of a model that batches for no rows; None where only the model knows the length of an axis."""
     if any(-1 in spec.shape[1:] for spec in model.outputs):
         return None
     return [
@@ -83,7 +83,7 @@ def check_outputs(model: Model, raw: object, rows: int) -> list[torch.Tensor]:
 
 
 def _found(model: Model, raw: object) -> Sequence[object]:
-    """What stands for each output of the signature. Most models return just that; others a structure with it inside."""
+    """The value for each output of the signature. Most models return just that; others a structure with it inside."""
     expected = model.outputs
     if isinstance(raw, torch.Tensor):
         if len(expected) == 1:
@@ -100,7 +100,7 @@ def _found(model: Model, raw: object) -> Sequence[object]:
 
 
 def pick(raw: object, names: Sequence[str], model: str) -> list[object]:
-    """Of a structure that a model returned, what has those names; in a tuple or list, what comes in that order.
+    """Pick what has those names out of a structure that a model returned; out of a tuple or list, in that order.
 
     Raises:
         Internal: it is not there; the sentence says what is.

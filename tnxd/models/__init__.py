@@ -1,4 +1,4 @@
-"""What a model is, and where models come from."""
+"""Models, and where they come from."""
 
 from tnxd.models.model import Model
 

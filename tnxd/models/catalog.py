@@ -1,4 +1,4 @@
-"""What could be served: names, their versions, and which of those are wanted. No torch."""
+"""The catalog of what could be served: names, their versions, and which of those are wanted. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is to the daemon: a signature that requests are held against, and a factory of torch modules."""
+"""A model as the daemon sees it: a signature that requests are held against, and a factory of torch modules."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class Model:
     def _filled_shape(
         self, expected: TensorSpec, came: Sequence[tuple[TensorSpec, TensorSpec]], rows: int | None
     ) -> tuple[int, ...]:
-        """Of an input that did not come: an axis of any length is as long as that axis of the first input that did."""
+        """The shape of an input that did not come: an axis of any length is as long as in the first input that did."""
         shape = list(expected.shape)
         for axis, length in enumerate(expected.shape):
             if length == -1:
@@ -273,7 +273,7 @@ class Model:
 
 
 def model_key(name: str, version: str, generation: int) -> str:
-    """What stands for one content of one version wherever models are told apart.
+    """The key of one content of one version wherever models are told apart.
 
     Two contents of one version live side by side while the new one takes over.
     """

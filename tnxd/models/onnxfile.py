@@ -1,4 +1,4 @@
-"""What an ONNX file says that onnxruntime does not tell: files beside it with its tensors, and tensors without a rank.
+"""Facts in an ONNX file that onnxruntime does not tell: files beside it with its tensors, tensors without a rank.
 
 An ONNX file is one protobuf message (onnx.proto3). A walk over its fields finds both without a library: fields that do
 not lead there, such as the weights themselves, are passed over by their length.
@@ -34,7 +34,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 @dataclass
 class OnnxFile:
-    """What is of interest in one.
+    """The facts of interest in an ONNX file.
 
     Attributes:
         beside: paths of the files that its tensors are in, as they stand there.

@@ -185,7 +185,7 @@ def _set_cuda_device(index: int | None) -> None:
 
 
 def _precisions() -> list[Setting]:
-    """How exactly products of FP32 are computed. One is settled by the one above it where it says "none"."""
+    """Precisions of products of FP32. One is settled by the one above it where it says "none"."""
     backends = torch.backends
     owners = {
         "torch.backends": backends,
@@ -335,7 +335,7 @@ def _set_filters(kept: list[Any]) -> None:
 
 
 def _umask() -> int:
-    """Of the process. To ask the system for it would mean to change it for a moment."""
+    """The umask of the process. To ask the system for it would mean to change it for a moment."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as status:
         return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
 
@@ -462,7 +462,7 @@ def _changed(before: Mapping[Setting, Any]) -> Iterator[tuple[Setting, bool]]:
 
 @dataclass
 class Changes:
-    """What a step changed in the process.
+    """Changes of the process by a step.
 
     Attributes:
         names: of the settings. lasting: those among them that could not be put back.
@@ -565,7 +565,7 @@ class Witness:
                 self._seeds.add(name)
 
     def complaint(self) -> str:
-        """What a forward changes every time, as a sentence; "" if nothing."""
+        """A sentence about what a forward changes every time; "" if nothing."""
         names = [*(name for name, times in self._times.items() if times > 1), *sorted(self._seeds)]
         return f"a forward changes {', '.join(names)}, for all models of the process" if names else ""
 

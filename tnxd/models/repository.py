@@ -72,7 +72,7 @@ class RepositorySource:
 
     @property
     def settings_label(self) -> str:
-        """What to call the model's settings in errors."""
+        """The name of the model's settings in errors."""
         return f"{self.name}/{SETTINGS}"
 
 
@@ -212,7 +212,7 @@ def _check_combination(kind: str, file: str, settings: Settings, label: str) -> 
 
 
 def _entry(name: str, sources: Mapping[str, Source], settings: Settings, label: str, failures: dict[str, str]) -> Entry:
-    """Which versions are wanted, and their traffic. A version that is there and broken has been reported already."""
+    """The versions that are wanted, and their traffic. A version that is there and broken has been reported already."""
 
     def known(number: str) -> bool:
         return number in sources or f"{name}@{number}" in failures

@@ -57,7 +57,7 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the keys of model.safetensors become those of the network.
+    """Rules by which the keys of model.safetensors become those of the network.
 
     Attributes:
         strip_prefix, add_prefix: taken from the keys of the file that have it, then put before all of them.
@@ -71,14 +71,14 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How requests that name no version are split, see `tnxctl.wire.Route`."""
+    """The split of requests that name no version, see `tnxctl.wire.Route`."""
 
     weights: dict[str, _Weight] = {}
     shadow: str = ""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What model.toml says.
+    """The contents of model.toml.
 
     Attributes:
         versions: those to load: the newest, all of them, or these.
@@ -119,7 +119,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def served(self) -> bytes:
-        """What a loaded version depends on; what only says which versions get which requests is left out."""
+        """Settings that a loaded version depends on, as bytes; those that only share out requests are left out."""
         return msgspec.json.encode(msgspec.structs.replace(self, versions="latest", traffic=Traffic()))
 
 

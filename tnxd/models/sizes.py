@@ -1,4 +1,4 @@
-"""How large the messages for a model are, as far as its signature says, and whether the limits let them through."""
+"""Sizes of the messages for a model, as far as its signature says, and whether the limits let them through."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def row_nbytes(specs: Sequence[TensorSpec], batches: bool) -> int:
 
 
 def check_message_sizes(model: Model, limits: Limits) -> None:
-    """Whether anybody can ask for this model, and be answered. How many tensors it has raises the limit for that.
+    """Check that one can ask for this model, and be answered. How many tensors it has raises the limit for that.
 
     Raises:
         FailedPrecondition: the smallest request or answer is larger than a message may be; the sentence has both sizes.

@@ -73,7 +73,7 @@ class Guard:
         return guard
 
     def label(self, path: Path) -> str:
-        """What to call a path in errors: relative to the repository, if it is in there."""
+        """The name of a path in errors: relative to the repository, if it is in there."""
         return str(path.relative_to(self.root)) if path != self.root and path.is_relative_to(self.root) else str(path)
 
     def resolve(self, path: Path) -> Path:
@@ -191,7 +191,7 @@ class TrustedFiles:
         return next((path for path in places if path in self.identities), None)
 
     def label(self, name: str) -> str:
-        """What to call a file of the version in errors."""
+        """The name of a file of the version in errors."""
         return self.guard.label(self.directory / name)
 
     @contextmanager
@@ -238,7 +238,7 @@ class TrustedFiles:
 def contents(
     guard: Guard, directory: Path, *, require_manifest: bool, modules: bool
 ) -> tuple[Path, tuple[Path, ...], dict[Path, os.stat_result]]:
-    """What a load of a version may read: its directory, resolved; those with Python modules; all files, checked.
+    """Files that a load of a version may read: its directory, resolved; those with Python modules; all files, checked.
 
     Args:
         require_manifest: whether a version without one is refused.

@@ -42,7 +42,7 @@ class Arguments(torch.nn.Module):
 
 
 def check_names(signature: Signature, label: str) -> None:
-    """Whether the names of inputs make up structures. Raises FailedPrecondition: they do not; says LABEL and why."""
+    """Check that the names of inputs make up structures. Raises FailedPrecondition: they do not; says LABEL and why."""
     try:
         structures.tree([spec.name for spec in signature.inputs])
     except FailedPrecondition as error:

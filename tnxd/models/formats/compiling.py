@@ -48,7 +48,7 @@ _loading = threading.Lock()  # torch looks up its cache directory in the environ
 
 
 def missing() -> str:
-    """What inductor needs and this computer lacks, in words; "" if nothing."""
+    """Things that inductor needs and this computer lacks, in words; "" if nothing."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler})"
@@ -150,7 +150,7 @@ def _run_child(source: RepositorySource, device: torch.device, folder: Path, env
 def _load(
     folder: Path, cache: str, network: torch.nn.Module, device: torch.device
 ) -> Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]:
-    """What the child wrote, as a function of the inputs."""
+    """The code that the child wrote, as a function of the inputs."""
     ignore_warnings_about_torch_itself()
     # Warm-up calls this within its inference mode, in which tensors would be made that nothing else can use.
     with torch.inference_mode(False), _loading, _environment(_CACHE, cache):

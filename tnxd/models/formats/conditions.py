@@ -1,4 +1,4 @@
-"""What an exported program demands of the lengths of its inputs, beyond what a signature says."""
+"""Demands of an exported program on the lengths of its inputs, beyond what a signature says."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMES = {"math": math, "torch": torch, "inf": math.inf, "max": max, "min": min}
 
 
 class Condition(NamedTuple):
-    """One of them.
+    """A condition on lengths of inputs.
 
     Attributes:
         text: a Python expression over n0, n1, ...
@@ -136,7 +136,7 @@ def _translate(code: str, leaves: Mapping[str, int | None], label: str) -> Condi
 
 
 def _position(path: str, leaves: Mapping[str, int | None]) -> int | None:
-    """Which input torch means by L['x'], L['inputs'][0], L['options']['x'], L['boxes'].scores or L['flat_args'][0]."""
+    """The input behind L['x'], L['inputs'][0], L['options']['x'], L['boxes'].scores or L['flat_args'][0]."""
     steps = [key or index or field for key, index, field in _STEP.findall(path)]
     if steps[0] == "flat_args" and steps[1].isdecimal():
         return list(leaves.values())[int(steps[1])]

@@ -89,7 +89,7 @@ def of_tensors(specs: Sequence[TensorSpec], tensors: Sequence[Any]) -> dict[str,
 def _agreeing(
     found: Mapping[str, Array], signature: Signature, said: Sequence[str], asked: Mapping[str, Shape]
 ) -> dict[str, Array]:
-    """Without those of the program's own values that do not fit what model.toml and example.npz say."""
+    """The program's own values without those that do not fit what model.toml and example.npz say."""
     limit = signature.max_batch_size
     rows = next((len(found[name]) for name in said), 0)
     shapes = {spec.name: spec.shape for spec in signature.inputs}
@@ -157,7 +157,7 @@ def _check_rows(array: Array, signature: Signature, key: str) -> None:
 
 
 def _described(tensor: Tensor, spec: TensorSpec, example: Shape, signature: Signature, rows: int, key: str) -> Array:
-    """What `values` of an input in model.toml means. Args: rows: that others have; 0: none has any."""
+    """An array as `values` of an input in model.toml says. Args: rows: that others have; 0: none has any."""
     values, datatype = tensor.values, spec.datatype
     if isinstance(values, tuple):
         try:

@@ -126,7 +126,7 @@ class Program(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Description:
-    """How a program is called, and what for.
+    """A description of how a program is called, and what for.
 
     Attributes:
         found: its signature. conditions: what it demands beyond that.
@@ -233,7 +233,7 @@ def _what_is_logged() -> Iterator[list[BaseException]]:
 def describe(
     program: ExportedProgram, label: str, rows: int = DEFAULT_MAX_BATCH_SIZE, served: Collection[str] = ()
 ) -> Description:
-    """What a program takes and gives.
+    """Describe what a program takes and gives.
 
     Args:
         rows: that a batch may have, if the program takes so many.
@@ -359,7 +359,7 @@ def export(network: torch.nn.Module, signature: Signature, device: torch.device)
 
 
 def _training(program: ExportedProgram) -> list[str]:
-    """What a program does only in training, because its network was in that mode when it was exported."""
+    """Things that a program does only in training, because its network was in that mode when it was exported."""
     found = set()
     for node in program.graph.nodes:
         if node.op == "call_function":
@@ -379,13 +379,13 @@ def _tensor(name: str, value: torch.Tensor, label: str) -> TensorSpec:
 
 
 def _lengths(value: torch.Tensor) -> list[Any]:
-    """Of the axes of a fake tensor: numbers and, where they vary, sympy's expressions."""
+    """Lengths of the axes of a fake tensor: numbers and, where they vary, sympy's expressions."""
     expressions = [axis.node.expr if isinstance(axis, torch.SymInt) else axis for axis in value.shape]
     return [int(length) if isinstance(length, int) or length.is_Integer else length for length in expressions]
 
 
 def _input_names(program: ExportedProgram, label: str) -> list[str]:
-    """Of the arguments, as the network's forward calls them; what is in a structure has its path there."""
+    """Names of the arguments, as the network's forward calls them; what is in a structure has its path there."""
     spec = program.call_spec.in_spec
     args, kwargs = _unflattened(spec, label)
     signature = program.module_call_graph[0].signature
@@ -430,7 +430,7 @@ def _unflattened(spec: pytree.TreeSpec, label: str) -> Any:
 
 
 def _inside(value: object) -> Iterable[tuple[str, object]] | None:
-    """As `structures.children`, and what is in a class that torch alone knows how to take apart, by position."""
+    """Children as in `structures.children`, and in a class that torch alone can take apart, by position."""
     known = structures.children(value)
     if known is not None or isinstance(value, int):
         return known

@@ -34,7 +34,7 @@ def load(names: Sequence[str], label: str) -> None:
 
 
 def note(namespaces: Iterator[str], names: Sequence[str], file: str) -> tuple[str, ...]:
-    """What an operator should know about a model that works by luck.
+    """A note for the operator about a model that works by luck.
 
     Args:
         namespaces: of the operators that it uses. names: what model.toml asks for. file: what to call the model.

@@ -1,4 +1,4 @@
-"""From one version in a repository to a model that can be put on devices."""
+"""Opening: from one version in a repository to a model that can be put on devices."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read(source: RepositorySource) -> Opened:
 
 
 def open_model(source: RepositorySource, generation: int) -> Model:
-    """What `tnxd.models.catalog.Source.open` promises."""
+    """Open a version, as `tnxd.models.catalog.Source.open` promises."""
     with settings_kept() as changes:
         opened = read(source)
     settings = source.settings

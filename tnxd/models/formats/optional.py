@@ -52,7 +52,7 @@ def settle(
 
 
 def notes(signature: Signature) -> tuple[str, ...]:
-    """What an operator should know about it."""
+    """Notes for the operator about the inputs that may be left out."""
     if not signature.optional:
         return ()
     names = ", ".join(map(repr, signature.optional))

@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Signature:
-    """What a model takes and gives.
+    """The inputs and outputs of a model.
 
     Attributes:
         inputs, outputs, max_batch_size: as in `tnxd.models.model.Model`.
@@ -58,7 +58,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Found:
-    """What a model file says itself.
+    """A model file's account of itself.
 
     Attributes:
         examples: a shape for every input; empty: unknown. example_values: as in `Opened`.

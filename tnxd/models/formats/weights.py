@@ -112,7 +112,7 @@ def of_file(file: BufferedReader, label: str) -> dict[str, Stored]:
 
 
 def renamed(weights: Mapping[str, Stored], settings: Weights) -> dict[str, Stored]:
-    """With the keys that model.toml makes of them. Raises FailedPrecondition: two become the same."""
+    """The weights with the keys that model.toml makes of them. Raises FailedPrecondition: two become the same."""
     found: dict[str, Stored] = {}
     for key, weight in weights.items():
         name = settings.add_prefix + key.removeprefix(settings.strip_prefix)
@@ -179,7 +179,7 @@ def _without(names: set[str], patterns: Sequence[str]) -> set[str]:
 def _difference(
     missing: set[str], unexpected: set[str], expected: Collection[str], weights: Collection[str], made_by: str
 ) -> str:
-    """What is on one side alone, and what to do about it if it is a prefix."""
+    """Names that are on one side alone, and what to do about it if it is a prefix."""
     parts = []
     if missing:
         parts.append(f"{_some(missing)} missing, which the network of {made_by} has")
@@ -195,7 +195,7 @@ def _difference(
 
 
 def _prefix(short: set[str], long: set[str]) -> str:
-    """What stands before the names of one set in the other; "" if that is not so for most: some may be missing."""
+    """The prefix of the names of one set in the other; "" if that is not so for most: some may be missing."""
     for first in sorted(short)[:5]:
         for name in sorted(long):
             prefix = name.removesuffix(first)

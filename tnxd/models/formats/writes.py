@@ -1,4 +1,4 @@
-"""What a graph may write to: tensors that its module holds, and its inputs.
+"""Writes of a graph: to tensors that its module holds, and to its inputs.
 
 An operator's schema says which of its arguments it writes to, and which of its results are views of an argument. So a
 walk in the order of execution knows of every value where its memory may come from. It is a bound from above: a branch
@@ -121,7 +121,7 @@ def _written_by(schema: torch.FunctionSchema, origins: Mapping[str, Origins], va
 
 
 def _viewed_by(schema: torch.FunctionSchema, origins: Mapping[str, Origins]) -> Origins:
-    """Whose memory the results of an operator may be."""
+    """The tensors whose memory the results of an operator may be."""
     if all(result.alias_info is None for result in schema.returns):
         # By its schema a new tensor; in eval mode, it is the input itself.
         return origins.get("input", _NONE) if schema.name.endswith("dropout") else _NONE
