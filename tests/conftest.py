@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -13,6 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+with contextlib.suppress(ImportError):  # on a machine with a GPU, nothing may be installed for these tests
+    import hypothesis
+
+    hypothesis.settings.register_profile("tests", deadline=None)  # how long an example takes is the machine's affair
+    hypothesis.settings.load_profile("tests")
 
 os.umask(0o022)  # a model repository that others can write is refused
 

@@ -51,6 +51,30 @@ def test_weights_that_others_use_too_stay_as_they_are() -> None:
     assert order_weights(doubles).weight.is_contiguous()
 
 
+class Viewing(torch.nn.Module):
+    """Takes the weight of a layer apart, as attention with latent keys does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2, bias=False).requires_grad_(False)
+        torch.nn.init.constant_(self.layer.weight, 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.layer.weight.view(-1)[:2]
+        return x * first + second
+
+
+def test_a_weight_that_a_forward_takes_apart_keeps_its_layout() -> None:
+    lanes, done = pool(1, lambda: CpuRunner(1), order_weights)
+    model = served(Viewing)
+    warmth = lanes.load(model)
+    assert (warmth.warmed, warmth.batches, warmth.notes) == (True, True, ())
+    lanes.submit(execution(model, 0, 3.0))
+    outcome = done.get(timeout=20).outcomes[0]
+    assert not isinstance(outcome, TensorNextError)
+    assert outcome[0].tolist() == [[8.0, 8.0]]
+
+
 def drain(seen: queue.SimpleQueue[Any]) -> list[Any]:
     """All that is in a queue. A trial does not look into one: what a module puts there is no state of its own."""
     return [seen.get() for _ in range(seen.qsize())]
@@ -74,7 +98,11 @@ def served(factory: Callable[[], torch.nn.Module]) -> Model:
     return Model("m", "1", spec, spec, 4, factory)
 
 
-def pool(runners: int, runner: Callable[[], Runner]) -> tuple[LanePool, queue.Queue[Execution]]:
+def pool(
+    runners: int,
+    runner: Callable[[], Runner],
+    place: Callable[[torch.nn.Module], torch.nn.Module] = lambda module: module,
+) -> tuple[LanePool, queue.Queue[Execution]]:
     done: queue.Queue[Execution] = queue.Queue()
     made = LanePool(
         "cpu",
@@ -83,7 +111,7 @@ def pool(runners: int, runner: Callable[[], Runner]) -> tuple[LanePool, queue.Qu
         make_runner=runner,
         lanes=runners,
         inline=None,
-        place=lambda module: module,
+        place=place,
         memory_mb=lambda: (0.0, 0.0),
         on_done=done.put,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peers import health_report
@@ -488,7 +488,6 @@ def test_a_reply_may_have_a_larger_header_than_a_request(connected: Session) -> 
     assert len(call.take().reason) == 100_000
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=200), min_size=1, max_size=4))
 def test_noise_is_dropped(frames: list[bytes]) -> None:
     session = Session(ENDPOINT, 5.0, Limits())
@@ -497,7 +496,6 @@ def test_noise_is_dropped(frames: list[bytes]) -> None:
     assert not call.done
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_damaged_reply_never_does_worse_than_fail_its_call(data: st.DataObject) -> None:
     session = Session(ENDPOINT, 5.0, Limits())

@@ -22,7 +22,7 @@ LIMITS = Limits()
 WIDE = Limits(header_bytes=8 * 2**20)  # so that a long header is decoded instead of measured
 
 # No deadline: a busy machine is no defect.
-thorough = settings(deadline=None, max_examples=200)
+thorough = settings(max_examples=200)
 
 
 def refusal(frame: bytes, limits: Limits = LIMITS) -> TensorNextError:

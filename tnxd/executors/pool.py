@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tnxctl.errors import Internal, Unavailable
+from tnxctl.errors import Internal, TensorNextError, Unavailable
 from tnxd.executors.execution import SHARED, Execution, Warmth
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.company import lanes_apart
@@ -31,6 +31,10 @@ from tnxd.work import SPARE
 OnDone = Callable[[Execution], None]
 
 log = logging.getLogger(__name__)
+
+
+_OF_A_VIEW = "view size is not compatible"
+"""In what torch says to a forward that takes a weight apart which `order_weights` has put in another order."""
 
 
 class _Job:
@@ -117,11 +121,27 @@ class LanePool:
         return inbox, runner
 
     def load(self, model: Model) -> Warmth:
+        try:
+            warmth = self._load(model)
+        except TensorNextError as error:
+            if _OF_A_VIEW not in error.message:
+                raise
+        else:
+            if not any(_OF_A_VIEW in note for note in warmth.notes):
+                return warmth
+            self.unload(model.key)
+        return self._load(model, keeps_layout=True)
+
+    def _load(self, model: Model, *, keeps_layout: bool = False) -> Warmth:
+        """Build, try and warm up a model. Args: keeps_layout: whether its weights stay as they are in memory."""
         notes: list[str] = []
 
         def build() -> torch.nn.Module:
             with settings_kept() as changes:
-                made = self._place(model.factory())
+                made = model.factory()
+                if keeps_layout:
+                    made.keeps_layout = True  # type: ignore[assignment]
+                made = self._place(made)
             notes.extend(changes.note("building it"))
             return made
 
