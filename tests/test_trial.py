@@ -623,6 +623,17 @@ def test_a_difference_is_more_than_rounding(datatype: str, one: list[float], oth
         assert "output 'y'[" in found.text
 
 
+@pytest.mark.parametrize(("boxes", "off", "same"), [(100, 0.05, False), (100, 0.0005, True), (3, 0.05, True)])
+def test_small_values_beside_large_ones_are_held_against_their_like(boxes: int, off: float, same: bool) -> None:
+    """As scores beside the corners of boxes, if there are enough to say how large they are."""
+    one = np.random.default_rng(1).uniform(0, 640, (1, boxes, 5)).astype(np.float32)
+    one[..., 4] /= 640
+    other = one.copy()
+    other[0, 1, 4] += off
+    found = difference([TensorSpec("y", "FP32", (-1, -1, 5))], [one], [other], tolerance(["FP32"], "cpu"))
+    assert (found is None) is same
+
+
 def test_half_precision_and_graphics_processors_round_more() -> None:
     kinds = [tolerance([datatype], "cpu") for datatype in ("FP64", "FP32", "FP16", "BF16")]
     assert kinds == sorted(kinds)

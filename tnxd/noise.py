@@ -21,6 +21,15 @@ which is ten times what ResNet-50 and MiniLM show between one row and 64."""
 _UNUSUAL = 1e4
 """Times the median: larger values do not set the scale of an output."""
 
+_MANY = 64
+"""Values along the last axis that say how large such values are: of fewer, all may be small by chance."""
+
+_LOOSER = 10.0
+"""Times the tolerance, for what is relative to the values of one place of the last axis."""
+
+_LEAST_SHARE = 1e-3
+"""Of the scale of an output, that of one place of its last axis: below that lies the rounding of the others."""
+
 FLOATING = frozenset(_ROUNDING)
 """Datatypes whose values are rounded."""
 
@@ -88,6 +97,11 @@ def _in_output(spec: TensorSpec, one: Array, other: Array, allowed: float) -> Di
     usual = float(np.median(sizes[sizes > 0])) if (sizes > 0).any() else 0.0
     scale = float(np.max(sizes, where=sizes <= _UNUSUAL * usual, initial=0.0))
     beyond = apart - allowed * np.maximum(scale, sizes)
+    width = one.shape[-1] if one.ndim > 1 else one.size
+    if one.size >= _MANY * width:  # as boxes with their scores are: 640 pixels are no measure for a probability
+        own = np.max(sizes.reshape(-1, width), axis=0)
+        own = np.maximum(np.where(own <= scale, own, scale), _LEAST_SHARE * scale)
+        beyond = np.maximum(beyond, apart - _LOOSER * allowed * np.maximum(own, sizes))
     place = np.unravel_index(int(np.argmax(beyond)), one.shape)
     if float(beyond[place]) <= 0:
         return None
