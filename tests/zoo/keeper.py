@@ -327,11 +327,16 @@ def settings(*, inline: bool = False, more: str = "") -> str:
     )
 
 
-@contextmanager
-def keep(
-    folder: Path, chosen: Sequence[Exhibit], config: str, program: tuple[str, ...] = ("-m", "tnxd")
-) -> Iterator[Keeper]:
-    """Build exhibits and serve them. The daemon has to be alive at the end, and to end when it is told."""
+@dataclass(frozen=True)
+class Built:
+    """A repository with exhibits. Attributes: unbuilt: what could not be put into its format, and why."""
+
+    repository: Path
+    unbuilt: Mapping[str, str]
+
+
+def build(folder: Path, chosen: Sequence[Exhibit]) -> Built:
+    """Put exhibits into a new repository in a folder."""
     repository = folder / "models"
     repository.mkdir(parents=True)
     unbuilt: dict[str, str] = {}
@@ -344,8 +349,14 @@ def keep(
         except Exception as error:  # an exporter's: the others are served
             unbuilt[exhibit.name] = f"{type(error).__name__}: {error}"
             shutil.rmtree(repository / exhibit.name)
-    with serve(folder, repository, config, program) as (daemon, clients):
-        one = Keeper(daemon, clients, unbuilt)
+    return Built(repository, unbuilt)
+
+
+@contextmanager
+def keep(folder: Path, built: Built, config: str, program: tuple[str, ...] = ("-m", "tnxd")) -> Iterator[Keeper]:
+    """Serve exhibits. The daemon has to be alive at the end, and to end when it is told."""
+    with serve(folder, built.repository, config, program) as (daemon, clients):
+        one = Keeper(daemon, clients, built.unbuilt)
         yield one
         assert one.examine(WITNESS) == [], "a model that does nothing odd suffers from the others"
 

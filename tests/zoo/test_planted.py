@@ -44,7 +44,7 @@ def without(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZOO_PLANTED", mechanism)
         config = keeper.settings()
-        with keeper.keep(folder, chosen(mechanism), config, PROGRAM) as one:
+        with keeper.keep(folder, keeper.build(folder, chosen(mechanism)), config, PROGRAM) as one:
             yield mechanism, one
 
 
