@@ -31,21 +31,22 @@ def message(*bodies: bytes) -> bytes:
 
 
 class Peer:
-    """A DEALER over one TCP connection. Every read ends with `TimeoutError` after `timeout` seconds.
+    """A DEALER over one connection. Every read ends with `TimeoutError` after `timeout` seconds.
 
     Args:
-        endpoint: tcp://host:port.
+        endpoint: tcp://host:port or ipc://path.
         receive_buffer: bytes that the kernel keeps for a peer that does not read; None is the system's default.
     """
 
     def __init__(self, endpoint: str, *, timeout: float = 10.0, receive_buffer: int | None = None) -> None:
         address = urlsplit(endpoint)
-        self._socket = socket.socket()
+        is_path = address.scheme == "ipc"
+        self._socket = socket.socket(socket.AF_UNIX if is_path else socket.AF_INET)
         self._socket.settimeout(timeout)
         if receive_buffer is not None:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         try:
-            self._socket.connect((address.hostname, address.port))
+            self._socket.connect(address.path if is_path else (address.hostname, address.port))
         except OSError:
             self._socket.close()
             raise

@@ -69,7 +69,7 @@ class Connection:
         owed: bytes of replies that it has not taken yet.
         received, frames: what has been taken from it, in bytes, and in how many frames.
         refused_ns: as of its client.
-        closed: whether it has ended, or is being cut off.
+        closed: whether it has ended, or is being cut off. cut: whether it was cut off.
     """
 
     peer: bytes
@@ -83,6 +83,7 @@ class Connection:
     frames: int = 0
     refused_ns: int = 0
     closed: bool = False
+    cut: bool = False
 
 
 class Admission:

@@ -56,13 +56,21 @@ _RETRY_S = 0.002  # at first, then twice as long each time that nothing could be
 _MAX_RETRY_S = 0.064
 _LENT_S = 0.01
 
+_KEPT_BYTES = 512  # what a reply takes in a backlog beside its frames: many are short
+
 # Parts that one call reads of a message that has far too many: its sender must not hold the others up.
 _SKIPPED = 512
 _TOO_MANY_PARTS = 10_000
 
+_MOST_LEFT = 4096  # connections
+
+# Nobody who waits for answers has so many frames unread: three times what a client may have in flight.
+_MOST_UNREAD_FRAMES = 100_000
+
 # Of what the kernel says has come: at most so much around each frame, and before the first one; what is in its own
 # buffer (net.ipv4.tcp_rmem), which need not be a message that does not end.
 _FRAME_HEAD_BYTES = 9
+_LEAST_FRAME_HEAD_BYTES = 2
 _HANDSHAKE_BYTES = 256
 _UNREAD_FROM_BYTES = 1024 * 1024
 _LOOKED_AT = 100
@@ -146,7 +154,11 @@ class Router:
         self._peers: dict[int, list[Connection]] = {}  # likewise; several if it was used again before they were met
         self._gone: list[Connection] = []
         self._shutting: set[int] = set()
+        self._left: dict[
+            bytes, Connection
+        ] = {}  # of those that have ended, the last ones of which something came later
         self._rest: Message | None = None
+        self._dropping = False
         self._to_look_at: list[int] = []
         self._unread_of: dict[int, int] = {}
         self._locks: list[IO[str]] = []
@@ -163,6 +175,9 @@ class Router:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else a reply to a full or vanished peer is dropped in silence
         socket.setsockopt(zmq.MAXMSGSIZE, max(limits.message_bytes, limits.header_bytes))
         socket.setsockopt(zmq.SNDHWM, _PEER_HWM)
+        # No limit: where one is reached, libzmq stops reading a connection, and ends the process if that is lost then and
+        # a PING comes behind what it had read. `look_at_unread` and the memory of all bound what is not read yet.
+        socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
         socket.setsockopt(zmq.BACKLOG, 1024)
         socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
@@ -251,14 +266,25 @@ class Router:
         recv = self._recv
         if self._rest is not None:
             return self._skip(self._rest)
-        try:
-            peer = recv(_NOBLOCK)
-        except zmq.Again:
+        for _ in range(_SKIPPED):
+            try:
+                peer = recv(_NOBLOCK)
+            except zmq.Again:
+                self._dropping = False
+                return None
+            frame = recv(0, False)  # multipart messages arrive whole: the other parts are here
+            connection = self._known.get(peer)
+            if connection is None or connection.closed:
+                connection = self._left.get(peer) or self._meet(peer, frame)
+                if connection.closed and (not self._gone or self._gone[-1] is not connection):
+                    self._gone.append(connection)  # once more: here is a request that nobody waits for
+            if not connection.cut:
+                break
+            if not self._drop(connection, peer, frame):
+                return None
+        else:
+            self._dropping = True
             return None
-        frame = recv(0, False)  # multipart messages arrive whole: the other parts are here
-        connection = self._known.get(peer)
-        if connection is None:
-            connection = self._meet(peer, frame)
         delimited = False
         if frame.more and not len(frame):
             delimited = True
@@ -281,6 +307,16 @@ class Router:
         connection.frames += count + 2
         return Message(connection, peer, delimited, header, tensors, count)
 
+    def _drop(self, connection: Connection, peer: bytes, frame: zmq.Frame) -> bool:
+        """Read to the end of a message of a connection that was cut off. False if more of it has to be read later."""
+        for count in range(_SKIPPED):
+            if not frame.more:
+                return True
+            frame = self._recv(0, False)
+        if frame.more:
+            self._rest = Message(connection, peer, False, None, [], count)
+        return not frame.more
+
     def _skip(self, message: Message) -> Message | None:
         """Read on in a message of far too many parts, some at a time; who sends very many is cut off."""
         recv, count = self._recv, message.tensor_count
@@ -289,6 +325,8 @@ class Router:
             count += 1
             if not frame.more:
                 self._rest = None
+                if message.connection.cut:
+                    return None
                 if count > _TOO_MANY_PARTS:
                     log.warning("%s sent a message of %d parts and is cut off", message.connection.client.name, count)
                     self.cut(message.connection)
@@ -298,8 +336,8 @@ class Router:
 
     @property
     def busy(self) -> bool:
-        """Whether a message is being read over several calls of `receive`."""
-        return self._rest is not None
+        """Whether there may be more though `receive` returned None."""
+        return self._rest is not None or self._dropping
 
     def resume(self) -> None:
         """Drop the rest of a message that `receive` could not read to its end."""
@@ -328,7 +366,14 @@ class Router:
         else:  # it sent this and left
             connection.closed = True
             self._gone.append(connection)
+            self._remember(connection)
         return connection
+
+    def _remember(self, connection: Connection) -> None:
+        """Know a connection that has ended by what ZeroMQ has received from it, and not handed over yet."""
+        self._left[connection.peer] = connection
+        if len(self._left) > _MOST_LEFT:
+            del self._left[next(iter(self._left))]
 
     def _first_name(self) -> int:
         """The number that libzmq begins to count its peers from."""
@@ -377,9 +422,10 @@ class Router:
         self._zap.send_multipart([envelope, b"", version, id_, status, text, b"", b""])
 
     def cut(self, connection: Connection) -> None:
-        """End a connection. What was received from it is still handed over; what it is owed is dropped."""
+        """End a connection. What ZeroMQ has received from it is dropped, and what it is owed."""
         if not connection.closed:
-            connection.closed = True
+            connection.closed = connection.cut = True
+            self._remember(connection)
             self._shut(connection.descriptor, connection)
 
     def _shut(self, descriptor: int, connection: Connection | None) -> None:
@@ -521,7 +567,7 @@ class Router:
             array.copy() if array.base is not None and array.nbytes < _REFERENCE_FROM_BYTES else array
             for array in arrays
         ]
-        nbytes = len(header) + sum(array.nbytes for array in arrays)
+        nbytes = _KEPT_BYTES + len(header) + sum(array.nbytes for array in arrays)
         if not self._backlogs:
             self._retry_at = time.monotonic() + _RETRY_S
         backlog = self._backlogs.get(peer)
@@ -602,7 +648,9 @@ class Router:
                 unread -= connection.received + _FRAME_HEAD_BYTES * connection.frames
             if unread > _UNREAD_FROM_BYTES:
                 self._unread_of[descriptor] = unread
-                if hidden and unread > self._message_bytes + _KERNEL_BYTES and descriptor in self._open:
+                if descriptor in self._open and (
+                    (hidden and unread > self._message_bytes + _KERNEL_BYTES) or _many_frames(connection, unread)
+                ):
                     self._cut_off(descriptor, connection, unread)
         if not self._to_look_at:
             self._admission.unread = sum(self._unread_of.values())
@@ -642,6 +690,14 @@ class Router:
                     os.unlink(endpoint.removeprefix("ipc://"))
         for lock in self._locks:
             lock.close()  # the file stays: to remove it would let two others lock two files of one name
+
+
+def _many_frames(connection: Connection | None, unread: int) -> bool:
+    """Whether so many bytes are too many frames, if they are as those that were read: each takes 64 bytes and more."""
+    if connection is None or not connection.frames:
+        return False
+    mean = connection.received / connection.frames + _LEAST_FRAME_HEAD_BYTES
+    return unread > _MOST_UNREAD_FRAMES * mean
 
 
 def _address(descriptor: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 
 from conftest import Daemon
 from invariants import needs_proc, unharmed
-from zmtp import GREETING, Peer
+from zmtp import GREETING, Peer, frame, message
 
 UNVERSIONED = bytes.fromhex("0100020078")
 """A whole message of a ZeroMQ 2 peer: an empty identity, and a frame that holds "x"."""
@@ -59,6 +60,23 @@ def test_what_scanners_say_is_survived(run_daemon: Callable[..., Daemon], tmp_pa
         for opening in OPENINGS.values():
             open_with(tcp, opening)
             open_with(str(path), opening)
+
+
+@needs_proc
+def test_a_ping_behind_more_than_was_read_of_a_peer_that_is_gone(
+    run_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    """libzmq answers a PING though it knows that the connection is lost, and ends the process: where its queue was full
+    meanwhile, it reads on when there is room, and only then finds the PING."""
+    path = tmp_path / "tnxd"
+    daemon = run_daemon("--bind", "tcp://127.0.0.1:*", "--bind", f"ipc://{path}", "--model", "mlp")
+    ping = frame(b"\x04PING\0\0", command=True)
+    with unharmed(daemon):
+        for endpoint in (daemon.endpoint, f"ipc://{path}"):
+            for _ in range(20):
+                with Peer(endpoint) as peer, contextlib.suppress(OSError):
+                    peer.greet().write((message(b"x") * 40 + ping) * 200)
+                    peer.reset()
 
 
 @pytest.mark.parametrize("command", ["PING", "SUBSCRIBE", "ERROR", "JOIN"])

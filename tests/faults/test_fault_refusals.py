@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -71,11 +72,23 @@ def test_a_flood_of_good_requests_leaves_room_for_others(run_daemon: Callable[..
         assert refused < count
 
 
-def flood(daemon: Daemon, data: bytes, connections: int) -> None:
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tcp", "ipc"])
+def test_a_flood_of_tiny_messages(run_daemon: Callable[..., Daemon], tmp_path: Path, kind: str) -> None:
+    """ZeroMQ takes in all that comes, and 64 bytes of memory for each of three on the wire."""
+    path = tmp_path / "tnxd"
+    daemon = run_daemon("--bind", "tcp://127.0.0.1:*", "--bind", f"ipc://{path}", "--model", "mlp")
+    with unharmed(daemon):
+        flood(daemon, message(b"x") * 20_000, 4, daemon.endpoint if kind == "tcp" else f"ipc://{path}")
+    check_alive(daemon)
+
+
+def flood(daemon: Daemon, data: bytes, connections: int, endpoint: str = "") -> None:
     """Send that again and again, until each connection has been cut off."""
 
     def send() -> None:
-        with Peer(daemon.endpoint, timeout=30) as peer:
+        with Peer(endpoint or daemon.endpoint, timeout=30) as peer:
             peer.greet()
             threading.Thread(target=_drop, args=(peer,), daemon=True).start()
             try:
