@@ -162,6 +162,10 @@ class Router:
         socket = self._socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else a reply to a full or vanished peer is dropped in silence
         socket.setsockopt(zmq.MAXMSGSIZE, max(limits.message_bytes, limits.header_bytes))
+        # Of connections that have ended; `close` says how long the others may take. With the default, which is to wait
+        # for ever, one that ends while the socket is being closed keeps it from ever being closed: what was to be sent
+        # there waits to be read, and nothing is left that reads it.
+        socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, _PEER_HWM)
         socket.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
         socket.setsockopt(zmq.BACKLOG, 1024)
