@@ -240,7 +240,7 @@ def _let_it_run(daemon: Daemon, requests: int) -> None:
 
 def _report(name: str, base: Latency, fault: Latency, before: Footprint, after: Footprint) -> None:
     """A line for whoever reads the output; with TNX_FAULTS_REPORT, also one of JSON in that file."""
-    name = name or os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0].rpartition("::")[2]
+    name = name or os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0].rpartition("::")[2]
     print(f"\n{name}: beside it {fault}; before: {base}; memory {before.rss_mib:.0f} -> {after.rss_mib:.0f} MiB")
     path = os.environ.get("TNX_FAULTS_REPORT")
     if path:
