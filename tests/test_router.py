@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from tnxd.admission import Admission
 from tnxd.config import Clients
 from tnxd.router import Message, Router
 from tnxd.wakeup import Wakeup
+from zmtp import Peer as RawPeer
 
 
 def new_router(limits: Limits = Limits(), **clients: float) -> Router:  # noqa: B008 - frozen
@@ -164,6 +167,31 @@ def test_a_peer_that_never_reads_is_given_up(strict_router: Router, monkeypatch:
             router.wait(5)  # given up, and then cut off
         assert 0 < router.undeliverable <= taken + 1
         assert router._admission.owed == 0
+
+
+def test_closing_while_peers_vanish_that_are_owed_replies(wakeup: Wakeup) -> None:
+    """It ends. Which of them go at a bad moment is chance: with libzmq's own linger every third round or so hung."""
+    payload = np.zeros(400_000, np.uint8)
+    for _ in range(15):
+        router = new_router()
+        router._socket.setsockopt(zmq.SNDBUF, 4096)  # what it holds of many peers is no longer on its way
+        router.bind("tcp://127.0.0.1:*")
+        router.watch(wakeup)
+        with contextlib.ExitStack() as stack:
+            peers = [
+                stack.enter_context(RawPeer(router.endpoints[0], receive_buffer=4096, timeout=20)) for _ in range(300)
+            ]
+            greeting = threading.Thread(target=lambda peers=peers: [peer.greet().write(b"\0\1x") for peer in peers])
+            greeting.start()
+            for _ in peers:
+                peer_id = next_message(router).peer
+                for _ in range(3):
+                    assert router.send(peer_id, False, (b"answer", (payload,)))
+            greeting.join()
+            vanishing = threading.Thread(target=lambda peers=peers: [peer.reset() for peer in peers])
+            vanishing.start()
+            router.close(0)
+            vanishing.join()
 
 
 def test_what_is_lent_to_a_peer_that_never_reads_is_bounded_in_bytes(strict_router: Router) -> None:

@@ -174,9 +174,13 @@ class Router:
         socket = self._socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else a reply to a full or vanished peer is dropped in silence
         socket.setsockopt(zmq.MAXMSGSIZE, max(limits.message_bytes, limits.header_bytes))
+        # Of connections that have ended; `close` says how long the others may take. With the default, which is to wait
+        # for ever, one that ends while the socket is being closed keeps it from ever being closed: what was to be sent
+        # there waits to be read, and nothing is left that reads it.
+        socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, _PEER_HWM)
-        # No limit: where one is reached, libzmq stops reading a connection, and ends the process if that is lost then and
-        # a PING comes behind what it had read. `look_at_unread` and the memory of all bound what is not read yet.
+        # No limit: where one is reached, libzmq stops reading a connection, and ends the process if that is lost then
+        # and a PING comes behind what it had read. `look_at_unread` and the memory of all bound what is not read yet.
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
         socket.setsockopt(zmq.BACKLOG, 1024)
@@ -309,12 +313,12 @@ class Router:
 
     def _drop(self, connection: Connection, peer: bytes, frame: zmq.Frame) -> bool:
         """Read to the end of a message of a connection that was cut off. False if more of it has to be read later."""
-        for count in range(_SKIPPED):
+        for _ in range(_SKIPPED):
             if not frame.more:
                 return True
             frame = self._recv(0, False)
         if frame.more:
-            self._rest = Message(connection, peer, False, None, [], count)
+            self._rest = Message(connection, peer, False, None, [], _SKIPPED)
         return not frame.more
 
     def _skip(self, message: Message) -> Message | None:

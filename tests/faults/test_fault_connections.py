@@ -21,7 +21,7 @@ HELLO = GREETING + frame(b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER", comm
 
 
 @needs_proc
-@pytest.mark.parametrize("count", [2000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2000, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(240)])])
 def test_a_storm_of_connections_leaves_nothing_behind(run_daemon: Callable[..., Daemon], count: int) -> None:
     """Each says hello, sends a request and leaves, so that descriptors are used again before requests are read."""
     daemon = run_daemon("--model", "mlp")
@@ -57,6 +57,7 @@ def test_a_client_with_too_many_connections_gets_no_more(run_daemon: Callable[..
 
 @needs_proc
 @pytest.mark.slow
+@pytest.mark.timeout(240)  # a million rows are computed, which took 46 seconds on a busy machine
 def test_peers_with_full_queues_cost_nothing_while_nothing_happens(run_daemon: Callable[..., Daemon]) -> None:
     daemon = run_daemon("--model", "mlp")
     rows, count = 64, 40

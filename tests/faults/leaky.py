@@ -1,0 +1,34 @@
+"""Run as a program: a daemon that leaves behind what the routing id of a new peer names."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import zmq
+
+from tnxd.admission import Connection
+from tnxd.cli import main
+from tnxd.router import Router
+
+LEFT: list[bytearray] = []
+
+LEAKS = {
+    b"a thread": lambda: threading.Thread(target=threading.Event().wait, daemon=True).start(),
+    b"a descriptor": lambda: os.dup(0),
+    b"memory": lambda: LEFT.append(bytearray(os.urandom(1 << 20) * 96)),
+}
+
+_meet = Router._meet
+
+
+def meet(router: Router, peer: bytes, frame: zmq.Frame) -> Connection:
+    """Meet a new peer, and leave behind what it is called."""
+    if peer in LEAKS:
+        LEAKS[peer]()
+    return _meet(router, peer, frame)
+
+
+if __name__ == "__main__":
+    Router._meet = meet  # type: ignore[method-assign]
+    main()
