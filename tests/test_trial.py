@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from format_tools import open_model
+from format_tools import open_model, save_program
 from tnxctl.errors import FailedPrecondition
 from tnxctl.wire import TensorSpec
 from tnxd.executors.tensors import check_outputs
@@ -26,6 +26,7 @@ from tnxd.executors.trial.examples import telling_examples
 from tnxd.executors.trial.held import Held, checksum
 from tnxd.executors.trial.suspects import suspects
 from tnxd.executors.trial.trial import Verdict, lane_calls, try_out
+from tnxd.executors.trial.undo import Undo
 from tnxd.models.model import Model
 from tnxd.noise import difference, tolerance
 
@@ -354,7 +355,7 @@ def test_inputs_that_did_not_come_are_none_wherever_a_module_is_called() -> None
         return x if y is None else x.add_(y)
 
     module = Two(run)
-    for call in (Serial(module), Sparing(module, {0, 1}), Own(module, (), ())):
+    for call in (Serial(module, None), Sparing(module, {0, 1}), Own(module, Undo(()))):
         assert torch.equal(call(torch.ones(1, WIDTH), None), torch.ones(1, WIDTH))
 
 
@@ -489,6 +490,19 @@ def test_what_is_wrong_with_the_code_fails_whatever_the_input() -> None:
 def test_the_zeros_that_a_program_was_exported_with_tell_nothing() -> None:
     zeros = {"x": np.zeros((2, WIDTH), np.float32)}
     assert tried(lambda: Module(MIXING["maximum over all"]), model(example_values=zeros)).model.max_batch_size == 0
+
+
+def test_a_program_is_tried_with_other_values_than_it_was_exported_with(tmp_path: Path) -> None:
+    class Scales(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x.amax() > 1, x / 255, x)
+
+    rows = torch.export.Dim("rows")
+    save_program(tmp_path / "net/1/model.pt2", Scales(), (torch.rand(2, WIDTH),), ({0: rows},))
+    served = open_model(tmp_path)
+    verdict = tried(served.factory, served)
+    assert verdict.model.max_batch_size == 0
+    assert "axis 0 does not count rows" in verdict.notes[0]
 
 
 def test_telling_examples_differ_from_row_to_row_and_from_variant_to_variant() -> None:

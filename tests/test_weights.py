@@ -226,3 +226,31 @@ def test_a_weight_that_nothing_gives_a_shape(tmp_path: Path) -> None:
     assert said.endswith(
         "code.py: 'layers.1.weight' has no shape yet, and is not among the weights of net/1/model.safetensors"
     )
+
+
+HOLDS = """
+import functools, torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+        self.listed = [self.layer.weight]
+        self.call = functools.partial(torch.nn.functional.linear, bias=self.layer.bias)
+        self.view = self.layer.weight.detach()[:1]
+        self.array = self.layer.weight.detach().numpy()
+    def forward(self, x):
+        array = torch.from_numpy(self.array)
+        return self.call(x, self.listed[0]) + x @ self.view.T + x @ array
+
+make = Net
+"""
+
+
+def test_weights_that_a_network_holds_in_other_places_too(tmp_path: Path) -> None:
+    found = {"layer.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "layer.bias": torch.tensor([5.0, 6.0])}
+    (save(tmp_path, found) / "code.py").write_text(HOLDS)
+    model = open_model(tmp_path, TOML)
+    weight, x = found["layer.weight"], torch.from_numpy(X)
+    wanted = torch.nn.functional.linear(x, weight, found["layer.bias"]) + x @ weight[:1].T + x @ weight
+    np.testing.assert_allclose(ask(model, model.factory(), X)["y"], wanted.numpy(), rtol=1e-6)

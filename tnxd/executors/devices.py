@@ -61,7 +61,7 @@ def _open_cpu(config: Config, on_done: OnDone) -> LanePool:
         lanes=workers,
         inline=CpuRunner(1),
         lane_threads=threads,
-        place=order_weights,
+        arrange=order_weights,
         memory_mb=host_memory_mb,
         give_back=heap.trim,
         on_done=on_done,

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from tnxctl.errors import Internal, TensorNextError, Unavailable
+from tnxctl.errors import Internal, Unavailable
 from tnxd.executors.execution import SHARED, Execution, Warmth
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.company import lanes_apart
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item
-from tnxd.executors.trial.held import memory
+from tnxd.executors.trial.held import Held, memory
 from tnxd.executors.trial.state import stateful
 from tnxd.executors.trial.trial import Verdict, lane_calls, try_out, without_rows
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
@@ -33,8 +33,8 @@ OnDone = Callable[[Execution], None]
 log = logging.getLogger(__name__)
 
 
-_OF_A_VIEW = "view size is not compatible"
-"""In what torch says to a forward that takes a weight apart which `order_weights` has put in another order."""
+def _as_it_is(module: torch.nn.Module) -> torch.nn.Module:
+    return module
 
 
 class _Job:
@@ -68,7 +68,7 @@ class LanePool:
         lanes: how many batches run at a time.
         inline: a runner for the caller's thread, if the device allows that.
         lane_threads: threads that work on one batch of a lane.
-        place: puts a freshly built module on the device.
+        place: puts a freshly built module on the device. arrange: has its weights lie as the device likes them best.
         memory_mb: free and total memory of the device in MiB, without blocking.
         give_back: returns memory that is not used any more to the system; may block.
         on_done: called on the lane's thread with every execution that `submit` took, when it is over.
@@ -84,7 +84,8 @@ class LanePool:
         lanes: int,
         inline: Runner | None,
         lane_threads: int = 1,
-        place: Callable[[torch.nn.Module], torch.nn.Module],
+        place: Callable[[torch.nn.Module], torch.nn.Module] = _as_it_is,
+        arrange: Callable[[torch.nn.Module], torch.nn.Module] = _as_it_is,
         memory_mb: Callable[[], tuple[float, float]],
         give_back: Callable[[], None] = lambda: None,
         on_done: OnDone,
@@ -101,6 +102,7 @@ class LanePool:
         self._calls: dict[str, Callable[[], Call]] = {}
         self._examples: dict[str, tuple[Model, Item]] = {}
         self._place = place
+        self._arrange = arrange
         self._give_back = give_back
         self._on_done = on_done
         self._queues = [self._start_lane(str(lane))[0] for lane in range(lanes)]
@@ -121,50 +123,29 @@ class LanePool:
         return inbox, runner
 
     def load(self, model: Model) -> Warmth:
-        try:
-            warmth = self._load(model)
-        except TensorNextError as error:
-            if _OF_A_VIEW not in error.message:
-                raise
-        else:
-            if not any(_OF_A_VIEW in note for note in warmth.notes):
-                return warmth
-            self.unload(model.key)
-        return self._load(model, keeps_layout=True)
-
-    def _load(self, model: Model, *, keeps_layout: bool = False) -> Warmth:
-        """Build, try and warm up a model. Args: keeps_layout: whether its weights stay as they are in memory."""
         notes: list[str] = []
 
         def build() -> torch.nn.Module:
             with settings_kept() as changes:
-                made = model.factory()
-                if keeps_layout:
-                    made.keeps_layout = True  # type: ignore[assignment]
-                made = self._place(made)
+                made = self._place(model.factory())
             notes.extend(changes.note("building it"))
             return made
 
-        module = build()
-        nbytes = _nbytes(module)
+        built = [build()]
+        nbytes = _nbytes(built[0])
         try:
             with self._warm_up_lane() as lane:
-                verdict = _called(lane, lambda runner: self._tried(runner, module, model, build))
-                if not verdict.pristine:
-                    del module
-                    module = build()
-                calls = lane_calls(module, verdict)
-                apart = self._apart(lane, calls, verdict)
-                if apart:  # they are not as separate as they look
-                    verdict = verdict.one_at_a_time(apart)
-                    del module, calls
-                    module = build()
-                    calls = lane_calls(module, verdict)
-                    apart = self._apart(lane, calls, verdict)
-                if apart:
-                    raise stateful(verdict.state.names, apart)
-                self._install(model.key, calls)
+                verdict = _called(lane, lambda runner: self._tried(runner, built[0], model, build))
+                verdict, module = self._ready(lane, built, verdict, build)
+                held = Held(module, model.writes, contents=False) if verdict.pristine else None
                 warmed = _called(lane, lambda runner: self._grow(runner, verdict))
+                written = held.changed(Held(module, model.writes, contents=False)) if held is not None else []
+                del held, module
+                if written:
+                    verdict = verdict.writing(written)
+                if not verdict.pristine and written:
+                    verdict, _ = self._ready(lane, [], verdict, build)
+                    warmed = _called(lane, lambda runner: self._grow(runner, verdict))
                 if warmed.mixes:
                     verdict = without_rows(verdict, warmed.mixes)
                     warmed = _called(lane, lambda runner: self._grow(runner, verdict))
@@ -185,6 +166,41 @@ class LanePool:
             examples=verdict.model.examples if verdict.model.examples != model.examples else (),
             notes=(*dict.fromkeys(notes), *verdict.notes),
         )
+
+    def _ready(
+        self, lane: Inbox, built: list[torch.nn.Module], verdict: Verdict, build: Callable[[], torch.nn.Module]
+    ) -> tuple[Verdict, torch.nn.Module]:
+        """Give all lanes what they call for a module, once they answer as the trial did.
+
+        Args:
+            built: the module of the trial; emptied, so that there are never two without need.
+
+        Raises:
+            FailedPrecondition: they do not, whatever is done.
+        """
+        module = built.pop() if built and verdict.pristine else None
+        built.clear()
+        if module is None:
+            module = build()
+        if verdict.known:  # else nobody would notice if its code cannot bear that
+            module = self._arrange(module)
+        calls = lane_calls(module, verdict)
+        apart = self._apart(lane, calls, verdict)
+        if apart and self._arrange is not _as_it_is:
+            del module, calls
+            module = build()
+            calls = lane_calls(module, verdict)
+            apart = self._apart(lane, calls, verdict)
+        if apart:  # they are not as separate as they look
+            verdict = verdict.one_at_a_time(apart)
+            del module, calls
+            module = build()
+            calls = lane_calls(module, verdict)
+            apart = self._apart(lane, calls, verdict)
+        if apart:
+            raise stateful(verdict.state.names, apart)
+        self._install(verdict.model.key, calls)
+        return verdict, module
 
     @staticmethod
     def _apart(lane: Inbox, calls: Callable[[], Call], verdict: Verdict) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import types
-from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 
 from tnxd import structures
 from tnxd.executors.trial.held import memory
+from tnxd.executors.trial.undo import Undo, attributes_of
 
 Call = Callable[..., Any]
 """A module, or what stands before one: takes the inputs in order."""
@@ -26,90 +25,22 @@ Call = Callable[..., Any]
 class Own:
     """A lane's own copy of a module.
 
-    What a forward does to attributes and tensors is undone after each call: no request leaves anything behind, though
-    the next one may read it where no trial has led to.
+    Whatever a forward writes is undone after each call: no request leaves anything behind, though the next one may read
+    it where no trial has led to.
 
     Args:
-        module: the copy. written: attributes that its forward writes, as (module, name). suspected: those that it may
-            write, of whose tensors torch counts the writes.
+        module: the copy. undo: what it writes.
     """
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        written: Collection[tuple[torch.nn.Module, str]],
-        suspected: Collection[tuple[torch.nn.Module, str]] = (),
-    ) -> None:
+    def __init__(self, module: torch.nn.Module, undo: Undo) -> None:
         self._module = module
-        self._bound: list[tuple[torch.nn.Module, str, Any]] = []
-        self._made: list[tuple[torch.nn.Module, str, Any, Any]] = []
-        self._contents: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._counted: list[tuple[torch.Tensor, torch.Tensor, int]] = []
-        for owner, name in written:
-            self._remember(owner, name, seen=True)
-        for owner, name in suspected:
-            self._remember(owner, name, seen=False)
-
-    def _remember(self, owner: torch.nn.Module, name: str, *, seen: bool) -> None:
-        if isinstance(getattr(type(owner), name, None), property):
-            return
-        value = getattr(owner, name, _ABSENT)
-        if value is _ABSENT or isinstance(value, (torch.Tensor, *_WITHOUT_PARTS)):
-            self._bound.append((owner, name, value))
-        else:
-            self._made.append((owner, name, copy.deepcopy(value), None if seen else _parts(value)))
-        for tensor in (value,) if isinstance(value, torch.Tensor) else held_by(value):
-            content = tensor.detach().clone()
-            if seen:
-                self._contents.append((tensor, content))
-            else:
-                self._counted.append((tensor, content, tensor._version))
+        self._undo = undo
 
     def __call__(self, *inputs: torch.Tensor | None) -> Any:
         try:
             return cloned(self._module(*inputs))
         finally:
-            self._put_back()
-
-    def _put_back(self) -> None:
-        for owner, name, value in self._bound:
-            now = getattr(owner, name, _ABSENT)
-            if now is not value:
-                if value is _ABSENT:
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, value)
-        for owner, name, value, parts in self._made:
-            if parts is None or _parts(getattr(owner, name, None)) != parts:
-                setattr(owner, name, copy.deepcopy(value))
-        for tensor, content in self._contents:
-            tensor.copy_(content)
-        for position, (tensor, content, version) in enumerate(self._counted):
-            if tensor._version != version:
-                tensor.copy_(content)
-                self._counted[position] = (tensor, content, tensor._version)
-
-
-_ABSENT = object()
-_CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
-_VALUES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, type)
-_WITHOUT_PARTS: tuple[type, ...] = (*_VALUES, *_CODE, torch.nn.Module)
-
-
-def held_by(value: Any) -> list[torch.Tensor]:
-    """Tensors of a module that is an attribute, but for its weights; [] of anything else."""
-    if not isinstance(value, torch.nn.Module):
-        return []
-    return [*value.buffers(), *attributes_of(value)]
-
-
-def _parts(value: Any) -> Any:
-    """Changes with what a container holds: which objects, and what was written to those that are tensors."""
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if not isinstance(value, (list, tuple, set, deque)):
-        return id(value), _ABSENT
-    return [(id(part), part._version if isinstance(part, torch.Tensor) else 0) for part in value]
+            self._undo.put_back()
 
 
 class Sparing:
@@ -132,18 +63,26 @@ class Sparing:
 
 
 class Serial:
-    """A module that one lane calls at a time."""
+    """A module that one lane calls at a time.
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    Args:
+        undo: what a forward writes, to be undone; None: it is meant for the next request.
+    """
+
+    def __init__(self, module: torch.nn.Module, undo: Undo | None) -> None:
         self._module = module
+        self._undo = undo
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: torch.Tensor | None) -> Any:
         with self._lock:
-            answer = cloned(self._module(*inputs))
-            if any(tensor is not None and tensor.is_cuda for tensor in inputs):
-                torch.cuda.current_stream().synchronize()  # the next lane has a stream of its own
-            return answer
+            try:
+                return cloned(self._module(*inputs))
+            finally:
+                if self._undo is not None:
+                    self._undo.put_back()
+                if any(tensor is not None and tensor.is_cuda for tensor in inputs):
+                    torch.cuda.current_stream().synchronize()  # the next lane has a stream of its own
 
 
 class Differentiating:
@@ -197,14 +136,3 @@ def duplicate(module: torch.nn.Module, written: Collection[torch.Tensor]) -> tor
                 if id(tensor) in shared or memory(tensor) not in own:
                     setattr(other, name, tensor)
     return made
-
-
-def attributes_of(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Tensors that are attributes, and neither parameters nor buffers."""
-    return [
-        value
-        for child in module.modules()
-        if not isinstance(child, torch.jit.ScriptModule)
-        for value in vars(child).values()
-        if isinstance(value, torch.Tensor)
-    ]

@@ -57,12 +57,15 @@ class Place:
 
     Attributes:
         name: for people: "layers.0.running_mean", "cache[k]", "net.CACHE".
-        owner, attribute: the module of the network that it is below, and the attribute; None and "": it is outside.
+        owner: the module of the network that it is below; None: it is outside.
+        attribute: the attribute of that module, or of the holder.
+        holder: outside, the class or the Python module that has it.
     """
 
     name: str
     owner: str | None
     attribute: str
+    holder: Any = field(default=None, repr=False, compare=False)
 
 
 def submodule(module: torch.nn.Module, path: str) -> torch.nn.Module:
@@ -103,8 +106,8 @@ class Held:
                 owner = submodule(module, path)
                 if isinstance(owner, torch.jit.ScriptModule):
                     self._value(Place(name, path, attribute), getattr(owner, attribute))
-        for name, value in _outside(module):
-            self._value(Place(name, None, ""), value)
+        for holder, variable, value in _outside(module):
+            self._value(Place(f"{_short(holder)}.{variable}", None, variable, holder), value)
 
     def forget_caches(self) -> None:
         """Empty the caches of functions (`functools.lru_cache`): what is in them is out of sight."""
@@ -127,6 +130,13 @@ class Held:
             for name in names
             if _unlike(self.tokens.get(name, _MISSING), later.tokens.get(name, _MISSING))
         ]
+
+    def has_same_content(self, later: Held, name: str) -> bool:
+        """Whether a tensor holds what it held, though it was written to meanwhile."""
+        one, other = self.tokens.get(name), later.tokens.get(name)
+        if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+            return False
+        return one.identity == other.identity and 0 != one.content == other.content
 
     def _module(self, path: str, module: torch.nn.Module) -> None:
         prefix = f"{path}." if path else ""
@@ -155,7 +165,7 @@ class Held:
                 continue
             self._seen.add(id(value))
             for step, child in _children(value):
-                waiting.append((Place(f"{place.name}{step}", place.owner, place.attribute), child))
+                waiting.append((Place(f"{place.name}{step}", place.owner, place.attribute, place.holder), child))
 
     def _token(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -207,8 +217,14 @@ def _children(value: Any) -> Iterable[tuple[str, Any]]:
         return [(f"[{index}]", child) for index, child in enumerate(list(value))]
     if isinstance(value, types.FunctionType):
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=False)
-        found = [(f".{name}", cell.cell_contents) for name, cell in cells if _filled(cell)]
+        found = [(f".{name}", cell.cell_contents) for name, cell in cells if is_filled(cell)]
+        defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        found += [(f".default{index}", child) for index, child in enumerate(defaults)]
         return [*found, *((f".{name}", child) for name, child in vars(value).items())]
+    if isinstance(value, functools.partial):
+        return [
+            (f"({index})", child) for index, child in enumerate((value.func, *value.args, *value.keywords.values()))
+        ]
     if isinstance(value, functools._lru_cache_wrapper):
         return ()
     if type(value).__module__.partition(".")[0] in _CLOSED:
@@ -230,7 +246,8 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
-def _filled(cell: types.CellType) -> bool:
+def is_filled(cell: types.CellType) -> bool:
+    """Whether a variable of an enclosing function has a value."""
     try:
         cell.cell_contents  # noqa: B018 - it raises where there is nothing yet
     except ValueError:
@@ -238,27 +255,59 @@ def _filled(cell: types.CellType) -> bool:
     return True
 
 
-def _outside(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """State of the code of a network, beside it: class attributes, and globals of the modules beside the weights."""
+def _outside(module: torch.nn.Module) -> Iterator[tuple[Any, str, Any]]:
+    """State of the code of a network, beside it: class attributes, and globals of the modules beside the weights.
+
+    Yields: the class or the Python module, the name of the attribute, and what it is.
+    """
+    for holder in _code(module):
+        for name, value in list(vars(holder).items()):
+            if is_state(name, value):
+                yield holder, name, value
+
+
+def _code(module: torch.nn.Module) -> Iterator[Any]:
+    """Classes of a network, and the Python modules beside its weights."""
     kinds = {type(child) for child in module.modules()}
     packages = set()
     for kind in kinds:
         if kind.__module__.partition(".")[0] not in _CLOSED:
-            for name, value in list(vars(kind).items()):
-                if not name.startswith("__") and _holds(value):
-                    yield f"{kind.__name__}.{name}", value
+            yield kind
         if is_private(kind.__module__):
             packages.add(kind.__module__.rpartition(".")[0])
     for name, code in sys.modules.copy().items():  # others may import meanwhile
         if name.rpartition(".")[0] in packages:
-            for variable, value in list(vars(code).items()):
-                if not variable.startswith("__") and _holds(value):
-                    yield f"{name.rpartition('.')[2]}.{variable}", value
+            yield code
 
 
-def _holds(value: Any) -> bool:
+def code_of(module: torch.nn.Module) -> list[Any]:
+    """Classes and Python modules beside the weights of a network."""
+    return [
+        holder
+        for holder in _code(module)
+        if is_private(holder.__module__ if isinstance(holder, type) else holder.__name__)
+    ]
+
+
+def own_state(module: torch.nn.Module) -> list[tuple[Any, str]]:
+    """Class attributes and globals that the code beside the weights may keep something in, as (holder, name)."""
+    return [
+        (holder, name)
+        for holder in code_of(module)
+        for name, value in vars(holder).items()
+        if is_state(name, value) and not isinstance(value, functools._lru_cache_wrapper)
+    ]
+
+
+def is_state(name: str, value: Any) -> bool:
     """Whether a class attribute or a global may be state."""
-    return not isinstance(value, (types.ModuleType, type, property, staticmethod, classmethod, torch.nn.Module))
+    kinds = (types.ModuleType, type, property, staticmethod, classmethod, torch.nn.Module)
+    return not name.startswith("__") and not isinstance(value, kinds)
+
+
+def _short(holder: Any) -> str:
+    """The name of a class or a Python module, as people know it."""
+    return str(holder.__name__).rpartition(".")[2]
 
 
 def memory(tensor: torch.Tensor) -> int:

@@ -10,7 +10,8 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ _MOST_SECONDS = 0.3
 _ORDER = (0, 0, 1, 1, 0)
 """Each of the two inputs after itself and after the other one: what one left behind would show."""
 
-_REMEDY = 'state = "shared" in model.toml serves it so, one request at a time'
+REMEDY = 'state = "shared" in model.toml serves it so, one request at a time'
 
 _SEED = 20_261_128
 
@@ -57,6 +58,7 @@ class State:
         suspected: those that it may write besides.
         names: both, for people.
         outside: whether it also writes outside of the network, or to what nobody sees: it cannot be copied for a lane.
+        beside: class attributes and globals that it was seen to write: (class or Python module, name).
         random: whether answers differ by chance.
     """
 
@@ -66,6 +68,27 @@ class State:
     names: tuple[str, ...] = ()
     outside: bool = False
     random: bool = False
+    beside: tuple[tuple[Any, str], ...] = ()
+
+    def with_written(self, places: Sequence[Place]) -> State:
+        """The state if forwards have written these places, too."""
+        if not places:
+            return self
+        beside = {(id(holder), name): (holder, name) for holder, name in self.beside}
+        beside |= {
+            (id(place.holder), place.attribute): (place.holder, place.attribute) for place in places if place.holder
+        }
+        inside = [(place.owner, place.attribute) for place in places if place.owner is not None]
+        written = tuple(dict.fromkeys([*self.written, *inside]))
+        return replace(
+            self,
+            kind=SCRATCH,
+            written=written,
+            suspected=tuple(each for each in self.suspected if each not in written),
+            names=tuple(dict.fromkeys([*(place.name for place in places), *self.names])),
+            outside=self.outside or any(place.owner is None for place in places),
+            beside=tuple(beside.values()),
+        )
 
 
 def find_state(module: torch.nn.Module, model: Model, ask: Ask, first: Item, second: Item, allowed: float) -> State:
@@ -96,18 +119,17 @@ def find_state(module: torch.nn.Module, model: Model, ask: Ask, first: Item, sec
         if apart is not None and (changed or not (after.draws or _draws(ask, first))):
             raise stateful([place.name for place in changed] or model.writes, apart.text)
         check_graph(model, changed)
-        inside = dict.fromkeys((place.owner, place.attribute) for place in changed if place.owner is not None)
-        suspected = [place for place in suspects(module) if place not in inside]
-        _disturbed(module, model, ask, first, alone, changed, differ)
-        outside = any(place.owner is None for place in changed) or (reused and not changed) or not after.complete
+        suspected = tuple(suspects(module))
+        other_content = [place for place in changed if not before.has_same_content(after, place.name)]
+        _disturbed(module, model, ask, first, alone, other_content, differ)
+        hidden = (reused and not changed) or not after.complete
         return State(
-            SCRATCH if inside or suspected or outside else PURE,
-            tuple(inside),
-            tuple(suspected),
-            tuple(dict.fromkeys([*(place.name for place in changed), *(".".join(filter(None, p)) for p in suspected)])),
-            outside,
+            SCRATCH if suspected or hidden else PURE,
+            suspected=suspected,
+            names=tuple(".".join(filter(None, each)) for each in suspected),
+            outside=hidden,
             random=differ(ask(first)[1], ask(first)[1]) is not None,
-        )
+        ).with_written(changed)
 
 
 def _draws(ask: Ask, item: Item) -> bool:
@@ -140,7 +162,7 @@ def check_graph(model: Model, changed: Sequence[Place]) -> None:
         if name not in written:
             raise FailedPrecondition(
                 f"it may write to {name!r}, but did not for any example: whether an answer depends on earlier "
-                f"requests cannot be told. {_REMEDY}"
+                f"requests cannot be told. {REMEDY}"
             )
 
 
@@ -190,7 +212,7 @@ def stateful(names: Sequence[str], how: str) -> FailedPrecondition:
     through = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     what = f"through {through}" if names else "through something that it holds out of sight"
     return FailedPrecondition(
-        f"an answer depends on earlier requests, {what}: the same input gave different answers, {how}. {_REMEDY}"
+        f"an answer depends on earlier requests, {what}: the same input gave different answers, {how}. {REMEDY}"
     )
 
 

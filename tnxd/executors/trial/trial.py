@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import re
 from collections import Counter
@@ -17,12 +18,23 @@ from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxctl.frames import Array
 from tnxd.executors.execution import PURE, SCRATCH, SHARED
 from tnxd.executors.tensors import TORCH_DTYPES, check_outputs, to_array, to_tensor
-from tnxd.executors.trial.copies import Call, Differentiating, Own, Serial, Sparing, duplicate, held_by
+from tnxd.executors.trial.copies import Call, Differentiating, Own, Serial, Sparing, duplicate
 from tnxd.executors.trial.examples import Item, Make, examples, telling_examples
-from tnxd.executors.trial.held import Held, submodule
+from tnxd.executors.trial.held import Held, Place, submodule
 from tnxd.executors.trial.rows import lengths_apart, pair_of_requests, rows_apart
-from tnxd.executors.trial.state import Answer, State, blame, check_graph, find_state, same_chance, seeded, stateful
+from tnxd.executors.trial.state import (
+    REMEDY,
+    Answer,
+    State,
+    blame,
+    check_graph,
+    find_state,
+    same_chance,
+    seeded,
+    stateful,
+)
 from tnxd.executors.trial.suspects import suspects
+from tnxd.executors.trial.undo import Beside, Undo, held_by
 from tnxd.models.model import Model
 from tnxd.models.process import Witness
 from tnxd.noise import as_float, difference, tolerance
@@ -67,6 +79,7 @@ class Verdict:
         written_inputs: positions of inputs that a forward writes to.
         known: inputs of two requests and their answers; (): these cannot be repeated.
         differentiates: whether it runs outside of inference mode.
+        beside: the code beside the weights, as it was imported.
         notes: what an operator should know.
     """
 
@@ -79,6 +92,15 @@ class Verdict:
     written_inputs: frozenset[int] = frozenset()
     known: tuple[tuple[Item, Sequence[Array]], ...] = ()
     differentiates: bool = False
+    beside: Beside | None = None
+
+    def writing(self, places: Sequence[Place]) -> Verdict:
+        """The verdict for a module that was seen to write these places, too: nothing of that is to be left behind."""
+        places = [place for place in places if not _is_cache(place)]
+        state = self.state.with_written(places)
+        if self.beside is not None and state.kind != PURE:
+            self.beside.put_back()
+        return replace(self, state=state, serial=self.serial or state.outside)
 
     @property
     def kind(self) -> str:
@@ -119,6 +141,7 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
     module, model, device = asking.module, asking.model, asking.device
     allowed = tolerance(_datatypes(module, model), device.type)
     as_built = Held(module, model.writes, contents=False)
+    beside = Beside(module)
     with same_chance():
         asking, make, complaint, notes = _begun(asking)
     model = asking.model
@@ -134,34 +157,51 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
             f"Put values that it takes into example.npz beside the model"
         )
         check_graph(model, ())
-        state = State(SCRATCH, suspected=tuple(suspects(module)))
+        beside.put_back()
+        state = State(SCRATCH, suspected=tuple(suspects(module)), beside=tuple(beside.attributes))
         return Verdict(model.unbatched(), state, not state.suspected, None, allowed, (*notes, note))
     made_at_first = [place.name for place in as_built.changed(Held(module, model.writes, contents=False))]
+    begun = Held(module, model.writes)
     with same_chance():
         telling = _telling(asking, model)
     varied = telling[0] if telling else make
     first, second = varied(1, 0), varied(1, 1)
     state = find_state(module, model, asking, first, second, allowed)
+    with same_chance():
+        known = seeded(asking, first)[1]
     if made_at_first:
+        beside.put_back()
         with same_chance(), torch.inference_mode(False):
             again = build()
         with same_chance():
-            known = seeded(asking, first)[1]
             as_built.forget_caches()
             _check_first_call(known, asking.of_another(again), first, second, made_at_first, allowed)
             as_built.forget_caches()
     verdict = Verdict(
-        *(model, state, state.outside, varied, allowed, (*notes, *_about(state))), differentiates=asking.differentiates
+        *(model, state, state.outside, varied, allowed, notes), differentiates=asking.differentiates, beside=beside
     )
+    failure = None
     if model.max_batch_size > 1:  # one row has no company
-        with same_chance():
-            verdict = _with_rows(verdict, asking, telling)
+        try:
+            with same_chance():
+                verdict = _with_rows(verdict, asking, telling)
+        except FailedPrecondition as error:
+            failure = error
+    written = begun.changed(Held(module, model.writes))
+    with same_chance():
+        apart = difference(model.outputs, known, seeded(asking, first)[1], allowed)
+    if apart is not None and written and not state.random:
+        raise stateful([place.name for place in written], apart.text)
+    if failure is not None:
+        raise failure
+    verdict = verdict.writing(written)
+    verdict = replace(verdict, notes=(*verdict.notes, *_about(verdict.state)))
     if state.random:
         return verdict
     served = asking.as_another(verdict.model)
     with same_chance():
-        answered = [(item, seeded(served, item)[1]) for item in (varied(1, 0), varied(1, 1))]
-    return replace(verdict, known=tuple(answered))
+        answered = [(item, seeded(served, item)[1]) for item in (first, second)]
+    return replace(verdict.writing(()), known=tuple(answered))
 
 
 class _Asking:
@@ -253,17 +293,16 @@ def lane_calls(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]:
 
 
 def _kept_apart(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]:
+    written, suspected = verdict.state.written, verdict.state.suspected
     if verdict.serial:
-        one = Serial(module)
+        one = Serial(module, None if verdict.kind == SHARED else _undo(module, verdict.state))
         return lambda: one
     if verdict.pristine:
         return lambda: module
-    written, suspected = verdict.state.written, verdict.state.suspected
 
     def own() -> Own:
         copied = duplicate(module, _tensors(module, (*written, *suspected)))
-        places = [[(submodule(copied, path), name) for path, name in each] for each in (written, suspected)]
-        return Own(copied, *places)
+        return Own(copied, _undo(copied, verdict.state))
 
     try:
         own()
@@ -271,13 +310,28 @@ def _kept_apart(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]
         if suspected:
             raise FailedPrecondition(
                 f"its code may write to {_joined(*suspected[0])!r}, and it cannot be copied for each lane: "
-                f"{sentence(error)}. "
-                f'state = "shared" in model.toml serves it one request at a time'
+                f"{sentence(error)}. {REMEDY}"
             ) from None
         log.info("%s is called by one lane at a time: %s", verdict.model.key, sentence(error))
-        one = Serial(module)
+        one = Serial(module, _undo(module, verdict.state))
         return lambda: one
     return own
+
+
+def _undo(module: torch.nn.Module, state: State) -> Undo:
+    """What forwards of a module write, to be undone.
+
+    Raises:
+        FailedPrecondition: it cannot be: the sentence names it.
+    """
+    inside = [[(submodule(module, path), name) for path, name in each] for each in (state.written, state.suspected)]
+    try:
+        return Undo([*inside[0], *state.beside], inside[1])
+    except Exception as error:  # whatever a part of it has against being copied
+        told = ", ".join(map(repr, state.names[:3]))
+        raise FailedPrecondition(
+            f"a forward writes, or may write, to {told}, which cannot be put back: {sentence(error)}. {REMEDY}"
+        ) from None
 
 
 def _begun(asking: _Asking) -> tuple[_Asking, Make | None, str, tuple[str, ...]]:
@@ -357,6 +411,7 @@ def _telling(ask: _Asking, model: Model) -> list[Make]:
     """
     fine: list[Make] = []
     others: list[Make] = []
+    exported = model.format == "pt2"
     for own in (True, False) if model.example_values else (True,):
         for make in telling_examples(model, ask.device.type, own=own):
             told = _told(ask, model, make)
@@ -366,9 +421,11 @@ def _telling(ask: _Asking, model: Model) -> list[Make]:
                 others.append(make)
             if len(fine) == _MOST_KINDS:
                 return fine
-        if fine:
+            if own and exported and fine:  # whoever exported it gave a shape, and may not have thought of values
+                break
+        if fine and not exported:
             return fine
-    return others[:1]
+    return fine or others[:1]
 
 
 _SOME, _ALL = 1, 2
@@ -449,6 +506,11 @@ def _about(state: State) -> tuple[str, ...]:
     told = ", ".join(map(repr, state.names[:3])) + (" and more" if len(state.names) > 3 else "") or "what nobody sees"
     how = "one lane at a time calls it" if state.outside else "each lane has a copy of its own"
     return (f"a forward writes, or may write, to {told}: {how}",)
+
+
+def _is_cache(place: Place) -> bool:
+    """Whether a place is the cache of a function: it gives the same answer to the same arguments."""
+    return isinstance(getattr(place.holder, place.attribute, None), functools._lru_cache_wrapper)
 
 
 def _joined(path: str, name: str) -> str:

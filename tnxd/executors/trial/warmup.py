@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,9 @@ _ROUNDS = 3
 # tried. Other models and the requests themselves need memory, too.
 _MEMORY_SHARE = 0.25
 
+# So long the rows of a batch are looked at one by one.
+_LOOKED_AT_S = 0.03
+
 # Less is noise: of what other threads do, and of what the C library takes at a time.
 _SHOWS_FROM = 16 * _MIB
 
@@ -47,7 +51,7 @@ class Warmed(NamedTuple):
 
 
 def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float | None) -> Warmed:
-    """Run batches of growing size on the calling thread, whose first row is the same.
+    """Run batches of growing size on the calling thread, and hold some of their rows against what they get alone.
 
     Args:
         runner: of this thread; it has the model. make: inputs that the model takes. lanes: of the device.
@@ -58,7 +62,6 @@ def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float
     """
     costs: list[tuple[int, float]] = []
     row_bytes = 0.0
-    alone: list[Array] = []
     for rows in model.warm_up or warm_up_sizes(model.max_batch_size):
         left = runner.memory_left() * _MEMORY_SHARE / lanes
         if costs and left and row_bytes * rows > left:
@@ -77,15 +80,35 @@ def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float
         if execution.exhausted:  # it ran in pieces
             return Warmed(costs, safe_rows=max(execution.safe_rows, 1))
         costs.append((rows, _micros(execution)))
-        if model.max_batch_size and allowed is not None:
-            outputs = execution.outcomes[0]
-            assert not isinstance(outputs, TensorNextError)
-            first = [output[:1] for output in outputs]
-            apart = difference(model.outputs, alone, first, allowed) if alone else None
-            if apart is not None and not apart.counted:
-                return Warmed(costs, mixes=f"alone and in a batch of {rows}, {apart.text}")
-            alone = alone or [output.copy() for output in first]
+        if rows > 1 and model.max_batch_size and allowed is not None:
+            apart = _unlike_alone(runner, model, make(rows, 0), _answer(execution), allowed)
+            if apart:
+                return Warmed(costs, mixes=f"alone and in a batch of {rows}, {apart}")
     return Warmed(costs)
+
+
+def _unlike_alone(runner: Runner, model: Model, item: Item, together: Sequence[Array], allowed: float) -> str:
+    """The difference between a row's answer in a batch and alone, in words; "" if there is none in those looked at.
+
+    The first and the last one, and others in between for a while: an expert of
+    limited capacity turns down those that come last, another mistake may begin anywhere.
+    """
+    rows = len(item[0])
+    began = time.perf_counter()
+    for row in dict.fromkeys((0, rows - 1, *range(rows // 2, rows), *range(rows // 2))):
+        alone = _answer(run_example(runner, model, tuple([array[row : row + 1] for array in item])))
+        apart = difference(model.outputs, alone, [output[row : row + 1] for output in together], allowed)
+        if apart is not None and not apart.counted:
+            return apart.text
+        if row and time.perf_counter() - began > _LOOKED_AT_S:
+            break
+    return ""
+
+
+def _answer(execution: Execution) -> Sequence[Array]:
+    outputs = execution.outcomes[0]
+    assert not isinstance(outputs, TensorNextError)
+    return outputs
 
 
 def run_example(runner: Runner, model: Model, item: Item) -> Execution:

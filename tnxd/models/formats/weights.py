@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
@@ -166,10 +167,23 @@ def fill(
         used[name] = weight
     if converted:
         log.warning("%s: %d tensors have another datatype than in the network, and are converted", label, converted)
+    _write_over(expected, used)
     network.load_state_dict(used, assign=True)
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if tensor.is_meta:
             raise FailedPrecondition(f"{made_by}: {name!r} is on the meta device, and not among the weights of {label}")
+
+
+def _write_over(expected: Mapping[str, torch.Tensor], used: Mapping[str, torch.Tensor]) -> None:
+    """Write weights into the tensors that a network has made, too, though others take their places.
+
+    A network may hold them, or views of them, where no state_dict tells: in a list, a partial, a function.
+    """
+    with torch.no_grad():
+        for name, own in expected.items():
+            if not is_lazy(own) and not own.is_meta and own is not used[name]:
+                with contextlib.suppress(RuntimeError):  # one that is expanded has no place for all of its values
+                    own.copy_(used[name])
 
 
 def _without(names: set[str], patterns: Sequence[str]) -> set[str]:
