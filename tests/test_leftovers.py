@@ -53,6 +53,10 @@ def listed(x, seen=[]):
 def kept(seen, x):
     return listed(x, seen)
 
+def noted(x):
+    if bool((x > 500).any()):
+        TABLE.append(1)
+
 class Net(nn.Module):
     last = None
     def __init__(self):
@@ -131,6 +135,28 @@ if Net.last is None:
     Net.last = 1 / x.abs().mean().clamp(min=0.5)
 return self.layer(x) * Net.last
 """,
+    "rarely, a global": """
+if bool((x > 500).any()):
+    SEEN["n"] = SEEN.get("n", 0) + 1
+return self.layer(x) + SEEN.get("n", 0)
+""",
+    "rarely, through a function": """
+noted(x)
+return self.layer(x) + len(TABLE)
+""",
+    "rarely, a class": """
+y = self.layer(x) + (0 if Net.last is None else Net.last)
+if bool((x > 500).any()):
+    Net.last = x.mean()
+return y
+""",
+    "rarely, a new global": """
+global SCALE
+y = self.layer(x) + globals().get("SCALE", 0)
+if bool((x > 500).any()):
+    SCALE = x.mean()
+return y
+""",
     "masks by length": """
 n = len(x)
 if n > 8 and n not in self.masks:
@@ -191,7 +217,7 @@ def test_nobody_finds_what_a_request_leaves_behind(tmp_path: Path, name: str) ->
         return
     generator = np.random.default_rng(1)
     for number in range(24):
-        x = generator.uniform(-1, (1, 3, 300)[number % 3], (1 + number % 12, 4)).astype(np.float32)
+        x = generator.uniform(-1, (1, 3, 1000)[number % 3], (1 + number % 12, 4)).astype(np.float32)
         if number % 5 == 0:
             x[0, 0] = np.nan
         batch = Batch(Device("cpu", "cpu", 1, set()), number // 2 % 2, model.key, [], len(x))

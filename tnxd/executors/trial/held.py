@@ -107,7 +107,7 @@ class Held:
                 if isinstance(owner, torch.jit.ScriptModule):
                     self._value(Place(name, path, attribute), getattr(owner, attribute))
         for holder, variable, value in _outside(module):
-            self._value(Place(f"{_short(holder)}.{variable}", None, variable, holder), value)
+            self._value(Place(f"{short(holder)}.{variable}", None, variable, holder), value)
 
     def forget_caches(self) -> None:
         """Empty the caches of functions (`functools.lru_cache`): what is in them is out of sight."""
@@ -305,7 +305,7 @@ def is_state(name: str, value: Any) -> bool:
     return not name.startswith("__") and not isinstance(value, kinds)
 
 
-def _short(holder: Any) -> str:
+def short(holder: Any) -> str:
     """The name of a class or a Python module, as people know it."""
     return str(holder.__name__).rpartition(".")[2]
 

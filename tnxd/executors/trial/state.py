@@ -22,8 +22,8 @@ from tnxd.executors.execution import PURE, SCRATCH
 from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.tensors import to_array
 from tnxd.executors.trial.examples import Item
-from tnxd.executors.trial.held import Held, Place, memory
-from tnxd.executors.trial.suspects import suspects
+from tnxd.executors.trial.held import Held, Place, memory, short
+from tnxd.executors.trial.suspects import suspects, suspects_beside
 from tnxd.models.model import Model
 from tnxd.noise import Difference, difference
 from tnxd.sentences import sentence
@@ -55,7 +55,7 @@ class State:
     Attributes:
         kind: PURE or SCRATCH.
         written: attributes that it was seen to write: (path of the module within the network, attribute).
-        suspected: those that it may write besides.
+        suspected: those that it may write besides. suspected_beside: class attributes and globals that it may write.
         names: both, for people.
         outside: whether it also writes outside of the network, or to what nobody sees: it cannot be copied for a lane.
         beside: class attributes and globals that it was seen to write: (class or Python module, name).
@@ -69,6 +69,7 @@ class State:
     outside: bool = False
     random: bool = False
     beside: tuple[tuple[Any, str], ...] = ()
+    suspected_beside: tuple[tuple[Any, str], ...] = ()
 
     def with_written(self, places: Sequence[Place]) -> State:
         """The state if forwards have written these places, too."""
@@ -119,15 +120,19 @@ def find_state(module: torch.nn.Module, model: Model, ask: Ask, first: Item, sec
         if apart is not None and (changed or not (after.draws or _draws(ask, first))):
             raise stateful([place.name for place in changed] or model.writes, apart.text)
         check_graph(model, changed)
-        suspected = tuple(suspects(module))
+        suspected, beside = tuple(suspects(module)), tuple(suspects_beside(module))
         other_content = [place for place in changed if not before.has_same_content(after, place.name)]
         _disturbed(module, model, ask, first, alone, other_content, differ)
         hidden = (reused and not changed) or not after.complete
         return State(
-            SCRATCH if suspected or hidden else PURE,
+            SCRATCH if suspected or beside or hidden else PURE,
             suspected=suspected,
-            names=tuple(".".join(filter(None, each)) for each in suspected),
-            outside=hidden,
+            suspected_beside=beside,
+            names=(
+                *(".".join(filter(None, each)) for each in suspected),
+                *(f"{short(holder)}.{name}" for holder, name in beside),
+            ),
+            outside=hidden or bool(beside),
             random=differ(ask(first)[1], ask(first)[1]) is not None,
         ).with_written(changed)
 

@@ -10,12 +10,18 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+import sys
 import textwrap
+import types
 from typing import Any
 
 import torch
 
+from tnxd.executors.trial.held import is_state
 from tnxd.models.formats.factories import is_private
+
+_GLOBAL = "::"
+"""Before the name of a global, so that it is no attribute of `self`."""
 
 _WRITERS = {"append", "extend", "insert", "pop", "popitem", "clear", "update", "setdefault", "remove", "add", "discard"}
 _WRITERS |= {"appendleft", "extendleft", "popleft", "rotate", "sort", "reverse", "put"}
@@ -27,30 +33,62 @@ _VIEWS = {"view", "reshape", "numpy", "detach", "transpose", "permute", "squeeze
 
 def suspects(module: torch.nn.Module) -> list[tuple[str, str]]:
     """Path of a module, and an attribute of it that its forward may write."""
-    known: dict[type, set[str]] = {}
+    known: dict[type, list[str]] = {}
     found = []
     for path, child in module.named_modules():
         kind = type(child)
         if not is_private(kind.__module__):
             continue
         if kind not in known:
-            known[kind] = _written(kind)
-        found += [(path, name) for name in sorted(known[kind])]
+            known[kind] = sorted(name for name in _written(kind) if not name.startswith(_GLOBAL))
+        found += [(path, name) for name in known[kind]]
     return found
 
 
+def suspects_beside(module: torch.nn.Module) -> list[tuple[Any, str]]:
+    """Class attributes and globals beside the weights that a forward may write, as (holder, name)."""
+    found: dict[tuple[int, str], tuple[Any, str]] = {}
+    for kind in {type(child) for child in module.modules()}:
+        if is_private(kind.__module__):
+            for name in sorted(_written(kind)):
+                place = _place(sys.modules.get(kind.__module__), name) if name.startswith(_GLOBAL) else None
+                if place is not None:
+                    found[id(place[0]), place[1]] = place
+    return list(found.values())
+
+
+def _place(code: types.ModuleType | None, name: str) -> tuple[Any, str] | None:
+    """The holder and the attribute that a name in a module stands for: `::NAME`, or `::NAME.attribute`."""
+    if code is None:
+        return None
+    variable, _, attribute = name.removeprefix(_GLOBAL).partition(".")
+    value = vars(code).get(variable)
+    if isinstance(value, type):
+        return (value, attribute) if attribute and is_private(value.__module__) else None
+    if isinstance(value, types.ModuleType):
+        return (value, attribute) if attribute and is_private(value.__name__) else None
+    return (code, variable) if is_state(variable, value) else None
+
+
 def _written(kind: type) -> set[str]:
-    """Attributes of `self` that `forward` of a class may write, itself or through other methods."""
+    """Attributes of `self` that `forward` of a class may write, itself or through others, and globals (`::NAME`)."""
     written: set[str] = set()
     waiting, seen = ["forward"], {"forward"}
+    namespace = vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
     while waiting:
         name = waiting.pop()
-        for base in kind.__mro__:  # of its bases, too, which it may call by super()
-            function = _function(vars(base).get(name))
-            if function is None or not function.args.args:
+        bases = [
+            (vars(base).get(name), True) for base in kind.__mro__
+        ]  # of its bases, too, which it may call by super()
+        for member, is_method in (
+            [(namespace.get(name.removeprefix(_GLOBAL)), False)] if name.startswith(_GLOBAL) else bases
+        ):
+            function = _function(member)
+            if function is None or (is_method and not function.args.args):
                 continue
-            reader = _Reader(function.args.args[0].arg)
-            reader.visit(function)
+            reader = _Reader(function, is_method=is_method)
+            for statement in function.body:
+                reader.visit(statement)
             written |= reader.written
             waiting += reader.used - seen
             seen |= reader.used
@@ -72,20 +110,30 @@ def _function(member: Any) -> ast.FunctionDef | None:
 
 
 class _Reader(ast.NodeVisitor):
-    """Reads one method. Attributes: written, used: attributes of `self`."""
+    """Reads one function. Attributes: written, used: attributes of `self`, and what is global (`::NAME`)."""
 
-    def __init__(self, self_name: str) -> None:
+    def __init__(self, function: ast.FunctionDef, *, is_method: bool) -> None:
         self.written: set[str] = set()
         self.used: set[str] = set()
         self._aliases: dict[str, str] = {}  # local variable -> attribute that it is, or a part of
-        self._self = self_name
+        arguments = function.args
+        names = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+        self._self = arguments.args[0].arg if is_method else ""
+        self._globals = {name for node in ast.walk(function) if isinstance(node, ast.Global) for name in node.names}
+        self._locals = {argument.arg for argument in names if argument is not None}
+        self._locals |= {
+            node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
+        self._locals -= self._globals
 
     def _root(self, node: ast.AST) -> str | None:
-        """The attribute of `self` that an expression is, or a view of."""
+        """The attribute of `self`, or the global, that an expression is, or a view of."""
+        attribute = ""
         while True:
             if isinstance(node, ast.Attribute):
                 if isinstance(node.value, ast.Name) and node.value.id == self._self:
                     return node.attr
+                attribute = f".{node.attr}"
                 node = node.value
             elif isinstance(node, (ast.Subscript, ast.Starred)):
                 node = node.value
@@ -94,7 +142,9 @@ class _Reader(ast.NodeVisitor):
                     return None  # the result is a new object
                 node = node.func.value
             elif isinstance(node, ast.Name):
-                return self._aliases.get(node.id)
+                if node.id in self._aliases or node.id in self._locals or node.id == self._self:
+                    return self._aliases.get(node.id)
+                return f"{_GLOBAL}{node.id}{attribute}"
             else:
                 return None
 
@@ -102,7 +152,7 @@ class _Reader(ast.NodeVisitor):
         if isinstance(node, (ast.Tuple, ast.List)):
             for element in node.elts:
                 self._write(element)
-        elif not isinstance(node, ast.Name):  # a local variable is bound anew
+        elif not isinstance(node, ast.Name) or node.id in self._globals:  # a local variable is bound anew
             root = self._root(node)
             if root is not None:
                 self.written.add(root)
@@ -159,6 +209,8 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         function = node.func
+        if isinstance(function, ast.Name) and function.id not in self._locals:
+            self.used.add(_GLOBAL + function.id)
         if isinstance(function, ast.Attribute) and _writes(function.attr):
             root = self._root(function.value)
             if root is not None:

@@ -326,7 +326,7 @@ def _undo(module: torch.nn.Module, state: State) -> Undo:
     """
     inside = [[(submodule(module, path), name) for path, name in each] for each in (state.written, state.suspected)]
     try:
-        return Undo([*inside[0], *state.beside], inside[1])
+        return Undo([*inside[0], *state.beside], [*inside[1], *state.suspected_beside])
     except Exception as error:  # whatever a part of it has against being copied
         told = ", ".join(map(repr, state.names[:3]))
         raise FailedPrecondition(
