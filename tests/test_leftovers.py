@@ -157,6 +157,11 @@ if bool((x > 500).any()):
     SCALE = x.mean()
 return y
 """,
+    "a range that the first one decides": """
+if not self.masks:
+    self.masks["scale"] = 255.0 if bool(x.amax() > 1) else 1.0
+return self.layer(x / self.masks["scale"])
+""",
     "masks by length": """
 n = len(x)
 if n > 8 and n not in self.masks:
@@ -197,11 +202,8 @@ def alone(root: Path, x: Array) -> Array:
     return ask(model, model.factory(), x)["y"]
 
 
-@pytest.mark.parametrize("name", BODIES)
-def test_nobody_finds_what_a_request_leaves_behind(tmp_path: Path, name: str) -> None:
-    model = published(tmp_path, BODIES[name])
-    done: queue.Queue[Execution] = queue.Queue()
-    lanes = LanePool(
+def lanes_of(done: queue.Queue[Execution]) -> LanePool:
+    return LanePool(
         *("cpu", "cpu", ""),
         make_runner=lambda: CpuRunner(1),
         lanes=2,
@@ -210,6 +212,19 @@ def test_nobody_finds_what_a_request_leaves_behind(tmp_path: Path, name: str) ->
         memory_mb=lambda: (0.0, 0.0),
         on_done=done.put,
     )
+
+
+def test_rows_that_mix_only_where_a_lane_puts_back_what_they_left(tmp_path: Path) -> None:
+    model = published(tmp_path, BODIES["a range that the first one decides"])
+    with pytest.raises(FailedPrecondition, match="axis 0 does not count rows: alone and beside another request"):
+        lanes_of(queue.Queue()).load(model)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_nobody_finds_what_a_request_leaves_behind(tmp_path: Path, name: str) -> None:
+    model = published(tmp_path, BODIES[name])
+    done: queue.Queue[Execution] = queue.Queue()
+    lanes = lanes_of(done)
     try:
         lanes.load(model)
     except FailedPrecondition:

@@ -16,11 +16,11 @@ import torch
 from tnxctl.errors import Internal, Unavailable
 from tnxd.executors.execution import SHARED, Execution, Warmth
 from tnxd.executors.runner import Runner
-from tnxd.executors.trial.company import lanes_apart
+from tnxd.executors.trial.company import lanes_apart, rows_of_a_lane_apart
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import Held, memory
-from tnxd.executors.trial.state import stateful
+from tnxd.executors.trial.state import same_chance, stateful
 from tnxd.executors.trial.trial import Verdict, lane_calls, try_out, without_rows
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
 from tnxd.models.model import Model
@@ -199,8 +199,25 @@ class LanePool:
             apart = self._apart(lane, calls, verdict)
         if apart:
             raise stateful(verdict.state.names, apart)
+        mixed = self._mixed(lane, calls, verdict)
+        if mixed:
+            verdict = without_rows(verdict, f"alone and beside another request, {mixed}")
         self._install(verdict.model.key, calls)
         return verdict, module
+
+    @staticmethod
+    def _mixed(lane: Inbox, calls: Callable[[], Call], verdict: Verdict) -> str:
+        """The difference between a request's answer by a lane in company and alone, in words; "" if there is none."""
+        model = verdict.model
+        if verdict.pristine or model.max_batch_size < 2 or not verdict.known:
+            return ""
+        call = calls()
+
+        def compare(runner: Runner) -> str:
+            with settings_kept(), same_chance():
+                return rows_of_a_lane_apart(call, model, runner.torch_device, verdict.telling, verdict.tolerance)
+
+        return _called(lane, compare)
 
     @staticmethod
     def _apart(lane: Inbox, calls: Callable[[], Call], verdict: Verdict) -> str:

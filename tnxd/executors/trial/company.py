@@ -17,7 +17,9 @@ import torch
 from tnxctl.frames import Array
 from tnxd.executors.tensors import check_outputs, to_array, to_tensor
 from tnxd.executors.trial.copies import Call
-from tnxd.executors.trial.examples import Item
+from tnxd.executors.trial.examples import Item, Make
+from tnxd.executors.trial.rows import rows_apart
+from tnxd.executors.trial.state import Answer
 from tnxd.models.model import Model
 from tnxd.noise import difference
 
@@ -60,6 +62,19 @@ def lanes_apart(
     if device.type != "cpu":
         return ""  # lanes of a GPU have streams of their own
     return _at_once([partial(ask, call, *pair) for call, pair in zip(calls, known, strict=True)])
+
+
+def rows_of_a_lane_apart(call: Call, model: Model, device: torch.device, makes: Sequence[Make], allowed: float) -> str:
+    """As `rows_apart`, of what a lane calls: what it puts back may be what kept rows apart in the trial."""
+
+    def ask(item: Item) -> Answer:
+        tensors = [
+            to_tensor(array.copy(), spec.datatype).to(device) for array, spec in zip(item, model.inputs, strict=True)
+        ]
+        outputs = check_outputs(model, call(*tensors), len(item[0]))
+        return outputs, [to_array(output.cpu()).copy() for output in outputs]
+
+    return rows_apart(model, ask, makes, allowed)
 
 
 def _at_once(asks: Sequence[Callable[[], str]]) -> str:

@@ -79,7 +79,7 @@ class Verdict:
         written_inputs: positions of inputs that a forward writes to.
         known: inputs of two requests and their answers; (): these cannot be repeated.
         differentiates: whether it runs outside of inference mode.
-        beside: the code beside the weights, as it was imported.
+        beside: the code beside the weights, as it was imported. telling: examples whose values and answers differ.
         notes: what an operator should know.
     """
 
@@ -93,6 +93,7 @@ class Verdict:
     known: tuple[tuple[Item, Sequence[Array]], ...] = ()
     differentiates: bool = False
     beside: Beside | None = None
+    telling: tuple[Make, ...] = ()
 
     def writing(self, places: Sequence[Place]) -> Verdict:
         """The verdict for a module that was seen to write these places, too: nothing of that is to be left behind."""
@@ -178,7 +179,10 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
             _check_first_call(known, asking.of_another(again), first, second, made_at_first, allowed)
             as_built.forget_caches()
     verdict = Verdict(
-        *(model, state, state.outside, varied, allowed, notes), differentiates=asking.differentiates, beside=beside
+        *(model, state, state.outside, varied, allowed, notes),
+        differentiates=asking.differentiates,
+        beside=beside,
+        telling=tuple(telling),
     )
     failure = None
     if model.max_batch_size > 1:  # one row has no company
@@ -187,7 +191,7 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
                 verdict = _with_rows(verdict, asking, telling)
         except FailedPrecondition as error:
             failure = error
-    written = begun.changed(Held(module, model.writes))
+    written = _written_since(begun, module, model)
     with same_chance():
         apart = difference(model.outputs, known, seeded(asking, first)[1], allowed)
     if apart is not None and written and not state.random:
@@ -202,6 +206,11 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
     with same_chance():
         answered = [(item, seeded(served, item)[1]) for item in (first, second)]
     return replace(verdict.writing(()), known=tuple(answered))
+
+
+def _written_since(begun: Held, module: torch.nn.Module, model: Model) -> list[Place]:
+    """Places that hold something else than when a picture was taken."""
+    return begun.changed(Held(module, model.writes))
 
 
 class _Asking:
