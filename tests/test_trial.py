@@ -492,6 +492,15 @@ def test_the_zeros_that_a_program_was_exported_with_tell_nothing() -> None:
     assert tried(lambda: Module(MIXING["maximum over all"]), model(example_values=zeros)).model.max_batch_size == 0
 
 
+def test_a_number_that_a_request_gives_for_all_its_rows_is_tried_with_another(tmp_path: Path) -> None:
+    """Such as a task: in company, the first request would choose for all."""
+    tasks = TensorSpec("task", "INT64", (-1,))
+    served = model((X, tasks), example_values={"task": np.zeros(1, np.int64)})
+    verdict = tried(lambda: Two(lambda m, x, task: x * (1 + int(task[0]))), served)
+    assert verdict.model.max_batch_size == 0
+    assert tried(lambda: Two(lambda m, x, task: x * (1 + task[:, None])), served).model.max_batch_size == 16
+
+
 def test_a_program_is_tried_with_other_values_than_it_was_exported_with(tmp_path: Path) -> None:
     class Scales(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

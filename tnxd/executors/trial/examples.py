@@ -51,6 +51,8 @@ def telling_examples(model: Model, kind: str, *, own: bool = True) -> Iterator[M
     Args:
         kind: of the device, "cpu" or "cuda". own: whether to use an author's fractions.
     """
+    if own and kind == "cpu" and any(_is_constant(value) for value in model.example_values.values()):
+        yield _maker(model, _drawing(*_INTEGERS[kind][0]), telling=True, moved=True)
     counts = any(spec.datatype not in FLOATING and spec.datatype != "BOOL" for spec in model.inputs)
     measures = any(spec.datatype in FLOATING for spec in model.inputs)
     for smallest, largest in _FRACTIONS if measures else _FRACTIONS[:1]:
@@ -74,9 +76,17 @@ def _drawing(least: int, most: int, smallest: float = 0.1, largest: float = 1.0)
     return draw
 
 
-def _maker(model: Model, draw: Draw, *, telling: bool = False, own: bool = True) -> Make:
-    """Args: draw: makes values that the author has not given. telling: the author's are not used if all are equal; own:
-    whether their fractions are used at all.
+def _is_constant(value: Array) -> bool:
+    """Whether all are the same whole number: what a request says about itself, such as a task, rather than data."""
+    return value.dtype.kind in "iu" and bool(value.size) and int(np.ptp(value)) == 0
+
+
+def _maker(model: Model, draw: Draw, *, telling: bool = False, own: bool = True, moved: bool = False) -> Make:
+    """A maker of items.
+
+    Args:
+        draw: makes values that the author has not given. telling: the author's fractions are not used if all are equal.
+        own: whether they are used at all. moved: whether their constants are one more in every second variant.
     """
 
     def make(rows: int, variant: int) -> Item:
@@ -90,7 +100,8 @@ def _maker(model: Model, draw: Draw, *, telling: bool = False, own: bool = True)
             if given is None or (telling and not tells):
                 item.append(_stored(draw(spec, shape, generator, variant), spec))
             else:
-                item.append(_varied(model, given, rows, variant, spec))
+                value = given + 1 if moved and variant % 2 and _is_constant(given) else given
+                item.append(_varied(model, value, rows, variant, spec))
         return tuple(item)
 
     return make
