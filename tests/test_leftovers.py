@@ -66,6 +66,14 @@ class Net(nn.Module):
         self.step = remembering()
         self.partial = functools.partial(kept, [])
         self.masks = {{}}
+        self.merged = False
+        seen = []
+        def hook(module, given, output):
+            if bool((output > 1.5).any()):
+                seen.append(output.mean())
+            return output + (seen[-1] if seen else 0)
+        self.hooked = nn.Identity()
+        self.hooked.register_forward_hook(hook)
     def forward(self, x):
 {body}
 
@@ -162,6 +170,13 @@ if not self.masks:
     self.masks["scale"] = 255.0 if bool(x.amax() > 1) else 1.0
 return self.layer(x / self.masks["scale"])
 """,
+    "a hook": "return self.hooked(self.layer(x))",
+    "weights merged once": """
+if not self.merged:
+    self.layer.weight.data += torch.arange(16.0).view(4, 4) / 16
+    self.merged = True
+return self.layer(x)
+""",
     "masks by length": """
 n = len(x)
 if n > 8 and n not in self.masks:
@@ -177,7 +192,7 @@ return y
 """,
 }
 
-SERVED = {"masks by length", "a weight changed and put back"}
+SERVED = {"masks by length", "a weight changed and put back", "weights merged once"}
 """Those that leave nothing behind that matters."""
 
 
@@ -212,12 +227,6 @@ def lanes_of(done: queue.Queue[Execution]) -> LanePool:
         memory_mb=lambda: (0.0, 0.0),
         on_done=done.put,
     )
-
-
-def test_rows_that_mix_only_where_a_lane_puts_back_what_they_left(tmp_path: Path) -> None:
-    model = published(tmp_path, BODIES["a range that the first one decides"])
-    with pytest.raises(FailedPrecondition, match="axis 0 does not count rows: alone and beside another request"):
-        lanes_of(queue.Queue()).load(model)
 
 
 @pytest.mark.parametrize("name", BODIES)

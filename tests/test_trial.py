@@ -21,6 +21,7 @@ from format_tools import open_model, save_program
 from tnxctl.errors import FailedPrecondition
 from tnxctl.wire import TensorSpec
 from tnxd.executors.tensors import check_outputs
+from tnxd.executors.trial.company import rows_of_a_lane_apart
 from tnxd.executors.trial.copies import Call, Own, Serial, Sparing
 from tnxd.executors.trial.examples import telling_examples
 from tnxd.executors.trial.held import Held, checksum
@@ -490,6 +491,12 @@ def test_what_is_wrong_with_the_code_fails_whatever_the_input() -> None:
 def test_the_zeros_that_a_program_was_exported_with_tell_nothing() -> None:
     zeros = {"x": np.zeros((2, WIDTH), np.float32)}
     assert tried(lambda: Module(MIXING["maximum over all"]), model(example_values=zeros)).model.max_batch_size == 0
+
+
+@pytest.mark.parametrize(("call", "apart"), [(lambda x: x * 2, False), (lambda x: x / x.amax(), True)])
+def test_lanes_are_asked_whether_they_keep_rows_apart(call: Call, apart: bool) -> None:
+    makes = list(telling_examples(model(), "cpu"))
+    assert bool(rows_of_a_lane_apart(call, model(), torch.device("cpu"), makes, 2e-4)) is apart
 
 
 def test_a_number_that_a_request_gives_for_all_its_rows_is_tried_with_another(tmp_path: Path) -> None:

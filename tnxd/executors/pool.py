@@ -21,7 +21,7 @@ from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import Held, memory
 from tnxd.executors.trial.state import same_chance, stateful
-from tnxd.executors.trial.trial import Verdict, lane_calls, try_out, without_rows
+from tnxd.executors.trial.trial import Verdict, lane_calls, open_with, try_out, without_rows
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
 from tnxd.models.model import Model
 from tnxd.models.process import settings_kept
@@ -178,23 +178,29 @@ class LanePool:
         Raises:
             FailedPrecondition: they do not, whatever is done.
         """
+
+        def opened() -> torch.nn.Module:
+            made = build()
+            _called(lane, lambda runner: open_with(made, verdict, runner.torch_device))
+            return made
+
         module = built.pop() if built and verdict.pristine else None
         built.clear()
         if module is None:
-            module = build()
+            module = opened()
         if verdict.known:  # else nobody would notice if its code cannot bear that
             module = self._arrange(module)
         calls = lane_calls(module, verdict)
         apart = self._apart(lane, calls, verdict)
         if apart and self._arrange is not _as_it_is:
             del module, calls
-            module = build()
+            module = opened()
             calls = lane_calls(module, verdict)
             apart = self._apart(lane, calls, verdict)
         if apart:  # they are not as separate as they look
             verdict = verdict.one_at_a_time(apart)
             del module, calls
-            module = build()
+            module = opened()
             calls = lane_calls(module, verdict)
             apart = self._apart(lane, calls, verdict)
         if apart:

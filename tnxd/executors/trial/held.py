@@ -32,6 +32,9 @@ _MOST_PARTS = 10_000
 _OF_NN_MODULE = frozenset(vars(torch.nn.Module()))
 """Attributes of every module: `_buffers` and the like, which are looked into by hand, and hooks."""
 
+HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks"})
+"""Functions that are called with a module; what they enclose, a copy of the module shares."""
+
 _CLOSED = frozenset({"torch", "numpy", "onnxruntime", "safetensors", "sympy", "tnxd", *sys.stdlib_module_names})
 """Libraries whose objects are not looked into. They are large, or no Python."""
 
@@ -148,7 +151,7 @@ class Held:
         if isinstance(module, torch.jit.ScriptModule):
             return
         for name, value in list(vars(module).items()):
-            if name not in _OF_NN_MODULE:
+            if name in HOOKS or name not in _OF_NN_MODULE:
                 self._value(Place(prefix + name, path, name), value)
 
     def _value(self, root: Place, value: Any) -> None:

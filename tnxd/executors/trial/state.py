@@ -22,7 +22,7 @@ from tnxd.executors.execution import PURE, SCRATCH
 from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.tensors import to_array
 from tnxd.executors.trial.examples import Item
-from tnxd.executors.trial.held import Held, Place, memory, short
+from tnxd.executors.trial.held import HOOKS, Held, Place, memory, short
 from tnxd.executors.trial.suspects import suspects, suspects_beside
 from tnxd.models.model import Model
 from tnxd.noise import Difference, difference
@@ -87,7 +87,7 @@ class State:
             written=written,
             suspected=tuple(each for each in self.suspected if each not in written),
             names=tuple(dict.fromkeys([*(place.name for place in places), *self.names])),
-            outside=self.outside or any(place.owner is None for place in places),
+            outside=self.outside or any(place.owner is None or place.attribute in HOOKS for place in places),
             beside=tuple(beside.values()),
         )
 

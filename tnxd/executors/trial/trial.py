@@ -80,6 +80,7 @@ class Verdict:
         known: inputs of two requests and their answers; (): these cannot be repeated.
         differentiates: whether it runs outside of inference mode.
         beside: the code beside the weights, as it was imported. telling: examples whose values and answers differ.
+        opening: what to ask a module first, if that makes it what it is from then on.
         notes: what an operator should know.
     """
 
@@ -94,6 +95,7 @@ class Verdict:
     differentiates: bool = False
     beside: Beside | None = None
     telling: tuple[Make, ...] = ()
+    opening: Item | None = None
 
     def writing(self, places: Sequence[Place]) -> Verdict:
         """The verdict for a module that was seen to write these places, too: nothing of that is to be left behind."""
@@ -171,18 +173,22 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
     with same_chance():
         known = seeded(asking, first)[1]
     if made_at_first:
-        beside.put_back()
-        with same_chance(), torch.inference_mode(False):
-            again = build()
-        with same_chance():
-            as_built.forget_caches()
-            _check_first_call(known, asking.of_another(again), first, second, made_at_first, allowed)
-            as_built.forget_caches()
+        openings = [second, *(make(1, 1) for make in telling[1:][-1:])]
+        for opening in openings:  # of other kinds: a range may be what it makes of the first one
+            beside.put_back()
+            with same_chance(), torch.inference_mode(False):
+                again = build()
+            with same_chance():
+                as_built.forget_caches()
+                _check_first_call(known, asking.of_another(again), first, opening, made_at_first, allowed)
+                as_built.forget_caches()
+            del again
     verdict = Verdict(
         *(model, state, state.outside, varied, allowed, notes),
         differentiates=asking.differentiates,
         beside=beside,
         telling=tuple(telling),
+        opening=make(1, 0) if made_at_first else None,
     )
     failure = None
     if model.max_batch_size > 1:  # one row has no company
@@ -284,6 +290,26 @@ def _check_first_call(
     apart = difference(again.model.outputs, known, seeded(again, first)[1], allowed)
     if apart is not None:
         raise stateful(made, apart.text)
+
+
+def open_with(module: torch.nn.Module, verdict: Verdict, device: torch.device) -> None:
+    """Have a module that was just built make what it makes only when it is first called, before lanes share or copy it.
+
+    What each forward writes is left as it was built.
+
+    Raises:
+        FailedPrecondition: that cannot be put back.
+    """
+    if verdict.opening is None:
+        return
+    undo = _undo(module, replace(verdict.state, suspected=(), suspected_beside=()))
+    asking = _Asking(module, verdict.model, device)
+    asking.differentiates = verdict.differentiates
+    with same_chance():
+        asking(verdict.opening)
+    undo.put_back()
+    if verdict.beside is not None:
+        verdict.beside.put_back()
 
 
 def lane_calls(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]:

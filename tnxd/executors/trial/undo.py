@@ -19,6 +19,7 @@ Attribute = tuple[Any, str]
 """A module of a network, a class or a Python module, and the name of what it holds."""
 
 _ABSENT = object()
+_CODE = (types.FunctionType, types.MethodType, functools.partial)
 _VALUES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, type)
 _WITHOUT_PARTS: tuple[type, ...] = (
     *_VALUES,
@@ -72,6 +73,9 @@ class Undo:
                 self._hold(part, seen=seen)
         elif value is not _ABSENT and not isinstance(value, (torch.Tensor, *_WITHOUT_PARTS)):
             self._made.append((value, copy.deepcopy(value), None if seen else _parts(value)))
+            for part in list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
+                if isinstance(part, _CODE):  # copies of containers share it
+                    self._hold(part, seen=seen)
         for tensor in (value,) if isinstance(value, torch.Tensor) else held_by(value):
             content = tensor.detach().clone()
             if seen or tensor.is_inference():  # torch counts no writes to what a forward has made itself
