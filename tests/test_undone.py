@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,3 +116,56 @@ def test_what_a_forward_in_service_changes_is_put_back_soon(tmp_path: Path, run_
                     assert time.monotonic() < until
             assert np.array_equal(answer, X + 1)
     assert running.log.read_text().count("a model that serves has changed torch's default dtype: put back") == 1
+
+
+# --- processes that a forward starts -------------------------------------------------------------------------
+
+
+def children(pid: int) -> set[int]:
+    """Processes that threads of a process have started and that run."""
+    return {int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()}
+
+
+def test_a_forward_may_have_a_pool_of_processes(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> None:
+    forward = "with multiprocessing.get_context('fork').Pool(1) as pool: pool.apply(abs, (1,))"
+    put(tmp_path, "pool", on_import="import multiprocessing", forward=forward)
+    put(tmp_path, "good")
+    running = run_daemon("--model-repository", str(tmp_path))
+    with Client(running.endpoint, timeout=20.0) as tnx:
+        for name in ("pool", "good", "pool", "good"):
+            assert np.array_equal(tnx.predict(X, model=name).output, X + 1)
+        assert tnx.health().status == "ready"
+    assert children(running.process.pid) == set()
+    assert running.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_a_forward_forks_ends_with_the_daemon(
+    tmp_path: Path, run_daemon: Callable[..., Daemon], number: signal.Signals
+) -> None:
+    """It holds copies of the sockets that the daemon listens on."""
+    fork = "if x.amax() == 7 and os.fork() == 0: time.sleep(600); os._exit(0)"
+    put(tmp_path, "forks", on_import="import time", forward=fork)
+    running = run_daemon("--model-repository", str(tmp_path))
+    with Client(running.endpoint, timeout=20.0) as tnx:
+        tnx.predict(X * 7, model="forks")
+        (child,) = children(running.process.pid)
+    try:
+        running.stop(number)
+        until = time.monotonic() + 10
+        while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        assert not Path(f"/proc/{child}").exists()
+        run_daemon("--model-repository", str(tmp_path), "--bind", running.endpoint)
+    finally:
+        if Path(f"/proc/{child}").exists():
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_forward_may_start_programs(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> None:
+    forward = "subprocess.run(['true'], check=True); subprocess.run(['true'], check=True, preexec_fn=os.getpid)"
+    put(tmp_path, "runs", on_import="import subprocess", forward=forward)
+    running = run_daemon("--model-repository", str(tmp_path))
+    with Client(running.endpoint, timeout=20.0) as tnx:
+        assert np.array_equal(tnx.predict(X, model="runs").output, X + 1)
+    assert running.stop() == 0
