@@ -73,7 +73,7 @@ def test_what_loading_changes_is_undone_and_noted(tmp_path: Path, run_daemon: Ca
     assert "changed torch's default dtype: put back" in told["b-imports"]
     assert "changed the default timeout of sockets, torch's random seed: put back" in told["c-builds"]
     assert "the level or the handlers of loggers, what logging disables: put back" in notes["d-silences"][0]
-    assert "the working directory, the environment: put back" in notes["e-moves"][0]
+    assert "the working directory, the environment variable OMP_NUM_THREADS: put back" in notes["e-moves"][0]
     assert "f-depends@1 is loaded" in running.log.read_text()  # after d-silences
 
 

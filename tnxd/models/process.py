@@ -77,6 +77,7 @@ class Setting:
         write: puts a value back that was read.
         watched: whether `Watch` looks at it: what libraries may rightly change later, when they are first used, is not.
         harmless: whether nobody is harmed if a model changes it.
+        tell: its name with what has changed of it, given the value before and now.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Setting:
     scope: Scope = Scope.PROCESS
     watched: bool = True
     harmless: bool = False
+    tell: Callable[[Any, Any], str] | None = None
 
 
 # --- torch ---------------------------------------------------------------------------------------------------
@@ -340,12 +342,43 @@ def _umask() -> int:
         return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
 
 
+_OF_TORCH = ("TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "TORCH_WARM_POOL")
+"""What variables begin with that torch sets for itself when it compiles."""
+
+_MOST_VARIABLES = 3
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OF_TORCH)}
+
+
 def _set_environment(kept: dict[str, str]) -> None:
-    for name in os.environ.keys() - kept.keys():
+    for name in _environment().keys() - kept.keys():
         del os.environ[name]
     for name, value in kept.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
+
+
+def _variables(before: dict[str, str], now: dict[str, str]) -> str:
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    more = f" and {len(names) - _MOST_VARIABLES} more" if len(names) > _MOST_VARIABLES else ""
+    return f"the environment variable{'s' if len(names) > 1 else ''} {', '.join(names[:_MOST_VARIABLES])}{more}"
+
+
+_OWN_RECURSION_LIMIT = sys.getrecursionlimit()
+_RECURSION_LIMIT_OF_TORCH = 2000
+"""inductor raises it to that before it compiles, and leaves it so."""
+
+
+def _recursion_limit() -> int:
+    limit = sys.getrecursionlimit()
+    return _OWN_RECURSION_LIMIT if limit == _RECURSION_LIMIT_OF_TORCH else limit
+
+
+def _start_method() -> str:
+    """The method in effect. Where none is set, whoever first uses one, as a DataLoader does, sets that of the system."""
+    return multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
 
 
 def _list(name: str, owner: Any, attribute: str, **options: Any) -> Setting:
@@ -375,7 +408,7 @@ _PYTHON = [
     Setting("the filters of warnings", lambda: list(warnings.filters), _set_filters, watched=False, harmless=True),
     _attribute("how warnings are shown", warnings, "showwarning"),
     Setting("the working directory", os.getcwd, os.chdir),
-    Setting("the environment", lambda: dict(os.environ), _set_environment),
+    Setting("the environment", _environment, _set_environment, tell=_variables),
     Setting("the umask", _umask, os.umask),
     Setting("limits of resources", lambda: [resource.getrlimit(limit) for limit in _LIMITS], _set_limits),
     Setting(
@@ -386,7 +419,7 @@ _PYTHON = [
     ),
     _list("sys.path", sys, "path"),
     _list("sys.argv", sys, "argv"),
-    Setting("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+    Setting("the recursion limit", _recursion_limit, sys.setrecursionlimit),
     Setting("the switch interval", sys.getswitchinterval, sys.setswitchinterval),
     _attribute("sys.stdin", sys, "stdin"),
     _attribute("sys.stdout", sys, "stdout"),
@@ -417,7 +450,7 @@ _PYTHON = [
     ),
     Setting(
         "the start method of multiprocessing",
-        lambda: multiprocessing.get_start_method(allow_none=True),
+        _start_method,
         lambda method: multiprocessing.set_start_method(method, force=True),
     ),
 ]
@@ -448,13 +481,15 @@ def _differs(before: Any, now: Any) -> bool:
         return True
 
 
-def _changed(before: Mapping[Setting, Any]) -> Iterator[tuple[Setting, bool]]:
-    """The settings that are not what they were, each put back, and whether that worked."""
+def _changed(before: Mapping[Setting, Any]) -> Iterator[tuple[Setting, str, bool]]:
+    """The settings that are not what they were, each put back: what to call the change, and whether that worked."""
     for setting, value in before.items():
-        if _differs(value, _read(setting)):
+        now = _read(setting)
+        if _differs(value, now):
             with suppress(Exception):  # signal handlers, off the main thread
                 setting.write(value)
-            yield setting, not _differs(value, _read(setting))
+            told = setting.name if setting.tell is None else setting.tell(value, now)
+            yield setting, told, not _differs(value, _read(setting))
 
 
 # --- around a step -------------------------------------------------------------------------------------------
@@ -465,7 +500,7 @@ class Changes:
     """Changes of the process by a step.
 
     Attributes:
-        names: of the settings. lasting: those among them that could not be put back.
+        names: of the settings, and what has changed of them. lasting: those that could not be put back.
     """
 
     names: list[str] = field(default_factory=list)
@@ -492,10 +527,10 @@ def settings_kept() -> Iterator[Changes]:
     try:
         yield changes
     finally:
-        for setting, undone in _changed(before):
-            changes.names.append(setting.name)
+        for _, told, undone in _changed(before):
+            changes.names.append(told)
             if not undone:
-                changes.lasting.append(setting.name)
+                changes.lasting.append(told)
         if chance.renewed():
             changes.names.append(SEED)
 
@@ -537,6 +572,7 @@ class Witness:
 
     def __init__(self) -> None:
         self._times: Counter[str] = Counter()
+        self._told: dict[str, str] = {}
         self._begins: dict[tuple[str, int], int] = {}
         self._seeds: set[str] = set()
 
@@ -551,8 +587,9 @@ class Witness:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for setting, _ in _changed(self._before):
+        for setting, told, _ in _changed(self._before):
             self._times[setting.name] += 1
+            self._told[setting.name] = told  # as it was the last time: what a library sets up comes first
         del self._before
         seed, state = self._torch
         if torch.initial_seed() != seed:
@@ -566,7 +603,8 @@ class Witness:
 
     def complaint(self) -> str:
         """A sentence about what a forward changes every time; "" if nothing."""
-        names = [*(name for name, times in self._times.items() if times > 1), *sorted(self._seeds)]
+        lasting = [self._told.get(name, name) for name, times in self._times.items() if times > 1]
+        names = [*lasting, *sorted(self._seeds)]
         return f"a forward changes {', '.join(names)}, for all models of the process" if names else ""
 
 
@@ -591,11 +629,9 @@ class Watch:
     def look(self) -> list[str]:
         """Put back what has drifted, and log each name once. Returns the names. A fraction of a millisecond."""
         drifted = []
-        for setting, undone in _changed(self._kept):
-            drifted.append(setting.name)
+        for setting, told, undone in _changed(self._kept):
+            drifted.append(told)
             if setting.name not in self._told:
                 self._told.add(setting.name)
-                log.warning(
-                    "a model that serves has changed %s: %s", setting.name, "put back" if undone else "it stays so"
-                )
+                log.warning("a model that serves has changed %s: %s", told, "put back" if undone else "it stays so")
         return drifted
