@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -423,11 +424,139 @@ def test_what_a_library_sets_up_at_its_first_use_is_left_alone() -> None:
 
 def test_a_forward_that_cleans_up_is_left_alone() -> None:
     def forward() -> None:
-        with torch.autocast("cpu"), torch.no_grad(), np.errstate(all="ignore"):
-            torch.set_default_dtype(torch.float64)
-            torch.set_default_dtype(torch.float32)
+        with torch.autocast("cpu"), torch.no_grad(), np.errstate(all="ignore"), torch.device("meta"):
+            pass
 
     assert complaint(forward) == ""
+
+
+def for_a_while_dtype() -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.float32)
+
+
+def for_a_while_tensor_type() -> None:
+    torch.set_default_tensor_type(torch.DoubleTensor)
+    torch.set_default_tensor_type(torch.FloatTensor)
+
+
+def for_a_while_torch() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+
+
+def for_a_while_torch_state() -> None:
+    state = torch.get_rng_state()
+    torch.rand(1)
+    torch.set_rng_state(state)
+
+
+def for_a_while_python() -> None:
+    state = random.getstate()
+    random.seed(5)
+    random.setstate(state)
+
+
+def for_a_while_numpy() -> None:
+    state = np.random.get_state()
+    np.random.seed(5)
+    np.random.set_state(state)
+
+
+def for_a_while_in_another_namespace() -> None:
+    with torch.random.fork_rng():
+        torch.random.manual_seed(5)
+
+
+FOR_A_WHILE = [
+    (for_a_while_dtype, "torch's default dtype"),
+    (for_a_while_tensor_type, "torch's default dtype"),
+    (for_a_while_torch, SEED),
+    (for_a_while_torch_state, SEED),
+    (for_a_while_python, "the seed of Python's random numbers"),
+    (for_a_while_numpy, "the seed of numpy's random numbers"),
+    (for_a_while_in_another_namespace, SEED),
+]
+
+
+@pytest.mark.parametrize(("forward", "name"), FOR_A_WHILE)
+@pytest.mark.filterwarnings("ignore:torch.set_default_tensor_type")
+def test_a_forward_that_sets_what_all_share_for_a_while_is_found(forward: Callable[[], None], name: str) -> None:
+    assert complaint(forward) == f"a forward sets {name}, if only for a while: other models run meanwhile"
+
+
+def test_so_is_one_whose_module_has_a_name_of_its_own_for_it() -> None:
+    module = ModuleType("tnxd_repository.net@1#0.net")
+    exec(
+        "import torch\nfrom torch import manual_seed as seed\n"
+        "def forward():\n    with torch.random.fork_rng():\n        seed(5)",
+        vars(module),
+    )
+    sys.modules[module.__name__] = module
+    try:
+        assert SEED in complaint(module.forward)
+        assert module.seed is torch.manual_seed
+    finally:
+        del sys.modules[module.__name__]
+
+
+def test_what_is_lasting_is_told_once() -> None:
+    with settings_kept():
+        told = complaint(lambda: (torch.set_default_dtype(torch.float64), for_a_while_python()))
+    assert told == (
+        "a forward changes torch's default dtype, for all models of the process; "
+        "and sets the seed of Python's random numbers, if only for a while: other models run meanwhile"
+    )
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda: torch.rand(2, generator=torch.Generator().manual_seed(5)),
+        lambda: random.Random(5).random(),
+        lambda: np.random.RandomState(5).rand(2),
+        lambda: np.random.default_rng(5).random(2),
+        lambda: torch.get_rng_state(),
+    ],
+)
+def test_generators_of_its_own_are_left_alone(forward: Callable[[], Any]) -> None:
+    assert complaint(forward) == ""
+
+
+def test_random_numbers_that_are_forked_and_not_seeded_are_left_alone() -> None:
+    """Others may draw a number twice. They draw no foreseeable one."""
+
+    def forward() -> None:
+        with torch.random.fork_rng():
+            torch.rand(1)
+
+    assert complaint(forward) == ""
+
+
+def test_what_other_threads_set_is_not_held_against_a_forward() -> None:
+    def forward() -> None:
+        in_own_thread(for_a_while_dtype)
+
+    assert complaint(forward) == ""
+
+
+def test_a_witness_leaves_all_functions_as_they_were() -> None:
+    def functions() -> list[Any]:
+        return [
+            *(torch.manual_seed, torch.random.manual_seed, torch.set_rng_state, torch.set_default_dtype),
+            *(random.seed, random.setstate, np.random.seed, np.random.set_state),
+        ]
+
+    before = functions()
+    one, other = Witness(), Witness()
+    for _ in range(2):
+        with one, other:
+            assert functions() != before
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        other.__exit__(None, None, None)
+    assert all(now is kept for now, kept in zip(functions(), before, strict=True))
 
 
 # --- while it serves -----------------------------------------------------------------------------------------

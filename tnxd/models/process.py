@@ -12,7 +12,9 @@
     watch = Watch()                         on the thread that serves; costs requests nothing
     watch.look()                            at times: puts back what has drifted
 
-A setting is compared before and after, so what is changed and put back by the code itself does not count.
+A setting is compared before and after, so what is changed and put back by the code itself does not count, save for what
+`tnxd.models.setters` notes: forwards of other models would run with another default dtype, or with numbers that were
+seeded.
 
 **What cannot be promised.** Python code can change anything in its process, and this is a list of what models are
 known to change, not a sandbox. Models are built while others serve: from a change until the end of the step that made
@@ -56,6 +58,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.modules import module as module_hooks
+
+from tnxd.models.setters import DTYPE, NUMPY_SEED, PYTHON_SEED, SEED, noted
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +210,7 @@ def _precisions() -> list[Setting]:
 _MATMUL = torch.backends.cuda.matmul
 
 _TORCH = [
-    Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    Setting(DTYPE, torch.get_default_dtype, torch.set_default_dtype),
     Setting("torch's default device or function modes", _modes, _set_modes, Scope.THREAD),
     Setting("torch's grad mode", torch.is_grad_enabled, torch.set_grad_enabled, Scope.THREAD, harmless=True),
     Setting("torch's inference mode", torch.is_inference_mode_enabled, _set_inference_mode, Scope.THREAD),
@@ -377,7 +381,7 @@ def _recursion_limit() -> int:
 
 
 def _start_method() -> str:
-    """The method in effect. Where none is set, whoever first uses one, as a DataLoader does, sets that of the system."""
+    """The method in effect. Where none is set, whoever first uses one, as a DataLoader does, sets the system's."""
     return multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
 
 
@@ -457,8 +461,6 @@ _PYTHON = [
 
 SETTINGS: tuple[Setting, ...] = (*_TORCH, *_PYTHON)
 """In the order in which they are put back."""
-
-SEED = "torch's random seed"
 
 _HARMLESS = {setting.name for setting in SETTINGS if setting.harmless}
 
@@ -575,6 +577,7 @@ class Witness:
         self._told: dict[str, str] = {}
         self._begins: dict[tuple[str, int], int] = {}
         self._seeds: set[str] = set()
+        self._sets: Counter[str] = Counter()
 
     def __enter__(self) -> None:
         self._before = {setting: _read(setting) for setting in SETTINGS if not setting.harmless}
@@ -583,10 +586,15 @@ class Witness:
         random.random()
         np.random.random()
         self._generators = _generators()
+        self._set: set[str] = set()
+        self._noted = noted(self._set)
+        self._noted.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._noted.__exit__(None, None, None)
+        self._sets.update(self._set)
         for setting, told, _ in _changed(self._before):
             self._times[setting.name] += 1
             self._told[setting.name] = told  # as it was the last time: what a library sets up comes first
@@ -602,17 +610,23 @@ class Witness:
                 self._seeds.add(name)
 
     def complaint(self) -> str:
-        """A sentence about what a forward changes every time; "" if nothing."""
-        lasting = [self._told.get(name, name) for name, times in self._times.items() if times > 1]
-        names = [*lasting, *sorted(self._seeds)]
-        return f"a forward changes {', '.join(names)}, for all models of the process" if names else ""
+        """A sentence about what a forward changes, or sets, every time; "" if nothing."""
+        lasting = [*(name for name, times in self._times.items() if times > 1), *sorted(self._seeds)]
+        brief = [name for name, times in self._sets.items() if times > 1 and name not in lasting]
+        told = []
+        if lasting:
+            names = ", ".join(self._told.get(name, name) for name in lasting)
+            told.append(f"changes {names}, for all models of the process")
+        if brief:
+            told.append(f"sets {', '.join(sorted(brief))}, if only for a while: other models run meanwhile")
+        return f"a forward {'; and '.join(told)}" if told else ""
 
 
 def _generators() -> dict[str, int]:
     """Hashes of the states of those that do not tell what they were seeded with."""
     return {
-        "the seed of Python's random numbers": hash(random.getstate()),
-        "the seed of numpy's random numbers": hash(_numpy_state()),
+        PYTHON_SEED: hash(random.getstate()),
+        NUMPY_SEED: hash(_numpy_state()),
     }
 
 
