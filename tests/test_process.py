@@ -222,13 +222,13 @@ def test_every_setting_is_tried() -> None:
 @pytest.mark.parametrize(("name", "change"), ALL, ids=IDS)
 def test_a_change_is_undone_and_named(name: str, change: Callable[[], Any]) -> None:
     before = state()
-    with settings_kept() as changes:
+    with settings_kept("importing net.py") as changes:
         change()
     assert is_among(name, changes.names)
     assert changes.lasting == []
     after = state()
     assert {setting: value for setting, value in after.items() if process._differs(before[setting], value)} == {}
-    assert any(name in note for note in changes.note("importing net.py")) == (name not in HARMLESS)
+    assert any(name in note for note in changes.note()) == (name not in HARMLESS)
 
 
 def test_what_changes_nothing_is_told_nothing_of() -> None:
@@ -240,7 +240,7 @@ def test_what_changes_nothing_is_told_nothing_of() -> None:
         with torch.inference_mode(), torch.autocast("cpu"), np.errstate(all="raise"), warnings.catch_warnings():
             pass
     assert changes.names == []
-    assert changes.note("importing net.py") == ()
+    assert changes.note() == ()
 
 
 def test_what_is_changed_before_an_error_is_undone_too() -> None:
@@ -267,7 +267,7 @@ def test_what_cannot_be_put_back_is_told() -> None:
     go, gone = threading.Event(), threading.Event()
 
     def import_elsewhere() -> process.Changes:
-        with settings_kept() as changes:
+        with settings_kept("importing net.py") as changes:
             go.set()
             assert gone.wait(20)
         return changes
@@ -282,9 +282,7 @@ def test_what_cannot_be_put_back_is_told() -> None:
     finally:
         signal.signal(signal.SIGUSR2, kept)
     assert changes.lasting == ["signal handlers"]
-    assert changes.note("importing net.py") == (
-        "importing net.py changed signal handlers, which could not be put back there",
-    )
+    assert changes.note() == ("importing net.py changed signal handlers, which could not be put back there",)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -117,6 +118,33 @@ def test_what_a_forward_in_service_changes_is_put_back_soon(tmp_path: Path, run_
                     assert time.monotonic() < until
             assert np.array_equal(answer, X + 1)
     assert running.log.read_text().count("a model that serves has changed torch's default dtype: put back") == 1
+
+
+# --- functions of torch that all models use -------------------------------------------------------------------
+
+RELU = "torch.nn.functional.relu"
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "named"),
+    [
+        ("on_import", f"{RELU} = lambda *_, **__: 1 / 0", f"importing it replaced {RELU}"),
+        ("on_import", f"{RELU} = torch.nn.functional.gelu", f"importing it replaced {RELU}"),
+        ("on_build", "torch.nn.Linear.forward = lambda *_: 1 / 0", "make() replaced torch.nn.Linear.forward"),
+        ("on_build", "torch.Tensor.add = lambda *_: 1 / 0", "make() replaced torch.Tensor.add"),
+        ("forward", "torch.softmax = lambda *_: 1 / 0", "a forward replaced torch.softmax"),
+    ],
+)
+def test_what_replaces_a_function_of_torch_is_refused(
+    tmp_path: Path, run_daemon: Callable[..., Daemon], place: str, code: str, named: str
+) -> None:
+    put(tmp_path, "bad", **{place: code})
+    put(tmp_path, "good", forward="x = torch.nn.functional.relu(x); torch.softmax(x, 1); torch.Tensor.add(x, 1)")
+    running = run_daemon("--model-repository", str(tmp_path))
+    with Client(running.endpoint, timeout=20.0) as tnx:
+        with pytest.raises(FailedPrecondition, match=re.escape(f"{named}, which all models use")):
+            tnx.predict(X, model="bad")
+        assert np.array_equal(tnx.predict(X, model="good").output, X + 1)
 
 
 # --- processes that a forward starts -------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The process that all models share: what the code of one changes in it is found, put back, and told by name.
 
-    with settings_kept() as changes:        around the import of a model's code, its build and its warm-up
+    with settings_kept("building it") as changes:       around reading a model, its build and its warm-up
         ...
-    changes.note("importing net.py")        "importing net.py changed torch's default dtype: put back"
+    changes.note()                          "building it changed torch's default dtype: put back"
 
     witness = Witness()                     around each of several forwards
     with witness:
@@ -24,6 +24,9 @@ every tensor that it makes, and depends on none of this. What a thread has of it
 the thread that the code ran on, which is that of the loader, of a trial, or of the serving loop. Settings in C that
 have no getter, such as the handlers of faulthandler.register, are not seen. A signal handler can be put back on the
 main thread alone: elsewhere it is found, and put back by the watch.
+
+**Functions of torch** that code replaces (`tnxd.models.originals`) are put back, and the step has failed: with the
+originals, the code that replaced them would mean something else.
 
 **Random numbers** are drawn by models that sample, and drawing is no change. Seeding is: all models would draw the same
 numbers from then on. After a step that has seeded, torch's generators get a seed from the system again, not their old
@@ -59,6 +62,8 @@ import numpy as np
 import torch
 from torch.nn.modules import module as module_hooks
 
+from tnxctl.errors import FailedPrecondition
+from tnxd.models import originals
 from tnxd.models.setters import DTYPE, NUMPY_SEED, PYTHON_SEED, SEED, noted
 
 log = logging.getLogger(__name__)
@@ -502,14 +507,16 @@ class Changes:
     """Changes of the process by a step.
 
     Attributes:
+        what: the step, as the subject of a sentence.
         names: of the settings, and what has changed of them. lasting: those that could not be put back.
     """
 
+    what: str
     names: list[str] = field(default_factory=list)
     lasting: list[str] = field(default_factory=list)
 
-    def note(self, what: str) -> tuple[str, ...]:
-        """A sentence for operators about the step `what`, if there is something to say.
+    def note(self) -> tuple[str, ...]:
+        """A sentence for operators, if there is something to say.
 
         What is harmless and undone is not worth one: many a library has warnings of its own ignored.
         """
@@ -517,13 +524,23 @@ class Changes:
         told = [f"{', '.join(undone)}: put back"] if undone else []
         if self.lasting:
             told.append(f"{', '.join(self.lasting)}, which could not be put back there")
-        return (f"{what} changed {'; and '.join(told)}",) if told else ()
+        return (f"{self.what} changed {'; and '.join(told)}",) if told else ()
 
 
 @contextmanager
-def settings_kept() -> Iterator[Changes]:
-    """Put back what the block changes. Whatever it raises, the changes are complete after it."""
-    changes = Changes()
+def settings_kept(what: str = "it") -> Iterator[Changes]:
+    """Put back what the block changes. Whatever it raises, the changes are complete after it.
+
+    Args:
+        what: the block, as the subject of a sentence.
+
+    Raises:
+        FailedPrecondition: it has put something in the place of a function of torch.
+    """
+    changes = Changes(what)
+    earlier = originals.put_back()
+    if earlier:
+        log.warning("%s: put back", originals.sentence("a model that serves", earlier))
     before = {setting: _read(setting) for setting in SETTINGS}
     chance = _Chance()
     try:
@@ -535,6 +552,9 @@ def settings_kept() -> Iterator[Changes]:
                 changes.lasting.append(told)
         if chance.renewed():
             changes.names.append(SEED)
+        replaced = originals.put_back()
+    if replaced:
+        raise FailedPrecondition(originals.sentence(what, replaced))
 
 
 class _Chance:
@@ -648,4 +668,9 @@ class Watch:
             if setting.name not in self._told:
                 self._told.add(setting.name)
                 log.warning("a model that serves has changed %s: %s", told, "put back" if undone else "it stays so")
+        for name in originals.put_back():
+            drifted.append(name)
+            if name not in self._told:
+                self._told.add(name)
+                log.warning("a model that serves has replaced %s, which all models use: put back", name)
         return drifted
