@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ import pytest
 import torch
 
 from tnxd.models import process
+from tnxd.models.formats import compiling
 from tnxd.models.process import SEED, SETTINGS, Scope, Watch, Witness, settings_kept
 
 backends = torch.backends
@@ -155,6 +157,9 @@ CHANGES: dict[str, list[Callable[[], Any]]] = {
     "numpy's print options": [lambda: np.set_printoptions(precision=2)],
     "the start method of multiprocessing": [lambda: multiprocessing.set_start_method("spawn", force=True)],
 }
+DETAILED = ("the environment",)
+"""Names with more behind them, in what is told."""
+
 UNTRIED = {  # of what this computer lacks, or what has the effect of one above
     "CUDA's use of TF32",
     "the current CUDA device",
@@ -181,6 +186,10 @@ def _another_engine() -> str:
 def _another_locale() -> str:
     current = locale.setlocale(locale.LC_CTYPE)
     return "C" if current != "C" else "C.UTF-8"
+
+
+def is_among(name: str, names: list[str]) -> bool:
+    return any(each.startswith(name) if name in DETAILED else each == name for each in names)
 
 
 HARMLESS = {setting.name for setting in SETTINGS if setting.harmless}
@@ -213,13 +222,13 @@ def test_every_setting_is_tried() -> None:
 @pytest.mark.parametrize(("name", "change"), ALL, ids=IDS)
 def test_a_change_is_undone_and_named(name: str, change: Callable[[], Any]) -> None:
     before = state()
-    with settings_kept() as changes:
+    with settings_kept("importing net.py") as changes:
         change()
-    assert name in changes.names
+    assert is_among(name, changes.names)
     assert changes.lasting == []
     after = state()
     assert {setting: value for setting, value in after.items() if process._differs(before[setting], value)} == {}
-    assert any(name in note for note in changes.note("importing net.py")) == (name not in HARMLESS)
+    assert any(name in note for note in changes.note()) == (name not in HARMLESS)
 
 
 def test_what_changes_nothing_is_told_nothing_of() -> None:
@@ -231,7 +240,7 @@ def test_what_changes_nothing_is_told_nothing_of() -> None:
         with torch.inference_mode(), torch.autocast("cpu"), np.errstate(all="raise"), warnings.catch_warnings():
             pass
     assert changes.names == []
-    assert changes.note("importing net.py") == ()
+    assert changes.note() == ()
 
 
 def test_what_is_changed_before_an_error_is_undone_too() -> None:
@@ -258,7 +267,7 @@ def test_what_cannot_be_put_back_is_told() -> None:
     go, gone = threading.Event(), threading.Event()
 
     def import_elsewhere() -> process.Changes:
-        with settings_kept() as changes:
+        with settings_kept("importing net.py") as changes:
             go.set()
             assert gone.wait(20)
         return changes
@@ -273,9 +282,7 @@ def test_what_cannot_be_put_back_is_told() -> None:
     finally:
         signal.signal(signal.SIGUSR2, kept)
     assert changes.lasting == ["signal handlers"]
-    assert changes.note("importing net.py") == (
-        "importing net.py changed signal handlers, which could not be put back there",
-    )
+    assert changes.note() == ("importing net.py changed signal handlers, which could not be put back there",)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +305,67 @@ def test_after_a_seed_numbers_are_unforeseeable_and_none_comes_twice(
         drawn.append(draw())
     assert drawn[0] == drawn[2]
     assert len({tuple(numbers) for numbers in drawn}) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda: os.environ.update(OMP_NUM_THREADS="7"), "the environment variable OMP_NUM_THREADS"),
+        (lambda: os.environ.pop("PATH"), "the environment variable PATH"),
+        (lambda: os.environ.update(A="1", B="2"), "the environment variables A, B"),
+        (
+            lambda: os.environ.update({f"A{index}": "1" for index in range(9)}),
+            "the environment variables A0, A1, A2 and 6 more",
+        ),
+    ],
+)
+def test_variables_are_named(change: Callable[[], Any], told: str) -> None:
+    with settings_kept() as changes:
+        change()
+    assert changes.names == [told]
+    with settings_kept():
+        assert complaint(change) == f"a forward changes {told}, for all models of the process"
+
+
+def test_what_torch_sets_for_itself_is_left_alone() -> None:
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_WARM_POOL")
+    kept = {name: os.environ[name] for name in names if name in os.environ}
+    limit = sys.getrecursionlimit()
+    try:
+        with settings_kept() as changes:
+            sys.setrecursionlimit(2000)
+            for name in names:
+                os.environ[name] = "/somewhere"
+            os.environ["MORE"] = "1"
+        assert changes.names == ["the environment variable MORE"]
+        assert [os.environ[name] for name in names] == ["/somewhere"] * 3
+        assert sys.getrecursionlimit() == 2000
+    finally:
+        sys.setrecursionlimit(limit)
+        for name in names:
+            del os.environ[name]
+        os.environ.update(kept)
+
+
+@pytest.mark.skipif(bool(compiling.missing()), reason=compiling.missing())
+@pytest.mark.filterwarnings("ignore")  # they are torch's own
+def test_a_forward_may_compile() -> None:
+    net = torch.nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    with settings_kept() as changes:
+        assert complaint(lambda: torch.compile(net, dynamic=False)(x), times=3) == ""
+    assert changes.names == []
+
+
+def test_a_forward_may_use_the_start_method_of_the_system() -> None:
+    """The first to use it settles it."""
+    with settings_kept() as changes:
+        assert complaint(lambda: multiprocessing.Lock()) == ""
+    assert changes.names == []
+
+
+def test_a_forward_may_have_a_data_loader_with_workers() -> None:
+    assert complaint(lambda: list(torch.utils.data.DataLoader([1, 2], num_workers=1))) == ""
 
 
 # --- forwards ------------------------------------------------------------------------------------------------
@@ -354,11 +422,139 @@ def test_what_a_library_sets_up_at_its_first_use_is_left_alone() -> None:
 
 def test_a_forward_that_cleans_up_is_left_alone() -> None:
     def forward() -> None:
-        with torch.autocast("cpu"), torch.no_grad(), np.errstate(all="ignore"):
-            torch.set_default_dtype(torch.float64)
-            torch.set_default_dtype(torch.float32)
+        with torch.autocast("cpu"), torch.no_grad(), np.errstate(all="ignore"), torch.device("meta"):
+            pass
 
     assert complaint(forward) == ""
+
+
+def for_a_while_dtype() -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.float32)
+
+
+def for_a_while_tensor_type() -> None:
+    torch.set_default_tensor_type(torch.DoubleTensor)
+    torch.set_default_tensor_type(torch.FloatTensor)
+
+
+def for_a_while_torch() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+
+
+def for_a_while_torch_state() -> None:
+    state = torch.get_rng_state()
+    torch.rand(1)
+    torch.set_rng_state(state)
+
+
+def for_a_while_python() -> None:
+    state = random.getstate()
+    random.seed(5)
+    random.setstate(state)
+
+
+def for_a_while_numpy() -> None:
+    state = np.random.get_state()
+    np.random.seed(5)
+    np.random.set_state(state)
+
+
+def for_a_while_in_another_namespace() -> None:
+    with torch.random.fork_rng():
+        torch.random.manual_seed(5)
+
+
+FOR_A_WHILE = [
+    (for_a_while_dtype, "torch's default dtype"),
+    (for_a_while_tensor_type, "torch's default dtype"),
+    (for_a_while_torch, SEED),
+    (for_a_while_torch_state, SEED),
+    (for_a_while_python, "the seed of Python's random numbers"),
+    (for_a_while_numpy, "the seed of numpy's random numbers"),
+    (for_a_while_in_another_namespace, SEED),
+]
+
+
+@pytest.mark.parametrize(("forward", "name"), FOR_A_WHILE)
+@pytest.mark.filterwarnings("ignore:torch.set_default_tensor_type")
+def test_a_forward_that_sets_what_all_share_for_a_while_is_found(forward: Callable[[], None], name: str) -> None:
+    assert complaint(forward) == f"a forward sets {name}, if only for a while: other models run meanwhile"
+
+
+def test_so_is_one_whose_module_has_a_name_of_its_own_for_it() -> None:
+    module = ModuleType("tnxd_repository.net@1#0.net")
+    exec(
+        "import torch\nfrom torch import manual_seed as seed\n"
+        "def forward():\n    with torch.random.fork_rng():\n        seed(5)",
+        vars(module),
+    )
+    sys.modules[module.__name__] = module
+    try:
+        assert SEED in complaint(module.forward)
+        assert module.seed is torch.manual_seed
+    finally:
+        del sys.modules[module.__name__]
+
+
+def test_what_is_lasting_is_told_once() -> None:
+    with settings_kept():
+        told = complaint(lambda: (torch.set_default_dtype(torch.float64), for_a_while_python()))
+    assert told == (
+        "a forward changes torch's default dtype, for all models of the process; "
+        "and sets the seed of Python's random numbers, if only for a while: other models run meanwhile"
+    )
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda: torch.rand(2, generator=torch.Generator().manual_seed(5)),
+        lambda: random.Random(5).random(),
+        lambda: np.random.RandomState(5).rand(2),
+        lambda: np.random.default_rng(5).random(2),
+        lambda: torch.get_rng_state(),
+    ],
+)
+def test_generators_of_its_own_are_left_alone(forward: Callable[[], Any]) -> None:
+    assert complaint(forward) == ""
+
+
+def test_random_numbers_that_are_forked_and_not_seeded_are_left_alone() -> None:
+    """Others may draw a number twice. They draw no foreseeable one."""
+
+    def forward() -> None:
+        with torch.random.fork_rng():
+            torch.rand(1)
+
+    assert complaint(forward) == ""
+
+
+def test_what_other_threads_set_is_not_held_against_a_forward() -> None:
+    def forward() -> None:
+        in_own_thread(for_a_while_dtype)
+
+    assert complaint(forward) == ""
+
+
+def test_a_witness_leaves_all_functions_as_they_were() -> None:
+    def functions() -> list[Any]:
+        return [
+            *(torch.manual_seed, torch.random.manual_seed, torch.set_rng_state, torch.set_default_dtype),
+            *(random.seed, random.setstate, np.random.seed, np.random.set_state),
+        ]
+
+    before = functions()
+    one, other = Witness(), Witness()
+    for _ in range(2):
+        with one, other:
+            assert functions() != before
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        other.__exit__(None, None, None)
+    assert all(now is kept for now, kept in zip(functions(), before, strict=True))
 
 
 # --- while it serves -----------------------------------------------------------------------------------------
@@ -375,9 +571,9 @@ def test_what_drifts_is_put_back_and_logged_once(
         assert watch.look() == []
         for _ in range(2):
             change()
-            assert name in watch.look()
+            assert is_among(name, watch.look())
             assert watch.look() == []
-    assert len([record for record in caplog.records if f"changed {name}:" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if f"changed {name}" in record.getMessage()]) == 1
 
 
 def test_only_what_concerns_a_thread_stays_on_it() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +74,7 @@ def test_what_loading_changes_is_undone_and_noted(tmp_path: Path, run_daemon: Ca
     assert "changed torch's default dtype: put back" in told["b-imports"]
     assert "changed the default timeout of sockets, torch's random seed: put back" in told["c-builds"]
     assert "the level or the handlers of loggers, what logging disables: put back" in notes["d-silences"][0]
-    assert "the working directory, the environment: put back" in notes["e-moves"][0]
+    assert "the working directory, the environment variable OMP_NUM_THREADS: put back" in notes["e-moves"][0]
     assert "f-depends@1 is loaded" in running.log.read_text()  # after d-silences
 
 
@@ -83,6 +86,7 @@ def test_what_loading_changes_is_undone_and_noted(tmp_path: Path, run_daemon: Ca
         ("random.seed(0); random.random()", "the seed of Python's random numbers"),
         ("torch.set_num_threads(torch.get_num_threads() + 1)", "torch's number of threads"),
         ("torch.autocast('cpu', torch.bfloat16).__enter__()", "torch's autocast"),
+        (f"{DOUBLES}; torch.set_default_dtype(torch.float32)", "torch's default dtype, if only for a while"),
     ],
 )
 def test_a_forward_that_changes_the_process_is_refused(
@@ -92,7 +96,7 @@ def test_a_forward_that_changes_the_process_is_refused(
     put(tmp_path, "bad", forward=forward)
     running = run_daemon("--model-repository", str(tmp_path))
     with Client(running.endpoint, timeout=20.0) as tnx:
-        with pytest.raises(FailedPrecondition, match=f"a forward changes {named}"):
+        with pytest.raises(FailedPrecondition, match=f"a forward (changes|sets) {named}"):
             tnx.predict(X, model="bad")
         assert np.array_equal(tnx.predict(X, model="good").output, X + 1)
 
@@ -114,3 +118,83 @@ def test_what_a_forward_in_service_changes_is_put_back_soon(tmp_path: Path, run_
                     assert time.monotonic() < until
             assert np.array_equal(answer, X + 1)
     assert running.log.read_text().count("a model that serves has changed torch's default dtype: put back") == 1
+
+
+# --- functions of torch that all models use -------------------------------------------------------------------
+
+RELU = "torch.nn.functional.relu"
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "named"),
+    [
+        ("on_import", f"{RELU} = lambda *_, **__: 1 / 0", f"importing it replaced {RELU}"),
+        ("on_import", f"{RELU} = torch.nn.functional.gelu", f"importing it replaced {RELU}"),
+        ("on_build", "torch.nn.Linear.forward = lambda *_: 1 / 0", "make() replaced torch.nn.Linear.forward"),
+        ("on_build", "torch.Tensor.add = lambda *_: 1 / 0", "make() replaced torch.Tensor.add"),
+        ("forward", "torch.softmax = lambda *_: 1 / 0", "a forward replaced torch.softmax"),
+    ],
+)
+def test_what_replaces_a_function_of_torch_is_refused(
+    tmp_path: Path, run_daemon: Callable[..., Daemon], place: str, code: str, named: str
+) -> None:
+    put(tmp_path, "bad", **{place: code})
+    put(tmp_path, "good", forward="x = torch.nn.functional.relu(x); torch.softmax(x, 1); torch.Tensor.add(x, 1)")
+    running = run_daemon("--model-repository", str(tmp_path))
+    with Client(running.endpoint, timeout=20.0) as tnx:
+        with pytest.raises(FailedPrecondition, match=re.escape(f"{named}, which all models use")):
+            tnx.predict(X, model="bad")
+        assert np.array_equal(tnx.predict(X, model="good").output, X + 1)
+
+
+# --- processes that a forward starts -------------------------------------------------------------------------
+
+
+def children(pid: int) -> set[int]:
+    """Processes that threads of a process have started and that run."""
+    return {int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()}
+
+
+def test_a_forward_may_have_a_pool_of_processes(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> None:
+    forward = "with multiprocessing.get_context('fork').Pool(1) as pool: pool.apply(abs, (1,))"
+    put(tmp_path, "pool", on_import="import multiprocessing", forward=forward)
+    put(tmp_path, "good")
+    running = run_daemon("--model-repository", str(tmp_path))
+    with Client(running.endpoint, timeout=20.0) as tnx:
+        for name in ("pool", "good", "pool", "good"):
+            assert np.array_equal(tnx.predict(X, model=name).output, X + 1)
+        assert tnx.health().status == "ready"
+    assert children(running.process.pid) == set()
+    assert running.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_a_forward_forks_ends_with_the_daemon(
+    tmp_path: Path, run_daemon: Callable[..., Daemon], number: signal.Signals
+) -> None:
+    """It holds copies of the sockets that the daemon listens on."""
+    fork = "if x.amax() == 7 and os.fork() == 0: time.sleep(600); os._exit(0)"
+    put(tmp_path, "forks", on_import="import time", forward=fork)
+    running = run_daemon("--model-repository", str(tmp_path))
+    with Client(running.endpoint, timeout=20.0) as tnx:
+        tnx.predict(X * 7, model="forks")
+        (child,) = children(running.process.pid)
+    try:
+        running.stop(number)
+        until = time.monotonic() + 10
+        while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        assert not Path(f"/proc/{child}").exists()
+        run_daemon("--model-repository", str(tmp_path), "--bind", running.endpoint)
+    finally:
+        if Path(f"/proc/{child}").exists():
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_forward_may_start_programs(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> None:
+    forward = "subprocess.run(['true'], check=True); subprocess.run(['true'], check=True, preexec_fn=os.getpid)"
+    put(tmp_path, "runs", on_import="import subprocess", forward=forward)
+    running = run_daemon("--model-repository", str(tmp_path))
+    with Client(running.endpoint, timeout=20.0) as tnx:
+        assert np.array_equal(tnx.predict(X, model="runs").output, X + 1)
+    assert running.stop() == 0

@@ -12,18 +12,25 @@ import io
 import logging
 import os
 import queue
+import re
 import select
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 INTERVAL_S = 10.0
 """Of one kind of warning or error, one line is written within it."""
 
 # What is no failure is told, too, up to a number: an operator who routes traffic five times wants to see all five.
 _LINES_OF_NEWS = 20
+
+_KIND = "tnxd_kind"
+"""An attribute of a record that says what it is about, in place of its text."""
+
+_NUMBER = re.compile(r"\d[\d.]*(?:[eE][-+]?\d+)?")
 
 _MAX_KINDS = 1000
 _MAX_LINE = 16 * 1024  # characters; journald would cut lines of 48 KiB
@@ -134,7 +141,9 @@ class Log(logging.Handler):
     The caller starts its writer.
 
     Of one kind are records with the same logger, text and first argument, which is what they are about, and the same
-    class of exception. The others are counted: "... and 1999 more of this kind within 10 s".
+    class of exception. In a text without arguments, which models like to make, numbers do not count: they may be others
+    each time. A warning of Python's is of the kind of its category and place. What follows the first one of a kind is
+    counted: "... and 1999 more of this kind within 10 s".
     """
 
     def __init__(self, descriptor: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -171,8 +180,9 @@ class Log(logging.Handler):
     def _is_to_be_told(self, record: logging.LogRecord) -> bool:
         subject = record.args[0] if isinstance(record.args, tuple) and record.args else None
         error = record.exc_info[0] if record.exc_info else None
-        kind: tuple[Any, ...] = (record.name, record.levelno, record.msg, str(subject)[:200], error)
         text, now = record.getMessage(), self._clock()
+        said = getattr(record, _KIND, None) or (record.msg if record.args else _NUMBER.sub("#", text))
+        kind: tuple[Any, ...] = (record.name, record.levelno, said, str(subject)[:200], error)
         with self._kinds_lock:
             if kind not in self._kinds and len(self._kinds) >= _MAX_KINDS:
                 kind = (record.levelno,)  # too many to tell apart
@@ -263,6 +273,23 @@ class _JournalFormatter(logging.Formatter):
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
 
 
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Take the place of `warnings.showwarning`, as logging.captureWarnings does, which says of no record what it is."""
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    if file is not None:
+        file.write(text)
+        return
+    kind = (category.__name__, filename, lineno)
+    logging.getLogger("py.warnings").warning(text.rstrip(), extra={_KIND: kind})
+
+
 def to_journal() -> bool:
     """Whether stderr goes to systemd's journal."""
     return bool(os.environ.get("JOURNAL_STREAM"))
@@ -282,7 +309,7 @@ def install(level: str) -> None:
     )
     handler.writer.start()
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.captureWarnings(True)
+    warnings.showwarning = _log_warning
     logging.raiseExceptions = False  # a text that cannot be made must not become a text of its own
     sys.stdout = _Stream(1, printed)
     sys.stderr = _Stream(2, handler.writer)

@@ -9,6 +9,9 @@
 | SIGQUIT, SIGABRT and faults | end it with a core dump, which is what they are for: systemd's watchdog sends SIGABRT |
 | SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU | stop it until SIGCONT, as any process |
 | SIGCHLD, SIGURG, SIGWINCH | nothing, as in any process |
+
+A process that a model forks has none of this: signals do there what they do in any process, and it does not outlive the
+daemon, whose sockets it holds copies of.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ _MEANINGLESS = [
     if hasattr(signal, name)
 ]
 _MEANINGLESS += range(signal.SIGRTMIN, signal.SIGRTMAX + 1) if hasattr(signal, "SIGRTMIN") else []
+
+_PR_SET_PDEATHSIG = 1
 
 _LAST_WORDS_S = 1.0
 _REACTION_S = 2.0  # within which a loop that turns has seen a second signal
@@ -62,8 +67,10 @@ def handled_signals(
     since the first signal to stop, or two and `linger_s` since the second. Python's own handlers run on the main thread
     alone, which is the one that may hang; the descriptor that signals are written to is read whatever that does.
     """
-    reader, writer = os.pipe()
+    global _pipe
+    reader, writer = _pipe = os.pipe()
     os.set_blocking(writer, False)
+    _Forks.look_after()
     previous = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     previous_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     limits = (patience_s, _REACTION_S + linger_s)
@@ -71,10 +78,65 @@ def handled_signals(
     try:
         yield
     finally:
+        _pipe = ()
         signal.set_wakeup_fd(previous_descriptor)
         for number, handler in previous.items():
             signal.signal(number, handler)
         os.close(writer)  # which ends the thread
+
+
+_pipe: tuple[int, ...] = ()
+"""What signals are written to while they are handled, both of its ends."""
+
+
+class _Forks:
+    """What happens around os.fork: the functions that Python calls on the thread that forks.
+
+    A child has the handlers and the pipe of the daemon: SIGTERM, by which a pool ends its processes, would drain the
+    daemon and not end the child. subprocess calls none of this unless it is given a `preexec_fn`: a program that is
+    executed has default handlers anyway, and none of the descriptors.
+    """
+
+    _looked_after = False
+
+    def __init__(self) -> None:
+        import ctypes  # here, since a child may not be able to import
+
+        self._prctl = ctypes.CDLL(None, use_errno=True).prctl
+        self._own = threading.local()
+
+    @classmethod
+    def look_after(cls) -> None:
+        """Do so from now on: what is registered stays for good."""
+        if not cls._looked_after:
+            cls._looked_after = True
+            forks = cls()
+            os.register_at_fork(
+                before=forks._before, after_in_parent=forks._after_in_parent, after_in_child=forks._after_in_child
+            )
+
+    def _before(self) -> None:
+        # A signal that comes before the child is an ordinary process would be taken for one to the daemon.
+        handled = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *_MEANINGLESS}
+        self._own.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+        self._own.parent = os.getpid()
+
+    def _after_in_parent(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._own.mask)
+
+    def _after_in_child(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *_MEANINGLESS):
+            if signal.getsignal(number) is _ignore:
+                signal.signal(number, signal.SIG_DFL)
+        for descriptor in _pipe:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        # It is sent when the thread ends that has forked: a lane's, or another one's that lives as long as the daemon.
+        self._prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != self._own.parent:  # it has ended before that
+            os._exit(1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._own.mask)
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:

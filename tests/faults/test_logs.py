@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,41 @@ def test_of_one_kind_there_is_one_line_and_a_number() -> None:
     ]
     os.close(reader)
     os.close(writer)
+
+
+def test_a_text_that_was_made_before_is_one_kind_whatever_numbers_it_holds() -> None:
+    reader, writer = os.pipe()
+    log = logs.Log(writer, Clock())
+    log.writer.start()
+    for index in range(100):
+        log.handle(record(f"the loss is {index / 7}"))
+        log.handle(record(f"the gain is {index / 7}"))
+    log.flush(20)
+    lines = read_all(reader)
+    assert [line.split(" ... ")[0] for line in lines] == 2 * ["the loss is 0.0", "the gain is 0.0"]
+    assert [line for line in lines if "and 99 more" in line] == lines[2:]
+    os.close(reader)
+    os.close(writer)
+
+
+WARNS = """
+import warnings
+from tnxd import logs
+
+logs.install("info")
+for index in range(100):
+    warnings.warn(f"x is {'a' * index}!", stacklevel=1)
+    warnings.warn(f"y is {index}", stacklevel=1)
+    warnings.warn(f"y is {index}", FutureWarning, stacklevel=1)
+logs.flush(20)
+"""
+
+
+def test_a_warning_is_of_the_kind_of_its_category_and_place() -> None:
+    ended = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True, timeout=50, check=True)
+    lines = [line for line in ended.stderr.splitlines() if "Warning: " in line]
+    assert [line.partition("Warning: ")[2].split(" ... ")[0] for line in lines] == 2 * ["x is !", "y is 0", "y is 0"]
+    assert sum("and 99 more of this kind" in line for line in ended.stderr.splitlines()) == 3
 
 
 def test_a_text_without_end_is_cut() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,31 @@ def test_the_processes_that_it_starts_are_as_any(tmp_path: Path) -> None:
         ignored = next(line for line in status.read_text().splitlines() if line.startswith("SigIgn"))
         assert int(ignored.split()[1], 16) & (1 << (signal.SIGUSR1 - 1)) == 0
         os.kill(child, signal.SIGKILL)
+
+
+FORKS = """
+import os, signal, threading, time
+from tnxd import signals
+
+signals.prepare()
+with signals.handled_signals(lambda: print("stop"), lambda: print("reload"), 20, 20):
+    ends = []
+    def fork():
+        for number in [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1] * 50:
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+                os._exit(0)
+            os.kill(child, number)
+            ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number)
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join()
+    time.sleep(0.2)  # what the children wrote into the pipe has been read
+    print(len(ends), all(ends), flush=True)
+"""
+
+
+def test_a_signal_to_a_forked_process_concerns_it_alone_from_its_first_moment() -> None:
+    ended = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=50, check=True)
+    assert (ended.stdout, ended.stderr) == ("200 True\n", "")

@@ -126,9 +126,9 @@ class LanePool:
         notes: list[str] = []
 
         def build() -> torch.nn.Module:
-            with settings_kept() as changes:
+            with settings_kept("building it") as changes:
                 made = self._place(model.factory())
-            notes.extend(changes.note("building it"))
+            notes.extend(changes.note())
             return made
 
         built = [build()]
@@ -220,7 +220,7 @@ class LanePool:
         call = calls()
 
         def compare(runner: Runner) -> str:
-            with settings_kept(), same_chance():
+            with settings_kept("a forward"), same_chance():
                 return rows_of_a_lane_apart(call, model, runner.torch_device, verdict.telling, verdict.tolerance)
 
         return _called(lane, compare)
@@ -233,20 +233,20 @@ class LanePool:
         pair = calls(), calls()
 
         def compare(runner: Runner) -> str:
-            with settings_kept():
+            with settings_kept("a forward"):
                 return lanes_apart(pair, verdict.model, runner.torch_device, verdict.known, verdict.tolerance)
 
         return _called(lane, compare)
 
     @staticmethod
     def _tried(runner: Runner, module: torch.nn.Module, model: Model, build: Callable[[], torch.nn.Module]) -> Verdict:
-        with settings_kept():  # what a forward changes every time, the trial finds
+        with settings_kept("a forward"):  # what a forward changes every time, the trial finds
             return try_out(module, model, runner.torch_device, build)
 
     def _grow(self, runner: Runner, verdict: Verdict) -> Warmed:
         if verdict.make is None:
             return Warmed([])
-        with settings_kept():
+        with settings_kept("a forward"):
             warmed = warm_up(
                 runner, verdict.model, verdict.make, self.lanes, None if verdict.state.random else verdict.tolerance
             )

@@ -1,8 +1,8 @@
 """The process that all models share: what the code of one changes in it is found, put back, and told by name.
 
-    with settings_kept() as changes:        around the import of a model's code, its build and its warm-up
+    with settings_kept("building it") as changes:       around reading a model, its build and its warm-up
         ...
-    changes.note("importing net.py")        "importing net.py changed torch's default dtype: put back"
+    changes.note()                          "building it changed torch's default dtype: put back"
 
     witness = Witness()                     around each of several forwards
     with witness:
@@ -12,7 +12,9 @@
     watch = Watch()                         on the thread that serves; costs requests nothing
     watch.look()                            at times: puts back what has drifted
 
-A setting is compared before and after, so what is changed and put back by the code itself does not count.
+A setting is compared before and after, so what is changed and put back by the code itself does not count, save for what
+`tnxd.models.setters` notes: forwards of other models would run with another default dtype, or with numbers that were
+seeded.
 
 **What cannot be promised.** Python code can change anything in its process, and this is a list of what models are
 known to change, not a sandbox. Models are built while others serve: from a change until the end of the step that made
@@ -22,6 +24,9 @@ every tensor that it makes, and depends on none of this. What a thread has of it
 the thread that the code ran on, which is that of the loader, of a trial, or of the serving loop. Settings in C that
 have no getter, such as the handlers of faulthandler.register, are not seen. A signal handler can be put back on the
 main thread alone: elsewhere it is found, and put back by the watch.
+
+**Functions of torch** that code replaces (`tnxd.models.originals`) are put back, and the step has failed: with the
+originals, the code that replaced them would mean something else.
 
 **Random numbers** are drawn by models that sample, and drawing is no change. Seeding is: all models would draw the same
 numbers from then on. After a step that has seeded, torch's generators get a seed from the system again, not their old
@@ -57,6 +62,10 @@ import numpy as np
 import torch
 from torch.nn.modules import module as module_hooks
 
+from tnxctl.errors import FailedPrecondition
+from tnxd.models import originals
+from tnxd.models.setters import DTYPE, NUMPY_SEED, PYTHON_SEED, SEED, noted
+
 log = logging.getLogger(__name__)
 
 
@@ -77,6 +86,7 @@ class Setting:
         write: puts a value back that was read.
         watched: whether `Watch` looks at it: what libraries may rightly change later, when they are first used, is not.
         harmless: whether nobody is harmed if a model changes it.
+        tell: its name with what has changed of it, given the value before and now.
     """
 
     name: str
@@ -85,6 +95,7 @@ class Setting:
     scope: Scope = Scope.PROCESS
     watched: bool = True
     harmless: bool = False
+    tell: Callable[[Any, Any], str] | None = None
 
 
 # --- torch ---------------------------------------------------------------------------------------------------
@@ -204,7 +215,7 @@ def _precisions() -> list[Setting]:
 _MATMUL = torch.backends.cuda.matmul
 
 _TORCH = [
-    Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    Setting(DTYPE, torch.get_default_dtype, torch.set_default_dtype),
     Setting("torch's default device or function modes", _modes, _set_modes, Scope.THREAD),
     Setting("torch's grad mode", torch.is_grad_enabled, torch.set_grad_enabled, Scope.THREAD, harmless=True),
     Setting("torch's inference mode", torch.is_inference_mode_enabled, _set_inference_mode, Scope.THREAD),
@@ -340,12 +351,43 @@ def _umask() -> int:
         return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
 
 
+_OF_TORCH = ("TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "TORCH_WARM_POOL")
+"""What variables begin with that torch sets for itself when it compiles."""
+
+_MOST_VARIABLES = 3
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OF_TORCH)}
+
+
 def _set_environment(kept: dict[str, str]) -> None:
-    for name in os.environ.keys() - kept.keys():
+    for name in _environment().keys() - kept.keys():
         del os.environ[name]
     for name, value in kept.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
+
+
+def _variables(before: dict[str, str], now: dict[str, str]) -> str:
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    more = f" and {len(names) - _MOST_VARIABLES} more" if len(names) > _MOST_VARIABLES else ""
+    return f"the environment variable{'s' if len(names) > 1 else ''} {', '.join(names[:_MOST_VARIABLES])}{more}"
+
+
+_OWN_RECURSION_LIMIT = sys.getrecursionlimit()
+_RECURSION_LIMIT_OF_TORCH = 2000
+"""inductor raises it to that before it compiles, and leaves it so."""
+
+
+def _recursion_limit() -> int:
+    limit = sys.getrecursionlimit()
+    return _OWN_RECURSION_LIMIT if limit == _RECURSION_LIMIT_OF_TORCH else limit
+
+
+def _start_method() -> str:
+    """The method in effect. Where none is set, whoever first uses one, as a DataLoader does, sets the system's."""
+    return multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
 
 
 def _list(name: str, owner: Any, attribute: str, **options: Any) -> Setting:
@@ -375,7 +417,7 @@ _PYTHON = [
     Setting("the filters of warnings", lambda: list(warnings.filters), _set_filters, watched=False, harmless=True),
     _attribute("how warnings are shown", warnings, "showwarning"),
     Setting("the working directory", os.getcwd, os.chdir),
-    Setting("the environment", lambda: dict(os.environ), _set_environment),
+    Setting("the environment", _environment, _set_environment, tell=_variables),
     Setting("the umask", _umask, os.umask),
     Setting("limits of resources", lambda: [resource.getrlimit(limit) for limit in _LIMITS], _set_limits),
     Setting(
@@ -386,7 +428,7 @@ _PYTHON = [
     ),
     _list("sys.path", sys, "path"),
     _list("sys.argv", sys, "argv"),
-    Setting("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+    Setting("the recursion limit", _recursion_limit, sys.setrecursionlimit),
     Setting("the switch interval", sys.getswitchinterval, sys.setswitchinterval),
     _attribute("sys.stdin", sys, "stdin"),
     _attribute("sys.stdout", sys, "stdout"),
@@ -417,15 +459,13 @@ _PYTHON = [
     ),
     Setting(
         "the start method of multiprocessing",
-        lambda: multiprocessing.get_start_method(allow_none=True),
+        _start_method,
         lambda method: multiprocessing.set_start_method(method, force=True),
     ),
 ]
 
 SETTINGS: tuple[Setting, ...] = (*_TORCH, *_PYTHON)
 """In the order in which they are put back."""
-
-SEED = "torch's random seed"
 
 _HARMLESS = {setting.name for setting in SETTINGS if setting.harmless}
 
@@ -448,13 +488,15 @@ def _differs(before: Any, now: Any) -> bool:
         return True
 
 
-def _changed(before: Mapping[Setting, Any]) -> Iterator[tuple[Setting, bool]]:
-    """The settings that are not what they were, each put back, and whether that worked."""
+def _changed(before: Mapping[Setting, Any]) -> Iterator[tuple[Setting, str, bool]]:
+    """The settings that are not what they were, each put back: what to call the change, and whether that worked."""
     for setting, value in before.items():
-        if _differs(value, _read(setting)):
+        now = _read(setting)
+        if _differs(value, now):
             with suppress(Exception):  # signal handlers, off the main thread
                 setting.write(value)
-            yield setting, not _differs(value, _read(setting))
+            told = setting.name if setting.tell is None else setting.tell(value, now)
+            yield setting, told, not _differs(value, _read(setting))
 
 
 # --- around a step -------------------------------------------------------------------------------------------
@@ -465,14 +507,16 @@ class Changes:
     """Changes of the process by a step.
 
     Attributes:
-        names: of the settings. lasting: those among them that could not be put back.
+        what: the step, as the subject of a sentence.
+        names: of the settings, and what has changed of them. lasting: those that could not be put back.
     """
 
+    what: str
     names: list[str] = field(default_factory=list)
     lasting: list[str] = field(default_factory=list)
 
-    def note(self, what: str) -> tuple[str, ...]:
-        """A sentence for operators about the step `what`, if there is something to say.
+    def note(self) -> tuple[str, ...]:
+        """A sentence for operators, if there is something to say.
 
         What is harmless and undone is not worth one: many a library has warnings of its own ignored.
         """
@@ -480,24 +524,37 @@ class Changes:
         told = [f"{', '.join(undone)}: put back"] if undone else []
         if self.lasting:
             told.append(f"{', '.join(self.lasting)}, which could not be put back there")
-        return (f"{what} changed {'; and '.join(told)}",) if told else ()
+        return (f"{self.what} changed {'; and '.join(told)}",) if told else ()
 
 
 @contextmanager
-def settings_kept() -> Iterator[Changes]:
-    """Put back what the block changes. Whatever it raises, the changes are complete after it."""
-    changes = Changes()
+def settings_kept(what: str = "it") -> Iterator[Changes]:
+    """Put back what the block changes. Whatever it raises, the changes are complete after it.
+
+    Args:
+        what: the block, as the subject of a sentence.
+
+    Raises:
+        FailedPrecondition: it has put something in the place of a function of torch.
+    """
+    changes = Changes(what)
+    earlier = originals.put_back()
+    if earlier:
+        log.warning("%s: put back", originals.sentence("a model that serves", earlier))
     before = {setting: _read(setting) for setting in SETTINGS}
     chance = _Chance()
     try:
         yield changes
     finally:
-        for setting, undone in _changed(before):
-            changes.names.append(setting.name)
+        for _, told, undone in _changed(before):
+            changes.names.append(told)
             if not undone:
-                changes.lasting.append(setting.name)
+                changes.lasting.append(told)
         if chance.renewed():
             changes.names.append(SEED)
+        replaced = originals.put_back()
+    if replaced:
+        raise FailedPrecondition(originals.sentence(what, replaced))
 
 
 class _Chance:
@@ -537,8 +594,10 @@ class Witness:
 
     def __init__(self) -> None:
         self._times: Counter[str] = Counter()
+        self._told: dict[str, str] = {}
         self._begins: dict[tuple[str, int], int] = {}
         self._seeds: set[str] = set()
+        self._sets: Counter[str] = Counter()
 
     def __enter__(self) -> None:
         self._before = {setting: _read(setting) for setting in SETTINGS if not setting.harmless}
@@ -547,12 +606,18 @@ class Witness:
         random.random()
         np.random.random()
         self._generators = _generators()
+        self._set: set[str] = set()
+        self._noted = noted(self._set)
+        self._noted.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for setting, _ in _changed(self._before):
+        self._noted.__exit__(None, None, None)
+        self._sets.update(self._set)
+        for setting, told, _ in _changed(self._before):
             self._times[setting.name] += 1
+            self._told[setting.name] = told  # as it was the last time: what a library sets up comes first
         del self._before
         seed, state = self._torch
         if torch.initial_seed() != seed:
@@ -565,16 +630,23 @@ class Witness:
                 self._seeds.add(name)
 
     def complaint(self) -> str:
-        """A sentence about what a forward changes every time; "" if nothing."""
-        names = [*(name for name, times in self._times.items() if times > 1), *sorted(self._seeds)]
-        return f"a forward changes {', '.join(names)}, for all models of the process" if names else ""
+        """A sentence about what a forward changes, or sets, every time; "" if nothing."""
+        lasting = [*(name for name, times in self._times.items() if times > 1), *sorted(self._seeds)]
+        brief = [name for name, times in self._sets.items() if times > 1 and name not in lasting]
+        told = []
+        if lasting:
+            names = ", ".join(self._told.get(name, name) for name in lasting)
+            told.append(f"changes {names}, for all models of the process")
+        if brief:
+            told.append(f"sets {', '.join(sorted(brief))}, if only for a while: other models run meanwhile")
+        return f"a forward {'; and '.join(told)}" if told else ""
 
 
 def _generators() -> dict[str, int]:
     """Hashes of the states of those that do not tell what they were seeded with."""
     return {
-        "the seed of Python's random numbers": hash(random.getstate()),
-        "the seed of numpy's random numbers": hash(_numpy_state()),
+        PYTHON_SEED: hash(random.getstate()),
+        NUMPY_SEED: hash(_numpy_state()),
     }
 
 
@@ -591,11 +663,14 @@ class Watch:
     def look(self) -> list[str]:
         """Put back what has drifted, and log each name once. Returns the names. A fraction of a millisecond."""
         drifted = []
-        for setting, undone in _changed(self._kept):
-            drifted.append(setting.name)
+        for setting, told, undone in _changed(self._kept):
+            drifted.append(told)
             if setting.name not in self._told:
                 self._told.add(setting.name)
-                log.warning(
-                    "a model that serves has changed %s: %s", setting.name, "put back" if undone else "it stays so"
-                )
+                log.warning("a model that serves has changed %s: %s", told, "put back" if undone else "it stays so")
+        for name in originals.put_back():
+            drifted.append(name)
+            if name not in self._told:
+                self._told.add(name)
+                log.warning("a model that serves has replaced %s, which all models use: put back", name)
         return drifted

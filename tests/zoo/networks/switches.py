@@ -47,7 +47,8 @@ SWITCHES: dict[str, Callable[[], object]] = {
         str(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     ],
     "working directory": os.getcwd,
-    "environment": lambda: sorted(os.environ.items()),
+    # What torch sets for itself when it compiles is its own affair.
+    "environment": lambda: sorted(each for each in os.environ.items() if not each[0].startswith(("TORCH", "TRITON_"))),
     "umask": _umask,
     "locale": locale.getlocale,
     "recursion limit": sys.getrecursionlimit,

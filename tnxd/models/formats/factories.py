@@ -24,6 +24,7 @@ import torch
 
 from tnxctl.errors import FailedPrecondition, TensorNextError
 from tnxd.files import MOST_CODE, read_open
+from tnxd.models import originals
 from tnxd.models.trust import TrustedFiles
 from tnxd.sentences import sentence
 
@@ -49,7 +50,8 @@ class Factory:
         """The network, as the function makes it.
 
         Raises:
-            FailedPrecondition: it raises, or does not return a module; the sentence names the file.
+            FailedPrecondition: it raises, does not return a module, or has put something in the place of a function of
+                torch; the sentence names the file.
         """
         if self._function is None:
             self._function = self._import()
@@ -86,11 +88,15 @@ class Factory:
 
     def _run(self, what: str, call: Callable[[], Any]) -> Any:
         try:
-            return call()
+            result = call()
         except TensorNextError:
             raise
         except (Exception, SystemExit) as error:
             raise FailedPrecondition(f"{self.label}: {what} raised {sentence(error)}") from error
+        replaced = originals.put_back()
+        if replaced:
+            raise FailedPrecondition(f"{self.label}: {originals.sentence(what, replaced)}")
+        return result
 
 
 def is_private(module: str) -> bool:

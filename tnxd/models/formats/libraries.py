@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from tnxctl.errors import FailedPrecondition
+from tnxd.models import originals
 from tnxd.sentences import sentence
 
 _OWN = {name.partition("::")[0] for name in torch._C._dispatch_get_all_op_names()} | {
@@ -25,12 +26,19 @@ _OWN = {name.partition("::")[0] for name in torch._C._dispatch_get_all_op_names(
 
 
 def load(names: Sequence[str], label: str) -> None:
-    """Import what model.toml asks for. Raises FailedPrecondition: one cannot be imported; says LABEL, key and why."""
+    """Import what model.toml asks for.
+
+    Raises:
+        FailedPrecondition: one cannot be imported, or replaces a function of torch; says LABEL, key and why.
+    """
     for index, name in enumerate(names):
         try:
             importlib.import_module(name)
         except (Exception, SystemExit) as error:  # a module may raise anything
             raise FailedPrecondition(f"{label}: imports[{index}]: {name!r}: {sentence(error)}") from error
+        replaced = originals.put_back()
+        if replaced:
+            raise FailedPrecondition(f"{label}: imports[{index}]: {originals.sentence(f'importing {name}', replaced)}")
 
 
 def note(namespaces: Iterator[str], names: Sequence[str], file: str) -> tuple[str, ...]:

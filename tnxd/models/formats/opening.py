@@ -42,11 +42,11 @@ def read(source: RepositorySource) -> Opened:
 
 def open_model(source: RepositorySource, generation: int) -> Model:
     """Open a version, as `tnxd.models.catalog.Source.open` promises."""
-    with settings_kept() as changes:
+    with settings_kept("reading it") as changes:
         opened = read(source)
     settings = source.settings
     build = opened.build
-    notes = opened.notes + optional.notes(opened.signature) + changes.note("reading it")
+    notes = opened.notes + optional.notes(opened.signature) + changes.note()
     if settings.compile == "inductor":
         missing = compiling.missing()
         if missing:
