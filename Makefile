@@ -19,6 +19,7 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 help:
 	@echo 'make demo             classify handwritten digits with a daemon of its own'
 	@echo 'make test             run the tests'
+	@echo 'make slow             the tests that take too long for every change'
 	@echo 'make faults           every kind of fault against real daemons, the slow ones too'
 	@echo 'make zoo              all of the zoo of models, of which make test runs the quick part'
 	@echo 'make soak MINUTES=30  mixed load on one daemon, whether it grows, and whether a planted leak is found'
@@ -60,6 +61,10 @@ $(VENV)/for-examples: $(VENV)/for-test examples/requirements.txt constraints.txt
 .PHONY: test
 test: $(VENV)/for-test $(VENV)/for-examples
 	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
+
+.PHONY: slow
+slow: $(VENV)/for-test $(VENV)/for-examples
+	$(RUN) -m pytest -n 2 --dist loadfile -m slow --ignore tests/faults $(TESTS)
 
 # One after the other, since what is measured beside a fault is reported.
 .PHONY: faults

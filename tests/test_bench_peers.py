@@ -562,6 +562,7 @@ def test_the_pinned_torch_of_every_peer_is_the_daemons() -> None:
         assert all("==" in line for line in lines), path
 
 
+@pytest.mark.slow
 def test_compare_measures_tensornext_and_says_who_is_missing(tmp_path: Path) -> None:
     report_path, picture = tmp_path / "compare.json", tmp_path / "compare.png"
     arguments = ("--rounds", "2", "--seconds", "0.05", "--environments", str(tmp_path), "--outstanding", "1,4")
@@ -607,6 +608,7 @@ def test_compare_measures_a_peer(peer: str, tmp_path: Path) -> None:
             assert min(row.medians.values()) > 0
 
 
+@pytest.mark.slow
 def test_throughput_measures_curve_large_tensors_and_idle_peers(tmp_path: Path) -> None:
     path, picture = tmp_path / "throughput.json", tmp_path / "throughput.png"
     run(

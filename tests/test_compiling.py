@@ -172,6 +172,7 @@ def test_weights_are_not_copied(pair: Pair) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_program_is_compiled_too_and_leaves_nothing_behind(
     tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch

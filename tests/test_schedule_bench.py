@@ -217,6 +217,7 @@ def test_no_schedule_meets_more_than_the_bound(seed: int) -> None:
     assert best_of_all(given) <= upper_bound(given) * len(jobs) + 1e-6
 
 
+@pytest.mark.slow
 def test_the_scheduler_stays_below_the_bound() -> None:
     report = examine(traces.make("overload", traces.machine(), 2000, seed=1), seed=1)
     assert 0 < report.policies[SCHEDULER].met < report.upper_bound < 1
@@ -233,6 +234,7 @@ def test_decisions_are_measured_with_as_many_in_the_queue(queued: int) -> None:
     assert measured.start_us > 0
 
 
+@pytest.mark.slow
 def test_the_program_writes_a_table_json_and_a_picture(tmp_path: Path) -> None:
     written, again, picture = tmp_path / "one.json", tmp_path / "again.json", tmp_path / "one.png"
     options = ["--requests", "300", "--trace", "light", "--trace", "clients", "--no-decisions", "--json"]

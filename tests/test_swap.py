@@ -186,6 +186,7 @@ def test_no_request_fails_while_versions_are_swapped(swapped: tuple[Daemon, Repo
     assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_version_that_stays_in_memory_would_be_seen(swapped: tuple[Daemon, Repository], tmp_path: Path) -> None:
     memory = swap(tmp_path, *swapped, seconds=0.0, every=0.0, before=LEAK)
     assert slope(memory[3:]) > MOST_GROWTH_MIB
@@ -435,7 +436,7 @@ def test_a_factory_that_never_returns_is_given_up(run_daemon: RunDaemon, tmp_pat
 # --- memory --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt2"])
+@pytest.mark.parametrize("kind", ["safetensors", pytest.param("pt2", marks=pytest.mark.slow)])
 def test_memory_comes_back(run_daemon: RunDaemon, tmp_path: Path, kind: str) -> None:
     """A model of 100 MiB, loaded and unloaded ten times."""
     repository = Repository(tmp_path / "models")

@@ -130,7 +130,9 @@ def test_it_is_active_only_when_it_is_ready_on_tcp_and_ipc(service: Machine) -> 
     (service.root / CONFIG).write_text(f"bind = {list(endpoints)}\n")
     service.run("systemctl", "restart", "tensornext")
     invocation = f"_SYSTEMD_INVOCATION_ID={show(service, 'InvocationID')}"
-    assert f" ready on {', '.join(endpoints)};" in service.run("journalctl", "--output=cat", invocation)
+    said = f" ready on {', '.join(endpoints)};"
+    while said not in service.run("journalctl", "--output=cat", invocation):  # the journal takes its time
+        assert show(service, "ActiveState") == "active"
     for endpoint in endpoints:
         service.run("tnxctl", "health", "--host", endpoint)
 
