@@ -60,7 +60,7 @@ $(VENV)/for-examples: $(VENV)/for-test examples/requirements.txt constraints.txt
 
 .PHONY: test
 test: $(VENV)/for-test $(VENV)/for-examples
-	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .PHONY: slow
 slow: $(VENV)/for-test $(VENV)/for-examples

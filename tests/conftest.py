@@ -26,7 +26,15 @@ os.umask(0o022)  # a model repository that others can write is refused
 START_SECONDS = 60
 """torch takes seconds to import on a busy machine."""
 
+LONGEST = ("test_systemd.py", "test_quick_served.py", "test_quick_careful.py", "test_lifecycle.py", "test_swap.py")
+"""Files that take long: begun first, so that no worker is left with one of them in the end."""
+
 READY = re.compile(r"ready on ([^;]+);")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @dataclass

@@ -505,6 +505,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_memory_of_connections_that_have_gone_comes_back(run_daemon: Callable[..., Daemon]) -> None:
     """Each takes 23 KiB while it is there, which the C library would keep, and ever more of it as they come anew."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -383,6 +383,7 @@ def test_cpu_time_of_a_process_counts_all_its_threads() -> None:
 # --- the command -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_running_daemon_beside_the_floors(daemon: Daemon, tmp_path: Path) -> None:
     paths = tmp_path / "latency.json", tmp_path / "latency.png"
     printed = run(
@@ -437,6 +438,7 @@ def test_the_command_refuses_what_makes_no_sense(arguments: tuple[str, ...], cod
     assert sentence in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the servers through /proc")
 def test_a_benchmark_that_is_interrupted_stops_what_it_started() -> None:
     check_that_it_stops_what_it_started("latency.py", "--no-rate", number=signal.SIGINT, children=3)

@@ -117,6 +117,7 @@ def assert_equal(pair: Pair, rows: int, length: int) -> None:
     np.testing.assert_allclose(got["mean"], wanted["mean"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("rows", [1, 2, 16])
@@ -125,6 +126,7 @@ def test_compiled_answers_are_those_of_eager(pair: Pair, rows: int, length: int)
     assert_equal(pair, rows, length)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.timeout(240)
 def test_lanes_run_it_at_the_same_time_with_threads_of_their_own(pair: Pair) -> None:
@@ -148,6 +150,7 @@ def test_lanes_run_it_at_the_same_time_with_threads_of_their_own(pair: Pair) -> 
     assert failures == []
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.timeout(240)
 def test_lengths_that_do_not_fit_are_refused_before_the_code_runs(pair: Pair) -> None:
@@ -156,6 +159,7 @@ def test_lengths_that_do_not_fit_are_refused_before_the_code_runs(pair: Pair) ->
         ask(pair.model, pair.compiled, ids, mask)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.timeout(240)
 def test_weights_are_not_copied(pair: Pair) -> None:

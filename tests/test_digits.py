@@ -167,6 +167,7 @@ def test_scans_are_the_last_rows_of_the_data_set(held_out: tuple[torch.Tensor, t
     assert len(scans) >= 300
 
 
+@pytest.mark.slow
 def test_training_writes_weights_and_held_out_scans(
     tmp_path: Path, held_out: tuple[torch.Tensor, torch.Tensor]
 ) -> None:

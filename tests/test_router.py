@@ -266,6 +266,7 @@ sys.stdin.readline()
 """
 
 
+@pytest.mark.slow
 def test_news_of_one_that_said_nothing_is_not_taken_for_news_of_the_next(router: Router) -> None:
     """A client that connects and leaves without a word frees a descriptor, which the next one gets."""
     command = [sys.executable, "-c", _ONE_AFTER_THE_OTHER, router.endpoints[0]]

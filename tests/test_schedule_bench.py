@@ -171,6 +171,7 @@ def test_everything_possible_is_met_where_there_is_time() -> None:
     assert upper_bound(trace(*jobs)) == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_half_of_twice_the_capacity_is_met() -> None:
     """Both devices together do 4/140 + 4/204 rows per microsecond; deadlines are loose, but all by the end."""
     capacity = 4 / 140 + 4 / 204
@@ -203,6 +204,7 @@ def best_of_all(given: Trace) -> int:
     return search(frozenset(range(len(jobs))), (0.0, 0.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_no_schedule_meets_more_than_the_bound(seed: int) -> None:
     chance = random.Random(seed)

@@ -27,6 +27,7 @@ def test_a_connection_that_leaves_nothing_behind_is_no_leak(leaky: Daemon) -> No
 
 
 @needs_proc
+@pytest.mark.slow
 @pytest.mark.parametrize("leak", ["a thread", "a descriptor", "memory"])
 def test_what_one_connection_leaves_behind_is_found(leaky: Daemon, leak: str) -> None:
     with pytest.raises(AssertionError, match="does not come back to"):

@@ -372,7 +372,7 @@ def serve(
     """A daemon with a repository, and eight clients of it. Args: python_path: where it finds more libraries."""
     (folder / "tnxd.toml").write_text(config)
     arguments = ("--config", str(folder / "tnxd.toml"), "--model-repository", str(repository))
-    environment = {**os.environ, "PYTHONPATH": str(python_path)}
+    environment = {**os.environ, "PYTHONPATH": str(python_path), "ZOO_PRESENT": "1"}
     with (
         serving_daemon(folder / "log", *arguments, program=program, environment=environment) as daemon,
         ExitStack() as stack,

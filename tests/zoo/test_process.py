@@ -70,7 +70,7 @@ PROMISED = {
     "warnings": "warnings.filterwarnings('error', message='zoo{n}')",
     "directory": "os.chdir(('/', '/usr', '/tmp')[{n}])",
     "environment": "os.environ['ZOO_POISON'] = '{n}'",
-    "environment-less": "del os.environ[sorted(os.environ)[-1]]",
+    "environment-less": "del os.environ['ZOO_PRESENT']",
 }
 
 # Nobody promised these, and each makes others answer otherwise, or fail.

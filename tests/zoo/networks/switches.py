@@ -48,7 +48,9 @@ SWITCHES: dict[str, Callable[[], object]] = {
     ],
     "working directory": os.getcwd,
     # What torch sets for itself when it compiles is its own affair.
-    "environment": lambda: sorted(each for each in os.environ.items() if not each[0].startswith(("TORCH", "TRITON_"))),
+    "environment": lambda: sorted(
+        each for each in os.environ.items() if not each[0].startswith(("TORCH", "_TORCH", "TRITON_"))
+    ),
     "umask": _umask,
     "locale": locale.getlocale,
     "recursion limit": sys.getrecursionlimit,
