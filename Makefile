@@ -58,9 +58,10 @@ $(VENV)/for-examples: $(VENV)/for-test examples/requirements.txt constraints.txt
 	-$(PIP) install --no-deps --requirement examples/requirements.txt
 	@touch $@
 
+# Three at a time, since many wait for processes.
 .PHONY: test
 test: $(VENV)/for-test $(VENV)/for-examples
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .PHONY: slow
 slow: $(VENV)/for-test $(VENV)/for-examples

@@ -47,17 +47,19 @@ class _Place:
     def __init__(self, path: str, owner: Any) -> None:
         self._path = path
         self._owner = owner
-        self._seen = dict(vars(owner))  # at the last look: a comparison with that is all that it takes mostly
+        self._seen = vars(owner).copy()  # at the last look: a comparison with that is all that it takes mostly
         counts: Callable[[Any], bool] = _is_method if isinstance(owner, type) else callable
         self.originals = {
-            name: value for name, value in vars(owner).items() if counts(value) and f"{path}.{name}" not in _VARYING
+            name: value
+            for name, value in vars(owner).copy().items()
+            if counts(value) and f"{path}.{name}" not in _VARYING
         }
         self._by_torch: dict[str, Any] = {}  # what it has put there itself, since
 
     def put_back(self) -> list[str]:
         if self._is_as_seen():
             return []
-        seen = dict(vars(self._owner))  # before the look: what another thread changes meanwhile is for the next one
+        seen = vars(self._owner).copy()  # before the look: what another thread changes meanwhile is for the next one
         names = list(self._found())
         if not names:
             self._seen = seen
@@ -122,9 +124,9 @@ def _is_torchs(value: Any) -> bool:
 def _classes() -> dict[type, str]:
     """Classes of torch.nn, and what to call them."""
     found: dict[type, str] = {torch.Tensor: "torch.Tensor"}
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith("torch.nn.modules.")]
+    modules = [module for name, module in sys.modules.copy().items() if name.startswith("torch.nn.modules.")]
     for module in (torch.nn, *modules):
-        for name, value in vars(module).items():
+        for name, value in vars(module).copy().items():
             if isinstance(value, type) and value.__module__.startswith("torch.nn."):
                 found.setdefault(value, f"{module.__name__}.{name}")
     return found

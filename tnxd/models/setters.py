@@ -80,9 +80,9 @@ def _install() -> None:
                         noting[id(function)] = function, _noting(name, function)
                     if function is not None:
                         _replace(owner, attribute, *noting[id(function)])
-        for name, module in list(sys.modules.items()):
+        for name, module in sys.modules.copy().items():
             if is_private(name):
-                for attribute, value in list(vars(module).items()):
+                for attribute, value in vars(module).copy().items():
                     if id(value) in noting:
                         _replace(module, attribute, *noting[id(value)])
 

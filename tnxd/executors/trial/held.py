@@ -150,7 +150,7 @@ class Held:
             self._value(Place(prefix + called.get(name, name), path, name), tensor)
         if isinstance(module, torch.jit.ScriptModule):
             return
-        for name, value in list(vars(module).items()):
+        for name, value in vars(module).copy().items():
             if name in HOOKS or name not in _OF_NN_MODULE:
                 self._value(Place(prefix + name, path, name), value)
 
@@ -264,7 +264,7 @@ def _outside(module: torch.nn.Module) -> Iterator[tuple[Any, str, Any]]:
     Yields: the class or the Python module, the name of the attribute, and what it is.
     """
     for holder in _code(module):
-        for name, value in list(vars(holder).items()):
+        for name, value in vars(holder).copy().items():
             if is_state(name, value):
                 yield holder, name, value
 
@@ -297,7 +297,7 @@ def own_state(module: torch.nn.Module) -> list[tuple[Any, str]]:
     return [
         (holder, name)
         for holder in code_of(module)
-        for name, value in vars(holder).items()
+        for name, value in vars(holder).copy().items()
         if is_state(name, value) and not isinstance(value, functools._lru_cache_wrapper)
     ]
 

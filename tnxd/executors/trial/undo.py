@@ -126,7 +126,7 @@ class Beside:
         for undo in self._undos:
             undo.put_back()
         for holder, names in self._names.values():
-            for name, value in list(vars(holder).items()):
+            for name, value in vars(holder).copy().items():
                 if name not in names and is_state(name, value):
                     delattr(holder, name)
 
