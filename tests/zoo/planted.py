@@ -23,7 +23,7 @@ MECHANISMS: dict[str, dict[str, Callable[..., Any]]] = {
     # No network is looked at when it is loaded: all are taken for pure.
     "classes": {
         "tnxd.executors.trial.trial:find_state": lambda *_: State(PURE),
-        "tnxd.executors.trial.trial:_check_first_call": lambda *_: None,
+        "tnxd.executors.trial.trial:_check_openings": lambda *_: None,
         "tnxd.executors.trial.trial:_written_since": lambda *_: [],
         "tnxd.executors.pool:lanes_apart": lambda *_: "",
     },

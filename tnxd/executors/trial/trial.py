@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -162,7 +163,9 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
         check_graph(model, ())
         beside.put_back()
         state = State(SCRATCH, suspected=tuple(suspects(module)), beside=tuple(beside.attributes))
-        return Verdict(model.unbatched(), state, not state.suspected, None, allowed, (*notes, note))
+        return Verdict(
+            *(model.unbatched(), state, not state.suspected or bool(state.beside), None, allowed, (*notes, note))
+        )
     made_at_first = [place.name for place in as_built.changed(Held(module, model.writes, contents=False))]
     begun = Held(module, model.writes)
     with same_chance():
@@ -173,16 +176,9 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
     with same_chance():
         known = seeded(asking, first)[1]
     if made_at_first:
-        openings = [second, *(make(1, 1) for make in telling[1:][-1:])]
-        for opening in openings:  # of other kinds: a range may be what it makes of the first one
-            beside.put_back()
-            with same_chance(), torch.inference_mode(False):
-                again = build()
-            with same_chance():
-                as_built.forget_caches()
-                _check_first_call(known, asking.of_another(again), first, opening, made_at_first, allowed)
-                as_built.forget_caches()
-            del again
+        openings = [second, *(make(1, 1) for make in telling[1:][-1:])]  # a range may be what it makes of the first one
+        as_it_was = partial(_as_it_was, as_built, beside)
+        _check_openings(asking, build, as_it_was, first, known, openings, made_at_first, allowed)
     verdict = Verdict(
         *(model, state, state.outside, varied, allowed, notes),
         differentiates=asking.differentiates,
@@ -274,22 +270,42 @@ class _Asking:
         return outputs, answer
 
 
-def _check_first_call(
-    known: Sequence[Array], again: _Asking, first: Item, second: Item, made: Sequence[str], allowed: float
+def _as_it_was(as_built: Held, beside: Beside) -> None:
+    """Have the code beside the weights as it was imported, and the caches of its functions empty."""
+    as_built.forget_caches()
+    beside.put_back()
+
+
+def _check_openings(
+    asking: _Asking,
+    build: Callable[[], torch.nn.Module],
+    as_it_was: Callable[[], None],
+    item: Item,
+    known: Sequence[Array],
+    openings: Sequence[Item],
+    made: Sequence[str],
+    allowed: float,
 ) -> None:
-    """Whether what a module made at its first call depends on what was asked then.
+    """Check that what a module makes at its first call does not depend on what is asked then.
 
     Args:
-        known: what a module answered `first` that had first been asked something else than `second`.
-        again: another one, that was never asked.
+        build: makes another one, that was never asked. as_it_was: has the code so, too.
+        item, known: a request, and what the module answered that had first been asked something else.
+        openings: what others are asked first. made: names of what it makes then.
 
     Raises:
         FailedPrecondition: it does.
     """
-    seeded(again, second)
-    apart = difference(again.model.outputs, known, seeded(again, first)[1], allowed)
-    if apart is not None:
-        raise stateful(made, apart.text)
+    for opening in openings:
+        as_it_was()
+        with same_chance(), torch.inference_mode(False):
+            again = asking.of_another(build())
+        with same_chance():
+            seeded(again, opening)
+            apart = difference(again.model.outputs, known, seeded(again, item)[1], allowed)
+        if apart is not None:
+            raise stateful(made, apart.text)
+    as_it_was()
 
 
 def open_with(module: torch.nn.Module, verdict: Verdict, device: torch.device) -> None:
