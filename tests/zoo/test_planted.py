@@ -29,7 +29,7 @@ CAUGHT_BY = {
     "proof": (("point-cloud", PT2), ("normalized", SCRIPT), ("sequence-first", FACTORY), ("flip", PT2)),
     "audit": (("mixes-beyond", FACTORY),),
 }
-KINDS = {"copies": {"answer", "error"}, "classes": {"answer"}, "proof": {"answer"}, "audit": {"late"}}
+KINDS = {"copies": {"answer", "error"}, "classes": {"answer", "outcome"}, "proof": {"answer"}, "audit": {"late"}}
 
 
 def chosen(mechanism: str) -> list[Exhibit]:
