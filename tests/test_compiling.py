@@ -231,8 +231,8 @@ def test_what_cannot_be_compiled_is_named(tmp_path: Path, old: str, new: str, sa
     ("end", "said"),
     [
         ("os.kill(os.getpid(), 9)", "the compiler was ended by signal 9"),
-        ("os._exit(3)", "the compiler ended with 3"),
-        ("raise OSError('no')", "OSError: no"),
+        pytest.param("os._exit(3)", "the compiler ended with 3", marks=pytest.mark.slow),
+        pytest.param("raise OSError('no')", "OSError: no", marks=pytest.mark.slow),
     ],
 )
 def test_a_compiler_that_ends_early_is_named(tmp_path: Path, end: str, said: str) -> None:

@@ -347,6 +347,7 @@ def test_what_torch_sets_for_itself_is_left_alone() -> None:
         os.environ.update(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(compiling.missing()), reason=compiling.missing())
 @pytest.mark.filterwarnings("ignore")  # they are torch's own
 def test_a_forward_may_compile() -> None:

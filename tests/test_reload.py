@@ -153,6 +153,7 @@ def test_a_daemon_that_stops_answers_the_orders_it_has(run_daemon: RunDaemon, ro
     assert daemon.process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_what_is_evicted_comes_back_when_it_is_asked_for(run_daemon: RunDaemon, tmp_path: Path) -> None:
     root = tmp_path / "models"
     for name in ("a", "b"):

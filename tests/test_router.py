@@ -169,6 +169,7 @@ def test_a_peer_that_never_reads_is_given_up(strict_router: Router, monkeypatch:
         assert router._admission.owed == 0
 
 
+@pytest.mark.slow
 def test_closing_while_peers_vanish_that_are_owed_replies(wakeup: Wakeup) -> None:
     """It ends. Which of them go at a bad moment is chance: with libzmq's own linger every third round or so hung."""
     payload = np.zeros(400_000, np.uint8)

@@ -68,6 +68,7 @@ def test_a_deadline_that_passes_in_the_queue(hold: Callable[[str], Held]) -> Non
     assert held.dealer.result()[0].id == held.first
 
 
+@pytest.mark.slow
 def test_what_has_been_answered_keeps_no_memory_until_its_deadline(run_daemon: RunDaemon) -> None:
     daemon = run_daemon("--model", "mlp")
     dealer = Dealer(daemon.endpoint)

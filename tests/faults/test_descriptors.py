@@ -13,6 +13,8 @@ import socket
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from daemons import running
 from dealer import Dealer, rows
 
@@ -24,6 +26,7 @@ def few() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (MOST, MOST))
 
 
+@pytest.mark.slow
 def test_more_connections_than_descriptors(tmp_path: Path) -> None:
     arguments = ("--bind", "tcp://127.0.0.1:*")
     with running(tmp_path, *arguments, before=few, stdout=subprocess.PIPE) as daemon:

@@ -18,6 +18,7 @@ from zmtp import Peer
 UNSEEDED = 0x6B8B4567, 0xE43C9869
 
 
+@pytest.mark.slow
 @needs_proc
 def test_claimed_names_do_not_end_the_process(run_daemon: Callable[..., Daemon]) -> None:
     daemon = run_daemon("--model", "mlp")

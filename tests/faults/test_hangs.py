@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from daemons import ODD, running
 from dealer import Dealer, rows
 
@@ -25,6 +27,7 @@ def test_it_is_named_and_the_process_ends_for_a_new_start(tmp_path: Path) -> Non
         assert "wait_for_release" in daemon.log  # where it hangs
 
 
+@pytest.mark.slow
 def test_without_a_service_manager_it_goes_on_when_that_ends_after_all(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -40,6 +43,7 @@ def test_without_a_service_manager_it_goes_on_when_that_ends_after_all(tmp_path:
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_for_long_has_not_hung(tmp_path: Path) -> None:
     config = 'on_hang = "restart"\nstall_timeout_s = 0.5\n'
     with running(tmp_path, config=config) as daemon, Dealer(daemon.endpoint) as dealer:

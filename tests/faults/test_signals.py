@@ -61,6 +61,7 @@ def test_signals_without_a_meaning_are_passed_over_and_named(tmp_path: Path) -> 
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_flood_of_signals_hides_none_that_counts(tmp_path: Path) -> None:
     with running(tmp_path) as daemon, Dealer(daemon.endpoint) as dealer:
         dealer.await_health(status="ready")

@@ -47,6 +47,7 @@ def test_more_are_outstanding_than_the_sending_queue_holds(how: str, tmp_path: P
         assert daemon.process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_a_peer_that_reads_late_has_all_its_answers_in_time(tmp_path: Path) -> None:
     """They fill its connection, the queue behind, and what the daemon keeps for it: results, not only errors."""
     count = 500

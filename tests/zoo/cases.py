@@ -51,9 +51,7 @@ def remembers(name: str, network: type[torch.nn.Module], naming: str, **more: ob
 
 
 STATE = [
-    remembers(
-        "buffer-copy", state.BufferCopy, "last", formats=TORCH, quick=(PT2, CORE, FACTORY), shared=True, chained=True
-    ),
+    remembers("buffer-copy", state.BufferCopy, "last", formats=TORCH, quick=(PT2,), shared=True, chained=True),
     remembers("buffer-add", state.BufferAdd, "total", formats=TORCH, quick=(SCRIPT,), shared=True),
     remembers("buffer-slice", state.BufferSlice, "table", formats=TORCH, quick=(PT2,)),
     remembers("buffer-index-put", state.BufferIndexPut, "memory", formats=TORCH, quick=(PT2,)),
@@ -172,7 +170,7 @@ SCRATCH = [
         over=0,
         heavy=True,
     ),
-    Case("small-output", scratch.SmallOutput, SIXTY_FOUR, may=SERVED, formats=TORCH, quick=(FACTORY, PT2), auto=True),
+    Case("small-output", scratch.SmallOutput, SIXTY_FOUR, may=SERVED, formats=TORCH, quick=(FACTORY,), auto=True),
     Case("out-keyword", scratch.OutKeyword, SIXTY_FOUR, may=SERVED, formats=(FACTORY,), quick=(FACTORY,)),
     Case("output-list", scratch.OutputList, SIXTY_FOUR, may=SERVED, formats=(FACTORY,)),
     Case("scratch-attribute", scratch.Attribute, SIXTY_FOUR, may=SERVED, formats=(FACTORY,), quick=(FACTORY,)),
@@ -212,7 +210,7 @@ def mixes(name: str, network: type[torch.nn.Module], **more: object) -> Case:
 POINTS = (Input("points", ("points", 3)),)
 
 ROWS = [
-    mixes("point-cloud", rows.PointCloud, inputs=POINTS, quick=(PT2, SCRIPT, ONNX), over=500),
+    mixes("point-cloud", rows.PointCloud, inputs=POINTS, quick=(PT2,), over=500),
     mixes(
         "graph",
         rows.Graph,
@@ -260,7 +258,7 @@ ROWS = [
     ),
     mixes("backwards", rows.Backwards, inputs=(Input("x", ("time", 1, 8)),), formats=(SCRIPT, FACTORY)),
     mixes("attention", rows.Attention, formats=(PT2, FACTORY, ONNX)),
-    mixes("signal", rows.Signal, inputs=(Input("signal", ("samples",)),), rows=(16, 20, 35), quick=(PT2, FACTORY)),
+    mixes("signal", rows.Signal, inputs=(Input("signal", ("samples",)),), rows=(16, 20, 35), quick=(FACTORY,)),
     mixes("difference", rows.Difference, formats=(PT2, FACTORY)),
     mixes("covariance", rows.Covariance, formats=(PT2, FACTORY)),
     mixes(
@@ -545,7 +543,7 @@ X, Y = Input("x", ("rows", 8)), Input("y", ("rows", 8))
 
 STRUCTURES = [
     Case("nested-out", structures.NestedOut, formats=(PT2, CORE, FACTORY), quick=(PT2, FACTORY)),
-    Case("nested-mapping", structures.NestedMapping, formats=(PT2, CORE, FACTORY), quick=(PT2, FACTORY)),
+    Case("nested-mapping", structures.NestedMapping, formats=(PT2, CORE, FACTORY), quick=(FACTORY,)),
     Case("list-out", structures.ListOut, formats=(PT2, FACTORY)),
     Case("with-none", structures.WithNone, formats=(PT2, FACTORY), quick=(PT2,)),
     Case(
