@@ -651,6 +651,7 @@ def test_the_commands_refuse_what_makes_no_sense(
     assert sentence in said
 
 
+@pytest.mark.slow
 def test_a_comparison_that_is_interrupted_stops_what_it_started(tmp_path: Path) -> None:
     # The daemon and its natural client.
     check_that_it_stops_what_it_started(

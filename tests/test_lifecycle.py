@@ -253,6 +253,7 @@ def test_every_line_for_the_journal_has_its_priority(made: Own) -> None:
     assert stderr.startswith("<3>tnxd: no built-in model")
 
 
+@pytest.mark.slow
 @makes(own("--bind", "ipc://{}/tnx", is_ready=False, stdout="/dev/full"))
 def test_an_output_that_nobody_reads_is_no_reason_to_stop(made: Own) -> None:
     with Dealer(made.endpoint) as dealer:

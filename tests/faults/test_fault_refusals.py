@@ -33,6 +33,7 @@ def test_long_headers_that_break_at_the_end(run_daemon: Callable[..., Daemon]) -
                 assert (error.code, error.id) == ("INVALID_ARGUMENT", 7)
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_message_of_a_million_parts(run_daemon: Callable[..., Daemon]) -> None:
     """It is read over many turns, in which others are answered, and its sender is cut off."""
@@ -113,6 +114,7 @@ def _drop(peer: Peer) -> None:
         pass
 
 
+@pytest.mark.slow
 @needs_proc
 def test_orders_get_through_a_flood_of_orders(run_daemon: Callable[..., Daemon]) -> None:
     """Reloads that wait are one reload, so it is the next one for everybody."""

@@ -50,6 +50,7 @@ def test_signals_in_the_first_moments_do_not_end_it(tmp_path: Path) -> None:
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_signals_without_a_meaning_are_passed_over_and_named(tmp_path: Path) -> None:
     with running(tmp_path) as daemon, Dealer(daemon.endpoint) as dealer:
         dealer.await_health(status="ready")
