@@ -28,7 +28,7 @@ _LOOSER = 10.0
 """Times the tolerance, for what is relative to the values of one place of the last axis."""
 
 _LEAST_SHARE = 1e-3
-"""Of the scale of an output, that of one place of its last axis: below that lies the rounding of the others."""
+"""Least share of the scale of an output for one place of its last axis: below that lies the rounding of the others."""
 
 FLOATING = frozenset(_ROUNDING)
 """Datatypes whose values are rounded."""

@@ -154,9 +154,7 @@ class Router:
         self._peers: dict[int, list[Connection]] = {}  # likewise; several if it was used again before they were met
         self._gone: list[Connection] = []
         self._shutting: set[int] = set()
-        self._left: dict[
-            bytes, Connection
-        ] = {}  # of those that have ended, the last ones of which something came later
+        self._left: dict[bytes, Connection] = {}  # the last ones that have ended and of which something came later
         self._rest: Message | None = None
         self._dropping = False
         self._to_look_at: list[int] = []

@@ -86,11 +86,11 @@ def handled_signals(
 
 
 _pipe: tuple[int, ...] = ()
-"""What signals are written to while they are handled, both of its ends."""
+"""The pipe that signals are written to while they are handled: both of its ends."""
 
 
 class _Forks:
-    """What happens around os.fork: the functions that Python calls on the thread that forks.
+    """Hooks around os.fork: Python calls them on the thread that forks.
 
     A child has the handlers and the pipe of the daemon: SIGTERM, by which a pool ends its processes, would drain the
     daemon and not end the child. subprocess calls none of this unless it is given a `preexec_fn`: a program that is

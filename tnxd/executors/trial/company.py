@@ -44,14 +44,11 @@ def lanes_apart(
     """
 
     def ask(call: Call, item: Item, answer: Sequence[Array]) -> str:
-        tensors = [
-            to_tensor(array.copy(), spec.datatype).to(device) for array, spec in zip(item, model.inputs, strict=True)
-        ]
         try:
-            outputs = check_outputs(model, call(*tensors), len(item[0]) if model.max_batch_size else 1)
+            arrays = _asked(call, model, device, item)[1]
         except Exception as error:
             return f"it raises {type(error).__name__}"
-        found = difference(model.outputs, answer, [to_array(output.cpu()) for output in outputs], allowed)
+        found = difference(model.outputs, answer, arrays, allowed)
         return found.text if found is not None and not found.counted else ""
 
     for item, answer in (*known, *known):  # one after the other, on one lane and on both
@@ -66,15 +63,16 @@ def lanes_apart(
 
 def rows_of_a_lane_apart(call: Call, model: Model, device: torch.device, makes: Sequence[Make], allowed: float) -> str:
     """As `rows_apart`, of what a lane calls: what it puts back may be what kept rows apart in the trial."""
+    return rows_apart(model, partial(_asked, call, model, device), makes, allowed)
 
-    def ask(item: Item) -> Answer:
-        tensors = [
-            to_tensor(array.copy(), spec.datatype).to(device) for array, spec in zip(item, model.inputs, strict=True)
-        ]
-        outputs = check_outputs(model, call(*tensors), len(item[0]))
-        return outputs, [to_array(output.cpu()).copy() for output in outputs]
 
-    return rows_apart(model, ask, makes, allowed)
+def _asked(call: Call, model: Model, device: torch.device, item: Item) -> Answer:
+    """The answer of what a lane calls. Raises what it raises."""
+    tensors = [
+        to_tensor(array.copy(), spec.datatype).to(device) for array, spec in zip(item, model.inputs, strict=True)
+    ]
+    outputs = check_outputs(model, call(*tensors), len(item[0]) if model.max_batch_size else 1)
+    return outputs, [to_array(output.cpu()).copy() for output in outputs]
 
 
 def _at_once(asks: Sequence[Callable[[], str]]) -> str:

@@ -27,7 +27,7 @@ from tnxd.models.formats.factories import is_private
 _MOST_ITEMS = 200_000  # a model of a thousand layers has a tenth of that
 
 _MOST_PARTS = 10_000
-"""Of a container that is looked into: of a larger one, only how many there are."""
+"""Most parts of a container that is looked into: of a larger one, only their number counts."""
 
 _OF_NN_MODULE = frozenset(vars(torch.nn.Module()))
 """Attributes of every module: `_buffers` and the like, which are looked into by hand, and hooks."""

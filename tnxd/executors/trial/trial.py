@@ -49,7 +49,7 @@ _KNOWN = ("pt2", "onnx")
 """Formats whose files say which axes have one length."""
 
 _SHARE = 0.01
-"""Of the numbers that a module holds: a datatype of fewer does not say what it computes in."""
+"""Share of the numbers that a module holds: a datatype of fewer does not say what it computes in."""
 
 _MOST_KINDS = 3
 """Kinds of values that requests are compared with."""
@@ -370,7 +370,7 @@ def _kept_apart(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]
 
 
 def _undo(module: torch.nn.Module, state: State) -> Undo:
-    """What forwards of a module write, to be undone.
+    """The writes of a module's forwards, to be undone.
 
     Raises:
         FailedPrecondition: it cannot be: the sentence names it.
