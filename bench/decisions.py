@@ -60,7 +60,7 @@ def measure(machine: Machine, queued: int, clients: int, rounds: int) -> Decisio
             Request(
                 _MODEL,
                 max_batch_size=machine.limits[_MODEL],
-                client=b"%d" % chance.integers(clients),
+                client=str(chance.integers(clients)),
                 wanted="auto",
                 deadline_ns=now_ns + int(wait),
             )

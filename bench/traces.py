@@ -29,7 +29,7 @@ class Job:
     deadline_us: float
     model: str
     rows: int = 1
-    client: bytes = b"client"
+    client: str = "client"
     priority: int = 1
 
 
@@ -201,7 +201,7 @@ def _clients(machine: Machine, chance: Random, count: int) -> list[Job]:
     flood = int(share * count)
     rate = 1.3 * machine.rows_per_us("ranker")
     jobs = [
-        Job(float(at), float(at + wait), "ranker", client=b"flood", priority=3)
+        Job(float(at), float(at + wait), "ranker", client="flood", priority=3)
         for at, wait in zip(
             _bursts(chance, flood, 2 * share * rate, 10_000, 10_000),
             _mixture(chance, flood, (1.0, 5_000, 40_000)),
@@ -213,7 +213,7 @@ def _clients(machine: Machine, chance: Random, count: int) -> list[Job]:
         _poisson(chance, others, (1 - share) * rate), _mixture(chance, others, (1.0, 2_500, 15_000)), strict=True
     ):
         number = int(chance.integers(20))
-        jobs.append(Job(float(at), float(at + wait), "ranker", client=b"client %d" % number, priority=number % 3))
+        jobs.append(Job(float(at), float(at + wait), "ranker", client=f"client {number}", priority=number % 3))
     return sorted(jobs, key=lambda job: job.arrival_us)
 
 

@@ -186,8 +186,8 @@ def test_an_answered_request_does_not_expire() -> None:
 
 def test_the_earliest_deadline_goes_first_and_urgent_ones_overtake_patient_ones() -> None:
     scheduler = policy()
-    patient = [request(rows=8, client=b"%d" % index) for index in range(3)]
-    urgent = [request(rows=8, client=b"u%d" % index, deadline_ns=(900 - 100 * index) * MS) for index in range(3)]
+    patient = [request(rows=8, client=str(index)) for index in range(3)]
+    urgent = [request(rows=8, client=f"u{index}", deadline_ns=(900 - 100 * index) * MS) for index in range(3)]
     for one in [*patient, *urgent]:
         scheduler.add(one, 0)
     assert [run_one(scheduler).requests[0] for _ in range(6)] == [*urgent[::-1], *patient]
@@ -429,9 +429,9 @@ def test_a_level_whose_batches_always_fail_does_not_have_the_device_for_nothing(
 def test_a_single_request_does_not_wait_for_the_ten_thousand_of_another_client(model: str) -> None:
     scheduler = policy()
     for _ in range(10_000):
-        scheduler.add(request(client=b"flood"), 0)
+        scheduler.add(request(client="flood"), 0)
     ((running,), _) = scheduler.next_batches(0)
-    single = request(model=model, client=b"single")
+    single = request(model=model, client="single")
     scheduler.add(single, 0)
     scheduler.finished(running, 1000.0)
     batches = 0
@@ -446,9 +446,9 @@ def test_a_single_request_does_not_wait_for_the_ten_thousand_of_another_client(m
 def test_the_predicted_wait_of_a_light_client_knows_of_turns() -> None:
     scheduler = policy()
     for _ in range(10_000):
-        scheduler.add(request(client=b"flood"), 0)
-    light, heavy = request(client=b"light"), request(client=b"flood")
-    scheduler.add(request(client=b"light"), 0)
+        scheduler.add(request(client="flood"), 0)
+    light, heavy = request(client="light"), request(client="flood")
+    scheduler.add(request(client="light"), 0)
     scheduler.add(light, 0)
     scheduler.add(heavy, 0)
     assert light.predicted_us < 10_000
@@ -987,7 +987,7 @@ class Machine:
     def add(self, model: str, rows: int, level: int, group: int, wanted: str, count: int) -> None:
         for client in range(count):
             one = request(model, rows=rows, nbytes=rows, priority=level, group=(group,), wanted=wanted)
-            one.client = b"%d" % (client % 2)
+            one.client = str(client % 2)
             if self.accepts(one):
                 self.added.append(one)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
+
 from tnxd.costs import BatchCosts
 from tnxd.waiting import Waiting
 from tnxd.work import NEVER, Load, Placement, Request
@@ -11,8 +13,8 @@ from tnxd.work import NEVER, Load, Placement, Request
 _serials = itertools.count()
 
 
-def request(client: str = "a", priority: int = 1, due: int = 0, rows: int = 1) -> Request:
-    one = Request("m", max_batch_size=64, client=client.encode(), priority=priority, rows=rows)
+def request(client: str = "a", priority: int = 1, due: int = 0, rows: int = 1, peer: bytes = b"") -> Request:
+    one = Request("m", max_batch_size=64, client=client, peer=peer, priority=priority, rows=rows)
     one.serial = next(_serials)
     one.due_ns = due
     one.waiting = True
@@ -50,7 +52,37 @@ def test_one_of_many_does_not_make_a_single_one_wait() -> None:
 def test_clients_share_a_batch() -> None:
     requests = [request(name) for name in "abcd" for _ in range(100)]
     batch = queue(*requests).take(1, 64)
-    assert {name: sum(one.client == name.encode() for one in batch) for name in "abcd"} == dict.fromkeys("abcd", 16)
+    assert {name: sum(one.client == name for one in batch) for name in "abcd"} == dict.fromkeys("abcd", 16)
+
+
+def test_connections_of_one_client_share_its_part() -> None:
+    many = [request("many", peer=b"%d" % number) for number in range(40) for _ in range(100)]
+    few = [request("few", peer=b"few") for _ in range(100)]
+    batch = queue(*many, *few).take(1, 64)
+    assert sum(one.client == "few" for one in batch) == 32
+    taken = {one.peer for one in batch if one.client == "many"}
+    assert len(taken) == 2
+
+
+def test_connections_of_one_client_take_turns() -> None:
+    requests = [request("one", peer=name) for name in (b"a", b"b", b"c", b"d") for _ in range(100)]
+    batch = queue(*requests).take(1, 64)
+    assert [sum(one.peer == name for one in batch) for name in (b"a", b"b", b"c", b"d")] == [16] * 4
+
+
+@pytest.mark.parametrize("siblings", [False, True], ids=["clients", "connections"])
+def test_who_sends_many_rows_at_a_time_waits_for_as_many_more_turns(siblings: bool) -> None:
+    """Four with 480 rows a request, and one with a single row, who comes back each time that it was served."""
+    names = ["one"] * 5 if siblings else [f"client {number}" for number in range(5)]
+    large = [request(names[at], rows=480, peer=b"%d" % at) for _ in range(100) for at in range(4)]
+    waiting = queue(*large, request(names[4], due=1, peer=b"small"))
+    order = []
+    for _ in range(104):
+        batch = waiting.take(1, 64)
+        order.append(batch[0].rows if len(batch) == 1 else 1)
+        if any(one.peer == b"small" for one in batch):
+            waiting.add(request(names[4], due=1, peer=b"small"))
+    assert order.count(1) >= 90, "it waited for all the others each time"
 
 
 def test_the_level_that_is_asked_for_goes_first_and_others_fill_up() -> None:
@@ -85,16 +117,16 @@ def test_removed_requests_do_not_pile_up_behind_one_that_stays() -> None:
         waiting.add(one)
         waiting.remove(one)
     assert waiting._levels is not None
-    client = waiting._levels[1].clients[b"a"]
-    assert len(client.entries) < 10
+    connection = waiting._levels[1].connections["a", b""]
+    assert len(connection.entries) < 10
 
 
 def test_rows_ahead_are_bounded_by_turns() -> None:
     waiting = queue(*[request("flood") for _ in range(1000)], *[request("other") for _ in range(3)])
-    assert waiting.rows_ahead(1, b"flood", NEVER) == (1003, 1003)
-    rows, ahead = waiting.rows_ahead(1, b"other", NEVER)
+    assert waiting.rows_ahead(request("flood", due=NEVER)) == (1003, 1003)
+    rows, ahead = waiting.rows_ahead(request("other", due=NEVER))
     assert (rows, ahead < 60) == (1003, True)
-    assert waiting.rows_ahead(0, b"other", NEVER) == (0, 0)
+    assert waiting.rows_ahead(request("other", priority=0, due=NEVER)) == (0, 0)
 
 
 def test_drain_empties_all_levels() -> None:
@@ -116,5 +148,5 @@ def test_what_left_is_not_kept() -> None:
     for _ in range(40):
         waiting.take(1, 2)
     assert waiting._levels is not None
-    for client in waiting._levels[1].clients.values():
-        assert len(client.entries) <= 2 * len(client) + 1
+    for connection in waiting._levels[1].connections.values():
+        assert len(connection.entries) <= 2 * len(connection) + 1

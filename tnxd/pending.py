@@ -18,7 +18,7 @@ class Pending(Request, kw_only=True):
     """A predict request between its arrival and its answer.
 
     Attributes:
-        connection, peer, delimited, id: where the answer goes.
+        connection, delimited, id: where the answer goes.
         version: whose request it is. served: its model. arrays: the inputs in order; they keep the received frames
             alive.
         max_reply_bytes: what its client takes.
@@ -26,7 +26,6 @@ class Pending(Request, kw_only=True):
     """
 
     connection: Connection
-    peer: bytes
     delimited: bool
     id: int
     version: Version
@@ -55,6 +54,7 @@ def as_pending(
         bound.rows,
         bound.nbytes,
         bound.group,
+        message.connection.client.name,
         message.peer,
         request.device,
         request.prefer_gpu,
@@ -63,7 +63,6 @@ def as_pending(
         NEVER if deadline_us is None else received_ns + int(deadline_us * 1e3),
         int(delay_us * 1e3),
         connection=message.connection,
-        peer=message.peer,
         delimited=message.delimited,
         id=request.id,
         version=version,

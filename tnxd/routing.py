@@ -196,7 +196,7 @@ class Routing:
                 held_us = sum([sum(held.backlog_us[: level + 1]) for held in device.held if held is not placement])
                 wait_us = max(wait_us - held_us, 0.0)
             if queue.count:
-                queued, ahead = queue.rows_ahead(level, request.client, request.due_ns)
+                queued, ahead = queue.rows_ahead(request)
                 batches, rest = divmod(ahead, limit) if limit else (ahead, 0)
                 own_us = queue_us = batches * full_us
                 others_us = wait_us - queued * full_us / (limit or 1)

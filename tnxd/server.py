@@ -689,7 +689,7 @@ class Server:
         if execution.fatal:
             return
         for request, outcome in zip(execution.batch.requests, execution.outcomes, strict=False):
-            peer = request.peer  # type: ignore[attr-defined]
+            peer = request.peer
             if not isinstance(outcome, TensorNextError):
                 self._quarantine.succeeded(peer)
             elif not isinstance(outcome, ResourceExhausted):

@@ -16,10 +16,11 @@ _ROUND_TURNS = 64
 class Turns(Generic[M]):
     """An order of turns: earliest due first, but nobody twice in a round while others wait.
 
-    A member that has had its turn queues for the next round; one that comes new joins the current one, unless that has
+    A member that has had its turn queues for the next round, or for a later one if it took more than a turn's worth
+    (deficit round robin; Shreedhar and Varghese, 1995); one that comes new joins the current one, unless that has
     lasted long. So each waits for about two turns of every other at most, however much those others have and however
-    many come, and among members of one round the order is that of their due times. Every operation costs at most the
-    logarithm of the number of members.
+    many come, and among members of one round the order is that of their due times. Rounds in which nobody may go are
+    passed over. Every operation costs at most the logarithm of the number of members.
 
     Attributes:
         members: those that have something to do; to look at, not to change.
@@ -28,8 +29,10 @@ class Turns(Generic[M]):
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, int, M]] = []
         self.members: dict[M, tuple[int, int, int, M]] = {}
-        self._served: set[M] = set()
+        self._again: dict[M, int] = {}  # of those who had a turn: the round in which they may have the next one
+        self._sweep_at = _ROUND_TURNS
         self._round = 0
+        self._served = 0  # turns in this round
 
     def offer(self, member: M, due: int, serial: int) -> None:
         """A member has something to do that is due then. Offered again, it moves forward, never back.
@@ -37,9 +40,8 @@ class Turns(Generic[M]):
         Args:
             serial: unique; the smaller goes first among equally due ones.
         """
-        served = self._served
-        late = member in served or len(served) >= max(_ROUND_TURNS, 2 * len(self.members))
-        entry = (self._round + late, due, serial, member)
+        late = self._served >= max(_ROUND_TURNS, 2 * len(self.members))
+        entry = (max(self._again.get(member, 0), self._round + late), due, serial, member)
         known = self.members.get(member)
         if known is None or entry < known:
             self.members[member] = entry
@@ -59,10 +61,80 @@ class Turns(Generic[M]):
             heappop(heap)  # moved forward, or withdrawn
         return None
 
-    def served(self, member: M) -> None:
-        """The member, which was `first`, has had its turn; it is out until it is offered again."""
+    def served(self, member: M, rounds: int = 1) -> None:
+        """The member, which was `first`, has had its turn, or that of several rounds; it is out until offered again."""
         entry = self.members.pop(member)
         if entry[0] > self._round:
             self._round = entry[0]
-            self._served.clear()
-        self._served.add(member)
+            self._served = 0
+        self._served += 1
+        self._again[member] = self._round + rounds
+        if len(self._again) > self._sweep_at:
+            self._again = {known: again for known, again in self._again.items() if again > self._round}
+            self._sweep_at = max(_ROUND_TURNS, 2 * len(self._again))
+
+    def owed(self, member: M) -> int:
+        """Rounds that the member has to let pass before its next turn."""
+        return max(self._again.get(member, 0) - self._round, 0)
+
+
+class ClientTurns:
+    """Turns of clients, and of the connections of each within its turns.
+
+    So nobody gets more by connecting more often. A connection goes by its client's name and its own.
+    """
+
+    def __init__(self) -> None:
+        self._clients: Turns[str] = Turns()
+        self._connections: dict[str, Turns[bytes]] = {}
+        self._sweep_at = _ROUND_TURNS
+
+    def offer(self, client: str, connection: bytes, due: int, serial: int) -> None:
+        """A connection has something to do that is due then, see `Turns.offer`."""
+        connections = self._connections.get(client)
+        if connections is None:
+            if len(self._connections) >= self._sweep_at:
+                self._sweep()
+            connections = self._connections[client] = Turns()
+        connections.offer(connection, due, serial)
+        self._clients.offer(client, due, serial)
+
+    def withdraw(self, client: str, connection: bytes) -> None:
+        """The connection has nothing to do any more."""
+        connections = self._connections[client]
+        connections.withdraw(connection)
+        if not connections.members:
+            self._clients.withdraw(client)
+
+    def first(self) -> tuple[str, bytes] | None:
+        """The client and the connection whose turn it is, if any has something to do."""
+        client = self._clients.first()
+        if client is None:
+            return None
+        connection = self._connections[client].first()
+        assert connection is not None  # else its client would have been withdrawn
+        return client, connection
+
+    def served(self, client: str, connection: bytes, rounds: int) -> None:
+        """The connection, which was `first`, has had its turn of so many rounds, see `Turns.served`."""
+        connections = self._connections[client]
+        connections.served(connection, rounds)
+        self._clients.served(client, rounds)
+        if connections.members:
+            _, due, serial, _ = connections.members[connections.first()]  # type: ignore[index]
+            self._clients.offer(client, due, serial)
+
+    def before(self, client: str, connection: bytes) -> int:
+        """Turns of others, about and at most, before a connection has its next one."""
+        connections = self._connections.get(client)
+        others = len(self._clients.members) - (client in self._clients.members)
+        if connections is None:
+            return others
+        siblings = len(connections.members) - (connection in connections.members)
+        mine = siblings * (1 + connections.owed(connection))
+        return mine + others * (1 + mine + self._clients.owed(client))
+
+    def _sweep(self) -> None:
+        """Forget the clients of whom nothing is left."""
+        self._connections = {name: turns for name, turns in self._connections.items() if turns.members}
+        self._sweep_at = max(_ROUND_TURNS, 2 * len(self._connections))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tnxctl.wire import LOWEST_PRIORITY
 from tnxd.costs import BatchCosts
-from tnxd.turns import Turns
+from tnxd.turns import ClientTurns
 
 if TYPE_CHECKING:
     from tnxd.work import Placement, Request
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 LEVELS = LOWEST_PRIORITY + 1
 """Priorities: 0 goes first."""
 
-# Rows that one client may put into a batch before it is the next one's turn.
+# Rows that a connection may put into a batch before it is the next one's turn. Who puts in more, since a request has as
+# many, waits for as many more rounds.
 _QUANTUM_ROWS = 16
 
-# Clients, and requests of each, that may be passed over while another device looks for some that it can have.
+# Connections, and requests of each, that may be passed over while another device looks for some that it can have.
 _MAX_PASSED_OVER = 16
 
 _ZEROS = repeat(0)
@@ -67,15 +68,17 @@ class _Due:
         return rows + sum(map(self._finest.get, range(fine << 3, finest + 1), _ZEROS))
 
 
-class _Client:
-    """Requests of one client on one level, the most urgent first.
+class _Connection:
+    """Requests of one connection of a client on one level, the most urgent first.
 
     They stand in a sorted list: from its middle, another device can take what is not too urgent for it.
     """
 
-    __slots__ = ("entries", "gone", "start")
+    __slots__ = ("client", "entries", "gone", "peer", "start")
 
-    def __init__(self) -> None:
+    def __init__(self, client: str, peer: bytes) -> None:
+        self.client = client
+        self.peer = peer
         self.entries: list[tuple[int, int, Request]] = []  # those before `start` have left
         self.start = 0
         self.gone = 0  # entries of requests that were removed
@@ -139,47 +142,58 @@ class _Client:
 
 
 class _Level:
-    """Requests of one priority. Clients take turns; of what one client has, the earliest due goes first."""
+    """Requests of one priority. Clients and their connections take turns; of what one has, the earliest goes first."""
 
-    __slots__ = ("clients", "count", "due", "rows", "turns")
+    __slots__ = ("connections", "count", "due", "rows", "turns")
 
     def __init__(self) -> None:
         self.count = 0
         self.rows = 0
         self.due = _Due()
-        self.clients: dict[bytes, _Client] = {}
-        self.turns: Turns[bytes] = Turns()
+        self.connections: dict[tuple[str, bytes], _Connection] = {}
+        self.turns = ClientTurns()
 
     def add(self, request: Request) -> None:
-        client = self.clients.get(request.client)
-        if client is None:
-            client = self.clients[request.client] = _Client()
+        key = request.client, request.peer
+        connection = self.connections.get(key)
+        if connection is None:
+            connection = self.connections[key] = _Connection(*key)
         entry = (request.due_ns, request.serial, request)
-        if client.add(entry):
-            self.turns.offer(request.client, request.due_ns, request.serial)
+        if connection.add(entry):
+            self.turns.offer(*key, request.due_ns, request.serial)
         self.count += 1
         self.rows += request.rows
         self.due.change(request.due_ns, request.rows)
 
     def remove(self, request: Request) -> None:
         self._leaves(request)
-        self.clients[request.client].remove()
+        self.connections[request.client, request.peer].remove()
 
     def _leaves(self, request: Request) -> None:
         self.count -= 1
         self.rows -= request.rows
         self.due.change(request.due_ns, -request.rows)
 
-    def first(self) -> tuple[bytes, _Client, tuple[int, int, Request]] | None:
-        """The client whose turn it is, and the request that it would put forward."""
-        while (name := self.turns.first()) is not None:
-            client = self.clients[name]
-            head = client.head()
+    def first(self) -> tuple[_Connection, tuple[int, int, Request]] | None:
+        """The connection whose turn it is, and the request that it would put forward."""
+        while (key := self.turns.first()) is not None:
+            connection = self.connections[key]
+            head = connection.head()
             if head is not None:
-                return name, client, head
-            self.turns.withdraw(name)
-            del self.clients[name]
+                return connection, head
+            self.turns.withdraw(*key)
+            del self.connections[key]
         return None
+
+    def _served(self, connection: _Connection, rows: int) -> None:
+        """A connection has put so many rows into a batch, and queues for its next turn if it has more."""
+        client, peer = connection.client, connection.peer
+        self.turns.served(client, peer, max(-(-rows // _QUANTUM_ROWS), 1))
+        head = connection.head()
+        if head is None:
+            del self.connections[client, peer]
+        else:
+            self.turns.offer(client, peer, head[0], head[1])
 
     def fill(self, batch: list[Request], rows: int, limit: int, ends_ns: int, late: list[Request]) -> tuple[int, bool]:
         """Append requests to the batch as far as they fit, and to `late` those that it would be too late for.
@@ -187,7 +201,7 @@ class _Level:
         Returns its rows, and whether the next one did not fit.
         """
         while (first := self.first()) is not None:
-            name, client, head = first
+            connection, head = first
             quota = _QUANTUM_ROWS
             next_head: tuple[int, int, Request] | None = head
             taken = full = False
@@ -197,7 +211,7 @@ class _Level:
                 if in_time and batch and rows + request.rows > limit:
                     full = True
                     break
-                client.pop()
+                connection.pop()
                 request.waiting = False
                 self._leaves(request)
                 if in_time:
@@ -207,13 +221,9 @@ class _Level:
                     quota -= request.rows or 1
                 else:
                     late.append(request)
-                next_head = client.head()
+                next_head = connection.head()
             if taken:
-                self.turns.served(name)
-                if next_head is None:
-                    del self.clients[name]
-                else:
-                    self.turns.offer(name, next_head[0], next_head[1])
+                self._served(connection, _QUANTUM_ROWS - quota)
             if full:
                 return rows, True
         return rows, False
@@ -222,27 +232,23 @@ class _Level:
         self, batch: list[Request], rows: int, now_ns: int, ends_ns: int, may: Callable[[Request], bool]
     ) -> int:
         """Append requests for another device, of so many rows at most. Returns how many rows are left of that."""
-        passed_over: list[tuple[bytes, tuple[int, int, Request]]] = []
+        passed_over: list[tuple[_Connection, tuple[int, int, Request]]] = []
         while rows > 0 and len(passed_over) < _MAX_PASSED_OVER and (first := self.first()) is not None:
-            name, client, head = first
-            taken = client.hand_over(min(rows, _QUANTUM_ROWS), now_ns, ends_ns, may)
+            connection, head = first
+            taken = connection.hand_over(min(rows, _QUANTUM_ROWS), now_ns, ends_ns, may)
             if not taken:
-                self.turns.withdraw(name)
-                passed_over.append((name, head))
+                self.turns.withdraw(connection.client, connection.peer)
+                passed_over.append((connection, head))
                 continue
+            before = rows
             for request in taken:
                 request.waiting = False
                 self._leaves(request)
                 rows -= request.rows
             batch += taken
-            self.turns.served(name)
-            next_head = client.head()
-            if next_head is None:
-                del self.clients[name]
-            else:
-                self.turns.offer(name, next_head[0], next_head[1])
-        for name, head in passed_over:
-            self.turns.offer(name, head[0], head[1])
+            self._served(connection, before - rows)
+        for connection, head in passed_over:
+            self.turns.offer(connection.client, connection.peer, head[0], head[1])
         return rows
 
 
@@ -253,8 +259,8 @@ def _due_ns(request: Request) -> int:
 class Waiting:
     """Requests that wait, on all levels.
 
-    As long as all requests are alike in client, priority and urgency, which at low load and with a single client they
-    are, they stand in a plain line. The first one that is different makes it an ordered queue, until it is empty.
+    As long as all requests are alike in connection, priority and urgency, which at low load and with a single client
+    they are, they stand in a plain line. The first one that is different makes it an ordered queue, until it is empty.
 
     Attributes:
         key: model, group, and whether each rides alone. costs: what batches of them take on this device. placement: the
@@ -287,7 +293,12 @@ class Waiting:
                 line.append(request)
                 return True
             last = line[-1]
-            if request.client == last.client and request.priority == last.priority and request.due_ns >= last.due_ns:
+            if (
+                request.peer == last.peer
+                and request.priority == last.priority
+                and request.due_ns >= last.due_ns
+                and request.client == last.client
+            ):
                 line.append(request)
                 return False
             self._order()
@@ -323,7 +334,7 @@ class Waiting:
         if self._levels is None:
             return self._line[0] if self._line and self._line[0].priority == level else None
         first = self._levels[level].first()
-        return first[2][2] if first is not None else None
+        return first[1][2] if first is not None else None
 
     def take(self, level: int, limit: int, ends_ns: int = 0, late: list[Request] | None = None) -> list[Request]:
         """Form a batch: requests of that level first, then of the others as far as there is room.
@@ -429,11 +440,12 @@ class Waiting:
             return self.rows
         return self.rows * bisect_right(line, due_ns, key=_due_ns) // self.count
 
-    def rows_ahead(self, level: int, client: bytes, due_ns: int) -> tuple[int, int]:
-        """Rows of that level and those above it, and how many of them go before a new request of that client, about.
+    def rows_ahead(self, request: Request) -> tuple[int, int]:
+        """Rows of its level and those above it, and how many of them go before a new request, about.
 
         The second is smaller where others are due later, or where turns bound what others can put before it.
         """
+        level, due_ns = request.priority, request.due_ns
         if self._levels is None:
             if not self._line:
                 return 0, 0
@@ -441,7 +453,7 @@ class Waiting:
             if last.priority != level:
                 return (self.rows, self.rows) if last.priority < level else (0, 0)
             ahead = self.rows if due_ns >= last.due_ns else self.rows_due(level, due_ns)
-            if client != last.client:
+            if request.peer != last.peer or request.client != last.client:
                 ahead = min(ahead, 2 * _QUANTUM_ROWS)
             return self.rows, ahead
         above = 0
@@ -451,10 +463,9 @@ class Waiting:
         if not mine.count:
             return above, above
         ahead = above + mine.due.until(due_ns)
-        if ahead > _QUANTUM_ROWS and len(mine.clients) + (client not in mine.clients) > 1:
-            own = mine.clients.get(client)
-            turns = len(mine.clients) + (own is None)
-            ahead = min(ahead, turns * (_QUANTUM_ROWS + (len(own) if own else 0)))
+        if ahead > _QUANTUM_ROWS and (before := mine.turns.before(request.client, request.peer)):
+            own = mine.connections.get((request.client, request.peer))
+            ahead = min(ahead, (before + 1) * (_QUANTUM_ROWS + (len(own) if own else 0)))
         return above + mine.rows, ahead
 
     def drain(self) -> list[Request]:

@@ -34,7 +34,8 @@ class Request(msgspec.Struct, eq=False, gc=False):
             smaller batch may wait for company.
         group: requests share a batch only if model and group are equal.
         rows, nbytes: size of the inputs.
-        client: whose it is; clients share a device fairly.
+        client, peer: whose it is, and the connection it came by; clients share a device fairly, and so do the
+            connections of one.
         wanted: "" to go by prefer_gpu and min_gpu_memory_mb, "auto" for the device that is done first, or a device
             that it must run on.
         excluded: devices that had no memory left for it: it goes to others, unless it names one.
@@ -52,7 +53,8 @@ class Request(msgspec.Struct, eq=False, gc=False):
     rows: int = 1
     nbytes: int = 0
     group: tuple[int, ...] = ()
-    client: bytes = b""
+    client: str = ""
+    peer: bytes = b""
     wanted: str = ""
     prefer_gpu: bool = True
     min_gpu_memory_mb: float = 0.0
