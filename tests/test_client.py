@@ -157,6 +157,7 @@ def test_predict(connect: Connect) -> None:
         min_gpu_memory_mb=100.0,
         device="cuda:1",
         deadline_us=header.deadline_us,
+        sent_us=header.sent_us,
         priority=0,
     )
     assert 0 < header.deadline_us < 15e6  # connecting took some of it
@@ -480,7 +481,8 @@ def test_a_restart_takes_its_time_from_the_deadline(connect: Connect) -> None:
         assert equal(future.result(), X)
         first, second = (daemon.received.get_nowait().header for _ in range(2))
     assert isinstance(first, wire.Predict)
-    assert first == msgspec.structs.replace(second, deadline_us=first.deadline_us)
+    assert first == msgspec.structs.replace(second, deadline_us=first.deadline_us, sent_us=first.sent_us)
+    assert first.sent_us < second.sent_us
     assert 0 < second.deadline_us < first.deadline_us < 15e6
 
 

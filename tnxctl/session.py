@@ -57,6 +57,7 @@ from tnxctl.errors import (
     from_code,
 )
 from tnxctl.results import Result
+from tnxctl.windows import Kind, Window, Windows, kind_of
 from tnxctl.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class Call(Generic[T]):
         losses: connections that broke while it was under way.
         put_off: the daemon has refused it for now, so it has changed nothing there.
         refusal: what the daemon said when it put the call off, or why it is not sent again.
+        window: that it counts in, if any.
         waiter: the future of the shell that waits for it, if any. The session never looks at it.
     """
 
@@ -138,6 +140,7 @@ class Call(Generic[T]):
         "refusal",
         "strict",
         "waiter",
+        "window",
     )
 
     def __init__(
@@ -164,6 +167,7 @@ class Call(Generic[T]):
         self.refusal: Unavailable | InvalidArgument | None = None
         self.done = False
         self.waiter: Any = None
+        self.window: Window | None = None
         self._request = request
         self._read = read
         self._result: T | None = None
@@ -173,6 +177,11 @@ class Call(Generic[T]):
     def verb(self) -> str:
         """The name of what was asked, for error messages."""
         return type(self._request).__name__.lower()
+
+    @property
+    def kind(self) -> Kind | None:
+        """What it has in common with others that the daemon treats alike."""
+        return kind_of(self._request)
 
     @property
     def error(self) -> TensorNextError | None:
@@ -203,7 +212,7 @@ class Call(Generic[T]):
         request = self._request
         if isinstance(request, wire.Predict) and request.deadline_us is not None:
             left_us = min((self.expires - now) * 1e6, wire.MAX_DEADLINE_US)
-            self.frames[0] = wire.encode(msgspec.structs.replace(request, deadline_us=left_us))
+            self.frames[0] = wire.encode(msgspec.structs.replace(request, deadline_us=left_us, sent_us=now * 1e6))
 
     def take(self) -> T:
         """The result, or its error raised. Call it once, when `done`."""
@@ -251,6 +260,7 @@ class Session:
         self._ids = itertools.count(1)
         self._pending: dict[int | None, Call[Any]] = {}
         self._pending_bytes = 0
+        self._windows = Windows()
         self._closed = False
         # No pending call expires earlier; it may lie too early, then a look at the calls sets it right.
         self._expiry = math.inf
@@ -315,6 +325,7 @@ class Session:
             min_gpu_memory_mb=_check_megabytes("min_gpu_memory_mb", min_gpu_memory_mb),
             device=_check_string("device", device),
             deadline_us=deadline_us,
+            sent_us=None if deadline_us is None else now * 1e6,
             priority=None if priority is None else _check_priority(priority),
             route_key=_check_string("route_key", route_key),
             max_reply_bytes=self.limits.message_bytes,
@@ -450,6 +461,8 @@ class Session:
                 )
             )
             return False
+        if self._windows and not self._has_room(call):
+            return False
         if not pending:  # nobody has been waiting for a connection: the new caller shall not wait for a retry
             self._retry_at = -math.inf
             self._retry_s = FIRST_RETRY_S
@@ -460,6 +473,39 @@ class Session:
         if call.due < self._expiry:
             self._expiry = call.due
         return self._connected
+
+    def _has_room(self, call: Call[Any]) -> bool:
+        """Let a call into the window of its kind, if there is one. False: that is full, and the call has failed."""
+        kind = call.kind
+        window = None if kind is None else self._windows.find(kind, call.expires - call.patience)
+        if window is not None:
+            if window.outstanding >= window.size:
+                call.fail(
+                    DeadlineExceeded(
+                        f"not sent: {window.outstanding} calls like it wait for {self.endpoint}, which takes no more "
+                        f"of them in time, as it said of another one: {window.message}",
+                        retry_after_s=window.retry_after_s,
+                    )
+                )
+                return False
+            window.outstanding += 1
+            call.window = window
+        return True
+
+    def _had_no_time(self, call: Call[Any], message: str, retry_after_s: float | None, now: float) -> None:
+        """The daemon had no time for a call: others like it had better not be sent."""
+        kind = call.kind
+        if kind is None:
+            return
+        window = self._windows.find(kind, now)
+        if window is None:
+            alike = [other for other in self._pending.values() if other.kind == kind]
+            window = self._windows.make(kind, len(alike) + 1)
+            window.outstanding -= 1  # that call is over
+            for other in alike:
+                other.window = window
+        window.message, window.retry_after_s = message, retry_after_s
+        window.refused(call.patience, now)
 
     def forget(self, call: Call[Any]) -> bool:
         """Drop a call: its reply, should one come, is ignored. False: it was not under way."""
@@ -491,11 +537,16 @@ class Session:
             refusal = from_code(reply.code, reply.message, retry_after_s)
             if self._asks_again(call, refusal, now):
                 return None
+            if retry_after_s is not None and isinstance(refusal, DeadlineExceeded | ResourceExhausted):
+                self._had_no_time(call, reply.message, retry_after_s, now)
             call.fail(refusal)
             return call
         if call.strict and now >= call.expires:
             call.fail(self.timeout_error(call))
+            self._had_no_time(call, "an answer came too late", None, now)
             return call
+        if call.window is not None:
+            call.window.served(now)
         try:
             call.succeed(reply, frames, self._reply_limits)
         except InvalidArgument as error:
@@ -515,6 +566,8 @@ class Session:
         self._expiry = min(self._expiry, call.due)
         self._pending[call.id] = call
         self._pending_bytes += call.nbytes
+        if call.window is not None:
+            call.window.outstanding += 1
         heappush(self._again, (again, call.id))
         return True
 
@@ -537,6 +590,8 @@ class Session:
         for call in expired:
             self._pop(call.id)
             call.fail(self.timeout_error(call))
+            if self._connected and call.strict:
+                self._had_no_time(call, "no answer came in time", None, now)
         if self._connected and self._silent_at == math.inf:
             unheard = [call.patience for call in expired if self._heard_at <= call.expires - call.patience]
             if unheard:
@@ -571,6 +626,8 @@ class Session:
         call = self._pending.pop(call_id, None)
         if call is not None:
             self._pending_bytes -= call.nbytes
+            if call.window is not None:
+                call.window.outstanding -= 1
         return call
 
     def _receive_malformed(self, header: bytes, error: TensorNextError) -> Call[Any] | None:

@@ -26,6 +26,7 @@ MAX_ID = 2**63 - 1
 MAX_DIM = 2**63 - 1
 MAX_RANK = 64  # of numpy
 MAX_DEADLINE_US = 24 * 3600 * 1e6
+MAX_CLOCK_US = 1e16  # three hundred years
 DEFAULT_PRIORITY = 1
 LOWEST_PRIORITY = 3
 MAX_WEIGHT = 1e9
@@ -89,8 +90,10 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
         min_gpu_memory_mb: free memory in MiB that a GPU needs to qualify; never negative or NaN.
         device: "" to go by prefer_gpu, "auto" for the device that is predicted to be done first, or "cpu", "cuda:0",
             ...: that one or an error.
-        deadline_us: microseconds from the daemon's receipt after which the answer is worthless; None: as the model
-            says, which usually is none.
+        deadline_us: microseconds from when the message came to the daemon after which the answer is worthless; None: as
+            the model says, which usually is none.
+        sent_us: when it was sent, in microseconds of any clock of the sender's that goes steadily. Only differences
+            count: they tell the daemon how long the message has waited to be taken up.
         priority: 0 (first) to 3 (last); None: as the model says, which usually is DEFAULT_PRIORITY.
         route_key: requests with the same key go to the same version while traffic is split; "": those of one
             connection do.
@@ -105,6 +108,7 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     min_gpu_memory_mb: _NotNegative = 0.0
     device: _Word = ""
     deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
+    sent_us: Annotated[float, msgspec.Meta(ge=0, le=MAX_CLOCK_US)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] | None = None
     route_key: _Name = ""
     max_reply_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = _MESSAGE_BYTES

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tnxctl.errors import ResourceExhausted
+from tnxd.ages import SenderClock
 from tnxd.config import Clients
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Connection:
         owed: bytes of replies that it has not taken yet.
         received, frames: what has been taken from it, in bytes, and in how many frames.
         refused_ns: as of its client.
+        clock: of the sender.
         closed: whether it has ended, or is being cut off. cut: whether it was cut off.
     """
 
@@ -82,6 +84,7 @@ class Connection:
     received: int = 0
     frames: int = 0
     refused_ns: int = 0
+    clock: SenderClock = field(default_factory=SenderClock)
     closed: bool = False
     cut: bool = False
 

@@ -43,9 +43,14 @@ def as_pending(
     model: Model,
     bound: BoundInputs,
     received_ns: int,
+    came_ns: int,
     max_delay_us: float,
 ) -> Pending:
-    """A request that came in a message, for a version of a model that its inputs have been held against."""
+    """A request that came in a message, for a version of a model that its inputs have been held against.
+
+    Args:
+        received_ns: when its frames were taken up. came_ns: when they came: its deadline counts from then.
+    """
     deadline_us = model.deadline_us if request.deadline_us is None else request.deadline_us
     delay_us = max_delay_us if model.max_delay_us is None else model.max_delay_us
     return Pending(  # the first ones by position: by name, this would take four times as long
@@ -60,7 +65,7 @@ def as_pending(
         request.prefer_gpu,
         request.min_gpu_memory_mb,
         model.priority if request.priority is None else request.priority,
-        NEVER if deadline_us is None else received_ns + int(deadline_us * 1e3),
+        NEVER if deadline_us is None else came_ns + int(deadline_us * 1e3),
         int(delay_us * 1e3),
         connection=message.connection,
         delimited=message.delimited,

@@ -178,8 +178,8 @@ class Routing:
     def _predict(self, device: Device, request: Request, queue: Waiting, now_ns: int) -> Prediction:
         """Predict how a request would fare on a device.
 
-        The wait counts lanes that run and what waits before it, but for models that wait for lanes of their own; what
-        it adds is its share of a full batch.
+        The wait counts lanes that run and what waits before it, but for models that wait for lanes of their own, and
+        is corrected by how such forecasts came true lately; what it adds is its share of a full batch.
         """
         placement = queue.placement
         mean = queue.costs.mean if device.inline_limit_us else queue.costs.lane.mean
@@ -213,7 +213,7 @@ class Routing:
             for lane in placement.lanes:
                 own_us += max(device.busy_until_ns.get(lane, 0) - now_ns, 0) / 1e3
             wait_us = max(wait_us, own_us / max_lanes)
-        return wait_us, mean(rows), share_us, queue_us
+        return wait_us * placement.forecast.factor, mean(rows), share_us, queue_us
 
     def _cpu_for(self, model: str) -> Device:
         for cpu in self._cpus:

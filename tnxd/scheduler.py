@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 
-from tnxctl.errors import DeadlineExceeded, ResourceExhausted
+from tnxctl.errors import ResourceExhausted
 from tnxd.costs import CostCurve, CostModel
+from tnxd.forecast import Forecast
+from tnxd.refusals import TooLate
 from tnxd.routing import Routing
 from tnxd.waiting import LEVELS, Waiting
 from tnxd.work import INLINE, NEVER, SPARE, Batch, Device, Placement, Request
@@ -144,7 +146,7 @@ class Scheduler:
             InvalidArgument: it names a device that there is not.
             Unavailable: no device that it may use has the model.
             ResourceExhausted: the queue is full. The sentence tells the predicted wait.
-            DeadlineExceeded: it would not be done in time. The sentence tells the predicted wait.
+            TooLate: it would not be done in time. The sentence tells the predicted wait.
         """
         due_ns = now_ns + _PATIENCE_NS
         request.due_ns = due_ns if due_ns < request.deadline_ns else request.deadline_ns
@@ -155,6 +157,8 @@ class Scheduler:
             reason = f"{tried}; {reason}"
         request.device, request.reason = device.name, reason
         request.predicted_us = wait_us + run_us
+        request.wait_us = wait_us / queue.placement.forecast.factor
+        request.added_ns = now_ns
         request.cost_us = share_us
         request.serial = self._serial = self._serial + 1
         request.waiting = True
@@ -193,7 +197,7 @@ class Scheduler:
         request.device, request.reason, request.predicted_us = device.name, reason, run_us
         device.wake(request.priority)
         device.charge(request.priority, run_us)
-        return self._batch(device, INLINE, queue, [request], rows, now_ns)
+        return self._batch(device, INLINE, queue, [request], rows, now_ns, 0)
 
     def _admit(self, request: Request, queue: Waiting, wait_us: float, run_us: float, now_ns: int) -> None:
         limit, load = "", queue.placement.load
@@ -211,14 +215,27 @@ class Scheduler:
                 f"limit, {self._max_bytes_per_model}"
             )
         if limit:
-            raise ResourceExhausted(f"{limit}; the predicted wait is {wait_us / 1e3:.3g} ms")
+            room_s = max(
+                wait_us / max(load.queued, 1) * (queue.placement.row_limit(request.max_batch_size) or 1), run_us
+            )
+            raise ResourceExhausted(
+                f"{limit}; the predicted wait is {wait_us / 1e3:.3g} ms", retry_after_s=room_s / 1e6
+            )
         if request.deadline_ns != NEVER:
             margin_us = queue.costs.curve(request.rows).spread(request.rows)
+            needs_us = wait_us + run_us + margin_us
+            if wait_us:  # nothing unforeseen waits where nothing waits
+                reserve_us = needs_us / (1.0 - queue.placement.forecast.reserve) - needs_us
+                margin_us += reserve_us
+                needs_us += reserve_us
             left_us = (request.deadline_ns - now_ns) / 1e3
-            if wait_us + run_us + margin_us > left_us:
-                raise DeadlineExceeded(
+            if needs_us > left_us:
+                raise TooLate(
                     f"it cannot be done within its deadline, {left_us / 1e3:.3g} ms from now: the predicted wait is "
-                    f"{wait_us / 1e3:.3g} ms and then {run_us / 1e3:.3g} ms, with a margin of {margin_us / 1e3:.3g} ms"
+                    f"{wait_us / 1e3:.3g} ms and then {run_us / 1e3:.3g} ms, with a margin of {margin_us / 1e3:.3g} ms",
+                    now_ns + int(needs_us * 1e3),
+                    # It says nothing about one that would be late though nothing waits.
+                    retry_after_s=(needs_us - left_us) / 1e6 if wait_us else None,
                 )
 
     def _offer(self, device: Device, queue: Waiting, request: Request, now_ns: int) -> None:
@@ -304,6 +321,7 @@ class Scheduler:
             self._took(device, queue, in_time)
             if len(late) > first_late:
                 self._took(device, queue, late[first_late:])
+                placement.forecast.was_late()
             self._rotate(device, queue, level)
             rows = sum([request.rows for request in in_time])
             if not in_time:
@@ -313,7 +331,7 @@ class Scheduler:
                 continue
             micros = run_us if rows == planned else curve.mean(rows)
             device.charge(level, micros)
-            batches.append(self._batch(device, lane, queue, in_time, rows, now_ns + int(micros * 1e3)))
+            batches.append(self._batch(device, lane, queue, in_time, rows, now_ns, int(micros * 1e3)))
         for queue, level in passed_over:
             self._enter(device, queue, level)
 
@@ -366,17 +384,16 @@ class Scheduler:
         micros = curve.mean(rows)
         device.wake(level)
         device.charge(level, micros)
-        until_ns = now_ns + int(micros * 1e3)
-        return self._batch(device, device.free_lanes.pop(), mine, requests, rows, until_ns)
+        return self._batch(device, device.free_lanes.pop(), mine, requests, rows, now_ns, int(micros * 1e3))
 
     def _batch(
-        self, device: Device, lane: int, queue: Waiting, requests: list[Request], rows: int, until_ns: int
+        self, device: Device, lane: int, queue: Waiting, requests: list[Request], rows: int, now_ns: int, run_ns: int
     ) -> Batch:
-        """Account for a batch that takes a lane until then."""
+        """Account for a batch that takes a lane for so long."""
         placement = queue.placement
-        batch = Batch(device, lane, queue.key[0], requests, rows, queue.costs, placement.max_rows)
+        batch = Batch(device, lane, queue.key[0], requests, rows, queue.costs, placement.max_rows, now_ns)
         if lane >= 0:
-            device.busy_until_ns[lane] = until_ns
+            device.busy_until_ns[lane] = now_ns + run_ns
         device.running_rows += rows
         placement.lanes.append(lane)
         weight = len(requests) or 1
@@ -470,11 +487,15 @@ class Scheduler:
             if device.spare_free and not queue.placement.has_all_lanes:
                 device.spare_free = False
                 self.background += 1
-                return self._batch(device, SPARE, queue, [], rows, now_ns)
+                return self._batch(device, SPARE, queue, [], rows, now_ns, 0)
         return None
 
-    def finished(self, batch: Batch, micros: float) -> None:
-        """The batch is over, well or not, after so many microseconds, 0 if that is nothing to learn from."""
+    def finished(self, batch: Batch, micros: float, now_ns: int = NEVER) -> None:
+        """The batch is over, well or not, after so many microseconds, 0 if that is nothing to learn from.
+
+        Args:
+            now_ns: when its requests had their answers: what was promised them is held against that. NEVER: it is not.
+        """
         device, placement, weight = batch.device, batch.device.placements[batch.model], len(batch.requests) or 1
         device.running_rows -= batch.rows
         self.running -= weight
@@ -496,8 +517,21 @@ class Scheduler:
                 batch.costs.observe_lane(batch.rows, micros)
         if placement.max_rows and micros > 0:
             placement.count(batch)
+        if now_ns != NEVER and batch.requests:
+            self._judge(placement.forecast, batch, now_ns)
         if device.held:
             self._release(device, placement)
+
+    def _judge(self, forecast: Forecast, batch: Batch, now_ns: int) -> None:
+        """Hold what was predicted for the requests of a batch against what became of them."""
+        last = batch.requests[-1]
+        if last.wait_us:
+            forecast.observe(last.wait_us, (batch.started_ns - last.added_ns) / 1e3)
+        earliest_ns = min([request.deadline_ns for request in batch.requests])
+        if earliest_ns < now_ns:
+            forecast.was_late()
+        elif earliest_ns != NEVER:
+            forecast.was_in_time()
 
     # --- time, and what goes wrong -----------------------------------------------------------------------------
 
@@ -522,7 +556,8 @@ class Scheduler:
         while self._deadlines and self._deadlines[0][0] <= now_ns:
             _, serial, request = heappop(self._deadlines)
             if not request.done and serial == request.serial:  # one that was added again has a second entry
-                self.cancel(request)
+                if self.cancel(request):
+                    self.devices[request.device].placements[request.model].forecast.was_late()
                 expired.append(request)
         return expired
 

@@ -53,6 +53,7 @@ from tnxd.models.sizes import reply_too_large
 from tnxd.orders import Order, Orders
 from tnxd.pending import Pending, as_execution, as_pending, result_header
 from tnxd.quarantine import Quarantine
+from tnxd.refusals import Refusals, TooLate
 from tnxd.registry import DRAINING, READY, STARTING, Version
 from tnxd.router import Message, Router
 from tnxd.scheduler import Scheduler
@@ -94,6 +95,9 @@ _TRIM_AFTER = 256
 
 _Answer = tuple[Pending, bytes, tuple[Array, ...]]
 """A request, the header of its result, and the outputs."""
+
+_NOBODYS_FAULT = (DeadlineExceeded, ResourceExhausted, Unavailable)
+"""Refusals of requests that would have been served at another time."""
 
 Control = Health | Metadata | Models | Compare | Order
 """Requests about the daemon and its models."""
@@ -155,6 +159,7 @@ class Server:
         self._background = Background()
         self._shadows = Shadows(self._background)
         self._quarantine = Quarantine()
+        self._refusals = Refusals()
         self._orders: Orders | None = None
         self._calls: deque[Callable[[], None]] = deque()
         self._completed: deque[Execution] = deque()
@@ -168,7 +173,8 @@ class Server:
         self._trims = 0
         self._next_trim = 0.0
         self._next_look = 0.0
-        self._looked_at_ns = time.perf_counter_ns()
+        # When the socket was last seen empty, and since when it is not, as far as is known.
+        self._looked_at_ns = self._empty_ns = self._filled_ns = time.perf_counter_ns()
         self._stopped = False
         router.watch(wakeup)
         inventory.registry.on_change = self._fit_limits
@@ -252,10 +258,14 @@ class Server:
             if not busy or not (self._scheduler.queued or self._router.readable()):
                 self._wait()
             self._run_calls()
-            while self._completed:
-                self._finish(self._completed.popleft())
+            ran = False
+            if self._completed:
+                while self._completed:
+                    self._finish(self._completed.popleft())
+                if self._scheduler.queued:
+                    ran = self._dispatch()  # a lane is free, and need not wait until more is taken in
             more = self._receive()
-            busy = self._dispatch() or more
+            busy = self._dispatch() or more or ran
             flushed = self._router.flush()
             self._expire()
             if self._loader is not None and self._loader.active:
@@ -286,6 +296,15 @@ class Server:
                 self._wakeup.clear()
 
     def _wait(self) -> None:
+        if not self._router.readable():
+            self._empty_ns = time.perf_counter_ns()
+            self._wait_for_events()
+            self._filled_ns = time.perf_counter_ns()
+        else:
+            self._wait_for_events()
+        self._forget_vanished()
+
+    def _wait_for_events(self) -> None:
         # A thread that polls holds the GIL most of the time: only while no lane needs it.
         spun = bool(self._spinner.limit_ns) and not self._scheduler.running
         if spun and self._spinner.spin(self._router.readable):
@@ -298,7 +317,6 @@ class Server:
             self._wakeup.clear()  # before looking for what it announces; it may have been found already
         if spun:
             self._spinner.blocked()
-        self._forget_vanished()
 
     def _forget_vanished(self) -> None:
         """Nobody waits for the answers to a client that is gone: take what it queued out."""
@@ -318,7 +336,8 @@ class Server:
 
     def _answer_late(self, request: Request) -> None:
         allowed_ms = (request.deadline_ns - request.received_ns) / 1e6  # type: ignore[attr-defined]
-        self._answer_error(request, DeadlineExceeded(f"the deadline of {allowed_ms:.3g} ms has passed"))
+        error = DeadlineExceeded(f"the deadline of {allowed_ms:.3g} ms has passed", retry_after_s=allowed_ms / 1e3)
+        self._answer_error(request, error)
 
     def _run_calls(self) -> None:
         while self._calls:
@@ -435,15 +454,31 @@ class Server:
             try:
                 message = receive()
                 if message is None:
+                    if not router.busy:
+                        self._empty_ns = self._filled_ns = begin
                     return router.busy
                 self._take(message, begin)
             except Exception:  # a defect of ours, or of what is below us: this message is lost, the loop goes on
                 log.exception("a message could not be taken in")
                 router.resume()
             # At low load the first message is the only one, and to ask costs less than to try in vain.
-            if self._started is not None or (count == 0 and not router.readable()):
+            if self._started is not None:
                 return False
+            if count == 0 and not router.readable():
+                self._empty_ns = self._filled_ns = clock()
+                return False
+            if self._completed and self._scheduler.queued:
+                break  # a lane has nothing to do
         return True
+
+    def _age_ns(self, connection: Connection, sent_us: float | None, received_ns: int) -> int:
+        """The time that a message waited until it was taken up: since the socket was last seen empty, at the most.
+
+        One that does not say when it was sent has waited for half of the time since there was something to read.
+        """
+        if sent_us is None:
+            return (received_ns - self._filled_ns) // 2
+        return min(connection.clock.waited_ns(sent_us, received_ns), received_ns - self._empty_ns)
 
     def _take(self, message: Message, received_ns: int) -> None:
         header, tensors = message.header, message.tensors
@@ -454,6 +489,8 @@ class Server:
             request = decode_request(header, self._limits)
         except TensorNextError as error:
             self._refuse(message, request_id(header, self._limits), error, received_ns)
+            return
+        if self._refusals and isinstance(request, Predict) and self._is_hopeless(message, request, received_ns):
             return
         try:
             if message.tensor_count > len(tensors):
@@ -480,13 +517,27 @@ class Server:
         self._telemetry.requests -= isinstance(request, Predict)
         self._refuse(message, request.id, failure, received_ns)
 
+    def _is_hopeless(self, message: Message, request: Predict, received_ns: int) -> bool:
+        """Answer a request, if one of its kind was refused just now and it has no more time than that one."""
+        if request.deadline_us is None:
+            return False
+        age_ns = self._age_ns(message.connection, request.sent_us, received_ns)
+        deadline_ns = received_ns - age_ns + int(request.deadline_us * 1e3)
+        refusal = self._refusals.find(message.peer, request, deadline_ns)
+        if refusal is None:
+            return False
+        self._telemetry.requests += 1
+        self._send_error(message.peer, message.delimited, request.id, refusal)
+        return True
+
     def _refuse(self, message: Message, id_: int | None, error: TensorNextError, received_ns: int) -> None:
-        """Answer a message with an error at once. What that takes counts against its sender."""
+        """Answer a message with an error at once. What that takes counts against its sender, if it is to blame."""
         self._telemetry.requests += 1
         self._send_error(message.peer, message.delimited, id_, error)
         # The traceback holds the frame that holds the error, and with it the message until the collector comes by.
         error.__traceback__ = error.__context__ = None
-        self._admission.spent(message.connection, time.perf_counter_ns() - received_ns)
+        if not isinstance(error, _NOBODYS_FAULT):
+            self._admission.spent(message.connection, time.perf_counter_ns() - received_ns)
 
     def _control(self, message: Message, request: Control) -> Reply | None:
         """The answer to a request about the daemon; None if it comes later."""
@@ -547,7 +598,10 @@ class Server:
         reply_nbytes = bound.rows * model.reply_row_nbytes
         if reply_nbytes > self._message_bytes or reply_nbytes > request.max_reply_bytes:
             raise self._too_large(reply_nbytes, request.max_reply_bytes)
-        pending = as_pending(message, request, version, model, bound, received_ns, self._max_delay_us)
+        came_ns = received_ns
+        if request.deadline_us is not None or model.deadline_us is not None:
+            came_ns -= self._age_ns(connection, request.sent_us, received_ns)
+        pending = as_pending(message, request, version, model, bound, received_ns, came_ns, self._max_delay_us)
         quarantine = self._quarantine
         if quarantine.active and model.max_batch_size and quarantine.holds(message.peer, connection.client.name):
             pending.alone, pending.max_batch_size = True, 1
@@ -556,7 +610,11 @@ class Server:
         if not scheduler.queued and not self._router.readable():  # else others may share its batch
             self._started = scheduler.start(pending, now_ns)
         if self._started is None:
-            scheduler.add(pending, now_ns)
+            try:
+                scheduler.add(pending, now_ns)
+            except TooLate as refusal:
+                self._refusals.add(message.peer, request, refusal)
+                raise
         self._admission.take(connection, pending)
         version.requests += 1
 
@@ -588,6 +646,8 @@ class Server:
             return False
         inline: Execution | None = None
         batches, late = self._scheduler.next_batches(time.perf_counter_ns())
+        if batches or late:
+            self._refusals.clear()
         for request in late:
             self._answer_late(request)
         for batch in batches:
@@ -659,7 +719,10 @@ class Server:
             self._judge(execution)
         # How long a failure took says nothing about the next success.
         succeeded = not execution.exhausted and not failures
-        self._scheduler.finished(batch, (execution.finished_ns - execution.started_ns) / 1e3 if succeeded else 0.0)
+        micros = (execution.finished_ns - execution.started_ns) / 1e3 if succeeded else 0.0
+        self._scheduler.finished(batch, micros, time.perf_counter_ns())
+        if self._refusals:
+            self._refusals.clear()
         if isinstance(execution, Copy):
             self._background.finished(execution)
         elif failures < len(batch.requests):

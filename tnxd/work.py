@@ -8,6 +8,7 @@ import msgspec
 
 from tnxctl.wire import DEFAULT_PRIORITY
 from tnxd.costs import BatchCosts
+from tnxd.forecast import Forecast
 from tnxd.turns import Turns
 from tnxd.waiting import LEVELS, Waiting
 
@@ -43,8 +44,9 @@ class Request(msgspec.Struct, eq=False, gc=False):
         priority: 0 to LEVELS - 1, 0 first.
         deadline_ns: when it is worthless; NEVER.
         device, reason, predicted_us: filled by `Scheduler.add`: where it will run, why there, and the microseconds
-            until it will be done. So are cost_us, its share of a full batch; due_ns, its place in the order; serial,
-            which grows with every request.
+            until it will be done. So are wait_us, of these the wait as it was added up, before it was corrected;
+            cost_us, its share of a full batch; added_ns, when that was; due_ns, its place in the order; serial, which
+            grows with every request.
         waiting: whether it is in a queue. done: whether it has been answered; set by the caller.
     """
 
@@ -66,7 +68,9 @@ class Request(msgspec.Struct, eq=False, gc=False):
     device: str = ""
     reason: str = ""
     predicted_us: float = 0.0
+    wait_us: float = 0.0
     cost_us: float = 0.0
+    added_ns: int = 0
     due_ns: int = 0
     serial: int = 0
     waiting: bool = False
@@ -90,6 +94,7 @@ class Batch:
         requests: none in a spare batch, whose results nobody waits for; it counts as one request that runs.
         costs: what is to learn how long it took.
         max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
+        started_ns: when it was formed.
         given_up: whether it hangs.
     """
 
@@ -100,6 +105,7 @@ class Batch:
     rows: int
     costs: BatchCosts = field(default_factory=BatchCosts)
     max_rows: int = 0
+    started_ns: int = 0
     given_up: bool = False
 
 
@@ -125,7 +131,7 @@ class Placement:
     """One model on one device.
 
     Attributes:
-        load: of the model everywhere.
+        load: of the model everywhere. forecast: what its predictions here are corrected by.
         lanes: those that run it now, INLINE and SPARE too, but for those that hang.
         queued: requests that wait for it here. backlog_us: their predicted cost, per priority.
         max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
@@ -135,6 +141,7 @@ class Placement:
     """
 
     load: Load
+    forecast: Forecast = field(init=False, default_factory=Forecast)
     lanes: list[int] = field(init=False, default_factory=list)
     queued: int = field(init=False, default=0)
     backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)

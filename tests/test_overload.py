@@ -1,0 +1,171 @@
+"""More requests than can be served: what a real daemon does with deadlines, and who learns what when."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from conftest import Daemon
+from dealer import LIMITS, Dealer, rows
+from headers import pack, predict_header
+from tnxctl import wire
+from tnxd.refusals import Refusals, TooLate
+from zmtp import Peer, message
+
+ONE_ROW = bytes(1024)
+
+
+def clock_us() -> float:
+    return time.monotonic() * 1e6
+
+
+@pytest.fixture
+def stopped(run_daemon: Callable[..., Daemon]) -> Iterator[tuple[Daemon, Dealer]]:
+    """A daemon that does not run, as on a machine that is busy with something else, and one who has asked it before."""
+    daemon = run_daemon("--model", "mlp")
+    with Dealer(daemon.endpoint) as dealer:
+        for _ in range(20):
+            dealer.predict(rows(1), deadline_us=1e7, sent_us=clock_us())
+            dealer.result()
+        daemon.process.send_signal(signal.SIGSTOP)
+        yield daemon, dealer
+
+
+def test_a_deadline_counts_from_when_the_message_came(stopped: tuple[Daemon, Dealer]) -> None:
+    daemon, dealer = stopped
+    late = dealer.predict(rows(1), deadline_us=200_000.0, sent_us=clock_us())
+    in_time = dealer.predict(rows(1), deadline_us=5e6, sent_us=clock_us())
+    assert not dealer.socket.poll(400), "a process that is stopped has answered"
+    daemon.process.send_signal(signal.SIGCONT)
+    answers = {reply.id: reply for reply, _ in (dealer.receive(), dealer.receive())}
+    error = answers[late]
+    assert isinstance(error, wire.ErrorReply)
+    assert error.code == "DEADLINE_EXCEEDED"
+    assert isinstance(answers[in_time], wire.Result)
+
+
+@pytest.mark.parametrize("stamp", [0.0, 1.0, 1e15], ids=["0", "long ago", "in years"])
+def test_a_stamp_that_lies_harms_nobody(stopped: tuple[Daemon, Dealer], stamp: float) -> None:
+    daemon, dealer = stopped
+    daemon.process.send_signal(signal.SIGCONT)
+    with Dealer(daemon.endpoint) as liar:
+        for _ in range(20):
+            liar.predict(rows(1), deadline_us=2e6, sent_us=stamp)
+            liar.predict(rows(1), deadline_us=2e6, sent_us=clock_us())
+            assert {type(liar.receive()[0]), type(liar.receive()[0])} <= {wire.Result, wire.ErrorReply}
+            dealer.predict(rows(1), deadline_us=2e6, sent_us=clock_us())
+            dealer.result()
+
+
+@pytest.mark.parametrize("stamp", [-1.0, float("nan"), float("inf"), 1e300, "now"])
+def test_a_stamp_that_is_none_is_refused_by_name(daemon: Daemon, stamp: object) -> None:
+    with Dealer(daemon.endpoint) as dealer:
+        dealer.socket.send_multipart([pack(predict_header(sent_us=stamp)), ONE_ROW])
+        error = dealer.error()
+        assert error.code == "INVALID_ARGUMENT"
+        assert "sent_us" in error.message
+
+
+@pytest.mark.parametrize("stamped", [True, False])
+def test_who_asks_for_more_than_can_be_done_in_time_gets_an_answer_to_each(
+    run_daemon: Callable[..., Daemon], stamped: bool
+) -> None:
+    """One that is refused for want of time does no wrong: it is not cut off, however many there are."""
+    daemon = run_daemon("--model", "mlp")
+    stamp = {"sent_us": 1e9} if stamped else {}
+    count, part = 100_000, 2000
+    parts = [
+        b"".join(
+            message(pack(predict_header(id=number, deadline_us=100.0, **stamp)), ONE_ROW)
+            for number in range(first, first + part)
+        )
+        for first in range(0, count, part)
+    ]
+    room = threading.Semaphore(8)
+    answers: Counter[str] = Counter()
+    ids = set()
+    with Peer(daemon.endpoint, timeout=30) as peer:
+        peer.greet()
+
+        def send() -> None:
+            for data in parts:
+                room.acquire()
+                peer.write(data)
+
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        for number in range(1, count + 1):
+            reply = wire.decode_reply(peer.read_message()[0], LIMITS)
+            assert isinstance(reply, wire.Result | wire.ErrorReply)
+            ids.add(reply.id)
+            answers[reply.code if isinstance(reply, wire.ErrorReply) else "result"] += 1
+            if not number % part:
+                room.release()
+        sender.join()
+    assert ids == set(range(count))
+    assert set(answers) <= {"result", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
+    assert answers["DEADLINE_EXCEEDED"]
+    with Dealer(daemon.endpoint) as dealer:
+        report = dealer.health()
+        assert report.connections_cut == 0
+        assert sum(report.errors.values()) == count - answers["result"]
+        dealer.predict(rows(1), deadline_us=5e6)
+        dealer.result()
+
+
+def test_only_a_refusal_that_waiting_would_have_spared_says_when_to_come_back(daemon: Daemon) -> None:
+    with Dealer(daemon.endpoint) as dealer:
+        dealer.predict(rows(64), deadline_us=1.0)
+        assert dealer.error().retry_after_us is None
+
+
+# --- refusals that hold for others ---------------------------------------------------------------------------
+
+
+def predict(deadline_us: float = 1e3, **changes: object) -> wire.Predict:
+    header = predict_header(deadline_us=deadline_us, **changes)
+    decoded = wire.decode_request(pack(header), wire.Limits())
+    assert isinstance(decoded, wire.Predict)
+    return decoded
+
+
+def test_what_is_hopeless_is_so_for_the_next_one_like_it() -> None:
+    refusals = Refusals()
+    refusal = TooLate("it cannot", 1000)
+    refusals.add(b"peer", predict(), refusal)
+    assert refusals.find(b"peer", predict(id=99, deadline_us=7.0, sent_us=5.0), 999) is refusal
+    assert refusals.find(b"peer", predict(), 1000) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"inputs": [["input", "FP32", [2, 256]]]},
+        {"model": "other"},
+        {"priority": 0},
+        {"device": "auto"},
+        {"prefer_gpu": False},
+        {"min_gpu_memory_mb": 5.0},
+        {"route_key": "k"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_may_fare_differently_is_looked_at(changes: dict[str, object]) -> None:
+    refusals = Refusals()
+    refusals.add(b"peer", predict(), TooLate("it cannot", 1000))
+    assert refusals.find(b"peer", predict(**changes), 0) is None
+    assert refusals.find(b"other", predict(), 0) is None
+
+
+def test_refusals_hold_until_batches_are_formed_and_are_bounded() -> None:
+    refusals = Refusals()
+    for number in range(10_000):
+        refusals.add(b"%d" % number, predict(), TooLate("it cannot", 1000))
+    assert len(refusals._known) <= 256
+    refusals.clear()
+    assert not refusals
