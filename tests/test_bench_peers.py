@@ -43,7 +43,8 @@ from goals import goals_text
 from measurement import evaluate
 from processes import BenchError, cpu_ns
 from workload import Workload, mlp
-from zmtpload import GREETING, READY, ZmtpConnection, frame
+from zmtpload import ZmtpConnection
+from zmtpsocket import GREETING, READY, frame
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="these benchmarks work by way of /proc and epoll")
 
@@ -356,7 +357,7 @@ def test_the_zmtp_client_sees_wrong_answers(listen: Listen, workload: Workload) 
 def test_the_zmtp_client_gives_up_those_who_do_not_answer(
     listen: Listen, workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zmtpload.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("zmtpsocket.PATIENCE_SECONDS", 0.1)
     endpoint = f"tcp://127.0.0.1:{listen(zmtp(lambda *_: None))}"
     with ZmtpConnection(endpoint, workload) as connection, pytest.raises(BenchError, match="has not answered"):
         connection.closed_loop(1, 1.0)
