@@ -31,7 +31,7 @@ class Workload:
         model: its name. name: of its input.
         inputs, outputs: float32, all of one shape each; they take turns.
         tolerance: relative and absolute, of an output that is right.
-        prefer_gpu: as in `wire.Predict`.
+        prefer_gpu, deadline_us, priority: as in `wire.Predict`.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class Workload:
         *,
         tolerance: float,
         prefer_gpu: bool = False,
+        deadline_us: float | None = None,
+        priority: int | None = None,
     ) -> None:
         self.prefer_gpu = prefer_gpu
         self._tolerance = tolerance
@@ -50,9 +52,22 @@ class Workload:
         self._tensors = [array.tobytes() for array in inputs]
         spec = wire.TensorSpec(name, "FP32", inputs[0].shape)
         header = wire.encode(
-            wire.Predict(v=wire.VERSION, id=FIRST_ID, model=model, inputs=(spec,), prefer_gpu=prefer_gpu)
+            wire.Predict(
+                v=wire.VERSION,
+                id=FIRST_ID,
+                model=model,
+                inputs=(spec,),
+                prefer_gpu=prefer_gpu,
+                deadline_us=deadline_us,
+                priority=priority,
+            )
         )
         self._before_id, self._after_id = _split_at_id(header)
+
+    @property
+    def variants(self) -> int:
+        """How many inputs take turns."""
+        return len(self._tensors)
 
     def request(self, number: int) -> tuple[bytes, bytes]:
         """The frames of request `number`, whose id is FIRST_ID + number."""
