@@ -13,7 +13,7 @@ import msgspec
 
 from flood import Load, Setting
 from loadgen import PATIENCE_SECONDS
-from outcomes import Outcomes, joined
+from outcomes import Outcomes
 from processes import START_SECONDS, ChildProcess, cpu_ns, machine_cpu_ns
 
 FLOOD, LIGHT = "flood", "light"
@@ -28,13 +28,13 @@ class Aftermath:
     """What is left of a load.
 
     Attributes:
-        outcomes: of the requests, by kind of client.
+        outcomes: of the requests, by kind of client, for each of its processes.
         cut: connections that the server ended, likewise.
         server_cpu_ns: CPU time of the server while the load lasted; None if it is not known.
         others_cpu_ns: that of everything on this machine but server and clients, likewise.
     """
 
-    outcomes: dict[str, Outcomes]
+    outcomes: dict[str, list[Outcomes]]
     cut: dict[str, int]
     server_cpu_ns: int | None
     others_cpu_ns: int | None
@@ -95,11 +95,10 @@ class Crowd:
         for path, (_, _, client) in zip(paths, self._clients, strict=True):
             client.tell(str(path).encode() + b"\n")
         cut = dict.fromkeys(rates, 0)
-        parts: dict[str, list[Outcomes]] = {kind: [] for kind in rates}
+        outcomes: dict[str, list[Outcomes]] = {kind: [] for kind in rates}
         for path, (kind, _, client) in zip(paths, self._clients, strict=True):
             cut[kind] += int(client.hear(PATIENCE_SECONDS + _DECODING_SECONDS))
-            parts[kind].append(Outcomes.load(path))
-        outcomes = {kind: joined(found) for kind, found in parts.items()}
+            outcomes[kind].append(Outcomes.load(path))
         server, clients, machine = used
         others = None
         if server is not None and clients is not None and machine is not None:

@@ -148,7 +148,11 @@ class Recorded:
 
 
 class Flood:
-    """One load of one client. A connection that the server ends is made anew at once."""
+    """One load of one client. A connection that the server ends is made anew at once.
+
+    Attributes:
+        cut: how often that happened, and once more if it was so after the load.
+    """
 
     def __init__(self, endpoint: str, messenger: Messenger) -> None:
         self._endpoint = endpoint
@@ -156,6 +160,7 @@ class Flood:
         self._buffer = bytearray(READ_BYTES)
         self._view = memoryview(self._buffer)
         self.recorded = Recorded()
+        self.cut = 0
         self._connect()
 
     def _connect(self) -> None:
@@ -168,6 +173,7 @@ class Flood:
 
     def _connect_again(self) -> None:
         self._socket.close()
+        self.cut += 1
         self._connect()
 
     def send(self, due: Sequence[int], end: int, urgent: Sequence[bool]) -> None:
@@ -263,6 +269,7 @@ class Flood:
                 gone = self._read() < 0
             if gone:
                 outcomes.lose(first, stop)
+                self.cut += last
 
     def close(self) -> None:
         self._socket.close()
@@ -294,7 +301,7 @@ def main() -> None:
             flood.finish(outcomes, workload)
             flood.close()
             outcomes.save(Path(path))
-            print(len(flood.recorded.lives) - 1, flush=True)
+            print(flood.cut, flush=True)
 
 
 if __name__ == "__main__":

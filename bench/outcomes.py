@@ -1,15 +1,13 @@
-"""What became of the requests of an open loop: one entry for each, and the figures that are made of them."""
+"""What became of the requests of an open loop, one entry for each."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,6 +40,9 @@ class Outcome(IntEnum):
 
 ON_ARRIVAL = (Outcome.REFUSED, Outcome.FULL, Outcome.UNAVAILABLE)
 """Ends of requests that were not taken in."""
+
+TAKEN_IN = (Outcome.RESULT, Outcome.WRONG, Outcome.EXPIRED)
+"""Ends of requests that were."""
 
 # The daemon gives both the same code, and tells them apart in words.
 _REFUSED_SENTENCE, _EXPIRED_SENTENCE = "cannot be done within its deadline", "has passed"
@@ -150,103 +151,3 @@ def kind_of(error: wire.ErrorReply) -> Outcome:
         if _EXPIRED_SENTENCE in error.message:
             return Outcome.EXPIRED
     return {"RESOURCE_EXHAUSTED": Outcome.FULL, "UNAVAILABLE": Outcome.UNAVAILABLE}.get(error.code, Outcome.FAILED)
-
-
-class Figures(msgspec.Struct, frozen=True):
-    """Some requests under one load. Shares are of all that were offered, unless it says otherwise.
-
-    Attributes:
-        requests: offered, and so `offered_per_s`; sent_per_s: that the kernel took before the load was over.
-        in_time_per_s: results that were here within the deadline, counted from when a request was due.
-        in_time_sent_per_s: the same, counted from when it was sent.
-        in_time_admitted: share of the admitted that were in time, from when they were due; those were admitted that
-            were computed or expired. None if there was none.
-        in_time_sent_admitted: the same, from when they were sent.
-        refused, full, unavailable: shares turned away on arrival, see `Outcome`. late: results that were not in time.
-        expired, failed, wrong, lost, cut, unsent: see `Outcome`.
-        result_ms: p50 and p99 of the time from when a request was due until its result was here.
-        refusal_ms: p99 of the time until it was known that it is refused. refusal_share: of the deadline.
-        late_ms: p99 of how late the client came to send. blocked_ms: p99 of how long the socket had no room then.
-    """
-
-    requests: int
-    offered_per_s: float
-    sent_per_s: float
-    in_time_per_s: float
-    in_time_sent_per_s: float
-    in_time_admitted: float | None
-    in_time_sent_admitted: float | None
-    refused: float
-    full: float
-    unavailable: float
-    late: float
-    expired: float
-    failed: float
-    wrong: float
-    lost: float
-    cut: float
-    unsent: float
-    result_ms: dict[str, float | None]
-    refusal_ms: float | None
-    refusal_share: float | None
-    late_ms: float | None
-    blocked_ms: float | None
-
-
-def figures(found: Outcomes, seconds: float, deadline_ms: float | None) -> Figures:
-    """Figures of requests that were offered for so long.
-
-    Args:
-        deadline_ms: None if they had none: every result is in time then.
-    """
-    count = len(found.due)
-    share = {kind: _share(_count(found.outcome == kind), count) for kind in Outcome}
-    is_result = found.outcome == Outcome.RESULT
-    admitted = _count(is_result) + _count(np.isin(found.outcome, (Outcome.EXPIRED, Outcome.WRONG)))
-    allowed_ns = math.inf if deadline_ms is None else deadline_ms * 1e6
-    in_time = _count(is_result & (found.answered - found.due <= allowed_ns))
-    in_time_sent = _count(is_result & (found.answered - found.sent <= allowed_ns))
-    refused = np.isin(found.outcome, ON_ARRIVAL)
-    refusal_ms = percentile(_ms(found.answered - found.due, refused), 99)
-    results_ms = _ms(found.answered - found.due, is_result)
-    return Figures(
-        requests=count,
-        offered_per_s=round(count / seconds, 1),
-        sent_per_s=round(_count(found.sent) / seconds, 1),
-        in_time_per_s=round(in_time / seconds, 1),
-        in_time_sent_per_s=round(in_time_sent / seconds, 1),
-        in_time_admitted=_share(in_time, admitted) if admitted else None,
-        in_time_sent_admitted=_share(in_time_sent, admitted) if admitted else None,
-        refused=share[Outcome.REFUSED],
-        full=share[Outcome.FULL],
-        unavailable=share[Outcome.UNAVAILABLE],
-        late=_share(_count(is_result) - in_time, count),
-        expired=share[Outcome.EXPIRED],
-        failed=share[Outcome.FAILED],
-        wrong=share[Outcome.WRONG],
-        lost=share[Outcome.LOST],
-        cut=share[Outcome.CUT],
-        unsent=share[Outcome.UNSENT],
-        result_ms={"p50": percentile(results_ms, 50), "p99": percentile(results_ms, 99)},
-        refusal_ms=refusal_ms,
-        refusal_share=None if refusal_ms is None or deadline_ms is None else round(refusal_ms / deadline_ms, 4),
-        late_ms=percentile(_ms(found.tried - found.due, found.tried > 0), 99),
-        blocked_ms=percentile(_ms(found.sent - found.tried, found.sent > 0), 99),
-    )
-
-
-def _count(chosen: NDArray[Any]) -> int:
-    return int(np.count_nonzero(chosen))
-
-
-def _share(part: int, whole: int) -> float:
-    return round(part / whole, 5) if whole else 0.0
-
-
-def _ms(values: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[Any]:
-    return values[chosen] / 1e6
-
-
-def percentile(values: NDArray[Any], percent: float) -> float | None:
-    """A percentile, to a thousandth; None of no values."""
-    return round(float(np.percentile(values, percent)), 3) if len(values) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,57 +15,62 @@ import msgspec
 import numpy as np
 
 import options
-import overload_models
+import overload_servers
+import pictures
 import report
-from crowd import FLOOD, Crowd
-from flood import Setting
-from measurement import Measurement, evaluate
-from outcomes import figures
-from overload_models import INPUT, MODELS
-from overload_report import Calm, Capacity, Overload, Row, heading, row_text
-from processes import BenchError, cpu_ns
-from targets import Target, daemon_target, start_daemon
-from workload import Workload
-from zmtpload import ZmtpConnection
+from crowd import FLOOD, LIGHT
+from outcomes import Outcomes, joined
+from overload_figures import Figures, figures, waiting
+from overload_models import MODELS
+from overload_report import REST, URGENT, Calm, Overload, Row, ServerReport, heading, row_text
+from overload_servers import Asked, Server
+from processes import machine_cpu_ns
+from report import DAEMON
+from targets import Target
 
-_OUTSTANDING = (16, 64, 256)
-"""Of the closed loops that capacity is the best of."""
-
-_CAPACITY_SECONDS = 0.5
-_CALM_SECONDS = 0.3
 _RECOVERY_SECONDS = 0.1
+
+_QUIET_CORES = 0.25
+_LOOK_SECONDS, _LOOKS = 1.0, 60
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Options that were given on the command line, as in --help."""
+    """Options that were given on the command line, as in --help. deadline: None for none."""
 
     model: str
     rows: int
-    deadline: float
+    deadline: float | None
     clients: int
     multiples: tuple[float, ...]
+    light: float
+    urgent: float
     seconds: float
     seed: int
+    tries: int
 
-    @property
-    def deadline_ms(self) -> float | None:
-        return self.deadline
+
+_SHARE = click.FloatRange(0, 1, max_open=True)
 
 
 @options.command()
 @click.option("--endpoint", metavar="tcp://HOST:PORT", help="Load this running daemon instead of starting one.")
 @click.option("--pid", type=int, help="With --endpoint: the process id of that daemon, to count its CPU time.")
+@click.option(
+    "--config",
+    "configuration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Settings of the daemon that is started, as for tnxd.",
+)
 @click.option("--model", type=click.Choice(list(MODELS)), default="wide", show_default=True, help="What is asked.")
 @click.option("--rows", type=click.IntRange(1, 1024), default=1, show_default=True, help="Rows per request.")
 @click.option(
     "--deadline",
     type=click.FloatRange(0, 60_000, min_open=True),
-    default=50.0,
-    show_default=True,
     metavar="MS",
-    help="Of every request, in milliseconds.",
+    help="Of every request, in milliseconds.  [default: 50]",
 )
+@click.option("--no-deadline", is_flag=True, help="Requests without one: how they wait, and how many find no room.")
 @click.option(
     "--clients", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes that the load is split over."
 )
@@ -72,117 +78,165 @@ class Settings:
     "--multiples", "0.3,0.6,0.8,1,2,4,8", "How much is offered, in multiples of capacity.", float, "X,X,..."
 )
 @click.option(
+    "--light",
+    type=_SHARE,
+    default=0.0,
+    metavar="SHARE",
+    help="One more client, which asks for this share of capacity beside the others, say 0.1.",
+)
+@click.option(
+    "--urgent", type=_SHARE, default=0.0, metavar="SHARE", help="This share of the load has priority 0, say 0.1."
+)
+@click.option(
     "--seconds", type=click.FloatRange(0.05, 600), default=2.0, show_default=True, help="Length of each load."
 )
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of the random times of requests.")
+@click.option(
+    "--tries",
+    type=click.IntRange(1, 100),
+    default=1,
+    show_default=True,
+    help=f"Wait for other programs to end, and load again, up to so often, where they kept more than {_QUIET_CORES:g} "
+    "cores busy meanwhile. The quietest counts.",
+)
 @options.outputs("Draw what was offered against what was in time to")
-def main(json_path: Path | None, plot_path: Path | None, endpoint: str | None, pid: int | None, **rest: Any) -> None:
+def main(
+    json_path: Path | None,
+    plot_path: Path | None,
+    endpoint: str | None,
+    pid: int | None,
+    configuration: Path | None,
+    deadline: float | None,
+    no_deadline: bool,
+    **rest: Any,
+) -> None:
     """Measure what happens to deadlines when more is offered than can be served.
 
     Capacity is measured first, in a closed loop. Then multiples of it are offered in open loops: requests are due at
     random times, whatever became of those before them. Clients are processes of their own, in Python, on raw sockets.
     What a socket has no room for is kept and sent as soon as it has; what is left when the load is over is dropped.
 
-    A request is in time if its result is here within the deadline, by the client's clock. That counts from when it was
-    due, and, in a second figure, from when it was sent: that the client itself was late is not the server's fault.
-
-    After each load there are 100 ms of nothing, and then a calm closed loop with one request at a time, whose p50 is
-    compared with that of one before.
+    \b
+    in time    results that were here within the deadline, by the client's clock, from when a request was due
+    of sent    the same, from when it was sent: that the client itself was late is not the server's fault
+    admitted   share of those that were taken in that were in time: from when they were due, from when they were sent
+    refused    turned away on arrival, since they cannot be done within the deadline; full: since there is no room
+    late       results that were not in time; expired: taken in, and given up when the deadline had passed
+    lost       no answer within 10 s after the load
+    sent late  p99 of how late the client came to send, in ms
+    CPU us     CPU time of the server per request that was sent
+    others     cores that other programs here kept busy meanwhile: near 0, or the row says little
+    calm       p50 in us of a closed loop with one request at a time, before the load and from 100 ms after it on
     """
     if pid is not None and endpoint is None:
         raise click.UsageError("--pid says which process the daemon at --endpoint is: it needs --endpoint")
+    if endpoint is not None and configuration is not None:
+        raise click.UsageError("--config is for a daemon that is started, and --endpoint for one that runs already")
     if endpoint is not None and not endpoint.startswith("tcp://"):
         raise click.BadParameter(f"{endpoint} is not tcp://HOST:PORT", param_hint="--endpoint")
-    settings = Settings(**rest)
+    if deadline is not None and no_deadline:
+        raise click.UsageError("--deadline and --no-deadline exclude each other")
+    settings = Settings(deadline=None if no_deadline else deadline or 50.0, **rest)
     with options.measuring():
-        result = _run(settings, endpoint, pid)
+        result = _run(settings, Target(DAEMON, endpoint, pid) if endpoint else None, configuration)
     if json_path is not None:
         report.write_json(result, json_path)
+    if plot_path is not None:
+        pictures.draw_overload(result, plot_path)
 
 
-def _run(settings: Settings, endpoint: str | None, pid: int | None) -> Overload:
+def _run(settings: Settings, running: Target | None, configuration: Path | None) -> Overload:
     machine = report.environment()
     with contextlib.ExitStack() as stack:
-        starting = None
-        if endpoint is None:
-            program = [str(Path(overload_models.__file__))]
-            starting = start_daemon(stack, program=program, model=settings.model)
-        served = MODELS[settings.model]
-        inputs, outputs = served.samples(settings.rows)
+        starting = running or overload_servers.start(stack, settings.model, configuration)
         samples = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tnx"))) / "samples.npz"
+        inputs, outputs = MODELS[settings.model].samples(settings.rows)
         np.savez(samples, inputs=inputs, outputs=outputs)
-        target = Target(report.DAEMON, endpoint or "", pid) if starting is None else daemon_target(starting)
-        deadline_us = None if settings.deadline_ms is None else settings.deadline_ms * 1e3
-        setting = Setting(target.endpoint, str(samples), settings.model, INPUT, served.tolerance, deadline_us)
-        crowd = Crowd(stack, {FLOOD: (setting, settings.clients)})
+        asked = Asked(
+            model=settings.model,
+            rows=settings.rows,
+            deadline_ms=settings.deadline,
+            clients=settings.clients,
+            urgent=settings.urgent,
+            light=settings.light > 0,
+            samples=samples,
+        )
+        servers = [overload_servers.daemon(stack, starting, asked)]
         click.echo(report.heading(machine, f"{settings.seconds:g} s for each load"))
-        capacity = _capacity(target.endpoint, msgspec.structs.replace(setting, deadline_us=None).workload())
-        click.echo("\n" + heading(settings.model, settings.rows, settings.deadline_ms, settings.clients, capacity))
-        rows = []
-        for number, multiple in enumerate(settings.multiples):
-            rows.append(_row(crowd, target, setting, settings, capacity, multiple, number))
-            click.echo(row_text(rows[-1]))
-    return Overload(machine, msgspec.to_builtins(settings), capacity, rows)
+        for server in servers:
+            server.measure_capacity()
+        rows: dict[str, list[Row]] = {server.name: [] for server in servers}
+        click.echo("\n" + heading(settings.model, settings.rows, settings.deadline, settings.clients))
+        for server in servers:
+            click.echo(
+                f"{server.name}: capacity {server.capacity.requests_per_s:,.0f}/s "
+                f"with {server.capacity.outstanding} outstanding"
+            )
+            for number, multiple in enumerate(settings.multiples):
+                found = _quietest(server, settings, multiple, settings.seed + number)
+                rows[server.name].append(found)
+                click.echo(row_text(found))
+    reports = {server.name: ServerReport(server.capacity, rows[server.name]) for server in servers}
+    return Overload(machine, msgspec.to_builtins(settings), reports)
 
 
-def _capacity(endpoint: str, workload: Workload) -> Capacity:
-    """The best rate of a closed loop, without deadlines. Raises BenchError."""
-    found: dict[int, float] = {}
-    for outstanding in _OUTSTANDING:
-        measured = _closed_loop(endpoint, workload, outstanding, _CAPACITY_SECONDS)
-        if measured.errors:
-            raise BenchError(f"{endpoint} with {outstanding} outstanding: {dict(measured.errors)}")
-        found[outstanding] = round(len(measured.latency_us) / measured.seconds, 1)
-    best = max(found, key=lambda outstanding: found[outstanding])
-    return Capacity(found[best], best, found)
+def _quietest(server: Server, settings: Settings, multiple: float, seed: int) -> Row:
+    """One load, again if others kept the machine busy meanwhile."""
+    rows: list[Row] = []
+    for _ in range(settings.tries):
+        if settings.tries > 1:
+            _wait_for_others()
+        rows.append(_row(server, settings, multiple, seed))
+        if (rows[-1].others_cores or 0.0) <= _QUIET_CORES:
+            break
+    return min(rows, key=lambda row: row.others_cores or 0.0)
 
 
-def _closed_loop(endpoint: str, workload: Workload, outstanding: int, seconds: float) -> Measurement:
-    with ZmtpConnection(endpoint, workload) as connection:
-        return evaluate(connection.closed_loop(outstanding, seconds), workload, check=True)
+def _wait_for_others() -> None:
+    """Wait until this machine is quiet, but not for ever."""
+    for _ in range(_LOOKS):
+        before = machine_cpu_ns()
+        time.sleep(_LOOK_SECONDS)
+        after = machine_cpu_ns()
+        if before is None or after is None or after - before <= _QUIET_CORES * _LOOK_SECONDS * 1e9:
+            return
 
 
-def _calm(endpoint: str, workload: Workload) -> Calm:
-    """How it is without a load."""
-    try:
-        found = _closed_loop(endpoint, workload, 1, _CALM_SECONDS)
-    except BenchError as error:
-        return Calm(None, 0, {str(error): 1})
-    p50 = round(float(np.median(found.latency_us)), 1) if len(found.latency_us) else None
-    return Calm(p50, len(found.latency_us), dict(found.errors))
-
-
-def _row(
-    crowd: Crowd,
-    target: Target,
-    setting: Setting,
-    settings: Settings,
-    capacity: Capacity,
-    multiple: float,
-    number: int,
-) -> Row:
-    workload = setting.workload()
-    rate = multiple * capacity.requests_per_s
-    before = _calm(target.endpoint, workload)
+def _row(server: Server, settings: Settings, multiple: float, seed: int) -> Row:
+    """One load, and calm before and after it."""
+    capacity = server.capacity.requests_per_s
+    rates = {FLOOD: multiple * capacity}
+    if settings.light:
+        rates[LIGHT] = settings.light * capacity
+    before = server.calm()
     calm_after: list[Calm] = []
 
     def after(end_ns: int) -> None:
         time.sleep(max(end_ns + int(_RECOVERY_SECONDS * 1e9) - time.perf_counter_ns(), 0) / 1e9)
-        calm_after.append(_calm(target.endpoint, workload))
+        calm_after.append(server.calm())
 
-    left = crowd.load({FLOOD: rate}, settings.seconds, settings.seed + number, after, lambda: cpu_ns(target.pid))
-    groups = {kind: figures(found, settings.seconds, settings.deadline_ms) for kind, found in left.outcomes.items()}
-    sent = sum(int(np.count_nonzero(found.sent)) for found in left.outcomes.values())
+    left = server.load(rates, settings.seconds, seed, after)
+    sent = sum(int(np.count_nonzero(one.sent)) for found in left.outcomes.values() for one in found)
     return Row(
         multiple=multiple,
-        rate=round(rate, 1),
-        groups=groups,
+        rate=round(rates[FLOOD], 1),
+        groups=_groups(left.outcomes, settings),
+        waiting=waiting(left.outcomes[FLOOD]),
         cut=left.cut,
         server_cpu_us=None if left.server_cpu_ns is None or not sent else round(left.server_cpu_ns / 1e3 / sent, 1),
         others_cores=None if left.others_cpu_ns is None else round(left.others_cpu_ns / 1e9 / settings.seconds, 2),
         calm_before=before,
         calm_after=calm_after[0],
     )
+
+
+def _groups(outcomes: Mapping[str, list[Outcomes]], settings: Settings) -> dict[str, Figures]:
+    """Figures by who asks; of the flood also by how urgent it is, if that differs."""
+    found = {kind: joined(parts) for kind, parts in outcomes.items()}
+    if settings.urgent:
+        flood = found[FLOOD]
+        found |= {URGENT: flood.where(flood.urgent), REST: flood.where(~flood.urgent)}
+    return {name: figures(one, settings.seconds, settings.deadline) for name, one in found.items()}
 
 
 if __name__ == "__main__":
