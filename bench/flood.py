@@ -172,6 +172,8 @@ class Flood:
         self.recorded.lives.append((len(self.recorded.sent), self._parts))
 
     def _connect_again(self) -> None:
+        while self._read() > 0:  # what had come before the end
+            pass
         self._socket.close()
         self.cut += 1
         self._connect()

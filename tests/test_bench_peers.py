@@ -7,14 +7,12 @@ import contextlib
 import json
 import signal
 import socket
-import struct
 import sys
 import textwrap
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
@@ -22,7 +20,20 @@ import numpy as np
 import pytest
 import zmq
 
-from benchmarks import BENCH, Array, check_that_it_stops_what_it_started, first_half, refusal, result_header, run
+from benchmarks import (
+    BENCH,
+    SECONDS,
+    Array,
+    Listen,
+    answer_of,
+    check_that_it_stops_what_it_started,
+    first_half,
+    listening,
+    refusal,
+    result_header,
+    run,
+    zmtp,
+)
 from tnxctl import wire
 
 # isort: split
@@ -44,12 +55,9 @@ from measurement import evaluate
 from processes import BenchError, cpu_ns
 from workload import Workload, mlp
 from zmtpload import ZmtpConnection
-from zmtpsocket import GREETING, READY, frame
+from zmtpsocket import frame
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="these benchmarks work by way of /proc and epoll")
-
-SECONDS = 10.0
-"""Longest wait of a fake server; nothing here takes so long."""
 
 
 @pytest.fixture(scope="module")
@@ -57,60 +65,10 @@ def workload() -> Workload:
     return mlp(1, False, first_half)
 
 
-class Listener:
-    """A TCP server: each connection is handed to `talk` in a thread of its own."""
-
-    def __init__(self, talk: Callable[[socket.socket], None]) -> None:
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._socket.getsockname()[1]
-        self._talk = talk
-        self._threads: list[threading.Thread] = []
-        self._connections: list[socket.socket] = []
-        self._accepting = threading.Thread(target=self._accept)
-        self._accepting.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            connection.settimeout(SECONDS)
-            self._connections.append(connection)
-            thread = threading.Thread(target=self._serve, args=(connection,))
-            self._threads.append(thread)
-            thread.start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError), connection:
-            self._talk(connection)
-
-    def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._accepting.join()
-        for connection in self._connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-
-
 @pytest.fixture
-def listen() -> Iterator[Callable[[Callable[[socket.socket], None]], int]]:
-    """Start a `Listener`; returns its port."""
-    started: list[Listener] = []
-
-    def start(talk: Callable[[socket.socket], None]) -> int:
-        started.append(Listener(talk))
-        return started[-1].port
-
-    yield start
-    for listener in started:
-        listener.close()
-
-
-Listen = Callable[[Callable[[socket.socket], None]], int]
+def listen() -> Iterator[Listen]:
+    with listening() as start:
+        yield start
 
 
 # --- the lean HTTP client ----------------------------------------------------------------------------------------
@@ -254,46 +212,6 @@ def test_every_format_carries_every_bit(format_: str) -> None:
 
 
 # --- the lean ZMTP client ----------------------------------------------------------------------------------------
-
-
-def read_message(stream: Any) -> tuple[bytes, bytes]:
-    """Header and tensor of the next request; empty at the end."""
-    frames = []
-    while True:
-        flags = stream.read(1)
-        if not flags:
-            return b"", b""
-        size = struct.unpack(">Q", stream.read(8))[0] if flags[0] & 2 else stream.read(1)[0]
-        body = stream.read(size)
-        if flags[0] & 4:
-            assert body == b"\x04PONGmark"
-            continue
-        frames.append(body)
-        if not flags[0] & 1:
-            return frames[0], frames[1]
-
-
-def zmtp(reply: Callable[[socket.socket, bytes, bytes], None]) -> Callable[[socket.socket], None]:
-    """Talk ZMTP as a ROUTER does: `reply` is called with each request."""
-
-    def talk(connection: socket.socket) -> None:
-        with connection.makefile("rb") as stream:
-            connection.sendall(GREETING + frame(READY.replace(b"DEALER", b"ROUTER"), 4))
-            stream.read(len(GREETING))
-            stream.read(2 + len(READY))
-            while True:
-                header, tensor = read_message(stream)
-                if not header:
-                    return
-                reply(connection, header, tensor)
-
-    return talk
-
-
-def answer_of(header: bytes, tensor: bytes) -> bytes:
-    request = wire.decode_request(header, wire.Limits())
-    output = first_half(np.frombuffer(tensor, np.float32).reshape(1, 256)).tobytes()
-    return frame(result_header(request.id), 1) + frame(output)
 
 
 @pytest.mark.parametrize("outstanding", [1, 16])
