@@ -11,14 +11,14 @@ from pathlib import Path
 
 import msgspec
 
-from flood import Load, Setting
 from loadgen import PATIENCE_SECONDS
+from openload import Load
 from outcomes import Outcomes
 from processes import START_SECONDS, ChildProcess, cpu_ns, machine_cpu_ns
 
 FLOOD, LIGHT = "flood", "light"
 
-_PROGRAM = Path(__file__).with_name("flood.py")
+_HERE = Path(__file__).parent
 _LEAD_SECONDS = 0.02  # from the call to the start of a load
 _DECODING_SECONDS = 60.0
 
@@ -44,15 +44,18 @@ class Crowd:
     """Client processes, which the stack stops.
 
     Args:
+        program: that they run, see `openload`.
         settings: kind of client -> what its loads have in common, and how many processes share them.
     """
 
-    def __init__(self, stack: contextlib.ExitStack, settings: Mapping[str, tuple[Setting, int]]) -> None:
+    def __init__(
+        self, stack: contextlib.ExitStack, program: str, settings: Mapping[str, tuple[msgspec.Struct, int]]
+    ) -> None:
         self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tnx")))
         self._clients: list[tuple[str, int, ChildProcess]] = []
         for kind, (setting, count) in settings.items():
             for _ in range(count):
-                client = stack.enter_context(ChildProcess(f"{kind} client", [str(_PROGRAM)]))
+                client = stack.enter_context(ChildProcess(f"{kind} client", [str(_HERE / program)]))
                 client.tell(msgspec.json.encode(setting) + b"\n")
                 self._clients.append((kind, count, client))
         for _, _, client in self._clients:

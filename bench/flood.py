@@ -1,46 +1,31 @@
-"""A client that offers more than can be served, in an open loop: `python bench/flood.py`, told what to do by lines.
+"""A client that offers more than can be served: `python bench/flood.py`, told what to do by lines, see `openload`.
 
 Like `zmtpload` it writes ZMTP to a TCP socket itself: one thread, bytes made beforehand, what is due is written
 together, what has come is read together, and nothing is decoded while the clock runs. So one process can offer some
-hundred thousand requests of a kilobyte per second.
-
-Its first line is a `Setting`. Then there are three lines for each load, and a line from it after the first and the
-last: a `Load`, for which it gets ready; when that is to begin, in nanoseconds of the monotonic clock, which all
-processes of a machine share; and a path. When the load is over it goes on reading, so that nothing waits for it, until
-the path is there. Then it waits for the answers that are missing, writes what became of the requests to that path (see
-`outcomes`), and says how many connections it lost. It ends with stdin.
+hundred thousand requests of a kilobyte per second. It answers no PING; the daemon sends none.
 """
 
 from __future__ import annotations
 
-import os
 import select
 import time
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import repeat
-from pathlib import Path
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+import openload
 import zmtpsocket
-from loadgen import PATIENCE_SECONDS, fine_sleep, no_collector
+from loadgen import PATIENCE_SECONDS
+from openload import CHECKED_EVERY, STDIN, TICK_NS, Record
 from outcomes import Outcomes
-from rounds import offsets_ns
 from tnxctl.wire import DEFAULT_PRIORITY
 from workload import FIRST_ID, Workload
 from zmtpsocket import MORE, READ_BYTES, Messages, frame
 
-TICK_NS = 100_000
-"""Requests that are due within this time may leave together: a client that wakes up for each costs the server a core
-where both share few."""
-
 _BATCH_BYTES = 1 << 18
-
-_CHECKED_EVERY = 256  # answers: to compare all with what they should be would take longer than the load
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -74,20 +59,6 @@ class Setting(msgspec.Struct, frozen=True):
             deadline_us=self.deadline_us,
             priority=priority,
         )
-
-
-class Load(msgspec.Struct, frozen=True):
-    """One load: requests at random times, as of independent users, at this rate for so long."""
-
-    rate: float
-    seconds: float
-    seed: int
-
-    def offsets_ns(self) -> list[int]:
-        """When each request is due, from the start."""
-        # Some more than are due on average, since how many there are is a matter of chance, too.
-        found = offsets_ns(self.rate, 1.2 * self.seconds + 10 / self.rate, "exponential", self.seed)
-        return found[: bisect_left(found, int(self.seconds * 1e9))]
 
 
 class Messenger:
@@ -133,34 +104,22 @@ def _parts(workload: Workload, number: int) -> tuple[bytes, bytes]:
     return head[:at], head[at + 8 :] + frame(tensor)
 
 
-@dataclass
-class Recorded:
-    """A record of one load.
-
-    Attributes:
-        tried, sent: see `Outcomes`, for as many of the first requests as came so far.
-        lives: one for each connection: the number of the first request that it sent, and what was read of it, when.
-    """
-
-    tried: list[int] = field(default_factory=list)
-    sent: list[int] = field(default_factory=list)
-    lives: list[tuple[int, list[tuple[int, bytes]]]] = field(default_factory=list)
-
-
 class Flood:
     """One load of one client. A connection that the server ends is made anew at once.
 
-    Attributes:
-        cut: how often that happened, and once more if it was so after the load.
+    Args:
+        workload: knows the right answers.
     """
 
-    def __init__(self, endpoint: str, messenger: Messenger) -> None:
+    def __init__(self, endpoint: str, messenger: Messenger, workload: Workload) -> None:
         self._endpoint = endpoint
         self._messenger = messenger
+        self._workload = workload
         self._buffer = bytearray(READ_BYTES)
         self._view = memoryview(self._buffer)
-        self.recorded = Recorded()
-        self.cut = 0
+        self.record = Record()
+        # One for each connection: the number of the first request that it sent, and what was read of it, when.
+        self._lives: list[tuple[int, list[tuple[int, bytes]]]] = []
         self._connect()
 
     def _connect(self) -> None:
@@ -169,23 +128,19 @@ class Flood:
         self._parts: list[tuple[int, bytes]] = []
         if received:
             self._parts.append((time.perf_counter_ns(), received))
-        self.recorded.lives.append((len(self.recorded.sent), self._parts))
+        self._lives.append((len(self.record.sent), self._parts))
 
     def _connect_again(self) -> None:
         while self._read() > 0:  # what had come before the end
             pass
         self._socket.close()
-        self.cut += 1
+        self.record.cut += 1
         self._connect()
 
     def send(self, due: Sequence[int], end: int, urgent: Sequence[bool]) -> None:
-        """Send each request when it is due, or as soon after as the socket has room, and read what comes.
-
-        Args:
-            end: when it is over. What could not be sent by then is not sent any more.
-        """
+        """See `openload.Client`."""
         clock, messenger = time.perf_counter_ns, self._messenger
-        tried, sent = self.recorded.tried, self.recorded.sent
+        tried, sent = self.record.tried, self.record.sent
         size, batch, count = messenger.size, messenger.batch, len(due)
         leaving = memoryview(b"")  # of requests up to number `stop`
         stop = 0
@@ -238,7 +193,7 @@ class Flood:
         return size
 
     def listen(self, stop: int) -> None:
-        """Read what comes until this descriptor has something to read, too."""
+        """See `openload.Client`. A connection that is ended now is not made anew."""
         connection = self._socket.fileno()
         watched = [stop, connection]
         while True:
@@ -248,10 +203,10 @@ class Flood:
             if stop in readable:
                 return
 
-    def finish(self, outcomes: Outcomes, workload: Workload) -> None:
-        """Wait for the answers that are missing, but not for ever, and put all in their places."""
+    def finish(self, outcomes: Outcomes) -> None:
+        """See `openload.Client`."""
         until = time.perf_counter() + PATIENCE_SECONDS
-        lives, sent = self.recorded.lives, len(self.recorded.sent)
+        lives, sent = self._lives, len(self.record.sent)
         for place, (first, parts) in enumerate(lives):
             last = place == len(lives) - 1
             stop = sent if last else lives[place + 1][0]
@@ -261,8 +216,8 @@ class Flood:
             while True:
                 for arrived_ns, part in parts[taken:]:
                     for header, tensor in messages.take(part):
-                        checked = None if come % _CHECKED_EVERY else tensor
-                        missing -= outcomes.answer(arrived_ns, header, checked, workload)
+                        checked = None if come % CHECKED_EVERY else tensor
+                        missing -= outcomes.answer(arrived_ns, header, checked, self._workload)
                         come += 1
                 taken = len(parts)
                 if not missing or gone or (left := until - time.perf_counter()) <= 0:
@@ -271,39 +226,20 @@ class Flood:
                 gone = self._read() < 0
             if gone:
                 outcomes.lose(first, stop)
-                self.cut += last
+                self.record.cut += last
 
     def close(self) -> None:
+        """See `openload.Client`."""
         self._socket.close()
 
 
 def main() -> None:
-    with os.fdopen(0, "rb", buffering=0) as stdin:  # a buffer would hide from `select` what it holds
-        setting = msgspec.json.decode(stdin.readline(), type=Setting)
-        workload = setting.workload()
-        kinds = [setting.workload(DEFAULT_PRIORITY), setting.workload(0)] if setting.urgent else [workload]
-        messenger = Messenger(kinds)
-        print("ready", flush=True)
-        while line := stdin.readline():
-            load = msgspec.json.decode(line, type=Load)
-            offsets = load.offsets_ns()
-            urgent: NDArray[np.bool_] = np.random.default_rng(load.seed).random(len(offsets)) < setting.urgent
-            choice = urgent.tolist()
-            flood = Flood(setting.endpoint, messenger)
-            print("set", flush=True)
-            start = int(stdin.readline() or 0)
-            due = [start + offset for offset in offsets]
-            with no_collector(), fine_sleep():
-                flood.send(due, start + int(load.seconds * 1e9), choice)
-                flood.listen(stdin.fileno())
-            path = stdin.readline().decode().strip()
-            if not path:
-                break
-            outcomes = Outcomes.of(due, flood.recorded.tried, flood.recorded.sent, urgent)
-            flood.finish(outcomes, workload)
-            flood.close()
-            outcomes.save(Path(path))
-            print(flood.cut, flush=True)
+    setting = msgspec.json.decode(openload.first_line(STDIN), type=Setting)
+    workload = setting.workload()
+    kinds = [setting.workload(DEFAULT_PRIORITY), setting.workload(0)] if setting.urgent else [workload]
+    messenger = Messenger(kinds)
+    print("ready", flush=True)
+    openload.obey(lambda: Flood(setting.endpoint, messenger, workload), STDIN, setting.urgent)
 
 
 if __name__ == "__main__":

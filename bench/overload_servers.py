@@ -141,7 +141,7 @@ def daemon(stack: contextlib.ExitStack, starting: ChildProcess | Target, asked: 
         deadline_us=None if asked.deadline_ms is None else asked.deadline_ms * 1e3,
         urgent=asked.urgent,
     )
-    settings = {FLOOD: (setting, asked.clients)}
+    settings: dict[str, tuple[msgspec.Struct, int]] = {FLOOD: (setting, asked.clients)}
     if asked.light:
         settings[LIGHT] = (msgspec.structs.replace(setting, urgent=0.0), 1)
     workloads = {
@@ -155,4 +155,4 @@ def daemon(stack: contextlib.ExitStack, starting: ChildProcess | Target, asked: 
             found = evaluate(connection.closed_loop(outstanding, seconds), workload, check=True)
         return Found(found.latency_us.tolist(), found.seconds, found.errors)
 
-    return Server(DAEMON, Crowd(stack, settings), closed_loop, lambda: cpu_ns(target.pid))
+    return Server(DAEMON, Crowd(stack, "flood.py", settings), closed_loop, lambda: cpu_ns(target.pid))

@@ -34,7 +34,8 @@ from tnxctl import wire
 # On the path since `benchmarks` was imported.
 import overload
 from crowd import FLOOD, LIGHT
-from flood import Flood, Load, Messenger
+from flood import Flood, Messenger
+from openload import Load
 from outcomes import Outcome, Outcomes, joined, kind_of
 from overload_figures import figures, retry_ratios, waiting
 from overload_models import MODELS
@@ -177,13 +178,13 @@ def test_requests_are_due_at_random_times_of_the_asked_rate() -> None:
 
 def flooded(port: int, workload: Workload, count: int, seconds: float = 0.2) -> tuple[Flood, Outcomes]:
     """So many requests to this port within a tenth of a second, what became of them after so many seconds."""
-    flood = Flood(f"tcp://127.0.0.1:{port}", Messenger([workload]))
+    flood = Flood(f"tcp://127.0.0.1:{port}", Messenger([workload]), workload)
     with contextlib.closing(flood):
         start = time.perf_counter_ns()
         due = [start + number * 100 * MS // count for number in range(count)]
         flood.send(due, start + int(seconds * 1e9), [False] * count)
-        found = Outcomes.of(due, flood.recorded.tried, flood.recorded.sent, np.zeros(count, np.bool_))
-        flood.finish(found, workload)
+        found = Outcomes.of(due, flood.record.tried, flood.record.sent, np.zeros(count, np.bool_))
+        flood.finish(found)
     return flood, found
 
 
@@ -205,7 +206,7 @@ def test_each_answer_finds_its_request(listen: Listen, workload: Workload) -> No
     assert np.all(found.due <= found.tried)
     assert np.all(found.tried <= found.sent)
     assert np.all(found.sent < found.answered)
-    assert flood.cut == 0
+    assert flood.record.cut == 0
 
 
 def test_a_wrong_result_shows(listen: Listen, workload: Workload) -> None:
@@ -230,7 +231,7 @@ def test_a_connection_that_is_cut_is_made_anew_and_what_it_carried_is_lost_with_
             connection.sendall(answer_of(header, tensor))
 
     flood, found = flooded(listen(zmtp(reply)), workload, 60)
-    assert flood.cut == 1
+    assert flood.record.cut == 1
     assert found.outcome[20] == Outcome.CUT
     assert found.outcome[:20].tolist() == [Outcome.RESULT] * 20
     assert found.outcome[-1] == Outcome.RESULT
