@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -18,13 +19,14 @@ import options
 import overload_servers
 import pictures
 import report
+from contenders import ENVIRONMENTS
 from crowd import FLOOD, LIGHT
 from outcomes import Outcomes, joined
 from overload_figures import Figures, figures, waiting
 from overload_models import MODELS
-from overload_report import REST, URGENT, Calm, Overload, Row, ServerReport, heading, row_text
+from overload_report import REST, URGENT, Calm, Overload, Row, ServerReport, capacity_text, heading, row_text
 from overload_servers import Asked, Server
-from processes import machine_cpu_ns
+from processes import BenchError, machine_cpu_ns
 from report import DAEMON
 from targets import Target
 
@@ -48,6 +50,9 @@ class Settings:
     seconds: float
     seed: int
     tries: int
+    peers: tuple[str, ...]
+    connections: int
+    environments: Path
 
 
 _SHARE = click.FloatRange(0, 1, max_open=True)
@@ -91,6 +96,26 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
     "--seconds", type=click.FloatRange(0.05, 600), default=2.0, show_default=True, help="Length of each load."
 )
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of the random times of requests.")
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    type=click.Choice(list(overload_servers.PEERS)),
+    help="Beside the daemon, load this server; may be given several times. `make bench-peers` builds them.",
+)
+@click.option(
+    "--connections",
+    type=click.IntRange(1, 10_000),
+    default=256,
+    show_default=True,
+    help="Of each client process to a peer: most requests that are under way.",
+)
+@click.option(
+    "--environments",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=ENVIRONMENTS,
+    help="Where the environments of the peers are.  [default: build/peers]",
+)
 @click.option(
     "--tries",
     type=click.IntRange(1, 100),
@@ -136,6 +161,11 @@ def main(
         raise click.BadParameter(f"{endpoint} is not tcp://HOST:PORT", param_hint="--endpoint")
     if deadline is not None and no_deadline:
         raise click.UsageError("--deadline and --no-deadline exclude each other")
+    model, rows = rest["model"], rest["rows"]
+    if rest["peers"] and (model not in overload_servers.PEER_MODELS or rows != 1):
+        raise click.UsageError(f"peers serve {' and '.join(overload_servers.PEER_MODELS)}, with one row per request")
+    if rest["peers"] and sys.platform != "linux":
+        raise click.UsageError("--peer works on Linux only: it counts CPU time by way of /proc")
     settings = Settings(deadline=None if no_deadline else deadline or 50.0, **rest)
     with options.measuring():
         result = _run(settings, Target(DAEMON, endpoint, pid) if endpoint else None, configuration)
@@ -147,6 +177,7 @@ def main(
 
 def _run(settings: Settings, running: Target | None, configuration: Path | None) -> Overload:
     machine = report.environment()
+    reports: dict[str, ServerReport] = {}
     with contextlib.ExitStack() as stack:
         starting = running or overload_servers.start(stack, settings.model, configuration)
         samples = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tnx"))) / "samples.npz"
@@ -159,29 +190,39 @@ def _run(settings: Settings, running: Target | None, configuration: Path | None)
             clients=settings.clients,
             urgent=settings.urgent,
             light=settings.light > 0,
+            connections=settings.connections,
             samples=samples,
         )
         servers = [overload_servers.daemon(stack, starting, asked)]
+        missing: dict[str, str] = {}
+        for name in settings.peers:
+            try:
+                servers.append(overload_servers.peer(stack, name, settings.environments, asked))
+            except BenchError as error:
+                missing[name] = str(error)
         click.echo(report.heading(machine, f"{settings.seconds:g} s for each load"))
         for server in servers:
             server.measure_capacity()
-        rows: dict[str, list[Row]] = {server.name: [] for server in servers}
         click.echo("\n" + heading(settings.model, settings.rows, settings.deadline, settings.clients))
         for server in servers:
-            click.echo(
-                f"{server.name}: capacity {server.capacity.requests_per_s:,.0f}/s "
-                f"with {server.capacity.outstanding} outstanding"
-            )
-            for number, multiple in enumerate(settings.multiples):
-                found = _quietest(server, settings, multiple, settings.seed + number)
-                rows[server.name].append(found)
-                click.echo(row_text(found))
-    reports = {server.name: ServerReport(server.capacity, rows[server.name]) for server in servers}
-    return Overload(machine, msgspec.to_builtins(settings), reports)
+            click.echo(capacity_text(server.name, server.capacity))
+            found = [
+                _quietest(server, settings, multiple, settings.seed + number)
+                for number, multiple in enumerate(settings.multiples)
+            ]
+            reports[server.name] = ServerReport(server.capacity, found)
+        for name, reason in missing.items():
+            click.echo(f"{name}: not measured, {reason}")
+    return Overload(machine, _builtins(settings), reports, missing)
+
+
+def _builtins(settings: Settings) -> dict[str, Any]:
+    found: dict[str, Any] = msgspec.to_builtins(settings, enc_hook=str)
+    return found
 
 
 def _quietest(server: Server, settings: Settings, multiple: float, seed: int) -> Row:
-    """One load, again if others kept the machine busy meanwhile."""
+    """One load, again if others kept the machine busy meanwhile. It is printed."""
     rows: list[Row] = []
     for _ in range(settings.tries):
         if settings.tries > 1:
@@ -189,7 +230,9 @@ def _quietest(server: Server, settings: Settings, multiple: float, seed: int) ->
         rows.append(_row(server, settings, multiple, seed))
         if (rows[-1].others_cores or 0.0) <= _QUIET_CORES:
             break
-    return min(rows, key=lambda row: row.others_cores or 0.0)
+    quietest = min(rows, key=lambda row: row.others_cores or 0.0)
+    click.echo(row_text(quietest))
+    return quietest
 
 
 def _wait_for_others() -> None:

@@ -60,11 +60,12 @@ class ServerReport(msgspec.Struct, frozen=True):
 
 
 class Overload(msgspec.Struct, frozen=True):
-    """The document that --json writes. servers: by name."""
+    """The document that --json writes. servers: by name. missing: peers that could not be measured, and why."""
 
     environment: dict[str, Any]
     settings: dict[str, Any]
     servers: dict[str, ServerReport]
+    missing: dict[str, str]
 
 
 _GROUP = (
@@ -99,6 +100,11 @@ def heading(model: str, rows: int, deadline_ms: float | None, clients: int) -> s
 
 def _many(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def capacity_text(name: str, capacity: Capacity) -> str:
+    """What comes before the rows of one server."""
+    return f"{name}: capacity {capacity.requests_per_s:,.0f}/s with {capacity.outstanding} outstanding"
 
 
 def row_text(row: Row) -> str:

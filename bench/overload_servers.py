@@ -10,9 +10,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+import httpload
 import overload_models
+import proctree
+from contenders import CONTENDERS, PeerServer
 from crowd import FLOOD, LIGHT, Aftermath, Crowd
 from flood import Setting
+from httpflood import HEADERS, HttpSetting, requests_of
 from measurement import evaluate
 from overload_models import INPUT, MODELS
 from overload_report import Calm, Capacity
@@ -36,6 +40,7 @@ class Asked:
         model: of `overload_models`. rows: per request. deadline_ms: None for none.
         clients: processes that the load is split over. urgent: share of their requests with priority 0.
         light: whether there is one process more, which asks for little.
+        connections: of each process, over HTTP.
         samples: the file with inputs and outputs.
     """
 
@@ -45,6 +50,7 @@ class Asked:
     clients: int
     urgent: float
     light: bool
+    connections: int
     samples: Path
 
 
@@ -82,17 +88,18 @@ class Server:
         self.capacity = Capacity(0.0, 0, {})
 
     def measure_capacity(self) -> None:
-        """Find the best rate of a closed loop, without deadlines.
+        """Find the best rate of a closed loop, without deadlines. One that gets errors, too, does not count.
 
         Raises:
-            BenchError: the server gave anything but results.
+            BenchError: all got errors.
         """
         found: dict[int, float] = {}
         for outstanding in OUTSTANDING:
             loop = self._closed_loop(outstanding, _CAPACITY_SECONDS, False)
-            if loop.errors:
-                raise BenchError(f"{self.name} with {outstanding} outstanding: {dict(loop.errors)}")
-            found[outstanding] = round(len(loop.latency_us) / loop.seconds, 1)
+            if not loop.errors:
+                found[outstanding] = round(len(loop.latency_us) / loop.seconds, 1)
+        if not found:
+            raise BenchError(f"{self.name} with {outstanding} outstanding: {dict(loop.errors)}")
         best = max(found, key=lambda outstanding: found[outstanding])
         self.capacity = Capacity(found[best], best, found)
 
@@ -156,3 +163,45 @@ def daemon(stack: contextlib.ExitStack, starting: ChildProcess | Target, asked: 
         return Found(found.latency_us.tolist(), found.seconds, found.errors)
 
     return Server(DAEMON, Crowd(stack, "flood.py", settings), closed_loop, lambda: cpu_ns(target.pid))
+
+
+PEERS = {"mosec": "mosec, batching", "fastapi": "FastAPI, raw bytes"}
+"""Other servers, and which of their configurations in `contenders` is the one for overload."""
+
+PEER_MODELS = ("mlp", "wide")
+"""What they serve, with one row per request."""
+
+
+def peer(stack: contextlib.ExitStack, name: str, environments: Path, asked: Asked) -> Server:
+    """Another server, when it is ready, and its clients, which the stack stops.
+
+    It is not told of deadlines, but for mosec, which has a limit for the time of every request.
+
+    Args:
+        name: of `PEERS`. environments: where theirs are.
+
+    Raises:
+        BenchError: it is not built, or does not become ready.
+    """
+    contender = next(one for one in CONTENDERS if one.name == PEERS[name])
+    python = contender.python(environments)
+    if python is None:
+        raise BenchError(f"{environments / contender.peer} is not built: make bench-peers")
+    environment = {"BENCH_MODEL": asked.model}
+    if asked.deadline_ms is not None:
+        environment["MOSEC_TIMEOUT"] = str(max(round(asked.deadline_ms), 1))
+    setting = HttpSetting("", str(asked.samples), MODELS[asked.model].tolerance, asked.connections)
+    workload = setting.workload()
+    server = stack.enter_context(PeerServer(contender, python, HEADERS, workload.input(0).tobytes(), environment))
+    setting = msgspec.structs.replace(setting, url=server.url)
+    requests = requests_of(server.url, workload)
+    settings: dict[str, tuple[msgspec.Struct, int]] = {FLOOD: (setting, asked.clients)}
+    if asked.light:
+        settings[LIGHT] = (setting, 1)
+
+    def closed_loop(outstanding: int, seconds: float, with_deadline: bool) -> Found:
+        found = httpload.closed_loop(server.url, requests, outstanding, seconds)
+        return Found(found.latency_us, found.seconds, found.errors)
+
+    meter = proctree.CpuMeter(server.pid)
+    return Server(contender.name, Crowd(stack, "httpflood.py", settings), closed_loop, meter.used_ns)

@@ -78,12 +78,16 @@ class Workload:
         """The tensor of request `number`."""
         return self._inputs[number % len(self._inputs)]
 
-    def is_right(self, number: int, shape: tuple[int, ...], tensor: bytes) -> bool:
-        """Whether this shape and these bytes are the model's output for request `number`."""
+    def is_right(self, number: int, shape: tuple[int, ...] | None, tensor: bytes) -> bool:
+        """Whether this shape and these bytes are the model's output for request `number`.
+
+        Args:
+            shape: None where the answer tells none.
+        """
         expected = self._outputs[number % len(self._outputs)]
-        if shape != expected.shape or len(tensor) != expected.nbytes:
+        if shape not in (None, expected.shape) or len(tensor) != expected.nbytes:
             return False
-        output = np.frombuffer(tensor, "<f4").reshape(shape)
+        output = np.frombuffer(tensor, "<f4").reshape(expected.shape)
         return np.allclose(output, expected, rtol=self._tolerance, atol=self._tolerance)
 
     def answer(self, header: bytes, tensor: bytes) -> Answer:
