@@ -106,7 +106,7 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 @click.option(
     "--connections",
     type=click.IntRange(1, 10_000),
-    default=256,
+    default=1024,
     show_default=True,
     help="Of each client process to a peer: most requests that are under way.",
 )

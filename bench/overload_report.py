@@ -128,11 +128,14 @@ def row_text(row: Row) -> str:
         if calm.errors
     ]
     queue, retry = row.waiting.queue_ms, row.waiting.retry_ratio
-    if row.waiting.retries or row.groups[FLOOD].full:
+    if queue["p50"] is not None:
         notes.append(
-            f"queued p50 {_number(queue['p50'])}, p99 {_number(queue['p99'])}, max {_number(queue['max'])} ms; "
+            f"queued: p50 {_number(queue['p50'])}, p99 {_number(queue['p99'])}, max {_number(queue['max'])} ms"
+        )
+    if row.waiting.retry_ms is not None:
+        notes.append(
             f"retry after {_number(row.waiting.retry_ms)} ms, over what it took: p50 {_number(retry['p50'])} "
-            f"(p10 {_number(retry['p10'])}, p90 {_number(retry['p90'])}, of {row.waiting.retries})"
+            f"(p10 {_number(retry['p10'])}, p90 {_number(retry['p90'])}, of {row.waiting.retries:,})"
         )
     return "\n".join([*lines, *(f"{'':>12}{note}" for note in notes)])
 

@@ -158,7 +158,8 @@ _ENDS = (
     ("refused", "#56B4E9"),
     ("full", "#0072B2"),
     ("cut", "#D55E00"),
-    ("other", "#7F7F7F"),
+    ("unsent", "#CCCCCC"),
+    ("other", "#555555"),
 )
 
 
@@ -235,7 +236,7 @@ def _share_of(found: Figures, end: str) -> float:
     if end == "in time":
         return found.in_time_per_s / found.offered_per_s if found.offered_per_s else 0.0
     if end == "other":
-        return found.unavailable + found.failed + found.wrong + found.lost + found.unsent
+        return found.unavailable + found.failed + found.wrong + found.lost
     share: float = getattr(found, end)
     return share
 

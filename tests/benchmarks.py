@@ -116,6 +116,43 @@ def listening() -> Iterator[Listen]:
             listener.close()
 
 
+def read_request(connection: socket.socket) -> bytes:
+    """The body of the next POST; nothing if the other side hung up."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        part = connection.recv(4096)
+        if not part:
+            return b""
+        received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /predict HTTP/1.1\r\n")
+    assert b"\r\nHost: 127.0.0.1:" in head
+    length = next(int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"Content-Length:"))
+    while len(body) < length:
+        body += connection.recv(4096)
+    return body
+
+
+def http(answer: Callable[[bytes], list[bytes]]) -> Callable[[socket.socket], None]:
+    """Talk HTTP: `answer` gives what is sent for a body, piece by piece. Hangs up after an empty list."""
+
+    def talk(connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while body := read_request(connection):
+            pieces = answer(body)
+            if not pieces:
+                return
+            for piece in pieces:
+                connection.sendall(piece)
+
+    return talk
+
+
+def raw_answer(body: bytes) -> bytes:
+    output = first_half(np.frombuffer(body, np.float32).reshape(1, 256)).tobytes()
+    return b"HTTP/1.1 200 OK\r\nserver: fake\r\ncontent-length: %d\r\nX-Last: 1\r\n\r\n" % len(output) + output
+
+
 def read_message(stream: Any) -> tuple[bytes, bytes]:
     """Header and tensor of the next request; empty at the end."""
     frames = []

@@ -21,7 +21,9 @@ from benchmarks import (
     answer_of,
     check_that_it_stops_what_it_started,
     first_half,
+    http,
     listening,
+    raw_answer,
     refusal,
     result_header,
     run,
@@ -33,13 +35,16 @@ from tnxctl import wire
 # isort: split
 # On the path since `benchmarks` was imported.
 import overload
+from contenders import ENVIRONMENTS
 from crowd import FLOOD, LIGHT
 from flood import Flood, Messenger
-from openload import Load
+from httpflood import HttpFlood, HttpSetting, requests_of
+from openload import Client, Load
 from outcomes import Outcome, Outcomes, joined, kind_of
 from overload_figures import figures, retry_ratios, waiting
 from overload_models import MODELS
 from overload_report import REST, URGENT
+from overload_servers import PEERS
 from workload import FIRST_ID, Workload, mlp
 from zmtpsocket import frame
 
@@ -180,12 +185,16 @@ def flooded(port: int, workload: Workload, count: int, seconds: float = 0.2) -> 
     """So many requests to this port within a tenth of a second, what became of them after so many seconds."""
     flood = Flood(f"tcp://127.0.0.1:{port}", Messenger([workload]), workload)
     with contextlib.closing(flood):
-        start = time.perf_counter_ns()
-        due = [start + number * 100 * MS // count for number in range(count)]
-        flood.send(due, start + int(seconds * 1e9), [False] * count)
-        found = Outcomes.of(due, flood.record.tried, flood.record.sent, np.zeros(count, np.bool_))
-        flood.finish(found)
-    return flood, found
+        return flood, loaded(flood, count, seconds)
+
+
+def loaded(client: Client, count: int, seconds: float) -> Outcomes:
+    start = time.perf_counter_ns()
+    due = [start + number * 100 * MS // count for number in range(count)]
+    client.send(due, start + int(seconds * 1e9), [False] * count)
+    found = Outcomes.of(due, client.record.tried, client.record.sent, np.zeros(count, np.bool_))
+    client.finish(found)
+    return found
 
 
 def test_each_answer_finds_its_request(listen: Listen, workload: Workload) -> None:
@@ -267,6 +276,71 @@ def test_what_a_socket_has_no_room_for_is_sent_later_or_not_at_all(
     assert found.outcome[sent:].tolist() == [Outcome.UNSENT] * (100 - sent)
 
 
+# --- the client of servers that speak HTTP -----------------------------------------------------------------------
+
+
+def http_flooded(
+    port: int, workload: Workload, count: int, connections: int, seconds: float = 0.2
+) -> tuple[HttpFlood, Outcomes]:
+    """As `flooded`."""
+    setting = HttpSetting(f"http://127.0.0.1:{port}/predict", "", 0.0, connections)
+    flood = HttpFlood(setting, requests_of(setting.url, workload), workload)
+    with contextlib.closing(flood):
+        return flood, loaded(flood, count, seconds)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="works by way of epoll")
+@pytest.mark.parametrize("connections", [1, 10])
+def test_http_answers_are_told_apart_by_their_status(listen: Listen, workload: Workload, connections: int) -> None:
+    numbers = {workload.input(number).tobytes(): number for number in range(workload.variants)}
+
+    def answer(body: bytes) -> list[bytes]:
+        status = {0: 429, 1: 408, 2: 503, 3: 500}.get(numbers[body])
+        return [b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % status] if status else [raw_answer(body)]
+
+    flood, found = http_flooded(listen(http(answer)), workload, 16, connections)
+    ends = [Outcome.FULL, Outcome.EXPIRED, Outcome.UNAVAILABLE, Outcome.FAILED, *[Outcome.RESULT] * 4]
+    assert found.outcome.tolist() == ends * 2
+    assert np.all(found.sent < found.answered)
+    assert flood.record.cut == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="works by way of epoll")
+def test_a_wrong_result_over_http_shows(listen: Listen, workload: Workload) -> None:
+    _, found = http_flooded(listen(http(lambda body: [raw_answer(bytes(len(body)))])), workload, 5, 2)
+    assert Outcome.WRONG in found.outcome  # not all are looked at
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="works by way of epoll")
+def test_an_http_connection_that_is_cut_is_made_anew(listen: Listen, workload: Workload) -> None:
+    first = workload.input(0).tobytes()
+    flood, found = http_flooded(listen(http(lambda body: [] if body == first else [raw_answer(body)])), workload, 16, 2)
+    assert found.outcome.tolist() == [Outcome.CUT, *[Outcome.RESULT] * 7] * 2
+    assert flood.record.cut == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="works by way of epoll")
+def test_requests_wait_for_a_free_http_connection(
+    listen: Listen, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("httpflood.PATIENCE_SECONDS", 0.05)
+    over = threading.Event()
+
+    def answer(body: bytes) -> list[bytes]:
+        over.wait(SECONDS)
+        return []
+
+    try:
+        _, found = http_flooded(listen(http(answer)), workload, 10, 3)
+    finally:
+        over.set()
+    assert found.outcome.tolist() == [Outcome.LOST] * 3 + [Outcome.UNSENT] * 7
+    assert np.all(found.tried > 0)
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
 def test_the_models_have_the_shapes_that_they_say() -> None:
     for name in ("mlp", "wide"):
         inputs, outputs = MODELS[name].samples(2)
@@ -322,6 +396,42 @@ def test_the_command_fills_the_queue_of_a_daemon_of_its_own(tmp_path: Path) -> N
     assert row["waiting"]["queue_ms"]["max"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the CPU time of peers through /proc")
+def test_the_command_says_which_peers_are_missing(daemon: Daemon, tmp_path: Path) -> None:
+    path = tmp_path / "overload.json"
+    printed = run(
+        *("overload.py", "--endpoint", daemon.endpoint, "--model", "mlp", "--multiples", "0.2", "--seconds", "0.05"),
+        *("--peer", "mosec", "--environments", str(tmp_path), "--json", str(path)),
+    )
+    found = json.loads(path.read_bytes())
+    assert list(found["servers"]) == ["daemon"]
+    assert "make bench-peers" in found["missing"]["mosec"]
+    assert "mosec: not measured" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("peer", list(PEERS))
+def test_the_command_loads_a_peer(peer: str, daemon: Daemon, tmp_path: Path) -> None:
+    if not (ENVIRONMENTS / peer / "built").exists():
+        pytest.skip(f"{ENVIRONMENTS / peer} is not built: make bench-peers")
+    path = tmp_path / "overload.json"
+    run(
+        *("overload.py", "--endpoint", daemon.endpoint, "--model", "mlp", "--multiples", "0.2", "--seconds", "0.1"),
+        *("--peer", peer, "--connections", "64", "--light", "0.1", "--json", str(path)),
+        seconds=170,
+    )
+    found = json.loads(path.read_bytes())
+    assert not found["missing"]
+    assert list(found["servers"]) == ["daemon", PEERS[peer]]
+    (row,) = found["servers"][PEERS[peer]]["rows"]
+    assert row["server_cpu_us"] > 0
+    for group in row["groups"].values():
+        assert group["failed"] == group["wrong"] == 0
+        assert group["result_ms"]["p50"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -331,6 +441,7 @@ def test_the_command_fills_the_queue_of_a_daemon_of_its_own(tmp_path: Path) -> N
         (("--deadline", "5", "--no-deadline"), "exclude each other"),
         (("--multiples", "1,x"), "'1,x' is not a list of numbers"),
         (("--light", "1"), "1"),
+        (("--peer", "mosec", "--rows", "2"), "with one row per request"),
     ],
 )
 def test_the_command_refuses_what_makes_no_sense(arguments: tuple[str, ...], sentence: str) -> None:
