@@ -85,7 +85,7 @@ _GROUP = (
     ("refusal p99 ms", 22),
     ("sent late", 11),
 )
-_WHOLE = (("CPU us", 9), ("others", 8), ("calm p50 us", 15))
+_WHOLE = (("CPU us", 11), ("others", 8), ("calm p50 us", 23))
 
 _RARE = ("unavailable", "failed", "wrong", "cut", "unsent")
 
@@ -110,7 +110,7 @@ def capacity_text(name: str, capacity: Capacity) -> str:
 def row_text(row: Row) -> str:
     """One load: a line for the flood, one for each other group, and what else there is to say."""
     whole = (
-        _number(row.server_cpu_us),
+        "-" if row.server_cpu_us is None else f"{row.server_cpu_us:,.1f}",
         _number(row.others_cores),
         f"{_count(row.calm_before.p50_us)} > {_count(row.calm_after.p50_us)}",
     )
