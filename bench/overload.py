@@ -152,6 +152,9 @@ def main(
     CPU us     CPU time of the server per request that was sent
     others     cores that other programs here kept busy meanwhile: near 0, or the row says little
     calm       p50 in us of a closed loop with one request at a time, before the load and from 100 ms after it on
+
+    Peers get multiples of their own capacity, by clients of the same kind over HTTP. They are not told of deadlines,
+    but for mosec, which has the deadline as its time limit for any request.
     """
     if pid is not None and endpoint is None:
         raise click.UsageError("--pid says which process the daemon at --endpoint is: it needs --endpoint")
@@ -274,10 +277,10 @@ def _row(server: Server, settings: Settings, multiple: float, seed: int) -> Row:
 
 
 def _groups(outcomes: Mapping[str, list[Outcomes]], settings: Settings) -> dict[str, Figures]:
-    """Figures by who asks; of the flood also by how urgent it is, if that differs."""
+    """Figures by who asks; of the flood also by how urgent it is, if that differs: HTTP has no such thing."""
     found = {kind: joined(parts) for kind, parts in outcomes.items()}
-    if settings.urgent:
-        flood = found[FLOOD]
+    flood = found[FLOOD]
+    if flood.urgent.any():
         found |= {URGENT: flood.where(flood.urgent), REST: flood.where(~flood.urgent)}
     return {name: figures(one, settings.seconds, settings.deadline) for name, one in found.items()}
 
