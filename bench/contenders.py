@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,7 @@ class PeerServer:
 
     Args:
         python: the interpreter. headers, body: of a request that it must answer to count as ready.
+        environment: variables beside those of this process.
 
     Attributes:
         pid: of the process at the root of its tree; it leads a session of its own.
@@ -106,7 +108,14 @@ class PeerServer:
         BenchError: it ended before it gave its first answer, or took too long; the message holds what it said.
     """
 
-    def __init__(self, contender: Contender, python: Path, headers: dict[str, str], body: bytes) -> None:
+    def __init__(
+        self,
+        contender: Contender,
+        python: Path,
+        headers: dict[str, str],
+        body: bytes,
+        environment: Mapping[str, str] = types.MappingProxyType({}),
+    ) -> None:
         self._name = contender.name
         port, second_port = _free_ports(2)
         self.url = f"http://127.0.0.1:{port}{contender.path}"
@@ -120,7 +129,7 @@ class PeerServer:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=tempfile.gettempdir(),
-            env=os.environ | _ONE_THREAD,
+            env={**os.environ, **_ONE_THREAD, **environment},
         )
         self.pid = self._process.pid
         try:

@@ -140,7 +140,7 @@ def _exchange(
                 stop = received.find(b"\r\n\r\n")
                 if stop < 0:
                     continue
-                connection.wanted = stop + 4 + _content_length(url, received[:stop])
+                connection.wanted = stop + 4 + content_length(url, received[:stop])
             if len(received) < connection.wanted:
                 continue
             kept.append((connection.number, received))
@@ -160,7 +160,8 @@ def _exchange(
     return result
 
 
-def _content_length(url: str, head: bytes) -> int:
+def content_length(url: str, head: bytes) -> int:
+    """Bytes of the body that follows this head. Raises BenchError if it does not say."""
     lowered = head.lower()
     start = lowered.find(b"\r\ncontent-length:")
     if start < 0:

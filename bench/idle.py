@@ -12,7 +12,7 @@ import socket
 import sys
 from urllib.parse import urlsplit
 
-from zmtpload import GREETING, HELLO
+from zmtpsocket import GREETING, HELLO
 
 _SPARE_FILES = 64  # for Python itself; the daemon needs some, too
 _SECONDS = 30.0

@@ -117,7 +117,7 @@ def closed_loop(connection: Connection, outstanding: int, seconds: float) -> Rec
     recording = Recording(connection.sent)
     sent, answers, tensors = recording.sent_ns, recording.answers, recording.tensors
     recording.due_ns = sent
-    with _no_collector():
+    with no_collector():
         begin = clock()
         end = begin + int(seconds * 1e9)
         for _ in range(outstanding):
@@ -148,7 +148,7 @@ def open_loop(connection: Connection, offsets_ns: Sequence[int]) -> Recording:
     recording = Recording(connection.sent)
     sent, answers, tensors = recording.sent_ns, recording.answers, recording.tensors
     count = len(offsets_ns)
-    with _no_collector(), _fine_sleep():
+    with no_collector(), fine_sleep():
         begin = last_answer = clock() + _LEAD_NS
         due = recording.due_ns = [begin + offset for offset in offsets_ns]
         end = due[-1] + int(PATIENCE_SECONDS * 1e9)
@@ -172,7 +172,8 @@ def open_loop(connection: Connection, offsets_ns: Sequence[int]) -> Recording:
 
 
 @contextlib.contextmanager
-def _no_collector() -> Iterator[None]:
+def no_collector() -> Iterator[None]:
+    """Keep Python's collector from pausing the block."""
     gc.disable()
     try:
         yield
@@ -181,7 +182,7 @@ def _no_collector() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fine_sleep() -> Iterator[None]:
+def fine_sleep() -> Iterator[None]:
     """Have this thread's sleeps end on time: Linux lets them run over by 50 us otherwise, to save power."""
     if sys.platform != "linux":
         yield

@@ -10,6 +10,9 @@ import numpy as np
 
 import report
 from comparison import CLIENTS, LEAN, NATURAL, TENSORNEXT, C, Comparison, Table
+from crowd import FLOOD, LIGHT
+from overload_figures import Figures
+from overload_report import URGENT, Overload, ServerReport
 from report import BATCHING, CLIENT, DAEMON, ECHO, FORWARD, Case, CaseReport
 
 Samples = Mapping[str, "np.ndarray[Any, Any]"]
@@ -145,6 +148,97 @@ def _bars(axes: Any, table: Table, figure: str, label: str) -> None:
     axes.set_title(f"{table.outstanding} outstanding, by\n{CLIENTS[table.client]}", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
+
+
+# What became of requests, from what is good to what is bad, with colours of the same choice.
+_ENDS = (
+    ("in time", "#009E73"),
+    ("late", "#F0E442"),
+    ("expired", "#E69F00"),
+    ("refused", "#56B4E9"),
+    ("full", "#0072B2"),
+    ("cut", "#D55E00"),
+    ("unsent", "#CCCCCC"),
+    ("other", "#555555"),
+)
+
+
+def draw_overload(result: Overload, path: Path) -> None:
+    """What was in time against what was offered, for each server, and beside it what became of all requests."""
+    pyplot = _pyplot()
+    servers = result.servers
+    figure, grid = pyplot.subplots(
+        len(servers), 2, figsize=(13, 4.2 * len(servers) + 0.8), squeeze=False, layout="constrained"
+    )
+    for (left, right), (name, found) in zip(grid, servers.items(), strict=True):
+        _goodput(left, name, found, result.settings["deadline"] is not None)
+        _ends(right, found)
+    settings, machine = result.settings, result.environment
+    rows = "1 row" if settings["rows"] == 1 else f"{settings['rows']} rows"
+    deadline = "no deadline" if settings["deadline"] is None else f"deadline {settings['deadline']:g} ms"
+    figure.suptitle(
+        f"{settings['model']}, {rows} per request, {deadline}, open loops\n"
+        f"{machine['cpu']}, {machine['cores']} cores, {settings['seconds']:g} s for each load",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _goodput(axes: Any, name: str, found: ServerReport, has_deadline: bool) -> None:
+    rows = sorted(found.rows, key=lambda row: row.rate)
+    offered = [row.groups[FLOOD].offered_per_s for row in rows]
+    capacity = found.capacity.requests_per_s
+    ends = [min(offered), max(*offered, capacity)]
+    axes.plot(ends, [min(rate, capacity) for rate in ends], alpha=0)  # so that capacity is within the axes
+    axes.axhline(capacity, color=_GREY, linestyle=":", linewidth=1.2, label="capacity of a closed loop")
+    lines = [("-", "in_time_per_s", "results before the load was over")]
+    if has_deadline:
+        lines = [
+            ("-", "in_time_per_s", "in time, from when they were due"),
+            ("--", "in_time_sent_per_s", "in time, from when they were sent"),
+        ]
+    for line, figure_name, label in lines:
+        values = [getattr(row.groups[FLOOD], figure_name) for row in rows]
+        axes.plot(offered, values, line, marker="o", markersize=4, color=_BLUE, label=label)
+    for kind, colour in ((URGENT, _RED), (LIGHT, _GREEN)):
+        if kind in rows[0].groups:
+            values = [row.groups[kind].in_time_per_s for row in rows]
+            axes.plot(offered, values, "-", marker="^", markersize=4, color=colour, label=f"{kind}: in time")
+    axes.set_xscale("log")
+    axes.set_xticks(offered, [f"{row.multiple:g}×" for row in rows])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(_whole)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(f"offered, as multiples of capacity, {capacity:,.0f} requests/s")
+    axes.set_ylabel("results/s")
+    axes.set_title(name, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _ends(axes: Any, found: ServerReport) -> None:
+    rows = sorted(found.rows, key=lambda row: row.rate)
+    below = np.zeros(len(rows))
+    for end, colour in _ENDS:
+        shares = np.array([100 * _share_of(row.groups[FLOOD], end) for row in rows])
+        axes.bar(range(len(rows)), shares, bottom=below, color=colour, width=0.7, label=end)
+        below += shares
+    axes.set_xticks(range(len(rows)), [f"{row.multiple:g}×" for row in rows])
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("offered, as multiples of capacity")
+    axes.set_ylabel("share of what was offered, %")
+    axes.set_title("what became of the requests", fontsize=10)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def _share_of(found: Figures, end: str) -> float:
+    if end == "in time":
+        return found.in_time_per_s / found.offered_per_s if found.offered_per_s else 0.0
+    if end == "other":
+        return found.unavailable + found.failed + found.wrong + found.lost
+    share: float = getattr(found, end)
+    return share
 
 
 def _latency_axis(axes: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import subprocess
 import sys
@@ -69,11 +70,23 @@ class ChildProcess:
         Raises:
             BenchError: there was none within so many seconds, or no more are to come: that it is `late` or `ended`.
         """
+        self.tell(stdin)
+        return self.hear(seconds, late, ended)
+
+    def tell(self, stdin: bytes) -> None:
+        """Write this to its stdin. Says nothing if it has ended: `hear` will."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(stdin)
             self._process.stdin.flush()
+
+    def hear(self, seconds: float, late: str = "did not answer", ended: str = "ended") -> str:
+        """Wait for a line from it.
+
+        Raises:
+            BenchError: as `ask`.
+        """
+        assert self._process.stdout is not None
         readable, _, _ = select.select([self._process.stdout], [], [], seconds)
         if not readable:
             raise BenchError(f"{self.name} {late} within {seconds:g} s{complaint(self._stderr)}")
@@ -123,3 +136,16 @@ def cpu_ns(pid: int | None) -> int | None:
         return time.clock_gettime_ns((~pid << 3) | 2)
     except OSError:
         return None
+
+
+def machine_cpu_ns() -> int | None:
+    """CPU time in nanoseconds that all processes and the kernel have used since the start, in steps of 10 ms.
+
+    None where it cannot be had. What another virtual machine took from this one counts, too.
+    """
+    try:
+        with open("/proc/stat", encoding="ascii") as stat:
+            user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.readline().split()[1:])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq + steal) * 10**9 // os.sysconf("SC_CLK_TCK")

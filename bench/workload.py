@@ -31,7 +31,7 @@ class Workload:
         model: its name. name: of its input.
         inputs, outputs: float32, all of one shape each; they take turns.
         tolerance: relative and absolute, of an output that is right.
-        prefer_gpu: as in `wire.Predict`.
+        prefer_gpu, deadline_us, priority: as in `wire.Predict`.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class Workload:
         *,
         tolerance: float,
         prefer_gpu: bool = False,
+        deadline_us: float | None = None,
+        priority: int | None = None,
     ) -> None:
         self.prefer_gpu = prefer_gpu
         self._tolerance = tolerance
@@ -50,9 +52,22 @@ class Workload:
         self._tensors = [array.tobytes() for array in inputs]
         spec = wire.TensorSpec(name, "FP32", inputs[0].shape)
         header = wire.encode(
-            wire.Predict(v=wire.VERSION, id=FIRST_ID, model=model, inputs=(spec,), prefer_gpu=prefer_gpu)
+            wire.Predict(
+                v=wire.VERSION,
+                id=FIRST_ID,
+                model=model,
+                inputs=(spec,),
+                prefer_gpu=prefer_gpu,
+                deadline_us=deadline_us,
+                priority=priority,
+            )
         )
         self._before_id, self._after_id = _split_at_id(header)
+
+    @property
+    def variants(self) -> int:
+        """How many inputs take turns."""
+        return len(self._tensors)
 
     def request(self, number: int) -> tuple[bytes, bytes]:
         """The frames of request `number`, whose id is FIRST_ID + number."""
@@ -63,12 +78,16 @@ class Workload:
         """The tensor of request `number`."""
         return self._inputs[number % len(self._inputs)]
 
-    def is_right(self, number: int, shape: tuple[int, ...], tensor: bytes) -> bool:
-        """Whether this shape and these bytes are the model's output for request `number`."""
+    def is_right(self, number: int, shape: tuple[int, ...] | None, tensor: bytes) -> bool:
+        """Whether this shape and these bytes are the model's output for request `number`.
+
+        Args:
+            shape: None where the answer tells none.
+        """
         expected = self._outputs[number % len(self._outputs)]
-        if shape != expected.shape or len(tensor) != expected.nbytes:
+        if shape not in (None, expected.shape) or len(tensor) != expected.nbytes:
             return False
-        output = np.frombuffer(tensor, "<f4").reshape(shape)
+        output = np.frombuffer(tensor, "<f4").reshape(expected.shape)
         return np.allclose(output, expected, rtol=self._tolerance, atol=self._tolerance)
 
     def answer(self, header: bytes, tensor: bytes) -> Answer:

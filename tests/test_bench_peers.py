@@ -7,14 +7,12 @@ import contextlib
 import json
 import signal
 import socket
-import struct
 import sys
 import textwrap
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
@@ -22,7 +20,22 @@ import numpy as np
 import pytest
 import zmq
 
-from benchmarks import BENCH, Array, check_that_it_stops_what_it_started, first_half, refusal, result_header, run
+from benchmarks import (
+    BENCH,
+    SECONDS,
+    Array,
+    Listen,
+    answer_of,
+    check_that_it_stops_what_it_started,
+    first_half,
+    http,
+    listening,
+    raw_answer,
+    refusal,
+    result_header,
+    run,
+    zmtp,
+)
 from tnxctl import wire
 
 # isort: split
@@ -43,12 +56,10 @@ from goals import goals_text
 from measurement import evaluate
 from processes import BenchError, cpu_ns
 from workload import Workload, mlp
-from zmtpload import GREETING, READY, ZmtpConnection, frame
+from zmtpload import ZmtpConnection
+from zmtpsocket import frame
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="these benchmarks work by way of /proc and epoll")
-
-SECONDS = 10.0
-"""Longest wait of a fake server; nothing here takes so long."""
 
 
 @pytest.fixture(scope="module")
@@ -56,100 +67,13 @@ def workload() -> Workload:
     return mlp(1, False, first_half)
 
 
-class Listener:
-    """A TCP server: each connection is handed to `talk` in a thread of its own."""
-
-    def __init__(self, talk: Callable[[socket.socket], None]) -> None:
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._socket.getsockname()[1]
-        self._talk = talk
-        self._threads: list[threading.Thread] = []
-        self._connections: list[socket.socket] = []
-        self._accepting = threading.Thread(target=self._accept)
-        self._accepting.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            connection.settimeout(SECONDS)
-            self._connections.append(connection)
-            thread = threading.Thread(target=self._serve, args=(connection,))
-            self._threads.append(thread)
-            thread.start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError), connection:
-            self._talk(connection)
-
-    def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._accepting.join()
-        for connection in self._connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-
-
 @pytest.fixture
-def listen() -> Iterator[Callable[[Callable[[socket.socket], None]], int]]:
-    """Start a `Listener`; returns its port."""
-    started: list[Listener] = []
-
-    def start(talk: Callable[[socket.socket], None]) -> int:
-        started.append(Listener(talk))
-        return started[-1].port
-
-    yield start
-    for listener in started:
-        listener.close()
-
-
-Listen = Callable[[Callable[[socket.socket], None]], int]
+def listen() -> Iterator[Listen]:
+    with listening() as start:
+        yield start
 
 
 # --- the lean HTTP client ----------------------------------------------------------------------------------------
-
-
-def read_request(connection: socket.socket) -> bytes:
-    """The body of the next POST; nothing if the other side hung up."""
-    received = b""
-    while b"\r\n\r\n" not in received:
-        part = connection.recv(4096)
-        if not part:
-            return b""
-        received += part
-    head, _, body = received.partition(b"\r\n\r\n")
-    assert head.startswith(b"POST /predict HTTP/1.1\r\n")
-    assert b"\r\nHost: 127.0.0.1:" in head
-    length = next(int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"Content-Length:"))
-    while len(body) < length:
-        body += connection.recv(4096)
-    return body
-
-
-def http(answer: Callable[[bytes], list[bytes]]) -> Callable[[socket.socket], None]:
-    """Talk HTTP: `answer` gives what is sent for a body, piece by piece. Hangs up after an empty list."""
-
-    def talk(connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        while body := read_request(connection):
-            pieces = answer(body)
-            if not pieces:
-                return
-            for piece in pieces:
-                connection.sendall(piece)
-
-    return talk
-
-
-def raw_answer(body: bytes) -> bytes:
-    output = first_half(np.frombuffer(body, np.float32).reshape(1, 256)).tobytes()
-    return b"HTTP/1.1 200 OK\r\nserver: fake\r\ncontent-length: %d\r\nX-Last: 1\r\n\r\n" % len(output) + output
 
 
 def raw_requests(port: int, workload: Workload) -> tuple[str, list[bytes]]:
@@ -255,46 +179,6 @@ def test_every_format_carries_every_bit(format_: str) -> None:
 # --- the lean ZMTP client ----------------------------------------------------------------------------------------
 
 
-def read_message(stream: Any) -> tuple[bytes, bytes]:
-    """Header and tensor of the next request; empty at the end."""
-    frames = []
-    while True:
-        flags = stream.read(1)
-        if not flags:
-            return b"", b""
-        size = struct.unpack(">Q", stream.read(8))[0] if flags[0] & 2 else stream.read(1)[0]
-        body = stream.read(size)
-        if flags[0] & 4:
-            assert body == b"\x04PONGmark"
-            continue
-        frames.append(body)
-        if not flags[0] & 1:
-            return frames[0], frames[1]
-
-
-def zmtp(reply: Callable[[socket.socket, bytes, bytes], None]) -> Callable[[socket.socket], None]:
-    """Talk ZMTP as a ROUTER does: `reply` is called with each request."""
-
-    def talk(connection: socket.socket) -> None:
-        with connection.makefile("rb") as stream:
-            connection.sendall(GREETING + frame(READY.replace(b"DEALER", b"ROUTER"), 4))
-            stream.read(len(GREETING))
-            stream.read(2 + len(READY))
-            while True:
-                header, tensor = read_message(stream)
-                if not header:
-                    return
-                reply(connection, header, tensor)
-
-    return talk
-
-
-def answer_of(header: bytes, tensor: bytes) -> bytes:
-    request = wire.decode_request(header, wire.Limits())
-    output = first_half(np.frombuffer(tensor, np.float32).reshape(1, 256)).tobytes()
-    return frame(result_header(request.id), 1) + frame(output)
-
-
 @pytest.mark.parametrize("outstanding", [1, 16])
 def test_the_zmtp_client_speaks_with_libzmq(workload: Workload, outstanding: int) -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.PAIR) as stop:
@@ -356,7 +240,7 @@ def test_the_zmtp_client_sees_wrong_answers(listen: Listen, workload: Workload) 
 def test_the_zmtp_client_gives_up_those_who_do_not_answer(
     listen: Listen, workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zmtpload.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("zmtpsocket.PATIENCE_SECONDS", 0.1)
     endpoint = f"tcp://127.0.0.1:{listen(zmtp(lambda *_: None))}"
     with ZmtpConnection(endpoint, workload) as connection, pytest.raises(BenchError, match="has not answered"):
         connection.closed_loop(1, 1.0)

@@ -22,7 +22,12 @@ from numpy.typing import NDArray
 BATCH_ROWS = 64
 """Most rows per forward of a configuration that batches: as the daemon's model `mlp` has it."""
 
-_NETWORKS = Path(__file__).resolve().parents[2] / "tnxd/models/networks.py"
+_ROOT = Path(__file__).resolve().parents[2]
+
+MODELS = {"mlp": (_ROOT / "tnxd/models/networks.py", 256), "wide": (_ROOT / "bench/wide.py", 768)}
+"""The file with the function of that name that makes it, and its columns."""
+
+MODEL = os.environ.get("BENCH_MODEL", "mlp")
 
 _GRACE_SECONDS = 10.0
 
@@ -36,11 +41,15 @@ def arguments() -> tuple[str, int, int]:
 
 
 def forward() -> Callable[[Array], Array]:
-    """The forward of the daemon's model `mlp`, float32 [N, 256] -> float32 [N, 128]: the same weights, one thread."""
+    """The forward of the model, with the weights that it has in the daemon, on one thread.
+
+    `mlp` takes float32 [N, 256] and gives float32 [N, 128].
+    """
     import torch
 
     torch.set_num_threads(1)  # more are slower with so small a model, here as in the daemon
-    net = _networks().mlp()
+    path, columns = MODELS[MODEL]
+    net = getattr(_module(path), MODEL)()
 
     def run(array: Array) -> Array:
         with torch.inference_mode():
@@ -48,13 +57,13 @@ def forward() -> Callable[[Array], Array]:
         return output
 
     for rows in (1, BATCH_ROWS):
-        run(np.zeros((rows, 256), np.float32))
+        run(np.zeros((rows, columns), np.float32))
     return run
 
 
-def _networks() -> Any:
-    """The daemon's module of networks, without the rest of the daemon: it needs packages that the peers lack."""
-    spec = importlib.util.spec_from_file_location("networks", _NETWORKS)
+def _module(path: Path) -> Any:
+    """A module of networks, without the rest of the daemon: it needs packages that the peers lack."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -64,7 +73,7 @@ def _networks() -> Any:
 
 def parse(body: bytes) -> Array:
     """The array of a request in the format `raw`, in memory that torch may have."""
-    return np.frombuffer(bytearray(body), np.float32).reshape(-1, 256)
+    return np.frombuffer(bytearray(body), np.float32).reshape(-1, MODELS[MODEL][1])
 
 
 def end_with_stdin() -> None:
