@@ -139,6 +139,7 @@ class Behaviour:
         reloaded: what reload reports say, the `v` and `id` aside.
         mute: no verb is ever answered.
         device, reason, predicted_us: what results say.
+        version_of: the version that the result of the nth predict request says; None: the model's.
         abandoned, prediction_error_us: what health reports say.
     """
 
@@ -155,6 +156,7 @@ class Behaviour:
     device: str = "cpu"
     reason: str = "no GPU here"
     predicted_us: float = 110.0
+    version_of: Callable[[int], str] | None = None
     abandoned: int = 0
     prediction_error_us: float = 0.0
 
@@ -167,6 +169,7 @@ class FakeDaemon:
         models: as they are now.
         predicts: the predict requests that came, in order. inputs: their tensors.
         changes: the requests that change the models, in order.
+        requests: how many requests of any verb came.
         cancelled: ids of those that their clients withdrew; they are computed all the same.
     """
 
@@ -185,7 +188,7 @@ class FakeDaemon:
         self._stop, self._stopped = (self._context.socket(zmq.PAIR) for _ in range(2))
         self._stop.bind("inproc://stop")
         self._stopped.connect("inproc://stop")
-        self._requests = 0
+        self.requests = 0
         self._arrival = threading.Condition()
         self._due: list[tuple[float, int, Sequence[bytes]]] = []
         self._order = itertools.count()
@@ -203,7 +206,7 @@ class FakeDaemon:
     def wait_for_requests(self, count: int, timeout_s: float) -> bool:
         """Whether so many requests of any verb have come in time."""
         with self._arrival:
-            return self._arrival.wait_for(lambda: self._requests >= count, timeout_s)
+            return self._arrival.wait_for(lambda: self.requests >= count, timeout_s)
 
     def wait_for_predicts(self, count: int, timeout_s: float) -> bool:
         """Whether so many predict requests have come in time."""
@@ -223,7 +226,7 @@ class FakeDaemon:
                 peer, *frames = self._router.recv_multipart()
                 reply = self._answer(frames)
                 with self._arrival:
-                    self._requests += 1
+                    self.requests += 1
                     self._arrival.notify_all()
                 if reply is not None:
                     due = time.monotonic() + self._delay_s(frames[0], reply)
@@ -285,12 +288,13 @@ class FakeDaemon:
             if spec.name in ("", "input", "image") and spec.shape[1:] != model.inputs[0].shape[1:]:
                 raise InvalidArgument(f"input {spec.name!r}: shape {list(spec.shape)} does not fit {model.name}")
         outputs = self._behaviour.compute(request, inputs)
+        version_of = self._behaviour.version_of
         specs = tuple(wire.TensorSpec(name, _datatype(array), array.shape) for name, array in outputs.items())
         header = wire.Result(
             v=1,
             id=request.id,
             model=model.name,
-            version=model.version,
+            version=model.version if version_of is None else version_of(len(self.predicts)),
             outputs=specs,
             device=self._behaviour.device,
             reason=self._behaviour.reason,

@@ -336,10 +336,12 @@ def test_a_bad_file_is_the_users_problem(tmp_path: Path) -> None:
     assert fields(result)["error"]["code"] == "FILE"
 
 
-def test_an_output_that_cannot_be_written(fake: FakeDaemon, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_known_before_anything_is_asked(fake: FakeDaemon, tmp_path: Path) -> None:
     result = ask(fake, "predict", "--output", tmp_path / "no such folder" / "x.npy", "--json")
     assert result.exit_code == exits.Exit.FILE
     assert fields(result)["error"]["exit_code"] == exits.Exit.FILE
+    assert result.stderr == f"Error: cannot write {tmp_path}/no such folder/x.npy: No such file or directory\n"
+    assert fake.requests == 0
 
 
 def test_a_dtype_that_cannot_travel(fake: FakeDaemon, tmp_path: Path) -> None:
@@ -506,23 +508,46 @@ def test_when_all_requests_fail_in_the_same_way(error: type[errors.TensorNextErr
         assert ask(fake, "predict", "--count", count).exit_code == code
 
 
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_run_across_a_switch_counts_by_version(concurrency: int) -> None:
+    arguments = ("predict", "--model", "digits", "--count", 40, "--concurrency", concurrency)
+    with FakeDaemon(version_of=lambda number: "4" if number > 15 else "3") as fake:
+        people = ask(fake, *arguments)
+    with FakeDaemon(version_of=lambda number: "4" if number > 15 else "3") as fake:
+        machines = fields(ask(fake, *arguments, "--json"))
+    assert people.stdout.splitlines()[0].startswith("40 of 40 requests answered in ")
+    assert "answered    25 by digits version 4\nanswered    15 by digits version 3\n" in people.stdout
+    assert machines["versions"] == [
+        {"model": "digits", "version": "4", "count": 25},
+        {"model": "digits", "version": "3", "count": 15},
+    ]
+    assert (machines["model"], machines["version"]) == ("digits", "4")
+
+
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_a_run_ends_when_the_daemon_is_gone(concurrency: int) -> None:
     with FakeDaemon(compute=Every(10, errors.Unavailable)) as fake:
-        result = ask(fake, "predict", "--count", 1000, "--concurrency", concurrency)
+        result = ask(fake, "predict", "--count", 1000, "--concurrency", concurrency, "--json")
         assert len(fake.predicts) < 20
+        document = fields(result)
+        assert document["sent"] == len(fake.predicts)
     assert result.exit_code == exits.Exit.FAILED
     assert result.stderr.startswith("Error: given up after ")
+    assert (document["answered"] + document["failed"], document["unknown"]) == (document["sent"], 0)
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_a_run_ends_when_nothing_comes_any_more(concurrency: int) -> None:
     """Else it would wait for the timeout of every request that is left."""
     with FakeDaemon(delay_s=60.0) as fake:
-        result = ask(fake, "predict", "--count", 1000, "--concurrency", concurrency, "--timeout", 0.2)
+        arguments = ("predict", "--count", 1000, "--concurrency", concurrency, "--timeout", 0.2)
+        result = ask(fake, *arguments)
         assert len(fake.predicts) < 20
+        document = fields(ask(fake, *arguments, "--json"))
     assert result.exit_code == exits.Exit.TIMEOUT
     assert result.stderr.startswith("Error: given up after ")
+    assert document["sent"] == document["failed"] + document["unknown"]
+    assert document["unknown"] == concurrency - 1
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])

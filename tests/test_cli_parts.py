@@ -23,6 +23,11 @@ from tnxctl.results import Result
 # --- files ---------------------------------------------------------------------------------------------------
 
 
+def write(path: str, tensors: dict[str, np.ndarray]) -> None:
+    with tensorfiles.destination(path) as write_to_it:
+        write_to_it(tensors)
+
+
 def save(path: Path, array: np.ndarray, **options: bool) -> bytes:
     with path.open("wb") as stream:
         np.save(stream, array, **options)
@@ -42,7 +47,7 @@ def save(path: Path, array: np.ndarray, **options: bool) -> bytes:
 )
 def test_one_tensor_comes_back_from_a_file(tmp_path: Path, array: np.ndarray) -> None:
     path = str(tmp_path / "x.npy")
-    tensorfiles.write(path, {"any": array})
+    write(path, {"any": array})
     (back,) = tensorfiles.read(path).values()
     assert back.dtype == array.dtype
     np.testing.assert_array_equal(back, array)
@@ -51,7 +56,7 @@ def test_one_tensor_comes_back_from_a_file(tmp_path: Path, array: np.ndarray) ->
 def test_several_tensors_keep_their_names_even_those_that_numpy_cannot_save(tmp_path: Path) -> None:
     path = str(tmp_path / "x.npz")
     tensors = {"file": np.arange(3), "a/b": np.ones((2, 2), np.float16), "": np.zeros(1, np.uint8)}
-    tensorfiles.write(path, tensors)
+    write(path, tensors)
     back = tensorfiles.read(path)
     assert list(back) == list(tensors)
     for name, array in tensors.items():
@@ -75,15 +80,30 @@ def test_a_big_endian_file_becomes_native(tmp_path: Path) -> None:
 
 def test_bfloat16_is_written_as_float32(tmp_path: Path) -> None:
     path = str(tmp_path / "x.npy")
-    tensorfiles.write(path, {"y": np.array([1.5, -2.0], ml_dtypes.bfloat16)})
+    write(path, {"y": np.array([1.5, -2.0], ml_dtypes.bfloat16)})
     assert np.load(path).dtype == np.float32
     assert np.load(path).tolist() == [1.5, -2.0]
 
 
 def test_several_outputs_do_not_go_into_one_npy(tmp_path: Path) -> None:
     with pytest.raises(exits.FileProblem, match=r"2 outputs \(a, b\).*use \.npz"):
-        tensorfiles.write(str(tmp_path / "x.npy"), {"a": np.zeros(1), "b": np.zeros(1)})
+        write(str(tmp_path / "x.npy"), {"a": np.zeros(1), "b": np.zeros(1)})
     assert not (tmp_path / "x.npy").exists()
+
+
+def test_what_was_in_a_file_stays_until_there_is_something_else(tmp_path: Path) -> None:
+    old = save(tmp_path / "old.npy", np.arange(100))
+    with pytest.raises(errors.Internal), tensorfiles.destination(str(tmp_path / "old.npy")):
+        raise errors.Internal("no answer")
+    assert (tmp_path / "old.npy").read_bytes() == old
+    write(str(tmp_path / "old.npy"), {"y": np.zeros(1)})
+    assert np.load(tmp_path / "old.npy").tolist() == [0.0]
+
+
+def test_a_file_that_was_made_for_an_answer_goes_without_one(tmp_path: Path) -> None:
+    with tensorfiles.destination(str(tmp_path / "new.npy")):
+        assert (tmp_path / "new.npy").exists()
+    assert not (tmp_path / "new.npy").exists()
 
 
 class Boom:
@@ -149,7 +169,7 @@ def test_a_path_that_cannot_be_read_or_written(tmp_path: Path, name: str) -> Non
     with pytest.raises(exits.FileProblem, match="cannot read"):
         tensorfiles.read(str(tmp_path / name))
     with pytest.raises(exits.FileProblem, match="cannot write"):
-        tensorfiles.write(str(tmp_path / "no such folder" / "x.npy"), {"y": np.zeros(1)})
+        write(str(tmp_path / "no such folder" / "x.npy"), {"y": np.zeros(1)})
 
 
 # --- generated and converted inputs --------------------------------------------------------------------------
@@ -238,6 +258,7 @@ def test_a_tally_counts() -> None:
     assert (tally.answered, tally.failed, tally.rate) == (100, 3, 50.0)
     assert tally.percentiles_ms() == {"p50": 50.0, "p90": 90.0, "p99": 99.0, "max": 100.0}
     assert tally.devices == {"cpu": 75, "cuda:0": 25}
+    assert tally.versions == {("mlp", "1"): 100}
     assert tally.batch_mean() == 4.0
     assert tally.stage_means_us()["compute"] == pytest.approx(TIMING.compute_us)
     assert tally.prediction_errors_us() == {"p50": 25.0, "p90": 25.0, "p99": 25.0, "max": 25.0}

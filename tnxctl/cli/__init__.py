@@ -8,6 +8,7 @@ workload.py     many requests, some at a time   tally.py        what came of the
 example.py      an example call of a model      modeltoml.py    a commented model.toml
 report.py       how answers are shown           comparison.py   how two versions differ
 text.py         tables, units, colours          output.py       JSON documents and error sentences
+groups.py       commands, and misspelt ones     interrupts.py   what SIGTERM does
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import click
 
 import tnxctl
 from tnxctl.cli import exits, output
+from tnxctl.cli.groups import Group
+from tnxctl.cli.interrupts import heed_sigterm
 from tnxctl.errors import TensorNextError
 
 _COMMANDS = ("health", "models", "metadata", "predict", "reload", "completion")
 
 
-class _Tool(click.Group):
+class _Tool(Group):
     """A group that imports a sub-command when it is needed and turns TensorNext's errors into exit codes."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -43,9 +46,18 @@ class _Tool(click.Group):
             return super().invoke(ctx)
         except (TensorNextError, exits.FileProblem) as error:
             output.fail(ctx, error)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             click.echo(err=True)  # below the terminal's "^C"
-            ctx.exit(exits.Exit.INTERRUPTED)
+            ctx.exit(exits.of_interrupt(interrupt))
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            code = output.lose(error)
+            if code is None:
+                raise
+            sys.exit(code)
 
 
 def _exit_codes() -> str:
@@ -83,3 +95,5 @@ def main(ctx: click.Context) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without "µ" shows "?" instead of failing
+    heed_sigterm(ctx)
+    output.check_writable()

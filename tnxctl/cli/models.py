@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tnxctl.cli import output, text
+from tnxctl.cli.groups import Group
 from tnxctl.cli.options import DEFAULT_TIMEOUT_S, as_json, common, slow
 
 if TYPE_CHECKING:
@@ -26,14 +27,7 @@ _STATES = {
 """What a version keeps from one request to the next, see `tnxctl.wire.ModelInfo`."""
 
 
-class _InOrder(click.Group):
-    """Lists its commands as they are defined."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-
-@click.group("models", cls=_InOrder, short_help="Show what is served, and change it.", invoke_without_command=True)
+@click.group("models", cls=Group, short_help="Show what is served, and change it.", invoke_without_command=True)
 @common
 @click.pass_context
 def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) -> None:

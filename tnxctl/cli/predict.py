@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import output, tensorfiles
+from tnxctl.cli import exits, output, tensorfiles
 from tnxctl.cli.options import LOWEST_PRIORITY, MAX_DEADLINE_S, Duration, Finite, common
 from tnxctl.errors import TensorNextError
 
 if TYPE_CHECKING:
     from tnxctl.cli.report import Show
     from tnxctl.cli.tally import Tally
-    from tnxctl.cli.workload import Answer
+    from tnxctl.cli.workload import Run
 
 
 @click.command("predict", short_help="Ask a model for predictions.")
@@ -125,7 +124,8 @@ def command(
     """Ask a model for predictions and show where and how fast they ran.
 
     Without --input the tool asks for the model's signature and sends random tensors that fit it, the same ones in
-    every request. Ctrl-C ends a long run and withdraws what still waits at the daemon; the summary still comes.
+    every request. Ctrl-C, or SIGTERM, ends a long run and withdraws what still waits at the daemon; the summary still
+    comes. Each request that was sent stands in it as answered, failed or unknown.
 
     \b
     Examples:
@@ -149,39 +149,38 @@ def command(
 
     tally = Tally(count, concurrency)
     people = sys.stderr if output_path == tensorfiles.STANDARD else sys.stdout
-    with Client(endpoint, timeout=timeout) as client:
-        if tensors is None:
-            signature = client.metadata(model)
-            tensors = inputs.random_inputs(signature, batch_size=batch_size, input_dim=input_dim, seed=seed)
-        elif cast:
-            tensors = inputs.cast(tensors, client.metadata(model))
-        options = workload.Options(
-            model=model,
-            prefer_gpu=prefer_gpu,
-            min_gpu_memory_mb=min_gpu_memory,
-            device=device,
-            deadline=deadline,
-            priority=priority,
-            route_key=route_key,
-        )
-        call = workload.Call(tensors, options)
-        with report.view(count, None if as_json else people, explain) as show:
-            _run(workload.run(client, call, count, concurrency, timeout), tally, show)
-
-    if output_path is not None:
-        for answer in tally.answers:  # one, or none if interrupted
+    with tensorfiles.destination(output_path) as write:
+        with Client(endpoint, timeout=timeout) as client:
+            if tensors is None:
+                signature = client.metadata(model)
+                tensors = inputs.random_inputs(signature, batch_size=batch_size, input_dim=input_dim, seed=seed)
+            elif cast:
+                tensors = inputs.cast(tensors, client.metadata(model))
+            options = workload.Options(
+                model=model,
+                prefer_gpu=prefer_gpu,
+                min_gpu_memory_mb=min_gpu_memory,
+                device=device,
+                deadline=deadline,
+                priority=priority,
+                route_key=route_key,
+            )
+            run = workload.Run(client, workload.Call(tensors, options), count, concurrency, timeout)
+            with report.view(count, None if as_json else people, explain) as show:
+                _take(run, tally, show)
+        for answer in tally.answers if output_path is not None else ():  # one, or none if interrupted
             if not isinstance(answer.outcome, TensorNextError):
-                tensorfiles.write(output_path, answer.outcome.outputs)
+                write(answer.outcome.outputs)
     if as_json:
         output.write_json({"endpoint": endpoint, **report.document(tally)})
     else:
         click.echo("\n".join(report.summary(tally, explain)), people)
-    if tally.interrupted or tally.failed:
+    if tally.interrupt is not None or tally.failed or tally.unknown:
         output.complain(report.shortfall(tally))
     ctx.exit(tally.exit_code())
 
 
-def _run(answers: Iterable[Answer], tally: Tally, show: Show) -> None:
+def _take(run: Run, tally: Tally, show: Show) -> None:
     """Take the answers until they end or the user has enough.
 
     Raises:
@@ -189,14 +188,15 @@ def _run(answers: Iterable[Answer], tally: Tally, show: Show) -> None:
     """
     started = time.perf_counter()
     try:
-        for answer in answers:
+        for answer in run:
             if tally.planned == 1 and isinstance(answer.outcome, TensorNextError):
                 raise answer.outcome
             tally.add(answer)
             show(answer)
-    except KeyboardInterrupt:
-        tally.interrupted = True
+    except KeyboardInterrupt as interrupt:
+        tally.interrupt = exits.of_interrupt(interrupt)
     tally.elapsed_s = time.perf_counter() - started
+    tally.sent = run.sent
 
 
 def _check_use(
