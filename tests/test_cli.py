@@ -175,6 +175,28 @@ def test_a_model_with_several_inputs_takes_several_lines() -> None:
     assert "broken@1 failed: no weights" in lines
 
 
+def test_a_daemon_whose_models_failed_is_degraded() -> None:
+    broken = wire.ModelInfo(name="broken", version="1", status="failed", error="no weights")
+    nothing = wire.ModelInfo(name="odd", version="", status="failed", error="its model.toml is not TOML")
+    with FakeDaemon(models=(MLP, broken, nothing)) as fake:
+        people, machines = ask(fake, "health"), ask(fake, "health", "--json")
+    assert people.exit_code == machines.exit_code == exits.Exit.DEGRADED
+    lines = people.stdout.splitlines()
+    assert lines[0].startswith(f"degraded  {fake.endpoint}  tnxd ")
+    assert lines[1] == "Not served: broken@1, odd"
+    assert {"broken@1 failed: no weights", "odd failed: its model.toml is not TOML"} <= set(lines)
+    assert (fields(machines)["status"], fields(machines)["failed"]) == ("degraded", ["broken@1", "odd"])
+    with FakeDaemon(models=(broken,), status="starting") as fake:
+        assert ask(fake, "health").exit_code == exits.Exit.NOT_READY
+
+
+def test_a_version_that_serves_although_newer_files_failed_degrades_nothing() -> None:
+    with FakeDaemon(models=(msgspec.structs.replace(MLP, error="its newer files are truncated"),)) as fake:
+        result = ask(fake, "health")
+    assert result.exit_code == 0
+    assert "mlp@1: its newer files are truncated" in result.stdout
+
+
 def test_health_for_machines(fake: FakeDaemon) -> None:
     document = fields(ask(fake, "health", "--json"))
     assert document["endpoint"] == fake.endpoint

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 STATUS_STYLES: dict[str, dict[str, Any]] = {
     "ready": {"fg": "green"},
+    "degraded": {"fg": "yellow"},
     "starting": {"fg": "yellow"},
     "draining": {"fg": "yellow"},
     "evicted": {"fg": "yellow"},
