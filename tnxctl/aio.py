@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tnxctl.driver import ThreadDriver
+from tnxctl.driver import ThreadDriver, forks, inherited
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
 from tnxctl.errors import FailedPrecondition
 from tnxctl.link import Link, Socket, has_input
@@ -43,6 +43,10 @@ class AsyncClient:
     ) -> None:
         self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
         self._driver: _LoopDriver | _OtherThreadDriver | None = None
+        self._generation = forks()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.endpoint}, timeout {self._session.timeout:g} s>"
 
     @property
     def endpoint(self) -> str:
@@ -122,7 +126,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""
-        self._here().close()
+        if self._generation == forks():  # else it is a parent's
+            self._here().close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -134,13 +139,16 @@ class AsyncClient:
 
     def __del__(self) -> None:
         driver = getattr(self, "_driver", None)
-        if driver is not None:
+        if driver is not None and self._generation == forks():  # else it is a parent's, and so is the loop's poller
             driver.forget()
 
     def _here(self) -> _LoopDriver | _OtherThreadDriver:
         """The driver, bound to the running loop by the first call."""
         loop = asyncio.get_running_loop()
+        if self._generation != forks() and self._driver is not None:
+            raise inherited(self._session)
         if self._driver is None:
+            self._generation = forks()
             self._driver = (_LoopDriver if _can_watch(loop) else _OtherThreadDriver)(self._session, loop)
         elif self._driver.loop is not loop:
             raise FailedPrecondition(f"the client of {self.endpoint} belongs to another event loop: make one per loop")

@@ -24,7 +24,8 @@ class Client:
 
     Thread-safe: any number of threads may use one client at once, over its one connection. It connects when the
     first call needs it, and again when the daemon comes back: a call succeeds if its timeout allows for that.
-    After a fork, the child needs a client of its own.
+    After a fork, the child needs a client of its own; one that has been used before answers every call with
+    FailedPrecondition there.
 
     Every call takes a `timeout` in seconds, the client's own where it is None, and raises one of `tnxctl.errors`:
     InvalidArgument before anything is sent, Unavailable if the daemon could not be reached in time,
@@ -60,6 +61,9 @@ class Client:
     ) -> None:
         self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
         self._driver = ThreadDriver(self._session)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.endpoint}, timeout {self._session.timeout:g} s>"
 
     @property
     def endpoint(self) -> str:

@@ -14,6 +14,8 @@ from tnxctl.wire import MAX_DIM, Limits, TensorSpec, excerpt
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+else:
+    Buffer = Any  # which is in collections.abc from Python 3.12 on: a name for who looks at signatures at run time
 
 Array = NDArray[Any]
 
