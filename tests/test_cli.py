@@ -113,6 +113,34 @@ def test_the_environment_says_where_the_daemon_is_and_the_flag_wins(fake: FakeDa
     assert run("health", TNX_HOST="udp://nonsense").exit_code == exits.Exit.USAGE
 
 
+@pytest.mark.parametrize("verb", ["health", "models", "models ls", "models show mlp", "metadata", "predict", "reload"])
+def test_the_daemon_may_be_named_before_the_verb_and_after_it_wins(fake: FakeDaemon, verb: str) -> None:
+    assert run("--host", fake.endpoint, *verb.split(), TNX_HOST="ipc:///nobody").exit_code == 0
+    assert run("--host", "ipc:///nobody", *verb.split(), "--host", fake.endpoint).exit_code == 0
+    assert run("--host", "udp://nonsense", *verb.split()).exit_code == exits.Exit.USAGE
+
+
+@pytest.mark.parametrize("timeout", ["200ms", "200000us", "0.2s", "0.2"])
+def test_a_timeout_has_the_units_of_a_deadline(timeout: str) -> None:
+    with FakeDaemon(mute=True) as mute:
+        assert ask(mute, "health", "--timeout", timeout).exit_code == exits.Exit.TIMEOUT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("helth",), "No such command 'helth'. Did you mean 'health'?"),
+        (("models", "lod"), "No such command 'lod'. Did you mean 'load' or 'unload'?"),
+        (("models", "xyzzy"), "No such command 'xyzzy'."),
+        (("health", "--hots"), "--host"),
+    ],
+)
+def test_what_was_meant_is_asked(arguments: tuple[str, ...], hint: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == exits.Exit.USAGE
+    assert hint in result.stderr
+
+
 def test_over_ipc(tmp_path: Path) -> None:
     with FakeDaemon(f"ipc://{tmp_path}/tnx.sock") as fake:
         assert ask(fake, "health").exit_code == 0

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fake_daemon import DIGITS, MLP, TIMING
-from tnxctl import errors, session, wire
+from tnxctl import durations, errors, session, wire
 from tnxctl.cli import exits, inputs, options, report, tensorfiles, text
 from tnxctl.cli.tally import Tally
 from tnxctl.cli.workload import Answer
@@ -338,8 +338,32 @@ def test_what_is_no_duration_is_told_apart(given: str) -> None:
 
 @pytest.mark.parametrize("given", ["0", "0ms", "-1s", "-0.0", "86400.1", "1e400", "1e-400"])
 def test_durations_have_a_range(given: str) -> None:
-    with pytest.raises(click.BadParameter, match=f"'{given}' is not in the range above 0 and up to 86400s"):
+    with pytest.raises(click.BadParameter, match=f"'{given}' is not in the range above 0 and up to 86400 s"):
         options.Duration(most=86_400.0).convert(given, None, None)
+
+
+@pytest.mark.parametrize("given", ["0", "-1s", "1e400", "1e-400"])
+def test_durations_without_a_limit_are_finite(given: str) -> None:
+    assert options.Duration().convert("1e9", None, None) == 1e9
+    with pytest.raises(click.BadParameter, match=rf"'{given}' is not in the range above 0\."):
+        options.Duration().convert(given, None, None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spelled"),
+    [
+        (1e-6, "1 us"),
+        (0.0002, "200 us"),
+        (0.02, "20 ms"),
+        (1.0, "1 s"),
+        (2.5, "2.5 s"),
+        (600.0, "600 s"),
+        (0.1, "100 ms"),
+    ],
+)
+def test_durations_are_spelled_as_they_are_read(seconds: float, spelled: str) -> None:
+    assert durations.spell(seconds) == spelled
+    assert durations.read(spelled) == pytest.approx(seconds)
 
 
 # --- text ----------------------------------------------------------------------------------------------------
@@ -402,6 +426,10 @@ def test_the_widest_of_the_flexible_columns_gives_way_first() -> None:
         "name of it  fir…  the…  12 MiB",
     ]
     assert table(1)[1] == "name of it  …  …  12 MiB", "the other columns stay whole"
+
+
+def test_a_tensor_without_a_name_is_called_so() -> None:
+    assert text.tensor(wire.TensorSpec("", "FP32", (-1, 3))) == "(unnamed) FP32 [-1,3]"
 
 
 def test_a_peer_cannot_steer_the_terminal() -> None:

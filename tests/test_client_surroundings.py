@@ -202,4 +202,4 @@ def test_the_package_has_a_page_of_help() -> None:
 
 @pytest.mark.parametrize("kind", [tnxctl.Client, tnxctl.AsyncClient])
 def test_a_client_shows_where_it_points(kind: type) -> None:
-    assert repr(kind("gpu-box", timeout=0.5)) == f"<{kind.__name__} of tcp://gpu-box:5555, timeout 0.5 s>"
+    assert repr(kind("gpu-box", timeout=0.5)) == f"<{kind.__name__} of tcp://gpu-box:5555, timeout 500 ms>"

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from tnxctl.driver import ThreadDriver, forks, inherited
+from tnxctl.durations import spell
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
 from tnxctl.errors import FailedPrecondition
 from tnxctl.link import Link, Socket, has_input
@@ -46,7 +47,7 @@ class AsyncClient:
         self._generation = forks()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self.endpoint}, timeout {self._session.timeout:g} s>"
+        return f"<{type(self).__name__} of {self.endpoint}, timeout {spell(self._session.timeout)}>"
 
     @property
     def endpoint(self) -> str:

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from tnxctl.driver import ThreadDriver
+from tnxctl.durations import spell
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
 from tnxctl.results import Result
 from tnxctl.session import DEFAULT_TIMEOUT_S, Session
@@ -63,7 +64,7 @@ class Client:
         self._driver = ThreadDriver(self._session)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self.endpoint}, timeout {self._session.timeout:g} s>"
+        return f"<{type(self).__name__} of {self.endpoint}, timeout {spell(self._session.timeout)}>"
 
     @property
     def endpoint(self) -> str:

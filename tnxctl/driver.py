@@ -38,6 +38,7 @@ from typing import Any, TypeVar
 import zmq.utils.garbage  # noqa: F401 - before the registration at the end of this file
 from zmq import POLLIN, zmq_poll
 
+from tnxctl.durations import spell
 from tnxctl.errors import DeadlineExceeded, FailedPrecondition
 from tnxctl.link import Link
 from tnxctl.session import Call, Session
@@ -226,7 +227,7 @@ class ThreadDriver:
         if call.strict:
             raise self._session.timeout_error(call)
         raise DeadlineExceeded(
-            f"{self._session.endpoint}: no answer to {call.verb} was read within {patience:g} s, "
+            f"{self._session.endpoint}: no answer to {call.verb} was read within {spell(patience)}, "
             f"because a callback of a future keeps the reading thread busy"
         )
 

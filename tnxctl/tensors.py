@@ -53,7 +53,7 @@ def _to_numpy(name: str, value: object) -> Array:
         if torch is not None and isinstance(value, torch.Tensor):
             return _torch_to_numpy(torch, value)
         if isinstance(value, np.ma.MaskedArray):
-            raise InvalidArgument(f"input {name!r}: a masked array would lose its mask, use .filled() or .data")
+            raise InvalidArgument(f"{_called(name)}: a masked array would lose its mask, use .filled() or .data")
         if hasattr(value, "__array__"):
             return np.asarray(value)
         if hasattr(value, "__dlpack__"):
@@ -61,9 +61,9 @@ def _to_numpy(name: str, value: object) -> Array:
     except InvalidArgument:
         raise
     except Exception as error:  # whatever a foreign library raises for what it cannot export
-        raise InvalidArgument(f"input {name!r}: this {_type_name(value)} gives no array: {error}") from error
+        raise InvalidArgument(f"{_called(name)}: this {_type_name(value)} gives no array: {error}") from error
     raise InvalidArgument(
-        f"input {name!r}: {_type_name(value)} is not an array (it has neither __array__ nor __dlpack__); "
+        f"{_called(name)}: {_type_name(value)} is not an array (it has neither __array__ nor __dlpack__); "
         f"numpy.asarray(..., dtype=...) makes one of lists and numbers"
     )
 
@@ -84,9 +84,16 @@ def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
 def _dtype_error(name: str, dtype: np.dtype[Any]) -> InvalidArgument:
     if DATATYPES.get(dtype.newbyteorder("<")) is not None:
         return InvalidArgument(
-            f"input {name!r}: dtype {dtype.str} is big-endian, use .astype({dtype.newbyteorder('<').str!r})"
+            f"{_called(name)}: dtype {dtype.str} is big-endian, use .astype({dtype.newbyteorder('<').str!r})"
         )
-    return InvalidArgument(f"input {name!r}: dtype {dtype} has no datatype on the wire; known are {', '.join(STORAGE)}")
+    return InvalidArgument(
+        f"{_called(name)}: dtype {dtype} has no datatype on the wire; known are {', '.join(STORAGE)}"
+    )
+
+
+def _called(name: str) -> str:
+    """An input in error sentences; the only one of a model may have no name."""
+    return f"input {name!r}" if name else "the input"
 
 
 def _type_name(value: object) -> str:

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,9 @@ def main(
         _exit(1, FailedPrecondition("the daemon needs torch, which is not installed: pip install 'tensornext[daemon]'"))
     for name in sorted(os.environ.keys() - _known_variables()):
         if name.startswith("TNXD_"):
-            log.warning("the environment variable %s is none of the daemon's", name)
+            close = get_close_matches(name, _known_variables(), 1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            log.warning("the environment variable %s is none of the daemon's%s", name, hint)
     raise_file_limit()
     queue = config.queue
     admission = Admission(config.clients, max_requests=queue.max_requests, max_bytes=int(queue.max_mb * _MIB))

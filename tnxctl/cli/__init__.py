@@ -9,6 +9,8 @@ example.py      an example call of a model      modeltoml.py    a commented mode
 report.py       how answers are shown           comparison.py   how two versions differ
 text.py         tables, units, colours          output.py       JSON documents and error sentences
 groups.py       commands, and misspelt ones     interrupts.py   what SIGTERM does
+suggestions.py  models, versions and devices    progress.py     what a daemon is doing
+                that complete a word
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import click
 
 import tnxctl
-from tnxctl.cli import exits, output
+from tnxctl.cli import exits, options, output
 from tnxctl.cli.groups import Group
 from tnxctl.cli.interrupts import heed_sigterm
 from tnxctl.errors import TensorNextError
@@ -51,6 +53,8 @@ class _Tool(Group):
             ctx.exit(exits.of_interrupt(interrupt))
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        if "_TNXCTL_COMPLETE" in os.environ:
+            import_module("tnxctl.cli.completion").register()
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
@@ -69,6 +73,7 @@ _EPILOG = f"""\b
 Examples:
   tnxctl health
   tnxctl predict --host 192.168.1.100 --count 5
+  tnxctl --host 192.168.1.100 models
   tnxctl predict --model digits --input scans.npy --output scores.npy
   tnxctl models
   tnxctl models load resnet@2
@@ -86,6 +91,7 @@ Shell completion: tnxctl completion --help
 @click.group(
     cls=_Tool, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
+@options.host(expose_value=False)
 @click.version_option(tnxctl.__version__, prog_name="tnxctl", message="%(prog)s %(version)s")
 @click.pass_context
 def main(ctx: click.Context) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import exits, output, tensorfiles
+from tnxctl.cli import exits, output, suggestions, tensorfiles
 from tnxctl.cli.options import LOWEST_PRIORITY, MAX_DEADLINE_S, Duration, Finite, common
 from tnxctl.errors import TensorNextError
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     "--model",
     default="",
     metavar="NAME[@VERSION]",
+    shell_complete=suggestions.models,
     help="Model, or one version of it.  [default: the daemon's default model]",
 )
 @click.option(
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     "--device",
     default="",
     metavar="DEVICE",
+    shell_complete=suggestions.devices,
     help="auto: where it is predicted to be done first. cpu, cuda:0, ...: there or not at all.  "
     "[default: as --prefer-gpu says]",
 )

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 from tnxctl.cli.exits import FileProblem
+from tnxctl.cli.text import tensor_name
 
 if TYPE_CHECKING:
     from tnxctl.frames import Array
@@ -133,7 +134,7 @@ def _content_of(tensors: Mapping[str, Array], path: str) -> memoryview:
     }
     if path.endswith(".npy") and len(tensors) != 1:
         raise FileProblem(
-            f"cannot write {path}: the model gave {len(tensors)} outputs ({', '.join(tensors)}), "
+            f"cannot write {path}: the model gave {len(tensors)} outputs ({', '.join(map(tensor_name, tensors))}), "
             "a .npy file holds one: use .npz"
         )
     content = io.BytesIO()

@@ -214,6 +214,8 @@ class Model:
             if len(required) == 1:
                 return {required[0]: 0}
         unknown = [name for name in positions if name not in wanted]
+        if list(positions) == [""]:
+            raise InvalidArgument(f"model {self.name!r} takes several inputs, {wanted}: each needs its name")
         if unknown:
             raise InvalidArgument(f"model {self.name!r} has no input {excerpt(unknown[0])}; its inputs are {wanted}")
         missing = [name for name in wanted if name not in positions and name not in self.optional]
