@@ -285,7 +285,11 @@ class FakeDaemon:
         self.predicts.append(request)
         self.inputs.append({name: array.copy() for name, array in inputs.items()})
         for spec in request.inputs:
-            if spec.name in ("", "input", "image") and spec.shape[1:] != model.inputs[0].shape[1:]:
+            wanted = model.inputs[0].shape[1:]
+            fits = len(wanted) == len(spec.shape[1:]) and all(
+                length in (-1, got) for length, got in zip(wanted, spec.shape[1:], strict=True)
+            )
+            if spec.name in ("", "input", "image") and not fits:
                 raise InvalidArgument(f"input {spec.name!r}: shape {list(spec.shape)} does not fit {model.name}")
         outputs = self._behaviour.compute(request, inputs)
         version_of = self._behaviour.version_of

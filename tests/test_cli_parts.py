@@ -13,14 +13,18 @@ import numpy as np
 import pytest
 
 from fake_daemon import DIGITS, MLP, TIMING
-from tnxctl import durations, errors, session, wire
-from tnxctl.cli import exits, inputs, options, report, tensorfiles, text
+from tnxctl import casting, durations, errors, session, wire
+from tnxctl.cli import exits, inputs, options, report, sources, tensorfiles, text
 from tnxctl.cli.tally import Tally
 from tnxctl.cli.workload import Answer
 from tnxctl.frames import STORAGE
 from tnxctl.results import Result
 
 # --- files ---------------------------------------------------------------------------------------------------
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+    return sources.read(path).tensors
 
 
 def write(path: str, tensors: dict[str, np.ndarray]) -> None:
@@ -48,7 +52,7 @@ def save(path: Path, array: np.ndarray, **options: bool) -> bytes:
 def test_one_tensor_comes_back_from_a_file(tmp_path: Path, array: np.ndarray) -> None:
     path = str(tmp_path / "x.npy")
     write(path, {"any": array})
-    (back,) = tensorfiles.read(path).values()
+    (back,) = read(path).values()
     assert back.dtype == array.dtype
     np.testing.assert_array_equal(back, array)
 
@@ -57,7 +61,7 @@ def test_several_tensors_keep_their_names_even_those_that_numpy_cannot_save(tmp_
     path = str(tmp_path / "x.npz")
     tensors = {"file": np.arange(3), "a/b": np.ones((2, 2), np.float16), "": np.zeros(1, np.uint8)}
     write(path, tensors)
-    back = tensorfiles.read(path)
+    back = read(path)
     assert list(back) == list(tensors)
     for name, array in tensors.items():
         np.testing.assert_array_equal(back[name], array)
@@ -65,7 +69,7 @@ def test_several_tensors_keep_their_names_even_those_that_numpy_cannot_save(tmp_
 
 def test_what_numpy_saves_is_read(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "x.npz", a=np.arange(3), b=np.ones(2))
-    assert {name: array.shape for name, array in tensorfiles.read(str(tmp_path / "x.npz")).items()} == {
+    assert {name: array.shape for name, array in read(str(tmp_path / "x.npz")).items()} == {
         "a": (3,),
         "b": (2,),
     }
@@ -73,7 +77,7 @@ def test_what_numpy_saves_is_read(tmp_path: Path) -> None:
 
 def test_a_big_endian_file_becomes_native(tmp_path: Path) -> None:
     save(tmp_path / "x.npy", np.array([1.5, 2.5], ">f4"))
-    (array,) = tensorfiles.read(str(tmp_path / "x.npy")).values()
+    (array,) = read(str(tmp_path / "x.npy")).values()
     assert array.dtype == np.float32
     assert array.tolist() == [1.5, 2.5]
 
@@ -128,8 +132,8 @@ def bad_files(tmp_path: Path) -> dict[str, tuple[bytes, str]]:
     header = good[: good.index(b"\n") + 1]
     return {
         "empty": (b"", "is empty"),
-        "text": (b"1,2,3\n", "neither a .npy nor a .npz"),
-        "pickle": (pickle.dumps(Boom()), "neither a .npy nor a .npz"),
+        "text": (b"1,2,3\n", "none of .npy, .npz, .json, .csv and images"),
+        "pickle": (pickle.dumps(Boom()), "none of .npy, .npz, .json, .csv and images"),
         "objects": (objects, "never loaded"),
         "magic only": (good[:6], "cannot read"),
         "cut header": (good[:40], "cannot read"),
@@ -158,7 +162,7 @@ def test_a_bad_file_is_one_sentence(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "bad.npy"
     path.write_bytes(content)
     with pytest.raises(exits.FileProblem) as problem:
-        tensorfiles.read(str(path))
+        read(str(path))
     assert str(path) in str(problem.value)
     assert expected in str(problem.value)
     assert "\n" not in str(problem.value)
@@ -167,7 +171,7 @@ def test_a_bad_file_is_one_sentence(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("name", ["missing.npy", "."])
 def test_a_path_that_cannot_be_read_or_written(tmp_path: Path, name: str) -> None:
     with pytest.raises(exits.FileProblem, match="cannot read"):
-        tensorfiles.read(str(tmp_path / name))
+        read(str(tmp_path / name))
     with pytest.raises(exits.FileProblem, match="cannot write"):
         write(str(tmp_path / "no such folder" / "x.npy"), {"y": np.zeros(1)})
 
@@ -226,8 +230,8 @@ def test_a_datatype_from_the_future() -> None:
 def test_cast_converts_what_the_signature_names() -> None:
     scans = np.arange(64, dtype=np.float64).reshape(1, 64)
     for name in ("", "image"):
-        assert inputs.cast({name: scans}, DIGITS)[name].dtype == np.float32
-    assert inputs.cast({"other": scans}, DIGITS)["other"] is scans
+        assert casting.cast({name: scans}, DIGITS)[name].dtype == np.float32
+    assert casting.cast({"other": scans}, DIGITS)["other"] is scans
 
 
 # --- numbers -------------------------------------------------------------------------------------------------

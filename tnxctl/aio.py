@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tnxctl.driver import ThreadDriver, forks, inherited
 from tnxctl.durations import spell
@@ -18,6 +18,11 @@ from tnxctl.link import Link, Socket, has_input
 from tnxctl.results import Result
 from tnxctl.session import DEFAULT_TIMEOUT_S, Call, Session
 from tnxctl.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
+
+if TYPE_CHECKING:
+    from tnxctl.frames import Array
+else:
+    Array = Any  # see `tnxctl.results`
 
 T = TypeVar("T")
 
@@ -89,6 +94,12 @@ class AsyncClient:
     async def metadata(self, model: str = "", *, timeout: float | None = None) -> ModelInfo:
         """The inputs and outputs of a model, see `Client.metadata`."""
         return await self._here().run(self._session.metadata(model, timeout=timeout, now=time.monotonic()))
+
+    async def cast(self, inputs: object, model: str = "", *, timeout: float | None = None) -> dict[str, Array]:
+        """The inputs as arrays of the datatypes that a model takes, see `Client.cast`."""
+        from tnxctl.casting import cast
+
+        return cast(inputs, await self.metadata(model, timeout=timeout))
 
     async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """Every version of every model, loaded or not."""

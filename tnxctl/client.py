@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
@@ -14,6 +14,11 @@ from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
 from tnxctl.results import Result
 from tnxctl.session import DEFAULT_TIMEOUT_S, Session
 from tnxctl.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
+
+if TYPE_CHECKING:
+    from tnxctl.frames import Array
+else:
+    Array = Any  # see `tnxctl.results`
 
 
 class Client:
@@ -164,6 +169,27 @@ class Client:
             NotFound: there is no such model or version.
         """
         return self._driver.run(self._session.metadata(model, timeout=timeout, now=time.monotonic()))
+
+    def cast(self, inputs: object, model: str = "", *, timeout: float | None = None) -> dict[str, Array]:
+        """The inputs as arrays of the datatypes that a model takes, for `predict` and `submit`.
+
+            tnx.predict(tnx.cast([[5.1, 3.5, 1.4, 0.2]], "iris"), model="iris")
+
+        It asks for the signature each time. Whoever has that already, from `metadata`, calls `tnxctl.casting.cast`.
+
+        Args:
+            inputs: one value for a model with one input, else a mapping of input names to values. A value is an array,
+                a tensor, a DataFrame, lists or a number. Numbers that a datatype cannot hold become what numpy makes
+                of them: fractions are cut, large integers wrap.
+            model: NAME, NAME@VERSION, or "" for the daemon's default model.
+
+        Raises:
+            InvalidArgument: a value is no array of numbers.
+            NotFound: there is no such model or version.
+        """
+        from tnxctl.casting import cast
+
+        return cast(inputs, self.metadata(model, timeout=timeout))
 
     def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """Every version of every model, loaded or not."""

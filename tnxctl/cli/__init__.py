@@ -3,7 +3,9 @@
 health.py, models.py, metadata.py, predict.py, reload.py, completion.py
                 one sub-command each, imported when it is called
 options.py      options that they share         exits.py        exit codes
-tensorfiles.py  .npy and .npz                   inputs.py       random inputs
+sources.py      what --input may be             inputs.py       random inputs
+tensorfiles.py  .npy and .npz                   textfiles.py    JSON and CSV
+images.py       image files, by Pillow
 workload.py     many requests, some at a time   tally.py        what came of them, in numbers
 example.py      an example call of a model      modeltoml.py    a commented model.toml
 report.py       how answers are shown           comparison.py   how two versions differ

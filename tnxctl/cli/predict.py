@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import exits, output, suggestions, tensorfiles
+from tnxctl.cli import exits, output, sources, suggestions, tensorfiles
 from tnxctl.cli.options import LOWEST_PRIORITY, MAX_DEADLINE_S, Duration, Finite, common
 from tnxctl.errors import TensorNextError
 
@@ -71,12 +71,15 @@ if TYPE_CHECKING:
     "--input",
     "input_path",
     type=click.Path(allow_dash=True),
-    help="Tensors to send: .npy, .npz with one array per input of the model, or - for standard input.",
+    metavar="FILE|JSON",
+    help="Tensors to send: .npy, .npz with one array per input of the model, .json, .csv, an image (with Pillow), - "
+    "for standard input, or JSON itself: '[[1, 2, 3]]', or '{\"ids\": [[1, 2]]}' with the names of inputs.",
 )
 @click.option(
     "--cast",
     is_flag=True,
-    help="Convert the tensors of --input to the datatypes of the model (numpy makes FP64 by default).",
+    help="Convert the tensors of --input to the datatypes of the model (numpy makes FP64 by default), even where they "
+    "cannot hold the values. Text and images are converted in any case, if their values allow.",
 )
 @click.option(
     "--output",
@@ -129,6 +132,10 @@ def command(
     every request. Ctrl-C, or SIGTERM, ends a long run and withdraws what still waits at the daemon; the summary still
     comes. Each request that was sent stands in it as answered, failed or unknown.
 
+    JSON and CSV have no datatypes: their numbers become what the model takes. CSV has a row of the input on each line,
+    and perhaps a heading. An image is decoded into the layout of the model's input, with the values of the file, as a
+    rule 0 to 255; one of another size is refused, and none is scaled or turned.
+
     \b
     Examples:
       tnxctl predict --host 192.168.1.100 --count 5
@@ -138,12 +145,13 @@ def command(
       tnxctl predict --batch-size 4 --input-dim 256
       tnxctl predict --model digits --input scans.npy --output scores.npy
       tnxctl predict --model resnet@2 --input cat.npy
+      tnxctl predict --model iris --input '[[5.1, 3.5, 1.4, 0.2]]'
       tnxctl predict --model digits --input - --output - < scans.npy > scores.npy
       tnxctl predict --count 1000 --concurrency 16
       tnxctl predict --json | jq .round_trip_ms.p50
     """
     _check_use(as_json, input_path, cast, output_path, batch_size, input_dim, count)
-    tensors = None if input_path is None else tensorfiles.read(input_path)
+    source = None if input_path is None else sources.read(input_path)
 
     from tnxctl.cli import inputs, report, workload
     from tnxctl.cli.tally import Tally
@@ -153,11 +161,13 @@ def command(
     people = sys.stderr if output_path == tensorfiles.STANDARD else sys.stdout
     with tensorfiles.destination(output_path) as write:
         with Client(endpoint, timeout=timeout) as client:
-            if tensors is None:
+            if source is None:
                 signature = client.metadata(model)
                 tensors = inputs.random_inputs(signature, batch_size=batch_size, input_dim=input_dim, seed=seed)
-            elif cast:
-                tensors = inputs.cast(tensors, client.metadata(model))
+            elif cast or source.needs_model:
+                tensors = source.fitted(client.metadata(model), cast)
+            else:
+                tensors = source.tensors
             options = workload.Options(
                 model=model,
                 prefer_gpu=prefer_gpu,

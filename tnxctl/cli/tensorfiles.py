@@ -32,26 +32,30 @@ _NPY_MAGIC = b"\x93NUMPY"
 _ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")  # the second: an archive without members
 
 
-def read(path: str) -> dict[str, Array]:
-    """All tensors in a file, little-endian or native; which format it is, its first bytes say.
+def content(path: str) -> tuple[str, bytes]:
+    """The name of a file for error sentences, and all of its bytes. Raises FileProblem if it cannot be read."""
+    name = _name(path, "standard input")
+    try:
+        return name, _content(path, name)
+    except OSError as error:
+        raise FileProblem(f"cannot read {name}: {error.strerror or error}") from None
+
+
+def is_tensors(content: bytes) -> bool:
+    """Whether a file is in a format of numpy's, by its first bytes."""
+    return content.startswith((*_ZIP_MAGIC, _NPY_MAGIC))
+
+
+def parse(name: str, content: bytes) -> dict[str, Array]:
+    """All tensors in such a file, little-endian or native.
 
     Returns:
         name -> array. The only tensor of a .npy file has the name "", the daemon's word for a model's only input.
 
     Raises:
-        FileProblem: it is missing, truncated, in another format, or holds Python objects.
+        FileProblem: it is truncated or damaged, or holds Python objects.
     """
-    name = _name(path, "standard input")
-    try:
-        content = _content(path, name)
-    except OSError as error:
-        raise FileProblem(f"cannot read {name}: {error.strerror or error}") from None
-    if content.startswith(_ZIP_MAGIC):
-        return _read_npz(name, content)
-    if content.startswith(_NPY_MAGIC):
-        return {"": _read_npy(name, content)}
-    what = f"starts with {content[:8]!r}" if content else "is empty"
-    raise FileProblem(f"cannot read {name}: it {what}, so it is neither a .npy nor a .npz file")
+    return _read_npz(name, content) if content.startswith(_ZIP_MAGIC) else {"": _read_npy(name, content)}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from tnxctl.errors import InvalidArgument
-from tnxctl.frames import Array
+from tnxctl.frames import STORAGE, Array
 from tnxctl.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
 from tnxd.models.sizes import row_nbytes
 
@@ -228,7 +228,9 @@ class Model:
     def _fit(self, expected: TensorSpec, got: TensorSpec, rows: int | None) -> tuple[int | None, tuple[int, ...]]:
         """Check one tensor; return the rows it fixes and the lengths of its other variable axes."""
         if got.datatype != expected.datatype:
-            raise self._misfit(expected, f"takes {expected.datatype}, got {got.datatype}")
+            dtype = "ml_dtypes.bfloat16" if expected.datatype == "BF16" else f"np.{STORAGE[expected.datatype].name}"
+            hint = f"with numpy, .astype({dtype}) converts it"
+            raise self._misfit(expected, f"takes {expected.datatype}, got {got.datatype}: {hint}")
         shape, wanted = got.shape, expected.shape
         if len(shape) != len(wanted):
             raise self._misfit(
