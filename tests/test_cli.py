@@ -394,6 +394,14 @@ def test_an_output_that_cannot_be_written_is_known_before_anything_is_asked(fake
     assert fake.requests == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_leads_to_a_full_device(fake: FakeDaemon, tmp_path: Path) -> None:
+    (tmp_path / "x.npy").symlink_to("/dev/full")
+    result = ask(fake, "predict", "--output", tmp_path / "x.npy")
+    assert (result.exit_code, fake.requests) == (exits.Exit.FILE, 0)
+    assert result.stderr == f"Error: cannot write {tmp_path}/x.npy: No space left on device\n"
+
+
 def test_a_dtype_that_cannot_travel(fake: FakeDaemon, tmp_path: Path) -> None:
     words = npy(tmp_path / "words.npy", np.array(["a", "b"]))
     for count in (1, 3, KEPT + 1):

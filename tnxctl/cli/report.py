@@ -160,7 +160,7 @@ def summary(tally: Tally, explain: bool = False) -> Iterator[str]:
     for code, count in tally.error_counts.most_common():
         yield f"failed      {count} {code}: {text.clean(tally.errors[code].message)}"
     if tally.unknown:
-        yield f"unknown     {tally.unknown}, which were under way when the run ended"
+        yield f"unknown     {tally.unknown} under way when the run ended"
     for device, count in tally.devices.most_common():
         share = f" ({count})" if several else ""
         yield f"device      {text.clean(device)}{share}: {text.clean(tally.reasons[device])}"

@@ -78,6 +78,8 @@ def destination(path: str | None) -> Iterator[Callable[[Mapping[str, Array]], No
         yield lambda _: None
         return
     if path == STANDARD:
+        if sys.stdout is None:
+            raise FileProblem("cannot write standard output: it is closed")
         yield _write_standard
         return
     made = written = False
@@ -88,8 +90,13 @@ def destination(path: str | None) -> Iterator[Callable[[Mapping[str, Array]], No
             handle, made = os.open(path, flags | os.O_EXCL, 0o666), True
         except FileExistsError:
             handle = os.open(path, flags, 0o666)
-        stream = os.fdopen(handle, "wb")
     except OSError as error:
+        raise _cannot_write(path, error) from None
+    stream = os.fdopen(handle, "wb")
+    try:
+        os.write(handle, b"")  # tells of a device that is full
+    except OSError as error:
+        stream.close()
         raise _cannot_write(path, error) from None
 
     def write(tensors: Mapping[str, Array]) -> None:
