@@ -135,6 +135,7 @@ class Behaviour:
     Attributes:
         compute: inputs -> outputs; a TensorNextError that it raises becomes the error reply.
         delay_s: from a predict request to its reply. load_delay_s: from a change of the models to its reply.
+        looks: how many requests for the models have to come before a change is answered.
         change: a change, models -> models; a TensorNextError that it raises becomes the error reply.
         reloaded: what reload reports say, the `v` and `id` aside.
         mute: no verb is ever answered.
@@ -150,6 +151,7 @@ class Behaviour:
     compute: Compute = row_sums
     delay_s: float = 0.0
     load_delay_s: float = 0.0
+    looks: int = 0
     change: Callable[[Change, tuple[wire.ModelInfo, ...]], tuple[wire.ModelInfo, ...]] = obey
     reloaded: dict[str, object] = field(default_factory=dict)
     mute: bool = False
@@ -192,6 +194,8 @@ class FakeDaemon:
         self._arrival = threading.Condition()
         self._due: list[tuple[float, int, Sequence[bytes]]] = []
         self._order = itertools.count()
+        self._looks_left = self._behaviour.looks
+        self._held: list[tuple[float, int, Sequence[bytes]]] = []
         self._thread = threading.Thread(target=self._serve, name="fake daemon")
 
     def __enter__(self) -> FakeDaemon:
@@ -229,10 +233,24 @@ class FakeDaemon:
                     self.requests += 1
                     self._arrival.notify_all()
                 if reply is not None:
-                    due = time.monotonic() + self._delay_s(frames[0], reply)
-                    heapq.heappush(self._due, (due, next(self._order), [peer, *reply]))
+                    self._schedule(peer, frames[0], reply)
             while self._due and self._due[0][0] <= time.monotonic():
                 self._router.send_multipart(heapq.heappop(self._due)[2])
+
+    def _schedule(self, peer: bytes, header: bytes, reply: Sequence[bytes]) -> None:
+        """Put a reply among those that are due. One to a change may have to wait until clients have looked."""
+        request = wire.decode_request(header, wire.Limits())
+        if isinstance(request, wire.Models):
+            self._looks_left -= 1
+        entry = (time.monotonic() + self._delay_s(header, reply), next(self._order), [peer, *reply])
+        if isinstance(request, Change) and self._looks_left > 0:
+            self._held.append(entry)
+            return
+        heapq.heappush(self._due, entry)
+        if self._looks_left <= 0:
+            for held in self._held:
+                heapq.heappush(self._due, held)
+            self._held.clear()
 
     def _delay_s(self, header: bytes, reply: list[bytes]) -> float:
         if len(reply) > 1:

@@ -115,7 +115,7 @@ def test_a_terminal_shows_what_the_daemon_is_doing(tmp_path: Path, arguments: tu
 
     loading = msgspec.structs.replace(RESNETS[1], status="starting")
     ours, theirs = pty.openpty()
-    with FakeDaemon(models=(MLP, RESNETS[0], loading), load_delay_s=1.6, change=lambda _, models: models) as fake:
+    with FakeDaemon(models=(MLP, RESNETS[0], loading), looks=2, change=lambda _, models: models) as fake:
         process = subprocess.Popen(
             [*TOOL, *arguments, "--host", fake.endpoint], stdin=theirs, stdout=subprocess.PIPE, stderr=theirs
         )
