@@ -165,7 +165,7 @@ class ThreadDriver:
 
     def come_by_fork(self) -> None:
         """Find out, in a child, what this is there: like new if nobody had used it, else the parent's for good."""
-        if not self._used:
+        if not (self._used or self._closing):
             self._generation = _forks
             self._lock = threading.RLock()
             self._wakeup.close()

@@ -77,4 +77,4 @@ def finish(catalog: Catalog, remarks: Iterable[str]) -> int:
 
 
 def _line(key: str, value: object, origin: str | None) -> str:
-    return f"{f'{key} = {json.dumps(value)}':{_WIDTH}}  # {origin or 'default'}"
+    return f"{f'{key} = {json.dumps(value, ensure_ascii=False)}':{_WIDTH}}  # {origin or 'default'}"
