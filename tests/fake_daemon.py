@@ -135,10 +135,12 @@ class Behaviour:
     Attributes:
         compute: inputs -> outputs; a TensorNextError that it raises becomes the error reply.
         delay_s: from a predict request to its reply. load_delay_s: from a change of the models to its reply.
+        looks: how many requests for the models have to come before a change is answered.
         change: a change, models -> models; a TensorNextError that it raises becomes the error reply.
         reloaded: what reload reports say, the `v` and `id` aside.
         mute: no verb is ever answered.
         device, reason, predicted_us: what results say.
+        version_of: the version that the result of the nth predict request says; None: the model's.
         abandoned, prediction_error_us: what health reports say.
     """
 
@@ -149,12 +151,14 @@ class Behaviour:
     compute: Compute = row_sums
     delay_s: float = 0.0
     load_delay_s: float = 0.0
+    looks: int = 0
     change: Callable[[Change, tuple[wire.ModelInfo, ...]], tuple[wire.ModelInfo, ...]] = obey
     reloaded: dict[str, object] = field(default_factory=dict)
     mute: bool = False
     device: str = "cpu"
     reason: str = "no GPU here"
     predicted_us: float = 110.0
+    version_of: Callable[[int], str] | None = None
     abandoned: int = 0
     prediction_error_us: float = 0.0
 
@@ -167,6 +171,7 @@ class FakeDaemon:
         models: as they are now.
         predicts: the predict requests that came, in order. inputs: their tensors.
         changes: the requests that change the models, in order.
+        requests: how many requests of any verb came.
         cancelled: ids of those that their clients withdrew; they are computed all the same.
     """
 
@@ -185,10 +190,12 @@ class FakeDaemon:
         self._stop, self._stopped = (self._context.socket(zmq.PAIR) for _ in range(2))
         self._stop.bind("inproc://stop")
         self._stopped.connect("inproc://stop")
-        self._requests = 0
+        self.requests = 0
         self._arrival = threading.Condition()
         self._due: list[tuple[float, int, Sequence[bytes]]] = []
         self._order = itertools.count()
+        self._looks_left = self._behaviour.looks
+        self._held: list[tuple[float, int, Sequence[bytes]]] = []
         self._thread = threading.Thread(target=self._serve, name="fake daemon")
 
     def __enter__(self) -> FakeDaemon:
@@ -203,7 +210,7 @@ class FakeDaemon:
     def wait_for_requests(self, count: int, timeout_s: float) -> bool:
         """Whether so many requests of any verb have come in time."""
         with self._arrival:
-            return self._arrival.wait_for(lambda: self._requests >= count, timeout_s)
+            return self._arrival.wait_for(lambda: self.requests >= count, timeout_s)
 
     def wait_for_predicts(self, count: int, timeout_s: float) -> bool:
         """Whether so many predict requests have come in time."""
@@ -223,13 +230,27 @@ class FakeDaemon:
                 peer, *frames = self._router.recv_multipart()
                 reply = self._answer(frames)
                 with self._arrival:
-                    self._requests += 1
+                    self.requests += 1
                     self._arrival.notify_all()
                 if reply is not None:
-                    due = time.monotonic() + self._delay_s(frames[0], reply)
-                    heapq.heappush(self._due, (due, next(self._order), [peer, *reply]))
+                    self._schedule(peer, frames[0], reply)
             while self._due and self._due[0][0] <= time.monotonic():
                 self._router.send_multipart(heapq.heappop(self._due)[2])
+
+    def _schedule(self, peer: bytes, header: bytes, reply: Sequence[bytes]) -> None:
+        """Put a reply among those that are due. One to a change may have to wait until clients have looked."""
+        request = wire.decode_request(header, wire.Limits())
+        if isinstance(request, wire.Models):
+            self._looks_left -= 1
+        entry = (time.monotonic() + self._delay_s(header, reply), next(self._order), [peer, *reply])
+        if isinstance(request, Change) and self._looks_left > 0:
+            self._held.append(entry)
+            return
+        heapq.heappush(self._due, entry)
+        if self._looks_left <= 0:
+            for held in self._held:
+                heapq.heappush(self._due, held)
+            self._held.clear()
 
     def _delay_s(self, header: bytes, reply: list[bytes]) -> float:
         if len(reply) > 1:
@@ -282,15 +303,20 @@ class FakeDaemon:
         self.predicts.append(request)
         self.inputs.append({name: array.copy() for name, array in inputs.items()})
         for spec in request.inputs:
-            if spec.name in ("", "input", "image") and spec.shape[1:] != model.inputs[0].shape[1:]:
+            wanted = model.inputs[0].shape[1:]
+            fits = len(wanted) == len(spec.shape[1:]) and all(
+                length in (-1, got) for length, got in zip(wanted, spec.shape[1:], strict=True)
+            )
+            if spec.name in ("", "input", "image") and not fits:
                 raise InvalidArgument(f"input {spec.name!r}: shape {list(spec.shape)} does not fit {model.name}")
         outputs = self._behaviour.compute(request, inputs)
+        version_of = self._behaviour.version_of
         specs = tuple(wire.TensorSpec(name, _datatype(array), array.shape) for name, array in outputs.items())
         header = wire.Result(
             v=1,
             id=request.id,
             model=model.name,
-            version=model.version,
+            version=model.version if version_of is None else version_of(len(self.predicts)),
             outputs=specs,
             device=self._behaviour.device,
             reason=self._behaviour.reason,

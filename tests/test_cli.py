@@ -113,6 +113,34 @@ def test_the_environment_says_where_the_daemon_is_and_the_flag_wins(fake: FakeDa
     assert run("health", TNX_HOST="udp://nonsense").exit_code == exits.Exit.USAGE
 
 
+@pytest.mark.parametrize("verb", ["health", "models", "models ls", "models show mlp", "metadata", "predict", "reload"])
+def test_the_daemon_may_be_named_before_the_verb_and_after_it_wins(fake: FakeDaemon, verb: str) -> None:
+    assert run("--host", fake.endpoint, *verb.split(), TNX_HOST="ipc:///nobody").exit_code == 0
+    assert run("--host", "ipc:///nobody", *verb.split(), "--host", fake.endpoint).exit_code == 0
+    assert run("--host", "udp://nonsense", *verb.split()).exit_code == exits.Exit.USAGE
+
+
+@pytest.mark.parametrize("timeout", ["200ms", "200000us", "0.2s", "0.2"])
+def test_a_timeout_has_the_units_of_a_deadline(timeout: str) -> None:
+    with FakeDaemon(mute=True) as mute:
+        assert ask(mute, "health", "--timeout", timeout).exit_code == exits.Exit.TIMEOUT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("helth",), "No such command 'helth'. Did you mean 'health'?"),
+        (("models", "lod"), "No such command 'lod'. Did you mean 'load' or 'unload'?"),
+        (("models", "xyzzy"), "No such command 'xyzzy'."),
+        (("health", "--hots"), "--host"),
+    ],
+)
+def test_what_was_meant_is_asked(arguments: tuple[str, ...], hint: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == exits.Exit.USAGE
+    assert hint in result.stderr
+
+
 def test_over_ipc(tmp_path: Path) -> None:
     with FakeDaemon(f"ipc://{tmp_path}/tnx.sock") as fake:
         assert ask(fake, "health").exit_code == 0
@@ -173,6 +201,28 @@ def test_a_model_with_several_inputs_takes_several_lines() -> None:
         lines = [" ".join(line.split()) for line in ask(fake, "health").stdout.splitlines()]
     assert lines[lines.index("pair 1 ready none ids INT64 [-1]") + 1] == "mask BOOL [-1]"
     assert "broken@1 failed: no weights" in lines
+
+
+def test_a_daemon_whose_models_failed_is_degraded() -> None:
+    broken = wire.ModelInfo(name="broken", version="1", status="failed", error="no weights")
+    nothing = wire.ModelInfo(name="odd", version="", status="failed", error="its model.toml is not TOML")
+    with FakeDaemon(models=(MLP, broken, nothing)) as fake:
+        people, machines = ask(fake, "health"), ask(fake, "health", "--json")
+    assert people.exit_code == machines.exit_code == exits.Exit.DEGRADED
+    lines = people.stdout.splitlines()
+    assert lines[0].startswith(f"degraded  {fake.endpoint}  tnxd ")
+    assert lines[1] == "Not served: broken@1, odd"
+    assert {"broken@1 failed: no weights", "odd failed: its model.toml is not TOML"} <= set(lines)
+    assert (fields(machines)["status"], fields(machines)["failed"]) == ("degraded", ["broken@1", "odd"])
+    with FakeDaemon(models=(broken,), status="starting") as fake:
+        assert ask(fake, "health").exit_code == exits.Exit.NOT_READY
+
+
+def test_a_version_that_serves_although_newer_files_failed_degrades_nothing() -> None:
+    with FakeDaemon(models=(msgspec.structs.replace(MLP, error="its newer files are truncated"),)) as fake:
+        result = ask(fake, "health")
+    assert result.exit_code == 0
+    assert "mlp@1: its newer files are truncated" in result.stdout
 
 
 def test_health_for_machines(fake: FakeDaemon) -> None:
@@ -336,10 +386,20 @@ def test_a_bad_file_is_the_users_problem(tmp_path: Path) -> None:
     assert fields(result)["error"]["code"] == "FILE"
 
 
-def test_an_output_that_cannot_be_written(fake: FakeDaemon, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_known_before_anything_is_asked(fake: FakeDaemon, tmp_path: Path) -> None:
     result = ask(fake, "predict", "--output", tmp_path / "no such folder" / "x.npy", "--json")
     assert result.exit_code == exits.Exit.FILE
     assert fields(result)["error"]["exit_code"] == exits.Exit.FILE
+    assert result.stderr == f"Error: cannot write {tmp_path}/no such folder/x.npy: No such file or directory\n"
+    assert fake.requests == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_leads_to_a_full_device(fake: FakeDaemon, tmp_path: Path) -> None:
+    (tmp_path / "x.npy").symlink_to("/dev/full")
+    result = ask(fake, "predict", "--output", tmp_path / "x.npy")
+    assert (result.exit_code, fake.requests) == (exits.Exit.FILE, 0)
+    assert result.stderr == f"Error: cannot write {tmp_path}/x.npy: No space left on device\n"
 
 
 def test_a_dtype_that_cannot_travel(fake: FakeDaemon, tmp_path: Path) -> None:
@@ -506,23 +566,46 @@ def test_when_all_requests_fail_in_the_same_way(error: type[errors.TensorNextErr
         assert ask(fake, "predict", "--count", count).exit_code == code
 
 
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_run_across_a_switch_counts_by_version(concurrency: int) -> None:
+    arguments = ("predict", "--model", "digits", "--count", 40, "--concurrency", concurrency)
+    with FakeDaemon(version_of=lambda number: "4" if number > 15 else "3") as fake:
+        people = ask(fake, *arguments)
+    with FakeDaemon(version_of=lambda number: "4" if number > 15 else "3") as fake:
+        machines = fields(ask(fake, *arguments, "--json"))
+    assert people.stdout.splitlines()[0].startswith("40 of 40 requests answered in ")
+    assert "answered    25 by digits version 4\nanswered    15 by digits version 3\n" in people.stdout
+    assert machines["versions"] == [
+        {"model": "digits", "version": "4", "count": 25},
+        {"model": "digits", "version": "3", "count": 15},
+    ]
+    assert (machines["model"], machines["version"]) == ("digits", "4")
+
+
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_a_run_ends_when_the_daemon_is_gone(concurrency: int) -> None:
     with FakeDaemon(compute=Every(10, errors.Unavailable)) as fake:
-        result = ask(fake, "predict", "--count", 1000, "--concurrency", concurrency)
+        result = ask(fake, "predict", "--count", 1000, "--concurrency", concurrency, "--json")
         assert len(fake.predicts) < 20
+        document = fields(result)
+        assert document["sent"] == len(fake.predicts)
     assert result.exit_code == exits.Exit.FAILED
     assert result.stderr.startswith("Error: given up after ")
+    assert (document["answered"] + document["failed"], document["unknown"]) == (document["sent"], 0)
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_a_run_ends_when_nothing_comes_any_more(concurrency: int) -> None:
     """Else it would wait for the timeout of every request that is left."""
     with FakeDaemon(delay_s=60.0) as fake:
-        result = ask(fake, "predict", "--count", 1000, "--concurrency", concurrency, "--timeout", 0.2)
+        arguments = ("predict", "--count", 1000, "--concurrency", concurrency, "--timeout", 0.2)
+        result = ask(fake, *arguments)
         assert len(fake.predicts) < 20
+        document = fields(ask(fake, *arguments, "--json"))
     assert result.exit_code == exits.Exit.TIMEOUT
     assert result.stderr.startswith("Error: given up after ")
+    assert document["sent"] == document["failed"] + document["unknown"]
+    assert document["unknown"] == concurrency - 1
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])

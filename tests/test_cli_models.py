@@ -85,6 +85,12 @@ def test_the_list_for_people() -> None:
     ]
 
 
+def test_the_list_has_a_name_of_its_own() -> None:
+    with FakeDaemon(models=EVERY_KIND) as fake:
+        for flags in ((), ("--json",)):
+            assert ask(fake, "models", "ls", *flags).stdout == ask(fake, "models", *flags).stdout
+
+
 def test_the_list_for_machines() -> None:
     with FakeDaemon(models=EVERY_KIND) as fake:
         document = fields(ask(fake, "models", "--json"))
@@ -642,7 +648,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 # --- the command line ----------------------------------------------------------------------------------------
 
-VERBS = ("show", "load", "unload", "route", "compare", "init")
+VERBS = ("ls", "show", "load", "unload", "route", "compare", "init")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -686,8 +692,7 @@ def test_options_may_come_before_the_verb(fake: FakeDaemon) -> None:
     ],
 )
 def test_names_of_verbs_are_completed(words: str, expected: set[str]) -> None:
-    line = f"tnxctl {words}".split(" ")
-    environment = {"_TNXCTL_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(line), "COMP_CWORD": str(len(line) - 1)}
+    environment = {"_TNXCTL_COMPLETE": "bash_complete", "COMP_LINE": f"tnxctl {words}"}
     done = subprocess.run(
         [sys.executable, "-c", "from tnxctl.cli import main; main(prog_name='tnxctl')"],
         env=os.environ | environment,

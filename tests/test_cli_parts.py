@@ -13,14 +13,23 @@ import numpy as np
 import pytest
 
 from fake_daemon import DIGITS, MLP, TIMING
-from tnxctl import errors, session, wire
-from tnxctl.cli import exits, inputs, options, report, tensorfiles, text
+from tnxctl import casting, durations, errors, session, wire
+from tnxctl.cli import exits, inputs, options, report, sources, tensorfiles, text
 from tnxctl.cli.tally import Tally
 from tnxctl.cli.workload import Answer
 from tnxctl.frames import STORAGE
 from tnxctl.results import Result
 
 # --- files ---------------------------------------------------------------------------------------------------
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+    return sources.read(path).tensors
+
+
+def write(path: str, tensors: dict[str, np.ndarray]) -> None:
+    with tensorfiles.destination(path) as write_to_it:
+        write_to_it(tensors)
 
 
 def save(path: Path, array: np.ndarray, **options: bool) -> bytes:
@@ -42,8 +51,8 @@ def save(path: Path, array: np.ndarray, **options: bool) -> bytes:
 )
 def test_one_tensor_comes_back_from_a_file(tmp_path: Path, array: np.ndarray) -> None:
     path = str(tmp_path / "x.npy")
-    tensorfiles.write(path, {"any": array})
-    (back,) = tensorfiles.read(path).values()
+    write(path, {"any": array})
+    (back,) = read(path).values()
     assert back.dtype == array.dtype
     np.testing.assert_array_equal(back, array)
 
@@ -51,8 +60,8 @@ def test_one_tensor_comes_back_from_a_file(tmp_path: Path, array: np.ndarray) ->
 def test_several_tensors_keep_their_names_even_those_that_numpy_cannot_save(tmp_path: Path) -> None:
     path = str(tmp_path / "x.npz")
     tensors = {"file": np.arange(3), "a/b": np.ones((2, 2), np.float16), "": np.zeros(1, np.uint8)}
-    tensorfiles.write(path, tensors)
-    back = tensorfiles.read(path)
+    write(path, tensors)
+    back = read(path)
     assert list(back) == list(tensors)
     for name, array in tensors.items():
         np.testing.assert_array_equal(back[name], array)
@@ -60,7 +69,7 @@ def test_several_tensors_keep_their_names_even_those_that_numpy_cannot_save(tmp_
 
 def test_what_numpy_saves_is_read(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "x.npz", a=np.arange(3), b=np.ones(2))
-    assert {name: array.shape for name, array in tensorfiles.read(str(tmp_path / "x.npz")).items()} == {
+    assert {name: array.shape for name, array in read(str(tmp_path / "x.npz")).items()} == {
         "a": (3,),
         "b": (2,),
     }
@@ -68,22 +77,37 @@ def test_what_numpy_saves_is_read(tmp_path: Path) -> None:
 
 def test_a_big_endian_file_becomes_native(tmp_path: Path) -> None:
     save(tmp_path / "x.npy", np.array([1.5, 2.5], ">f4"))
-    (array,) = tensorfiles.read(str(tmp_path / "x.npy")).values()
+    (array,) = read(str(tmp_path / "x.npy")).values()
     assert array.dtype == np.float32
     assert array.tolist() == [1.5, 2.5]
 
 
 def test_bfloat16_is_written_as_float32(tmp_path: Path) -> None:
     path = str(tmp_path / "x.npy")
-    tensorfiles.write(path, {"y": np.array([1.5, -2.0], ml_dtypes.bfloat16)})
+    write(path, {"y": np.array([1.5, -2.0], ml_dtypes.bfloat16)})
     assert np.load(path).dtype == np.float32
     assert np.load(path).tolist() == [1.5, -2.0]
 
 
 def test_several_outputs_do_not_go_into_one_npy(tmp_path: Path) -> None:
     with pytest.raises(exits.FileProblem, match=r"2 outputs \(a, b\).*use \.npz"):
-        tensorfiles.write(str(tmp_path / "x.npy"), {"a": np.zeros(1), "b": np.zeros(1)})
+        write(str(tmp_path / "x.npy"), {"a": np.zeros(1), "b": np.zeros(1)})
     assert not (tmp_path / "x.npy").exists()
+
+
+def test_what_was_in_a_file_stays_until_there_is_something_else(tmp_path: Path) -> None:
+    old = save(tmp_path / "old.npy", np.arange(100))
+    with pytest.raises(errors.Internal), tensorfiles.destination(str(tmp_path / "old.npy")):
+        raise errors.Internal("no answer")
+    assert (tmp_path / "old.npy").read_bytes() == old
+    write(str(tmp_path / "old.npy"), {"y": np.zeros(1)})
+    assert np.load(tmp_path / "old.npy").tolist() == [0.0]
+
+
+def test_a_file_that_was_made_for_an_answer_goes_without_one(tmp_path: Path) -> None:
+    with tensorfiles.destination(str(tmp_path / "new.npy")):
+        assert (tmp_path / "new.npy").exists()
+    assert not (tmp_path / "new.npy").exists()
 
 
 class Boom:
@@ -108,8 +132,8 @@ def bad_files(tmp_path: Path) -> dict[str, tuple[bytes, str]]:
     header = good[: good.index(b"\n") + 1]
     return {
         "empty": (b"", "is empty"),
-        "text": (b"1,2,3\n", "neither a .npy nor a .npz"),
-        "pickle": (pickle.dumps(Boom()), "neither a .npy nor a .npz"),
+        "text": (b"1,2,3\n", "none of .npy, .npz, .json, .csv and images"),
+        "pickle": (pickle.dumps(Boom()), "none of .npy, .npz, .json, .csv and images"),
         "objects": (objects, "never loaded"),
         "magic only": (good[:6], "cannot read"),
         "cut header": (good[:40], "cannot read"),
@@ -138,7 +162,7 @@ def test_a_bad_file_is_one_sentence(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "bad.npy"
     path.write_bytes(content)
     with pytest.raises(exits.FileProblem) as problem:
-        tensorfiles.read(str(path))
+        read(str(path))
     assert str(path) in str(problem.value)
     assert expected in str(problem.value)
     assert "\n" not in str(problem.value)
@@ -147,9 +171,9 @@ def test_a_bad_file_is_one_sentence(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("name", ["missing.npy", "."])
 def test_a_path_that_cannot_be_read_or_written(tmp_path: Path, name: str) -> None:
     with pytest.raises(exits.FileProblem, match="cannot read"):
-        tensorfiles.read(str(tmp_path / name))
+        read(str(tmp_path / name))
     with pytest.raises(exits.FileProblem, match="cannot write"):
-        tensorfiles.write(str(tmp_path / "no such folder" / "x.npy"), {"y": np.zeros(1)})
+        write(str(tmp_path / "no such folder" / "x.npy"), {"y": np.zeros(1)})
 
 
 # --- generated and converted inputs --------------------------------------------------------------------------
@@ -206,8 +230,8 @@ def test_a_datatype_from_the_future() -> None:
 def test_cast_converts_what_the_signature_names() -> None:
     scans = np.arange(64, dtype=np.float64).reshape(1, 64)
     for name in ("", "image"):
-        assert inputs.cast({name: scans}, DIGITS)[name].dtype == np.float32
-    assert inputs.cast({"other": scans}, DIGITS)["other"] is scans
+        assert casting.cast({name: scans}, DIGITS)[name].dtype == np.float32
+    assert casting.cast({"other": scans}, DIGITS)["other"] is scans
 
 
 # --- numbers -------------------------------------------------------------------------------------------------
@@ -238,6 +262,7 @@ def test_a_tally_counts() -> None:
     assert (tally.answered, tally.failed, tally.rate) == (100, 3, 50.0)
     assert tally.percentiles_ms() == {"p50": 50.0, "p90": 90.0, "p99": 99.0, "max": 100.0}
     assert tally.devices == {"cpu": 75, "cuda:0": 25}
+    assert tally.versions == {("mlp", "1"): 100}
     assert tally.batch_mean() == 4.0
     assert tally.stage_means_us()["compute"] == pytest.approx(TIMING.compute_us)
     assert tally.prediction_errors_us() == {"p50": 25.0, "p90": 25.0, "p99": 25.0, "max": 25.0}
@@ -317,8 +342,32 @@ def test_what_is_no_duration_is_told_apart(given: str) -> None:
 
 @pytest.mark.parametrize("given", ["0", "0ms", "-1s", "-0.0", "86400.1", "1e400", "1e-400"])
 def test_durations_have_a_range(given: str) -> None:
-    with pytest.raises(click.BadParameter, match=f"'{given}' is not in the range above 0 and up to 86400s"):
+    with pytest.raises(click.BadParameter, match=f"'{given}' is not in the range above 0 and up to 86400 s"):
         options.Duration(most=86_400.0).convert(given, None, None)
+
+
+@pytest.mark.parametrize("given", ["0", "-1s", "1e400", "1e-400"])
+def test_durations_without_a_limit_are_finite(given: str) -> None:
+    assert options.Duration().convert("1e9", None, None) == 1e9
+    with pytest.raises(click.BadParameter, match=rf"'{given}' is not in the range above 0\."):
+        options.Duration().convert(given, None, None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spelled"),
+    [
+        (1e-6, "1 us"),
+        (0.0002, "200 us"),
+        (0.02, "20 ms"),
+        (1.0, "1 s"),
+        (2.5, "2.5 s"),
+        (600.0, "600 s"),
+        (0.1, "100 ms"),
+    ],
+)
+def test_durations_are_spelled_as_they_are_read(seconds: float, spelled: str) -> None:
+    assert durations.spell(seconds) == spelled
+    assert durations.read(spelled) == pytest.approx(seconds)
 
 
 # --- text ----------------------------------------------------------------------------------------------------
@@ -381,6 +430,10 @@ def test_the_widest_of_the_flexible_columns_gives_way_first() -> None:
         "name of it  fir…  the…  12 MiB",
     ]
     assert table(1)[1] == "name of it  …  …  12 MiB", "the other columns stay whole"
+
+
+def test_a_tensor_without_a_name_is_called_so() -> None:
+    assert text.tensor(wire.TensorSpec("", "FP32", (-1, 3))) == "(unnamed) FP32 [-1,3]"
 
 
 def test_a_peer_cannot_steer_the_terminal() -> None:

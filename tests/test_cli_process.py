@@ -38,13 +38,15 @@ def run(*arguments: object, stdin: bytes = b"", **extra: str) -> subprocess.Comp
     )
 
 
-def interrupted(*arguments: str, when: Callable[[], bool]) -> tuple[bytes, bytes]:
-    """Output of a tool that gets a Ctrl-C when `when` returns, and ends because of it."""
+def interrupted(
+    *arguments: str, when: Callable[[], bool], number: signal.Signals = signal.SIGINT
+) -> tuple[bytes, bytes]:
+    """Output of a tool that gets a Ctrl-C, or another signal, when `when` returns, and ends because of it."""
     process = subprocess.Popen([*TOOL, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     assert when()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == Exit.INTERRUPTED
+    assert process.returncode == 128 + number
     return stdout, stderr
 
 
@@ -111,21 +113,114 @@ def test_a_reader_that_has_enough_is_no_trouble(fake: FakeDaemon) -> None:
 @posix
 @pytest.mark.parametrize("concurrency", [1, 16])
 @pytest.mark.parametrize("as_json", [False, True])
-def test_ctrl_c_ends_the_run_with_its_summary(concurrency: int, as_json: bool) -> None:
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, b"interrupted"), (signal.SIGTERM, b"terminated")])
+def test_a_signal_ends_the_run_with_its_summary(
+    concurrency: int, as_json: bool, number: signal.Signals, word: bytes
+) -> None:
     with FakeDaemon(delay_s=0.002) as fake:
         arguments = ["predict", "--host", fake.endpoint, "--count", "100000", "--concurrency", str(concurrency)]
         if as_json:
             arguments.append("--json")
-        stdout, stderr = interrupted(*arguments, when=lambda: fake.wait_for_predicts(50, PATIENCE_S))
-    assert stderr.startswith(b"Error: interrupted after ")
+        stdout, stderr = interrupted(*arguments, when=lambda: fake.wait_for_predicts(50, PATIENCE_S), number=number)
+    assert stderr.startswith(b"Error: " + word + b" after ")
     assert stderr.count(b"\n") == 1
     if as_json:
         document = json.loads(stdout)
         assert document["interrupted"] is True
         assert 0 < document["answered"] < 100000
+        assert document["answered"] + document["unknown"] == document["sent"]
+        assert document["unknown"] <= concurrency
     else:
         assert b"of 100000 requests answered by mlp version 1" in stdout
         assert b"p99" in stdout
+
+
+@posix
+def test_a_signal_ends_the_waiting_for_a_load(tmp_path: Path) -> None:
+    with FakeDaemon(load_delay_s=60.0) as fake:
+        arguments = ["models", "load", "mlp", "--host", fake.endpoint]
+        _, stderr = interrupted(*arguments, when=lambda: fake.wait_for_requests(1, PATIENCE_S), number=signal.SIGTERM)
+    assert b"the daemon finishes what it has begun" in stderr
+
+
+@posix
+def test_a_daemon_that_dies_in_a_run_leaves_no_request_without_an_account() -> None:
+    dying = FakeDaemon(delay_s=60.0)
+    arguments = ["--count", "100", "--concurrency", "8", "--timeout", "2", "--json"]
+    with dying:
+        process = subprocess.Popen(
+            [*TOOL, "predict", "--host", dying.endpoint, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+        )
+        assert dying.wait_for_predicts(8, PATIENCE_S)
+    stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    document = json.loads(stdout)
+    assert process.returncode == Exit.UNREACHABLE
+    assert (document["sent"], document["failed"], document["unknown"]) == (8, 8, 0)
+    assert b"given up after 8 of 100 requests; 8 of 8 requests failed: 8 UNAVAILABLE" in stderr
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "health",
+        "health --json",
+        "models",
+        "models show mlp",
+        "models load mlp",
+        "models unload mlp",
+        "models route mlp latest",
+        "models compare mlp 1 2",
+        "models init resnet",
+        "metadata",
+        "predict",
+        "predict --count 1000",
+        "predict --json",
+        "predict --output -",
+        "reload",
+        "completion bash",
+        "--help",
+        "--version",
+        "models --help",
+    ],
+)
+def test_standard_output_that_takes_nothing(arguments: str, unbuffered: str, tmp_path: Path) -> None:
+    with FakeDaemon() as fake, FULL.open("wb") as full:
+        done = subprocess.run(
+            [*TOOL, *arguments.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment(TNX_HOST=fake.endpoint, PYTHONUNBUFFERED=unbuffered),
+            cwd=tmp_path,
+            timeout=PATIENCE_S,
+        )
+        assert fake.requests == 0, "known before the work starts"
+    assert (done.returncode, done.stderr) == (
+        Exit.FILE,
+        b"Error: cannot write standard output: No space left on device\n",
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(("arguments", "code"), [("health", Exit.NOT_READY), ("nonsense", Exit.FILE)])
+def test_standard_error_that_takes_nothing(arguments: str, code: Exit) -> None:
+    with FakeDaemon(status="draining") as fake, FULL.open("wb") as full:
+        done = subprocess.run(
+            [*TOOL, *arguments.split()],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            env=environment(TNX_HOST=fake.endpoint),
+            timeout=PATIENCE_S,
+        )
+    assert done.returncode == code
 
 
 @posix

@@ -141,6 +141,17 @@ def equal(result: Result, expected: Any) -> bool:
 # --- calls and what comes back -------------------------------------------------------------------------------
 
 
+def test_outputs_can_be_written_to_whatever_their_size(connect: Connect) -> None:
+    with FakeDaemon(echo) as daemon:
+        tnx = connect(daemon.endpoint)
+        for rows in (1, 100_000, 100_000, 1, 1):  # the size of one answer foretells that of the next, rightly or not
+            x = np.arange(rows * 4, dtype="f4").reshape(rows, 4)
+            output = tnx.predict(x).output
+            assert np.array_equal(output, x)
+            output += 1
+            assert np.array_equal(output, x + 1)
+
+
 def test_predict(connect: Connect) -> None:
     with FakeDaemon(echo) as daemon:
         tnx = connect(daemon.endpoint)
@@ -918,7 +929,7 @@ def test_a_call_interrupted_while_another_thread_drives_is_withdrawn(monkeypatch
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(driver._Signal, "wait", wait)
+            patch.setattr(driver.Signal, "wait", wait)
             with pytest.raises(KeyboardInterrupt):
                 tnx.predict(X)
         assert daemon.cancels.get(timeout=PATIENCE_S).id == interrupted[0].id != other.id

@@ -57,6 +57,22 @@ def test_mistakes_are_named_with_the_file(tmp_path: Path, text: str, named: str)
     assert str(path) in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bnid = []", "bnid: unknown key, did you mean bind?"),
+        ("[queue]\nmax_mib = 1.0", "queue.max_mib: unknown key, did you mean max_mb?"),
+        ("workers = 1", "workers: unknown key, did you mean cpu.workers?"),
+        ("xyzzy = 1", "xyzzy: unknown key"),
+    ],
+)
+def test_an_unknown_key_may_have_been_meant_for_another(tmp_path: Path, text: str, said: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(InvalidArgument) as caught:
+        load(path, {})
+    assert caught.value.message == f"{path}: {said}"
+
+
 def test_a_missing_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="No such file"):
         load(tmp_path / "missing.toml", {})

@@ -59,7 +59,7 @@ def test_a_model_without_a_batch_axis_counts_as_one_row() -> None:
         (ONE, [TensorSpec("x", "FP32", (1, 4)), TensorSpec("x", "FP32", (1, 4))], "came twice"),
         (ONE, [TensorSpec("x", "FP32", (1, 4)), TensorSpec("z", "FP32", (1, 4))], "no input 'z'"),
         (TOKENS, [TensorSpec("ids", "INT64", (2, 7))], "needs the input 'mask'"),
-        (TOKENS, [TensorSpec("", "INT64", (2, 7))], "no input ''"),
+        (TOKENS, [TensorSpec("", "INT64", (2, 7))], "takes several inputs, ['ids', 'mask']: each needs its name"),
         (TOKENS, [TensorSpec("ids", "INT64", (2, 7)), TensorSpec("mask", "INT64", (3, 7))], "3 rows"),
         (WHOLE, [TensorSpec("x", "FP32", (3, 5))], "axis 0"),
     ],

@@ -8,15 +8,21 @@ import socket
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from tnxctl.driver import ThreadDriver
+from tnxctl.driver import ThreadDriver, forks, inherited
+from tnxctl.durations import spell
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
 from tnxctl.errors import FailedPrecondition
 from tnxctl.link import Link, Socket, has_input
 from tnxctl.results import Result
 from tnxctl.session import DEFAULT_TIMEOUT_S, Call, Session
 from tnxctl.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
+
+if TYPE_CHECKING:
+    from tnxctl.frames import Array
+else:
+    Array = Any  # see `tnxctl.results`
 
 T = TypeVar("T")
 
@@ -43,6 +49,10 @@ class AsyncClient:
     ) -> None:
         self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
         self._driver: _LoopDriver | _OtherThreadDriver | None = None
+        self._generation = forks()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.endpoint}, timeout {spell(self._session.timeout)}>"
 
     @property
     def endpoint(self) -> str:
@@ -85,6 +95,12 @@ class AsyncClient:
         """The inputs and outputs of a model, see `Client.metadata`."""
         return await self._here().run(self._session.metadata(model, timeout=timeout, now=time.monotonic()))
 
+    async def cast(self, inputs: object, model: str = "", *, timeout: float | None = None) -> dict[str, Array]:
+        """The inputs as arrays of the datatypes that a model takes, see `Client.cast`."""
+        from tnxctl.casting import cast
+
+        return cast(inputs, await self.metadata(model, timeout=timeout))
+
     async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """Every version of every model, loaded or not."""
         return await self._here().run(self._session.models(timeout=timeout, now=time.monotonic()))
@@ -122,7 +138,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""
-        self._here().close()
+        if self._generation == forks():  # else it is a parent's
+            self._here().close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -134,13 +151,16 @@ class AsyncClient:
 
     def __del__(self) -> None:
         driver = getattr(self, "_driver", None)
-        if driver is not None:
+        if driver is not None and self._generation == forks():  # else it is a parent's, and so is the loop's poller
             driver.forget()
 
     def _here(self) -> _LoopDriver | _OtherThreadDriver:
         """The driver, bound to the running loop by the first call."""
         loop = asyncio.get_running_loop()
+        if self._generation != forks() and self._driver is not None:
+            raise inherited(self._session)
         if self._driver is None:
+            self._generation = forks()
             self._driver = (_LoopDriver if _can_watch(loop) else _OtherThreadDriver)(self._session, loop)
         elif self._driver.loop is not loop:
             raise FailedPrecondition(f"the client of {self.endpoint} belongs to another event loop: make one per loop")

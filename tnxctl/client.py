@@ -6,13 +6,19 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tnxctl.driver import ThreadDriver
+from tnxctl.durations import spell
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
 from tnxctl.results import Result
 from tnxctl.session import DEFAULT_TIMEOUT_S, Session
 from tnxctl.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
+
+if TYPE_CHECKING:
+    from tnxctl.frames import Array
+else:
+    Array = Any  # see `tnxctl.results`
 
 
 class Client:
@@ -24,7 +30,8 @@ class Client:
 
     Thread-safe: any number of threads may use one client at once, over its one connection. It connects when the
     first call needs it, and again when the daemon comes back: a call succeeds if its timeout allows for that.
-    After a fork, the child needs a client of its own.
+    After a fork, the child needs a client of its own; one that has been used before answers every call with
+    FailedPrecondition there.
 
     Every call takes a `timeout` in seconds, the client's own where it is None, and raises one of `tnxctl.errors`:
     InvalidArgument before anything is sent, Unavailable if the daemon could not be reached in time,
@@ -60,6 +67,9 @@ class Client:
     ) -> None:
         self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
         self._driver = ThreadDriver(self._session)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.endpoint}, timeout {spell(self._session.timeout)}>"
 
     @property
     def endpoint(self) -> str:
@@ -159,6 +169,27 @@ class Client:
             NotFound: there is no such model or version.
         """
         return self._driver.run(self._session.metadata(model, timeout=timeout, now=time.monotonic()))
+
+    def cast(self, inputs: object, model: str = "", *, timeout: float | None = None) -> dict[str, Array]:
+        """The inputs as arrays of the datatypes that a model takes, for `predict` and `submit`.
+
+            tnx.predict(tnx.cast([[5.1, 3.5, 1.4, 0.2]], "iris"), model="iris")
+
+        It asks for the signature each time. Whoever has that already, from `metadata`, calls `tnxctl.casting.cast`.
+
+        Args:
+            inputs: one value for a model with one input, else a mapping of input names to values. A value is an array,
+                a tensor, a DataFrame, lists or a number. Numbers that a datatype cannot hold become what numpy makes
+                of them: fractions are cut, large integers wrap.
+            model: NAME, NAME@VERSION, or "" for the daemon's default model.
+
+        Raises:
+            InvalidArgument: a value is no array of numbers.
+            NotFound: there is no such model or version.
+        """
+        from tnxctl.casting import cast
+
+        return cast(inputs, self.metadata(model, timeout=timeout))
 
     def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """Every version of every model, loaded or not."""

@@ -24,7 +24,6 @@ import atexit
 import logging
 import math
 import os
-import socket
 import threading
 import time
 import weakref
@@ -39,9 +38,11 @@ from typing import Any, TypeVar
 import zmq.utils.garbage  # noqa: F401 - before the registration at the end of this file
 from zmq import POLLIN, zmq_poll
 
-from tnxctl.errors import DeadlineExceeded
+from tnxctl.durations import spell
+from tnxctl.errors import DeadlineExceeded, FailedPrecondition
 from tnxctl.link import Link
 from tnxctl.session import Call, Session
+from tnxctl.wakeups import Signal, Wakeup
 
 T = TypeVar("T")
 
@@ -54,6 +55,7 @@ _log = logging.getLogger("tnxctl")
 
 _drivers: weakref.WeakSet[ThreadDriver] = weakref.WeakSet()
 _exiting = False
+_forks = 0  # of this process and those that it comes from, as far as clients have to know
 
 
 class ThreadDriver:
@@ -64,21 +66,29 @@ class ThreadDriver:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._link = Link(session, watch=_ignore, unwatch=_ignore)  # each step polls what the link has open
-        self._wakeup = _Wakeup()
+        self._wakeup = Wakeup()
         self._lock = threading.RLock()
         self._outbox: deque[tuple[Callable[[Call[Any]], None], Call[Any]]] = deque()
         self._io_thread: threading.Thread | None = None
-        self._io_work = _Signal()
+        self._io_work = Signal()
         self._io_ident = 0  # of the I/O thread while it drives
         self._polling = False
         self._closing = False
         self._closed = False
-        self._process = os.getpid()
+        self._used = False
+        self._generation = _forks
         self._is_open = True
         _drivers.add(self)
 
     def run(self, call: Call[T]) -> T:
-        """See a call through: in this thread if no other call is under way, else through the I/O thread."""
+        """See a call through: in this thread if no other call is under way, else through the I/O thread.
+
+        Raises:
+            FailedPrecondition: the client has come here by a fork.
+        """
+        self._used = True
+        if self._generation != _forks:
+            raise inherited(self._session)
         if self._io_ident == get_ident():  # a callback of a future
             self._start(call)
             while not call.done:
@@ -88,10 +98,19 @@ class ThreadDriver:
         waiter = call.waiter  # this first: the I/O thread may settle the call meanwhile
         if not call.done:
             self._await(call, waiter)
+        if _exiting and threading.current_thread() is not threading.main_thread():
+            raise SystemExit  # ends a thread without a word: a traceback would tell nobody anything any more
         return call.take()
 
     def submit(self, call: Call[T]) -> Future[T]:
-        """Put a call under way. Cancelling the future withdraws it."""
+        """Put a call under way. Cancelling the future withdraws it.
+
+        Raises:
+            FailedPrecondition: the client has come here by a fork.
+        """
+        self._used = True
+        if self._generation != _forks:
+            raise inherited(self._session)
         future: Future[T] = Future()
         call.waiter = future
         future.add_done_callback(partial(self._on_done, call))
@@ -102,14 +121,16 @@ class ThreadDriver:
         return future
 
     def close(self) -> None:
-        """Fail every call and close the sockets. Idempotent."""
+        """Fail every call and close the sockets. Idempotent. After a fork, what is here is the parent's, and stays."""
+        if self._generation != _forks:
+            return
         self._shut_down()
         thread = self._io_thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(_GRACE_S)
 
     def __del__(self) -> None:
-        if self._is_open:
+        if self._is_open and self._generation == _forks:
             self._shut_down()  # nobody is left who could hold the lock; the I/O thread ends by itself
 
     def _shut_down(self) -> None:
@@ -128,8 +149,8 @@ class ThreadDriver:
 
     def leave(self) -> None:
         """Let everything be, since the interpreter ends: nobody waits for it any more."""
-        if self._process != os.getpid():
-            return  # a child: what is here is its parent's
+        if self._generation != _forks:
+            return
         self._closing = True
         self._wakeup.set()
         if self._lock.acquire(timeout=_GRACE_S):  # else a callback of a future keeps it, perhaps for good
@@ -141,6 +162,14 @@ class ThreadDriver:
         thread = self._io_thread
         if thread is not None:
             thread.join(_GRACE_S)
+
+    def come_by_fork(self) -> None:
+        """Find out, in a child, what this is there: like new if nobody had used it, else the parent's for good."""
+        if not (self._used or self._closing):
+            self._generation = _forks
+            self._lock = threading.RLock()
+            self._wakeup.close()
+            self._wakeup = Wakeup()  # one of its own: bytes in the old one would reach the parent
 
     # --- a call alone ----------------------------------------------------------------------------------------
 
@@ -157,7 +186,7 @@ class ThreadDriver:
                 self._start(call)
                 while not call.done and call.waiter is None:
                     if self._outbox:
-                        call.waiter = _Signal()
+                        call.waiter = Signal()
                     else:
                         self._step()
         except BaseException:
@@ -182,12 +211,12 @@ class ThreadDriver:
 
     # --- calls in the hands of the I/O thread ----------------------------------------------------------------
 
-    def _await(self, call: Call[Any], waiter: _Signal | None) -> None:
+    def _await(self, call: Call[Any], waiter: Signal | None) -> None:
         """Return when a call is done. Without a waiter it is not under way yet."""
         patience = max(0.0, call.expires - time.monotonic()) + (0.0 if call.strict else _GRACE_S)
         try:
             if waiter is None:
-                waiter = call.waiter = _Signal()
+                waiter = call.waiter = Signal()
                 self._post(self._start, call)
             if waiter.wait(min(patience, threading.TIMEOUT_MAX)):
                 return
@@ -198,7 +227,7 @@ class ThreadDriver:
         if call.strict:
             raise self._session.timeout_error(call)
         raise DeadlineExceeded(
-            f"{self._session.endpoint}: no answer to {call.verb} was read within {patience:g} s, "
+            f"{self._session.endpoint}: no answer to {call.verb} was read within {spell(patience)}, "
             f"because a callback of a future keeps the reading thread busy"
         )
 
@@ -309,7 +338,7 @@ class ThreadDriver:
         self._is_open = False
 
 
-def _serve(driver_ref: weakref.ref[ThreadDriver], work: _Signal) -> None:
+def _serve(driver_ref: weakref.ref[ThreadDriver], work: Signal) -> None:
     """The I/O thread. It holds no driver while there is nothing to do, so a forgotten one can go."""
     while True:
         work.wait()
@@ -333,7 +362,7 @@ def _ignore(_opened_or_closed: object) -> None:
 def _settle(call: Call[Any]) -> None:
     """Tell whoever waits for a finished call. Where nobody does, the thread that drives is its caller."""
     waiter, call.waiter = call.waiter, None
-    if isinstance(waiter, _Signal):
+    if isinstance(waiter, Signal):
         waiter.set()
     elif waiter is not None and waiter.set_running_or_notify_cancel():
         if call.error is None:
@@ -349,55 +378,27 @@ def _settle_all(calls: Sequence[Call[Any]]) -> None:
             settling.callback(_settle, call)
 
 
-class _Signal:
-    """A signal from one thread to another that waits for it, once or again and again."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def set(self) -> None:
-        """Let the waiting thread through, or the next that comes."""
-        try:  # noqa: SIM105 - three times as fast as suppress()
-            self._lock.release()
-        except RuntimeError:  # set already
-            pass
-
-    def wait(self, timeout: float = -1) -> bool:
-        """Whether it was set within `timeout` seconds; without one, wait until it is. Clears it."""
-        return self._lock.acquire(timeout=timeout)
+def inherited(session: Session) -> FailedPrecondition:
+    """The error of a client that a fork has copied: threads, locks and connection are its parent's."""
+    return FailedPrecondition(
+        f"the client of {session.endpoint} is another process's, and came here by a fork: make a new one after the fork"
+    )
 
 
-class _Wakeup:
-    """Ends a poll from another thread."""
+def forks() -> int:
+    """How many forks lie behind this process: a client that was made at another number is another process's."""
+    return _forks
 
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-        self._is_set = False
-        self.fd = self._reader.fileno()
 
-    def set(self) -> None:
-        if not self._is_set:
-            try:
-                self._is_set = True  # nothing may come between this line and the next: the byte would never be sent
-                self._writer.send(b"\0")
-            except OSError:  # full: awake already; closed: nobody polls
-                pass
+def _after_fork() -> None:
+    global _forks
+    _forks += 1
+    for driver in list(_drivers):
+        driver.come_by_fork()
 
-    def clear(self) -> None:
-        """Call this before the look at whatever `set` announces: a later announcement sets it again."""
-        try:
-            self._reader.recv(64)
-        except OSError:  # empty; closed by a callback of a future
-            pass
-        finally:
-            self._is_set = False
 
-    def close(self) -> None:
-        self._reader.close()
-        self._writer.close()
+if hasattr(os, "register_at_fork"):  # where there is fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _leave_all() -> None:

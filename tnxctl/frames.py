@@ -14,6 +14,8 @@ from tnxctl.wire import MAX_DIM, Limits, TensorSpec, excerpt
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+else:
+    Buffer = Any  # which is in collections.abc from Python 3.12 on: a name for who looks at signatures at run time
 
 Array = NDArray[Any]
 
@@ -61,14 +63,11 @@ def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: 
         dtype = STORAGE.get(spec.datatype)
         if dtype is None:
             raise InvalidArgument(
-                f"tensor {excerpt(spec.name)}: unknown datatype {excerpt(spec.datatype)}, "
-                f"known are {', '.join(STORAGE)}"
+                f"{_called(spec.name)}: unknown datatype {excerpt(spec.datatype)}, known are {', '.join(STORAGE)}"
             )
         shape = spec.shape
         if len(shape) > limits.rank:  # first: the product of thousands of large dimensions takes long
-            raise InvalidArgument(
-                f"tensor {excerpt(spec.name)}: rank {len(shape)} is more than the limit of {limits.rank}"
-            )
+            raise InvalidArgument(f"{_called(spec.name)}: rank {len(shape)} is more than the limit of {limits.rank}")
         size = dtype.itemsize * math.prod(shape)  # Python integers: no overflow, whatever the dimensions
         view = memoryview(frames[position])
         if size != view.nbytes or size > room:
@@ -80,23 +79,28 @@ def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: 
             if min(shape, default=0) < 0:  # two of them give a size that may well be right
                 raise _tensor_error(spec, size, view.nbytes, room, limits) from None
             # Zero rows with another axis beyond numpy's range.
-            raise InvalidArgument(f"tensor {excerpt(spec.name)}: shape {excerpt(list(shape))}: {error}") from None
+            raise InvalidArgument(f"{_called(spec.name)}: shape {excerpt(list(shape))}: {error}") from None
         if dtype is _BOOL and size and array.view(np.uint8).max() > 1:
             raise InvalidArgument(
-                f"tensor {excerpt(spec.name)}: byte {array.view(np.uint8).max()} is not a BOOL, which is 0 or 1"
+                f"{_called(spec.name)}: byte {array.view(np.uint8).max()} is not a BOOL, which is 0 or 1"
             )
         arrays.append(array)
     return tuple(arrays)
 
 
 def _tensor_error(spec: TensorSpec, size: int, received: int, room: int, limits: Limits) -> InvalidArgument:
-    name, shape = excerpt(spec.name), excerpt(list(spec.shape))
+    name, shape = _called(spec.name), excerpt(list(spec.shape))
     for dim in spec.shape:
         if not 0 <= dim <= MAX_DIM:
-            return InvalidArgument(f"tensor {name}: dimension {dim} of shape {shape} is outside 0..{MAX_DIM}")
+            return InvalidArgument(f"{name}: dimension {dim} of shape {shape} is outside 0..{MAX_DIM}")
     if size > room:
         return InvalidArgument(
-            f"tensor {name}: {size} bytes ({spec.datatype} {shape}) are more than the {room} that are left "
+            f"{name}: {size} bytes ({spec.datatype} {shape}) are more than the {room} that are left "
             f"of the limit of {limits.message_bytes} bytes for all tensors of a message"
         )
-    return InvalidArgument(f"tensor {name}: {spec.datatype} {shape} takes {size} bytes, its frame has {received}")
+    return InvalidArgument(f"{name}: {spec.datatype} {shape} takes {size} bytes, its frame has {received}")
+
+
+def _called(name: str) -> str:
+    """A tensor in error sentences; the only input of a model may have no name."""
+    return f"tensor {excerpt(name)}" if name else "the tensor"

@@ -25,6 +25,9 @@ Socket = zmq.Socket[bytes]
 _ZERO_COPY_BYTES = 256 * 1024
 """From about this size on, lending libzmq the caller's memory is cheaper than copying it."""
 
+_KEPT_BYTES = 64 * 1024
+"""From this size on, a received frame is kept as it came, and not copied."""
+
 _CONNECT_TIMEOUT_MS = 5_000  # also for the ZeroMQ handshake: a port may accept and then stay silent
 _NEVER_MS = 24 * 3_600_000
 _TCP_MAXRT_MS = 30_000  # data that no host acknowledges for so long: the connection is dead
@@ -88,6 +91,7 @@ class Link:
         self._unwatch = unwatch
         self.dealer: Socket | None = None
         self.monitor: Socket | None = None
+        self._is_large = False  # the last tensor that came
 
     def start(self, call: Call[Any]) -> None:
         """Take a call under way; it may be `done` at once."""
@@ -107,14 +111,28 @@ class Link:
         if dealer is None:
             return None
         try:
-            frames = [dealer.recv(_NOBLOCK)]
+            frames: list[Any] = [dealer.recv(_NOBLOCK)]
         except zmq.Again:
             return None
         while dealer.get(_RCVMORE):
-            frame = dealer.recv(_NOBLOCK)
+            frame = self._receive_tensor(dealer)
             if len(frames) < self._session.max_frames:
                 frames.append(frame)
         return self._session.receive(frames, time.monotonic())
+
+    def _receive_tensor(self, dealer: Socket) -> bytearray | zmq.Frame:
+        """Take the next frame, as memory that can be written to.
+
+        A large one is kept as libzmq has it. A small one may be part of a buffer that it would keep alive as a whole,
+        at an odd place in it, and takes longer that way than to be copied. Answers tend to be as large as the last one.
+        """
+        if not self._is_large:
+            frame = bytearray(dealer.recv(_NOBLOCK))
+            self._is_large = len(frame) >= _KEPT_BYTES
+            return frame
+        kept = dealer.recv(_NOBLOCK, copy=False)
+        self._is_large = len(kept) >= _KEPT_BYTES
+        return kept if self._is_large else bytearray(kept.buffer)
 
     def on_monitor(self) -> list[Call[Any]]:
         """Take what the monitor reports: connected, lost, or how far an attempt came. Returns finished calls."""

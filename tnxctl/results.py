@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -11,14 +11,16 @@ from tnxctl.wire import Timing
 
 if TYPE_CHECKING:
     from tnxctl.frames import Array
+else:
+    Array = Any  # numpy takes long to import, and whoever looks at signatures at run time needs a name here
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Outputs of one predict call, and how it was run.
 
     Attributes:
-        outputs: name -> array, in the model's order. The arrays look into the received message: they are
-            read-only, `.copy()` gives one to write to. BF16 comes as `ml_dtypes.bfloat16`.
+        outputs: name -> array, in the model's order. They look into the received message, which is nobody else's: they
+            may be written to. BF16 comes as `ml_dtypes.bfloat16`.
         model, version: what ran.
         device: where it ran: "cpu", "cuda:0", ...
         reason: why there, in words.

@@ -27,7 +27,7 @@ def to_wire(name: str, value: object) -> tuple[str, Array]:
     Raises:
         InvalidArgument: no array, or a dtype that has no datatype; the sentence names the input and the dtype.
     """
-    array = value if type(value) is np.ndarray else _to_numpy(name, value)
+    array = value if type(value) is np.ndarray else to_numpy(name, value)
     datatype = DATATYPES.get(array.dtype)
     if datatype is None:
         if not _is_bfloat16(array.dtype):
@@ -47,13 +47,19 @@ def from_wire(datatype: str, array: Array) -> Array:
     return array.view(ml_dtypes.bfloat16)
 
 
-def _to_numpy(name: str, value: object) -> Array:
+def is_array(value: object) -> bool:
+    """Whether a value says itself how it becomes an array."""
+    return hasattr(value, "__array__") or hasattr(value, "__dlpack__")
+
+
+def to_numpy(name: str, value: object) -> Array:
+    """An array of what is one in any library, of whatever dtype. Raises InvalidArgument, which names the input."""
     torch: Any = sys.modules.get("torch")
     try:
         if torch is not None and isinstance(value, torch.Tensor):
             return _torch_to_numpy(torch, value)
         if isinstance(value, np.ma.MaskedArray):
-            raise InvalidArgument(f"input {name!r}: a masked array would lose its mask, use .filled() or .data")
+            raise InvalidArgument(f"{called(name)}: a masked array would lose its mask, use .filled() or .data")
         if hasattr(value, "__array__"):
             return np.asarray(value)
         if hasattr(value, "__dlpack__"):
@@ -61,10 +67,11 @@ def _to_numpy(name: str, value: object) -> Array:
     except InvalidArgument:
         raise
     except Exception as error:  # whatever a foreign library raises for what it cannot export
-        raise InvalidArgument(f"input {name!r}: this {_type_name(value)} gives no array: {error}") from error
+        raise InvalidArgument(f"{called(name)}: this {_type_name(value)} gives no array: {error}") from error
     raise InvalidArgument(
-        f"input {name!r}: {_type_name(value)} is not an array (it has neither __array__ nor __dlpack__); "
-        f"numpy.asarray(..., dtype=...) makes one of lists and numbers"
+        f"{called(name)}: {_type_name(value)} is not an array (it has neither __array__ nor __dlpack__): "
+        f"np.asarray(x, dtype=np.float32) makes one of lists and numbers, in the datatype that the model takes, and "
+        f"Client.cast does that by the model's signature"
     )
 
 
@@ -84,9 +91,19 @@ def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
 def _dtype_error(name: str, dtype: np.dtype[Any]) -> InvalidArgument:
     if DATATYPES.get(dtype.newbyteorder("<")) is not None:
         return InvalidArgument(
-            f"input {name!r}: dtype {dtype.str} is big-endian, use .astype({dtype.newbyteorder('<').str!r})"
+            f"{called(name)}: dtype {dtype.str} is big-endian, use .astype({dtype.newbyteorder('<').str!r})"
         )
-    return InvalidArgument(f"input {name!r}: dtype {dtype} has no datatype on the wire; known are {', '.join(STORAGE)}")
+    if dtype.hasobject:
+        return InvalidArgument(
+            f"{called(name)}: dtype {dtype} holds Python objects, as a DataFrame of mixed columns does: "
+            f".astype(np.float32) makes numbers of them, of the datatype that the model takes"
+        )
+    return InvalidArgument(f"{called(name)}: dtype {dtype} has no datatype on the wire; known are {', '.join(STORAGE)}")
+
+
+def called(name: str) -> str:
+    """An input as error sentences call it; the only one of a model may have no name."""
+    return f"input {name!r}" if name else "the input"
 
 
 def _type_name(value: object) -> str:

@@ -8,16 +8,18 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tnxctl import __version__
-from tnxctl.errors import FailedPrecondition, InvalidArgument, TensorNextError
+from tnxctl.errors import FailedPrecondition, TensorNextError
+from tnxd import check as checking
 from tnxd import config as configuration
-from tnxd import logs, signals
+from tnxd import logs, offer, signals
 from tnxd.admission import Admission, is_loopback
 from tnxd.config import Config, control_of
 from tnxd.control import Inventory
@@ -25,9 +27,6 @@ from tnxd.costs import CostModel
 from tnxd.executors.execution import Executor
 from tnxd.lifecycle import Notifier, raise_file_limit
 from tnxd.loading import Changes, Loader
-from tnxd.models import repository
-from tnxd.models.builtin import STANDARD, builtin_entries
-from tnxd.models.catalog import Catalog
 from tnxd.registry import DRAINING, READY, STARTING, Registry
 from tnxd.router import Router
 from tnxd.scheduler import Scheduler
@@ -67,7 +66,7 @@ def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., A
     "--bind",
     multiple=True,
     metavar="ENDPOINT",
-    help="Where to listen: tcp://HOST:PORT (port * picks one) or ipc://PATH.",
+    help="Where to listen: HOST:PORT, tcp://HOST:PORT (port * picks one) or ipc://PATH.",
 )
 @_option(
     "--model",
@@ -108,8 +107,15 @@ def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., A
     type=click.Choice(configuration.LOG_LEVELS),
     help="What goes to the log.",
 )
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Print what is configured and what would be served, look whether all of it is right, and end.",
+)
 @click.version_option(__version__, prog_name="tnxd", message="%(prog)s %(version)s")
+@click.pass_context
 def main(
+    ctx: click.Context,
     path: Path | None,
     bind: tuple[str, ...],
     models: tuple[str, ...],
@@ -119,6 +125,7 @@ def main(
     cpu_workers: int | None,
     cpu_threads: int | None,
     log_level: str | None,
+    check: bool,
 ) -> None:
     """Serve PyTorch models over ZeroMQ.
 
@@ -129,6 +136,10 @@ def main(
     Prints one line when it is ready. SIGHUP looks at the model repository again. SIGTERM and SIGINT let it finish what
     it has taken in, then it exits with 0; after a second signal, what is left gets UNAVAILABLE. Exit code 2: the
     configuration is wrong; 1: it cannot listen or cannot load, it lost a device, or a model hangs.
+
+    --check needs no torch, listens nowhere and loads nothing: it prints every setting with the flag, variable or file
+    that it comes from, and the models that it finds. Exit code 2: the configuration is wrong; 1: something in the model
+    repository could not be served, which standard error names.
     """
     signals.prepare()  # `tnxd.__main__` has done so long before; other programs call this function
     overrides: dict[str, Any] = {
@@ -142,16 +153,19 @@ def main(
     }
     try:
         config = configuration.load(path, overrides)
-        catalog = _catalog(config)
-        _check_default(config, catalog)
+        if check:
+            click.echo("\n".join(checking.settings(config, checking.origins(ctx, path))))
+        catalog = offer.catalog(config)
+        offer.check_default(config, catalog)
     except TensorNextError as error:
         _exit(2, error)
+    if check:
+        sys.exit(checking.finish(catalog, _odd_variables()))
     logs.install(config.log_level)
     if importlib.util.find_spec("torch") is None:
         _exit(1, FailedPrecondition("the daemon needs torch, which is not installed: pip install 'tensornext[daemon]'"))
-    for name in sorted(os.environ.keys() - _known_variables()):
-        if name.startswith("TNXD_"):
-            log.warning("the environment variable %s is none of the daemon's", name)
+    for sentence in _odd_variables():
+        log.warning("%s", sentence)
     raise_file_limit()
     queue = config.queue
     admission = Admission(config.clients, max_requests=queue.max_requests, max_bytes=int(queue.max_mb * _MIB))
@@ -184,25 +198,6 @@ def _warn_of_strangers(config: Config, endpoints: list[str]) -> None:
                 endpoint,
                 orders,
             )
-
-
-def _catalog(config: Config) -> Catalog:
-    """The models to serve. Raises TensorNextError: the configuration names something that there is not."""
-    entries = builtin_entries(config.models or (() if config.model_repository else STANDARD))
-    if not config.model_repository:
-        return Catalog(entries)
-    found = repository.scan(Path(config.model_repository), require_manifest=config.require_manifest)
-    failures = dict(found.failures)
-    for name in found.entries.keys() & entries.keys():
-        failures[f"{config.model_repository}/{name}"] = f"two models are called {name!r}: the built-in one is served"
-    return Catalog({**entries, **found.entries, **entries}, failures)
-
-
-def _check_default(config: Config, catalog: Catalog) -> None:
-    default = config.default_model
-    if default and default not in catalog.entries and default not in catalog.failures:
-        served = ", ".join(catalog.entries) or "none"
-        raise InvalidArgument(f"default_model: {default!r} is not among the models {served}")
 
 
 class _Daemon:
@@ -300,7 +295,7 @@ class _Daemon:
             scheduler,
             executors,
             self._costs,
-            lambda: _catalog(config),
+            lambda: offer.catalog(config),
             self._server.call_soon,
             limits=config.limits,
             budget={"cpu": int(config.memory.cpu_mb * _MIB), "cuda": int(config.memory.cuda_mb * _MIB)},
@@ -407,8 +402,14 @@ class _Daemon:
             self._notifier.retry()
 
 
-def _known_variables() -> set[str]:
-    return {str(parameter.envvar) for parameter in main.params if isinstance(parameter, click.Option)}
+def _odd_variables() -> Iterator[str]:
+    """Sentences about variables that look like the daemon's, and are not."""
+    known = {parameter.envvar for parameter in main.params if isinstance(parameter.envvar, str)}
+    for name in sorted(os.environ.keys() - known):
+        if name.startswith("TNXD_"):
+            close = get_close_matches(name, known, 1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            yield f"the environment variable {name} is none of the daemon's{hint}"
 
 
 def _exit(code: int, error: TensorNextError) -> None:

@@ -92,7 +92,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that can be set.
 
     Attributes:
-        bind: endpoints to listen on, tcp:// or ipc://; port * picks a free one.
+        bind: endpoints to listen on, tcp:// or ipc://; ADDRESS:PORT alone is tcp://; port * picks a free one.
         models: built-in models to serve; empty: all of them, or none where there is a repository.
         model_repository: directory of models, see docs/models.md; "": none.
         require_manifest: refuse a version without SHA256SUMS.
@@ -141,6 +141,7 @@ def control_of(config: Config) -> str:
     return control
 
 
+_ADDRESS = re.compile(r"[^/]+:(\d+|\*)")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -167,8 +168,14 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
         elif value is not None:
             settings[key] = value
     config = tomlfile.convert(settings, Config, origin)
+    config = msgspec.structs.replace(config, bind=tuple(map(_with_transport, config.bind)))
     _check(config, origin)
     return config
+
+
+def _with_transport(endpoint: str) -> str:
+    """An endpoint; ADDRESS:PORT alone is one of tcp://."""
+    return f"tcp://{endpoint}" if _ADDRESS.fullmatch(endpoint) else endpoint
 
 
 def _check(config: Config, origin: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,15 +63,15 @@ def _in_words(error: msgspec.ValidationError, settings: Mapping[str, Any], kind:
     key = path.removeprefix(".")
     odd = _ODD_KEY.match(text)
     if odd is not None:
-        problem = "unknown key" if odd["what"] == "contains unknown" else "is missing"
-        return f"{key}{'.' if key else ''}{odd['key']}: {problem}"
+        whole = f"{key}{'.' if key else ''}{odd['key']}"
+        if odd["what"] != "contains unknown":
+            return f"{whole}: is missing"
+        return f"{whole}: unknown key{_meant(odd['key'], inspect.type_info(kind), _steps(path))}"
     what = (text if place is None else text[: place.start()]).replace("`", "")
     what = what[0].lower() + what[1:]
     if not key:
         return what
-    steps: list[str | int] = [
-        step["key"] if step["index"] is None else int(step["index"]) for step in _STEP.finditer(path)
-    ]
+    steps = _steps(path)
     if "invalid enum value" in what:
         what = f"expected one of {', '.join(map(str, _choices(inspect.type_info(kind), steps)))}"
     value: Any = settings
@@ -80,6 +81,44 @@ def _in_words(error: msgspec.ValidationError, settings: Mapping[str, Any], kind:
     except (KeyError, IndexError, TypeError):
         return f"{key}: {what}"
     return f"{key}: {what}" if isinstance(value, Mapping) else f"{key}: {what}, not {value!r}"
+
+
+def _steps(path: str) -> list[str | int]:
+    return [step["key"] if step["index"] is None else int(step["index"]) for step in _STEP.finditer(path)]
+
+
+def _meant(key: str, kind: inspect.Type, steps: Sequence[str | int]) -> str:
+    """A question about the key that was meant, with a comma before it; "" if none is like it."""
+    table = _struct_at(kind, steps)
+    names = [field.encode_name for field in table.fields] if table else []
+    close = get_close_matches(key, names, 1) or _elsewhere(key, kind)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _elsewhere(key: str, kind: inspect.Type) -> list[str]:
+    """Keys of that very name in the tables, as TABLE.KEY."""
+    whole = _struct_at(kind, ())
+    tables = {field.encode_name: _struct_at(field.type, ()) for field in whole.fields} if whole else {}
+    return [
+        f"{name}.{key}"
+        for name, table in tables.items()
+        if table is not None and any(field.encode_name == key for field in table.fields)
+    ]
+
+
+def _struct_at(kind: inspect.Type, steps: Sequence[str | int]) -> inspect.StructType | None:
+    """The table at that place."""
+    if isinstance(kind, inspect.Metadata):
+        return _struct_at(kind.type, steps)
+    if isinstance(kind, inspect.UnionType):
+        return next(filter(None, (_struct_at(part, steps) for part in kind.types)), None)
+    if isinstance(kind, inspect.VarTupleType | inspect.ListType) and steps:
+        return _struct_at(kind.item_type, steps[1:])
+    if not isinstance(kind, inspect.StructType):
+        return None
+    if not steps:
+        return kind
+    return next((_struct_at(field.type, steps[1:]) for field in kind.fields if field.encode_name == steps[0]), None)
 
 
 def _choices(kind: inspect.Type, steps: Sequence[str | int]) -> list[Any]:

@@ -3,11 +3,16 @@
 health.py, models.py, metadata.py, predict.py, reload.py, completion.py
                 one sub-command each, imported when it is called
 options.py      options that they share         exits.py        exit codes
-tensorfiles.py  .npy and .npz                   inputs.py       random inputs
+sources.py      what --input may be             inputs.py       random inputs
+tensorfiles.py  .npy and .npz                   textfiles.py    JSON and CSV
+images.py       image files, by Pillow
 workload.py     many requests, some at a time   tally.py        what came of them, in numbers
 example.py      an example call of a model      modeltoml.py    a commented model.toml
 report.py       how answers are shown           comparison.py   how two versions differ
 text.py         tables, units, colours          output.py       JSON documents and error sentences
+groups.py       commands, and misspelt ones     interrupts.py   what SIGTERM does
+suggestions.py  models, versions and devices    progress.py     what a daemon is doing
+                that complete a word
 """
 
 from __future__ import annotations
@@ -20,13 +25,15 @@ from typing import Any
 import click
 
 import tnxctl
-from tnxctl.cli import exits, output
+from tnxctl.cli import exits, options, output
+from tnxctl.cli.groups import Group
+from tnxctl.cli.interrupts import heed_sigterm
 from tnxctl.errors import TensorNextError
 
 _COMMANDS = ("health", "models", "metadata", "predict", "reload", "completion")
 
 
-class _Tool(click.Group):
+class _Tool(Group):
     """A group that imports a sub-command when it is needed and turns TensorNext's errors into exit codes."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -43,9 +50,20 @@ class _Tool(click.Group):
             return super().invoke(ctx)
         except (TensorNextError, exits.FileProblem) as error:
             output.fail(ctx, error)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             click.echo(err=True)  # below the terminal's "^C"
-            ctx.exit(exits.Exit.INTERRUPTED)
+            ctx.exit(exits.of_interrupt(interrupt))
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        if "_TNXCTL_COMPLETE" in os.environ:
+            import_module("tnxctl.cli.completion").register()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            code = output.lose(error)
+            if code is None:
+                raise
+            sys.exit(code)
 
 
 def _exit_codes() -> str:
@@ -57,6 +75,7 @@ _EPILOG = f"""\b
 Examples:
   tnxctl health
   tnxctl predict --host 192.168.1.100 --count 5
+  tnxctl --host 192.168.1.100 models
   tnxctl predict --model digits --input scans.npy --output scores.npy
   tnxctl models
   tnxctl models load resnet@2
@@ -74,6 +93,7 @@ Shell completion: tnxctl completion --help
 @click.group(
     cls=_Tool, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
+@options.host(expose_value=False)
 @click.version_option(tnxctl.__version__, prog_name="tnxctl", message="%(prog)s %(version)s")
 @click.pass_context
 def main(ctx: click.Context) -> None:
@@ -83,3 +103,5 @@ def main(ctx: click.Context) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without "µ" shows "?" instead of failing
+    heed_sigterm(ctx)
+    output.check_writable()

@@ -32,7 +32,7 @@ def lines(found: Comparison, width: int | None) -> Iterator[str]:
 def _difference(output: OutputDifference) -> tuple[str, ...]:
     agreement = "-" if output.argmax_agreement is None else _percent(output.argmax_agreement)
     return (
-        output.name,
+        text.tensor_name(output.name),
         str(output.elements),
         f"{output.max_abs:.3g}",
         f"{output.mean_abs:.3g}",

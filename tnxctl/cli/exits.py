@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 from tnxctl import errors
+from tnxctl.cli.interrupts import Terminated
 
 
 class Exit(IntEnum):
@@ -18,20 +19,24 @@ class Exit(IntEnum):
     TIMEOUT = 6
     FILE = 7
     OVERLOADED = 8
+    DEGRADED = 9
     INTERRUPTED = 130  # what a shell reports for SIGINT
+    TERMINATED = 143  # and for SIGTERM
 
 
 MEANINGS: dict[Exit, str] = {
-    Exit.OK: "all went well; for health: the daemon is ready",
+    Exit.OK: "all went well; for health: the daemon is ready, and no model has failed",
     Exit.FAILED: "some of several requests or models failed, or an internal error",
     Exit.USAGE: "wrong use of the command line",
     Exit.UNREACHABLE: "no daemon answers there, or it takes no more requests",
     Exit.NOT_READY: "the daemon is not ready (health), or the model is not loaded",
     Exit.REFUSED: "the request cannot work as it is (shape, no such model, not allowed)",
     Exit.TIMEOUT: "no answer within --timeout or before --deadline",
-    Exit.FILE: "a file cannot be read or written",
+    Exit.FILE: "a file cannot be read or written, or standard output cannot",
     Exit.OVERLOADED: "the daemon's queue or memory is full: try again later",
+    Exit.DEGRADED: "the daemon is ready, but models of its have failed (health)",
     Exit.INTERRUPTED: "interrupted (Ctrl-C)",
+    Exit.TERMINATED: "terminated (SIGTERM)",
 }
 
 _BY_ERROR: dict[type[errors.TensorNextError], Exit] = {
@@ -57,6 +62,11 @@ def of_error(error: errors.TensorNextError | FileProblem) -> Exit:
     if isinstance(error, FileProblem):
         return Exit.FILE
     return _BY_ERROR.get(type(error), Exit.FAILED)
+
+
+def of_interrupt(interrupt: KeyboardInterrupt) -> Exit:
+    """The exit code after Ctrl-C or SIGTERM."""
+    return Exit.TERMINATED if isinstance(interrupt, Terminated) else Exit.INTERRUPTED
 
 
 def of_run(answered: int, failures: Iterable[errors.TensorNextError]) -> Exit:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) -> None:
     """Show how the daemon is: its devices, models, queue and counts.
 
-    The exit code is 0 if the daemon is ready, 4 if it answers but is starting or draining, 3 if nobody answers.
+    The exit code is 0 if the daemon is ready, 9 if it is degraded, that is, ready, but with models that have failed, 4
+    if it answers but is starting or draining, 3 if nobody answers.
 
     LANES BUSY says how many of the places where batches run are taken; QUEUED ROWS wait for one. BATCH is the number of
     rows up to which requests share a batch; TRAFFIC, shown where it is split, the part of a name's requests that each
@@ -35,7 +36,7 @@ def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) ->
     Examples:
       tnxctl health
       tnxctl health --host 192.168.1.100:5555 --timeout 1
-      until tnxctl health >/dev/null 2>&1; do sleep 1; done
+      until tnxctl health >/dev/null 2>&1 || [ $? = 9 ]; do sleep 1; done
       tnxctl health --json | jq .gpu_memory_free_mb
     """
     from tnxctl.client import Client
@@ -48,11 +49,26 @@ def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) ->
         _write_json(report, endpoint, round_trip_ms)
     else:
         click.echo("\n".join(_lines(report, endpoint, round_trip_ms)))
-    ctx.exit(exits.Exit.OK if report.status == "ready" else exits.Exit.NOT_READY)
+    ctx.exit(_EXITS.get(_status(report), exits.Exit.NOT_READY))
+
+
+_DEGRADED = "degraded"
+_EXITS = {"ready": exits.Exit.OK, _DEGRADED: exits.Exit.DEGRADED}
+
+
+def _status(report: HealthReport) -> str:
+    """The daemon's own word for how it is, and another one where that is ready although models have failed."""
+    return _DEGRADED if report.status == "ready" and _failed(report) else report.status
+
+
+def _failed(report: HealthReport) -> list[ModelInfo]:
+    return [model for model in report.models if model.status == "failed"]
 
 
 def _write_json(report: HealthReport, endpoint: str, round_trip_ms: float) -> None:
     document = output.report_document(report)
+    document["status"] = _status(report)
+    document["failed"] = [text.title(model) for model in _failed(report)]
     document["models"] = [output.model_document(model) for model in report.models]
     output.write_json({"endpoint": endpoint, "round_trip_ms": round_trip_ms, **document})
 
@@ -60,9 +76,12 @@ def _write_json(report: HealthReport, endpoint: str, round_trip_ms: float) -> No
 def _lines(report: HealthReport, endpoint: str, round_trip_ms: float) -> Iterator[str]:
     width = text.terminal_width(sys.stdout)
     yield (
-        f"{text.status(text.clean(report.status))}  {endpoint}  tnxd {text.clean(report.version)}, "
+        f"{text.status(text.clean(_status(report)))}  {endpoint}  tnxd {text.clean(report.version)}, "
         f"up {text.duration(report.uptime_s)}, answered in {round_trip_ms:.1f} ms"
     )
+    failed = _failed(report)
+    if failed:
+        yield f"Not served: {', '.join(map(text.title, failed))}"
     yield ""
     yield from _devices(report.devices, width)
     memory = f" ({report.gpu_memory_free_mb / 1024:.1f} GiB free)" if report.gpu_memory_free_mb else ""

@@ -1,19 +1,17 @@
-"""Inputs that fit a model's signature: random ones, and a user's own in the model's datatypes."""
+"""Random inputs that fit a model's signature."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from tnxctl import wire
-from tnxctl.errors import Unimplemented
-from tnxctl.frames import STORAGE, Array
+from tnxctl.casting import dtype_of
+from tnxctl.frames import Array
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.random import Generator
 
 
@@ -44,26 +42,12 @@ def random_inputs(
         raise click.UsageError(f"--batch-size does not apply to model {model.name!r}: it takes no batch axis")
     if input_dim is not None and not any(_has_features(spec, model) for spec in specs):
         raise click.UsageError(f"--input-dim does not apply to model {model.name!r}: it has no axis but the rows")
-    size = sum(_dtype(spec.datatype).itemsize * math.prod(spec.shape) for spec in specs)
+    size = sum(dtype_of(spec.datatype).itemsize * math.prod(spec.shape) for spec in specs)
     limit = wire.Limits().message_bytes
     if size > limit:
         raise click.UsageError(f"inputs of {size} bytes are too large: a message may have {limit}")
     generator = np.random.default_rng(seed)
     return {spec.name: _draw(spec, generator) for spec in specs}
-
-
-def cast(inputs: Mapping[str, Array], model: wire.ModelInfo) -> dict[str, Array]:
-    """The inputs in the datatypes of the model's signature. What the signature does not name stays as it is.
-
-    Values that the datatype cannot hold become what numpy makes of them: fractions are cut, large integers wrap.
-    """
-    datatypes = {spec.name: spec.datatype for spec in model.inputs}
-    if len(model.inputs) == 1:
-        datatypes[""] = model.inputs[0].datatype
-    return {
-        name: array.astype(_dtype(datatypes[name]), copy=False) if name in datatypes else array
-        for name, array in inputs.items()
-    }
 
 
 def example_shapes(
@@ -94,20 +78,7 @@ def _has_features(spec: wire.TensorSpec, model: wire.ModelInfo) -> bool:
 
 
 def _draw(spec: wire.TensorSpec, generator: Generator) -> Array:
-    dtype = _dtype(spec.datatype)
+    dtype = dtype_of(spec.datatype)
     if spec.datatype == "BOOL" or "INT" in spec.datatype:
         return generator.integers(0, 2, spec.shape).astype(dtype)
     return generator.standard_normal(spec.shape).astype(dtype)
-
-
-def _dtype(datatype: str) -> np.dtype[Any]:
-    """The numpy dtype of a datatype's values; for BF16 the one that ml_dtypes adds to numpy."""
-    if datatype not in STORAGE:
-        raise Unimplemented(f"the model wants datatype {datatype}, known here are {', '.join(STORAGE)}")
-    if datatype != "BF16":
-        return STORAGE[datatype]
-    import ml_dtypes
-    import numpy as np
-
-    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-    return bfloat16

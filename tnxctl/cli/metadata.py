@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import output, text
+from tnxctl.cli import output, suggestions, text
 from tnxctl.cli.options import common
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("metadata", short_help="Show what a model takes and gives.")
-@click.argument("model", default="", metavar="[NAME[@VERSION]]")
+@click.argument("model", default="", metavar="[NAME[@VERSION]]", shell_complete=suggestions.models)
 @common
 def command(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
     """Show what a model takes and gives: names, datatypes and shapes. Without NAME: the default model. Without VERSION:
@@ -56,7 +56,7 @@ def signature(info: ModelInfo) -> Iterator[str]:
         yield "What it takes and gives is not known before it is loaded."
         return
     rows = [
-        (side, spec.name, spec.datatype, text.shape(spec.shape))
+        (side, text.tensor_name(spec.name), spec.datatype, text.shape(spec.shape))
         for side, specs in (("input", info.inputs), ("output", info.outputs))
         for spec in specs
     ]

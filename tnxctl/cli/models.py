@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import output, text
+from tnxctl.cli import output, progress, suggestions, text
+from tnxctl.cli.groups import Group
 from tnxctl.cli.options import DEFAULT_TIMEOUT_S, as_json, common, slow
 
 if TYPE_CHECKING:
@@ -26,14 +27,7 @@ _STATES = {
 """What a version keeps from one request to the next, see `tnxctl.wire.ModelInfo`."""
 
 
-class _InOrder(click.Group):
-    """Lists its commands as they are defined."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-
-@click.group("models", cls=_InOrder, short_help="Show what is served, and change it.", invoke_without_command=True)
+@click.group("models", cls=Group, short_help="Show what is served, and change it.", invoke_without_command=True)
 @common
 @click.pass_context
 def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) -> None:
@@ -58,6 +52,22 @@ def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) ->
     if ctx.invoked_subcommand is not None:
         return
 
+    _list(endpoint, timeout, as_json)
+
+
+@command.command("ls", short_help="Show the list, as tnxctl models alone does.")
+@common
+def ls(endpoint: str, timeout: float, as_json: bool) -> None:
+    """Show which models the daemon serves, in which versions, as tnxctl models alone does: see its --help.
+
+    \b
+    Example:
+      tnxctl models ls --json
+    """
+    _list(endpoint, timeout, as_json)
+
+
+def _list(endpoint: str, timeout: float, as_json: bool) -> None:
     from tnxctl.client import Client
 
     with Client(endpoint, timeout=timeout) as client:
@@ -66,7 +76,7 @@ def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) ->
 
 
 @command.command("show", short_help="Show all about a model, and an example call.")
-@click.argument("model", metavar="NAME[@VERSION]")
+@click.argument("model", metavar="NAME[@VERSION]", shell_complete=suggestions.models)
 @common
 def show(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
     """Show what a model takes and gives, how it is served, and a call of it to copy, for a shell and for Python.
@@ -95,7 +105,7 @@ def show(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
 
 
 @command.command("load", short_help="Load a model, or one version of it.")
-@click.argument("model", metavar="NAME[@VERSION]")
+@click.argument("model", metavar="NAME[@VERSION]", shell_complete=suggestions.models)
 @slow
 @click.pass_context
 def load(ctx: click.Context, model: str, endpoint: str, timeout: float, as_json: bool) -> None:
@@ -112,7 +122,11 @@ def load(ctx: click.Context, model: str, endpoint: str, timeout: float, as_json:
     """
     from tnxctl.client import Client
 
-    with Client(endpoint, timeout=min(timeout, DEFAULT_TIMEOUT_S)) as client, output.interruptible(ctx):
+    with (
+        Client(endpoint, timeout=min(timeout, DEFAULT_TIMEOUT_S)) as client,
+        output.interruptible(ctx),
+        progress.shown(client, f"loading {model}", model),
+    ):
         infos = client.load(model, timeout=timeout)
     _show(endpoint, infos, as_json)
     if not as_json:
@@ -122,7 +136,7 @@ def load(ctx: click.Context, model: str, endpoint: str, timeout: float, as_json:
 
 
 @command.command("unload", short_help="Stop serving a model, or one version of it.")
-@click.argument("model", metavar="NAME[@VERSION]")
+@click.argument("model", metavar="NAME[@VERSION]", shell_complete=suggestions.models)
 @slow
 @click.pass_context
 def unload(ctx: click.Context, model: str, endpoint: str, timeout: float, as_json: bool) -> None:
@@ -137,18 +151,25 @@ def unload(ctx: click.Context, model: str, endpoint: str, timeout: float, as_jso
     """
     from tnxctl.client import Client
 
-    with Client(endpoint, timeout=min(timeout, DEFAULT_TIMEOUT_S)) as client, output.interruptible(ctx):
+    with (
+        Client(endpoint, timeout=min(timeout, DEFAULT_TIMEOUT_S)) as client,
+        output.interruptible(ctx),
+        progress.shown(client, f"unloading {model}", model),
+    ):
         infos = client.unload(model, timeout=timeout)
     _show(endpoint, infos, as_json)
 
 
 @command.command("route", short_help="Split the requests for a model between its versions.")
-@click.argument("name")
-@click.argument("weights", nargs=-1, required=True, metavar="(VERSION=WEIGHT... | latest)")
+@click.argument("name", shell_complete=suggestions.names)
+@click.argument(
+    "weights", nargs=-1, required=True, metavar="(VERSION=WEIGHT... | latest)", shell_complete=suggestions.weights
+)
 @click.option(
     "--shadow",
     default="",
     metavar="VERSION",
+    shell_complete=suggestions.versions,
     help="Send copies of the requests to this version, as far as there is free capacity, and answer none of them.",
 )
 @common
@@ -175,9 +196,9 @@ def route(name: str, weights: tuple[str, ...], shadow: str, endpoint: str, timeo
 
 
 @command.command("compare", short_help="Show how the answers of a shadow version differ.")
-@click.argument("name")
-@click.argument("baseline")
-@click.argument("candidate")
+@click.argument("name", shell_complete=suggestions.names)
+@click.argument("baseline", shell_complete=suggestions.versions)
+@click.argument("candidate", shell_complete=suggestions.versions)
 @common
 def compare(name: str, baseline: str, candidate: str, endpoint: str, timeout: float, as_json: bool) -> None:
     """Show how the answers of version CANDIDATE, a shadow, differ from those of BASELINE, which answers, and how long

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
+from tnxctl import durations
 from tnxctl.cli import output
 from tnxctl.errors import InvalidArgument
 
@@ -41,21 +41,17 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # old versions of cl
 
     name = "duration"
 
-    def __init__(self, most: float) -> None:
+    def __init__(self, most: float = math.inf) -> None:
         self._most = most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        found = _DURATION.fullmatch(str(value).strip())
-        if found is None:
+        seconds = durations.read(str(value))
+        if seconds is None:
             self.fail(f"{value!r} is not a duration: 50ms, 200us and 0.05s are, and 0.05 is seconds.", param, ctx)
-        seconds = float(found["number"]) * _SECONDS[found["unit"]]
-        if not 0 < seconds <= self._most:
-            self.fail(f"{value!r} is not in the range above 0 and up to {self._most:g}s.", param, ctx)
+        if not 0 < seconds <= self._most or math.isinf(seconds):
+            limit = "" if math.isinf(self._most) else f" and up to {durations.spell(self._most)}"
+            self.fail(f"{value!r} is not in the range above 0{limit}.", param, ctx)
         return seconds
-
-
-_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6}  # two characters look like "µ"
-_DURATION = re.compile(rf"(?P<number>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*(?P<unit>{'|'.join(_SECONDS)})")
 
 
 def inherited(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
@@ -69,14 +65,29 @@ def inherited(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     return ctx.meta.get(key, value)
 
 
-def _endpoint(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """The endpoint that ZeroMQ connects to, made of what --host takes."""
+def _endpoint(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """The endpoint that ZeroMQ connects to, made of what --host takes; None where no host is given."""
+    given = inherited(ctx, param, value)
+    if given is None:
+        return None
     from tnxctl.endpoint import parse_endpoint
 
     try:
-        return parse_endpoint(inherited(ctx, param, value))
+        return parse_endpoint(given)
     except InvalidArgument as error:
         raise click.BadParameter(error.message, param=param) from None
+
+
+def host(**settings: Any) -> Callable[[_Command], _Command]:
+    """--host, with further settings of an option of click's."""
+    return click.option(
+        "--host",
+        "endpoint",
+        callback=_endpoint,
+        metavar="HOST",
+        help="Where the daemon is: ip, ip:port, hostname, tcp://... or ipc://...",
+        **settings,
+    )
 
 
 def common(command: _Command) -> _Command:
@@ -93,24 +104,14 @@ def slow(command: _Command) -> _Command:
 def _daemon(command: _Command, timeout: float, what: str) -> _Command:
     command = click.option(
         "--timeout",
-        type=Finite(min=0, min_open=True),
+        type=Duration(),
         callback=inherited,
-        default=timeout,
+        default=f"{timeout:g}s",
         show_default=True,
-        metavar="SECONDS",
+        metavar="DURATION",
         help=what,
     )(as_json(command))
-    return click.option(
-        "--host",
-        "endpoint",
-        callback=_endpoint,
-        envvar="TNX_HOST",
-        show_envvar=True,
-        default="127.0.0.1",
-        show_default=True,
-        metavar="HOST",
-        help="Where the daemon is: ip, ip:port, hostname, tcp://... or ipc://...",
-    )(command)
+    return host(envvar="TNX_HOST", show_envvar=True, default="127.0.0.1", show_default=True)(command)
 
 
 def as_json(command: _Command) -> _Command:

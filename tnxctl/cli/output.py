@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +21,9 @@ if TYPE_CHECKING:
     from tnxctl.wire import ModelInfo, TensorSpec
 
 _AS_JSON = "tnxctl.json"  # key in click's context
+
+# What a write to a stream fails with. What concerns a file by its name is a FileProblem long before.
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def choose_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
@@ -62,15 +69,59 @@ def interruptible(ctx: click.Context) -> Iterator[None]:
     """Wait inside until a daemon has changed what it serves: Ctrl-C ends the waiting, and nothing else."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         click.echo(err=True)  # below the terminal's "^C"
         complain("interrupted; the daemon finishes what it has begun: tnxctl models shows how far it is")
-        ctx.exit(exits.Exit.INTERRUPTED)
+        ctx.exit(exits.of_interrupt(interrupt))
 
 
 def complain(sentence: str) -> None:
-    """One sentence on standard error."""
-    click.echo(f"{click.style('Error:', fg='red')} {text.clean(sentence)}", err=True)
+    """One sentence on standard error, if that takes it: the exit code says the rest."""
+    try:
+        click.echo(f"{click.style('Error:', fg='red')} {text.clean(sentence)}", err=True)
+    except OSError:
+        _silence(sys.stderr)
+
+
+def check_writable() -> None:
+    """Look whether standard output takes anything, before any work is done for it.
+
+    A write of no bytes tells of a full device and of a descriptor that is not open for writing. A disk that fills up
+    later shows when it has.
+
+    Raises:
+        FileProblem: it does not.
+    """
+    try:
+        os.write(sys.stdout.fileno(), b"")
+    except (AttributeError, ValueError):  # none, closed or no file: whoever started this program wants no output
+        pass
+    except BrokenPipeError:
+        raise  # the reader has enough: no problem of a file
+    except OSError as error:
+        raise _unwritable(error) from None
+
+
+def lose(error: OSError) -> exits.Exit | None:
+    """Report that standard output takes no more, if that is what the error is about. Returns the exit code then."""
+    if error.errno not in _WRITE_ERRORS or error.filename is not None:
+        return None
+    _silence(sys.stdout)
+    complain(str(_unwritable(error)))
+    _silence(sys.stderr)
+    return exits.Exit.FILE
+
+
+def _unwritable(error: OSError) -> exits.FileProblem:
+    return exits.FileProblem(f"cannot write standard output: {error.strerror or error}")
+
+
+def _silence(stream: IO[str] | None) -> None:
+    """Send what a stream still holds nowhere: else Python tries once more at its end, and says so."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]  # AttributeError: there is none
+        os.close(nowhere)
 
 
 def fail(ctx: click.Context, error: TensorNextError | exits.FileProblem) -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import output, tensorfiles
+from tnxctl.cli import exits, output, sources, suggestions, tensorfiles
 from tnxctl.cli.options import LOWEST_PRIORITY, MAX_DEADLINE_S, Duration, Finite, common
 from tnxctl.errors import TensorNextError
 
 if TYPE_CHECKING:
     from tnxctl.cli.report import Show
     from tnxctl.cli.tally import Tally
-    from tnxctl.cli.workload import Answer
+    from tnxctl.cli.workload import Run
 
 
 @click.command("predict", short_help="Ask a model for predictions.")
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     "--model",
     default="",
     metavar="NAME[@VERSION]",
+    shell_complete=suggestions.models,
     help="Model, or one version of it.  [default: the daemon's default model]",
 )
 @click.option(
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     "--device",
     default="",
     metavar="DEVICE",
+    shell_complete=suggestions.devices,
     help="auto: where it is predicted to be done first. cpu, cuda:0, ...: there or not at all.  "
     "[default: as --prefer-gpu says]",
 )
@@ -70,12 +71,15 @@ if TYPE_CHECKING:
     "--input",
     "input_path",
     type=click.Path(allow_dash=True),
-    help="Tensors to send: .npy, .npz with one array per input of the model, or - for standard input.",
+    metavar="FILE|JSON",
+    help="Tensors to send: .npy, .npz with one array per input of the model, .json, .csv, an image (with Pillow), - "
+    "for standard input, or JSON itself: '[[1, 2, 3]]', or '{\"ids\": [[1, 2]]}' with the names of inputs.",
 )
 @click.option(
     "--cast",
     is_flag=True,
-    help="Convert the tensors of --input to the datatypes of the model (numpy makes FP64 by default).",
+    help="Convert the tensors of --input to the datatypes of the model (numpy makes FP64 by default), even where they "
+    "cannot hold the values. Text and images are converted in any case, if their values allow.",
 )
 @click.option(
     "--output",
@@ -125,7 +129,12 @@ def command(
     """Ask a model for predictions and show where and how fast they ran.
 
     Without --input the tool asks for the model's signature and sends random tensors that fit it, the same ones in
-    every request. Ctrl-C ends a long run and withdraws what still waits at the daemon; the summary still comes.
+    every request. Ctrl-C, or SIGTERM, ends a long run and withdraws what still waits at the daemon; the summary still
+    comes. Each request that was sent stands in it as answered, failed or unknown.
+
+    JSON and CSV have no datatypes: their numbers become what the model takes. CSV has a row of the input on each line,
+    and perhaps a heading. An image is decoded into the layout of the model's input, with the values of the file, as a
+    rule 0 to 255; one of another size is refused, and none is scaled or turned.
 
     \b
     Examples:
@@ -136,12 +145,13 @@ def command(
       tnxctl predict --batch-size 4 --input-dim 256
       tnxctl predict --model digits --input scans.npy --output scores.npy
       tnxctl predict --model resnet@2 --input cat.npy
+      tnxctl predict --model iris --input '[[5.1, 3.5, 1.4, 0.2]]'
       tnxctl predict --model digits --input - --output - < scans.npy > scores.npy
       tnxctl predict --count 1000 --concurrency 16
       tnxctl predict --json | jq .round_trip_ms.p50
     """
     _check_use(as_json, input_path, cast, output_path, batch_size, input_dim, count)
-    tensors = None if input_path is None else tensorfiles.read(input_path)
+    source = None if input_path is None else sources.read(input_path)
 
     from tnxctl.cli import inputs, report, workload
     from tnxctl.cli.tally import Tally
@@ -149,39 +159,40 @@ def command(
 
     tally = Tally(count, concurrency)
     people = sys.stderr if output_path == tensorfiles.STANDARD else sys.stdout
-    with Client(endpoint, timeout=timeout) as client:
-        if tensors is None:
-            signature = client.metadata(model)
-            tensors = inputs.random_inputs(signature, batch_size=batch_size, input_dim=input_dim, seed=seed)
-        elif cast:
-            tensors = inputs.cast(tensors, client.metadata(model))
-        options = workload.Options(
-            model=model,
-            prefer_gpu=prefer_gpu,
-            min_gpu_memory_mb=min_gpu_memory,
-            device=device,
-            deadline=deadline,
-            priority=priority,
-            route_key=route_key,
-        )
-        call = workload.Call(tensors, options)
-        with report.view(count, None if as_json else people, explain) as show:
-            _run(workload.run(client, call, count, concurrency, timeout), tally, show)
-
-    if output_path is not None:
-        for answer in tally.answers:  # one, or none if interrupted
+    with tensorfiles.destination(output_path) as write:
+        with Client(endpoint, timeout=timeout) as client:
+            if source is None:
+                signature = client.metadata(model)
+                tensors = inputs.random_inputs(signature, batch_size=batch_size, input_dim=input_dim, seed=seed)
+            elif cast or source.needs_model:
+                tensors = source.fitted(client.metadata(model), cast)
+            else:
+                tensors = source.tensors
+            options = workload.Options(
+                model=model,
+                prefer_gpu=prefer_gpu,
+                min_gpu_memory_mb=min_gpu_memory,
+                device=device,
+                deadline=deadline,
+                priority=priority,
+                route_key=route_key,
+            )
+            run = workload.Run(client, workload.Call(tensors, options), count, concurrency, timeout)
+            with report.view(count, None if as_json else people, explain) as show:
+                _take(run, tally, show)
+        for answer in tally.answers if output_path is not None else ():  # one, or none if interrupted
             if not isinstance(answer.outcome, TensorNextError):
-                tensorfiles.write(output_path, answer.outcome.outputs)
+                write(answer.outcome.outputs)
     if as_json:
         output.write_json({"endpoint": endpoint, **report.document(tally)})
     else:
         click.echo("\n".join(report.summary(tally, explain)), people)
-    if tally.interrupted or tally.failed:
+    if tally.interrupt is not None or tally.failed or tally.unknown:
         output.complain(report.shortfall(tally))
     ctx.exit(tally.exit_code())
 
 
-def _run(answers: Iterable[Answer], tally: Tally, show: Show) -> None:
+def _take(run: Run, tally: Tally, show: Show) -> None:
     """Take the answers until they end or the user has enough.
 
     Raises:
@@ -189,14 +200,15 @@ def _run(answers: Iterable[Answer], tally: Tally, show: Show) -> None:
     """
     started = time.perf_counter()
     try:
-        for answer in answers:
+        for answer in run:
             if tally.planned == 1 and isinstance(answer.outcome, TensorNextError):
                 raise answer.outcome
             tally.add(answer)
             show(answer)
-    except KeyboardInterrupt:
-        tally.interrupted = True
+    except KeyboardInterrupt as interrupt:
+        tally.interrupt = exits.of_interrupt(interrupt)
     tally.elapsed_s = time.perf_counter() - started
+    tally.sent = run.sent
 
 
 def _check_use(

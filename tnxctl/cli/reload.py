@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import exits, output, text
+from tnxctl.cli import exits, output, progress, text
 from tnxctl.cli.options import DEFAULT_TIMEOUT_S, slow
 
 if TYPE_CHECKING:
@@ -33,7 +33,11 @@ def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) ->
     """
     from tnxctl.client import Client
 
-    with Client(endpoint, timeout=min(timeout, DEFAULT_TIMEOUT_S)) as client, output.interruptible(ctx):
+    with (
+        Client(endpoint, timeout=min(timeout, DEFAULT_TIMEOUT_S)) as client,
+        output.interruptible(ctx),
+        progress.shown(client, "reloading"),
+    ):
         report = client.reload(timeout=timeout)
     if as_json:
         output.write_json({"endpoint": endpoint, **output.report_document(report)})

@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from tnxctl.cli import text
+from tnxctl.cli.exits import Exit
 from tnxctl.cli.tally import KEPT, Tally
 from tnxctl.errors import TensorNextError
 from tnxctl.frames import DATATYPES, Array
@@ -148,12 +149,18 @@ def summary(tally: Tally, explain: bool = False) -> Iterator[str]:
     if several:
         if tally.answers:
             yield ""  # below the list
-        model = f" by {text.clean(' version '.join(tally.model))}" if tally.answered else ""
-        yield f"{tally.answered} of {tally.planned} requests answered{model} in {text.duration(tally.elapsed_s)}"
+        only = next(iter(tally.versions)) if len(tally.versions) == 1 else None
+        by = f" by {_model(*only)}" if only else ""
+        yield f"{tally.answered} of {tally.planned} requests answered{by} in {text.duration(tally.elapsed_s)}"
+        if not only:
+            for version, count in tally.versions.most_common():
+                yield f"answered    {count} by {_model(*version)}"
     if several and tally.answered:
         yield f"rate        {tally.rate:.1f}/s with {tally.concurrency} outstanding"
     for code, count in tally.error_counts.most_common():
         yield f"failed      {count} {code}: {text.clean(tally.errors[code].message)}"
+    if tally.unknown:
+        yield f"unknown     {tally.unknown} under way when the run ended"
     for device, count in tally.devices.most_common():
         share = f" ({count})" if several else ""
         yield f"device      {text.clean(device)}{share}: {text.clean(tally.reasons[device])}"
@@ -185,27 +192,44 @@ def _prediction(tally: Tally) -> Iterator[str]:
     yield f"            {predicted:.0f} µs predicted and {actual:.0f} µs taken on average"
 
 
+def _model(name: str, version: str) -> str:
+    return text.clean(f"{name} version {version}")
+
+
 def shortfall(tally: Tally) -> str:
     """One sentence for standard error about a run that did not go as planned."""
     done = tally.answered + tally.failed
     failures = ", ".join(f"{count} {code}" for code, count in tally.error_counts.most_common())
     sentence = f"{tally.failed} of {done} requests failed: {failures}" if failures else "no request failed"
-    if tally.interrupted:
-        return f"interrupted after {done} of {tally.planned} requests; {sentence}"
+    if tally.unknown:
+        sentence += f"; of {tally.unknown} under way the outcome is not known"
+    if tally.interrupt is not None:
+        how = "terminated" if tally.interrupt is Exit.TERMINATED else "interrupted"
+        return f"{how} after {done} of {tally.planned} requests; {sentence}"
     return sentence if done == tally.planned else f"given up after {done} of {tally.planned} requests; {sentence}"
 
 
 def document(tally: Tally) -> dict[str, Any]:
-    """The summary for --json, and the answers if they are few. Names of times and amounts end in their units."""
-    name, version = tally.model
+    """The summary for --json, and the answers if they are few. Names of times and amounts end in their units.
+
+    Of the requests that were planned, `sent` went out, and each of these is answered, failed or unknown. `model` and
+    `version` are what answered most of them.
+    """
+    name, version = max(tally.versions, key=tally.versions.__getitem__, default=("", ""))
     return {
         "model": name,
         "version": version,
+        "versions": [
+            {"model": name, "version": version, "count": count}
+            for (name, version), count in tally.versions.most_common()
+        ],
         "planned": tally.planned,
         "concurrency": tally.concurrency,
-        "interrupted": tally.interrupted,
+        "interrupted": tally.interrupt is not None,
+        "sent": tally.sent,
         "answered": tally.answered,
         "failed": tally.failed,
+        "unknown": tally.unknown,
         "errors": [
             {"code": code, "count": count, "message": tally.errors[code].message}
             for code, count in tally.error_counts.most_common()

@@ -29,10 +29,11 @@ class Tally:
 
     Attributes:
         planned, concurrency: requests to send, and how many of them may be outstanding at a time.
-        elapsed_s: how long the run took. interrupted: whether the user ended it.
+        elapsed_s: how long the run took. interrupt: the exit code if the user ended it, else None.
+        sent: requests that went out.
         devices: how many requests ran on which device. reasons: why there, as the last answer from it says.
         error_counts: how many requests failed with which code. errors: the last error of each code.
-        model: name and version of the model that answered last.
+        versions: how many requests which version of which model answered.
         answers: all of them, of a run of at most KEPT requests.
     """
 
@@ -40,12 +41,13 @@ class Tally:
         self.planned = planned
         self.concurrency = concurrency
         self.elapsed_s = 0.0
-        self.interrupted = False
+        self.interrupt: Exit | None = None
+        self.sent = 0
         self.devices: Counter[str] = Counter()
         self.reasons: dict[str, str] = {}
         self.error_counts: Counter[str] = Counter()
         self.errors: dict[str, TensorNextError] = {}
-        self.model = ("", "")
+        self.versions: Counter[tuple[str, str]] = Counter()
         self.answers: list[Answer] = []
         self._round_trips_ms: array[float] = array("d")
         self._prediction_errors_us: array[float] = array("d")
@@ -64,7 +66,7 @@ class Tally:
             self._add_result(answer.outcome)
 
     def _add_result(self, result: Result) -> None:
-        self.model = (result.model, result.version)
+        self.versions[result.model, result.version] += 1
         self.devices[result.device] += 1
         self.reasons[result.device] = result.reason
         self._rows += result.batch_size
@@ -84,6 +86,11 @@ class Tally:
     def failed(self) -> int:
         """Requests that got an error."""
         return self.error_counts.total()
+
+    @property
+    def unknown(self) -> int:
+        """Requests that were under way when the run ended: the daemon may have computed them or not."""
+        return max(0, self.sent - self.answered - self.failed)
 
     @property
     def rate(self) -> float:
@@ -112,7 +119,7 @@ class Tally:
         return self._rows / self.answered if self.answered else 0.0
 
     def exit_code(self) -> Exit:
-        return Exit.INTERRUPTED if self.interrupted else of_run(self.answered, self.errors.values())
+        return of_run(self.answered, self.errors.values()) if self.interrupt is None else self.interrupt
 
 
 def _percentiles(values: array[float]) -> dict[str, float]:

@@ -5,16 +5,19 @@ Nothing is ever unpickled. Whatever is wrong with a file becomes a FileProblem: 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 import sys
 import warnings
 import zipfile
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 from tnxctl.cli.exits import FileProblem
+from tnxctl.cli.text import tensor_name
 
 if TYPE_CHECKING:
     from tnxctl.frames import Array
@@ -29,45 +32,120 @@ _NPY_MAGIC = b"\x93NUMPY"
 _ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")  # the second: an archive without members
 
 
-def read(path: str) -> dict[str, Array]:
-    """All tensors in a file, little-endian or native; which format it is, its first bytes say.
+def content(path: str) -> tuple[str, bytes]:
+    """The name of a file for error sentences, and all of its bytes. Raises FileProblem if it cannot be read."""
+    name = _name(path, "standard input")
+    try:
+        return name, _content(path, name)
+    except OSError as error:
+        raise FileProblem(f"cannot read {name}: {error.strerror or error}") from None
+
+
+def is_tensors(content: bytes) -> bool:
+    """Whether a file is in a format of numpy's, by its first bytes."""
+    return content.startswith((*_ZIP_MAGIC, _NPY_MAGIC))
+
+
+def parse(name: str, content: bytes) -> dict[str, Array]:
+    """All tensors in such a file, little-endian or native.
 
     Returns:
         name -> array. The only tensor of a .npy file has the name "", the daemon's word for a model's only input.
 
     Raises:
-        FileProblem: it is missing, truncated, in another format, or holds Python objects.
+        FileProblem: it is truncated or damaged, or holds Python objects.
     """
-    name = _name(path, "standard input")
-    try:
-        content = _content(path, name)
-    except OSError as error:
-        raise FileProblem(f"cannot read {name}: {error.strerror or error}") from None
-    if content.startswith(_ZIP_MAGIC):
-        return _read_npz(name, content)
-    if content.startswith(_NPY_MAGIC):
-        return {"": _read_npy(name, content)}
-    what = f"starts with {content[:8]!r}" if content else "is empty"
-    raise FileProblem(f"cannot read {name}: it {what}, so it is neither a .npy nor a .npz file")
+    return _read_npz(name, content) if content.startswith(_ZIP_MAGIC) else {"": _read_npy(name, content)}
 
 
-def write(path: str, tensors: dict[str, Array]) -> None:
-    """Write named tensors: to a .npz file, or a single one to a .npy file. "-" takes either, as the number says.
+@contextmanager
+def destination(path: str | None) -> Iterator[Callable[[Mapping[str, Array]], None]]:
+    """A function that writes named tensors to a file, which is open from the beginning: before there are any.
+
+    They go to a .npz file, or a single one to a .npy file. "-", standard output, takes either, as the number says. What
+    was in the file stays until they come, and a file that was made for them goes again if they do not.
 
     A bfloat16 tensor is widened to float32, which holds its values exactly: the .npy format has no bfloat16.
 
+    Args:
+        path: None: there is nothing to write, and nothing is done.
+
     Raises:
-        FileProblem: several tensors for a .npy file, or the file cannot be written.
+        FileProblem: the file cannot be written, at the beginning; later: several tensors for a .npy file, or there is
+            no room for them.
     """
+    if path is None:
+        yield lambda _: None
+        return
+    if path == STANDARD:
+        if sys.stdout is None:
+            raise FileProblem("cannot write standard output: it is closed")
+        yield _write_standard
+        return
+    made = written = False
+    try:
+        # Not emptied yet, as `open` would do it.
+        flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        try:
+            handle, made = os.open(path, flags | os.O_EXCL, 0o666), True
+        except FileExistsError:
+            handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    stream = os.fdopen(handle, "wb")
+    try:
+        os.write(handle, b"")  # tells of a device that is full
+    except OSError as error:
+        stream.close()
+        raise _cannot_write(path, error) from None
+
+    def write(tensors: Mapping[str, Array]) -> None:
+        nonlocal written
+        content = _content_of(tensors, path)
+        try:
+            if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                stream.truncate(0)
+            stream.write(content)
+            stream.flush()
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+        written = True
+
+    try:
+        yield write
+    finally:
+        with contextlib.suppress(OSError):  # no room, which `write` has said
+            stream.close()
+        if made and not written:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+
+
+def _write_standard(tensors: Mapping[str, Array]) -> None:
+    try:
+        stream = _standard_bytes(sys.stdout)
+        stream.write(_content_of(tensors, STANDARD))
+        stream.flush()
+    except BrokenPipeError:
+        raise  # the reader has enough: no problem of a file
+    except OSError as error:
+        raise _cannot_write(STANDARD, error) from None
+
+
+def _cannot_write(path: str, error: OSError) -> FileProblem:
+    return FileProblem(f"cannot write {_name(path, 'standard output')}: {error.strerror or error}")
+
+
+def _content_of(tensors: Mapping[str, Array], path: str) -> memoryview:
+    """The bytes of a file with these tensors."""
     import numpy as np
 
-    name = _name(path, "standard output")
     tensors = {
         key: array.astype(np.float32) if array.dtype.name == "bfloat16" else array for key, array in tensors.items()
     }
     if path.endswith(".npy") and len(tensors) != 1:
         raise FileProblem(
-            f"cannot write {name}: the model gave {len(tensors)} outputs ({', '.join(tensors)}), "
+            f"cannot write {path}: the model gave {len(tensors)} outputs ({', '.join(map(tensor_name, tensors))}), "
             "a .npy file holds one: use .npz"
         )
     content = io.BytesIO()
@@ -76,17 +154,7 @@ def write(path: str, tensors: dict[str, Array]) -> None:
     else:
         (array,) = tensors.values()
         np.lib.format.write_array(content, array, allow_pickle=False)
-    try:
-        if path == STANDARD:
-            stream = _standard_bytes(sys.stdout)
-            stream.write(content.getbuffer())
-            stream.flush()
-        else:
-            Path(path).write_bytes(content.getbuffer())
-    except BrokenPipeError:
-        raise  # the reader has enough: no problem of a file
-    except OSError as error:
-        raise FileProblem(f"cannot write {name}: {error.strerror or error}") from None
+    return content.getbuffer()
 
 
 def _content(path: str, name: str) -> bytes:
@@ -153,7 +221,7 @@ def _read_npz(name: str, content: bytes) -> dict[str, Array]:
     return tensors
 
 
-def _write_npz(stream: IO[bytes], tensors: dict[str, Array]) -> None:
+def _write_npz(stream: IO[bytes], tensors: Mapping[str, Array]) -> None:
     """Write as `numpy.savez` does, which cannot write a tensor called "file"."""
     import numpy as np
 

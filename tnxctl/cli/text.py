@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 STATUS_STYLES: dict[str, dict[str, Any]] = {
     "ready": {"fg": "green"},
+    "degraded": {"fg": "yellow"},
     "starting": {"fg": "yellow"},
     "draining": {"fg": "yellow"},
     "evicted": {"fg": "yellow"},
@@ -108,7 +109,12 @@ def shape(lengths: Sequence[int]) -> str:
 
 def tensor(spec: TensorSpec) -> str:
     """One tensor of a signature: "image FP32 [-1,3,224,224]"."""
-    return f"{spec.name} {spec.datatype} {shape(spec.shape)}"
+    return f"{tensor_name(spec.name)} {spec.datatype} {shape(spec.shape)}"
+
+
+def tensor_name(name: str) -> str:
+    """The name of a tensor as people see it."""
+    return name or "(unnamed)"
 
 
 def title(model: ModelInfo) -> str:

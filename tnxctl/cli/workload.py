@@ -57,55 +57,70 @@ class Answer:
     outcome: Result | TensorNextError
 
 
-def run(client: Client, call: Call, count: int, concurrency: int, timeout: float) -> Iterator[Answer]:
-    """Send `count` requests and give the answers as they come, at most `concurrency` of them outstanding.
+class Run:
+    """Many requests of one call, and their answers as they come, when it is iterated over.
 
-    The run ends early when the daemon cannot be reached, or when as many requests in a row as are outstanding, and
-    three at least, have run into `--timeout`: what is left of it would only wait and fail as well. A deadline that was
-    missed is an answer, be it this call's or the model's own.
+    At most `concurrency` of them are outstanding. The run ends early when the daemon cannot be reached, with the
+    answers of what is outstanding, which ends soon as well. It ends at once when as many requests in a row as are
+    outstanding, and three at least, have run into `--timeout`: what is left would only wait and fail, too. A deadline
+    that was missed is an answer, be it this call's or the model's own.
 
     Args:
         timeout: of the client, in seconds.
+
+    Attributes:
+        sent: requests that went out so far, answered or not.
     """
-    silent = 0
-    answers = _one_by_one(client, call, count) if concurrency == 1 else _several(client, call, count, concurrency)
-    for answer in answers:
-        yield answer
-        late = isinstance(answer.outcome, DeadlineExceeded) and call.options["deadline"] is None
-        silent = silent + 1 if late and answer.round_trip_ms >= timeout * 1e3 else 0
-        if isinstance(answer.outcome, Unavailable) or silent >= max(3, concurrency):
-            return
 
+    def __init__(self, client: Client, call: Call, count: int, concurrency: int, timeout: float) -> None:
+        self.sent = 0
+        self._client = client
+        self._call = call
+        self._count = count
+        self._concurrency = concurrency
+        self._timeout = timeout
 
-def _one_by_one(client: Client, call: Call, count: int) -> Iterator[Answer]:
-    outcome: Result | TensorNextError
-    for index in range(1, count + 1):
+    def __iter__(self) -> Iterator[Answer]:
+        silent = 0
+        for answer in self._one_by_one() if self._concurrency == 1 else self._several():
+            yield answer
+            late = isinstance(answer.outcome, DeadlineExceeded) and self._call.options["deadline"] is None
+            silent = silent + 1 if late and answer.round_trip_ms >= self._timeout * 1e3 else 0
+            if isinstance(answer.outcome, Unavailable):
+                self._count = self.sent
+            elif silent >= max(3, self._concurrency):
+                return
+
+    def _one_by_one(self) -> Iterator[Answer]:
+        outcome: Result | TensorNextError
+        while self.sent < self._count:
+            self.sent += 1
+            started = time.perf_counter()
+            try:
+                outcome = self._client.predict(self._call.inputs, **self._call.options)
+            except TensorNextError as error:
+                outcome = error
+            yield Answer(self.sent, _since(started), outcome)
+
+    def _several(self) -> Iterator[Answer]:
+        done: _Done = queue.SimpleQueue()
+        outstanding = 0
+        while True:
+            while outstanding < self._concurrency and self.sent < self._count:
+                self._submit(done)
+                outstanding += 1
+            if not outstanding:
+                return
+            index, round_trip_ms, future = _next(done)
+            outstanding -= 1
+            yield Answer(index, round_trip_ms, _outcome(future))
+
+    def _submit(self, done: _Done) -> None:
+        self.sent = index = self.sent + 1  # first: an interrupt may come before the next line is through
         started = time.perf_counter()
-        try:
-            outcome = client.predict(call.inputs, **call.options)
-        except TensorNextError as error:
-            outcome = error
-        yield Answer(index, _since(started), outcome)
-
-
-def _several(client: Client, call: Call, count: int, concurrency: int) -> Iterator[Answer]:
-    done: _Done = queue.SimpleQueue()
-
-    def submit(index: int) -> None:
-        started = time.perf_counter()
-        future = client.submit(call.inputs, **call.options)
+        future = self._client.submit(self._call.inputs, **self._call.options)
         # The callback runs in the client's thread: the time is that of the arrival, not of our turn to look.
         future.add_done_callback(lambda future: done.put((index, _since(started), future)))
-
-    sent = min(concurrency, count)
-    for index in range(1, sent + 1):
-        submit(index)
-    for _ in range(count):
-        index, round_trip_ms, future = _next(done)
-        if sent < count:
-            sent += 1
-            submit(sent)
-        yield Answer(index, round_trip_ms, _outcome(future))
 
 
 def _next(done: _Done) -> tuple[int, float, Future[Result]]:

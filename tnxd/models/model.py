@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from tnxctl.errors import InvalidArgument
-from tnxctl.frames import Array
+from tnxctl.frames import STORAGE, Array
 from tnxctl.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
 from tnxd.models.sizes import row_nbytes
 
@@ -214,6 +214,8 @@ class Model:
             if len(required) == 1:
                 return {required[0]: 0}
         unknown = [name for name in positions if name not in wanted]
+        if list(positions) == [""]:
+            raise InvalidArgument(f"model {self.name!r} takes several inputs, {wanted}: each needs its name")
         if unknown:
             raise InvalidArgument(f"model {self.name!r} has no input {excerpt(unknown[0])}; its inputs are {wanted}")
         missing = [name for name in wanted if name not in positions and name not in self.optional]
@@ -226,7 +228,9 @@ class Model:
     def _fit(self, expected: TensorSpec, got: TensorSpec, rows: int | None) -> tuple[int | None, tuple[int, ...]]:
         """Check one tensor; return the rows it fixes and the lengths of its other variable axes."""
         if got.datatype != expected.datatype:
-            raise self._misfit(expected, f"takes {expected.datatype}, got {got.datatype}")
+            dtype = "ml_dtypes.bfloat16" if expected.datatype == "BF16" else f"np.{STORAGE[expected.datatype].name}"
+            hint = f"with numpy, .astype({dtype}) converts it"
+            raise self._misfit(expected, f"takes {expected.datatype}, got {got.datatype}: {hint}")
         shape, wanted = got.shape, expected.shape
         if len(shape) != len(wanted):
             raise self._misfit(

@@ -1,0 +1,31 @@
+"""What a configuration has to offer: the built-in models, and those of its repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tnxctl.errors import InvalidArgument
+from tnxd.config import Config
+from tnxd.models import repository
+from tnxd.models.builtin import STANDARD, builtin_entries
+from tnxd.models.catalog import Catalog
+
+
+def catalog(config: Config) -> Catalog:
+    """The models to serve. Raises TensorNextError: the configuration names something that there is not."""
+    entries = builtin_entries(config.models or (() if config.model_repository else STANDARD))
+    if not config.model_repository:
+        return Catalog(entries)
+    found = repository.scan(Path(config.model_repository), require_manifest=config.require_manifest)
+    failures = dict(found.failures)
+    for name in found.entries.keys() & entries.keys():
+        failures[f"{config.model_repository}/{name}"] = f"two models are called {name!r}: the built-in one is served"
+    return Catalog({**entries, **found.entries, **entries}, failures)
+
+
+def check_default(config: Config, catalog: Catalog) -> None:
+    """Look whether the default model is one of them. Raises InvalidArgument."""
+    default = config.default_model
+    if default and default not in catalog.entries and default not in catalog.failures:
+        served = ", ".join(catalog.entries) or "none"
+        raise InvalidArgument(f"default_model: {default!r} is not among the models {served}")
