@@ -8,9 +8,10 @@ hundred thousand requests of a kilobyte per second. It answers no PING; the daem
 from __future__ import annotations
 
 import select
+import struct
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 
 import msgspec
@@ -18,11 +19,12 @@ import numpy as np
 
 import openload
 import zmtpsocket
+from heeding import Heeding
 from loadgen import PATIENCE_SECONDS
 from openload import CHECKED_EVERY, STDIN, TICK_NS, Record
 from outcomes import Outcomes
 from tnxctl.wire import DEFAULT_PRIORITY
-from workload import FIRST_ID, Workload
+from workload import FIRST_ID, STAMP, Workload
 from zmtpsocket import MORE, READ_BYTES, Messages, frame
 
 _BATCH_BYTES = 1 << 18
@@ -36,6 +38,7 @@ class Setting(msgspec.Struct, frozen=True):
         tolerance: of these. input: the name of the model's input.
         deadline_us: of every request, None for none. urgent: share of the requests with priority 0; the others leave
             it to the model.
+        heeds: whether requests say when they are sent, and are held back where the daemon would refuse them.
     """
 
     endpoint: str
@@ -45,6 +48,7 @@ class Setting(msgspec.Struct, frozen=True):
     tolerance: float
     deadline_us: float | None
     urgent: float = 0.0
+    heeds: bool = False
 
     def workload(self, priority: int | None = None) -> Workload:
         """Its requests."""
@@ -58,6 +62,7 @@ class Setting(msgspec.Struct, frozen=True):
             tolerance=self.tolerance,
             deadline_us=self.deadline_us,
             priority=priority,
+            stamped=self.heeds,
         )
 
 
@@ -82,18 +87,19 @@ class Messenger:
         self.size = len(self._before[0]) + 8 + len(self._after[0][0])
         self.batch = max(_BATCH_BYTES // self.size, 1)
 
-    def bytes_of(self, first: int, stop: int, urgent: Sequence[bool]) -> bytes:
-        """The requests from one number up to another."""
+    def bytes_of(self, numbers: Iterable[int], urgent: Sequence[bool], now_ns: int) -> bytes:
+        """The requests of these numbers, sent now."""
         before, after, variants = self._before, self._after, self._variants
         leaving: list[bytes] = []
-        for number in range(first, stop):
+        for number in numbers:
             kind = urgent[number]
             leaving += (
                 before[kind],
                 (FIRST_ID + number).to_bytes(8, "big"),
                 after[kind][number % variants],
             )
-        return b"".join(leaving)
+        # Only those that are stamped hold that number; a tensor by chance would differ in its last digits.
+        return b"".join(leaving).replace(STAMP, struct.pack(">d", now_ns / 1e3))
 
 
 def _parts(workload: Workload, number: int) -> tuple[bytes, bytes]:
@@ -109,12 +115,16 @@ class Flood:
 
     Args:
         workload: knows the right answers.
+        heeds, deadline_s: whether it heeds refusals, and the deadline of all requests.
     """
 
-    def __init__(self, endpoint: str, messenger: Messenger, workload: Workload) -> None:
+    def __init__(self, endpoint: str, messenger: Messenger, workload: Workload, heeds: bool, deadline_s: float) -> None:
         self._endpoint = endpoint
         self._messenger = messenger
         self._workload = workload
+        self._heeds = heeds
+        self._deadline_s = deadline_s
+        self._heeding: Heeding | None = None
         self._buffer = bytearray(READ_BYTES)
         self._view = memoryview(self._buffer)
         self.record = Record()
@@ -136,26 +146,38 @@ class Flood:
         self._socket.close()
         self.record.cut += 1
         self._connect()
+        if self._heeding is not None:
+            self._heeding.begin()
 
     def send(self, due: Sequence[int], end: int, urgent: Sequence[bool]) -> None:
         """See `openload.Client`."""
         clock, messenger = time.perf_counter_ns, self._messenger
         tried, sent = self.record.tried, self.record.sent
         size, batch, count = messenger.size, messenger.batch, len(due)
-        leaving = memoryview(b"")  # of requests up to number `stop`
+        leaving = memoryview(b"")  # of these requests, the last ones up to number `stop`
+        numbers: Sequence[int] = ()
         stop = 0
+        if self._heeds:
+            self._heeding = Heeding(self._deadline_s, urgent)
         while (now := clock()) < end:
             reached = bisect_right(due, now, len(tried))
             tried.extend(repeat(now, reached - len(tried)))
             if not leaving and stop < reached:
                 first, stop = stop, min(reached, stop + batch)
-                leaving = memoryview(messenger.bytes_of(first, stop, urgent))
+                numbers = range(first, stop)
+                if self._heeding is not None:
+                    numbers = self._heeding.let(first, stop, now / 1e9)
+                leaving = memoryview(messenger.bytes_of(numbers, urgent, now))
+                if not numbers:
+                    sent.extend(repeat(now, stop - len(sent)))
             blocked = False
             try:
                 if leaving:
                     now = clock()
                     leaving = leaving[self._socket.send(leaving) :]
-                    sent.extend(repeat(now, stop - -(-len(leaving) // size) - len(sent)))
+                    gone = len(numbers) - -(-len(leaving) // size)
+                    reached = stop if not leaving else numbers[gone - 1] + 1 if gone else 0
+                    sent.extend(repeat(now, reached - len(sent)))
                     blocked = bool(leaving)
             except BlockingIOError:
                 blocked = True
@@ -189,7 +211,10 @@ class Flood:
             return -1
         if not size:
             return -1
-        self._parts.append((time.perf_counter_ns(), bytes(self._view[:size])))
+        now, part = time.perf_counter_ns(), bytes(self._view[:size])
+        self._parts.append((now, part))
+        if self._heeding is not None:
+            self._heeding.take(part, now / 1e9)
         return size
 
     def listen(self, stop: int) -> None:
@@ -207,10 +232,12 @@ class Flood:
         """See `openload.Client`."""
         until = time.perf_counter() + PATIENCE_SECONDS
         lives, sent = self._lives, len(self.record.sent)
+        held = np.array(self._heeding.held if self._heeding is not None else [], np.int64)
+        outcomes.hold(held)
         for place, (first, parts) in enumerate(lives):
             last = place == len(lives) - 1
             stop = sent if last else lives[place + 1][0]
-            missing = stop - first
+            missing = stop - first - int(((held >= first) & (held < stop)).sum())
             messages, come, taken = Messages(), 0, 0
             gone = not last
             while True:
@@ -239,7 +266,10 @@ def main() -> None:
     kinds = [setting.workload(DEFAULT_PRIORITY), setting.workload(0)] if setting.urgent else [workload]
     messenger = Messenger(kinds)
     print("ready", flush=True)
-    openload.obey(lambda: Flood(setting.endpoint, messenger, workload), STDIN, setting.urgent)
+    deadline_s = (setting.deadline_us or 0.0) / 1e6
+    openload.obey(
+        lambda: Flood(setting.endpoint, messenger, workload, setting.heeds, deadline_s), STDIN, setting.urgent
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ class Outcome(IntEnum):
     RESULT, WRONG: it was computed; wrongly. REFUSED: turned away on arrival, since it cannot be done in time. FULL,
     UNAVAILABLE: turned away on arrival with RESOURCE_EXHAUSTED or UNAVAILABLE. EXPIRED: taken in, and given up when
     its deadline had passed. FAILED: any other error. LOST: no answer. CUT: no answer, and its connection was ended by
-    the server. UNSENT: the load was over before the socket had room for it.
+    the server. UNSENT: the load was over before the socket had room for it. HELD: its client did not send it, since
+    the server had refused others for want of time.
     """
 
     RESULT = 0
@@ -36,9 +37,10 @@ class Outcome(IntEnum):
     LOST = 7
     CUT = 8
     UNSENT = 9
+    HELD = 10
 
 
-ON_ARRIVAL = (Outcome.REFUSED, Outcome.FULL, Outcome.UNAVAILABLE)
+ON_ARRIVAL = (Outcome.REFUSED, Outcome.FULL, Outcome.UNAVAILABLE, Outcome.HELD)
 """Ends of requests that were not taken in."""
 
 TAKEN_IN = (Outcome.RESULT, Outcome.WRONG, Outcome.EXPIRED)
@@ -85,6 +87,12 @@ class Outcomes:
             np.full(count, np.nan),
             np.full(count, np.nan),
         )
+
+    def hold(self, numbers: NDArray[np.int64]) -> None:
+        """Their client held these back, at the time when it would have sent them."""
+        self.outcome[numbers] = Outcome.HELD
+        self.answered[numbers] = self.tried[numbers]
+        self.sent[numbers] = 0
 
     def lose(self, first: int, stop: int) -> None:
         """The server ended the connection of these."""

@@ -47,6 +47,7 @@ class Settings:
     multiples: tuple[float, ...]
     light: float
     urgent: float
+    heedless: bool
     seconds: float
     seed: int
     tries: int
@@ -91,6 +92,12 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 )
 @click.option(
     "--urgent", type=_SHARE, default=0.0, metavar="SHARE", help="This share of the load has priority 0, say 0.1."
+)
+@click.option(
+    "--heedless",
+    is_flag=True,
+    help="Clients of the daemon go on sending what it refuses, and do not say when they send.  [default: they do as "
+    "tnxctl's client]",
 )
 @click.option(
     "--seconds", type=click.FloatRange(0.05, 600), default=2.0, show_default=True, help="Length of each load."
@@ -146,6 +153,7 @@ def main(
     of sent    the same, from when it was sent: that the client itself was late is not the server's fault
     admitted   share of those that were taken in that were in time: from when they were due, from when they were sent
     refused    turned away on arrival, since they cannot be done within the deadline; full: since there is no room
+    held       not sent, since the daemon had refused others like it: what tnxctl's client does
     late       results that were not in time; expired: taken in, and given up when the deadline had passed
     lost       no answer within 10 s after the load
     sent late  p99 of how late the client came to send, in ms
@@ -193,6 +201,7 @@ def _run(settings: Settings, running: Target | None, configuration: Path | None)
             clients=settings.clients,
             urgent=settings.urgent,
             light=settings.light > 0,
+            heeds=not settings.heedless,
             connections=settings.connections,
             samples=samples,
         )

@@ -26,7 +26,8 @@ class Figures(msgspec.Struct, frozen=True):
         refused, full, unavailable: shares turned away on arrival, see `Outcome`. late: results that were not in time.
         expired, failed, wrong, lost, cut, unsent: see `Outcome`.
         result_ms: p50 and p99 of the time from when a request was due until its result was here.
-        refusal_ms: p99 of the time until it was known that it is refused. refusal_share: of the deadline.
+        held: share that their client did not send, since the daemon had refused others.
+        refusal_ms: p99 of the time until the server's refusal was known. refusal_share: of the deadline.
         late_ms: p99 of how late the client came to send. blocked_ms: p99 of how long the socket had no room then.
     """
 
@@ -40,6 +41,7 @@ class Figures(msgspec.Struct, frozen=True):
     refused: float
     full: float
     unavailable: float
+    held: float
     late: float
     expired: float
     failed: float
@@ -68,7 +70,7 @@ def figures(found: Outcomes, seconds: float, deadline_ms: float | None) -> Figur
         in_time, in_time_sent = (
             _count(is_result & (found.answered - since <= deadline_ms * 1e6)) for since in (found.due, found.sent)
         )
-    refused = np.isin(found.outcome, ON_ARRIVAL)
+    refused = np.isin(found.outcome, ON_ARRIVAL) & (found.outcome != Outcome.HELD)
     refusal_ms = percentile(_ms(found.answered - found.due, refused), 99)
     results_ms = _ms(found.answered - found.due, is_result)
     return Figures(
@@ -82,6 +84,7 @@ def figures(found: Outcomes, seconds: float, deadline_ms: float | None) -> Figur
         refused=share[Outcome.REFUSED],
         full=share[Outcome.FULL],
         unavailable=share[Outcome.UNAVAILABLE],
+        held=share[Outcome.HELD],
         late=_share(_count(is_result) - in_time, count),
         expired=share[Outcome.EXPIRED],
         failed=share[Outcome.FAILED],

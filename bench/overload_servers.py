@@ -40,6 +40,7 @@ class Asked:
         model: of `overload_models`. rows: per request. deadline_ms: None for none.
         clients: processes that the load is split over. urgent: share of their requests with priority 0.
         light: whether there is one process more, which asks for little.
+        heeds: whether clients of the daemon hold back what it would refuse.
         connections: of each process, over HTTP.
         samples: the file with inputs and outputs.
     """
@@ -50,6 +51,7 @@ class Asked:
     clients: int
     urgent: float
     light: bool
+    heeds: bool
     connections: int
     samples: Path
 
@@ -147,6 +149,7 @@ def daemon(stack: contextlib.ExitStack, starting: ChildProcess | Target, asked: 
         tolerance=MODELS[asked.model].tolerance,
         deadline_us=None if asked.deadline_ms is None else asked.deadline_ms * 1e3,
         urgent=asked.urgent,
+        heeds=asked.heeds and asked.deadline_ms is not None,
     )
     settings: dict[str, tuple[msgspec.Struct, int]] = {FLOOD: (setting, asked.clients)}
     if asked.light:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from floors import Answer
 from tnxctl import wire
 
 MODEL = "mlp"
+
+STAMP = struct.pack(">d", 314159265.35897932)
+"""The time at which a request is sent, until it is known."""
 
 FIRST_ID = 1 << 32
 """msgpack writes integers from here on in nine bytes: the headers of one workload differ in eight bytes alone."""
@@ -32,6 +36,7 @@ class Workload:
         inputs, outputs: float32, all of one shape each; they take turns.
         tolerance: relative and absolute, of an output that is right.
         prefer_gpu, deadline_us, priority: as in `wire.Predict`.
+        stamped: whether each says when it is sent, for which STAMP stands.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class Workload:
         prefer_gpu: bool = False,
         deadline_us: float | None = None,
         priority: int | None = None,
+        stamped: bool = False,
     ) -> None:
         self.prefer_gpu = prefer_gpu
         self._tolerance = tolerance
@@ -60,6 +66,7 @@ class Workload:
                 prefer_gpu=prefer_gpu,
                 deadline_us=deadline_us,
                 priority=priority,
+                sent_us=struct.unpack(">d", STAMP)[0] if stamped else None,
             )
         )
         self._before_id, self._after_id = _split_at_id(header)

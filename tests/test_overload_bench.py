@@ -38,6 +38,7 @@ import overload
 from contenders import ENVIRONMENTS
 from crowd import FLOOD, LIGHT
 from flood import Flood, Messenger
+from heeding import Heeding
 from httpflood import HttpFlood, HttpSetting, requests_of
 from openload import Client, Load
 from outcomes import Outcome, Outcomes, joined, kind_of
@@ -46,11 +47,12 @@ from overload_models import MODELS
 from overload_report import REST, URGENT
 from overload_servers import PEERS
 from workload import FIRST_ID, Workload, mlp
-from zmtpsocket import frame
+from zmtpsocket import Messages, frame
 
 MS = 1_000_000
+ROW = np.zeros((1, 256), np.float32)
 
-ENDS = ("refused", "full", "unavailable", "late", "expired", "failed", "wrong", "lost", "cut", "unsent")
+ENDS = ("refused", "full", "unavailable", "held", "late", "expired", "failed", "wrong", "lost", "cut", "unsent")
 """Shares that, with what was in time, come to 1."""
 
 
@@ -100,8 +102,8 @@ def of_kinds(*kinds: Outcome, answered_ms: float = 0.0) -> Outcomes:
 
 def test_shares_are_of_all_that_was_offered_and_come_to_one() -> None:
     found = figures(of_kinds(*Outcome, Outcome.RESULT, answered_ms=4), seconds=2.0, deadline_ms=5.0)
-    assert found.requests == 11
-    assert found.offered_per_s == 5.5
+    assert found.requests == 12
+    assert found.offered_per_s == 6.0
     assert found.in_time_per_s == found.in_time_sent_per_s == 1.0
     assert found.in_time_admitted == 0.5  # of two results, a wrong one and one that expired
     shares = [getattr(found, end) for end in ENDS]
@@ -165,11 +167,39 @@ def test_the_client_sends_the_very_requests_of_its_workloads(workload: Workload)
     for number in range(1, 4):
         header, tensor = (urgent if choice[number] else plain).request(number)
         expected += frame(header, 1) + frame(tensor)
-    assert messenger.bytes_of(1, 4, choice) == expected
+    assert messenger.bytes_of(range(1, 4), choice, 0) == expected
     assert messenger.size * 3 == len(expected)
     several = Messenger([workload])
     requests = [workload.request(number) for number in range(20)]
-    assert several.bytes_of(0, 20, [False] * 20) == b"".join(frame(one, 1) + frame(two) for one, two in requests)
+    assert several.bytes_of(range(20), [False] * 20, 0) == b"".join(frame(one, 1) + frame(two) for one, two in requests)
+
+
+def test_a_stamp_says_when_a_request_was_sent() -> None:
+    stamped = Workload("mlp", "input", [ROW], [ROW], tolerance=0.0, deadline_us=5000.0, stamped=True)
+    data = Messenger([stamped]).bytes_of([3], [False] * 4, 1_234_567)
+    header, _ = Messages().take(data)[0]
+    request = wire.decode_request(header, wire.Limits())
+    assert isinstance(request, wire.Predict)
+    assert (request.id, request.sent_us, request.deadline_us) == (FIRST_ID + 3, 1234.567, 5000.0)
+
+
+def test_who_heeds_refusals_holds_back_what_would_be_refused() -> None:
+    heeding = Heeding(0.05, [False] * 99 + [True])
+
+    def answer(number: int, code: str) -> bytes:
+        reply = wire.ErrorReply(v=1, id=FIRST_ID + number, code=code, message="late", retry_after_us=7.0)
+        return frame(wire.encode(reply))
+
+    assert heeding.let(0, 50, 0.0) == list(range(50))
+    heeding.take(b"".join(answer(number, "UNAVAILABLE") for number in range(10)), 0.0)
+    assert heeding.let(50, 60, 0.0) == list(range(50, 60))
+    heeding.take(b"".join(answer(number, "DEADLINE_EXCEEDED") for number in range(10, 40)), 0.0)
+    sent = heeding.let(60, 100, 0.0)
+    assert 99 in sent, "the urgent one is held back for others"
+    assert heeding.held == [number for number in range(60, 100) if number not in sent]
+    assert len(heeding.held) > 20
+    heeding.begin()
+    assert heeding.let(0, 50, 0.0) == list(range(50))
 
 
 def test_requests_are_due_at_random_times_of_the_asked_rate() -> None:
@@ -183,7 +213,7 @@ def test_requests_are_due_at_random_times_of_the_asked_rate() -> None:
 
 def flooded(port: int, workload: Workload, count: int, seconds: float = 0.2) -> tuple[Flood, Outcomes]:
     """So many requests to this port within a tenth of a second, what became of them after so many seconds."""
-    flood = Flood(f"tcp://127.0.0.1:{port}", Messenger([workload]), workload)
+    flood = Flood(f"tcp://127.0.0.1:{port}", Messenger([workload]), workload, heeds=False, deadline_s=0.0)
     with contextlib.closing(flood):
         return flood, loaded(flood, count, seconds)
 
