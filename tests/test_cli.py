@@ -314,7 +314,7 @@ def test_a_deadline_that_cannot_be_kept() -> None:
         late = ask(fake, "predict", "--deadline", "100ms", "--json")
     assert refused.exit_code == late.exit_code == exits.Exit.TIMEOUT
     assert refused.stderr == "Error: not this time\n"
-    assert "within its deadline of 0.1 s" in fields(late)["error"]["message"]
+    assert "within its deadline of 100 ms" in fields(late)["error"]["message"]
 
 
 def test_the_seed_decides_the_input(fake: FakeDaemon) -> None:

@@ -433,7 +433,7 @@ def test_no_answer_in_time(connect: Connect) -> None:
     with FakeDaemon(in_turn(echo, silence, echo)) as daemon:
         tnx = connect(daemon.endpoint)
         tnx.predict(X)  # now the connection stands
-        with pytest.raises(errors.DeadlineExceeded, match=r"did not answer predict within 0.1 s") as caught:
+        with pytest.raises(errors.DeadlineExceeded, match=r"did not answer predict within 100 ms") as caught:
             tnx.predict(X, timeout=0.1)
         assert daemon.endpoint in caught.value.message
         assert equal(tnx.predict(X), X)
@@ -459,7 +459,7 @@ def test_a_deadline_ends_the_wait(connect: Connect) -> None:
         tnx = connect(daemon.endpoint)
         tnx.predict(X)
         daemon.received.get(timeout=PATIENCE_S)
-        with pytest.raises(errors.DeadlineExceeded, match=r"did not answer predict within its deadline of 0\.1 s"):
+        with pytest.raises(errors.DeadlineExceeded, match=r"did not answer predict within its deadline of 100 ms"):
             tnx.predict(X, deadline=0.1)
         header = daemon.received.get(timeout=PATIENCE_S).header
         assert isinstance(header, wire.Predict)
@@ -468,7 +468,7 @@ def test_a_deadline_ends_the_wait(connect: Connect) -> None:
 
 
 def test_a_deadline_passes_without_a_connection(connect: Connect) -> None:
-    with pytest.raises(errors.DeadlineExceeded, match=r"no connection within its deadline of 0\.2 s: nobody listens"):
+    with pytest.raises(errors.DeadlineExceeded, match=r"no connection within its deadline of 200 ms: nobody listens"):
         connect(free_endpoint()).predict(X, deadline=0.2)
 
 
@@ -519,7 +519,7 @@ def test_the_timeout_of_the_client_is_the_default(connect: Connect) -> None:
         tnx = connect(daemon.endpoint, timeout=0.1)
         tnx.predict(X, timeout=PATIENCE_S)
         for call in (lambda: tnx.predict(X), tnx.health, tnx.metadata):
-            with pytest.raises(errors.DeadlineExceeded, match=r"within 0.1 s"):
+            with pytest.raises(errors.DeadlineExceeded, match=r"within 100 ms"):
                 call()
 
 
@@ -527,7 +527,7 @@ def test_nobody_is_there(connect: Connect) -> None:
     endpoint = free_endpoint()
     tnx = connect(endpoint)
     for _ in range(2):
-        with pytest.raises(errors.Unavailable, match=r"no connection within 0.2 s: nobody listens there") as caught:
+        with pytest.raises(errors.Unavailable, match=r"no connection within 200 ms: nobody listens there") as caught:
             tnx.predict(X, timeout=0.2)
         assert endpoint in caught.value.message
 
@@ -619,7 +619,7 @@ def test_the_daemon_dies_and_stays_away(connect: Connect) -> None:
     with FakeDaemon(in_turn(echo, die)) as daemon:
         tnx = connect(daemon.endpoint)
         tnx.predict(X)
-        with pytest.raises(errors.Unavailable, match=r"lost the connection and got none again within 0.4 s: nobody"):
+        with pytest.raises(errors.Unavailable, match=r"lost the connection and got none again within 400 ms: nobody"):
             tnx.predict(X, timeout=0.4)
 
 
@@ -892,7 +892,7 @@ def test_a_callback_that_blocks_delays_no_deadline(monkeypatch: pytest.MonkeyPat
             with pytest.raises(errors.DeadlineExceeded, match=r"a callback of a future keeps the reading thread busy"):
                 tnx.predict(X, timeout=0.1)
             monkeypatch.setattr(driver, "_GRACE_S", 2 * PATIENCE_S)  # which is not for deadlines
-            with pytest.raises(errors.DeadlineExceeded, match=r"its deadline of 0\.1 s"):
+            with pytest.raises(errors.DeadlineExceeded, match=r"its deadline of 100 ms"):
                 tnx.predict(X, deadline=0.1)
             assert not left.is_set()
         finally:

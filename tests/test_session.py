@@ -600,7 +600,7 @@ def test_a_call_fails_at_its_deadline(connected: Session) -> None:
     assert connected.due <= 10.05
     assert connected.expire(10.049) == []
     assert connected.expire(10.05) == [call]
-    with pytest.raises(errors.DeadlineExceeded, match=r"did not answer predict within its deadline of 0\.05 s"):
+    with pytest.raises(errors.DeadlineExceeded, match=r"did not answer predict within its deadline of 50 ms"):
         call.take()
 
 
@@ -615,7 +615,7 @@ def test_without_a_connection_a_deadline_passes_all_the_same(idle: Session) -> N
     call = started(idle, deadline=0.5)
     nobody_listens(idle)
     assert idle.expire(0.5) == [call]
-    with pytest.raises(errors.DeadlineExceeded, match=r"no connection within its deadline of 0\.5 s: nobody listens"):
+    with pytest.raises(errors.DeadlineExceeded, match=r"no connection within its deadline of 500 ms: nobody listens"):
         call.take()
 
 

@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import msgspec
 
 from tnxctl import wire
+from tnxctl.durations import spell
 from tnxctl.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -603,12 +604,12 @@ class Session:
         """The error of a call whose time is over, with the reason. May be asked in any thread."""
         if self._connected and call.refusal is not None and (call.put_off or not call.changes_daemon):
             return call.refusal
-        within = f"within {'its deadline of ' if call.strict else ''}{call.patience:g} s"
+        within = f"within {'its deadline of ' if call.strict else ''}{spell(call.patience)}"
         if self._connected:
             goes_on = "; it may still be at work on it" if call.changes_daemon else ""
             return DeadlineExceeded(f"{self.endpoint} did not answer {call.verb} {within}{goes_on}")
         if call.reach < call.patience:
-            within = f"within {call.reach:g} s"
+            within = f"within {spell(call.reach)}"
         what = "lost the connection and got none again" if call.losses else "no connection"
         kind = DeadlineExceeded if call.strict else Unavailable
         return kind(f"{self.endpoint}: {what} {within}: {self._trouble}")
