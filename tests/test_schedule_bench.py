@@ -17,6 +17,7 @@ import benchmarks
 # isort: split
 # On the path since `benchmarks` was imported.
 import decisions
+import loops
 import schedule
 import traces
 from oracle import cost_by_start, upper_bound
@@ -247,6 +248,34 @@ def test_what_was_given_up_on_a_lane_is_answered_once() -> None:
     outcome = replay(given, policy, measure, Loop(answer_us=50, give_up_us=7))
     assert outcome.given_up == 1
     assert outcome.done_us[0] == pytest.approx(5 * 110)  # no answer was made for it
+
+
+@pytest.mark.parametrize(("multiple", "measured"), [(0.6, 5_151), (1, 5_715), (2, 2_419)])
+def test_a_loop_with_costs_as_measured_loses_deadlines_as_a_daemon_did(multiple: float, measured: float) -> None:
+    """Deadlines counted from the receipt then; on two cores that others used, too."""
+    load = loops.measure(loops.RECEIPT, multiple, seed=1)
+    assert load.in_time_per_s == pytest.approx(measured, rel=0.2)
+
+
+def test_a_loop_that_cannot_take_in_all_that_comes_meets_next_to_no_deadline() -> None:
+    """The daemon had 17 a second. There and here these are the first of the load, before messages wait for long."""
+    load = loops.measure(loops.RECEIPT, 4, seed=1, seconds=1.0)
+    assert load.of_capacity < 0.03
+    assert load.refused < 0.8  # it takes in many that are too late already
+    again = loops.measure(loops.ARRIVAL, 4, seed=1, seconds=1.0)
+    assert again.of_capacity < 0.03
+    assert again.refused > 0.9  # it does not, but is as busy with refusing them
+
+
+def test_the_program_prints_all_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(loops, "MULTIPLES", (0.1,))
+    written = tmp_path / "loads.json"
+    done = CliRunner().invoke(schedule.main, ["--loop", "--json", str(written)])
+    assert done.exit_code == 0
+    loads = json.loads(written.read_bytes())["loads"]
+    assert [load["loop"] for load in loads] == list(loops.LOOPS)
+    assert all(load["of_admitted"] == 1 and loops.RECEIPT in done.output for load in loads)
+    assert CliRunner().invoke(schedule.main, ["--loop", "--trace", "light"]).exit_code == 2
 
 
 # --- the upper bound -------------------------------------------------------------------------------------------
