@@ -10,31 +10,45 @@ from tnxctl.errors import DeadlineExceeded, ResourceExhausted
 from tnxd.costs import CostModel
 from tnxd.executors.trial.warmup import warm_up_sizes
 from tnxd.scheduler import Scheduler
-from tnxd.work import Batch, Device, Request
+from tnxd.work import INLINE, Batch, Device, Request
 from traces import CPU, GPU, Job, Machine
 
 
 class Run(NamedTuple):
-    """A batch that starts: the numbers of its jobs. `token` is the policy's own."""
+    """A batch that starts: the numbers of its jobs.
+
+    Attributes:
+        token: the policy's own. inline: whether it runs on the serving thread.
+    """
 
     device: str
     model: str
     rows: int
     jobs: list[int]
     token: object
+    inline: bool = False
 
 
 class Policy(Protocol):
-    """Decides in simulated time. Jobs go by their number in the trace; times are integer nanoseconds."""
+    """Decides in simulated time. Jobs go by their number in the trace; times are integer nanoseconds.
 
-    def add(self, number: int, now_ns: int) -> bool:
-        """A job arrives. False if it is refused."""
+    Attributes:
+        given_up: jobs that were taken in and given up since their time had passed.
+    """
+
+    given_up: int
+
+    def add(self, number: int, now_ns: int, deadline_ns: int) -> bool:
+        """A job is taken in. False if it is refused."""
 
     def start(self, now_ns: int) -> list[Run]:
         """Batches for the lanes that are free now."""
 
-    def finished(self, run: Run, micros: float) -> None:
-        """A batch is over after so long."""
+    def wanted(self, run: Run) -> list[int]:
+        """The jobs of a batch that are to be answered: those that were not given up meanwhile."""
+
+    def finished(self, run: Run, micros: float, now_ns: int) -> None:
+        """A batch is over after so long, and its jobs have their answers now."""
 
     def next_event_ns(self) -> int | None:
         """The time at which to be asked again though nothing happens."""
@@ -49,9 +63,13 @@ class Scheduled:
 
     Args:
         measure: what one batch takes, in microseconds: the warm-up asks it for each size once.
+        inline_limit_us: CPU batches that are expected to take no longer run on the serving thread; 0: none does.
     """
 
-    def __init__(self, machine: Machine, jobs: Sequence[Job], measure: Measure) -> None:
+    def __init__(
+        self, machine: Machine, jobs: Sequence[Job], measure: Measure, *, inline_limit_us: float = 0.0
+    ) -> None:
+        self.given_up = 0
         self._machine = machine
         self._jobs = jobs
         costs = CostModel()
@@ -60,12 +78,19 @@ class Scheduled:
                 for rows in warm_up_sizes(limit):
                     costs.curve(device, model).observe(rows, measure(device, model, rows))
         devices = [
-            Device(name, "cpu" if name == CPU else "cuda", lanes, set(machine.limits), memory_free_mb=1e6)
+            Device(
+                name,
+                "cpu" if name == CPU else "cuda",
+                lanes,
+                set(machine.limits),
+                memory_free_mb=1e6,
+                inline_limit_us=inline_limit_us if name == CPU else 0.0,
+            )
             for name, lanes in machine.lanes.items()
         ]
         self.scheduler = Scheduler(devices, costs, max_requests=16384, max_bytes=1 << 30)
 
-    def add(self, number: int, now_ns: int) -> bool:
+    def add(self, number: int, now_ns: int, deadline_ns: int) -> bool:
         job = self._jobs[number]
         request = _Numbered(
             job.model,
@@ -74,7 +99,7 @@ class Scheduled:
             client=job.client,
             wanted="auto",
             priority=job.priority,
-            deadline_ns=int(job.deadline_us * 1e3),
+            deadline_ns=deadline_ns,
             number=number,
         )
         try:
@@ -85,15 +110,25 @@ class Scheduled:
 
     def start(self, now_ns: int) -> list[Run]:
         batches, late = self.scheduler.next_batches(now_ns)
-        late += self.scheduler.expire(now_ns)
-        for request in late:
-            request.done = True
+        self._give_up(late)
+        self._give_up(self.scheduler.expire(now_ns))
         return [
-            Run(batch.device.name, batch.model, batch.rows, [_number(request) for request in batch.requests], batch)
+            Run(
+                batch.device.name,
+                batch.model,
+                batch.rows,
+                [_number(request) for request in batch.requests],
+                batch,
+                batch.lane == INLINE,
+            )
             for batch in batches
         ]
 
-    def finished(self, run: Run, micros: float) -> None:
+    def wanted(self, run: Run) -> list[int]:
+        assert isinstance(run.token, Batch)
+        return [_number(request) for request in run.token.requests if not request.done]
+
+    def finished(self, run: Run, micros: float, now_ns: int) -> None:
         assert isinstance(run.token, Batch)
         self.scheduler.finished(run.token, micros)
         for request in run.token.requests:
@@ -101,6 +136,11 @@ class Scheduled:
 
     def next_event_ns(self) -> int | None:
         return self.scheduler.next_event_ns()
+
+    def _give_up(self, late: Iterable[Request]) -> None:
+        for request in late:
+            request.done = True
+            self.given_up += 1
 
 
 def _number(request: Request) -> int:
@@ -124,13 +164,14 @@ class Threshold:
     """
 
     def __init__(self, machine: Machine, jobs: Sequence[Job], rows: float) -> None:
+        self.given_up = 0
         self._machine = machine
         self._jobs = jobs
         self._rows = rows
         self._free = dict(machine.lanes)
         self._queues: dict[str, dict[str, deque[int]]] = {device: {} for device in machine.lanes}
 
-    def add(self, number: int, now_ns: int) -> bool:
+    def add(self, number: int, now_ns: int, deadline_ns: int) -> bool:
         job = self._jobs[number]
         queues = self._queues[CPU if job.rows <= self._rows else GPU]
         queues.setdefault(job.model, deque()).append(number)
@@ -150,7 +191,10 @@ class Threshold:
                 runs.append(Run(device, model, rows, taken, None))
         return runs
 
-    def finished(self, run: Run, micros: float) -> None:
+    def wanted(self, run: Run) -> list[int]:
+        return run.jobs
+
+    def finished(self, run: Run, micros: float, now_ns: int) -> None:
         self._free[run.device] += 1
 
     def next_event_ns(self) -> int | None:

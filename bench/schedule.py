@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 import decisions
+import loops
 import oracle
 import schedule_plot
 import traces
@@ -71,6 +72,14 @@ class Report(msgspec.Struct, frozen=True):
     decisions: list[Decision]
 
 
+class LoopReport(msgspec.Struct, frozen=True):
+    """The document that --json writes with --loop."""
+
+    command: str
+    seed: int
+    loads: list[loops.Load]
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option(
     "--requests",
@@ -89,6 +98,12 @@ class Report(msgspec.Struct, frozen=True):
     help="Only this one; may be given several times.",
 )
 @click.option("--measure", is_flag=True, help="Take the CPU costs of the model mlp from this machine, not as given.")
+@click.option(
+    "--loop",
+    "with_loop",
+    is_flag=True,
+    help="Instead of traces, replay rising loads through a serving loop whose work takes time.",
+)
 @click.option("--no-decisions", is_flag=True, help="Do not measure what a decision costs.")
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all results to this file."
@@ -104,6 +119,7 @@ def main(
     seed: int,
     names: tuple[str, ...],
     measure: bool,
+    with_loop: bool,
     no_decisions: bool,
     json_path: Path | None,
     plot_path: Path | None,
@@ -120,8 +136,18 @@ def main(
     best threshold  the same, up to so many rows on the CPU and more on the GPU: the number that is best for this trace
     upper bound     no scheduler meets more, not even one that knows the future
 
+    With --loop the thread that takes requests in, asks the scheduler and answers needs time for that, as measured of a
+    daemon: the table shows how many deadlines are met the more is offered, two seconds of each load.
+
     Everything but the cost of a decision is the same in every run with the same --seed.
     """
+    if with_loop:
+        if names or measure or plot_path is not None:
+            raise click.UsageError("--loop has a trace and costs of its own: no --trace, --measure or --plot")
+        loads = _loads(seed)
+        if json_path is not None:
+            _write(LoopReport(" ".join(sys.argv), seed, loads), json_path)
+        return
     if plot_path is not None:
         try:
             import matplotlib  # noqa: F401
@@ -138,8 +164,7 @@ def main(
     click.echo("\n" + _verdict(reports))
     measured = [] if no_decisions else _decisions(machine)
     if json_path is not None:
-        report = Report(" ".join(sys.argv), seed, dict(mlp_cpu), reports, measured)
-        json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+        _write(Report(" ".join(sys.argv), seed, dict(mlp_cpu), reports, measured), json_path)
     if plot_path is not None:
         shares = {
             policy: [report.policies[policy].met for report in reports]
@@ -223,6 +248,21 @@ def _verdict(reports: list[TraceReport]) -> str:
 
 def _all_but(missed: list[str]) -> str:
     return f"all but {', '.join(missed)}" if missed else "all"
+
+
+def _write(report: Report | LoopReport, path: Path) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+
+
+def _loads(seed: int) -> list[loops.Load]:
+    """Replay, and print, all loads through all loops."""
+    click.echo(loops.heading())
+    loads = []
+    for name in loops.LOOPS:
+        for multiple in loops.MULTIPLES:
+            loads.append(loops.measure(name, multiple, seed))
+            click.echo(loops.line(loads[-1]))
+    return loads
 
 
 def _decisions(machine: Machine) -> list[Decision]:

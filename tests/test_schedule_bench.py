@@ -17,12 +17,13 @@ import benchmarks
 # isort: split
 # On the path since `benchmarks` was imported.
 import decisions
+import loops
 import schedule
 import traces
 from oracle import cost_by_start, upper_bound
 from policies import Policy, Run, Scheduled, Threshold
 from schedule import SCHEDULER, examine
-from simulation import Noise, Outcome, replay
+from simulation import IDEAL, Loop, Noise, Outcome, replay
 from traces import CPU, GPU, Job, Machine, Trace
 
 
@@ -47,8 +48,8 @@ def trace(*jobs: Job, on: Machine | None = None) -> Trace:
     return Trace("test", "", on or machine(), list(jobs))
 
 
-def always_cpu(given: Trace) -> Outcome:
-    return replay(given, Threshold(given.machine, given.jobs, math.inf), NoNoise(given.machine))
+def always_cpu(given: Trace, loop: Loop = IDEAL) -> Outcome:
+    return replay(given, Threshold(given.machine, given.jobs, math.inf), NoNoise(given.machine), loop)
 
 
 @pytest.mark.parametrize(("rows", "micros"), [(1, 110), (2, 120), (4, 140), (5, 250), (8, 280), (9, 390)])
@@ -90,8 +91,8 @@ def test_the_oldest_request_says_which_model_is_next() -> None:
 
 
 class _Refusing(Threshold):
-    def add(self, number: int, now_ns: int) -> bool:
-        return number % 2 == 0 and super().add(number, now_ns)
+    def add(self, number: int, now_ns: int, deadline_ns: int) -> bool:
+        return number % 2 == 0 and super().add(number, now_ns, deadline_ns)
 
 
 def test_what_is_refused_is_counted_and_not_met() -> None:
@@ -105,9 +106,14 @@ class _Counting:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self.add, self.finished, self.next_event_ns = policy.add, policy.finished, policy.next_event_ns
+        self.add, self.wanted, self.finished = policy.add, policy.wanted, policy.finished
+        self.next_event_ns = policy.next_event_ns
         self.started: list[int] = []
         self.rows: list[int] = []
+
+    @property
+    def given_up(self) -> int:
+        return self._policy.given_up
 
     def start(self, now_ns: int) -> list[Run]:
         runs = self._policy.start(now_ns)
@@ -147,6 +153,129 @@ def test_traces_are_the_same_for_a_seed_ordered_and_possible(name: str) -> None:
     assert all(a.arrival_us <= b.arrival_us for a, b in itertools.pairwise(first.jobs))
     assert all(job.deadline_us > job.arrival_us and job.rows >= 1 for job in first.jobs)
     assert 290 <= len(first.jobs) <= 300
+
+
+# --- the serving loop ------------------------------------------------------------------------------------------
+
+
+def test_a_loop_takes_its_time_and_does_one_thing_at_a_time() -> None:
+    """Both messages are taken in, one after the other, before the lane gets them; answers leave one after the other."""
+    loop = Loop(receive_us=10, admit_us=5, answer_us=20, turn_us=1)
+    outcome = always_cpu(trace(Job(0, 1e9, "m"), Job(0, 1e9, "m")), loop)
+    assert list(outcome.unread_us) == pytest.approx([1, 16])
+    begin = 1 + 15 + 15
+    assert list(outcome.done_us) == pytest.approx([begin + 120 + 1 + 20, begin + 120 + 1 + 40])
+
+
+def test_what_arrives_while_messages_are_taken_in_is_taken_in_too_but_not_for_ever() -> None:
+    jobs = [Job(10.0 * number, 1e9, "m") for number in range(20)]
+    outcome = always_cpu(trace(*jobs, on=machine(limit=20)), Loop(receive_us=10, intake_us=55))
+    assert outcome.done_us[5] == pytest.approx(60 + 160)
+    assert outcome.done_us[6] > 60 + 160
+
+
+def test_lanes_first_gives_a_lane_that_is_done_its_next_batch_before_more_is_taken_in() -> None:
+    jobs = [Job(0, 1e9, "m", rows=4), *[Job(20.0 * number, 1e9, "m", rows=4) for number in range(1, 30)]]
+    done = {
+        first: always_cpu(trace(*jobs), Loop(receive_us=19, turn_us=0.5, lanes_first=first)).done_us[1]
+        for first in (True, False)
+    }
+    assert done[True] < done[False]
+
+
+class _Watching(Threshold):
+    """Notes the deadlines that it is told."""
+
+    def __init__(self, given: Trace) -> None:
+        super().__init__(given.machine, given.jobs, math.inf)
+        self.deadlines_us: list[float] = []
+
+    def add(self, number: int, now_ns: int, deadline_ns: int) -> bool:
+        self.deadlines_us.append(deadline_ns / 1e3)
+        return super().add(number, now_ns, deadline_ns)
+
+
+@pytest.mark.parametrize(("from_arrival", "second"), [(True, 1_000), (False, 1_010)])
+def test_a_deadline_counts_from_the_arrival_or_from_the_receipt(from_arrival: bool, second: float) -> None:
+    given = trace(Job(0, 1_000, "m"), Job(0, 1_000, "m"))
+    policy = _Watching(given)
+    replay(given, policy, NoNoise(given.machine), Loop(receive_us=10, from_arrival=from_arrival))
+    assert policy.deadlines_us == pytest.approx([1_000, second])
+
+
+def test_a_refusal_takes_time_too() -> None:
+    given = trace(*[Job(0, 1e9, "m") for _ in range(3)])
+    policy = _Refusing(given.machine, given.jobs, math.inf)
+    outcome = replay(given, policy, NoNoise(given.machine), Loop(receive_us=10, admit_us=5, refuse_us=30))
+    assert outcome.refused == 1
+    assert list(outcome.unread_us) == pytest.approx([0, 15, 55])
+
+
+def test_an_inline_batch_keeps_the_loop_from_taking_in_more() -> None:
+    given = trace(Job(0, 1e9, "m"), Job(10, 1e9, "m"), on=Machine({CPU: 1}, {"m": 4}, {(CPU, "m"): {1: 110, 4: 140}}))
+    for limit, unread in ((1_000.0, 100), (0.0, 0)):
+        measure = NoNoise(given.machine)
+        policy = Scheduled(given.machine, given.jobs, measure, inline_limit_us=limit)
+        assert list(replay(given, policy, measure).unread_us) == pytest.approx([0, unread])
+
+
+def test_threads_share_the_cores_that_there_are() -> None:
+    def took(loop: Loop) -> float:
+        return float(always_cpu(trace(Job(0, 1e9, "m")), loop).done_us[0])
+
+    assert took(Loop(cores=1.0)) == pytest.approx(110)
+    assert took(Loop(cores=0.5)) == pytest.approx(220)
+    # While the loop takes in the second message, the batch has half of a core, and a quarter if it keeps only half.
+    given = trace(Job(0, 1e9, "m"), Job(12, 1e9, "m"))
+    for share, done in ((1.0, 12 + 20 + 98), (0.5, 12 + 20 + 103)):
+        outcome = always_cpu(given, Loop(receive_us=10, cores=1.0, lane_share=share))
+        assert outcome.done_us[0] == pytest.approx(done)
+
+
+def test_what_was_given_up_on_a_lane_is_answered_once() -> None:
+    """The batch takes five times what the scheduler knows."""
+
+    class Slow(NoNoise):
+        factor = 1
+
+        def __call__(self, device: str, model: str, rows: int) -> float:
+            return self.factor * super().__call__(device, model, rows)
+
+    given = trace(Job(0, 400, "m"), Job(700, 1e9, "m"))
+    measure = Slow(given.machine)
+    policy = Scheduled(given.machine, given.jobs, measure)
+    measure.factor = 5
+    outcome = replay(given, policy, measure, Loop(answer_us=50, give_up_us=7))
+    assert outcome.given_up == 1
+    assert outcome.done_us[0] == pytest.approx(5 * 110)  # no answer was made for it
+
+
+@pytest.mark.parametrize(("multiple", "measured"), [(0.6, 5_151), (1, 5_715), (2, 2_419)])
+def test_a_loop_with_costs_as_measured_loses_deadlines_as_a_daemon_did(multiple: float, measured: float) -> None:
+    """Deadlines counted from the receipt then; on two cores that others used, too."""
+    load = loops.measure(loops.RECEIPT, multiple, seed=1)
+    assert load.in_time_per_s == pytest.approx(measured, rel=0.2)
+
+
+def test_a_loop_that_cannot_take_in_all_that_comes_meets_next_to_no_deadline() -> None:
+    """The daemon had 17 a second. There and here these are the first of the load, before messages wait for long."""
+    load = loops.measure(loops.RECEIPT, 4, seed=1, seconds=1.0)
+    assert load.of_capacity < 0.03
+    assert load.refused < 0.8  # it takes in many that are too late already
+    again = loops.measure(loops.ARRIVAL, 4, seed=1, seconds=1.0)
+    assert again.of_capacity < 0.03
+    assert again.refused > 0.9  # it does not, but is as busy with refusing them
+
+
+def test_the_program_prints_all_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(loops, "MULTIPLES", (0.1,))
+    written = tmp_path / "loads.json"
+    done = CliRunner().invoke(schedule.main, ["--loop", "--json", str(written)])
+    assert done.exit_code == 0
+    loads = json.loads(written.read_bytes())["loads"]
+    assert [load["loop"] for load in loads] == list(loops.LOOPS)
+    assert all(load["of_admitted"] == 1 and loops.RECEIPT in done.output for load in loads)
+    assert CliRunner().invoke(schedule.main, ["--loop", "--trace", "light"]).exit_code == 2
 
 
 # --- the upper bound -------------------------------------------------------------------------------------------
