@@ -42,16 +42,18 @@ _COSTS = Loop(
     from_arrival=False,
 )
 
-RECEIPT, ARRIVAL, CHEAP, LANES_FIRST = "from receipt", "from arrival", "+ cheap refusals", "+ lanes first"
+RECEIPT, ARRIVAL, CHEAP = "from receipt", "from arrival", "+ cheap refusals"
+LANES_FIRST, CORRECTED = "+ lanes first", "+ corrections"
 
 LOOPS = {
     RECEIPT: _COSTS,
     ARRIVAL: replace(_COSTS, from_arrival=True),
     CHEAP: replace(_COSTS, from_arrival=True, refuse_us=(_COSTS.refuse_us - _COSTS.receive_us) / 2),
 }
-LOOPS[LANES_FIRST] = replace(LOOPS[CHEAP], lanes_first=True)
+LOOPS[LANES_FIRST] = LOOPS[CORRECTED] = replace(LOOPS[CHEAP], lanes_first=True)
 """Loops by what is said of them: since when a deadline counts; then that to receive and refuse a request takes half;
-then that lanes get their next batch before more is taken in."""
+then that lanes get their next batch before more is taken in; then that predictions are corrected by how requests fared.
+"""
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -91,7 +93,9 @@ def measure(name: str, multiple: float, seed: int, seconds: float = 2.0) -> Load
     loop = LOOPS[name]
     trace = offered(multiple * CAPACITY, seconds, seed)
     noise = Noise(trace.machine, seed)
-    scheduled = Scheduled(trace.machine, trace.jobs, noise, inline_limit_us=loop.inline_limit_us)
+    scheduled = Scheduled(
+        trace.machine, trace.jobs, noise, inline_limit_us=loop.inline_limit_us, corrects=name == CORRECTED
+    )
     outcome = replay(trace, scheduled, noise, loop)
     count, in_time = len(trace.jobs), int(outcome.in_time.sum())
     admitted = count - outcome.refused

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import NamedTuple, Protocol
 
 from tnxctl.errors import DeadlineExceeded, ResourceExhausted
 from tnxd.costs import CostModel
 from tnxd.executors.trial.warmup import warm_up_sizes
+from tnxd.forecast import Forecast
 from tnxd.scheduler import Scheduler
 from tnxd.work import INLINE, Batch, Device, Request
 from traces import CPU, GPU, Job, Machine
@@ -58,16 +60,33 @@ class _Numbered(Request, kw_only=True):
     number: int
 
 
+class _Uncorrected(Forecast):
+    """A forecast as the daemon's was before it corrected any."""
+
+    def observe(self, predicted_us: float, actual_us: float) -> None:
+        pass
+
+    def fared(self, late: int, in_time: int) -> None:
+        pass
+
+
 class Scheduled:
     """The daemon's scheduler, driven as the daemon drives it, with costs that it learns as there.
 
     Args:
         measure: what one batch takes, in microseconds: the warm-up asks it for each size once.
         inline_limit_us: CPU batches that are expected to take no longer run on the serving thread; 0: none does.
+        corrects: whether predictions are corrected by how requests fared, as the daemon's are.
     """
 
     def __init__(
-        self, machine: Machine, jobs: Sequence[Job], measure: Measure, *, inline_limit_us: float = 0.0
+        self,
+        machine: Machine,
+        jobs: Sequence[Job],
+        measure: Measure,
+        *,
+        inline_limit_us: float = 0.0,
+        corrects: bool = True,
     ) -> None:
         self.given_up = 0
         self._machine = machine
@@ -89,6 +108,9 @@ class Scheduled:
             for name, lanes in machine.lanes.items()
         ]
         self.scheduler = Scheduler(devices, costs, max_requests=16384, max_bytes=1 << 30)
+        if not corrects:
+            for one, model in product(devices, machine.limits):
+                self.scheduler._routing.placement(one, model).forecast = _Uncorrected()
 
     def add(self, number: int, now_ns: int, deadline_ns: int) -> bool:
         job = self._jobs[number]
@@ -130,7 +152,7 @@ class Scheduled:
 
     def finished(self, run: Run, micros: float, now_ns: int) -> None:
         assert isinstance(run.token, Batch)
-        self.scheduler.finished(run.token, micros)
+        self.scheduler.finished(run.token, micros, now_ns)
         for request in run.token.requests:
             request.done = True
 

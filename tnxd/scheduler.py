@@ -157,8 +157,7 @@ class Scheduler:
             reason = f"{tried}; {reason}"
         request.device, request.reason = device.name, reason
         request.predicted_us = wait_us + run_us
-        request.wait_us = wait_us / queue.placement.forecast.factor
-        request.added_ns = now_ns
+        request.wait_us = wait_us
         request.cost_us = share_us
         request.serial = self._serial = self._serial + 1
         request.waiting = True
@@ -321,7 +320,7 @@ class Scheduler:
             self._took(device, queue, in_time)
             if len(late) > first_late:
                 self._took(device, queue, late[first_late:])
-                placement.forecast.was_late()
+                placement.forecast.fared(len(late) - first_late, 0)
             self._rotate(device, queue, level)
             rows = sum([request.rows for request in in_time])
             if not in_time:
@@ -331,7 +330,7 @@ class Scheduler:
                 continue
             micros = run_us if rows == planned else curve.mean(rows)
             device.charge(level, micros)
-            batches.append(self._batch(device, lane, queue, in_time, rows, now_ns, int(micros * 1e3)))
+            batches.append(self._batch(device, lane, queue, in_time, rows, now_ns, micros))
         for queue, level in passed_over:
             self._enter(device, queue, level)
 
@@ -384,16 +383,16 @@ class Scheduler:
         micros = curve.mean(rows)
         device.wake(level)
         device.charge(level, micros)
-        return self._batch(device, device.free_lanes.pop(), mine, requests, rows, now_ns, int(micros * 1e3))
+        return self._batch(device, device.free_lanes.pop(), mine, requests, rows, now_ns, micros)
 
     def _batch(
-        self, device: Device, lane: int, queue: Waiting, requests: list[Request], rows: int, now_ns: int, run_ns: int
+        self, device: Device, lane: int, queue: Waiting, requests: list[Request], rows: int, now_ns: int, run_us: float
     ) -> Batch:
-        """Account for a batch that takes a lane for so long."""
+        """Account for a batch that takes a lane for so long; 0: nobody knows."""
         placement = queue.placement
-        batch = Batch(device, lane, queue.key[0], requests, rows, queue.costs, placement.max_rows, now_ns)
+        batch = Batch(device, lane, queue.key[0], requests, rows, queue.costs, placement.max_rows, now_ns, run_us)
         if lane >= 0:
-            device.busy_until_ns[lane] = now_ns + run_ns
+            device.busy_until_ns[lane] = now_ns + int(run_us * placement.forecast.factor * 1e3)
         device.running_rows += rows
         placement.lanes.append(lane)
         weight = len(requests) or 1
@@ -524,14 +523,15 @@ class Scheduler:
 
     def _judge(self, forecast: Forecast, batch: Batch, now_ns: int) -> None:
         """Hold what was predicted for the requests of a batch against what became of them."""
+        if batch.run_us:
+            forecast.observe(batch.run_us, (now_ns - batch.started_ns) / 1e3)
         last = batch.requests[-1]
-        if last.wait_us:
-            forecast.observe(last.wait_us, (batch.started_ns - last.added_ns) / 1e3)
-        earliest_ns = min([request.deadline_ns for request in batch.requests])
-        if earliest_ns < now_ns:
-            forecast.was_late()
-        elif earliest_ns != NEVER and last.wait_us:  # to keep a promise is easy where nothing waits
-            forecast.was_in_time()
+        deadlines_ns = [request.deadline_ns for request in batch.requests]
+        late = sum([deadline_ns < now_ns for deadline_ns in deadlines_ns]) if min(deadlines_ns) < now_ns else 0
+        # To keep a promise is easy where nothing waits.
+        in_time = len(deadlines_ns) - late if last.wait_us and last.deadline_ns != NEVER else 0
+        if late or in_time:
+            forecast.fared(late, in_time)
 
     # --- time, and what goes wrong -----------------------------------------------------------------------------
 
@@ -557,7 +557,7 @@ class Scheduler:
             _, serial, request = heappop(self._deadlines)
             if not request.done and serial == request.serial:  # one that was added again has a second entry
                 if self.cancel(request):
-                    self.devices[request.device].placements[request.model].forecast.was_late()
+                    self.devices[request.device].placements[request.model].forecast.fared(1, 0)
                 expired.append(request)
         return expired
 

@@ -44,9 +44,8 @@ class Request(msgspec.Struct, eq=False, gc=False):
         priority: 0 to LEVELS - 1, 0 first.
         deadline_ns: when it is worthless; NEVER.
         device, reason, predicted_us: filled by `Scheduler.add`: where it will run, why there, and the microseconds
-            until it will be done. So are wait_us, of these the wait as it was added up, before it was corrected;
-            cost_us, its share of a full batch; added_ns, when that was; due_ns, its place in the order; serial, which
-            grows with every request.
+            until it will be done. So are wait_us, of these the wait; cost_us, its share of a full batch; due_ns, its
+            place in the order; serial, which grows with every request.
         waiting: whether it is in a queue. done: whether it has been answered; set by the caller.
     """
 
@@ -70,7 +69,6 @@ class Request(msgspec.Struct, eq=False, gc=False):
     predicted_us: float = 0.0
     wait_us: float = 0.0
     cost_us: float = 0.0
-    added_ns: int = 0
     due_ns: int = 0
     serial: int = 0
     waiting: bool = False
@@ -94,7 +92,7 @@ class Batch:
         requests: none in a spare batch, whose results nobody waits for; it counts as one request that runs.
         costs: what is to learn how long it took.
         max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
-        started_ns: when it was formed.
+        started_ns: when it was formed. run_us: how long it is expected to run; 0: nobody knows.
         given_up: whether it hangs.
     """
 
@@ -106,6 +104,7 @@ class Batch:
     costs: BatchCosts = field(default_factory=BatchCosts)
     max_rows: int = 0
     started_ns: int = 0
+    run_us: float = 0.0
     given_up: bool = False
 
 
