@@ -10,6 +10,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ import tnxctl
 from peers import FakeDaemon, echo, free_endpoint
 
 PATIENCE_S = 30.0  # far more than any of these takes: only so that nothing waits for ever
+
+_TESTS = Path(__file__).parent
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -30,6 +33,7 @@ def python(code: str, *arguments: str) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         timeout=PATIENCE_S,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(_TESTS), str(_TESTS.parent)])},
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

@@ -102,8 +102,9 @@ class Client:
                 "cuda:0", ... for that one or an error.
             deadline: seconds from now after which the answer is worthless, at most a day; None: what the model's
                 configuration says, which usually is none. The daemon refuses at once what it cannot make, and
-                the call fails with DeadlineExceeded at the deadline at the latest, connected or not. The timeout
-                counts as well: the earlier of the two is kept.
+                the call fails with DeadlineExceeded at the deadline at the latest, connected or not. Once it has
+                refused some, no more calls like them are sent than it takes, and the others fail at once
+                (`tnxctl.windows`). The timeout counts as well: the earlier of the two is kept.
             priority: 0 (first) to 3 (last); None: what the model's configuration says.
             route_key: requests with the same key go to the same version while the traffic of a model is split; "":
                 those of one connection do.

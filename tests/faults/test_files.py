@@ -151,4 +151,4 @@ def test_tensors_without_end(bad: str, tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "input.npy"
     BAD[bad](path)
     with pytest.raises(FileProblem, match="more than 1048576 bytes"):
-        tensorfiles.read(str(path))
+        tensorfiles.content(str(path))
