@@ -97,6 +97,24 @@ def test_what_cannot_answer_says_why() -> None:
             made.find(name, b"c", "")
 
 
+def test_the_default_is_none_that_cannot_serve_unless_it_is_configured() -> None:
+    made = registry(deployment("a", "1"), deployment("b", "1"))
+    first = made.deployments["a"].versions["1"]
+    assert made.default == "a"
+    first.state = FAILED
+    made.rebuild()
+    assert (made.default, found(made, "")) == ("b", "b@1")
+    first.state = EVICTED  # it is loaded for a request
+    made.rebuild()
+    assert (made.default, found(made, "")) == ("a", "a@1")
+    chosen = registry(deployment("a", "1"), deployment("b", "1"), default="b")
+    chosen.deployments["b"].versions["1"].state = FAILED
+    chosen.deployments["b"].versions["1"].error = "model.pt2 is cut short"
+    chosen.rebuild()
+    with pytest.raises(FailedPrecondition, match="is cut short"):
+        chosen.find("", b"c", "")
+
+
 def test_an_evicted_version_keeps_its_traffic_and_a_failed_one_loses_it() -> None:
     made = registry(deployment("net", "1", "2"))
     made.deployments["net"].versions["2"].state = EVICTED

@@ -178,7 +178,9 @@ def main(
         _exit(1, error)
     _warn_of_strangers(config, router.endpoints)
     try:
-        code = _Daemon(config, Registry(config.default_model), router, admission).run()
+        registry = Registry(config.default_model)
+        registry.announce(catalog)
+        code = _Daemon(config, registry, router, admission).run()
     except BaseException:
         log.exception("the daemon has failed, and ends with 1")
         code = 1

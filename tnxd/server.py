@@ -83,7 +83,7 @@ _QUIET_BYTES = 16 * 1024 * 1024
 _TRIM_EVERY_S = 1.0
 _TRIMS = 10
 
-# When to ask again a daemon that is starting, or one in the place of the one that is draining.
+# When to ask again for a version that is being loaded for requests.
 _RETRY_AFTER_S = 0.1
 
 # Answers made before they are sent, one after the other: libzmq's thread sleeps as soon as it has nothing to do, and to
@@ -554,11 +554,11 @@ class Server:
                 self._admission,
             )
         if isinstance(request, Metadata):
-            return control.metadata(request, inventory, scheduler)
+            return control.metadata(request, self.state, inventory, scheduler)
         if isinstance(request, Models):
             return self._models(request.id, "")
         if isinstance(request, Compare):
-            return control.comparison(request, inventory, self._shadows)
+            return control.comparison(request, self.state, inventory, self._shadows)
         if self._remote_control == "off":
             raise PermissionDenied('this daemon takes no orders about its models: remote_control is "off"')
         client = message.connection.client
@@ -568,7 +568,7 @@ class Server:
                 'remote_control is "local"'
             )
         if self.state != READY or self._orders is None:
-            raise Unavailable(f"the daemon is {self.state}", retry_after_s=_RETRY_AFTER_S)
+            raise control.unavailable(self.state)
         self._orders.take(message, request)
         return None
 
@@ -584,7 +584,7 @@ class Server:
 
     def _predict(self, message: Message, request: Predict, tensors: Sequence[Buffer], received_ns: int) -> None:
         if self.state != READY:
-            raise Unavailable(f"the daemon is {self.state}", retry_after_s=_RETRY_AFTER_S)
+            raise control.refusal(request.model, self.state, self._inventory.registry)
         connection = message.connection
         if request.id in connection.requests:
             raise AlreadyExists(f"a request with id {request.id} is in flight on this connection")

@@ -9,6 +9,7 @@ import click
 
 from tnxctl import wire
 from tnxctl.casting import dtype_of
+from tnxctl.errors import FailedPrecondition
 from tnxctl.frames import Array
 
 if TYPE_CHECKING:
@@ -31,8 +32,15 @@ def random_inputs(
     Raises:
         click.UsageError: an option does not apply to this model, or the inputs are too large for a message.
         Unimplemented: the signature has a datatype from the future.
+        FailedPrecondition: what the model takes is not known, since it is not loaded; the sentence tells why.
     """
     import numpy as np
+
+    if not model.inputs:
+        title = f"{model.name}@{model.version}"
+        if model.error:
+            raise FailedPrecondition(f"model {title!r} is not loaded: {model.error}")
+        raise FailedPrecondition(f"model {title!r} is {model.status}; tnxctl models load {title}")
 
     specs = [
         wire.TensorSpec(spec.name, spec.datatype, shape)
