@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -312,6 +313,19 @@ def test_a_device_that_is_not_there_is_reported_and_avoided(made: Own) -> None:
         dealer.predict(rows(1))
         result, _ = dealer.result()
         assert result.device == "cpu"
+
+
+@makes(own("--model", "odd", program=ODD))
+def test_the_log_tells_what_was_refused(made: Own) -> None:
+    with Dealer(made.endpoint) as dealer:
+        for model in ("odd", "nosuch", "", "nosuch"):
+            dealer.predict(rows(1, 5), model=model)
+            dealer.error()
+    assert made.stop() == 0
+    lines = [line for line in made.log.read_text().splitlines() if "errors sent within" in line]
+    assert all(" INFO " in line for line in lines)
+    for code, name in (("INVALID_ARGUMENT", "odd"), ("NOT_FOUND", "nosuch")):
+        assert sum(int(count) for line in lines for count in re.findall(rf"{code} (\d+) \({name} \1\)", line)) == 2
 
 
 # --- ipc -----------------------------------------------------------------------------------------------------
