@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from zlib import crc32
 
 from tnxctl.errors import FailedPrecondition, InvalidArgument, NotFound, TensorNextError
-from tnxctl.wire import excerpt, split_title
+from tnxctl.wire import check_name, check_version, excerpt, split_title
 from tnxd.executors.execution import STATES, Warmth
 from tnxd.fitting import Fitting
 from tnxd.models.catalog import Catalog, Entry, Source
@@ -198,9 +198,10 @@ class Deployment:
         self.versions = dict(sorted(versions.items(), key=lambda item: (len(item[0]), item[0])))
 
     def sole(self, number: str) -> Version:
-        """The version of that number. Raises NotFound."""
+        """The version of that number. Raises NotFound, InvalidArgument."""
         version = self.versions.get(number)
         if version is None:
+            check_version(number)
             known = ", ".join(self.versions) or "none"
             raise NotFound(f"model {self.name!r} has no version {excerpt(number)}; there are {known}")
         return version
@@ -283,6 +284,7 @@ class Registry:
         """The version that `find` would find, in whatever state, and of several the one with the largest share.
 
         Raises:
+            InvalidArgument: it can be the name of none.
             NotFound: no such model or version.
             FailedPrecondition: it is there, but cannot be served.
         """
@@ -310,9 +312,10 @@ class Registry:
         return any(each.loading for each in ([version] if "@" in model else deployment.versions.values()))
 
     def deployment(self, name: str) -> Deployment:
-        """The deployment of that name. Raises NotFound."""
+        """The deployment of that name. Raises NotFound, InvalidArgument."""
         known = self.deployments.get(name)
         if known is None:
+            check_name(name)
             failure = self.failures.get(name)
             if failure is not None:
                 raise FailedPrecondition(f"model {name!r} cannot be served: {failure}")

@@ -508,11 +508,11 @@ class Server:
             if isinstance(request, Predict):
                 self._telemetry.requests += 1
                 self._predict(message, request, tensors, received_ns)
+            elif tensors:
+                raise InvalidArgument(f"{len(tensors)} tensor frames came with a message that takes none")
             elif isinstance(request, Cancel):
                 self._cancel(message.connection, request.id)
             else:
-                if tensors:
-                    raise InvalidArgument(f"{len(tensors)} tensor frames came with a message that takes none")
                 reply = self._control(message, request)
                 if reply is not None:
                     self._answer_control(message, request.id, reply)
@@ -523,7 +523,8 @@ class Server:
             log.exception("the daemon failed at a request")
             failure = Internal("the daemon failed at this request; its log says how")
         self._telemetry.requests -= isinstance(request, Predict)
-        self._refuse(message, request.id, failure, received_ns, self._named(request))
+        id_ = None if isinstance(request, Cancel) else request.id  # that is the id of another request
+        self._refuse(message, id_, failure, received_ns, self._named(request))
 
     def _is_hopeless(self, message: Message, request: Predict, received_ns: int) -> bool:
         """Answer a request, if one of its kind was refused just now and it has no more time than that one."""
