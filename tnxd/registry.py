@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from tnxctl.errors import FailedPrecondition, InvalidArgument, NotFound, TensorNextError
+from tnxctl.errors import FailedPrecondition, InvalidArgument, NotFound, TensorNextError, Unavailable
 from tnxctl.wire import check_name, check_version, excerpt, split_title
 from tnxd.executors.execution import STATES, Warmth
 from tnxd.fitting import Fitting
@@ -20,6 +20,9 @@ from tnxd.models.model import Model, model_key
 
 if TYPE_CHECKING:
     from tnxd.audit import Audit
+
+LOADING_RETRY_S = 0.1
+"""When to ask again for a version that is being loaded."""
 
 # What a version can be; the daemon itself is STARTING, READY or DRAINING, too.
 UNLOADED = "unloaded"
@@ -270,6 +273,7 @@ class Registry:
         Raises:
             NotFound: no such model or version.
             FailedPrecondition: it could not be loaded, or was unloaded.
+            Unavailable: it is being loaded.
         """
         target = self._targets.get(model)
         if target is None:
@@ -360,10 +364,10 @@ class Registry:
             version = self.describe(model)[1]
         except TensorNextError as error:
             return error
-        if version.state == FAILED:
+        if version.state == FAILED and not version.loading:
             return FailedPrecondition(f"model {version.title!r} is not loaded: {version.error}")
         if version.loading:
-            return FailedPrecondition(f"model {version.title!r} is still being loaded")
+            return Unavailable(f"model {version.title!r} is still being loaded", retry_after_s=LOADING_RETRY_S)
         return FailedPrecondition(f"model {version.title!r} is {version.state}; tnxctl models load {version.title}")
 
 

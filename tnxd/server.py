@@ -54,7 +54,7 @@ from tnxd.orders import Order, Orders
 from tnxd.pending import Pending, as_execution, as_pending, result_header
 from tnxd.quarantine import Quarantine
 from tnxd.refusals import Refusals, TooLate
-from tnxd.registry import DRAINING, READY, STARTING, Version
+from tnxd.registry import DRAINING, LOADING_RETRY_S, READY, STARTING, Version
 from tnxd.router import Message, Router
 from tnxd.scheduler import Scheduler
 from tnxd.shadow import Shadows
@@ -82,9 +82,6 @@ _TRIM_BYTES = 48 * 1024 * 1024
 _QUIET_BYTES = 16 * 1024 * 1024
 _TRIM_EVERY_S = 1.0
 _TRIMS = 10
-
-# When to ask again for a version that is being loaded for requests.
-_RETRY_AFTER_S = 0.1
 
 # Answers made before they are sent, one after the other: libzmq's thread sleeps as soon as it has nothing to do, and to
 # wake it for an answer takes longer than to make one. More at a time would leave clients waiting for no reason.
@@ -640,7 +637,7 @@ class Server:
             self._loader.summon(version)
         return Unavailable(
             f"model {version.title!r} had made room for another and is being loaded again",
-            retry_after_s=_RETRY_AFTER_S,
+            retry_after_s=LOADING_RETRY_S,
         )
 
     def _cancel(self, connection: Connection, id_: int) -> None:

@@ -9,11 +9,28 @@ import click
 
 from tnxctl import wire
 from tnxctl.casting import dtype_of
-from tnxctl.errors import FailedPrecondition
+from tnxctl.errors import FailedPrecondition, Unavailable
 from tnxctl.frames import Array
 
 if TYPE_CHECKING:
     from numpy.random import Generator
+
+
+def known(model: wire.ModelInfo) -> wire.ModelInfo:
+    """The same, if it is known what that version takes.
+
+    Raises:
+        FailedPrecondition: it is not loaded; the sentence tells why.
+        Unavailable: it is being loaded.
+    """
+    if model.inputs:
+        return model
+    title = f"{model.name}@{model.version}"
+    if model.status == "starting":
+        raise Unavailable(f"model {title!r} is still being loaded")
+    if model.error:
+        raise FailedPrecondition(f"model {title!r} is not loaded: {model.error}")
+    raise FailedPrecondition(f"model {title!r} is {model.status}; tnxctl models load {title}")
 
 
 def random_inputs(
@@ -32,15 +49,8 @@ def random_inputs(
     Raises:
         click.UsageError: an option does not apply to this model, or the inputs are too large for a message.
         Unimplemented: the signature has a datatype from the future.
-        FailedPrecondition: what the model takes is not known, since it is not loaded; the sentence tells why.
     """
     import numpy as np
-
-    if not model.inputs:
-        title = f"{model.name}@{model.version}"
-        if model.error:
-            raise FailedPrecondition(f"model {title!r} is not loaded: {model.error}")
-        raise FailedPrecondition(f"model {title!r} is {model.status}; tnxctl models load {title}")
 
     specs = [
         wire.TensorSpec(spec.name, spec.datatype, shape)
