@@ -99,6 +99,12 @@ def test_what_could_not_be_served_is_named(tmp_path: Path) -> None:
     ]
 
 
+def test_a_repository_without_a_model_is_no_mistake(tmp_path: Path) -> None:
+    done = check("--model-repository", tmp_path, "--default-model", "net")
+    assert done.returncode == 0
+    assert done.stderr == "tnxd: there is no model yet: publish one, then tnxctl reload\n"
+
+
 @pytest.mark.parametrize(
     ("given", "endpoint"),
     [

@@ -400,7 +400,7 @@ def test_routes_that_are_none(fake: FakeDaemon, arguments: tuple[str, ...], name
 def test_what_is_no_model(fake: FakeDaemon, verb: tuple[str, ...], title: str) -> None:
     result = ask(fake, "models", verb[0], title, *verb[1:])
     assert result.exit_code == exits.Exit.REFUSED
-    assert result.stderr == f"Error: {title!r} is not a model: NAME or NAME@VERSION\n"
+    assert result.stderr.startswith(f"Error: {title!r} is not a model: NAME or NAME@VERSION, a name of up to 64 ")
     assert fake.changes == []
 
 

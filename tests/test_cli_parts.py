@@ -195,6 +195,17 @@ def test_random_inputs_fit_the_signature() -> None:
     assert {name: array.shape for name, array in generate(free).items()} == {"x": (1, 1, 3), "n": ()}
 
 
+def test_a_model_that_is_not_loaded_takes_what_nobody_knows() -> None:
+    assert inputs.known(MLP) is MLP
+    failed = wire.ModelInfo(name="m", version="2", status="failed", error="m/2/model.pt2: incomplete")
+    with pytest.raises(errors.FailedPrecondition, match=r"'m@2' is not loaded: m/2/model\.pt2: incomplete"):
+        inputs.known(failed)
+    with pytest.raises(errors.FailedPrecondition, match="'m@2' is unloaded; tnxctl models load m@2"):
+        inputs.known(wire.ModelInfo(name="m", version="2", status="unloaded"))
+    with pytest.raises(errors.Unavailable, match="'m@2' is still being loaded"):
+        inputs.known(wire.ModelInfo(name="m", version="2", status="starting"))
+
+
 @pytest.mark.parametrize("datatype", STORAGE)
 def test_random_inputs_have_the_datatype(datatype: str) -> None:
     array = generate(model(wire.TensorSpec("x", datatype, (-1, 64))))["x"]

@@ -336,6 +336,16 @@ def test_a_warm_up_ends_where_a_batch_would_take_too_much_of_the_memory(lanes: i
     assert (warmth.most_rows, warmth.safe_rows, [rows for rows, _ in warmth.costs][-1]) == (most, 0, most)
 
 
+@pytest.mark.parametrize(("sizes", "run"), [(None, [1, 2, 4]), ((1, 3), [1, 3]), ((), [])])
+def test_a_warm_up_runs_the_sizes_that_it_is_told(sizes: tuple[int, ...] | None, run: list[int]) -> None:
+    made, _ = pool(1, lambda: CpuRunner(1))
+    spec = (TensorSpec("x", "FP32", (-1, 2)),)
+    warmth = made.load(Model("m", "1", spec, spec, 4, torch.nn.Identity, warm_up=sizes))
+    assert warmth.warmed
+    assert warmth.batches
+    assert [rows for rows, _ in warmth.costs] == run
+
+
 class Told(torch.nn.Module):
     """Multiplies with what its parent tells it for the time of a forward."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -174,6 +175,46 @@ def test_calls_wait_while_models_load_and_health_answers(made: Own) -> None:
     assert made.stop() == 0
 
 
+HALF = own("--bind", "ipc://{}/tnx", "--model", "broken", "--model", "slow", program=ODD, is_ready=False)
+"""Its first model cannot be loaded, and its second is as `SLOW`'s."""
+
+
+@makes(HALF)
+def test_names_are_known_before_weights(made: Own) -> None:
+    """What cannot be told yet is asked for again; what will not change is told at once."""
+
+    def ask(request: wire.Request) -> wire.ErrorReply:
+        dealer.socket.send(wire.encode(request))
+        return dealer.error()
+
+    with Dealer(made.endpoint) as dealer, Client(made.endpoint, timeout=30.0) as client:
+        assert {info.name: info.status for info in client.models()}["slow"] == "starting"
+        while client.metadata("broken").status != "failed":  # it waits for its turn
+            pass
+        waiting = client.submit(rows(1, 4), model="slow")
+        for request in (
+            wire.Metadata(v=1, id=1, model="slow"),
+            wire.Metadata(v=1, id=2),
+            wire.Compare(v=1, id=3, model="slow", baseline="1", candidate="2"),
+            wire.Reload(v=1, id=4),
+        ):
+            error = ask(request)
+            assert (error.id, error.code, error.message) == (request.id, "UNAVAILABLE", "the daemon is starting")
+            assert error.retry_after_us
+        dealer.predict(rows(1, 4), model="broken")
+        assert "these weights are broken" in dealer.error().message
+        dealer.predict(rows(1, 4), model="nosuch")
+        assert dealer.error().code == "NOT_FOUND"
+        assert ask(wire.Metadata(v=1, id=5, model="nosuch")).code == "NOT_FOUND"
+        assert ask(wire.Compare(v=1, id=6, model="nosuch", baseline="1", candidate="2")).code == "NOT_FOUND"
+        made.release()
+        assert client.metadata("slow").status == "ready"
+        assert client.metadata().name == "slow"  # the default: the first model is none that can serve
+        assert waiting.result().model == "slow"
+        assert client.predict(rows(1, 4)).model == "slow"
+    assert made.stop() == 0
+
+
 @makes(SLOW)
 def test_a_stop_while_loading_is_clean(made: Own) -> None:
     with Dealer(made.endpoint) as dealer:
@@ -272,6 +313,19 @@ def test_a_device_that_is_not_there_is_reported_and_avoided(made: Own) -> None:
         dealer.predict(rows(1))
         result, _ = dealer.result()
         assert result.device == "cpu"
+
+
+@makes(own("--model", "odd", program=ODD))
+def test_the_log_tells_what_was_refused(made: Own) -> None:
+    with Dealer(made.endpoint) as dealer:
+        for model in ("odd", "nosuch", "", "nosuch"):
+            dealer.predict(rows(1, 5), model=model)
+            dealer.error()
+    assert made.stop() == 0
+    lines = [line for line in made.log.read_text().splitlines() if "errors sent within" in line]
+    assert all(" INFO " in line for line in lines)
+    for code, name in (("INVALID_ARGUMENT", "odd"), ("NOT_FOUND", "nosuch")):
+        assert sum(int(count) for line in lines for count in re.findall(rf"{code} (\d+) \({name} \1\)", line)) == 2
 
 
 # --- ipc -----------------------------------------------------------------------------------------------------

@@ -406,17 +406,35 @@ def test_unloading_one_of_two_leaves_all_to_the_other(bench: Bench) -> None:
     assert bench.answers("net") == "net@2"
 
 
+def test_traffic_that_nobody_has_a_share_of_goes_to_the_newest_and_to_the_shadow_last(bench: Bench) -> None:
+    for number in ("2", "3"):
+        bench.add("net", number)
+        bench.run(lambda done, number=number: bench.loader.load(f"net@{number}", done))
+    bench.loader.route("net", {"1": 1.0}, "3")
+    bench.run(lambda done: bench.loader.unload("net@1", done))
+    assert bench.answers("net") == "net@2"
+    bench.run(lambda done: bench.loader.load("net@1", done))
+    assert bench.answers("net") == "net@2"  # its share is forgotten
+    for number in ("1", "2"):
+        bench.run(lambda done, number=number: bench.loader.unload(f"net@{number}", done))
+    assert bench.answers("net") == "net@3"
+    bench.run(lambda done: bench.loader.unload("net@3", done))
+    with pytest.raises(FailedPrecondition, match="unloaded"):
+        bench.answers("net")
+
+
 @pytest.mark.parametrize(
     ("title", "error", "words"),
     [
         ("none", NotFound, "no model 'none'; there are net"),
         ("net@9", NotFound, "no version '9'"),
         ("typo", FailedPrecondition, "not TOML"),
-        ("net@x", FailedPrecondition, "a version is a number"),
+        ("net@8", FailedPrecondition, "no model file"),
+        ("net@x", InvalidArgument, "a whole number from 1"),
     ],
 )
 def test_what_cannot_be_loaded_says_why(bench: Bench, title: str, error: type[TensorNextError], words: str) -> None:
-    bench.failures = {"typo": "typo/model.toml: not TOML", "net@x": "net/x: a version is a number"}
+    bench.failures = {"typo": "typo/model.toml: not TOML", "net@8": "net/8: no model file"}
     outcome = bench.run(lambda done: bench.loader.load(title, done))
     assert isinstance(outcome, error)
     assert words in outcome.message

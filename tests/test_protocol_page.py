@@ -138,7 +138,7 @@ def test_datatypes() -> None:
 
 def test_error_codes() -> None:
     (codes,) = tables(section("Errors"))
-    names = [bare(code) for code, _, _ in codes]
+    names = [bare(code) for code, *_ in codes]
     known = [kind.code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "code")]
     assert sorted(names) == sorted(set(known))
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnxctl.errors import FailedPrecondition, InvalidArgument, NotFound
+from tnxctl.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from tnxctl.wire import TensorSpec
 from tnxd.models.catalog import Entry
 from tnxd.models.model import Model
@@ -95,6 +95,37 @@ def test_what_cannot_answer_says_why() -> None:
     ]:
         with pytest.raises(error, match=words):
             made.find(name, b"c", "")
+
+
+def test_a_version_that_is_being_loaded_is_to_be_asked_again() -> None:
+    made = registry(deployment("net", "1"))
+    version = made.deployments["net"].versions["1"]
+    version.state, version.error, version.loading = FAILED, "model.pt2 is cut short", True
+    made.rebuild()
+    with pytest.raises(Unavailable, match="'net@1' is still being loaded") as caught:
+        found(made, "net")
+    assert caught.value.retry_after_s
+    version.loading = False
+    with pytest.raises(FailedPrecondition, match="is cut short"):
+        found(made, "net")
+
+
+def test_the_default_is_none_that_cannot_serve_unless_it_is_configured() -> None:
+    made = registry(deployment("a", "1"), deployment("b", "1"))
+    first = made.deployments["a"].versions["1"]
+    assert made.default == "a"
+    first.state = FAILED
+    made.rebuild()
+    assert (made.default, found(made, "")) == ("b", "b@1")
+    first.state = EVICTED  # it is loaded for a request
+    made.rebuild()
+    assert (made.default, found(made, "")) == ("a", "a@1")
+    chosen = registry(deployment("a", "1"), deployment("b", "1"), default="b")
+    chosen.deployments["b"].versions["1"].state = FAILED
+    chosen.deployments["b"].versions["1"].error = "model.pt2 is cut short"
+    chosen.rebuild()
+    with pytest.raises(FailedPrecondition, match="is cut short"):
+        chosen.find("", b"c", "")
 
 
 def test_an_evicted_version_keeps_its_traffic_and_a_failed_one_loses_it() -> None:

@@ -65,6 +65,29 @@ def test_versions_come_and_go(run_daemon: RunDaemon, root: Path) -> None:
         assert client.health().status == "ready"
 
 
+def test_a_repository_may_be_empty_at_first(run_daemon: RunDaemon, root: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    daemon = run_daemon("--model-repository", str(empty))
+    with Client(daemon.endpoint) as client:
+        assert client.health().status == "ready"
+        assert client.models() == ()
+        with pytest.raises(NotFound, match="publish one in the model repository, then tnxctl reload"):
+            says(client, "")
+        put(empty, "net", 1, more="warm_up = []")
+        assert client.reload().loaded == ("net@1",)
+        assert says(client, "") == 1
+    assert daemon.stop() == 0
+    assert f"{empty} has no model yet: publish one, then tnxctl reload" in daemon.log.read_text()
+
+
+def test_sighup_without_a_repository_is_told_to_change_nothing(run_daemon: RunDaemon) -> None:
+    daemon = run_daemon("--model", "digits")
+    daemon.process.send_signal(signal.SIGHUP)
+    assert daemon.stop() == 0
+    assert "SIGHUP changes nothing: there is no model repository" in daemon.log.read_text()
+
+
 def test_sighup_looks_again_and_tells_systemd(run_daemon: RunDaemon, root: Path, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind(str(tmp_path / "notify"))

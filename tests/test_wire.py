@@ -474,13 +474,19 @@ def test_a_refused_route_names_the_value(changes: dict[str, Any], named: str) ->
 
 
 @pytest.mark.parametrize(
-    ("title", "parts"), [("resnet", ("resnet", "")), ("resnet@2", ("resnet", "2")), ("r.s_n-t@x y", ("r.s_n-t", "x y"))]
+    ("title", "parts"), [("resnet", ("resnet", "")), ("resnet@2", ("resnet", "2")), ("r.s_n-t@18", ("r.s_n-t", "18"))]
 )
 def test_titles_are_split(title: str, parts: tuple[str, str]) -> None:
     assert wire.split_title(title) == parts
 
 
-@pytest.mark.parametrize("title", ["", "@", "@1", "resnet@", "a@b@c", "resnet@1@", "resnet@@1", "\x1b[2J@" * 50])
+@pytest.mark.parametrize(
+    "title",
+    [
+        *("", "@", "@1", "resnet@", "a@b@c", "resnet@1@", "resnet@@1", "\x1b[2J@" * 50),
+        *("lin@", "a b@x", "a b", "../etc", "-a", "a/b", "x" * 65, "a@x", "a@01", "a@0", "a@-1", "a@1.0", "é", "a\n"),
+    ],
+)
 def test_what_is_no_title_is_named(title: str) -> None:
     with pytest.raises(InvalidArgument, match="is not a model: NAME or NAME@VERSION") as caught:
         wire.split_title(title)
@@ -658,6 +664,14 @@ def test_no_bytes_do_more_than_be_refused(noise: bytes, at: int, inside: bool) -
     if refused:
         id_ = wire.request_id(frame, limits)
         assert id_ is None or 0 <= id_ <= wire.MAX_ID
+
+
+@pytest.mark.parametrize("more", [{}, {"padding": "x" * 2000}])
+def test_a_refused_cancel_has_no_id_of_its_own(more: dict[str, str]) -> None:
+    for type_, expected in (("cancel", None), ("metadata", 7)):
+        frame = pack({"type": type_, "id": 7, "v": 2, **more})
+        refusal(frame)
+        assert wire.request_id(frame, LIMITS) == expected
 
 
 @pytest.mark.parametrize("id_", [0, 127, 128, 255, 65_535, 2**32 - 1, wire.MAX_ID])

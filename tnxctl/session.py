@@ -848,10 +848,8 @@ def _check_title(model: str) -> str:
 
 
 def _check_name(model: str) -> str:
-    name, version = wire.split_title(_check_string("model", model))
-    if version:
-        raise InvalidArgument(f"model {model!r}: expected the name alone, without a version")
-    return name
+    wire.check_name(_check_string("model", model))
+    return model
 
 
 def _check_version(what: str, value: str | int) -> str:

@@ -36,6 +36,11 @@ MAX_RANK = 64
 MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a model may be called: a name for a folder, too, on every system, and never one with an "@"."""
 
+MODEL_VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
+"""What a version may be called."""
+
+_GRAMMAR = "a name of up to 64 letters, digits, '.', '_' and '-', a letter or digit first, and a whole number from 1"
+
 
 _MESSAGE_BYTES = 256 * 1024 * 1024
 
@@ -524,16 +529,21 @@ def decode_reply(frame: Buffer, limits: Limits) -> Reply:
 def request_id(frame: Buffer, limits: Limits) -> int | None:
     """The id in a header that `decode_request` refused, if it can be made out: the error reply carries it back.
 
-    A header beyond the size limit is not looked into, and of one of more than a kilobyte only the beginning is.
+    A header beyond the size limit is not looked into, and of one of more than a kilobyte only the beginning is. That of
+    a `Cancel` has none: it carries the id of another request, whose answer the error would be taken for.
     """
     size = len(memoryview(frame))
     if size > limits.header_bytes:
         return None
     if size > _SECOND_LOOK:
-        id_ = _first_integers(frame).get(b"id")
-        return id_ if id_ is not None and 0 <= id_ <= MAX_ID else None
+        found = _first_scalars(frame)
+        id_ = found.get(b"id")
+        return id_ if isinstance(id_, int) and 0 <= id_ <= MAX_ID and found.get(b"type") != b"cancel" else None
     try:
-        return _id_decoder.decode(_map_decoder.decode(frame)["id"])
+        fields = _map_decoder.decode(frame)
+        if "type" in fields and bytes(fields["type"]) == _CANCEL:
+            return None
+        return _id_decoder.decode(fields["id"])
     except (KeyError, *_DECODE_ERRORS):
         return None
 
@@ -541,9 +551,21 @@ def request_id(frame: Buffer, limits: Limits) -> int | None:
 def split_title(title: str) -> tuple[str, str]:
     """NAME and VERSION of NAME@VERSION, or NAME and "" of a name alone. Raises InvalidArgument."""
     name, at, version = title.partition("@")
-    if not name or (at and not version) or "@" in version:
-        raise InvalidArgument(f"{excerpt(title)} is not a model: NAME or NAME@VERSION")
+    if not MODEL_NAME.fullmatch(name) or (at and not MODEL_VERSION.fullmatch(version)):
+        raise InvalidArgument(f"{excerpt(title)} is not a model: NAME or NAME@VERSION, {_GRAMMAR}")
     return name, version
+
+
+def check_name(name: str) -> None:
+    """Look whether this is NAME, without a version. Raises InvalidArgument."""
+    if split_title(name)[1]:
+        raise InvalidArgument(f"model {excerpt(name)}: expected the name alone, without a version")
+
+
+def check_version(version: str) -> None:
+    """Look whether this is VERSION. Raises InvalidArgument."""
+    if not MODEL_VERSION.fullmatch(version):
+        raise InvalidArgument(f"{excerpt(version)} is not a version: a whole number from 1")
 
 
 def _check_header_size(frame: Buffer, limits: Limits) -> None:
@@ -552,15 +574,17 @@ def _check_header_size(frame: Buffer, limits: Limits) -> None:
         raise InvalidArgument(f"the header has {size} bytes, more than the limit of {limits.header_bytes}")
 
 
-# What follows serves headers already refused. Beyond so many bytes only the whole numbers at the beginning of the map
-# are looked at: to refuse must not cost more than to accept.
+# What follows serves headers already refused. Beyond so many bytes only the whole numbers and strings at the beginning
+# of the map are looked at: to refuse must not cost more than to accept.
 _SECOND_LOOK = 1024
 
+_CANCEL = msgspec.msgpack.encode("cancel")
 
-def _first_integers(frame: Buffer) -> dict[bytes, int]:
-    """Whole numbers among the first entries of a map, by key: as far as keys and values are short scalars."""
+
+def _first_scalars(frame: Buffer) -> dict[bytes, int | bytes]:
+    """Whole numbers and strings among the first entries of a map, by key: as far as keys and values are short."""
     data = bytes(memoryview(frame)[:_SECOND_LOOK])
-    found: dict[bytes, int] = {}
+    found: dict[bytes, int | bytes] = {}
     if not 0x80 <= data[0] <= 0x8F:
         return found
     at = 1
@@ -580,6 +604,7 @@ def _first_integers(frame: Buffer) -> dict[bytes, int]:
             found[key] = int.from_bytes(data[at + 1 : at + size], "big")
         elif 0xA0 <= kind <= 0xBF:
             size = 1 + (kind & 0x1F)
+            found[key] = data[at + 1 : at + size]
         elif kind in (0xC0, 0xC2, 0xC3):
             size = 1
         elif kind in (0xCA, 0xCB):
@@ -614,7 +639,8 @@ def _header_error(frame: Buffer, error: Exception) -> InvalidArgument | Unimplem
 
 def _version(frame: Buffer) -> int | None:
     if len(memoryview(frame)) > _SECOND_LOOK:
-        return _first_integers(frame).get(b"v")
+        version = _first_scalars(frame).get(b"v")
+        return version if isinstance(version, int) else None
     try:
         return _int_decoder.decode(_map_decoder.decode(frame)["v"])
     except (KeyError, *_DECODE_ERRORS):

@@ -63,7 +63,7 @@ def problems(catalog: Catalog) -> Iterator[str]:
     """A sentence for whatever would not be served."""
     for what, why in catalog.failures.items():
         yield why if why.startswith(what) else f"{what}: {why}"
-    if not any(entry.wanted for entry in catalog.entries.values()):
+    if catalog.failures and not any(entry.wanted for entry in catalog.entries.values()):
         yield "there is no model to serve"
 
 
@@ -71,7 +71,8 @@ def finish(catalog: Catalog, remarks: Iterable[str]) -> int:
     """Print what would be served, then remarks and problems on standard error. Returns the exit code."""
     click.echo("\n".join(("", *models(catalog))))
     wrong = [*problems(catalog)]
-    for sentence in (*remarks, *wrong):
+    empty = () if catalog.entries or wrong else ("there is no model yet: publish one, then tnxctl reload",)
+    for sentence in (*remarks, *empty, *wrong):
         click.echo(f"tnxd: {sentence}", err=True)
     return 1 if wrong else 0
 

@@ -178,7 +178,9 @@ def main(
         _exit(1, error)
     _warn_of_strangers(config, router.endpoints)
     try:
-        code = _Daemon(config, Registry(config.default_model), router, admission).run()
+        registry = Registry(config.default_model)
+        registry.announce(catalog)
+        code = _Daemon(config, registry, router, admission).run()
     except BaseException:
         log.exception("the daemon has failed, and ends with 1")
         code = 1
@@ -323,10 +325,12 @@ class _Daemon:
     def _loaded(self, outcome: Changes | TensorNextError) -> None:
         """The first load of everything is over."""
         if not any(version.servable for _, version in self._inventory.registry):
-            why = outcome.message if isinstance(outcome, TensorNextError) else outcome.failed or "there is no model"
-            log.error("cannot start: no model can be served: %s", why)
-            self._give_up()
-            return
+            why = outcome.message if isinstance(outcome, TensorNextError) else outcome.failed
+            if why:
+                log.error("cannot start: no model can be served: %s", why)
+                self._give_up()
+                return
+            log.warning("%s has no model yet: publish one, then tnxctl reload", self._config.model_repository)
         self._server.serve()
         line = self._status()
         print(f"tnxd {__version__} {line}", flush=True)  # as `tnxd.logs` has it: nobody has to read it
@@ -348,6 +352,7 @@ class _Daemon:
             + " (failed)" * (not any(version.servable for version in deployment.versions.values()))
             for name, deployment in registry.deployments.items()
         )
+        models = models or "none yet"
         return f"ready on {', '.join(self._router.endpoints)}; devices: {devices}; models: {models}"
 
     def _reload(self) -> None:
@@ -357,6 +362,8 @@ class _Daemon:
         elif self._server.state != READY or self._loader is None:
             log.warning("SIGHUP is ignored: the daemon is %s", self._server.state)
         else:
+            if not self._config.model_repository:
+                log.warning("SIGHUP changes nothing: there is no model repository to look at, see --model-repository")
             self._loader.reload()
 
     def _announce_reload(self, begins: bool) -> None:

@@ -96,7 +96,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         models: built-in models to serve; empty: all of them, or none where there is a repository.
         model_repository: directory of models, see docs/models.md; "": none.
         require_manifest: refuse a version without SHA256SUMS.
-        default_model: for requests that name none; "" is the first one: built-in ones first, then by name.
+        default_model: for requests that name none; "" is the first one that can be
+            served: built-in ones first, then by name.
         remote_control: which clients may load, unload, route and reload: those on this host ("local": loopback or
             ipc), "any", or none ("off"). true is "any" and false is "off".
         devices: "auto", "cpu", "cuda", "cuda:N".

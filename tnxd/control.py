@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tnxctl import __version__
-from tnxctl.errors import FailedPrecondition, TensorNextError
+from tnxctl.errors import FailedPrecondition, TensorNextError, Unavailable
 from tnxctl.wire import (
     VERSION,
     Compare,
@@ -30,6 +30,9 @@ from tnxd.telemetry import Telemetry
 from tnxd.work import Request
 
 _MIB = 1024 * 1024
+
+# When to ask again a daemon that is starting, or one in the place of the one that is draining.
+_RETRY_AFTER_S = 0.1
 
 
 @dataclass
@@ -92,9 +95,32 @@ def health(
     )
 
 
-def metadata(request: Metadata, inventory: Inventory, scheduler: Scheduler) -> MetadataReport:
-    """One version's signature and state. Raises NotFound."""
+def unavailable(state: str) -> Unavailable:
+    """The refusal of what only a ready daemon does."""
+    return Unavailable(f"the daemon is {state}", retry_after_s=_RETRY_AFTER_S)
+
+
+def refusal(model: str, state: str, registry: Registry) -> TensorNextError:
+    """The refusal of a request to a model by a daemon that is not ready: what will never be served is told at once."""
+    if state == STARTING and model:
+        try:
+            if not registry.awaits(model) and not registry.describe(model)[1].servable:
+                return registry.why_not(model)
+        except TensorNextError as error:
+            return error
+    return unavailable(state)
+
+
+def metadata(request: Metadata, state: str, inventory: Inventory, scheduler: Scheduler) -> MetadataReport:
+    """One version's signature and state.
+
+    Raises:
+        NotFound, FailedPrecondition: see `Registry.describe`.
+        Unavailable: it is not known yet.
+    """
     registry = inventory.registry
+    if state == STARTING and registry.awaits(request.model):
+        raise unavailable(state)
     return MetadataReport(
         v=VERSION, id=request.id, model=_model_info(*registry.describe(request.model), registry, scheduler)
     )
@@ -106,9 +132,11 @@ def models(id_: int, name: str, inventory: Inventory, scheduler: Scheduler) -> M
     return ModelsReport(v=VERSION, id=id_, models=tuple(info for info in infos if name in ("", info.name)))
 
 
-def comparison(request: Compare, inventory: Inventory, shadows: Shadows) -> Comparison:
-    """The differences between two versions. Raises NotFound, FailedPrecondition."""
+def comparison(request: Compare, state: str, inventory: Inventory, shadows: Shadows) -> Comparison:
+    """The differences between two versions. Raises NotFound, FailedPrecondition, Unavailable."""
     deployment = inventory.registry.deployment(request.model)
+    if state == STARTING:
+        raise unavailable(state)
     baseline, candidate = (deployment.sole(number).model for number in (request.baseline, request.candidate))
     if baseline is None or candidate is None:
         missing = request.candidate if baseline else request.baseline

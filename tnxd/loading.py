@@ -30,7 +30,7 @@ from tnxctl.wire import Limits, excerpt, split_title
 from tnxd.audit import Audit, OnMixing
 from tnxd.costs import CostModel
 from tnxd.executors.execution import SHARED, Executor, Warmth
-from tnxd.models.catalog import Catalog, Entry
+from tnxd.models.catalog import Catalog
 from tnxd.models.model import Model
 from tnxd.models.sizes import check_message_sizes
 from tnxd.registry import (
@@ -276,6 +276,7 @@ class Loader:
     def _start(self) -> Operation[Changes]:
         changes = yield from self._reload()
         for _, version in self._registry:
+            version.loading = False  # whatever was announced and has gone since
             if version.model is not None:
                 for executor in self._executors.values():
                     if self._holds(executor.name, version.model.key):
@@ -301,7 +302,7 @@ class Loader:
         changes = Changes(failed=dict(catalog.failures))
         registry = self._registry
         registry.failures = dict(catalog.failures)
-        for deployment in [self._deployment(entry) for entry in catalog.entries.values()]:
+        for deployment in [registry.register(entry) for entry in catalog.entries.values()]:
             yield from self._follow(deployment, changes, catalog.failures)
         for name, deployment in list(registry.deployments.items()):
             # It has gone; a mistake in what is there would be no reason to stop serving it.
@@ -315,25 +316,6 @@ class Loader:
         for what, why in catalog.failures.items():
             log.error("%s cannot be served: %s", what, why)
         return changes
-
-    def _deployment(self, entry: Entry) -> Deployment:
-        """The deployment of that entry, which may be new, with what is known of versions that are not loaded."""
-        registry = self._registry
-        deployment = registry.deployments.get(entry.name)
-        if deployment is None:
-            deployment = registry.deployments[entry.name] = Deployment(entry, registry.generations(entry.name))
-        elif entry.weights != deployment.entry.weights or entry.shadow != deployment.entry.shadow:
-            deployment.restore = True
-        deployment.entry = entry
-        registry.failures.pop(entry.name, None)
-        for number, source in entry.sources.items():
-            known = deployment.versions.get(number)
-            if known is None or (known.state in (UNLOADED, FAILED) and known.source.stamp != source.stamp):
-                deployment.put(Version(source, deployment.generation(number)))
-        for number, version in list(deployment.versions.items()):
-            if number not in entry.sources and version.state in (UNLOADED, FAILED):
-                del deployment.versions[number]
-        return deployment
 
     def _follow(self, deployment: Deployment, changes: Changes, failures: Mapping[str, str]) -> Operation[None]:
         """Make one name what its entry says. What cannot be loaded is in `failed`, and what served goes on."""
@@ -394,7 +376,7 @@ class Loader:
             raise NotFound(f"no model {name!r}; there are {', '.join(catalog.entries) or 'none'}")
         changes = Changes()
         if not number:
-            deployment = self._deployment(entry)
+            deployment = self._registry.register(entry)
             deployment.restore = True
             yield from self._follow(deployment, changes, catalog.failures)
             for version in [deployment.versions[wanted] for wanted in entry.wanted]:
@@ -405,7 +387,7 @@ class Loader:
             return name
         if title in catalog.failures:
             raise FailedPrecondition(f"{title}: {catalog.failures[title]}")
-        deployment = self._deployment(entry)
+        deployment = self._registry.register(entry)
         version = deployment.sole(number)
         serving = deployment.shares()
         if version.servable and version.source.stamp != entry.sources[number].stamp:

@@ -24,7 +24,9 @@ def catalog(config: Config) -> Catalog:
 
 
 def check_default(config: Config, catalog: Catalog) -> None:
-    """Look whether the default model is one of them. Raises InvalidArgument."""
+    """Look whether the default model is one of them, unless there are none yet. Raises InvalidArgument."""
+    if not catalog.entries and not catalog.failures:
+        return
     default = config.default_model
     if default and default not in catalog.entries and default not in catalog.failures:
         served = ", ".join(catalog.entries) or "none"

@@ -11,15 +11,18 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from tnxctl.errors import FailedPrecondition, InvalidArgument, NotFound, TensorNextError
-from tnxctl.wire import excerpt, split_title
+from tnxctl.errors import FailedPrecondition, InvalidArgument, NotFound, TensorNextError, Unavailable
+from tnxctl.wire import check_name, check_version, excerpt, split_title
 from tnxd.executors.execution import STATES, Warmth
 from tnxd.fitting import Fitting
-from tnxd.models.catalog import Entry, Source
+from tnxd.models.catalog import Catalog, Entry, Source
 from tnxd.models.model import Model, model_key
 
 if TYPE_CHECKING:
     from tnxd.audit import Audit
+
+LOADING_RETRY_S = 0.1
+"""When to ask again for a version that is being loaded."""
 
 # What a version can be; the daemon itself is STARTING, READY or DRAINING, too.
 UNLOADED = "unloaded"
@@ -36,7 +39,8 @@ class Version:
     Attributes:
         source: where it comes from. generation: see `Model`.
         state: READY, UNLOADED, DRAINING, EVICTED or FAILED.
-        loading: whether it is being loaded. An evicted version stays EVICTED meanwhile: its traffic waits for it.
+        loading: whether it is being loaded, or about to be. An evicted version stays EVICTED meanwhile: its traffic
+            waits for it.
         model: what serves, or served last; None before the first time. fitting: of requests to it.
         error: why it failed; of a version that serves, why newer files of the same version do not.
         nbytes: weights and buffers on each of its devices. load_s: seconds to load and warm up.
@@ -197,9 +201,10 @@ class Deployment:
         self.versions = dict(sorted(versions.items(), key=lambda item: (len(item[0]), item[0])))
 
     def sole(self, number: str) -> Version:
-        """The version of that number. Raises NotFound."""
+        """The version of that number. Raises NotFound, InvalidArgument."""
         version = self.versions.get(number)
         if version is None:
+            check_version(number)
             known = ", ".join(self.versions) or "none"
             raise NotFound(f"model {self.name!r} has no version {excerpt(number)}; there are {known}")
         return version
@@ -209,7 +214,8 @@ class Registry:
     """All deployments.
 
     Attributes:
-        deployments: by name. default: the name for requests that give none.
+        deployments: by name. default: the name for requests that give none: the configured one, else the first that
+            can be served.
         failures: what could not become a deployment, by name or path, and why.
         on_change: called after any change.
     """
@@ -223,6 +229,33 @@ class Registry:
         self._targets: dict[str, Version | _Split] = {}
         self._clock = 0
         self._generations: dict[str, dict[str, int]] = {}
+
+    def announce(self, catalog: Catalog) -> None:
+        """Know by name what is about to be loaded: whoever asks meanwhile is not told that it is not there."""
+        self.failures = dict(catalog.failures)
+        for entry in catalog.entries.values():
+            deployment = self.register(entry)
+            for number in entry.wanted:
+                deployment.versions[number].loading = True
+        self.rebuild()
+
+    def register(self, entry: Entry) -> Deployment:
+        """The deployment of that entry, which may be new, with what is known of versions that are not loaded."""
+        deployment = self.deployments.get(entry.name)
+        if deployment is None:
+            deployment = self.deployments[entry.name] = Deployment(entry, self.generations(entry.name))
+        elif entry.weights != deployment.entry.weights or entry.shadow != deployment.entry.shadow:
+            deployment.restore = True
+        deployment.entry = entry
+        self.failures.pop(entry.name, None)
+        for number, source in entry.sources.items():
+            known = deployment.versions.get(number)
+            if known is None or (known.state in (UNLOADED, FAILED) and known.source.stamp != source.stamp):
+                deployment.put(Version(source, deployment.generation(number)))
+        for number, version in list(deployment.versions.items()):
+            if number not in entry.sources and version.state in (UNLOADED, FAILED):
+                del deployment.versions[number]
+        return deployment
 
     def __iter__(self) -> Iterator[tuple[Deployment, Version]]:
         for deployment in self.deployments.values():
@@ -240,10 +273,11 @@ class Registry:
         Raises:
             NotFound: no such model or version.
             FailedPrecondition: it could not be loaded, or was unloaded.
+            Unavailable: it is being loaded.
         """
         target = self._targets.get(model)
         if target is None:
-            raise self._why_not(model)
+            raise self.why_not(model)
         if target.__class__ is _Split:
             target = target.choose(route_key.encode("utf-8", "replace") or client)
         self._clock += 1
@@ -254,11 +288,12 @@ class Registry:
         """The version that `find` would find, in whatever state, and of several the one with the largest share.
 
         Raises:
+            InvalidArgument: it can be the name of none.
             NotFound: no such model or version.
             FailedPrecondition: it is there, but cannot be served.
         """
         if not model and not self.default:
-            raise NotFound("there is no model")
+            raise NotFound("there is no model: publish one in the model repository, then tnxctl reload")
         name, number = split_title(model or self.default)
         deployment = self.deployment(name)
         if number:
@@ -273,10 +308,18 @@ class Registry:
             raise NotFound(f"model {name!r} has no version")
         return deployment, list(deployment.versions.values())[-1]
 
+    def awaits(self, model: str) -> bool:
+        """Whether a load that is not over decides what a name stands for. Raises as `describe` does."""
+        if not model:
+            return any(version.loading for _, version in self)
+        deployment, version = self.describe(model)
+        return any(each.loading for each in ([version] if "@" in model else deployment.versions.values()))
+
     def deployment(self, name: str) -> Deployment:
-        """The deployment of that name. Raises NotFound."""
+        """The deployment of that name. Raises NotFound, InvalidArgument."""
         known = self.deployments.get(name)
         if known is None:
+            check_name(name)
             failure = self.failures.get(name)
             if failure is not None:
                 raise FailedPrecondition(f"model {name!r} cannot be served: {failure}")
@@ -302,8 +345,9 @@ class Registry:
                     version.mirror = shadow
             if shares:
                 self._targets[name] = shares[0][0] if len(shares) == 1 else _Split(shares)
-        if self.default not in self.deployments and not self._configured_default:
-            self.default = next(iter(self.deployments), "")
+        if not self._configured_default:
+            first = next(iter(self.deployments), "")
+            self.default = next((name for name in self.deployments if name in self._targets), first)
         if self.default in self._targets:
             self._targets[""] = self._targets[self.default]
         self.on_change()
@@ -314,15 +358,16 @@ class Registry:
         ranks = [len(spec.shape) for specs in inputs for spec in specs]
         return max(map(len, inputs), default=0), max(ranks, default=0)
 
-    def _why_not(self, model: str) -> TensorNextError:
+    def why_not(self, model: str) -> TensorNextError:
+        """The reason why a request for a model cannot be served, when none can."""
         try:
             version = self.describe(model)[1]
         except TensorNextError as error:
             return error
-        if version.state == FAILED:
+        if version.state == FAILED and not version.loading:
             return FailedPrecondition(f"model {version.title!r} is not loaded: {version.error}")
         if version.loading:
-            return FailedPrecondition(f"model {version.title!r} is still being loaded")
+            return Unavailable(f"model {version.title!r} is still being loaded", retry_after_s=LOADING_RETRY_S)
         return FailedPrecondition(f"model {version.title!r} is {version.state}; tnxctl models load {version.title}")
 
 

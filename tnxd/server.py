@@ -54,7 +54,7 @@ from tnxd.orders import Order, Orders
 from tnxd.pending import Pending, as_execution, as_pending, result_header
 from tnxd.quarantine import Quarantine
 from tnxd.refusals import Refusals, TooLate
-from tnxd.registry import DRAINING, READY, STARTING, Version
+from tnxd.registry import DRAINING, LOADING_RETRY_S, READY, STARTING, Version
 from tnxd.router import Message, Router
 from tnxd.scheduler import Scheduler
 from tnxd.shadow import Shadows
@@ -82,9 +82,6 @@ _TRIM_BYTES = 48 * 1024 * 1024
 _QUIET_BYTES = 16 * 1024 * 1024
 _TRIM_EVERY_S = 1.0
 _TRIMS = 10
-
-# When to ask again a daemon that is starting, or one in the place of the one that is draining.
-_RETRY_AFTER_S = 0.1
 
 # Answers made before they are sent, one after the other: libzmq's thread sleeps as soon as it has nothing to do, and to
 # wake it for an answer takes longer than to make one. More at a time would leave clients waiting for no reason.
@@ -277,7 +274,9 @@ class Server:
                 self._tick(now)
             if self.state == DRAINING and self._is_drained(now, flushed and not busy):
                 break
-        return self._deliver(linger_s if self._stopped else max(linger_s, self._drain_until - time.monotonic()))
+        left = self._deliver(linger_s if self._stopped else max(linger_s, self._drain_until - time.monotonic()))
+        self._tell_errors(time.monotonic(), at_once=True)
+        return left
 
     def _deliver(self, seconds: float) -> float:
         """Answer all that is here, and see to it that the answers go out, for so long at most. Returns what is left."""
@@ -392,6 +391,7 @@ class Server:
         self._next_tick = now + self._tick_s
         self._look(now)
         self._look_at_clients()
+        self._tell_errors(now)
         if self._router.closed - self._trimmed_at >= _TRIM_AFTER:
             self._trimmed_at = self._router.closed
             threading.Thread(target=heap.trim, name="trim", daemon=True).start()
@@ -406,6 +406,11 @@ class Server:
                 self._give_up(execution)
         dead = Counter(execution.batch.device.name for execution in stalled if execution.batch.lane != SPARE)
         self._on_tick(all(self._scheduler.devices[name].lanes > count for name, count in dead.items()))
+
+    def _tell_errors(self, now: float, *, at_once: bool = False) -> None:
+        told = self._telemetry.tell_errors(now, at_once=at_once)
+        if told:
+            log.info("%s", told)
 
     def _limit_s(self, execution: Execution) -> float:
         return execution.model.time_limit_s or self._stall_timeout_s
@@ -500,11 +505,11 @@ class Server:
             if isinstance(request, Predict):
                 self._telemetry.requests += 1
                 self._predict(message, request, tensors, received_ns)
+            elif tensors:
+                raise InvalidArgument(f"{len(tensors)} tensor frames came with a message that takes none")
             elif isinstance(request, Cancel):
                 self._cancel(message.connection, request.id)
             else:
-                if tensors:
-                    raise InvalidArgument(f"{len(tensors)} tensor frames came with a message that takes none")
                 reply = self._control(message, request)
                 if reply is not None:
                     self._answer_control(message, request.id, reply)
@@ -515,7 +520,8 @@ class Server:
             log.exception("the daemon failed at a request")
             failure = Internal("the daemon failed at this request; its log says how")
         self._telemetry.requests -= isinstance(request, Predict)
-        self._refuse(message, request.id, failure, received_ns)
+        id_ = None if isinstance(request, Cancel) else request.id  # that is the id of another request
+        self._refuse(message, id_, failure, received_ns, self._named(request))
 
     def _is_hopeless(self, message: Message, request: Predict, received_ns: int) -> bool:
         """Answer a request, if one of its kind was refused just now and it has no more time than that one."""
@@ -527,13 +533,20 @@ class Server:
         if refusal is None:
             return False
         self._telemetry.requests += 1
-        self._send_error(message.peer, message.delimited, request.id, refusal)
+        self._send_error(message.peer, message.delimited, request.id, refusal, self._named(request))
         return True
 
-    def _refuse(self, message: Message, id_: int | None, error: TensorNextError, received_ns: int) -> None:
+    def _named(self, request: object) -> str:
+        """The model that a request is about, as its client calls it; "" for one about none."""
+        model: str | None = getattr(request, "model", None)
+        return "" if model is None else model or self._inventory.registry.default
+
+    def _refuse(
+        self, message: Message, id_: int | None, error: TensorNextError, received_ns: int, model: str = ""
+    ) -> None:
         """Answer a message with an error at once. What that takes counts against its sender, if it is to blame."""
         self._telemetry.requests += 1
-        self._send_error(message.peer, message.delimited, id_, error)
+        self._send_error(message.peer, message.delimited, id_, error, model)
         # The traceback holds the frame that holds the error, and with it the message until the collector comes by.
         error.__traceback__ = error.__context__ = None
         if not isinstance(error, _NOBODYS_FAULT):
@@ -554,11 +567,11 @@ class Server:
                 self._admission,
             )
         if isinstance(request, Metadata):
-            return control.metadata(request, inventory, scheduler)
+            return control.metadata(request, self.state, inventory, scheduler)
         if isinstance(request, Models):
             return self._models(request.id, "")
         if isinstance(request, Compare):
-            return control.comparison(request, inventory, self._shadows)
+            return control.comparison(request, self.state, inventory, self._shadows)
         if self._remote_control == "off":
             raise PermissionDenied('this daemon takes no orders about its models: remote_control is "off"')
         client = message.connection.client
@@ -568,7 +581,7 @@ class Server:
                 'remote_control is "local"'
             )
         if self.state != READY or self._orders is None:
-            raise Unavailable(f"the daemon is {self.state}", retry_after_s=_RETRY_AFTER_S)
+            raise control.unavailable(self.state)
         self._orders.take(message, request)
         return None
 
@@ -584,7 +597,7 @@ class Server:
 
     def _predict(self, message: Message, request: Predict, tensors: Sequence[Buffer], received_ns: int) -> None:
         if self.state != READY:
-            raise Unavailable(f"the daemon is {self.state}", retry_after_s=_RETRY_AFTER_S)
+            raise control.refusal(request.model, self.state, self._inventory.registry)
         connection = message.connection
         if request.id in connection.requests:
             raise AlreadyExists(f"a request with id {request.id} is in flight on this connection")
@@ -624,7 +637,7 @@ class Server:
             self._loader.summon(version)
         return Unavailable(
             f"model {version.title!r} had made room for another and is being loaded again",
-            retry_after_s=_RETRY_AFTER_S,
+            retry_after_s=LOADING_RETRY_S,
         )
 
     def _cancel(self, connection: Connection, id_: int) -> None:
@@ -796,12 +809,12 @@ class Server:
                 self._telemetry.replies += 1
             else:
                 error = ResourceExhausted("the client does not take its replies: no room is left for this one")
-                self._send_error(request.peer, request.delimited, request.id, error)
+                self._send_error(request.peer, request.delimited, request.id, error, request.model)
 
     def _answer_error(self, request: Request, error: TensorNextError) -> None:
         assert isinstance(request, Pending)
         self._close(request)
-        self._send_error(request.peer, request.delimited, request.id, error)
+        self._send_error(request.peer, request.delimited, request.id, error, request.model)
 
     def _close(self, request: Pending) -> None:
         """The request has been answered, or nobody waits for it any more."""
@@ -809,8 +822,10 @@ class Server:
         request.arrays = ()  # the scheduler may remember the request until its deadline
         self._admission.release(request)
 
-    def _send_error(self, peer: bytes, delimited: bool, id_: int | None, error: TensorNextError) -> None:
-        self._telemetry.errors[error.code] += 1
+    def _send_error(
+        self, peer: bytes, delimited: bool, id_: int | None, error: TensorNextError, model: str = ""
+    ) -> None:
+        self._telemetry.count_error(error.code, model)
         retry_after_us = None if error.retry_after_s is None else error.retry_after_s * 1e6
         reply = ErrorReply(v=VERSION, id=id_, code=error.code, message=error.message, retry_after_us=retry_after_us)
         self._router.send(peer, delimited, (_encoded(reply), ()))

@@ -9,10 +9,28 @@ import click
 
 from tnxctl import wire
 from tnxctl.casting import dtype_of
+from tnxctl.errors import FailedPrecondition, Unavailable
 from tnxctl.frames import Array
 
 if TYPE_CHECKING:
     from numpy.random import Generator
+
+
+def known(model: wire.ModelInfo) -> wire.ModelInfo:
+    """The same, if it is known what that version takes.
+
+    Raises:
+        FailedPrecondition: it is not loaded; the sentence tells why.
+        Unavailable: it is being loaded.
+    """
+    if model.inputs:
+        return model
+    title = f"{model.name}@{model.version}"
+    if model.status == "starting":
+        raise Unavailable(f"model {title!r} is still being loaded")
+    if model.error:
+        raise FailedPrecondition(f"model {title!r} is not loaded: {model.error}")
+    raise FailedPrecondition(f"model {title!r} is {model.status}; tnxctl models load {title}")
 
 
 def random_inputs(

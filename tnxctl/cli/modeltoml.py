@@ -42,7 +42,8 @@ TEMPLATE = """\
 # compile = "none"
 
 # The batch sizes to run before the first request; their times are what the first predictions are made from. Default: 1,
-# 2, 4, ... up to max_batch_size.
+# 2, 4, ... up to max_batch_size. []: none, for a network that takes long: predictions begin with its first requests.
+# Values come from example.npz beside the weights, for a network that does not take zeros.
 # warm_up = [1, 8, 64]
 
 # Seconds that one batch may run. Default: stall_timeout_s of the daemon.

@@ -162,10 +162,10 @@ def command(
     with tensorfiles.destination(output_path) as write:
         with Client(endpoint, timeout=timeout) as client:
             if source is None:
-                signature = client.metadata(model)
+                signature = inputs.known(client.metadata(model))
                 tensors = inputs.random_inputs(signature, batch_size=batch_size, input_dim=input_dim, seed=seed)
             elif cast or source.needs_model:
-                tensors = source.fitted(client.metadata(model), cast)
+                tensors = source.fitted(inputs.known(client.metadata(model)), cast)
             else:
                 tensors = source.tensors
             options = workload.Options(

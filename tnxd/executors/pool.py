@@ -250,7 +250,8 @@ class LanePool:
             warmed = warm_up(
                 runner, verdict.model, verdict.make, self.lanes, None if verdict.state.random else verdict.tolerance
             )
-        self._examples[verdict.model.key] = verdict.model, verdict.make(1, 0)
+        if verdict.model.warm_up != ():
+            self._examples[verdict.model.key] = verdict.model, verdict.make(1, 0)
         return warmed
 
     def _install(self, key: str, call: Callable[[], Call]) -> None:

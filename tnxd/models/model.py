@@ -64,7 +64,7 @@ class Model:
         deadline_us, priority: of requests that say nothing about it.
         optional: inputs that a request may leave out -> the number that fills them then, without axes, or None, which
             the module gets in its place.
-        warm_up: batch sizes to run before it serves; empty: 1, 2, 4, ... up to the limit.
+        warm_up: batch sizes to run before it serves; None: 1, 2, 4, ... up to the limit.
         generation: counts how often this version has been loaded anew with other contents.
         notes: what an operator should know about it.
         examples: a shape for every input, to warm up with; empty: axes of any length have length 1.
@@ -93,7 +93,7 @@ class Model:
     time_limit_s: float | None = None
     deadline_us: float | None = None
     priority: int = DEFAULT_PRIORITY
-    warm_up: tuple[int, ...] = ()
+    warm_up: tuple[int, ...] | None = None
     generation: int = 0
     notes: tuple[str, ...] = ()
     examples: tuple[tuple[int, ...], ...] = ()
@@ -112,7 +112,7 @@ class Model:
 
     def unbatched(self) -> Model:
         """The same model, for requests that run alone and whole."""
-        return replace(self, max_batch_size=0, warm_up=())
+        return replace(self, max_batch_size=0, warm_up=None if self.warm_up else self.warm_up)
 
     def with_rows(self, rows: int) -> Model:
         """The same model, whose examples have so many rows along axis 0 where it may have any length."""

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tnxctl.errors import InvalidArgument, TensorNextError
-from tnxctl.wire import MODEL_NAME
+from tnxctl.wire import MODEL_NAME, MODEL_VERSION
 from tnxd.models import onnxfile
 from tnxd.models import settings as model_toml
 from tnxd.models.catalog import Catalog, Entry, Source
@@ -43,7 +42,6 @@ SETTINGS = "model.toml"
 
 _SHARD = ".safetensors"
 _GONE = "a link that leads nowhere, or a file that went away: look again"
-_VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ def _versions(directory: Path, failures: dict[str, str]) -> list[tuple[str, Path
         nowhere = place.is_symlink() and not place.exists()
         if hidden(place.name) or not (place.is_dir() or nowhere):
             continue
-        if _VERSION.fullmatch(place.name):
+        if MODEL_VERSION.fullmatch(place.name):
             versions.append((place.name, place))
         elif nowhere:
             failures[f"{directory.name}/{place.name}"] = f"{directory.name}/{place.name}: {_GONE}"

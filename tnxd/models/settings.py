@@ -86,7 +86,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_delay_us: how long a smaller batch waits for company, in microseconds; None: as the daemon is configured.
         devices: where it may run; (): everywhere. replicas: batches at a time per device; 0: one on every lane.
         dtype: to run in; "": that of the weights. compile: "inductor" compiles it when it is loaded.
-        warm_up: batch sizes to run before it serves; (): powers of two up to the limit.
+        warm_up: batch sizes to run before it serves; None: powers of two up to the limit.
         time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
         deadline_us, priority: of requests that say nothing about it.
         imports: modules to import before the model file is read.
@@ -104,7 +104,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replicas: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     compile: Literal["none", "inductor"] = "none"
-    warm_up: tuple[_Number, ...] = ()
+    warm_up: tuple[_Number, ...] | None = None
     time_limit_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] = DEFAULT_PRIORITY

@@ -62,7 +62,7 @@ def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float
     """
     costs: list[tuple[int, float]] = []
     row_bytes = 0.0
-    for rows in model.warm_up or warm_up_sizes(model.max_batch_size):
+    for rows in warm_up_sizes(model.max_batch_size) if model.warm_up is None else model.warm_up:
         left = runner.memory_left() * _MEMORY_SHARE / lanes
         if costs and left and row_bytes * rows > left:
             log.warning(

@@ -100,7 +100,7 @@ def settle(found: Found, settings: Settings, label: str, file: str) -> Signature
     inputs = _narrow(found.inputs, settings.inputs, f"{label}: inputs", file)
     returned, outputs = _chosen(found, settings.outputs, f"{label}: outputs", file)
     limit = _limit(settings.max_batch_size, [*inputs, *outputs], found, label, file)
-    for rows in settings.warm_up:
+    for rows in settings.warm_up or ():
         if rows > max(limit, 1):
             raise InvalidArgument(
                 f"{label}: warm_up: {rows} is more than {limit or 1}, the most rows in one batch of {file}"
