@@ -37,7 +37,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -45,6 +44,18 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import msgspec
 
 from tnxctl import wire
+from tnxctl.arguments import (
+    check_deadline,
+    check_flag,
+    check_megabytes,
+    check_name,
+    check_priority,
+    check_string,
+    check_timeout,
+    check_title,
+    check_version,
+    check_weights,
+)
 from tnxctl.durations import spell
 from tnxctl.errors import (
     Cancelled,
@@ -71,7 +82,6 @@ LOAD_TIMEOUT_S = 600.0
 """For `load`, `unload` and `reload`, unless the timeout of the client is longer: large weights take their time to
 read, compilers theirs, and what is unloaded first finishes what it has."""
 
-MAX_DEADLINE_S = wire.MAX_DEADLINE_US / 1e6
 
 MAX_PENDING_CALLS = 65_536
 MAX_PENDING_BYTES = 1 << 30
@@ -247,7 +257,7 @@ class Session:
 
     def __init__(self, endpoint: str, timeout: float, limits: Limits) -> None:
         self.endpoint = endpoint
-        self.timeout = _check_timeout(timeout)
+        self.timeout = check_timeout(timeout)
         self.limits = limits
         # What a model has in outputs and axes, it has: a header of the daemon bounds their number well enough.
         self._reply_limits = msgspec.structs.replace(
@@ -313,7 +323,7 @@ class Session:
         patience = self._patience(timeout)
         strict, deadline_us = False, None
         if deadline is not None:
-            seconds = _check_deadline(deadline)
+            seconds = check_deadline(deadline)
             strict = seconds <= patience
             patience = min(seconds, patience)
             deadline_us = patience * 1e6
@@ -321,14 +331,14 @@ class Session:
             v=wire.VERSION,
             id=next(self._ids),
             inputs=specs,
-            model=_check_string("model", model),
-            prefer_gpu=_check_flag("prefer_gpu", prefer_gpu),
-            min_gpu_memory_mb=_check_megabytes("min_gpu_memory_mb", min_gpu_memory_mb),
-            device=_check_string("device", device),
+            model=check_string("model", model),
+            prefer_gpu=check_flag("prefer_gpu", prefer_gpu),
+            min_gpu_memory_mb=check_megabytes("min_gpu_memory_mb", min_gpu_memory_mb),
+            device=check_string("device", device),
             deadline_us=deadline_us,
             sent_us=None if deadline_us is None else now * 1e6,
-            priority=None if priority is None else _check_priority(priority),
-            route_key=_check_string("route_key", route_key),
+            priority=None if priority is None else check_priority(priority),
+            route_key=check_string("route_key", route_key),
             max_reply_bytes=self.limits.message_bytes,
         )
         return self._call(request, arrays, nbytes, _read_result, patience, now, strict)
@@ -340,7 +350,7 @@ class Session:
 
     def metadata(self, model: str, *, timeout: float | None, now: float) -> Call[ModelInfo]:
         """Encode a metadata request."""
-        request = wire.Metadata(v=wire.VERSION, id=next(self._ids), model=_check_string("model", model))
+        request = wire.Metadata(v=wire.VERSION, id=next(self._ids), model=check_string("model", model))
         return self._call(request, [], 0, _read_metadata, self._patience(timeout), now)
 
     def models(self, *, timeout: float | None, now: float) -> Call[tuple[ModelInfo, ...]]:
@@ -350,12 +360,12 @@ class Session:
 
     def load(self, model: str, *, timeout: float | None, now: float) -> Call[tuple[ModelInfo, ...]]:
         """Encode a load request. Raises InvalidArgument if `model` is neither NAME nor NAME@VERSION."""
-        request = wire.Load(v=wire.VERSION, id=next(self._ids), model=_check_title(model))
+        request = wire.Load(v=wire.VERSION, id=next(self._ids), model=check_title(model))
         return self._slow_call(request, _read_models, timeout, now)
 
     def unload(self, model: str, *, timeout: float | None, now: float) -> Call[tuple[ModelInfo, ...]]:
         """Encode an unload request. Raises InvalidArgument if `model` is neither NAME nor NAME@VERSION."""
-        request = wire.Unload(v=wire.VERSION, id=next(self._ids), model=_check_title(model))
+        request = wire.Unload(v=wire.VERSION, id=next(self._ids), model=check_title(model))
         return self._slow_call(request, _read_models, timeout, now)
 
     def route(
@@ -371,9 +381,9 @@ class Session:
         request = wire.Route(
             v=wire.VERSION,
             id=next(self._ids),
-            model=_check_name(model),
-            weights=_check_weights(weights),
-            shadow="" if shadow == "" else _check_version("shadow", shadow),
+            model=check_name(model),
+            weights=check_weights(weights),
+            shadow="" if shadow == "" else check_version("shadow", shadow),
         )
         return self._call(request, [], 0, _read_models, self._patience(timeout), now)
 
@@ -389,14 +399,14 @@ class Session:
         request = wire.Compare(
             v=wire.VERSION,
             id=next(self._ids),
-            model=_check_name(model),
-            baseline=_check_version("baseline", baseline),
-            candidate=_check_version("candidate", candidate),
+            model=check_name(model),
+            baseline=check_version("baseline", baseline),
+            candidate=check_version("candidate", candidate),
         )
         return self._call(request, [], 0, _reader(Comparison), self._patience(timeout), now)
 
     def _patience(self, timeout: float | None) -> float:
-        return self.timeout if timeout is None else _check_timeout(timeout)
+        return self.timeout if timeout is None else check_timeout(timeout)
 
     def _slow_call(
         self,
@@ -405,7 +415,7 @@ class Session:
         timeout: float | None,
         now: float,
     ) -> Call[T]:
-        patience = max(LOAD_TIMEOUT_S, self.timeout) if timeout is None else _check_timeout(timeout)
+        patience = max(LOAD_TIMEOUT_S, self.timeout) if timeout is None else check_timeout(timeout)
         return self._call(request, [], 0, read, patience, now, reach=min(self.timeout, patience))
 
     def _call(
@@ -801,95 +811,3 @@ def _read_models(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> 
 
 def _unexpected(reply: wire.Reply, expected: type[Any]) -> InvalidArgument:
     return InvalidArgument(f"expected a {expected.__name__}, got a {type(reply).__name__}")
-
-
-# --- arguments -----------------------------------------------------------------------------------------------
-
-
-def _check_timeout(value: float) -> float:
-    try:
-        if 0 < value < math.inf:
-            return float(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise InvalidArgument(f"timeout {value!r}: expected a positive, finite number of seconds")
-
-
-def _check_deadline(value: float) -> float:
-    try:
-        if 0 < value <= MAX_DEADLINE_S:
-            return float(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise InvalidArgument(
-        f"deadline {value!r}: expected a positive number of seconds from now, at most {MAX_DEADLINE_S:.0f}"
-    )
-
-
-def _check_priority(value: int) -> int:
-    try:
-        level = operator.index(value)
-        if 0 <= level <= wire.LOWEST_PRIORITY and value is not True and value is not False:
-            return level
-    except TypeError:
-        pass
-    raise InvalidArgument(f"priority {value!r}: expected an integer from 0 (first) to {wire.LOWEST_PRIORITY} (last)")
-
-
-def _check_string(name: str, value: str) -> str:
-    if not isinstance(value, str):
-        raise InvalidArgument(f"{name} {value!r}: expected a string, got {type(value).__name__}")
-    return value
-
-
-def _check_title(model: str) -> str:
-    wire.split_title(_check_string("model", model))
-    return model
-
-
-def _check_name(model: str) -> str:
-    wire.check_name(_check_string("model", model))
-    return model
-
-
-def _check_version(what: str, value: str | int) -> str:
-    """Versions are numbers to people and strings in the protocol: both are taken."""
-    if value is True or value is False or not isinstance(value, str | int) or value == "":
-        raise InvalidArgument(f"{what} {value!r}: expected the number of a version")
-    return str(value)
-
-
-def _check_weights(weights: Mapping[str, float] | Mapping[int, float]) -> dict[str, float]:
-    if not isinstance(weights, Mapping):
-        raise InvalidArgument(f"weights {weights!r}: expected a mapping of versions to their shares")
-    checked: dict[str, float] = {}
-    for key, weight in weights.items():
-        version = _check_version("version", key)
-        if version in checked:
-            raise InvalidArgument(f"weights {dict(weights)!r}: version {version} has two")
-        try:
-            checked[version] = float(weight) if 0 <= weight <= wire.MAX_WEIGHT else math.nan  # NaN is not >= 0
-        except (TypeError, ValueError, OverflowError):
-            checked[version] = math.nan
-        if math.isnan(checked[version]):
-            raise InvalidArgument(
-                f"weight {weight!r} of version {version}: expected a number from 0 to {wire.MAX_WEIGHT:g}"
-            )
-    if checked and not any(checked.values()):
-        raise InvalidArgument(f"weights {checked!r}: none is above 0")
-    return checked
-
-
-def _check_flag(name: str, value: bool) -> bool:
-    if value is not True and value is not False:
-        raise InvalidArgument(f"{name} {value!r}: expected True or False")
-    return value
-
-
-def _check_megabytes(name: str, value: float) -> float:
-    try:
-        if value >= 0:  # which NaN is not
-            return float(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise InvalidArgument(f"{name} {value!r}: expected a number of MiB, 0 or more")

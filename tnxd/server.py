@@ -71,6 +71,9 @@ log = logging.getLogger(__name__)
 # How long messages are taken in before the scheduler gets to act: a flood must not keep finished work waiting.
 _INTAKE_NS = 2_000_000
 
+# So many requests fill a batch of most models. With fewer, what is taken in first makes the next batch larger.
+_ENOUGH = 64
+
 # Where the queue is full, so many messages may be refused in a turn.
 _REFUSED_AT_ONCE = 64
 
@@ -259,7 +262,7 @@ class Server:
             if self._completed:
                 while self._completed:
                     self._finish(self._completed.popleft())
-                if self._scheduler.queued:
+                if self._scheduler.queued >= _ENOUGH:
                     ran = self._dispatch()  # a lane is free, and need not wait until more is taken in
             more = self._receive()
             busy = self._dispatch() or more or ran
@@ -472,7 +475,7 @@ class Server:
             if count == 0 and not router.readable():
                 self._empty_ns = self._filled_ns = clock()
                 return False
-            if self._completed and self._scheduler.queued:
+            if self._completed and self._scheduler.queued >= _ENOUGH:
                 break  # a lane has nothing to do
         return True
 
