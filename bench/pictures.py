@@ -157,6 +157,7 @@ _ENDS = (
     ("expired", "#E69F00"),
     ("refused", "#56B4E9"),
     ("full", "#0072B2"),
+    ("held", "#CFE8F7"),
     ("cut", "#D55E00"),
     ("unsent", "#CCCCCC"),
     ("other", "#555555"),
