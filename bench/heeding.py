@@ -40,11 +40,11 @@ class Heeding:
         self.held: list[int] = []
         self._deadline_s = deadline_s
         self._urgent = urgent
+        self._windows: list[Window | None] = [None, None]
         self.begin()
 
     def begin(self) -> None:
         """The connection is a new one: nothing is outstanding there."""
-        self._windows: list[Window | None] = [None, None]
         self._outstanding = [0, 0]
         self._messages = Messages()
 

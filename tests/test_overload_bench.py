@@ -199,7 +199,8 @@ def test_who_heeds_refusals_holds_back_what_would_be_refused() -> None:
     assert heeding.held == [number for number in range(60, 100) if number not in sent]
     assert len(heeding.held) > 20
     heeding.begin()
-    assert heeding.let(0, 50, 0.0) == list(range(50))
+    again = heeding.let(0, 50, 0.0)
+    assert len(sent) - 1 < len(again) < 50  # nothing is outstanding there; what was learned holds
 
 
 def test_requests_are_due_at_random_times_of_the_asked_rate() -> None:
