@@ -19,6 +19,7 @@ from tnxctl.cli.options import LOWEST_PRIORITY, MAX_DEADLINE_S, Duration, common
 from tnxctl.errors import TensorNextError
 
 if TYPE_CHECKING:
+    from tnxctl.cli.bench.lines import Table
     from tnxctl.cli.bench.recording import Step
     from tnxctl.cli.bench.runs import Search, Sweep
     from tnxctl.frames import Array
@@ -226,13 +227,15 @@ def command(
         search = None if bound is None else runs.Search(bench, bound * 1e6)
         loads = [*(Load(count) for count in concurrency), *(Load(rate=rate) for rate in rates)]
         run = search or runs.Sweep(bench, loads or [Load(count) for count in DEFAULT_SWEEP])
-        if not as_json:
-            click.echo("\n".join(lines.heading(probe, seconds, warm_up, _about(tensors, deadline, priority))))
-        steps, end = _take(run, None if as_json else lambda step: click.echo(lines.row(step)))
+        about = _about(tensors, deadline, priority)
+        table = None if as_json else lines.Table(search)
+        if table is not None:
+            click.echo(f"{lines.heading(probe, seconds, warm_up, about)}\n\n{table.head()}")
+        steps, end = _take(run, table)
         if isinstance(end, TensorNextError) and not steps:
             raise end
         if write is not None:
-            title = f"{probe.model} version {probe.version} on {probe.device}, {_about(tensors, deadline, priority)}"
+            title = f"{probe.model} version {probe.version} on {probe.device}, {about}"
             write(picture.draw(steps, title, None if search is None else search.bound_us))
     if as_json:
         settings = {
@@ -254,17 +257,15 @@ def command(
     ctx.exit(lines.exit_code(steps, end, search is not None))
 
 
-def _take(
-    run: Sweep | Search, show: Callable[[Step], None] | None
-) -> tuple[list[Step], KeyboardInterrupt | TensorNextError | None]:
+def _take(run: Sweep | Search, table: Table | None) -> tuple[list[Step], KeyboardInterrupt | TensorNextError | None]:
     """The steps of a run that measured anything, shown as they come, and what ended it before its end, if anything."""
     steps: list[Step] = []
     try:
         for step in run:
             if step.requests:
                 steps.append(step)
-                if show is not None:
-                    show(step)
+                if table is not None:
+                    click.echo(table.row(step))
             if step.ended is not None:
                 return steps, step.ended
     except KeyboardInterrupt as interrupt:  # between two steps

@@ -36,29 +36,46 @@ _OWN = (UNSENT, "LOST")  # what is no code of the daemon's
 _MUCH = 0.5  # of the p99: a client that sends so late is part of what is measured
 
 
-def heading(probe: Result, seconds: float, warm_up: float, about: str) -> Iterator[str]:
-    """Lines above the table: what is measured, and the head of the table."""
+class Table:
+    """The table of steps, line by line as they come.
+
+    Args:
+        search: whose bound has a column; None: of a sweep.
+    """
+
+    def __init__(self, search: Search | None) -> None:
+        self._search = search
+        self._header, self._widths, self._align = list(_HEADER), list(_WIDTHS), _ALIGN
+        if search is not None:
+            self._header.insert(-1, f"UNDER {spell(search.bound_us / 1e6)}")
+            self._widths.insert(-1, len(self._header[-2]))
+            self._align = f"{_ALIGN[:-1]}>{_ALIGN[-1]}"
+
+    def head(self) -> str:
+        return text.heading(text.line(text.pad(self._header, self._widths, self._align)))
+
+    def row(self, step: Step) -> str:
+        """The line of a step."""
+        cells = [
+            step.load.title,
+            str(step.requests),
+            f"{step.results_per_s:.1f}",
+            *(_ms(step.latency_us.get(name)) for name in PERCENTILES),
+            _ms(step.late_us.get("p99")),
+            f"{step.rows:.1f}",
+            f"{step.client_cpu_us:.1f}",
+            errors_text(step.errors) or "-",
+        ]
+        if self._search is not None:
+            cells.insert(-1, "yes" if self._search.keeps(step) else "no")
+        return text.line(text.pad(cells, self._widths, self._align))
+
+
+def heading(probe: Result, seconds: float, warm_up: float, about: str) -> str:
+    """The line above the table: what is measured."""
     model = text.clean(f"{probe.model} version {probe.version} on {probe.device}")
     warmed = f" after {spell(warm_up)} of warm-up" if warm_up else ""
-    yield f"{model}, {about}; {spell(seconds)} for each line{warmed}"
-    yield ""
-    yield text.heading(text.line(text.pad(_HEADER, _WIDTHS, _ALIGN)))
-
-
-def row(step: Step) -> str:
-    """The line of a step."""
-    times = [_ms(step.latency_us.get(name)) for name in PERCENTILES]
-    cells = [
-        step.load.title,
-        str(step.requests),
-        f"{step.results_per_s:.1f}",
-        *times,
-        _ms(step.late_us.get("p99")),
-        f"{step.rows:.1f}",
-        f"{step.client_cpu_us:.1f}",
-        errors_text(step.errors) or "-",
-    ]
-    return text.line(text.pad(cells, _WIDTHS, _ALIGN))
+    return f"{model}, {about}; {spell(seconds)} for each line{warmed}"
 
 
 def errors_text(errors: Counter[str]) -> str:
@@ -89,8 +106,8 @@ def remarks(steps: Sequence[Step]) -> Iterator[str]:
     late = [step.load.title for step in steps if is_client_bound(step)]
     if late:
         yield (
-            f"At {', '.join(late)} this client sent late, or not at all: there its own machine is the limit, "
-            f"and several clients show more of the daemon"
+            f"At {', '.join(late)} this client sent late, or not at all: part of what is shown there is its own doing, "
+            f"or that of what else runs on its machine"
         )
 
 
