@@ -175,9 +175,10 @@ def command(
     against the first line. Among the errors, LOST had no answer within --timeout, and UNSENT this client did not come
     to send.
 
-    The load is made in this process, by one thread on one connection. CLIENT is its CPU time for each request: some 20
-    to 60 µs, which a daemon on the same machine goes without, and which bounds the rate that one client reaches. It
-    sends what it is told to send: unlike tnxctl.Client it holds nothing back that the daemon would refuse.
+    The load is made in this process, by one thread on one connection. CLIENT is its CPU time for each request: some
+    20 µs with many outstanding, 100 and more where it sleeps and wakes up for each. A daemon on the same machine has to
+    do without that time, and it bounds the rate that one client reaches. This client sends what it is told to: unlike
+    tnxctl.Client it holds nothing back that the daemon would refuse. Of fewer than 100 requests the p99 is the slowest.
 
     Ctrl-C, or SIGTERM, ends it with what was measured so far. Errors are a failure, as for tnxctl predict, except in a
     search.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tnxctl.cli.bench.recording import Step
@@ -34,8 +34,8 @@ def draw(steps: Sequence[Step], title: str, bound_us: float | None) -> bytes:
     from matplotlib import pyplot
 
     shown = [step for step in steps if step.latency_us]
-    opened = sorted((step for step in shown if step.load.rate), key=lambda step: step.load.rate)
-    closed = [step for step in shown if step.load.concurrency]
+    opened = _best(step for step in shown if step.load.rate)
+    closed = _best(step for step in shown if step.load.concurrency)
     panels: list[tuple[str, list[tuple[float, Step]]]] = []
     if closed and bound_us is None:
         panels.append(("requests outstanding", [(step.load.concurrency, step) for step in closed]))
@@ -52,7 +52,19 @@ def draw(steps: Sequence[Step], title: str, bound_us: float | None) -> bytes:
     return content.getvalue()
 
 
+def _best(steps: Iterable[Step]) -> list[Step]:
+    """Steps by their load. Of one load that was measured again, as a search does, the better one."""
+    best: dict[float, Step] = {}
+    for step in steps:
+        place = step.load.rate or step.load.concurrency
+        if place not in best or step.p99_of_all_us < best[place].p99_of_all_us:
+            best[place] = step
+    return [best[place] for place in sorted(best)]
+
+
 def _panel(axes: Any, label: str, points: Sequence[tuple[float, Step]], bound_us: float | None) -> None:
+    from matplotlib.ticker import LogLocator
+
     places = [place for place, _ in points]
     for name, colour, line in _LINES:
         values = [step.latency_us[name] / 1e3 for _, step in points]
@@ -62,6 +74,7 @@ def _panel(axes: Any, label: str, points: Sequence[tuple[float, Step]], bound_us
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(lambda value, _: f"{value:,g}")
         axis.set_minor_formatter(lambda _value, _: "")
     axes.set_xlabel(label)
