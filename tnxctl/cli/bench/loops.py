@@ -230,6 +230,8 @@ def open_loop(
             if recording.unavailable:
                 due = None
             for _ in range(_BURST):
+                if due is None and not outstanding:
+                    break
                 if not connection.has_answer():
                     connection.wait(limit if due is None or len(outstanding) >= most else due)
                     break
