@@ -95,7 +95,7 @@ def test_a_search_at_a_real_daemon(daemon: Daemon) -> None:
     assert (found["p99_under_us"], found["finished"], found["rate_per_s"]) == (1.0, True, None)
     rates = [step["rate_per_s"] for step in document["steps"]]
     assert rates[0] is None, "one at a time, to begin with"
-    assert rates[1::2] == rates[2::2], "a rate is too high if it is so twice"
+    assert set(Counter(rates[1:]).values()) <= {2, 3}, "a rate is too high if it is so more than once"
     assert rates[-1] == found["too_high_per_s"]
 
 
@@ -463,6 +463,13 @@ def test_one_bad_step_is_no_verdict() -> None:
     assert bench.tried[:3] == [500, 500, 1000]
     assert search.best is not None
     assert search.best.load.rate == 3000
+
+
+def test_steps_in_which_the_client_was_late_count_for_less() -> None:
+    bench = FakeBench(3000.0, flukes=2)
+    search = runs.Search(bench, 8.0)  # type: ignore[arg-type]  # microseconds: all are over that, and 5 is how late
+    rates = [step.load.rate for step in itertools.islice(search, 5)]
+    assert rates == [0, 500, 500, 500, 250]
 
 
 def test_a_search_ends_where_there_are_too_few_requests() -> None:

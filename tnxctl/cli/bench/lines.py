@@ -103,7 +103,7 @@ def remarks(steps: Sequence[Step]) -> Iterator[str]:
     messages = {code: message for step in steps for code, message in step.messages.items()}
     for code, message in messages.items():
         yield f"{text.clean(code)}: {text.clean(message)}"
-    late = [step.load.title for step in steps if is_client_bound(step)]
+    late = list(dict.fromkeys(step.load.title for step in steps if is_client_bound(step)))
     if late:
         yield (
             f"At {', '.join(late)} this client sent late, or not at all: part of what is shown there is its own doing, "

@@ -150,7 +150,7 @@ class Connection:
         except zmq.Again:
             return None
         while dealer.get(_RCVMORE):
-            # Nobody reads a tensor; a small one is dropped faster as a copy. Answers tend to be as large as the last one.
+            # Nobody reads it; a small one is dropped faster as a copy. Answers tend to be as large as the last one.
             frame = dealer.recv(_NOBLOCK, not self._is_large)
             self._is_large = len(frame) >= _LARGE_BYTES
         return header

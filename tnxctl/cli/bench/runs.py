@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tnxctl.cli.bench.loops import Connection, Requests, closed_loop, open_loop
-from tnxctl.cli.bench.recording import Load, Recording, Step
+from tnxctl.cli.bench.recording import UNSENT, Load, Recording, Step
 from tnxctl.errors import TensorNextError
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ FEWEST = 10
 """Requests that a step has to have on average for its rate to be tried in a search."""
 
 _CLOSE = 0.05  # of a rate: so near to one that is too high, a search ends
+
+_DOUBTFUL = 0.7  # of a miss: three of these make two
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ class Search:
     """A search for the highest rate whose p99 stays under a bound, when it is iterated over.
 
     One request at a time shows where to begin. From there rates double until one is too high, or halve until one is
-    not, and then what lies between is halved. A rate is too high if it is so twice. A request without a result counts
-    as later than the bound.
+    not, and then what lies between is halved. A rate is too high if it is so twice, or three times where this client
+    was late itself. A request without a result counts as later than the bound.
 
     Attributes:
         bound_us: the bound. best: the step of the highest rate that kept it so far.
@@ -116,19 +118,23 @@ class Search:
             return
         rate: float | None = _rounded(max(first.results_per_s / 2, FEWEST / self._bench.seconds))
         while rate is not None:
-            for _ in range(2):
+            misses = 0.0
+            while misses < 2 and (self.best is None or self.best.load.rate != rate):
                 step = self._bench.measure(Load(rate=rate))
                 if step.ended is None and self.keeps(step):
                     self.best = step
+                misses += _DOUBTFUL if self._is_doubtful(step) else 1
                 yield step
                 if step.ended is not None:
                     return
-                if self.best is step:
-                    break
-            else:
+            if self.best is None or self.best.load.rate != rate:
                 self.too_high = rate
             rate = self._next()
         self.over = True
+
+    def _is_doubtful(self, step: Step) -> bool:
+        """Whether this client was so late itself that the daemon may not be to blame."""
+        return UNSENT in step.errors or step.late_us.get("p99", 0.0) > self.bound_us / 2
 
     def _next(self) -> float | None:
         """The next rate to try, if there is one."""
