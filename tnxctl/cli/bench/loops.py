@@ -39,7 +39,7 @@ _LENT_BYTES = 256 * 1024  # from here on, to lend libzmq a tensor is cheaper tha
 _LARGE_BYTES = 64 * 1024
 _LOOK_MS = 500  # between two looks whether the connection still stands; no wait is longer, as Ctrl-C needs on Windows
 _LOOK_NS = _LOOK_MS * 1_000_000
-_GRACE_NS = 50_000_000  # after the end of an open loop, for what was due at last
+_GRACE_NS = 1_000_000_000  # after the end of an open loop, to send what was due in a pause of this machine
 _BURST = 64  # requests or answers in a row
 _CHUNK = 4096  # random numbers drawn at a time
 
