@@ -47,6 +47,8 @@ WORDS = [
     ("models compare resnet 1 2", ["2"]),
     ("predict --model di", ["digits"]),
     ("predict --device ", ["auto", "cpu"]),
+    ("bench --model di", ["digits"]),
+    ("bench --device ", ["auto", "cpu"]),
 ]
 
 

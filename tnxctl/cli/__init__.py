@@ -1,6 +1,6 @@
 """`tnxctl`: asks a TensorNext daemon, from a shell.
 
-health.py, models.py, metadata.py, predict.py, reload.py, completion.py
+health.py, models.py, metadata.py, predict.py, bench/, reload.py, completion.py
                 one sub-command each, imported when it is called
 options.py      options that they share         exits.py        exit codes
 sources.py      what --input may be             inputs.py       random inputs
@@ -30,7 +30,7 @@ from tnxctl.cli.groups import Group
 from tnxctl.cli.interrupts import heed_sigterm
 from tnxctl.errors import TensorNextError
 
-_COMMANDS = ("health", "models", "metadata", "predict", "reload", "completion")
+_COMMANDS = ("health", "models", "metadata", "predict", "bench", "reload", "completion")
 
 
 class _Tool(Group):
@@ -77,6 +77,7 @@ Examples:
   tnxctl predict --host 192.168.1.100 --count 5
   tnxctl --host 192.168.1.100 models
   tnxctl predict --model digits --input scans.npy --output scores.npy
+  tnxctl bench --concurrency 1,8,64
   tnxctl models
   tnxctl models load resnet@2
   tnxctl COMMAND --help
@@ -97,7 +98,7 @@ Shell completion: tnxctl completion --help
 @click.version_option(tnxctl.__version__, prog_name="tnxctl", message="%(prog)s %(version)s")
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Ask a TensorNext daemon how it is, what it serves and for predictions, and change what it serves."""
+    """Ask a TensorNext daemon how it is, what it serves and for predictions, measure it, and change what it serves."""
     if os.environ.get("NO_COLOR"):
         ctx.color = False
     for stream in (sys.stdout, sys.stderr):

@@ -34,7 +34,12 @@ def known(model: wire.ModelInfo) -> wire.ModelInfo:
 
 
 def random_inputs(
-    model: wire.ModelInfo, *, batch_size: int | None, input_dim: int | None, seed: int
+    model: wire.ModelInfo,
+    *,
+    batch_size: int | None,
+    input_dim: int | None,
+    seed: int,
+    rows_option: str = "--batch-size",
 ) -> dict[str, Array]:
     """One array per input of the model.
 
@@ -45,6 +50,7 @@ def random_inputs(
         batch_size: rows, for a model that batches; None is 1.
         input_dim: length of the last axis, whatever the signature says; None keeps to the signature.
         seed: of the generator.
+        rows_option: what `batch_size` is called on the command line.
 
     Raises:
         click.UsageError: an option does not apply to this model, or the inputs are too large for a message.
@@ -57,7 +63,7 @@ def random_inputs(
         for spec, shape in zip(model.inputs, example_shapes(model, batch_size, input_dim), strict=True)
     ]
     if batch_size is not None and not model.max_batch_size:
-        raise click.UsageError(f"--batch-size does not apply to model {model.name!r}: it takes no batch axis")
+        raise click.UsageError(f"{rows_option} does not apply to model {model.name!r}: it takes no batch axis")
     if input_dim is not None and not any(_has_features(spec, model) for spec in specs):
         raise click.UsageError(f"--input-dim does not apply to model {model.name!r}: it has no axis but the rows")
     size = sum(dtype_of(spec.datatype).itemsize * math.prod(spec.shape) for spec in specs)

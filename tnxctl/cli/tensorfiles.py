@@ -82,6 +82,19 @@ def destination(path: str | None) -> Iterator[Callable[[Mapping[str, Array]], No
             raise FileProblem("cannot write standard output: it is closed")
         yield _write_standard
         return
+    with writable(path) as write:
+        yield lambda tensors: write(_content_of(tensors, path))
+
+
+@contextmanager
+def writable(path: str) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """A function that writes the content of a file, which is open from the beginning: before there is any.
+
+    What was in the file stays until it comes, and a file that was made for it goes again if it does not.
+
+    Raises:
+        FileProblem: the file cannot be written, at the beginning, or there is no room for the content.
+    """
     made = written = False
     try:
         # Not emptied yet, as `open` would do it.
@@ -99,9 +112,8 @@ def destination(path: str | None) -> Iterator[Callable[[Mapping[str, Array]], No
         stream.close()
         raise _cannot_write(path, error) from None
 
-    def write(tensors: Mapping[str, Array]) -> None:
+    def write(content: bytes | memoryview) -> None:
         nonlocal written
-        content = _content_of(tensors, path)
         try:
             if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 stream.truncate(0)

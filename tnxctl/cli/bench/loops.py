@@ -1,0 +1,299 @@
+"""Load: requests encoded beforehand, the connection that they go out on, and a closed and an open loop of them.
+
+The loops are lean so that the daemon is what is measured: one thread and one socket, with the headers of all requests
+made of one. Connecting, encoding and decoding are those of `tnxctl.Client`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import select
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import msgspec
+import zmq
+
+from tnxctl import wire
+from tnxctl.cli.bench.recording import LOST, UNSENT, Recording, clock_ns
+from tnxctl.durations import spell
+from tnxctl.errors import DeadlineExceeded, Unavailable
+from tnxctl.link import Link, has_input
+from tnxctl.session import MAX_PENDING_BYTES, MAX_PENDING_CALLS, Call, Session
+
+if TYPE_CHECKING:
+    from tnxctl.results import Result
+
+T = TypeVar("T")
+
+_FIRST_ID = 1 << 32  # msgpack writes whole numbers from here on in nine bytes: all headers have the same length
+_STAMP = 314159265.35897932  # stands for the time at which a request is sent
+
+_LENT_BYTES = 256 * 1024  # from here on, to lend libzmq a tensor is cheaper than to copy it
+_LARGE_BYTES = 64 * 1024
+_LOOK_MS = 500  # between two looks whether the connection still stands; no wait is longer, as Ctrl-C needs on Windows
+_LOOK_NS = _LOOK_MS * 1_000_000
+_GRACE_NS = 1_000_000_000  # after the end of an open loop, to send what was due in a pause of this machine
+_BURST = 64  # requests or answers in a row
+_CHUNK = 4096  # random numbers drawn at a time
+
+_MORE = int(zmq.SNDMORE | zmq.NOBLOCK)
+_NOBLOCK = int(zmq.NOBLOCK)
+_RCVMORE = int(zmq.RCVMORE)
+_POLLIN = int(zmq.POLLIN)
+
+
+class Requests:
+    """Requests that differ in their ids and, if they have a deadline, in the time at which they are sent.
+
+    Args:
+        call: one of them, as the session encodes it.
+
+    Attributes:
+        sent: how many went out. nbytes: of the tensors of one.
+    """
+
+    def __init__(self, call: Call[Result]) -> None:
+        self.sent = 0
+        self.nbytes = call.nbytes
+        self.copied = call.nbytes < _LENT_BYTES
+        header, *tensors = call.frames
+        self.tensors: list[Any] = [tensor.tobytes() if self.copied else tensor for tensor in tensors]
+        request = wire.decode_request(header, wire.Limits())
+        assert isinstance(request, wire.Predict)
+        self.deadline_ns = math.inf if request.deadline_us is None else request.deadline_us * 1e3
+        stamp = None if request.deadline_us is None else _STAMP
+        header = wire.encode(msgspec.structs.replace(request, id=_FIRST_ID, sent_us=stamp))
+        self._before, after = header.split(_FIRST_ID.to_bytes(8, "big"), 1)
+        self._between, self._stamped, self._after = after.rpartition(struct.pack(">d", _STAMP))
+
+    def next(self, now_ns: int) -> tuple[int, bytes]:
+        """The id and the header of the next request."""
+        number = _FIRST_ID + self.sent
+        self.sent += 1
+        stamp = struct.pack(">d", now_ns / 1e3) if self._stamped else b""
+        return number, b"".join((self._before, number.to_bytes(8, "big"), self._between, stamp, self._after))
+
+
+class Connection:
+    """A connection that a session makes and asks on, and whose socket is then used as it is.
+
+    Args:
+        timeout: in seconds, of what is asked.
+    """
+
+    def __init__(self, endpoint: str, timeout: float) -> None:
+        self.endpoint = endpoint
+        self.timeout = timeout
+        self.session = Session(endpoint, timeout, wire.Limits())
+        self._link = Link(self.session, _ignore, _ignore)
+        self._dealer: Any = None
+        self._fd = 0
+        self._is_large = False  # the last tensor that came
+
+    def __enter__(self) -> Self:
+        """Connect. Raises the error of a health request that is not answered."""
+        try:
+            self.ask(self.session.health(timeout=None, now=time.monotonic()))
+        except BaseException:
+            self._link.close()
+            raise
+        self._dealer = self._link.dealer
+        self._dealer.set(zmq.RCVTIMEO, _LOOK_MS)
+        self._fd = self._dealer.get(zmq.FD)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._link.close()
+
+    def ask(self, call: Call[T]) -> T:
+        """The answer to a call of the session, which connects for it if it has to."""
+        link = self._link
+        link.start(call)
+        while not call.done:
+            now = time.monotonic()
+            wait_s = self.session.due - now
+            if wait_s <= 0:
+                link.on_time(now)
+                continue
+            sources = [(socket, _POLLIN) for socket in (link.dealer, link.monitor) if socket is not None]
+            zmq.zmq_poll(sources, math.ceil(min(wait_s * 1e3, _LOOK_MS)))
+            if has_input(link.dealer):
+                link.receive()
+            link.on_monitor()
+        return call.take()
+
+    def send(self, requests: Requests, recording: Recording, due_ns: int, now_ns: int) -> None:
+        """Send the next request."""
+        number, header = requests.next(now_ns)
+        recording.send(number, due_ns, now_ns)
+        send, tensors, copied = self._dealer.send, requests.tensors, requests.copied
+        try:
+            send(header, _MORE)
+            for tensor in tensors[:-1]:
+                send(tensor, _MORE, copied)
+            send(tensors[-1], _NOBLOCK, copied)
+        except zmq.Again:
+            self.check()  # the connection is about to be reported as broken
+
+    def receive(self) -> bytes | None:
+        """The header of the next answer; None if none came for a while."""
+        dealer = self._dealer
+        try:
+            header: bytes = dealer.recv()
+        except zmq.Again:
+            return None
+        while dealer.get(_RCVMORE):
+            # Nobody reads it; a small one is dropped faster as a copy. Answers tend to be as large as the last one.
+            frame = dealer.recv(_NOBLOCK, not self._is_large)
+            self._is_large = len(frame) >= _LARGE_BYTES
+        return header
+
+    def has_answer(self) -> bool:
+        return bool(self._dealer.get(zmq.EVENTS) & _POLLIN)
+
+    def wait(self, until_ns: int) -> None:
+        """Sleep until an answer may be there, or until then. Only directly after `has_answer` said no."""
+        seconds = min(until_ns - clock_ns(), _LOOK_NS) / 1e9  # zmq's own poll counts in milliseconds
+        if seconds > 0:
+            select.select([self._fd], [], [], seconds)
+
+    def check(self) -> None:
+        """Raise Unavailable if the connection is gone."""
+        self._link.on_monitor()
+        if self._link.dealer is None:
+            raise Unavailable(f"{self.endpoint}: the connection broke while predict was under way")
+
+
+def closed_loop(
+    connection: Connection, requests: Requests, recording: Recording, concurrency: int, seconds: float
+) -> None:
+    """Keep so many requests outstanding for so long: whatever comes back sends the next one.
+
+    Raises:
+        Unavailable: the connection broke, or the daemon takes no more requests.
+        DeadlineExceeded: it answered nothing.
+    """
+    patience_ns = int(connection.timeout * 1e9)
+    outstanding = recording.outstanding
+    with _steady(), recording.running():
+        end = recording.began_ns + int(seconds * 1e9)
+        heard = now = recording.began_ns
+        while True:
+            while now < end and len(outstanding) < concurrency and not recording.unavailable:
+                connection.send(requests, recording, now, now)
+                now = clock_ns()
+            if not outstanding or now >= min(end, heard) + patience_ns:
+                break
+            header = connection.receive()
+            now = clock_ns()
+            if header is None:
+                connection.check()
+            else:
+                heard = now
+                recording.take(header, now)
+    _finish(connection, recording)
+
+
+def open_loop(
+    connection: Connection, requests: Requests, recording: Recording, rate: float, seconds: float, seed: int
+) -> None:
+    """Send requests at random times, as of independent clients, whatever became of those before.
+
+    A request that this client was too late to send is due at its time all the same, and its latency counts from there.
+
+    Raises:
+        Unavailable, DeadlineExceeded: see `closed_loop`.
+    """
+    outstanding = recording.outstanding
+    most = max(min(MAX_PENDING_CALLS, MAX_PENDING_BYTES // max(requests.nbytes, 1)), 1)
+    with _steady(), recording.running():
+        dues = _dues(recording.began_ns, rate, seconds, seed)
+        end = recording.began_ns + int(seconds * 1e9)
+        limit = end + int(connection.timeout * 1e9)
+        look = recording.began_ns + _LOOK_NS
+        due = next(dues, None)
+        while due is not None or outstanding:
+            for _ in range(_BURST):
+                now = clock_ns()
+                if due is None or due > now or len(outstanding) >= most:
+                    break
+                if now > end + _GRACE_NS:
+                    unsent = 1 + sum(1 for _ in dues)
+                    recording.give_up(unsent, UNSENT, "this client had not come to send it when the step was over")
+                    due = None
+                    break
+                connection.send(requests, recording, due, now)
+                due = next(dues, None)
+            if recording.unavailable:
+                due = None
+            for _ in range(_BURST):
+                if due is None and not outstanding:
+                    break
+                if not connection.has_answer():
+                    connection.wait(limit if due is None or len(outstanding) >= most else due)
+                    break
+                header = connection.receive()
+                if header is not None:
+                    recording.take(header, clock_ns())
+            if now >= look:
+                connection.check()
+                look = now + _LOOK_NS
+            if now >= limit:
+                break
+    _finish(connection, recording)
+
+
+def _finish(connection: Connection, recording: Recording) -> None:
+    within = spell(connection.timeout)
+    recording.give_up(len(recording.outstanding), LOST, f"no answer came within {within}")
+    recording.outstanding.clear()
+    if recording.unavailable:
+        raise Unavailable(recording.unavailable)
+    if LOST in recording.errors and not recording.heard:
+        raise DeadlineExceeded(f"{connection.endpoint} did not answer predict within {within}")
+
+
+def _dues(began_ns: int, rate: float, seconds: float, seed: int) -> Iterator[int]:
+    """Times at which the requests of an open loop are due: one at least."""
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    at = 0.0
+    while True:
+        for offset in (at + np.cumsum(generator.exponential(1 / rate, _CHUNK))).tolist():
+            if offset >= seconds and at:
+                return
+            at = min(offset, seconds)
+            yield began_ns + int(at * 1e9)
+
+
+@contextmanager
+def _steady() -> Iterator[None]:
+    """Keep Python's collector from pausing the block, and have its sleeps end on time.
+
+    Linux lets sleeps run over by 50 µs otherwise, to save power.
+    """
+    prctl: Any = None
+    if sys.platform == "linux":
+        prctl = ctypes.CDLL(None).prctl
+        set_slack, get_slack = 29, 30  # PR_SET_TIMERSLACK, PR_GET_TIMERSLACK
+        before = prctl(get_slack, 0, 0, 0, 0)
+        prctl(set_slack, ctypes.c_ulong(1), 0, 0, 0)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        if prctl is not None:
+            prctl(set_slack, ctypes.c_ulong(before), 0, 0, 0)
+
+
+def _ignore(_opened_or_closed: object) -> None:
+    pass
