@@ -21,6 +21,9 @@ with contextlib.suppress(ImportError):  # on a machine with a GPU, nothing may b
     hypothesis.settings.register_profile("tests", deadline=None)  # how long an example takes is the machine's affair
     hypothesis.settings.load_profile("tests")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # nohup and CI systems start their jobs so, and the tools that tests start and interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.umask(0o022)  # a model repository that others can write is refused
 
 START_SECONDS = 60
