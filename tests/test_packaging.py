@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires
@@ -94,6 +95,42 @@ def test_what_a_build_of_torch_for_cuda_brings_need_not_be_pinned(monkeypatch: p
 def test_every_package_of_the_examples_is_pinned() -> None:
     lines = (SOURCE / "examples/requirements.txt").read_text().splitlines()
     assert {canonicalize_name(line) for line in lines if line and line[0] != "#"} <= pins().keys()
+
+
+def build(kind: str, source: Path, target: Path) -> Path:
+    """The "sdist" or "wheel" that pip and other tools would build of that source tree, without asking an index."""
+    program = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
+    target.mkdir(exist_ok=True)
+    done = subprocess.run([sys.executable, "-c", program, target], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [built] = target.iterdir()
+    return built
+
+
+def test_sdist_and_wheel_hold_the_packages_as_they_are_and_no_tests(tmp_path: Path) -> None:
+    packages = ("tnxctl", "tnxd")
+    for name in packages:
+        shutil.copytree(SOURCE / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.cfg", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(SOURCE / name, tmp_path / "source")
+    (tmp_path / "source/tests").mkdir()
+    shutil.copy(__file__, tmp_path / "source/tests")
+    files = {
+        str(path.relative_to(tmp_path / "source"))
+        for name in packages
+        for path in (tmp_path / "source" / name).rglob("*")
+        if path.is_file()
+    }
+    sdist = build("sdist", tmp_path / "source", tmp_path / "sdist")
+    subprocess.run(["tar", "-xf", sdist, "-C", tmp_path / "sdist"], check=True)
+    unpacked = tmp_path / "sdist" / sdist.name.removesuffix(".tar.gz")
+    assert not (unpacked / "tests").exists()
+    # What an earlier build left, of a module that has been deleted since.
+    (unpacked / "build/lib/tnxd").mkdir(parents=True)
+    (unpacked / "build/lib/tnxd/deleted.py").write_text("")
+    with zipfile.ZipFile(build("wheel", unpacked, tmp_path / "wheel")) as wheel:
+        packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert packed == files
 
 
 def test_every_build_tool_is_pinned() -> None:
