@@ -24,6 +24,7 @@ from format_tools import ask, open_model, save_program, source, tensors
 from model_repositories import load_example
 from tnxctl.errors import FailedPrecondition, InvalidArgument, PermissionDenied, TensorNextError
 from tnxctl.wire import TensorSpec
+from tnxd.advice import installing
 from tnxd.models import networks, repository
 from tnxd.models.formats.exported import Program
 from tnxd.models.formats.factories import _ROOT
@@ -906,7 +907,7 @@ def test_onnx_without_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "net/1").mkdir(parents=True)
     (tmp_path / "net/1/model.onnx").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert refused(tmp_path) == "net/1/model.onnx needs onnxruntime: pip install 'tensornext[onnx]'"
+    assert refused(tmp_path) == f"net/1/model.onnx needs onnxruntime: {installing('onnxruntime')}"
 
 
 # --- whatever the format -------------------------------------------------------------------------------------

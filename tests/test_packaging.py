@@ -6,6 +6,7 @@ import configparser
 import http.server
 import importlib.util
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,15 @@ def test_torch_is_left_to_pip_where_its_index_cannot_be_reached(torch_build: Mod
 def test_a_build_of_torch_that_does_not_exist_is_refused(torch_build: ModuleType, index: str) -> None:
     with pytest.raises(SystemExit, match="TORCH=rocm: it is cpu or cuda"):
         torch_build.options("rocm", index)
+
+
+def test_a_daemon_without_torch_names_the_command_that_brings_it() -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None; from tnxd.cli import main; main(['--bind', 'tcp://127.0.0.1:*'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=SOURCE, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"not installed: {shlex.quote(sys.executable)} -m pip install torch safetensors" in done.stderr
 
 
 def test_the_unit_is_hardened() -> None:
