@@ -88,8 +88,7 @@ def start_daemon(
     line = process.stdout.readline()  # ends with the process, at the latest: the test's own timeout covers a hang
     found = READY.search(line)
     if found is None:
-        process.kill()
-        process.wait()
+        Daemon("", process, log).discard()
         raise AssertionError(f"tnxd said {line!r} and logged:\n{log.read_text()}")
     return Daemon(found[1].split(", ")[0], process, log)
 
