@@ -30,7 +30,10 @@ help:
 	@echo 'make gpu-check        CUDA tests and a short CUDA benchmark, with the packages of PYTHON as they are'
 	@echo 'sudo make install     the service: /opt/tensornext, /etc/tensornext, tensornext.service, tnxd and tnxctl'
 	@echo 'sudo make uninstall   remove all of that but the configuration'
+	@echo 'make test-fresh       demo and tests on bare Debian machines made by debootstrap, as root and as a user'
 	@echo 'make clean            remove what the other targets left in this folder'
+	@echo
+	@echo 'Say TORCH=cuda or TORCH=cpu for that build of torch; without it, CUDA comes only where there is a GPU.'
 
 # What each group of targets needs, by the names of the extras in setup.cfg.
 EXTRAS_demo := daemon
@@ -46,7 +49,7 @@ $(VENV)/created:
 
 ENVIRONMENTS := $(VENV)/for-demo $(VENV)/for-test $(VENV)/for-check
 $(ENVIRONMENTS): $(VENV)/for-%: $(VENV)/created setup.cfg pyproject.toml constraints.txt
-	$(PIP) install --editable '.[$(EXTRAS_$*)]'
+	options=$$($(RUN) systemd/torch_build.py) && $(PIP) install $$options --editable '.[$(EXTRAS_$*)]'
 	@touch $@
 
 .PHONY: demo
@@ -71,6 +74,11 @@ slow: $(VENV)/for-test $(VENV)/for-examples
 .PHONY: faults
 faults: $(VENV)/for-test
 	$(RUN) -m pytest -s -m 'slow or not slow' $(or $(TESTS),tests/faults)
+
+# Two machines, each with everything installed anew twice: it takes long, and up to 15 GB.
+.PHONY: test-fresh
+test-fresh:
+	TESTS='$(TESTS)' sh tests/fresh_machine.sh
 
 # Everything, real networks included; those of packages that cannot be had are skipped. What test_quick_* look at is
 # a part of what the others do.

@@ -3,7 +3,7 @@
 #
 # Installs TensorNext as a service of this machine, upgrades it, or takes it away. `sudo make install` and
 # `sudo make uninstall` run this script. PYTHON in the environment names the interpreter to use; otherwise the script
-# picks one. Nothing is written to the source tree.
+# picks one; TORCH there is cpu or cuda, the build of torch. Nothing is written to the source tree.
 set -eu
 umask 022  # the service runs as a user of its own, which has to read all of this
 
@@ -78,9 +78,11 @@ install_environment() {
     trap 'rm -rf "$copy"' EXIT
     (cd "$SOURCE" && cp -R pyproject.toml setup.cfg README.md LICENSE tnxctl tnxd "$copy")
     say 'installing packages; torch is large'
+    torch=$("$HOME_DIR/bin/python" -B "$SOURCE/systemd/torch_build.py") || fail 'nothing was installed'
     PIP_CONSTRAINT=$SOURCE/constraints.txt PIP_BUILD_CONSTRAINT=$SOURCE/constraints.txt \
         PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
-        "$HOME_DIR/bin/python" -m pip install --quiet "${copy}[daemon]" || fail 'pip could not install the packages'
+        "$HOME_DIR/bin/python" -m pip install --quiet $torch "${copy}[daemon]" ||
+        fail 'pip could not install the packages'
     for name in $COMMANDS; do
         ln -sfn "$HOME_DIR/bin/$name" "$LINKS/$name"
     done

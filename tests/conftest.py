@@ -21,6 +21,9 @@ with contextlib.suppress(ImportError):  # on a machine with a GPU, nothing may b
     hypothesis.settings.register_profile("tests", deadline=None)  # how long an example takes is the machine's affair
     hypothesis.settings.load_profile("tests")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # nohup and CI systems start their jobs so, and the tools that tests start and interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.umask(0o022)  # a model repository that others can write is refused
 
 START_SECONDS = 60
@@ -85,8 +88,7 @@ def start_daemon(
     line = process.stdout.readline()  # ends with the process, at the latest: the test's own timeout covers a hang
     found = READY.search(line)
     if found is None:
-        process.kill()
-        process.wait()
+        Daemon("", process, log).discard()
         raise AssertionError(f"tnxd said {line!r} and logged:\n{log.read_text()}")
     return Daemon(found[1].split(", ")[0], process, log)
 

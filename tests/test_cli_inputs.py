@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -278,5 +280,5 @@ def test_a_damaged_image_and_one_of_several(tmp_path: Path) -> None:
 def test_without_pillow_the_sentence_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(exits.FileProblem, match="pip install pillow"):
+    with pytest.raises(exits.FileProblem, match=re.escape(f"{shlex.quote(sys.executable)} -m pip install pillow")):
         sources.read(str(tmp_path / "x.png"))

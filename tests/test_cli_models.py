@@ -467,9 +467,13 @@ def test_ctrl_c_ends_the_waiting_alone(arguments: list[str]) -> None:
         process = subprocess.Popen(
             [*TOOL, *arguments, "--host", fake.endpoint], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        assert fake.wait_for_requests(1, PATIENCE_S)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        try:
+            assert fake.wait_for_requests(1, PATIENCE_S)
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        finally:
+            process.kill()
+            process.wait()
         assert process.returncode == exits.Exit.INTERRUPTED
         assert stdout == ""
         assert (

@@ -43,9 +43,13 @@ def interrupted(
 ) -> tuple[bytes, bytes]:
     """Output of a tool that gets a Ctrl-C, or another signal, when `when` returns, and ends because of it."""
     process = subprocess.Popen([*TOOL, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
-    assert when()
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    try:
+        assert when()
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == 128 + number
     return stdout, stderr
 
@@ -230,6 +234,13 @@ def test_ctrl_c_while_a_daemon_keeps_silent(verb: str) -> None:
         arguments = [verb, "--host", fake.endpoint, "--timeout", "60"]
         stdout, stderr = interrupted(*arguments, when=lambda: fake.wait_for_requests(1, PATIENCE_S))
     assert (stdout, stderr.strip()) == (b"", b"")
+
+
+@posix
+def test_the_tests_can_interrupt_a_tool_where_their_own_job_ignores_ctrl_c() -> None:
+    program = "import signal as s; s.signal(s.SIGINT, s.SIG_IGN); import conftest; print(s.getsignal(s.SIGINT))"
+    shown = subprocess.check_output([sys.executable, "-c", program], cwd=Path(__file__).parent, text=True)
+    assert "default_int_handler" in shown
 
 
 @posix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -91,7 +92,7 @@ done
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_keeps_words_whole_that_it_takes_apart(fake: FakeDaemon) -> None:
     script = completion._Bash(main, {}, "tnxctl", completion.VARIABLE).source()
-    tool = f"{sys.executable} -c 'from tnxctl.cli import main; main(prog_name=\"tnxctl\")'"
+    tool = f"{shlex.quote(sys.executable)} -c 'from tnxctl.cli import main; main(prog_name=\"tnxctl\")'"
     program = BASH.format(tool=tool, script=script)
     host = f"tnxctl --host {fake.endpoint}"
     lines = ["tnxctl he", f"{host} models show resnet@", f"{host} predict --model=di", f"{host} models route resnet "]

@@ -50,7 +50,9 @@ MODEL_TOML = (
 
 LIMITED = f"""
 import resource
-resource.setrlimit(resource.RLIMIT_AS, ({6 * GIB}, -1))
+import torch  # the libraries of a build for CUDA take as much again
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + {5 * GIB + GIB // 2}, -1))
 from tnxd.cli import main
 main()
 """

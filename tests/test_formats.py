@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib
 import os
 import py_compile
@@ -23,7 +24,8 @@ from format_tools import ask, open_model, save_program, source, tensors
 from model_repositories import load_example
 from tnxctl.errors import FailedPrecondition, InvalidArgument, PermissionDenied, TensorNextError
 from tnxctl.wire import TensorSpec
-from tnxd.models import networks
+from tnxd.advice import installing
+from tnxd.models import networks, repository
 from tnxd.models.formats.exported import Program
 from tnxd.models.formats.factories import _ROOT
 
@@ -685,7 +687,8 @@ def _no_module_stays() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_no_module_stays")
-def test_modules_import_their_siblings_and_versions_do_not_mix(tmp_path: Path) -> None:
+def test_modules_import_their_siblings_and_versions_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     save_siblings(tmp_path, "1", 10)
     save_siblings(tmp_path, "2", 20)
     models = {version: open_model(tmp_path, 'versions = "all"\n' + TOML, version=version) for version in "12"}
@@ -699,18 +702,28 @@ def test_modules_import_their_siblings_and_versions_do_not_mix(tmp_path: Path) -
     assert not list(tmp_path.rglob("*.pyc"))
 
 
-def test_bytecode_in_the_repository_is_not_run(tmp_path: Path) -> None:
-    path = save_weights(tmp_path).parent / "net.py"
-    cache = path.parent / "__pycache__"
-    cache.mkdir()
-    planted = tmp_path / ".planted.py"
-    planted.write_text("raise RuntimeError('planted')")
+@pytest.mark.usefixtures("_no_module_stays")
+@pytest.mark.parametrize("planted", ["net", "layers", "late", "parts/__init__", "parts/inner"])
+def test_bytecode_in_the_repository_is_not_run(tmp_path: Path, planted: str) -> None:
+    save_siblings(tmp_path, "1", 10)
+    version = tmp_path / "net/1"
+    (tmp_path / "net/model.toml").write_text(TOML)
+    files = sorted(path for path in version.rglob("*") if path.is_file())
+    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(version)}\n" for path in files]
+    (version / "SHA256SUMS").write_text("".join(sums))
+    place = (version / planted).parent / "__pycache__"
+    place.mkdir()
+    source = tmp_path / ".planted.py"
+    source.write_text("raise RuntimeError('planted')")
     py_compile.compile(
-        str(planted),
-        cfile=str(cache / f"net.{sys.implementation.cache_tag}.pyc"),
+        str(source),
+        cfile=str(place / f"{Path(planted).name}.{sys.implementation.cache_tag}.pyc"),
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
     )
-    open_model(tmp_path, TOML).factory()
+    catalog = repository.scan(tmp_path, require_manifest=True)
+    assert catalog.failures == {}
+    model = catalog.entries["net"].sources["1"].open(0)
+    assert ask(model, model.factory(), np.zeros((1, 4), np.float32))["y"].tolist() == [[14] * 4]
 
 
 def test_versions_share_modules_in_the_directory_of_the_model(tmp_path: Path) -> None:
@@ -894,7 +907,7 @@ def test_onnx_without_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "net/1").mkdir(parents=True)
     (tmp_path / "net/1/model.onnx").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert refused(tmp_path) == "net/1/model.onnx needs onnxruntime: pip install 'tensornext[onnx]'"
+    assert refused(tmp_path) == f"net/1/model.onnx needs onnxruntime: {installing('onnxruntime')}"
 
 
 # --- whatever the format -------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from tnxd import check as checking
 from tnxd import config as configuration
 from tnxd import logs, offer, signals
 from tnxd.admission import Admission, is_loopback
+from tnxd.advice import installing
 from tnxd.config import Config, control_of
 from tnxd.control import Inventory
 from tnxd.costs import CostModel
@@ -163,7 +164,8 @@ def main(
         sys.exit(checking.finish(catalog, _odd_variables()))
     logs.install(config.log_level)
     if importlib.util.find_spec("torch") is None:
-        _exit(1, FailedPrecondition("the daemon needs torch, which is not installed: pip install 'tensornext[daemon]'"))
+        advice = installing("torch", "safetensors")
+        _exit(1, FailedPrecondition(f"the daemon needs torch, which is not installed: {advice}"))
     for sentence in _odd_variables():
         log.warning("%s", sentence)
     raise_file_limit()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import shlex
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,8 @@ def decode(name: str, content: bytes) -> Any:
         from PIL import Image
     except ImportError:
         raise FileProblem(
-            f"cannot read {name}: it is an image, and Pillow, which decodes them, is not installed: pip install pillow"
+            f"cannot read {name}: it is an image, and Pillow, which decodes them, is not installed: "
+            + shlex.join([sys.executable or "python3", "-m", "pip", "install", "pillow"])
         ) from None
     try:
         with warnings.catch_warnings(action="error"):  # as about images that are implausibly large

@@ -12,6 +12,7 @@ import torch
 
 from tnxctl.errors import FailedPrecondition, InvalidArgument
 from tnxctl.wire import TensorSpec, excerpt
+from tnxd.advice import installing
 from tnxd.executors.tensors import to_array
 from tnxd.models import onnxfile
 from tnxd.models.formats import optional
@@ -72,7 +73,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     try:
         runtime = importlib.import_module("onnxruntime")
     except ImportError:
-        raise FailedPrecondition(f"{label} needs onnxruntime: pip install 'tensornext[onnx]'") from None
+        raise FailedPrecondition(f"{label} needs onnxruntime: {installing('onnxruntime')}") from None
     session, said = _open(runtime, files, label)
     first: list[Any] = [session]
     found = _describe(session, said, settings, source.settings_label, label)
