@@ -1205,6 +1205,12 @@ def test_who_was_refused_for_want_of_time_lets_fewer_wait(connected: Session) ->
     started(connected, deadline=1.0)
 
 
+def test_one_late_answer_holds_no_handful_of_callers_back(connected: Session) -> None:
+    calls = [started(connected, deadline=1.0) for _ in range(8)]
+    connected.receive(refused(calls[0]), 0.0)
+    started(connected, deadline=1.0)
+
+
 @pytest.mark.parametrize("arguments", [{}, {"deadline": 0.01}, {"deadline": 1.0, "priority": 0}])
 def test_what_is_not_like_those_that_were_refused_is_sent(connected: Session, arguments: dict[str, Any]) -> None:
     calls = [started(connected, deadline=1.0) for _ in range(20)]

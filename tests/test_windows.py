@@ -27,7 +27,7 @@ def simulated(capacity: int, offered: int, rounds: int, window: Window, now: flo
     return served / (rounds - rounds // 2), refused / (rounds - rounds // 2)
 
 
-@pytest.mark.parametrize("capacity", [5, 50, 500])
+@pytest.mark.parametrize("capacity", [20, 50, 500])
 def test_nearly_all_that_the_daemon_takes_is_sent_and_little_more(capacity: int) -> None:
     served, refused = simulated(capacity, 100_000, 400, Window(20 * capacity))
     assert served > 0.9 * capacity
@@ -47,7 +47,7 @@ def test_it_is_never_so_small_that_nothing_is_learned() -> None:
     window = Window(10)
     for _ in range(1000):
         window.refused(0.05, 0.0)
-    assert window.size >= 1
+    assert window.size >= 8
 
 
 def test_it_is_forgotten_after_a_while() -> None:

@@ -21,8 +21,8 @@ _GROW = 0.05
 _QUIET = 4.0
 _GROW_FAST = 0.5
 
-# It is never smaller: who sends nothing learns nothing.
-_LEAST = 2.0
+# It is never smaller: who sends nothing learns nothing, and a few callers shall not be held back for one late answer.
+_LEAST = 8.0
 
 # A window that was not shrunk for so many deadlines, or so many seconds, is forgotten.
 _FORGOTTEN_AFTER = 20.0
