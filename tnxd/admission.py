@@ -8,6 +8,7 @@ is over a limit, those of its connections are refused that have more than an eve
 from __future__ import annotations
 
 import ipaddress
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 _MIB = 1024 * 1024
 
-# What a client without a deadline of its own is told to wait. The next request may find room much sooner.
+# What a client is told to wait for room, until it is known how long that takes; and the weight of the newest time.
 _RETRY_AFTER_S = 0.05
+_ROOM_WEIGHT = 0.1
 
 # Whose refused messages take this part of the loop's time does not listen to what it is told.
 _FLOOD = 0.25
@@ -48,6 +50,8 @@ class Client:
         connections: how many it has. requests, nbytes: in flight, and their inputs. owed: bytes of replies that it has
             not taken yet. orders: about models, that wait or run.
         refused_ns: time of the loop that its refused messages took since the last look.
+        full_since: when a request first found no room, by the monotonic clock; 0 since one was taken in again.
+        room_s: how long that takes, as a moving average.
     """
 
     name: str
@@ -58,6 +62,8 @@ class Client:
     owed: int = 0
     orders: int = 0
     refused_ns: int = 0
+    full_since: float = 0.0
+    room_s: float = _RETRY_AFTER_S
 
 
 @dataclass(slots=True, eq=False)
@@ -191,13 +197,13 @@ class Admission:
             len(connection.requests) * client.connections >= self._max_requests
             or client.requests >= 2 * self._max_requests
         ):
-            raise _over(f"{client.requests} requests of {client.name} are in flight", f"{self._max_requests}")
+            raise _full(client, f"{client.requests} requests of {client.name} are in flight", self._max_requests)
         if client.nbytes + nbytes > self._max_bytes and (
             connection.nbytes and (connection.nbytes + nbytes) * client.connections > self._max_bytes
         ):
-            raise _over(f"{client.nbytes} bytes of {client.name} are in flight", f"{self._max_bytes}")
+            raise _full(client, f"{client.nbytes} bytes of {client.name} are in flight", self._max_bytes)
         if self.held + nbytes > self.ceiling and connection.nbytes + connection.owed + nbytes > _LITTLE_BYTES:
-            raise _over(f"{self.held} bytes are received, in flight or owed", f"{self.ceiling}")
+            raise _full(client, f"{self.held} bytes are received, in flight or owed", self.ceiling)
 
     def take(self, connection: Connection, request: Pending) -> None:
         """A request is in flight."""
@@ -206,6 +212,9 @@ class Admission:
         connection.nbytes += nbytes
         client.requests += 1
         client.nbytes += nbytes
+        if client.full_since:
+            client.room_s += _ROOM_WEIGHT * (time.monotonic() - client.full_since - client.room_s)
+            client.full_since = 0.0
 
     def release(self, request: Pending) -> None:
         """A request has been answered, or nobody waits for it any more."""
@@ -219,10 +228,10 @@ class Admission:
     def take_order(self, connection: Connection) -> None:
         """An order about models waits. Raises ResourceExhausted."""
         if connection.orders >= _MAX_ORDERS_PER_CONNECTION:
-            raise _over(f"{connection.orders} orders of this connection are waiting", str(_MAX_ORDERS_PER_CONNECTION))
+            raise _over(f"{connection.orders} orders of this connection are waiting", _MAX_ORDERS_PER_CONNECTION)
         client = connection.client
         if client.orders >= _MAX_ORDERS and connection.orders:
-            raise _over(f"{client.orders} orders of {client.name} are waiting", str(_MAX_ORDERS))
+            raise _over(f"{client.orders} orders of {client.name} are waiting", _MAX_ORDERS)
         connection.orders += 1
         client.orders += 1
 
@@ -273,8 +282,14 @@ class Admission:
         return found
 
 
-def _over(what: str, limit: str) -> ResourceExhausted:
-    return ResourceExhausted(f"{what}, the limit is {limit}", retry_after_s=_RETRY_AFTER_S)
+def _full(client: Client, what: str, limit: int) -> ResourceExhausted:
+    """The refusal of a request that finds no room. Its client is told how long it took lately until there was some."""
+    client.full_since = client.full_since or time.monotonic()
+    return _over(what, limit, client.room_s)
+
+
+def _over(what: str, limit: int, retry_after_s: float = _RETRY_AFTER_S) -> ResourceExhausted:
+    return ResourceExhausted(f"{what}, the limit is {limit}", retry_after_s=retry_after_s)
 
 
 def is_loopback(host: str) -> bool:
