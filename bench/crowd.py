@@ -25,7 +25,7 @@ _DECODING_SECONDS = 60.0
 
 @dataclass
 class Aftermath:
-    """What is left of a load.
+    """The remains of a load.
 
     Attributes:
         outcomes: of the requests, by kind of client, for each of its processes.

@@ -31,7 +31,7 @@ _BATCH_BYTES = 1 << 18
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """What all loads of a client have in common.
+    """Settings that all loads of a client have in common.
 
     Attributes:
         samples: an .npz file: `inputs` [K, rows, ...], which take turns, and the `outputs` that they must give.
@@ -103,7 +103,7 @@ class Messenger:
 
 
 def _parts(workload: Workload, number: int) -> tuple[bytes, bytes]:
-    """What goes before the id of a request, and what goes behind it."""
+    """The bytes before the id of a request, and those behind it."""
     header, tensor = workload.request(number)
     head = frame(header, MORE)
     at = len(head) - len(header) + header.index((FIRST_ID + number).to_bytes(8, "big"))

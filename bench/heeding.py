@@ -1,4 +1,4 @@
-"""What a client does that heeds refusals, as tnxctl's own does: it holds back what would be refused."""
+"""A client that heeds refusals, as tnxctl's own does: it holds back what would be refused."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ _OUTCOMES = {
 
 
 class HttpSetting(msgspec.Struct, frozen=True):
-    """What all loads of a client have in common. Bodies are the bytes of the array and nothing else, both ways.
+    """Settings that all loads of a client share. Bodies are the bytes of the array and nothing else, both ways.
 
     Attributes:
         samples: an .npz file: `inputs` [K, rows, columns], which take turns, and the `outputs` that they must give.

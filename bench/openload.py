@@ -1,4 +1,4 @@
-"""What clients of an overload have in common, whatever they speak: a load, a record of it, and how they are told.
+"""Parts that clients of an overload share, whatever they speak: a load, a record of it, and how they are told.
 
 Such a client is a program of its own. Its first line on stdin says what all its loads have in common. Then there are
 three lines for each load, and a line from it after the first and the last: a `Load`, for which it gets ready; when that
@@ -51,7 +51,7 @@ class Load(msgspec.Struct, frozen=True):
 
 @dataclass
 class Record:
-    """What a client did so far. Both for as many of the first requests as it came to; see `Outcomes`.
+    """A record of what a client did so far. Both for as many of the first requests as it came to; see `Outcomes`.
 
     Attributes:
         cut: connections that the server ended while something was to be sent or to come.

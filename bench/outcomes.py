@@ -1,4 +1,4 @@
-"""What became of the requests of an open loop, one entry for each."""
+"""The ends of the requests of an open loop, one entry for each."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 def waiting(clients: Sequence[Outcomes]) -> Waiting:
-    """How requests of several clients waited."""
+    """The waits of requests of several clients."""
     queue_ms = np.concatenate([found.queue_us[~np.isnan(found.queue_us)] for found in clients]) / 1e3
     retry_ms = np.concatenate([found.retry_after_us[~np.isnan(found.retry_after_us)] for found in clients]) / 1e3
     ratios = np.concatenate([retry_ratios(found) for found in clients])

@@ -81,7 +81,7 @@ MODELS = {
 }
 
 INPUT = "input"
-"""What all of them call their input."""
+"""The name that all of them give their input."""
 
 
 def _register() -> None:

@@ -92,7 +92,7 @@ _RARE = ("unavailable", "failed", "wrong", "cut", "unsent")
 
 
 def heading(model: str, rows: int, deadline_ms: float | None, clients: int) -> str:
-    """What comes before the rows."""
+    """The lines before the rows."""
     deadline = "no deadline" if deadline_ms is None else f"a deadline of {deadline_ms:g} ms"
     return f"{model}, {_many(rows, 'row')} per request, {deadline}, {_many(clients, 'client')}\n" + "".join(
         f"{name:>{width}}" for name, width in (*_GROUP, *_WHOLE)
@@ -104,7 +104,7 @@ def _many(count: int, what: str) -> str:
 
 
 def capacity_text(name: str, capacity: Capacity) -> str:
-    """What comes before the rows of one server."""
+    """The line before the rows of one server."""
     return f"{name}: capacity {capacity.requests_per_s:,.0f}/s with {capacity.outstanding} outstanding"
 
 

@@ -26,7 +26,7 @@ from targets import Target, daemon_target, start_daemon
 from zmtpload import ZmtpConnection
 
 OUTSTANDING = (16, 64, 256)
-"""Of the closed loops that capacity is the best of."""
+"""Numbers outstanding of the closed loops that capacity is the best of."""
 
 _CAPACITY_SECONDS = 0.5
 _CALM_SECONDS = 0.3
@@ -34,7 +34,7 @@ _CALM_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Asked:
-    """What all servers are asked.
+    """The questions that all servers get.
 
     Attributes:
         model: of `overload_models`. rows: per request. deadline_ms: None for none.
@@ -58,7 +58,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Found:
-    """What a closed loop found: latencies of the results, how long it took, and what else came."""
+    """The findings of a closed loop: latencies of the results, how long it took, and what else came."""
 
     latency_us: Sequence[float]
     seconds: float
@@ -172,7 +172,7 @@ PEERS = {"mosec": "mosec, batching", "fastapi": "FastAPI, raw bytes"}
 """Other servers, and which of their configurations in `contenders` is the one for overload."""
 
 PEER_MODELS = ("mlp", "wide")
-"""What they serve, with one row per request."""
+"""The models that they serve, with one row per request."""
 
 
 def peer(stack: contextlib.ExitStack, name: str, environments: Path, asked: Asked) -> Server:

@@ -165,7 +165,7 @@ _ENDS = (
 
 
 def draw_overload(result: Overload, path: Path) -> None:
-    """What was in time against what was offered, for each server, and beside it what became of all requests."""
+    """A picture of goodput against what was offered, for each server, and beside it the ends of all requests."""
     pyplot = _pyplot()
     servers = result.servers
     figure, grid = pyplot.subplots(

@@ -73,7 +73,7 @@ class Workload:
 
     @property
     def variants(self) -> int:
-        """How many inputs take turns."""
+        """The number of inputs that take turns."""
         return len(self._tensors)
 
     def request(self, number: int) -> tuple[bytes, bytes]:

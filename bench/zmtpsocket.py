@@ -72,7 +72,7 @@ def connect(endpoint: str) -> tuple[socket.socket, bytes]:
 
 
 def read(connection: socket.socket, endpoint: str) -> bytes:
-    """What a socket that blocks has next.
+    """The next bytes of a socket that blocks.
 
     Raises:
         BenchError: the server hung up or says nothing.

@@ -42,3 +42,19 @@ def test_a_client_is_told_how_long_it_took_until_there_was_room(monkeypatch: pyt
         requests.append(request)
     assert told[0] == 0.05  # nothing is known yet
     assert told[-1] == pytest.approx(0.004, rel=0.1)
+    # Who does not come back for an hour has not waited for room.
+    if len(requests) < 2:
+        requests.append(SimpleNamespace(id=999, nbytes=10, connection=connection))
+        admitted.take(connection, requests[-1])
+    with pytest.raises(ResourceExhausted):
+        admitted.check(connection, 10)
+    clock.now += 0.004
+    for one in requests:
+        admitted.release(one)
+    clock.now += 3600.0
+    requests = [SimpleNamespace(id=number, nbytes=10, connection=connection) for number in (1000, 1001)]
+    for one in requests:
+        admitted.take(connection, one)
+    with pytest.raises(ResourceExhausted) as refused:
+        admitted.check(connection, 10)
+    assert refused.value.retry_after_s == pytest.approx(0.004, rel=0.1)

@@ -386,7 +386,7 @@ def inherited(session: Session) -> FailedPrecondition:
 
 
 def forks() -> int:
-    """How many forks lie behind this process: a client that was made at another number is another process's."""
+    """The number of forks behind this process: a client that was made at another one is another process's."""
     return _forks
 
 

@@ -191,7 +191,7 @@ class Call(Generic[T]):
 
     @property
     def kind(self) -> Kind | None:
-        """What it has in common with others that the daemon treats alike."""
+        """The kind that it shares with others that the daemon treats alike."""
         return kind_of(self._request)
 
     @property

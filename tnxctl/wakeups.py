@@ -1,4 +1,4 @@
-"""How one thread of a driver wakes another: one that waits for a call, or one that polls sockets."""
+"""Ways for one thread of a driver to wake another: one that waits for a call, or one that polls sockets."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a model may be called: a name for a folder, too, on every system, and never one with an "@"."""
 
 MODEL_VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
-"""What a version may be called."""
+"""The names that a version may have."""
 
 _GRAMMAR = "a name of up to 64 letters, digits, '.', '_' and '-', a letter or digit first, and a whole number from 1"
 

@@ -50,7 +50,7 @@ class Client:
         connections: how many it has. requests, nbytes: in flight, and their inputs. owed: bytes of replies that it has
             not taken yet. orders: about models, that wait or run.
         refused_ns: time of the loop that its refused messages took since the last look.
-        full_since: when a request first found no room, by the monotonic clock; 0 since one was taken in again.
+        full_since: when a request first found no room, by the monotonic clock; 0 since there is some.
         room_s: how long that takes, as a moving average.
     """
 
@@ -212,9 +212,6 @@ class Admission:
         connection.nbytes += nbytes
         client.requests += 1
         client.nbytes += nbytes
-        if client.full_since:
-            client.room_s += _ROOM_WEIGHT * (time.monotonic() - client.full_since - client.room_s)
-            client.full_since = 0.0
 
     def release(self, request: Pending) -> None:
         """A request has been answered, or nobody waits for it any more."""
@@ -224,6 +221,9 @@ class Admission:
         connection.nbytes -= nbytes
         client.requests -= 1
         client.nbytes -= nbytes
+        if client.full_since:
+            client.room_s += _ROOM_WEIGHT * (time.monotonic() - client.full_since - client.room_s)
+            client.full_since = 0.0
 
     def take_order(self, connection: Connection) -> None:
         """An order about models waits. Raises ResourceExhausted."""

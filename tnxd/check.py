@@ -1,4 +1,4 @@
-"""What `tnxd --check` prints: the settings as they would count, where each came from, and the models to be served.
+"""The output of `tnxd --check`: the settings as they would count, where each came from, and the models to be served.
 
 It is TOML that the daemon takes; all else stands in comments.
 """

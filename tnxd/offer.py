@@ -1,4 +1,4 @@
-"""What a configuration has to offer: the built-in models, and those of its repository."""
+"""The offer of a configuration: the built-in models, and those of its repository."""
 
 from __future__ import annotations
 

@@ -392,7 +392,7 @@ class Scheduler:
         placement = queue.placement
         batch = Batch(device, lane, queue.key[0], requests, rows, queue.costs, placement.max_rows, now_ns, run_us)
         if lane >= 0:
-            device.busy_until_ns[lane] = now_ns + int(run_us * placement.forecast.factor * 1e3)
+            device.busy_until_ns[lane] = now_ns + int(run_us * 1e3)
         device.running_rows += rows
         placement.lanes.append(lane)
         weight = len(requests) or 1

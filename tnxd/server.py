@@ -237,6 +237,7 @@ class Server:
             self.stop()
             return
         self.state = DRAINING
+        self._refusals.clear()
         self._drain_until = time.monotonic() + self._drain_timeout_s
         log.info("draining: %d requests waiting, %d running", self._scheduler.queued, self._scheduler.running)
 

@@ -8,7 +8,7 @@ import click
 from click.shell_completion import BashComplete, add_completion_class, get_completion_class, split_arg_string
 
 VARIABLE = "_TNXCTL_COMPLETE"
-"""What a shell sets when it wants words completed."""
+"""The variable that a shell sets when it wants words completed."""
 
 _BASH = """\
 %(complete_func)s() {

@@ -84,7 +84,7 @@ def to_array(name: str, image: Any, model: ModelInfo) -> Array:
 
 
 def _layout(name: str, spec: TensorSpec, batches: bool) -> tuple[int, int | None, int, int]:
-    """How many channels an input has, on which axis of an image (None: on none), and its height and width."""
+    """The channels that an input has, on which axis of an image (None: on none), and its height and width."""
     body: Sequence[int] = spec.shape[1:] if batches else spec.shape
     while len(body) > 3 and body[0] in (1, -1):
         body = body[1:]

@@ -59,7 +59,7 @@ def _draw(client: Client, what: str, about: str, stream: IO[str], over: threadin
 
 
 def _states(models: Callable[..., Sequence[ModelInfo]], about: str) -> str:
-    """What the daemon says of the versions that it works at; nothing if it does not answer."""
+    """The daemon's words about the versions that it works at; nothing if it does not answer."""
     try:
         infos = models(timeout=1.0)
     except TensorNextError:

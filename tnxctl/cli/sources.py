@@ -1,4 +1,4 @@
-"""What --input names: tensors in a file of some format, on standard input, or written out on the command line."""
+"""The tensors that --input names: in a file of some format, on standard input, or written out on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What completes a word with something that the daemon knows: models, versions, devices.
+"""Completion of words with what the daemon knows: models, versions, devices.
 
 The daemon is the one that --host or TNX_HOST names, as far as the line is typed. If it does not answer at once, there
 are no suggestions, and no error: a shell waits.

@@ -275,7 +275,7 @@ def _take(run: Sweep | Search, table: Table | None) -> tuple[list[Step], Keyboar
 
 
 def _closing(steps: list[Step], search: Search | None) -> list[str]:
-    """What is said below the tables."""
+    """Remarks below the tables."""
     from tnxctl.cli.bench import lines
 
     said = [*lines.remarks(steps), *([] if search is None else [lines.answer(search)])]
@@ -283,7 +283,7 @@ def _closing(steps: list[Step], search: Search | None) -> list[str]:
 
 
 def _about(tensors: dict[str, Array], deadline: float | None, priority: int | None) -> str:
-    """What a request is, in words."""
+    """A request, in words."""
     from tnxctl.cli import text
     from tnxctl.durations import spell
 

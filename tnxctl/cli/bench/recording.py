@@ -94,7 +94,7 @@ class Step:
 
 @dataclass
 class Recording:
-    """What one loop did and saw. Times are in nanoseconds of `clock_ns`.
+    """A record of what one loop did and saw. Times are in nanoseconds of `clock_ns`.
 
     Attributes:
         deadline_ns: a result that comes later than that, from when it was sent, is worthless.

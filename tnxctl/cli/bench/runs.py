@@ -27,7 +27,7 @@ _DOUBTFUL = 0.7  # of a miss: three of these make two
 
 @dataclass(frozen=True)
 class Bench:
-    """What all steps of a run have in common.
+    """Settings that all steps of a run share.
 
     Attributes:
         timeout: in seconds, of each request. seconds, warm_up: of each step.
