@@ -22,7 +22,8 @@ class Pending(Request, kw_only=True):
         version: whose request it is. served: its model. arrays: the inputs in order; they keep the received frames
             alive.
         max_reply_bytes: what its client takes.
-        received_ns, queued_ns: monotonic clock, when its frames were taken up and when the scheduler had it.
+        came_ns, received_ns, queued_ns: monotonic clock, when its frames came, from which its deadline counts, when they
+            were taken up, and when the scheduler had it.
     """
 
     connection: Connection
@@ -32,6 +33,7 @@ class Pending(Request, kw_only=True):
     served: Model
     arrays: Item
     max_reply_bytes: int
+    came_ns: int
     received_ns: int
     queued_ns: int
 
@@ -74,6 +76,7 @@ def as_pending(
         served=model,
         arrays=bound.arrays,
         max_reply_bytes=request.max_reply_bytes,
+        came_ns=came_ns,
         received_ns=received_ns,
         queued_ns=received_ns,
     )

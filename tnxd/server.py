@@ -338,7 +338,7 @@ class Server:
                 self._answer_late(request)
 
     def _answer_late(self, request: Request) -> None:
-        allowed_ms = (request.deadline_ns - request.received_ns) / 1e6  # type: ignore[attr-defined]
+        allowed_ms = (request.deadline_ns - request.came_ns) / 1e6  # type: ignore[attr-defined]
         error = DeadlineExceeded(f"the deadline of {allowed_ms:.3g} ms has passed", retry_after_s=allowed_ms / 1e3)
         self._answer_error(request, error)
 
