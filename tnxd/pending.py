@@ -22,8 +22,8 @@ class Pending(Request, kw_only=True):
         version: whose request it is. served: its model. arrays: the inputs in order; they keep the received frames
             alive.
         max_reply_bytes: what its client takes.
-        came_ns, received_ns, queued_ns: monotonic clock, when its frames came, which its deadline counts from, when they
-            were taken up, and when the scheduler had it.
+        came_ns, received_ns, queued_ns: monotonic clock, when its frames came, when they were taken up, and when the
+            scheduler had it. Its deadline counts from the first.
     """
 
     connection: Connection
