@@ -125,6 +125,42 @@ def test_cheap_batches_run_inline_and_only_one_at_a_time() -> None:
     assert policy.queued == 1
 
 
+def busy_with(flood: int, inline_us: float) -> Scheduler:
+    """One lane, which is busy, and so many requests of one client that wait. Eight rows inline take so long."""
+    costs = CostModel()
+    for rows in (4, 8):
+        costs.curve("cpu", "mlp", inline=True).observe(rows, inline_us * rows / 8)
+    policy = scheduler(cpu(lanes=1, inline_limit_us=100.0), costs=costs)
+    for _ in range(8 + flood):
+        policy.add(request(client="many"), 0)
+    assert [batch.lane for batch in policy.next_batches(0)[0]] == [0]
+    return policy
+
+
+def test_who_asks_for_little_need_not_wait_for_a_lane_that_others_keep_busy() -> None:
+    policy = busy_with(flood=100, inline_us=200.0)
+    assert policy.next_batches(0)[0] == []
+    for _ in range(5):  # and comes back at once, each time
+        few = request(client="few")
+        policy.add(few, 0)
+        for turn in range(2):
+            ((batch,), _) = policy.next_batches(0)
+            assert (batch.lane, batch.rows) == (INLINE, 4)  # as many as take half as long
+            policy.finished(batch, 0.0)
+            if few in batch.requests:
+                break
+        else:
+            pytest.fail(f"it still waits after {turn + 1} batches")
+    assert policy.next_batches(0)[0] == []
+
+
+@pytest.mark.parametrize(("flood", "inline_us"), [(6, 200.0), (100, 900.0)], ids=["few wait", "dear"])
+def test_a_batch_for_a_lane_is_not_cut_for_nothing(flood: int, inline_us: float) -> None:
+    policy = busy_with(flood, inline_us)
+    policy.add(request(client="few"), 0)
+    assert policy.next_batches(0)[0] == []
+
+
 def test_what_was_never_measured_does_not_run_inline() -> None:
     policy = scheduler(cpu(inline_limit_us=100.0))
     policy.add(request(), 0)

@@ -55,6 +55,16 @@ def test_clients_share_a_batch() -> None:
     assert {name: sum(one.client == name for one in batch) for name in "abcd"} == dict.fromkeys("abcd", 16)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "modest"),
+    [([1000], False), ([1000, 1], True), ([1] * 1000, False), ([300, 300, 300, 3], True), ([300, 300, 300, 90], False)],
+)
+def test_who_is_modest(sizes: list[int], modest: bool) -> None:
+    waiting = queue(*[request(str(client)) for client, size in enumerate(sizes) for _ in range(size)])
+    assert waiting.has_modest(1) is modest
+    assert not waiting.has_modest(0)
+
+
 def test_connections_of_one_client_share_its_part() -> None:
     many = [request("many", peer=b"%d" % number) for number in range(40) for _ in range(100)]
     few = [request("few", peer=b"few") for _ in range(100)]

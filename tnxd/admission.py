@@ -131,6 +131,11 @@ class Admission:
         return iter(list(self._clients.values()))
 
     @property
+    def clients(self) -> int:
+        """The number of clients that are connected or were lately."""
+        return len(self._clients)
+
+    @property
     def requests(self) -> int:
         """Requests in flight, of all."""
         return sum(client.requests for client in self._clients.values())

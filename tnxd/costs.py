@@ -158,6 +158,10 @@ class BatchCosts:
         """Whether a batch of `rows` is meant for the caller's thread. What was never measured is not."""
         return 0.0 < self.inline.mean(rows) <= self._inline_limit_us
 
+    def rows_inline(self, most: int) -> int:
+        """The largest batch, of at most so many rows, that is meant for the caller's thread; 0 if none is."""
+        return self.inline.rows_within(self._inline_limit_us, most) if self.inline.known else 0
+
     def curve(self, rows: int) -> CostCurve:
         """The curve of the place that a batch of `rows` is meant for."""
         return self.inline if self.fits_inline(rows) else self.lane

@@ -297,7 +297,13 @@ class Scheduler:
             if placement.max_rows:
                 limit = placement.row_limit(limit)
             rows = max(head.rows, min(limit, queue.rows))
-            if inline_free and costs.fits_inline(rows):
+            fits = inline_free and costs.fits_inline(rows)
+            if inline_free and not fits and queue.has_modest(level):
+                # Who asks for little does not wait until a lane is done with what others have sent.
+                within = costs.rows_inline(rows)
+                if within >= head.rows > 0:
+                    limit, rows, fits = within, within, True
+            if fits:
                 lane, curve, inline_free = INLINE, costs.inline, False
             elif device.free_lanes:
                 lane, curve = device.free_lanes.pop(), costs.lane

@@ -164,6 +164,7 @@ class Server:
         self._calls: deque[Callable[[], None]] = deque()
         self._completed: deque[Execution] = deque()
         self._started: Batch | None = None
+        self._modest = False
         self._inline: Execution | None = None
         self._on_lanes: dict[Execution, float] = {}
         self._next_tick = time.monotonic()
@@ -453,6 +454,7 @@ class Server:
         router = self._router
         receive = router.receive
         until = 0
+        self._modest = False
         # No more than the queue has room for: lanes that are free may empty it before the next one is refused.
         for count in range(self._scheduler.room or _REFUSED_AT_ONCE):
             begin = clock()
@@ -478,6 +480,8 @@ class Server:
                 return False
             if self._completed and self._scheduler.queued >= _ENOUGH:
                 break  # a lane has nothing to do
+            if self._modest and self._scheduler.queued >= _ENOUGH * self._admission.clients:
+                break  # somebody who asks for little waits behind what others have sent
         return True
 
     def _age_ns(self, connection: Connection, sent_us: float | None, received_ns: int) -> int:
@@ -633,6 +637,8 @@ class Server:
                 self._refusals.add(message.peer, request, refusal)
                 raise
         self._admission.take(connection, pending)
+        if connection.client.requests == 1:
+            self._modest = True
         version.requests += 1
 
     def _summon(self, version: Version) -> Unavailable:

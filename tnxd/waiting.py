@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable
-from itertools import repeat
+from itertools import islice, repeat
 from typing import TYPE_CHECKING
 
 from tnxctl.wire import LOWEST_PRIORITY
@@ -21,6 +21,12 @@ LEVELS = LOWEST_PRIORITY + 1
 # Rows that a connection may put into a batch before it is the next one's turn. Who puts in more, since a request has as
 # many, waits for as many more rounds.
 _QUANTUM_ROWS = 16
+
+# A connection is modest if others have so many times more waiting, on average, than it has.
+_MODEST = 4
+
+# Connections that are looked at for that.
+_LOOKED_AT = 8
 
 # Connections, and requests of each, that may be passed over while another device looks for some that it can have.
 _MAX_PASSED_OVER = 16
@@ -335,6 +341,16 @@ class Waiting:
             return self._line[0] if self._line and self._line[0].priority == level else None
         first = self._levels[level].first()
         return first[1][2] if first is not None else None
+
+    def has_modest(self, level: int) -> bool:
+        """Whether there is a connection, among those that came last, that asks for far less than others do."""
+        if self._levels is None:
+            return False  # there is only one
+        connections, count = self._levels[level].connections, self._levels[level].count
+        if len(connections) < 2:
+            return False
+        most = count / (_MODEST * len(connections))
+        return any(0 < len(known) <= most for known in islice(reversed(connections.values()), _LOOKED_AT))
 
     def take(self, level: int, limit: int, ends_ns: int = 0, late: list[Request] | None = None) -> list[Request]:
         """Form a batch: requests of that level first, then of the others as far as there is room.
