@@ -66,6 +66,9 @@ class _Uncorrected(Forecast):
     def observe(self, predicted_us: float, actual_us: float) -> None:
         pass
 
+    def answered(self, predicted_us: float, actual_us: float) -> None:
+        pass
+
     def fared(self, late: int, in_time: int) -> None:
         pass
 

@@ -203,6 +203,47 @@ def test_memory_of_deadlines_is_bounded_by_what_is_there() -> None:
     assert len(scheduler._deadlines) < 200
 
 
+@pytest.mark.parametrize(("came_ns", "says_when"), [(7 * MS, True), (10 * MS, False)], ids=["waited", "came just now"])
+def test_a_refusal_says_when_to_come_back_if_the_request_would_be_in_time_had_it_just_come(
+    came_ns: int, says_when: bool
+) -> None:
+    """What stood in its socket for too long is late though nothing waits; else its client would go on sending."""
+    scheduler = one_cpu(lane_us=1000.0)
+    deadline_ns = 21 * MS // 2
+    with pytest.raises(DeadlineExceeded) as refused:
+        scheduler.add(request(rows=8, came_ns=came_ns, deadline_ns=deadline_ns), 10 * MS)
+    assert (refused.value.retry_after_s is not None) is says_when
+
+
+def test_a_caller_that_is_behind_promises_less() -> None:
+    """What a message needs beyond its batch is learned from answers, and counts where messages wait to be taken in."""
+    scheduler = one_cpu(lane_us=1000.0)
+    for _ in range(100):
+        scheduler.add(request(rows=8), 0)
+        ((batch,), _) = scheduler.next_batches(0)
+        scheduler.finished(batch, 1000.0, 5 * MS)
+    scheduler.add(request(rows=8, came_ns=10 * MS, deadline_ns=13 * MS), 10 * MS)
+    run_one(scheduler)
+    with pytest.raises(DeadlineExceeded):
+        scheduler.add(request(rows=8, came_ns=9 * MS, deadline_ns=13 * MS), 10 * MS)
+
+
+def test_work_of_the_caller_between_batches_counts_in_what_waits_behind_them() -> None:
+    """A batch runs for two milliseconds, and the next one begins six later, as long as requests wait."""
+    scheduler = one_cpu(lane_us=2000.0)
+    now_ns = 0
+    for _ in range(24):
+        scheduler.add(request(rows=8, max_batch_size=8), now_ns)
+    for _ in range(60):
+        ((batch,), _) = scheduler.next_batches(now_ns)
+        scheduler.add(request(rows=8, max_batch_size=8), now_ns)
+        scheduler.finished(batch, 2000.0, now_ns + 2 * MS)
+        now_ns += 8 * MS
+    late = request(rows=8, max_batch_size=8)
+    scheduler.add(late, now_ns)
+    assert late.wait_us > 24 * 2000 * 3
+
+
 # --- the caller's own thread ---------------------------------------------------------------------------------
 
 

@@ -143,14 +143,14 @@ def test_who_asks_for_little_need_not_wait_for_a_lane_that_others_keep_busy() ->
     for _ in range(5):  # and comes back at once, each time
         few = request(client="few")
         policy.add(few, 0)
-        for turn in range(2):
+        for _turn in range(2):
             ((batch,), _) = policy.next_batches(0)
             assert (batch.lane, batch.rows) == (INLINE, 4)  # as many as take half as long
             policy.finished(batch, 0.0)
             if few in batch.requests:
                 break
         else:
-            pytest.fail(f"it still waits after {turn + 1} batches")
+            pytest.fail("it still waits after two batches")
     assert policy.next_batches(0)[0] == []
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 # Weight of the newest batch in the moving averages.
 _WEIGHT = 0.05
-_LEAST_FACTOR, _MOST_FACTOR = 1.0, 4.0
+_LEAST_FACTOR, _MOST_FACTOR = 0.5, 32.0
 
-# A batch counts for so many times what was predicted at most: a stall of the machine says nothing about the next one.
+# A batch counts for so many times what was expected at most: a stall of the machine says nothing about the next one.
 _OUTLIER = 8.0
 
 # For each request that is late, so much more of a deadline is kept free, and so much less for each in time: where it
 # stands still, one in two hundred is late (Robbins and Monro, 1951).
 _MORE = 0.005
 _LESS = _MORE / 200
-_MOST_RESERVE = 0.4
+_MOST_RESERVE = 0.2
 
 
 class Forecast:
@@ -25,22 +25,29 @@ class Forecast:
 
     Attributes:
         factor: by how much longer lanes are taken than their batches run.
-        reserve: part of a deadline that is kept free for what no average foretells, from 0 to 0.4.
+        extra_us: from when a request should be done to its answer, where messages wait to be taken in.
+        reserve: part of a deadline that is kept free for what no average foretells, from 0 to 0.2.
     """
 
-    __slots__ = ("_actual_us", "_predicted_us", "factor", "reserve")
+    __slots__ = ("_actual_us", "_predicted_us", "extra_us", "factor", "reserve")
 
     def __init__(self) -> None:
         self.factor = 1.0
+        self.extra_us = 0.0
         self.reserve = 0.0
         self._predicted_us = self._actual_us = 0.0
 
     def observe(self, predicted_us: float, actual_us: float) -> None:
         """A batch that was expected to run for `predicted_us` took its lane for `actual_us`."""
-        actual_us = min(actual_us, _OUTLIER * predicted_us)
+        actual_us = min(actual_us, _OUTLIER * self.factor * predicted_us)
         self._predicted_us += _WEIGHT * (predicted_us - self._predicted_us)
         self._actual_us += _WEIGHT * (actual_us - self._actual_us)
         self.factor = min(max(self._actual_us / self._predicted_us, _LEAST_FACTOR), _MOST_FACTOR)
+
+    def answered(self, predicted_us: float, actual_us: float) -> None:
+        """The first request of a batch was expected to take `predicted_us`, and was answered after `actual_us`."""
+        extra_us = min(actual_us - predicted_us, _OUTLIER * max(self.extra_us, predicted_us))
+        self.extra_us = max(self.extra_us + _WEIGHT * (extra_us - self.extra_us), 0.0)
 
     def fared(self, late: int, in_time: int) -> None:
         """So many requests that had to wait were done, or given up, late, and so many in time."""

@@ -22,8 +22,7 @@ class Pending(Request, kw_only=True):
         version: whose request it is. served: its model. arrays: the inputs in order; they keep the received frames
             alive.
         max_reply_bytes: what its client takes.
-        came_ns, received_ns, queued_ns: monotonic clock, when its frames came, when they were taken up, and when the
-            scheduler had it. Its deadline counts from the first.
+        received_ns, queued_ns: monotonic clock, when its frames were taken up, and when the scheduler had it.
     """
 
     connection: Connection
@@ -33,7 +32,6 @@ class Pending(Request, kw_only=True):
     served: Model
     arrays: Item
     max_reply_bytes: int
-    came_ns: int
     received_ns: int
     queued_ns: int
 
@@ -69,6 +67,7 @@ def as_pending(
         model.priority if request.priority is None else request.priority,
         NEVER if deadline_us is None else came_ns + int(deadline_us * 1e3),
         int(delay_us * 1e3),
+        came_ns,
         connection=message.connection,
         delimited=message.delimited,
         id=request.id,
@@ -76,7 +75,6 @@ def as_pending(
         served=model,
         arrays=bound.arrays,
         max_reply_bytes=request.max_reply_bytes,
-        came_ns=came_ns,
         received_ns=received_ns,
         queued_ns=received_ns,
     )

@@ -32,6 +32,9 @@ _MAX_PASSED_OVER = 8
 # than expected, and the place would be lost. So much of the spread of its cost counts as a little.
 _CLOSE = 0.5
 
+# Where a message has waited for longer before it was taken in, the caller is behind with its work.
+_BEHIND_NS = 200_000
+
 # A batch that is taken over has so large a part of the rows that it might have, at most. The device may be slower, and
 # what comes next must not find it busy for long.
 _TAKEN_OVER = 0.5
@@ -158,6 +161,7 @@ class Scheduler:
         request.device, request.reason = device.name, reason
         request.predicted_us = wait_us + run_us
         request.wait_us = wait_us
+        request.added_ns = now_ns
         request.cost_us = share_us
         request.serial = self._serial = self._serial + 1
         request.waiting = True
@@ -223,8 +227,10 @@ class Scheduler:
         if request.deadline_ns != NEVER:
             margin_us = queue.costs.curve(request.rows).spread(request.rows)
             needs_us = wait_us + run_us + margin_us
-            if wait_us:  # nothing unforeseen waits where nothing waits
-                reserve_us = needs_us / (1.0 - queue.placement.forecast.reserve) - needs_us
+            allowed_us = (request.deadline_ns - request.came_ns) / 1e3
+            if wait_us or now_ns - request.came_ns > _BEHIND_NS:  # nothing unforeseen waits where nothing waits
+                forecast = queue.placement.forecast
+                reserve_us = forecast.extra_us + forecast.reserve * allowed_us
                 margin_us += reserve_us
                 needs_us += reserve_us
             left_us = (request.deadline_ns - now_ns) / 1e3
@@ -233,8 +239,8 @@ class Scheduler:
                     f"it cannot be done within its deadline, {left_us / 1e3:.3g} ms from now: the predicted wait is "
                     f"{wait_us / 1e3:.3g} ms and then {run_us / 1e3:.3g} ms, with a margin of {margin_us / 1e3:.3g} ms",
                     now_ns + int(needs_us * 1e3),
-                    # It says nothing about one that would be late though nothing waits.
-                    retry_after_s=(needs_us - left_us) / 1e6 if wait_us else None,
+                    # It says nothing about one that would be late though nothing waits, here or in its socket.
+                    retry_after_s=(needs_us - left_us) / 1e6 if wait_us or needs_us <= allowed_us else None,
                 )
 
     def _offer(self, device: Device, queue: Waiting, request: Request, now_ns: int) -> None:
@@ -529,13 +535,17 @@ class Scheduler:
 
     def _judge(self, forecast: Forecast, batch: Batch, now_ns: int) -> None:
         """Hold what was predicted for the requests of a batch against what became of them."""
+        device, first, last = batch.device, batch.requests[0], batch.requests[-1]
         if batch.run_us:
-            forecast.observe(batch.run_us, (now_ns - batch.started_ns) / 1e3)
-        last = batch.requests[-1]
+            elapsed_ns = device.lanes * (now_ns - device.backlog_ns) if device.backlog_ns else now_ns - batch.started_ns
+            forecast.observe(batch.run_us, elapsed_ns / 1e3)
+            forecast.answered(first.predicted_us, (now_ns - first.added_ns) / 1e3)
+        device.backlog_ns = now_ns if device.queued else 0
         deadlines_ns = [request.deadline_ns for request in batch.requests]
         late = sum([deadline_ns < now_ns for deadline_ns in deadlines_ns]) if min(deadlines_ns) < now_ns else 0
         # To keep a promise is easy where nothing waits.
-        in_time = len(deadlines_ns) - late if last.wait_us and last.deadline_ns != NEVER else 0
+        waited = last.wait_us or last.added_ns - last.came_ns > _BEHIND_NS
+        in_time = len(deadlines_ns) - late if waited and last.deadline_ns != NEVER else 0
         if late or in_time:
             forecast.fared(late, in_time)
 

@@ -339,7 +339,7 @@ class Server:
                 self._answer_late(request)
 
     def _answer_late(self, request: Request) -> None:
-        allowed_ms = (request.deadline_ns - request.came_ns) / 1e6  # type: ignore[attr-defined]
+        allowed_ms = (request.deadline_ns - request.came_ns) / 1e6
         error = DeadlineExceeded(f"the deadline of {allowed_ms:.3g} ms has passed", retry_after_s=allowed_ms / 1e3)
         self._answer_error(request, error)
 
@@ -634,7 +634,8 @@ class Server:
             try:
                 scheduler.add(pending, now_ns)
             except TooLate as refusal:
-                self._refusals.add(message.peer, request, refusal)
+                if refusal.retry_after_s is not None:
+                    self._refusals.add(message.peer, request, refusal)
                 raise
         self._admission.take(connection, pending)
         if connection.client.requests == 1:

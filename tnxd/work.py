@@ -42,10 +42,10 @@ class Request(msgspec.Struct, eq=False, gc=False):
         excluded: devices that had no memory left for it: it goes to others, unless it names one.
         alone: whether it shares no batch, though others of its model and group wait (`tnxd.quarantine`).
         priority: 0 to LEVELS - 1, 0 first.
-        deadline_ns: when it is worthless; NEVER.
+        deadline_ns: when it is worthless; NEVER. came_ns: when it came, from which its deadline was counted.
         device, reason, predicted_us: filled by `Scheduler.add`: where it will run, why there, and the microseconds
             until it will be done. So are wait_us, of these the wait; cost_us, its share of a full batch; due_ns, its
-            place in the order; serial, which grows with every request.
+            place in the order; added_ns, when that was; serial, which grows with every request.
         waiting: whether it is in a queue. done: whether it has been answered; set by the caller.
     """
 
@@ -62,6 +62,7 @@ class Request(msgspec.Struct, eq=False, gc=False):
     priority: int = DEFAULT_PRIORITY
     deadline_ns: int = NEVER
     max_delay_ns: int = 0
+    came_ns: int = 0
     excluded: frozenset[str] = frozenset()
     alone: bool = False
     device: str = ""
@@ -70,6 +71,7 @@ class Request(msgspec.Struct, eq=False, gc=False):
     wait_us: float = 0.0
     cost_us: float = 0.0
     due_ns: int = 0
+    added_ns: int = 0
     serial: int = 0
     waiting: bool = False
     done: bool = False
@@ -209,6 +211,7 @@ class Device:
         passes: how much each priority has used, by its share. virtual: how much the one had that was served last.
         busy_until_ns: per running lane, when its batch should be over.
         backlog_us: predicted cost of what waits, per priority.
+        backlog_ns: when the last batch was over, if requests waited then; else 0.
     """
 
     name: str
@@ -227,6 +230,7 @@ class Device:
     sweep_at: int = field(init=False, default=0)
     held: dict[Placement, set[tuple[Waiting, int]]] = field(init=False, default_factory=dict)
     backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
+    backlog_ns: int = field(init=False, default=0)
     queued: int = field(init=False, default=0)
     queued_rows: int = field(init=False, default=0)
     running_rows: int = field(init=False, default=0)
