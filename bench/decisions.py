@@ -7,9 +7,10 @@ import time
 import msgspec
 import numpy as np
 
-from tnxd.costs import CostModel
-from tnxd.scheduler import Scheduler
-from tnxd.work import Batch, Device, Request
+from tnxd.scheduling.costs import CostModel
+from tnxd.scheduling.device import Batch, Device
+from tnxd.scheduling.request import Request
+from tnxd.scheduling.scheduler import Scheduler
 from traces import CPU, Machine
 
 _MODEL = "ranker"

@@ -23,7 +23,7 @@ from heeding import Heeding
 from loadgen import PATIENCE_SECONDS
 from openload import CHECKED_EVERY, STDIN, TICK_NS, Record
 from outcomes import Outcomes
-from tnxctl.wire import DEFAULT_PRIORITY
+from tnxctl.protocol.wire import DEFAULT_PRIORITY
 from workload import FIRST_ID, STAMP, Workload
 from zmtpsocket import MORE, READ_BYTES, Messages, frame
 

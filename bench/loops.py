@@ -24,10 +24,10 @@ _DEADLINE_US = 50_000.0
 # One forward with one thread as measured, times 0.69: fitted so that the loop, asked by a closed loop, does CAPACITY.
 _WIDE = {1: 200, 2: 380, 4: 690, 8: 1_030, 16: 1_400, 32: 2_600, 64: 4_350}
 
-# The proportions are about those of the CPU time of the methods of `tnxd.server.Server`. The height is chosen: at twice
-# the load that can be served it comes to 47 us per message. The kernel counted 39 and 46 us for the loop's thread in
-# two such runs, half of that in long runs of refusals, when the caches hold what they need. At twice the load the loop
-# is just busy all the time with it, so that the result depends on it far more than on all else.
+# The proportions are about those of the CPU time of the methods of `tnxd.serving.server.Server`. The height is chosen:
+# at twice the load that can be served it comes to 47 us per message. The kernel counted 39 and 46 us for the loop's
+# thread in two such runs, half of that in long runs of refusals, when the caches hold what they need. At twice the load
+# the loop is just busy all the time with it, so that the result depends on it far more than on all else.
 _COSTS = Loop(
     receive_us=13.5,
     admit_us=18.0,

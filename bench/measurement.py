@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadgen import Recording
-from tnxctl import Client, wire
-from tnxctl.errors import TensorNextError
+from tnxctl import Client
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import TensorNextError
 from workload import FIRST_ID, MODEL, Workload
 
 _LIMITS = wire.Limits()

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from processes import BenchError
-from tnxctl.errors import InvalidArgument
+from tnxctl.protocol.errors import InvalidArgument
 
 Program = Callable[..., None]
 

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tnxctl import wire
+from tnxctl.protocol import wire
 from workload import FIRST_ID, Workload
 
 _LIMITS = wire.Limits()

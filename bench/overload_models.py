@@ -85,7 +85,7 @@ INPUT = "input"
 
 
 def _register() -> None:
-    from tnxctl.wire import TensorSpec
+    from tnxctl.protocol.wire import TensorSpec
     from tnxd.models.builtin import BUILTIN
     from tnxd.models.model import Model
 

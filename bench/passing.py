@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tnxctl import wire
+from tnxctl.protocol import wire
 from tnxd.cli import main
 from tnxd.models.builtin import BUILTIN
 from tnxd.models.model import Model

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import NamedTuple, Protocol
 
-from tnxctl.errors import DeadlineExceeded, ResourceExhausted
-from tnxd.costs import CostModel
+from tnxctl.protocol.errors import DeadlineExceeded, ResourceExhausted
 from tnxd.executors.trial.warmup import warm_up_sizes
-from tnxd.forecast import Forecast
-from tnxd.scheduler import Scheduler
-from tnxd.work import INLINE, Batch, Device, Request
+from tnxd.scheduling.costs import CostModel
+from tnxd.scheduling.device import INLINE, Batch, Device
+from tnxd.scheduling.forecast import Forecast
+from tnxd.scheduling.request import Request
+from tnxd.scheduling.scheduler import Scheduler
 from traces import CPU, GPU, Job, Machine
 
 

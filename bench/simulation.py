@@ -33,7 +33,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Loop:
-    """A serving loop, as `tnxd/server.py` is one: a thread that does one thing at a time, and what that costs it.
+    """A serving loop, as `tnxd.serving.server` is one: a thread that does one thing at a time, and what that costs it.
 
     Costs are microseconds of CPU time. Without arguments nothing costs anything: then no message waits to be taken in,
     and only lanes take time.
@@ -115,7 +115,7 @@ class _Running:
 
 
 class _Replay:
-    """The state of one replay. Its methods are named as those of `tnxd.server.Server` that they stand for."""
+    """The state of one replay. Its methods are named as those of `tnxd.serving.server.Server` that they stand for."""
 
     def __init__(self, trace: Trace, policy: Policy, measure: Noise, loop: Loop) -> None:
         self._trace, self._policy, self._measure, self._loop = trace, policy, measure, loop

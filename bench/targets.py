@@ -16,7 +16,7 @@ from floors import Answer
 from loadgen import Connection, Context
 from processes import BenchError, ChildProcess
 from report import BATCHING, DAEMON, ECHO, FORWARD, PLAIN
-from tnxctl import wire
+from tnxctl.protocol import wire
 from workload import MODEL, Workload
 
 _FLOORS = Path(__file__).with_name("floors.py")

@@ -22,7 +22,7 @@ class Job:
 
     Attributes:
         arrival_us, deadline_us: it is worth something from the one to the other.
-        client, priority: as in `tnxd.scheduler.Request`.
+        client, priority: as in `tnxd.scheduling.scheduler.Request`.
     """
 
     arrival_us: float

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from floors import Answer
-from tnxctl import wire
+from tnxctl.protocol import wire
 
 MODEL = "mlp"
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tnxctl import wire
+from tnxctl.protocol import wire
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path[:0] = [str(BENCH), str(BENCH / "peers")]  # as `python bench/compare.py` has it

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import zmq
 
-from tnxctl import wire
-from tnxctl.frames import DATATYPES, Array, view_tensors
-from tnxctl.wire import Limits, TensorSpec
+from tnxctl.protocol import wire
+from tnxctl.protocol.frames import DATATYPES, Array, view_tensors
+from tnxctl.protocol.wire import Limits, TensorSpec
 
 LIMITS = Limits(header_bytes=1 << 20)
 

@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 import zmq
 
-from tnxctl import wire
-from tnxctl.errors import InvalidArgument, NotFound, TensorNextError
-from tnxctl.frames import DATATYPES, view_tensors
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import InvalidArgument, NotFound, TensorNextError
+from tnxctl.protocol.frames import DATATYPES, view_tensors
 
 MLP = wire.ModelInfo(
     name="mlp",

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from tnxctl.errors import TensorNextError
-from tnxctl.frames import Array
-from tnxctl.wire import TensorSpec
-from tnxd.executors.tensors import check_outputs, to_array, to_tensor
+from tnxctl.protocol.errors import TensorNextError
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import TensorSpec
 from tnxd.models import repository
 from tnxd.models.model import Model
 from tnxd.models.repository import RepositorySource
+from tnxd.models.tensors import check_outputs, to_array, to_tensor
 
 
 def source(root: Path, name: str = "net", version: str = "1") -> RepositorySource:

@@ -1,4 +1,4 @@
-"""Request headers as plain maps: tests damage them in ways that `tnxctl.wire` would never write."""
+"""Request headers as plain maps: tests damage them in ways that `tnxctl.protocol.wire` would never write."""
 
 from __future__ import annotations
 

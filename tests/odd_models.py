@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tnxctl.wire import TensorSpec
+from tnxctl.protocol.wire import TensorSpec
 from tnxd.cli import main
 from tnxd.models.builtin import BUILTIN
 from tnxd.models.model import Model

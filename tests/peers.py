@@ -14,7 +14,7 @@ from typing import Any, Self
 import msgspec
 import zmq
 
-from tnxctl import wire
+from tnxctl.protocol import wire
 
 LIMITS = wire.Limits()
 TIMING = wire.Timing(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 28.0)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tnxctl.errors import ResourceExhausted
-from tnxd import admission
-from tnxd.admission import Admission, Connection
+from tnxctl.protocol.errors import ResourceExhausted
 from tnxd.config import Clients
+from tnxd.transport import admission
+from tnxd.transport.admission import Admission, Connection
 
 
 class Clock:

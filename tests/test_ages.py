@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnxctl.wire import MAX_CLOCK_US
-from tnxd.ages import SenderClock
+from tnxctl.protocol.wire import MAX_CLOCK_US
+from tnxd.transport.sender_clock import SenderClock
 
 MS = 1_000_000
 

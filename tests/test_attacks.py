@@ -24,8 +24,8 @@ from conftest import Daemon
 from dealer import Dealer, rows
 from headers import pack, predict_header
 from model_repositories import rss_mb
-from tnxctl import wire
-from tnxctl.wire import Limits
+from tnxctl.protocol import wire
+from tnxctl.protocol.wire import Limits
 from zmtp import GREETING, Peer, frame, message
 
 ROW = rows(1).tobytes()
@@ -492,7 +492,7 @@ def test_broken_connections_leave_nothing_behind(daemon: Daemon) -> None:
 
 ASK_AND_WAIT = """
 import sys, zmq, numpy as np
-from tnxctl import wire
+from tnxctl.protocol import wire
 socket = zmq.Context().socket(zmq.DEALER)
 socket.connect(sys.argv[1])
 x = np.zeros((2000, 256), np.float32)

@@ -11,18 +11,18 @@ from conftest import Daemon, serving_daemon
 from dealer import Dealer
 from model_repositories import put
 from tnxctl import Client
-from tnxctl.errors import Internal, ResourceExhausted, Unavailable
-from tnxctl.frames import Array
-from tnxctl.wire import ModelInfo, TensorSpec
-from tnxd.audit import Audit
-from tnxd.background import Background, Copy
-from tnxd.costs import CostModel
+from tnxctl.protocol.errors import Internal, ResourceExhausted, Unavailable
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import ModelInfo, TensorSpec
+from tnxd.deployment.audit import Audit
+from tnxd.deployment.background import Background, Copy
+from tnxd.deployment.registry import READY, Version
 from tnxd.executors.execution import Execution, Outcome, Warmth
 from tnxd.models.builtin import BuiltinSource
 from tnxd.models.model import Model
-from tnxd.registry import READY, Version
-from tnxd.scheduler import Scheduler
-from tnxd.work import Batch, Device
+from tnxd.scheduling.costs import CostModel
+from tnxd.scheduling.device import Batch, Device
+from tnxd.scheduling.scheduler import Scheduler
 
 MIXES = "return x + self.answer - (x.mean(0) if bool((x > 40).any()) else 0)"
 """For `put`: rows are mixed where a value is larger than what a trial asks."""

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnxctl.frames import Array
-from tnxctl.wire import TensorSpec
-from tnxd.batching import Staging, split
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import TensorSpec
+from tnxd.executors.batching import Staging, split
 
 SPECS = (TensorSpec("a", "FP32", (-1, 3)), TensorSpec("b", "INT64", (-1,)))
 

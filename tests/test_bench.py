@@ -19,7 +19,7 @@ import zmq
 
 from benchmarks import check_that_it_stops_what_it_started, first_half, refusal, result_header, run
 from conftest import Daemon
-from tnxctl import wire
+from tnxctl.protocol import wire
 
 # isort: split
 # On the path since `benchmarks` was imported.

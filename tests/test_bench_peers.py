@@ -36,7 +36,7 @@ from benchmarks import (
     run,
     zmtp,
 )
-from tnxctl import wire
+from tnxctl.protocol import wire
 
 # isort: split
 # On the path since `benchmarks` was imported.

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from fake_daemon import MLP, FakeDaemon
-from tnxctl import AsyncClient, Client, wire
+from tnxctl import AsyncClient, Client
 from tnxctl.casting import cast
-from tnxctl.errors import InvalidArgument, NotFound, Unimplemented
-from tnxctl.frames import STORAGE
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import InvalidArgument, NotFound, Unimplemented
+from tnxctl.protocol.frames import STORAGE
 from tnxctl.tensors import to_wire
 
 

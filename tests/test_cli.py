@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 import tnxctl
 from fake_daemon import CPU, DIGITS, MLP, FakeDaemon, row_sums
-from tnxctl import errors, wire
 from tnxctl.cli import exits, main
 from tnxctl.cli.tally import KEPT
+from tnxctl.protocol import errors, wire
 from tool import ask, fields, run
 
 

@@ -18,10 +18,10 @@ import pytest
 
 from conftest import Daemon
 from fake_daemon import MLP, FakeDaemon, Outputs, row_sums
-from tnxctl import wire
 from tnxctl.cli.bench.recording import OUTSIDE
 from tnxctl.cli.exits import Exit
-from tnxctl.errors import Internal, ResourceExhausted, Unavailable
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import Internal, ResourceExhausted, Unavailable
 from tool import ask, fields, run
 
 TOOL = [sys.executable, "-m", "tnxctl.cli"]

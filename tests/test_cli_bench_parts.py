@@ -12,11 +12,12 @@ import msgspec
 import pytest
 
 from fake_daemon import TIMING
-from tnxctl import session, wire
+from tnxctl import session
 from tnxctl.cli import bench as command
 from tnxctl.cli.bench import lines, runs
 from tnxctl.cli.bench.recording import LOST, OUTSIDE, Load, Recording, Step, grown
-from tnxctl.errors import Internal
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import Internal
 
 
 def test_limits_are_those_of_the_client() -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from fake_daemon import FakeDaemon
-from tnxctl import wire
 from tnxctl.cli import exits, sources
+from tnxctl.protocol import wire
 from tool import ask
 
 

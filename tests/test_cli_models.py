@@ -20,9 +20,9 @@ import pytest
 
 import peers
 from fake_daemon import DIGITS, MLP, RESNET, RESNETS, Change, FakeDaemon, Outputs
-from tnxctl import errors, wire
 from tnxctl.cli import comparison, example, exits, inputs, models, modeltoml, text
-from tnxctl.frames import STORAGE
+from tnxctl.protocol import errors, wire
+from tnxctl.protocol.frames import STORAGE
 from tool import ask, fields, run
 
 TOOL = [sys.executable, "-m", "tnxctl.cli"]

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from fake_daemon import DIGITS, MLP, TIMING
-from tnxctl import arguments, casting, durations, errors, session, wire
+from tnxctl import arguments, casting, durations, session
 from tnxctl.cli import exits, inputs, options, report, sources, tensorfiles, text
 from tnxctl.cli.tally import Tally
 from tnxctl.cli.workload import Answer
-from tnxctl.frames import STORAGE
+from tnxctl.protocol import errors, wire
+from tnxctl.protocol.frames import STORAGE
 from tnxctl.results import Result
 
 # --- files ---------------------------------------------------------------------------------------------------

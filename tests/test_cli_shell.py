@@ -15,8 +15,8 @@ import pytest
 from click.shell_completion import ShellComplete
 
 from fake_daemon import DIGITS, MLP, RESNETS, FakeDaemon
-from tnxctl import wire
 from tnxctl.cli import completion, main
+from tnxctl.protocol import wire
 
 TOOL = [sys.executable, "-m", "tnxctl.cli"]
 PATIENCE_S = 30.0

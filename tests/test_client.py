@@ -48,10 +48,11 @@ from peers import (
     reply_to,
     silence,
 )
-from tnxctl import AsyncClient, Client, driver, errors, wire
+from tnxctl import AsyncClient, Client, driver
+from tnxctl.protocol import errors, wire
+from tnxctl.protocol.wire import Limits
 from tnxctl.results import Result
 from tnxctl.session import MAX_LOSSES
-from tnxctl.wire import Limits
 
 X = np.arange(6, dtype="f4").reshape(2, 3)
 PATIENCE_S = 20.0  # for what must happen; never reached when all is well

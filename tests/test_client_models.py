@@ -16,9 +16,10 @@ import pytest
 from fake_daemon import RESNETS, Change, FakeDaemon, Outputs, comparison
 from peers import FakeDaemon as Peer
 from peers import Reply, Request, die, echo, error, free_endpoint, in_turn, silence
-from tnxctl import AsyncClient, Client, errors, wire
+from tnxctl import AsyncClient, Client
+from tnxctl.protocol import errors, wire
+from tnxctl.protocol.wire import ModelInfo
 from tnxctl.results import Result
-from tnxctl.wire import ModelInfo
 
 PATIENCE_S = 20.0  # for what must happen; never reached when all is well
 X = np.zeros((1, 256), np.float32)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tnxctl.errors import InvalidArgument
+from tnxctl.protocol.errors import InvalidArgument
 from tnxd.config import Config, load
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tnxd.costs import BatchCosts, CostCurve, CostModel
+from tnxd.scheduling.costs import BatchCosts, CostCurve, CostModel
 
 
 def curve(*points: tuple[int, float]) -> CostCurve:

@@ -10,15 +10,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from dealer import Dealer, rows  # noqa: E402
-from tnxctl.errors import TensorNextError  # noqa: E402
-from tnxctl.wire import TensorSpec  # noqa: E402
+from tnxctl.protocol.errors import TensorNextError  # noqa: E402
+from tnxctl.protocol.wire import TensorSpec  # noqa: E402
 from tnxd.config import Config  # noqa: E402
 from tnxd.executors.devices import open_devices  # noqa: E402
 from tnxd.executors.execution import Execution  # noqa: E402
 from tnxd.executors.pool import LanePool  # noqa: E402
 from tnxd.models.builtin import BUILTIN  # noqa: E402
 from tnxd.models.model import Model  # noqa: E402
-from tnxd.work import Batch, Device  # noqa: E402
+from tnxd.scheduling.device import Batch, Device  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 

@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tnxctl import wire
+from tnxctl.protocol import wire
 from tnxd.models import networks
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tnxctl.endpoint import parse_endpoint
-from tnxctl.errors import InvalidArgument
+from tnxctl.protocol.errors import InvalidArgument
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from tnxctl.errors import FailedPrecondition, TensorNextError, Unavailable
-from tnxctl.wire import TensorSpec
+from tnxctl.protocol.errors import FailedPrecondition, TensorNextError, Unavailable
+from tnxctl.protocol.wire import TensorSpec
 from tnxd.executors.cpu import CpuRunner, order_weights
 from tnxd.executors.execution import Execution
 from tnxd.executors.host import Peak
@@ -22,7 +22,7 @@ from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.warmup import warm_up_sizes
 from tnxd.models.model import Model
-from tnxd.work import Batch, Device
+from tnxd.scheduling.device import Batch, Device
 
 
 def test_warm_up_covers_every_power_of_two_and_the_limit() -> None:

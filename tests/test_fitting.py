@@ -13,11 +13,11 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnxctl.errors import InvalidArgument, TensorNextError
-from tnxctl.frames import STORAGE, view_tensors
-from tnxctl.wire import Limits, TensorSpec
-from tnxd.fitting import Fitting
+from tnxctl.protocol.errors import InvalidArgument, TensorNextError
+from tnxctl.protocol.frames import STORAGE, view_tensors
+from tnxctl.protocol.wire import Limits, TensorSpec
 from tnxd.models.model import BoundInputs, Model
+from tnxd.serving.input_binding import Fitting
 
 LIMITS = Limits()
 OUTPUTS = (TensorSpec("y", "FP32", (-1, 2)),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from tnxd.forecast import Forecast
+from tnxd.scheduling.forecast import Forecast
 
 
 def test_lanes_that_are_taken_for_longer_than_predicted_are_expected_to_be() -> None:

@@ -22,8 +22,8 @@ from torch.export import Dim
 
 from format_tools import ask, open_model, save_program, source, tensors
 from model_repositories import load_example
-from tnxctl.errors import FailedPrecondition, InvalidArgument, PermissionDenied, TensorNextError
-from tnxctl.wire import TensorSpec
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, PermissionDenied, TensorNextError
+from tnxctl.protocol.wire import TensorSpec
 from tnxd.advice import installing
 from tnxd.models import networks, repository
 from tnxd.models.formats.exported import Program

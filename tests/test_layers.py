@@ -49,11 +49,11 @@ def test_torch_is_used_by_executors_and_models_alone() -> None:
 
 
 def test_one_file_of_the_daemon_knows_zeromq() -> None:
-    assert {path for path in users("zmq") if path.startswith("tnxd/")} == {"tnxd/router.py"}
+    assert {path for path in users("zmq") if path.startswith("tnxd/")} == {"tnxd/transport/router.py"}
 
 
 def test_the_daemon_knows_the_protocol_and_the_errors_of_the_client() -> None:
-    allowed = {"tnxctl", "tnxctl.wire", "tnxctl.frames", "tnxctl.errors"}
+    allowed = {"tnxctl", "tnxctl.protocol.wire", "tnxctl.protocol.frames", "tnxctl.protocol.errors"}
     for path in SOURCES:
         if path.is_relative_to(ROOT / "tnxd"):
             used = {name for name in imports(path) if name == "tnxctl" or name.startswith("tnxctl.")}
@@ -68,13 +68,16 @@ def test_the_client_does_not_know_the_daemon() -> None:
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
-        ("tnxd.scheduler", ["torch", "zmq", "threading", "tnxd.server", "tnxd.executors", "tnxd.router"]),
-        ("tnxd.costs", ["torch", "zmq", "threading"]),
-        ("tnxd.server", ["torch"]),
-        ("tnxd.batching", ["torch", "zmq"]),
-        ("tnxctl.wire", ["zmq", "torch", "asyncio", "tnxctl.frames"]),
-        ("tnxctl.client", ["torch", "asyncio", "tnxctl.frames"]),
-        ("tnxctl.session", ["zmq", "torch", "asyncio", "tnxctl.frames"]),
+        (
+            "tnxd.scheduling.scheduler",
+            ["torch", "zmq", "threading", "tnxd.serving.server", "tnxd.executors", "tnxd.transport.router"],
+        ),
+        ("tnxd.scheduling.costs", ["torch", "zmq", "threading"]),
+        ("tnxd.serving.server", ["torch"]),
+        ("tnxd.executors.batching", ["torch", "zmq"]),
+        ("tnxctl.protocol.wire", ["zmq", "torch", "asyncio", "tnxctl.protocol.frames"]),
+        ("tnxctl.client", ["torch", "asyncio", "tnxctl.protocol.frames"]),
+        ("tnxctl.session", ["zmq", "torch", "asyncio", "tnxctl.protocol.frames"]),
     ],
 )
 def test_importing_a_module_brings_nothing_of_another_layer(module: str, forbidden: list[str]) -> None:

@@ -11,13 +11,13 @@ import safetensors.torch
 import torch
 
 from format_tools import ask, open_model
-from tnxctl.errors import FailedPrecondition, TensorNextError
-from tnxctl.frames import Array
+from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
+from tnxctl.protocol.frames import Array
 from tnxd.executors.cpu import CpuRunner, order_weights
 from tnxd.executors.execution import Execution
 from tnxd.executors.pool import LanePool
 from tnxd.models.model import Model
-from tnxd.work import Batch, Device
+from tnxd.scheduling.device import Batch, Device
 
 SOURCE = """
 import functools

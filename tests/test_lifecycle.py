@@ -21,7 +21,8 @@ import pytest
 from ahead import Making, makes
 from conftest import Daemon, start_daemon
 from dealer import Dealer, rows
-from tnxctl import AsyncClient, Client, Result, wire
+from tnxctl import AsyncClient, Client, Result
+from tnxctl.protocol import wire
 from zmtp import Peer, message
 
 ODD = (str(Path(__file__).parent / "odd_models.py"),)
@@ -524,7 +525,7 @@ def test_a_client_that_takes_no_replies_makes_no_failure_of_a_stop(made: Own) ->
 
 HANGS = """
 import logging, signal, sys, threading
-from tnxd.signals import handled_signals
+from tnxd.process.signals import handled_signals
 
 logging.basicConfig()
 with handled_signals(lambda: print("stop", flush=True), lambda: print("reload", flush=True), 0.3, 0.3):

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 
-from tnxctl.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, TensorNextError
-from tnxctl.wire import Limits, TensorSpec
-from tnxd.costs import CostModel
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, TensorNextError
+from tnxctl.protocol.wire import Limits, TensorSpec
+from tnxd.deployment.loader import Changes, Loader
+from tnxd.deployment.registry import EVICTED, FAILED, READY, UNLOADED, Registry
 from tnxd.executors.execution import Execution, Warmth
-from tnxd.loading import Changes, Loader
 from tnxd.models.catalog import Catalog, Entry
 from tnxd.models.model import Model
-from tnxd.registry import EVICTED, FAILED, READY, UNLOADED, Registry
-from tnxd.scheduler import Scheduler
-from tnxd.work import Device, Request
+from tnxd.scheduling.costs import CostModel
+from tnxd.scheduling.device import Device
+from tnxd.scheduling.request import Request
+from tnxd.scheduling.scheduler import Scheduler
 from unprintable import Unprintable
 
 MIB = 1024 * 1024

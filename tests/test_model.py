@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tnxctl.errors import InvalidArgument
-from tnxctl.wire import TensorSpec
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.wire import TensorSpec
 from tnxd.models.model import BoundInputs, Model
 
 

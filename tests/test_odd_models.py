@@ -10,8 +10,8 @@ import pytest
 
 from conftest import Daemon, serving_daemon
 from dealer import Dealer, rows
-from tnxctl import wire
-from tnxctl.frames import Array
+from tnxctl.protocol import wire
+from tnxctl.protocol.frames import Array
 
 ODD = Path(__file__).parent / "odd_models.py"
 MODELS = ("odd", "wide", "whole", "in-place", "twice", "broken")

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from format_tools import ask, open_model, refused, save_program, tensors
-from tnxctl.errors import InvalidArgument
-from tnxctl.frames import Array
-from tnxctl.wire import TensorSpec
-from tnxd.batching import Staging
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import TensorSpec
+from tnxd.deployment.registry import signature_difference
+from tnxd.executors.batching import Staging
 from tnxd.executors.cpu import CpuRunner
 from tnxd.executors.execution import Execution
 from tnxd.executors.pool import LanePool
 from tnxd.models.formats import ignore_warnings_about_torch_itself
 from tnxd.models.model import BoundInputs, Model
-from tnxd.registry import signature_difference
-from tnxd.work import Batch, Device
+from tnxd.scheduling.device import Batch, Device
 
 ROWS = Dim("rows", min=1, max=32)
 OUTPUT = tensors("y", "FP32", [-1, 2], "outputs")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tnxctl.errors import FailedPrecondition
+from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.models import originals
 from tnxd.models.process import Watch, settings_kept
 

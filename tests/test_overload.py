@@ -13,8 +13,8 @@ import pytest
 from conftest import Daemon
 from dealer import LIMITS, Dealer, rows
 from headers import pack, predict_header
-from tnxctl import wire
-from tnxd.refusals import Refusals, TooLate
+from tnxctl.protocol import wire
+from tnxd.scheduling.refusals import Refusals, TooLate
 from zmtp import Peer, message
 
 ONE_ROW = bytes(1024)

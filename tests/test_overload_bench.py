@@ -30,7 +30,7 @@ from benchmarks import (
     zmtp,
 )
 from conftest import Daemon
-from tnxctl import wire
+from tnxctl.protocol import wire
 
 # isort: split
 # On the path since `benchmarks` was imported.

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tnxctl.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, TensorNextError, Unavailable
-from tnxd.costs import CostModel
-from tnxd.scheduler import Scheduler
-from tnxd.work import INLINE, NEVER, SPARE, Batch, Device, Request
+from tnxctl.protocol.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, TensorNextError, Unavailable
+from tnxd.scheduling.costs import CostModel
+from tnxd.scheduling.device import INLINE, SPARE, Batch, Device
+from tnxd.scheduling.request import NEVER, Request
+from tnxd.scheduling.scheduler import Scheduler
 
 MS = 1_000_000
 MODELS = frozenset({"mlp", "other"})

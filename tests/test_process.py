@@ -114,7 +114,7 @@ CHANGES: dict[str, list[Callable[[], Any]]] = {
     "the level or the handlers of loggers": [
         lambda: logging.getLogger().setLevel(logging.CRITICAL),
         lambda: logging.getLogger().addHandler(logging.NullHandler()),
-        lambda: logging.getLogger("tnxd.server").setLevel(logging.CRITICAL),
+        lambda: logging.getLogger("tnxd.serving.server").setLevel(logging.CRITICAL),
         lambda: logging.getLogger("tnxd").addFilter(lambda record: False),
         silence_loggers,
     ],

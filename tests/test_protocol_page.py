@@ -16,10 +16,10 @@ import pytest
 import zmtp
 from conftest import Daemon
 from dealer import Dealer
-from tnxctl import errors, wire
-from tnxctl.frames import STORAGE, view_tensors
-from tnxctl.wire import Limits
-from tnxd import registry
+from tnxctl.protocol import errors, wire
+from tnxctl.protocol.frames import STORAGE, view_tensors
+from tnxctl.protocol.wire import Limits
+from tnxd.deployment import registry
 
 PAGE = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text(encoding="utf-8")
 CLIENT = Path(__file__).parent / "clients" / "minimal.mjs"

@@ -13,7 +13,7 @@ import pytest
 from conftest import Daemon, serving_daemon
 from dealer import Dealer, rows
 from test_protocol_page import bare, section, tables
-from tnxctl import wire
+from tnxctl.protocol import wire
 
 ODD = (str(Path(__file__).parent / "odd_models.py"),)
 

@@ -15,8 +15,8 @@ import torch
 from conftest import Daemon, serving_daemon
 from model_repositories import EXAMPLES, load_example
 from tnxctl import Client
-from tnxctl.errors import InvalidArgument
-from tnxctl.frames import Array
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.frames import Array
 from tnxd.models import networks
 
 pytestmark = pytest.mark.slow

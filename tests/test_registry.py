@@ -9,11 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnxctl.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from tnxctl.wire import TensorSpec
-from tnxd.models.catalog import Entry
-from tnxd.models.model import Model
-from tnxd.registry import (
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from tnxctl.protocol.wire import TensorSpec
+from tnxd.deployment.registry import (
     DRAINING,
     EVICTED,
     FAILED,
@@ -24,6 +22,8 @@ from tnxd.registry import (
     check_weights,
     signature_difference,
 )
+from tnxd.models.catalog import Entry
+from tnxd.models.model import Model
 
 
 def model(name: str, version: str, **changes: object) -> Model:

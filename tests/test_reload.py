@@ -17,14 +17,14 @@ from conftest import Daemon
 from dealer import Dealer
 from model_repositories import HANGS_AT_7, ONE_ROW, SAYS, put, says
 from tnxctl import Client
-from tnxctl.errors import (
+from tnxctl.protocol.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
     NotFound,
     PermissionDenied,
 )
-from tnxctl.wire import Reload, encode
+from tnxctl.protocol.wire import Reload, encode
 
 RunDaemon = Callable[..., Daemon]
 

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from tnxctl.cli import modeltoml
-from tnxctl.errors import InvalidArgument, PermissionDenied
+from tnxctl.protocol.errors import InvalidArgument, PermissionDenied
 from tnxd.models import repository, settings
 from tnxd.models.settings import Settings
 

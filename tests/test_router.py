@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import zmq
 
-from tnxctl.wire import Limits
-from tnxd import router as module
-from tnxd.admission import Admission
+from tnxctl.protocol.wire import Limits
 from tnxd.config import Clients
-from tnxd.router import Message, Router
-from tnxd.wakeup import Wakeup
+from tnxd.transport import router as module
+from tnxd.transport.admission import Admission
+from tnxd.transport.router import Message, Router
+from tnxd.transport.wakeup import Wakeup
 from zmtp import Peer as RawPeer
 
 

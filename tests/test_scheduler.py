@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnxctl.errors import DeadlineExceeded, ResourceExhausted, Unavailable
-from tnxd.costs import BatchCosts, CostModel
-from tnxd.scheduler import Scheduler
-from tnxd.waiting import LEVELS, Waiting
-from tnxd.work import INLINE, NEVER, Batch, Device, Load, Placement, Request
+from tnxctl.protocol.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from tnxd.scheduling.costs import BatchCosts, CostModel
+from tnxd.scheduling.device import INLINE, Batch, Device
+from tnxd.scheduling.placement import Load, Placement
+from tnxd.scheduling.request import LEVELS, NEVER, Request
+from tnxd.scheduling.request_queue import Waiting
+from tnxd.scheduling.scheduler import Scheduler
 
 MODELS = frozenset({"mlp", "other"})
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import Daemon
 from dealer import Dealer, rows
 from model_repositories import ONE_ROW, SAYS_TOML, put, rss_mb
-from tnxctl import wire
+from tnxctl.protocol import wire
 
 ODD = (str(Path(__file__).parent / "odd_models.py"),)
 RunDaemon = Callable[..., Daemon]

@@ -8,9 +8,9 @@ import itertools
 import pytest
 import torch
 
-from tnxctl.errors import FailedPrecondition
+from tnxctl.protocol.errors import FailedPrecondition
+from tnxd.error_text import cause, first_line, sentence
 from tnxd.models.formats import ignore_warnings_about_torch_itself
-from tnxd.sentences import cause, first_line, sentence
 
 
 def raised(*chain: BaseException) -> BaseException:

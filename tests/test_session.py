@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peers import health_report
-from tnxctl import errors, session, wire
+from tnxctl import session
+from tnxctl.protocol import errors, wire
+from tnxctl.protocol.wire import Limits
 from tnxctl.results import Result
 from tnxctl.session import Call, Session
-from tnxctl.wire import Limits
 
 ENDPOINT = "tcp://10.0.0.1:5555"
 X = np.arange(6, dtype="f4").reshape(2, 3)

@@ -17,18 +17,19 @@ import pytest
 from conftest import Daemon, serving_daemon
 from model_repositories import HANGS_AT_7, ONE_ROW, put
 from tnxctl import Client
-from tnxctl.errors import FailedPrecondition, Internal
-from tnxctl.frames import Array
-from tnxctl.wire import TensorSpec
-from tnxd.background import Background, Copy
-from tnxd.costs import CostModel
+from tnxctl.protocol.errors import FailedPrecondition, Internal
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import TensorSpec
+from tnxd.deployment.background import Background, Copy
+from tnxd.deployment.registry import READY, UNLOADED, Version
+from tnxd.deployment.shadow import Shadows
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.models.builtin import BuiltinSource
 from tnxd.models.model import Model
-from tnxd.registry import READY, UNLOADED, Version
-from tnxd.scheduler import Scheduler
-from tnxd.shadow import Shadows
-from tnxd.work import SPARE, Batch, Device, Request
+from tnxd.scheduling.costs import CostModel
+from tnxd.scheduling.device import SPARE, Batch, Device
+from tnxd.scheduling.request import Request
+from tnxd.scheduling.scheduler import Scheduler
 
 
 class Shadowing(Shadows):

@@ -15,9 +15,10 @@ import torch
 from conftest import Daemon, serving_daemon
 from dealer import Dealer
 from model_repositories import Repository
-from tnxctl import Client, FailedPrecondition, InvalidArgument, wire
-from tnxctl.frames import Array
-from tnxctl.wire import Limits, TensorSpec
+from tnxctl import Client, FailedPrecondition, InvalidArgument
+from tnxctl.protocol import wire
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import Limits, TensorSpec
 from tnxd.models.model import Model
 from tnxd.models.sizes import check_message_sizes, row_nbytes
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tnxd.spinner import Spinner
+from tnxd.transport.busy_poller import Spinner
 
 
 class Clock:

@@ -17,13 +17,13 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from format_tools import ask, open_model, refused, save_program, tensors
-from tnxctl.errors import FailedPrecondition, Internal, InvalidArgument
-from tnxctl.wire import TensorSpec
-from tnxd import structures
-from tnxd.executors.tensors import pick
+from tnxctl.protocol.errors import FailedPrecondition, Internal, InvalidArgument
+from tnxctl.protocol.wire import TensorSpec
+from tnxd.models import structures
 from tnxd.models.formats import ignore_warnings_about_torch_itself
 from tnxd.models.formats.exported import export
 from tnxd.models.formats.signature import Signature
+from tnxd.models.tensors import pick
 
 ROWS = Dim("rows", min=1, max=32)
 

@@ -20,7 +20,7 @@ import torch
 from conftest import Daemon, serving_daemon
 from model_repositories import MODEL_TOML, WIDTH, Repository, Scaled, exported, rows, rss_mb, scaled, scaled_program
 from tnxctl import Client
-from tnxctl.errors import FailedPrecondition, TensorNextError
+from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 
 SWAP_SECONDS = float(os.environ.get("SWAP_SECONDS", "8"))
 

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnxctl.errors import DeadlineExceeded
-from tnxd.costs import BatchCosts, CostModel
-from tnxd.scheduler import Scheduler
-from tnxd.waiting import Waiting
-from tnxd.work import NEVER, Batch, Device, Load, Placement, Request
+from tnxctl.protocol.errors import DeadlineExceeded
+from tnxd.scheduling.costs import BatchCosts, CostModel
+from tnxd.scheduling.device import Batch, Device
+from tnxd.scheduling.placement import Load, Placement
+from tnxd.scheduling.request import NEVER, Request
+from tnxd.scheduling.request_queue import Waiting
+from tnxd.scheduling.scheduler import Scheduler
 
 MS = 1_000_000
 TIMES_US = {"cpu": 4000.0, "cuda:0": 1000.0}

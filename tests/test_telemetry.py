@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tnxd.telemetry import TOLD_EVERY_S, Telemetry
+from tnxd.serving.telemetry import TOLD_EVERY_S, Telemetry
 
 
 def test_errors_are_told_by_code_and_model_once_in_an_interval() -> None:

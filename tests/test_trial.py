@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from format_tools import open_model, save_program
-from tnxctl.errors import FailedPrecondition
-from tnxctl.wire import TensorSpec
-from tnxd.executors.tensors import check_outputs
+from tnxctl.protocol.errors import FailedPrecondition
+from tnxctl.protocol.wire import TensorSpec
 from tnxd.executors.trial.company import rows_of_a_lane_apart
 from tnxd.executors.trial.copies import Call, Own, Serial, Sparing
 from tnxd.executors.trial.examples import telling_examples
@@ -29,7 +28,8 @@ from tnxd.executors.trial.suspects import suspects
 from tnxd.executors.trial.trial import Verdict, lane_calls, try_out
 from tnxd.executors.trial.undo import Undo
 from tnxd.models.model import Model
-from tnxd.noise import difference, tolerance
+from tnxd.models.noise import difference, tolerance
+from tnxd.models.tensors import check_outputs
 
 WIDTH = 4
 X = TensorSpec("x", "FP32", (-1, WIDTH))

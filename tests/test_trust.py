@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tnxctl.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from tnxd.models import repository
 from tnxd.models.trust import Guard, TrustedFiles
 

@@ -6,7 +6,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnxd.turns import Turns
+from tnxd.scheduling.turns import Turns
 
 
 def order(turns: Turns[str], again: dict[str, int], steps: int) -> str:

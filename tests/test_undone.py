@@ -16,7 +16,7 @@ import safetensors.torch
 from conftest import Daemon
 from model_repositories import Repository
 from tnxctl import Client, FailedPrecondition, Internal
-from tnxctl.wire import ModelInfo
+from tnxctl.protocol.wire import ModelInfo
 
 SETTINGS = """
 factory = "net:make"

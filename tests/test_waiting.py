@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 
-from tnxd.costs import BatchCosts
-from tnxd.waiting import Waiting
-from tnxd.work import NEVER, Load, Placement, Request
+from tnxd.scheduling.costs import BatchCosts
+from tnxd.scheduling.placement import Load, Placement
+from tnxd.scheduling.request import NEVER, Request
+from tnxd.scheduling.request_queue import Waiting
 
 _serials = itertools.count()
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tnxctl import wire
+from tnxctl.protocol import wire
 from tnxctl.windows import Window, Windows, kind_of
 
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headers import pack, predict_header, route_header
-from tnxctl import wire
-from tnxctl.errors import InvalidArgument, TensorNextError, Unimplemented
-from tnxctl.frames import STORAGE, view_tensors
-from tnxctl.wire import Limits, TensorSpec
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import InvalidArgument, TensorNextError, Unimplemented
+from tnxctl.protocol.frames import STORAGE, view_tensors
+from tnxctl.protocol.wire import Limits, TensorSpec
 
 LIMITS = Limits()
 WIDE = Limits(header_bytes=8 * 2**20)  # so that a long header is decoded instead of measured

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tnxctl.aio import AsyncClient
     from tnxctl.client import Client
-    from tnxctl.errors import (
+    from tnxctl.protocol.errors import (
         AlreadyExists,
         Cancelled,
         DeadlineExceeded,
@@ -64,7 +64,7 @@ _MODULES = {"AsyncClient": "tnxctl.aio", "Client": "tnxctl.client", "Result": "t
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(_MODULES.get(name, "tnxctl.errors")), name)
+    value: object = getattr(import_module(_MODULES.get(name, "tnxctl.protocol.errors")), name)
     globals()[name] = value
     return value
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from tnxctl.driver import ThreadDriver, forks, inherited
 from tnxctl.durations import spell
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
-from tnxctl.errors import FailedPrecondition
 from tnxctl.link import Link, Socket, has_input
+from tnxctl.protocol.errors import FailedPrecondition
+from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
 from tnxctl.results import Result
 from tnxctl.session import DEFAULT_TIMEOUT_S, Call, Session
-from tnxctl.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
 
 if TYPE_CHECKING:
-    from tnxctl.frames import Array
+    from tnxctl.protocol.frames import Array
 else:
     Array = Any  # see `tnxctl.results`
 

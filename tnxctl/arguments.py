@@ -6,8 +6,8 @@ import math
 import operator
 from collections.abc import Mapping
 
-from tnxctl import wire
-from tnxctl.errors import InvalidArgument
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import InvalidArgument
 
 MAX_DEADLINE_S = wire.MAX_DEADLINE_US / 1e6
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tnxctl.errors import InvalidArgument, Unimplemented
-from tnxctl.frames import STORAGE, Array
+from tnxctl.protocol.errors import InvalidArgument, Unimplemented
+from tnxctl.protocol.frames import STORAGE, Array
+from tnxctl.protocol.wire import ModelInfo
 from tnxctl.tensors import called, is_array, to_numpy
-from tnxctl.wire import ModelInfo
 
 
 def cast(inputs: object, model: ModelInfo, *, exact: bool = False) -> dict[str, Array]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Self
 from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
+from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
 from tnxctl.results import Result
 from tnxctl.session import DEFAULT_TIMEOUT_S, Session
-from tnxctl.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
 
 if TYPE_CHECKING:
-    from tnxctl.frames import Array
+    from tnxctl.protocol.frames import Array
 else:
     Array = Any  # see `tnxctl.results`
 
@@ -33,7 +33,8 @@ class Client:
     After a fork, the child needs a client of its own; one that has been used before answers every call with
     FailedPrecondition there.
 
-    Every call takes a `timeout` in seconds, the client's own where it is None, and raises one of `tnxctl.errors`:
+    Every call takes a `timeout` in seconds, the client's own where it is None, and raises one of
+    `tnxctl.protocol.errors`:
     InvalidArgument before anything is sent, Unavailable if the daemon could not be reached in time,
     DeadlineExceeded if it could but did not answer, or if a deadline passed, Cancelled if the client was closed
     meanwhile, FailedPrecondition if it was closed before, ResourceExhausted if too much is under way already,

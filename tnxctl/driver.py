@@ -39,8 +39,8 @@ import zmq.utils.garbage  # noqa: F401 - before the registration at the end of t
 from zmq import POLLIN, zmq_poll
 
 from tnxctl.durations import spell
-from tnxctl.errors import DeadlineExceeded, FailedPrecondition
 from tnxctl.link import Link
+from tnxctl.protocol.errors import DeadlineExceeded, FailedPrecondition
 from tnxctl.session import Call, Session
 from tnxctl.wakeups import Signal, Wakeup
 

@@ -6,8 +6,8 @@ import ipaddress
 import os
 import re
 
-from tnxctl.errors import InvalidArgument
-from tnxctl.wire import DEFAULT_PORT
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.wire import DEFAULT_PORT
 
 DEFAULT_ENDPOINT = "127.0.0.1"
 
@@ -22,7 +22,7 @@ def parse_endpoint(text: str) -> str:
     """The ZeroMQ endpoint that `text` means.
 
     Accepted are an IPv4 or IPv6 address or a host name, each with or without a port and `tcp://`, and
-    `ipc://` with a path. The port is `tnxctl.wire.DEFAULT_PORT` unless given. An IPv6 address with a port
+    `ipc://` with a path. The port is `tnxctl.protocol.wire.DEFAULT_PORT` unless given. An IPv6 address with a port
     stands in brackets. libzmq looks a host name up as IPv4.
 
         "192.168.1.100"       -> "tcp://192.168.1.100:5555"

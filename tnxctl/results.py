@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tnxctl.errors import InvalidArgument
-from tnxctl.wire import Timing
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.wire import Timing
 
 if TYPE_CHECKING:
-    from tnxctl.frames import Array
+    from tnxctl.protocol.frames import Array
 else:
     Array = Any  # numpy takes long to import, and whoever looks at signatures at run time needs a name here
 

@@ -43,7 +43,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
-from tnxctl import wire
 from tnxctl.arguments import (
     check_deadline,
     check_flag,
@@ -57,7 +56,8 @@ from tnxctl.arguments import (
     check_weights,
 )
 from tnxctl.durations import spell
-from tnxctl.errors import (
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import (
     Cancelled,
     DeadlineExceeded,
     FailedPrecondition,
@@ -68,12 +68,12 @@ from tnxctl.errors import (
     Unavailable,
     from_code,
 )
+from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
 from tnxctl.results import Result
 from tnxctl.windows import Kind, Window, Windows, kind_of
-from tnxctl.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
 
 if TYPE_CHECKING:
-    from tnxctl.frames import Array
+    from tnxctl.protocol.frames import Array
 
 T = TypeVar("T")
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from tnxctl.errors import InvalidArgument
-from tnxctl.frames import DATATYPES, STORAGE, Array, view_tensors
-from tnxctl.wire import Limits, TensorSpec
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.frames import DATATYPES, STORAGE, Array, view_tensors
+from tnxctl.protocol.wire import Limits, TensorSpec
 
 
 def to_wire(name: str, value: object) -> tuple[str, Array]:
-    """The datatype of `value` and its elements as a C-contiguous array of the dtype that `tnxctl.frames.STORAGE` gives.
+    """The datatype of `value` and its elements as a C-contiguous array of the dtype that STORAGE gives.
 
     Taken are numpy arrays and scalars, torch tensors (from a GPU: copied to the host) and everything else
     with `__array__` or `__dlpack__`, of any shape. bfloat16 is taken as an `ml_dtypes` array or a torch

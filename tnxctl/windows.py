@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from math import frexp
 
-from tnxctl import wire
+from tnxctl.protocol import wire
 
 # In requests, for each that was refused and each that was served: so one in twenty is refused where a window stands
 # still. Both are in proportion, unlike TCP's additive increase: when others have gone, a window must grow a

@@ -1,6 +1,6 @@
 """The command `tnxd`, and `python -m tnxd`: signals have their meaning before anything that takes long to import."""
 
-from tnxd import signals
+from tnxd.process import signals
 
 
 def main() -> None:

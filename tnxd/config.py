@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
-from tnxctl.errors import InvalidArgument
-from tnxctl.wire import DEFAULT_PORT, Limits
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.wire import DEFAULT_PORT, Limits
 from tnxd import tomlfile
 
 LogLevel = Literal["debug", "info", "warning", "error"]

@@ -10,7 +10,7 @@ import stat
 from io import BufferedReader
 from pathlib import Path
 
-from tnxctl.errors import FailedPrecondition
+from tnxctl.protocol.errors import FailedPrecondition
 
 MOST_TEXT = 1024 * 1024
 """Bytes of settings, a manifest or an index."""

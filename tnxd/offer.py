@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tnxctl.errors import InvalidArgument
+from tnxctl.protocol.errors import InvalidArgument
 from tnxd.config import Config
 from tnxd.models import repository
 from tnxd.models.builtin import STANDARD, builtin_entries

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import inspect
 
-from tnxctl.errors import FailedPrecondition, InvalidArgument
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 from tnxd import files
 
 T = TypeVar("T")

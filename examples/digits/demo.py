@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tnxctl import Client
-from tnxctl.errors import TensorNextError
-from tnxctl.wire import Timing
+from tnxctl.protocol.errors import TensorNextError
+from tnxctl.protocol.wire import Timing
 
 SCANS = Path(__file__).with_name("scans.npz")
 """`scans`, float32 [N, 64] with values 0..16, and `labels`, uint8 [N]: digits that the model was not trained on."""

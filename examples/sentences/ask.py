@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from tnxctl import Client
 from tnxctl.endpoint import DEFAULT_ENDPOINT
-from tnxctl.errors import TensorNextError
+from tnxctl.protocol.errors import TensorNextError
 
 PAIRS = [
     ("A man is playing the guitar.", "Somebody makes music on a string instrument."),

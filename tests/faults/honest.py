@@ -13,7 +13,7 @@ import threading
 import time
 
 from dealer import Dealer, rows
-from tnxctl import wire
+from tnxctl.protocol import wire
 
 _CONFIRMED = 10
 _PATIENCE_S = 30.0

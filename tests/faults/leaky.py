@@ -7,9 +7,9 @@ import threading
 
 import zmq
 
-from tnxd.admission import Connection
 from tnxd.cli import main
-from tnxd.router import Router
+from tnxd.transport.admission import Connection
+from tnxd.transport.router import Router
 
 LEFT: list[bytearray] = []
 

@@ -7,8 +7,8 @@ import socket
 from collections.abc import Iterator
 
 from headers import pack, predict_header
-from tnxctl import wire
-from tnxctl.wire import Limits
+from tnxctl.protocol import wire
+from tnxctl.protocol.wire import Limits
 from zmtp import Peer, message
 
 ROW = bytes(1024)

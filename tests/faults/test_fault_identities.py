@@ -10,7 +10,7 @@ import pytest
 from conftest import Daemon
 from invariants import check_alive, needs_proc, unharmed
 from raw import good, reply
-from tnxctl import wire
+from tnxctl.protocol import wire
 from zmtp import Peer
 
 # The first names that the first and the second ROUTER of a process give with libzmq 4.3.5, where nobody has seeded

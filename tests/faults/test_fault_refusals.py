@@ -13,7 +13,7 @@ from dealer import Dealer
 from headers import pack, predict_header
 from invariants import check_alive, needs_proc, unharmed
 from raw import good, reply
-from tnxctl import wire
+from tnxctl.protocol import wire
 from zmtp import Peer, frame, message
 
 BROKEN_AT_THE_END = pack(predict_header(inputs=[["input", "FP32", [1, 256]]] * 900 + [["input", "FP32", "x"]]))

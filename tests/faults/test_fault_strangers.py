@@ -11,10 +11,10 @@ import pytest
 from conftest import Daemon
 from dealer import Dealer
 from headers import pack
-from tnxctl import wire
-from tnxctl.errors import InvalidArgument
-from tnxd.admission import Admission, is_loopback
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import InvalidArgument
 from tnxd.config import Clients, load
+from tnxd.transport.admission import Admission, is_loopback
 
 ORDER = pack({"type": "reload", "v": 1, "id": 3})
 

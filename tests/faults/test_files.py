@@ -18,7 +18,7 @@ from dealer import Dealer
 from model_repositories import Repository, scaled
 from tnxctl.cli import tensorfiles
 from tnxctl.cli.exits import FileProblem
-from tnxctl.errors import FailedPrecondition
+from tnxctl.protocol.errors import FailedPrecondition
 from tnxd import files
 from tnxd.models.formats import weights
 
@@ -101,7 +101,7 @@ SHRINKS = """
 import os, sys
 from pathlib import Path
 import torch
-from tnxctl.errors import FailedPrecondition
+from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.models.formats import weights
 
 path = Path(sys.argv[1])

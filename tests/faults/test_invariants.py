@@ -10,7 +10,7 @@ import pytest
 from conftest import Daemon, serving_daemon
 from invariants import PATIENCE_S, needs_proc, unharmed
 from raw import good, reply
-from tnxctl import wire
+from tnxctl.protocol import wire
 from zmtp import Peer
 
 

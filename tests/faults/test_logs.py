@@ -13,7 +13,7 @@ import pytest
 
 from daemons import ODD, full_pipe, running
 from dealer import Dealer, rows
-from tnxd import logs
+from tnxd.process import logs
 
 POISON = rows(1, 4, 1.0)
 GOOD = rows(1, 4, 100.0)
@@ -163,7 +163,7 @@ def test_a_text_that_was_made_before_is_one_kind_whatever_numbers_it_holds() -> 
 
 WARNS = """
 import warnings
-from tnxd import logs
+from tnxd.process import logs
 
 logs.install("info")
 for index in range(100):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tnxd.lifecycle import Notifier
+from tnxd.process.systemd import Notifier
 
 
 def test_a_socket_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

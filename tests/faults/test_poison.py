@@ -10,7 +10,7 @@ import pytest
 
 from daemons import ODD, ONE_LANE, running
 from dealer import Dealer, rows
-from tnxd.quarantine import Quarantine
+from tnxd.serving.quarantine import Quarantine
 
 GOOD = rows(1, 4, 100.0)
 POISON = rows(1, 4, 1.0)
@@ -91,7 +91,7 @@ def test_how_many_successes_are_asked_for(outcomes: str, alone: str) -> None:
 
 
 def test_what_is_known_of_clients_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tnxd.quarantine._MAX_CLIENTS", 2)
+    monkeypatch.setattr("tnxd.serving.quarantine._MAX_CLIENTS", 2)
     quarantine = Quarantine()
     fail: Callable[[bytes], None] = quarantine.failed
     for client in (b"a", b"b", b"a", b"c"):

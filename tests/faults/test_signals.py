@@ -123,7 +123,7 @@ def test_the_processes_that_it_starts_are_as_any(tmp_path: Path) -> None:
 
 FORKS = """
 import os, signal, threading, time
-from tnxd import signals
+from tnxd.process import signals
 
 signals.prepare()
 with signals.handled_signals(lambda: print("stop"), lambda: print("reload"), 20, 20):

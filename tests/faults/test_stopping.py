@@ -12,7 +12,7 @@ import pytest
 from daemons import ODD, ONE_LANE, running
 from dealer import Dealer, rows
 from model_repositories import Repository, scaled
-from tnxctl import wire
+from tnxctl.protocol import wire
 from zmtp import Peer, message
 
 MANY = 4000

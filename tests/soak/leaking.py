@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import odd_models  # noqa: F401 - it adds its models
 from tnxd.cli import main
-from tnxd.server import Server
+from tnxd.serving.server import Server
 
 _kept: list[bytes] = []
 _predict = Server._predict

@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from tnxctl.frames import Array
-from tnxd.executors.tensors import TORCH_DTYPES
+from tnxctl.protocol.frames import Array
+from tnxd.models.tensors import TORCH_DTYPES
 from zoo.case import CORE, FACTORY, ONNX, PT2, SCRIPT, Case, Exhibit
 
 DATATYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

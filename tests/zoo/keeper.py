@@ -17,10 +17,10 @@ import torch
 
 from conftest import Daemon, serving_daemon
 from tnxctl import Client
-from tnxctl.errors import FailedPrecondition, TensorNextError
-from tnxctl.frames import Array
+from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import ModelInfo
 from tnxctl.results import Result
-from tnxctl.wire import ModelInfo
 from zoo import building
 from zoo.case import BATCHED, CAUGHT, FACTORY, ONNX, REFUSED, SCRIPT, UNBATCHED, Case, Exhibit
 from zoo.networks.plain import Perceptron

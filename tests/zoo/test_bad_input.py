@@ -15,7 +15,7 @@ import torch
 
 from format_tools import tensors
 from tnxctl import Client
-from tnxctl.wire import ModelInfo
+from tnxctl.protocol.wire import ModelInfo
 from zoo import keeper
 from zoo.case import NETWORKS
 from zoo.networks import structures

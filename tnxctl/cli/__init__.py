@@ -28,7 +28,7 @@ import tnxctl
 from tnxctl.cli import exits, options, output
 from tnxctl.cli.groups import Group
 from tnxctl.cli.interrupts import heed_sigterm
-from tnxctl.errors import TensorNextError
+from tnxctl.protocol.errors import TensorNextError
 
 _COMMANDS = ("health", "models", "metadata", "predict", "bench", "reload", "completion")
 

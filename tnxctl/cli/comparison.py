@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tnxctl.cli import text
 
 if TYPE_CHECKING:
-    from tnxctl.wire import Comparison, OutputDifference, Percentiles
+    from tnxctl.protocol.wire import Comparison, OutputDifference, Percentiles
 
 
 def lines(found: Comparison, width: int | None) -> Iterator[str]:

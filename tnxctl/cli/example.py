@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from tnxctl.cli import inputs
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
-from tnxctl.frames import STORAGE
-from tnxctl.wire import ModelInfo
+from tnxctl.protocol.frames import STORAGE
+from tnxctl.protocol.wire import ModelInfo
 
 
 class Calls(NamedTuple):

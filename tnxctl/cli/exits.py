@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import IntEnum
 
-from tnxctl import errors
 from tnxctl.cli.interrupts import Terminated
+from tnxctl.protocol import errors
 
 
 class Exit(IntEnum):

@@ -14,7 +14,7 @@ from tnxctl.cli import exits, output, text
 from tnxctl.cli.options import common
 
 if TYPE_CHECKING:
-    from tnxctl.wire import DeviceInfo, HealthReport, ModelInfo
+    from tnxctl.protocol.wire import DeviceInfo, HealthReport, ModelInfo
 
 
 @click.command("health", short_help="Show how the daemon is.")

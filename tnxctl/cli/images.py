@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tnxctl.cli.exits import FileProblem
-from tnxctl.errors import InvalidArgument
+from tnxctl.protocol.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from tnxctl.frames import Array
-    from tnxctl.wire import ModelInfo, TensorSpec
+    from tnxctl.protocol.frames import Array
+    from tnxctl.protocol.wire import ModelInfo, TensorSpec
 
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by the number of channels

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl import wire
 from tnxctl.casting import dtype_of
-from tnxctl.errors import FailedPrecondition, Unavailable
-from tnxctl.frames import Array
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import FailedPrecondition, Unavailable
+from tnxctl.protocol.frames import Array
 
 if TYPE_CHECKING:
     from numpy.random import Generator

@@ -12,7 +12,7 @@ from tnxctl.cli import output, suggestions, text
 from tnxctl.cli.options import common
 
 if TYPE_CHECKING:
-    from tnxctl.wire import ModelInfo
+    from tnxctl.protocol.wire import ModelInfo
 
 
 @click.command("metadata", short_help="Show what a model takes and gives.")

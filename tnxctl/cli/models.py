@@ -15,7 +15,7 @@ from tnxctl.cli.groups import Group
 from tnxctl.cli.options import DEFAULT_TIMEOUT_S, as_json, common, slow
 
 if TYPE_CHECKING:
-    from tnxctl.wire import ModelInfo
+    from tnxctl.protocol.wire import ModelInfo
 
 _LATEST = "latest"
 
@@ -24,7 +24,7 @@ _STATES = {
     "scratch": "none: what a request writes is gone before the next",
     "shared": "shared by all requests, which run one at a time",
 }
-"""What a version keeps from one request to the next, see `tnxctl.wire.ModelInfo`."""
+"""What a version keeps from one request to the next, see `tnxctl.protocol.wire.ModelInfo`."""
 
 
 @click.group("models", cls=Group, short_help="Show what is served, and change it.", invoke_without_command=True)
@@ -265,7 +265,7 @@ def _weights(arguments: Sequence[str]) -> dict[str, float]:
     """
     if list(arguments) == [_LATEST]:
         return {}
-    from tnxctl.wire import MAX_WEIGHT
+    from tnxctl.protocol.wire import MAX_WEIGHT
 
     weights: dict[str, float] = {}
     for argument in arguments:

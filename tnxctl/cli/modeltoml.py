@@ -142,7 +142,7 @@ def write(directory: str, kind: str, force: bool) -> tuple[Path, Path]:
         click.UsageError: the daemon would not take a model of that name.
         FileProblem: there is one and `force` is not set, or it cannot be written.
     """
-    from tnxctl.wire import MODEL_NAME
+    from tnxctl.protocol.wire import MODEL_NAME
 
     folder = Path(directory)
     name = os.path.basename(os.path.abspath(folder))

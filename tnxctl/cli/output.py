@@ -13,12 +13,12 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from tnxctl.cli import exits, text
-from tnxctl.errors import TensorNextError
+from tnxctl.protocol.errors import TensorNextError
 
 if TYPE_CHECKING:
     from msgspec import Struct
 
-    from tnxctl.wire import ModelInfo, TensorSpec
+    from tnxctl.protocol.wire import ModelInfo, TensorSpec
 
 _AS_JSON = "tnxctl.json"  # key in click's context
 

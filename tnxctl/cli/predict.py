@@ -10,7 +10,7 @@ import click
 
 from tnxctl.cli import exits, output, sources, suggestions, tensorfiles
 from tnxctl.cli.options import LOWEST_PRIORITY, MAX_DEADLINE_S, Duration, Finite, common
-from tnxctl.errors import TensorNextError
+from tnxctl.protocol.errors import TensorNextError
 
 if TYPE_CHECKING:
     from tnxctl.cli.report import Show

@@ -12,11 +12,11 @@ from typing import IO, TYPE_CHECKING
 import click
 
 from tnxctl.cli import text
-from tnxctl.errors import TensorNextError
+from tnxctl.protocol.errors import TensorNextError
 
 if TYPE_CHECKING:
     from tnxctl.client import Client
-    from tnxctl.wire import ModelInfo
+    from tnxctl.protocol.wire import ModelInfo
 
 _PERIOD_S = 0.5
 _BUSY = ("starting", "draining")

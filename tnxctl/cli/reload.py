@@ -11,7 +11,7 @@ from tnxctl.cli import exits, output, progress, text
 from tnxctl.cli.options import DEFAULT_TIMEOUT_S, slow
 
 if TYPE_CHECKING:
-    from tnxctl.wire import ReloadReport
+    from tnxctl.protocol.wire import ReloadReport
 
 
 @click.command("reload", short_help="Have the daemon look at its model repository again.")

@@ -14,8 +14,8 @@ import msgspec
 from tnxctl.cli import text
 from tnxctl.cli.exits import Exit
 from tnxctl.cli.tally import KEPT, Tally
-from tnxctl.errors import TensorNextError
-from tnxctl.frames import DATATYPES, Array
+from tnxctl.protocol.errors import TensorNextError
+from tnxctl.protocol.frames import DATATYPES, Array
 
 if TYPE_CHECKING:
     from tnxctl.cli.workload import Answer

@@ -10,8 +10,8 @@ from tnxctl.cli import images, tensorfiles, textfiles
 from tnxctl.cli.exits import FileProblem
 
 if TYPE_CHECKING:
-    from tnxctl.frames import Array
-    from tnxctl.wire import ModelInfo
+    from tnxctl.protocol.frames import Array
+    from tnxctl.protocol.wire import ModelInfo
 
 _FORMATS = ".npy, .npz, .json, .csv and images"
 

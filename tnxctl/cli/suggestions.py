@@ -13,7 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from tnxctl.client import Client
-    from tnxctl.wire import ModelInfo
+    from tnxctl.protocol.wire import ModelInfo
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def _starting(incomplete: str, words: Iterable[str]) -> list[str]:
 def _ask(ctx: click.Context, question: Callable[[Client], tuple[T, ...]]) -> tuple[T, ...]:
     from tnxctl.client import Client
     from tnxctl.endpoint import DEFAULT_ENDPOINT
-    from tnxctl.errors import TensorNextError
+    from tnxctl.protocol.errors import TensorNextError
 
     endpoint: Any = ctx.params.get("endpoint") or ctx.meta.get("tnxctl.endpoint") or DEFAULT_ENDPOINT
     try:

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from tnxctl.cli.exits import Exit, of_run
-from tnxctl.errors import TensorNextError
+from tnxctl.protocol.errors import TensorNextError
 
 if TYPE_CHECKING:
     from tnxctl.cli.workload import Answer

@@ -20,7 +20,7 @@ from tnxctl.cli.exits import FileProblem
 from tnxctl.cli.text import tensor_name
 
 if TYPE_CHECKING:
-    from tnxctl.frames import Array
+    from tnxctl.protocol.frames import Array
 
 STANDARD = "-"
 SUFFIXES = (".npy", ".npz")

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from tnxctl.wire import ModelInfo, TensorSpec
+    from tnxctl.protocol.wire import ModelInfo, TensorSpec
 
 STATUS_STYLES: dict[str, dict[str, Any]] = {
     "ready": {"fg": "green"},

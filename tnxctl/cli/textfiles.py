@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tnxctl.cli.exits import FileProblem
 
 if TYPE_CHECKING:
-    from tnxctl.frames import Array
+    from tnxctl.protocol.frames import Array
 
 
 def read_json(name: str, content: str) -> dict[str, Array]:

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
-from tnxctl.errors import DeadlineExceeded, TensorNextError, Unavailable
+from tnxctl.protocol.errors import DeadlineExceeded, TensorNextError, Unavailable
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from tnxctl.client import Client
-    from tnxctl.frames import Array
+    from tnxctl.protocol.frames import Array
     from tnxctl.results import Result
 
 _Done: TypeAlias = "queue.SimpleQueue[tuple[int, float, Future[Result]]]"

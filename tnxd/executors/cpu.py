@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnxctl.frames import Array
-from tnxd import heap
-from tnxd.batching import Staging
+from tnxctl.protocol.frames import Array
+from tnxd.executors.batching import Staging
 from tnxd.executors.execution import Execution
 from tnxd.executors.host import Peak, free_memory, peak_memory
 from tnxd.executors.runner import Runner
-from tnxd.executors.tensors import check_outputs, to_array, to_tensor
 from tnxd.models.model import Item
+from tnxd.models.tensors import check_outputs, to_array, to_tensor
+from tnxd.process import malloc as heap
 
 # MKL cuts larger weights into blocks that it copies anyway: what one batch size gains, another loses.
 _MOST_ORDERED = 1 << 20

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnxctl.frames import STORAGE, Array
-from tnxd.batching import Staging
+from tnxctl.protocol.frames import STORAGE, Array
+from tnxd.executors.batching import Staging
 from tnxd.executors.execution import Execution
 from tnxd.executors.host import Peak
 from tnxd.executors.runner import Runner
-from tnxd.executors.tensors import check_outputs, to_array, to_tensor
 from tnxd.models.model import Item
+from tnxd.models.tensors import check_outputs, to_array, to_tensor
 
 _MIB = 1024 * 1024
 _MEMORY_PERIOD_S = 1.0

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tnxd import heap
 from tnxd.config import Config
 from tnxd.executors.cpu import CpuRunner, order_weights
 from tnxd.executors.cuda import CudaMemory, CudaRunner
 from tnxd.executors.host import available_cores, choose_threads, host_memory_mb
 from tnxd.executors.pool import LanePool, OnDone
+from tnxd.process import malloc as heap
 
 
 @dataclass

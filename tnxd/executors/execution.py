@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from tnxctl.errors import TensorNextError
-from tnxctl.frames import Array
+from tnxctl.protocol.errors import TensorNextError
+from tnxctl.protocol.frames import Array
 from tnxd.models.model import Item, Model
-from tnxd.work import Batch
+from tnxd.scheduling.device import Batch
 
 PURE = "pure"
 SCRATCH = "scratch"

@@ -146,8 +146,8 @@ def peak_memory(proc: Path = _PROC) -> Iterator[Peak]:
     """Measure how much memory the block needs on top of what the process has: known when the block is over.
 
     It is the whole process that is measured, so what other threads do meanwhile counts too. What the C library has
-    kept from before and uses again does not count: `tnxd.heap.trim` gives it back. The kernel's counts are off by a
-    few MiB on machines with many cores.
+    kept from before and uses again does not count: `tnxd.process.malloc.trim` gives it back. The kernel's counts are
+    off by a few MiB on machines with many cores.
 
     Where the kernel does not let the high-water mark be set back, as in some sandboxes, only a peak above all earlier
     ones of the process is seen, else what is left at the end: too little rather than too much.

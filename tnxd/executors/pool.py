@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from tnxctl.errors import Internal, Unavailable
+from tnxctl.protocol.errors import Internal, Unavailable
+from tnxd.error_text import first_line, sentence
 from tnxd.executors.execution import SHARED, Execution, Warmth
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.company import lanes_apart, rows_of_a_lane_apart
@@ -25,8 +26,7 @@ from tnxd.executors.trial.trial import Verdict, lane_calls, open_with, try_out, 
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
 from tnxd.models.model import Model
 from tnxd.models.process import settings_kept
-from tnxd.sentences import first_line, sentence
-from tnxd.work import SPARE
+from tnxd.scheduling.device import SPARE
 
 OnDone = Callable[[Execution], None]
 

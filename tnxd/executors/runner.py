@@ -14,16 +14,16 @@ from contextlib import AbstractContextManager
 import numpy as np
 import torch
 
-from tnxctl.errors import FailedPrecondition, Internal, ResourceExhausted, TensorNextError, Unavailable
-from tnxctl.frames import Array
-from tnxd.batching import Staging, split
+from tnxctl.protocol.errors import FailedPrecondition, Internal, ResourceExhausted, TensorNextError, Unavailable
+from tnxctl.protocol.frames import Array
+from tnxd.error_text import first_line, sentence
+from tnxd.executors.batching import Staging, split
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.host import Peak
-from tnxd.executors.tensors import empty_outputs
 from tnxd.executors.trial.copies import Call
 from tnxd.models.model import Item, Model
-from tnxd.sentences import first_line, sentence
+from tnxd.models.tensors import empty_outputs
 
 log = logging.getLogger(__name__)
 

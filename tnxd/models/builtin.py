@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tnxctl.errors import NotFound
-from tnxctl.wire import TensorSpec
+from tnxctl.protocol.errors import NotFound
+from tnxctl.protocol.wire import TensorSpec
 from tnxd.models.catalog import Entry
 from tnxd.models.model import Model
 

@@ -46,7 +46,7 @@ class Entry:
     Attributes:
         sources: every version that there is, from the oldest to the newest.
         wanted: those to load.
-        weights, shadow: how its traffic is split at first, see `tnxctl.wire.Route`.
+        weights, shadow: how its traffic is split at first, see `tnxctl.protocol.wire.Route`.
     """
 
     name: str

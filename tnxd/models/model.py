@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import numpy as np
 
-from tnxctl.errors import InvalidArgument
-from tnxctl.frames import STORAGE, Array
-from tnxctl.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.frames import STORAGE, Array
+from tnxctl.protocol.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
 from tnxd.models.sizes import row_nbytes
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ class Model:
         notes: what an operator should know about it.
         examples: a shape for every input, to warm up with; empty: axes of any length have length 1.
         example_values: input -> an array to warm up with, as a client would send it: of the input's datatype (as
-            `tnxctl.frames.STORAGE` keeps it), of its shape. If the model batches, axis 0 has as many rows in all of
-            them, at least one. Inputs that nothing is known about are not in it. They must not be written to.
+            `tnxctl.protocol.frames.STORAGE` keeps it), of its shape. If the model batches, axis 0 has as many rows
+            in all of them, at least one. Inputs that nothing is known about are not in it. They must not be written to.
         writes: names of what its module holds (buffers, parameters, constants, attributes) and may write to in a
             forward, as far as its graph tells; a module of plain Python tells nothing.
         state: "shared": what the module keeps from one request to the next is meant for all of them.

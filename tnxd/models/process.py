@@ -62,7 +62,7 @@ import numpy as np
 import torch
 from torch.nn.modules import module as module_hooks
 
-from tnxctl.errors import FailedPrecondition
+from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.models import originals
 from tnxd.models.setters import DTYPE, NUMPY_SEED, PYTHON_SEED, SEED, noted
 

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tnxctl.errors import InvalidArgument, TensorNextError
-from tnxctl.wire import MODEL_NAME, MODEL_VERSION
+from tnxctl.protocol.errors import InvalidArgument, TensorNextError
+from tnxctl.protocol.wire import MODEL_NAME, MODEL_VERSION
 from tnxd.models import onnxfile
 from tnxd.models import settings as model_toml
 from tnxd.models.catalog import Catalog, Entry, Source

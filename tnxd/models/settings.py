@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from tnxctl.errors import InvalidArgument
-from tnxctl.frames import STORAGE
-from tnxctl.wire import DEFAULT_PRIORITY, LOWEST_PRIORITY, MAX_DEADLINE_US, MAX_DIM, MAX_WEIGHT, TensorSpec
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.frames import STORAGE
+from tnxctl.protocol.wire import DEFAULT_PRIORITY, LOWEST_PRIORITY, MAX_DEADLINE_US, MAX_DIM, MAX_WEIGHT, TensorSpec
 from tnxd import tomlfile
 
 MAX_NAME = 256
@@ -71,7 +71,7 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The split of requests that name no version, see `tnxctl.wire.Route`."""
+    """The split of requests that name no version, see `tnxctl.protocol.wire.Route`."""
 
     weights: dict[str, _Weight] = {}
     shadow: str = ""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tnxctl.errors import FailedPrecondition, InvalidArgument
-from tnxctl.frames import STORAGE
-from tnxctl.wire import MAX_ID, VERSION, Limits, Predict, TensorSpec, encode
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
+from tnxctl.protocol.frames import STORAGE
+from tnxctl.protocol.wire import MAX_ID, VERSION, Limits, Predict, TensorSpec, encode
 
 if TYPE_CHECKING:
     from tnxd.models.model import Model

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 
-from tnxctl.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from tnxd.files import MOST_TEXT, kind, open_file, read_open
 
 MANIFEST = "SHA256SUMS"

@@ -16,13 +16,13 @@ import click
 from tnxctl import durations
 from tnxctl.cli import output, sources, suggestions, tensorfiles
 from tnxctl.cli.options import LOWEST_PRIORITY, MAX_DEADLINE_S, Duration, common
-from tnxctl.errors import TensorNextError
+from tnxctl.protocol.errors import TensorNextError
 
 if TYPE_CHECKING:
     from tnxctl.cli.bench.lines import Table
     from tnxctl.cli.bench.recording import Step
     from tnxctl.cli.bench.runs import Search, Sweep
-    from tnxctl.frames import Array
+    from tnxctl.protocol.frames import Array
 
 DEFAULT_SWEEP = (1, 2, 4, 8, 16, 32, 64)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tnxctl.cli import exits, text
 from tnxctl.cli.bench.recording import PERCENTILES, UNSENT, Step, grown
 from tnxctl.durations import spell
-from tnxctl.errors import DeadlineExceeded, TensorNextError, from_code
+from tnxctl.protocol.errors import DeadlineExceeded, TensorNextError, from_code
 
 if TYPE_CHECKING:
     from tnxctl.cli.bench.runs import Search

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import msgspec
 import zmq
 
-from tnxctl import wire
 from tnxctl.cli.bench.recording import LOST, UNSENT, Recording, clock_ns
 from tnxctl.durations import spell
-from tnxctl.errors import DeadlineExceeded, Unavailable
 from tnxctl.link import Link, has_input
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import DeadlineExceeded, Unavailable
 from tnxctl.session import MAX_PENDING_BYTES, MAX_PENDING_CALLS, Call, Session
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tnxctl import wire
 from tnxctl.cli.tally import STAGES
-from tnxctl.errors import Internal, InvalidArgument, TensorNextError
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import Internal, InvalidArgument, TensorNextError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from tnxctl.cli.bench.loops import Connection, Requests, closed_loop, open_loop
 from tnxctl.cli.bench.recording import UNSENT, Load, Recording, Step
-from tnxctl.errors import TensorNextError
+from tnxctl.protocol.errors import TensorNextError
 
 if TYPE_CHECKING:
     from tnxctl.cli.workload import Options
-    from tnxctl.frames import Array
+    from tnxctl.protocol.frames import Array
     from tnxctl.results import Result
 
 HIGHEST_RATE = 1_000_000.0

@@ -14,14 +14,14 @@ from functools import partial
 
 import torch
 
-from tnxctl.frames import Array
-from tnxd.executors.tensors import check_outputs, to_array, to_tensor
+from tnxctl.protocol.frames import Array
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item, Make
 from tnxd.executors.trial.rows import rows_apart
 from tnxd.executors.trial.state import Answer
 from tnxd.models.model import Model
-from tnxd.noise import difference
+from tnxd.models.noise import difference
+from tnxd.models.tensors import check_outputs, to_array, to_tensor
 
 _ROUNDS = 500
 _SECONDS = 0.2

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from tnxd import structures
 from tnxd.executors.trial.held import memory
 from tnxd.executors.trial.undo import Undo, attributes_of
+from tnxd.models import structures
 
 Call = Callable[..., Any]
 """A module, or what stands before one: takes the inputs in order."""

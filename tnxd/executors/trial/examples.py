@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from tnxctl.frames import STORAGE, Array
-from tnxctl.wire import TensorSpec
+from tnxctl.protocol.frames import STORAGE, Array
+from tnxctl.protocol.wire import TensorSpec
 from tnxd.models.model import Model
-from tnxd.noise import FLOATING
+from tnxd.models.noise import FLOATING
 
 Item = tuple[Array, ...]
 """The inputs of one request, in the order of the signature."""

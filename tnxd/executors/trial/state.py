@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnxctl.errors import FailedPrecondition
-from tnxctl.frames import Array
+from tnxctl.protocol.errors import FailedPrecondition
+from tnxctl.protocol.frames import Array
+from tnxd.error_text import sentence
 from tnxd.executors.execution import PURE, SCRATCH
 from tnxd.executors.exhaustion import is_out_of_memory
-from tnxd.executors.tensors import to_array
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import HOOKS, Held, Place, memory, short
 from tnxd.executors.trial.suspects import suspects, suspects_beside
 from tnxd.models.model import Model
-from tnxd.noise import Difference, difference
-from tnxd.sentences import sentence
+from tnxd.models.noise import Difference, difference
+from tnxd.models.tensors import to_array
 
 Answer = tuple[list[torch.Tensor], list[Array]]
 """What the module returned, and a copy of it."""

@@ -15,10 +15,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from tnxctl.errors import FailedPrecondition, TensorNextError
-from tnxctl.frames import Array
+from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
+from tnxctl.protocol.frames import Array
+from tnxd.error_text import sentence
 from tnxd.executors.execution import PURE, SCRATCH, SHARED
-from tnxd.executors.tensors import TORCH_DTYPES, check_outputs, to_array, to_tensor
 from tnxd.executors.trial.copies import Call, Differentiating, Own, Serial, Sparing, duplicate
 from tnxd.executors.trial.examples import Item, Make, examples, telling_examples
 from tnxd.executors.trial.held import Held, Place, submodule
@@ -37,9 +37,9 @@ from tnxd.executors.trial.state import (
 from tnxd.executors.trial.suspects import suspects
 from tnxd.executors.trial.undo import Beside, Undo, held_by
 from tnxd.models.model import Model
+from tnxd.models.noise import as_float, difference, tolerance
 from tnxd.models.process import Witness
-from tnxd.noise import as_float, difference, tolerance
-from tnxd.sentences import sentence
+from tnxd.models.tensors import TORCH_DTYPES, check_outputs, to_array, to_tensor
 
 log = logging.getLogger(__name__)
 

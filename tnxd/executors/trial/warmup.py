@@ -7,15 +7,15 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tnxctl.errors import TensorNextError, Unavailable
-from tnxctl.frames import Array
-from tnxctl.wire import TensorSpec
+from tnxctl.protocol.errors import TensorNextError, Unavailable
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import TensorSpec
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item, Make
 from tnxd.models.model import Model
-from tnxd.noise import difference
-from tnxd.work import INLINE, Batch, Device
+from tnxd.models.noise import difference
+from tnxd.scheduling.device import INLINE, Batch, Device
 
 log = logging.getLogger(__name__)
 

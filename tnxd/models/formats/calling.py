@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from tnxctl.errors import FailedPrecondition
-from tnxd import structures
+from tnxctl.protocol.errors import FailedPrecondition
+from tnxd.models import structures
 from tnxd.models.formats.signature import Signature
-from tnxd.structures import Tree
+from tnxd.models.structures import Tree
 
 
 class Arguments(torch.nn.Module):

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tnxctl.errors import FailedPrecondition, TensorNextError
+from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxd.models.formats import ignore_warnings_about_torch_itself
 from tnxd.models.formats.conditions import Condition, Conditions
 from tnxd.models.formats.exported import describe, export

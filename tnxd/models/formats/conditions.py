@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.export import ExportedProgram
 
-from tnxctl.errors import FailedPrecondition, InvalidArgument
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 
 # torch.export notes "at least 2" for an axis whose lower bound it does not know; 1 works there.
 _UNKNOWN_LEAST = 2

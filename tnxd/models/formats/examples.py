@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnxctl.errors import FailedPrecondition, InvalidArgument
-from tnxctl.frames import STORAGE, Array
-from tnxctl.wire import TensorSpec, excerpt
-from tnxd.executors.tensors import to_array
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
+from tnxctl.protocol.frames import STORAGE, Array
+from tnxctl.protocol.wire import TensorSpec, excerpt
+from tnxd.error_text import sentence
 from tnxd.models.formats.signature import Opened, Shape, Signature
 from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import Range, Tensor, fits
+from tnxd.models.tensors import to_array
 from tnxd.models.trust import TrustedFiles
-from tnxd.sentences import sentence
 
 # Rows of values that model.toml describes: enough for two that differ, and no more memory than this with more.
 _ROWS = 8

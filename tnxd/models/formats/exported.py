@@ -22,19 +22,19 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from tnxctl.errors import FailedPrecondition, Internal
-from tnxctl.frames import Array
-from tnxctl.wire import TensorSpec, excerpt
-from tnxd import structures
-from tnxd.executors.tensors import TORCH_DTYPES, pick
+from tnxctl.protocol.errors import FailedPrecondition, Internal
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import TensorSpec, excerpt
+from tnxd.error_text import cause, sentence
+from tnxd.models import structures
 from tnxd.models.formats import classes, examples, ignore_warnings_about_torch_itself, libraries, optional
 from tnxd.models.formats.conditions import Conditions, bounds, of_program
 from tnxd.models.formats.signature import DEFAULT_MAX_BATCH_SIZE, Found, Opened, Shape, Signature, settle
 from tnxd.models.formats.writes import STORING, written, written_inputs
 from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import MAX_NAME
+from tnxd.models.tensors import TORCH_DTYPES, pick
 from tnxd.models.trust import TrustedFiles
-from tnxd.sentences import cause, sentence
 
 FILE = "model.pt2"
 

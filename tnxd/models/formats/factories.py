@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from tnxctl.errors import FailedPrecondition, TensorNextError
+from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
+from tnxd.error_text import sentence
 from tnxd.files import MOST_CODE, read_open
 from tnxd.models import originals
 from tnxd.models.trust import TrustedFiles
-from tnxd.sentences import sentence
 
 _ROOT = "tnxd_repository"
 _numbers = itertools.count(1)

@@ -10,9 +10,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from tnxctl.errors import FailedPrecondition
+from tnxctl.protocol.errors import FailedPrecondition
+from tnxd.error_text import sentence
 from tnxd.models import originals
-from tnxd.sentences import sentence
 
 _OWN = {name.partition("::")[0] for name in torch._C._dispatch_get_all_op_names()} | {
     # These come with the parts of torch that have them, later.

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from tnxctl.errors import FailedPrecondition, InvalidArgument
-from tnxctl.wire import TensorSpec, excerpt
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
+from tnxctl.protocol.wire import TensorSpec, excerpt
 from tnxd.advice import installing
-from tnxd.executors.tensors import to_array
+from tnxd.error_text import first_line
 from tnxd.models import onnxfile
 from tnxd.models.formats import optional
 from tnxd.models.formats.signature import Found, Opened, settle
 from tnxd.models.onnxfile import OnnxFile
 from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import Settings, Tensor
+from tnxd.models.tensors import to_array
 from tnxd.models.trust import TrustedFiles
-from tnxd.sentences import first_line
 
 FILE = "model.onnx"
 

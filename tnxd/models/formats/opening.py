@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tnxctl.errors import FailedPrecondition
+from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.models.formats import compiling, examples, exported, libraries, onnx, optional, torchscript, weights
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import DEFAULT_AUDIT, Model

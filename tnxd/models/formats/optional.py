@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tnxctl.errors import InvalidArgument
-from tnxctl.frames import Array
-from tnxd import structures
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.frames import Array
+from tnxd.models import structures
 from tnxd.models.formats.examples import typed
 from tnxd.models.formats.signature import Signature
 from tnxd.models.settings import Settings

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from tnxctl.errors import Internal
-from tnxctl.wire import TensorSpec
-from tnxd.executors.tensors import TORCH_DTYPES, pick
+from tnxctl.protocol.errors import Internal
+from tnxctl.protocol.wire import TensorSpec
+from tnxd.models.tensors import TORCH_DTYPES, pick
 
 
 class Precision(torch.nn.Module):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from tnxctl.errors import FailedPrecondition
-from tnxctl.wire import excerpt
+from tnxctl.protocol.errors import FailedPrecondition
+from tnxctl.protocol.wire import excerpt
+from tnxd.error_text import first_line
 from tnxd.models.trust import TrustedFiles
-from tnxd.sentences import first_line
 
 _NAMED = re.compile(r"model-\d+-of-\d+\.safetensors")
 

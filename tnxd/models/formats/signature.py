@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tnxctl.errors import InvalidArgument
-from tnxctl.frames import Array
-from tnxctl.wire import TensorSpec
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import TensorSpec
 from tnxd.models.settings import Settings, Tensor, fits
 
 if TYPE_CHECKING:

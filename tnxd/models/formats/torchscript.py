@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tnxctl.errors import FailedPrecondition
+from tnxctl.protocol.errors import FailedPrecondition
+from tnxd.error_text import cause
 from tnxd.models.formats import ignore_warnings_about_torch_itself, libraries, optional
 from tnxd.models.formats.calling import arranged, check_names, defaults
 from tnxd.models.formats.precision import Precision
@@ -12,7 +13,6 @@ from tnxd.models.formats.signature import Opened, declared
 from tnxd.models.formats.writes import written_by_script
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
-from tnxd.sentences import cause
 
 FILE = "model.pt"
 NOTE = "TorchScript is deprecated by torch: export the model anew with torch.export, as model.pt2"

@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 from torch.nn.parameter import is_lazy
 
-from tnxctl.errors import FailedPrecondition
+from tnxctl.protocol.errors import FailedPrecondition
+from tnxd.error_text import first_line
 from tnxd.models.formats import optional, shards
 from tnxd.models.formats.calling import arranged, check_names, defaults
 from tnxd.models.formats.factories import Factory
@@ -26,7 +27,6 @@ from tnxd.models.formats.signature import Opened, declared
 from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import Weights
 from tnxd.models.trust import TrustedFiles
-from tnxd.sentences import first_line
 
 log = logging.getLogger(__name__)
 

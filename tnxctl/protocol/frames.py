@@ -1,0 +1,106 @@
+"""Tensor frames of a message <-> numpy arrays, without a copy; `wire` has the headers in front of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.wire import MAX_DIM, Limits, TensorSpec, excerpt
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+else:
+    Buffer = Any  # which is in collections.abc from Python 3.12 on: a name for who looks at signatures at run time
+
+Array = NDArray[Any]
+
+STORAGE: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("bool"),
+    "UINT8": np.dtype("u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+    "BF16": np.dtype("<u2"),
+}
+"""Datatype name of the Open Inference Protocol v2 -> the numpy dtype that holds its bytes.
+
+numpy has no bfloat16 of its own: a BF16 array is carried as its 16-bit patterns.
+"""
+
+_BOOL = STORAGE["BOOL"]
+
+DATATYPES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in STORAGE.items() if name != "BF16"}
+"""numpy dtype -> datatype name, for every dtype that numpy itself has."""
+
+
+def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: Limits) -> tuple[Array, ...]:
+    """Tensor frames as arrays of the declared shapes, without a copy: each array keeps its frame alive.
+
+    BF16 comes as its 16-bit patterns (dtype `<u2`). The arrays may be unaligned and must not be written.
+
+    Raises:
+        InvalidArgument: a count, datatype, rank, dimension, length or limit does not hold; the sentence names it.
+    """
+    if len(specs) != len(frames):
+        raise InvalidArgument(f"the header announces {len(specs)} tensors, {len(frames)} tensor frames came")
+    if len(specs) > limits.tensors:
+        raise InvalidArgument(f"{len(specs)} tensors in one message, more than the limit of {limits.tensors}")
+    room = limits.message_bytes
+    arrays = []
+    for position, spec in enumerate(specs):
+        dtype = STORAGE.get(spec.datatype)
+        if dtype is None:
+            raise InvalidArgument(
+                f"{_called(spec.name)}: unknown datatype {excerpt(spec.datatype)}, known are {', '.join(STORAGE)}"
+            )
+        shape = spec.shape
+        if len(shape) > limits.rank:  # first: the product of thousands of large dimensions takes long
+            raise InvalidArgument(f"{_called(spec.name)}: rank {len(shape)} is more than the limit of {limits.rank}")
+        size = dtype.itemsize * math.prod(shape)  # Python integers: no overflow, whatever the dimensions
+        view = memoryview(frames[position])
+        if size != view.nbytes or size > room:
+            raise _tensor_error(spec, size, view.nbytes, room, limits)
+        room -= size
+        try:
+            array: Array = np.ndarray(shape, dtype, view)
+        except (ValueError, OverflowError, MemoryError) as error:
+            if min(shape, default=0) < 0:  # two of them give a size that may well be right
+                raise _tensor_error(spec, size, view.nbytes, room, limits) from None
+            # Zero rows with another axis beyond numpy's range.
+            raise InvalidArgument(f"{_called(spec.name)}: shape {excerpt(list(shape))}: {error}") from None
+        if dtype is _BOOL and size and array.view(np.uint8).max() > 1:
+            raise InvalidArgument(
+                f"{_called(spec.name)}: byte {array.view(np.uint8).max()} is not a BOOL, which is 0 or 1"
+            )
+        arrays.append(array)
+    return tuple(arrays)
+
+
+def _tensor_error(spec: TensorSpec, size: int, received: int, room: int, limits: Limits) -> InvalidArgument:
+    name, shape = _called(spec.name), excerpt(list(spec.shape))
+    for dim in spec.shape:
+        if not 0 <= dim <= MAX_DIM:
+            return InvalidArgument(f"{name}: dimension {dim} of shape {shape} is outside 0..{MAX_DIM}")
+    if size > room:
+        return InvalidArgument(
+            f"{name}: {size} bytes ({spec.datatype} {shape}) are more than the {room} that are left "
+            f"of the limit of {limits.message_bytes} bytes for all tensors of a message"
+        )
+    return InvalidArgument(f"{name}: {spec.datatype} {shape} takes {size} bytes, its frame has {received}")
+
+
+def _called(name: str) -> str:
+    """A tensor in error sentences; the only input of a model may have no name."""
+    return f"tensor {excerpt(name)}" if name else "the tensor"

@@ -1,0 +1,254 @@
+"""The daemon: its parts wired together, opened, loaded and stopped."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tnxctl import __version__
+from tnxctl.protocol.errors import TensorNextError
+from tnxd import offer
+from tnxd.config import Config, control_of
+from tnxd.deployment.loader import Changes, Loader
+from tnxd.deployment.registry import DRAINING, READY, STARTING, Registry
+from tnxd.executors.execution import Executor
+from tnxd.process import logs, signals
+from tnxd.process.systemd import Notifier
+from tnxd.process.watchdog import Watchdog
+from tnxd.scheduling.costs import CostModel
+from tnxd.scheduling.device import Device
+from tnxd.scheduling.scheduler import Scheduler
+from tnxd.serving.reports import Inventory
+from tnxd.serving.server import Server
+from tnxd.serving.telemetry import Telemetry
+from tnxd.transport.admission import Admission
+from tnxd.transport.busy_poller import Spinner
+from tnxd.transport.router import Router
+from tnxd.transport.wakeup import Wakeup
+
+if TYPE_CHECKING:
+    from tnxd.models.process import Watch
+
+log = logging.getLogger("tnxd")
+
+LAST_WORDS_S = 1.0
+"""How long the end of the process waits until the log is written."""
+
+_FLUSH_S = 5.0
+_TICK_S = 1.0
+_MIB = 1024 * 1024
+_GC_THRESHOLD = 10_000
+
+
+class Daemon:
+    """The parts of a daemon, wired.
+
+    Args:
+        registry: announced. router: bound.
+    """
+
+    def __init__(self, config: Config, registry: Registry, router: Router, admission: Admission) -> None:
+        self._config = config
+        self._inventory = Inventory(registry)
+        self._router = router
+        self._notifier = Notifier()
+        self._costs = CostModel()
+        self._loader: Loader | None = None
+        self._reload_waits = False
+        self._watch: Watch | None = None
+        self._exit_code = 0
+        self._server = Server(
+            router,
+            Wakeup(),
+            self._inventory,
+            self._scheduler([]),
+            Telemetry(),
+            Spinner(config.spin_us),
+            limits=config.limits,
+            on_tick=self._tick,
+            tick_s=min(_TICK_S, self._notifier.watchdog_s / 3 or _TICK_S),
+            drain_timeout_s=config.drain_timeout_s,
+            stall_timeout_s=config.stall_timeout_s,
+            max_delay_us=config.queue.max_delay_us,
+            admission=admission,
+            remote_control=control_of(config),
+            on_device_lost=self._device_lost,
+        )
+
+    def _scheduler(self, devices: list[Device]) -> Scheduler:
+        queue = self._config.queue
+        return Scheduler(
+            devices,
+            self._costs,
+            max_requests=queue.max_requests,
+            max_bytes=int(queue.max_mb * _MIB),
+            max_per_model=queue.max_per_model or None,
+            max_bytes_per_model=int(queue.max_mb_per_model * _MIB) or None,
+        )
+
+    def run(self) -> int:
+        """Serve until told to stop; returns the exit code."""
+        self._notifier.send("STATUS=loading")
+        threading.Thread(target=self._open_devices, name="devices", daemon=True).start()
+        call_soon = self._server.call_soon
+        # The drain, the flush, and as much again before it counts as hung.
+        patience_s = self._config.drain_timeout_s + 2 * _FLUSH_S
+        with signals.handled_signals(
+            lambda: call_soon(self._stop), lambda: call_soon(self._reload), patience_s, _FLUSH_S
+        ):
+            Watchdog(self._hang, self._hangs)
+            self._router.close(self._server.run(_FLUSH_S))
+            log.info("stopped")
+            logs.flush(LAST_WORDS_S)  # while a signal does not end it yet
+        return self._exit_code
+
+    def _open_devices(self) -> None:
+        """Open the devices on a thread of its own: health answers meanwhile."""
+        try:
+            from tnxd.executors.devices import open_devices  # imports torch, which takes seconds
+
+            opened = open_devices(self._config, self._server.completed)
+            if not opened.executors:
+                raise RuntimeError(f"no device works: {opened.failures}")
+            if self._config.model_repository:
+                import tnxd.models.formats.opening  # noqa: F401 - it imports much that stays, too
+            # What is alive now stays alive: the collector need not look at it again. Models come later, and may go.
+            gc.collect()
+            gc.freeze()
+            # Requests come and go by the thousand and hold no cycles: by default, it would look through them every
+            # few hundred.
+            gc.set_threshold(_GC_THRESHOLD)
+        except BaseException as error:
+            log.error("cannot start: %s", error, exc_info=not isinstance(error, RuntimeError))
+            self._server.call_soon(self._give_up)
+            return
+        self._server.call_soon(lambda: self._load(opened.executors, opened.failures))
+
+    def _load(self, executors: Mapping[str, Executor], failures: Mapping[str, str]) -> None:
+        """The devices are open: load the models on them."""
+        config, inventory = self._config, self._inventory
+        for name, failure in failures.items():
+            log.error("device %s is left out: %s", name, failure)
+        inventory.executors = executors
+        inventory.device_failures.update(failures)
+        for executor in executors.values():
+            executor.adopt_thread()
+        scheduler = self._scheduler([self._device(executor) for executor in executors.values()])
+        self._loader = Loader(
+            inventory.registry,
+            scheduler,
+            executors,
+            self._costs,
+            lambda: offer.catalog(config),
+            self._server.call_soon,
+            limits=config.limits,
+            budget={"cpu": int(config.memory.cpu_mb * _MIB), "cuda": int(config.memory.cuda_mb * _MIB)},
+            load_timeout_s=config.load_timeout_s,
+            on_reload=self._announce_reload,
+            on_mixing=self._server.end_batches,
+        )
+        self._server.install(scheduler, self._loader)
+        from tnxd.models.process import Watch  # imports torch, which is here by now
+
+        self._watch = Watch()
+        self._loader.start(self._loaded)
+
+    def _device(self, executor: Executor) -> Device:
+        return Device(
+            executor.name,
+            executor.kind,
+            executor.lanes,
+            set(),
+            executor.memory_mb()[0],
+            inline_limit_us=self._config.cpu.inline_limit_us if executor.kind == "cpu" else 0.0,
+            lane_threads=executor.lane_threads,
+        )
+
+    def _loaded(self, outcome: Changes | TensorNextError) -> None:
+        """The first load of everything is over."""
+        if not any(version.servable for _, version in self._inventory.registry):
+            why = outcome.message if isinstance(outcome, TensorNextError) else outcome.failed
+            if why:
+                log.error("cannot start: no model can be served: %s", why)
+                self._give_up()
+                return
+            log.warning("%s has no model yet: publish one, then tnxctl reload", self._config.model_repository)
+        self._server.serve()
+        line = self._status()
+        print(f"tnxd {__version__} {line}", flush=True)  # as `tnxd.process.logs` has it: nobody has to read it
+        self._notifier.send("READY=1", f"STATUS={line}")
+        if self._reload_waits:
+            self._reload()
+
+    def _status(self) -> str:
+        """A line about what is served, and where."""
+        inventory = self._inventory
+        devices = ", ".join(
+            f"{executor.name} ({executor.lanes} lane{'s' if executor.lanes > 1 else ''})"
+            for executor in inventory.executors.values()
+        )
+        registry = inventory.registry
+        models = ", ".join(
+            name
+            + " (default)" * (name == registry.default)
+            + " (failed)" * (not any(version.servable for version in deployment.versions.values()))
+            for name, deployment in registry.deployments.items()
+        )
+        models = models or "none yet"
+        return f"ready on {', '.join(self._router.endpoints)}; devices: {devices}; models: {models}"
+
+    def _reload(self) -> None:
+        """SIGHUP. One that comes while models are loaded counts when they are: what it is about may be read already."""
+        if self._server.state == STARTING:
+            self._reload_waits = True
+        elif self._server.state != READY or self._loader is None:
+            log.warning("SIGHUP is ignored: the daemon is %s", self._server.state)
+        else:
+            if not self._config.model_repository:
+                log.warning("SIGHUP changes nothing: there is no model repository to look at, see --model-repository")
+            self._loader.reload()
+
+    def _announce_reload(self, begins: bool) -> None:
+        if begins:
+            self._notifier.reloading()
+        elif self._server.state == READY:
+            self._notifier.send("READY=1", f"STATUS={self._status()}")
+
+    def _device_lost(self) -> None:
+        if self._is_to_restart(self._config.on_device_loss):
+            log.error("the daemon finishes what other devices run, and ends for a new start")
+            self._exit_code = 1
+            if self._server.state != DRAINING:
+                self._stop()
+
+    def _hang(self) -> str:
+        # Before systemd's watchdog, which would end the process without naming anything.
+        return self._server.hangs(self._notifier.watchdog_s * 2 / 3 or float("inf"))
+
+    def _hangs(self, why: str, stack: str) -> None:
+        """Log, on the watchdog's thread, that nothing is served, and end the process if it is to restart."""
+        log.error("%s: nothing is served meanwhile\n%s", why, stack)
+        if self._is_to_restart(self._config.on_hang):
+            signals.die(f"{why}: the daemon ends for a new start")
+
+    def _is_to_restart(self, choice: str) -> bool:
+        return choice == "restart" or (choice == "auto" and self._notifier.supervised)
+
+    def _stop(self) -> None:
+        self._notifier.send("STOPPING=1", "STATUS=draining")
+        self._server.drain()
+
+    def _give_up(self) -> None:
+        self._exit_code = 1
+        self._server.stop()
+
+    def _tick(self, progress: bool) -> None:
+        if self._watch is not None and self._loader is not None and not self._loader.active:  # which puts back itself
+            self._watch.look()
+        if progress and self._notifier.watchdog_s and self._server.state != STARTING:
+            self._notifier.alive()
+        else:
+            self._notifier.retry()

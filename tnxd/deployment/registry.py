@@ -1,0 +1,421 @@
+"""The models that the daemon knows: names, versions, their states, and which version a request gets. No torch, no I/O.
+
+Owned by the serving loop's thread. `tnxd.deployment.loader` changes it; the server asks `find` for every request.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, NotFound, TensorNextError, Unavailable
+from tnxctl.protocol.wire import check_name, check_version, excerpt, split_title
+from tnxd.executors.execution import STATES, Warmth
+from tnxd.models.catalog import Catalog, Entry, Source
+from tnxd.models.model import Model, model_key
+from tnxd.serving.input_binding import Fitting
+
+if TYPE_CHECKING:
+    from tnxd.deployment.audit import Audit
+
+LOADING_RETRY_S = 0.1
+"""When to ask again for a version that is being loaded."""
+
+# What a version can be; the daemon itself is STARTING, READY or DRAINING, too.
+UNLOADED = "unloaded"
+STARTING = "starting"
+READY = "ready"
+DRAINING = "draining"
+EVICTED = "evicted"
+FAILED = "failed"
+
+
+class Version:
+    """One version of one model, with one content: files that change become another Version.
+
+    Attributes:
+        source: where it comes from. generation: see `Model`.
+        state: READY, UNLOADED, DRAINING, EVICTED or FAILED.
+        loading: whether it is being loaded, or about to be. An evicted version stays EVICTED meanwhile: its traffic
+            waits for it.
+        model: what serves, or served last; None before the first time. fitting: of requests to it.
+        error: why it failed; of a version that serves, why newer files of the same version do not.
+        nbytes: weights and buffers on each of its devices. load_s: seconds to load and warm up.
+        requests: taken in for it. last_used: a number that grows with every request to any model.
+        came_back: when it was last loaded for a request after it had been evicted, by the monotonic clock.
+        notes: what an operator should know. trials: what loading it showed, by device.
+        mixes: why its requests run alone, though loading it did not show that they must; else "".
+        audit: goes on looking; None: nothing does.
+        mirror: the version that gets copies of its batches, if any.
+    """
+
+    __slots__ = (
+        "audit",
+        "came_back",
+        "error",
+        "fitting",
+        "generation",
+        "last_used",
+        "load_s",
+        "loading",
+        "mirror",
+        "mixes",
+        "model",
+        "nbytes",
+        "notes",
+        "requests",
+        "source",
+        "state",
+        "trials",
+    )
+
+    def __init__(self, source: Source, generation: int = 0) -> None:
+        self.source = source
+        self.generation = generation
+        self.state = UNLOADED
+        self.loading = False
+        self.model: Model | None = None
+        self.fitting = Fitting()
+        self.error = ""
+        self.nbytes = source.nbytes
+        self.load_s = 0.0
+        self.requests = 0
+        self.last_used = 0
+        self.notes: tuple[str, ...] = ()
+        self.trials: Mapping[str, Warmth] = {}
+        self.mixes = ""
+        self.audit: Audit | None = None
+        self.mirror: Version | None = None
+        self.came_back = float("-inf")
+
+    @property
+    def number(self) -> str:
+        """The version, as it is written."""
+        return self.source.version
+
+    @property
+    def title(self) -> str:
+        """NAME@VERSION."""
+        return f"{self.source.name}@{self.source.version}"
+
+    @property
+    def key(self) -> str:
+        """The key of its model, now or once it is loaded."""
+        return model_key(self.source.name, self.source.version, self.generation)
+
+    @property
+    def kind(self) -> str:
+        """The most careful state among its devices, see `STATES`; "" before it was loaded."""
+        return max((trial.state for trial in self.trials.values()), key=STATES.index, default="")
+
+    def end_batches(self, why: str) -> bool:
+        """Have each request run alone from now on. False: it has been so before."""
+        if self.model is None or not self.model.max_batch_size:
+            return False
+        self.mixes = why
+        self.model = self.model.unbatched()
+        self.notes = (*self.notes, f"no batches any more: {why}")
+        return True
+
+    @property
+    def servable(self) -> bool:
+        """Whether requests may be sent its way; an evicted version is loaded for them."""
+        return self.state in (READY, EVICTED)
+
+
+class _Split:
+    """Several versions that share a name's traffic."""
+
+    def __init__(self, shares: list[tuple[Version, float]]) -> None:
+        self._versions = [version for version, _ in shares]
+        total = sum(weight for _, weight in shares)
+        self._bounds = [bound / total for bound in accumulate(weight for _, weight in shares)]
+
+    def choose(self, key: bytes) -> Version:
+        """The same version for the same key. A version whose share grows keeps the keys that it has."""
+        place = bisect_right(self._bounds, crc32(key) / 2**32)
+        return self._versions[min(place, len(self._versions) - 1)]
+
+
+class Deployment:
+    """One name: its versions, and how requests that name none are split among them.
+
+    Attributes:
+        entry: what the catalogue said last.
+        versions: by number, from the oldest to the newest.
+        weights: explicit shares; empty: the newest version takes all that is not the shadow.
+        shadow: number of the version that gets copies; "": none.
+        pinned: versions that somebody asked for by number: they stay whatever the catalogue wants.
+        implied: the weights only keep traffic from versions that were asked for by number.
+        restore: the traffic is to become that of the entry, once all that it needs is loaded.
+    """
+
+    def __init__(self, entry: Entry, generations: dict[str, int]) -> None:
+        self.entry = entry
+        self.versions: dict[str, Version] = {}
+        self.weights: dict[str, float] = dict(entry.weights)
+        self.shadow = entry.shadow
+        self.pinned: set[str] = set()
+        self.implied = False
+        self.restore = False
+        self._generations = generations
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    def shares(self) -> list[tuple[Version, float]]:
+        """The versions that get requests that name none, and how much, relative to the sum."""
+        servable = [version for version in self.versions.values() if version.servable]
+        weighted = [(version, self.weights.get(version.number, 0.0)) for version in servable]
+        weighted = [(version, weight) for version, weight in weighted if weight > 0]
+        if weighted:
+            return weighted
+        answering = [version for version in servable if version.number != self.shadow] or servable
+        return [(version, 1.0) for version in answering[-1:]]
+
+    def traffic(self, version: Version) -> float:
+        """The share of one version, 0 to 1."""
+        shares = self.shares()
+        return sum(weight for other, weight in shares if other is version) / (sum(w for _, w in shares) or 1.0)
+
+    def route(self, weights: Mapping[str, float], shadow: str) -> None:
+        """Split the traffic; see the attributes."""
+        self.weights, self.shadow, self.implied, self.restore = dict(weights), shadow, False, False
+
+    def generation(self, number: str) -> int:
+        """The generation for contents of a version that nothing else is left of."""
+        return self._generations.get(number, 0)
+
+    def next_generation(self, number: str) -> int:
+        """The generation for contents of a version that come beside others of the same number; see `Model`."""
+        self._generations[number] = self._generations.get(number, 0) + 1
+        return self._generations[number]
+
+    def put(self, version: Version) -> None:
+        """Add a version, or new contents of one, in the order of the numbers."""
+        versions = {**self.versions, version.number: version}
+        self.versions = dict(sorted(versions.items(), key=lambda item: (len(item[0]), item[0])))
+
+    def sole(self, number: str) -> Version:
+        """The version of that number. Raises NotFound, InvalidArgument."""
+        version = self.versions.get(number)
+        if version is None:
+            check_version(number)
+            known = ", ".join(self.versions) or "none"
+            raise NotFound(f"model {self.name!r} has no version {excerpt(number)}; there are {known}")
+        return version
+
+
+class Registry:
+    """All deployments.
+
+    Attributes:
+        deployments: by name. default: the name for requests that give none: the configured one, else the first that
+            can be served.
+        failures: what could not become a deployment, by name or path, and why.
+        on_change: called after any change.
+    """
+
+    def __init__(self, default: str = "") -> None:
+        self.default = default
+        self._configured_default = default
+        self.deployments: dict[str, Deployment] = {}
+        self.failures: dict[str, str] = {}
+        self.on_change: Callable[[], None] = lambda: None
+        self._targets: dict[str, Version | _Split] = {}
+        self._clock = 0
+        self._generations: dict[str, dict[str, int]] = {}
+
+    def announce(self, catalog: Catalog) -> None:
+        """Know by name what is about to be loaded: whoever asks meanwhile is not told that it is not there."""
+        self.failures = dict(catalog.failures)
+        for entry in catalog.entries.values():
+            deployment = self.register(entry)
+            for number in entry.wanted:
+                deployment.versions[number].loading = True
+        self.rebuild()
+
+    def register(self, entry: Entry) -> Deployment:
+        """The deployment of that entry, which may be new, with what is known of versions that are not loaded."""
+        deployment = self.deployments.get(entry.name)
+        if deployment is None:
+            deployment = self.deployments[entry.name] = Deployment(entry, self.generations(entry.name))
+        elif entry.weights != deployment.entry.weights or entry.shadow != deployment.entry.shadow:
+            deployment.restore = True
+        deployment.entry = entry
+        self.failures.pop(entry.name, None)
+        for number, source in entry.sources.items():
+            known = deployment.versions.get(number)
+            if known is None or (known.state in (UNLOADED, FAILED) and known.source.stamp != source.stamp):
+                deployment.put(Version(source, deployment.generation(number)))
+        for number, version in list(deployment.versions.items()):
+            if number not in entry.sources and version.state in (UNLOADED, FAILED):
+                del deployment.versions[number]
+        return deployment
+
+    def __iter__(self) -> Iterator[tuple[Deployment, Version]]:
+        for deployment in self.deployments.values():
+            for version in deployment.versions.values():
+                yield deployment, version
+
+    def find(self, model: str, client: bytes, route_key: str) -> Version:
+        """The version for a request.
+
+        Args:
+            model: NAME, NAME@VERSION, or "" for the default model.
+            client, route_key: while traffic is split, requests with the same key, or else of the same client, get the
+                same version.
+
+        Raises:
+            NotFound: no such model or version.
+            FailedPrecondition: it could not be loaded, or was unloaded.
+            Unavailable: it is being loaded.
+        """
+        target = self._targets.get(model)
+        if target is None:
+            raise self.why_not(model)
+        if target.__class__ is _Split:
+            target = target.choose(route_key.encode("utf-8", "replace") or client)
+        self._clock += 1
+        target.last_used = self._clock  # type: ignore[union-attr]
+        return target  # type: ignore[return-value]
+
+    def describe(self, model: str) -> tuple[Deployment, Version]:
+        """The version that `find` would find, in whatever state, and of several the one with the largest share.
+
+        Raises:
+            InvalidArgument: it can be the name of none.
+            NotFound: no such model or version.
+            FailedPrecondition: it is there, but cannot be served.
+        """
+        if not model and not self.default:
+            raise NotFound("there is no model: publish one in the model repository, then tnxctl reload")
+        name, number = split_title(model or self.default)
+        deployment = self.deployment(name)
+        if number:
+            failure = self.failures.get(f"{name}@{number}")
+            if failure is not None and number not in deployment.versions:
+                raise FailedPrecondition(f"model '{name}@{number}' cannot be served: {failure}")
+            return deployment, deployment.sole(number)
+        shares = deployment.shares()
+        if shares:
+            return deployment, max(shares, key=lambda share: share[1])[0]
+        if not deployment.versions:
+            raise NotFound(f"model {name!r} has no version")
+        return deployment, list(deployment.versions.values())[-1]
+
+    def awaits(self, model: str) -> bool:
+        """Whether a load that is not over decides what a name stands for. Raises as `describe` does."""
+        if not model:
+            return any(version.loading for _, version in self)
+        deployment, version = self.describe(model)
+        return any(each.loading for each in ([version] if "@" in model else deployment.versions.values()))
+
+    def deployment(self, name: str) -> Deployment:
+        """The deployment of that name. Raises NotFound, InvalidArgument."""
+        known = self.deployments.get(name)
+        if known is None:
+            check_name(name)
+            failure = self.failures.get(name)
+            if failure is not None:
+                raise FailedPrecondition(f"model {name!r} cannot be served: {failure}")
+            raise NotFound(f"no model {excerpt(name)}; there are {', '.join(self.deployments) or 'none'}")
+        return known
+
+    def generations(self, name: str) -> dict[str, int]:
+        """Generations of a name's versions, by number. They outlive its deployment: a load that hangs does, too."""
+        return self._generations.setdefault(name, {})
+
+    def rebuild(self) -> None:
+        """Recompute where requests go, after any change."""
+        self._targets = {}
+        for name, deployment in self.deployments.items():
+            shares = deployment.shares()
+            shadow = deployment.versions.get(deployment.shadow)
+            for version in deployment.versions.values():
+                if version.servable:
+                    self._targets[version.title] = version
+                version.mirror = None
+            for version, _ in shares:
+                if shadow is not None and shadow is not version and shadow.state == READY:
+                    version.mirror = shadow
+            if shares:
+                self._targets[name] = shares[0][0] if len(shares) == 1 else _Split(shares)
+        if not self._configured_default:
+            first = next(iter(self.deployments), "")
+            self.default = next((name for name in self.deployments if name in self._targets), first)
+        if self.default in self._targets:
+            self._targets[""] = self._targets[self.default]
+        self.on_change()
+
+    def needs(self) -> tuple[int, int]:
+        """Most inputs that a version takes, and most axes that one of them has."""
+        inputs = [version.model.inputs for _, version in self if version.servable and version.model is not None]
+        ranks = [len(spec.shape) for specs in inputs for spec in specs]
+        return max(map(len, inputs), default=0), max(ranks, default=0)
+
+    def why_not(self, model: str) -> TensorNextError:
+        """The reason why a request for a model cannot be served, when none can."""
+        try:
+            version = self.describe(model)[1]
+        except TensorNextError as error:
+            return error
+        if version.state == FAILED and not version.loading:
+            return FailedPrecondition(f"model {version.title!r} is not loaded: {version.error}")
+        if version.loading:
+            return Unavailable(f"model {version.title!r} is still being loaded", retry_after_s=LOADING_RETRY_S)
+        return FailedPrecondition(f"model {version.title!r} is {version.state}; tnxctl models load {version.title}")
+
+
+def check_weights(deployment: Deployment, weights: Mapping[str, float], shadow: str) -> None:
+    """Check that traffic can be split so.
+
+    Raises:
+        NotFound: a version that is not there.
+        FailedPrecondition: one that is not loaded, or versions whose signatures differ.
+        InvalidArgument: no weight is above 0, or the shadow takes part in the split.
+    """
+    if weights and not any(weight > 0 for weight in weights.values()):
+        raise InvalidArgument(f"no version of {deployment.name!r} has a weight above 0")
+    if shadow and weights.get(shadow, 0.0) > 0:
+        raise InvalidArgument(f"version {shadow} cannot both answer and be the shadow")
+    numbers = [number for number, weight in weights.items() if weight > 0]
+    versions = [deployment.sole(number) for number in [*numbers, *([shadow] if shadow else [])]]
+    if not numbers:
+        answering = [version for version in deployment.versions.values() if version.servable]
+        versions += [version for version in answering if version.number != shadow][-1:]
+    for version in versions:
+        if not version.servable:
+            raise FailedPrecondition(f"model {version.title!r} is {version.state}: load it first")
+    models = [version.model for version in versions if version.model is not None]
+    for model in models[1:]:
+        difference = signature_difference(models[0], model)
+        if difference:
+            raise FailedPrecondition(
+                f"versions {models[0].version} and {model.version} of {deployment.name!r} differ: {difference}"
+            )
+
+
+def signature_difference(old: Model, new: Model) -> str:
+    """The reason why requests made for the one may fail with the other, in words; "" if they do not."""
+    for side in ("inputs", "outputs"):
+        before = {spec.name: spec for spec in getattr(old, side)}
+        after = {spec.name: spec for spec in getattr(new, side)}
+        if list(before) != list(after):
+            return f"the {side} are {list(after)} instead of {list(before)}"
+        for name, spec in before.items():
+            other = after[name]
+            if other.datatype != spec.datatype:
+                return f"{side[:-1]} {name!r} is {other.datatype} instead of {spec.datatype}"
+            if len(other.shape) != len(spec.shape) or any(
+                now != was and not (now == -1 and side == "inputs")
+                for was, now in zip(spec.shape, other.shape, strict=True)
+            ):
+                return f"{side[:-1]} {name!r} has shape {list(other.shape)} instead of {list(spec.shape)}"
+            if side == "inputs" and name in old.optional and name not in new.optional:
+                return f"input {name!r} may not be left out any more"
+    return ""

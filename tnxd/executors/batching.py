@@ -1,0 +1,111 @@
+"""Put the rows of a batch side by side in reused buffers, and take its outputs apart again. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+
+from tnxctl.protocol.frames import STORAGE, Array
+from tnxctl.protocol.wire import TensorSpec
+
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], Array]
+
+
+class Staging:
+    """Buffers that one lane gathers batches into, one set per model and shape group, kept for the next batch.
+
+    Args:
+        allocate: makes an aligned (for CUDA: pinned) array of a shape and dtype.
+        max_bytes: of all sets that are kept; the least recently used goes when room is needed. Sequence models bring
+            a new shape group with every length, so their number is not bounded by the number of models.
+    """
+
+    def __init__(self, allocate: Allocate, max_bytes: int = 256 * 1024 * 1024) -> None:
+        self._allocate = allocate
+        self._max_bytes = max_bytes
+        self._sets: dict[tuple[str, tuple[int, ...]], list[Array | None]] = {}
+        self._nbytes = 0
+
+    def gather(
+        self,
+        model: str,
+        specs: Sequence[TensorSpec],
+        group: tuple[int, ...],
+        items: Sequence[Sequence[Array | None]],
+        rows: int,
+    ) -> list[Array | None]:
+        """Copy the inputs of every item below each other.
+
+        Args:
+            model: key of the model; specs: its inputs; group: lengths of their variable axes.
+            items: per request, its arrays in the order of `specs`, each `[rows_i, ...]`; None in all of them for an
+                input that did not come.
+            rows: sum of all rows_i.
+
+        Returns:
+            One array `[rows, ...]` per input, or None: views of buffers that the next gather of this lane writes again.
+        """
+        buffers = self._buffers(model, specs, group, items[0], rows)
+        if len(items) == 1:
+            for buffer, array in zip(buffers, items[0], strict=True):
+                if buffer is not None:
+                    buffer[:rows] = array
+        else:
+            for position, buffer in enumerate(buffers):
+                if buffer is not None:
+                    np.concatenate([item[position] for item in items], out=buffer[:rows])  # type: ignore[misc]
+        return [None if buffer is None else buffer[:rows] for buffer in buffers]
+
+    def forget(self, model: str) -> None:
+        """Let the buffers of a model go."""
+        for key in [key for key in self._sets if key[0] == model]:
+            self._nbytes -= _nbytes(self._sets.pop(key))
+
+    def _buffers(
+        self,
+        model: str,
+        specs: Sequence[TensorSpec],
+        group: tuple[int, ...],
+        example: Sequence[Array | None],
+        rows: int,
+    ) -> list[Array | None]:
+        key = (model, group)
+        buffers = self._sets.pop(key, None)
+        if buffers is not None:
+            self._nbytes -= _nbytes(buffers)
+        if buffers is None or _capacity(buffers) < rows:
+            capacity = 1 << max(rows - 1, 0).bit_length()
+            buffers = [
+                None if array is None else self._allocate((capacity, *array.shape[1:]), STORAGE[spec.datatype])
+                for spec, array in zip(specs, example, strict=True)
+            ]
+        self._sets[key] = buffers  # last in the dict: most recently used
+        self._nbytes += _nbytes(buffers)
+        while self._nbytes > self._max_bytes:
+            oldest = next(iter(self._sets))  # in the end the new one itself: too large to be kept
+            self._nbytes -= _nbytes(self._sets.pop(oldest))
+        return buffers
+
+
+def _capacity(buffers: Sequence[Array | None]) -> int:
+    """Rows that all of them have room for."""
+    for buffer in buffers:
+        if buffer is not None:
+            return len(buffer)
+    return 0
+
+
+def _nbytes(buffers: Sequence[Array | None]) -> int:
+    return sum([buffer.nbytes for buffer in buffers if buffer is not None])
+
+
+def split(outputs: Sequence[Array], rows: Sequence[int]) -> list[tuple[Array, ...]]:
+    """Cut each output `[sum(rows), ...]` into one view per request."""
+    if len(rows) == 1:
+        return [tuple(outputs)]
+    bounds = list(pairwise(accumulate(rows, initial=0)))
+    columns = [[output[start:stop] for start, stop in bounds] for output in outputs]
+    return list(zip(*columns, strict=True)) if columns else [()] * len(rows)

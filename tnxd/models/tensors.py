@@ -1,0 +1,127 @@
+"""numpy arrays of the wire <-> torch tensors, and a model's raw result -> outputs that fit its signature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tnxctl.protocol.errors import FailedPrecondition, Internal
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import excerpt
+from tnxd.models import structures
+from tnxd.models.model import Model
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "UINT8": torch.uint8,
+    "UINT16": torch.uint16,
+    "UINT32": torch.uint32,
+    "UINT64": torch.uint64,
+    "INT8": torch.int8,
+    "INT16": torch.int16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "FP16": torch.float16,
+    "FP32": torch.float32,
+    "FP64": torch.float64,
+    "BF16": torch.bfloat16,
+}
+
+
+def to_tensor(array: Array, datatype: str) -> torch.Tensor:
+    """A tensor over the memory of the array, or of a copy if that is not aligned, as small received frames may be.
+
+    BF16 comes as 16-bit patterns, see `tnxctl.protocol.frames.STORAGE`.
+    """
+    tensor = torch.from_numpy(array if array.flags.aligned else array.copy())
+    return tensor.view(torch.bfloat16) if datatype == "BF16" else tensor
+
+
+def to_array(tensor: torch.Tensor) -> Array:
+    """A C-contiguous array over the memory of a CPU tensor, copied only if the tensor is not contiguous."""
+    tensor = tensor.contiguous()
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    array: Array = tensor.numpy()
+    return array
+
+
+def empty_outputs(model: Model) -> list[Array] | None:
+    """The outputs of a model that batches for no rows; None where only the model knows the length of an axis."""
+    if any(-1 in spec.shape[1:] for spec in model.outputs):
+        return None
+    return [
+        to_array(torch.empty((0, *spec.shape[1:]), dtype=TORCH_DTYPES[spec.datatype], device="cpu"))
+        for spec in model.outputs
+    ]
+
+
+def check_outputs(model: Model, raw: object, rows: int) -> list[torch.Tensor]:
+    """A module's result as one tensor per output of the signature, in order.
+
+    Raises:
+        Internal: it is not what the signature promises; the sentence says how.
+    """
+    expected = model.outputs
+    tensors = []
+    for spec, tensor in zip(expected, _found(model, raw), strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            raise Internal(f"model {model.name!r}: output {spec.name!r} is {type(tensor).__name__}, not a tensor")
+        if tensor.dtype is not TORCH_DTYPES[spec.datatype]:
+            raise Internal(
+                f"model {model.name!r}: output {spec.name!r} is {tensor.dtype}, its signature says {spec.datatype}"
+            )
+        shape = tensor.shape
+        wanted = (rows, *spec.shape[1:]) if model.max_batch_size else spec.shape
+        if shape != wanted and (
+            len(shape) != len(wanted) or any(w not in (-1, s) for s, w in zip(shape, wanted, strict=True))
+        ):
+            raise Internal(f"model {model.name!r}: output {spec.name!r} has shape {list(shape)}, not {list(wanted)}")
+        tensors.append(tensor)
+    return tensors
+
+
+def _found(model: Model, raw: object) -> Sequence[object]:
+    """The value for each output of the signature. Most models return just that; others a structure with it inside."""
+    expected = model.outputs
+    if isinstance(raw, torch.Tensor):
+        if len(expected) == 1:
+            return (raw,)
+    elif type(raw) in (tuple, list):
+        assert isinstance(raw, (tuple, list))
+        if len(raw) == len(expected) and all(isinstance(part, torch.Tensor) for part in raw):
+            return raw
+    elif isinstance(raw, dict):
+        found = [raw.get(spec.name) for spec in expected]
+        if all(isinstance(part, torch.Tensor) for part in found):
+            return found
+    return pick(raw, [spec.name for spec in expected], model.name)
+
+
+def pick(raw: object, names: Sequence[str], model: str) -> list[object]:
+    """Pick what has those names out of a structure that a model returned; out of a tuple or list, in that order.
+
+    Raises:
+        Internal: it is not there; the sentence says what is.
+    """
+    try:
+        found = structures.leaves(raw)
+    except FailedPrecondition as error:
+        raise Internal(f"model {model!r} returned {error.message}") from None
+    named = structures.has_names(raw)
+    if not named and not all(name in found for name in names):
+        tensors = [value for value in found.values() if isinstance(value, torch.Tensor)]
+        if len(tensors) == len(names):
+            return [*tensors]
+        if not tensors:
+            raise Internal(f"model {model!r} returned {type(raw).__name__}, not tensors")
+        raise Internal(
+            f"model {model!r} returned {len(tensors)} outputs, its signature has {len(names)}: {excerpt([*found])}"
+        )
+    for name in names:
+        if name not in found:
+            within = [path for path in found if path.startswith(f"{name}.")]
+            what = f"{excerpt(within)} within it" if within else f"only {excerpt([*found])}"
+            raise Internal(f"model {model!r} did not return the output {name!r}, {what}")
+    return [found[name] for name in names]

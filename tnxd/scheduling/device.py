@@ -1,0 +1,166 @@
+"""A device as scheduling sees it, and the batches that run there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tnxd.scheduling.costs import BatchCosts
+from tnxd.scheduling.placement import Placement
+from tnxd.scheduling.request import LEVELS, Request
+from tnxd.scheduling.request_queue import Waiting
+from tnxd.scheduling.turns import Turns
+
+INLINE = -1
+"""The lane that is the caller's own thread."""
+
+SPARE = -2
+"""The lane for what nobody waits for: a thread of the device that the operating system lets run last."""
+
+# A level gets this share of the device's time while all have work: the last one keeps moving, too.
+_SHARES = (8.0, 4.0, 2.0, 1.0)
+
+# What a batch is charged with that nothing is known about, in microseconds: a level whose batches always fail must not
+# have the device for nothing.
+_UNKNOWN_US = 1000.0
+
+
+@dataclass(slots=True)
+class Batch:
+    """Requests to run together on one lane.
+
+    Attributes:
+        lane: INLINE, SPARE, or an index below the device's lane count.
+        model: key of the model.
+        requests: none in a spare batch, whose results nobody waits for; it counts as one request that runs.
+        costs: what is to learn how long it took.
+        max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
+        started_ns: when it was formed. run_us: how long it is expected to run; 0: nobody knows.
+        given_up: whether it hangs.
+    """
+
+    device: Device
+    lane: int
+    model: str
+    requests: list[Request]
+    rows: int
+    costs: BatchCosts = field(default_factory=BatchCosts)
+    max_rows: int = 0
+    started_ns: int = 0
+    run_us: float = 0.0
+    given_up: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Device:
+    """A device as policy sees it.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        lanes: batches that it runs at a time.
+        models: keys of the models that are loaded on it; they come and go.
+        memory_free_mb: in MiB, as last reported; used for GPUs.
+        inline_limit_us: a batch predicted to take no longer runs on the caller's own thread, since handing it to
+            another would cost more than it saves. 0: never.
+        lane_threads: threads that work on one batch of a lane.
+        error: why it failed; empty while it works.
+        free_lanes: indices of lanes that have nothing to do.
+        spare_free: whether the SPARE lane has nothing to do.
+        placements: of models that came here, by key.
+        waiting: queues by model, group and whether their requests ride alone, empty ones too. sweep_at: how many there
+            may be before the empty ones are dropped. queued, queued_rows: requests in them, and their rows.
+            running_rows: those in batches that run.
+        turns: which queue is next, per priority. counts: requests per priority.
+        held: models that run on as many lanes as they may, and their queues that have no turn on that priority until
+            one of these is free.
+        passes: how much each priority has used, by its share. virtual: how much the one had that was served last.
+        busy_until_ns: per running lane, when its batch should be over.
+        backlog_us: predicted cost of what waits, per priority.
+        backlog_ns: when the last batch was over, if requests waited then; else 0.
+    """
+
+    name: str
+    kind: str
+    lanes: int
+    models: set[str]
+    memory_free_mb: float = 0.0
+    inline_limit_us: float = 0.0
+    lane_threads: int = 1
+    error: str = ""
+    free_lanes: list[int] = field(init=False)
+    spare_free: bool = field(init=False, default=True)
+    busy_until_ns: dict[int, int] = field(init=False, default_factory=dict)
+    placements: dict[str, Placement] = field(init=False, default_factory=dict)
+    waiting: dict[tuple[str, tuple[int, ...], bool], Waiting] = field(init=False, default_factory=dict)
+    sweep_at: int = field(init=False, default=0)
+    held: dict[Placement, set[tuple[Waiting, int]]] = field(init=False, default_factory=dict)
+    backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
+    backlog_ns: int = field(init=False, default=0)
+    queued: int = field(init=False, default=0)
+    queued_rows: int = field(init=False, default=0)
+    running_rows: int = field(init=False, default=0)
+    turns: list[Turns[Waiting]] = field(init=False, default_factory=lambda: [Turns() for _ in range(LEVELS)])
+    counts: list[int] = field(init=False, default_factory=lambda: [0] * LEVELS)
+    passes: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
+    virtual: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self.free_lanes = list(range(self.lanes))
+
+    @property
+    def outstanding_rows(self) -> int:
+        """Rows that wait or run here: the measure of load that routing compares."""
+        return self.queued_rows + self.running_rows
+
+    def takes(self, request: Request) -> bool:
+        """Whether a request that may go anywhere may go here."""
+        if self.error or request.model not in self.models or self.name in request.excluded:
+            return False
+        return self.kind != "cuda" or self.memory_free_mb >= request.min_gpu_memory_mb
+
+    def takes_over(self, request: Request) -> bool:
+        """Whether a request that waits elsewhere may come here."""
+        return request.wanted == "auto" and self.takes(request)
+
+    def clear_in_us(self, now_ns: int) -> float:
+        """Microseconds until all that runs and waits here should be done."""
+        running_ns = sum([until_ns - now_ns for until_ns in self.busy_until_ns.values() if until_ns > now_ns])
+        return (sum(self.backlog_us) + running_ns / 1e3) / self.lanes
+
+    def next_level(self) -> int | None:
+        """The priority whose turn it is: levels share by weight (stride scheduling, Waldspurger and Weihl, 1995)."""
+        best = None
+        for level in range(LEVELS):
+            if self.turns[level].members and (best is None or self.passes[level] < self.passes[best]):
+                best = level
+        return best
+
+    def charge(self, level: int, micros: float) -> None:
+        """A level has used so much of the device; 0 if that is not known."""
+        used = self.passes[level]
+        if used > self.virtual:
+            self.virtual = used
+        self.passes[level] = used + (micros or _UNKNOWN_US) / _SHARES[level]
+
+    def wake(self, level: int) -> None:
+        """A level that had nothing to run has: it starts even with those at work, whatever it has not used.
+
+        Even is with the one that was served last (start-time fair queueing; Goyal, Vin and Cheng, 1996).
+        """
+        if self.passes[level] < self.virtual:
+            self.passes[level] = self.virtual
+
+    def enqueue(self, level: int, rows: int, micros: float) -> None:
+        """Count a request that comes to a level."""
+        if not self.counts[level]:
+            self.wake(level)
+        self.counts[level] += 1
+        self.queued += 1
+        self.queued_rows += rows
+        self.backlog_us[level] += micros
+
+    def dequeued(self, count: int, rows: int) -> None:
+        """Count off requests that have left; their levels have been told."""
+        self.queued -= count
+        self.queued_rows -= rows
+        if not self.queued:
+            self.backlog_us = [0.0] * LEVELS  # rounding errors do not add up

@@ -1,0 +1,224 @@
+"""Routing: which device a request goes to, and what is expected of it there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tnxctl.protocol.errors import InvalidArgument, Unavailable
+from tnxd.scheduling.costs import BatchCosts, CostModel
+from tnxd.scheduling.device import Device
+from tnxd.scheduling.placement import Load, Placement
+from tnxd.scheduling.request import NEVER, Request
+from tnxd.scheduling.request_queue import Waiting
+
+# Queues that are kept though nothing waits in them: sequence models bring a new shape group with every length.
+_MAX_IDLE_QUEUES = 256
+
+Prediction = tuple[float, float, float, float]
+"""Of a request, in microseconds: until its batch starts; that batch; what it adds to the work of the device; and how
+much of the first is for requests of the same model and group, which other devices could take over."""
+
+_Candidate = tuple[float, int, Device, Prediction]
+"""Microseconds until a device would be done, its place in the order of preference, the device."""
+
+
+class Routing:
+    """Devices, what waits for each, and the choice between them.
+
+    Args:
+        devices: in order of preference among equals. costs: predicts how long a batch takes.
+
+    Attributes:
+        devices: by name. gpus: those that work. loads: what each model has to do, by key.
+    """
+
+    def __init__(self, devices: Iterable[Device], costs: CostModel) -> None:
+        self.devices = {device.name: device for device in devices}
+        self.loads: dict[str, Load] = {}
+        self._costs = costs
+        self.look()
+
+    def look(self) -> None:
+        """Sort the devices into those that work and those that failed, after a change."""
+        ready = [device for device in self.devices.values() if not device.error]
+        self.gpus = [device for device in ready if device.kind == "cuda"]
+        self._cpus = [device for device in ready if device.kind == "cpu"]
+        failed = [f"{device.name} failed" for device in self.devices.values() if device.error]
+        self._no_gpu = "no GPU is ready" + (f": {', '.join(failed)}" if failed else "")
+        self._no_cpu = "" if self._cpus else "this daemon runs without the CPU"
+
+    def load(self, model: str) -> Load:
+        """The load of a model."""
+        load = self.loads.get(model)
+        if load is None:
+            load = self.loads[model] = Load()
+        return load
+
+    def placement(self, device: Device, model: str) -> Placement:
+        """A model on a device."""
+        placement = device.placements.get(model)
+        if placement is None:
+            placement = device.placements[model] = Placement(self.load(model))
+        return placement
+
+    def queue(self, device: Device, model: str, group: tuple[int, ...], alone: bool = False) -> Waiting:
+        """The queue of its requests. Empty queues are kept for the next request, up to a number."""
+        key = (model, group, alone)
+        queue = device.waiting.get(key)
+        if queue is None:
+            if len(device.waiting) >= device.sweep_at:
+                device.waiting = {known: other for known, other in device.waiting.items() if other.count}
+                device.sweep_at = max(_MAX_IDLE_QUEUES, 2 * len(device.waiting))
+            costs = BatchCosts(
+                *[self._costs.curve(device.name, model, group, inline=inline) for inline in (False, True)],
+                lane_threads=device.lane_threads,
+                inline_limit_us=device.inline_limit_us,
+            )
+            queue = device.waiting[key] = Waiting(key, costs, self.placement(device, model))
+        return queue
+
+    def choose(self, request: Request, now_ns: int) -> tuple[Device, Waiting, str, Prediction]:
+        """The device where a request is to run, its queue there, the reason in words, and what is expected.
+
+        Raises:
+            InvalidArgument: it names a device that there is not.
+            Unavailable: no device that it may use has the model.
+        """
+        if request.wanted == "auto":
+            device, reason, prediction = self._soonest(request, now_ns)
+            queue = self.queue(device, request.model, request.group, request.alone)
+            queue.movable = True
+        else:
+            device, reason = self.route(request, now_ns)
+            queue = self.queue(device, request.model, request.group, request.alone)
+            prediction = self._predict(device, request, queue, now_ns)
+        return device, queue, reason, prediction
+
+    def route(self, request: Request, now_ns: int) -> tuple[Device, str]:
+        """The device where a request would run now, and the reason in words. Raises as `choose` does."""
+        wanted, model = request.wanted, request.model
+        if wanted:
+            return self._soonest(request, now_ns)[:2] if wanted == "auto" else self._named(wanted, model)
+        if not request.prefer_gpu:
+            return self._cpu_for(model), "the request did not prefer a GPU"
+        if not self.gpus:
+            return self._cpu_for(model), self._no_gpu
+        minimum, gpus = request.min_gpu_memory_mb, self.gpus
+        if request.excluded:
+            gpus = [gpu for gpu in gpus if gpu.name not in request.excluded]
+            if not gpus:
+                return self._cpu_for(model), "no other GPU is ready"
+        fitting = [gpu for gpu in gpus if gpu.takes(request)]
+        if fitting:
+            gpu = min(fitting, key=lambda gpu: gpu.outstanding_rows)
+            return gpu, f"{gpu.name} has {gpu.memory_free_mb:.0f} MiB free"
+        free = ", ".join(
+            f"{gpu.name} has {gpu.memory_free_mb:.0f}"
+            if model in gpu.models
+            else f"{gpu.name} has not loaded {model!r}"
+            for gpu in gpus
+        )
+        return self._cpu_for(model), f"no GPU has {minimum:g} MiB free: {free}"
+
+    def _soonest(self, request: Request, now_ns: int) -> tuple[Device, str, Prediction]:
+        """The device that is done first, and why.
+
+        If all are busy, a request with a deadline goes to the fastest one if that is in time: those that are idle
+        sooner take it over from there (`Scheduler.next_batches`). In the queue of a slow device it might stand behind
+        a long batch.
+        """
+        candidates: list[_Candidate] = []
+        for device in self.devices.values():
+            if device.takes(request):
+                prediction = self._predict(
+                    device, request, self.queue(device, request.model, request.group, request.alone), now_ns
+                )
+                candidates.append((prediction[0] + prediction[1], len(candidates), device, prediction))
+        if not candidates:
+            raise Unavailable(f"no device serves {request.model!r} now")
+        candidates.sort()  # the first among equals stays first
+        _, _, best, prediction = candidates[0]
+        how = "done first there"
+        if prediction[0] > 0.0 and len(candidates) > 1 and request.deadline_ns != NEVER:
+            shared = self._shared(request, candidates, now_ns)
+            if shared is not None:
+                how = "all are busy, and this is the fastest"
+                best, prediction = shared
+        times = ", ".join([f"{device.name} {micros / 1e3:.3g} ms" for micros, _, device, _ in candidates])
+        return best, f"{how}: {times}", prediction
+
+    def _shared(self, request: Request, candidates: list[_Candidate], now_ns: int) -> tuple[Device, Prediction] | None:
+        """The fastest device, if the request is in time there while all work on its queue, or if that is full.
+
+        Full is a queue of as many requests as fit into a batch: a slow device does more for all with a large batch that
+        it takes over than with a small one for who comes last. What cannot be batched gains nothing by that.
+        """
+        rates = [device.lanes / share_us if share_us else 0.0 for _, _, device, (_, _, share_us, _) in candidates]
+        if not all(rates):
+            return None  # of one of them nothing is known yet, or the request has no rows
+        most = max(rates)
+        _, _, fastest, (wait_us, run_us, share_us, own_us) = candidates[rates.index(most)]
+        wait_us -= own_us * (1.0 - most / sum(rates)) / fastest.lanes
+        queue = self.queue(fastest, request.model, request.group, request.alone)
+        limit = queue.placement.row_limit(request.max_batch_size)
+        if not limit or queue.count < limit:
+            margin_us = queue.costs.curve(request.rows).spread(request.rows)
+            if now_ns + (wait_us + run_us + margin_us) * 1e3 > request.deadline_ns:
+                return None
+        return fastest, (wait_us, run_us, share_us, own_us)
+
+    def _named(self, name: str, model: str) -> tuple[Device, str]:
+        device = self.devices.get(name)
+        if device is None:
+            raise InvalidArgument(f"device {name[:60]!r}: there are {', '.join(self.devices)}, and auto")
+        if device.error:
+            raise Unavailable(f"device {name} failed: {device.error}")
+        if model not in device.models:
+            raise Unavailable(f"device {name} has not loaded {model!r}")
+        return device, f"the request asked for {name}"
+
+    def _predict(self, device: Device, request: Request, queue: Waiting, now_ns: int) -> Prediction:
+        """Predict how a request would fare on a device.
+
+        The wait counts lanes that run and what waits before it, but for models that wait for lanes of their own, and
+        is corrected by how such forecasts came true lately; what it adds is its share of a full batch.
+        """
+        placement = queue.placement
+        mean = queue.costs.mean if device.inline_limit_us else queue.costs.lane.mean
+        rows, limit = request.rows, request.max_batch_size
+        if placement.max_rows:
+            limit = placement.row_limit(limit)
+        full_us = mean(limit or 1)
+        share_us = full_us * rows / limit if limit else full_us
+        wait_us = own_us = queue_us = 0.0
+        if device.queued:
+            level = request.priority
+            wait_us = sum(device.backlog_us[: level + 1])
+            if device.held:
+                held_us = sum([sum(held.backlog_us[: level + 1]) for held in device.held if held is not placement])
+                wait_us = max(wait_us - held_us, 0.0)
+            if queue.count:
+                queued, ahead = queue.rows_ahead(request)
+                batches, rest = divmod(ahead, limit) if limit else (ahead, 0)
+                own_us = queue_us = batches * full_us
+                others_us = wait_us - queued * full_us / (limit or 1)
+                wait_us = others_us + own_us if others_us > 0.0 else own_us
+                if rest + rows <= limit:
+                    rows += rest
+        if device.busy_until_ns:
+            for until_ns in device.busy_until_ns.values():
+                if until_ns > now_ns:
+                    wait_us += (until_ns - now_ns) / 1e3
+        wait_us /= device.lanes
+        max_lanes = placement.load.max_lanes
+        if max_lanes:
+            for lane in placement.lanes:
+                own_us += max(device.busy_until_ns.get(lane, 0) - now_ns, 0) / 1e3
+            wait_us = max(wait_us, own_us / max_lanes)
+        return wait_us * placement.forecast.factor, mean(rows), share_us, queue_us
+
+    def _cpu_for(self, model: str) -> Device:
+        for cpu in self._cpus:
+            if model in cpu.models:
+                return cpu
+        raise Unavailable(f"no CPU lane serves {model!r}: " + (self._no_cpu or "it is not loaded on the CPU"))

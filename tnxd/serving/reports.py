@@ -1,0 +1,222 @@
+"""Answers about the daemon itself: what it is, what it has, how it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tnxctl import __version__
+from tnxctl.protocol.errors import FailedPrecondition, TensorNextError, Unavailable
+from tnxctl.protocol.wire import (
+    VERSION,
+    Compare,
+    Comparison,
+    DeviceInfo,
+    Health,
+    HealthReport,
+    Metadata,
+    MetadataReport,
+    ModelInfo,
+    ModelsReport,
+    ReloadReport,
+)
+from tnxd.deployment.loader import Changes
+from tnxd.deployment.registry import READY, STARTING, Deployment, Registry, Version
+from tnxd.deployment.shadow import Shadows
+from tnxd.executors.execution import Executor
+from tnxd.scheduling.request import Request
+from tnxd.scheduling.scheduler import Scheduler
+from tnxd.serving.telemetry import Telemetry
+from tnxd.transport.admission import Admission
+
+_MIB = 1024 * 1024
+
+# When to ask again a daemon that is starting, or one in the place of the one that is draining.
+_RETRY_AFTER_S = 0.1
+
+
+@dataclass
+class Inventory:
+    """The versions that the daemon serves, and its devices.
+
+    Attributes:
+        executors: devices that work, by name.
+        device_failures: device -> why it could not be opened, or what broke it later.
+    """
+
+    registry: Registry
+    executors: Mapping[str, Executor] = field(default_factory=dict)
+    device_failures: dict[str, str] = field(default_factory=dict)
+
+
+def health(
+    request: Health,
+    state: str,
+    inventory: Inventory,
+    scheduler: Scheduler,
+    telemetry: Telemetry,
+    undeliverable: int,
+    max_message_bytes: int,
+    admission: Admission,
+) -> HealthReport:
+    """The state of everything, now."""
+    devices = tuple(_device_info(name, inventory, scheduler) for name in _device_names(inventory, scheduler))
+    try:
+        version = inventory.registry.describe("")[1]
+        current = scheduler.route(Request(version.key, max_batch_size=0), 0)[0]
+    except TensorNextError:
+        current = None
+    return HealthReport(
+        v=VERSION,
+        id=request.id,
+        status=state,
+        cuda_available=any(info.name.startswith("cuda") and info.status == READY for info in devices),
+        current_device=current.name if current else "",
+        gpu_memory_free_mb=current.memory_free_mb if current and current.kind == "cuda" else 0.0,
+        version=__version__,
+        uptime_s=telemetry.uptime_s(),
+        devices=devices,
+        models=model_infos(inventory.registry, scheduler),
+        queued=scheduler.queued,
+        running=scheduler.running - scheduler.background,  # who asks waits for none of those
+        requests=telemetry.requests,
+        replies=telemetry.replies,
+        errors=dict(telemetry.errors),
+        undeliverable=undeliverable,
+        abandoned=telemetry.abandoned,
+        prediction_error_us=telemetry.prediction_error_us,
+        max_message_bytes=max_message_bytes,
+        connections=sum(client.connections for client in admission),
+        connections_refused=admission.refused,
+        connections_cut=admission.cut,
+        traffic_mb=admission.held / _MIB,
+        traffic_limit_mb=admission.ceiling / _MIB,
+        traffic_owed_mb=admission.owed / _MIB,
+    )
+
+
+def unavailable(state: str) -> Unavailable:
+    """The refusal of what only a ready daemon does."""
+    return Unavailable(f"the daemon is {state}", retry_after_s=_RETRY_AFTER_S)
+
+
+def refusal(model: str, state: str, registry: Registry) -> TensorNextError:
+    """The refusal of a request to a model by a daemon that is not ready: what will never be served is told at once."""
+    if state == STARTING and model:
+        try:
+            if not registry.awaits(model) and not registry.describe(model)[1].servable:
+                return registry.why_not(model)
+        except TensorNextError as error:
+            return error
+    return unavailable(state)
+
+
+def metadata(request: Metadata, state: str, inventory: Inventory, scheduler: Scheduler) -> MetadataReport:
+    """One version's signature and state.
+
+    Raises:
+        NotFound, FailedPrecondition: see `Registry.describe`.
+        Unavailable: it is not known yet.
+    """
+    registry = inventory.registry
+    if state == STARTING and registry.awaits(request.model):
+        raise unavailable(state)
+    return MetadataReport(
+        v=VERSION, id=request.id, model=_model_info(*registry.describe(request.model), registry, scheduler)
+    )
+
+
+def models(id_: int, name: str, inventory: Inventory, scheduler: Scheduler) -> ModelsReport:
+    """All versions of one name, or for "" of all names."""
+    infos = model_infos(inventory.registry, scheduler)
+    return ModelsReport(v=VERSION, id=id_, models=tuple(info for info in infos if name in ("", info.name)))
+
+
+def comparison(request: Compare, state: str, inventory: Inventory, shadows: Shadows) -> Comparison:
+    """The differences between two versions. Raises NotFound, FailedPrecondition, Unavailable."""
+    deployment = inventory.registry.deployment(request.model)
+    if state == STARTING:
+        raise unavailable(state)
+    baseline, candidate = (deployment.sole(number).model for number in (request.baseline, request.candidate))
+    if baseline is None or candidate is None:
+        missing = request.candidate if baseline else request.baseline
+        raise FailedPrecondition(f"version {missing} of {request.model!r} is not loaded")
+    return shadows.report(request.id, baseline, candidate)
+
+
+def reload_report(id_: int, changes: Changes) -> ReloadReport:
+    """The report on a reload."""
+    return ReloadReport(
+        v=VERSION, id=id_, loaded=tuple(changes.loaded), unloaded=tuple(changes.unloaded), failed=changes.failed
+    )
+
+
+def model_infos(registry: Registry, scheduler: Scheduler) -> tuple[ModelInfo, ...]:
+    """Every version, and what could not become one."""
+    infos = [_model_info(deployment, version, registry, scheduler) for deployment, version in registry]
+    titles = {version.title for _, version in registry}
+    for what, why in registry.failures.items():
+        if what in titles:
+            continue  # told there
+        name, _, number = what.partition("@")
+        infos.append(ModelInfo(name=name, version=number, status="failed", error=why))
+    return tuple(infos)
+
+
+def _device_names(inventory: Inventory, scheduler: Scheduler) -> list[str]:
+    return list(dict.fromkeys([*scheduler.devices, *inventory.device_failures]))
+
+
+def _device_info(name: str, inventory: Inventory, scheduler: Scheduler) -> DeviceInfo:
+    failure = inventory.device_failures.get(name, "")
+    device = scheduler.devices.get(name)
+    executor = inventory.executors.get(name)
+    if device is None or executor is None:
+        return DeviceInfo(name=name, status="failed", error=failure)
+    free, total = executor.memory_mb()
+    return DeviceInfo(
+        name=name,
+        status="failed" if failure else READY,
+        description=executor.description,
+        lanes=device.lanes,
+        busy_lanes=device.lanes - len(device.free_lanes),
+        queued_rows=device.queued_rows,
+        memory_free_mb=free,
+        memory_total_mb=total,
+        error=failure,
+    )
+
+
+def _model_info(deployment: Deployment, version: Version, registry: Registry, scheduler: Scheduler) -> ModelInfo:
+    model = version.model
+    devices = (
+        ()
+        if model is None
+        else tuple(
+            device.name for device in scheduler.devices.values() if model.key in device.models and not device.error
+        )
+    )
+    traffic = deployment.traffic(version)
+    state = STARTING if version.loading and version.state != READY else version.state
+    return ModelInfo(
+        name=deployment.name,
+        version=version.number,
+        status=state,
+        default=deployment.name == registry.default,
+        inputs=model.inputs if model else (),
+        outputs=model.outputs if model else (),
+        max_batch_size=model.max_batch_size if model else 0,
+        devices=devices,
+        error=version.error or registry.failures.get(version.title, ""),
+        format=version.source.format,
+        traffic=traffic,
+        shadow=deployment.shadow == version.number and not traffic,
+        memory_mb=version.nbytes / _MIB if devices else 0.0,
+        requests=version.requests,
+        load_s=version.load_s,
+        notes=version.notes,
+        example_shapes=tuple(model.example_shapes(1)) if model else (),
+        state=version.kind,
+        audited=version.audit.checked if version.audit else 0,
+        audit_differences=version.audit.differing if version.audit else 0,
+    )

@@ -1,0 +1,84 @@
+"""Counts what the daemon did. Written by the serving thread alone."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from tnxctl.protocol.wire import MODEL_NAME, excerpt
+
+TOLD_EVERY_S = 10.0
+"""Errors are told in the log no more often than this."""
+
+_MOST_KINDS = 1000
+_MOST_NAMES = 5
+_TITLE_MARKS = str.maketrans("#", "@")
+
+
+class Telemetry:
+    """Totals since the start.
+
+    Attributes:
+        requests: predict requests, and other messages that were refused. replies: results sent.
+        errors: error replies by code. untold: those that the log has not told yet, by code and model.
+        abandoned: requests taken out of the queue because their client was gone.
+        prediction_error_us: moving average of the distance between predicted and actual time, in microseconds.
+    """
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self.requests = 0
+        self.replies = 0
+        self.errors: Counter[str] = Counter()
+        self.untold: Counter[tuple[str, str]] = Counter()
+        self.abandoned = 0
+        self.prediction_error_us = 0.0
+        self._counted_from = self._started
+        self._told_at = -TOLD_EVERY_S
+
+    def count_error(self, code: str, model: str) -> None:
+        """An error was sent. Args: model: its name, title or key, or whatever a client called it; "": none."""
+        self.errors[code] += 1
+        kind = (code, model)
+        if kind not in self.untold and len(self.untold) >= _MOST_KINDS:
+            kind = (code, "")  # clients choose names
+        self.untold[kind] += 1
+
+    def tell_errors(self, now: float, *, at_once: bool = False) -> str:
+        """Words for the errors since they were last told; "" if there are none, or it is too early to tell.
+
+        Args:
+            now: by the monotonic clock. at_once: there will be no later.
+        """
+        if not self.untold:
+            self._counted_from = now
+            return ""
+        if now - self._told_at < TOLD_EVERY_S and not at_once:
+            return ""
+        codes: dict[str, Counter[str]] = {}
+        for (code, model), count in self.untold.items():
+            codes.setdefault(code, Counter())[model.translate(_TITLE_MARKS).partition("@")[0]] += count
+        told = "; ".join(f"{code} {names.total()}{_by_model(names)}" for code, names in sorted(codes.items()))
+        seconds = max(now - self._counted_from, 0.0)
+        self.untold.clear()
+        self._told_at = self._counted_from = now
+        return f"errors sent within {seconds:.1f} s: {told}"
+
+    def observe_prediction(self, predicted_us: float, actual_us: float) -> None:
+        """A request is done: compare."""
+        self.prediction_error_us += 0.05 * (abs(predicted_us - actual_us) - self.prediction_error_us)
+
+    def uptime_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+
+def _by_model(names: Counter[str]) -> str:
+    """The counts of the models that have most, in parentheses. What names none is only in the total."""
+    named = Counter({name: count for name, count in names.items() if name})
+    told = [
+        f"{name if MODEL_NAME.fullmatch(name) else excerpt(name)} {count}"
+        for name, count in named.most_common(_MOST_NAMES)
+    ]
+    rest = named.total() - sum(count for _, count in named.most_common(_MOST_NAMES))
+    return f" ({', '.join([*told, *([f'others {rest}'] if rest else [])])})" if told else ""
