@@ -7,11 +7,10 @@ through `call_soon` and `completed` alone.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -28,10 +27,8 @@ from tnxctl.protocol.errors import (
 )
 from tnxctl.protocol.frames import Array, view_tensors
 from tnxctl.protocol.wire import (
-    VERSION,
     Cancel,
     Compare,
-    ErrorReply,
     Health,
     Limits,
     Metadata,
@@ -40,7 +37,6 @@ from tnxctl.protocol.wire import (
     Predict,
     Reply,
     decode_request,
-    encode,
     request_id,
 )
 from tnxd.deployment.background import Background, Copy
@@ -49,7 +45,6 @@ from tnxd.deployment.registry import DRAINING, LOADING_RETRY_S, READY, STARTING,
 from tnxd.deployment.shadow import Shadows
 from tnxd.executors.execution import Execution, Executor
 from tnxd.models.sizes import reply_too_large
-from tnxd.process import malloc as heap
 from tnxd.scheduling.device import INLINE, SPARE, Batch
 from tnxd.scheduling.refusals import Refusals, TooLate
 from tnxd.scheduling.request import NEVER, Request
@@ -58,8 +53,10 @@ from tnxd.serving import reports as control
 from tnxd.serving.admin_commands import Order, Orders
 from tnxd.serving.pending import Pending, as_execution, as_pending, result_header
 from tnxd.serving.quarantine import Quarantine
+from tnxd.serving.replies import error_header, report_header
 from tnxd.serving.reports import Inventory
 from tnxd.serving.telemetry import Telemetry
+from tnxd.serving.traffic_memory import TrafficMemory
 from tnxd.transport.admission import Admission, Connection
 from tnxd.transport.busy_poller import Spinner
 from tnxd.transport.router import Message, Router
@@ -82,18 +79,9 @@ _REFUSED_AT_ONCE = 64
 # A loop that never waits looks after new connections so often.
 _LOOK_S = 0.03
 
-# Memory beyond what a quiet daemon had: from so much on it is worth to give it back.
-_TRIM_BYTES = 48 * 1024 * 1024
-_QUIET_BYTES = 16 * 1024 * 1024
-_TRIM_EVERY_S = 1.0
-_TRIMS = 10
-
 # Answers made before they are sent, one after the other: libzmq's thread sleeps as soon as it has nothing to do, and to
 # wake it for an answer takes longer than to make one. More at a time would leave clients waiting for no reason.
 _SENT_TOGETHER = 16
-
-# Connections that end before memory is given back: libzmq takes 23 KiB for each, which glibc keeps, in ever new places.
-_TRIM_AFTER = 256
 
 _Answer = tuple[Pending, bytes, tuple[Array, ...]]
 """A request, the header of its result, and the outputs."""
@@ -156,6 +144,7 @@ class Server:
         self._max_delay_us = max_delay_us
         self._remote_control = remote_control
         self._admission = admission
+        self._memory = TrafficMemory(router, admission)
         self._on_device_lost = on_device_lost
         self._loader: Loader | None = None
         self._background = Background()
@@ -171,10 +160,6 @@ class Server:
         self._on_lanes: dict[Execution, float] = {}
         self._next_tick = time.monotonic()
         self._drain_until = float("inf")
-        self._trimmed_at = 0
-        self._quiet_bytes = 0
-        self._trims = 0
-        self._next_trim = 0.0
         self._next_look = 0.0
         # When the socket was last seen empty, and since when it is not, as far as is known.
         self._looked_at_ns = self._empty_ns = self._filled_ns = time.perf_counter_ns()
@@ -355,7 +340,7 @@ class Server:
         self._router.hear()
         self._forget_vanished()
         self._router.look_at_unread(everywhere=False)
-        self._look_at_memory(now)
+        self._memory.look(now, settled=self._loader is not None and not self._loader.active)
 
     def _look_at_clients(self) -> None:
         """Cut off who floods."""
@@ -366,42 +351,12 @@ class Server:
             router.cut(connection)
         self._looked_at_ns = now_ns
 
-    def _look_at_memory(self, now: float) -> None:
-        """Cut off who takes the memory of all, and give back what the C library keeps."""
-        router, admission = self._router, self._admission
-        admission.sweep()
-        resident = heap.resident_bytes()
-        if admission.held > admission.ceiling and router.cut_worst():
-            return
-        if self._loader is None or self._loader.active or not self._quiet_bytes:
-            self._quiet_bytes = resident  # models come and go
-            return
-        if resident - self._quiet_bytes > admission.ceiling or admission.held > admission.ceiling:
-            router.look_at_unread(everywhere=True)
-            if router.cut_worst():
-                return
-        if resident <= self._quiet_bytes + _TRIM_BYTES:
-            self._quiet_bytes = min(self._quiet_bytes, resident)
-            self._trims = 0
-        elif admission.held >= _QUIET_BYTES:
-            self._trims = 0
-        else:
-            if now < self._next_trim:
-                return
-            self._next_trim = now + _TRIM_EVERY_S
-            self._trims += 1
-            threading.Thread(target=heap.trim, name="trim", daemon=True).start()
-            if self._trims == _TRIMS:
-                self._quiet_bytes = resident  # whatever has it, it is no traffic
-
     def _tick(self, now: float) -> None:
         self._next_tick = now + self._tick_s
         self._look(now)
         self._look_at_clients()
         self._tell_errors(now)
-        if self._router.closed - self._trimmed_at >= _TRIM_AFTER:
-            self._trimmed_at = self._router.closed
-            threading.Thread(target=heap.trim, name="trim", daemon=True).start()
+        self._memory.look_at_connections()
         for name, executor in self._inventory.executors.items():
             self._scheduler.devices[name].memory_free_mb = executor.memory_mb()[0]
         keys = {version.model.key for _, version in self._inventory.registry if version.model is not None}
@@ -603,7 +558,7 @@ class Server:
             self._telemetry.requests += 1
             self._send_error(message.peer, message.delimited, id_, answer)
         else:
-            self._router.send(message.peer, message.delimited, (_encoded(answer), ()))
+            self._router.send(message.peer, message.delimited, (report_header(answer), ()))
 
     def _predict(self, message: Message, request: Predict, tensors: Sequence[Buffer], received_ns: int) -> None:
         if self.state != READY:
@@ -839,22 +794,4 @@ class Server:
         self, peer: bytes, delimited: bool, id_: int | None, error: TensorNextError, model: str = ""
     ) -> None:
         self._telemetry.count_error(error.code, model)
-        retry_after_us = None if error.retry_after_s is None else error.retry_after_s * 1e6
-        reply = ErrorReply(v=VERSION, id=id_, code=error.code, message=error.message, retry_after_us=retry_after_us)
-        self._router.send(peer, delimited, (_encoded(reply), ()))
-
-
-def _encoded(reply: Reply) -> bytes:
-    """The header frame of a reply that may quote what is no UTF-8: a file's name, an exception's text."""
-    try:
-        return encode(reply)
-    except UnicodeEncodeError:
-        return msgspec.msgpack.encode(_printable(msgspec.to_builtins(reply)))
-
-
-def _printable(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {_printable(key): _printable(item) for key, item in value.items()}
-    return [_printable(item) for item in value] if isinstance(value, (list, tuple)) else value
+        self._router.send(peer, delimited, (error_header(id_, error), ()))
