@@ -22,6 +22,7 @@ from tnxd.transport import router as module
 from tnxd.transport.admission import Admission
 from tnxd.transport.router import Message, Router
 from tnxd.transport.wakeup import Wakeup
+from zmtp import GREETING
 from zmtp import Peer as RawPeer
 
 
@@ -265,6 +266,28 @@ alive.send(b"header")
 print(alive.recv().decode(), flush=True)
 sys.stdin.readline()
 """
+
+
+def test_one_that_asks_to_come_in_is_counted_already(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each asks while the one before is let in."""
+    counts: list[int] = []
+    decide = router._decide
+    with contextlib.ExitStack() as stack:
+
+        def ask() -> None:
+            stack.enter_context(RawPeer(router.endpoints[0])).write(GREETING)
+            assert router._zap.poll(20_000)
+
+        def decide_while_another_asks(request: list[bytes]) -> None:
+            counts.append(router._admission.client("127.0.0.1").connections)
+            if len(counts) < 5:
+                ask()
+            decide(request)
+
+        monkeypatch.setattr(router, "_decide", decide_while_another_asks)
+        ask()
+        router.hear()
+    assert counts == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.slow

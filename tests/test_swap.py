@@ -267,6 +267,7 @@ def publish_in_vain(
     repository.publish(name, 2, files)
     report = tnx.reload()
     load.await_answers()
+    log = daemon.logged(f"{name}@2 cannot be")
     assert (report.loaded, report.unloaded) == ((), ())
     assert list(report.failed) == [f"{name}@2"]
     with pytest.raises(TensorNextError):
@@ -276,7 +277,7 @@ def publish_in_vain(
     assert health.status == "ready"
     assert (versions["1"].status, versions["1"].traffic) == ("ready", 1.0)
     assert (versions["2"].status, versions["2"].traffic) == ("failed", 0.0)
-    logged = "\n".join(line for line in daemon.log.read_text().splitlines() if f"{name}@2" in line)
+    logged = "\n".join(line for line in log.splitlines() if f"{name}@2" in line)
     return report.failed[f"{name}@2"], versions["2"].error, logged
 
 

@@ -142,7 +142,7 @@ class Link:
             event, value = _EVENT.unpack(self.monitor.recv_multipart(zmq.NOBLOCK)[0])
             trouble = _trouble(event, value)
             if trouble is not None:
-                self._session.note_trouble(trouble)
+                self._session.note_trouble(trouble, begun=event == zmq.Event.CONNECT_DELAYED)
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 for call in self._session.connected(time.monotonic()):
                     self._send(call)

@@ -289,6 +289,7 @@ class Session:
         self._question: int | None = None
         self._held: list[Call[Any]] = []
         self._trouble = "the attempt to connect is still under way"
+        self._attempt_failed = False  # the last one
 
     # --- requests --------------------------------------------------------------------------------------------
 
@@ -710,16 +711,21 @@ class Session:
         self._retry_at = now + self._retry_s
         self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
 
-    def note_trouble(self, trouble: str) -> None:
-        """Note how far the attempt to connect came, or why it failed: a clause for error messages."""
-        self._trouble = trouble
+    def note_trouble(self, trouble: str, *, begun: bool = False) -> None:
+        """Note how far the attempt to connect came, or why it failed: a clause for error messages.
+
+        Args:
+            begun: no more is known of the attempt than that it has begun. Why the last one failed says more.
+        """
+        if not (begun and self._attempt_failed):
+            self._trouble = trouble
 
     def connected(self, now: float) -> list[Call[Any]]:
         """The attempt succeeded. Returns what to send now, in order.
 
         That is all but the calls whose time is over, and those that may be what the last connection broke of.
         """
-        self._connecting = False
+        self._connecting = self._attempt_failed = False
         self._connected = True
         calls = [call for call in self._pending.values() if call.expires > now]
         self._held = [call for call in calls if call.losses and call.nbytes >= LARGE_BYTES]
@@ -735,6 +741,7 @@ class Session:
     def lost(self) -> list[Call[Any]]:
         """The attempt failed or the connection broke. Returns the calls that fail now; the others wait."""
         failed = []
+        self._attempt_failed = not self._connected
         if self._connected:
             for call in list(self._pending.values()):
                 call.losses += 1

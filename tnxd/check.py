@@ -15,6 +15,7 @@ from click.core import ParameterSource
 
 from tnxd import tomlfile
 from tnxd.config import Config
+from tnxd.error_text import named
 from tnxd.models.catalog import Catalog
 
 _WIDTH = 60
@@ -61,8 +62,7 @@ def models(catalog: Catalog) -> Iterator[str]:
 
 def problems(catalog: Catalog) -> Iterator[str]:
     """A sentence for whatever would not be served."""
-    for what, why in catalog.failures.items():
-        yield why if why.startswith(what) else f"{what}: {why}"
+    yield from named(catalog.failures)
     if catalog.failures and not any(entry.wanted for entry in catalog.entries.values()):
         yield "there is no model to serve"
 

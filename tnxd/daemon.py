@@ -14,6 +14,7 @@ from tnxd import offer
 from tnxd.config import Config, control_of
 from tnxd.deployment.loader import Changes, Loader
 from tnxd.deployment.registry import DRAINING, READY, STARTING, Registry
+from tnxd.error_text import named
 from tnxd.executors.execution import Executor
 from tnxd.process import logs, signals
 from tnxd.process.systemd import Notifier
@@ -112,7 +113,7 @@ class Daemon:
 
             opened = open_devices(self._config, self._server.completed)
             if not opened.executors:
-                raise RuntimeError(f"no device works: {opened.failures}")
+                raise RuntimeError(f"no device works: {'; '.join(named(opened.failures))}")
             if self._config.model_repository:
                 import tnxd.models.formats.opening  # noqa: F401 - it imports much that stays, too
             # What is alive now stays alive: the collector need not look at it again. Models come later, and may go.
@@ -170,7 +171,7 @@ class Daemon:
     def _loaded(self, outcome: Changes | TensorNextError) -> None:
         """The first load of everything is over."""
         if not any(version.servable for _, version in self._inventory.registry):
-            why = outcome.message if isinstance(outcome, TensorNextError) else outcome.failed
+            why = outcome.message if isinstance(outcome, TensorNextError) else "; ".join(named(outcome.failed))
             if why:
                 log.error("cannot start: no model can be served: %s", why)
                 self._give_up()

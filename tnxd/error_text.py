@@ -1,8 +1,12 @@
-"""Texts of exceptions, as far as an error reply can carry them. These may be of any class, with any __str__."""
+"""Sentences about what failed, as far as an error reply can carry them.
+
+Exceptions may be of any class, with any __str__.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 
 from tnxctl.protocol.errors import TensorNextError
 
@@ -44,6 +48,11 @@ def cause(error: BaseException) -> str:
             break
         error = error.__cause__
     return error.message if isinstance(error, TensorNextError) else _said(error)
+
+
+def named(failures: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each failure, by name of what failed: the reason, behind that name unless it begins so."""
+    return (why if why.startswith(what) else f"{what}: {why}" for what, why in failures.items())
 
 
 def _said(error: BaseException) -> str:

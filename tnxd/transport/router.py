@@ -396,6 +396,14 @@ class Router:
 
     def hear(self) -> None:
         """Take in the news of connections, and say who may come in. Who does not `wait` calls it at times."""
+        self._take_in_news()
+        while self._zap.poll(0):
+            request = self._zap.recv_multipart(_NOBLOCK)
+            # libzmq's one thread tells of a connection before it asks about it: here is the news of all up to this one.
+            self._take_in_news()
+            self._decide(request)
+
+    def _take_in_news(self) -> None:
         monitor, admission = self._monitor, self._admission
         while monitor.poll(0):
             event, descriptor = _EVENT.unpack(monitor.recv_multipart(_NOBLOCK)[0])
@@ -411,8 +419,6 @@ class Router:
                 self._lose(connection)
             if ended is not None:
                 admission.disconnected(ended)
-        while self._zap.poll(0):
-            self._decide(self._zap.recv_multipart(_NOBLOCK))
 
     def _decide(self, request: list[bytes]) -> None:
         """Answer a question of ZeroMQ's own whether a peer may come in: https://rfc.zeromq.org/spec/27/."""
