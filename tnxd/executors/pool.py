@@ -24,9 +24,9 @@ from tnxd.executors.trial.held import Held, memory
 from tnxd.executors.trial.state import same_chance, stateful
 from tnxd.executors.trial.trial import Verdict, lane_calls, open_with, try_out, without_rows
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
+from tnxd.lanes import SPARE
 from tnxd.models.model import Model
 from tnxd.models.process import settings_kept
-from tnxd.scheduling.device import SPARE
 
 OnDone = Callable[[Execution], None]
 
@@ -293,7 +293,7 @@ class LanePool:
             self._inline.forget(key)
 
     def submit(self, execution: Execution) -> None:
-        lane = execution.batch.lane
+        lane = execution.lane
         inbox = self._spare if lane == SPARE else self._queues[lane]
         inbox.put((execution, self._on_done))
 

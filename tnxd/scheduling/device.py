@@ -10,12 +10,6 @@ from tnxd.scheduling.request import LEVELS, Request
 from tnxd.scheduling.request_queue import Waiting
 from tnxd.scheduling.turns import Turns
 
-INLINE = -1
-"""The lane that is the caller's own thread."""
-
-SPARE = -2
-"""The lane for what nobody waits for: a thread of the device that the operating system lets run last."""
-
 # A level gets this share of the device's time while all have work: the last one keeps moving, too.
 _SHARES = (8.0, 4.0, 2.0, 1.0)
 
