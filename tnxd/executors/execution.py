@@ -102,7 +102,9 @@ class Executor(Protocol):
     """A device that runs batches.
 
     Attributes:
-        lanes: how many at a time. lane_threads: threads that work on one batch of a lane.
+        name: of the device, as torch has it. kind: key of `tnxd.device_kinds.KINDS`. description: for an operator.
+        lanes: how many batches at a time. lane_threads: threads that work on one batch of a lane.
+        runs_inline: whether `run_inline` may be called.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Executor(Protocol):
     description: str
     lanes: int
     lane_threads: int
+    runs_inline: bool
 
     def load(self, model: Model) -> Warmth:
         """Put a replica on the device and warm it up, beside the lanes: what they serve goes on. Blocks.
@@ -131,7 +134,7 @@ class Executor(Protocol):
         """Run the execution on its lane; `on_done` is called from there, once, when it is over."""
 
     def run_inline(self, execution: Execution) -> None:
-        """Run the execution on the calling thread, which called `adopt_thread` before. CPU only."""
+        """Run the execution on the calling thread, which called `adopt_thread` before."""
 
     def adopt_thread(self) -> None:
         """Prepare the calling thread for `run_inline`."""

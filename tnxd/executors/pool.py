@@ -95,6 +95,7 @@ class LanePool:
         self.description = description
         self.lanes = lanes
         self.lane_threads = lane_threads
+        self.runs_inline = inline is not None
         self.memory_mb = memory_mb
         self._make_runner = make_runner
         self._inline = inline

@@ -721,7 +721,7 @@ class Server:
 
     def _settle(self, execution: Execution, batch: Batch) -> None:
         device = batch.device
-        if device.kind == "cuda":
+        if device.is_gpu:
             device.memory_free_mb = execution.memory_free_mb
         answers: list[_Answer] = []
         sizes_known = execution.model.reply_row_nbytes  # and looked at before
@@ -792,7 +792,7 @@ class Server:
 
     def _runs_elsewhere(self, request: Pending, error: TensorNextError) -> bool:
         """A GPU had no memory for a request: have it run where else it may. False if that is nowhere."""
-        if not isinstance(error, ResourceExhausted) or not request.device.startswith("cuda"):
+        if not isinstance(error, ResourceExhausted) or not self._scheduler.devices[request.device].is_gpu:
             return False
         if request.wanted not in ("", "auto"):
             return False
