@@ -17,7 +17,7 @@ from tnxctl.protocol.wire import ModelInfo, TensorSpec
 from tnxd.deployment.audit import Audit
 from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.registry import READY, Version
-from tnxd.executors.execution import Execution, Outcome, Warmth
+from tnxd.executors.execution import Execution, LoadReport, Outcome
 from tnxd.models.builtin import BuiltinSource
 from tnxd.models.model import Model
 from tnxd.scheduling.costs import CostModel
@@ -40,7 +40,7 @@ class Bench:
         self.served = model(datatype)
         self.version = Version(BuiltinSource(self.served))
         self.version.state, self.version.model = READY, self.served
-        self.version.trials = {"cpu": Warmth([], 0, tolerance=1e-4)}
+        self.version.trials = {"cpu": LoadReport([], 0, tolerance=1e-4)}
         self.mixing: list[str] = []
         self.audit = Audit(self.version, share, lambda version, key, why: self.mixing.append(why))
         self.background = Background()

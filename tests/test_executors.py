@@ -68,8 +68,8 @@ class Apart(torch.nn.Module):
 def test_a_weight_that_a_forward_takes_apart_keeps_its_layout(take: Callable[[torch.Tensor], torch.Tensor]) -> None:
     lanes, done = pool(1, lambda: CpuRunner(1), order_weights)
     model = served(lambda: Apart(take))
-    warmth = lanes.load(model)
-    assert (warmth.warmed, warmth.batches, warmth.notes) == (True, True, ())
+    report = lanes.load(model)
+    assert (report.warmed, report.batches, report.notes) == (True, True, ())
     lanes.submit(execution(model, 0, 3.0))
     outcome = done.get(timeout=20).outcomes[0]
     assert not isinstance(outcome, TensorNextError)
@@ -328,18 +328,18 @@ def test_a_warm_up_ends_where_a_batch_would_take_too_much_of_the_memory(lanes: i
     small = Small(64)
     made, _ = pool(lanes, lambda: Frugal(small))
     spec = (TensorSpec("x", "FP32", (-1, 2)),)
-    warmth = made.load(Model("m", "1", spec, spec, 64, lambda: small))
-    assert (warmth.most_rows, warmth.safe_rows, [rows for rows, _ in warmth.costs][-1]) == (most, 0, most)
+    report = made.load(Model("m", "1", spec, spec, 64, lambda: small))
+    assert (report.most_rows, report.safe_rows, [rows for rows, _ in report.costs][-1]) == (most, 0, most)
 
 
 @pytest.mark.parametrize(("sizes", "run"), [(None, [1, 2, 4]), ((1, 3), [1, 3]), ((), [])])
 def test_a_warm_up_runs_the_sizes_that_it_is_told(sizes: tuple[int, ...] | None, run: list[int]) -> None:
     made, _ = pool(1, lambda: CpuRunner(1))
     spec = (TensorSpec("x", "FP32", (-1, 2)),)
-    warmth = made.load(Model("m", "1", spec, spec, 4, torch.nn.Identity, warm_up=sizes))
-    assert warmth.warmed
-    assert warmth.batches
-    assert [rows for rows, _ in warmth.costs] == run
+    report = made.load(Model("m", "1", spec, spec, 4, torch.nn.Identity, warm_up=sizes))
+    assert report.warmed
+    assert report.batches
+    assert [rows for rows, _ in report.costs] == run
 
 
 class Told(torch.nn.Module):
@@ -402,8 +402,8 @@ def test_lanes_that_are_not_as_separate_as_they_look_take_turns(
 ) -> None:
     lanes, done = pool(2, lambda: CpuRunner(1))
     model = served(make)
-    warmth = lanes.load(model)
-    assert warmth.serial is serial
+    report = lanes.load(model)
+    assert report.serial is serial
     for lane, value in ((0, 3.0), (1, 5.0), (0, 7.0)):
         lanes.submit(execution(model, lane, value))
         outcome = done.get(timeout=20).outcomes[0]
@@ -444,9 +444,9 @@ def test_rows_that_mix_in_large_batches_alone_are_found_by_the_warm_up(
         ):
             made.load(served)
     else:
-        warmth = made.load(served)
-        assert (warmth.batches, [rows for rows, _ in warmth.costs]) == (False, [1])
-        assert "alone and in a batch of " in warmth.notes[0]
+        report = made.load(served)
+        assert (report.batches, [rows for rows, _ in report.costs]) == (False, [1])
+        assert "alone and in a batch of " in report.notes[0]
 
 
 def test_what_is_forgotten_holds_no_staging_memory() -> None:

@@ -15,7 +15,11 @@ SOURCES = sorted([*ROOT.glob("tnxd/**/*.py"), *ROOT.glob("tnxctl/**/*.py")])
 
 
 def imports(path: Path, *, typing_too: bool = False) -> Iterator[str]:
-    """Dotted names that a file imports at run time, inside functions too. Args: typing_too: under TYPE_CHECKING, too."""
+    """Dotted names that a file imports at run time, inside functions too.
+
+    Args:
+        typing_too: under TYPE_CHECKING, too.
+    """
     tree = ast.parse(path.read_text())
     typing_only = {
         id(inner)

@@ -67,7 +67,7 @@ class Execution:
     fatal: str = ""
 
 
-class Warmth(NamedTuple):
+class LoadReport(NamedTuple):
     """The findings of loading a model on a device.
 
     Attributes:
@@ -114,7 +114,7 @@ class Executor(Protocol):
     lane_threads: int
     runs_inline: bool
 
-    def load(self, model: Model) -> Warmth:
+    def load(self, model: Model) -> LoadReport:
         """Put a replica on the device and warm it up, beside the lanes: what they serve goes on. Blocks.
 
         Raises:

@@ -15,7 +15,7 @@ import torch
 
 from tnxctl.protocol.errors import Internal, Unavailable
 from tnxd.error_text import first_line, sentence
-from tnxd.executors.execution import SHARED, Execution, Warmth
+from tnxd.executors.execution import SHARED, Execution, LoadReport
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.company import lanes_apart, rows_of_a_lane_apart
 from tnxd.executors.trial.copies import Call
@@ -123,7 +123,7 @@ class LanePool:
         ).start()
         return inbox, runner
 
-    def load(self, model: Model) -> Warmth:
+    def load(self, model: Model) -> LoadReport:
         notes: list[str] = []
 
         def build() -> torch.nn.Module:
@@ -153,7 +153,7 @@ class LanePool:
         except BaseException:
             self.unload(model.key)
             raise
-        return Warmth(
+        return LoadReport(
             warmed.costs,
             nbytes,
             warmed=verdict.make is not None or verdict.kind == SHARED,

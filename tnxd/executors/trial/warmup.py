@@ -40,7 +40,7 @@ class Warmed(NamedTuple):
     """The outcome of a warm-up.
 
     Attributes:
-        costs, safe_rows, most_rows: as in `tnxd.executors.execution.Warmth`.
+        costs, safe_rows, most_rows: as in `tnxd.executors.execution.LoadReport`.
         mixes: how a row had another answer in a batch than alone, in words; "" if none had.
     """
 
