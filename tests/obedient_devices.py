@@ -42,8 +42,8 @@ class ObedientDevice:
     _released = threading.Event()
     """Of all devices."""
 
-    def load(self, model: Model) -> contract.Warmth:
-        return contract.Warmth([(1, 1e4), (64, 1e4)], 1024)
+    def load(self, model: Model) -> contract.LoadReport:
+        return contract.LoadReport([(1, 1e4), (64, 1e4)], 1024)
 
     def touch(self, model: Model) -> None: ...
     def unload(self, key: str) -> None: ...
@@ -56,7 +56,7 @@ class ObedientDevice:
         return 8000.0, 8000.0
 
     def submit(self, execution: Execution) -> None:
-        self._inboxes[execution.batch.lane].put(execution)
+        self._inboxes[execution.lane].put(execution)
 
     def _work(self, inbox: queue.SimpleQueue[Execution]) -> None:
         while True:

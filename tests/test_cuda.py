@@ -18,7 +18,6 @@ from tnxd.executors.execution import Execution  # noqa: E402
 from tnxd.executors.pool import LanePool  # noqa: E402
 from tnxd.models.builtin import BUILTIN  # noqa: E402
 from tnxd.models.model import Model  # noqa: E402
-from tnxd.scheduling.device import Batch, Device  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
@@ -33,8 +32,7 @@ def opened() -> tuple[LanePool, queue.Queue[Execution]]:
 
 def execution(model: Model, *items: np.ndarray, lane: int = 0) -> Execution:
     counts = [len(item) for item in items]
-    batch = Batch(Device("cuda:0", "cuda", 2, set()), lane, model.key, [], sum(counts))
-    return Execution(batch, model, [(item,) for item in items], counts, ())
+    return Execution(lane, 0, model, [(item,) for item in items], counts, ())
 
 
 def outputs(finished: Execution) -> list[np.ndarray]:

@@ -14,13 +14,17 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("tnxd/**/*.py"), *ROOT.glob("tnxctl/**/*.py")])
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports at run time, inside functions too."""
+def imports(path: Path, *, typing_too: bool = False) -> Iterator[str]:
+    """Dotted names that a file imports at run time, inside functions too.
+
+    Args:
+        typing_too: under TYPE_CHECKING, too.
+    """
     tree = ast.parse(path.read_text())
     typing_only = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not typing_too
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
@@ -63,6 +67,45 @@ def test_the_daemon_knows_the_protocol_and_the_errors_of_the_client() -> None:
 
 def test_the_client_does_not_know_the_daemon() -> None:
     assert not {path for path in users("tnxd") if path.startswith("tnxctl/")}
+
+
+ABOVE = ("tnxd.scheduling", "tnxd.serving", "tnxd.deployment", "tnxd.transport")
+"""Rooms that decide and talk; executors and models do neither."""
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"), [("tnxd/executors", ABOVE), ("tnxd/models", (*ABOVE, "tnxd.executors"))]
+)
+def test_executors_and_models_import_nothing_of_the_rooms_above_them(room: str, forbidden: tuple[str, ...]) -> None:
+    paths = [path for path in SOURCES if path.is_relative_to(ROOT / room)]
+    assert paths
+    for path in paths:
+        found = {
+            name
+            for name in imports(path, typing_too=True)
+            if any(name == other or name.startswith(other + ".") for other in forbidden)
+        }
+        assert not found, (path, found)
+
+
+def decisions_by_name(path: Path) -> list[int]:
+    """Lines that compare with the name of a kind of device, or with what it begins with."""
+    lines = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        compared: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            compared = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "startswith":
+            compared = node.args
+        if any(isinstance(each, ast.Constant) and each.value in ("cpu", "cuda", "cuda:") for each in compared):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_kinds_of_devices_are_told_apart_by_their_properties() -> None:
+    """But for the CPU, where programs are read and ONNX runs."""
+    found = {str(path.relative_to(ROOT)) for path in SOURCES if decisions_by_name(path)}
+    assert found <= {"tnxd/models/formats/exported.py", "tnxd/models/repository.py"}
 
 
 @pytest.mark.parametrize(

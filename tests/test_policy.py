@@ -10,8 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tnxctl.protocol.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, TensorNextError, Unavailable
+from tnxd.lanes import INLINE, SPARE
 from tnxd.scheduling.costs import CostModel
-from tnxd.scheduling.device import INLINE, SPARE, Batch, Device
+from tnxd.scheduling.device import Batch, Device
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.scheduler import Scheduler
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnxctl.protocol.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from tnxd.lanes import INLINE
 from tnxd.scheduling.costs import BatchCosts, CostModel
-from tnxd.scheduling.device import INLINE, Batch, Device
+from tnxd.scheduling.device import Batch, Device
 from tnxd.scheduling.placement import Load, Placement
 from tnxd.scheduling.request import LEVELS, NEVER, Request
 from tnxd.scheduling.request_queue import Waiting

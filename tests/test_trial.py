@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from format_tools import open_model, save_program
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.wire import TensorSpec
+from tnxd.device_kinds import CPU, CUDA
 from tnxd.executors.trial.company import rows_of_a_lane_apart
 from tnxd.executors.trial.copies import Call, Own, Serial, Sparing
 from tnxd.executors.trial.examples import telling_examples
@@ -495,7 +496,7 @@ def test_the_zeros_that_a_program_was_exported_with_tell_nothing() -> None:
 
 @pytest.mark.parametrize(("call", "apart"), [(lambda x: x * 2, False), (lambda x: x / x.amax(), True)])
 def test_lanes_are_asked_whether_they_keep_rows_apart(call: Call, apart: bool) -> None:
-    makes = list(telling_examples(model(), "cpu"))
+    makes = list(telling_examples(model(), CPU))
     assert bool(rows_of_a_lane_apart(call, model(), torch.device("cpu"), makes, 2e-4)) is apart
 
 
@@ -525,7 +526,7 @@ def test_telling_examples_differ_from_row_to_row_and_from_variant_to_variant() -
     specs = tuple(
         TensorSpec(kind, kind, (-1, 8)) for kind in ("FP32", "FP64", "FP16", "BF16", "INT64", "UINT8", "BOOL")
     )
-    make = next(iter(telling_examples(model(inputs=specs), "cpu")))
+    make = next(iter(telling_examples(model(inputs=specs), CPU)))
     for one, other in zip(make(3, 0), make(3, 1), strict=True):
         assert not np.array_equal(one, other)
         assert not np.array_equal(one[0], one[1])
@@ -647,7 +648,7 @@ def test_a_global_that_an_answer_depends_on_is_named(tmp_path: Path) -> None:
 def test_a_difference_is_more_than_rounding(datatype: str, one: list[float], other: list[float], same: bool) -> None:
     specs = [TensorSpec("y", datatype, (-1,))]
     arrays = [[np.array(values, {"FP32": "f4", "INT64": "i8", "BOOL": "?"}[datatype])] for values in (one, other)]
-    found = difference(specs, *arrays, tolerance([datatype], "cpu"))
+    found = difference(specs, *arrays, tolerance([datatype], CPU))
     assert (found is None) is same
     if found is not None:
         assert "output 'y'[" in found.text
@@ -660,12 +661,12 @@ def test_small_values_beside_large_ones_are_held_against_their_like(boxes: int, 
     one[..., 4] /= 640
     other = one.copy()
     other[0, 1, 4] += off
-    found = difference([TensorSpec("y", "FP32", (-1, -1, 5))], [one], [other], tolerance(["FP32"], "cpu"))
+    found = difference([TensorSpec("y", "FP32", (-1, -1, 5))], [one], [other], tolerance(["FP32"], CPU))
     assert (found is None) is same
 
 
 def test_half_precision_and_graphics_processors_round_more() -> None:
-    kinds = [tolerance([datatype], "cpu") for datatype in ("FP64", "FP32", "FP16", "BF16")]
+    kinds = [tolerance([datatype], CPU) for datatype in ("FP64", "FP32", "FP16", "BF16")]
     assert kinds == sorted(kinds)
-    assert tolerance(["FP32"], "cuda") > tolerance(["FP32"], "cpu")
-    assert tolerance(["INT64"], "cpu") == tolerance(["FP32"], "cpu")
+    assert tolerance(["FP32"], CUDA) > tolerance(["FP32"], CPU)
+    assert tolerance(["INT64"], CPU) == tolerance(["FP32"], CPU)

@@ -12,6 +12,7 @@ import msgspec
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.wire import DEFAULT_PORT, Limits
 from tnxd import tomlfile
+from tnxd.device_kinds import DEVICE, DEVICES
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_LEVELS: tuple[str, ...] = get_args(LogLevel)
@@ -143,7 +144,6 @@ def control_of(config: Config) -> str:
 
 
 _ADDRESS = re.compile(r"[^/]+:(\d+|\*)")
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
@@ -201,5 +201,5 @@ def _check(config: Config, origin: str) -> None:
         if config.models.count(name) > 1:
             raise InvalidArgument(f"{origin}: models: {name!r} stands there twice")
     for device in config.devices:
-        if not _DEVICE.fullmatch(device):
-            raise InvalidArgument(f"{origin}: devices: {device!r} is none of auto, cpu, cuda, cuda:N")
+        if device != "auto" and not DEVICE.fullmatch(device):
+            raise InvalidArgument(f"{origin}: devices: {device!r} is none of auto, {DEVICES}")

@@ -164,7 +164,7 @@ class Daemon:
             executor.lanes,
             set(),
             executor.memory_mb()[0],
-            inline_limit_us=self._config.cpu.inline_limit_us if executor.kind == "cpu" else 0.0,
+            inline_limit_us=self._config.cpu.inline_limit_us if executor.runs_inline else 0.0,
             lane_threads=executor.lane_threads,
         )
 

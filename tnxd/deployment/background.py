@@ -73,7 +73,8 @@ class Copy(Execution):
     __slots__ = ("nbytes", "original", "purpose", "version")
 
     def __init__(self, batch: Batch, waiting: _Waiting, rows: Sequence[int], group: tuple[int, ...]) -> None:
-        super().__init__(batch, waiting.model, waiting.original.items[: len(rows)], rows, group)
+        items = waiting.original.items[: len(rows)]
+        super().__init__(batch.lane, batch.max_rows, waiting.model, items, rows, group)
         self.original = waiting.original
         self.version = waiting.version
         self.purpose = waiting.purpose
@@ -125,8 +126,11 @@ class Background:
         self._waiting.append(_Waiting(original, version, model, purpose, nbytes))
         self._nbytes += nbytes
 
-    def next(self, scheduler: Scheduler, now_ns: int) -> Copy | None:
-        """A copy to run now, where it is in nobody's way; None if there is none. What can never run is dropped."""
+    def next(self, scheduler: Scheduler, now_ns: int) -> tuple[Copy, Batch] | None:
+        """A copy to run now where it is in nobody's way, and its batch; None if there is none.
+
+        A copy that can never run is dropped.
+        """
         for waiting in list(self._waiting):
             original, version, model = waiting.original, waiting.version, waiting.model
             serves = version.state == READY and version.model is model and model.key not in self._stopped
@@ -141,7 +145,7 @@ class Background:
             self._take(waiting)
             if len(rows) < len(original.items):
                 waiting.purpose.skip(len(original.items) - len(rows))
-            return Copy(batch, waiting, rows, group)
+            return Copy(batch, waiting, rows, group), batch
         return None
 
     def _take(self, waiting: _Waiting) -> None:

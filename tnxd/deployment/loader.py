@@ -41,7 +41,7 @@ from tnxd.deployment.registry import (
     signature_difference,
 )
 from tnxd.error_text import sentence
-from tnxd.executors.execution import SHARED, Executor, Warmth
+from tnxd.executors.execution import SHARED, Executor, LoadReport
 from tnxd.models.catalog import Catalog
 from tnxd.models.model import Model
 from tnxd.models.sizes import check_message_sizes
@@ -459,7 +459,7 @@ class Loader:
         """
         began = time.monotonic()
         version.loading = True
-        warmths: dict[str, Warmth] = {}
+        reports: dict[str, LoadReport] = {}
         try:
             model: Model = yield partial(version.source.open, version.generation)
             check_message_sizes(model, self._limits)
@@ -477,7 +477,7 @@ class Loader:
                     continue
                 yield from self._make_room(executor, version)
                 try:
-                    warmth: Warmth = yield partial(executor.load, model)
+                    report: LoadReport = yield partial(executor.load, model)
                 except BaseException as error:
                     if not isinstance(error, TensorNextError):  # those are logged where they come from
                         log.error("%s on %s", version.title, name, exc_info=error)
@@ -485,21 +485,21 @@ class Loader:
                     if isinstance(error, DeadlineExceeded):
                         raise
                     continue
-                warmths[name] = warmth
-                version.nbytes = warmth.nbytes or version.source.nbytes
+                reports[name] = report
+                version.nbytes = report.nbytes or version.source.nbytes
                 yield from self._make_room(executor, version)  # only now is it known for sure
                 if model.state == SHARED:
                     break  # on another device it would have another state
-            if not warmths:
+            if not reports:
                 where = "; ".join(f"{name}: {why}" for name, why in failures.items())
                 raise FailedPrecondition(where or f"no device may run it: {', '.join(model.devices)}")
-            if takes_over and serving and not all(warmth.warmed for warmth in warmths.values()):
+            if takes_over and serving and not all(report.warmed for report in reports.values()):
                 raise FailedPrecondition(
-                    f"it could not be warmed up, and version {serving[0][0].number} serves: {_notes(warmths)[0]}"
+                    f"it could not be warmed up, and version {serving[0][0].number} serves: {_notes(reports)[0]}"
                 )
-            model = _as_tried(model, warmths.values(), mixes=bool(version.mixes))
+            model = _as_tried(model, reports.values(), mixes=bool(version.mixes))
         except BaseException as error:
-            for name in warmths:
+            for name in reports:
                 yield from self._free(self._executors[name], version.key)
             if isinstance(error, DeadlineExceeded):
                 # The thread that was given up may yet write under the old key.
@@ -518,26 +518,26 @@ class Loader:
                 version.state, version.error = FAILED, failure.message
             log.error("%s cannot be loaded: %s", version.title, failure.message)
             raise failure from None
-        for name in warmths:
+        for name in reports:
             curve = self._costs.curve(name, model.key, model.example_group)
-            for rows, micros in warmths[name].costs:
+            for rows, micros in reports[name].costs:
                 if model.max_batch_size or rows == 1:
                     curve.observe(rows, micros)
             self._device(name).models.add(model.key)
-            if warmths[name].safe_rows:
-                self._scheduler.limit_rows(name, model.key, warmths[name].safe_rows)
-            if warmths[name].most_rows:
-                self._scheduler.bound_rows(name, model.key, warmths[name].most_rows)
+            if reports[name].safe_rows:
+                self._scheduler.limit_rows(name, model.key, reports[name].safe_rows)
+            if reports[name].most_rows:
+                self._scheduler.bound_rows(name, model.key, reports[name].most_rows)
         self._scheduler.set_lane_limit(model.key, model.replicas)
         version.model = model
-        version.audit = self._audit(version, model, warmths.values())
+        version.audit = self._audit(version, model, reports.values())
         version.notes = (
             *model.notes,
-            *_notes(warmths),
+            *_notes(reports),
             *((f"no batches: {version.mixes}",) if version.mixes else ()),
             *(f"not on {name}: {why}" for name, why in failures.items()),
         )
-        version.trials = warmths
+        version.trials = reports
         version.load_s = time.monotonic() - began
         version.loading = False
         version.error = ""
@@ -545,7 +545,7 @@ class Loader:
             version.came_back = time.monotonic()
         version.state = READY
         self._registry.rebuild()
-        log.info("%s is loaded on %s, %.1f s", version.title, ", ".join(warmths), version.load_s)
+        log.info("%s is loaded on %s, %.1f s", version.title, ", ".join(reports), version.load_s)
 
     def _retire(self, version: Version, state: str, changes: Changes) -> Operation[None]:
         """Send nothing more to a version, let it finish what it has, free it."""
@@ -621,9 +621,9 @@ class Loader:
             log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title)
             yield from self._retire(victim, EVICTED, Changes())
 
-    def _audit(self, version: Version, model: Model, warmths: Collection[Warmth]) -> Audit | None:
+    def _audit(self, version: Version, model: Model, reports: Collection[LoadReport]) -> Audit | None:
         """The audit of a version that can be audited, which goes on if there was one before."""
-        if not model.audit or any(warmth.serial or warmth.random for warmth in warmths):
+        if not model.audit or any(report.serial or report.random for report in reports):
             return None
         return version.audit or Audit(version, model.audit, self._on_mixing)
 
@@ -634,16 +634,16 @@ class Loader:
         return self._scheduler.devices[name]
 
 
-def _as_tried(model: Model, warmths: Collection[Warmth], *, mixes: bool) -> Model:
+def _as_tried(model: Model, reports: Collection[LoadReport], *, mixes: bool) -> Model:
     """A model as all of its devices can serve it. Args: mixes: requests have been seen to change each other."""
-    if mixes or not all(warmth.batches for warmth in warmths):
-        examples = next((warmth.examples for warmth in warmths if warmth.examples), model.examples)
+    if mixes or not all(report.batches for report in reports):
+        examples = next((report.examples for report in reports if report.examples), model.examples)
         model = replace(model.unbatched(), examples=examples)
-    if any(warmth.serial for warmth in warmths):
+    if any(report.serial for report in reports):
         model = replace(model, replicas=1)
     return model
 
 
-def _notes(warmths: Mapping[str, Warmth]) -> list[str]:
+def _notes(reports: Mapping[str, LoadReport]) -> list[str]:
     """The findings of trials, once if they are the same everywhere."""
-    return list(dict.fromkeys(note for warmth in warmths.values() for note in warmth.notes))
+    return list(dict.fromkeys(note for report in reports.values() for note in report.notes))

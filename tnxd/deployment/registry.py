@@ -13,7 +13,7 @@ from zlib import crc32
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, NotFound, TensorNextError, Unavailable
 from tnxctl.protocol.wire import check_name, check_version, excerpt, split_title
-from tnxd.executors.execution import STATES, Warmth
+from tnxd.executors.execution import STATES, LoadReport
 from tnxd.models.catalog import Catalog, Entry, Source
 from tnxd.models.model import Model, model_key
 from tnxd.serving.input_binding import Fitting
@@ -85,7 +85,7 @@ class Version:
         self.requests = 0
         self.last_used = 0
         self.notes: tuple[str, ...] = ()
-        self.trials: Mapping[str, Warmth] = {}
+        self.trials: Mapping[str, LoadReport] = {}
         self.mixes = ""
         self.audit: Audit | None = None
         self.mirror: Version | None = None

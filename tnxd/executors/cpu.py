@@ -11,9 +11,19 @@ import numpy as np
 import torch
 
 from tnxctl.protocol.frames import Array
+from tnxd.config import Config
+from tnxd.device_kinds import CPU
 from tnxd.executors.batching import Staging
 from tnxd.executors.execution import Execution
-from tnxd.executors.host import Peak, free_memory, peak_memory
+from tnxd.executors.host import (
+    Peak,
+    available_cores,
+    choose_threads,
+    free_memory,
+    host_memory_mb,
+    peak_memory,
+)
+from tnxd.executors.pool import LanePool, OnDone
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
@@ -66,7 +76,7 @@ class CpuRunner(Runner):
     """
 
     def __init__(self, threads: int) -> None:
-        super().__init__("cpu", Staging(_aligned))
+        super().__init__(CPU.name, Staging(_aligned))
         self._threads = threads
 
     def enter_thread(self) -> None:
@@ -110,3 +120,28 @@ class CpuRunner(Runner):
                 for output in outputs
             ]
         return outputs
+
+
+def cpu_names() -> list[str]:
+    """Names of the CPUs of this machine: one, whatever the number of cores."""
+    return [CPU.name]
+
+
+def open_cpu(name: str, config: Config, on_done: OnDone) -> LanePool:
+    """The executor of the CPU."""
+    cores = available_cores()
+    workers, threads = choose_threads(cores, config.cpu.workers, config.cpu.threads)
+    torch.set_num_threads(min(torch.get_num_threads(), cores))  # where no lane runs, in loading: it knows no quota
+    return LanePool(
+        name,
+        CPU.name,
+        f"{cores} core{'s' if cores > 1 else ''}, {threads} per lane",
+        make_runner=lambda: CpuRunner(threads),
+        lanes=workers,
+        inline=CpuRunner(1),
+        lane_threads=threads,
+        arrange=order_weights,
+        memory_mb=host_memory_mb,
+        give_back=heap.trim,
+        on_done=on_done,
+    )

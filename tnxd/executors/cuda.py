@@ -15,9 +15,12 @@ import numpy as np
 import torch
 
 from tnxctl.protocol.frames import STORAGE, Array
+from tnxd.config import Config
+from tnxd.device_kinds import CUDA
 from tnxd.executors.batching import Staging
 from tnxd.executors.execution import Execution
 from tnxd.executors.host import Peak
+from tnxd.executors.pool import LanePool, OnDone
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
@@ -157,3 +160,26 @@ class CudaRunner(Runner):
         execution.latency_us += copied.elapsed_time(computed) * 1e3
         execution.d2h_us += computed.elapsed_time(returned) * 1e3
         return [to_array(host) for host in hosts]
+
+
+def cuda_names() -> list[str]:
+    """Names of the CUDA devices of this machine."""
+    return [f"{CUDA.name}:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
+def open_cuda(name: str, config: Config, on_done: OnDone) -> LanePool:
+    """The executor of a CUDA device. Raises what the driver raises."""
+    index = torch.device(name).index
+    memory = CudaMemory(index)
+    return LanePool(
+        name,
+        CUDA.name,
+        torch.cuda.get_device_name(index),
+        make_runner=lambda: CudaRunner(index, memory),
+        lanes=config.cuda.lanes,
+        inline=None,
+        place=lambda module: module.to(torch.device("cuda", index)),
+        memory_mb=memory.latest,
+        give_back=torch.cuda.empty_cache,
+        on_done=on_done,
+    )

@@ -1,4 +1,7 @@
-"""A batch on its way between the server and an executor, and what came of it. No torch."""
+"""The contract between the server and its executors: executions, load reports, and what an executor does. No torch.
+
+An execution has no more than an executor needs: not the requests, and nothing of the scheduler.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from typing import NamedTuple, Protocol
 from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.frames import Array
 from tnxd.models.model import Item, Model
-from tnxd.scheduling.device import Batch
 
 PURE = "pure"
 SCRATCH = "scratch"
@@ -24,10 +26,11 @@ Outcome = tuple[Array, ...] | TensorNextError
 
 @dataclass(slots=True, eq=False)
 class Execution:
-    """One batch on one lane.
+    """One batch on one lane, and its outcome.
 
     Attributes:
-        batch: what the scheduler decided.
+        lane: index below the executor's lane count, or a number of `tnxd.lanes`.
+        max_rows: most rows of one forward, since more ran out of memory; 0: as many as the model allows.
         model: what to run.
         items: inputs per request, in the order of the model's signature, None for those that did not come, the same
             in all items. rows: their lengths along axis 0.
@@ -43,7 +46,8 @@ class Execution:
         fatal: what went wrong for good with the device, if it did: nothing can run there any more.
     """
 
-    batch: Batch
+    lane: int
+    max_rows: int
     model: Model
     items: Sequence[Item]
     rows: Sequence[int]
@@ -63,7 +67,7 @@ class Execution:
     fatal: str = ""
 
 
-class Warmth(NamedTuple):
+class LoadReport(NamedTuple):
     """The findings of loading a model on a device.
 
     Attributes:
@@ -98,7 +102,9 @@ class Executor(Protocol):
     """A device that runs batches.
 
     Attributes:
-        lanes: how many at a time. lane_threads: threads that work on one batch of a lane.
+        name: of the device, as torch has it. kind: key of `tnxd.device_kinds.KINDS`. description: for an operator.
+        lanes: how many batches at a time. lane_threads: threads that work on one batch of a lane.
+        runs_inline: whether `run_inline` may be called.
     """
 
     name: str
@@ -106,8 +112,9 @@ class Executor(Protocol):
     description: str
     lanes: int
     lane_threads: int
+    runs_inline: bool
 
-    def load(self, model: Model) -> Warmth:
+    def load(self, model: Model) -> LoadReport:
         """Put a replica on the device and warm it up, beside the lanes: what they serve goes on. Blocks.
 
         Raises:
@@ -124,10 +131,10 @@ class Executor(Protocol):
         """Free what the calling thread keeps for `run_inline` of that model."""
 
     def submit(self, execution: Execution) -> None:
-        """Run the execution on the lane that its batch names; `on_done` is called from there when it is over."""
+        """Run the execution on its lane; `on_done` is called from there, once, when it is over."""
 
     def run_inline(self, execution: Execution) -> None:
-        """Run the execution on the calling thread, which called `adopt_thread` before. CPU only."""
+        """Run the execution on the calling thread, which called `adopt_thread` before."""
 
     def adopt_thread(self) -> None:
         """Prepare the calling thread for `run_inline`."""

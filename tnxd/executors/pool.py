@@ -15,7 +15,7 @@ import torch
 
 from tnxctl.protocol.errors import Internal, Unavailable
 from tnxd.error_text import first_line, sentence
-from tnxd.executors.execution import SHARED, Execution, Warmth
+from tnxd.executors.execution import SHARED, Execution, LoadReport
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.company import lanes_apart, rows_of_a_lane_apart
 from tnxd.executors.trial.copies import Call
@@ -24,9 +24,9 @@ from tnxd.executors.trial.held import Held, memory
 from tnxd.executors.trial.state import same_chance, stateful
 from tnxd.executors.trial.trial import Verdict, lane_calls, open_with, try_out, without_rows
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
+from tnxd.lanes import SPARE
 from tnxd.models.model import Model
 from tnxd.models.process import settings_kept
-from tnxd.scheduling.device import SPARE
 
 OnDone = Callable[[Execution], None]
 
@@ -95,6 +95,7 @@ class LanePool:
         self.description = description
         self.lanes = lanes
         self.lane_threads = lane_threads
+        self.runs_inline = inline is not None
         self.memory_mb = memory_mb
         self._make_runner = make_runner
         self._inline = inline
@@ -122,7 +123,7 @@ class LanePool:
         ).start()
         return inbox, runner
 
-    def load(self, model: Model) -> Warmth:
+    def load(self, model: Model) -> LoadReport:
         notes: list[str] = []
 
         def build() -> torch.nn.Module:
@@ -152,7 +153,7 @@ class LanePool:
         except BaseException:
             self.unload(model.key)
             raise
-        return Warmth(
+        return LoadReport(
             warmed.costs,
             nbytes,
             warmed=verdict.make is not None or verdict.kind == SHARED,
@@ -293,7 +294,7 @@ class LanePool:
             self._inline.forget(key)
 
     def submit(self, execution: Execution) -> None:
-        lane = execution.batch.lane
+        lane = execution.lane
         inbox = self._spare if lane == SPARE else self._queues[lane]
         inbox.put((execution, self._on_done))
 

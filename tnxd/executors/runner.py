@@ -133,10 +133,10 @@ class Runner(ABC):
 
     def _alone(self, execution: Execution, item: Item, rows: int) -> list[Array]:
         """Run one request, in pieces that are joined again where it has too many rows for one forward."""
-        model, batch = execution.model, execution.batch
+        model = execution.model
         if not model.max_batch_size:
             return self._forward(execution, [item], rows)
-        step = min(model.max_batch_size, batch.max_rows or model.max_batch_size)
+        step = min(model.max_batch_size, execution.max_rows or model.max_batch_size)
         pieces: list[list[Array]] = []
         at = 0
         while at < rows or not pieces:

@@ -63,6 +63,7 @@ import torch
 from torch.nn.modules import module as module_hooks
 
 from tnxctl.protocol.errors import FailedPrecondition
+from tnxd.device_kinds import KINDS
 from tnxd.models import originals
 from tnxd.models.setters import DTYPE, NUMPY_SEED, PYTHON_SEED, SEED, noted
 
@@ -144,7 +145,7 @@ def _set_inference_mode(enabled: bool) -> None:
     _inference_guards.append(guard)
 
 
-_AUTOCAST_KINDS = ("cpu", "cuda")
+_AUTOCAST_KINDS = tuple(KINDS)
 
 
 def _set_autocast(states: tuple[tuple[bool, torch.dtype], ...]) -> None:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tnxd.device_kinds import KINDS
 from tnxd.scheduling.costs import BatchCosts
 from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.request import LEVELS, Request
 from tnxd.scheduling.request_queue import Waiting
 from tnxd.scheduling.turns import Turns
-
-INLINE = -1
-"""The lane that is the caller's own thread."""
-
-SPARE = -2
-"""The lane for what nobody waits for: a thread of the device that the operating system lets run last."""
 
 # A level gets this share of the device's time while all have work: the last one keeps moving, too.
 _SHARES = (8.0, 4.0, 2.0, 1.0)
@@ -55,7 +50,7 @@ class Device:
     """A device as policy sees it.
 
     Attributes:
-        kind: "cpu" or "cuda".
+        kind: key of `tnxd.device_kinds.KINDS`. is_gpu: as there.
         lanes: batches that it runs at a time.
         models: keys of the models that are loaded on it; they come and go.
         memory_free_mb: in MiB, as last reported; used for GPUs.
@@ -86,6 +81,7 @@ class Device:
     inline_limit_us: float = 0.0
     lane_threads: int = 1
     error: str = ""
+    is_gpu: bool = field(init=False)
     free_lanes: list[int] = field(init=False)
     spare_free: bool = field(init=False, default=True)
     busy_until_ns: dict[int, int] = field(init=False, default_factory=dict)
@@ -104,6 +100,7 @@ class Device:
     virtual: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
+        self.is_gpu = KINDS[self.kind].is_gpu
         self.free_lanes = list(range(self.lanes))
 
     @property
@@ -115,7 +112,7 @@ class Device:
         """Whether a request that may go anywhere may go here."""
         if self.error or request.model not in self.models or self.name in request.excluded:
             return False
-        return self.kind != "cuda" or self.memory_free_mb >= request.min_gpu_memory_mb
+        return not self.is_gpu or self.memory_free_mb >= request.min_gpu_memory_mb
 
     def takes_over(self, request: Request) -> bool:
         """Whether a request that waits elsewhere may come here."""

@@ -41,8 +41,8 @@ class Routing:
     def look(self) -> None:
         """Sort the devices into those that work and those that failed, after a change."""
         ready = [device for device in self.devices.values() if not device.error]
-        self.gpus = [device for device in ready if device.kind == "cuda"]
-        self._cpus = [device for device in ready if device.kind == "cpu"]
+        self.gpus = [device for device in ready if device.is_gpu]
+        self._cpus = [device for device in ready if not device.is_gpu]
         failed = [f"{device.name} failed" for device in self.devices.values() if device.error]
         self._no_gpu = "no GPU is ready" + (f": {', '.join(failed)}" if failed else "")
         self._no_cpu = "" if self._cpus else "this daemon runs without the CPU"

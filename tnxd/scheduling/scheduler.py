@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 
 from tnxctl.protocol.errors import ResourceExhausted
+from tnxd.lanes import INLINE, SPARE
 from tnxd.scheduling.costs import CostCurve, CostModel
-from tnxd.scheduling.device import INLINE, SPARE, Batch, Device
+from tnxd.scheduling.device import Batch, Device
 from tnxd.scheduling.forecast import Forecast
 from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.refusals import TooLate

@@ -87,11 +87,12 @@ def as_execution(batch: Batch) -> Execution:
     first = requests[0]
     assert isinstance(first, Pending)
     items = [request.arrays for request in requests]  # type: ignore[attr-defined]
-    return Execution(batch, first.served, items, [request.rows for request in requests], first.group)
+    rows = [request.rows for request in requests]
+    return Execution(batch.lane, batch.max_rows, first.served, items, rows, first.group)
 
 
-def result_header(request: Pending, execution: Execution, outputs: tuple[Array, ...]) -> bytes:
-    """The header frame of a result."""
+def result_header(request: Pending, batch_rows: int, execution: Execution, outputs: tuple[Array, ...]) -> bytes:
+    """The header frame of a result. Args: batch_rows: of all requests in its batch."""
     model, received_ns, queued_ns = request.served, request.received_ns, request.queued_ns
     now = time.perf_counter_ns()
     result = Result(
@@ -102,7 +103,7 @@ def result_header(request: Pending, execution: Execution, outputs: tuple[Array, 
         outputs=_described(model.outputs, outputs),
         device=request.device,
         reason=request.reason,
-        batch_size=execution.batch.rows,
+        batch_size=batch_rows,
         latency_ms=execution.latency_us / 1e3,
         gpu_memory_mb=execution.memory_free_mb,
         timing=Timing(

@@ -23,6 +23,7 @@ from tnxctl.protocol.wire import (
 from tnxd.deployment.loader import Changes
 from tnxd.deployment.registry import READY, STARTING, Deployment, Registry, Version
 from tnxd.deployment.shadow import Shadows
+from tnxd.device_kinds import CUDA
 from tnxd.executors.execution import Executor
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
@@ -70,9 +71,9 @@ def health(
         v=VERSION,
         id=request.id,
         status=state,
-        cuda_available=any(info.name.startswith("cuda") and info.status == READY for info in devices),
+        cuda_available=any(device.kind == CUDA.name and not device.error for device in scheduler.devices.values()),
         current_device=current.name if current else "",
-        gpu_memory_free_mb=current.memory_free_mb if current and current.kind == "cuda" else 0.0,
+        gpu_memory_free_mb=current.memory_free_mb if current and current.is_gpu else 0.0,
         version=__version__,
         uptime_s=telemetry.uptime_s(),
         devices=devices,

@@ -44,8 +44,9 @@ from tnxd.deployment.loader import Loader
 from tnxd.deployment.registry import DRAINING, LOADING_RETRY_S, READY, STARTING, Version
 from tnxd.deployment.shadow import Shadows
 from tnxd.executors.execution import Execution, Executor
+from tnxd.lanes import INLINE, SPARE
 from tnxd.models.sizes import reply_too_large
-from tnxd.scheduling.device import INLINE, SPARE, Batch
+from tnxd.scheduling.device import Batch
 from tnxd.scheduling.refusals import Refusals, TooLate
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.scheduler import Scheduler
@@ -157,7 +158,7 @@ class Server:
         self._started: Batch | None = None
         self._modest = False
         self._inline: Execution | None = None
-        self._on_lanes: dict[Execution, float] = {}
+        self._on_lanes: dict[Execution, Batch] = {}
         self._next_tick = time.monotonic()
         self._drain_until = float("inf")
         self._next_look = 0.0
@@ -250,7 +251,8 @@ class Server:
             ran = False
             if self._completed:
                 while self._completed:
-                    self._finish(self._completed.popleft())
+                    execution = self._completed.popleft()
+                    self._finish(execution, self._on_lanes.pop(execution))
                 if self._scheduler.queued >= _ENOUGH:
                     ran = self._dispatch()  # a lane is free, and need not wait until more is taken in
             more = self._receive()
@@ -274,7 +276,8 @@ class Server:
         """Answer all that is here, and see to it that the answers go out, for so long at most. Returns what is left."""
         until = time.monotonic() + seconds
         while self._completed:
-            self._finish(self._completed.popleft())
+            execution = self._completed.popleft()
+            self._finish(execution, self._on_lanes.pop(execution))
         self.state = DRAINING
         self._next_tick = float("inf")
         self._abandon()
@@ -362,11 +365,14 @@ class Server:
         keys = {version.model.key for _, version in self._inventory.registry if version.model is not None}
         self._shadows.keep(keys)
         self._background.keep(keys)
-        stalled = [execution for execution, since in self._on_lanes.items() if now - since > self._limit_s(execution)]
-        for execution in stalled:
-            if not execution.batch.given_up:
-                self._give_up(execution)
-        dead = Counter(execution.batch.device.name for execution in stalled if execution.batch.lane != SPARE)
+        now_ns = time.perf_counter_ns()
+        stalled: list[Batch] = []
+        for execution, batch in self._on_lanes.items():
+            if (now_ns - batch.started_ns) / 1e9 > self._limit_s(execution):
+                stalled.append(batch)
+                if not batch.given_up:
+                    self._give_up(execution, batch)
+        dead = Counter(batch.device.name for batch in stalled if batch.lane != SPARE)
         self._on_tick(all(self._scheduler.devices[name].lanes > count for name, count in dead.items()))
 
     def _tell_errors(self, now: float, *, at_once: bool = False) -> None:
@@ -377,9 +383,8 @@ class Server:
     def _limit_s(self, execution: Execution) -> float:
         return execution.model.time_limit_s or self._stall_timeout_s
 
-    def _give_up(self, execution: Execution) -> None:
+    def _give_up(self, execution: Execution, batch: Batch) -> None:
         """A batch hangs: its requests get an error. Its lane is free again if it ever ends."""
-        batch = execution.batch
         why = f"model {batch.model!r} ran for over {self._limit_s(execution):g} s on {batch.device.name}"
         held = [request for request in batch.requests if not request.done]
         if held:
@@ -397,7 +402,7 @@ class Server:
     def _abandon(self) -> None:
         """Answer what will never be finished."""
         waiting = self._scheduler.drop_all()
-        running = [request for execution in self._on_lanes for request in execution.batch.requests]
+        running = [request for batch in self._on_lanes.values() for request in batch.requests]
         for request in [*waiting, *[request for request in running if not request.done]]:
             self._answer_error(request, Unavailable("the daemon stopped before this request was done"))
         if self._orders is not None:
@@ -619,60 +624,59 @@ class Server:
         """Put batches on free lanes. True if one ran right here: more may have come meanwhile."""
         batch, self._started = self._started, None
         if batch is not None:
-            self._run_inline(as_execution(batch))
+            self._run_inline(batch)
             return True
         if not self._scheduler.queued:
             if self._background:
                 self._run_copy()
             return False
-        inline: Execution | None = None
+        inline: Batch | None = None
         batches, late = self._scheduler.next_batches(time.perf_counter_ns())
         if batches or late:
             self._refusals.clear()
         for request in late:
             self._answer_late(request)
         for batch in batches:
-            execution = as_execution(batch)
             if batch.lane == INLINE:
-                inline = execution
+                inline = batch
             else:
-                self._on_lanes[execution] = time.monotonic()
+                execution = as_execution(batch)
+                self._on_lanes[execution] = batch
                 self._executor(batch).submit(execution)
         if inline is None:
             return False
         self._run_inline(inline)
         return True
 
-    def _run_inline(self, execution: Execution) -> None:
-        self._inline = execution
-        self._executor(execution.batch).run_inline(execution)
+    def _run_inline(self, batch: Batch) -> None:
+        self._inline = execution = as_execution(batch)
+        self._executor(batch).run_inline(execution)
         self._inline = None
-        self._finish(execution)
+        self._finish(execution, batch)
 
     def _run_copy(self) -> None:
-        copy = self._background.next(self._scheduler, time.perf_counter_ns())
-        if copy is not None:
-            self._on_lanes[copy] = time.monotonic()
-            self._executor(copy.batch).submit(copy)
+        found = self._background.next(self._scheduler, time.perf_counter_ns())
+        if found is not None:
+            copy, batch = found
+            self._on_lanes[copy] = batch
+            self._executor(batch).submit(copy)
 
     def _executor(self, batch: Batch) -> Executor:
         return self._inventory.executors[batch.device.name]
 
-    def _finish(self, execution: Execution) -> None:
+    def _finish(self, execution: Execution, batch: Batch) -> None:
         """Answer the requests of a batch that is over."""
         try:
-            self._settle(execution)
+            self._settle(execution, batch)
         except Exception:  # a defect of ours: these clients get an answer, and the others go on
-            log.exception("finishing a batch of %s", execution.batch.model)
-            for request in execution.batch.requests:
+            log.exception("finishing a batch of %s", batch.model)
+            for request in batch.requests:
                 if not request.done:
                     self._answer_error(request, Internal("the daemon failed at this request; its log says how"))
 
-    def _settle(self, execution: Execution) -> None:
-        batch = execution.batch
-        self._on_lanes.pop(execution, None)
+    def _settle(self, execution: Execution, batch: Batch) -> None:
         device = batch.device
-        if device.kind == "cuda":
+        if device.is_gpu:
             device.memory_free_mb = execution.memory_free_mb
         answers: list[_Answer] = []
         sizes_known = execution.model.reply_row_nbytes  # and looked at before
@@ -688,7 +692,7 @@ class Server:
             ):
                 self._answer_error(request, self._too_large(nbytes, request.max_reply_bytes))
             else:
-                answers.append((request, result_header(request, execution, outcome), outcome))
+                answers.append((request, result_header(request, batch.rows, execution, outcome), outcome))
                 if len(answers) == _SENT_TOGETHER:
                     self._answer(answers, execution)
                     answers.clear()
@@ -697,7 +701,7 @@ class Server:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
         failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])
         if failures or self._quarantine.active:
-            self._judge(execution)
+            self._judge(execution, batch)
         # How long a failure took says nothing about the next success.
         succeeded = not execution.exhausted and not failures
         micros = (execution.finished_ns - execution.started_ns) / 1e3 if succeeded else 0.0
@@ -728,11 +732,11 @@ class Server:
             return reply_too_large(nbytes, max_reply_bytes, "the client")
         return reply_too_large(nbytes, self._message_bytes, "the daemon")
 
-    def _judge(self, execution: Execution) -> None:
+    def _judge(self, execution: Execution, batch: Batch) -> None:
         """Let clients ride alone who sent what a model fails at, until they have shown that they can do otherwise."""
         if execution.fatal:
             return
-        for request, outcome in zip(execution.batch.requests, execution.outcomes, strict=False):
+        for request, outcome in zip(batch.requests, execution.outcomes, strict=False):
             peer = request.peer
             if not isinstance(outcome, TensorNextError):
                 self._quarantine.succeeded(peer)
@@ -743,7 +747,7 @@ class Server:
 
     def _runs_elsewhere(self, request: Pending, error: TensorNextError) -> bool:
         """A GPU had no memory for a request: have it run where else it may. False if that is nowhere."""
-        if not isinstance(error, ResourceExhausted) or not request.device.startswith("cuda"):
+        if not isinstance(error, ResourceExhausted) or not self._scheduler.devices[request.device].is_gpu:
             return False
         if request.wanted not in ("", "auto"):
             return False

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from tnxctl.protocol.frames import Array
+from tnxd.device_kinds import KINDS
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item, Make
 from tnxd.executors.trial.rows import rows_apart
@@ -56,8 +57,8 @@ def lanes_apart(
             apart = ask(call, item, answer)
             if apart:
                 return apart
-    if device.type != "cpu":
-        return ""  # lanes of a GPU have streams of their own
+    if KINDS[device.type].has_streams:
+        return ""
     return _at_once([partial(ask, call, *pair) for call, pair in zip(calls, known, strict=True)])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from tnxctl.protocol.frames import STORAGE, Array
 from tnxctl.protocol.wire import TensorSpec
+from tnxd.device_kinds import DeviceKind
 from tnxd.models.model import Model
 from tnxd.models.noise import FLOATING
 
@@ -20,15 +21,17 @@ Make = Callable[[int, int], Item]
 _FRACTIONS = ((0.1, 1.0), (-3.0, 3.0), (0.0, 300.0))
 """Bounds of made-up fractions: probabilities, standardised values, and values of 8 bits."""
 
-_INTEGERS = {"cpu": ((1, 3), (0, 1), (1, 1), (0, 0)), "cuda": ((0, 1), (0, 0))}
-"""Bounds of made-up integers, in the order in which they are tried. On a GPU, an index out of range is the end of its
-context, for all models: there they are as small as they can be."""
+_INTEGERS = ((1, 3), (0, 1), (1, 1), (0, 0))
+"""Bounds of made-up integers, in the order in which they are tried."""
+
+_SMALLEST_INTEGERS = ((0, 1), (0, 0))
+"""The same where an index out of range would end the device's context: as small as they can be."""
 
 Draw = Callable[[TensorSpec, tuple[int, ...], np.random.Generator, int], Array]
 """Makes values of a shape, for a variant."""
 
 
-def examples(model: Model, kind: str) -> Iterator[tuple[str, Make]]:
+def examples(model: Model, kind: DeviceKind) -> Iterator[tuple[str, Make]]:
     """Ways to make inputs that a model may take, by what to call them. What its author gave stands for itself.
 
     Zeros come first, since they are small: no index is out of range and nothing overflows. Lengths and divisors are
@@ -39,28 +42,34 @@ def examples(model: Model, kind: str) -> Iterator[tuple[str, Make]]:
         return
     yield "zeros", _maker(model, lambda spec, shape, *_: np.zeros(shape))
     yield "ones", _maker(model, lambda spec, shape, *_: np.ones(shape))
-    yield "small random numbers", _maker(model, _drawing(*_INTEGERS[kind][0]))
+    yield "small random numbers", _maker(model, _drawing(*_integers(kind)[0]))
 
 
-def telling_examples(model: Model, kind: str, *, own: bool = True) -> Iterator[Make]:
+def telling_examples(model: Model, kind: DeviceKind, *, own: bool = True) -> Iterator[Make]:
     """Ways to make inputs whose values differ, from row to row and from variant to variant, and are mostly not zero.
 
     An author's own numbers are used. Fractions that are all equal are not, such as the zeros that many a program is
     exported with: they say no more than a shape does.
 
     Args:
-        kind: of the device, "cpu" or "cuda". own: whether to use an author's fractions.
+        kind: of the device. own: whether to use an author's fractions.
     """
-    if own and kind == "cpu" and any(_is_constant(value) for value in model.example_values.values()):
-        yield _maker(model, _drawing(*_INTEGERS[kind][0]), telling=True, moved=True)
+    integers = _integers(kind)
+    constants = any(_is_constant(value) for value in model.example_values.values())
+    if own and constants and kind.survives_bad_index:  # the constants are moved on
+        yield _maker(model, _drawing(*integers[0]), telling=True, moved=True)
     counts = any(spec.datatype not in FLOATING and spec.datatype != "BOOL" for spec in model.inputs)
     measures = any(spec.datatype in FLOATING for spec in model.inputs)
     for smallest, largest in _FRACTIONS if measures else _FRACTIONS[:1]:
-        for least, most in _INTEGERS[kind] if counts else _INTEGERS[kind][:1]:
+        for least, most in integers if counts else integers[:1]:
             if most > least or measures:
                 yield _maker(model, _drawing(least, most, smallest, largest), telling=True, own=own)
     if own and any(np.ptp(value) for value in model.example_values.values() if value.size):
-        yield _maker(model, _drawing(*_INTEGERS[kind][0]))
+        yield _maker(model, _drawing(*integers[0]))
+
+
+def _integers(kind: DeviceKind) -> tuple[tuple[int, int], ...]:
+    return _INTEGERS if kind.survives_bad_index else _SMALLEST_INTEGERS
 
 
 def _drawing(least: int, most: int, smallest: float = 0.1, largest: float = 1.0) -> Draw:

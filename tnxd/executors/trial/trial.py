@@ -17,6 +17,7 @@ import torch
 
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxctl.protocol.frames import Array
+from tnxd.device_kinds import KINDS
 from tnxd.error_text import sentence
 from tnxd.executors.execution import PURE, SCRATCH, SHARED
 from tnxd.executors.trial.copies import Call, Differentiating, Own, Serial, Sparing, duplicate
@@ -143,7 +144,7 @@ def try_out(
 
 def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
     module, model, device = asking.module, asking.model, asking.device
-    allowed = tolerance(_datatypes(module, model), device.type)
+    allowed = tolerance(_datatypes(module, model), KINDS[device.type])
     as_built = Held(module, model.writes, contents=False)
     beside = Beside(module)
     with same_chance():
@@ -422,7 +423,7 @@ def _first_that_runs(ask: _Asking, model: Model, rows: int = 1) -> tuple[Make | 
     """
     complaints = []
     of_the_code = True
-    for what, make in examples(model, ask.device.type):
+    for what, make in examples(model, KINDS[ask.device.type]):
         try:
             ask(make(rows, 0))
             return make, ""
@@ -464,7 +465,7 @@ def _telling(ask: _Asking, model: Model) -> list[Make]:
     others: list[Make] = []
     exported = model.format == "pt2"
     for own in (True, False) if model.example_values else (True,):
-        for make in telling_examples(model, ask.device.type, own=own):
+        for make in telling_examples(model, KINDS[ask.device.type], own=own):
             told = _told(ask, model, make)
             if told == _ALL:
                 fine.append(make)

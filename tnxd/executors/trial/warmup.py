@@ -13,9 +13,9 @@ from tnxctl.protocol.wire import TensorSpec
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item, Make
+from tnxd.lanes import INLINE
 from tnxd.models.model import Model
 from tnxd.models.noise import difference
-from tnxd.scheduling.device import INLINE, Batch, Device
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Warmed(NamedTuple):
     """The outcome of a warm-up.
 
     Attributes:
-        costs, safe_rows, most_rows: as in `tnxd.executors.execution.Warmth`.
+        costs, safe_rows, most_rows: as in `tnxd.executors.execution.LoadReport`.
         mixes: how a row had another answer in a batch than alone, in words; "" if none had.
     """
 
@@ -115,8 +115,7 @@ def run_example(runner: Runner, model: Model, item: Item) -> Execution:
     """Run one request on the calling thread. Raises what is wrong with the model."""
     specs = [TensorSpec(spec.name, spec.datatype, array.shape) for spec, array in zip(model.inputs, item, strict=True)]
     bound = model.bind(specs, item)
-    batch = Batch(Device(runner.device, runner.torch_device.type, 1, set()), INLINE, model.key, [], bound.rows)
-    execution = Execution(batch, model, [bound.arrays], [bound.rows], bound.group)
+    execution = Execution(INLINE, 0, model, [bound.arrays], [bound.rows], bound.group)
     runner.run(execution)
     if execution.fatal:
         raise Unavailable(execution.fatal)
