@@ -122,7 +122,6 @@ class Bench:
             self.registry,
             self.scheduler,
             self.executors,
-            self.costs,
             self._scan,
             self._calls.put,
             limits=Limits(),

@@ -141,7 +141,6 @@ class Daemon:
             inventory.registry,
             scheduler,
             executors,
-            self._costs,
             lambda: offer.catalog(config),
             self._server.call_soon,
             limits=config.limits,

@@ -45,8 +45,6 @@ from tnxd.executors.execution import SHARED, Executor, Warmth
 from tnxd.models.catalog import Catalog
 from tnxd.models.model import Model
 from tnxd.models.sizes import check_message_sizes
-from tnxd.scheduling.costs import CostModel
-from tnxd.scheduling.device import Device
 from tnxd.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -84,7 +82,6 @@ class Loader:
 
     Args:
         scheduler, executors: have all devices, and no model yet.
-        costs: learns what warm-up shows.
         scan: looks at what could be served; blocks.
         call_soon: has the loop run a function; called from the thread beside it.
         limits: of messages; what cannot be asked for within them is not loaded.
@@ -99,7 +96,6 @@ class Loader:
         registry: Registry,
         scheduler: Scheduler,
         executors: Mapping[str, Executor],
-        costs: CostModel,
         scan: Callable[[], Catalog],
         call_soon: Callable[[Callable[[], None]], None],
         *,
@@ -112,7 +108,6 @@ class Loader:
         self._registry = registry
         self._scheduler = scheduler
         self._executors = executors
-        self._costs = costs
         self._scan = scan
         self._call_soon = call_soon
         self._limits = limits
@@ -279,7 +274,7 @@ class Loader:
             version.loading = False  # whatever was announced and has gone since
             if version.model is not None:
                 for executor in self._executors.values():
-                    if self._holds(executor.name, version.model.key):
+                    if self._scheduler.has_model(executor.name, version.model.key):
                         try:
                             yield partial(executor.touch, version.model)
                         except Exception as error:
@@ -473,7 +468,7 @@ class Loader:
                     )
             failures: dict[str, str] = {}
             for name, executor in self._executors.items():
-                if not model.may_use(name) or self._device(name).error:
+                if not model.may_use(name) or self._scheduler.devices[name].error:
                     continue
                 yield from self._make_room(executor, version)
                 try:
@@ -519,15 +514,14 @@ class Loader:
             log.error("%s cannot be loaded: %s", version.title, failure.message)
             raise failure from None
         for name in warmths:
-            curve = self._costs.curve(name, model.key, model.example_group)
-            for rows, micros in warmths[name].costs:
-                if model.max_batch_size or rows == 1:
-                    curve.observe(rows, micros)
-            self._device(name).models.add(model.key)
-            if warmths[name].safe_rows:
-                self._scheduler.limit_rows(name, model.key, warmths[name].safe_rows)
-            if warmths[name].most_rows:
-                self._scheduler.bound_rows(name, model.key, warmths[name].most_rows)
+            self._scheduler.add_model(
+                name,
+                model.key,
+                group=model.example_group,
+                costs=[(rows, micros) for rows, micros in warmths[name].costs if model.max_batch_size or rows == 1],
+                safe_rows=warmths[name].safe_rows,
+                most_rows=warmths[name].most_rows,
+            )
         self._scheduler.set_lane_limit(model.key, model.replicas)
         version.model = model
         version.audit = self._audit(version, model, warmths.values())
@@ -568,8 +562,7 @@ class Loader:
                 held = False
                 # What still runs or waits has the old key: other contents must not answer it.
                 version.generation = self._registry.deployments[version.source.name].next_generation(version.number)
-            for device in self._scheduler.devices.values():
-                device.models.discard(key)
+            self._scheduler.remove_model(key)
         if held:
             self._scheduler.forget(key)
             for executor in self._executors.values():
@@ -603,7 +596,9 @@ class Loader:
             held = [
                 other
                 for _, other in self._registry
-                if other.state == READY and other.model is not None and self._holds(executor.name, other.model.key)
+                if other.state == READY
+                and other.model is not None
+                and self._scheduler.has_model(executor.name, other.model.key)
             ]
             free = budget - sum(other.nbytes for other in held)
             if version.nbytes <= free:
@@ -626,12 +621,6 @@ class Loader:
         if not model.audit or any(warmth.serial or warmth.random for warmth in warmths):
             return None
         return version.audit or Audit(version, model.audit, self._on_mixing)
-
-    def _holds(self, device: str, key: str) -> bool:
-        return key in self._device(device).models
-
-    def _device(self, name: str) -> Device:
-        return self._scheduler.devices[name]
 
 
 def _as_tried(model: Model, warmths: Collection[Warmth], *, mixes: bool) -> Model:

@@ -403,7 +403,7 @@ class Server:
             self._trimmed_at = self._router.closed
             threading.Thread(target=heap.trim, name="trim", daemon=True).start()
         for name, executor in self._inventory.executors.items():
-            self._scheduler.devices[name].memory_free_mb = executor.memory_mb()[0]
+            self._scheduler.set_free_memory(name, executor.memory_mb()[0])
         keys = {version.model.key for _, version in self._inventory.registry if version.model is not None}
         self._shadows.keep(keys)
         self._background.keep(keys)
@@ -718,7 +718,7 @@ class Server:
         self._on_lanes.pop(execution, None)
         device = batch.device
         if device.kind == "cuda":
-            device.memory_free_mb = execution.memory_free_mb
+            self._scheduler.set_free_memory(device.name, execution.memory_free_mb)
         answers: list[_Answer] = []
         sizes_known = execution.model.reply_row_nbytes  # and looked at before
         for request, outcome in zip(batch.requests, execution.outcomes, strict=False):  # a copy has no requests
