@@ -27,7 +27,7 @@ from tnxctl.protocol.errors import (
     TensorNextError,
 )
 from tnxctl.protocol.wire import Limits, excerpt, split_title
-from tnxd.deployment.audit import Audit, OnMixing
+from tnxd.deployment.audit import Audit
 from tnxd.deployment.registry import (
     DRAINING,
     EVICTED,
@@ -81,14 +81,13 @@ class Loader:
     """Runs operations, one after the other.
 
     Args:
-        scheduler, executors: have all devices, and no model yet.
+        scheduler, executors: have the same devices, all of them before `start`, and no model yet.
         scan: looks at what could be served; blocks.
         call_soon: has the loop run a function; called from the thread beside it.
         limits: of messages; what cannot be asked for within them is not loaded.
         budget: bytes that the weights of all models may take on a device, by kind of device; no limit without an entry.
         load_timeout_s: a step that takes longer has failed. Its thread is left to itself: Python cannot end it.
         on_reload: called with True when a reload begins and with False when it is over.
-        on_mixing: called, on another thread, when an audit shows that requests in a batch change each other's answers.
     """
 
     def __init__(
@@ -103,7 +102,6 @@ class Loader:
         budget: Mapping[str, int],
         load_timeout_s: float,
         on_reload: Callable[[bool], None],
-        on_mixing: OnMixing,
     ) -> None:
         self._registry = registry
         self._scheduler = scheduler
@@ -114,7 +112,6 @@ class Loader:
         self._budget = budget
         self._timeout_s = load_timeout_s
         self._on_reload = on_reload
-        self._on_mixing = on_mixing
         self._waiting: deque[tuple[Operation[Any], Done[Any]]] = deque()
         self._current: tuple[Operation[Any], Done[Any]] | None = None
         self._drained: _Drained | None = None
@@ -158,7 +155,7 @@ class Loader:
         """Let NAME@VERSION, or all versions of NAME, finish and go."""
         self._submit(self._unload_title(title), done)
 
-    def summon(self, version: Version) -> None:
+    def request_load(self, version: Version) -> None:
         """Load an evicted version, for which a request has come."""
         if not version.loading:
             version.loading = True
@@ -620,7 +617,11 @@ class Loader:
         """The audit of a version that can be audited, which goes on if there was one before."""
         if not model.audit or any(warmth.serial or warmth.random for warmth in warmths):
             return None
-        return version.audit or Audit(version, model.audit, self._on_mixing)
+        return version.audit or Audit(version, model.audit, self._end_batches)
+
+    def _end_batches(self, version: Version, key: str, why: str) -> None:
+        """Called by an audit, on another thread."""
+        self._call_soon(partial(version.end_batches, key, why))
 
 
 def _as_tried(model: Model, warmths: Collection[Warmth], *, mixes: bool) -> Model:

@@ -88,6 +88,11 @@ class Scheduler:
 
     # --- models that come and go -------------------------------------------------------------------------------
 
+    def add_device(self, device: Device) -> None:
+        """Route requests to a device, too. It comes last in the order of preference among equals."""
+        self.devices[device.name] = device
+        self._routing.look()
+
     def add_model(
         self,
         device: str,
