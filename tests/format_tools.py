@@ -11,6 +11,7 @@ from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.models import repository
+from tnxd.models.formats import opening
 from tnxd.models.model import Model
 from tnxd.models.repository import RepositorySource
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
@@ -18,7 +19,7 @@ from tnxd.models.tensors import check_outputs, to_array, to_tensor
 
 def source(root: Path, name: str = "net", version: str = "1") -> RepositorySource:
     """A version in a repository. Raises AssertionError: it is not there, or has a mistake."""
-    catalog = repository.scan(root)
+    catalog = repository.scan(root, opening.open_model)
     assert catalog.failures == {}
     found = catalog.entries[name].sources[version]
     assert isinstance(found, RepositorySource)

@@ -26,6 +26,7 @@ from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, Permissi
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.advice import installing
 from tnxd.models import networks, repository
+from tnxd.models.formats import opening
 from tnxd.models.formats.exported import Program
 from tnxd.models.formats.factories import _ROOT
 
@@ -720,7 +721,7 @@ def test_bytecode_in_the_repository_is_not_run(tmp_path: Path, planted: str) -> 
         cfile=str(place / f"{Path(planted).name}.{sys.implementation.cache_tag}.pyc"),
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
     )
-    catalog = repository.scan(tmp_path, require_manifest=True)
+    catalog = repository.scan(tmp_path, opening.open_model, require_manifest=True)
     assert catalog.failures == {}
     model = catalog.entries["net"].sources["1"].open(0)
     assert ask(model, model.factory(), np.zeros((1, 4), np.float32))["y"].tolist() == [[14] * 4]

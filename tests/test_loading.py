@@ -122,14 +122,12 @@ class Bench:
             self.registry,
             self.scheduler,
             self.executors,
-            self.costs,
             self._scan,
             self._calls.put,
             limits=Limits(),
             budget={"cpu": budget_mb * MIB},
             load_timeout_s=load_timeout_s,
             on_reload=self.reloads.append,
-            on_mixing=lambda version, key, why: None,
         )
 
     def add(self, name: str, version: str, **options: Any) -> FakeSource:
@@ -329,12 +327,14 @@ def test_what_an_audit_has_ended_stays_ended_when_a_version_comes_back() -> None
     bench.add("net", "1")
     bench.run(bench.loader.start)
     version = bench.registry.find("net", b"c", "")
-    assert version.end_batches("they mix")
-    assert not version.end_batches("again")
+    version.end_batches("another", "they mix")
+    assert not version.mixes
+    version.end_batches(version.key, "they mix")
+    version.end_batches(version.key, "again")
     bench.add("other", "1")
     bench.run(bench.loader.reload)
     assert version.state == EVICTED
-    bench.loader.summon(version)
+    bench.loader.request_load(version)
     bench.settle()
     assert version.state == READY
     assert version.model is not None
@@ -465,8 +465,8 @@ def test_the_least_recently_used_model_makes_room_and_comes_back() -> None:
     bench.answers("b")
     version = bench.registry.find("a", b"c", "")
     assert version.state == EVICTED
-    bench.loader.summon(version)
-    bench.loader.summon(version)  # asked for twice, it is loaded once
+    bench.loader.request_load(version)
+    bench.loader.request_load(version)  # asked for twice, it is loaded once
     bench.settle()
     assert bench.states() == {"a@1": READY, "b@1": READY, "c@1": EVICTED}
     assert bench.executor.most == 2
@@ -567,7 +567,7 @@ def test_an_evicted_version_keeps_its_traffic_while_it_drains() -> None:
     bench = one_evicted()
     assert bench.states() == {"a@1": EVICTED, "b@1": READY}
     request = bench.request("b")
-    bench.loader.summon(bench.registry.find("a", b"c", ""))
+    bench.loader.request_load(bench.registry.find("a", b"c", ""))
     while bench.states()["b@1"] == READY:
         bench.turn()
     assert request.waiting
@@ -580,14 +580,14 @@ def test_an_evicted_version_keeps_its_traffic_while_it_drains() -> None:
 def test_an_evicted_version_comes_back_as_its_files_are_now() -> None:
     bench = one_evicted()
     bench.add("a", "1", nbytes=MIB, stamp="b")
-    bench.loader.summon(bench.registry.find("a", b"c", ""))
+    bench.loader.request_load(bench.registry.find("a", b"c", ""))
     bench.settle()
     assert bench.executor.held == {"a@1#1"}
     assert bench.run(bench.loader.reload) == Changes([], [], {})
-    bench.loader.summon(bench.registry.find("b", b"c", ""))
+    bench.loader.request_load(bench.registry.find("b", b"c", ""))
     bench.settle()
     bench.add("a", "1", nbytes=MIB, stamp="c", width=5)
-    bench.loader.summon(bench.registry.find("a", b"c", ""))
+    bench.loader.request_load(bench.registry.find("a", b"c", ""))
     bench.settle()
     assert "signature" in bench.registry.describe("a")[1].error
 
@@ -792,11 +792,11 @@ def test_a_device_that_fails_to_free_does_not_stop_the_rest(bench: Bench) -> Non
 def test_a_version_whose_way_back_was_barred_once_comes_back_later() -> None:
     bench = one_evicted()
     bench.scan_error = PermissionDenied("models can be written by others")
-    bench.loader.summon(bench.registry.find("a", b"c", ""))
+    bench.loader.request_load(bench.registry.find("a", b"c", ""))
     bench.settle()
     assert bench.states()["a@1"] == EVICTED
     bench.scan_error = None
-    bench.loader.summon(bench.registry.find("a", b"c", ""))
+    bench.loader.request_load(bench.registry.find("a", b"c", ""))
     bench.settle()
     assert bench.states()["a@1"] == READY
 

@@ -22,6 +22,7 @@ from tnxd.process.watchdog import Watchdog
 from tnxd.scheduling.costs import CostModel
 from tnxd.scheduling.device import Device
 from tnxd.scheduling.scheduler import Scheduler
+from tnxd.serving.call_queue import CallQueue
 from tnxd.serving.reports import Inventory
 from tnxd.serving.server import Server
 from tnxd.serving.telemetry import Telemetry
@@ -56,16 +57,38 @@ class Daemon:
         self._inventory = Inventory(registry)
         self._router = router
         self._notifier = Notifier()
-        self._costs = CostModel()
-        self._loader: Loader | None = None
         self._reload_waits = False
         self._watch: Watch | None = None
         self._exit_code = 0
+        wakeup = Wakeup()
+        self._calls = CallQueue(wakeup)
+        queue = config.queue
+        self._scheduler = Scheduler(
+            [],
+            CostModel(),
+            max_requests=queue.max_requests,
+            max_bytes=int(queue.max_mb * _MIB),
+            max_per_model=queue.max_per_model or None,
+            max_bytes_per_model=int(queue.max_mb_per_model * _MIB) or None,
+        )
+        self._loader = Loader(
+            registry,
+            self._scheduler,
+            self._inventory.executors,
+            lambda: offer.catalog(config),
+            self._calls.call_soon,
+            limits=config.limits,
+            budget={"cpu": int(config.memory.cpu_mb * _MIB), "cuda": int(config.memory.cuda_mb * _MIB)},
+            load_timeout_s=config.load_timeout_s,
+            on_reload=self._announce_reload,
+        )
         self._server = Server(
             router,
-            Wakeup(),
+            wakeup,
+            self._calls,
             self._inventory,
-            self._scheduler([]),
+            self._scheduler,
+            self._loader,
             Telemetry(),
             Spinner(config.spin_us),
             limits=config.limits,
@@ -79,22 +102,11 @@ class Daemon:
             on_device_lost=self._device_lost,
         )
 
-    def _scheduler(self, devices: list[Device]) -> Scheduler:
-        queue = self._config.queue
-        return Scheduler(
-            devices,
-            self._costs,
-            max_requests=queue.max_requests,
-            max_bytes=int(queue.max_mb * _MIB),
-            max_per_model=queue.max_per_model or None,
-            max_bytes_per_model=int(queue.max_mb_per_model * _MIB) or None,
-        )
-
     def run(self) -> int:
         """Serve until told to stop; returns the exit code."""
         self._notifier.send("STATUS=loading")
         threading.Thread(target=self._open_devices, name="devices", daemon=True).start()
-        call_soon = self._server.call_soon
+        call_soon = self._calls.call_soon
         # The drain, the flush, and as much again before it counts as hung.
         patience_s = self._config.drain_timeout_s + 2 * _FLUSH_S
         with signals.handled_signals(
@@ -124,34 +136,19 @@ class Daemon:
             gc.set_threshold(_GC_THRESHOLD)
         except BaseException as error:
             log.error("cannot start: %s", error, exc_info=not isinstance(error, RuntimeError))
-            self._server.call_soon(self._give_up)
+            self._calls.call_soon(self._give_up)
             return
-        self._server.call_soon(lambda: self._load(opened.executors, opened.failures))
+        self._calls.call_soon(lambda: self._load(opened.executors, opened.failures))
 
     def _load(self, executors: Mapping[str, Executor], failures: Mapping[str, str]) -> None:
         """The devices are open: load the models on them."""
-        config, inventory = self._config, self._inventory
         for name, failure in failures.items():
             log.error("device %s is left out: %s", name, failure)
-        inventory.executors = executors
-        inventory.device_failures.update(failures)
-        for executor in executors.values():
+        self._inventory.device_failures.update(failures)
+        for name, executor in executors.items():
             executor.adopt_thread()
-        scheduler = self._scheduler([self._device(executor) for executor in executors.values()])
-        self._loader = Loader(
-            inventory.registry,
-            scheduler,
-            executors,
-            self._costs,
-            lambda: offer.catalog(config),
-            self._server.call_soon,
-            limits=config.limits,
-            budget={"cpu": int(config.memory.cpu_mb * _MIB), "cuda": int(config.memory.cuda_mb * _MIB)},
-            load_timeout_s=config.load_timeout_s,
-            on_reload=self._announce_reload,
-            on_mixing=self._server.end_batches,
-        )
-        self._server.install(scheduler, self._loader)
+            self._scheduler.add_device(self._device(executor))
+            self._inventory.executors[name] = executor
         from tnxd.models.process import Watch  # imports torch, which is here by now
 
         self._watch = Watch()
@@ -205,7 +202,7 @@ class Daemon:
         """SIGHUP. One that comes while models are loaded counts when they are: what it is about may be read already."""
         if self._server.state == STARTING:
             self._reload_waits = True
-        elif self._server.state != READY or self._loader is None:
+        elif self._server.state != READY:
             log.warning("SIGHUP is ignored: the daemon is %s", self._server.state)
         else:
             if not self._config.model_repository:
@@ -247,7 +244,7 @@ class Daemon:
         self._server.stop()
 
     def _tick(self, progress: bool) -> None:
-        if self._watch is not None and self._loader is not None and not self._loader.active:  # which puts back itself
+        if self._watch is not None and not self._loader.active:  # which puts back itself
             self._watch.look()
         if progress and self._notifier.watchdog_s and self._server.state != STARTING:
             self._notifier.alive()

@@ -9,6 +9,8 @@ from tnxd.config import Config
 from tnxd.models import repository
 from tnxd.models.builtin import STANDARD, builtin_entries
 from tnxd.models.catalog import Catalog
+from tnxd.models.model import Model
+from tnxd.models.repository import RepositorySource
 
 
 def catalog(config: Config) -> Catalog:
@@ -16,11 +18,17 @@ def catalog(config: Config) -> Catalog:
     entries = builtin_entries(config.models or (() if config.model_repository else STANDARD))
     if not config.model_repository:
         return Catalog(entries)
-    found = repository.scan(Path(config.model_repository), require_manifest=config.require_manifest)
+    found = repository.scan(Path(config.model_repository), _open, require_manifest=config.require_manifest)
     failures = dict(found.failures)
     for name in found.entries.keys() & entries.keys():
         failures[f"{config.model_repository}/{name}"] = f"two models are called {name!r}: the built-in one is served"
     return Catalog({**entries, **found.entries, **entries}, failures)
+
+
+def _open(source: RepositorySource, generation: int) -> Model:
+    from tnxd.models.formats.opening import open_model  # imports torch
+
+    return open_model(source, generation)
 
 
 def check_default(config: Config, catalog: Catalog) -> None:

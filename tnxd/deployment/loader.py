@@ -27,7 +27,7 @@ from tnxctl.protocol.errors import (
     TensorNextError,
 )
 from tnxctl.protocol.wire import Limits, excerpt, split_title
-from tnxd.deployment.audit import Audit, OnMixing
+from tnxd.deployment.audit import Audit
 from tnxd.deployment.registry import (
     DRAINING,
     EVICTED,
@@ -45,8 +45,6 @@ from tnxd.executors.execution import SHARED, Executor, LoadReport
 from tnxd.models.catalog import Catalog
 from tnxd.models.model import Model
 from tnxd.models.sizes import check_message_sizes
-from tnxd.scheduling.costs import CostModel
-from tnxd.scheduling.device import Device
 from tnxd.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -83,15 +81,13 @@ class Loader:
     """Runs operations, one after the other.
 
     Args:
-        scheduler, executors: have all devices, and no model yet.
-        costs: learns what warm-up shows.
+        scheduler, executors: have the same devices, all of them before `start`, and no model yet.
         scan: looks at what could be served; blocks.
         call_soon: has the loop run a function; called from the thread beside it.
         limits: of messages; what cannot be asked for within them is not loaded.
         budget: bytes that the weights of all models may take on a device, by kind of device; no limit without an entry.
         load_timeout_s: a step that takes longer has failed. Its thread is left to itself: Python cannot end it.
         on_reload: called with True when a reload begins and with False when it is over.
-        on_mixing: called, on another thread, when an audit shows that requests in a batch change each other's answers.
     """
 
     def __init__(
@@ -99,7 +95,6 @@ class Loader:
         registry: Registry,
         scheduler: Scheduler,
         executors: Mapping[str, Executor],
-        costs: CostModel,
         scan: Callable[[], Catalog],
         call_soon: Callable[[Callable[[], None]], None],
         *,
@@ -107,19 +102,16 @@ class Loader:
         budget: Mapping[str, int],
         load_timeout_s: float,
         on_reload: Callable[[bool], None],
-        on_mixing: OnMixing,
     ) -> None:
         self._registry = registry
         self._scheduler = scheduler
         self._executors = executors
-        self._costs = costs
         self._scan = scan
         self._call_soon = call_soon
         self._limits = limits
         self._budget = budget
         self._timeout_s = load_timeout_s
         self._on_reload = on_reload
-        self._on_mixing = on_mixing
         self._waiting: deque[tuple[Operation[Any], Done[Any]]] = deque()
         self._current: tuple[Operation[Any], Done[Any]] | None = None
         self._drained: _Drained | None = None
@@ -163,7 +155,7 @@ class Loader:
         """Let NAME@VERSION, or all versions of NAME, finish and go."""
         self._submit(self._unload_title(title), done)
 
-    def summon(self, version: Version) -> None:
+    def request_load(self, version: Version) -> None:
         """Load an evicted version, for which a request has come."""
         if not version.loading:
             version.loading = True
@@ -279,7 +271,7 @@ class Loader:
             version.loading = False  # whatever was announced and has gone since
             if version.model is not None:
                 for executor in self._executors.values():
-                    if self._holds(executor.name, version.model.key):
+                    if self._scheduler.has_model(executor.name, version.model.key):
                         try:
                             yield partial(executor.touch, version.model)
                         except Exception as error:
@@ -473,7 +465,7 @@ class Loader:
                     )
             failures: dict[str, str] = {}
             for name, executor in self._executors.items():
-                if not model.may_use(name) or self._device(name).error:
+                if not model.may_use(name) or self._scheduler.devices[name].error:
                     continue
                 yield from self._make_room(executor, version)
                 try:
@@ -519,15 +511,14 @@ class Loader:
             log.error("%s cannot be loaded: %s", version.title, failure.message)
             raise failure from None
         for name in reports:
-            curve = self._costs.curve(name, model.key, model.example_group)
-            for rows, micros in reports[name].costs:
-                if model.max_batch_size or rows == 1:
-                    curve.observe(rows, micros)
-            self._device(name).models.add(model.key)
-            if reports[name].safe_rows:
-                self._scheduler.limit_rows(name, model.key, reports[name].safe_rows)
-            if reports[name].most_rows:
-                self._scheduler.bound_rows(name, model.key, reports[name].most_rows)
+            self._scheduler.add_model(
+                name,
+                model.key,
+                group=model.example_group,
+                costs=[(rows, micros) for rows, micros in reports[name].costs if model.max_batch_size or rows == 1],
+                safe_rows=reports[name].safe_rows,
+                most_rows=reports[name].most_rows,
+            )
         self._scheduler.set_lane_limit(model.key, model.replicas)
         version.model = model
         version.audit = self._audit(version, model, reports.values())
@@ -568,8 +559,7 @@ class Loader:
                 held = False
                 # What still runs or waits has the old key: other contents must not answer it.
                 version.generation = self._registry.deployments[version.source.name].next_generation(version.number)
-            for device in self._scheduler.devices.values():
-                device.models.discard(key)
+            self._scheduler.remove_model(key)
         if held:
             self._scheduler.forget(key)
             for executor in self._executors.values():
@@ -603,7 +593,9 @@ class Loader:
             held = [
                 other
                 for _, other in self._registry
-                if other.state == READY and other.model is not None and self._holds(executor.name, other.model.key)
+                if other.state == READY
+                and other.model is not None
+                and self._scheduler.has_model(executor.name, other.model.key)
             ]
             free = budget - sum(other.nbytes for other in held)
             if version.nbytes <= free:
@@ -625,13 +617,11 @@ class Loader:
         """The audit of a version that can be audited, which goes on if there was one before."""
         if not model.audit or any(report.serial or report.random for report in reports):
             return None
-        return version.audit or Audit(version, model.audit, self._on_mixing)
+        return version.audit or Audit(version, model.audit, self._end_batches)
 
-    def _holds(self, device: str, key: str) -> bool:
-        return key in self._device(device).models
-
-    def _device(self, name: str) -> Device:
-        return self._scheduler.devices[name]
+    def _end_batches(self, version: Version, key: str, why: str) -> None:
+        """Called by an audit, on another thread."""
+        self._call_soon(partial(version.end_batches, key, why))
 
 
 def _as_tried(model: Model, reports: Collection[LoadReport], *, mixes: bool) -> Model:

@@ -5,6 +5,7 @@ Owned by the serving loop's thread. `tnxd.deployment.loader` changes it; the ser
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
@@ -20,6 +21,8 @@ from tnxd.serving.input_binding import Fitting
 
 if TYPE_CHECKING:
     from tnxd.deployment.audit import Audit
+
+log = logging.getLogger(__name__)
 
 LOADING_RETRY_S = 0.1
 """When to ask again for a version that is being loaded."""
@@ -111,14 +114,18 @@ class Version:
         """The most careful state among its devices, see `STATES`; "" before it was loaded."""
         return max((trial.state for trial in self.trials.values()), key=STATES.index, default="")
 
-    def end_batches(self, why: str) -> bool:
-        """Have each request run alone from now on. False: it has been so before."""
-        if self.model is None or not self.model.max_batch_size:
-            return False
+    def end_batches(self, key: str, why: str) -> None:
+        """Have each request run alone, and whole, from now on, if it is still the model of that key that serves.
+
+        Args:
+            why: how requests to that model change each other's answers in a batch.
+        """
+        if self.model is None or self.model.key != key or not self.model.max_batch_size:
+            return
         self.mixes = why
         self.model = self.model.unbatched()
         self.notes = (*self.notes, f"no batches any more: {why}")
-        return True
+        log.error("%s: its requests run alone from now on: %s", self.title, why)
 
     @property
     def servable(self) -> bool:

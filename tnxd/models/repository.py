@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class RepositorySource:
     Attributes:
         directory: of the version. settings: of the model. guard: whom the repository trusts.
         require_manifest: whether a version without SHA256SUMS is refused.
+        opener: reads it for `open`; None: nothing of this repository is to be opened.
     """
 
     name: str
@@ -62,11 +63,11 @@ class RepositorySource:
     settings: Settings = field(repr=False)
     guard: Guard = field(repr=False)
     require_manifest: bool = field(repr=False)
+    opener: Opener | None = field(repr=False, compare=False)
 
     def open(self, generation: int) -> Model:
-        from tnxd.models.formats.opening import open_model
-
-        return open_model(self, generation)
+        assert self.opener is not None
+        return self.opener(self, generation)
 
     @property
     def settings_label(self) -> str:
@@ -74,10 +75,19 @@ class RepositorySource:
         return f"{self.name}/{SETTINGS}"
 
 
-def scan(root: Path, *, require_manifest: bool = False) -> Catalog:
+Opener = Callable[[RepositorySource, int], Model]
+"""Reads a version, to be a model of that generation, as `tnxd.models.catalog.Source.open` promises.
+
+It knows the formats, and with them torch, which a repository does without. A module-level function: sources are pickled
+for the processes that compile them.
+"""
+
+
+def scan(root: Path, opener: Opener | None = None, *, require_manifest: bool = False) -> Catalog:
     """Look at a repository. Mistakes in one model are reported and do not hide the others.
 
     Args:
+        opener: what the sources are opened with; None: they are only looked at.
         require_manifest: refuse versions without SHA256SUMS.
 
     Raises:
@@ -93,7 +103,7 @@ def scan(root: Path, *, require_manifest: bool = False) -> Catalog:
     failures: dict[str, str] = {}
     for directory in directories:
         try:
-            entry, problems = _look_at(directory, guard, require_manifest)
+            entry, problems = _look_at(directory, guard, opener, require_manifest)
             entries[entry.name] = entry
             failures.update(problems)
         except _Unservable as error:
@@ -116,7 +126,9 @@ class _Unservable(Exception):
         self.failures = failures
 
 
-def _look_at(directory: Path, guard: Guard, require_manifest: bool) -> tuple[Entry, dict[str, str]]:
+def _look_at(
+    directory: Path, guard: Guard, opener: Opener | None, require_manifest: bool
+) -> tuple[Entry, dict[str, str]]:
     """One model, and what is wrong with some of its versions."""
     name = directory.name
     if not MODEL_NAME.fullmatch(name):
@@ -135,7 +147,7 @@ def _look_at(directory: Path, guard: Guard, require_manifest: bool) -> tuple[Ent
     for number, place in _versions(directory, failures):
         title = f"{name}@{number}"
         try:
-            sources[number] = _source(name, number, place, settings, guard, require_manifest)
+            sources[number] = _source(name, number, place, settings, guard, opener, require_manifest)
         except TensorNextError as error:
             failures[title] = error.message
         except FileNotFoundError:
@@ -167,7 +179,13 @@ def _versions(directory: Path, failures: dict[str, str]) -> list[tuple[str, Path
 
 
 def _source(
-    name: str, number: str, place: Path, settings: Settings, guard: Guard, require_manifest: bool
+    name: str,
+    number: str,
+    place: Path,
+    settings: Settings,
+    guard: Guard,
+    opener: Opener | None,
+    require_manifest: bool,
 ) -> RepositorySource:
     label = guard.label(place)
     inside = guard.resolve(place)
@@ -185,7 +203,7 @@ def _source(
         nbytes += sum(info.st_size for path, info in files.items() if path.suffix == _SHARD)
     state = [(str(path), *identity(info)) for path, info in sorted(files.items())]
     stamp = hashlib.sha256(settings.served + repr((state, require_manifest)).encode()).hexdigest()
-    return RepositorySource(name, number, kind, stamp, nbytes, place, settings, guard, require_manifest)
+    return RepositorySource(name, number, kind, stamp, nbytes, place, settings, guard, require_manifest, opener)
 
 
 def _check_combination(kind: str, file: str, settings: Settings, label: str) -> None:

@@ -89,6 +89,50 @@ class Scheduler:
 
     # --- models that come and go -------------------------------------------------------------------------------
 
+    def add_device(self, device: Device) -> None:
+        """Route requests to a device, too. It comes last in the order of preference among equals."""
+        self.devices[device.name] = device
+        self._routing.look()
+
+    def add_model(
+        self,
+        device: str,
+        model: str,
+        *,
+        group: tuple[int, ...] = (),
+        costs: Iterable[tuple[int, float]] = (),
+        safe_rows: int = 0,
+        most_rows: int = 0,
+    ) -> None:
+        """Route requests for a model to a device too, on which it has been loaded.
+
+        Args:
+            group: shape group of the examples that it was warmed up with.
+            costs: rows of a batch of those, and the microseconds that it took on a lane.
+            safe_rows: see `limit_rows`. most_rows: see `bound_rows`. 0: no limit of that kind.
+        """
+        curve = self._costs.curve(device, model, group)
+        for rows, micros in costs:
+            curve.observe(rows, micros)
+        self.devices[device].models.add(model)
+        if safe_rows:
+            self.limit_rows(device, model, safe_rows)
+        if most_rows:
+            self.bound_rows(device, model, most_rows)
+
+    def remove_model(self, model: str) -> None:
+        """Route no more requests for a model to any device."""
+        for device in self.devices.values():
+            device.models.discard(model)
+
+    def has_model(self, device: str, model: str) -> bool:
+        """Whether requests for a model may be routed to a device."""
+        return model in self.devices[device].models
+
+    def set_free_memory(self, device: str, free_mb: float) -> None:
+        """Note the free memory of a device, in MiB, as its executor reports it."""
+        self.devices[device].memory_free_mb = free_mb
+
     def outstanding(self, model: str) -> int:
         """Requests of a model that wait or run, on all devices; a spare batch of it counts as one."""
         load = self._routing.loads.get(model)

@@ -1,77 +1,82 @@
-"""Orders about the models, from clients: carried out by the loader one after the other, answered when done."""
+"""Admin commands: what clients want done about the models. The loader carries them out, one after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from dataclasses import dataclass
 from functools import partial
 
 from tnxctl.protocol.errors import TensorNextError, Unavailable
-from tnxctl.protocol.wire import Load, ModelsReport, Reload, Reply, Route, Unload
+from tnxctl.protocol.wire import Load, Reload, Route, Unload
 from tnxd.deployment.loader import Changes, Loader
-from tnxd.serving import reports as control
 from tnxd.transport.admission import Admission
 from tnxd.transport.router import Message
 
-Order = Load | Unload | Route | Reload
+AdminCommand = Load | Unload | Route | Reload
+
+Outcome = Changes | str | TensorNextError
+"""The changes by a reload; the name of the model that any other command was about; or the reason why it failed."""
 
 
-class Orders:
-    """Orders of all clients, until they are answered.
+@dataclass(frozen=True)
+class CommandDone:
+    """A command that has been carried out, or has failed.
 
-    Args:
-        admission: says whose orders may wait.
-        report: makes the answer with a request's id about the models of one name.
-        answer: sends an answer, or an error, to the sender of a message, with the id of its request.
+    Attributes:
+        message: brought it. id: of its request.
     """
 
-    def __init__(
-        self,
-        loader: Loader,
-        admission: Admission,
-        report: Callable[[int, str], ModelsReport],
-        answer: Callable[[Message, int, Reply | TensorNextError], None],
-    ) -> None:
+    message: Message
+    id: int
+    outcome: Outcome
+
+
+class AdminCommands:
+    """Commands of all clients, until they are done.
+
+    Args:
+        admission: limits how many commands of a client may wait.
+
+    Attributes:
+        done: commands that are to be answered, the first done first. The caller takes them out.
+    """
+
+    def __init__(self, loader: Loader, admission: Admission) -> None:
+        self.done: deque[CommandDone] = deque()
         self._loader = loader
         self._admission = admission
-        self._report = report
-        self._answer = answer
         self._waiting: dict[int, tuple[Message, int]] = {}
         self._serial = 0
 
-    def take(self, message: Message, order: Order) -> None:
-        """Have an order carried out; it is answered now or later.
+    def take(self, message: Message, command: AdminCommand) -> None:
+        """Have a command carried out. It is in `done` now or later.
 
         Raises:
-            ResourceExhausted: too many orders of this client wait.
-            TensorNextError: it cannot be carried out.
+            ResourceExhausted: too many commands of this client wait.
+            TensorNextError: traffic cannot be split so, see `check_weights`.
         """
-        if isinstance(order, Route):
-            self._loader.route(order.model, order.weights, order.shadow)
-            self._answer(message, order.id, self._report(order.id, order.model))
+        if isinstance(command, Route):
+            self._loader.route(command.model, command.weights, command.shadow)
+            self.done.append(CommandDone(message, command.id, command.model))
             return
         self._admission.take_order(message.connection)
         self._serial += 1
-        self._waiting[self._serial] = message, order.id
+        self._waiting[self._serial] = message, command.id
         done = partial(self._carried_out, self._serial)
-        if isinstance(order, Reload):
+        if isinstance(command, Reload):
             self._loader.reload(done)
-        elif isinstance(order, Load):
-            self._loader.load(order.model, done)
+        elif isinstance(command, Load):
+            self._loader.load(command.model, done)
         else:
-            self._loader.unload(order.model, done)
+            self._loader.unload(command.model, done)
 
-    def _carried_out(self, serial: int, outcome: Changes | str | TensorNextError) -> None:
+    def _carried_out(self, serial: int, outcome: Outcome) -> None:
         message, id_ = self._waiting.pop(serial)
         self._admission.release_order(message.connection)
-        if isinstance(outcome, TensorNextError):
-            self._answer(message, id_, outcome)
-        elif isinstance(outcome, Changes):
-            self._answer(message, id_, control.reload_report(id_, outcome))
-        else:
-            self._answer(message, id_, self._report(id_, outcome))
+        self.done.append(CommandDone(message, id_, outcome))
 
     def abandon(self) -> None:
-        """Answer what will not be carried out any more."""
+        """Fail what will not be carried out any more."""
         for message, id_ in self._waiting.values():
-            self._answer(message, id_, Unavailable("the daemon stopped before this was done"))
+            self.done.append(CommandDone(message, id_, Unavailable("the daemon stopped before this was done")))
         self._waiting.clear()

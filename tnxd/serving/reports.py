@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tnxctl import __version__
@@ -46,7 +45,7 @@ class Inventory:
     """
 
     registry: Registry
-    executors: Mapping[str, Executor] = field(default_factory=dict)
+    executors: dict[str, Executor] = field(default_factory=dict)
     device_failures: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,7 +1,7 @@
 """The serving loop: takes requests in, asks the scheduler, hands batches to executors, sends answers.
 
 One thread runs it and owns the router, the scheduler and all state here, so nothing is locked. Other threads reach it
-through `call_soon` and `completed` alone.
+through `CallQueue.call_soon` and `completed` alone.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ from tnxctl.protocol.wire import (
     Limits,
     Metadata,
     Models,
-    ModelsReport,
     Predict,
     Reply,
     decode_request,
     request_id,
 )
 from tnxd.deployment.background import Background, Copy
-from tnxd.deployment.loader import Loader
+from tnxd.deployment.loader import Changes, Loader
 from tnxd.deployment.registry import DRAINING, LOADING_RETRY_S, READY, STARTING, Version
 from tnxd.deployment.shadow import Shadows
 from tnxd.executors.execution import Execution, Executor
@@ -51,7 +50,8 @@ from tnxd.scheduling.refusals import Refusals, TooLate
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving import reports as control
-from tnxd.serving.admin_commands import Order, Orders
+from tnxd.serving.admin_commands import AdminCommand, AdminCommands
+from tnxd.serving.call_queue import CallQueue
 from tnxd.serving.pending import Pending, as_execution, as_pending, result_header
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.replies import error_header, report_header
@@ -90,7 +90,7 @@ _Answer = tuple[Pending, bytes, tuple[Array, ...]]
 _NOBODYS_FAULT = (DeadlineExceeded, ResourceExhausted, Unavailable)
 """Refusals of requests that would have been served at another time."""
 
-Control = Health | Metadata | Models | Compare | Order
+Control = Health | Metadata | Models | Compare | AdminCommand
 """Requests about the daemon and its models."""
 
 
@@ -99,8 +99,9 @@ class Server:
 
     Args:
         router: bound. wakeup: what the router's `wait` also returns for.
-        inventory: models and devices, which come with `install`.
-        scheduler: without devices until `install` brings one that has them.
+        calls: from other threads; they wake the loop by the same wakeup.
+        inventory: models and devices. scheduler: of the same devices. Both may be empty at first.
+        loader: of the models on these devices.
         on_tick: called every `tick_s` seconds with whether all lanes make progress.
         drain_timeout_s: how long `drain` lets running work go on.
         stall_timeout_s: a batch that runs longer is given up, and its lane counts as dead until it ends after all.
@@ -114,8 +115,10 @@ class Server:
         self,
         router: Router,
         wakeup: Wakeup,
+        calls: CallQueue,
         inventory: Inventory,
         scheduler: Scheduler,
+        loader: Loader,
         telemetry: Telemetry,
         spinner: Spinner,
         *,
@@ -147,13 +150,14 @@ class Server:
         self._admission = admission
         self._memory = TrafficMemory(router, admission)
         self._on_device_lost = on_device_lost
-        self._loader: Loader | None = None
+        self._loader = loader
         self._background = Background()
         self._shadows = Shadows(self._background)
         self._quarantine = Quarantine()
         self._refusals = Refusals()
-        self._orders: Orders | None = None
-        self._calls: deque[Callable[[], None]] = deque()
+        self._commands = AdminCommands(loader, admission)
+        self._commands_done = self._commands.done
+        self._calls = calls
         self._completed: deque[Execution] = deque()
         self._started: Batch | None = None
         self._modest = False
@@ -179,19 +183,10 @@ class Server:
 
     # --- called from other threads ---------------------------------------------------------------------------
 
-    def call_soon(self, call: Callable[[], None]) -> None:
-        """Have the loop run a function. Any thread."""
-        self._calls.append(call)
-        self._wakeup.set()
-
     def completed(self, execution: Execution) -> None:
         """An executor is done with what it was given. Any thread."""
         self._completed.append(execution)
         self._wakeup.set()
-
-    def end_batches(self, version: Version, key: str, why: str) -> None:
-        """Requests to a version, as the model of that key, change each other's answers in a batch. Any thread."""
-        self.call_soon(lambda: self._end_batches(version, key, why))
 
     def hangs(self, most_s: float) -> str:
         """Words for what has kept the loop longer than its limit, or `most_s` seconds; "": nothing. Any thread."""
@@ -208,12 +203,6 @@ class Server:
         return ""
 
     # --- called on the loop's thread, by `call_soon` or before `run` -------------------------------------------
-
-    def install(self, scheduler: Scheduler, loader: Loader) -> None:
-        """The devices are open: models can be loaded."""
-        self._scheduler = scheduler
-        self._loader = loader
-        self._orders = Orders(loader, self._admission, self._models, self._answer_control)
 
     def serve(self) -> None:
         """The models are ready: take requests."""
@@ -247,7 +236,7 @@ class Server:
         while not self._stopped:
             if not busy or not (self._scheduler.queued or self._router.readable()):
                 self._wait()
-            self._run_calls()
+            self._calls.run()
             ran = False
             if self._completed:
                 while self._completed:
@@ -259,8 +248,10 @@ class Server:
             busy = self._dispatch() or more or ran
             flushed = self._router.flush()
             self._expire()
-            if self._loader is not None and self._loader.active:
+            if self._loader.active:
                 self._loader.poll()
+            if self._commands_done:
+                self._answer_commands()
             now = time.monotonic()
             if now >= self._next_look:
                 self._look(now)
@@ -333,17 +324,13 @@ class Server:
         error = DeadlineExceeded(f"the deadline of {allowed_ms:.3g} ms has passed", retry_after_s=allowed_ms / 1e3)
         self._answer_error(request, error)
 
-    def _run_calls(self) -> None:
-        while self._calls:
-            self._calls.popleft()()
-
     def _look(self, now: float) -> None:
         """Look after connections, whatever else there is to do."""
         self._next_look = now + _LOOK_S
         self._router.hear()
         self._forget_vanished()
         self._router.look_at_unread(everywhere=False)
-        self._memory.look(now, settled=self._loader is not None and not self._loader.active)
+        self._memory.look(now, settled=self.state != STARTING and not self._loader.active)
 
     def _look_at_clients(self) -> None:
         """Cut off who floods."""
@@ -361,7 +348,7 @@ class Server:
         self._tell_errors(now)
         self._memory.look_at_connections()
         for name, executor in self._inventory.executors.items():
-            self._scheduler.devices[name].memory_free_mb = executor.memory_mb()[0]
+            self._scheduler.set_free_memory(name, executor.memory_mb()[0])
         keys = {version.model.key for _, version in self._inventory.registry if version.model is not None}
         self._shadows.keep(keys)
         self._background.keep(keys)
@@ -405,8 +392,8 @@ class Server:
         running = [request for batch in self._on_lanes.values() for request in batch.requests]
         for request in [*waiting, *[request for request in running if not request.done]]:
             self._answer_error(request, Unavailable("the daemon stopped before this request was done"))
-        if self._orders is not None:
-            self._orders.abandon()
+        self._commands.abandon()
+        self._answer_commands()
 
     # --- in ----------------------------------------------------------------------------------------------------
 
@@ -482,7 +469,7 @@ class Server:
             else:
                 reply = self._control(message, request)
                 if reply is not None:
-                    self._answer_control(message, request.id, reply)
+                    self._send_reply(message, reply)
             return
         except TensorNextError as error:
             failure = error
@@ -539,7 +526,7 @@ class Server:
         if isinstance(request, Metadata):
             return control.metadata(request, self.state, inventory, scheduler)
         if isinstance(request, Models):
-            return self._models(request.id, "")
+            return control.models(request.id, "", inventory, scheduler)
         if isinstance(request, Compare):
             return control.comparison(request, self.state, inventory, self._shadows)
         if self._remote_control == "off":
@@ -550,20 +537,29 @@ class Server:
                 f"this daemon takes orders about its models from its own host alone, not from {client.name}: "
                 'remote_control is "local"'
             )
-        if self.state != READY or self._orders is None:
+        if self.state != READY:
             raise control.unavailable(self.state)
-        self._orders.take(message, request)
+        self._commands.take(message, request)
         return None
 
-    def _models(self, id_: int, name: str) -> ModelsReport:
-        return control.models(id_, name, self._inventory, self._scheduler)
+    def _answer_commands(self) -> None:
+        """Answer the commands that are done."""
+        while self._commands_done:
+            command = self._commands_done.popleft()
+            message, outcome = command.message, command.outcome
+            if isinstance(outcome, TensorNextError):
+                self._telemetry.requests += 1
+                self._send_error(message.peer, message.delimited, command.id, outcome)
+            else:
+                self._send_reply(message, self._command_report(command.id, outcome))
 
-    def _answer_control(self, message: Message, id_: int, answer: Reply | TensorNextError) -> None:
-        if isinstance(answer, TensorNextError):
-            self._telemetry.requests += 1
-            self._send_error(message.peer, message.delimited, id_, answer)
-        else:
-            self._router.send(message.peer, message.delimited, (report_header(answer), ()))
+    def _command_report(self, id_: int, outcome: Changes | str) -> Reply:
+        if isinstance(outcome, Changes):
+            return control.reload_report(id_, outcome)
+        return control.models(id_, outcome, self._inventory, self._scheduler)
+
+    def _send_reply(self, message: Message, reply: Reply) -> None:
+        self._router.send(message.peer, message.delimited, (report_header(reply), ()))
 
     def _predict(self, message: Message, request: Predict, tensors: Sequence[Buffer], received_ns: int) -> None:
         if self.state != READY:
@@ -575,7 +571,7 @@ class Server:
         model = version.model
         if model is None or version.state != READY:
             view_tensors(request.inputs, tensors, self._limits)  # nothing is loaded for what is broken
-            raise self._summon(version)
+            raise self._request_load(version)
         bound = version.fitting.bind(model, request.inputs, tensors, self._limits)
         self._admission.check(connection, bound.nbytes)
         reply_nbytes = bound.rows * model.reply_row_nbytes
@@ -604,10 +600,9 @@ class Server:
             self._modest = True
         version.requests += 1
 
-    def _summon(self, version: Version) -> Unavailable:
+    def _request_load(self, version: Version) -> Unavailable:
         """A request came for a version that had to make room: load it again."""
-        if self._loader is not None:
-            self._loader.summon(version)
+        self._loader.request_load(version)
         return Unavailable(
             f"model {version.title!r} had made room for another and is being loaded again",
             retry_after_s=LOADING_RETRY_S,
@@ -677,7 +672,7 @@ class Server:
     def _settle(self, execution: Execution, batch: Batch) -> None:
         device = batch.device
         if device.is_gpu:
-            device.memory_free_mb = execution.memory_free_mb
+            self._scheduler.set_free_memory(device.name, execution.memory_free_mb)
         answers: list[_Answer] = []
         sizes_known = execution.model.reply_row_nbytes  # and looked at before
         for request, outcome in zip(batch.requests, execution.outcomes, strict=False):  # a copy has no requests
@@ -718,14 +713,9 @@ class Server:
                 self._shadows.offer(execution, version.mirror)
         if execution.mixes:
             mixing: Version = execution.version if isinstance(execution, Copy) else batch.requests[0].version  # type: ignore[attr-defined]
-            self._end_batches(mixing, batch.model, execution.mixes)
+            mixing.end_batches(batch.model, execution.mixes)
         if execution.fatal and not device.error:
             self._lose_device(device.name, execution.fatal)
-
-    def _end_batches(self, version: Version, key: str, why: str) -> None:
-        """Requests to a version change each other's answers in a batch: from now on each runs alone, and whole."""
-        if version.model is not None and version.model.key == key and version.end_batches(why):
-            log.error("%s: its requests run alone from now on: %s", version.title, why)
 
     def _too_large(self, nbytes: int, max_reply_bytes: int) -> InvalidArgument:
         if max_reply_bytes < self._message_bytes:
