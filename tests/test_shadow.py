@@ -27,7 +27,7 @@ from tnxd.executors.execution import Execution, Outcome
 from tnxd.models.builtin import BuiltinSource
 from tnxd.models.model import Model
 from tnxd.scheduling.costs import CostModel
-from tnxd.scheduling.device import SPARE, Batch, Device
+from tnxd.scheduling.device import BACKGROUND, Batch, Device
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
 
@@ -171,7 +171,7 @@ def test_a_copy_runs_only_where_nothing_waits_and_never_inline() -> None:
     busy.finished(batch, 10.0)
     copy = shadows.next(busy, 0)
     assert copy is not None
-    assert copy.batch.lane == SPARE
+    assert copy.batch.lane == BACKGROUND
     assert copy.batch.requests == []
     assert not shadows.waits()
     busy.finished(copy.batch, 10.0)

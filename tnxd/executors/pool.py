@@ -26,7 +26,7 @@ from tnxd.executors.trial.trial import Verdict, lane_calls, open_with, try_out, 
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
 from tnxd.models.model import Model
 from tnxd.models.process import settings_kept
-from tnxd.scheduling.device import SPARE
+from tnxd.scheduling.device import BACKGROUND
 
 OnDone = Callable[[Execution], None]
 
@@ -294,7 +294,7 @@ class LanePool:
 
     def submit(self, execution: Execution) -> None:
         lane = execution.batch.lane
-        inbox = self._spare if lane == SPARE else self._queues[lane]
+        inbox = self._spare if lane == BACKGROUND else self._queues[lane]
         inbox.put((execution, self._on_done))
 
     def run_inline(self, execution: Execution) -> None:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from tnxd.scheduling.costs import BatchCosts
 from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.request import LEVELS, Request
-from tnxd.scheduling.request_queue import Waiting
-from tnxd.scheduling.turns import Turns
+from tnxd.scheduling.request_queue import RequestQueue
+from tnxd.scheduling.round_robin import DeadlineRoundRobin
 
 INLINE = -1
 """The lane that is the caller's own thread."""
 
-SPARE = -2
+BACKGROUND = -2
 """The lane for what nobody waits for: a thread of the device that the operating system lets run last."""
 
 # A level gets this share of the device's time while all have work: the last one keeps moving, too.
@@ -29,13 +29,13 @@ class Batch:
     """Requests to run together on one lane.
 
     Attributes:
-        lane: INLINE, SPARE, or an index below the device's lane count.
+        lane: INLINE, BACKGROUND, or an index below the device's lane count.
         model: key of the model.
         requests: none in a spare batch, whose results nobody waits for; it counts as one request that runs.
         costs: what is to learn how long it took.
         max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
         started_ns: when it was formed. run_us: how long it is expected to run; 0: nobody knows.
-        given_up: whether it hangs.
+        hung: whether it hangs.
     """
 
     device: Device
@@ -47,7 +47,7 @@ class Batch:
     max_rows: int = 0
     started_ns: int = 0
     run_us: float = 0.0
-    given_up: bool = False
+    hung: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +64,7 @@ class Device:
         lane_threads: threads that work on one batch of a lane.
         error: why it failed; empty while it works.
         free_lanes: indices of lanes that have nothing to do.
-        spare_free: whether the SPARE lane has nothing to do.
+        background_free: whether the BACKGROUND lane has nothing to do.
         placements: of models that came here, by key.
         waiting: queues by model, group and whether their requests ride alone, empty ones too. sweep_at: how many there
             may be before the empty ones are dropped. queued, queued_rows: requests in them, and their rows.
@@ -72,7 +72,7 @@ class Device:
         turns: which queue is next, per priority. counts: requests per priority.
         held: models that run on as many lanes as they may, and their queues that have no turn on that priority until
             one of these is free.
-        passes: how much each priority has used, by its share. virtual: how much the one had that was served last.
+        passes: how much each priority has used, by its share. global_pass: how much the one had that was served last.
         busy_until_ns: per running lane, when its batch should be over.
         backlog_us: predicted cost of what waits, per priority.
         backlog_ns: when the last batch was over, if requests waited then; else 0.
@@ -87,21 +87,23 @@ class Device:
     lane_threads: int = 1
     error: str = ""
     free_lanes: list[int] = field(init=False)
-    spare_free: bool = field(init=False, default=True)
+    background_free: bool = field(init=False, default=True)
     busy_until_ns: dict[int, int] = field(init=False, default_factory=dict)
     placements: dict[str, Placement] = field(init=False, default_factory=dict)
-    waiting: dict[tuple[str, tuple[int, ...], bool], Waiting] = field(init=False, default_factory=dict)
+    queues: dict[tuple[str, tuple[int, ...], bool], RequestQueue] = field(init=False, default_factory=dict)
     sweep_at: int = field(init=False, default=0)
-    held: dict[Placement, set[tuple[Waiting, int]]] = field(init=False, default_factory=dict)
+    held: dict[Placement, set[tuple[RequestQueue, int]]] = field(init=False, default_factory=dict)
     backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
     backlog_ns: int = field(init=False, default=0)
     queued: int = field(init=False, default=0)
     queued_rows: int = field(init=False, default=0)
     running_rows: int = field(init=False, default=0)
-    turns: list[Turns[Waiting]] = field(init=False, default_factory=lambda: [Turns() for _ in range(LEVELS)])
+    turns: list[DeadlineRoundRobin[RequestQueue]] = field(
+        init=False, default_factory=lambda: [DeadlineRoundRobin() for _ in range(LEVELS)]
+    )
     counts: list[int] = field(init=False, default_factory=lambda: [0] * LEVELS)
     passes: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
-    virtual: float = field(init=False, default=0.0)
+    global_pass: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         self.free_lanes = list(range(self.lanes))
@@ -117,7 +119,7 @@ class Device:
             return False
         return self.kind != "cuda" or self.memory_free_mb >= request.min_gpu_memory_mb
 
-    def takes_over(self, request: Request) -> bool:
+    def may_steal(self, request: Request) -> bool:
         """Whether a request that waits elsewhere may come here."""
         return request.wanted == "auto" and self.takes(request)
 
@@ -137,8 +139,8 @@ class Device:
     def charge(self, level: int, micros: float) -> None:
         """A level has used so much of the device; 0 if that is not known."""
         used = self.passes[level]
-        if used > self.virtual:
-            self.virtual = used
+        if used > self.global_pass:
+            self.global_pass = used
         self.passes[level] = used + (micros or _UNKNOWN_US) / _SHARES[level]
 
     def wake(self, level: int) -> None:
@@ -146,8 +148,8 @@ class Device:
 
         Even is with the one that was served last (start-time fair queueing; Goyal, Vin and Cheng, 1996).
         """
-        if self.passes[level] < self.virtual:
-            self.passes[level] = self.virtual
+        if self.passes[level] < self.global_pass:
+            self.passes[level] = self.global_pass
 
     def enqueue(self, level: int, rows: int, micros: float) -> None:
         """Count a request that comes to a level."""

@@ -17,7 +17,7 @@ _PROBE_AFTER = 256
 
 
 @dataclass(slots=True, eq=False)
-class Load:
+class ModelLoad:
     """The work that one model has, on all devices together.
 
     Attributes:
@@ -39,7 +39,7 @@ class Placement:
 
     Attributes:
         load: of the model everywhere. forecast: what its predictions here are corrected by.
-        lanes: those that run it now, INLINE and SPARE too, but for those that hang.
+        lanes: those that run it now, INLINE and BACKGROUND too, but for those that hang.
         queued: requests that wait for it here. backlog_us: their predicted cost, per priority.
         max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
         worked: batches that worked at that ceiling.
@@ -47,7 +47,7 @@ class Placement:
             the end of the process: nothing may be tried.
     """
 
-    load: Load
+    load: ModelLoad
     forecast: Forecast = field(init=False, default_factory=Forecast)
     lanes: list[int] = field(init=False, default_factory=list)
     queued: int = field(init=False, default=0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tnxd.scheduling.costs import BatchCosts
 from tnxd.scheduling.request import LEVELS, Request
-from tnxd.scheduling.turns import ClientTurns
+from tnxd.scheduling.round_robin import ClientRoundRobin
 
 if TYPE_CHECKING:
     from tnxd.scheduling.placement import Placement
@@ -122,8 +122,8 @@ class _Connection:
             del self.entries[: self.start]
             self.start = 0
 
-    def hand_over(self, rows: int, now_ns: int, ends_ns: int, may: Callable[[Request], bool]) -> list[Request]:
-        """Take out requests, as `Waiting.hand_over` says."""
+    def steal(self, rows: int, now_ns: int, ends_ns: int, may: Callable[[Request], bool]) -> list[Request]:
+        """Take out requests, as `RequestQueue.steal` says."""
         entries = self.entries
         first = last = bisect_left(entries, (ends_ns,), self.start)
         if entries[self.start][0] < now_ns:  # it is worth something for longer, else it would not wait any more
@@ -154,7 +154,7 @@ class _Level:
         self.rows = 0
         self.due = _Due()
         self.connections: dict[tuple[str, bytes], _Connection] = {}
-        self.turns = ClientTurns()
+        self.turns = ClientRoundRobin()
 
     def add(self, request: Request) -> None:
         key = request.client, request.peer
@@ -231,14 +231,12 @@ class _Level:
                 return rows, True
         return rows, False
 
-    def hand_over(
-        self, batch: list[Request], rows: int, now_ns: int, ends_ns: int, may: Callable[[Request], bool]
-    ) -> int:
+    def steal(self, batch: list[Request], rows: int, now_ns: int, ends_ns: int, may: Callable[[Request], bool]) -> int:
         """Append requests for another device, of so many rows at most. Returns how many rows are left of that."""
         passed_over: list[tuple[_Connection, tuple[int, int, Request]]] = []
         while rows > 0 and len(passed_over) < _MAX_PASSED_OVER and (first := self.first()) is not None:
             connection, head = first
-            taken = connection.hand_over(min(rows, _QUANTUM_ROWS), now_ns, ends_ns, may)
+            taken = connection.steal(min(rows, _QUANTUM_ROWS), now_ns, ends_ns, may)
             if not taken:
                 self.turns.withdraw(connection.client, connection.peer)
                 passed_over.append((connection, head))
@@ -259,7 +257,7 @@ def _due_ns(request: Request) -> int:
     return request.due_ns
 
 
-class Waiting:
+class RequestQueue:
     """Requests that wait, on all levels.
 
     As long as all requests are alike in connection, priority and urgency, which at low load and with a single client
@@ -270,10 +268,10 @@ class Waiting:
             model on this device.
         rows, count: of the requests that wait.
         ready_ns: before that, a batch smaller than the limit waits for company; what a full batch left over does not.
-        movable: whether there may be requests that another device could take over; set by the caller.
+        stealable: whether there may be requests that another device could take over; set by the caller.
     """
 
-    __slots__ = ("_levels", "_line", "costs", "count", "key", "movable", "placement", "ready_ns", "rows")
+    __slots__ = ("_fifo", "_levels", "costs", "count", "key", "placement", "ready_ns", "rows", "stealable")
 
     def __init__(self, key: tuple[str, tuple[int, ...], bool], costs: BatchCosts, placement: Placement) -> None:
         self.key = key
@@ -282,8 +280,8 @@ class Waiting:
         self.rows = 0
         self.count = 0
         self.ready_ns = 0
-        self.movable = False
-        self._line: deque[Request] = deque()
+        self.stealable = False
+        self._fifo: deque[Request] = deque()
         self._levels: list[_Level] | None = None
 
     def add(self, request: Request) -> bool:
@@ -291,7 +289,7 @@ class Waiting:
         self.rows += request.rows
         self.count += 1
         if self._levels is None:
-            line = self._line
+            line = self._fifo
             if not line:
                 line.append(request)
                 return True
@@ -312,9 +310,9 @@ class Waiting:
     def _order(self) -> None:
         """Make the plain line an ordered queue."""
         self._levels = [_Level() for _ in range(LEVELS)]
-        for request in self._line:
+        for request in self._fifo:
             self._levels[request.priority].add(request)
-        self._line.clear()
+        self._fifo.clear()
 
     def remove(self, request: Request) -> None:
         """Take a request out that still waits."""
@@ -330,16 +328,16 @@ class Waiting:
 
     def _emptied(self) -> None:
         self._levels = None
-        self.movable = False
+        self.stealable = False
 
     def head(self, level: int) -> Request | None:
         """The request of that level whose turn it is."""
         if self._levels is None:
-            return self._line[0] if self._line and self._line[0].priority == level else None
+            return self._fifo[0] if self._fifo and self._fifo[0].priority == level else None
         first = self._levels[level].first()
         return first[1][2] if first is not None else None
 
-    def has_modest(self, level: int) -> bool:
+    def has_light_connection(self, level: int) -> bool:
         """Whether there is a connection, among those that came last, that asks for far less than others do."""
         if self._levels is None:
             return False  # there is only one
@@ -361,7 +359,7 @@ class Waiting:
         late = [] if late is None else late
         late_before = len(late)
         if self._levels is None:
-            rows = self._take_line(batch, limit, ends_ns, late)
+            rows = self._take_fifo(batch, limit, ends_ns, late)
         else:
             rows, full = self._levels[level].fill(batch, 0, limit, ends_ns, late)
             for other in self._levels:
@@ -378,8 +376,8 @@ class Waiting:
             self._emptied()
         return batch
 
-    def _take_line(self, batch: list[Request], limit: int, ends_ns: int, late: list[Request]) -> int:
-        line = self._line
+    def _take_fifo(self, batch: list[Request], limit: int, ends_ns: int, late: list[Request]) -> int:
+        line = self._fifo
         rows = 0
         while line and (not batch or rows + line[0].rows <= limit):
             request = line.popleft()
@@ -391,9 +389,7 @@ class Waiting:
             batch.append(request)
         return rows
 
-    def hand_over(
-        self, level: int, rows: int, now_ns: int, ends_ns: int, may: Callable[[Request], bool]
-    ) -> list[Request]:
+    def steal(self, level: int, rows: int, now_ns: int, ends_ns: int, may: Callable[[Request], bool]) -> list[Request]:
         """Form a batch for another device: requests of that level first, then of the others, the earliest due first.
 
         Args:
@@ -403,22 +399,22 @@ class Waiting:
         """
         batch: list[Request] = []
         if self._levels is None:
-            self._hand_over_line(batch, rows, now_ns, ends_ns, may)
+            self._steal_fifo(batch, rows, now_ns, ends_ns, may)
         else:
-            rows = self._levels[level].hand_over(batch, rows, now_ns, ends_ns, may)
+            rows = self._levels[level].steal(batch, rows, now_ns, ends_ns, may)
             for other in self._levels:
                 if other.count and rows > 0:
-                    rows = other.hand_over(batch, rows, now_ns, ends_ns, may)
+                    rows = other.steal(batch, rows, now_ns, ends_ns, may)
         self.rows -= sum([request.rows for request in batch])
         self.count -= len(batch)
         if not self.count:
             self._emptied()
         return batch
 
-    def _hand_over_line(
+    def _steal_fifo(
         self, batch: list[Request], rows: int, now_ns: int, ends_ns: int, may: Callable[[Request], bool]
     ) -> None:
-        line = self._line
+        line = self._fifo
         first = 0 if line[0].due_ns < now_ns else bisect_left(line, ends_ns, key=_due_ns)
         line.rotate(-first)
         left: list[Request] = []
@@ -435,10 +431,10 @@ class Waiting:
         line.extendleft(reversed(left))
         line.rotate(first)
 
-    def rows_but(self, begin_ns: int, end_ns: int) -> int:
+    def rows_outside(self, begin_ns: int, end_ns: int) -> int:
         """Rows of all levels, about, but those that are due from the one to the other."""
         rows = self.rows
-        for level in range(LEVELS) if self._levels is not None else (self._line[0].priority,):
+        for level in range(LEVELS) if self._levels is not None else (self._fifo[0].priority,):
             rows -= self.rows_due(level, end_ns) - self.rows_due(level, begin_ns)
         return rows
 
@@ -446,7 +442,7 @@ class Waiting:
         """Rows of that level that are due by then, about."""
         if self._levels is not None:
             return self._levels[level].due.until(due_ns)
-        line = self._line
+        line = self._fifo
         if not line or line[0].priority != level:
             return 0
         if due_ns >= line[-1].due_ns:
@@ -460,9 +456,9 @@ class Waiting:
         """
         level, due_ns = request.priority, request.due_ns
         if self._levels is None:
-            if not self._line:
+            if not self._fifo:
                 return 0, 0
-            last = self._line[-1]  # all of the line are alike, and this one is due last
+            last = self._fifo[-1]  # all of the line are alike, and this one is due last
             if last.priority != level:
                 return (self.rows, self.rows) if last.priority < level else (0, 0)
             ahead = self.rows if due_ns >= last.due_ns else self.rows_due(level, due_ns)

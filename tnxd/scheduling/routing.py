@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from tnxctl.protocol.errors import InvalidArgument, Unavailable
 from tnxd.scheduling.costs import BatchCosts, CostModel
 from tnxd.scheduling.device import Device
-from tnxd.scheduling.placement import Load, Placement
+from tnxd.scheduling.placement import ModelLoad, Placement
 from tnxd.scheduling.request import NEVER, Request
-from tnxd.scheduling.request_queue import Waiting
+from tnxd.scheduling.request_queue import RequestQueue
 
 # Queues that are kept though nothing waits in them: sequence models bring a new shape group with every length.
 _MAX_IDLE_QUEUES = 256
@@ -34,7 +34,7 @@ class Routing:
 
     def __init__(self, devices: Iterable[Device], costs: CostModel) -> None:
         self.devices = {device.name: device for device in devices}
-        self.loads: dict[str, Load] = {}
+        self.loads: dict[str, ModelLoad] = {}
         self._costs = costs
         self.look()
 
@@ -47,11 +47,11 @@ class Routing:
         self._no_gpu = "no GPU is ready" + (f": {', '.join(failed)}" if failed else "")
         self._no_cpu = "" if self._cpus else "this daemon runs without the CPU"
 
-    def load(self, model: str) -> Load:
+    def load(self, model: str) -> ModelLoad:
         """The load of a model."""
         load = self.loads.get(model)
         if load is None:
-            load = self.loads[model] = Load()
+            load = self.loads[model] = ModelLoad()
         return load
 
     def placement(self, device: Device, model: str) -> Placement:
@@ -61,23 +61,23 @@ class Routing:
             placement = device.placements[model] = Placement(self.load(model))
         return placement
 
-    def queue(self, device: Device, model: str, group: tuple[int, ...], alone: bool = False) -> Waiting:
+    def queue(self, device: Device, model: str, group: tuple[int, ...], alone: bool = False) -> RequestQueue:
         """The queue of its requests. Empty queues are kept for the next request, up to a number."""
         key = (model, group, alone)
-        queue = device.waiting.get(key)
+        queue = device.queues.get(key)
         if queue is None:
-            if len(device.waiting) >= device.sweep_at:
-                device.waiting = {known: other for known, other in device.waiting.items() if other.count}
-                device.sweep_at = max(_MAX_IDLE_QUEUES, 2 * len(device.waiting))
+            if len(device.queues) >= device.sweep_at:
+                device.queues = {known: other for known, other in device.queues.items() if other.count}
+                device.sweep_at = max(_MAX_IDLE_QUEUES, 2 * len(device.queues))
             costs = BatchCosts(
                 *[self._costs.curve(device.name, model, group, inline=inline) for inline in (False, True)],
                 lane_threads=device.lane_threads,
                 inline_limit_us=device.inline_limit_us,
             )
-            queue = device.waiting[key] = Waiting(key, costs, self.placement(device, model))
+            queue = device.queues[key] = RequestQueue(key, costs, self.placement(device, model))
         return queue
 
-    def choose(self, request: Request, now_ns: int) -> tuple[Device, Waiting, str, Prediction]:
+    def choose(self, request: Request, now_ns: int) -> tuple[Device, RequestQueue, str, Prediction]:
         """The device where a request is to run, its queue there, the reason in words, and what is expected.
 
         Raises:
@@ -85,9 +85,9 @@ class Routing:
             Unavailable: no device that it may use has the model.
         """
         if request.wanted == "auto":
-            device, reason, prediction = self._soonest(request, now_ns)
+            device, reason, prediction = self._earliest_finish(request, now_ns)
             queue = self.queue(device, request.model, request.group, request.alone)
-            queue.movable = True
+            queue.stealable = True
         else:
             device, reason = self.route(request, now_ns)
             queue = self.queue(device, request.model, request.group, request.alone)
@@ -98,7 +98,7 @@ class Routing:
         """The device where a request would run now, and the reason in words. Raises as `choose` does."""
         wanted, model = request.wanted, request.model
         if wanted:
-            return self._soonest(request, now_ns)[:2] if wanted == "auto" else self._named(wanted, model)
+            return self._earliest_finish(request, now_ns)[:2] if wanted == "auto" else self._named(wanted, model)
         if not request.prefer_gpu:
             return self._cpu_for(model), "the request did not prefer a GPU"
         if not self.gpus:
@@ -108,9 +108,9 @@ class Routing:
             gpus = [gpu for gpu in gpus if gpu.name not in request.excluded]
             if not gpus:
                 return self._cpu_for(model), "no other GPU is ready"
-        fitting = [gpu for gpu in gpus if gpu.takes(request)]
-        if fitting:
-            gpu = min(fitting, key=lambda gpu: gpu.outstanding_rows)
+        eligible = [gpu for gpu in gpus if gpu.takes(request)]
+        if eligible:
+            gpu = min(eligible, key=lambda gpu: gpu.outstanding_rows)
             return gpu, f"{gpu.name} has {gpu.memory_free_mb:.0f} MiB free"
         free = ", ".join(
             f"{gpu.name} has {gpu.memory_free_mb:.0f}"
@@ -120,7 +120,7 @@ class Routing:
         )
         return self._cpu_for(model), f"no GPU has {minimum:g} MiB free: {free}"
 
-    def _soonest(self, request: Request, now_ns: int) -> tuple[Device, str, Prediction]:
+    def _earliest_finish(self, request: Request, now_ns: int) -> tuple[Device, str, Prediction]:
         """The device that is done first, and why.
 
         If all are busy, a request with a deadline goes to the fastest one if that is in time: those that are idle
@@ -177,7 +177,7 @@ class Routing:
             raise Unavailable(f"device {name} has not loaded {model!r}")
         return device, f"the request asked for {name}"
 
-    def _predict(self, device: Device, request: Request, queue: Waiting, now_ns: int) -> Prediction:
+    def _predict(self, device: Device, request: Request, queue: RequestQueue, now_ns: int) -> Prediction:
         """Predict how a request would fare on a device.
 
         The wait counts lanes that run and what waits before it, but for models that wait for lanes of their own, and

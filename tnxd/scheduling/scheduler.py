@@ -15,12 +15,12 @@ from heapq import heapify, heappop, heappush
 
 from tnxctl.protocol.errors import ResourceExhausted
 from tnxd.scheduling.costs import CostCurve, CostModel
-from tnxd.scheduling.device import INLINE, SPARE, Batch, Device
+from tnxd.scheduling.device import BACKGROUND, INLINE, Batch, Device
 from tnxd.scheduling.forecast import Forecast
 from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.refusals import TooLate
 from tnxd.scheduling.request import LEVELS, NEVER, Request
-from tnxd.scheduling.request_queue import Waiting
+from tnxd.scheduling.request_queue import RequestQueue
 from tnxd.scheduling.routing import Routing
 
 # A request without a deadline, or with a later one, takes its place in the order as if it had to be done in a second:
@@ -39,7 +39,7 @@ _BEHIND_NS = 200_000
 
 # A batch that is taken over has so large a part of the rows that it might have, at most. The device may be slower, and
 # what comes next must not find it busy for long.
-_TAKEN_OVER = 0.5
+_STEAL_SHARE = 0.5
 
 
 class Scheduler:
@@ -79,7 +79,7 @@ class Scheduler:
         self._max_bytes_per_model = max_bytes_per_model or max_bytes
         self._serial = 0
         self._deadlines: list[tuple[int, int, Request]] = []
-        self._delayed: list[tuple[int, int, Device, Waiting]] = []
+        self._delayed: list[tuple[int, int, Device, RequestQueue]] = []
 
     @property
     def room(self) -> int:
@@ -93,7 +93,7 @@ class Scheduler:
         load = self._routing.loads.get(model)
         return load.queued + load.running if load is not None else 0
 
-    def hangs(self, model: str) -> bool:
+    def is_hung(self, model: str) -> bool:
         """Whether all that is outstanding of a model has been given up."""
         load = self._routing.loads.get(model)
         return load is not None and 0 < load.hung == load.queued + load.running
@@ -108,7 +108,7 @@ class Scheduler:
         self._routing.loads.pop(model, None)
         for device in self.devices.values():
             device.placements.pop(model, None)
-            device.waiting = {key: queue for key, queue in device.waiting.items() if key[0] != model}
+            device.queues = {key: queue for key, queue in device.queues.items() if key[0] != model}
         self._costs.forget(model)
 
     def set_lane_limit(self, model: str, lanes: int) -> None:
@@ -204,7 +204,7 @@ class Scheduler:
         device.charge(request.priority, run_us)
         return self._batch(device, INLINE, queue, [request], rows, now_ns, 0)
 
-    def _admit(self, request: Request, queue: Waiting, wait_us: float, run_us: float, now_ns: int) -> None:
+    def _admit(self, request: Request, queue: RequestQueue, wait_us: float, run_us: float, now_ns: int) -> None:
         limit, load = "", queue.placement.load
         if self.queued >= self._max_requests:
             limit = f"{self.queued} requests are queued, which is the limit"
@@ -245,7 +245,7 @@ class Scheduler:
                     retry_after_s=(needs_us - left_us) / 1e6 if wait_us or needs_us <= allowed_us else None,
                 )
 
-    def _offer(self, device: Device, queue: Waiting, request: Request, now_ns: int) -> None:
+    def _offer(self, device: Device, queue: RequestQueue, request: Request, now_ns: int) -> None:
         """Let the queue take part in the turns of its device, now or when it has waited for company."""
         delay_ns = request.max_delay_ns
         if delay_ns and queue.rows < queue.placement.row_limit(request.max_batch_size):
@@ -256,7 +256,7 @@ class Scheduler:
                 return
         self._enter(device, queue, request.priority)
 
-    def _enter(self, device: Device, queue: Waiting, level: int) -> None:
+    def _enter(self, device: Device, queue: RequestQueue, level: int) -> None:
         head = queue.head(level)
         if head is not None:
             device.turns[level].offer(queue, head.due_ns, head.serial)
@@ -280,12 +280,12 @@ class Scheduler:
                 self._fill_lanes(device, now_ns, batches, late)
         for device in self.devices.values():
             if self.queued and device.free_lanes and not device.error:
-                self._help_others(device, now_ns, batches)
+                self._steal_from_others(device, now_ns, batches)
         return batches, late
 
     def _fill_lanes(self, device: Device, now_ns: int, batches: list[Batch], late: list[Request]) -> None:
         inline_free = device.inline_limit_us > 0
-        passed_over: list[tuple[Waiting, int]] = []
+        passed_over: list[tuple[RequestQueue, int]] = []
         while (inline_free or device.free_lanes) and (level := device.next_level()) is not None:
             queue = device.turns[level].first()
             assert queue is not None  # the level has members
@@ -306,7 +306,7 @@ class Scheduler:
                 limit = placement.row_limit(limit)
             rows = max(head.rows, min(limit, queue.rows))
             fits = inline_free and costs.fits_inline(rows)
-            if inline_free and not fits and queue.has_modest(level):
+            if inline_free and not fits and queue.has_light_connection(level):
                 # Who asks for little does not wait until a lane is done with what others have sent.
                 within = costs.rows_inline(rows)
                 if within >= head.rows > 0:
@@ -323,7 +323,7 @@ class Scheduler:
                 continue
             planned, run_us = rows, curve.mean(rows)
             if now_ns + run_us * 1e3 > head.deadline_ns:
-                limit, run_us = self._hurry(queue, curve, level, head, limit, run_us, now_ns)
+                limit, run_us = self._shrink_for_deadline(queue, curve, level, head, limit, run_us, now_ns)
             ends_ns = now_ns + int(run_us * 1e3)
             if head.deadline_ns != NEVER:
                 close_ns = ends_ns + int(_CLOSE * curve.spread(rows) * 1e3)
@@ -331,11 +331,11 @@ class Scheduler:
                     ends_ns = close_ns
             first_late = len(late)
             in_time = queue.take(level, limit, ends_ns, late)
-            self._took(device, queue, in_time)
+            self._dequeue(device, queue, in_time)
             if len(late) > first_late:
-                self._took(device, queue, late[first_late:])
+                self._dequeue(device, queue, late[first_late:])
                 placement.forecast.fared(len(late) - first_late, 0)
-            self._rotate(device, queue, level)
+            self._end_turn(device, queue, level)
             rows = sum([request.rows for request in in_time])
             if not in_time:
                 inline_free = inline_free or lane == INLINE
@@ -348,23 +348,23 @@ class Scheduler:
         for queue, level in passed_over:
             self._enter(device, queue, level)
 
-    def _help_others(self, device: Device, now_ns: int, batches: list[Batch]) -> None:
+    def _steal_from_others(self, device: Device, now_ns: int, batches: list[Batch]) -> None:
         """A device with free lanes and nothing for them takes over what others have too much of."""
         for other in self.devices.values():
             while device.free_lanes and other.queued and other is not device:
-                batch = self._take_over(device, other, now_ns)
+                batch = self._steal(device, other, now_ns)
                 if batch is None:
                     break
                 batches.append(batch)
 
-    def _take_over(self, device: Device, other: Device, now_ns: int) -> Batch | None:
+    def _steal(self, device: Device, other: Device, now_ns: int) -> Batch | None:
         """A batch of requests that may go anywhere and wait elsewhere, if this device is done with it before that one.
 
         What is too urgent for this device stays where it is. Of the others the most urgent go first.
         """
         level = other.next_level()
         queue = other.turns[level].first() if level is not None else None
-        if level is None or queue is None or not queue.movable:
+        if level is None or queue is None or not queue.stealable:
             return None
         head = queue.head(level)
         if head is None or head.model not in device.models:
@@ -374,21 +374,21 @@ class Scheduler:
         if placement.load.max_lanes and placement.has_all_lanes:
             return None
         limit = placement.row_limit(head.max_batch_size)
-        most = max(int(_TAKEN_OVER * limit), min(head.rows, limit), 1)
+        most = max(int(_STEAL_SHARE * limit), min(head.rows, limit), 1)
         rows, most = 0, curve.rows_within(other.clear_in_us(now_ns), most)
         while rows < most:
             middle = (rows + most + 1) // 2
-            if queue.rows_but(now_ns, _ends_ns(curve, middle, now_ns)) >= middle:
+            if queue.rows_outside(now_ns, _ends_ns(curve, middle, now_ns)) >= middle:
                 rows = middle
             else:
                 most = middle - 1
         if not rows:
             return None
-        requests = queue.hand_over(level, rows, now_ns, _ends_ns(curve, rows, now_ns), device.takes_over)
+        requests = queue.steal(level, rows, now_ns, _ends_ns(curve, rows, now_ns), device.may_steal)
         if not requests:
             return None
-        self._took(other, queue, requests)
-        self._thinned(other, queue)
+        self._dequeue(other, queue, requests)
+        self._withdraw_empty_levels(other, queue)
         rows = 0
         for request in requests:
             request.device = device.name
@@ -400,7 +400,14 @@ class Scheduler:
         return self._batch(device, device.free_lanes.pop(), mine, requests, rows, now_ns, micros)
 
     def _batch(
-        self, device: Device, lane: int, queue: Waiting, requests: list[Request], rows: int, now_ns: int, run_us: float
+        self,
+        device: Device,
+        lane: int,
+        queue: RequestQueue,
+        requests: list[Request],
+        rows: int,
+        now_ns: int,
+        run_us: float,
     ) -> Batch:
         """Account for a batch that takes a lane for so long; 0: nobody knows."""
         placement = queue.placement
@@ -414,8 +421,8 @@ class Scheduler:
         self.running += weight
         return batch
 
-    def _hurry(
-        self, queue: Waiting, curve: CostCurve, level: int, head: Request, limit: int, run_us: float, now_ns: int
+    def _shrink_for_deadline(
+        self, queue: RequestQueue, curve: CostCurve, level: int, head: Request, limit: int, run_us: float, now_ns: int
     ) -> tuple[int, float]:
         """Rows of the next batch at most, and how long it takes, where a batch of all that wait makes the head late.
 
@@ -446,29 +453,29 @@ class Scheduler:
                 return best
             size = max(size // 2, smallest)
 
-    def _rotate(self, device: Device, queue: Waiting, level: int) -> None:
+    def _end_turn(self, device: Device, queue: RequestQueue, level: int) -> None:
         """Put a queue that has had its turn behind the others, or out if it is empty."""
         device.turns[level].served(queue)
-        self._thinned(device, queue)
+        self._withdraw_empty_levels(device, queue)
         if queue.count:
             self._enter(device, queue, level)
 
-    def _thinned(self, device: Device, queue: Waiting) -> None:
+    def _withdraw_empty_levels(self, device: Device, queue: RequestQueue) -> None:
         """Requests have left the queue: it takes no turns on levels where nothing of it is left."""
         if not queue.count:
-            self._retire(device, queue)
+            self._withdraw(device, queue)
             return
         for level in range(LEVELS):
             if queue.head(level) is None:
                 device.turns[level].withdraw(queue)
 
-    def _retire(self, device: Device, queue: Waiting) -> None:
+    def _withdraw(self, device: Device, queue: RequestQueue) -> None:
         """The queue is empty: it takes no turns."""
         for turns in device.turns:
             if turns.members:
                 turns.withdraw(queue)
 
-    def _took(self, device: Device, queue: Waiting, requests: list[Request]) -> None:
+    def _dequeue(self, device: Device, queue: RequestQueue, requests: list[Request]) -> None:
         """Requests have left the queue."""
         placement, rows, nbytes, count = queue.placement, 0, 0, len(requests)
         load, counts, backlog_us, own_us = placement.load, device.counts, device.backlog_us, placement.backlog_us
@@ -486,8 +493,8 @@ class Scheduler:
         self.queued -= count
         self.queued_bytes -= nbytes
 
-    def spare(self, model: str, group: tuple[int, ...], rows: int, now_ns: int) -> Batch | None:
-        """A batch whose results nobody waits for, to run on the SPARE lane; None if it would be in the way.
+    def start_background(self, model: str, group: tuple[int, ...], rows: int, now_ns: int) -> Batch | None:
+        """A batch whose results nobody waits for, to run on the BACKGROUND lane; None if it would be in the way.
 
         There has to be a device that has the model, nothing in its queues and a free lane: for what comes next, not for
         the batch. That has no requests and is charged to no priority; it counts as one running request of its model,
@@ -497,10 +504,10 @@ class Scheduler:
             if device.error or model not in device.models or device.queued or not device.free_lanes:
                 continue
             queue = self._routing.queue(device, model, group)
-            if device.spare_free and not queue.placement.has_all_lanes:
-                device.spare_free = False
+            if device.background_free and not queue.placement.has_all_lanes:
+                device.background_free = False
                 self.background += 1
-                return self._batch(device, SPARE, queue, [], rows, now_ns, 0)
+                return self._batch(device, BACKGROUND, queue, [], rows, now_ns, 0)
         return None
 
     def finished(self, batch: Batch, micros: float, now_ns: int = NEVER) -> None:
@@ -512,7 +519,7 @@ class Scheduler:
         device, placement, weight = batch.device, batch.device.placements[batch.model], len(batch.requests) or 1
         device.running_rows -= batch.rows
         self.running -= weight
-        if batch.given_up:
+        if batch.hung:
             placement.load.hung -= weight
         else:
             placement.lanes.remove(batch.lane)
@@ -520,9 +527,9 @@ class Scheduler:
         if batch.lane == INLINE:
             if micros > 0:
                 batch.costs.inline.observe(batch.rows, micros)
-        elif batch.lane == SPARE:
+        elif batch.lane == BACKGROUND:
             self.background -= 1
-            device.spare_free = True  # how long it took where others go first says nothing about a lane
+            device.background_free = True  # how long it took where others go first says nothing about a lane
         else:
             device.busy_until_ns.pop(batch.lane, None)
             device.free_lanes.append(batch.lane)
@@ -531,11 +538,11 @@ class Scheduler:
         if placement.max_rows and micros > 0:
             placement.count(batch)
         if now_ns != NEVER and batch.requests:
-            self._judge(placement.forecast, batch, now_ns)
+            self._correct_forecast(placement.forecast, batch, now_ns)
         if device.held:
             self._release(device, placement)
 
-    def _judge(self, forecast: Forecast, batch: Batch, now_ns: int) -> None:
+    def _correct_forecast(self, forecast: Forecast, batch: Batch, now_ns: int) -> None:
         """Hold what was predicted for the requests of a batch against what became of them."""
         device, first, last = batch.device, batch.requests[0], batch.requests[-1]
         if batch.run_us:
@@ -553,10 +560,10 @@ class Scheduler:
 
     # --- time, and what goes wrong -----------------------------------------------------------------------------
 
-    def give_up(self, batch: Batch) -> None:
+    def mark_hung(self, batch: Batch) -> None:
         """A batch hangs. Its lane is taken until it ends after all, but counts no more among those of its model."""
-        if not batch.given_up:
-            batch.given_up = True
+        if not batch.hung:
+            batch.hung = True
             placement = batch.device.placements[batch.model]
             placement.lanes.remove(batch.lane)
             placement.load.hung += len(batch.requests) or 1
@@ -591,11 +598,11 @@ class Scheduler:
         if not request.waiting:
             return False
         device = self.devices[request.device]
-        queue = device.waiting[(request.model, request.group, request.alone)]
+        queue = device.queues[(request.model, request.group, request.alone)]
         queue.remove(request)
         if not queue.count:
-            self._retire(device, queue)
-        self._took(device, queue, [request])
+            self._withdraw(device, queue)
+        self._dequeue(device, queue, [request])
         return True
 
     def fail_device(self, name: str, error: str) -> list[Request]:
@@ -612,10 +619,10 @@ class Scheduler:
 
     def _drop_waiting(self, device: Device) -> list[Request]:
         dropped = []
-        for queue in device.waiting.values():
+        for queue in device.queues.values():
             requests = queue.drain()
-            self._retire(device, queue)
-            self._took(device, queue, requests)
+            self._withdraw(device, queue)
+            self._dequeue(device, queue, requests)
             dropped += requests
         return dropped
 

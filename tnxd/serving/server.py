@@ -50,7 +50,7 @@ from tnxd.deployment.shadow import Shadows
 from tnxd.executors.execution import Execution, Executor
 from tnxd.models.sizes import reply_too_large
 from tnxd.process import malloc as heap
-from tnxd.scheduling.device import INLINE, SPARE, Batch
+from tnxd.scheduling.device import BACKGROUND, INLINE, Batch
 from tnxd.scheduling.refusals import Refusals, TooLate
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.scheduler import Scheduler
@@ -409,9 +409,9 @@ class Server:
         self._background.keep(keys)
         stalled = [execution for execution, since in self._on_lanes.items() if now - since > self._limit_s(execution)]
         for execution in stalled:
-            if not execution.batch.given_up:
+            if not execution.batch.hung:
                 self._give_up(execution)
-        dead = Counter(execution.batch.device.name for execution in stalled if execution.batch.lane != SPARE)
+        dead = Counter(execution.batch.device.name for execution in stalled if execution.batch.lane != BACKGROUND)
         self._on_tick(all(self._scheduler.devices[name].lanes > count for name, count in dead.items()))
 
     def _tell_errors(self, now: float, *, at_once: bool = False) -> None:
@@ -431,7 +431,7 @@ class Server:
             log.error("%s: %d requests given up, the lane counts as dead", why, len(held))
         for request in held:
             self._answer_error(request, Internal(why))
-        self._scheduler.give_up(batch)
+        self._scheduler.mark_hung(batch)
         if isinstance(execution, Copy):
             self._background.stop(execution.model)
             log.error("%s: it gets no more copies", why)

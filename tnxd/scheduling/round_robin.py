@@ -13,7 +13,7 @@ M = TypeVar("M")
 _ROUND_TURNS = 64
 
 
-class Turns(Generic[M]):
+class DeadlineRoundRobin(Generic[M]):
     """An order of turns: earliest due first, but nobody twice in a round while others wait.
 
     A member that has had its turn queues for the next round, or for a later one if it took more than a turn's worth
@@ -78,24 +78,24 @@ class Turns(Generic[M]):
         return max(self._again.get(member, 0) - self._round, 0)
 
 
-class ClientTurns:
-    """Turns of clients, and of the connections of each within its turns.
+class ClientRoundRobin:
+    """DeadlineRoundRobin of clients, and of the connections of each within its turns.
 
     So nobody gets more by connecting more often. A connection goes by its client's name and its own.
     """
 
     def __init__(self) -> None:
-        self._clients: Turns[str] = Turns()
-        self._connections: dict[str, Turns[bytes]] = {}
+        self._clients: DeadlineRoundRobin[str] = DeadlineRoundRobin()
+        self._connections: dict[str, DeadlineRoundRobin[bytes]] = {}
         self._sweep_at = _ROUND_TURNS
 
     def offer(self, client: str, connection: bytes, due: int, serial: int) -> None:
-        """A connection has something to do that is due then, see `Turns.offer`."""
+        """A connection has something to do that is due then, see `DeadlineRoundRobin.offer`."""
         connections = self._connections.get(client)
         if connections is None:
             if len(self._connections) >= self._sweep_at:
                 self._sweep()
-            connections = self._connections[client] = Turns()
+            connections = self._connections[client] = DeadlineRoundRobin()
         connections.offer(connection, due, serial)
         self._clients.offer(client, due, serial)
 
@@ -116,7 +116,7 @@ class ClientTurns:
         return client, connection
 
     def served(self, client: str, connection: bytes, rounds: int) -> None:
-        """The connection, which was `first`, has had its turn of so many rounds, see `Turns.served`."""
+        """The connection, which was `first`, has had its turn of so many rounds, see `DeadlineRoundRobin.served`."""
         connections = self._connections[client]
         connections.served(connection, rounds)
         self._clients.served(client, rounds)
@@ -125,7 +125,7 @@ class ClientTurns:
             self._clients.offer(client, due, serial)
 
     def before(self, client: str, connection: bytes) -> int:
-        """Turns of others, about and at most, before a connection has its next one."""
+        """DeadlineRoundRobin of others, about and at most, before a connection has its next one."""
         connections = self._connections.get(client)
         others = len(self._clients.members) - (client in self._clients.members)
         if connections is None:
