@@ -326,7 +326,7 @@ def test_what_is_handed_over_may_go_is_in_time_and_leaves_the_rest_in_order(
     assert (queue.count, queue.rows) == (len(left), sum(one.rows for one in left))
     for waiting in queue._levels or ():
         for line in waiting.connections.values():
-            assert line.gone == sum(not entry[2].waiting for entry in line.entries[line.start :])
+            assert line.removed == sum(not entry[2].waiting for entry in line.entries[line.start :])
     drained = queue.drain()
     assert {id(one) for one in drained} == {id(one) for one in left}
     for who in {(one.priority, one.client) for one in left}:

@@ -123,13 +123,13 @@ class Scheduler:
         """A forward of this model ran out of memory there, and one of `rows` worked, or none (0): form smaller batches.
 
         Requests with more rows are still taken, to be run in pieces (`Batch.max_rows`). The ceiling rises again as
-        batches work, see `Placement.count`.
+        batches work, see `Placement.count_worked`.
         """
-        self._routing.placement(self.devices[device], model).lower(rows)
+        self._routing.placement(self.devices[device], model).lower_ceiling(rows)
 
     def bound_rows(self, device: str, model: str, rows: int) -> None:
         """A forward of this model with more rows must never be tried there: the same, but the ceiling does not rise."""
-        self._routing.placement(self.devices[device], model).bound(rows)
+        self._routing.placement(self.devices[device], model).bound_ceiling(rows)
 
     def _release(self, device: Device, placement: Placement) -> None:
         """A lane that ran the model is free: queues that were held for that take turns again."""
@@ -378,7 +378,7 @@ class Scheduler:
         rows, most = 0, curve.rows_within(other.clear_in_us(now_ns), most)
         while rows < most:
             middle = (rows + most + 1) // 2
-            if queue.rows_outside(now_ns, _ends_ns(curve, middle, now_ns)) >= middle:
+            if queue.rows_due_outside(now_ns, _ends_ns(curve, middle, now_ns)) >= middle:
                 rows = middle
             else:
                 most = middle - 1
@@ -535,8 +535,8 @@ class Scheduler:
             device.free_lanes.append(batch.lane)
             if micros > 0:
                 batch.costs.observe_lane(batch.rows, micros)
-        if placement.max_rows and micros > 0:
-            placement.count(batch)
+        if placement.max_rows and micros > 0 and batch.requests:
+            placement.count_worked(batch.rows, batch.max_rows, batch.requests[0].max_batch_size)
         if now_ns != NEVER and batch.requests:
             self._correct_forecast(placement.forecast, batch, now_ns)
         if device.held:
