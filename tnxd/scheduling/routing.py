@@ -108,7 +108,7 @@ class Routing:
             gpus = [gpu for gpu in gpus if gpu.name not in request.excluded]
             if not gpus:
                 return self._cpu_for(model), "no other GPU is ready"
-        eligible = [gpu for gpu in gpus if gpu.takes(request)]
+        eligible = [gpu for gpu in gpus if gpu.is_eligible(request)]
         if eligible:
             gpu = min(eligible, key=lambda gpu: gpu.outstanding_rows)
             return gpu, f"{gpu.name} has {gpu.memory_free_mb:.0f} MiB free"
@@ -129,7 +129,7 @@ class Routing:
         """
         candidates: list[_Candidate] = []
         for device in self.devices.values():
-            if device.takes(request):
+            if device.is_eligible(request):
                 prediction = self._predict(
                     device, request, self.queue(device, request.model, request.group, request.alone), now_ns
                 )
