@@ -9,7 +9,7 @@ from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
 
 BEHIND_NS = 200_000
-"""The caller is behind with its work where a message has waited for longer before it was taken in."""
+"""Time that a message waits before it is taken in, beyond which the caller is behind with its work."""
 
 
 class AdmissionControl:

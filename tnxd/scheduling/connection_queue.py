@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tnxd.scheduling.request import Request
 
 Entry = tuple[int, int, Request]
-"""A request behind the keys that it is sorted by: due time in nanoseconds, serial."""
+"""Request behind its sort keys: due time in nanoseconds, serial."""
 
 MAX_PASSED_OVER = 16
 """Requests of one queue, and connections of one level, that work stealing looks at in vain before it stops."""

@@ -1,4 +1,4 @@
-"""A device as scheduling sees it, and the batches that run there."""
+"""Devices as scheduling sees them, and the batches that run there."""
 
 from __future__ import annotations
 

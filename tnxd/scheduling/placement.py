@@ -1,4 +1,4 @@
-"""A model on one device, and its load on all of them together."""
+"""Placement: a model on one device, and its load on all of them together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing: which device a request goes to, and what is expected of it there."""
+"""Routing: which device a request goes to, and when it is predicted to be done there."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from tnxd.scheduling.request_queue import RequestQueue
 _MAX_IDLE_QUEUES = 256
 
 Prediction = tuple[float, float, float, float]
-"""Of a request, in microseconds: until its batch starts; that batch; what it adds to the work of the device; and how
-much of the first is for requests of the same model and group, which other devices could take over."""
+"""Prediction for a request, in microseconds: until its batch starts; that batch; what the request adds to the work of
+the device; and the part of the first for requests of the same model and group, which other devices could steal."""
 
 _Candidate = tuple[float, int, Device, Prediction]
-"""Microseconds until a device would be done, its place in the order of preference, the device."""
+"""Microseconds until a device would be done, its place in the order of preference, the device, its prediction."""
 
 
 class Routing:
-    """Devices, what waits for each, and the choice between them.
+    """Router of requests: the devices, and the choice between them.
 
     Args:
         devices: in order of preference among equals. costs: predicts how long a batch takes.
 
     Attributes:
-        devices: by name. gpus: those that work. loads: what each model has to do, by key.
+        devices: by name. gpus: those that work. loads: of the models, by key.
     """
 
     def __init__(self, devices: Iterable[Device], costs: CostModel) -> None:
         self.devices = {device.name: device for device in devices}
         self.loads: dict[str, ModelLoad] = {}
         self._costs = costs
-        self.look()
+        self.refresh()
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Sort the devices into those that work and those that failed, after a change."""
         ready = [device for device in self.devices.values() if not device.error]
         self.gpus = [device for device in ready if device.kind == "cuda"]
@@ -48,21 +48,21 @@ class Routing:
         self._no_cpu = "" if self._cpus else "this daemon runs without the CPU"
 
     def load(self, model: str) -> ModelLoad:
-        """The load of a model."""
+        """Load of a model, an empty one at first."""
         load = self.loads.get(model)
         if load is None:
             load = self.loads[model] = ModelLoad()
         return load
 
     def placement(self, device: Device, model: str) -> Placement:
-        """A model on a device."""
+        """Placement of a model on a device, an empty one at first."""
         placement = device.placements.get(model)
         if placement is None:
             placement = device.placements[model] = Placement(self.load(model))
         return placement
 
     def queue(self, device: Device, model: str, group: tuple[int, ...], alone: bool = False) -> RequestQueue:
-        """The queue of its requests. Empty queues are kept for the next request, up to a number."""
+        """Queue of the requests of a model and group on a device. Empty queues are kept, up to a number."""
         key = (model, group, alone)
         queue = device.queues.get(key)
         if queue is None:
@@ -78,11 +78,14 @@ class Routing:
         return queue
 
     def choose(self, request: Request, now_ns: int) -> tuple[Device, RequestQueue, str, Prediction]:
-        """The device where a request is to run, its queue there, the reason in words, and what is expected.
+        """Choose the device where a request is to run.
+
+        Returns:
+            The device, the queue there, the reason in words, and the prediction.
 
         Raises:
-            InvalidArgument: it names a device that there is not.
-            Unavailable: no device that it may use has the model.
+            InvalidArgument: the request names a device that does not exist.
+            Unavailable: no device that the request may use has the model.
         """
         if request.wanted == "auto":
             device, reason, prediction = self._earliest_finish(request, now_ns)
@@ -95,7 +98,7 @@ class Routing:
         return device, queue, reason, prediction
 
     def route(self, request: Request, now_ns: int) -> tuple[Device, str]:
-        """The device where a request would run now, and the reason in words. Raises as `choose` does."""
+        """Device where a request would run now, and the reason in words. Raises as `choose` does."""
         wanted, model = request.wanted, request.model
         if wanted:
             return self._earliest_finish(request, now_ns)[:2] if wanted == "auto" else self._named(wanted, model)
@@ -121,11 +124,10 @@ class Routing:
         return self._cpu_for(model), f"no GPU has {minimum:g} MiB free: {free}"
 
     def _earliest_finish(self, request: Request, now_ns: int) -> tuple[Device, str, Prediction]:
-        """The device that is done first, and why.
+        """Device with the earliest predicted finish, the reason in words, and the prediction.
 
         If all are busy, a request with a deadline goes to the fastest one if that is in time: those that are idle
-        sooner take it over from there (`Scheduler.next_batches`). In the queue of a slow device it might stand behind
-        a long batch.
+        sooner steal it from there (`stealing`). In the queue of a slow device it might stand behind a long batch.
         """
         candidates: list[_Candidate] = []
         for device in self.devices.values():
@@ -140,18 +142,20 @@ class Routing:
         _, _, best, prediction = candidates[0]
         how = "done first there"
         if prediction[0] > 0.0 and len(candidates) > 1 and request.deadline_ns != NEVER:
-            shared = self._shared(request, candidates, now_ns)
+            shared = self._fastest_in_time(request, candidates, now_ns)
             if shared is not None:
                 how = "all are busy, and this is the fastest"
                 best, prediction = shared
         times = ", ".join([f"{device.name} {micros / 1e3:.3g} ms" for micros, _, device, _ in candidates])
         return best, f"{how}: {times}", prediction
 
-    def _shared(self, request: Request, candidates: list[_Candidate], now_ns: int) -> tuple[Device, Prediction] | None:
-        """The fastest device, if the request is in time there while all work on its queue, or if that is full.
+    def _fastest_in_time(
+        self, request: Request, candidates: list[_Candidate], now_ns: int
+    ) -> tuple[Device, Prediction] | None:
+        """Fastest device, if the request is in time there while all others steal from its queue, or if that is full.
 
-        Full is a queue of as many requests as fit into a batch: a slow device does more for all with a large batch that
-        it takes over than with a small one for who comes last. What cannot be batched gains nothing by that.
+        A queue is full with as many requests as fit into a batch: a slow device does more for all with a large batch
+        that it steals than with a small one for the last request. Models without batches gain nothing by that.
         """
         rates = [device.lanes / share_us if share_us else 0.0 for _, _, device, (_, _, share_us, _) in candidates]
         if not all(rates):
@@ -178,10 +182,10 @@ class Routing:
         return device, f"the request asked for {name}"
 
     def _predict(self, device: Device, request: Request, queue: RequestQueue, now_ns: int) -> Prediction:
-        """Predict how a request would fare on a device.
+        """Predict when a request would be done on a device.
 
-        The wait counts lanes that run and what waits before it, but for models that wait for lanes of their own, and
-        is corrected by how such forecasts came true lately; what it adds is its share of a full batch.
+        The wait counts lanes that run and what waits before the request, without models that wait for lanes of their
+        own, and is corrected by `Forecast.factor`. What the request adds to the work is its share of a full batch.
         """
         placement = queue.placement
         mean = queue.costs.mean if device.inline_limit_us else queue.costs.lane.mean

@@ -65,25 +65,25 @@ class Scheduler(Accounts):
 
     @property
     def room(self) -> int:
-        """The number of requests that the queue still has room for."""
+        """Requests that the queue still has room for."""
         return self._admission.max_requests - self.queued
 
     # --- models that come and go -------------------------------------------------------------------------------
 
     def outstanding(self, model: str) -> int:
-        """Requests of a model that wait or run, on all devices; a spare batch of it counts as one."""
+        """Requests of a model that wait or run, on all devices; a background batch of it counts as one."""
         load = self._routing.loads.get(model)
         return load.queued + load.running if load is not None else 0
 
     def is_hung(self, model: str) -> bool:
-        """Whether all that is outstanding of a model has been given up."""
+        """Whether something of a model is outstanding, and all of that hangs."""
         load = self._routing.loads.get(model)
         return load is not None and 0 < load.hung == load.queued + load.running
 
     def forget(self, model: str) -> None:
-        """Drop all that is kept about a model: to be called when it is on no device and nothing of it is outstanding.
+        """Drop all that is kept about a model, its lane limit and its costs included, in case it comes back.
 
-        Its lane limit and what was learned about it are gone, too, in case it comes back.
+        To be called when the model is on no device and nothing of it is outstanding.
         """
         assert not self.outstanding(model)
         assert not any(model in device.models for device in self.devices.values())
@@ -94,7 +94,7 @@ class Scheduler(Accounts):
         self._costs.forget(model)
 
     def set_lane_limit(self, model: str, lanes: int) -> None:
-        """Let so many lanes of each device at most, the caller's thread included, run this model at a time; 0: all."""
+        """Limit the lanes of each device, the caller's thread included, that run a model at a time; 0: all may."""
         self._routing.load(model).max_lanes = lanes
         for device in self.devices.values():
             placement = device.placements.get(model)
@@ -102,7 +102,7 @@ class Scheduler(Accounts):
                 self._release(device, placement)
 
     def limit_rows(self, device: str, model: str, rows: int) -> None:
-        """A forward of this model ran out of memory there, and one of `rows` worked, or none (0): form smaller batches.
+        """Lower the row ceiling of a model on a device: a forward ran out of memory, and one of `rows` worked; 0: none.
 
         Requests with more rows are still taken, to be run in pieces (`Batch.max_rows`). The ceiling rises again as
         batches work, see `Placement.count_worked`.
@@ -110,30 +110,30 @@ class Scheduler(Accounts):
         self._routing.placement(self.devices[device], model).lower_ceiling(rows)
 
     def bound_rows(self, device: str, model: str, rows: int) -> None:
-        """A forward of this model with more rows must never be tried there: the same, but the ceiling does not rise."""
+        """Set the row ceiling of a model on a device for good: a forward of more rows must never be tried there."""
         self._routing.placement(self.devices[device], model).bound_ceiling(rows)
 
     def _release(self, device: Device, placement: Placement) -> None:
-        """A lane that ran the model is free: queues that were held for that take turns again."""
+        """Let queues that were held until a lane of their model is free take turns again."""
         for queue, level in device.held.pop(placement, ()):
             if not device.turns[level].members:
                 device.wake(level)
             device.offer(queue, level)
 
     def route(self, request: Request, now_ns: int) -> tuple[Device, str]:
-        """The device where a request would run now, and the reason in words. Raises as `add` does."""
+        """Device where a request would run now, and the reason in words. Raises as `add` does."""
         return self._routing.route(request, now_ns)
 
     # --- in ----------------------------------------------------------------------------------------------------
 
     def add(self, request: Request, now_ns: int) -> None:
-        """Take a request in and route it.
+        """Route a request to a device and queue it there.
 
         Raises:
-            InvalidArgument: it names a device that there is not.
-            Unavailable: no device that it may use has the model.
-            ResourceExhausted: the queue is full. The sentence tells the predicted wait.
-            TooLate: it would not be done in time. The sentence tells the predicted wait.
+            InvalidArgument: the request names a device that does not exist.
+            Unavailable: no device that the request may use has the model.
+            ResourceExhausted: the queue is full. The message tells the predicted wait.
+            TooLate: the request would not be done by its deadline. The message tells the predicted wait.
         """
         due_ns = now_ns + _PATIENCE_NS
         request.due_ns = due_ns if due_ns < request.deadline_ns else request.deadline_ns
@@ -167,10 +167,10 @@ class Scheduler(Accounts):
         self.queued_bytes += request.nbytes
 
     def start(self, request: Request, now_ns: int) -> Batch | None:
-        """Take a request in that need not wait: a batch of it alone, INLINE. None: `add` it. Raises as `add` does.
+        """Start a request that need not wait: a batch of that one alone, INLINE. None: `add` it. Raises as `add` does.
 
-        Comes to the same as to add it and ask for the next batches, without the way through queues and turns. The
-        caller runs the batch before it comes with another request.
+        The outcome is that of `add` and `next_batches`, without the way through queues and turns. The caller runs the
+        batch before it comes with another request.
         """
         routing = self._routing
         if self.queued or request.max_delay_ns or request.wanted == "auto" or (request.prefer_gpu and routing.gpus):
@@ -192,9 +192,10 @@ class Scheduler(Accounts):
     # --- out ---------------------------------------------------------------------------------------------------
 
     def next_batches(self, now_ns: int) -> tuple[list[Batch], list[Request]]:
-        """Batches for the lanes that are free now, at most one of them INLINE, and requests that are too late.
+        """Form batches for the lanes that are free now.
 
-        The caller runs the first and answers the second.
+        Returns:
+            Batches to run, at most one of them INLINE, and requests to answer that their deadlines cannot be met.
         """
         if self._delays.first_ns <= now_ns:
             self._delays.release(now_ns)
@@ -209,11 +210,11 @@ class Scheduler(Accounts):
         return batches, late
 
     def start_background(self, model: str, group: tuple[int, ...], rows: int, now_ns: int) -> Batch | None:
-        """A batch whose results nobody waits for, to run on the BACKGROUND lane; None if it would be in the way.
+        """Start a background batch, whose results nobody waits for; None if it would be in the way of others.
 
-        There has to be a device that has the model, nothing in its queues and a free lane: for what comes next, not for
-        the batch. That has no requests and is charged to no priority; it counts as one running request of its model,
-        and as one of the lanes that run it.
+        It runs on the BACKGROUND lane of a device that has the model, nothing in its queues and a free lane: that one
+        is for requests that come next. The batch has no requests and is charged to no priority. It counts as one
+        running request of its model, and as one of the lanes that run the model.
         """
         for device in self.devices.values():
             if device.error or model not in device.models or device.queued or not device.free_lanes:
@@ -226,10 +227,11 @@ class Scheduler(Accounts):
         return None
 
     def finished(self, batch: Batch, micros: float, now_ns: int = NEVER) -> None:
-        """The batch is over, well or not, after so many microseconds, 0 if that is nothing to learn from.
+        """Free the lane of a batch that is over, well or not, and learn from it.
 
         Args:
-            now_ns: when its requests had their answers: what was promised them is held against that. NEVER: it is not.
+            micros: how long it took; 0 if that is nothing to learn from.
+            now_ns: when its requests had their answers, which corrects the forecast. NEVER: it does not.
         """
         device, placement, weight = batch.device, batch.device.placements[batch.model], len(batch.requests) or 1
         device.running_rows -= batch.rows
@@ -258,7 +260,7 @@ class Scheduler(Accounts):
             self._release(device, placement)
 
     def _correct_forecast(self, forecast: Forecast, batch: Batch, now_ns: int) -> None:
-        """Hold what was predicted for the requests of a batch against what became of them."""
+        """Correct the forecast by what became of the requests of a batch."""
         device, first, last = batch.device, batch.requests[0], batch.requests[-1]
         if batch.run_us:
             elapsed_ns = device.lanes * (now_ns - device.backlog_ns) if device.backlog_ns else now_ns - batch.started_ns
@@ -276,7 +278,7 @@ class Scheduler(Accounts):
     # --- time, and what goes wrong -----------------------------------------------------------------------------
 
     def mark_hung(self, batch: Batch) -> None:
-        """A batch hangs. Its lane is taken until it ends after all, but counts no more among those of its model."""
+        """Mark a batch as hung: its lane is taken until it ends after all, but counts no more as one of its model."""
         if not batch.hung:
             batch.hung = True
             placement = batch.device.placements[batch.model]
@@ -285,7 +287,7 @@ class Scheduler(Accounts):
             self._release(batch.device, placement)
 
     def expire(self, now_ns: int) -> list[Request]:
-        """Requests whose deadline has come and that are not done; those that waited are taken out."""
+        """Take out the requests whose deadline has come. Returns those that are not done, running ones included."""
         if self._deadlines.first_ns > now_ns:
             return []
         expired = self._deadlines.expire(now_ns)
@@ -295,14 +297,14 @@ class Scheduler(Accounts):
         return expired
 
     def next_event_ns(self) -> int:
-        """Time at which `expire` or `next_batches` has something to do though nothing else happens; NEVER if none."""
+        """Time at which `expire` or `next_batches` has work though nothing else happens; NEVER if there is none."""
         delays = self._delays
         if delays.first_ns != NEVER:
             delays.drop_empty()
         return min(self._deadlines.first_ns, delays.first_ns)
 
     def cancel(self, request: Request) -> bool:
-        """Take a request out of its queue. False if it does not wait there any more."""
+        """Take a request out of its queue. False if it waits there no more."""
         if not request.waiting:
             return False
         device = self.devices[request.device]
@@ -318,11 +320,11 @@ class Scheduler(Accounts):
         device = self.devices[name]
         device.error = error
         stranded = self._drop_waiting(device)
-        self._routing.look()
+        self._routing.refresh()
         return stranded
 
     def drop_all(self) -> list[Request]:
-        """Empty every queue; returns what waited there."""
+        """Empty all queues. Returns the requests that waited."""
         return [request for device in self.devices.values() for request in self._drop_waiting(device)]
 
     def _drop_waiting(self, device: Device) -> list[Request]:
