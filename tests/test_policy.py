@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tnxctl.protocol.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, TensorNextError, Unavailable
-from tnxd.lanes import INLINE, SPARE
+from tnxd.lanes import BACKGROUND, INLINE
 from tnxd.scheduling.costs import CostModel
 from tnxd.scheduling.device import Batch, Device
 from tnxd.scheduling.request import NEVER, Request
@@ -343,7 +343,7 @@ def test_what_has_to_be_weighed_is_not_started_at_once(why: str) -> None:
         assert scheduler.next_batches(0)[0][0].lane == 0
     elif why == "its model has its lanes":
         scheduler.set_lane_limit("mlp", 1)
-        assert scheduler.spare("mlp", (), 1, 0) is not None
+        assert scheduler.start_background("mlp", (), 1, 0) is not None
     assert scheduler.start(one, 0) is None
     scheduler.add(one, 0)
     assert one.waiting
@@ -363,7 +363,7 @@ def outcome(scheduler: Scheduler, one: Request, now: int, micros: float, *, at_o
     seen += [scheduler.running, scheduler.outstanding(one.model), batch.device.running_rows]
     scheduler.finished(batch, micros)
     device = batch.device
-    return [*seen, scheduler.running, scheduler.outstanding(one.model), list(device.passes), device.virtual]
+    return [*seen, scheduler.running, scheduler.outstanding(one.model), list(device.passes), device.global_pass]
 
 
 _alone = st.tuples(
@@ -567,7 +567,7 @@ def test_what_is_forgotten_comes_back_as_new() -> None:
         assert costs.curve("cpu", model).known
     cpu.models.discard("mlp")
     scheduler.forget("mlp")
-    assert cpu.waiting.keys() == {("other", (), False)}
+    assert cpu.queues.keys() == {("other", (), False)}
     assert not costs.curve("cpu", "mlp").known
     assert costs.curve("cpu", "other").known
     cpu.models.add("mlp")
@@ -647,7 +647,7 @@ def test_a_batch_that_hangs_does_not_keep_its_model_from_other_lanes() -> None:
     ((hangs,), _) = scheduler.next_batches(0)
     assert scheduler.next_batches(0)[0] == []
     for _ in range(2):
-        scheduler.give_up(hangs)
+        scheduler.mark_hung(hangs)
     assert scheduler.outstanding("mlp") == 3
     ((other,), _) = scheduler.next_batches(0)
     scheduler.finished(hangs, 0.0)
@@ -727,9 +727,9 @@ def test_a_spare_batch_leaves_the_lanes_to_others() -> None:
     costs.curve("cpu", "mlp").observe(8, 1000.0)
     scheduler = policy(Device("cpu", "cpu", 1, set(MODELS)), costs=costs)
     (cpu,) = scheduler.devices.values()
-    batch = scheduler.spare("mlp", (), 8, 0)
+    batch = scheduler.start_background("mlp", (), 8, 0)
     assert batch is not None
-    assert (batch.model, batch.requests, batch.rows, batch.device, batch.lane) == ("mlp", [], 8, cpu, SPARE)
+    assert (batch.model, batch.requests, batch.rows, batch.device, batch.lane) == ("mlp", [], 8, cpu, BACKGROUND)
     assert (scheduler.running, scheduler.outstanding("mlp"), scheduler.queued) == (1, 1, 0)
     one = request(rows=8)
     scheduler.add(one, 0)
@@ -745,27 +745,27 @@ def test_a_spare_batch_leaves_the_lanes_to_others() -> None:
 def test_there_is_no_spare_batch_where_something_waits_or_nothing_is_free() -> None:
     scheduler = lanes_of(1)
     scheduler.add(request(max_delay_ns=3 * MS), 0)
-    assert scheduler.spare("mlp", (), 1, 0) is None  # it waits for company and not for a lane, all the same
+    assert scheduler.start_background("mlp", (), 1, 0) is None  # it waits for company and not for a lane, all the same
     (batch,), _ = scheduler.next_batches(3 * MS)
-    assert scheduler.spare("mlp", (), 1, 0) is None  # the only lane runs
+    assert scheduler.start_background("mlp", (), 1, 0) is None  # the only lane runs
     scheduler.finished(batch, 1000.0)
-    assert scheduler.spare("mlp@3", (), 1, 0) is None
-    spare = scheduler.spare("mlp", (), 1, 0)
+    assert scheduler.start_background("mlp@3", (), 1, 0) is None
+    spare = scheduler.start_background("mlp", (), 1, 0)
     assert spare is not None
-    assert scheduler.spare("other", (), 1, 0) is None  # one at a time
+    assert scheduler.start_background("other", (), 1, 0) is None  # one at a time
     scheduler.finished(spare, 0.0)
     scheduler.fail_device("cpu", "fell off the bus")
-    assert scheduler.spare("mlp", (), 1, 0) is None
+    assert scheduler.start_background("mlp", (), 1, 0) is None
 
 
 def test_a_spare_batch_keeps_to_the_lanes_and_rows_of_its_model() -> None:
     scheduler = lanes_of(3)
     scheduler.set_lane_limit("mlp", 1)
     scheduler.limit_rows("cpu", "mlp", 2)
-    batch = scheduler.spare("mlp", (), 8, 0)
+    batch = scheduler.start_background("mlp", (), 8, 0)
     assert batch is not None
     assert batch.max_rows == 2
-    assert scheduler.spare("mlp", (), 8, 0) is None
+    assert scheduler.start_background("mlp", (), 8, 0) is None
     one = request()
     scheduler.add(one, 0)
     assert scheduler.next_batches(0)[0] == []
@@ -1072,17 +1072,17 @@ class Machine:
         for device in (self.gpu, self.cpu):
             used = [batch.lane for batch in self.running if batch.device is device and batch.lane >= 0]
             assert sorted([*used, *device.free_lanes]) == list(range(device.lanes))
-            for (model, *_), queue in device.waiting.items():
+            for (model, *_), queue in device.queues.items():
                 # Nothing waits beside a free lane, but for a lane of its own.
                 assert not queue.count or not device.free_lanes or 0 < self.lanes[model] <= after[device.name, model]
 
     def alive(self) -> Counter[tuple[str, str]]:
         """Batches that run and do not hang, by device and model."""
-        return Counter((batch.device.name, batch.model) for batch in self.running if not batch.given_up)
+        return Counter((batch.device.name, batch.model) for batch in self.running if not batch.hung)
 
     def hang(self, which: int) -> None:
         if self.running:
-            self.scheduler.give_up(self.running[which % len(self.running)])
+            self.scheduler.mark_hung(self.running[which % len(self.running)])
 
     def finish(self, which: int, micros: float) -> None:
         if self.running:
@@ -1104,11 +1104,11 @@ class Machine:
 
     def spare(self, model: str, rows: int) -> None:
         passes = [list(device.passes) for device in (self.gpu, self.cpu)]
-        batch = self.scheduler.spare(model, (0,), rows, self.now_ns)
+        batch = self.scheduler.start_background(model, (0,), rows, self.now_ns)
         assert [list(device.passes) for device in (self.gpu, self.cpu)] == passes
         if batch is not None:
             device = batch.device
-            assert batch.lane == SPARE
+            assert batch.lane == BACKGROUND
             assert not device.queued
             assert not device.error
             assert model in device.models
@@ -1133,7 +1133,7 @@ class Machine:
             self.scheduler.forget(model)
             self.lanes[model] = 0
             self.ceilings = {key: rows for key, rows in self.ceilings.items() if key[1] != model}
-            assert not any(key[0] == model for device in (self.gpu, self.cpu) for key in device.waiting)
+            assert not any(key[0] == model for device in (self.gpu, self.cpu) for key in device.queues)
 
     def fail(self) -> None:
         for one in self.scheduler.fail_device("cuda:0", "fell off the bus"):
@@ -1217,13 +1217,13 @@ def test_new_shapes_are_as_quick_to_take_in_however_many_wait() -> None:
     device = scheduler.devices["cpu"]
     rebuilt = 0
     for length in range(4096):
-        before = device.waiting
+        before = device.queues
         scheduler.add(request(group=(length,)), 0)
-        rebuilt += device.waiting is not before
+        rebuilt += device.queues is not before
     assert rebuilt < 8
     while scheduler.queued:
         run_one(scheduler)
     for length in range(4096, 20_000):
         scheduler.add(request(group=(length,)), 0)
         run_one(scheduler)
-    assert len(device.waiting) < 10_000
+    assert len(device.queues) < 10_000

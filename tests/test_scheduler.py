@@ -12,9 +12,9 @@ from tnxctl.protocol.errors import DeadlineExceeded, ResourceExhausted, Unavaila
 from tnxd.lanes import INLINE
 from tnxd.scheduling.costs import BatchCosts, CostModel
 from tnxd.scheduling.device import Batch, Device
-from tnxd.scheduling.placement import Load, Placement
+from tnxd.scheduling.placement import ModelLoad, Placement
 from tnxd.scheduling.request import LEVELS, NEVER, Request
-from tnxd.scheduling.request_queue import Waiting
+from tnxd.scheduling.request_queue import RequestQueue
 from tnxd.scheduling.scheduler import Scheduler
 
 MODELS = frozenset({"mlp", "other"})
@@ -306,7 +306,7 @@ def test_a_full_batch_is_not_cut_for_one_where_that_costs_more_than_it_saves() -
 @given(st.lists(st.tuples(st.integers(0, 900_000_000), st.integers(0, 9)), max_size=40), st.integers(0, 1_000_000_000))
 def test_rows_due_are_counted_up_to_a_bucket(entries: list[tuple[int, int]], asked_ns: int) -> None:
     for in_line in (False, True):
-        queue = Waiting(("mlp", (), False), BatchCosts(), Placement(Load()))
+        queue = RequestQueue(("mlp", (), False), BatchCosts(), Placement(ModelLoad()))
         for serial, (due_ns, rows) in enumerate(sorted(entries) if in_line else entries):
             one = request(1) if in_line else request(rows, client=b"%d" % (serial % 2))
             one.due_ns, one.serial, one.waiting = due_ns, serial, True

@@ -24,7 +24,7 @@ from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.registry import READY, UNLOADED, Version
 from tnxd.deployment.shadow import Shadows
 from tnxd.executors.execution import Execution, Outcome
-from tnxd.lanes import SPARE
+from tnxd.lanes import BACKGROUND
 from tnxd.models.builtin import BuiltinSource
 from tnxd.models.model import Model
 from tnxd.scheduling.costs import CostModel
@@ -173,7 +173,7 @@ def test_a_copy_runs_only_where_nothing_waits_and_never_inline() -> None:
     found = shadows.next(busy, 0)
     assert found is not None
     copy, batch = found
-    assert copy.lane == batch.lane == SPARE
+    assert copy.lane == batch.lane == BACKGROUND
     assert batch.requests == []
     assert not shadows.waits()
     busy.finished(batch, 10.0)

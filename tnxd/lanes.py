@@ -3,5 +3,5 @@
 INLINE = -1
 """The calling thread."""
 
-SPARE = -2
+BACKGROUND = -2
 """The lane for work that nobody waits for: a thread of the device that the operating system lets run last."""

@@ -106,7 +106,7 @@ class Background:
         return bool(self._waiting)
 
     def stop(self, model: Model) -> None:
-        """A copy hangs on the one SPARE lane of its device: no more of them, which would do so on the next device."""
+        """A copy hangs on the BACKGROUND lane of its device: no more of them, which would hang the next device."""
         self._stopped.add(model.key)
 
     def keep(self, keys: set[str]) -> None:
@@ -139,7 +139,7 @@ class Background:
                 waiting.purpose.skip(len(original.items))
                 continue
             rows, group = _fitting(original, model)
-            batch = scheduler.spare(model.key, group, sum(rows), now_ns)
+            batch = scheduler.start_background(model.key, group, sum(rows), now_ns)
             if batch is None:
                 continue
             self._take(waiting)

@@ -24,7 +24,7 @@ from tnxd.executors.trial.held import Held, memory
 from tnxd.executors.trial.state import same_chance, stateful
 from tnxd.executors.trial.trial import Verdict, lane_calls, open_with, try_out, without_rows
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
-from tnxd.lanes import SPARE
+from tnxd.lanes import BACKGROUND
 from tnxd.models.model import Model
 from tnxd.models.process import settings_kept
 
@@ -295,7 +295,7 @@ class LanePool:
 
     def submit(self, execution: Execution) -> None:
         lane = execution.lane
-        inbox = self._spare if lane == SPARE else self._queues[lane]
+        inbox = self._spare if lane == BACKGROUND else self._queues[lane]
         inbox.put((execution, self._on_done))
 
     def run_inline(self, execution: Execution) -> None:

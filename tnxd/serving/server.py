@@ -43,7 +43,7 @@ from tnxd.deployment.loader import Changes, Loader
 from tnxd.deployment.registry import DRAINING, LOADING_RETRY_S, READY, STARTING, Version
 from tnxd.deployment.shadow import Shadows
 from tnxd.executors.execution import Execution, Executor
-from tnxd.lanes import INLINE, SPARE
+from tnxd.lanes import BACKGROUND, INLINE
 from tnxd.models.sizes import reply_too_large
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.refusals import Refusals, TooLate
@@ -357,9 +357,9 @@ class Server:
         for execution, batch in self._on_lanes.items():
             if (now_ns - batch.started_ns) / 1e9 > self._limit_s(execution):
                 stalled.append(batch)
-                if not batch.given_up:
+                if not batch.hung:
                     self._give_up(execution, batch)
-        dead = Counter(batch.device.name for batch in stalled if batch.lane != SPARE)
+        dead = Counter(batch.device.name for batch in stalled if batch.lane != BACKGROUND)
         self._on_tick(all(self._scheduler.devices[name].lanes > count for name, count in dead.items()))
 
     def _tell_errors(self, now: float, *, at_once: bool = False) -> None:
@@ -378,7 +378,7 @@ class Server:
             log.error("%s: %d requests given up, the lane counts as dead", why, len(held))
         for request in held:
             self._answer_error(request, Internal(why))
-        self._scheduler.give_up(batch)
+        self._scheduler.mark_hung(batch)
         if isinstance(execution, Copy):
             self._background.stop(execution.model)
             log.error("%s: it gets no more copies", why)

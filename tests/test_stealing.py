@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tnxctl.protocol.errors import DeadlineExceeded
 from tnxd.scheduling.costs import BatchCosts, CostModel
 from tnxd.scheduling.device import Batch, Device
-from tnxd.scheduling.placement import Load, Placement
+from tnxd.scheduling.placement import ModelLoad, Placement
 from tnxd.scheduling.request import NEVER, Request
-from tnxd.scheduling.request_queue import Waiting
+from tnxd.scheduling.request_queue import RequestQueue
 from tnxd.scheduling.scheduler import Scheduler
 
 MS = 1_000_000
@@ -277,11 +277,11 @@ _entry = st.tuples(
 )
 
 
-def queue_of(entries: list[tuple[int, int, int, int, bool, bool]]) -> tuple[Waiting, list[Request]]:
-    queue = Waiting(("mlp", (), False), BatchCosts(), Placement(Load()))
+def queue_of(entries: list[tuple[int, int, int, int, bool, bool]]) -> tuple[RequestQueue, list[Request]]:
+    queue = RequestQueue(("mlp", (), False), BatchCosts(), Placement(ModelLoad()))
     requests = []
-    for serial, (due_ms, rows, level, client, lasting, movable) in enumerate(entries):
-        one = request(rows=rows, priority=level, client=b"%d" % client, wanted="auto" if movable else "cuda:0")
+    for serial, (due_ms, rows, level, client, lasting, stealable) in enumerate(entries):
+        one = request(rows=rows, priority=level, client=b"%d" % client, wanted="auto" if stealable else "cuda:0")
         one.due_ns, one.serial, one.waiting = due_ms * MS, serial, True
         one.deadline_ns = NEVER if lasting else one.due_ns
         queue.add(one)
@@ -314,7 +314,7 @@ def test_what_is_handed_over_may_go_is_in_time_and_leaves_the_rest_in_order(
         if number < len(requests):
             queue.remove(requests[number])
     before = [one for one in requests if one.waiting]
-    taken = queue.hand_over(level, rows, now_ms * MS, ends_ms * MS, lambda one: one.wanted == "auto") if before else []
+    taken = queue.steal(level, rows, now_ms * MS, ends_ms * MS, lambda one: one.wanted == "auto") if before else []
     assert sum(one.rows for one in taken) <= rows
     assert len({id(one) for one in taken}) == len(taken)
     for one in taken:
@@ -326,7 +326,7 @@ def test_what_is_handed_over_may_go_is_in_time_and_leaves_the_rest_in_order(
     assert (queue.count, queue.rows) == (len(left), sum(one.rows for one in left))
     for waiting in queue._levels or ():
         for line in waiting.connections.values():
-            assert line.gone == sum(not entry[2].waiting for entry in line.entries[line.start :])
+            assert line.removed == sum(not entry[2].waiting for entry in line.entries[line.start :])
     drained = queue.drain()
     assert {id(one) for one in drained} == {id(one) for one in left}
     for who in {(one.priority, one.client) for one in left}:
@@ -339,6 +339,6 @@ def test_what_is_handed_over_may_go_is_in_time_and_leaves_the_rest_in_order(
 
 def test_what_is_taken_from_the_middle_of_a_line_is_the_most_urgent_that_is_in_time() -> None:
     queue, requests = queue_of([(due, 1, 1, 1, False, due % 2 == 0) for due in range(20)])
-    taken = queue.hand_over(1, 3, 0, 5 * MS, lambda one: one.wanted == "auto")
+    taken = queue.steal(1, 3, 0, 5 * MS, lambda one: one.wanted == "auto")
     assert taken == [requests[6], requests[8], requests[10]]
     assert [one.due_ns // MS for one in queue.drain()] == [0, 1, 2, 3, 4, 5, 7, 9, *range(11, 20)]

@@ -6,10 +6,10 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnxd.scheduling.turns import Turns
+from tnxd.scheduling.round_robin import DeadlineRoundRobin
 
 
-def order(turns: Turns[str], again: dict[str, int], steps: int) -> str:
+def order(turns: DeadlineRoundRobin[str], again: dict[str, int], steps: int) -> str:
     """The members served in so many steps, each coming back as often as `again` says."""
     serials = itertools.count(1000)
     served = ""
@@ -26,14 +26,14 @@ def order(turns: Turns[str], again: dict[str, int], steps: int) -> str:
 
 
 def test_the_most_urgent_goes_first() -> None:
-    turns: Turns[str] = Turns()
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     for serial, (member, due) in enumerate({"a": 30, "b": 10, "c": 20}.items()):
         turns.offer(member, due, serial)
     assert order(turns, {}, 9) == "bca"
 
 
 def test_nobody_twice_in_a_round_however_urgent() -> None:
-    turns: Turns[str] = Turns()
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("a", 50, 1)
     turns.offer("b", 60, 2)
     turns.offer("c", 70, 3)
@@ -41,7 +41,7 @@ def test_nobody_twice_in_a_round_however_urgent() -> None:
 
 
 def test_a_newcomer_joins_the_round() -> None:
-    turns: Turns[str] = Turns()
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("a", 0, 1)
     turns.served("a")
     turns.offer("a", 0, 2)
@@ -50,7 +50,7 @@ def test_a_newcomer_joins_the_round() -> None:
 
 
 def test_a_stream_of_newcomers_does_not_keep_those_waiting_who_had_a_turn() -> None:
-    turns: Turns[str] = Turns()
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("patient", 0, 0)
     had = 0
     for serial in range(1, 3000):
@@ -66,7 +66,7 @@ def test_a_stream_of_newcomers_does_not_keep_those_waiting_who_had_a_turn() -> N
 
 def test_many_that_wait_are_of_one_round() -> None:
     """However many they are: an urgent one that comes meanwhile still goes before those that have had a turn."""
-    turns: Turns[str] = Turns()
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     for serial in range(1000):
         turns.offer(f"member {serial}", 100, serial)
     for serial in range(400):
@@ -79,7 +79,7 @@ def test_many_that_wait_are_of_one_round() -> None:
 
 
 def test_offered_again_it_moves_forward_and_never_back() -> None:
-    turns: Turns[str] = Turns()
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("a", 20, 1)
     turns.offer("b", 10, 2)
     turns.offer("a", 5, 3)
@@ -89,7 +89,7 @@ def test_offered_again_it_moves_forward_and_never_back() -> None:
 
 
 def test_withdrawn_it_is_out() -> None:
-    turns: Turns[str] = Turns()
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("a", 1, 1)
     turns.offer("b", 2, 2)
     turns.withdraw("a")
@@ -103,7 +103,7 @@ def test_withdrawn_it_is_out() -> None:
 def test_between_two_turns_of_one_each_other_has_at_most_two(amounts: list[int], seed: int) -> None:
     """However much work some have and however urgent they say it is."""
     chance = random.Random(seed)
-    turns: Turns[int] = Turns()
+    turns: DeadlineRoundRobin[int] = DeadlineRoundRobin()
     serial = itertools.count()
     left = dict(enumerate(amounts))
     for member in left:

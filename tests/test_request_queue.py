@@ -7,9 +7,9 @@ import itertools
 import pytest
 
 from tnxd.scheduling.costs import BatchCosts
-from tnxd.scheduling.placement import Load, Placement
+from tnxd.scheduling.placement import ModelLoad, Placement
 from tnxd.scheduling.request import NEVER, Request
-from tnxd.scheduling.request_queue import Waiting
+from tnxd.scheduling.request_queue import RequestQueue
 
 _serials = itertools.count()
 
@@ -22,8 +22,8 @@ def request(client: str = "a", priority: int = 1, due: int = 0, rows: int = 1, p
     return one
 
 
-def queue(*requests: Request) -> Waiting:
-    made = Waiting(("m", (), False), BatchCosts(), Placement(Load()))
+def queue(*requests: Request) -> RequestQueue:
+    made = RequestQueue(("m", (), False), BatchCosts(), Placement(ModelLoad()))
     for one in requests:
         made.add(one)
     return made
@@ -62,8 +62,8 @@ def test_clients_share_a_batch() -> None:
 )
 def test_who_is_modest(sizes: list[int], modest: bool) -> None:
     waiting = queue(*[request(str(client)) for client, size in enumerate(sizes) for _ in range(size)])
-    assert waiting.has_modest(1) is modest
-    assert not waiting.has_modest(0)
+    assert waiting.has_light_connection(1) is modest
+    assert not waiting.has_light_connection(0)
 
 
 def test_connections_of_one_client_share_its_part() -> None:
