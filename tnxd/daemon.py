@@ -25,7 +25,7 @@ from tnxd.serving.reports import Inventory
 from tnxd.serving.server import Server
 from tnxd.serving.telemetry import Telemetry
 from tnxd.transport.admission import Admission
-from tnxd.transport.busy_poller import Spinner
+from tnxd.transport.busy_poller import BusyPoller
 from tnxd.transport.router import Router
 from tnxd.transport.wakeup import Wakeup
 
@@ -66,7 +66,7 @@ class Daemon:
             self._inventory,
             self._scheduler([]),
             Telemetry(),
-            Spinner(config.spin_us),
+            BusyPoller(config.spin_us),
             limits=config.limits,
             on_tick=self._tick,
             tick_s=min(_TICK_S, self._notifier.watchdog_s / 3 or _TICK_S),
