@@ -30,7 +30,7 @@ from tnxd.transport.router import Router
 from tnxd.transport.wakeup import Wakeup
 
 if TYPE_CHECKING:
-    from tnxd.models.process import Watch
+    from tnxd.models.process_state.drift import DriftMonitor
 
 log = logging.getLogger("tnxd")
 
@@ -58,7 +58,7 @@ class Daemon:
         self._costs = CostModel()
         self._loader: Loader | None = None
         self._reload_waits = False
-        self._watch: Watch | None = None
+        self._watch: DriftMonitor | None = None
         self._exit_code = 0
         self._server = Server(
             router,
@@ -151,9 +151,9 @@ class Daemon:
             on_mixing=self._server.end_batches,
         )
         self._server.install(scheduler, self._loader)
-        from tnxd.models.process import Watch  # imports torch, which is here by now
+        from tnxd.models.process_state.drift import DriftMonitor  # imports torch, which is here by now
 
-        self._watch = Watch()
+        self._watch = DriftMonitor()
         self._loader.start(self._loaded)
 
     def _device(self, executor: Executor) -> Device:
@@ -247,7 +247,7 @@ class Daemon:
 
     def _tick(self, progress: bool) -> None:
         if self._watch is not None and self._loader is not None and not self._loader.active:  # which puts back itself
-            self._watch.look()
+            self._watch.restore()
         if progress and self._notifier.watchdog_s and self._server.state != STARTING:
             self._notifier.alive()
         else:
