@@ -76,6 +76,12 @@ def imports_of_room(room: str) -> set[str]:
     return {name for path in paths for name in imports(path, typing=True)}
 
 
+def test_no_import_is_relative() -> None:
+    """The rules read absolute names."""
+    nodes = [(path, node) for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
+    assert not [path for path, node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+
+
 def test_zeromq_is_known_to_the_transport_room_alone() -> None:
     found = {path for path in users("zmq") if path.startswith("tnxd/")}
     assert found
