@@ -52,10 +52,6 @@ def test_torch_is_used_by_executors_and_models_alone() -> None:
     assert all(path.startswith(("tnxd/executors/", "tnxd/models/")) for path in found), found
 
 
-def test_one_file_of_the_daemon_knows_zeromq() -> None:
-    assert {path for path in users("zmq") if path.startswith("tnxd/")} == {"tnxd/transport/router.py"}
-
-
 def test_the_daemon_knows_the_protocol_and_the_errors_of_the_client() -> None:
     allowed = {"tnxctl", "tnxctl.protocol.wire", "tnxctl.protocol.frames", "tnxctl.protocol.errors"}
     for path in SOURCES:
@@ -106,6 +102,46 @@ def test_kinds_of_devices_are_told_apart_by_their_properties() -> None:
     """But for the CPU, where programs are read and ONNX runs."""
     found = {str(path.relative_to(ROOT)) for path in SOURCES if decisions_by_name(path)}
     assert found <= {"tnxd/models/formats/exported.py", "tnxd/models/repository.py"}
+
+
+# --- rooms of transport and of the process -------------------------------------------------------------------
+
+
+def imports_of_room(room: str) -> set[str]:
+    """Dotted names that the files of a room import, those for type checking alone included."""
+    paths = [path for path in SOURCES if path.is_relative_to(ROOT / room)]
+    assert paths, room
+    return {name for path in paths for name in imports(path, typing_too=True)}
+
+
+def test_no_import_is_relative() -> None:
+    """The rules read absolute names."""
+    nodes = [(path, node) for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
+    assert not [path for path, node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+
+
+def test_zeromq_is_known_to_the_transport_room_alone() -> None:
+    found = {path for path in users("zmq") if path.startswith("tnxd/")}
+    assert found
+    assert all(path.startswith("tnxd/transport/") for path in found), found
+
+
+@pytest.mark.parametrize(
+    ("room", "allowed"),
+    [
+        ("tnxd/transport", {"tnxd.transport", "tnxd.config", "tnxctl.protocol"}),
+        ("tnxd/process", {"tnxd.process"}),
+    ],
+)
+def test_room_imports_nothing_of_other_rooms(room: str, allowed: set[str]) -> None:
+    own = {name for name in imports_of_room(room) if name.partition(".")[0] in ("tnxd", "tnxctl")}
+    packages = {"tnxd", "tnxctl"} | {name.rpartition(".")[0] for name in allowed}  # as in `from tnxd import files`
+    foreign = {
+        name
+        for name in own - packages
+        if not any(name == prefix or name.startswith(prefix + ".") for prefix in allowed)
+    }
+    assert not foreign, foreign
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,12 @@ from tnxd.serving.reports import Inventory
 from tnxd.serving.server import Server
 from tnxd.serving.telemetry import Telemetry
 from tnxd.transport.admission import Admission
-from tnxd.transport.busy_poller import Spinner
+from tnxd.transport.busy_poller import BusyPoller
 from tnxd.transport.router import Router
 from tnxd.transport.wakeup import Wakeup
 
 if TYPE_CHECKING:
-    from tnxd.models.process import Watch
+    from tnxd.models.process_state.drift import DriftMonitor
 
 log = logging.getLogger("tnxd")
 
@@ -58,7 +58,7 @@ class Daemon:
         self._router = router
         self._notifier = Notifier()
         self._reload_waits = False
-        self._watch: Watch | None = None
+        self._watch: DriftMonitor | None = None
         self._exit_code = 0
         wakeup = Wakeup()
         self._calls = CallQueue(wakeup)
@@ -90,7 +90,7 @@ class Daemon:
             self._scheduler,
             self._loader,
             Telemetry(),
-            Spinner(config.spin_us),
+            BusyPoller(config.spin_us),
             limits=config.limits,
             on_tick=self._tick,
             tick_s=min(_TICK_S, self._notifier.watchdog_s / 3 or _TICK_S),
@@ -149,9 +149,9 @@ class Daemon:
             executor.adopt_thread()
             self._scheduler.add_device(self._device(executor))
             self._inventory.executors[name] = executor
-        from tnxd.models.process import Watch  # imports torch, which is here by now
+        from tnxd.models.process_state.drift import DriftMonitor  # imports torch, which is here by now
 
-        self._watch = Watch()
+        self._watch = DriftMonitor()
         self._loader.start(self._loaded)
 
     def _device(self, executor: Executor) -> Device:
@@ -245,7 +245,7 @@ class Daemon:
 
     def _tick(self, progress: bool) -> None:
         if self._watch is not None and not self._loader.active:  # which puts back itself
-            self._watch.look()
+            self._watch.restore()
         if progress and self._notifier.watchdog_s and self._server.state != STARTING:
             self._notifier.alive()
         else:

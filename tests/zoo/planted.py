@@ -36,8 +36,8 @@ MECHANISMS: dict[str, dict[str, Callable[..., Any]]] = {
     "audit": {"tnxd.deployment.audit:Audit.look": lambda *_: None},
     # What an import, a build or a forward does to the process stays.
     "process": {
-        "tnxd.models.process:_changed": lambda before: iter(()),
-        "tnxd.models.process:Watch.look": lambda self: None,
+        "tnxd.models.process_state.snapshot:Snapshot.restore": lambda self: iter(()),
+        "tnxd.models.process_state.drift:DriftMonitor.restore": lambda self: None,
     },
 }
 """What is left out -> attributes as "module:dotted.name", and what takes their place."""

@@ -26,7 +26,7 @@ from tnxd.executors.trial.trial import Verdict, lane_calls, open_with, try_out, 
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
 from tnxd.lanes import BACKGROUND
 from tnxd.models.model import Model
-from tnxd.models.process import settings_kept
+from tnxd.models.process_state.restoration import settings_restored
 
 OnDone = Callable[[Execution], None]
 
@@ -127,7 +127,7 @@ class LanePool:
         notes: list[str] = []
 
         def build() -> torch.nn.Module:
-            with settings_kept("building it") as changes:
+            with settings_restored("building it") as changes:
                 made = self._place(model.factory())
             notes.extend(changes.note())
             return made
@@ -221,7 +221,7 @@ class LanePool:
         call = calls()
 
         def compare(runner: Runner) -> str:
-            with settings_kept("a forward"), same_chance():
+            with settings_restored("a forward"), same_chance():
                 return rows_of_a_lane_apart(call, model, runner.torch_device, verdict.telling, verdict.tolerance)
 
         return _called(lane, compare)
@@ -234,20 +234,20 @@ class LanePool:
         pair = calls(), calls()
 
         def compare(runner: Runner) -> str:
-            with settings_kept("a forward"):
+            with settings_restored("a forward"):
                 return lanes_apart(pair, verdict.model, runner.torch_device, verdict.known, verdict.tolerance)
 
         return _called(lane, compare)
 
     @staticmethod
     def _tried(runner: Runner, module: torch.nn.Module, model: Model, build: Callable[[], torch.nn.Module]) -> Verdict:
-        with settings_kept("a forward"):  # what a forward changes every time, the trial finds
+        with settings_restored("a forward"):  # what a forward changes every time, the trial finds
             return try_out(module, model, runner.torch_device, build)
 
     def _grow(self, runner: Runner, verdict: Verdict) -> Warmed:
         if verdict.make is None:
             return Warmed([])
-        with settings_kept("a forward"):
+        with settings_restored("a forward"):
             warmed = warm_up(
                 runner, verdict.model, verdict.make, self.lanes, None if verdict.state.random else verdict.tolerance
             )

@@ -89,9 +89,9 @@ def health(
         connections=sum(client.connections for client in admission),
         connections_refused=admission.refused,
         connections_cut=admission.cut,
-        traffic_mb=admission.held / _MIB,
-        traffic_limit_mb=admission.ceiling / _MIB,
-        traffic_owed_mb=admission.owed / _MIB,
+        traffic_mb=admission.traffic_bytes / _MIB,
+        traffic_limit_mb=admission.max_traffic_bytes / _MIB,
+        traffic_owed_mb=admission.unsent / _MIB,
     )
 
 

@@ -59,7 +59,7 @@ from tnxd.serving.reports import Inventory
 from tnxd.serving.telemetry import Telemetry
 from tnxd.serving.traffic_memory import TrafficMemory
 from tnxd.transport.admission import Admission, Connection
-from tnxd.transport.busy_poller import Spinner
+from tnxd.transport.busy_poller import BusyPoller
 from tnxd.transport.router import Message, Router
 from tnxd.transport.wakeup import Wakeup
 
@@ -120,7 +120,7 @@ class Server:
         scheduler: Scheduler,
         loader: Loader,
         telemetry: Telemetry,
-        spinner: Spinner,
+        busy_poller: BusyPoller,
         *,
         limits: Limits,
         on_tick: Callable[[bool], None],
@@ -138,7 +138,7 @@ class Server:
         self._inventory = inventory
         self._scheduler = scheduler
         self._telemetry = telemetry
-        self._spinner = spinner
+        self._busy_poller = busy_poller
         self._configured_limits = self._limits = limits
         self._message_bytes = limits.message_bytes
         self._on_tick = on_tick
@@ -291,8 +291,8 @@ class Server:
 
     def _wait_for_events(self) -> None:
         # A thread that polls holds the GIL most of the time: only while no lane needs it.
-        spun = bool(self._spinner.limit_ns) and not self._scheduler.running
-        if spun and self._spinner.spin(self._router.readable):
+        spun = bool(self._busy_poller.limit_ns) and not self._scheduler.running
+        if spun and self._busy_poller.poll(self._router.readable):
             return
         until_ms = (min(self._next_tick, self._drain_until) - time.monotonic()) * 1e3
         event_ns = self._scheduler.next_event_ns()
@@ -301,11 +301,11 @@ class Server:
         if self._router.wait(max(until_ms, 0.0)):
             self._wakeup.clear()  # before looking for what it announces; it may have been found already
         if spun:
-            self._spinner.blocked()
+            self._busy_poller.blocked()
 
     def _forget_vanished(self) -> None:
         """Nobody waits for the answers to a client that is gone: take what it queued out."""
-        for connection in self._router.vanished():
+        for connection in self._router.take_disconnected():
             if self._quarantine.active:
                 self._quarantine.left(connection.peer, connection.client.name)
             for request in list(connection.requests.values()):
@@ -327,16 +327,16 @@ class Server:
     def _look(self, now: float) -> None:
         """Look after connections, whatever else there is to do."""
         self._next_look = now + _LOOK_S
-        self._router.hear()
+        self._router.poll_monitor()
         self._forget_vanished()
-        self._router.look_at_unread(everywhere=False)
+        self._router.measure_unread(everywhere=False)
         self._memory.look(now, settled=self.state != STARTING and not self._loader.active)
 
     def _look_at_clients(self) -> None:
         """Cut off who floods."""
         router, admission = self._router, self._admission
         now_ns = time.perf_counter_ns()
-        for connection in admission.flooding(now_ns - self._looked_at_ns):
+        for connection in admission.take_flooding(now_ns - self._looked_at_ns):
             log.warning("%s goes on sending what is refused, and is cut off", connection.client.name)
             router.cut(connection)
         self._looked_at_ns = now_ns
@@ -507,7 +507,7 @@ class Server:
         # The traceback holds the frame that holds the error, and with it the message until the collector comes by.
         error.__traceback__ = error.__context__ = None
         if not isinstance(error, _NOBODYS_FAULT):
-            self._admission.spent(message.connection, time.perf_counter_ns() - received_ns)
+            self._admission.add_refused(message.connection, time.perf_counter_ns() - received_ns)
 
     def _control(self, message: Message, request: Control) -> Reply | None:
         """The answer to a request about the daemon; None if it comes later."""

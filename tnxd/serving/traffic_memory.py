@@ -39,19 +39,22 @@ class TrafficMemory:
         router, admission = self._router, self._admission
         admission.sweep()
         resident = malloc.resident_bytes()
-        if admission.held > admission.ceiling and router.cut_worst():
+        if admission.traffic_bytes > admission.max_traffic_bytes and router.cut_worst():
             return
         if not settled or not self._quiet_bytes:
             self._quiet_bytes = resident
             return
-        if resident - self._quiet_bytes > admission.ceiling or admission.held > admission.ceiling:
-            router.look_at_unread(everywhere=True)
+        if (
+            resident - self._quiet_bytes > admission.max_traffic_bytes
+            or admission.traffic_bytes > admission.max_traffic_bytes
+        ):
+            router.measure_unread(everywhere=True)
             if router.cut_worst():
                 return
         if resident <= self._quiet_bytes + _TRIM_BYTES:
             self._quiet_bytes = min(self._quiet_bytes, resident)
             self._trims = 0
-        elif admission.held >= _QUIET_BYTES:
+        elif admission.traffic_bytes >= _QUIET_BYTES:
             self._trims = 0
         elif now >= self._next_trim:
             self._next_trim = now + _TRIM_EVERY_S

@@ -39,7 +39,7 @@ from tnxd.executors.trial.suspects import suspects
 from tnxd.executors.trial.undo import Beside, Undo, held_by
 from tnxd.models.model import Model
 from tnxd.models.noise import as_float, difference, tolerance
-from tnxd.models.process import Witness
+from tnxd.models.process_state.side_effects import SideEffectDetector
 from tnxd.models.tensors import TORCH_DTYPES, check_outputs, to_array, to_tensor
 
 log = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ class _Asking:
     def __init__(self, module: torch.nn.Module, model: Model, device: torch.device) -> None:
         self.model = model
         self.written_inputs: set[int] = set()
-        self.witness = Witness()
+        self.witness = SideEffectDetector()
         self._calls = 0
         self.module = module
         self.device = device
