@@ -18,7 +18,8 @@ from typing import Any
 
 import zmq
 
-from tnxctl.session import Call, Session
+from tnxctl.call import Call
+from tnxctl.session import Session
 
 Socket = zmq.Socket[bytes]
 
@@ -98,11 +99,11 @@ class Link:
         if self._session.start(call):
             self._send(call)
 
-    def withdraw(self, call: Call[Any]) -> bool:
+    def cancel(self, call: Call[Any]) -> bool:
         """Drop a call, and tell the daemon. False: it was not under way."""
         if not self._session.forget(call):
             return False
-        self._cancel(call)
+        self._send_cancel(call)
         return True
 
     def receive(self) -> Call[Any] | None:
@@ -134,7 +135,7 @@ class Link:
         self._is_large = len(kept) >= _KEPT_BYTES
         return kept if self._is_large else bytearray(kept.buffer)
 
-    def on_monitor(self) -> list[Call[Any]]:
+    def poll_monitor(self) -> list[Call[Any]]:
         """Take what the monitor reports: connected, lost, or how far an attempt came. Returns finished calls."""
         finished: list[Call[Any]] = []
         while has_input(self.monitor):
@@ -142,33 +143,33 @@ class Link:
             event, value = _EVENT.unpack(self.monitor.recv_multipart(zmq.NOBLOCK)[0])
             trouble = _trouble(event, value)
             if trouble is not None:
-                self._session.note_trouble(trouble)
+                self._session.connection.trouble = trouble
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 for call in self._session.connected(time.monotonic()):
                     self._send(call)
-                self._ask()
+                self._send_probe()
             elif event in _OVER:
                 finished += self._receive_all()  # answers that came before the end still count
                 self._close_sockets()
                 finished += self._session.lost()
         return finished
 
-    def on_time(self, now: float) -> list[Call[Any]]:
+    def on_timer(self, now: float) -> list[Call[Any]]:
         """Do what is due: fail late calls, leave a silent connection, connect, ask again. Returns finished calls."""
         finished: list[Call[Any]] = []
-        if self._session.silent(now):
+        if self._session.connection.is_half_open(now):
             finished += self._receive_all()  # nobody may have looked for a while
-            if self._session.silent(now):
+            if self._session.connection.is_half_open(now):
                 self._close_sockets()
                 finished += self._session.give_up()
         expired = self._session.expire(now)
         for call in expired:
-            self._cancel(call)
+            self._send_cancel(call)
         finished += expired
-        self._ask()
+        self._send_probe()
         if self._session.must_connect(now):
             self._connect(now)
-        for call in self._session.asked_again(now):
+        for call in self._session.take_retries(now):
             self._send(call)
         return finished
 
@@ -181,9 +182,9 @@ class Link:
                 finished.append(call)
         return finished
 
-    def _ask(self) -> None:
+    def _send_probe(self) -> None:
         """Ask the daemon how it is, where the session wants to know."""
-        message = self._session.question()
+        message = self._session.probe_message()
         if message is not None and self.dealer is not None:
             with contextlib.suppress(zmq.ZMQError):
                 self.dealer.send(message, _NOBLOCK)
@@ -194,7 +195,7 @@ class Link:
         Returns the calls that fail with it: those that change the daemon, which are not sent twice.
         """
         self._close_sockets()
-        self._session.note_trouble("an error in this process ended it")
+        self._session.connection.trouble = "an error in this process ended it"
         return self._session.disconnected()
 
     def close(self) -> None:
@@ -203,12 +204,12 @@ class Link:
 
     def _connect(self, now: float) -> None:
         session = self._session
-        session.connecting(now)
+        session.connection.connecting(now)
         try:
             self._open_sockets()
         except (zmq.ZMQError, OSError) as error:  # no file descriptor left, or a path that the system refuses
             self._close_sockets()
-            session.note_trouble(str(error))
+            session.connection.trouble = str(error)
             session.lost()
 
     def _open_sockets(self) -> None:
@@ -247,9 +248,9 @@ class Link:
             dealer.close(0)
         self.dealer = self.monitor = None
 
-    def _cancel(self, call: Call[Any]) -> None:
+    def _send_cancel(self, call: Call[Any]) -> None:
         """Spare the daemon a computation that nobody waits for, if that is possible at once."""
-        message = self._session.cancellation(call)
+        message = self._session.cancel_message(call)
         if message is not None and self.dealer is not None:
             with contextlib.suppress(zmq.ZMQError):
                 self.dealer.send(message, _NOBLOCK)

@@ -15,7 +15,7 @@ from tnxctl.protocol.errors import InvalidArgument
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-# As in tnxctl.session and tnxctl.protocol.wire, whose import would make `tnxctl --help` slow; a test compares them.
+# As in tnxctl.encoder and tnxctl.protocol.wire, whose import would make `tnxctl --help` slow; a test compares them.
 DEFAULT_TIMEOUT_S = 5.0
 LOAD_TIMEOUT_S = 600.0
 MAX_DEADLINE_S = 86_400.0

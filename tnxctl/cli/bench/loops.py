@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import msgspec
 import zmq
 
+from tnxctl.call import Call
 from tnxctl.cli.bench.recording import LOST, UNSENT, Recording, clock_ns
 from tnxctl.durations import spell
 from tnxctl.link import Link, has_input
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import DeadlineExceeded, Unavailable
-from tnxctl.session import MAX_PENDING_BYTES, MAX_PENDING_CALLS, Call, Session
+from tnxctl.session import MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session
 
 if TYPE_CHECKING:
     from tnxctl.results import Result
@@ -100,7 +101,7 @@ class Connection:
     def __enter__(self) -> Self:
         """Connect. Raises the error of a health request that is not answered."""
         try:
-            self.ask(self.session.health(timeout=None, now=time.monotonic()))
+            self.ask(self.session.encoder.health(timeout=None, now=time.monotonic()))
         except BaseException:
             self._link.close()
             raise
@@ -118,15 +119,15 @@ class Connection:
         link.start(call)
         while not call.done:
             now = time.monotonic()
-            wait_s = self.session.due - now
+            wait_s = self.session.next_timer - now
             if wait_s <= 0:
-                link.on_time(now)
+                link.on_timer(now)
                 continue
             sources = [(socket, _POLLIN) for socket in (link.dealer, link.monitor) if socket is not None]
             zmq.zmq_poll(sources, math.ceil(min(wait_s * 1e3, _LOOK_MS)))
             if has_input(link.dealer):
                 link.receive()
-            link.on_monitor()
+            link.poll_monitor()
         return call.take()
 
     def send(self, requests: Requests, recording: Recording, due_ns: int, now_ns: int) -> None:
@@ -166,7 +167,7 @@ class Connection:
 
     def check(self) -> None:
         """Raise Unavailable if the connection is gone."""
-        self._link.on_monitor()
+        self._link.poll_monitor()
         if self._link.dealer is None:
             raise Unavailable(f"{self.endpoint}: the connection broke while predict was under way")
 
