@@ -23,10 +23,10 @@ from tnxctl.session import Session
 
 Socket = zmq.Socket[bytes]
 
-_ZERO_COPY_BYTES = 256 * 1024
+ZERO_COPY_BYTES = 256 * 1024
 """From about this size on, lending libzmq the caller's memory is cheaper than copying it."""
 
-_KEPT_BYTES = 64 * 1024
+KEPT_BYTES = 64 * 1024
 """From this size on, a received frame is kept as it came, and not copied."""
 
 _CONNECT_TIMEOUT_MS = 5_000  # also for the ZeroMQ handshake: a port may accept and then stay silent
@@ -129,10 +129,10 @@ class Link:
         """
         if not self._is_large:
             frame = bytearray(dealer.recv(_NOBLOCK))
-            self._is_large = len(frame) >= _KEPT_BYTES
+            self._is_large = len(frame) >= KEPT_BYTES
             return frame
         kept = dealer.recv(_NOBLOCK, copy=False)
-        self._is_large = len(kept) >= _KEPT_BYTES
+        self._is_large = len(kept) >= KEPT_BYTES
         return kept if self._is_large else bytearray(kept.buffer)
 
     def poll_monitor(self) -> list[Call[Any]]:
@@ -258,7 +258,7 @@ class Link:
     def _send(self, call: Call[Any]) -> None:
         dealer = self.dealer
         assert dealer is not None
-        copy = call.nbytes < _ZERO_COPY_BYTES
+        copy = call.nbytes < ZERO_COPY_BYTES
         *head, last = call.frames
         try:
             for frame in head:

@@ -23,7 +23,7 @@ import zmq
 from tnxctl.call import Call
 from tnxctl.cli.bench.recording import LOST, UNSENT, Recording, clock_ns
 from tnxctl.durations import spell
-from tnxctl.link import Link, has_input
+from tnxctl.link import KEPT_BYTES, ZERO_COPY_BYTES, Link, has_input
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import DeadlineExceeded, Unavailable
 from tnxctl.session import MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session
@@ -36,8 +36,6 @@ T = TypeVar("T")
 _FIRST_ID = 1 << 32  # msgpack writes whole numbers from here on in nine bytes: all headers have the same length
 _STAMP = 314159265.35897932  # stands for the time at which a request is sent
 
-_LENT_BYTES = 256 * 1024  # from here on, to lend libzmq a tensor is cheaper than to copy it
-_LARGE_BYTES = 64 * 1024
 _LOOK_MS = 500  # between two looks whether the connection still stands; no wait is longer, as Ctrl-C needs on Windows
 _LOOK_NS = _LOOK_MS * 1_000_000
 _GRACE_NS = 1_000_000_000  # after the end of an open loop, to send what was due in a pause of this machine
@@ -63,7 +61,7 @@ class Requests:
     def __init__(self, call: Call[Result]) -> None:
         self.sent = 0
         self.nbytes = call.nbytes
-        self.copied = call.nbytes < _LENT_BYTES
+        self.copied = call.nbytes < ZERO_COPY_BYTES
         header, *tensors = call.frames
         self.tensors: list[Any] = [tensor.tobytes() if self.copied else tensor for tensor in tensors]
         request = wire.decode_request(header, wire.Limits())
@@ -153,7 +151,7 @@ class Connection:
         while dealer.get(_RCVMORE):
             # Nobody reads it; a small one is dropped faster as a copy. Answers tend to be as large as the last one.
             frame = dealer.recv(_NOBLOCK, not self._is_large)
-            self._is_large = len(frame) >= _LARGE_BYTES
+            self._is_large = len(frame) >= KEPT_BYTES
         return header
 
     def has_answer(self) -> bool:
