@@ -174,10 +174,10 @@ class AsyncClient:
 
 
 class _LoopDriver:
-    """Sees calls through in callbacks of the event loop.
+    """Driver of calls in callbacks of the event loop.
 
     ZeroMQ's file descriptors are edge-triggered: they tell of a change once, and any use of the socket may swallow
-    it. So whoever has used a socket looks at its events afterwards.
+    it. So each use of a socket is followed by a look at its events.
     """
 
     def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
@@ -211,7 +211,7 @@ class _LoopDriver:
         self._cancel_timer()
 
     def forget(self) -> None:
-        """Close without being told to: the loop may be over, or run in another thread than the garbage collector."""
+        """Close after the client has gone: the loop may be over, or run in another thread than this one."""
         if self.loop.is_running():
             self.loop.call_soon_threadsafe(self.close)
         else:
@@ -223,7 +223,7 @@ class _LoopDriver:
             self.loop.call_soon(self._turn)
 
     def _turn(self) -> None:
-        """Deal with all that waits or is due; does not block."""
+        """Handle all events and timers that wait, without blocking."""
         link = self._link
         _settle_all(link.poll_monitor())
         for _ in range(_REPLIES_PER_TURN):
@@ -275,7 +275,7 @@ class _OtherThreadDriver:
         self._driver.close()
 
     def forget(self) -> None:
-        """The thread driver looks after itself."""
+        """Nothing is left to do: the thread driver closes itself."""
 
 
 def _can_watch(loop: asyncio.AbstractEventLoop) -> bool:

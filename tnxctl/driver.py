@@ -1,4 +1,4 @@
-"""Sees calls through for any number of threads, over one `Link`.
+"""The driver of a client for threads: sends, waits and receives for any number of them, over one `Link`.
 
 The link belongs to whoever holds the lock. A call that finds no other under way takes it, sends, waits and reads in
 the caller's own thread, without a hand-over to any other. As soon as a second call comes, all are the I/O thread's
@@ -13,7 +13,7 @@ of a `with` block (python/cpython#148874). So that an interrupted call harms no 
 - It takes the lock inside the `try` whose `finally` begins with the release. An RLock knows its owner and refuses
   others, so nothing else has to remember whether it was taken. A context manager in Python would not do: its
   `__exit__` can be interrupted before its first line.
-- Whoever puts something into the outbox wakes the I/O thread. Whoever lets go of the lock owes nobody anything.
+- A post to the outbox wakes the I/O thread. A release of the lock owes nobody anything.
 - Threads wait for each other at plain locks. A `Condition`, and with it `Event` and `Future`, takes its lock in a
   function in Python, which can be interrupted before it returns.
 """
@@ -54,7 +54,7 @@ _log = logging.getLogger("tnxctl")
 
 
 class ThreadDriver:
-    """Moves the calls of a session. `run`, `submit` and `close` may be used from any thread at once."""
+    """Driver of the calls of one session. `run`, `submit` and `close` may be used from any thread at once."""
 
     _is_open = False  # until __init__ is through: __del__ runs in any case
 
@@ -98,7 +98,7 @@ class ThreadDriver:
         return call.take()
 
     def submit(self, call: Call[T]) -> Future[T]:
-        """Put a call under way. Cancelling the future withdraws it.
+        """Put a call under way. Cancelling the future cancels it.
 
         Raises:
             FailedPrecondition: the client has come here by a fork.
@@ -143,7 +143,7 @@ class ThreadDriver:
         self._io_work.set()
 
     def at_exit(self) -> None:
-        """Let everything be, since the interpreter ends: nobody waits for it any more."""
+        """Give everything up, since the interpreter ends: nobody waits for it any more."""
         if self._generation != process.forks:
             return
         self._closing = True
@@ -159,7 +159,7 @@ class ThreadDriver:
             thread.join(_GRACE_S)
 
     def after_fork(self) -> None:
-        """Find out, in a child, what this is there: like new if nobody had used it, else the parent's for good."""
+        """Settle, in a child, whose this is: the child's, like new, if nobody had used it; else the parent's."""
         if not (self._used or self._closing):
             self._generation = process.forks
             self._lock = threading.RLock()
@@ -251,7 +251,7 @@ class ThreadDriver:
         self._io_work.set()
 
     def drive_until_idle(self) -> None:
-        """The I/O thread's turn."""
+        """Drive all calls in the I/O thread, until none is left."""
         with self._lock:  # no signal interrupts this thread
             try:
                 while self._outbox or not self._session.idle:
@@ -276,7 +276,7 @@ class ThreadDriver:
             self._step()
 
     def _flush(self) -> None:
-        """Do what was posted: under the lock, or in any thread once the session is closed and all of it fails."""
+        """Run the posted actions: under the lock, or in any thread once the session is closed and all fail."""
         while True:
             try:
                 action, call = self._outbox.popleft()
@@ -296,7 +296,7 @@ class ThreadDriver:
             _settle(call)
 
     def _step(self) -> None:
-        """Wait until something happens or is due, and deal with it."""
+        """Turn the loop once: wait for an event or a timer, and handle it."""
         if self._closing:
             self._end()
             return
@@ -323,7 +323,7 @@ class ThreadDriver:
                 self._wakeup.clear()
 
     def _end(self) -> None:
-        """Fail whatever is under way, have whatever comes fail at once, and close the sockets. Idempotent."""
+        """Fail the calls under way and every later one, and close the sockets. Idempotent."""
         left = self._session.close()
         if not process.exiting:  # else callbacks would run in an interpreter that is half gone
             _settle_all(left)
@@ -355,7 +355,7 @@ def _ignore(_opened_or_closed: object) -> None:
 
 
 def _settle(call: Call[Any]) -> None:
-    """Tell whoever waits for a finished call. Where nobody does, the thread that drives is its caller."""
+    """Hand a finished call to its waiter. Without one, the thread that drives is its caller."""
     waiter, call.waiter = call.waiter, None
     if isinstance(waiter, Signal):
         waiter.set()

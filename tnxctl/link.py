@@ -24,10 +24,10 @@ from tnxctl.session import Session
 Socket = zmq.Socket[bytes]
 
 ZERO_COPY_BYTES = 256 * 1024
-"""From about this size on, lending libzmq the caller's memory is cheaper than copying it."""
+"""Least size of tensors that libzmq gets without a copy. Below about this, copying is cheaper than lending memory."""
 
 KEPT_BYTES = 64 * 1024
-"""From this size on, a received frame is kept as it came, and not copied."""
+"""Least size of a received frame that is kept as it came, and not copied."""
 
 _CONNECT_TIMEOUT_MS = 5_000  # also for the ZeroMQ handshake: a port may accept and then stay silent
 _NEVER_MS = 24 * 3_600_000
@@ -76,7 +76,7 @@ def shared_context() -> zmq.Context[Socket]:
 
 
 class Link:
-    """Moves messages between a session and the daemon.
+    """The sockets of one client: moves messages between its session and the daemon.
 
     Args:
         session: decides; the link obeys and reports.
@@ -136,7 +136,7 @@ class Link:
         return kept if self._is_large else bytearray(kept.buffer)
 
     def poll_monitor(self) -> list[Call[Any]]:
-        """Take what the monitor reports: connected, lost, or how far an attempt came. Returns finished calls."""
+        """Read the events of the monitor: connected, lost, or how far an attempt came. Returns finished calls."""
         finished: list[Call[Any]] = []
         while has_input(self.monitor):
             assert self.monitor is not None
@@ -155,7 +155,10 @@ class Link:
         return finished
 
     def on_timer(self, now: float) -> list[Call[Any]]:
-        """Do what is due: fail late calls, leave a silent connection, connect, ask again. Returns finished calls."""
+        """Fail late calls, close a half-open connection, connect, send deferred calls: whatever the time has come for.
+
+        Returns finished calls.
+        """
         finished: list[Call[Any]] = []
         if self._session.connection.is_half_open(now):
             finished += self._receive_all()  # nobody may have looked for a while
@@ -183,7 +186,7 @@ class Link:
         return finished
 
     def _send_probe(self) -> None:
-        """Ask the daemon how it is, where the session wants to know."""
+        """Ask the daemon for its health, where the session wants to know."""
         message = self._session.probe_message()
         if message is not None and self.dealer is not None:
             with contextlib.suppress(zmq.ZMQError):
@@ -236,7 +239,7 @@ class Link:
         dealer.connect(self._session.endpoint)
 
     def _close_sockets(self) -> None:
-        """Idempotent. What an interrupt keeps it from closing, the next time closes."""
+        """Close both sockets. Idempotent: a second call closes those that an interrupt kept the first from closing."""
         dealer, monitor = self.dealer, self.monitor
         if monitor is not None and not monitor.closed:
             assert dealer is not None
@@ -269,12 +272,12 @@ class Link:
 
 
 def has_input(socket: Socket | None) -> bool:
-    """Whether a message waits. Also what re-arms the edge-triggered file descriptor of a socket."""
+    """Whether a message waits. The look also re-arms the edge-triggered file descriptor of the socket."""
     return socket is not None and bool(int(socket.get(_EVENTS_OPTION)) & _POLLIN)
 
 
 def _trouble(event: int, value: int) -> str | None:
-    """A clause for error messages: what an event says about an attempt to connect."""
+    """A clause for error messages about an attempt to connect, from an event of the monitor; None: it has no news."""
     match event:
         case zmq.Event.CONNECT_DELAYED:
             return "nothing answers at that address"

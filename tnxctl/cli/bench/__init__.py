@@ -1,4 +1,4 @@
-"""`tnxctl bench`: how fast a daemon answers a model, under one load after the other.
+"""`tnxctl bench`: latency and throughput of a model, under one load after the other.
 
 loops.py      requests, the connection, the loops        recording.py  what a loop saw, and its numbers
 runs.py       a sweep over loads, a search for a rate    lines.py      text and documents
@@ -64,7 +64,7 @@ def _numbers(
     return convert
 
 
-@click.command("bench", short_help="Measure how fast a model is answered.")
+@click.command("bench", short_help="Measure latency and throughput of a model.")
 @options.common
 @options.request(
     no_device="a GPU if there is one",
@@ -134,7 +134,7 @@ def command(
     seed: int,
     plot_path: str | None,
 ) -> None:
-    """Measure how fast a running daemon answers a model, and where the time goes.
+    """Measure latency and throughput of a model in a running daemon, and where the time goes.
 
     A closed loop keeps a number of requests outstanding: each answer sends the next request. An open loop sends at
     random times at a rate, whatever the daemon does, and counts latency from when a request was due: a pause costs all
@@ -231,7 +231,7 @@ def command(
 
 
 def _take(run: Sweep | Search, table: Table | None) -> tuple[list[Step], KeyboardInterrupt | TensorNextError | None]:
-    """The steps of a run that measured anything, shown as they come, and what ended it before its end, if anything."""
+    """The steps of a run that measured anything, shown as they come, and the interrupt or error that ended it."""
     steps: list[Step] = []
     try:
         for step in run:

@@ -81,7 +81,7 @@ class Requests:
 
 
 class Connection:
-    """A connection that a session makes and asks on, and whose socket is then used as it is.
+    """The connection of a benchmark: a session makes it and asks on it, then its socket is used as it is.
 
     Args:
         timeout: in seconds, of what is asked.
@@ -173,13 +173,13 @@ class Connection:
 def closed_loop(
     connection: Connection, requests: Requests, recording: Recording, concurrency: int, seconds: float
 ) -> None:
-    """Keep so many requests outstanding for so long: whatever comes back sends the next one.
+    """Closed loop: keep so many requests outstanding for so long. Each answer sends the next request.
 
     Raises:
         Unavailable: the connection broke, or the daemon takes no more requests.
         DeadlineExceeded: it answered nothing.
     """
-    patience_ns = int(connection.timeout * 1e9)
+    timeout_ns = int(connection.timeout * 1e9)
     outstanding = recording.outstanding
     with _steady(), recording.running():
         end = recording.began_ns + int(seconds * 1e9)
@@ -188,7 +188,7 @@ def closed_loop(
             while now < end and len(outstanding) < concurrency and not recording.unavailable:
                 connection.send(requests, recording, now, now)
                 now = clock_ns()
-            if not outstanding or now >= min(end, heard) + patience_ns:
+            if not outstanding or now >= min(end, heard) + timeout_ns:
                 break
             header = connection.receive()
             now = clock_ns()
@@ -203,7 +203,7 @@ def closed_loop(
 def open_loop(
     connection: Connection, requests: Requests, recording: Recording, rate: float, seconds: float, seed: int
 ) -> None:
-    """Send requests at random times, as of independent clients, whatever became of those before.
+    """Open loop: send requests at random times, as of independent clients, whatever became of those before.
 
     A request that this client was too late to send is due at its time all the same, and its latency counts from there.
 

@@ -49,7 +49,7 @@ class Bench:
             return connection.ask(connection.session.encoder.predict(self.inputs, **options, timeout=None, now=_now()))
 
     def measure(self, load: Load) -> Step:
-        """One step, on a connection of its own, after a warm-up. What ends it early is in it."""
+        """One step, on a connection of its own, after a warm-up. The error that ends it early, if any, is in it."""
         recording = Recording()
         try:
             with Connection(self.endpoint, self.timeout) as connection:
