@@ -60,7 +60,7 @@ class ThreadDriver:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._link = Link(session, watch=_ignore, unwatch=_ignore)  # each step polls what the link has open
+        self._link = Link(session)  # each step polls what the link has open
         self._wakeup = Wakeup()
         self._lock = threading.RLock()
         self._outbox: deque[tuple[Callable[[Call[Any]], None], Call[Any]]] = deque()
@@ -348,10 +348,6 @@ def _serve(driver_ref: weakref.ref[ThreadDriver], work: Signal) -> None:
             work.set()  # for another I/O thread, should there be one
             return
         del driver
-
-
-def _ignore(_opened_or_closed: object) -> None:
-    pass
 
 
 def _settle(call: Call[Any]) -> None:

@@ -80,16 +80,21 @@ class Link:
 
     Args:
         session: decides; the link obeys and reports.
-        watch, unwatch: called with each socket after it is opened and before it is closed, for whoever polls them.
+        watch, unwatch: called with each socket after it is opened and before it is closed, to have it polled.
 
     Attributes:
         dealer, monitor: both None, or both open.
     """
 
-    def __init__(self, session: Session, watch: Callable[[Socket], None], unwatch: Callable[[Socket], None]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        watch: Callable[[Socket], None] | None = None,
+        unwatch: Callable[[Socket], None] | None = None,
+    ) -> None:
         self._session = session
-        self._watch = watch
-        self._unwatch = unwatch
+        self._watch = watch or _ignore
+        self._unwatch = unwatch or _ignore
         self.dealer: Socket | None = None
         self.monitor: Socket | None = None
         self._is_large = False  # the last tensor that came
@@ -269,6 +274,10 @@ class Link:
             dealer.send(last, _NOBLOCK, copy)
         except zmq.Again:
             pass  # the connection has just broken: the monitor is about to say so, and the call goes out on the next
+
+
+def _ignore(_: Socket) -> None:
+    pass
 
 
 def has_input(socket: Socket | None) -> bool:

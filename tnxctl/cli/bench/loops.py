@@ -91,7 +91,7 @@ class Connection:
         self.endpoint = endpoint
         self.timeout = timeout
         self.session = Session(endpoint, timeout, wire.Limits())
-        self._link = Link(self.session, _ignore, _ignore)
+        self._link = Link(self.session)
         self._dealer: Any = None
         self._fd = 0
         self._is_large = False  # the last tensor that came
@@ -292,7 +292,3 @@ def _steady() -> Iterator[None]:
         gc.enable()
         if prctl is not None:
             prctl(set_slack, ctypes.c_ulong(before), 0, 0, 0)
-
-
-def _ignore(_opened_or_closed: object) -> None:
-    pass
