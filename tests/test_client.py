@@ -362,6 +362,8 @@ def test_cancelling_without_a_connection(connect: Connect) -> None:
     tnx = connect(endpoint)
     future = tnx.submit(X)
     assert future.cancel()
+    with pytest.raises(errors.Unavailable):  # which comes after the cancelling, that other threads carry out
+        tnx.predict(X, timeout=0.01)
     with FakeDaemon(echo, endpoint) as daemon:
         assert equal(tnx.predict(X + 1), X + 1)
         assert daemon.received.qsize() == 1

@@ -166,3 +166,68 @@ def test_importing_a_module_brings_nothing_of_another_layer(module: str, forbidd
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+# --- rooms of the client -------------------------------------------------------------------------------------
+
+SANS_IO = ("admission", "call", "connection", "encoder", "failures", "session", "windows")
+"""Modules of the client that are pure: what they do depends on their arguments alone."""
+
+TRANSPORTS = ("driver", "link", "process", "wakeups")
+"""Modules of the client that move messages or wait."""
+
+
+def client_imports(*folders: str, apart_from: str = "-") -> dict[str, set[str]]:
+    """Modules of the client that the files in a folder of it import, by file."""
+    found = {}
+    for folder in folders:
+        for path in sorted((ROOT / "tnxctl").glob(folder)):
+            name = str(path.relative_to(ROOT))
+            if not name.startswith(f"tnxctl/{apart_from}"):
+                found[name] = {used for used in imports(path) if used == "tnxctl" or used.startswith("tnxctl.")}
+    assert found
+    return found
+
+
+def test_the_protocol_imports_nothing_else_of_the_client() -> None:
+    for path, used in client_imports("protocol/*.py").items():
+        assert all(name.startswith("tnxctl.protocol") for name in used), path
+
+
+@pytest.mark.parametrize("module", SANS_IO)
+def test_calls_and_connections_are_without_io(module: str) -> None:
+    forbidden = {"asyncio", "os", "select", "socket", "threading", "time", "zmq", *(f"tnxctl.{m}" for m in TRANSPORTS)}
+    used = set(imports(ROOT / "tnxctl" / f"{module}.py"))
+    assert not {name for name in used if name in forbidden or name.partition(".")[0] in forbidden}
+
+
+def test_commands_use_the_clients_and_not_their_parts() -> None:
+    parts = {f"tnxctl.{module}" for module in (*SANS_IO, *TRANSPORTS)}
+    for path, used in client_imports("cli/**/*.py", apart_from="cli/bench/").items():
+        assert not used & parts, path
+
+
+def test_of_the_benchmark_one_file_uses_parts_of_the_client() -> None:
+    parts = {f"tnxctl.{module}" for module in (*SANS_IO, *TRANSPORTS)}
+    assert {path for path, used in client_imports("cli/bench/*.py").items() if used & parts} == {
+        "tnxctl/cli/bench/loops.py"
+    }
+
+
+def test_the_library_does_not_know_the_tool() -> None:
+    for path, used in client_imports("*.py", "protocol/*.py").items():
+        assert not {name for name in used if name == "tnxctl.cli" or name.startswith("tnxctl.cli.")}, path
+
+
+def test_no_module_of_the_client_imports_itself_in_a_circle() -> None:
+    """Not even for type checkers."""
+    modules = {}
+    for path in sorted((ROOT / "tnxctl").glob("**/*.py")):
+        modules[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
+    left = {module: set(imports(path, typing_too=True)) & modules.keys() - {module} for module, path in modules.items()}
+    for module, used in left.items():  # an import of a module names its package, too, which is no use of that
+        left[module] = {name for name in used if not any(other.startswith(f"{name}.") for other in used | {module})}
+    while done := {module for module, used in left.items() if not used & left.keys()}:
+        for module in done:
+            del left[module]
+    assert not left
