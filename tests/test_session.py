@@ -554,11 +554,11 @@ def test_without_a_connection_time_runs_too_and_the_error_says_so(idle: Session)
 
 def test_an_attempt_that_has_only_begun_hides_not_why_the_last_one_failed(idle: Session) -> None:
     call = started(idle, timeout=2.5)
-    idle.connecting(0.0)
+    idle.connection.connecting(0.0)
     idle.connection.note_trouble("nothing answers", begun=True)
     idle.connection.note_trouble("nobody listens there")
     idle.lost()
-    idle.connecting(2.4)
+    idle.connection.connecting(2.4)
     idle.connection.note_trouble("nothing answers", begun=True)
     idle.expire(2.5)
     with pytest.raises(errors.Unavailable, match="nobody listens there"):
@@ -567,12 +567,12 @@ def test_an_attempt_that_has_only_begun_hides_not_why_the_last_one_failed(idle: 
 
 def test_after_a_connection_was_lost_the_next_attempt_says_what_it_meets(connected: Session) -> None:
     nobody_listens(connected)
-    connected.connecting(0.0)
+    connected.connection.connecting(0.0)
     connected.connected(0.0)
     connected.connection.note_trouble("it closed the connection")
     call = started(connected, timeout=2.5)
     connected.lost()
-    connected.connecting(0.1)
+    connected.connection.connecting(0.1)
     connected.connection.note_trouble("nothing answers", begun=True)
     connected.expire(2.5)
     with pytest.raises(errors.Unavailable, match="nothing answers"):
