@@ -28,6 +28,7 @@ class ObedientDevice:
     """Implements `tnxd.executors.execution.Executor`."""
 
     lane_threads = 1
+    runs_inline = False
     description = "does what it is told"
 
     def __init__(self, name: str, lanes: int, on_done: Callable[[Execution], None]) -> None:

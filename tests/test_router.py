@@ -278,22 +278,23 @@ sys.stdin.readline()
 def test_one_that_asks_to_come_in_is_counted_already(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each asks while the one before is let in."""
     counts: list[int] = []
-    decide = router._decide
+    zap = router._connections._zap
+    decide = zap._decide
     with contextlib.ExitStack() as stack:
 
         def ask() -> None:
             stack.enter_context(RawPeer(router.endpoints[0])).write(GREETING)
-            assert router._zap.poll(20_000)
+            assert zap.socket.poll(20_000)
 
         def decide_while_another_asks(request: list[bytes]) -> None:
-            counts.append(router._admission.client("127.0.0.1").connections)
+            counts.append(router._connections._admission.client("127.0.0.1").connections)
             if len(counts) < 5:
                 ask()
             decide(request)
 
-        monkeypatch.setattr(router, "_decide", decide_while_another_asks)
+        monkeypatch.setattr(zap, "_decide", decide_while_another_asks)
         ask()
-        router.hear()
+        router.poll_monitor()
     assert counts == [1, 2, 3, 4, 5]
 
 
