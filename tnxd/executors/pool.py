@@ -21,8 +21,10 @@ from tnxd.executors.trial.company import lanes_apart, rows_of_a_lane_apart
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import Held, memory
+from tnxd.executors.trial.isolation import lane_calls, open_with
 from tnxd.executors.trial.state import same_chance, stateful
-from tnxd.executors.trial.trial import Verdict, lane_calls, open_with, try_out, without_rows
+from tnxd.executors.trial.trial import try_out
+from tnxd.executors.trial.verdict import Verdict, without_rows
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
 from tnxd.lanes import SPARE
 from tnxd.models.model import Model
