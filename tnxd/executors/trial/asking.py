@@ -15,16 +15,17 @@ from tnxd.models.process import Witness
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
 
 _WITNESSED = 6
-"""Calls that are looked at for what they change in the process: each costs some milliseconds."""
+"""Calls whose changes of the process are looked for: each look costs some milliseconds."""
 
 
 class Asking:
-    """Runs a module: an `Ask`.
+    """Forward of a module on an example; implements `tnxd.executors.trial.state.Ask`.
 
     Attributes:
-        written_inputs: positions of the inputs that it has written to. witness: of what it changes in the process.
-        module, model, device: what is run, as what, where.
-        differentiates: whether it runs outside of inference mode, see `Differentiating`.
+        module, model, device: the module, which is on the device, and the signature that it is run by.
+        written_inputs: positions of the inputs that the module has written to.
+        witness: sees the changes that the module makes in the process.
+        differentiates: whether the module runs outside of inference mode, see `Differentiating`.
     """
 
     def __init__(self, module: torch.nn.Module, model: Model, device: torch.device) -> None:
@@ -37,19 +38,19 @@ class Asking:
         self.differentiates = False
 
     def as_another(self, model: Model) -> Asking:
-        """The same as another model, seen together with this."""
+        """The same module by the signature of another model, seen together with this."""
         other = copy.copy(self)
         other.model = model
         return other
 
     def differentiating(self) -> Asking:
-        """The same outside of inference mode, seen together with this."""
+        """The same module outside of inference mode, seen together with this."""
         other = copy.copy(self)
         other.differentiates = True
         return other
 
     def of_another(self, module: torch.nn.Module) -> Asking:
-        """The same of another module, seen by itself."""
+        """Another module by the same signature, seen by itself."""
         other = Asking(module, self.model, self.device)
         other.differentiates = self.differentiates
         return other

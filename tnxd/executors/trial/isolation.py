@@ -1,4 +1,4 @@
-"""Isolation of requests: what lanes call for a module, so that no request changes the answer to another."""
+"""Isolation of requests: the call that each lane gets for a module, so that no request changes another's answer."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 def open_with(module: torch.nn.Module, verdict: Verdict, device: torch.device) -> None:
-    """Have a module that was just built make what it makes only when it is first called, before lanes share or copy it.
+    """Call a module that was just built for the first time, before lanes share or copy it, if it makes parts then.
 
-    What each forward writes is left as it was built.
+    The tensors and attributes that each forward writes are put back as they were built.
 
     Raises:
-        FailedPrecondition: that cannot be put back.
+        FailedPrecondition: they cannot be put back.
     """
     if verdict.opening is None:
         return
@@ -42,10 +42,10 @@ def open_with(module: torch.nn.Module, verdict: Verdict, device: torch.device) -
 
 
 def lane_calls(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]:
-    """Makes what one more lane calls for a module.
+    """A maker of calls of a module, one for each lane.
 
     Args:
-        module: as it was built, not the one of the trial unless that is `pristine`.
+        module: as it was built; that of the trial only if the verdict is `pristine`.
 
     Raises:
         FailedPrecondition: requests cannot be kept apart.
@@ -83,10 +83,10 @@ def _kept_apart(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]
 
 
 def _undo(module: torch.nn.Module, state: State) -> Undo:
-    """The writes of a module's forwards, to be undone.
+    """The undo of the writes of a module's forwards.
 
     Raises:
-        FailedPrecondition: it cannot be: the sentence names it.
+        FailedPrecondition: something cannot be copied: the sentence names it.
     """
     inside = [[(submodule(module, path), name) for path, name in each] for each in (state.written, state.suspected)]
     try:

@@ -1,4 +1,4 @@
-"""The trial of one version on one device: what it is like, and what lanes call for it."""
+"""Trial of one version on one device: the module is run on examples until a verdict is found."""
 
 from __future__ import annotations
 
@@ -43,32 +43,32 @@ _KNOWN = ("pt2", "onnx")
 """Formats whose files say which axes have one length."""
 
 _SHARE = 0.01
-"""Share of the numbers that a module holds: a datatype of fewer does not say what it computes in."""
+"""Share of the numbers that a module holds: a datatype with fewer numbers is not one that it computes in."""
 
 _MOST_KINDS = 3
 """Kinds of values that requests are compared with."""
 
 _OF_A_SHAPE = re.compile(r"\b(shapes?|sizes?|dimensions?|channels?)\b")
-"""In what torch says of tensors that do not fit together."""
+"""Words of torch's errors about tensors that do not fit together."""
 
 _OF_AUTOGRAD = re.compile(r"(?i)\bgrad|\binference (mode|tensor)")
-"""In what torch says where inference mode does not let a forward differentiate."""
+"""Words of torch's errors where inference mode does not let a forward differentiate."""
 
 _OF_THE_CODE = (NotImplementedError, AttributeError, NameError, ImportError, TypeError, SyntaxError)
-"""What is wrong with the code whatever the input is."""
+"""Errors of the code, whatever the input is."""
 
 
 def try_out(
     module: torch.nn.Module, model: Model, device: torch.device, build: Callable[[], torch.nn.Module]
 ) -> Verdict:
-    """Run a module that was just built, and find out what can be promised about it.
+    """Try a module that was just built: the trial of a model on a device.
 
     Args:
         module: on the device. build: makes another one there.
 
     Raises:
-        FailedPrecondition: it cannot be served: requests would depend on each other, against what model.toml says.
-        Exception: what it raised, where no other input would help.
+        FailedPrecondition: it cannot be served: requests would depend on each other, though model.toml denies that.
+        Exception: whatever the module raised, where no other input would help.
     """
     asking = Asking(module, model, device)
     verdict = _verdict(asking, build)
@@ -147,12 +147,12 @@ def _verdict(asking: Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
 
 
 def _written_since(begun: Held, module: torch.nn.Module, model: Model) -> list[Place]:
-    """Places that hold something else than when a picture was taken."""
+    """Places that were written since a picture was taken."""
     return begun.changed(Held(module, model.writes))
 
 
 def _as_it_was(as_built: Held, beside: Beside) -> None:
-    """Have the code beside the weights as it was imported, and the caches of its functions empty."""
+    """Put the code beside the weights back as it was imported, and empty the caches of its functions."""
     as_built.forget_caches()
     beside.put_back()
 
@@ -167,15 +167,15 @@ def _check_openings(
     made: Sequence[str],
     allowed: float,
 ) -> None:
-    """Check that what a module makes at its first call does not depend on what is asked then.
+    """Check that the parts that a module makes at its first call do not depend on the inputs of that call.
 
     Args:
-        build: makes another one, that was never asked. as_it_was: has the code so, too.
-        item, known: a request, and what the module answered that had first been asked something else.
-        openings: what others are asked first. made: names of what it makes then.
+        build: makes another module, which was never called. as_it_was: puts its code back as it was imported.
+        item, known: a request, and the answer of a module that was first called with other inputs.
+        openings: inputs for the first calls of others. made: names of the parts.
 
     Raises:
-        FailedPrecondition: it does.
+        FailedPrecondition: they do.
     """
     for opening in openings:
         as_it_was()
@@ -190,12 +190,12 @@ def _check_openings(
 
 
 def _begun(asking: Asking) -> tuple[Asking, Make | None, str, tuple[str, ...]]:
-    """A way to run a module, an example that it takes, why it takes none, and notes.
+    """A way to run a module, an example that it takes, the complaint if it takes none, and notes.
 
-    What does not fit may be inference mode alone, or the number of rows.
+    A module that takes no example at first may take one outside of inference mode, or with another number of rows.
 
     Raises:
-        FailedPrecondition: there is none.
+        FailedPrecondition: it takes none, and it cannot be served without a trial.
     """
     model = asking.model
     make, failure = None, None
@@ -219,10 +219,10 @@ def _begun(asking: Asking) -> tuple[Asking, Make | None, str, tuple[str, ...]]:
 
 
 def _first_that_runs(ask: Asking, model: Model, rows: int = 1) -> tuple[Make | None, str]:
-    """The first example that a model takes, or why it takes none.
+    """The first example that a model takes, or None and the complaint.
 
     Raises:
-        FailedPrecondition: what is wrong is so whatever the values are: with the code, or with the shapes.
+        FailedPrecondition: the code or the shapes are wrong, whatever the values are.
     """
     complaints = []
     of_the_code = True
@@ -248,7 +248,10 @@ def _first_that_runs(ask: Asking, model: Model, rows: int = 1) -> tuple[Make | N
 
 
 def _other_rows(asking: Asking) -> tuple[Asking, Make | None, str] | None:
-    """A model that takes no single row, or returns other numbers of rows, asked without a batch axis; None: nor so."""
+    """A way to run a model without a batch axis, an example that it takes, and the complaint if it takes none.
+
+    For a model that takes no single row, or returns other numbers of rows. None: there is no such way.
+    """
     if not asking.model.max_batch_size:
         return None
     for rows in (1, 2, 4, 8):
@@ -259,10 +262,10 @@ def _other_rows(asking: Asking) -> tuple[Asking, Make | None, str] | None:
 
 
 def _telling(ask: Asking, model: Model) -> list[Make]:
-    """Kinds of examples whose values and answers differ, and that the model takes; [] if there is none.
+    """Makers of examples that the model takes, and whose values and answers differ; [] if there is none.
 
-    Those with finite answers alone go before others, which tell less. Made-up ones stand in for an author's own where
-    those have no such answers.
+    Examples with finite answers alone go before others, which tell less. Made-up ones stand in for an author's own
+    where those have no such answers.
     """
     fine: list[Make] = []
     others: list[Make] = []
@@ -287,7 +290,7 @@ _SOME, _ALL = 1, 2
 
 
 def _told(ask: Asking, model: Model, make: Make) -> int:
-    """_ALL: answers to such examples differ, and are finite; _SOME: some are finite; 0: it takes none, or none is."""
+    """Use of a maker's examples. _ALL: answers differ and are finite; _SOME: some are finite; 0: none, or an error."""
     try:
         answers = [ask(item)[1] for item in (make(1, 0), make(1, 1), *pair_of_requests(model, make, make, 0))]
     except torch.AcceleratorError:
@@ -305,10 +308,10 @@ def _told(ask: Asking, model: Model, make: Make) -> int:
 
 
 def _with_rows(verdict: Verdict, ask: Asking, telling: Sequence[Make]) -> Verdict:
-    """The verdict, with a batch axis only where that counts rows.
+    """The verdict with a batch axis only where axis 0 counts rows.
 
     Raises:
-        FailedPrecondition: model.toml asks for batches, and they would mix requests up.
+        FailedPrecondition: model.toml asks for batches, and rows depend on each other.
     """
     model = verdict.model
     if not telling:
@@ -330,7 +333,7 @@ def _with_rows(verdict: Verdict, ask: Asking, telling: Sequence[Make]) -> Verdic
 
 
 def _datatypes(module: torch.nn.Module, model: Model) -> list[str]:
-    """Datatypes that a model computes in, as far as they show: those of much of what it holds, and of its tensors."""
+    """Datatypes that a model computes in, as far as they show: of its inputs, its outputs and most of its weights."""
     held: Counter[str] = Counter()
     for tensor in (*module.parameters(), *module.buffers()):
         held[_DATATYPES.get(tensor.dtype, "")] += tensor.numel()

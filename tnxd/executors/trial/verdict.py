@@ -1,4 +1,4 @@
-"""The verdict of a trial: what may be promised about a version on a device."""
+"""Verdict of a trial: the promises that hold for a version on a device."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from tnxd.models.model import Model
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of a trial.
+    """Outcome of a trial.
 
     Attributes:
-        model: as it may be served: without a batch axis where that does not count rows.
+        model: the model as it may be served: without a batch axis where axis 0 does not count rows.
         state: of the module.
-        serial: whether one lane may call it at a time.
-        make: makes inputs that it takes; None: no example was one.
+        serial: whether one lane at a time may call the module.
+        make: makes inputs that the module takes; None: no example was taken.
         tolerance: difference that rounding makes, relative to the largest value of an output.
+        notes: sentences for an operator.
         written_inputs: positions of inputs that a forward writes to.
-        known: inputs of two requests and their answers; (): these cannot be repeated.
-        differentiates: whether it runs outside of inference mode.
-        beside: the code beside the weights, as it was imported. telling: examples whose values and answers differ.
-        opening: what to ask a module first, if that makes it what it is from then on.
-        notes: what an operator should know.
+        known: inputs of two requests and their answers; (): the answers cannot be repeated.
+        differentiates: whether the module runs outside of inference mode.
+        beside: the code beside the weights, as it was imported.
+        telling: makers of examples whose values and answers differ.
+        opening: the first item for a module that makes parts of itself at its first call; None: it makes none.
     """
 
     model: Model
@@ -48,7 +49,7 @@ class Verdict:
     opening: Item | None = None
 
     def writing(self, places: Sequence[Place]) -> Verdict:
-        """The verdict for a module that was seen to write these places, too: nothing of that is to be left behind."""
+        """This verdict, for a module that was seen to write these places, too: its writes are to be undone."""
         places = [place for place in places if not _is_cache(place)]
         state = self.state.with_written(places)
         if self.beside is not None and state.kind != PURE:
@@ -61,7 +62,7 @@ class Verdict:
         return SHARED if self.model.state == SHARED else self.state.kind
 
     def one_at_a_time(self, why: str) -> Verdict:
-        """The verdict for a module that lanes cannot call at the same time."""
+        """This verdict, for a module that lanes cannot call at the same time. Args: why: a difference, in words."""
         note = f"one lane at a time calls it: with a lane each, two requests had other answers than alone: {why}"
         return replace(self, serial=True, notes=(*self.notes, note))
 
