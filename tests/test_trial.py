@@ -25,9 +25,11 @@ from tnxd.executors.trial.company import rows_of_a_lane_apart
 from tnxd.executors.trial.copies import Call, Own, Serial, Sparing
 from tnxd.executors.trial.examples import telling_examples
 from tnxd.executors.trial.held import Held, checksum
+from tnxd.executors.trial.isolation import lane_calls
 from tnxd.executors.trial.suspects import suspects
-from tnxd.executors.trial.trial import Verdict, lane_calls, try_out
+from tnxd.executors.trial.trial import try_out
 from tnxd.executors.trial.undo import Undo
+from tnxd.executors.trial.verdict import Verdict
 from tnxd.models.model import Model
 from tnxd.models.noise import difference, tolerance
 from tnxd.models.tensors import check_outputs

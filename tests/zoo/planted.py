@@ -17,7 +17,7 @@ MECHANISMS: dict[str, dict[str, Callable[..., Any]]] = {
     # No lane gets a copy of its own of a network that writes before it reads, and no output is copied. What compares
     # the lanes would notice it: so it is left out, too.
     "copies": {
-        "tnxd.executors.trial.trial:_kept_apart": lambda module, verdict: lambda: module,
+        "tnxd.executors.trial.isolation:_kept_apart": lambda module, verdict: lambda: module,
         "tnxd.executors.pool:lanes_apart": lambda *_: "",
     },
     # No network is looked at when it is loaded: all are taken for pure.

@@ -1,4 +1,4 @@
-"""The CPU: a pool of threads, each a lane with its own share of the cores."""
+"""Executor of the CPU: each lane is a thread with its own share of the cores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from tnxd.executors.host import (
     host_memory_mb,
     peak_memory,
 )
-from tnxd.executors.pool import LanePool, OnDone
+from tnxd.executors.lane import OnDone
+from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
@@ -34,13 +35,13 @@ _MOST_ORDERED = 1 << 20
 
 
 def order_weights(module: torch.nn.Module) -> torch.nn.Module:
-    """Store the weights of linear layers input by input. The values stay the same, MKL is faster.
+    """Store the weights of linear layers input by input, in place. The values stay the same, MKL is faster.
 
     A Linear has its weight output by output, [out, in], and multiplies by the transpose. Where memory holds that
     transpose, batches of up to 64 rows take 0.55 to 0.95 of the time on one thread: see docs/performance.md.
 
-    Left alone are weights that another kind of layer uses too, as an Embedding may, which reads them row by row, and a
-    module that says `keeps_layout`.
+    Two things are left alone: a weight that another kind of layer uses too, such as an Embedding, which reads it row by
+    row, and a module that says `keeps_layout`.
     """
     if getattr(module, "keeps_layout", False):
         return module
@@ -69,7 +70,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 class CpuRunner(Runner):
-    """Runs batches on the calling thread.
+    """Runner of the CPU.
 
     Args:
         threads: torch threads that one forward may use.
@@ -85,13 +86,13 @@ class CpuRunner(Runner):
         torch.set_num_threads(self._threads)
 
     def free_memory(self) -> None:
-        """Nothing to do: what the C library keeps it takes for what comes next."""
+        """Nothing to do: the C library reuses the memory that it keeps."""
 
     def memory_left(self) -> int:
         return free_memory()
 
     def measured(self) -> AbstractContextManager[Peak]:
-        heap.trim()  # what is kept and used again would not show
+        heap.trim()  # memory that the C library keeps and uses again would not show
         return peak_memory()
 
     def forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:

@@ -10,7 +10,8 @@ from tnxd.config import Config
 from tnxd.device_kinds import KINDS, kind_of
 from tnxd.executors.cpu import cpu_names, open_cpu
 from tnxd.executors.cuda import cuda_names, open_cuda
-from tnxd.executors.pool import LanePool, OnDone
+from tnxd.executors.lane import OnDone
+from tnxd.executors.pool import LanePool
 
 
 class _Opener(NamedTuple):
