@@ -87,3 +87,18 @@ def test_importing_a_module_brings_nothing_of_another_layer(module: str, forbidd
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+# --- scheduling ----------------------------------------------------------------------------------------------
+
+
+def test_scheduling_is_pure() -> None:
+    """No tensor, thread, clock, socket or log: whoever calls it tells it the time and does what it says."""
+    sources = [path for path in SOURCES if path.is_relative_to(ROOT / "tnxd/scheduling")]
+    assert sources
+    impure = {"torch", "zmq", "threading", "time", "logging", "numpy"}
+    for path in sources:
+        for name in imports(path):
+            assert name.split(".")[0] not in impure, (path, name)
+            if name.split(".")[0] in {"tnxd", "tnxctl"}:
+                assert f"{name}.".startswith(("tnxd.scheduling.", "tnxctl.protocol.")), (path, name)
