@@ -231,3 +231,19 @@ def test_no_module_of_the_client_imports_itself_in_a_circle() -> None:
         for module in done:
             del left[module]
     assert not left
+
+
+# --- scheduling ----------------------------------------------------------------------------------------------
+
+
+def test_scheduling_is_pure() -> None:
+    """No tensor, thread, clock, socket or log: whoever calls it tells it the time and does what it says."""
+    sources = [path for path in SOURCES if path.is_relative_to(ROOT / "tnxd/scheduling")]
+    assert sources
+    impure = {"torch", "zmq", "threading", "time", "logging", "numpy"}
+    allowed = ("tnxd.scheduling.", "tnxd.lanes.", "tnxd.device_kinds.", "tnxctl.protocol.")
+    for path in sources:
+        for name in imports(path):
+            assert name.split(".")[0] not in impure, (path, name)
+            if name.split(".")[0] in {"tnxd", "tnxctl"}:
+                assert f"{name}.".startswith(allowed), (path, name)

@@ -1,3 +1,5 @@
+"""Deadline-ordered round robin."""
+
 from __future__ import annotations
 
 import itertools
@@ -25,14 +27,14 @@ def order(turns: DeadlineRoundRobin[str], again: dict[str, int], steps: int) -> 
     return served
 
 
-def test_the_most_urgent_goes_first() -> None:
+def test_earliest_due_goes_first() -> None:
     turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     for serial, (member, due) in enumerate({"a": 30, "b": 10, "c": 20}.items()):
         turns.offer(member, due, serial)
     assert order(turns, {}, 9) == "bca"
 
 
-def test_nobody_twice_in_a_round_however_urgent() -> None:
+def test_round_serves_nobody_twice_however_urgent() -> None:
     turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("a", 50, 1)
     turns.offer("b", 60, 2)
@@ -40,7 +42,7 @@ def test_nobody_twice_in_a_round_however_urgent() -> None:
     assert order(turns, {"a": 2}, 9) == "abcaa"
 
 
-def test_a_newcomer_joins_the_round() -> None:
+def test_newcomer_joins_the_round() -> None:
     turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("a", 0, 1)
     turns.served("a")
@@ -49,7 +51,7 @@ def test_a_newcomer_joins_the_round() -> None:
     assert turns.first() == "new"
 
 
-def test_a_stream_of_newcomers_does_not_keep_those_waiting_who_had_a_turn() -> None:
+def test_stream_of_newcomers_does_not_keep_those_waiting_that_had_a_turn() -> None:
     turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("patient", 0, 0)
     had = 0
@@ -64,7 +66,7 @@ def test_a_stream_of_newcomers_does_not_keep_those_waiting_who_had_a_turn() -> N
     assert had > 20
 
 
-def test_many_that_wait_are_of_one_round() -> None:
+def test_round_holds_however_many_wait() -> None:
     """However many they are: an urgent one that comes meanwhile still goes before those that have had a turn."""
     turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     for serial in range(1000):
@@ -78,7 +80,7 @@ def test_many_that_wait_are_of_one_round() -> None:
     assert turns.first() == "urgent"
 
 
-def test_offered_again_it_moves_forward_and_never_back() -> None:
+def test_member_offered_again_moves_forward_and_never_back() -> None:
     turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("a", 20, 1)
     turns.offer("b", 10, 2)
@@ -88,7 +90,7 @@ def test_offered_again_it_moves_forward_and_never_back() -> None:
     assert order(turns, {}, 9) == "ab"
 
 
-def test_withdrawn_it_is_out() -> None:
+def test_withdrawn_member_takes_no_turns() -> None:
     turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("a", 1, 1)
     turns.offer("b", 2, 2)
@@ -100,7 +102,7 @@ def test_withdrawn_it_is_out() -> None:
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(0, 2**32))
-def test_between_two_turns_of_one_each_other_has_at_most_two(amounts: list[int], seed: int) -> None:
+def test_others_have_at_most_two_turns_each_between_two_of_one_member(amounts: list[int], seed: int) -> None:
     """However much work some have and however urgent they say it is."""
     chance = random.Random(seed)
     turns: DeadlineRoundRobin[int] = DeadlineRoundRobin()

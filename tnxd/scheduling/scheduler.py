@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from tnxd.lanes import BACKGROUND, INLINE
 from tnxd.scheduling.accounts import Accounts
-from tnxd.scheduling.admission import BEHIND_NS, AdmissionControl
+from tnxd.scheduling.admission_control import BEHIND_NS, AdmissionControl
 from tnxd.scheduling.batch_formation import fill_lanes
 from tnxd.scheduling.costs import CostModel
 from tnxd.scheduling.deadlines import Deadlines
