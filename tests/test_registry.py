@@ -19,9 +19,8 @@ from tnxd.deployment.registry import (
     Deployment,
     Registry,
     Version,
-    check_weights,
-    signature_difference,
 )
+from tnxd.deployment.traffic import check_weights, signature_difference
 from tnxd.models.catalog import Entry
 from tnxd.models.model import Model
 

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, NotFound, TensorNextError, Unavailable
+from tnxctl.protocol.errors import FailedPrecondition, NotFound, TensorNextError, Unavailable
 from tnxctl.protocol.wire import check_name, check_version, excerpt, split_title
 from tnxd.executors.execution import STATES, Warmth
 from tnxd.models.catalog import Catalog, Entry, Source
@@ -193,6 +193,23 @@ class Deployment:
         """Split the traffic; see the attributes."""
         self.weights, self.shadow, self.implied, self.restore = dict(weights), shadow, False, False
 
+    def hold(self, weights: Mapping[str, float], *, implied: bool) -> None:
+        """Let the traffic be split so, where nobody has said how: by default the newest version would take it."""
+        if not self.weights:
+            self.weights, self.implied = dict(weights), implied
+
+    def release(self) -> None:
+        """Undo an implied `hold`."""
+        if self.implied:
+            self.weights, self.implied = {}, False
+
+    def withdraw(self, number: str) -> None:
+        """Take a version out of the split of the traffic, and let it go if the catalog does not want it."""
+        self.pinned.discard(number)
+        self.weights.pop(number, None)
+        if self.shadow == number:
+            self.shadow = ""
+
     def generation(self, number: str) -> int:
         """The generation for contents of a version that nothing else is left of."""
         return self._generations.get(number, 0)
@@ -207,7 +224,7 @@ class Deployment:
         versions = {**self.versions, version.number: version}
         self.versions = dict(sorted(versions.items(), key=lambda item: (len(item[0]), item[0])))
 
-    def sole(self, number: str) -> Version:
+    def version(self, number: str) -> Version:
         """The version of that number. Raises NotFound, InvalidArgument."""
         version = self.versions.get(number)
         if version is None:
@@ -307,7 +324,7 @@ class Registry:
             failure = self.failures.get(f"{name}@{number}")
             if failure is not None and number not in deployment.versions:
                 raise FailedPrecondition(f"model '{name}@{number}' cannot be served: {failure}")
-            return deployment, deployment.sole(number)
+            return deployment, deployment.version(number)
         shares = deployment.shares()
         if shares:
             return deployment, max(shares, key=lambda share: share[1])[0]
@@ -376,53 +393,3 @@ class Registry:
         if version.loading:
             return Unavailable(f"model {version.title!r} is still being loaded", retry_after_s=LOADING_RETRY_S)
         return FailedPrecondition(f"model {version.title!r} is {version.state}; tnxctl models load {version.title}")
-
-
-def check_weights(deployment: Deployment, weights: Mapping[str, float], shadow: str) -> None:
-    """Check that traffic can be split so.
-
-    Raises:
-        NotFound: a version that is not there.
-        FailedPrecondition: one that is not loaded, or versions whose signatures differ.
-        InvalidArgument: no weight is above 0, or the shadow takes part in the split.
-    """
-    if weights and not any(weight > 0 for weight in weights.values()):
-        raise InvalidArgument(f"no version of {deployment.name!r} has a weight above 0")
-    if shadow and weights.get(shadow, 0.0) > 0:
-        raise InvalidArgument(f"version {shadow} cannot both answer and be the shadow")
-    numbers = [number for number, weight in weights.items() if weight > 0]
-    versions = [deployment.sole(number) for number in [*numbers, *([shadow] if shadow else [])]]
-    if not numbers:
-        answering = [version for version in deployment.versions.values() if version.servable]
-        versions += [version for version in answering if version.number != shadow][-1:]
-    for version in versions:
-        if not version.servable:
-            raise FailedPrecondition(f"model {version.title!r} is {version.state}: load it first")
-    models = [version.model for version in versions if version.model is not None]
-    for model in models[1:]:
-        difference = signature_difference(models[0], model)
-        if difference:
-            raise FailedPrecondition(
-                f"versions {models[0].version} and {model.version} of {deployment.name!r} differ: {difference}"
-            )
-
-
-def signature_difference(old: Model, new: Model) -> str:
-    """The reason why requests made for the one may fail with the other, in words; "" if they do not."""
-    for side in ("inputs", "outputs"):
-        before = {spec.name: spec for spec in getattr(old, side)}
-        after = {spec.name: spec for spec in getattr(new, side)}
-        if list(before) != list(after):
-            return f"the {side} are {list(after)} instead of {list(before)}"
-        for name, spec in before.items():
-            other = after[name]
-            if other.datatype != spec.datatype:
-                return f"{side[:-1]} {name!r} is {other.datatype} instead of {spec.datatype}"
-            if len(other.shape) != len(spec.shape) or any(
-                now != was and not (now == -1 and side == "inputs")
-                for was, now in zip(spec.shape, other.shape, strict=True)
-            ):
-                return f"{side[:-1]} {name!r} has shape {list(other.shape)} instead of {list(spec.shape)}"
-            if side == "inputs" and name in old.optional and name not in new.optional:
-                return f"input {name!r} may not be left out any more"
-    return ""

@@ -136,7 +136,7 @@ def comparison(request: Compare, state: str, inventory: Inventory, shadows: Shad
     deployment = inventory.registry.deployment(request.model)
     if state == STARTING:
         raise unavailable(state)
-    baseline, candidate = (deployment.sole(number).model for number in (request.baseline, request.candidate))
+    baseline, candidate = (deployment.version(number).model for number in (request.baseline, request.candidate))
     if baseline is None or candidate is None:
         missing = request.candidate if baseline else request.baseline
         raise FailedPrecondition(f"version {missing} of {request.model!r} is not loaded")
