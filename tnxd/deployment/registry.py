@@ -17,7 +17,6 @@ from tnxctl.protocol.wire import check_name, check_version, excerpt, split_title
 from tnxd.executors.execution import STATES, Warmth
 from tnxd.models.catalog import Catalog, Entry, Source
 from tnxd.models.model import Model, model_key
-from tnxd.serving.input_binding import Fitting
 
 if TYPE_CHECKING:
     from tnxd.deployment.audit import Audit
@@ -44,32 +43,28 @@ class Version:
         state: READY, UNLOADED, DRAINING, EVICTED or FAILED.
         loading: whether it is being loaded, or about to be. An evicted version stays EVICTED meanwhile: its traffic
             waits for it.
-        model: what serves, or served last; None before the first time. fitting: of requests to it.
+        model: what serves, or served last; None before the first time.
         error: why it failed; of a version that serves, why newer files of the same version do not.
         nbytes: weights and buffers on each of its devices. load_s: seconds to load and warm up.
-        requests: taken in for it. last_used: a number that grows with every request to any model.
+        last_used: a number that grows with every request to any model.
         came_back: when it was last loaded for a request after it had been evicted, by the monotonic clock.
         notes: what an operator should know. trials: what loading it showed, by device.
         mixes: why its requests run alone, though loading it did not show that they must; else "".
         audit: goes on looking; None: nothing does.
-        mirror: the version that gets copies of its batches, if any.
     """
 
     __slots__ = (
         "audit",
         "came_back",
         "error",
-        "fitting",
         "generation",
         "last_used",
         "load_s",
         "loading",
-        "mirror",
         "mixes",
         "model",
         "nbytes",
         "notes",
-        "requests",
         "source",
         "state",
         "trials",
@@ -81,17 +76,14 @@ class Version:
         self.state = UNLOADED
         self.loading = False
         self.model: Model | None = None
-        self.fitting = Fitting()
         self.error = ""
         self.nbytes = source.nbytes
         self.load_s = 0.0
-        self.requests = 0
         self.last_used = 0
         self.notes: tuple[str, ...] = ()
         self.trials: Mapping[str, Warmth] = {}
         self.mixes = ""
         self.audit: Audit | None = None
-        self.mirror: Version | None = None
         self.came_back = float("-inf")
 
     @property
@@ -240,6 +232,7 @@ class Registry:
     Attributes:
         deployments: by name. default: the name for requests that give none: the configured one, else the first that
             can be served.
+        mirrors: the version that gets copies of its batches, by the version that answers.
         failures: what could not become a deployment, by name or path, and why.
         on_change: called after any change.
     """
@@ -248,6 +241,7 @@ class Registry:
         self.default = default
         self._configured_default = default
         self.deployments: dict[str, Deployment] = {}
+        self.mirrors: dict[Version, Version] = {}
         self.failures: dict[str, str] = {}
         self.on_change: Callable[[], None] = lambda: None
         self._targets: dict[str, Version | _Split] = {}
@@ -357,16 +351,16 @@ class Registry:
     def rebuild(self) -> None:
         """Recompute where requests go, after any change."""
         self._targets = {}
+        self.mirrors.clear()
         for name, deployment in self.deployments.items():
             shares = deployment.shares()
             shadow = deployment.versions.get(deployment.shadow)
             for version in deployment.versions.values():
                 if version.servable:
                     self._targets[version.title] = version
-                version.mirror = None
             for version, _ in shares:
                 if shadow is not None and shadow is not version and shadow.state == READY:
-                    version.mirror = shadow
+                    self.mirrors[version] = shadow
             if shares:
                 self._targets[name] = shares[0][0] if len(shares) == 1 else _Split(shares)
         if not self._configured_default:

@@ -75,7 +75,7 @@ def health(
         version=__version__,
         uptime_s=telemetry.uptime_s(),
         devices=devices,
-        models=model_infos(inventory.registry, scheduler),
+        models=model_infos(inventory.registry, scheduler, telemetry),
         queued=scheduler.queued,
         running=scheduler.running - scheduler.background,  # who asks waits for none of those
         requests=telemetry.requests,
@@ -110,7 +110,9 @@ def refusal(model: str, state: str, registry: Registry) -> TensorNextError:
     return unavailable(state)
 
 
-def metadata(request: Metadata, state: str, inventory: Inventory, scheduler: Scheduler) -> MetadataReport:
+def metadata(
+    request: Metadata, state: str, inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry
+) -> MetadataReport:
     """One version's signature and state.
 
     Raises:
@@ -121,13 +123,13 @@ def metadata(request: Metadata, state: str, inventory: Inventory, scheduler: Sch
     if state == STARTING and registry.awaits(request.model):
         raise unavailable(state)
     return MetadataReport(
-        v=VERSION, id=request.id, model=_model_info(*registry.describe(request.model), registry, scheduler)
+        v=VERSION, id=request.id, model=_model_info(*registry.describe(request.model), registry, scheduler, telemetry)
     )
 
 
-def models(id_: int, name: str, inventory: Inventory, scheduler: Scheduler) -> ModelsReport:
+def models(id_: int, name: str, inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry) -> ModelsReport:
     """All versions of one name, or for "" of all names."""
-    infos = model_infos(inventory.registry, scheduler)
+    infos = model_infos(inventory.registry, scheduler, telemetry)
     return ModelsReport(v=VERSION, id=id_, models=tuple(info for info in infos if name in ("", info.name)))
 
 
@@ -150,9 +152,9 @@ def reload_report(id_: int, changes: Changes) -> ReloadReport:
     )
 
 
-def model_infos(registry: Registry, scheduler: Scheduler) -> tuple[ModelInfo, ...]:
+def model_infos(registry: Registry, scheduler: Scheduler, telemetry: Telemetry) -> tuple[ModelInfo, ...]:
     """Every version, and what could not become one."""
-    infos = [_model_info(deployment, version, registry, scheduler) for deployment, version in registry]
+    infos = [_model_info(deployment, version, registry, scheduler, telemetry) for deployment, version in registry]
     titles = {version.title for _, version in registry}
     for what, why in registry.failures.items():
         if what in titles:
@@ -186,7 +188,9 @@ def _device_info(name: str, inventory: Inventory, scheduler: Scheduler) -> Devic
     )
 
 
-def _model_info(deployment: Deployment, version: Version, registry: Registry, scheduler: Scheduler) -> ModelInfo:
+def _model_info(
+    deployment: Deployment, version: Version, registry: Registry, scheduler: Scheduler, telemetry: Telemetry
+) -> ModelInfo:
     model = version.model
     devices = (
         ()
@@ -211,7 +215,7 @@ def _model_info(deployment: Deployment, version: Version, registry: Registry, sc
         traffic=traffic,
         shadow=deployment.shadow == version.number and not traffic,
         memory_mb=version.nbytes / _MIB if devices else 0.0,
-        requests=version.requests,
+        requests=telemetry.requests_by_version.get(version, 0),
         load_s=version.load_s,
         notes=version.notes,
         example_shapes=tuple(model.example_shapes(1)) if model else (),
