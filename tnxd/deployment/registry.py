@@ -143,11 +143,11 @@ class Deployment:
     """One name: its versions, and how requests that name none are split among them.
 
     Attributes:
-        entry: what the catalogue said last.
+        entry: what the catalog said last.
         versions: by number, from the oldest to the newest.
         weights: explicit shares; empty: the newest version takes all that is not the shadow.
         shadow: number of the version that gets copies; "": none.
-        pinned: versions that somebody asked for by number: they stay whatever the catalogue wants.
+        pinned: versions that somebody asked for by number: they stay whatever the catalog wants.
         implied: the weights only keep traffic from versions that were asked for by number.
         restore: the traffic is to become that of the entry, once all that it needs is loaded.
     """

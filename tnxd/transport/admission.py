@@ -37,8 +37,8 @@ _SHARED_FROM_BYTES = 64 * _MIB
 _LITTLE_BYTES = 64 * 1024
 
 # Of one client: each may take minutes, and they run one after the other.
-_MAX_ORDERS = 64
-_MAX_ORDERS_PER_CONNECTION = 16
+_MAX_COMMANDS = 64
+_MAX_COMMANDS_PER_CONNECTION = 16
 
 
 @dataclass(slots=True, eq=False)
@@ -48,7 +48,7 @@ class Client:
     Attributes:
         name: its address, or `uid:` and a number. local: whether it is on this host.
         connections: how many it has. requests, nbytes: in flight, and their inputs. owed: bytes of replies that it has
-            not taken yet. orders: about models, that wait or run.
+            not taken yet. commands: of admins, that wait or run.
         refused_ns: time of the loop that its refused messages took since the last look.
         full_since: when a request first found no room, by the monotonic clock; 0 since there is some.
         room_s: how long that takes, as a moving average.
@@ -60,7 +60,7 @@ class Client:
     requests: int = 0
     nbytes: int = 0
     owed: int = 0
-    orders: int = 0
+    commands: int = 0
     refused_ns: int = 0
     full_since: float = 0.0
     room_s: float = _RETRY_AFTER_S
@@ -72,7 +72,7 @@ class Connection:
 
     Attributes:
         peer: its routing id. descriptor: the file descriptor, -1 if unknown. client: whose it is.
-        requests: in flight, by id. nbytes: their inputs. orders: that wait or run.
+        requests: in flight, by id. nbytes: their inputs. commands: of admins, that wait or run.
         owed: bytes of replies that it has not taken yet.
         received, frames: what has been taken from it, in bytes, and in how many frames.
         refused_ns: as of its client.
@@ -85,7 +85,7 @@ class Connection:
     client: Client
     requests: dict[int, Pending] = field(default_factory=dict)
     nbytes: int = 0
-    orders: int = 0
+    commands: int = 0
     owed: int = 0
     received: int = 0
     frames: int = 0
@@ -173,7 +173,7 @@ class Admission:
         left = max(self.ceiling - self.held, 0) // (2 * len(self._clients) + 2)
         self._easy_bytes = min(self._max_bytes, left)
         for client in self:
-            if client.connections <= 0 and not (client.requests or client.owed or client.orders):
+            if client.connections <= 0 and not (client.requests or client.owed or client.commands):
                 del self._clients[client.name]
 
     def why_not(self, address: str) -> str:
@@ -230,20 +230,20 @@ class Admission:
             client.room_s += _ROOM_WEIGHT * (time.monotonic() - client.full_since - client.room_s)
             client.full_since = 0.0
 
-    def take_order(self, connection: Connection) -> None:
-        """An order about models waits. Raises ResourceExhausted."""
-        if connection.orders >= _MAX_ORDERS_PER_CONNECTION:
-            raise _over(f"{connection.orders} orders of this connection are waiting", _MAX_ORDERS_PER_CONNECTION)
+    def take_command(self, connection: Connection) -> None:
+        """An admin command waits. Raises ResourceExhausted."""
+        if connection.commands >= _MAX_COMMANDS_PER_CONNECTION:
+            raise _over(f"{connection.commands} orders of this connection are waiting", _MAX_COMMANDS_PER_CONNECTION)
         client = connection.client
-        if client.orders >= _MAX_ORDERS and connection.orders:
-            raise _over(f"{client.orders} orders of {client.name} are waiting", _MAX_ORDERS)
-        connection.orders += 1
-        client.orders += 1
+        if client.commands >= _MAX_COMMANDS and connection.commands:
+            raise _over(f"{client.commands} orders of {client.name} are waiting", _MAX_COMMANDS)
+        connection.commands += 1
+        client.commands += 1
 
-    def release_order(self, connection: Connection) -> None:
-        """An order has been carried out."""
-        connection.orders -= 1
-        connection.client.orders -= 1
+    def release_command(self, connection: Connection) -> None:
+        """An admin command has been carried out."""
+        connection.commands -= 1
+        connection.client.commands -= 1
 
     # --- replies -----------------------------------------------------------------------------------------------
 
