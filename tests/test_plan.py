@@ -28,7 +28,8 @@ from tnxd.deployment.plan import (
     plan_unload,
     reconcile,
 )
-from tnxd.deployment.registry import EVICTED, FAILED, READY, UNLOADED, Deployment, Version
+from tnxd.deployment.registry import Deployment
+from tnxd.deployment.version import EVICTED, FAILED, READY, UNLOADED, Version
 from tnxd.models.catalog import Entry
 from tnxd.models.model import Model
 

@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from tnxctl.protocol.wire import TensorSpec
-from tnxd.deployment.registry import (
-    DRAINING,
-    EVICTED,
-    FAILED,
-    READY,
-    Deployment,
-    Registry,
-    Version,
-)
+from tnxd.deployment.registry import Deployment, Registry
 from tnxd.deployment.traffic import check_weights, signature_difference
+from tnxd.deployment.version import DRAINING, EVICTED, FAILED, READY, Version
 from tnxd.models.catalog import Entry
 from tnxd.models.model import Model
 

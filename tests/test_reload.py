@@ -145,9 +145,7 @@ def test_two_models_of_one_name(run_daemon: RunDaemon, root: Path) -> None:
         assert says(client) == 1
 
 
-def test_admin_commands_are_refused_where_remote_control_is_off(
-    run_daemon: RunDaemon, root: Path, tmp_path: Path
-) -> None:
+def test_admin_commands_are_refused_without_remote_control(run_daemon: RunDaemon, root: Path, tmp_path: Path) -> None:
     config = tmp_path / "tnxd.toml"
     config.write_text(f'model_repository = "{root}"\nremote_control = "off"\n')
     daemon = run_daemon("--config", str(config))

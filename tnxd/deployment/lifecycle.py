@@ -15,8 +15,9 @@ from tnxctl.protocol.errors import DeadlineExceeded, FailedPrecondition, Resourc
 from tnxctl.protocol.wire import Limits
 from tnxd.deployment.audit import Audit
 from tnxd.deployment.operations import Drained, Operation, OperationRunner, StepTimeout
-from tnxd.deployment.registry import DRAINING, EVICTED, FAILED, READY, UNLOADED, Deployment, Registry, Version
+from tnxd.deployment.registry import Deployment, Registry
 from tnxd.deployment.traffic import signature_difference
+from tnxd.deployment.version import DRAINING, EVICTED, FAILED, READY, UNLOADED, Version
 from tnxd.error_text import sentence
 from tnxd.executors.execution import SHARED, Executor, Warmth
 from tnxd.models.model import Model
@@ -39,6 +40,9 @@ class Lifecycle:
         call_soon: has the loop run a function; called from other threads.
         limits: of messages; what cannot be asked for within them is not loaded.
         budget: bytes that the weights of all models may take on a device, by kind of device; no limit without an entry.
+
+    Attributes:
+        audits: the audit of each version that has one, also while it is not loaded.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Lifecycle:
         self._call_soon = call_soon
         self._limits = limits
         self._budget = budget
+        self.audits: dict[Version, Audit] = {}
 
     def bring_up(self, deployment: Deployment, version: Version, *, takes_over: bool) -> Operation[None]:
         """Load a version on its devices and warm it up. It is READY then, or nothing of it is left.
@@ -141,7 +146,7 @@ class Lifecycle:
             )
         self._scheduler.set_lane_limit(model.key, model.replicas)
         version.model = model
-        version.audit = self._audit(version, model, warmths.values())
+        self._audit(version, model, warmths.values())
         version.notes = (
             *model.notes,
             *_notes(warmths),
@@ -240,11 +245,12 @@ class Lifecycle:
             log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title)
             yield from self.retire(victim, EVICTED)
 
-    def _audit(self, version: Version, model: Model, warmths: Collection[Warmth]) -> Audit | None:
-        """The audit of a version that can be audited, which goes on if there was one before."""
+    def _audit(self, version: Version, model: Model, warmths: Collection[Warmth]) -> None:
+        """Audit a version that can be audited. What was begun before it was unloaded goes on."""
         if not model.audit or any(warmth.serial or warmth.random for warmth in warmths):
-            return None
-        return version.audit or Audit(version, model.audit, self._end_batches)
+            self.audits.pop(version, None)
+        elif version not in self.audits:
+            self.audits[version] = Audit(version, model.audit, self._end_batches)
 
     def _end_batches(self, version: Version, key: str, why: str) -> None:
         """Called by an audit, on another thread."""

@@ -33,8 +33,9 @@ from tnxd.deployment.plan import (
     plan_unload,
     reconcile,
 )
-from tnxd.deployment.registry import EVICTED, FAILED, UNLOADED, Deployment, Registry, Version
+from tnxd.deployment.registry import Deployment, Registry
 from tnxd.deployment.traffic import check_weights
+from tnxd.deployment.version import EVICTED, FAILED, UNLOADED, Version
 from tnxd.error_text import sentence
 from tnxd.executors.execution import Executor
 from tnxd.models.catalog import Catalog
@@ -62,6 +63,9 @@ class Loader:
         limits, budget: see `Lifecycle`.
         load_timeout_s: a step that takes longer has failed.
         on_reload: called with True when a reload begins and with False when it is over.
+
+    Attributes:
+        audits: see `Lifecycle`.
     """
 
     def __init__(
@@ -82,8 +86,9 @@ class Loader:
         self._executors = executors
         self._scan = scan
         self._on_reload = on_reload
-        self._runner = OperationRunner(scheduler, call_soon, load_timeout_s, registry.rebuild)
+        self._runner = OperationRunner(scheduler, call_soon, load_timeout_s, self._operation_ended)
         self._lifecycle = Lifecycle(registry, scheduler, executors, self._runner, call_soon, limits, budget)
+        self.audits = self._lifecycle.audits
         self._reload_asked: list[Done[Changes]] | None = None  # by whom, while one waits
 
     @property
@@ -137,6 +142,11 @@ class Loader:
         self._registry.rebuild()
         split = excerpt(deployment.weights, 200) if weights else "newest"
         log.info("traffic of %s: %s%s", name, split, f", shadow {shadow}" if shadow else "")
+
+    def _operation_ended(self) -> None:
+        for version in self.audits.keys() - {version for _, version in self._registry}:
+            del self.audits[version]
+        self._registry.rebuild()
 
     # --- operations --------------------------------------------------------------------------------------------
 
@@ -293,7 +303,8 @@ class Loader:
             changed = source.stamp != version.source.stamp
             if changed:
                 version.source, version.generation = source, deployment.next_generation(version.number)
-                version.mixes, version.audit = "", None  # what was found was about other files
+                version.mixes = ""  # what was found was about other files
+                self.audits.pop(version, None)
             yield from self._lifecycle.bring_up(deployment, version, takes_over=changed)
         finally:
             version.loading = False

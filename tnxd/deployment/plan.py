@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from tnxd.deployment.registry import EVICTED, UNLOADED, Deployment
+from tnxd.deployment.registry import Deployment
+from tnxd.deployment.version import EVICTED, UNLOADED
 
 
 @dataclass(frozen=True)

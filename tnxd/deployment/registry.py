@@ -5,124 +5,18 @@ Owned by the serving loop's thread. `tnxd.deployment.loader` changes it; the ser
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING
 from zlib import crc32
 
 from tnxctl.protocol.errors import FailedPrecondition, NotFound, TensorNextError, Unavailable
 from tnxctl.protocol.wire import check_name, check_version, excerpt, split_title
-from tnxd.executors.execution import STATES, Warmth
-from tnxd.models.catalog import Catalog, Entry, Source
-from tnxd.models.model import Model, model_key
-
-if TYPE_CHECKING:
-    from tnxd.deployment.audit import Audit
-
-log = logging.getLogger(__name__)
+from tnxd.deployment.version import FAILED, READY, UNLOADED, Version
+from tnxd.models.catalog import Catalog, Entry
 
 LOADING_RETRY_S = 0.1
 """When to ask again for a version that is being loaded."""
-
-# What a version can be; the daemon itself is STARTING, READY or DRAINING, too.
-UNLOADED = "unloaded"
-STARTING = "starting"
-READY = "ready"
-DRAINING = "draining"
-EVICTED = "evicted"
-FAILED = "failed"
-
-
-class Version:
-    """One version of one model, with one content: files that change become another Version.
-
-    Attributes:
-        source: where it comes from. generation: see `Model`.
-        state: READY, UNLOADED, DRAINING, EVICTED or FAILED.
-        loading: whether it is being loaded, or about to be. An evicted version stays EVICTED meanwhile: its traffic
-            waits for it.
-        model: what serves, or served last; None before the first time.
-        error: why it failed; of a version that serves, why newer files of the same version do not.
-        nbytes: weights and buffers on each of its devices. load_s: seconds to load and warm up.
-        last_used: a number that grows with every request to any model.
-        came_back: when it was last loaded for a request after it had been evicted, by the monotonic clock.
-        notes: what an operator should know. trials: what loading it showed, by device.
-        mixes: why its requests run alone, though loading it did not show that they must; else "".
-        audit: goes on looking; None: nothing does.
-    """
-
-    __slots__ = (
-        "audit",
-        "came_back",
-        "error",
-        "generation",
-        "last_used",
-        "load_s",
-        "loading",
-        "mixes",
-        "model",
-        "nbytes",
-        "notes",
-        "source",
-        "state",
-        "trials",
-    )
-
-    def __init__(self, source: Source, generation: int = 0) -> None:
-        self.source = source
-        self.generation = generation
-        self.state = UNLOADED
-        self.loading = False
-        self.model: Model | None = None
-        self.error = ""
-        self.nbytes = source.nbytes
-        self.load_s = 0.0
-        self.last_used = 0
-        self.notes: tuple[str, ...] = ()
-        self.trials: Mapping[str, Warmth] = {}
-        self.mixes = ""
-        self.audit: Audit | None = None
-        self.came_back = float("-inf")
-
-    @property
-    def number(self) -> str:
-        """The version, as it is written."""
-        return self.source.version
-
-    @property
-    def title(self) -> str:
-        """NAME@VERSION."""
-        return f"{self.source.name}@{self.source.version}"
-
-    @property
-    def key(self) -> str:
-        """The key of its model, now or once it is loaded."""
-        return model_key(self.source.name, self.source.version, self.generation)
-
-    @property
-    def kind(self) -> str:
-        """The most careful state among its devices, see `STATES`; "" before it was loaded."""
-        return max((trial.state for trial in self.trials.values()), key=STATES.index, default="")
-
-    def end_batches(self, key: str, why: str) -> None:
-        """Have each request run alone, and whole, from now on, if it is still the model of that key that serves.
-
-        Args:
-            why: how requests to that model change each other's answers in a batch.
-        """
-        if self.model is None or self.model.key != key or not self.model.max_batch_size:
-            return
-        self.mixes = why
-        self.model = self.model.unbatched()
-        self.notes = (*self.notes, f"no batches any more: {why}")
-        log.error("%s: its requests run alone from now on: %s", self.title, why)
-
-    @property
-    def servable(self) -> bool:
-        """Whether requests may be sent its way; an evicted version is loaded for them."""
-        return self.state in (READY, EVICTED)
 
 
 class _Split:

@@ -44,8 +44,9 @@ from tnxctl.protocol.wire import (
 )
 from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.loader import Changes, Loader
-from tnxd.deployment.registry import DRAINING, LOADING_RETRY_S, READY, STARTING, Version
+from tnxd.deployment.registry import LOADING_RETRY_S
 from tnxd.deployment.shadow import Shadows
+from tnxd.deployment.version import DRAINING, READY, STARTING, Version
 from tnxd.executors.execution import Execution, Executor
 from tnxd.models.sizes import reply_too_large
 from tnxd.process import malloc as heap
@@ -165,6 +166,7 @@ class Server:
         self._admission = admission
         self._on_device_lost = on_device_lost
         self._loader = loader
+        self._audits = loader.audits
         self._background = Background()
         self._shadows = Shadows(self._background)
         self._quarantine = Quarantine()
@@ -759,8 +761,8 @@ class Server:
             self._background.finished(execution)
         elif failures < len(batch.requests):
             version: Version = batch.requests[0].version  # type: ignore[attr-defined]
-            if version.audit is not None:
-                version.audit.look(execution, self._background)
+            if version in self._audits:
+                self._audits[version].look(execution, self._background)
             if self._mirrors and version in self._mirrors:
                 self._shadows.offer(execution, self._mirrors[version])
         if execution.mixes:
