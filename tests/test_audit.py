@@ -16,7 +16,7 @@ from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import ModelInfo, TensorSpec
 from tnxd.deployment.audit import Audit
 from tnxd.deployment.background import Background, Copy
-from tnxd.deployment.registry import READY, Version
+from tnxd.deployment.version import READY, Version
 from tnxd.executors.execution import Execution, LoadReport, Outcome
 from tnxd.models.builtin import BuiltinSource
 from tnxd.models.model import Model

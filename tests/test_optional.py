@@ -18,7 +18,7 @@ from format_tools import ask, open_model, refused, save_program, tensors
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import TensorSpec
-from tnxd.deployment.registry import signature_difference
+from tnxd.deployment.traffic import signature_difference
 from tnxd.executors.batching import Staging
 from tnxd.executors.cpu import CpuRunner
 from tnxd.executors.execution import Execution

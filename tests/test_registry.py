@@ -11,17 +11,9 @@ from hypothesis import strategies as st
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from tnxctl.protocol.wire import TensorSpec
-from tnxd.deployment.registry import (
-    DRAINING,
-    EVICTED,
-    FAILED,
-    READY,
-    Deployment,
-    Registry,
-    Version,
-    check_weights,
-    signature_difference,
-)
+from tnxd.deployment.registry import Deployment, Registry
+from tnxd.deployment.traffic import check_weights, signature_difference
+from tnxd.deployment.version import DRAINING, EVICTED, FAILED, READY, Version
 from tnxd.models.catalog import Entry
 from tnxd.models.model import Model
 
@@ -187,17 +179,18 @@ def test_the_shadow_mirrors_those_that_answer() -> None:
     net.weights, net.shadow = {"1": 50.0, "2": 50.0}, "3"
     made = registry(net)
     shadow = net.versions["3"]
-    assert [version.mirror for version in net.versions.values()] == [shadow, shadow, None]
+    assert [made.mirrors.get(version) for version in net.versions.values()] == [shadow, shadow, None]
     shadow.state = EVICTED
     made.rebuild()
-    assert net.versions["1"].mirror is None
+    assert net.versions["1"] not in made.mirrors
 
 
 def test_the_newest_version_does_not_answer_while_it_is_the_shadow() -> None:
     net = deployment("net", "1", "2")
     net.shadow = "2"
-    assert found(registry(net), "net") == "net@1"
-    assert net.versions["1"].mirror is net.versions["2"]
+    made = registry(net)
+    assert found(made, "net") == "net@1"
+    assert made.mirrors[net.versions["1"]] is net.versions["2"]
 
 
 def test_a_split_is_checked() -> None:

@@ -141,24 +141,24 @@ def test_two_models_of_one_name(run_daemon: RunDaemon, root: Path) -> None:
         assert says(client) == 1
 
 
-def test_who_may_not_give_orders(run_daemon: RunDaemon, root: Path, tmp_path: Path) -> None:
+def test_admin_commands_are_refused_without_remote_control(run_daemon: RunDaemon, root: Path, tmp_path: Path) -> None:
     config = tmp_path / "tnxd.toml"
     config.write_text(f'model_repository = "{root}"\nremote_control = "off"\n')
     daemon = run_daemon("--config", str(config))
     with Client(daemon.endpoint) as client:
-        for order in (
+        for command in (
             client.reload,
             lambda: client.load("net"),
             lambda: client.unload("net"),
             lambda: client.route("net", {"1": 1}),
         ):
             with pytest.raises(PermissionDenied, match="remote_control"):
-                order()
+                command()
         assert says(client) == 1
         assert len(client.models()) == 1
 
 
-def test_a_daemon_that_stops_answers_the_orders_it_has(run_daemon: RunDaemon, root: Path) -> None:
+def test_admin_commands_are_answered_when_the_daemon_stops(run_daemon: RunDaemon, root: Path) -> None:
     daemon = run_daemon("--model-repository", str(root))
     fifo = root / "fifo"
     os.mkfifo(fifo)

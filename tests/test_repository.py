@@ -316,14 +316,14 @@ def test_a_repository_that_others_may_write_is_refused(root: Path) -> None:
 
 def test_a_model_that_vanishes_meanwhile_is_no_failure(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(root, {"gone/1/model.pt2": ""})
-    look = repository._look_at
+    inspect = repository._inspect
 
     def removed(directory: Path, *rest: Any) -> Any:
         if directory.name == "gone":
             shutil.rmtree(directory)
-        return look(directory, *rest)
+        return inspect(directory, *rest)
 
-    monkeypatch.setattr(repository, "_look_at", removed)
+    monkeypatch.setattr(repository, "_inspect", removed)
     catalog = repository.scan(root)
     assert (list(catalog.entries), catalog.failures) == (["good"], {})
 

@@ -21,8 +21,8 @@ from tnxctl.protocol.errors import FailedPrecondition, Internal
 from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.deployment.background import Background, Copy
-from tnxd.deployment.registry import READY, UNLOADED, Version
 from tnxd.deployment.shadow import Shadows
+from tnxd.deployment.version import READY, UNLOADED, Version
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.lanes import BACKGROUND
 from tnxd.models.builtin import BuiltinSource

@@ -13,7 +13,8 @@ from tnxctl.protocol.errors import TensorNextError
 from tnxd import offer
 from tnxd.config import Config, control_of
 from tnxd.deployment.loader import Changes, Loader
-from tnxd.deployment.registry import DRAINING, READY, STARTING, Registry
+from tnxd.deployment.registry import Registry
+from tnxd.deployment.version import DRAINING, READY, STARTING
 from tnxd.error_text import named
 from tnxd.executors.execution import Executor
 from tnxd.process import logs, signals
@@ -54,12 +55,12 @@ class Daemon:
 
     def __init__(self, config: Config, registry: Registry, router: Router, admission: Admission) -> None:
         self._config = config
-        self._inventory = Inventory(registry)
         self._router = router
         self._notifier = Notifier()
         self._reload_waits = False
         self._watch: DriftMonitor | None = None
         self._exit_code = 0
+        self._executors: dict[str, Executor] = {}  # filled when they are open
         wakeup = Wakeup()
         self._calls = CallQueue(wakeup)
         queue = config.queue
@@ -74,7 +75,7 @@ class Daemon:
         self._loader = Loader(
             registry,
             self._scheduler,
-            self._inventory.executors,
+            self._executors,
             lambda: offer.catalog(config),
             self._calls.call_soon,
             limits=config.limits,
@@ -82,6 +83,7 @@ class Daemon:
             load_timeout_s=config.load_timeout_s,
             on_reload=self._announce_reload,
         )
+        self._inventory = Inventory(registry, self._loader.audits, self._executors)
         self._server = Server(
             router,
             wakeup,
@@ -148,7 +150,7 @@ class Daemon:
         for name, executor in executors.items():
             executor.adopt_thread()
             self._scheduler.add_device(self._device(executor))
-            self._inventory.executors[name] = executor
+            self._executors[name] = executor
         from tnxd.models.process_state.drift import DriftMonitor  # imports torch, which is here by now
 
         self._watch = DriftMonitor()

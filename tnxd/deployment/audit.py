@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from tnxctl.protocol.errors import ResourceExhausted, TensorNextError, Unavailable
 from tnxd.deployment.background import Answered, Background, Copy
-from tnxd.deployment.registry import Version
+from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
 from tnxd.models.noise import Difference, difference
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tnxctl.protocol.wire import TensorSpec
-from tnxd.deployment.registry import READY, Version
+from tnxd.deployment.version import READY, Version
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.models.model import Item, Model
 from tnxd.scheduling.device import Batch

@@ -5,132 +5,18 @@ Owned by the serving loop's thread. `tnxd.deployment.loader` changes it; the ser
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING
 from zlib import crc32
 
-from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, NotFound, TensorNextError, Unavailable
+from tnxctl.protocol.errors import FailedPrecondition, NotFound, TensorNextError, Unavailable
 from tnxctl.protocol.wire import check_name, check_version, excerpt, split_title
-from tnxd.executors.execution import STATES, LoadReport
-from tnxd.models.catalog import Catalog, Entry, Source
-from tnxd.models.model import Model, model_key
-from tnxd.serving.input_binding import Fitting
-
-if TYPE_CHECKING:
-    from tnxd.deployment.audit import Audit
-
-log = logging.getLogger(__name__)
+from tnxd.deployment.version import FAILED, READY, UNLOADED, Version
+from tnxd.models.catalog import Catalog, Entry
 
 LOADING_RETRY_S = 0.1
 """When to ask again for a version that is being loaded."""
-
-# What a version can be; the daemon itself is STARTING, READY or DRAINING, too.
-UNLOADED = "unloaded"
-STARTING = "starting"
-READY = "ready"
-DRAINING = "draining"
-EVICTED = "evicted"
-FAILED = "failed"
-
-
-class Version:
-    """One version of one model, with one content: files that change become another Version.
-
-    Attributes:
-        source: where it comes from. generation: see `Model`.
-        state: READY, UNLOADED, DRAINING, EVICTED or FAILED.
-        loading: whether it is being loaded, or about to be. An evicted version stays EVICTED meanwhile: its traffic
-            waits for it.
-        model: what serves, or served last; None before the first time. fitting: of requests to it.
-        error: why it failed; of a version that serves, why newer files of the same version do not.
-        nbytes: weights and buffers on each of its devices. load_s: seconds to load and warm up.
-        requests: taken in for it. last_used: a number that grows with every request to any model.
-        came_back: when it was last loaded for a request after it had been evicted, by the monotonic clock.
-        notes: what an operator should know. trials: what loading it showed, by device.
-        mixes: why its requests run alone, though loading it did not show that they must; else "".
-        audit: goes on looking; None: nothing does.
-        mirror: the version that gets copies of its batches, if any.
-    """
-
-    __slots__ = (
-        "audit",
-        "came_back",
-        "error",
-        "fitting",
-        "generation",
-        "last_used",
-        "load_s",
-        "loading",
-        "mirror",
-        "mixes",
-        "model",
-        "nbytes",
-        "notes",
-        "requests",
-        "source",
-        "state",
-        "trials",
-    )
-
-    def __init__(self, source: Source, generation: int = 0) -> None:
-        self.source = source
-        self.generation = generation
-        self.state = UNLOADED
-        self.loading = False
-        self.model: Model | None = None
-        self.fitting = Fitting()
-        self.error = ""
-        self.nbytes = source.nbytes
-        self.load_s = 0.0
-        self.requests = 0
-        self.last_used = 0
-        self.notes: tuple[str, ...] = ()
-        self.trials: Mapping[str, LoadReport] = {}
-        self.mixes = ""
-        self.audit: Audit | None = None
-        self.mirror: Version | None = None
-        self.came_back = float("-inf")
-
-    @property
-    def number(self) -> str:
-        """The version, as it is written."""
-        return self.source.version
-
-    @property
-    def title(self) -> str:
-        """NAME@VERSION."""
-        return f"{self.source.name}@{self.source.version}"
-
-    @property
-    def key(self) -> str:
-        """The key of its model, now or once it is loaded."""
-        return model_key(self.source.name, self.source.version, self.generation)
-
-    @property
-    def kind(self) -> str:
-        """The most careful state among its devices, see `STATES`; "" before it was loaded."""
-        return max((trial.state for trial in self.trials.values()), key=STATES.index, default="")
-
-    def end_batches(self, key: str, why: str) -> None:
-        """Have each request run alone, and whole, from now on, if it is still the model of that key that serves.
-
-        Args:
-            why: how requests to that model change each other's answers in a batch.
-        """
-        if self.model is None or self.model.key != key or not self.model.max_batch_size:
-            return
-        self.mixes = why
-        self.model = self.model.unbatched()
-        self.notes = (*self.notes, f"no batches any more: {why}")
-        log.error("%s: its requests run alone from now on: %s", self.title, why)
-
-    @property
-    def servable(self) -> bool:
-        """Whether requests may be sent its way; an evicted version is loaded for them."""
-        return self.state in (READY, EVICTED)
 
 
 class _Split:
@@ -151,11 +37,11 @@ class Deployment:
     """One name: its versions, and how requests that name none are split among them.
 
     Attributes:
-        entry: what the catalogue said last.
+        entry: what the catalog said last.
         versions: by number, from the oldest to the newest.
         weights: explicit shares; empty: the newest version takes all that is not the shadow.
         shadow: number of the version that gets copies; "": none.
-        pinned: versions that somebody asked for by number: they stay whatever the catalogue wants.
+        pinned: versions that somebody asked for by number: they stay whatever the catalog wants.
         implied: the weights only keep traffic from versions that were asked for by number.
         restore: the traffic is to become that of the entry, once all that it needs is loaded.
     """
@@ -193,6 +79,23 @@ class Deployment:
         """Split the traffic; see the attributes."""
         self.weights, self.shadow, self.implied, self.restore = dict(weights), shadow, False, False
 
+    def hold(self, weights: Mapping[str, float], *, implied: bool) -> None:
+        """Let the traffic be split so, where nobody has said how: by default the newest version would take it."""
+        if not self.weights:
+            self.weights, self.implied = dict(weights), implied
+
+    def release(self) -> None:
+        """Undo an implied `hold`."""
+        if self.implied:
+            self.weights, self.implied = {}, False
+
+    def withdraw(self, number: str) -> None:
+        """Take a version out of the split of the traffic, and let it go if the catalog does not want it."""
+        self.pinned.discard(number)
+        self.weights.pop(number, None)
+        if self.shadow == number:
+            self.shadow = ""
+
     def generation(self, number: str) -> int:
         """The generation for contents of a version that nothing else is left of."""
         return self._generations.get(number, 0)
@@ -207,7 +110,7 @@ class Deployment:
         versions = {**self.versions, version.number: version}
         self.versions = dict(sorted(versions.items(), key=lambda item: (len(item[0]), item[0])))
 
-    def sole(self, number: str) -> Version:
+    def version(self, number: str) -> Version:
         """The version of that number. Raises NotFound, InvalidArgument."""
         version = self.versions.get(number)
         if version is None:
@@ -223,6 +126,7 @@ class Registry:
     Attributes:
         deployments: by name. default: the name for requests that give none: the configured one, else the first that
             can be served.
+        mirrors: the version that gets copies of its batches, by the version that answers.
         failures: what could not become a deployment, by name or path, and why.
         on_change: called after any change.
     """
@@ -231,6 +135,7 @@ class Registry:
         self.default = default
         self._configured_default = default
         self.deployments: dict[str, Deployment] = {}
+        self.mirrors: dict[Version, Version] = {}
         self.failures: dict[str, str] = {}
         self.on_change: Callable[[], None] = lambda: None
         self._targets: dict[str, Version | _Split] = {}
@@ -307,7 +212,7 @@ class Registry:
             failure = self.failures.get(f"{name}@{number}")
             if failure is not None and number not in deployment.versions:
                 raise FailedPrecondition(f"model '{name}@{number}' cannot be served: {failure}")
-            return deployment, deployment.sole(number)
+            return deployment, deployment.version(number)
         shares = deployment.shares()
         if shares:
             return deployment, max(shares, key=lambda share: share[1])[0]
@@ -340,16 +245,16 @@ class Registry:
     def rebuild(self) -> None:
         """Recompute where requests go, after any change."""
         self._targets = {}
+        self.mirrors.clear()
         for name, deployment in self.deployments.items():
             shares = deployment.shares()
             shadow = deployment.versions.get(deployment.shadow)
             for version in deployment.versions.values():
                 if version.servable:
                     self._targets[version.title] = version
-                version.mirror = None
             for version, _ in shares:
                 if shadow is not None and shadow is not version and shadow.state == READY:
-                    version.mirror = shadow
+                    self.mirrors[version] = shadow
             if shares:
                 self._targets[name] = shares[0][0] if len(shares) == 1 else _Split(shares)
         if not self._configured_default:
@@ -376,53 +281,3 @@ class Registry:
         if version.loading:
             return Unavailable(f"model {version.title!r} is still being loaded", retry_after_s=LOADING_RETRY_S)
         return FailedPrecondition(f"model {version.title!r} is {version.state}; tnxctl models load {version.title}")
-
-
-def check_weights(deployment: Deployment, weights: Mapping[str, float], shadow: str) -> None:
-    """Check that traffic can be split so.
-
-    Raises:
-        NotFound: a version that is not there.
-        FailedPrecondition: one that is not loaded, or versions whose signatures differ.
-        InvalidArgument: no weight is above 0, or the shadow takes part in the split.
-    """
-    if weights and not any(weight > 0 for weight in weights.values()):
-        raise InvalidArgument(f"no version of {deployment.name!r} has a weight above 0")
-    if shadow and weights.get(shadow, 0.0) > 0:
-        raise InvalidArgument(f"version {shadow} cannot both answer and be the shadow")
-    numbers = [number for number, weight in weights.items() if weight > 0]
-    versions = [deployment.sole(number) for number in [*numbers, *([shadow] if shadow else [])]]
-    if not numbers:
-        answering = [version for version in deployment.versions.values() if version.servable]
-        versions += [version for version in answering if version.number != shadow][-1:]
-    for version in versions:
-        if not version.servable:
-            raise FailedPrecondition(f"model {version.title!r} is {version.state}: load it first")
-    models = [version.model for version in versions if version.model is not None]
-    for model in models[1:]:
-        difference = signature_difference(models[0], model)
-        if difference:
-            raise FailedPrecondition(
-                f"versions {models[0].version} and {model.version} of {deployment.name!r} differ: {difference}"
-            )
-
-
-def signature_difference(old: Model, new: Model) -> str:
-    """The reason why requests made for the one may fail with the other, in words; "" if they do not."""
-    for side in ("inputs", "outputs"):
-        before = {spec.name: spec for spec in getattr(old, side)}
-        after = {spec.name: spec for spec in getattr(new, side)}
-        if list(before) != list(after):
-            return f"the {side} are {list(after)} instead of {list(before)}"
-        for name, spec in before.items():
-            other = after[name]
-            if other.datatype != spec.datatype:
-                return f"{side[:-1]} {name!r} is {other.datatype} instead of {spec.datatype}"
-            if len(other.shape) != len(spec.shape) or any(
-                now != was and not (now == -1 and side == "inputs")
-                for was, now in zip(spec.shape, other.shape, strict=True)
-            ):
-                return f"{side[:-1]} {name!r} has shape {list(other.shape)} instead of {list(spec.shape)}"
-            if side == "inputs" and name in old.optional and name not in new.optional:
-                return f"input {name!r} may not be left out any more"
-    return ""

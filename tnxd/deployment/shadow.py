@@ -16,7 +16,7 @@ from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import VERSION, Comparison, OutputDifference, Percentiles, TensorSpec
 from tnxd.deployment.background import Answered, Background, Copy
-from tnxd.deployment.registry import Version
+from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
 from tnxd.models.model import Model
 from tnxd.models.noise import as_float

@@ -80,7 +80,7 @@ class BuiltinSource:
 
 
 def builtin_entries(names: Iterable[str]) -> dict[str, Entry]:
-    """Catalogue entries of built-in models. Raises NotFound."""
+    """Catalog entries of built-in models. Raises NotFound."""
     models = [builtin(name) for name in names]
     return {
         model.name: Entry(model.name, {model.version: BuiltinSource(model)}, wanted=(model.version,))

@@ -103,7 +103,7 @@ def scan(root: Path, opener: Opener | None = None, *, require_manifest: bool = F
     failures: dict[str, str] = {}
     for directory in directories:
         try:
-            entry, problems = _look_at(directory, guard, opener, require_manifest)
+            entry, problems = _inspect(directory, guard, opener, require_manifest)
             entries[entry.name] = entry
             failures.update(problems)
         except _Unservable as error:
@@ -111,7 +111,7 @@ def scan(root: Path, opener: Opener | None = None, *, require_manifest: bool = F
         except TensorNextError as error:
             failures[directory.name] = error.message
         except FileNotFoundError:
-            if os.path.lexists(directory):  # else it went away while we looked
+            if os.path.lexists(directory):  # else it went away while it was inspected
                 failures[directory.name] = f"{directory.name}: {_GONE}"
         except OSError as error:
             failures[directory.name] = f"{guard.label(Path(error.filename or directory))}: {error.strerror}"
@@ -126,7 +126,7 @@ class _Unservable(Exception):
         self.failures = failures
 
 
-def _look_at(
+def _inspect(
     directory: Path, guard: Guard, opener: Opener | None, require_manifest: bool
 ) -> tuple[Entry, dict[str, str]]:
     """One model, and what is wrong with some of its versions."""

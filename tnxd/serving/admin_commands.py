@@ -59,7 +59,7 @@ class AdminCommands:
             self._loader.route(command.model, command.weights, command.shadow)
             self.done.append(CommandDone(message, command.id, command.model))
             return
-        self._admission.take_order(message.connection)
+        self._admission.take_command(message.connection)
         self._serial += 1
         self._waiting[self._serial] = message, command.id
         done = partial(self._carried_out, self._serial)
@@ -72,7 +72,7 @@ class AdminCommands:
 
     def _carried_out(self, serial: int, outcome: Outcome) -> None:
         message, id_ = self._waiting.pop(serial)
-        self._admission.release_order(message.connection)
+        self._admission.release_command(message.connection)
         self.done.append(CommandDone(message, id_, outcome))
 
     def abandon(self) -> None:

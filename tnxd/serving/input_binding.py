@@ -1,8 +1,8 @@
-"""The inputs of requests, from frames to arrays that fit a model."""
+"""Input binding: the inputs of requests, from frames to arrays that fit a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-class _Plan(msgspec.Struct, frozen=True, gc=False):
-    """Facts about inputs that a header announces.
+class _Layout(msgspec.Struct, frozen=True, gc=False):
+    """The layout of inputs that a header announces.
 
     Attributes:
         model, specs: for whom, and what was announced.
@@ -35,36 +35,36 @@ class _Plan(msgspec.Struct, frozen=True, gc=False):
     nbytes: int
 
 
-class Fitting:
+class InputBinder:
     """Turns the inputs of requests for one model into arrays.
 
-    Most requests announce what the one before them did: then the lengths of the frames are all that is left to check.
-    That takes a third of the time.
+    The layout of the last request is kept: most requests announce what the one before them did, and then the lengths of
+    the frames are all that is left to check. That takes a third of the time.
     """
 
-    __slots__ = ("_plan",)
+    __slots__ = ("_layout",)
 
     def __init__(self) -> None:
-        self._plan: _Plan | None = None
+        self._layout: _Layout | None = None
 
     def bind(
         self, model: Model, specs: tuple[TensorSpec, ...], frames: Sequence[Buffer], limits: Limits
     ) -> BoundInputs:
         """Arrays that fit the signature, without a copy. Raises as `view_tensors` and `Model.bind` do."""
-        plan = self._plan
-        if plan is not None and specs == plan.specs and model is plan.model and len(frames) == len(specs):
+        layout = self._layout
+        if layout is not None and specs == layout.specs and model is layout.model and len(frames) == len(specs):
             arrays: list[Array | None] = []
-            for position, shape, dtype, nbytes in plan.tensors:
+            for position, shape, dtype, nbytes in layout.tensors:
                 frame: Any = frames[position]  # bytes, or what ZeroMQ calls a frame
                 if len(frame) != nbytes:
                     break
                 arrays.append(np.ndarray(shape, dtype, frame))
             else:
-                if plan.others:
-                    for place, array in plan.others:
+                if layout.others:
+                    for place, array in layout.others:
                         # A copy: the model may write to what it gets.
                         arrays.insert(place, None if array is None else array.copy())
-                return BoundInputs(tuple(arrays), plan.rows, plan.group, plan.nbytes)
+                return BoundInputs(tuple(arrays), layout.rows, layout.group, layout.nbytes)
         views = view_tensors(specs, frames, limits)
         bound = model.bind(specs, views)
         if not any(spec.datatype == "BOOL" for spec in specs):  # of which every byte has to be looked at
@@ -79,5 +79,18 @@ class Fitting:
                 for place, array in enumerate(bound.arrays)
                 if id(array) not in positions
             ]
-            self._plan = _Plan(model, specs, tensors, others, bound.rows, bound.group, bound.nbytes)
+            self._layout = _Layout(model, specs, tensors, others, bound.rows, bound.group, bound.nbytes)
         return bound
+
+
+class InputBinders(dict[object, InputBinder]):
+    """The binders of all versions, each made when it is first asked for: `binders[version]`."""
+
+    def __missing__(self, version: object) -> InputBinder:
+        binder = self[version] = InputBinder()
+        return binder
+
+    def keep(self, versions: Set[object]) -> None:
+        """Forget all versions but these."""
+        for version in self.keys() - versions:
+            del self[version]

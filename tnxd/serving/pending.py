@@ -6,7 +6,7 @@ import time
 
 from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import VERSION, Predict, Result, TensorSpec, Timing, encode
-from tnxd.deployment.registry import Version
+from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
 from tnxd.models.model import BoundInputs, Item, Model
 from tnxd.scheduling.device import Batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tnxctl import __version__
@@ -19,9 +20,11 @@ from tnxctl.protocol.wire import (
     ModelsReport,
     ReloadReport,
 )
+from tnxd.deployment.audit import Audit
 from tnxd.deployment.loader import Changes
-from tnxd.deployment.registry import READY, STARTING, Deployment, Registry, Version
+from tnxd.deployment.registry import Deployment, Registry
 from tnxd.deployment.shadow import Shadows
+from tnxd.deployment.version import READY, STARTING, Version
 from tnxd.device_kinds import CUDA
 from tnxd.executors.execution import Executor
 from tnxd.scheduling.request import Request
@@ -40,12 +43,13 @@ class Inventory:
     """The versions that the daemon serves, and its devices.
 
     Attributes:
-        executors: devices that work, by name.
+        audits: of versions that have one. executors: devices that work, by name.
         device_failures: device -> why it could not be opened, or what broke it later.
     """
 
     registry: Registry
-    executors: dict[str, Executor] = field(default_factory=dict)
+    audits: Mapping[Version, Audit]
+    executors: Mapping[str, Executor]
     device_failures: dict[str, str] = field(default_factory=dict)
 
 
@@ -76,7 +80,7 @@ def health(
         version=__version__,
         uptime_s=telemetry.uptime_s(),
         devices=devices,
-        models=model_infos(inventory.registry, scheduler),
+        models=model_infos(inventory, scheduler, telemetry),
         queued=scheduler.queued,
         running=scheduler.running - scheduler.background,  # who asks waits for none of those
         requests=telemetry.requests,
@@ -111,7 +115,9 @@ def refusal(model: str, state: str, registry: Registry) -> TensorNextError:
     return unavailable(state)
 
 
-def metadata(request: Metadata, state: str, inventory: Inventory, scheduler: Scheduler) -> MetadataReport:
+def metadata(
+    request: Metadata, state: str, inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry
+) -> MetadataReport:
     """One version's signature and state.
 
     Raises:
@@ -122,13 +128,13 @@ def metadata(request: Metadata, state: str, inventory: Inventory, scheduler: Sch
     if state == STARTING and registry.awaits(request.model):
         raise unavailable(state)
     return MetadataReport(
-        v=VERSION, id=request.id, model=_model_info(*registry.describe(request.model), registry, scheduler)
+        v=VERSION, id=request.id, model=_model_info(*registry.describe(request.model), inventory, scheduler, telemetry)
     )
 
 
-def models(id_: int, name: str, inventory: Inventory, scheduler: Scheduler) -> ModelsReport:
+def models(id_: int, name: str, inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry) -> ModelsReport:
     """All versions of one name, or for "" of all names."""
-    infos = model_infos(inventory.registry, scheduler)
+    infos = model_infos(inventory, scheduler, telemetry)
     return ModelsReport(v=VERSION, id=id_, models=tuple(info for info in infos if name in ("", info.name)))
 
 
@@ -137,7 +143,7 @@ def comparison(request: Compare, state: str, inventory: Inventory, shadows: Shad
     deployment = inventory.registry.deployment(request.model)
     if state == STARTING:
         raise unavailable(state)
-    baseline, candidate = (deployment.sole(number).model for number in (request.baseline, request.candidate))
+    baseline, candidate = (deployment.version(number).model for number in (request.baseline, request.candidate))
     if baseline is None or candidate is None:
         missing = request.candidate if baseline else request.baseline
         raise FailedPrecondition(f"version {missing} of {request.model!r} is not loaded")
@@ -151,9 +157,10 @@ def reload_report(id_: int, changes: Changes) -> ReloadReport:
     )
 
 
-def model_infos(registry: Registry, scheduler: Scheduler) -> tuple[ModelInfo, ...]:
+def model_infos(inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry) -> tuple[ModelInfo, ...]:
     """Every version, and what could not become one."""
-    infos = [_model_info(deployment, version, registry, scheduler) for deployment, version in registry]
+    registry = inventory.registry
+    infos = [_model_info(deployment, version, inventory, scheduler, telemetry) for deployment, version in registry]
     titles = {version.title for _, version in registry}
     for what, why in registry.failures.items():
         if what in titles:
@@ -187,8 +194,11 @@ def _device_info(name: str, inventory: Inventory, scheduler: Scheduler) -> Devic
     )
 
 
-def _model_info(deployment: Deployment, version: Version, registry: Registry, scheduler: Scheduler) -> ModelInfo:
-    model = version.model
+def _model_info(
+    deployment: Deployment, version: Version, inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry
+) -> ModelInfo:
+    registry, model = inventory.registry, version.model
+    audit = inventory.audits.get(version)
     devices = (
         ()
         if model is None
@@ -212,11 +222,11 @@ def _model_info(deployment: Deployment, version: Version, registry: Registry, sc
         traffic=traffic,
         shadow=deployment.shadow == version.number and not traffic,
         memory_mb=version.nbytes / _MIB if devices else 0.0,
-        requests=version.requests,
+        requests=telemetry.requests_by_version.get(version, 0),
         load_s=version.load_s,
         notes=version.notes,
         example_shapes=tuple(model.example_shapes(1)) if model else (),
         state=version.kind,
-        audited=version.audit.checked if version.audit else 0,
-        audit_differences=version.audit.differing if version.audit else 0,
+        audited=audit.checked if audit else 0,
+        audit_differences=audit.differing if audit else 0,
     )

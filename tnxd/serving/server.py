@@ -40,8 +40,9 @@ from tnxctl.protocol.wire import (
 )
 from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.loader import Changes, Loader
-from tnxd.deployment.registry import DRAINING, LOADING_RETRY_S, READY, STARTING, Version
+from tnxd.deployment.registry import LOADING_RETRY_S
 from tnxd.deployment.shadow import Shadows
+from tnxd.deployment.version import DRAINING, READY, STARTING, Version
 from tnxd.executors.execution import Execution, Executor
 from tnxd.lanes import BACKGROUND, INLINE
 from tnxd.models.sizes import reply_too_large
@@ -52,6 +53,7 @@ from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving import reports as control
 from tnxd.serving.admin_commands import AdminCommand, AdminCommands
 from tnxd.serving.call_queue import CallQueue
+from tnxd.serving.input_binding import InputBinders
 from tnxd.serving.pending import Pending, as_execution, as_pending, result_header
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.replies import error_header, report_header
@@ -138,6 +140,9 @@ class Server:
         self._inventory = inventory
         self._scheduler = scheduler
         self._telemetry = telemetry
+        self._requests_by_version = telemetry.requests_by_version
+        self._binders = InputBinders()
+        self._mirrors = inventory.registry.mirrors
         self._busy_poller = busy_poller
         self._configured_limits = self._limits = limits
         self._message_bytes = limits.message_bytes
@@ -151,6 +156,7 @@ class Server:
         self._memory = TrafficMemory(router, admission)
         self._on_device_lost = on_device_lost
         self._loader = loader
+        self._audits = loader.audits
         self._background = Background()
         self._shadows = Shadows(self._background)
         self._quarantine = Quarantine()
@@ -170,11 +176,18 @@ class Server:
         self._looked_at_ns = self._empty_ns = self._filled_ns = time.perf_counter_ns()
         self._stopped = False
         router.watch(wakeup)
-        inventory.registry.on_change = self._fit_limits
+        inventory.registry.on_change = self._models_changed
 
-    def _fit_limits(self) -> None:
-        """Raise the limits of tensors and of axes as signatures ask: what models take, they may be sent."""
-        tensors, rank = self._inventory.registry.needs()
+    def _models_changed(self) -> None:
+        """Forget versions that are gone, and raise the limits of tensors and of axes as signatures ask.
+
+        What models take, they may be sent.
+        """
+        registry = self._inventory.registry
+        known = {version for _, version in registry}
+        self._binders.keep(known)
+        self._telemetry.keep(known)
+        tensors, rank = registry.needs()
         configured = self._configured_limits
         self._limits = msgspec.structs.replace(
             configured, tensors=max(configured.tensors, tensors), rank=max(configured.rank, rank)
@@ -524,9 +537,9 @@ class Server:
                 self._admission,
             )
         if isinstance(request, Metadata):
-            return control.metadata(request, self.state, inventory, scheduler)
+            return control.metadata(request, self.state, inventory, scheduler, self._telemetry)
         if isinstance(request, Models):
-            return control.models(request.id, "", inventory, scheduler)
+            return control.models(request.id, "", inventory, scheduler, self._telemetry)
         if isinstance(request, Compare):
             return control.comparison(request, self.state, inventory, self._shadows)
         if self._remote_control == "off":
@@ -556,7 +569,7 @@ class Server:
     def _command_report(self, id_: int, outcome: Changes | str) -> Reply:
         if isinstance(outcome, Changes):
             return control.reload_report(id_, outcome)
-        return control.models(id_, outcome, self._inventory, self._scheduler)
+        return control.models(id_, outcome, self._inventory, self._scheduler, self._telemetry)
 
     def _send_reply(self, message: Message, reply: Reply) -> None:
         self._router.send(message.peer, message.delimited, (report_header(reply), ()))
@@ -572,7 +585,7 @@ class Server:
         if model is None or version.state != READY:
             view_tensors(request.inputs, tensors, self._limits)  # nothing is loaded for what is broken
             raise self._request_load(version)
-        bound = version.fitting.bind(model, request.inputs, tensors, self._limits)
+        bound = self._binders[version].bind(model, request.inputs, tensors, self._limits)
         self._admission.check(connection, bound.nbytes)
         reply_nbytes = bound.rows * model.reply_row_nbytes
         if reply_nbytes > self._message_bytes or reply_nbytes > request.max_reply_bytes:
@@ -598,7 +611,7 @@ class Server:
         self._admission.take(connection, pending)
         if connection.client.requests == 1:
             self._modest = True
-        version.requests += 1
+        self._requests_by_version[version] += 1
 
     def _request_load(self, version: Version) -> Unavailable:
         """A request came for a version that had to make room: load it again."""
@@ -707,10 +720,10 @@ class Server:
             self._background.finished(execution)
         elif failures < len(batch.requests):
             version: Version = batch.requests[0].version  # type: ignore[attr-defined]
-            if version.audit is not None:
-                version.audit.look(execution, self._background)
-            if version.mirror is not None:
-                self._shadows.offer(execution, version.mirror)
+            if version in self._audits:
+                self._audits[version].look(execution, self._background)
+            if self._mirrors and version in self._mirrors:
+                self._shadows.offer(execution, self._mirrors[version])
         if execution.mixes:
             mixing: Version = execution.version if isinstance(execution, Copy) else batch.requests[0].version  # type: ignore[attr-defined]
             mixing.end_batches(batch.model, execution.mixes)

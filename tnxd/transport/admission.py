@@ -33,9 +33,9 @@ _SHARED_FROM_BYTES = 64 * _MIB
 # A connection that has no more than this is served even where the memory for traffic is full.
 _ALWAYS_ADMITTED_BYTES = 64 * 1024
 
-# Orders about models, of one client: each may take minutes, and they run one after the other.
-_MAX_ORDERS = 64
-_MAX_ORDERS_PER_CONNECTION = 16
+# Admin commands of one client: each may take minutes, and they run one after the other.
+_MAX_COMMANDS = 64
+_MAX_COMMANDS_PER_CONNECTION = 16
 
 
 class AdmittedRequest(Protocol):
@@ -59,7 +59,7 @@ class Client:
         connections: number of open ones.
         requests, nbytes: requests in flight, and the bytes of their inputs.
         unsent: bytes of replies that it has not taken yet.
-        orders: number of orders about models that wait or run.
+        commands: number of admin commands that wait or run.
         refused_ns: time of the loop that its refused messages took since `take_flooding`, in nanoseconds.
         full_since: when a request first found no room, by the monotonic clock in seconds; 0 since there is some.
         room_s: seconds until there is room again, as a moving average.
@@ -71,7 +71,7 @@ class Client:
     requests: int = 0
     nbytes: int = 0
     unsent: int = 0
-    orders: int = 0
+    commands: int = 0
     refused_ns: int = 0
     full_since: float = 0.0
     room_s: float = _RETRY_AFTER_S
@@ -84,7 +84,7 @@ class Connection:
     Attributes:
         peer: its routing id. descriptor: its file descriptor, -1 if unknown. client: whose it is.
         requests: requests in flight by id, of the class that the caller of `take` has (`AdmittedRequest`).
-        nbytes: bytes of their inputs. orders: number of orders about models that wait or run.
+        nbytes: bytes of their inputs. commands: number of admin commands that wait or run.
         unsent: bytes of replies that it has not taken yet.
         received, frames: bytes, and frames, of the messages that it has sent and that were received.
         refused_ns: as of its client.
@@ -97,7 +97,7 @@ class Connection:
     client: Client
     requests: dict[int, Any] = field(default_factory=dict)
     nbytes: int = 0
-    orders: int = 0
+    commands: int = 0
     unsent: int = 0
     received: int = 0
     frames: int = 0
@@ -189,7 +189,7 @@ class Admission:
         left = max(self.max_traffic_bytes - self.traffic_bytes, 0) // (2 * len(self._clients) + 2)
         self._unchecked_bytes = min(self._max_bytes, left)
         for client in self:
-            if client.connections <= 0 and not (client.requests or client.unsent or client.orders):
+            if client.connections <= 0 and not (client.requests or client.unsent or client.commands):
                 del self._clients[client.name]
 
     def refusal(self, address: str) -> str:
@@ -252,20 +252,20 @@ class Admission:
             client.room_s += _ROOM_WEIGHT * (time.monotonic() - client.full_since - client.room_s)
             client.full_since = 0.0
 
-    def take_order(self, connection: Connection) -> None:
-        """Count an order about models. Raises ResourceExhausted: its client has too many that wait."""
-        if connection.orders >= _MAX_ORDERS_PER_CONNECTION:
-            raise _over(f"{connection.orders} orders of this connection are waiting", _MAX_ORDERS_PER_CONNECTION)
+    def take_command(self, connection: Connection) -> None:
+        """Count an admin command. Raises ResourceExhausted: its client has too many that wait."""
+        if connection.commands >= _MAX_COMMANDS_PER_CONNECTION:
+            raise _over(f"{connection.commands} orders of this connection are waiting", _MAX_COMMANDS_PER_CONNECTION)
         client = connection.client
-        if client.orders >= _MAX_ORDERS and connection.orders:
-            raise _over(f"{client.orders} orders of {client.name} are waiting", _MAX_ORDERS)
-        connection.orders += 1
-        client.orders += 1
+        if client.commands >= _MAX_COMMANDS and connection.commands:
+            raise _over(f"{client.commands} orders of {client.name} are waiting", _MAX_COMMANDS)
+        connection.commands += 1
+        client.commands += 1
 
-    def release_order(self, connection: Connection) -> None:
-        """Count an order as carried out."""
-        connection.orders -= 1
-        connection.client.orders -= 1
+    def release_command(self, connection: Connection) -> None:
+        """Count an admin command as carried out."""
+        connection.commands -= 1
+        connection.client.commands -= 1
 
     # --- replies -----------------------------------------------------------------------------------------------
 

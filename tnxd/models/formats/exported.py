@@ -29,7 +29,7 @@ from tnxd.error_text import cause, sentence
 from tnxd.models import structures
 from tnxd.models.formats import classes, examples, ignore_warnings_about_torch_itself, libraries, optional
 from tnxd.models.formats.conditions import Conditions, bounds, of_program
-from tnxd.models.formats.signature import DEFAULT_MAX_BATCH_SIZE, Found, Opened, Shape, Signature, settle
+from tnxd.models.formats.signature import DEFAULT_MAX_BATCH_SIZE, FileSignature, Opened, Shape, Signature, resolve
 from tnxd.models.formats.writes import STORING, written, written_inputs
 from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import MAX_NAME
@@ -135,7 +135,7 @@ class Description:
         notes: what an operator should know.
     """
 
-    found: Found
+    found: FileSignature
     conditions: Conditions
     leaves: tuple[tuple[int, Any], ...]
     returned: tuple[int, ...]
@@ -153,8 +153,8 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
         settings.max_batch_size or DEFAULT_MAX_BATCH_SIZE,
         [tensor.name for tensor in settings.outputs],
     )
-    signature = settle(description.found, settings, source.settings_label, label)
-    signature = optional.settle(signature, settings, source.settings_label, label, None)
+    signature = resolve(description.found, settings, source.settings_label, label)
+    signature = optional.resolve(signature, settings, source.settings_label, label, None)
     description = replace(description, returned=tuple(description.returned[index] for index in signature.returned))
     if signature.max_batch_size:
         description = replace(description, conditions=description.conditions.without_rows())
@@ -281,7 +281,7 @@ def describe(
     odd = conditions.on_rows(rows if most is None else min(most, rows))
     if most != 0 and odd:
         most, why = 0, f"not every number of rows will do: {odd}"
-    found = Found(
+    found = FileSignature(
         tuple(inputs),
         outputs,
         _examples(program, inputs, axes, leaves),
@@ -448,7 +448,7 @@ def _checked(names: list[str], what: str, label: str) -> list[str]:
 
 
 def _batch(program: ExportedProgram, tensors: Iterable[torch.Tensor]) -> tuple[int | None, str]:
-    """The most rows of a batch as `Found.most` has it, and why it is 0. Args: tensors: inputs and outputs."""
+    """The most rows of a batch as `FileSignature.most` has it, and why it is 0. Args: tensors: inputs and outputs."""
     rows: set[Any] = set()
     others: set[Any] = set()
     for tensor in tensors:

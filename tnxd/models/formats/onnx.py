@@ -16,7 +16,7 @@ from tnxd.advice import installing
 from tnxd.error_text import first_line
 from tnxd.models import onnxfile
 from tnxd.models.formats import optional
-from tnxd.models.formats.signature import Found, Opened, settle
+from tnxd.models.formats.signature import FileSignature, Opened, resolve
 from tnxd.models.onnxfile import OnnxFile
 from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import Settings, Tensor
@@ -77,8 +77,8 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     session, said = _open(runtime, files, label)
     first: list[Any] = [session]
     found = _describe(session, said, settings, source.settings_label, label)
-    signature = optional.settle(
-        settle(found, settings, source.settings_label, label), settings, source.settings_label, label, None
+    signature = optional.resolve(
+        resolve(found, settings, source.settings_label, label), settings, source.settings_label, label, None
     )
     outputs = [found.outputs[position].name for position in signature.returned]
     del session
@@ -125,7 +125,7 @@ def _content(files: TrustedFiles, path: Path) -> bytes:
         return file.read()
 
 
-def _describe(session: Any, said: OnnxFile, settings: Settings, settings_label: str, label: str) -> Found:
+def _describe(session: Any, said: OnnxFile, settings: Settings, settings_label: str, label: str) -> FileSignature:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     wanted = {tensor.name for tensor in settings.outputs}
     if wanted:
@@ -148,7 +148,7 @@ def _describe(session: Any, said: OnnxFile, settings: Settings, settings_label: 
             found.append(_spec(node, shape, label))
         return tuple(found)
 
-    return Found(
+    return FileSignature(
         specs(inputs, settings.inputs, "inputs"),
         specs(outputs, settings.outputs, "outputs"),
         counts_rows=len(rows) == 1 and isinstance(rows.pop(), str),  # one name: one length

@@ -17,7 +17,7 @@ from tnxd.models.formats.signature import Signature
 from tnxd.models.settings import Settings
 
 
-def settle(
+def resolve(
     signature: Signature, settings: Settings, label: str, file: str, arguments: Mapping[str, Any] | None
 ) -> Signature:
     """The same with what model.toml and the network's own code say about inputs that may be left out.

@@ -57,8 +57,8 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A model file's account of itself.
+class FileSignature:
+    """The signature that a model file states, and what else it says about its inputs and outputs.
 
     Attributes:
         examples: a shape for every input; empty: unknown. example_values: as in `Opened`.
@@ -88,10 +88,10 @@ def declared(settings: Settings, label: str, file: str) -> Signature:
     """
     inputs = tuple(tensor.spec for tensor in settings.inputs)
     outputs = tuple(tensor.spec for tensor in settings.outputs)
-    return settle(Found(inputs, outputs), settings, label, file)
+    return resolve(FileSignature(inputs, outputs), settings, label, file)
 
 
-def settle(found: Found, settings: Settings, label: str, file: str) -> Signature:
+def resolve(found: FileSignature, settings: Settings, label: str, file: str) -> Signature:
     """The signature of a file, as model.toml narrows it.
 
     Raises:
@@ -128,7 +128,7 @@ def _narrow(found: Sequence[TensorSpec], said: Sequence[Tensor], key: str, file:
 
 
 def _chosen(
-    found: Found, said: Sequence[Tensor], key: str, file: str
+    found: FileSignature, said: Sequence[Tensor], key: str, file: str
 ) -> tuple[tuple[int, ...], tuple[TensorSpec, ...]]:
     """The outputs that are served, in the file's order, and which ones of the file's they are."""
     if not said:
@@ -169,7 +169,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _limit(wanted: int | None, specs: Sequence[TensorSpec], found: Found, label: str, file: str) -> int:
+def _limit(wanted: int | None, specs: Sequence[TensorSpec], found: FileSignature, label: str, file: str) -> int:
     fixed = next((spec for spec in specs if spec.shape[:1] != (-1,)), None)
     if wanted is None:
         batches = fixed is None and found.most != 0 and found.counts_rows

@@ -40,7 +40,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     first = [load()]  # for the first build, and held no longer
     notes = (NOTE, *libraries.note(libraries.of_script(first[0]), settings.imports, label))
     writes = written_by_script(first[0])
-    signature = optional.settle(signature, settings, source.settings_label, label, defaults(first[0]))
+    signature = optional.resolve(signature, settings, source.settings_label, label, defaults(first[0]))
 
     def build() -> torch.nn.Module:
         module = arranged(

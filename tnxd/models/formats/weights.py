@@ -51,7 +51,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     first = [factory()]  # for the first build, and held no longer
     compiled = settings.compile == "inductor"  # for all inputs that there are
     arguments = None if compiled else defaults(first[0])
-    signature = optional.settle(
+    signature = optional.resolve(
         signature, settings, source.settings_label, "compiled code" if compiled else label, arguments
     )
 

@@ -17,7 +17,7 @@ from tnxctl.protocol.errors import InvalidArgument, TensorNextError
 from tnxctl.protocol.frames import STORAGE, view_tensors
 from tnxctl.protocol.wire import Limits, TensorSpec
 from tnxd.models.model import BoundInputs, Model
-from tnxd.serving.input_binding import Fitting
+from tnxd.serving.input_binding import InputBinder, InputBinders
 
 LIMITS = Limits()
 OUTPUTS = (TensorSpec("y", "FP32", (-1, 2)),)
@@ -92,18 +92,18 @@ def outcome(bind: Callable[[], BoundInputs]) -> list[object]:
 def test_inputs_are_taken_as_if_each_request_were_the_first(
     requests: list[tuple[Model, tuple[TensorSpec, ...], list[bytes]]],
 ) -> None:
-    fitting = Fitting()
+    binder = InputBinder()
     for model, specs, frames in requests:
-        remembering = outcome(partial(fitting.bind, model, specs, frames, LIMITS))
+        remembering = outcome(partial(binder.bind, model, specs, frames, LIMITS))
         assert remembering == outcome(lambda: model.bind(specs, view_tensors(specs, frames, LIMITS)))  # noqa: B023
 
 
 def test_arrays_are_views_of_the_frames_and_keep_them_alive() -> None:
-    fitting = Fitting()
+    binder = InputBinder()
     specs = (TensorSpec("x", "FP32", (1, 3)),)
     for number in range(3):
         frame = zmq.Frame(np.full(3, number, np.float32).tobytes())
-        (array,) = fitting.bind(IMAGE, specs, [frame], LIMITS).arrays
+        (array,) = binder.bind(IMAGE, specs, [frame], LIMITS).arrays
         assert array is not None
         assert np.shares_memory(array, np.frombuffer(frame, np.float32))
         del frame
@@ -112,30 +112,39 @@ def test_arrays_are_views_of_the_frames_and_keep_them_alive() -> None:
 
 @pytest.mark.parametrize("length", [0, 8, 11, 13, 24])
 def test_a_frame_of_another_length_is_refused_after_many_of_the_right_one(length: int) -> None:
-    fitting = Fitting()
+    binder = InputBinder()
     specs = (TensorSpec("x", "FP32", (1, 3)),)
     for _ in range(3):
-        fitting.bind(IMAGE, specs, [bytes(12)], LIMITS)
+        binder.bind(IMAGE, specs, [bytes(12)], LIMITS)
     with pytest.raises(InvalidArgument, match=rf"takes 12 bytes, its frame has {length}"):
-        fitting.bind(IMAGE, specs, [bytes(length)], LIMITS)
-    assert fitting.bind(IMAGE, specs, [bytes(12)], LIMITS).rows == 1
+        binder.bind(IMAGE, specs, [bytes(length)], LIMITS)
+    assert binder.bind(IMAGE, specs, [bytes(12)], LIMITS).rows == 1
 
 
 def test_every_truth_value_is_looked_at() -> None:
-    fitting = Fitting()
+    binder = InputBinder()
     specs = (TensorSpec("ids", "INT64", (1, 2)), TensorSpec("mask", "BOOL", (1, 2)))
     for _ in range(2):
-        fitting.bind(TOKENS, specs, [bytes(16), b"\0\1"], LIMITS)
+        binder.bind(TOKENS, specs, [bytes(16), b"\0\1"], LIMITS)
     with pytest.raises(InvalidArgument, match="byte 2 is not a BOOL"):
-        fitting.bind(TOKENS, specs, [bytes(16), b"\1\2"], LIMITS)
+        binder.bind(TOKENS, specs, [bytes(16), b"\1\2"], LIMITS)
 
 
 def test_what_fills_an_input_is_each_requests_own() -> None:
-    fitting = Fitting()
+    binder = InputBinder()
     specs = (TensorSpec("ids", "INT64", (1, 2)),)
     for _ in range(3):
-        _, mask, x = fitting.bind(EITHER, specs, [bytes(16)], LIMITS).arrays
+        _, mask, x = binder.bind(EITHER, specs, [bytes(16)], LIMITS).arrays
         assert x is None
         assert mask is not None
         assert mask.tolist() == [[1, 1]]
         mask += 1
+
+
+def test_binders_are_made_for_the_versions_that_are_there() -> None:
+    binders = InputBinders()
+    old, new = object(), object()
+    assert binders[old] is binders[old]
+    assert binders[old] is not binders[new]
+    binders.keep({new})
+    assert list(binders) == [new]

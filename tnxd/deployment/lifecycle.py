@@ -1,0 +1,303 @@
+"""The lifecycle of a version: loaded on devices and warmed up, retired, freed, or evicted to make room for others.
+
+All functions are parts of operations (`tnxd.deployment.operations`), on the serving loop's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import partial
+
+from tnxctl.protocol.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted, TensorNextError
+from tnxctl.protocol.wire import Limits
+from tnxd.deployment.audit import Audit
+from tnxd.deployment.operations import Drained, Operation, OperationRunner, StepTimeout
+from tnxd.deployment.registry import Deployment, Registry
+from tnxd.deployment.traffic import signature_difference
+from tnxd.deployment.version import DRAINING, EVICTED, FAILED, READY, UNLOADED, Version
+from tnxd.error_text import sentence
+from tnxd.executors.execution import SHARED, Executor, LoadReport
+from tnxd.models.model import Model
+from tnxd.models.sizes import check_message_sizes
+from tnxd.scheduling.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+_MIB = 1024 * 1024
+
+# How long a version that came back for a request stays at least. Its clients ask again within a fraction of that.
+_STAY_S = 0.5
+
+
+class Lifecycle:
+    """Brings versions up on the devices, and takes them down.
+
+    Args:
+        runner: runs the operations that these functions are parts of.
+        call_soon: has the loop run a function; called from other threads.
+        limits: of messages; what cannot be asked for within them is not loaded.
+        budget: bytes that the weights of all models may take on a device, by kind of device; no limit without an entry.
+
+    Attributes:
+        audits: the audit of each version that has one, also while it is not loaded.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        scheduler: Scheduler,
+        executors: Mapping[str, Executor],
+        runner: OperationRunner,
+        call_soon: Callable[[Callable[[], None]], None],
+        limits: Limits,
+        budget: Mapping[str, int],
+    ) -> None:
+        self._registry = registry
+        self._scheduler = scheduler
+        self._executors = executors
+        self._runner = runner
+        self._call_soon = call_soon
+        self._limits = limits
+        self._budget = budget
+        self.audits: dict[Version, Audit] = {}
+
+    def bring_up(self, deployment: Deployment, version: Version, *, takes_over: bool) -> Operation[None]:
+        """Load a version on its devices and warm it up. It is READY then, or nothing of it is left.
+
+        Args:
+            takes_over: it will get the traffic of the version that serves: their signatures must agree.
+
+        Raises:
+            TensorNextError: whatever went wrong, as a sentence.
+        """
+        began = time.monotonic()
+        version.loading = True
+        reports: dict[str, LoadReport] = {}
+        failures: dict[str, str] = {}
+        try:
+            model: Model = yield partial(version.source.open, version.generation)
+            check_message_sizes(model, self._limits)
+            predecessor = next((version for version, _ in deployment.shares()), None) if takes_over else None
+            if predecessor is not None:
+                _check_successor(predecessor, version, model)
+            yield from self._load(version, model, reports, failures)
+            if predecessor is not None and not all(report.warmed for report in reports.values()):
+                raise FailedPrecondition(
+                    f"it could not be warmed up, and version {predecessor.number} serves: {_notes(reports)[0]}"
+                )
+            model = _as_tried(model, reports.values(), mixes=bool(version.mixes))
+        except BaseException as error:
+            for name in reports:
+                yield from self._free(self._executors[name], version.key)
+            if isinstance(error, StepTimeout):
+                # The thread that hangs may yet write under the old key.
+                self._runner.when_ended(error, partial(self._free_everywhere, version.key))
+                version.generation = deployment.next_generation(version.number)
+            failure = _failed(version, error)
+            log.error("%s cannot be loaded: %s", version.title, failure.message)
+            raise failure from None
+        self._put_in_service(version, model, reports, failures, began)
+
+    def _load(
+        self, version: Version, model: Model, reports: dict[str, LoadReport], failures: dict[str, str]
+    ) -> Operation[None]:
+        """Load a model on every device that it may use. Raises FailedPrecondition: on none of them.
+
+        Args:
+            reports, failures: filled by device: what loading showed, or why it failed.
+        """
+        for name, executor in self._executors.items():
+            if not model.may_use(name) or self._scheduler.devices[name].error:
+                continue
+            yield from self._make_room(executor, version)
+            try:
+                report: LoadReport = yield partial(executor.load, model)
+            except BaseException as error:
+                if not isinstance(error, TensorNextError):  # those are logged where they come from
+                    log.error("%s on %s", version.title, name, exc_info=error)
+                failures[name] = sentence(error)
+                if isinstance(error, StepTimeout):
+                    raise
+                continue
+            reports[name] = report
+            version.nbytes = report.nbytes or version.source.nbytes
+            yield from self._make_room(executor, version)  # only now is it known for sure
+            if model.state == SHARED:
+                break  # on another device it would have another state
+        if not reports:
+            where = "; ".join(f"{name}: {why}" for name, why in failures.items())
+            raise FailedPrecondition(where or f"no device may run it: {', '.join(model.devices)}")
+
+    def _put_in_service(
+        self,
+        version: Version,
+        model: Model,
+        reports: Mapping[str, LoadReport],
+        failures: Mapping[str, str],
+        began: float,
+    ) -> None:
+        """Route requests to a version that is loaded. Args: began: when its load did, by the monotonic clock."""
+        for name, report in reports.items():
+            self._scheduler.add_model(
+                name,
+                model.key,
+                group=model.example_group,
+                costs=[(rows, micros) for rows, micros in report.costs if model.max_batch_size or rows == 1],
+                safe_rows=report.safe_rows,
+                most_rows=report.most_rows,
+            )
+        self._scheduler.set_lane_limit(model.key, model.replicas)
+        version.model = model
+        self._audit(version, model, reports.values())
+        version.notes = (
+            *model.notes,
+            *_notes(reports),
+            *((f"no batches: {version.mixes}",) if version.mixes else ()),
+            *(f"not on {name}: {why}" for name, why in failures.items()),
+        )
+        version.trials = reports
+        version.load_s = time.monotonic() - began
+        version.loading = False
+        version.error = ""
+        if version.state == EVICTED:
+            version.came_back = time.monotonic()
+        version.state = READY
+        self._registry.rebuild()
+        log.info("%s is loaded on %s, %.1f s", version.title, ", ".join(reports), version.load_s)
+
+    def retire(self, version: Version, state: str = UNLOADED) -> Operation[bool]:
+        """Send nothing more to a version, let it finish what it has, free it.
+
+        Args:
+            state: what it is then: UNLOADED or EVICTED.
+
+        Returns:
+            Whether requests could be sent to it before.
+        """
+        if not version.servable:
+            if version.state == FAILED:
+                version.state = UNLOADED
+            return False
+        held = version.state == READY
+        # One that is evicted keeps its traffic: a request that comes while it drains is told to come back.
+        version.state = EVICTED if state == EVICTED else DRAINING
+        self._registry.rebuild()
+        assert version.model is not None
+        key = version.model.key
+        if held:
+            try:
+                yield Drained(key)
+            except DeadlineExceeded:
+                log.error("%s: a batch hangs, its memory is not freed", version.title)
+                held = False
+                # What still runs or waits has the old key: other contents must not answer it.
+                version.generation = self._registry.deployments[version.source.name].next_generation(version.number)
+            self._scheduler.remove_model(key)
+        if held:
+            self._scheduler.forget(key)
+            for executor in self._executors.values():
+                executor.forget_inline(key)
+                yield from self._free(executor, key)
+        version.state = state
+        self._registry.rebuild()
+        log.info("%s is %s", version.title, state)
+        return True
+
+    def _free(self, executor: Executor, key: str) -> Operation[None]:
+        """Unload, from a device that may be lost."""
+        try:
+            yield partial(executor.unload, key)
+        except Exception as error:
+            log.error("%s is not freed on %s: %s", key, executor.name, sentence(error))
+
+    def _free_everywhere(self, key: str) -> Operation[None]:
+        for executor in self._executors.values():
+            yield from self._free(executor, key)
+
+    def _make_room(self, executor: Executor, version: Version) -> Operation[None]:
+        """Evict least recently used versions until the new one fits on the device. Raises ResourceExhausted."""
+        budget = self._budget.get(executor.kind, 0)
+        if not budget:
+            return
+        if version.nbytes > budget:
+            raise ResourceExhausted(
+                f"it takes {version.nbytes / _MIB:.0f} MiB and {executor.name} may hold {budget / _MIB:.0f} MiB in all"
+            )
+        while True:
+            held = [
+                other
+                for _, other in self._registry
+                if other.state == READY
+                and other.model is not None
+                and self._scheduler.has_model(executor.name, other.model.key)
+            ]
+            free = budget - sum(other.nbytes for other in held)
+            if version.nbytes <= free:
+                return
+            others = [other for other in held if other.source.name != version.source.name]
+            if version.nbytes > free + sum(other.nbytes for other in others):
+                raise ResourceExhausted(
+                    f"it takes {version.nbytes / _MIB:.0f} MiB, and beside the other versions of its model "
+                    f"{free / _MIB:.0f} of {budget / _MIB:.0f} MiB are free on {executor.name}"
+                )
+            victim = min(others, key=lambda other: other.last_used)
+            stay_s = victim.came_back + _STAY_S - time.monotonic()
+            if stay_s > 0:  # the clients that it was loaded for are about to ask again
+                yield partial(time.sleep, stay_s)
+            log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title)
+            yield from self.retire(victim, EVICTED)
+
+    def _audit(self, version: Version, model: Model, reports: Collection[LoadReport]) -> None:
+        """Audit a version that can be audited. What was begun before it was unloaded goes on."""
+        if not model.audit or any(report.serial or report.random for report in reports):
+            self.audits.pop(version, None)
+        elif version not in self.audits:
+            self.audits[version] = Audit(version, model.audit, self._end_batches)
+
+    def _end_batches(self, version: Version, key: str, why: str) -> None:
+        """Called by an audit, on another thread."""
+        self._call_soon(partial(version.end_batches, key, why))
+
+
+def _check_successor(serving: Version, version: Version, model: Model) -> None:
+    """Check that a model can answer requests made for the version that serves. Raises FailedPrecondition."""
+    difference = signature_difference(serving.model, model) if serving.model is not None else ""
+    if difference:
+        raise FailedPrecondition(
+            f"its signature is not that of version {serving.number}, which serves: {difference}; "
+            f"loaded as {version.title} it would be served beside"
+        )
+
+
+def _failed(version: Version, error: BaseException) -> TensorNextError:
+    """Note that a version could not be loaded. Returns the reason."""
+    # What is wrong with a model's files is not wrong with the request to load it.
+    failure = (
+        error
+        if isinstance(error, (FailedPrecondition, ResourceExhausted, DeadlineExceeded))
+        else FailedPrecondition(sentence(error))
+    )
+    version.loading = False
+    if version.state == EVICTED and isinstance(failure, ResourceExhausted):
+        version.error = failure.message  # there may be room another time
+    elif not version.servable or version.state == EVICTED:
+        version.state, version.error = FAILED, failure.message
+    return failure
+
+
+def _as_tried(model: Model, reports: Collection[LoadReport], *, mixes: bool) -> Model:
+    """A model as all of its devices can serve it. Args: mixes: requests have been seen to change each other."""
+    if mixes or not all(report.batches for report in reports):
+        examples = next((report.examples for report in reports if report.examples), model.examples)
+        model = replace(model.unbatched(), examples=examples)
+    if any(report.serial for report in reports):
+        model = replace(model, replicas=1)
+    return model
+
+
+def _notes(reports: Mapping[str, LoadReport]) -> list[str]:
+    """The findings of trials, once if they are the same everywhere."""
+    return list(dict.fromkeys(note for report in reports.values() for note in report.notes))

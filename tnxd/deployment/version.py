@@ -1,0 +1,107 @@
+"""Versions of models: what was loaded, and the state that it is in. No torch, no I/O."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from tnxd.executors.execution import STATES, LoadReport
+from tnxd.models.catalog import Source
+from tnxd.models.model import Model, model_key
+
+log = logging.getLogger(__name__)
+
+# States of a version; the daemon itself is STARTING, READY or DRAINING, too.
+UNLOADED = "unloaded"
+STARTING = "starting"
+READY = "ready"
+DRAINING = "draining"
+EVICTED = "evicted"
+FAILED = "failed"
+
+
+class Version:
+    """One version of one model, with one content: files that change become another Version.
+
+    Attributes:
+        source: where it comes from. generation: see `Model`.
+        state: READY, UNLOADED, DRAINING, EVICTED or FAILED.
+        loading: whether it is being loaded, or about to be. An evicted version stays EVICTED meanwhile: its traffic
+            waits for it.
+        model: what serves, or served last; None before the first time.
+        error: why it failed; of a version that serves, why newer files of the same version do not.
+        nbytes: weights and buffers on each of its devices. load_s: seconds to load and warm up.
+        last_used: a number that grows with every request to any model.
+        came_back: when it was last loaded for a request after it had been evicted, by the monotonic clock.
+        notes: what an operator should know. trials: what loading it showed, by device.
+        mixes: why its requests run alone, though loading it did not show that they must; else "".
+    """
+
+    __slots__ = (
+        "came_back",
+        "error",
+        "generation",
+        "last_used",
+        "load_s",
+        "loading",
+        "mixes",
+        "model",
+        "nbytes",
+        "notes",
+        "source",
+        "state",
+        "trials",
+    )
+
+    def __init__(self, source: Source, generation: int = 0) -> None:
+        self.source = source
+        self.generation = generation
+        self.state = UNLOADED
+        self.loading = False
+        self.model: Model | None = None
+        self.error = ""
+        self.nbytes = source.nbytes
+        self.load_s = 0.0
+        self.last_used = 0
+        self.notes: tuple[str, ...] = ()
+        self.trials: Mapping[str, LoadReport] = {}
+        self.mixes = ""
+        self.came_back = float("-inf")
+
+    @property
+    def number(self) -> str:
+        """The version, as it is written."""
+        return self.source.version
+
+    @property
+    def title(self) -> str:
+        """NAME@VERSION."""
+        return f"{self.source.name}@{self.source.version}"
+
+    @property
+    def key(self) -> str:
+        """The key of its model, now or once it is loaded."""
+        return model_key(self.source.name, self.source.version, self.generation)
+
+    @property
+    def kind(self) -> str:
+        """The most careful state among its devices, see `STATES`; "" before it was loaded."""
+        return max((trial.state for trial in self.trials.values()), key=STATES.index, default="")
+
+    def end_batches(self, key: str, why: str) -> None:
+        """Have each request run alone, and whole, from now on, if it is still the model of that key that serves.
+
+        Args:
+            why: how requests to that model change each other's answers in a batch.
+        """
+        if self.model is None or self.model.key != key or not self.model.max_batch_size:
+            return
+        self.mixes = why
+        self.model = self.model.unbatched()
+        self.notes = (*self.notes, f"no batches any more: {why}")
+        log.error("%s: its requests run alone from now on: %s", self.title, why)
+
+    @property
+    def servable(self) -> bool:
+        """Whether requests may be sent its way; an evicted version is loaded for them."""
+        return self.state in (READY, EVICTED)
