@@ -10,8 +10,8 @@ _ZEROS = repeat(0)
 class DueRows:
     """Histogram of rows over their due times, in buckets of three widths: 131 us, 2 ms and 34 ms.
 
-    Each bucket is sixteen of the next finer width. Due times lie within a second or so (`Scheduler.add`), which three
-    widths cover: a fourth costs as much as it saves, and with two a decision takes 15 % longer where thousands wait.
+    Each bucket is sixteen of the next finer width. Due times lie within a second of arrival (`Scheduler.add`). A
+    fourth width costs as much as it saves; with two, a decision takes up to 15 % longer where thousands wait.
     """
 
     __slots__ = ("_coarse", "_fine", "_latest_ns", "_medium", "_rows")

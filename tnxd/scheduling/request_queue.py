@@ -22,7 +22,7 @@ class RequestQueue:
 
     As long as all requests are alike in connection, priority and urgency, which at low load and with a single client
     they are, the queue is a FIFO. The first request that differs turns it into one queue per level, until it is empty.
-    The FIFO saves 5 to 9 us of a decision: a third of it.
+    Without the FIFO a decision about requests that are alike takes 4 to 8 us longer, which is half as long again.
 
     Attributes:
         key: model, group, and whether each request rides alone.
