@@ -15,13 +15,13 @@ from collections.abc import Iterable
 
 from tnxd.lanes import BACKGROUND, INLINE
 from tnxd.scheduling.accounts import Accounts
-from tnxd.scheduling.admission_control import BEHIND_NS, AdmissionControl
+from tnxd.scheduling.admission_control import AdmissionControl
 from tnxd.scheduling.batch_formation import fill_lanes
+from tnxd.scheduling.correction import correct_forecast
 from tnxd.scheduling.costs import CostModel
 from tnxd.scheduling.deadlines import Deadlines
 from tnxd.scheduling.delays import Delays
 from tnxd.scheduling.device import Batch, Device
-from tnxd.scheduling.forecast import Forecast
 from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.routing import Routing
@@ -300,25 +300,9 @@ class Scheduler(Accounts):
         if placement.max_rows and micros > 0 and batch.requests:
             placement.count_worked(batch.rows, batch.max_rows, batch.requests[0].max_batch_size)
         if now_ns != NEVER and batch.requests:
-            self._correct_forecast(placement.forecast, batch, now_ns)
+            correct_forecast(placement.forecast, batch, now_ns)
         if device.held:
             self._release(device, placement)
-
-    def _correct_forecast(self, forecast: Forecast, batch: Batch, now_ns: int) -> None:
-        """Correct the forecast by what became of the requests of a batch."""
-        device, first, last = batch.device, batch.requests[0], batch.requests[-1]
-        if batch.run_us:
-            elapsed_ns = device.lanes * (now_ns - device.backlog_ns) if device.backlog_ns else now_ns - batch.started_ns
-            forecast.observe(batch.run_us, elapsed_ns / 1e3)
-            forecast.answered(first.predicted_us, (now_ns - first.added_ns) / 1e3)
-        device.backlog_ns = now_ns if device.queued else 0
-        deadlines_ns = [request.deadline_ns for request in batch.requests]
-        late = sum([deadline_ns < now_ns for deadline_ns in deadlines_ns]) if min(deadlines_ns) < now_ns else 0
-        # To keep a promise is easy where nothing waits.
-        waited = last.wait_us or last.added_ns - last.came_ns > BEHIND_NS
-        in_time = len(deadlines_ns) - late if waited and last.deadline_ns != NEVER else 0
-        if late or in_time:
-            forecast.fared(late, in_time)
 
     # --- time, and what goes wrong -----------------------------------------------------------------------------
 
