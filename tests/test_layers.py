@@ -118,6 +118,7 @@ def test_kinds_of_devices_are_told_apart_by_their_properties() -> None:
         ("tnxd.scheduling.costs", ["torch", "zmq", "threading"]),
         ("tnxd.serving.server", ["torch"]),
         ("tnxd.executors.batching", ["torch", "zmq"]),
+        ("tnxd.executors.execution", ["torch", "zmq", *ABOVE]),
         ("tnxctl.protocol.wire", ["zmq", "torch", "asyncio", "tnxctl.protocol.frames"]),
         ("tnxctl.client", ["torch", "asyncio", "tnxctl.protocol.frames"]),
         ("tnxctl.session", ["zmq", "torch", "asyncio", "tnxctl.protocol.frames"]),
