@@ -97,7 +97,7 @@ def test_running_out_of_memory_fails_the_request_alone(opened: tuple[LanePool, q
     assert (finished.fatal, finished.exhausted, finished.safe_rows) == ("", True, 2)
 
 
-def test_what_does_not_fit_at_once_runs_in_parts(opened: tuple[LanePool, queue.Queue[Execution]]) -> None:
+def test_a_request_too_large_for_memory_runs_in_parts(opened: tuple[LanePool, queue.Queue[Execution]]) -> None:
     pool, done = opened
     mib = 2**20
 

@@ -42,7 +42,7 @@ def test_weights_of_linear_layers_are_stored_input_by_input() -> None:
     torch.testing.assert_close(ordered(example), before)
 
 
-def test_weights_that_others_use_too_stay_as_they_are() -> None:
+def test_weights_that_other_layers_use_keep_their_layout() -> None:
     net = torch.nn.Sequential(torch.nn.Embedding(5, 6), torch.nn.Linear(6, 5)).requires_grad_(False)
     net[1].weight = net[0].weight
     doubles = torch.nn.Linear(6, 5, dtype=torch.float64).requires_grad_(False)
@@ -279,7 +279,7 @@ def test_pieces_keep_to_the_limit_of_the_model_and_to_the_ceiling() -> None:
     assert (finished.exhausted, finished.safe_rows) == (False, 0)
 
 
-def test_the_one_row_that_does_not_fit_fails_its_request_alone() -> None:
+def test_a_single_row_too_large_for_memory_fails_its_request_alone() -> None:
     finished, small, _ = run_small(16, [1], [2, 100, 3], [4, 5], [6])
     assert codes(finished) == ["ok", "RESOURCE_EXHAUSTED", "ok", "ok"]
     assert small.calls == [7, 4, 1, 3, 1, 1, 3]
@@ -290,14 +290,14 @@ def test_the_one_row_that_does_not_fit_fails_its_request_alone() -> None:
     assert (finished.exhausted, finished.safe_rows) == (True, 4)
 
 
-def test_what_cannot_be_divided_fails_for_want_of_memory() -> None:
+def test_an_indivisible_request_too_large_for_memory_fails() -> None:
     finished, small, _ = run_small(16, [100.0, 1.0], max_batch_size=0)
     assert codes(finished) == ["RESOURCE_EXHAUSTED"]
     assert small.calls == [2]
     assert (finished.exhausted, finished.safe_rows) == (True, 0)
 
 
-def test_another_error_does_not_count_as_want_of_memory() -> None:
+def test_an_error_of_another_kind_does_not_count_as_out_of_memory() -> None:
     finished, small, runner = run_small(16, [1, -2, 3], [4])
     assert codes(finished) == ["INTERNAL", "ok"]
     assert small.calls == [4, 3, 1]
@@ -333,7 +333,7 @@ def test_a_warm_up_ends_where_a_batch_would_take_too_much_of_the_memory(lanes: i
 
 
 @pytest.mark.parametrize(("sizes", "run"), [(None, [1, 2, 4]), ((1, 3), [1, 3]), ((), [])])
-def test_a_warm_up_runs_the_sizes_that_it_is_told(sizes: tuple[int, ...] | None, run: list[int]) -> None:
+def test_a_warm_up_runs_the_configured_sizes(sizes: tuple[int, ...] | None, run: list[int]) -> None:
     made, _ = pool(1, lambda: CpuRunner(1))
     spec = (TensorSpec("x", "FP32", (-1, 2)),)
     report = made.load(Model("m", "1", spec, spec, 4, torch.nn.Identity, warm_up=sizes))
@@ -449,7 +449,7 @@ def test_rows_that_mix_in_large_batches_alone_are_found_by_the_warm_up(
         assert "alone and in a batch of " in report.notes[0]
 
 
-def test_what_is_forgotten_holds_no_staging_memory() -> None:
+def test_a_forgotten_model_holds_no_staging_memory() -> None:
     _, _, runner = run_small(16, [1], [2])
     assert runner.staging._nbytes > 0
     runner.forget("m@1")

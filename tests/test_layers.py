@@ -154,6 +154,7 @@ def test_room_imports_nothing_of_other_rooms(room: str, allowed: set[str]) -> No
         ("tnxd.scheduling.costs", ["torch", "zmq", "threading"]),
         ("tnxd.serving.server", ["torch"]),
         ("tnxd.executors.batching", ["torch", "zmq"]),
+        ("tnxd.executors.execution", ["torch", "zmq", *ABOVE]),
         ("tnxctl.protocol.wire", ["zmq", "torch", "asyncio", "tnxctl.protocol.frames"]),
         ("tnxctl.client", ["torch", "asyncio", "tnxctl.protocol.frames"]),
         ("tnxctl.session", ["zmq", "torch", "asyncio", "tnxctl.protocol.frames"]),

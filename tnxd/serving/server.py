@@ -252,9 +252,7 @@ class Server:
             self._calls.run()
             ran = False
             if self._completed:
-                while self._completed:
-                    execution = self._completed.popleft()
-                    self._finish(execution, self._on_lanes.pop(execution))
+                self._finish_completed()
                 if self._scheduler.queued >= _ENOUGH:
                     ran = self._dispatch()  # a lane is free, and need not wait until more is taken in
             more = self._receive()
@@ -279,9 +277,7 @@ class Server:
     def _deliver(self, seconds: float) -> float:
         """Answer all that is here, and see to it that the answers go out, for so long at most. Returns what is left."""
         until = time.monotonic() + seconds
-        while self._completed:
-            execution = self._completed.popleft()
-            self._finish(execution, self._on_lanes.pop(execution))
+        self._finish_completed()
         self.state = DRAINING
         self._next_tick = float("inf")
         self._abandon()
@@ -671,6 +667,11 @@ class Server:
 
     def _executor(self, batch: Batch) -> Executor:
         return self._inventory.executors[batch.device.name]
+
+    def _finish_completed(self) -> None:
+        while self._completed:
+            execution = self._completed.popleft()
+            self._finish(execution, self._on_lanes.pop(execution))
 
     def _finish(self, execution: Execution, batch: Batch) -> None:
         """Answer the requests of a batch that is over."""
