@@ -1,4 +1,4 @@
-"""Answers about the daemon itself: what it is, what it has, how it is."""
+"""Reports: the daemon's state, its devices, its models, and changes of these."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _RETRY_AFTER_S = 0.1
 
 @dataclass
 class Inventory:
-    """The versions that the daemon serves, and its devices.
+    """Inventory of a daemon: the versions that it serves, and its devices.
 
     Attributes:
         audits: of versions that have one. executors: devices that work, by name.
@@ -62,7 +62,7 @@ def health(
     max_message_bytes: int,
     admission: Admission,
 ) -> HealthReport:
-    """The state of everything, now."""
+    """The state of the daemon, its devices and its models, now."""
     devices = tuple(_device_info(name, inventory, scheduler) for name in _device_names(inventory, scheduler))
     try:
         version = inventory.registry.describe("")[1]
@@ -99,12 +99,12 @@ def health(
 
 
 def unavailable(state: str) -> Unavailable:
-    """The refusal of what only a ready daemon does."""
+    """The refusal of a request that only a ready daemon serves."""
     return Unavailable(f"the daemon is {state}", retry_after_s=_RETRY_AFTER_S)
 
 
 def refusal(model: str, state: str, registry: Registry) -> TensorNextError:
-    """The refusal of a request to a model by a daemon that is not ready: what will never be served is told at once."""
+    """The refusal of a request to a model by a daemon that is not ready. A model that failed is refused for good."""
     if state == STARTING and model:
         try:
             if not registry.awaits(model) and not registry.describe(model)[1].servable:
@@ -157,7 +157,7 @@ def reload_report(id_: int, changes: Changes) -> ReloadReport:
 
 
 def model_infos(inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry) -> tuple[ModelInfo, ...]:
-    """Every version, and what could not become one."""
+    """All versions, and the directories that could not become one."""
     registry = inventory.registry
     infos = [_model_info(deployment, version, inventory, scheduler, telemetry) for deployment, version in registry]
     titles = {version.title for _, version in registry}
