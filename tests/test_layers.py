@@ -87,3 +87,20 @@ def test_importing_a_module_brings_nothing_of_another_layer(module: str, forbidd
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+def test_deployment_does_not_know_the_serving_loop() -> None:
+    assert not {path for path in users("tnxd.serving") if path.startswith("tnxd/deployment/")}
+
+
+def test_a_repository_does_not_know_the_formats() -> None:
+    assert "tnxd/models/repository.py" not in users("tnxd.models.formats")
+
+
+def test_a_plan_knows_the_registry_and_its_versions_alone() -> None:
+    modules = {name for name in imports(ROOT / "tnxd/deployment/plan.py") if (ROOT / as_path(name)).exists()}
+    assert modules == {"tnxd.deployment.registry", "tnxd.deployment.version"}
+
+
+def as_path(module: str) -> str:
+    return module.replace(".", "/") + ".py"

@@ -29,6 +29,7 @@ from tnxd.executors.execution import Executor
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.telemetry import Telemetry
+from tnxd.serving.version_traffic import TrafficByVersion
 from tnxd.transport.admission import Admission
 
 _MIB = 1024 * 1024
@@ -44,12 +45,14 @@ class Inventory:
     Attributes:
         audits: of versions that have one. executors: devices that work, by name.
         device_failures: device -> why it could not be opened, or what broke it later.
+        traffic: of the versions in the registry.
     """
 
     registry: Registry
     audits: Mapping[Version, Audit]
     executors: Mapping[str, Executor]
     device_failures: dict[str, str] = field(default_factory=dict)
+    traffic: TrafficByVersion = field(default_factory=TrafficByVersion)
 
 
 def health(
@@ -79,7 +82,7 @@ def health(
         version=__version__,
         uptime_s=telemetry.uptime_s(),
         devices=devices,
-        models=model_infos(inventory, scheduler, telemetry),
+        models=model_infos(inventory, scheduler),
         queued=scheduler.queued,
         running=scheduler.running - scheduler.background,  # who asks waits for none of those
         requests=telemetry.requests,
@@ -114,9 +117,7 @@ def refusal(model: str, state: str, registry: Registry) -> TensorNextError:
     return unavailable(state)
 
 
-def metadata(
-    request: Metadata, state: str, inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry
-) -> MetadataReport:
+def metadata(request: Metadata, state: str, inventory: Inventory, scheduler: Scheduler) -> MetadataReport:
     """One version's signature and state.
 
     Raises:
@@ -127,13 +128,13 @@ def metadata(
     if state == STARTING and registry.awaits(request.model):
         raise unavailable(state)
     return MetadataReport(
-        v=VERSION, id=request.id, model=_model_info(*registry.describe(request.model), inventory, scheduler, telemetry)
+        v=VERSION, id=request.id, model=_model_info(*registry.describe(request.model), inventory, scheduler)
     )
 
 
-def models(id_: int, name: str, inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry) -> ModelsReport:
+def models(id_: int, name: str, inventory: Inventory, scheduler: Scheduler) -> ModelsReport:
     """All versions of one name, or for "" of all names."""
-    infos = model_infos(inventory, scheduler, telemetry)
+    infos = model_infos(inventory, scheduler)
     return ModelsReport(v=VERSION, id=id_, models=tuple(info for info in infos if name in ("", info.name)))
 
 
@@ -156,10 +157,10 @@ def reload_report(id_: int, changes: Changes) -> ReloadReport:
     )
 
 
-def model_infos(inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry) -> tuple[ModelInfo, ...]:
+def model_infos(inventory: Inventory, scheduler: Scheduler) -> tuple[ModelInfo, ...]:
     """All versions, and the directories that could not become one."""
     registry = inventory.registry
-    infos = [_model_info(deployment, version, inventory, scheduler, telemetry) for deployment, version in registry]
+    infos = [_model_info(deployment, version, inventory, scheduler) for deployment, version in registry]
     titles = {version.title for _, version in registry}
     for what, why in registry.failures.items():
         if what in titles:
@@ -193,9 +194,7 @@ def _device_info(name: str, inventory: Inventory, scheduler: Scheduler) -> Devic
     )
 
 
-def _model_info(
-    deployment: Deployment, version: Version, inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry
-) -> ModelInfo:
+def _model_info(deployment: Deployment, version: Version, inventory: Inventory, scheduler: Scheduler) -> ModelInfo:
     registry, model = inventory.registry, version.model
     audit = inventory.audits.get(version)
     devices = (
@@ -221,7 +220,7 @@ def _model_info(
         traffic=traffic,
         shadow=deployment.shadow == version.number and not traffic,
         memory_mb=version.nbytes / _MIB if devices else 0.0,
-        requests=telemetry.requests_by_version.get(version, 0),
+        requests=inventory.traffic.requests(version),
         load_s=version.load_s,
         notes=version.notes,
         example_shapes=tuple(model.example_shapes(1)) if model else (),
