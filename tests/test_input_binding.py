@@ -17,7 +17,7 @@ from tnxctl.protocol.errors import InvalidArgument, TensorNextError
 from tnxctl.protocol.frames import STORAGE, view_tensors
 from tnxctl.protocol.wire import Limits, TensorSpec
 from tnxd.models.model import BoundInputs, Model
-from tnxd.serving.input_binding import InputBinder, InputBinders
+from tnxd.serving.input_binding import InputBinder
 
 LIMITS = Limits()
 OUTPUTS = (TensorSpec("y", "FP32", (-1, 2)),)
@@ -139,12 +139,3 @@ def test_what_fills_an_input_is_each_requests_own() -> None:
         assert mask is not None
         assert mask.tolist() == [[1, 1]]
         mask += 1
-
-
-def test_binders_are_made_for_the_versions_that_are_there() -> None:
-    binders = InputBinders()
-    old, new = object(), object()
-    assert binders[old] is binders[old]
-    assert binders[old] is not binders[new]
-    binders.keep({new})
-    assert list(binders) == [new]

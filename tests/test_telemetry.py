@@ -33,12 +33,3 @@ def test_the_names_that_clients_make_up_are_bounded(count: int) -> None:
     told = telemetry.tell_errors(telemetry.uptime_s(), at_once=True)
     assert f"NOT_FOUND {count} (made-up-0 1, " in told
     assert len(told) < 300
-
-
-def test_requests_are_counted_by_version_while_it_is_there() -> None:
-    telemetry = Telemetry()
-    old, new = object(), object()
-    telemetry.requests_by_version[old] += 1
-    telemetry.requests_by_version[new] += 2
-    telemetry.keep({new})
-    assert telemetry.requests_by_version == {new: 2}

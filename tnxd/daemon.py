@@ -114,7 +114,7 @@ class Daemon:
         with signals.handled_signals(
             lambda: call_soon(self._stop), lambda: call_soon(self._reload), patience_s, _FLUSH_S
         ):
-            Watchdog(self._hang, self._hangs)
+            Watchdog(self._hang_reason, self._report_hang)
             self._router.close(self._server.run(_FLUSH_S))
             log.info("stopped")
             logs.flush(LAST_WORDS_S)  # while a signal does not end it yet
@@ -138,12 +138,12 @@ class Daemon:
             gc.set_threshold(_GC_THRESHOLD)
         except BaseException as error:
             log.error("cannot start: %s", error, exc_info=not isinstance(error, RuntimeError))
-            self._calls.call_soon(self._give_up)
+            self._calls.call_soon(self._fail)
             return
         self._calls.call_soon(lambda: self._load(opened.executors, opened.failures))
 
     def _load(self, executors: Mapping[str, Executor], failures: Mapping[str, str]) -> None:
-        """The devices are open: load the models on them."""
+        """Load the models on the devices, which are open."""
         for name, failure in failures.items():
             log.error("device %s is left out: %s", name, failure)
         self._inventory.device_failures.update(failures)
@@ -168,12 +168,12 @@ class Daemon:
         )
 
     def _loaded(self, outcome: Changes | TensorNextError) -> None:
-        """The first load of everything is over."""
+        """Begin to serve, after the first load of everything."""
         if not any(version.servable for _, version in self._inventory.registry):
             why = outcome.message if isinstance(outcome, TensorNextError) else "; ".join(named(outcome.failed))
             if why:
                 log.error("cannot start: no model can be served: %s", why)
-                self._give_up()
+                self._fail()
                 return
             log.warning("%s has no model yet: publish one, then tnxctl reload", self._config.model_repository)
         self._server.serve()
@@ -201,7 +201,7 @@ class Daemon:
         return f"ready on {', '.join(self._router.endpoints)}; devices: {devices}; models: {models}"
 
     def _reload(self) -> None:
-        """SIGHUP. One that comes while models are loaded counts when they are: what it is about may be read already."""
+        """Reload, after a SIGHUP. During the first load it waits: the changed files may have been read already."""
         if self._server.state == STARTING:
             self._reload_waits = True
         elif self._server.state != READY:
@@ -224,11 +224,11 @@ class Daemon:
             if self._server.state != DRAINING:
                 self._stop()
 
-    def _hang(self) -> str:
+    def _hang_reason(self) -> str:
         # Before systemd's watchdog, which would end the process without naming anything.
         return self._server.hangs(self._notifier.watchdog_s * 2 / 3 or float("inf"))
 
-    def _hangs(self, why: str, stack: str) -> None:
+    def _report_hang(self, why: str, stack: str) -> None:
         """Log, on the watchdog's thread, that nothing is served, and end the process if it is to restart."""
         log.error("%s: nothing is served meanwhile\n%s", why, stack)
         if self._is_to_restart(self._config.on_hang):
@@ -241,7 +241,7 @@ class Daemon:
         self._notifier.send("STOPPING=1", "STATUS=draining")
         self._server.drain()
 
-    def _give_up(self) -> None:
+    def _fail(self) -> None:
         self._exit_code = 1
         self._server.stop()
 

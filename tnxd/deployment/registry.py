@@ -1,4 +1,4 @@
-"""The models that the daemon knows: names, versions, their states, and which version a request gets. No torch, no I/O.
+"""The registry of models: names, versions, and the version that a request gets. No torch, no I/O.
 
 Owned by the serving loop's thread. `tnxd.deployment.loader` changes it; the server asks `find` for every request.
 """
@@ -16,11 +16,11 @@ from tnxd.deployment.version import FAILED, READY, UNLOADED, Version
 from tnxd.models.catalog import Catalog, Entry
 
 LOADING_RETRY_S = 0.1
-"""When to ask again for a version that is being loaded."""
+"""Seconds until a client should ask again for a version that is being loaded."""
 
 
 class _Split:
-    """Several versions that share a name's traffic."""
+    """A split of a name's traffic among several versions."""
 
     def __init__(self, shares: list[tuple[Version, float]]) -> None:
         self._versions = [version for version, _ in shares]
@@ -28,13 +28,13 @@ class _Split:
         self._bounds = [bound / total for bound in accumulate(weight for _, weight in shares)]
 
     def choose(self, key: bytes) -> Version:
-        """The same version for the same key. A version whose share grows keeps the keys that it has."""
+        """Choose a version: the same for the same key. A version whose share grows keeps the keys that it has."""
         place = bisect_right(self._bounds, crc32(key) / 2**32)
         return self._versions[min(place, len(self._versions) - 1)]
 
 
 class Deployment:
-    """One name: its versions, and how requests that name none are split among them.
+    """Deployment of one name: its versions, and the split of requests that name no version.
 
     Attributes:
         entry: what the catalog said last.
@@ -76,11 +76,15 @@ class Deployment:
         return sum(weight for other, weight in shares if other is version) / (sum(w for _, w in shares) or 1.0)
 
     def route(self, weights: Mapping[str, float], shadow: str) -> None:
-        """Split the traffic; see the attributes."""
+        """Split the traffic: see `weights` and `shadow`."""
         self.weights, self.shadow, self.implied, self.restore = dict(weights), shadow, False, False
 
     def hold(self, weights: Mapping[str, float], *, implied: bool) -> None:
-        """Let the traffic be split so, where nobody has said how: by default the newest version would take it."""
+        """Set weights if there are none, so that a newer version does not take the traffic by default.
+
+        Args:
+            implied: they last until `release`, or until somebody splits the traffic.
+        """
         if not self.weights:
             self.weights, self.implied = dict(weights), implied
 
@@ -143,7 +147,7 @@ class Registry:
         self._generations: dict[str, dict[str, int]] = {}
 
     def announce(self, catalog: Catalog) -> None:
-        """Know by name what is about to be loaded: whoever asks meanwhile is not told that it is not there."""
+        """Register all names before they are loaded: a client that asks meanwhile is not told that there is none."""
         self.failures = dict(catalog.failures)
         for entry in catalog.entries.values():
             deployment = self.register(entry)
@@ -152,7 +156,7 @@ class Registry:
         self.rebuild()
 
     def register(self, entry: Entry) -> Deployment:
-        """The deployment of that entry, which may be new, with what is known of versions that are not loaded."""
+        """Register an entry. Returns its deployment, which may be new, with a Version for each of its sources."""
         deployment = self.deployments.get(entry.name)
         if deployment is None:
             deployment = self.deployments[entry.name] = Deployment(entry, self.generations(entry.name))
@@ -221,7 +225,7 @@ class Registry:
         return deployment, list(deployment.versions.values())[-1]
 
     def awaits(self, model: str) -> bool:
-        """Whether a load that is not over decides what a name stands for. Raises as `describe` does."""
+        """Whether a load that is not over yet decides which version a name stands for. Raises as `describe` does."""
         if not model:
             return any(version.loading for _, version in self)
         deployment, version = self.describe(model)
@@ -243,7 +247,7 @@ class Registry:
         return self._generations.setdefault(name, {})
 
     def rebuild(self) -> None:
-        """Recompute where requests go, after any change."""
+        """Recompute the targets of requests, after any change."""
         self._targets = {}
         self.mirrors.clear()
         for name, deployment in self.deployments.items():

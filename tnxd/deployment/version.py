@@ -70,7 +70,7 @@ class Version:
 
     @property
     def number(self) -> str:
-        """The version, as it is written."""
+        """The version number, as it is written."""
         return self.source.version
 
     @property
@@ -103,5 +103,5 @@ class Version:
 
     @property
     def servable(self) -> bool:
-        """Whether requests may be sent its way; an evicted version is loaded for them."""
+        """Whether requests may be sent to it; an evicted version is loaded for them."""
         return self.state in (READY, EVICTED)

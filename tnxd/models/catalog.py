@@ -1,4 +1,4 @@
-"""The catalog of what could be served: names, their versions, and which of those are wanted. No torch."""
+"""The catalog: names of models, the versions that there are, and those that are wanted. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tnxd.models.model import Model
 
 
 class Source(Protocol):
-    """One version of one model before it is loaded.
+    """Source of one version of one model, before it is loaded.
 
     Attributes:
         name, version: what it will be called.
@@ -31,7 +31,7 @@ class Source(Protocol):
     def nbytes(self) -> int: ...
 
     def open(self, generation: int) -> Model:
-        """Read what is needed to know the signature. Slow, and may run the model's own code.
+        """Open a version: read as much as its signature takes. Slow, and may run the model's own code.
 
         Raises:
             TensorNextError: the version cannot be served; the sentence names file and key.
@@ -41,7 +41,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """One name.
+    """Catalog entry of one name.
 
     Attributes:
         sources: every version that there is, from the oldest to the newest.
@@ -58,7 +58,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Catalog:
-    """All names.
+    """All entries, by name.
 
     Attributes:
         failures: what is there but cannot be served, by NAME, NAME@VERSION or path, and why.

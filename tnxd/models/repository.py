@@ -1,4 +1,4 @@
-"""A directory of models: what is in it, and whether it may be served. Quick, and without torch.
+"""Model repositories: directories of models, scanned for versions that may be served. Quick, and without torch.
 
 REPOSITORY/NAME/model.toml          see tnxd.models.settings; optional where the model file says everything
 REPOSITORY/NAME/VERSION/            a positive number; in it exactly one of
@@ -33,7 +33,7 @@ FORMATS = {
     "model.pt": "torchscript",
     "model.onnx": "onnx",
 }
-"""What the file with the model is called -> its format."""
+"""Name of the file with the model -> its format."""
 
 WITH_MODULES = ("safetensors",)
 """Formats that use Python modules."""
@@ -84,10 +84,10 @@ for the processes that compile them.
 
 
 def scan(root: Path, opener: Opener | None = None, *, require_manifest: bool = False) -> Catalog:
-    """Look at a repository. Mistakes in one model are reported and do not hide the others.
+    """Scan a repository. Mistakes in one model are reported and do not hide the others.
 
     Args:
-        opener: what the sources are opened with; None: they are only looked at.
+        opener: opens the sources; None: they are only looked at.
         require_manifest: refuse versions without SHA256SUMS.
 
     Raises:
@@ -129,7 +129,7 @@ class _Unservable(Exception):
 def _inspect(
     directory: Path, guard: Guard, opener: Opener | None, require_manifest: bool
 ) -> tuple[Entry, dict[str, str]]:
-    """One model, and what is wrong with some of its versions."""
+    """The entry of one model, and the mistakes in some of its versions."""
     name = directory.name
     if not MODEL_NAME.fullmatch(name):
         raise InvalidArgument(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -81,16 +81,3 @@ class InputBinder:
             ]
             self._layout = _Layout(model, specs, tensors, others, bound.rows, bound.group, bound.nbytes)
         return bound
-
-
-class InputBinders(dict[object, InputBinder]):
-    """The binders of all versions, each made when it is first asked for: `binders[version]`."""
-
-    def __missing__(self, version: object) -> InputBinder:
-        binder = self[version] = InputBinder()
-        return binder
-
-    def keep(self, versions: Set[object]) -> None:
-        """Forget all versions but these."""
-        for version in self.keys() - versions:
-            del self[version]

@@ -1,4 +1,4 @@
-"""Answers about the daemon itself: what it is, what it has, how it is."""
+"""Reports: the daemon's state, its devices, its models, and changes of these."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from tnxd.executors.execution import Executor
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.telemetry import Telemetry
+from tnxd.serving.version_traffic import TrafficByVersion
 from tnxd.transport.admission import Admission
 
 _MIB = 1024 * 1024
@@ -40,17 +41,19 @@ _RETRY_AFTER_S = 0.1
 
 @dataclass
 class Inventory:
-    """The versions that the daemon serves, and its devices.
+    """Inventory of a daemon: the versions that it serves, and its devices.
 
     Attributes:
         audits: of versions that have one. executors: devices that work, by name.
         device_failures: device -> why it could not be opened, or what broke it later.
+        traffic: of the versions in the registry.
     """
 
     registry: Registry
     audits: Mapping[Version, Audit]
     executors: Mapping[str, Executor]
     device_failures: dict[str, str] = field(default_factory=dict)
+    traffic: TrafficByVersion = field(default_factory=TrafficByVersion)
 
 
 def health(
@@ -63,7 +66,7 @@ def health(
     max_message_bytes: int,
     admission: Admission,
 ) -> HealthReport:
-    """The state of everything, now."""
+    """The state of the daemon, its devices and its models, now."""
     devices = tuple(_device_info(name, inventory, scheduler) for name in _device_names(inventory, scheduler))
     try:
         version = inventory.registry.describe("")[1]
@@ -80,7 +83,7 @@ def health(
         version=__version__,
         uptime_s=telemetry.uptime_s(),
         devices=devices,
-        models=model_infos(inventory, scheduler, telemetry),
+        models=model_infos(inventory, scheduler),
         queued=scheduler.queued,
         running=scheduler.running - scheduler.background,  # who asks waits for none of those
         requests=telemetry.requests,
@@ -100,12 +103,12 @@ def health(
 
 
 def unavailable(state: str) -> Unavailable:
-    """The refusal of what only a ready daemon does."""
+    """The refusal of a request that only a ready daemon serves."""
     return Unavailable(f"the daemon is {state}", retry_after_s=_RETRY_AFTER_S)
 
 
 def refusal(model: str, state: str, registry: Registry) -> TensorNextError:
-    """The refusal of a request to a model by a daemon that is not ready: what will never be served is told at once."""
+    """The refusal of a request to a model by a daemon that is not ready. A model that failed is refused for good."""
     if state == STARTING and model:
         try:
             if not registry.awaits(model) and not registry.describe(model)[1].servable:
@@ -115,9 +118,7 @@ def refusal(model: str, state: str, registry: Registry) -> TensorNextError:
     return unavailable(state)
 
 
-def metadata(
-    request: Metadata, state: str, inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry
-) -> MetadataReport:
+def metadata(request: Metadata, state: str, inventory: Inventory, scheduler: Scheduler) -> MetadataReport:
     """One version's signature and state.
 
     Raises:
@@ -128,13 +129,13 @@ def metadata(
     if state == STARTING and registry.awaits(request.model):
         raise unavailable(state)
     return MetadataReport(
-        v=VERSION, id=request.id, model=_model_info(*registry.describe(request.model), inventory, scheduler, telemetry)
+        v=VERSION, id=request.id, model=_model_info(*registry.describe(request.model), inventory, scheduler)
     )
 
 
-def models(id_: int, name: str, inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry) -> ModelsReport:
+def models(id_: int, name: str, inventory: Inventory, scheduler: Scheduler) -> ModelsReport:
     """All versions of one name, or for "" of all names."""
-    infos = model_infos(inventory, scheduler, telemetry)
+    infos = model_infos(inventory, scheduler)
     return ModelsReport(v=VERSION, id=id_, models=tuple(info for info in infos if name in ("", info.name)))
 
 
@@ -157,10 +158,10 @@ def reload_report(id_: int, changes: Changes) -> ReloadReport:
     )
 
 
-def model_infos(inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry) -> tuple[ModelInfo, ...]:
-    """Every version, and what could not become one."""
+def model_infos(inventory: Inventory, scheduler: Scheduler) -> tuple[ModelInfo, ...]:
+    """All versions, and the directories that could not become one."""
     registry = inventory.registry
-    infos = [_model_info(deployment, version, inventory, scheduler, telemetry) for deployment, version in registry]
+    infos = [_model_info(deployment, version, inventory, scheduler) for deployment, version in registry]
     titles = {version.title for _, version in registry}
     for what, why in registry.failures.items():
         if what in titles:
@@ -194,9 +195,7 @@ def _device_info(name: str, inventory: Inventory, scheduler: Scheduler) -> Devic
     )
 
 
-def _model_info(
-    deployment: Deployment, version: Version, inventory: Inventory, scheduler: Scheduler, telemetry: Telemetry
-) -> ModelInfo:
+def _model_info(deployment: Deployment, version: Version, inventory: Inventory, scheduler: Scheduler) -> ModelInfo:
     registry, model = inventory.registry, version.model
     audit = inventory.audits.get(version)
     devices = (
@@ -222,7 +221,7 @@ def _model_info(
         traffic=traffic,
         shadow=deployment.shadow == version.number and not traffic,
         memory_mb=version.nbytes / _MIB if devices else 0.0,
-        requests=telemetry.requests_by_version.get(version, 0),
+        requests=inventory.traffic.requests(version),
         load_s=version.load_s,
         notes=version.notes,
         example_shapes=tuple(model.example_shapes(1)) if model else (),

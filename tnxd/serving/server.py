@@ -53,7 +53,6 @@ from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving import reports as control
 from tnxd.serving.admin_commands import AdminCommand, AdminCommands
 from tnxd.serving.call_queue import CallQueue
-from tnxd.serving.input_binding import InputBinders
 from tnxd.serving.pending import Pending, as_execution, as_pending, result_header
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.replies import error_header, report_header
@@ -140,8 +139,7 @@ class Server:
         self._inventory = inventory
         self._scheduler = scheduler
         self._telemetry = telemetry
-        self._requests_by_version = telemetry.requests_by_version
-        self._binders = InputBinders()
+        self._traffic = inventory.traffic
         self._mirrors = inventory.registry.mirrors
         self._busy_poller = busy_poller
         self._configured_limits = self._limits = limits
@@ -184,9 +182,7 @@ class Server:
         What models take, they may be sent.
         """
         registry = self._inventory.registry
-        known = {version for _, version in registry}
-        self._binders.keep(known)
-        self._telemetry.keep(known)
+        self._traffic.keep({version for _, version in registry})
         tensors, rank = registry.needs()
         configured = self._configured_limits
         self._limits = msgspec.structs.replace(
@@ -533,9 +529,9 @@ class Server:
                 self._admission,
             )
         if isinstance(request, Metadata):
-            return control.metadata(request, self.state, inventory, scheduler, self._telemetry)
+            return control.metadata(request, self.state, inventory, scheduler)
         if isinstance(request, Models):
-            return control.models(request.id, "", inventory, scheduler, self._telemetry)
+            return control.models(request.id, "", inventory, scheduler)
         if isinstance(request, Compare):
             return control.comparison(request, self.state, inventory, self._shadows)
         if self._remote_control == "off":
@@ -565,7 +561,7 @@ class Server:
     def _command_report(self, id_: int, outcome: Changes | str) -> Reply:
         if isinstance(outcome, Changes):
             return control.reload_report(id_, outcome)
-        return control.models(id_, outcome, self._inventory, self._scheduler, self._telemetry)
+        return control.models(id_, outcome, self._inventory, self._scheduler)
 
     def _send_reply(self, message: Message, reply: Reply) -> None:
         self._router.send(message.peer, message.delimited, (report_header(reply), ()))
@@ -581,7 +577,8 @@ class Server:
         if model is None or version.state != READY:
             view_tensors(request.inputs, tensors, self._limits)  # nothing is loaded for what is broken
             raise self._request_load(version)
-        bound = self._binders[version].bind(model, request.inputs, tensors, self._limits)
+        traffic = self._traffic[version]
+        bound = traffic.binder.bind(model, request.inputs, tensors, self._limits)
         self._admission.check(connection, bound.nbytes)
         reply_nbytes = bound.rows * model.reply_row_nbytes
         if reply_nbytes > self._message_bytes or reply_nbytes > request.max_reply_bytes:
@@ -607,7 +604,7 @@ class Server:
         self._admission.take(connection, pending)
         if connection.client.requests == 1:
             self._modest = True
-        self._requests_by_version[version] += 1
+        traffic.requests += 1
 
     def _request_load(self, version: Version) -> Unavailable:
         """A request came for a version that had to make room: load it again."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Set
+from collections import Counter
 
 from tnxctl.protocol.wire import MODEL_NAME, excerpt
 
@@ -21,7 +20,6 @@ class Telemetry:
 
     Attributes:
         requests: predict requests, and other messages that were refused. replies: results sent.
-        requests_by_version: requests taken in for a version, by `tnxd.deployment.registry.Version`.
         errors: error replies by code. untold: those that the log has not told yet, by code and model.
         abandoned: requests taken out of the queue because their client was gone.
         prediction_error_us: moving average of the distance between predicted and actual time, in microseconds.
@@ -30,7 +28,6 @@ class Telemetry:
     def __init__(self) -> None:
         self._started = time.monotonic()
         self.requests = 0
-        self.requests_by_version: defaultdict[object, int] = defaultdict(int)
         self.replies = 0
         self.errors: Counter[str] = Counter()
         self.untold: Counter[tuple[str, str]] = Counter()
@@ -38,11 +35,6 @@ class Telemetry:
         self.prediction_error_us = 0.0
         self._counted_from = self._started
         self._told_at = -TOLD_EVERY_S
-
-    def keep(self, versions: Set[object]) -> None:
-        """Forget what was counted for all versions but these."""
-        for version in self.requests_by_version.keys() - versions:
-            del self.requests_by_version[version]
 
     def count_error(self, code: str, model: str) -> None:
         """An error was sent. Args: model: its name, title or key, or whatever a client called it; "": none."""
