@@ -41,6 +41,7 @@ class Connection:
         is_connecting: whether an attempt is under way.
         trouble: how far the last attempt came, or why it failed: a clause for error messages.
         retry_at: time before which no attempt begins.
+        retry_s: interval from the next attempt to the one after it: the first again as soon as the daemon replies.
         half_open_at: time from which on it is half-open unless something comes; infinite without a suspicion.
         wants_probe: whether the daemon is to be asked for its health.
     """
@@ -49,12 +50,12 @@ class Connection:
         "_attempt_failed",
         "_given_up",
         "_heard_at",
-        "_retry_s",
         "endpoint",
         "half_open_at",
         "is_connecting",
         "is_open",
         "retry_at",
+        "retry_s",
         "trouble",
         "wants_probe",
     )
@@ -68,7 +69,7 @@ class Connection:
         self.half_open_at = math.inf
         self.wants_probe = False
         self._attempt_failed = False  # the last one
-        self._retry_s = FIRST_RETRY_S
+        self.retry_s = FIRST_RETRY_S
         self._heard_at = -math.inf
         self._given_up = 0  # connections in a row, since something last came
 
@@ -79,8 +80,8 @@ class Connection:
     def connecting(self, now: float) -> None:
         """An attempt to connect begins."""
         self.is_connecting = True
-        self.retry_at = now + self._retry_s
-        self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
+        self.retry_at = now + self.retry_s
+        self.retry_s = min(2 * self.retry_s, LAST_RETRY_S)
 
     def note_trouble(self, trouble: str, *, begun: bool = False) -> None:
         """Note how far the attempt came, or why it failed: a clause for error messages.
@@ -106,15 +107,11 @@ class Connection:
     def retry_at_once(self) -> None:
         """Let the next attempt, should there be one, begin without delay."""
         self.retry_at = -math.inf
-        self._retry_s = FIRST_RETRY_S
+        self.retry_s = FIRST_RETRY_S
 
     def heard(self, now: float) -> None:
         """A message came, whatever it holds."""
         self._heard_at, self.half_open_at, self._given_up = now, math.inf, 0
-
-    def reset_backoff(self) -> None:
-        """A reply came: the daemon works, so the intervals between attempts start from the first again."""
-        self._retry_s = FIRST_RETRY_S
 
     def has_heard_since(self, then: float) -> bool:
         """Whether a message came over this connection after a time."""

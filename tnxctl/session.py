@@ -161,7 +161,8 @@ class Session:
 
     def receive(self, frames: Sequence[bytes], now: float) -> Call[Any] | None:
         """Take a message from the daemon, whatever it holds. Returns the call that it finished, if any."""
-        self.connection.heard(now)
+        connection = self.connection
+        connection.heard(now)
         try:
             reply = wire.decode_reply(frames[0], self._reply_limits)
         except TensorNextError as error:
@@ -173,7 +174,7 @@ class Session:
                 return None
             _log.debug("dropped a reply that nobody waits for: %.200r", reply)
             return None
-        self.connection.reset_backoff()
+        connection.retry_s = FIRST_RETRY_S
         if isinstance(reply, wire.ErrorReply):
             retry_after_s = None if reply.retry_after_us is None else reply.retry_after_us / 1e6
             refusal = from_code(reply.code, reply.message, retry_after_s)
