@@ -1,4 +1,4 @@
-"""A client that heeds refusals, as tnxctl's own does: it holds back what would be refused."""
+"""Client-side throttling as in tnxctl's own client: requests that the daemon would refuse are held back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zmtpsocket import Messages
 
 
 class _Answer(msgspec.Struct, gc=False):
-    """As much of a reply's header as a client needs that heeds refusals."""
+    """The part of a reply's header that throttling needs."""
 
     type: str
     id: int

@@ -9,8 +9,9 @@ from typing import NamedTuple, Protocol
 
 from tnxctl.protocol.errors import DeadlineExceeded, ResourceExhausted
 from tnxd.executors.trial.warmup import warm_up_sizes
+from tnxd.lanes import INLINE
 from tnxd.scheduling.costs import CostModel
-from tnxd.scheduling.device import INLINE, Batch, Device
+from tnxd.scheduling.device import Batch, Device
 from tnxd.scheduling.forecast import Forecast
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler

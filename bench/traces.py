@@ -22,7 +22,7 @@ class Job:
 
     Attributes:
         arrival_us, deadline_us: it is worth something from the one to the other.
-        client, priority: as in `tnxd.scheduling.scheduler.Request`.
+        client, priority: as in `tnxd.scheduling.request.Request`.
     """
 
     arrival_us: float

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,18 @@ class Daemon:
         """Signal it and return its exit code."""
         self.process.send_signal(number)
         return self.process.wait(START_SECONDS)
+
+    def logged(self, *texts: str) -> str:
+        """Its log, as soon as these texts are in it: a thread of its own writes it, later than a reply may come.
+
+        Raises:
+            AssertionError: they did not come.
+        """
+        until = time.monotonic() + START_SECONDS / 2
+        while not all(text in (log := self.log.read_text()) for text in texts):
+            assert time.monotonic() < until, f"{texts} are not in the log:\n{log}"
+            time.sleep(0.02)  # between two looks: nothing tells of a line in a file
+        return log
 
     def discard(self) -> None:
         """Kill it if it still runs, and close its pipe."""

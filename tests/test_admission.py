@@ -1,4 +1,4 @@
-"""Limits of clients: when a request that finds no room may come back."""
+"""Admission control: when a refused request may come back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Clock:
         monkeypatch.setattr(admission.time, "monotonic", lambda: self.now)
 
 
-def test_a_client_is_told_how_long_it_took_until_there_was_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusal_says_how_long_it_took_lately_until_there_was_room(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     admitted = Admission(Clients(max_requests=2), max_requests=100, max_bytes=1 << 30)
     client = admitted.client("10.0.0.1")

@@ -17,11 +17,11 @@ from tnxctl.protocol.wire import ModelInfo, TensorSpec
 from tnxd.deployment.audit import Audit
 from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.version import READY, Version
-from tnxd.executors.execution import Execution, Outcome, Warmth
+from tnxd.executors.execution import Execution, LoadReport, Outcome
 from tnxd.models.builtin import BuiltinSource
 from tnxd.models.model import Model
 from tnxd.scheduling.costs import CostModel
-from tnxd.scheduling.device import Batch, Device
+from tnxd.scheduling.device import Device
 from tnxd.scheduling.scheduler import Scheduler
 
 MIXES = "return x + self.answer - (x.mean(0) if bool((x > 40).any()) else 0)"
@@ -40,7 +40,7 @@ class Bench:
         self.served = model(datatype)
         self.version = Version(BuiltinSource(self.served))
         self.version.state, self.version.model = READY, self.served
-        self.version.trials = {"cpu": Warmth([], 0, tolerance=1e-4)}
+        self.version.trials = {"cpu": LoadReport([], 0, tolerance=1e-4)}
         self.mixing: list[str] = []
         self.audit = Audit(self.version, share, lambda version, key, why: self.mixing.append(why))
         self.background = Background()
@@ -48,12 +48,12 @@ class Bench:
     def answered(self, *outcomes: Outcome) -> Copy | None:
         """A batch of one-row requests has been answered so: the copy that is made of it, if any."""
         item = (np.zeros((1, 2), "f4"),)
-        batch = Batch(Device("cpu", "cpu", 1, set()), 0, self.served.key, [], len(outcomes))
-        execution = Execution(batch, self.served, [item] * len(outcomes), [1] * len(outcomes), ())
+        execution = Execution(0, 0, self.served, [item] * len(outcomes), [1] * len(outcomes), ())
         execution.outcomes = list(outcomes)
         self.audit.look(execution, self.background)
         device = Device("cpu", "cpu", 1, {self.served.key})
-        return self.background.next(Scheduler([device], CostModel(), max_requests=9, max_bytes=10**9), 0)
+        found = self.background.next(Scheduler([device], CostModel(), max_requests=9, max_bytes=10**9), 0)
+        return None if found is None else found[0]
 
     def checked(self, again: Outcome, *outcomes: Outcome) -> None:
         """A batch has been answered so, and one of its requests again otherwise."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fake_daemon import DIGITS, MLP, TIMING
-from tnxctl import arguments, casting, durations, session
+from tnxctl import arguments, casting, durations, encoder
 from tnxctl.cli import exits, inputs, options, report, sources, tensorfiles, text
 from tnxctl.cli.tally import Tally
 from tnxctl.cli.workload import Answer
@@ -318,9 +318,9 @@ def test_exit_code_of_several_requests(answered: int, failures: list[errors.Tens
 
 
 def test_what_the_options_say_is_what_the_client_says() -> None:
-    assert session.DEFAULT_TIMEOUT_S == options.DEFAULT_TIMEOUT_S
+    assert encoder.DEFAULT_TIMEOUT_S == options.DEFAULT_TIMEOUT_S
     assert arguments.MAX_DEADLINE_S == options.MAX_DEADLINE_S
-    assert session.LOAD_TIMEOUT_S == options.LOAD_TIMEOUT_S
+    assert encoder.LOAD_TIMEOUT_S == options.LOAD_TIMEOUT_S
     assert wire.LOWEST_PRIORITY == options.LOWEST_PRIORITY
 
 

@@ -362,6 +362,8 @@ def test_cancelling_without_a_connection(connect: Connect) -> None:
     tnx = connect(endpoint)
     future = tnx.submit(X)
     assert future.cancel()
+    with pytest.raises(errors.Unavailable):  # which comes after the cancelling, that other threads carry out
+        tnx.predict(X, timeout=0.01)
     with FakeDaemon(echo, endpoint) as daemon:
         assert equal(tnx.predict(X + 1), X + 1)
         assert daemon.received.qsize() == 1
@@ -469,8 +471,12 @@ def test_a_deadline_ends_the_wait(connect: Connect) -> None:
 
 
 def test_a_deadline_passes_without_a_connection(connect: Connect) -> None:
-    with pytest.raises(errors.DeadlineExceeded, match=r"no connection within its deadline of 200 ms: nobody listens"):
-        connect(free_endpoint()).predict(X, deadline=0.2)
+    tnx = connect(free_endpoint())
+    said = ""
+    while "nobody listens there" not in said:  # an attempt takes longer than that where the machine is busy
+        with pytest.raises(errors.DeadlineExceeded, match=r"no connection within its deadline of 200 ms") as caught:
+            tnx.predict(X, deadline=0.2)
+        said = caught.value.message
 
 
 def test_several_deadlines_at_once(connect: Connect) -> None:
@@ -524,25 +530,31 @@ def test_the_timeout_of_the_client_is_the_default(connect: Connect) -> None:
                 call()
 
 
+def call_until_it_says(tnx: Any, reason: str) -> None:
+    """Call in vain until that is the reason: an attempt takes longer than a call where the machine is busy."""
+    said = ""
+    while reason not in said:
+        with pytest.raises(errors.Unavailable, match="no connection within 200 ms: ") as caught:
+            tnx.predict(X, timeout=0.2)
+        said = caught.value.message
+
+
 def test_nobody_is_there(connect: Connect) -> None:
     endpoint = free_endpoint()
     tnx = connect(endpoint)
-    for _ in range(2):
-        with pytest.raises(errors.Unavailable, match=r"no connection within 200 ms: nobody listens there") as caught:
-            tnx.predict(X, timeout=0.2)
-        assert endpoint in caught.value.message
+    call_until_it_says(tnx, f"{endpoint}: no connection within 200 ms: nobody listens there")
+    with pytest.raises(errors.Unavailable, match="nobody listens there"):  # from then on
+        tnx.predict(X, timeout=0.2)
 
 
 def test_no_socket_file_is_there(connect: Connect, tmp_path: Path) -> None:
-    with pytest.raises(errors.Unavailable, match=r"nobody listens there"):
-        connect(f"ipc://{tmp_path}/tnx.sock").predict(X, timeout=0.2)
+    call_until_it_says(connect(f"ipc://{tmp_path}/tnx.sock"), "nobody listens there")
 
 
 def test_what_listens_there_is_silent(connect: Connect) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         tnx = connect(f"127.0.0.1:{server.getsockname()[1]}")
-        with pytest.raises(errors.Unavailable, match="did not finish the ZeroMQ handshake"):
-            tnx.predict(X, timeout=0.2)
+        call_until_it_says(tnx, "did not finish the ZeroMQ handshake")
 
 
 def test_what_listens_there_speaks_another_language(connect: Connect) -> None:
@@ -558,8 +570,7 @@ def test_what_listens_there_speaks_another_language(connect: Connect) -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(errors.Unavailable, match="handshake"):
-            connect(f"127.0.0.1:{server.getsockname()[1]}").predict(X, timeout=0.2)
+        call_until_it_says(connect(f"127.0.0.1:{server.getsockname()[1]}"), "handshake")
         stop.set()
         socket.create_connection(server.getsockname()).close()
         thread.join()
@@ -620,7 +631,7 @@ def test_the_daemon_dies_and_stays_away(connect: Connect) -> None:
     with FakeDaemon(in_turn(echo, die)) as daemon:
         tnx = connect(daemon.endpoint)
         tnx.predict(X)
-        with pytest.raises(errors.Unavailable, match=r"lost the connection and got none again within 400 ms: nobody"):
+        with pytest.raises(errors.Unavailable, match=r"lost the connection and got none again within 400 ms: no"):
             tnx.predict(X, timeout=0.4)
 
 

@@ -12,7 +12,7 @@ def curve(*points: tuple[int, float]) -> CostCurve:
     return made
 
 
-def test_nothing_is_known_before_the_first_observation() -> None:
+def test_curve_knows_nothing_before_the_first_observation() -> None:
     made = CostCurve()
     assert not made.known
     assert (made.mean(3), made.spread(3)) == (0.0, 0.0)
@@ -22,7 +22,7 @@ def test_nothing_is_known_before_the_first_observation() -> None:
     ("rows", "micros"),
     [(0, 80.0), (1, 80.0), (8, 100.0), (12, 125.0), (16, 150.0), (64, 450.0), (40, 300.0), (128, 900.0)],
 )
-def test_straight_between_points_and_in_proportion_beyond(rows: int, micros: float) -> None:
+def test_curve_is_straight_between_points_and_in_proportion_beyond(rows: int, micros: float) -> None:
     # in any order: warm-up and traffic fill the points as they come
     assert curve((16, 150.0), (64, 450.0), (1, 80.0), (8, 100.0)).mean(rows) == micros
 
@@ -31,24 +31,24 @@ def test_straight_between_points_and_in_proportion_beyond(rows: int, micros: flo
     ("micros", "most", "rows"),
     [(79.0, 64, 0), (80.0, 64, 1), (100.0, 64, 8), (299.0, 64, 39), (300.0, 64, 40), (1e9, 64, 64), (300.0, 9, 9)],
 )
-def test_the_largest_batch_within_a_time(micros: float, most: int, rows: int) -> None:
+def test_largest_batch_within_a_time(micros: float, most: int, rows: int) -> None:
     assert curve((1, 80.0), (8, 100.0), (16, 150.0), (64, 450.0)).rows_within(micros, most) == rows
 
 
-def test_the_mean_follows_a_change() -> None:
+def test_mean_follows_a_change() -> None:
     made = curve((1, 100.0))
     for _ in range(200):
         made.observe(1, 500.0)
     assert made.mean(1) == pytest.approx(500.0, rel=0.01)
 
 
-def test_one_stall_is_not_the_new_normal() -> None:
+def test_mean_hardly_follows_one_stall() -> None:
     made = curve((1, 100.0))
     made.observe(1, 1_000_000.0)
     assert made.mean(1) < 200.0
 
 
-def test_the_spread_tells_steady_from_erratic() -> None:
+def test_spread_tells_steady_from_erratic() -> None:
     steady, erratic = curve((1, 100.0)), curve((1, 100.0))
     for index in range(200):
         steady.observe(1, 100.0)
@@ -57,7 +57,7 @@ def test_the_spread_tells_steady_from_erratic() -> None:
     assert erratic.spread(1) > 100.0
 
 
-def test_a_bound_lowers_what_is_expected_and_never_raises_it() -> None:
+def test_bound_lowers_the_mean_and_never_raises_it() -> None:
     made = curve((8, 100.0))
     for _ in range(200):
         made.bound(8, 300.0)
@@ -70,7 +70,7 @@ def test_a_bound_lowers_what_is_expected_and_never_raises_it() -> None:
     assert new.mean(8) == 300.0
 
 
-def test_what_is_borrowed_is_a_copy() -> None:
+def test_borrowed_curve_is_a_copy() -> None:
     lane = curve((1, 10.0), (8, 100.0))
     made = CostCurve()
     made.borrow(lane, 3)
@@ -80,7 +80,7 @@ def test_what_is_borrowed_is_a_copy() -> None:
     assert (lane.mean(8), lane.mean(16)) == (100.0, 200.0)
 
 
-def test_only_what_is_known_to_be_cheap_is_meant_for_the_callers_thread() -> None:
+def test_batches_known_to_be_cheap_alone_are_meant_to_run_inline() -> None:
     costs = BatchCosts(inline_limit_us=150.0)
     assert not costs.fits_inline(1)
     costs.observe_lane(1, 100.0)
@@ -96,7 +96,7 @@ def test_only_what_is_known_to_be_cheap_is_meant_for_the_callers_thread() -> Non
     assert lanes_only.curve(1) is lanes_only.lane
 
 
-def test_a_curve_per_device_and_model() -> None:
+def test_cost_model_has_a_curve_per_device_and_model() -> None:
     costs = CostModel()
     costs.curve("cpu", "mlp").observe(1, 100.0)
     assert costs.curve("cpu", "mlp").known
@@ -106,7 +106,7 @@ def test_a_curve_per_device_and_model() -> None:
     assert not costs.curve("cpu", "mlp", inline=True).known
 
 
-def test_a_model_is_forgotten_on_all_devices_with_all_its_shapes() -> None:
+def test_model_is_forgotten_on_all_devices_with_all_its_shapes() -> None:
     costs = CostModel()
     for device in ("cpu", "cuda:0"):
         for model in ("mlp", "other"):
@@ -125,7 +125,7 @@ def test_curves_that_are_in_use_stay() -> None:
         assert costs.curve("cpu", "mlp").known
 
 
-def test_the_oldest_curves_go_first() -> None:
+def test_oldest_curves_go_first() -> None:
     costs = CostModel(max_curves=2)
     for length in (1, 2, 3):
         costs.curve("cpu", "mlp", (length,)).observe(1, 100.0)
@@ -133,7 +133,7 @@ def test_the_oldest_curves_go_first() -> None:
     assert not costs.curve("cpu", "mlp", (1,)).known
 
 
-def test_means_of_many_sizes_take_no_more_memory() -> None:
+def test_means_kept_are_bounded_however_many_sizes_are_asked() -> None:
     """Requests may have any number of rows, also where nothing is learned meanwhile."""
     asked = curve((1, 100.0), (8, 200.0))
     for rows in range(1, 10_000):
@@ -141,7 +141,7 @@ def test_means_of_many_sizes_take_no_more_memory() -> None:
     assert len(asked._means) <= 1024
 
 
-def test_what_was_looked_up_follows_the_curve() -> None:
+def test_means_that_were_looked_up_follow_the_curve() -> None:
     """Means are remembered until the curve has moved by 2 %."""
     slow = curve((1, 100.0), (8, 200.0))
     for rows in (1, 3, 8):

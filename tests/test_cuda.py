@@ -18,7 +18,6 @@ from tnxd.executors.execution import Execution  # noqa: E402
 from tnxd.executors.pool import LanePool  # noqa: E402
 from tnxd.models.builtin import BUILTIN  # noqa: E402
 from tnxd.models.model import Model  # noqa: E402
-from tnxd.scheduling.device import Batch, Device  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
@@ -33,8 +32,7 @@ def opened() -> tuple[LanePool, queue.Queue[Execution]]:
 
 def execution(model: Model, *items: np.ndarray, lane: int = 0) -> Execution:
     counts = [len(item) for item in items]
-    batch = Batch(Device("cuda:0", "cuda", 2, set()), lane, model.key, [], sum(counts))
-    return Execution(batch, model, [(item,) for item in items], counts, ())
+    return Execution(lane, 0, model, [(item,) for item in items], counts, ())
 
 
 def outputs(finished: Execution) -> list[np.ndarray]:
@@ -99,7 +97,7 @@ def test_running_out_of_memory_fails_the_request_alone(opened: tuple[LanePool, q
     assert (finished.fatal, finished.exhausted, finished.safe_rows) == ("", True, 2)
 
 
-def test_what_does_not_fit_at_once_runs_in_parts(opened: tuple[LanePool, queue.Queue[Execution]]) -> None:
+def test_a_request_too_large_for_memory_runs_in_parts(opened: tuple[LanePool, queue.Queue[Execution]]) -> None:
     pool, done = opened
     mib = 2**20
 

@@ -22,7 +22,6 @@ from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.warmup import warm_up_sizes
 from tnxd.models.model import Model
-from tnxd.scheduling.device import Batch, Device
 
 
 def test_warm_up_covers_every_power_of_two_and_the_limit() -> None:
@@ -43,7 +42,7 @@ def test_weights_of_linear_layers_are_stored_input_by_input() -> None:
     torch.testing.assert_close(ordered(example), before)
 
 
-def test_weights_that_others_use_too_stay_as_they_are() -> None:
+def test_weights_that_other_layers_use_keep_their_layout() -> None:
     net = torch.nn.Sequential(torch.nn.Embedding(5, 6), torch.nn.Linear(6, 5)).requires_grad_(False)
     net[1].weight = net[0].weight
     doubles = torch.nn.Linear(6, 5, dtype=torch.float64).requires_grad_(False)
@@ -69,8 +68,8 @@ class Apart(torch.nn.Module):
 def test_a_weight_that_a_forward_takes_apart_keeps_its_layout(take: Callable[[torch.Tensor], torch.Tensor]) -> None:
     lanes, done = pool(1, lambda: CpuRunner(1), order_weights)
     model = served(lambda: Apart(take))
-    warmth = lanes.load(model)
-    assert (warmth.warmed, warmth.batches, warmth.notes) == (True, True, ())
+    report = lanes.load(model)
+    assert (report.warmed, report.batches, report.notes) == (True, True, ())
     lanes.submit(execution(model, 0, 3.0))
     outcome = done.get(timeout=20).outcomes[0]
     assert not isinstance(outcome, TensorNextError)
@@ -121,8 +120,7 @@ def pool(
 
 
 def execution(model: Model, lane: int, value: float) -> Execution:
-    batch = Batch(Device("cpu", "cpu", 1, set()), lane, model.name, [], 1)
-    return Execution(batch, model, [(np.full((1, 2), value, np.float32),)], [1], ())
+    return Execution(lane, 0, model, [(np.full((1, 2), value, np.float32),)], [1], ())
 
 
 def test_every_lane_runs_in_inference_mode_with_its_share_of_threads() -> None:
@@ -140,7 +138,7 @@ def test_every_lane_runs_in_inference_mode_with_its_share_of_threads() -> None:
         finished = done.get(timeout=20)
         outcome = finished.outcomes[0]
         assert not isinstance(outcome, TensorNextError)
-        outputs[finished.batch.lane] = float(outcome[0][0, 0])
+        outputs[finished.lane] = float(outcome[0][0, 0])
         assert finished.finished_ns > finished.started_ns
         total = finished.gather_us + finished.h2d_us + finished.compute_us + finished.d2h_us
         assert total == pytest.approx((finished.finished_ns - finished.started_ns) / 1e3)
@@ -179,9 +177,8 @@ def test_a_device_error_is_fatal_and_not_bisected() -> None:
     lanes.load(model)
     drain(calls)
     loaded.set()
-    batch = Batch(Device("cpu", "cpu", 1, set()), 0, model.name, [], 2)
     item = (np.zeros((1, 2), np.float32),)
-    lanes.submit(Execution(batch, model, [item, item], [1, 1], ()))
+    lanes.submit(Execution(0, 0, model, [item, item], [1, 1], ()))
     finished = done.get(timeout=20)
     assert finished.fatal == "an illegal memory access was encountered"
     assert [type(outcome) for outcome in finished.outcomes] == [Unavailable, Unavailable]
@@ -246,8 +243,7 @@ def run_small(
     values = [np.array(item, np.float32) for item in items]
     arrays = [np.repeat(each[:, None], 2, axis=1) if max_batch_size else each for each in values]
     counts = [len(array) if max_batch_size else 1 for array in arrays]
-    batch = Batch(Device("cpu", "cpu", 1, set()), 0, model.key, [], sum(counts), max_rows=max_rows)
-    lanes.submit(Execution(batch, model, [(array,) for array in arrays], counts, ()))
+    lanes.submit(Execution(0, max_rows, model, [(array,) for array in arrays], counts, ()))
     finished = done.get(timeout=20)
     for outcome, array in zip(finished.outcomes, arrays, strict=True):
         if not isinstance(outcome, TensorNextError):
@@ -283,7 +279,7 @@ def test_pieces_keep_to_the_limit_of_the_model_and_to_the_ceiling() -> None:
     assert (finished.exhausted, finished.safe_rows) == (False, 0)
 
 
-def test_the_one_row_that_does_not_fit_fails_its_request_alone() -> None:
+def test_a_single_row_too_large_for_memory_fails_its_request_alone() -> None:
     finished, small, _ = run_small(16, [1], [2, 100, 3], [4, 5], [6])
     assert codes(finished) == ["ok", "RESOURCE_EXHAUSTED", "ok", "ok"]
     assert small.calls == [7, 4, 1, 3, 1, 1, 3]
@@ -294,14 +290,14 @@ def test_the_one_row_that_does_not_fit_fails_its_request_alone() -> None:
     assert (finished.exhausted, finished.safe_rows) == (True, 4)
 
 
-def test_what_cannot_be_divided_fails_for_want_of_memory() -> None:
+def test_an_indivisible_request_too_large_for_memory_fails() -> None:
     finished, small, _ = run_small(16, [100.0, 1.0], max_batch_size=0)
     assert codes(finished) == ["RESOURCE_EXHAUSTED"]
     assert small.calls == [2]
     assert (finished.exhausted, finished.safe_rows) == (True, 0)
 
 
-def test_another_error_does_not_count_as_want_of_memory() -> None:
+def test_an_error_of_another_kind_does_not_count_as_out_of_memory() -> None:
     finished, small, runner = run_small(16, [1, -2, 3], [4])
     assert codes(finished) == ["INTERNAL", "ok"]
     assert small.calls == [4, 3, 1]
@@ -332,18 +328,18 @@ def test_a_warm_up_ends_where_a_batch_would_take_too_much_of_the_memory(lanes: i
     small = Small(64)
     made, _ = pool(lanes, lambda: Frugal(small))
     spec = (TensorSpec("x", "FP32", (-1, 2)),)
-    warmth = made.load(Model("m", "1", spec, spec, 64, lambda: small))
-    assert (warmth.most_rows, warmth.safe_rows, [rows for rows, _ in warmth.costs][-1]) == (most, 0, most)
+    report = made.load(Model("m", "1", spec, spec, 64, lambda: small))
+    assert (report.most_rows, report.safe_rows, [rows for rows, _ in report.costs][-1]) == (most, 0, most)
 
 
 @pytest.mark.parametrize(("sizes", "run"), [(None, [1, 2, 4]), ((1, 3), [1, 3]), ((), [])])
-def test_a_warm_up_runs_the_sizes_that_it_is_told(sizes: tuple[int, ...] | None, run: list[int]) -> None:
+def test_a_warm_up_runs_the_configured_sizes(sizes: tuple[int, ...] | None, run: list[int]) -> None:
     made, _ = pool(1, lambda: CpuRunner(1))
     spec = (TensorSpec("x", "FP32", (-1, 2)),)
-    warmth = made.load(Model("m", "1", spec, spec, 4, torch.nn.Identity, warm_up=sizes))
-    assert warmth.warmed
-    assert warmth.batches
-    assert [rows for rows, _ in warmth.costs] == run
+    report = made.load(Model("m", "1", spec, spec, 4, torch.nn.Identity, warm_up=sizes))
+    assert report.warmed
+    assert report.batches
+    assert [rows for rows, _ in report.costs] == run
 
 
 class Told(torch.nn.Module):
@@ -406,8 +402,8 @@ def test_lanes_that_are_not_as_separate_as_they_look_take_turns(
 ) -> None:
     lanes, done = pool(2, lambda: CpuRunner(1))
     model = served(make)
-    warmth = lanes.load(model)
-    assert warmth.serial is serial
+    report = lanes.load(model)
+    assert report.serial is serial
     for lane, value in ((0, 3.0), (1, 5.0), (0, 7.0)):
         lanes.submit(execution(model, lane, value))
         outcome = done.get(timeout=20).outcomes[0]
@@ -448,12 +444,12 @@ def test_rows_that_mix_in_large_batches_alone_are_found_by_the_warm_up(
         ):
             made.load(served)
     else:
-        warmth = made.load(served)
-        assert (warmth.batches, [rows for rows, _ in warmth.costs]) == (False, [1])
-        assert "alone and in a batch of " in warmth.notes[0]
+        report = made.load(served)
+        assert (report.batches, [rows for rows, _ in report.costs]) == (False, [1])
+        assert "alone and in a batch of " in report.notes[0]
 
 
-def test_what_is_forgotten_holds_no_staging_memory() -> None:
+def test_a_forgotten_model_holds_no_staging_memory() -> None:
     _, _, runner = run_small(16, [1], [2])
     assert runner.staging._nbytes > 0
     runner.forget("m@1")
@@ -492,8 +488,7 @@ def test_an_input_alone_reaches_the_model_without_a_copy_if_it_is_aligned() -> N
     raw = np.zeros(4 * 10 + 1, np.uint8)
     for x, same in ((np.ones((1, 100_000), np.float32), True), (raw[1:].view(np.float32).reshape(1, 10), False)):
         width = x.shape[1]
-        batch = Batch(Device("cpu", "cpu", 1, set()), 0, model.name, [], 1)
-        lanes.submit(Execution(batch, model, [(x,)], [1], (width,)))
+        lanes.submit(Execution(0, 0, model, [(x,)], [1], (width,)))
         done.get(timeout=20)
         assert (drain(addresses)[-1] == x.ctypes.data) is same
 

@@ -7,14 +7,14 @@ import random
 from tnxd.scheduling.forecast import Forecast
 
 
-def test_lanes_that_are_taken_for_longer_than_predicted_are_expected_to_be() -> None:
+def test_factor_follows_lanes_that_are_taken_for_longer_than_predicted() -> None:
     forecast = Forecast()
     for _ in range(200):
         forecast.observe(2000.0, 5000.0)
     assert 2.4 < forecast.factor < 2.6
 
 
-def test_one_stall_of_the_machine_is_not_the_new_normal() -> None:
+def test_factor_hardly_follows_one_stall() -> None:
     forecast = Forecast()
     for _ in range(100):
         forecast.observe(1000.0, 1000.0)
@@ -22,7 +22,7 @@ def test_one_stall_of_the_machine_is_not_the_new_normal() -> None:
     assert forecast.factor < 1.5
 
 
-def test_long_batches_tell_more_than_short_ones() -> None:
+def test_factor_follows_long_batches_more_than_short_ones() -> None:
     forecast = Forecast()
     for _ in range(200):
         forecast.observe(10.0, 100.0)
@@ -30,7 +30,7 @@ def test_long_batches_tell_more_than_short_ones() -> None:
     assert forecast.factor < 1.1
 
 
-def test_the_time_until_an_answer_leaves_is_learned_beside_what_batches_take() -> None:
+def test_extra_time_until_an_answer_leaves_is_learned_beside_what_batches_take() -> None:
     forecast = Forecast()
     for _ in range(200):
         forecast.answered(1000.0, 3500.0)
@@ -42,7 +42,7 @@ def test_the_time_until_an_answer_leaves_is_learned_beside_what_batches_take() -
     assert forecast.extra_us == 0.0
 
 
-def test_where_requests_are_late_at_random_few_are_in_the_end() -> None:
+def test_reserve_leaves_few_requests_late_that_are_late_at_random() -> None:
     """A request is late unless the reserve covers what chance adds to it; without any, one in 33 would be."""
     chance = random.Random(1)
     forecast = Forecast()
@@ -54,7 +54,7 @@ def test_where_requests_are_late_at_random_few_are_in_the_end() -> None:
     assert 0.0005 < late / 20_000 < 0.01
 
 
-def test_the_reserve_is_bounded_and_goes_when_it_is_not_needed() -> None:
+def test_reserve_is_bounded_and_goes_when_it_is_not_needed() -> None:
     forecast = Forecast()
     forecast.fared(1000, 0)
     assert forecast.reserve <= 0.2

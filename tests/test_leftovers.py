@@ -17,7 +17,6 @@ from tnxd.executors.cpu import CpuRunner, order_weights
 from tnxd.executors.execution import Execution
 from tnxd.executors.pool import LanePool
 from tnxd.models.model import Model
-from tnxd.scheduling.device import Batch, Device
 
 SOURCE = """
 import functools
@@ -244,8 +243,7 @@ def test_nobody_finds_what_a_request_leaves_behind(tmp_path: Path, name: str) ->
         x = generator.uniform(-1, (1, 3, 1000)[number % 3], (1 + number % 12, 4)).astype(np.float32)
         if number % 5 == 0:
             x[0, 0] = np.nan
-        batch = Batch(Device("cpu", "cpu", 1, set()), number // 2 % 2, model.key, [], len(x))
-        lanes.submit(Execution(batch, model, [(x,)], [len(x)], ()))
+        lanes.submit(Execution(number // 2 % 2, 0, model, [(x,)], [len(x)], ()))
         outcome = done.get(timeout=20).outcomes[0]
         assert not isinstance(outcome, TensorNextError), outcome
         np.testing.assert_allclose(outcome[0], alone(tmp_path, x), rtol=1e-3, atol=1e-3, err_msg=f"request {number}")

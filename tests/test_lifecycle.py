@@ -268,11 +268,24 @@ def test_no_model_at_all(made: Own) -> None:
     assert "these weights are broken" in made.log.read_text()
 
 
+def test_a_repository_of_which_nothing_can_be_served_is_told_in_one_sentence(tmp_path: Path) -> None:
+    for name, file, text in (("one", "1/model.pt2", "nonsense"), ("two", "model.toml", "wrong = 1")):
+        path = tmp_path / name / file
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    code, stderr = refused("--bind", "tcp://127.0.0.1:*", "--model-repository", str(tmp_path))
+    assert code == 1
+    assert (
+        "cannot start: no model can be served: two/model.toml: wrong: unknown key; "
+        "one@1: one/1/model.pt2: incomplete, or not a program of torch.export\n"
+    ) in stderr
+
+
 @makes(own("--bind", "tcp://127.0.0.1:*", "--devices", "cuda:99", is_ready=False))
 def test_no_device_at_all(made: Own) -> None:
     assert made.process.communicate()[0] == ""
     assert made.process.returncode == 1
-    assert "no device works" in made.log.read_text()
+    assert "no device works: cuda:99: " in made.log.read_text()
     assert "Traceback" not in made.log.read_text()
 
 
@@ -282,12 +295,12 @@ def test_values_from_the_environment(made: Own) -> None:
         report = dealer.health()
         assert [(model.name, model.default) for model in report.models] == [("digits", True), ("mlp", False)]
         assert report.devices[0].lanes == 3
-    assert "TNXD_WORKERS is none of the daemon's" in made.log.read_text()
+    made.logged("TNXD_WORKERS is none of the daemon's")
 
 
 @makes(own("--model", "odd", "--model", "broken", program=ODD, JOURNAL_STREAM="1:2"))
 def test_every_line_for_the_journal_has_its_priority(made: Own) -> None:
-    lines = made.log.read_text().splitlines()
+    lines = made.logged("these weights are broken").splitlines()
     of_error = [line for line in lines if line.startswith("<3>")]
     assert len(of_error) > 5  # a traceback
     assert "these weights are broken" in of_error[-1]

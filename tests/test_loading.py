@@ -15,7 +15,7 @@ from tnxctl.protocol.wire import Limits, TensorSpec
 from tnxd.deployment.loader import Changes, Loader
 from tnxd.deployment.registry import Registry
 from tnxd.deployment.version import EVICTED, FAILED, READY, UNLOADED
-from tnxd.executors.execution import Execution, Warmth
+from tnxd.executors.execution import Execution, LoadReport
 from tnxd.models.catalog import Catalog, Entry
 from tnxd.models.model import Model
 from tnxd.scheduling.costs import CostModel
@@ -69,12 +69,12 @@ class FakeExecutor:
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     most: int = 0
 
-    def load(self, model: Model) -> Warmth:
+    def load(self, model: Model) -> LoadReport:
         if model.key in self.broken:
             raise self.broken[model.key]
         self.held.add(model.key)
         self.most = max(self.most, len(self.held))
-        return Warmth([(1, 100.0), (4, 200.0)], self.sizes.get(model.name, MIB), **self.trials.get(model.key, {}))
+        return LoadReport([(1, 100.0), (4, 200.0)], self.sizes.get(model.name, MIB), **self.trials.get(model.key, {}))
 
     def touch(self, model: Model) -> None:
         assert model.key in self.held
@@ -537,7 +537,7 @@ def test_a_load_that_ends_after_it_was_given_up_leaves_nothing() -> None:
     release, ended = threading.Event(), threading.Event()
     load = bench.executor.load
 
-    def slow(model: Model) -> Warmth:
+    def slow(model: Model) -> LoadReport:
         release.wait()
         ended.set()
         return load(model)
@@ -719,7 +719,7 @@ def test_a_version_that_comes_again_does_not_meet_a_load_of_it_that_was_given_up
     load, unload = bench.executor.load, bench.executor.unload
     freed: list[str] = []
 
-    def slow(model: Model) -> Warmth:
+    def slow(model: Model) -> LoadReport:
         release.wait()
         return load(model)
 

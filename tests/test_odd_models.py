@@ -69,7 +69,7 @@ def test_a_misbehaving_model_is_that_requests_error(
     dealer.predict(command(500.0), model="odd")
     _, (output,) = dealer.result()
     np.testing.assert_array_equal(output, command(500.0) * 2)
-    assert "odd on cpu" in odd_daemon.log.read_text()
+    odd_daemon.logged("odd on cpu")
 
 
 def test_one_poisoned_row_fails_its_request_alone(dealer: Dealer) -> None:

@@ -25,7 +25,6 @@ from tnxd.executors.execution import Execution
 from tnxd.executors.pool import LanePool
 from tnxd.models.formats import ignore_warnings_about_torch_itself
 from tnxd.models.model import BoundInputs, Model
-from tnxd.scheduling.device import Batch, Device
 
 ROWS = Dim("rows", min=1, max=32)
 OUTPUT = tensors("y", "FP32", [-1, 2], "outputs")
@@ -227,9 +226,8 @@ def test_a_batch_without_an_input(inputs: dict[str, float], rows: list[int]) -> 
         bound(**{name: full(value + index, count) for name, value in inputs.items()})
         for index, count in enumerate(rows)
     ]
-    batch = Batch(Device("cpu", "cpu", 1, set()), 0, EITHER.key, [], sum(rows))
     items = [request.arrays for request in requests]
-    pool.submit(Execution(batch, EITHER, items, rows, requests[0].group))
+    pool.submit(Execution(0, 0, EITHER, items, rows, requests[0].group))
     outcomes: list[Any] = done.get(timeout=60).outcomes
     for index, (outcome, count) in enumerate(zip(outcomes, rows, strict=True)):
         expected = sum((value + index) * {"a": 1, "b": 10}[name] for name, value in inputs.items())

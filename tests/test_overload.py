@@ -14,7 +14,6 @@ from conftest import Daemon
 from dealer import LIMITS, Dealer, rows
 from headers import pack, predict_header
 from tnxctl.protocol import wire
-from tnxd.scheduling.refusals import Refusals, TooLate
 from zmtp import Peer, message
 
 ONE_ROW = bytes(1024)
@@ -122,50 +121,3 @@ def test_only_a_refusal_that_waiting_would_have_spared_says_when_to_come_back(da
     with Dealer(daemon.endpoint) as dealer:
         dealer.predict(rows(64), deadline_us=1.0)
         assert dealer.error().retry_after_us is None
-
-
-# --- refusals that hold for others ---------------------------------------------------------------------------
-
-
-def predict(deadline_us: float = 1e3, **changes: object) -> wire.Predict:
-    header = predict_header(deadline_us=deadline_us, **changes)
-    decoded = wire.decode_request(pack(header), wire.Limits())
-    assert isinstance(decoded, wire.Predict)
-    return decoded
-
-
-def test_what_is_hopeless_is_so_for_the_next_one_like_it() -> None:
-    refusals = Refusals()
-    refusal = TooLate("it cannot", 1000)
-    refusals.add(b"peer", predict(), refusal)
-    assert refusals.find(b"peer", predict(id=99, deadline_us=7.0, sent_us=5.0), 999) is refusal
-    assert refusals.find(b"peer", predict(), 1000) is None
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"inputs": [["input", "FP32", [2, 256]]]},
-        {"model": "other"},
-        {"priority": 0},
-        {"device": "auto"},
-        {"prefer_gpu": False},
-        {"min_gpu_memory_mb": 5.0},
-        {"route_key": "k"},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_what_may_fare_differently_is_looked_at(changes: dict[str, object]) -> None:
-    refusals = Refusals()
-    refusals.add(b"peer", predict(), TooLate("it cannot", 1000))
-    assert refusals.find(b"peer", predict(**changes), 0) is None
-    assert refusals.find(b"other", predict(), 0) is None
-
-
-def test_refusals_hold_until_batches_are_formed_and_are_bounded() -> None:
-    refusals = Refusals()
-    for number in range(10_000):
-        refusals.add(b"%d" % number, predict(), TooLate("it cannot", 1000))
-    assert len(refusals._known) <= 256
-    refusals.clear()
-    assert not refusals

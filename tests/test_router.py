@@ -18,10 +18,11 @@ import zmq
 
 from tnxctl.protocol.wire import Limits
 from tnxd.config import Clients
-from tnxd.transport import router as module
+from tnxd.transport import outbox
 from tnxd.transport.admission import Admission
 from tnxd.transport.router import Message, Router
 from tnxd.transport.wakeup import Wakeup
+from zmtp import GREETING
 from zmtp import Peer as RawPeer
 
 
@@ -74,7 +75,7 @@ def next_message(router: Router, seconds: float = 20.0) -> Message:
     raise AssertionError("no message came")
 
 
-def test_frames_of_a_message(router: Router) -> None:
+def test_receive_and_send_keep_the_frames_of_a_message(router: Router) -> None:
     with Peer(router) as peer:
         peer.socket.send_multipart([b"header", b"one", b""])
         message = next_message(router)
@@ -84,7 +85,7 @@ def test_frames_of_a_message(router: Router) -> None:
         assert peer.socket.recv_multipart() == [b"answer", b"\0\1\2", b""]
 
 
-def test_a_req_socket_gets_its_delimiter_back(router: Router) -> None:
+def test_send_returns_the_delimiter_of_a_req_socket(router: Router) -> None:
     with Peer(router, zmq.REQ) as peer:
         for _ in range(2):
             peer.socket.send_multipart([b"header", b"tensor"])
@@ -96,13 +97,13 @@ def test_a_req_socket_gets_its_delimiter_back(router: Router) -> None:
 
 
 @pytest.mark.parametrize("frames", [[b""], [b"", b""]])
-def test_a_message_without_a_header(router: Router, frames: list[bytes]) -> None:
+def test_receive_takes_a_message_without_a_header(router: Router, frames: list[bytes]) -> None:
     with Peer(router) as peer:
         peer.socket.send_multipart(frames)
         assert next_message(router).header is None
 
 
-def test_more_frames_than_the_limit_are_not_kept(router: Router) -> None:
+def test_receive_keeps_no_more_frames_than_the_limit(router: Router) -> None:
     with Peer(router) as peer:
         peer.socket.send_multipart([b"header", *[b"tensor"] * 1000])
         message = next_message(router)
@@ -111,7 +112,7 @@ def test_more_frames_than_the_limit_are_not_kept(router: Router) -> None:
         assert next_message(router).tensor_count == 3
 
 
-def test_a_peer_that_is_gone_is_counted(router: Router) -> None:
+def test_send_counts_a_reply_to_a_peer_that_is_gone(router: Router) -> None:
     with Peer(router) as peer:
         peer.socket.send(b"header")
         gone = next_message(router).peer
@@ -121,7 +122,7 @@ def test_a_peer_that_is_gone_is_counted(router: Router) -> None:
         assert router.receive() is None
 
 
-def test_a_slow_peer_gets_everything_in_order_and_others_do_not_wait(router: Router) -> None:
+def test_backlog_of_a_slow_peer_is_sent_in_order_and_others_do_not_wait(router: Router) -> None:
     count = 800
     with Peer(router, narrow=True) as slow, Peer(router) as other:
         slow.socket.send(b"slow")
@@ -144,18 +145,25 @@ def test_a_slow_peer_gets_everything_in_order_and_others_do_not_wait(router: Rou
 
 
 @pytest.fixture
-def strict_router(wakeup: Wakeup) -> Iterator[Router]:
-    """One that is owed little."""
-    one = new_router(Limits(tensors=3), max_owed_mb=8.0)
+def strict_admission() -> Admission:
+    """A low limit of unsent replies."""
+    return Admission(Clients(max_owed_mb=8.0), max_requests=1000, max_bytes=1 << 30)
+
+
+@pytest.fixture
+def strict_router(wakeup: Wakeup, strict_admission: Admission) -> Iterator[Router]:
+    one = Router(Limits(tensors=3), strict_admission)
     one.bind("tcp://127.0.0.1:*")
     one.watch(wakeup)
     yield one
     one.close(0)
 
 
-def test_a_peer_that_never_reads_is_given_up(strict_router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backlog_of_a_peer_that_never_reads_is_given_up(
+    strict_router: Router, strict_admission: Admission, monkeypatch: pytest.MonkeyPatch
+) -> None:
     router = strict_router
-    monkeypatch.setattr(module, "_BACKLOG_SECONDS", 0.2)
+    monkeypatch.setattr(outbox, "_BACKLOG_SECONDS", 0.2)
     with Peer(router, narrow=True) as peer:
         peer.socket.send(b"header")
         peer_id = next_message(router).peer
@@ -163,14 +171,14 @@ def test_a_peer_that_never_reads_is_given_up(strict_router: Router, monkeypatch:
         taken = sum(router.send(peer_id, False, (b"answer", (payload,))) for _ in range(800))
         assert 10 < taken < 800
         assert router.undeliverable == 0
-        while not router.flush() or peer_id not in [connection.peer for connection in router.vanished()]:
+        while not router.flush() or peer_id not in [connection.peer for connection in router.take_disconnected()]:
             router.wait(5)  # given up, and then cut off
         assert 0 < router.undeliverable <= taken + 1
-        assert router._admission.owed == 0
+        assert strict_admission.unsent == 0
 
 
 @pytest.mark.slow
-def test_closing_while_peers_vanish_that_are_owed_replies(wakeup: Wakeup) -> None:
+def test_close_ends_while_peers_disconnect_that_have_unsent_replies(wakeup: Wakeup) -> None:
     """It ends. Which of them go at a bad moment is chance: with libzmq's own linger every third round or so hung."""
     payload = np.zeros(400_000, np.uint8)
     for _ in range(15):
@@ -195,7 +203,7 @@ def test_closing_while_peers_vanish_that_are_owed_replies(wakeup: Wakeup) -> Non
             vanishing.join()
 
 
-def test_what_is_lent_to_a_peer_that_never_reads_is_bounded_in_bytes(strict_router: Router) -> None:
+def test_zero_copy_frames_of_a_peer_that_never_reads_are_bounded_in_bytes(strict_router: Router) -> None:
     """Far fewer messages than libzmq's own limit, but large ones."""
     router = strict_router
     with Peer(router, narrow=True) as slow, Peer(router) as other:
@@ -223,7 +231,7 @@ def test_what_is_lent_to_a_peer_that_never_reads_is_bounded_in_bytes(strict_rout
         assert router.flush()
 
 
-def test_a_wake_up_ends_the_wait(router: Router, wakeup: Wakeup) -> None:
+def test_wait_ends_with_a_wake_up(router: Router, wakeup: Wakeup) -> None:
     """And it is told apart from a message, so that the loop clears it even if it finds nothing to do."""
     wakeup.set()
     begin = time.monotonic()
@@ -236,12 +244,12 @@ def test_a_wake_up_ends_the_wait(router: Router, wakeup: Wakeup) -> None:
     assert time.monotonic() - begin > 0.02
     with Peer(router) as peer:
         peer.socket.send(b"header")
-        while not router.readable():  # news of the connection ends a wait, too
+        while not router.readable():  # an event of the connection ends a wait, too
             assert not router.wait(20_000)
         assert router.receive() is not None
 
 
-def test_an_ipc_endpoint_cleans_up(tmp_path: Path) -> None:
+def test_close_removes_the_socket_of_an_ipc_endpoint_and_keeps_its_lock(tmp_path: Path) -> None:
     one = new_router()
     one.bind(f"ipc://{tmp_path}/tnx")
     assert (tmp_path / "tnx").exists()
@@ -267,25 +275,48 @@ sys.stdin.readline()
 """
 
 
+def test_one_that_asks_to_come_in_is_counted_already(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each asks while the one before is let in."""
+    counts: list[int] = []
+    zap = router._connections._zap
+    decide = zap._decide
+    with contextlib.ExitStack() as stack:
+
+        def ask() -> None:
+            stack.enter_context(RawPeer(router.endpoints[0])).write(GREETING)
+            assert zap.socket.poll(20_000)
+
+        def decide_while_another_asks(request: list[bytes]) -> None:
+            counts.append(router._connections._admission.client("127.0.0.1").connections)
+            if len(counts) < 5:
+                ask()
+            decide(request)
+
+        monkeypatch.setattr(zap, "_decide", decide_while_another_asks)
+        ask()
+        router.poll_monitor()
+    assert counts == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.slow
-def test_news_of_one_that_said_nothing_is_not_taken_for_news_of_the_next(router: Router) -> None:
+def test_end_of_a_silent_connection_is_not_taken_for_that_of_the_next_with_its_descriptor(router: Router) -> None:
     """A client that connects and leaves without a word frees a descriptor, which the next one gets."""
     command = [sys.executable, "-c", _ONE_AFTER_THE_OTHER, router.endpoints[0]]
     before = len(os.listdir("/proc/self/fd"))
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as clients:
         assert clients.stdin is not None
         assert clients.stdout is not None
-        assert router._monitor.poll(20_000)  # of the silent one; nobody looks at it yet
+        assert router._monitor.socket.poll(20_000)  # of the silent one; nobody looks at it yet
         end = time.monotonic() + 20
         while len(os.listdir("/proc/self/fd")) > before + 2:  # both pipes are here, its connection is not yet closed
             assert time.monotonic() < end
         print(file=clients.stdin, flush=True)
         peer = next_message(router).peer
-        router.hear()
-        gone = router.vanished()
+        router.poll_monitor()
+        gone = router.take_disconnected()
         router.send(peer, False, (b"answer", ()))
         assert peer not in [connection.peer for connection in gone]
         assert clients.stdout.readline() == "answer\n"
         clients.communicate("\n")
-    while peer not in [connection.peer for connection in router.vanished()]:
+    while peer not in [connection.peer for connection in router.take_disconnected()]:
         router.wait(1000)

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peers import health_report
-from tnxctl import session
+from tnxctl import connection, session
+from tnxctl.call import Call
 from tnxctl.protocol import errors, wire
 from tnxctl.protocol.wire import Limits
 from tnxctl.results import Result
-from tnxctl.session import Call, Session
+from tnxctl.session import Session
 
 ENDPOINT = "tcp://10.0.0.1:5555"
 X = np.arange(6, dtype="f4").reshape(2, 3)
@@ -34,7 +35,7 @@ def idle() -> Session:
 def connected(idle: Session) -> Session:
     call = predict(idle)
     idle.start(call)
-    idle.connecting(0.0)
+    idle.connection.connecting(0.0)
     idle.connected(0.0)
     idle.forget(call)
     return idle
@@ -53,13 +54,13 @@ def predict(
         "route_key": "",
         **options,
     }
-    return session.predict(inputs, timeout=timeout, now=now, **arguments)
+    return session.encoder.predict(inputs, timeout=timeout, now=now, **arguments)
 
 
 def nobody_listens(session: Session) -> None:
     """An attempt to connect fails."""
-    session.connecting(0.0)
-    session.note_trouble("nobody listens there")
+    session.connection.connecting(0.0)
+    session.connection.trouble = "nobody listens there"
     session.lost()
 
 
@@ -143,7 +144,10 @@ def test_a_copy_is_taken_where_asked_for(idle: Session) -> None:
 
 
 def test_health_and_metadata_have_no_tensors(idle: Session) -> None:
-    health, metadata = idle.health(timeout=None, now=0.0), idle.metadata("digits", timeout=None, now=0.0)
+    health, metadata = (
+        idle.encoder.health(timeout=None, now=0.0),
+        idle.encoder.metadata("digits", timeout=None, now=0.0),
+    )
     assert [wire.decode_request(*call.frames, Limits()) for call in (health, metadata)] == [
         wire.Health(v=1, id=health.id),
         wire.Metadata(v=1, id=metadata.id, model="digits"),
@@ -214,7 +218,7 @@ def change(session: Session, verb: str, *, timeout: float | None = None, now: fl
         "reload": (),
     }
     options = {"shadow": ""} if verb == "route" else {}
-    call: Call[Any] = getattr(session, verb)(*arguments[verb], timeout=timeout, now=now, **options)
+    call: Call[Any] = getattr(session.encoder, verb)(*arguments[verb], timeout=timeout, now=now, **options)
     return call
 
 
@@ -223,14 +227,14 @@ CHANGES = ("load", "unload", "route", "reload")
 
 def test_the_verbs_about_models(idle: Session) -> None:
     calls = [
-        idle.models(timeout=None, now=0.0),
-        idle.load("resnet@2", timeout=None, now=0.0),
-        idle.unload("resnet", timeout=None, now=0.0),
-        idle.route("resnet", {"1": 95, "2": 5}, shadow="", timeout=None, now=0.0),
-        idle.route("resnet", {1: 0.5}, shadow=2, timeout=None, now=0.0),
-        idle.route("resnet", {}, shadow="", timeout=None, now=0.0),
-        idle.reload(timeout=None, now=0.0),
-        idle.compare("resnet", 1, "2", timeout=None, now=0.0),
+        idle.encoder.models(timeout=None, now=0.0),
+        idle.encoder.load("resnet@2", timeout=None, now=0.0),
+        idle.encoder.unload("resnet", timeout=None, now=0.0),
+        idle.encoder.route("resnet", {"1": 95, "2": 5}, shadow="", timeout=None, now=0.0),
+        idle.encoder.route("resnet", {1: 0.5}, shadow=2, timeout=None, now=0.0),
+        idle.encoder.route("resnet", {}, shadow="", timeout=None, now=0.0),
+        idle.encoder.reload(timeout=None, now=0.0),
+        idle.encoder.compare("resnet", 1, "2", timeout=None, now=0.0),
     ]
     assert [wire.decode_request(*call.frames, Limits()) for call in calls] == [
         wire.Models(v=1, id=1),
@@ -250,7 +254,7 @@ def test_what_is_no_model_is_refused(idle: Session, verb: str, title: Any) -> No
     arguments: dict[str, tuple[Any, ...]] = {"route": ({"1": 1.0},), "compare": ("1", "2")}
     options = {"shadow": ""} if verb == "route" else {}
     with pytest.raises(errors.InvalidArgument, match=re.escape(repr(title))):
-        getattr(idle, verb)(title, *arguments.get(verb, ()), timeout=None, now=0.0, **options)
+        getattr(idle.encoder, verb)(title, *arguments.get(verb, ()), timeout=None, now=0.0, **options)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +283,7 @@ def test_routes_that_cannot_work_are_named(idle: Session, arguments: dict[str, A
     options = {"model": "resnet", "weights": {"1": 1.0}, "shadow": "", **arguments}
     model, weights = options.pop("model"), options.pop("weights")
     with pytest.raises(errors.InvalidArgument, match=named):
-        idle.route(model, weights, timeout=None, now=0.0, **options)
+        idle.encoder.route(model, weights, timeout=None, now=0.0, **options)
 
 
 @pytest.mark.parametrize("version", ["", None, 1.5, True])
@@ -287,7 +291,7 @@ def test_routes_that_cannot_work_are_named(idle: Session, arguments: dict[str, A
 def test_versions_that_cannot_be_compared_are_named(idle: Session, which: str, version: Any) -> None:
     versions = {"baseline": "1", "candidate": "2", which: version}
     with pytest.raises(errors.InvalidArgument, match=f"{which} {version!r}"):
-        idle.compare("resnet", **versions, timeout=None, now=0.0)
+        idle.encoder.compare("resnet", **versions, timeout=None, now=0.0)
 
 
 def test_too_many_bytes_are_refused_before_they_are_sent() -> None:
@@ -421,7 +425,7 @@ MODEL = wire.ModelInfo(name="mlp", version="1", status="ready")
 
 
 def test_metadata_is_the_model_and_takes_no_frames(connected: Session) -> None:
-    calls = [connected.metadata("", timeout=None, now=0.0) for _ in range(2)]
+    calls = [connected.encoder.metadata("", timeout=None, now=0.0) for _ in range(2)]
     for call, frames in zip(calls, ([], [b""]), strict=True):
         connected.start(call)
         connected.receive([wire.encode(wire.MetadataReport(v=1, id=call.id, model=MODEL)), *frames], 0.0)
@@ -456,9 +460,9 @@ def ask(session: Session, verb: str) -> Call[Any]:
     if verb in CHANGES:
         call = change(session, verb)
     elif verb == "models":
-        call = session.models(timeout=None, now=0.0)
+        call = session.encoder.models(timeout=None, now=0.0)
     else:
-        call = session.compare("m", "1", "2", timeout=None, now=0.0)
+        call = session.encoder.compare("m", "1", "2", timeout=None, now=0.0)
     session.start(call)
     return call
 
@@ -516,17 +520,17 @@ def test_a_damaged_reply_never_does_worse_than_fail_its_call(data: st.DataObject
 
 def test_calls_expire_each_in_its_time(connected: Session) -> None:
     late, early = started(connected, timeout=3.0, now=10.0), started(connected, timeout=1.0, now=10.0)
-    assert connected.due <= 11.0
+    assert connected.next_timer <= 11.0
     assert connected.expire(10.9) == []
     assert connected.expire(11.0) == [early]
     connected.receive([b""], 11.0)
-    assert connected.due == 13.0
+    assert connected.next_timer == 13.0
     with pytest.raises(errors.DeadlineExceeded, match=r"did not answer predict within 1 s") as caught:
         early.take()
     assert isinstance(caught.value, TimeoutError)
     assert connected.expire(13.0) == [late]
     connected.receive([b""], 13.0)
-    assert connected.due == math.inf
+    assert connected.next_timer == math.inf
     assert connected.receive(result(late), 0.0) is None
 
 
@@ -534,7 +538,7 @@ def test_answered_calls_do_not_expire(connected: Session) -> None:
     call, other = started(connected, timeout=1.0), started(connected, timeout=9.0)
     connected.receive(result(call), 0.0)
     assert connected.expire(5.0) == []
-    assert connected.due == other.expires
+    assert connected.next_timer == other.expires
 
 
 def test_without_a_connection_time_runs_too_and_the_error_says_so(idle: Session) -> None:
@@ -548,11 +552,38 @@ def test_without_a_connection_time_runs_too_and_the_error_says_so(idle: Session)
     assert isinstance(e.value, ConnectionError)
 
 
+def test_an_attempt_that_has_only_begun_hides_not_why_the_last_one_failed(idle: Session) -> None:
+    call = started(idle, timeout=2.5)
+    idle.connection.connecting(0.0)
+    idle.connection.note_trouble("nothing answers", begun=True)
+    idle.connection.note_trouble("nobody listens there")
+    idle.lost()
+    idle.connection.connecting(2.4)
+    idle.connection.note_trouble("nothing answers", begun=True)
+    idle.expire(2.5)
+    with pytest.raises(errors.Unavailable, match="nobody listens there"):
+        call.take()
+
+
+def test_after_a_connection_was_lost_the_next_attempt_says_what_it_meets(connected: Session) -> None:
+    nobody_listens(connected)
+    connected.connection.connecting(0.0)
+    connected.connected(0.0)
+    connected.connection.note_trouble("it closed the connection")
+    call = started(connected, timeout=2.5)
+    connected.lost()
+    connected.connection.connecting(0.1)
+    connected.connection.note_trouble("nothing answers", begun=True)
+    connected.expire(2.5)
+    with pytest.raises(errors.Unavailable, match="nothing answers"):
+        call.take()
+
+
 @pytest.mark.parametrize(("verb", "patience"), [("load", 600.0), ("unload", 600.0), ("reload", 600.0), ("route", 5.0)])
 def test_what_takes_long_may_take_long(connected: Session, verb: str, patience: float) -> None:
     call = change(connected, verb)
     connected.start(call)
-    assert connected.due <= patience
+    assert connected.next_timer <= patience
     assert connected.expire(patience - 0.1) == []
     assert connected.expire(patience) == [call]
     with pytest.raises(
@@ -564,7 +595,7 @@ def test_what_takes_long_may_take_long(connected: Session, verb: str, patience: 
 @pytest.mark.parametrize(("timeout", "patience"), [(3.0, 3.0), (None, 3600.0)])
 def test_the_timeout_of_what_takes_long(timeout: float | None, patience: float) -> None:
     patient = Session(ENDPOINT, 3600.0, Limits())
-    assert change(patient, "load", timeout=timeout).patience == patience
+    assert change(patient, "load", timeout=timeout).timeout == patience
     with pytest.raises(errors.InvalidArgument, match="timeout nan"):
         change(patient, "load", timeout=math.nan)
 
@@ -575,7 +606,7 @@ def test_what_takes_long_does_not_wait_long_for_a_daemon(idle: Session, timeout:
     idle.start(call)
     nobody_listens(idle)
     assert idle.expire(reach - 0.01) == []
-    assert idle.due <= reach
+    assert idle.next_timer <= reach
     assert idle.expire(reach) == [call]
     with pytest.raises(errors.Unavailable, match=rf"no connection within {reach:g} s: nobody listens there"):
         call.take()
@@ -584,13 +615,13 @@ def test_what_takes_long_does_not_wait_long_for_a_daemon(idle: Session, timeout:
 def test_what_has_been_sent_waits_for_its_answer(idle: Session) -> None:
     call = change(idle, "load")
     idle.start(call)
-    idle.connecting(4.9)
+    idle.connection.connecting(4.9)
     assert idle.connected(4.95) == [call]
     assert idle.expire(599.0) == []
     late = change(idle, "load", now=599.0)
     assert idle.start(late)
     assert idle.expire(610.0) == [call]
-    assert idle.due == 1199.0
+    assert idle.next_timer == 1199.0
 
 
 # --- deadlines -----------------------------------------------------------------------------------------------
@@ -598,7 +629,7 @@ def test_what_has_been_sent_waits_for_its_answer(idle: Session) -> None:
 
 def test_a_call_fails_at_its_deadline(connected: Session) -> None:
     call = started(connected, deadline=0.05, now=10.0)
-    assert connected.due <= 10.05
+    assert connected.next_timer <= 10.05
     assert connected.expire(10.049) == []
     assert connected.expire(10.05) == [call]
     with pytest.raises(errors.DeadlineExceeded, match=r"did not answer predict within its deadline of 50 ms"):
@@ -643,7 +674,7 @@ def test_what_is_left_of_a_deadline_is_sent(connected: Session) -> None:
     before = plain.frames[0]
     for now, left_us in ((11.0, 3e6), (13.75, 250_000.0)):
         connected.lost()
-        connected.connecting(now)
+        connected.connection.connecting(now)
         assert connected.connected(now) == [call, plain]
         assert header(call).deadline_us == left_us
     assert header(call).device == "cpu"
@@ -653,7 +684,7 @@ def test_what_is_left_of_a_deadline_is_sent(connected: Session) -> None:
 
 def test_a_connection_that_took_time_took_it_from_the_deadline(idle: Session) -> None:
     call = started(idle, deadline=1.0)
-    idle.connecting(0.0)
+    idle.connection.connecting(0.0)
     assert idle.connected(0.25) == [call]
     assert header(call).deadline_us == 750_000.0
 
@@ -662,7 +693,7 @@ def test_a_deadline_is_never_sent_longer_than_it_may_be(idle: Session) -> None:
     now = 297_980 / 3
     assert now + 86_400 - now > 86_400, "by rounding"
     call = started(idle, deadline=86_400, timeout=1e6, now=now)
-    idle.connecting(now)
+    idle.connection.connecting(now)
     idle.connected(now)
     assert header(call).deadline_us == pytest.approx(wire.MAX_DEADLINE_US)
 
@@ -670,7 +701,7 @@ def test_a_deadline_is_never_sent_longer_than_it_may_be(idle: Session) -> None:
 def test_what_is_over_is_not_sent_again(connected: Session) -> None:
     late, patient = started(connected, deadline=0.05), started(connected)
     connected.lost()
-    connected.connecting(0.01)
+    connected.connection.connecting(0.01)
     assert connected.connected(0.05) == [patient]
     assert connected.expire(0.05) == [late]
 
@@ -683,17 +714,20 @@ def test_a_call_given_up_is_withdrawn(connected: Session) -> None:
     connected.forget(forgotten)
     connected.expire(1.0)
     for call in (forgotten, expired):
-        message = connected.cancellation(call)
+        message = connected.cancel_message(call)
         assert message is not None
         assert wire.decode_request(message, Limits()) == wire.Cancel(v=1, id=call.id)
 
 
 def test_only_what_a_daemon_has_in_a_queue_is_withdrawn(connected: Session) -> None:
-    health, metadata = connected.health(timeout=None, now=0.0), connected.metadata("", timeout=None, now=0.0)
+    health, metadata = (
+        connected.encoder.health(timeout=None, now=0.0),
+        connected.encoder.metadata("", timeout=None, now=0.0),
+    )
     sent = started(connected)
-    assert [connected.cancellation(call) for call in (health, metadata)] == [None, None]
+    assert [connected.cancel_message(call) for call in (health, metadata)] == [None, None]
     connected.lost()
-    assert connected.cancellation(sent) is None
+    assert connected.cancel_message(sent) is None
 
 
 def test_what_comes_for_a_withdrawn_call_is_dropped(connected: Session) -> None:
@@ -711,11 +745,11 @@ def test_what_comes_for_a_withdrawn_call_is_dropped(connected: Session) -> None:
 
 def asked(session: Session) -> int:
     """The id of the question that the session has for the daemon."""
-    message = session.question()
+    message = session.probe_message()
     assert message is not None
     question = wire.decode_request(message, Limits())
     assert isinstance(question, wire.Health)
-    assert session.question() is None
+    assert session.probe_message() is None
     return question.id
 
 
@@ -724,24 +758,24 @@ def report(id_: int, **changes: Any) -> list[bytes]:
 
 
 def reconnected(session: Session, now: float) -> list[Call[Any]]:
-    session.connecting(now)
+    session.connection.connecting(now)
     return session.connected(now)
 
 
 def test_a_connection_on_which_nothing_comes_is_given_up(connected: Session) -> None:
     started(connected, timeout=4.0)
     patient = started(connected, timeout=60.0)
-    assert connected.question() is None
+    assert connected.probe_message() is None
     assert len(connected.expire(4.0)) == 1
     asked(connected)
-    assert not connected.silent(6.0)  # half as long again as the call waited
-    assert connected.silent(connected.due)
-    assert connected.due == pytest.approx(6.0, abs=1e-3)
+    assert not connected.connection.is_half_open(6.0)  # half as long again as the call waited
+    assert connected.connection.is_half_open(connected.next_timer)
+    assert connected.next_timer == pytest.approx(6.0, abs=1e-3)
     assert connected.give_up() == []
     assert connected.must_connect(6.1)
     assert reconnected(connected, 6.1) == [patient]
     assert patient.losses == 0  # no call is to blame
-    assert not connected.silent(9.0)
+    assert not connected.connection.is_half_open(9.0)
 
 
 @pytest.mark.parametrize("message", [[b""], report(10**9), [b"noise"]])
@@ -750,7 +784,7 @@ def test_whatever_comes_ends_the_doubt(connected: Session, message: list[bytes])
     connected.expire(4.0)
     asked(connected)
     connected.receive(message, 5.0)
-    assert not connected.silent(100.0)
+    assert not connected.connection.is_half_open(100.0)
 
 
 def test_an_answer_to_the_question_is_for_nobody(connected: Session) -> None:
@@ -764,8 +798,8 @@ def test_a_call_that_times_out_while_others_are_answered_is_no_reason_to_doubt(c
     other = started(connected, timeout=9.0)
     connected.receive(result(other), 3.0)
     connected.expire(4.0)
-    assert connected.question() is None
-    assert not connected.silent(100.0)
+    assert connected.probe_message() is None
+    assert not connected.connection.is_half_open(100.0)
 
 
 def test_a_call_that_waited_for_the_connection_may_find_it_silent(idle: Session) -> None:
@@ -773,14 +807,14 @@ def test_a_call_that_waited_for_the_connection_may_find_it_silent(idle: Session)
     reconnected(idle, 3.0)
     idle.expire(4.0)
     asked(idle)
-    assert idle.silent(6.0)
+    assert idle.connection.is_half_open(6.0)
 
 
 def test_without_a_connection_nobody_is_asked(idle: Session) -> None:
     started(idle, timeout=4.0)
     idle.expire(4.0)
-    assert idle.question() is None
-    assert not idle.silent(100.0)
+    assert idle.probe_message() is None
+    assert not idle.connection.is_half_open(100.0)
 
 
 def test_the_time_to_answer_is_bounded_and_doubles_until_something_comes(connected: Session) -> None:
@@ -788,27 +822,27 @@ def test_the_time_to_answer_is_bounded_and_doubles_until_something_comes(connect
     for timeout in (0.1, 60.0, 60.0, 60.0):
         started(connected, timeout=timeout)
         connected.expire(timeout)
-        waits.append(connected.due - timeout)
+        waits.append(connected.next_timer - timeout)
         connected.give_up()
         reconnected(connected, 0.0)
     assert waits == pytest.approx([1.0, 10.0, 20.0, 40.0])
     connected.receive([b""], -1.0)
     started(connected, timeout=60.0)
     connected.expire(60.0)
-    assert connected.due == 65.0
+    assert connected.next_timer == 65.0
     for _ in range(20):
         connected.give_up()
         reconnected(connected, 0.0)
     started(connected, timeout=60.0)
     connected.expire(60.0)
-    assert connected.due == 60.0 + session.LAST_SILENCE_S
+    assert connected.next_timer == 60.0 + connection.LAST_PROBE_TIMEOUT_S
 
 
 def test_a_slow_line_gets_time_for_what_it_carries(connected: Session) -> None:
     started(connected, inputs=np.zeros(30_000_000, "u1"), timeout=900.0)
     started(connected, timeout=2.0)
     connected.expire(2.0)
-    assert connected.due == pytest.approx(33.0, abs=0.1)
+    assert connected.next_timer == pytest.approx(33.0, abs=0.1)
 
 
 @pytest.mark.parametrize("verb", ["load", "unload", "route", "reload"])
@@ -817,7 +851,7 @@ def test_a_change_keeps_its_connection(connected: Session, verb: str) -> None:
     connected.start(sent)
     started(connected, timeout=4.0)
     connected.expire(4.0)
-    assert not connected.silent(49.9)
+    assert not connected.connection.is_half_open(49.9)
 
 
 LARGE = np.zeros(session.LARGE_BYTES, "u1")
@@ -833,11 +867,11 @@ def test_large_inputs_wait_for_what_the_daemon_takes(connected: Session) -> None
     small, large, larger = broken_under(connected, X, LARGE, np.zeros(2 * LARGE.size, "u1"))
     assert reconnected(connected, 1.0) == [small]
     connected.receive(report(asked(connected), max_message_bytes=LARGE.size), 1.0)
-    assert connected.due <= 1.0
+    assert connected.next_timer <= 1.0
     assert connected.expire(1.0) == [larger]
     with pytest.raises(errors.InvalidArgument, match=rf"inputs have {2 * LARGE.size} bytes.*takes {LARGE.size}"):
         larger.take()
-    assert connected.asked_again(1.0) == [large]
+    assert connected.take_retries(1.0) == [large]
     assert connected.receive(result(large), 2.0) is large
 
 
@@ -852,20 +886,20 @@ def test_where_it_does_not_say_large_inputs_are_sent_again(
     (large,) = broken_under(connected, LARGE)
     assert reconnected(connected, 1.0) == []
     connected.receive(answer(asked(connected)), 1.0)
-    assert connected.asked_again(1.0) == [large]
+    assert connected.take_retries(1.0) == [large]
 
 
 def test_large_inputs_that_wait_may_expire_or_be_withdrawn_or_lose_the_connection_again(connected: Session) -> None:
     late, withdrawn, patient = broken_under(connected, LARGE, LARGE, LARGE)
     assert reconnected(connected, 1.0) == []
-    late.due = 1.5
+    late.next_timeout = 1.5
     connected.forget(withdrawn)
     connected._expiry = 1.5
     assert connected.expire(2.0) == [late]
     assert connected.lost() == []
     assert reconnected(connected, 3.0) == []
     connected.receive(report(asked(connected), max_message_bytes=1 << 30), 3.0)
-    assert connected.asked_again(3.0) == [patient]
+    assert connected.take_retries(3.0) == [patient]
 
 
 def test_how_often_the_last_connections_broke_names_the_limit_of_an_answer(connected: Session) -> None:
@@ -882,15 +916,15 @@ def test_how_often_the_last_connections_broke_names_the_limit_of_an_answer(conne
 
 def test_no_connection_is_made_before_there_is_a_call(idle: Session) -> None:
     assert not idle.must_connect(100.0)
-    assert idle.due == math.inf
+    assert idle.next_timer == math.inf
     assert not idle.start(predict(idle))
     assert idle.must_connect(0.0)
-    assert idle.due == -math.inf
+    assert idle.next_timer == -math.inf
 
 
 def test_calls_wait_for_the_connection_and_later_ones_do_not(idle: Session) -> None:
     first, second = started(idle), started(idle)
-    idle.connecting(0.0)
+    idle.connection.connecting(0.0)
     assert not idle.must_connect(100.0)
     assert idle.connected(0.0) == [first, second]
     assert idle.start(predict(idle))
@@ -901,7 +935,7 @@ def test_unanswered_calls_go_out_again_on_the_next_connection(connected: Session
     connected.receive(result(answered), 0.0)
     assert connected.lost() == []
     assert connected.must_connect(1.0)
-    connected.connecting(1.0)
+    connected.connection.connecting(1.0)
     assert connected.connected(1.0) == [pending]
     connected.receive(result(pending), 0.0)
     assert pending.take().batch_size == 2
@@ -912,17 +946,17 @@ def test_attempts_come_at_growing_intervals(idle: Session) -> None:
     now, gaps = 0.0, []
     for _ in range(8):
         assert idle.must_connect(now)
-        idle.connecting(now)
+        idle.connection.connecting(now)
         idle.lost()
-        gaps.append(idle.due - now)
+        gaps.append(idle.next_timer - now)
         assert not idle.must_connect(now)
-        now = idle.due
+        now = idle.next_timer
     assert gaps == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0])
 
 
 def test_the_first_caller_after_a_pause_does_not_wait_for_a_retry(idle: Session) -> None:
     call = started(idle)
-    idle.connecting(0.0)
+    idle.connection.connecting(0.0)
     idle.lost()
     idle.forget(call)
     assert not idle.must_connect(0.0)
@@ -932,12 +966,12 @@ def test_the_first_caller_after_a_pause_does_not_wait_for_a_retry(idle: Session)
 
 def test_a_call_under_which_connections_keep_breaking_is_given_up(connected: Session) -> None:
     call = started(connected, timeout=1e9)
-    connected.note_trouble("it closed the connection")
+    connected.connection.trouble = "it closed the connection"
     for attempt in range(session.MAX_LOSSES - 1):
         assert connected.lost() == []
-        connected.connecting(float(attempt))
+        connected.connection.connecting(float(attempt))
         assert connected.lost() == []  # never stood, so took nothing with it
-        connected.connecting(float(attempt))
+        connected.connection.connecting(float(attempt))
         connected.connected(1.0)
     assert connected.lost() == [call]
     with pytest.raises(errors.Unavailable, match="broke 3 times while predict was under way: it closed"):
@@ -949,20 +983,20 @@ def test_a_call_under_which_connections_keep_breaking_is_given_up(connected: Ses
 def test_what_changes_the_daemon_is_not_sent_again(connected: Session, verb: str) -> None:
     call, harmless = change(connected, verb), started(connected)
     connected.start(call)
-    connected.note_trouble("it closed the connection")
+    connected.connection.trouble = "it closed the connection"
     assert connected.lost() == [call]
     with pytest.raises(
         errors.Unavailable, match=f"broke while {verb} was under way: it closed.*whether it has changed .* is not known"
     ):
         call.take()
-    connected.connecting(0.0)
+    connected.connection.connecting(0.0)
     assert connected.connected(0.1) == [harmless]
 
 
 def test_what_only_asks_is_sent_again(connected: Session) -> None:
     calls = [ask(connected, verb) for verb in ("models", "compare")]
     assert connected.lost() == []
-    connected.connecting(0.0)
+    connected.connection.connecting(0.0)
     assert connected.connected(0.1) == calls
 
 
@@ -971,7 +1005,7 @@ def test_a_change_that_was_put_off_has_changed_nothing_and_is_sent_again(connect
     connected.start(call)
     assert connected.receive(put_off(call), 0.5) is None
     assert connected.lost() == [], "the daemon drains, and another takes its place"
-    connected.connecting(0.6)
+    connected.connection.connecting(0.6)
     assert connected.connected(0.7) == [call]
     assert connected.lost() == [call]
 
@@ -980,7 +1014,7 @@ def test_a_change_that_was_put_off_and_sent_again_is_under_way(connected: Sessio
     call = change(connected, "load")
     connected.start(call)
     connected.receive(put_off(call), 0.5)
-    assert connected.asked_again(0.6) == [call]
+    assert connected.take_retries(0.6) == [call]
     assert connected.lost() == [call]
 
 
@@ -989,14 +1023,14 @@ def test_a_change_is_not_withdrawn(connected: Session, verb: str) -> None:
     call = change(connected, verb)
     connected.start(call)
     connected.forget(call)
-    assert connected.cancellation(call) is None
+    assert connected.cancel_message(call) is None
 
 
 def test_closing_the_own_side_blames_no_call(connected: Session) -> None:
     call = started(connected)
     for _ in range(10):
         assert connected.disconnected() == []
-        connected.connecting(0.0)
+        connected.connection.connecting(0.0)
         assert connected.connected(1.0) == [call]
 
 
@@ -1004,24 +1038,24 @@ def test_closing_the_own_side_blames_no_call(connected: Session) -> None:
 def test_after_closing_the_own_side_no_change_is_sent_again(connected: Session, verb: str) -> None:
     call, harmless = change(connected, verb), started(connected)
     connected.start(call)
-    connected.note_trouble("an error closed it")
+    connected.connection.trouble = "an error closed it"
     assert connected.disconnected() == [call]
     with pytest.raises(errors.Unavailable, match=f"while {verb} was under way: an error closed it; whether it has"):
         call.take()
-    connected.connecting(0.0)
+    connected.connection.connecting(0.0)
     assert connected.connected(1.0) == [harmless]
 
 
 def test_closing_the_own_side_keeps_the_changes_that_have_not_been_carried_out(idle: Session) -> None:
     waiting = change(idle, "load")
     idle.start(waiting)
-    idle.connecting(0.0)
+    idle.connection.connecting(0.0)
     assert idle.disconnected() == [], "it was never sent"
-    idle.connecting(0.0)
+    idle.connection.connecting(0.0)
     assert idle.connected(0.1) == [waiting]
     assert idle.receive(put_off(waiting), 0.2) is None
     assert idle.disconnected() == [], "it was refused"
-    idle.connecting(0.2)
+    idle.connection.connecting(0.2)
     assert idle.connected(0.3) == [waiting]
 
 
@@ -1078,10 +1112,10 @@ def test_a_call_that_is_put_off_is_sent_again_and_answered(connected: Session) -
     call = started(connected)
     assert connected.receive(put_off(call), 1.0) is None
     assert not call.done
-    assert connected.due == pytest.approx(1.1)
-    assert connected.asked_again(1.05) == []
-    assert connected.asked_again(1.1) == [call]
-    assert connected.asked_again(1.2) == []
+    assert connected.next_timer == pytest.approx(1.1)
+    assert connected.take_retries(1.05) == []
+    assert connected.take_retries(1.1) == [call]
+    assert connected.take_retries(1.2) == []
     assert connected.receive(result(call), 1.3) is call
     assert call.take().device == "cpu"
 
@@ -1089,7 +1123,7 @@ def test_a_call_that_is_put_off_is_sent_again_and_answered(connected: Session) -
 def test_a_call_that_is_put_off_until_its_time_is_over_fails_with_what_the_daemon_said(connected: Session) -> None:
     call = started(connected, timeout=1.0)
     assert connected.receive(put_off(call), 0.5) is None
-    connected.asked_again(0.6)
+    connected.take_retries(0.6)
     assert connected.receive(put_off(call), 0.95) is call  # no time is left for another try
     with pytest.raises(errors.Unavailable, match="the daemon is starting"):
         call.take()
@@ -1103,7 +1137,7 @@ def test_a_call_that_is_put_off_until_its_time_is_over_fails_with_what_the_daemo
 def test_a_call_that_is_put_off_says_how_much_of_its_deadline_is_left(connected: Session) -> None:
     call = started(connected, deadline=2.0)
     connected.receive(put_off(call), 0.5)
-    (again,) = connected.asked_again(0.6)
+    (again,) = connected.take_retries(0.6)
     assert header(again).deadline_us == pytest.approx(1.4e6)
 
 
@@ -1118,9 +1152,9 @@ def test_what_was_put_off_goes_out_on_a_new_connection_at_once(connected: Sessio
     call = started(connected)
     connected.receive(put_off(call), 0.5)
     connected.lost()
-    connected.connecting(0.51)
+    connected.connection.connecting(0.51)
     assert connected.connected(0.52) == [call]
-    assert connected.asked_again(9.0) == []
+    assert connected.take_retries(9.0) == []
 
 
 def test_what_was_put_off_is_not_sent_before_there_is_a_new_connection(connected: Session) -> None:
@@ -1129,9 +1163,9 @@ def test_what_was_put_off_is_not_sent_before_there_is_a_new_connection(connected
     connected.start(call)
     connected.receive(put_off(call), 0.5)
     connected.lost()
-    assert connected.asked_again(9.0) == []
-    connected.connecting(9.0)
-    assert connected.asked_again(9.1) == []
+    assert connected.take_retries(9.0) == []
+    connected.connection.connecting(9.0)
+    assert connected.take_retries(9.1) == []
     assert connected.connected(9.2) == [call]
 
 
@@ -1143,7 +1177,7 @@ def test_a_change_that_was_put_off_does_not_wait_long_for_a_daemon_that_has_gone
     connected.start(call)
     assert connected.receive(put_off(call), 0.5) is None
     connected.lost()
-    connected.note_trouble("nobody listens there")
+    connected.connection.trouble = "nobody listens there"
     assert connected.expire(0.59 + reach) == []
     assert connected.expire(0.61 + reach) == [call]
     within = 5 if reach == 5 else 2
@@ -1165,7 +1199,7 @@ def test_a_change_that_was_put_off_and_then_taken_is_not_refused(connected: Sess
     call = change(connected, "load")
     connected.start(call)
     connected.receive(put_off(call), 0.5)
-    assert connected.asked_again(0.6) == [call]
+    assert connected.take_retries(0.6) == [call]
     assert connected.expire(599.0) == []
     assert connected.expire(600.0) == [call]
     with pytest.raises(errors.DeadlineExceeded, match="did not answer load within 600 s; it may still be at work"):
@@ -1176,7 +1210,7 @@ def test_a_forgotten_call_is_not_sent_again(connected: Session) -> None:
     call = started(connected)
     connected.receive(put_off(call), 0.5)
     connected.forget(call)
-    assert connected.asked_again(1.0) == []
+    assert connected.take_retries(1.0) == []
 
 
 # --- windows -------------------------------------------------------------------------------------------------

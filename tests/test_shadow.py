@@ -24,10 +24,11 @@ from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import READY, UNLOADED, Version
 from tnxd.executors.execution import Execution, Outcome
+from tnxd.lanes import BACKGROUND
 from tnxd.models.builtin import BuiltinSource
 from tnxd.models.model import Model
 from tnxd.scheduling.costs import CostModel
-from tnxd.scheduling.device import SPARE, Batch, Device
+from tnxd.scheduling.device import Device
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
 
@@ -63,8 +64,7 @@ def scheduler(*models: str, lanes: int = 1) -> Scheduler:
 
 def answered(*outcomes: Outcome, model: Model = OLD, width: int = 1) -> Execution:
     """A batch of one-row requests that has been answered so."""
-    batch = Batch(Device("cpu", "cpu", 1, set()), 0, model.key, [], len(outcomes))
-    execution = Execution(batch, model, [(np.zeros((1, width), "f4"),)] * len(outcomes), [1] * len(outcomes), ())
+    execution = Execution(0, 0, model, [(np.zeros((1, width), "f4"),)] * len(outcomes), [1] * len(outcomes), ())
     execution.outcomes = list(outcomes)
     execution.latency_us = 100.0
     return execution
@@ -77,8 +77,9 @@ def row(*values: float) -> tuple[Array, ...]:
 def copied(shadows: Shadowing, candidate: Model, original: Execution, *outcomes: Outcome) -> Copy:
     """Let a batch be copied, with those outcomes."""
     shadows.offer(original, version(candidate))
-    copy = shadows.next(scheduler(candidate.key), 0)
-    assert copy is not None
+    found = shadows.next(scheduler(candidate.key), 0)
+    assert found is not None
+    copy, _ = found
     copy.outcomes = list(outcomes)
     copy.latency_us = 200.0
     return copy
@@ -169,12 +170,13 @@ def test_a_copy_runs_only_where_nothing_waits_and_never_inline() -> None:
     (batch,), _ = busy.next_batches(0)
     assert shadows.next(busy, 0) is None  # its only lane runs
     busy.finished(batch, 10.0)
-    copy = shadows.next(busy, 0)
-    assert copy is not None
-    assert copy.batch.lane == SPARE
-    assert copy.batch.requests == []
+    found = shadows.next(busy, 0)
+    assert found is not None
+    copy, batch = found
+    assert copy.lane == batch.lane == BACKGROUND
+    assert batch.requests == []
     assert not shadows.waits()
-    busy.finished(copy.batch, 10.0)
+    busy.finished(batch, 10.0)
     assert busy.running == 0
     assert busy.outstanding(NEW.key) == 0
 
@@ -182,9 +184,9 @@ def test_a_copy_runs_only_where_nothing_waits_and_never_inline() -> None:
 def test_a_smaller_limit_takes_the_first_requests_of_a_batch() -> None:
     shadows = Shadowing()
     shadows.offer(answered(*[row(1, 2, 3)] * 4), version(model("2", limit=3)))
-    copy = shadows.next(scheduler(NEW.key), 0)
-    assert copy is not None
-    assert (len(copy.items), copy.batch.rows) == (3, 3)
+    found = shadows.next(scheduler(NEW.key), 0)
+    assert found is not None
+    assert (len(found[0].items), found[1].rows) == (3, 3)
     assert shadows.report(0, OLD, NEW).skipped == 1
 
 
@@ -211,9 +213,9 @@ def test_what_no_device_can_run_blocks_nothing_else() -> None:
     shadows.offer(answered(row(1, 2, 3)), version(NEW))
     other = model("3")
     shadows.offer(answered(row(1, 2, 3)), version(other))
-    copy = shadows.next(scheduler(other.key), 0)
-    assert copy is not None
-    assert copy.model is other
+    found = shadows.next(scheduler(other.key), 0)
+    assert found is not None
+    assert found[0].model is other
     assert not shadows.waits()
     assert shadows.report(0, OLD, NEW).skipped == 1
 
@@ -224,13 +226,13 @@ def test_versions_of_which_one_has_batches_are_compared_request_by_request(
 ) -> None:
     old, new = model("1", limits[0]), model("2", limits[1])
     item = (np.zeros((3, 1), "f4"),)
-    batch = Batch(Device("cpu", "cpu", 1, set()), 0, old.key, [], 3)
-    original = Execution(batch, old, [item], [3 if old.max_batch_size else 1], () if old.max_batch_size else (3,))
+    original = Execution(0, 0, old, [item], [3 if old.max_batch_size else 1], () if old.max_batch_size else (3,))
     original.outcomes = [(np.zeros((3, 3), "f4"),)]
     shadows = Shadowing()
     shadows.offer(original, version(new))
-    copy = shadows.next(scheduler(new.key), 0)
-    assert copy is not None
+    found = shadows.next(scheduler(new.key), 0)
+    assert found is not None
+    copy = found[0]
     assert (list(copy.rows), copy.group) == (rows, group)
 
 

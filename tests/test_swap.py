@@ -267,6 +267,7 @@ def publish_in_vain(
     repository.publish(name, 2, files)
     report = tnx.reload()
     load.await_answers()
+    log = daemon.logged(f"{name}@2 cannot be")
     assert (report.loaded, report.unloaded) == ((), ())
     assert list(report.failed) == [f"{name}@2"]
     with pytest.raises(TensorNextError):
@@ -276,19 +277,8 @@ def publish_in_vain(
     assert health.status == "ready"
     assert (versions["1"].status, versions["1"].traffic) == ("ready", 1.0)
     assert (versions["2"].status, versions["2"].traffic) == ("failed", 0.0)
-    failure = report.failed[f"{name}@2"]
-    return failure, versions["2"].error, logged(daemon, tnx, f"{name}@2", failure)
-
-
-def logged(daemon: Daemon, tnx: Client, title: str, failure: str) -> str:
-    """Lines of the log about a version, as soon as the failure is among them: a thread of its own writes the log."""
-    lines = ""
-    for _ in range(1000):
-        lines = "\n".join(line for line in daemon.log.read_text().splitlines() if title in line)
-        if failure in lines:
-            break
-        tnx.health()
-    return lines
+    logged = "\n".join(line for line in log.splitlines() if f"{name}@2" in line)
+    return report.failed[f"{name}@2"], versions["2"].error, logged
 
 
 def refuse_version_2(

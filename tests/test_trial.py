@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from format_tools import open_model, save_program
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.wire import TensorSpec
+from tnxd.device_kinds import CPU, CUDA
 from tnxd.executors.trial.company import rows_of_a_lane_apart
 from tnxd.executors.trial.copies import Call, Own, Serial, Sparing
 from tnxd.executors.trial.examples import telling_examples
 from tnxd.executors.trial.held import Held, checksum
+from tnxd.executors.trial.isolation import lane_calls
 from tnxd.executors.trial.suspects import suspects
-from tnxd.executors.trial.trial import Verdict, lane_calls, try_out
+from tnxd.executors.trial.trial import try_out
 from tnxd.executors.trial.undo import Undo
+from tnxd.executors.trial.verdict import Verdict
 from tnxd.models.model import Model
 from tnxd.models.noise import difference, tolerance
 from tnxd.models.tensors import check_outputs
@@ -134,7 +137,7 @@ def test_an_answer_that_depends_on_earlier_requests_is_refused_by_name(
 
 
 @pytest.mark.parametrize(("held", "make"), STATEFUL.values(), ids=STATEFUL)
-def test_state_that_is_meant_to_be_shared_is(held: str, make: Callable[[], nn.Module]) -> None:
+def test_state_that_is_meant_to_be_shared_is_shared(held: str, make: Callable[[], nn.Module]) -> None:
     verdict, (first, second) = called(make, model(state="shared"))
     assert (verdict.kind, verdict.serial, verdict.model.max_batch_size) == ("shared", True, 0)
     assert first is second
@@ -167,7 +170,7 @@ SCRATCH: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("make", SCRATCH.values(), ids=SCRATCH)
-def test_what_is_written_before_it_is_read_is_each_lanes_own(make: Callable[[], nn.Module]) -> None:
+def test_state_written_before_it_is_read_is_copied_for_each_lane(make: Callable[[], nn.Module]) -> None:
     verdict, (first, second) = called(make)
     assert (verdict.kind, verdict.model.max_batch_size) == ("scratch", 16)
     assert isinstance(first, Own)
@@ -189,7 +192,7 @@ class Named(NamedTuple):
 
 
 @pytest.mark.parametrize("wrap", [Fields, Named, lambda y: {"y": y}, lambda y: deque([y]), lambda y: [y]])
-def test_an_answer_in_any_structure_is_the_requests_own(wrap: Callable[[Tensor], Any]) -> None:
+def test_answers_in_any_structure_are_copies(wrap: Callable[[Tensor], Any]) -> None:
     served = model()
     _, (call, _) = called(lambda: Module(lambda m, x: wrap(reuse(m, x)), out=torch.zeros(32, WIDTH)), served)
     rows = torch.ones(3, WIDTH)
@@ -297,7 +300,7 @@ def test_a_forward_that_differentiates_runs_outside_of_inference_mode(
             assert not call(torch.ones(1, WIDTH)).requires_grad
 
 
-def test_what_cannot_be_copied_is_called_by_one_lane_at_a_time() -> None:
+def test_a_module_that_cannot_be_copied_is_called_by_one_lane_at_a_time() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         with m.lock:
             return reuse(m, x)
@@ -328,13 +331,13 @@ def test_memory_that_nobody_sees_is_found_by_its_reuse() -> None:
         lambda: Module(lambda m, x: x + torch.rand(1, generator=m.own), own=torch.Generator()),
     ],
 )
-def test_answers_by_chance_are_no_state_and_share_no_batch(make: Callable[[], nn.Module]) -> None:
+def test_random_answers_are_no_state_and_share_no_batch(make: Callable[[], nn.Module]) -> None:
     verdict = tried(make)
     assert (verdict.kind, verdict.state.random, verdict.model.max_batch_size) == ("pure", True, 0)
     assert "at random" in verdict.notes[0]
 
 
-def test_what_is_drawn_after_a_trial_cannot_be_foreseen() -> None:
+def test_random_numbers_after_a_trial_cannot_be_foreseen() -> None:
     drawn = []
     for _ in range(2):
         torch.manual_seed(5)
@@ -351,7 +354,7 @@ def test_inputs_that_a_forward_writes_to_are_copied() -> None:
     assert torch.equal(rows, torch.zeros(2, WIDTH))
 
 
-def test_inputs_that_did_not_come_are_none_wherever_a_module_is_called() -> None:
+def test_missing_inputs_are_none_wherever_a_module_is_called() -> None:
     def run(m: Any, x: Tensor, y: Tensor | None) -> Tensor:
         return x if y is None else x.add_(y)
 
@@ -360,7 +363,7 @@ def test_inputs_that_did_not_come_are_none_wherever_a_module_is_called() -> None
         assert torch.equal(call(torch.ones(1, WIDTH), None), torch.ones(1, WIDTH))
 
 
-def test_what_a_picture_shows() -> None:
+def test_a_picture_shows_a_write_that_torch_does_not_count() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     before = Held(net)
     assert not before.changed(Held(net))
@@ -468,7 +471,7 @@ def test_ones_are_tried_where_zeros_fail() -> None:
     assert verdict.make(2, 0)[0].min() > 0
 
 
-def test_what_takes_no_example_is_served_with_care_and_a_note() -> None:
+def test_a_model_that_takes_no_example_is_served_unbatched_with_a_note() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         if bool((x < 100).any()):
             raise ValueError("everything must be large")
@@ -483,7 +486,7 @@ def test_what_takes_no_example_is_served_with_care_and_a_note() -> None:
     assert tried(lambda: Module(run), model(example_values=values)).notes == ()
 
 
-def test_what_is_wrong_with_the_code_fails_whatever_the_input() -> None:
+def test_errors_of_the_code_fail_a_model_whatever_the_input() -> None:
     with pytest.raises(FailedPrecondition, match="AttributeError: "):
         tried(lambda: Module(lambda m, x: m.nothing))
 
@@ -495,7 +498,7 @@ def test_the_zeros_that_a_program_was_exported_with_tell_nothing() -> None:
 
 @pytest.mark.parametrize(("call", "apart"), [(lambda x: x * 2, False), (lambda x: x / x.amax(), True)])
 def test_lanes_are_asked_whether_they_keep_rows_apart(call: Call, apart: bool) -> None:
-    makes = list(telling_examples(model(), "cpu"))
+    makes = list(telling_examples(model(), CPU))
     assert bool(rows_of_a_lane_apart(call, model(), torch.device("cpu"), makes, 2e-4)) is apart
 
 
@@ -525,7 +528,7 @@ def test_telling_examples_differ_from_row_to_row_and_from_variant_to_variant() -
     specs = tuple(
         TensorSpec(kind, kind, (-1, 8)) for kind in ("FP32", "FP64", "FP16", "BF16", "INT64", "UINT8", "BOOL")
     )
-    make = next(iter(telling_examples(model(inputs=specs), "cpu")))
+    make = next(iter(telling_examples(model(inputs=specs), CPU)))
     for one, other in zip(make(3, 0), make(3, 1), strict=True):
         assert not np.array_equal(one, other)
         assert not np.array_equal(one[0], one[1])
@@ -616,7 +619,7 @@ def test_code_that_only_reads_is_not_suspected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("statement", ["CACHE['last'] = x", "Net.last_seen = x", "self.helper.__func__.last = x"])
-def test_what_is_written_beside_the_network_has_one_lane_at_a_time(tmp_path: Path, statement: str) -> None:
+def test_a_module_that_writes_beside_the_network_has_one_lane_at_a_time(tmp_path: Path, statement: str) -> None:
     served = written(tmp_path, statement)
     verdict = tried(served.factory, served)
     assert (verdict.kind, verdict.serial) == ("scratch", True)
@@ -647,7 +650,7 @@ def test_a_global_that_an_answer_depends_on_is_named(tmp_path: Path) -> None:
 def test_a_difference_is_more_than_rounding(datatype: str, one: list[float], other: list[float], same: bool) -> None:
     specs = [TensorSpec("y", datatype, (-1,))]
     arrays = [[np.array(values, {"FP32": "f4", "INT64": "i8", "BOOL": "?"}[datatype])] for values in (one, other)]
-    found = difference(specs, *arrays, tolerance([datatype], "cpu"))
+    found = difference(specs, *arrays, tolerance([datatype], CPU))
     assert (found is None) is same
     if found is not None:
         assert "output 'y'[" in found.text
@@ -660,12 +663,12 @@ def test_small_values_beside_large_ones_are_held_against_their_like(boxes: int, 
     one[..., 4] /= 640
     other = one.copy()
     other[0, 1, 4] += off
-    found = difference([TensorSpec("y", "FP32", (-1, -1, 5))], [one], [other], tolerance(["FP32"], "cpu"))
+    found = difference([TensorSpec("y", "FP32", (-1, -1, 5))], [one], [other], tolerance(["FP32"], CPU))
     assert (found is None) is same
 
 
 def test_half_precision_and_graphics_processors_round_more() -> None:
-    kinds = [tolerance([datatype], "cpu") for datatype in ("FP64", "FP32", "FP16", "BF16")]
+    kinds = [tolerance([datatype], CPU) for datatype in ("FP64", "FP32", "FP16", "BF16")]
     assert kinds == sorted(kinds)
-    assert tolerance(["FP32"], "cuda") > tolerance(["FP32"], "cpu")
-    assert tolerance(["INT64"], "cpu") == tolerance(["FP32"], "cpu")
+    assert tolerance(["FP32"], CUDA) > tolerance(["FP32"], CPU)
+    assert tolerance(["INT64"], CPU) == tolerance(["FP32"], CPU)

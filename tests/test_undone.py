@@ -75,7 +75,7 @@ def test_what_loading_changes_is_undone_and_noted(tmp_path: Path, run_daemon: Ca
     assert "changed the default timeout of sockets, torch's random seed: put back" in told["c-builds"]
     assert "the level or the handlers of loggers, what logging disables: put back" in notes["d-silences"][0]
     assert "the working directory, the environment variable OMP_NUM_THREADS: put back" in notes["e-moves"][0]
-    assert "f-depends@1 is loaded" in running.log.read_text()  # after d-silences
+    running.logged("f-depends@1 is loaded")  # after d-silences
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,8 @@ def test_what_a_forward_in_service_changes_is_put_back_soon(tmp_path: Path, run_
                     assert "float64" in error.message  # noqa: PT017 - until the daemon has looked
                     assert time.monotonic() < until
             assert np.array_equal(answer, X + 1)
-    assert running.log.read_text().count("a model that serves has changed torch's default dtype: put back") == 1
+    said = "a model that serves has changed torch's default dtype: put back"
+    assert running.logged(said).count(said) == 1
 
 
 # --- functions of torch that all models use -------------------------------------------------------------------

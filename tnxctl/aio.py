@@ -10,14 +10,17 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from tnxctl.driver import ThreadDriver, forks, inherited
+from tnxctl import process
+from tnxctl.call import Call
+from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
+from tnxctl.encoder import DEFAULT_TIMEOUT_S
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
 from tnxctl.link import Link, Socket, has_input
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
 from tnxctl.results import Result
-from tnxctl.session import DEFAULT_TIMEOUT_S, Call, Session
+from tnxctl.session import Session
 
 if TYPE_CHECKING:
     from tnxctl.protocol.frames import Array
@@ -48,8 +51,9 @@ class AsyncClient:
         limits: Limits | None = None,
     ) -> None:
         self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
+        self._encoder = self._session.encoder
         self._driver: _LoopDriver | _OtherThreadDriver | None = None
-        self._generation = forks()
+        self._generation = process.forks
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.endpoint}, timeout {spell(self._session.timeout)}>"
@@ -73,7 +77,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> Result:
         """Run a model once, see `Client.predict`."""
-        call = self._session.predict(
+        call = self._encoder.predict(
             inputs,
             model=model,
             prefer_gpu=prefer_gpu,
@@ -89,11 +93,11 @@ class AsyncClient:
 
     async def health(self, *, timeout: float | None = None) -> HealthReport:
         """The state of the daemon."""
-        return await self._here().run(self._session.health(timeout=timeout, now=time.monotonic()))
+        return await self._here().run(self._encoder.health(timeout=timeout, now=time.monotonic()))
 
     async def metadata(self, model: str = "", *, timeout: float | None = None) -> ModelInfo:
         """The inputs and outputs of a model, see `Client.metadata`."""
-        return await self._here().run(self._session.metadata(model, timeout=timeout, now=time.monotonic()))
+        return await self._here().run(self._encoder.metadata(model, timeout=timeout, now=time.monotonic()))
 
     async def cast(self, inputs: object, model: str = "", *, timeout: float | None = None) -> dict[str, Array]:
         """The inputs as arrays of the datatypes that a model takes, see `Client.cast`."""
@@ -103,15 +107,15 @@ class AsyncClient:
 
     async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """Every version of every model, loaded or not."""
-        return await self._here().run(self._session.models(timeout=timeout, now=time.monotonic()))
+        return await self._here().run(self._encoder.models(timeout=timeout, now=time.monotonic()))
 
     async def load(self, model: str, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """Load a version and wait until it is warm, see `Client.load`."""
-        return await self._here().run(self._session.load(model, timeout=timeout, now=time.monotonic()))
+        return await self._here().run(self._encoder.load(model, timeout=timeout, now=time.monotonic()))
 
     async def unload(self, model: str, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """Stop serving a version and wait until its memory is free, see `Client.unload`."""
-        return await self._here().run(self._session.unload(model, timeout=timeout, now=time.monotonic()))
+        return await self._here().run(self._encoder.unload(model, timeout=timeout, now=time.monotonic()))
 
     async def route(
         self,
@@ -122,23 +126,23 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> tuple[ModelInfo, ...]:
         """Split the traffic of a model, see `Client.route`."""
-        call = self._session.route(model, weights, shadow=shadow, timeout=timeout, now=time.monotonic())
+        call = self._encoder.route(model, weights, shadow=shadow, timeout=timeout, now=time.monotonic())
         return await self._here().run(call)
 
     async def reload(self, *, timeout: float | None = None) -> ReloadReport:
         """Have the daemon look at its model repository again, see `Client.reload`."""
-        return await self._here().run(self._session.reload(timeout=timeout, now=time.monotonic()))
+        return await self._here().run(self._encoder.reload(timeout=timeout, now=time.monotonic()))
 
     async def compare(
         self, model: str, baseline: str | int, candidate: str | int, *, timeout: float | None = None
     ) -> Comparison:
         """The differences of a shadow version's answers, see `Client.compare`."""
-        call = self._session.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())
+        call = self._encoder.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())
         return await self._here().run(call)
 
     async def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""
-        if self._generation == forks():  # else it is a parent's
+        if self._generation == process.forks:  # else it is a parent's
             self._here().close()
 
     async def __aenter__(self) -> Self:
@@ -151,16 +155,18 @@ class AsyncClient:
 
     def __del__(self) -> None:
         driver = getattr(self, "_driver", None)
-        if driver is not None and self._generation == forks():  # else it is a parent's, and so is the loop's poller
+        if (
+            driver is not None and self._generation == process.forks
+        ):  # else it is a parent's, and so is the loop's poller
             driver.forget()
 
     def _here(self) -> _LoopDriver | _OtherThreadDriver:
         """The driver, bound to the running loop by the first call."""
         loop = asyncio.get_running_loop()
-        if self._generation != forks() and self._driver is not None:
-            raise inherited(self._session)
+        if self._generation != process.forks and self._driver is not None:
+            raise process.fork_error(self.endpoint)
         if self._driver is None:
-            self._generation = forks()
+            self._generation = process.forks
             self._driver = (_LoopDriver if _can_watch(loop) else _OtherThreadDriver)(self._session, loop)
         elif self._driver.loop is not loop:
             raise FailedPrecondition(f"the client of {self.endpoint} belongs to another event loop: make one per loop")
@@ -168,10 +174,10 @@ class AsyncClient:
 
 
 class _LoopDriver:
-    """Sees calls through in callbacks of the event loop.
+    """Driver of calls in callbacks of the event loop.
 
     ZeroMQ's file descriptors are edge-triggered: they tell of a change once, and any use of the socket may swallow
-    it. So whoever has used a socket looks at its events afterwards.
+    it. So each use of a socket is followed by a look at its events.
     """
 
     def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
@@ -193,7 +199,7 @@ class _LoopDriver:
         try:
             return await future
         except asyncio.CancelledError:
-            self._link.withdraw(call)
+            self._link.cancel(call)
             self._look_again()
             raise
         finally:
@@ -205,7 +211,7 @@ class _LoopDriver:
         self._cancel_timer()
 
     def forget(self) -> None:
-        """Close without being told to: the loop may be over, or run in another thread than the garbage collector."""
+        """Close after the client has gone: the loop may be over, or run in another thread than this one."""
         if self.loop.is_running():
             self.loop.call_soon_threadsafe(self.close)
         else:
@@ -217,9 +223,9 @@ class _LoopDriver:
             self.loop.call_soon(self._turn)
 
     def _turn(self) -> None:
-        """Deal with all that waits or is due; does not block."""
+        """Handle all events and timers that wait, without blocking."""
         link = self._link
-        _settle_all(link.on_monitor())
+        _settle_all(link.poll_monitor())
         for _ in range(_REPLIES_PER_TURN):
             if not has_input(link.dealer):
                 break
@@ -232,11 +238,11 @@ class _LoopDriver:
 
     def _on_time(self) -> None:
         self._timer, self._timer_due = None, math.inf
-        _settle_all(self._link.on_time(time.monotonic()))
+        _settle_all(self._link.on_timer(time.monotonic()))
         self._turn()  # sockets opened just now may hold events already
 
     def _set_timer(self) -> None:
-        due = self._session.due
+        due = self._session.next_timer
         if due < self._timer_due:  # a timer that goes off early does no harm
             self._cancel_timer()
             self._timer_due = due
@@ -269,7 +275,7 @@ class _OtherThreadDriver:
         self._driver.close()
 
     def forget(self) -> None:
-        """The thread driver looks after itself."""
+        """Nothing is left to do: the thread driver closes itself."""
 
 
 def _can_watch(loop: asyncio.AbstractEventLoop) -> bool:

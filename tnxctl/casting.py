@@ -1,4 +1,4 @@
-"""Inputs in the datatypes that a model takes, whatever they are now."""
+"""Casting: inputs converted to the datatypes that a model takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tnxctl.tensors import called, is_array, to_numpy
 
 
 def cast(inputs: object, model: ModelInfo, *, exact: bool = False) -> dict[str, Array]:
-    """The inputs as arrays of the datatypes in the model's signature. What that does not name stays as it is.
+    """The inputs as arrays of the datatypes in the model's signature. Inputs that it does not name stay as they are.
 
     Args:
         inputs: one value, or a mapping of input names to values: arrays, tensors, DataFrames, lists and numbers.

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
+from tnxctl.encoder import DEFAULT_TIMEOUT_S
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
 from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
 from tnxctl.results import Result
-from tnxctl.session import DEFAULT_TIMEOUT_S, Session
+from tnxctl.session import Session
 
 if TYPE_CHECKING:
     from tnxctl.protocol.frames import Array
@@ -45,7 +46,7 @@ class Client:
     daemon goes on with them when nobody waits any more, after a timeout or Ctrl-C. They are not sent again on a new
     connection, as the others are: a connection that breaks under them is an Unavailable error, `models` tells what
     has become of them, and to ask for the same once more does no harm. `load`, `unload` and `reload` take long, so
-    their timeout is `tnxctl.session.LOAD_TIMEOUT_S`, ten minutes, unless the client's own is longer; to reach
+    their timeout is `tnxctl.encoder.LOAD_TIMEOUT_S`, ten minutes, unless the client's own is longer; to reach
     the daemon, they take no longer than the client's own. A daemon that lets no client change what it serves answers
     them with PermissionDenied.
 
@@ -67,6 +68,7 @@ class Client:
         limits: Limits | None = None,
     ) -> None:
         self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
+        self._encoder = self._session.encoder
         self._driver = ThreadDriver(self._session)
 
     def __repr__(self) -> str:
@@ -110,7 +112,7 @@ class Client:
             route_key: requests with the same key go to the same version while the traffic of a model is split; "":
                 those of one connection do.
         """
-        call = self._session.predict(
+        call = self._encoder.predict(
             inputs,
             model=model,
             prefer_gpu=prefer_gpu,
@@ -143,7 +145,7 @@ class Client:
         in the thread that reads everybody's replies, so they must not wait for another future; they may use the
         client. An argument that can never work raises InvalidArgument here, not from the future.
         """
-        call = self._session.predict(
+        call = self._encoder.predict(
             inputs,
             model=model,
             prefer_gpu=prefer_gpu,
@@ -160,7 +162,7 @@ class Client:
 
     def health(self, *, timeout: float | None = None) -> HealthReport:
         """The state of the daemon."""
-        return self._driver.run(self._session.health(timeout=timeout, now=time.monotonic()))
+        return self._driver.run(self._encoder.health(timeout=timeout, now=time.monotonic()))
 
     def metadata(self, model: str = "", *, timeout: float | None = None) -> ModelInfo:
         """The inputs and outputs of a model: NAME, NAME@VERSION, or "" for the daemon's default model.
@@ -170,7 +172,7 @@ class Client:
         Raises:
             NotFound: there is no such model or version.
         """
-        return self._driver.run(self._session.metadata(model, timeout=timeout, now=time.monotonic()))
+        return self._driver.run(self._encoder.metadata(model, timeout=timeout, now=time.monotonic()))
 
     def cast(self, inputs: object, model: str = "", *, timeout: float | None = None) -> dict[str, Array]:
         """The inputs as arrays of the datatypes that a model takes, for `predict` and `submit`.
@@ -195,7 +197,7 @@ class Client:
 
     def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """Every version of every model, loaded or not."""
-        return self._driver.run(self._session.models(timeout=timeout, now=time.monotonic()))
+        return self._driver.run(self._encoder.models(timeout=timeout, now=time.monotonic()))
 
     def load(self, model: str, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """Load a version and wait until it is warm.
@@ -214,7 +216,7 @@ class Client:
             ResourceExhausted: it does not fit into the memory budget of a device.
             DeadlineExceeded: it took longer than the daemon allows.
         """
-        return self._driver.run(self._session.load(model, timeout=timeout, now=time.monotonic()))
+        return self._driver.run(self._encoder.load(model, timeout=timeout, now=time.monotonic()))
 
     def unload(self, model: str, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """Stop serving a version and wait until its memory is free. Requests taken in before are answered.
@@ -229,7 +231,7 @@ class Client:
             NotFound: there is no such model or version.
             FailedPrecondition: the version is not loaded.
         """
-        return self._driver.run(self._session.unload(model, timeout=timeout, now=time.monotonic()))
+        return self._driver.run(self._encoder.unload(model, timeout=timeout, now=time.monotonic()))
 
     def route(
         self,
@@ -259,7 +261,7 @@ class Client:
             FailedPrecondition: a version is not loaded, or its signature differs from that of the others.
         """
         return self._driver.run(
-            self._session.route(model, weights, shadow=shadow, timeout=timeout, now=time.monotonic())
+            self._encoder.route(model, weights, shadow=shadow, timeout=timeout, now=time.monotonic())
         )
 
     def reload(self, *, timeout: float | None = None) -> ReloadReport:
@@ -267,7 +269,7 @@ class Client:
 
         What cannot be loaded raises no error: it is in the `failed` of the report, and what served before still does.
         """
-        return self._driver.run(self._session.reload(timeout=timeout, now=time.monotonic()))
+        return self._driver.run(self._encoder.reload(timeout=timeout, now=time.monotonic()))
 
     def compare(
         self, model: str, baseline: str | int, candidate: str | int, *, timeout: float | None = None
@@ -283,7 +285,7 @@ class Client:
                 baseline answered.
         """
         return self._driver.run(
-            self._session.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())
+            self._encoder.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())
         )
 
     def close(self) -> None:

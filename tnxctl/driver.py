@@ -1,4 +1,4 @@
-"""Sees calls through for any number of threads, over one `Link`.
+"""The driver of a client for threads: sends, waits and receives for any number of them, over one `Link`.
 
 The link belongs to whoever holds the lock. A call that finds no other under way takes it, sends, waits and reads in
 the caller's own thread, without a hand-over to any other. As soon as a second call comes, all are the I/O thread's
@@ -13,17 +13,15 @@ of a `with` block (python/cpython#148874). So that an interrupted call harms no 
 - It takes the lock inside the `try` whose `finally` begins with the release. An RLock knows its owner and refuses
   others, so nothing else has to remember whether it was taken. A context manager in Python would not do: its
   `__exit__` can be interrupted before its first line.
-- Whoever puts something into the outbox wakes the I/O thread. Whoever lets go of the lock owes nobody anything.
+- A post to the outbox wakes the I/O thread. A release of the lock owes nobody anything.
 - Threads wait for each other at plain locks. A `Condition`, and with it `Event` and `Future`, takes its lock in a
   function in Python, which can be interrupted before it returns.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
-import os
 import threading
 import time
 import weakref
@@ -35,13 +33,14 @@ from functools import partial
 from threading import get_ident
 from typing import Any, TypeVar
 
-import zmq.utils.garbage  # noqa: F401 - before the registration at the end of this file
 from zmq import POLLIN, zmq_poll
 
+from tnxctl import process
+from tnxctl.call import Call
 from tnxctl.durations import spell
 from tnxctl.link import Link
-from tnxctl.protocol.errors import DeadlineExceeded, FailedPrecondition
-from tnxctl.session import Call, Session
+from tnxctl.protocol.errors import DeadlineExceeded
+from tnxctl.session import Session
 from tnxctl.wakeups import Signal, Wakeup
 
 T = TypeVar("T")
@@ -53,19 +52,15 @@ _POLLIN = int(POLLIN)  # pyzmq's own is an enum, whose operators cost microsecon
 
 _log = logging.getLogger("tnxctl")
 
-_drivers: weakref.WeakSet[ThreadDriver] = weakref.WeakSet()
-_exiting = False
-_forks = 0  # of this process and those that it comes from, as far as clients have to know
-
 
 class ThreadDriver:
-    """Moves the calls of a session. `run`, `submit` and `close` may be used from any thread at once."""
+    """Driver of the calls of one session. `run`, `submit` and `close` may be used from any thread at once."""
 
     _is_open = False  # until __init__ is through: __del__ runs in any case
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._link = Link(session, watch=_ignore, unwatch=_ignore)  # each step polls what the link has open
+        self._link = Link(session)  # each step polls what the link has open
         self._wakeup = Wakeup()
         self._lock = threading.RLock()
         self._outbox: deque[tuple[Callable[[Call[Any]], None], Call[Any]]] = deque()
@@ -76,9 +71,9 @@ class ThreadDriver:
         self._closing = False
         self._closed = False
         self._used = False
-        self._generation = _forks
+        self._generation = process.forks
         self._is_open = True
-        _drivers.add(self)
+        process.register(self)
 
     def run(self, call: Call[T]) -> T:
         """See a call through: in this thread if no other call is under way, else through the I/O thread.
@@ -87,8 +82,8 @@ class ThreadDriver:
             FailedPrecondition: the client has come here by a fork.
         """
         self._used = True
-        if self._generation != _forks:
-            raise inherited(self._session)
+        if self._generation != process.forks:
+            raise process.fork_error(self._session.endpoint)
         if self._io_ident == get_ident():  # a callback of a future
             self._start(call)
             while not call.done:
@@ -98,19 +93,19 @@ class ThreadDriver:
         waiter = call.waiter  # this first: the I/O thread may settle the call meanwhile
         if not call.done:
             self._await(call, waiter)
-        if _exiting and threading.current_thread() is not threading.main_thread():
+        if process.exiting and threading.current_thread() is not threading.main_thread():
             raise SystemExit  # ends a thread without a word: a traceback would tell nobody anything any more
         return call.take()
 
     def submit(self, call: Call[T]) -> Future[T]:
-        """Put a call under way. Cancelling the future withdraws it.
+        """Put a call under way. Cancelling the future cancels it.
 
         Raises:
             FailedPrecondition: the client has come here by a fork.
         """
         self._used = True
-        if self._generation != _forks:
-            raise inherited(self._session)
+        if self._generation != process.forks:
+            raise process.fork_error(self._session.endpoint)
         future: Future[T] = Future()
         call.waiter = future
         future.add_done_callback(partial(self._on_done, call))
@@ -122,7 +117,7 @@ class ThreadDriver:
 
     def close(self) -> None:
         """Fail every call and close the sockets. Idempotent. After a fork, what is here is the parent's, and stays."""
-        if self._generation != _forks:
+        if self._generation != process.forks:
             return
         self._shut_down()
         thread = self._io_thread
@@ -130,7 +125,7 @@ class ThreadDriver:
             thread.join(_GRACE_S)
 
     def __del__(self) -> None:
-        if self._is_open and self._generation == _forks:
+        if self._is_open and self._generation == process.forks:
             self._shut_down()  # nobody is left who could hold the lock; the I/O thread ends by itself
 
     def _shut_down(self) -> None:
@@ -147,9 +142,9 @@ class ThreadDriver:
         self._flush()
         self._io_work.set()
 
-    def leave(self) -> None:
-        """Let everything be, since the interpreter ends: nobody waits for it any more."""
-        if self._generation != _forks:
+    def at_exit(self) -> None:
+        """Give everything up, since the interpreter ends: nobody waits for it any more."""
+        if self._generation != process.forks:
             return
         self._closing = True
         self._wakeup.set()
@@ -163,10 +158,10 @@ class ThreadDriver:
         if thread is not None:
             thread.join(_GRACE_S)
 
-    def come_by_fork(self) -> None:
-        """Find out, in a child, what this is there: like new if nobody had used it, else the parent's for good."""
+    def after_fork(self) -> None:
+        """Settle, in a child, whose this is: the child's, like new, if nobody had used it; else the parent's."""
         if not (self._used or self._closing):
-            self._generation = _forks
+            self._generation = process.forks
             self._lock = threading.RLock()
             self._wakeup.close()
             self._wakeup = Wakeup()  # one of its own: bytes in the old one would reach the parent
@@ -204,7 +199,7 @@ class ThreadDriver:
         """Give up a call after an exception from anywhere in its driving, a KeyboardInterrupt for one."""
         if self._polling:
             self._polling = False
-            self._link.withdraw(call)
+            self._link.cancel(call)
         else:  # a message may have been left half sent or half read
             self._session.forget(call)
             self._link.reset()  # fails none: no other call is under way
@@ -213,27 +208,27 @@ class ThreadDriver:
 
     def _await(self, call: Call[Any], waiter: Signal | None) -> None:
         """Return when a call is done. Without a waiter it is not under way yet."""
-        patience = max(0.0, call.expires - time.monotonic()) + (0.0 if call.strict else _GRACE_S)
+        wait_s = max(0.0, call.expires - time.monotonic()) + (0.0 if call.firm_deadline else _GRACE_S)
         try:
             if waiter is None:
                 waiter = call.waiter = Signal()
                 self._post(self._start, call)
-            if waiter.wait(min(patience, threading.TIMEOUT_MAX)):
+            if waiter.wait(min(wait_s, threading.TIMEOUT_MAX)):
                 return
         except BaseException:
-            self._post(self._withdraw, call)
+            self._post(self._cancel, call)
             raise
-        self._post(self._withdraw, call)
-        if call.strict:
+        self._post(self._cancel, call)
+        if call.firm_deadline:
             raise self._session.timeout_error(call)
         raise DeadlineExceeded(
-            f"{self._session.endpoint}: no answer to {call.verb} was read within {spell(patience)}, "
+            f"{self._session.endpoint}: no answer to {call.verb} was read within {spell(wait_s)}, "
             f"because a callback of a future keeps the reading thread busy"
         )
 
     def _on_done(self, call: Call[Any], future: Future[Any]) -> None:
         if future.cancelled():
-            self._post(self._withdraw, call)
+            self._post(self._cancel, call)
 
     def _post(self, action: Callable[[Call[Any]], None], call: Call[Any]) -> None:
         """Have the I/O thread do `action(call)`."""
@@ -256,7 +251,7 @@ class ThreadDriver:
         self._io_work.set()
 
     def drive_until_idle(self) -> None:
-        """The I/O thread's turn."""
+        """Drive all calls in the I/O thread, until none is left."""
         with self._lock:  # no signal interrupts this thread
             try:
                 while self._outbox or not self._session.idle:
@@ -281,7 +276,7 @@ class ThreadDriver:
             self._step()
 
     def _flush(self) -> None:
-        """Do what was posted: under the lock, or in any thread once the session is closed and all of it fails."""
+        """Run the posted actions: under the lock, or in any thread once the session is closed and all fail."""
         while True:
             try:
                 action, call = self._outbox.popleft()
@@ -289,8 +284,8 @@ class ThreadDriver:
                 return
             action(call)
 
-    def _withdraw(self, call: Call[Any]) -> None:
-        if self._link.withdraw(call) and isinstance(call.waiter, Future):
+    def _cancel(self, call: Call[Any]) -> None:
+        if self._link.cancel(call) and isinstance(call.waiter, Future):
             call.waiter.set_running_or_notify_cancel()  # concurrent.futures.wait returns only now
 
     # --- either way: these run under the lock ----------------------------------------------------------------
@@ -301,14 +296,14 @@ class ThreadDriver:
             _settle(call)
 
     def _step(self) -> None:
-        """Wait until something happens or is due, and deal with it."""
+        """Turn the loop once: wait for an event or a timer, and handle it."""
         if self._closing:
             self._end()
             return
         now = time.monotonic()
-        wait_ms = (self._session.due - now) * 1e3
+        wait_ms = (self._session.next_timer - now) * 1e3
         if wait_ms <= 0:
-            _settle_all(self._link.on_time(now))
+            _settle_all(self._link.on_timer(now))
             return
         link = self._link
         sources: list[tuple[Any, int]] = [(self._wakeup.fd, _POLLIN)]
@@ -323,14 +318,14 @@ class ThreadDriver:
                 if finished is not None:
                     _settle(finished)
             elif source is link.monitor:
-                _settle_all(link.on_monitor())
+                _settle_all(link.poll_monitor())
             elif source == self._wakeup.fd:
                 self._wakeup.clear()
 
     def _end(self) -> None:
-        """Fail whatever is under way, have whatever comes fail at once, and close the sockets. Idempotent."""
+        """Fail the calls under way and every later one, and close the sockets. Idempotent."""
         left = self._session.close()
-        if not _exiting:  # else callbacks would run in an interpreter that is half gone
+        if not process.exiting:  # else callbacks would run in an interpreter that is half gone
             _settle_all(left)
         self._closed = True
         self._link.close()
@@ -355,12 +350,8 @@ def _serve(driver_ref: weakref.ref[ThreadDriver], work: Signal) -> None:
         del driver
 
 
-def _ignore(_opened_or_closed: object) -> None:
-    pass
-
-
 def _settle(call: Call[Any]) -> None:
-    """Tell whoever waits for a finished call. Where nobody does, the thread that drives is its caller."""
+    """Hand a finished call to its waiter. Without one, the thread that drives is its caller."""
     waiter, call.waiter = call.waiter, None
     if isinstance(waiter, Signal):
         waiter.set()
@@ -376,38 +367,3 @@ def _settle_all(calls: Sequence[Call[Any]]) -> None:
     with ExitStack() as settling:
         for call in reversed(calls):
             settling.callback(_settle, call)
-
-
-def inherited(session: Session) -> FailedPrecondition:
-    """The error of a client that a fork has copied: threads, locks and connection are its parent's."""
-    return FailedPrecondition(
-        f"the client of {session.endpoint} is another process's, and came here by a fork: make a new one after the fork"
-    )
-
-
-def forks() -> int:
-    """The number of forks behind this process: a client that was made at another one is another process's."""
-    return _forks
-
-
-def _after_fork() -> None:
-    global _forks
-    _forks += 1
-    for driver in list(_drivers):
-        driver.come_by_fork()
-
-
-if hasattr(os, "register_at_fork"):  # where there is fork
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def _leave_all() -> None:
-    global _exiting
-    _exiting = True
-    for driver in list(_drivers):
-        driver.leave()
-
-
-# Threads go on while the interpreter ends, and pyzmq refuses to send large frames then. What was registered later runs
-# earlier: this comes before pyzmq's own end.
-atexit.register(_leave_all)

@@ -1,4 +1,4 @@
-"""Translation of what a user types for "where is the daemon" into the one spelling that ZeroMQ connects to."""
+"""Endpoints: the address of a daemon as a user types it, translated into the one spelling that ZeroMQ connects to."""
 
 from __future__ import annotations
 

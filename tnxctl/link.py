@@ -18,15 +18,16 @@ from typing import Any
 
 import zmq
 
-from tnxctl.session import Call, Session
+from tnxctl.call import Call
+from tnxctl.session import Session
 
 Socket = zmq.Socket[bytes]
 
-_ZERO_COPY_BYTES = 256 * 1024
-"""From about this size on, lending libzmq the caller's memory is cheaper than copying it."""
+ZERO_COPY_BYTES = 256 * 1024
+"""Least size of tensors that libzmq gets without a copy. Below about this, copying is cheaper than lending memory."""
 
-_KEPT_BYTES = 64 * 1024
-"""From this size on, a received frame is kept as it came, and not copied."""
+KEPT_BYTES = 64 * 1024
+"""Least size of a received frame that is kept as it came, and not copied."""
 
 _CONNECT_TIMEOUT_MS = 5_000  # also for the ZeroMQ handshake: a port may accept and then stay silent
 _NEVER_MS = 24 * 3_600_000
@@ -75,20 +76,25 @@ def shared_context() -> zmq.Context[Socket]:
 
 
 class Link:
-    """Moves messages between a session and the daemon.
+    """The sockets of one client: moves messages between its session and the daemon.
 
     Args:
         session: decides; the link obeys and reports.
-        watch, unwatch: called with each socket after it is opened and before it is closed, for whoever polls them.
+        watch, unwatch: called with each socket after it is opened and before it is closed, to have it polled.
 
     Attributes:
         dealer, monitor: both None, or both open.
     """
 
-    def __init__(self, session: Session, watch: Callable[[Socket], None], unwatch: Callable[[Socket], None]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        watch: Callable[[Socket], None] | None = None,
+        unwatch: Callable[[Socket], None] | None = None,
+    ) -> None:
         self._session = session
-        self._watch = watch
-        self._unwatch = unwatch
+        self._watch = watch or _ignore
+        self._unwatch = unwatch or _ignore
         self.dealer: Socket | None = None
         self.monitor: Socket | None = None
         self._is_large = False  # the last tensor that came
@@ -98,11 +104,11 @@ class Link:
         if self._session.start(call):
             self._send(call)
 
-    def withdraw(self, call: Call[Any]) -> bool:
+    def cancel(self, call: Call[Any]) -> bool:
         """Drop a call, and tell the daemon. False: it was not under way."""
         if not self._session.forget(call):
             return False
-        self._cancel(call)
+        self._send_cancel(call)
         return True
 
     def receive(self) -> Call[Any] | None:
@@ -128,47 +134,50 @@ class Link:
         """
         if not self._is_large:
             frame = bytearray(dealer.recv(_NOBLOCK))
-            self._is_large = len(frame) >= _KEPT_BYTES
+            self._is_large = len(frame) >= KEPT_BYTES
             return frame
         kept = dealer.recv(_NOBLOCK, copy=False)
-        self._is_large = len(kept) >= _KEPT_BYTES
+        self._is_large = len(kept) >= KEPT_BYTES
         return kept if self._is_large else bytearray(kept.buffer)
 
-    def on_monitor(self) -> list[Call[Any]]:
-        """Take what the monitor reports: connected, lost, or how far an attempt came. Returns finished calls."""
+    def poll_monitor(self) -> list[Call[Any]]:
+        """Read the events of the monitor: connected, lost, or how far an attempt came. Returns finished calls."""
         finished: list[Call[Any]] = []
         while has_input(self.monitor):
             assert self.monitor is not None
             event, value = _EVENT.unpack(self.monitor.recv_multipart(zmq.NOBLOCK)[0])
             trouble = _trouble(event, value)
             if trouble is not None:
-                self._session.note_trouble(trouble)
+                self._session.connection.note_trouble(trouble, begun=event == zmq.Event.CONNECT_DELAYED)
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 for call in self._session.connected(time.monotonic()):
                     self._send(call)
-                self._ask()
+                self._send_probe()
             elif event in _OVER:
                 finished += self._receive_all()  # answers that came before the end still count
                 self._close_sockets()
                 finished += self._session.lost()
         return finished
 
-    def on_time(self, now: float) -> list[Call[Any]]:
-        """Do what is due: fail late calls, leave a silent connection, connect, ask again. Returns finished calls."""
+    def on_timer(self, now: float) -> list[Call[Any]]:
+        """Fail late calls, close a half-open connection, connect, send deferred calls: whatever the time has come for.
+
+        Returns finished calls.
+        """
         finished: list[Call[Any]] = []
-        if self._session.silent(now):
+        if self._session.connection.is_half_open(now):
             finished += self._receive_all()  # nobody may have looked for a while
-            if self._session.silent(now):
+            if self._session.connection.is_half_open(now):
                 self._close_sockets()
                 finished += self._session.give_up()
         expired = self._session.expire(now)
         for call in expired:
-            self._cancel(call)
+            self._send_cancel(call)
         finished += expired
-        self._ask()
+        self._send_probe()
         if self._session.must_connect(now):
             self._connect(now)
-        for call in self._session.asked_again(now):
+        for call in self._session.take_retries(now):
             self._send(call)
         return finished
 
@@ -181,9 +190,9 @@ class Link:
                 finished.append(call)
         return finished
 
-    def _ask(self) -> None:
-        """Ask the daemon how it is, where the session wants to know."""
-        message = self._session.question()
+    def _send_probe(self) -> None:
+        """Ask the daemon for its health, where the session wants to know."""
+        message = self._session.probe_message()
         if message is not None and self.dealer is not None:
             with contextlib.suppress(zmq.ZMQError):
                 self.dealer.send(message, _NOBLOCK)
@@ -194,7 +203,7 @@ class Link:
         Returns the calls that fail with it: those that change the daemon, which are not sent twice.
         """
         self._close_sockets()
-        self._session.note_trouble("an error in this process ended it")
+        self._session.connection.trouble = "an error in this process ended it"
         return self._session.disconnected()
 
     def close(self) -> None:
@@ -203,12 +212,12 @@ class Link:
 
     def _connect(self, now: float) -> None:
         session = self._session
-        session.connecting(now)
+        session.connection.connecting(now)
         try:
             self._open_sockets()
         except (zmq.ZMQError, OSError) as error:  # no file descriptor left, or a path that the system refuses
             self._close_sockets()
-            session.note_trouble(str(error))
+            session.connection.trouble = str(error)
             session.lost()
 
     def _open_sockets(self) -> None:
@@ -235,7 +244,7 @@ class Link:
         dealer.connect(self._session.endpoint)
 
     def _close_sockets(self) -> None:
-        """Idempotent. What an interrupt keeps it from closing, the next time closes."""
+        """Close both sockets. Idempotent: a second call closes those that an interrupt kept the first from closing."""
         dealer, monitor = self.dealer, self.monitor
         if monitor is not None and not monitor.closed:
             assert dealer is not None
@@ -247,9 +256,9 @@ class Link:
             dealer.close(0)
         self.dealer = self.monitor = None
 
-    def _cancel(self, call: Call[Any]) -> None:
+    def _send_cancel(self, call: Call[Any]) -> None:
         """Spare the daemon a computation that nobody waits for, if that is possible at once."""
-        message = self._session.cancellation(call)
+        message = self._session.cancel_message(call)
         if message is not None and self.dealer is not None:
             with contextlib.suppress(zmq.ZMQError):
                 self.dealer.send(message, _NOBLOCK)
@@ -257,7 +266,7 @@ class Link:
     def _send(self, call: Call[Any]) -> None:
         dealer = self.dealer
         assert dealer is not None
-        copy = call.nbytes < _ZERO_COPY_BYTES
+        copy = call.nbytes < ZERO_COPY_BYTES
         *head, last = call.frames
         try:
             for frame in head:
@@ -267,13 +276,17 @@ class Link:
             pass  # the connection has just broken: the monitor is about to say so, and the call goes out on the next
 
 
+def _ignore(_: Socket) -> None:
+    pass
+
+
 def has_input(socket: Socket | None) -> bool:
-    """Whether a message waits. Also what re-arms the edge-triggered file descriptor of a socket."""
+    """Whether a message waits. The look also re-arms the edge-triggered file descriptor of the socket."""
     return socket is not None and bool(int(socket.get(_EVENTS_OPTION)) & _POLLIN)
 
 
 def _trouble(event: int, value: int) -> str | None:
-    """A clause for error messages: what an event says about an attempt to connect."""
+    """A clause for error messages about an attempt to connect, from an event of the monitor; None: it has no news."""
     match event:
         case zmq.Event.CONNECT_DELAYED:
             return "nothing answers at that address"

@@ -1,4 +1,4 @@
-"""Arrays of any library <-> what a frame holds: a datatype and C-contiguous little-endian memory.
+"""Conversion of arrays of any library to the content of frames and back: datatype, C-contiguous little-endian memory.
 
 torch is never imported here: a torch tensor can only come from a program that has imported it already.
 """
@@ -48,12 +48,12 @@ def from_wire(datatype: str, array: Array) -> Array:
 
 
 def is_array(value: object) -> bool:
-    """Whether a value says itself how it becomes an array."""
+    """Whether a value has a conversion to an array of its own."""
     return hasattr(value, "__array__") or hasattr(value, "__dlpack__")
 
 
 def to_numpy(name: str, value: object) -> Array:
-    """An array of what is one in any library, of whatever dtype. Raises InvalidArgument, which names the input."""
+    """A numpy array of an array of any library, of whatever dtype. Raises InvalidArgument, which names the input."""
     torch: Any = sys.modules.get("torch")
     try:
         if torch is not None and isinstance(value, torch.Tensor):
@@ -111,7 +111,7 @@ def _type_name(value: object) -> str:
 
 
 def pack(inputs: object, limits: Limits, copy: bool) -> tuple[tuple[TensorSpec, ...], list[Array], int]:
-    """Make specs, arrays and their bytes together of what a user gave to `predict`.
+    """Specs, arrays and total bytes of the inputs that a user gave to `predict`.
 
     Args:
         inputs: one array, or a mapping of names to arrays.

@@ -44,7 +44,7 @@ class Wakeup:
                 pass
 
     def clear(self) -> None:
-        """Call this before the look at whatever `set` announces: a later announcement sets it again."""
+        """Clear the wakeup, before the look at the announced work: a later announcement sets it again."""
         try:
             self._reader.recv(64)
         except OSError:  # empty; closed by a callback of a future

@@ -1,4 +1,6 @@
-"""Windows: how many requests with deadlines a client lets wait at a daemon that refused some. No socket, no clock.
+"""Windows: the number of requests with deadlines that a client lets wait at a daemon which refused some.
+
+No socket, no clock.
 
 A daemon refuses what it cannot do in time, but to be told so costs both sides most of what an answer does. A client
 that sends ten times what can be served leaves no time to serve anything. So it learns from refusals how many of its
@@ -22,24 +24,24 @@ _QUIET = 4.0
 _GROW_FAST = 0.5
 
 # It is never smaller: who sends nothing learns nothing, and a few callers shall not be held back for one late answer.
-_LEAST = 8.0
+_MIN_SIZE = 8.0
 
 # A window that was not shrunk for so many deadlines, or so many seconds, is forgotten.
 _FORGOTTEN_AFTER = 20.0
 _FORGOTTEN_AFTER_S = 1.0
 
-_MOST_WINDOWS = 64
+_MAX_WINDOWS = 64
 
 Kind = tuple[str, int | None, int]
-"""Model, priority, and the order of magnitude of the deadline: what a refusal says, it says about requests like it."""
+"""Model, priority, and the order of magnitude of the deadline. A refusal tells about requests that share all three."""
 
 
 class Window:
-    """Requests of one kind.
+    """The window of one kind of requests, like the congestion window of TCP.
 
     Attributes:
-        size: so many may be outstanding. outstanding: that are.
-        message: what the daemon said when it refused one. retry_after_s: likewise.
+        size: most of them that may be outstanding. outstanding: those that are.
+        message: the daemon's reason when it refused one. retry_after_s: seconds that it named then, if any.
     """
 
     __slots__ = ("_quiet_from", "_until", "message", "outstanding", "retry_after_s", "size")
@@ -56,14 +58,14 @@ class Window:
         """The daemon had no time for a request with that deadline, or the answer came too late."""
         self._quiet_from = now + _QUIET * deadline_s
         self._until = now + max(_FORGOTTEN_AFTER * deadline_s, _FORGOTTEN_AFTER_S)
-        self.size = max(self.size - _SHRINK, _LEAST)
+        self.size = max(self.size - _SHRINK, _MIN_SIZE)
 
     def served(self, now: float) -> None:
         """The daemon has answered a request in time."""
         self.size += _GROW_FAST if now >= self._quiet_from else _GROW
 
     def is_over(self, now: float) -> bool:
-        """Whether all that it was made for is long ago."""
+        """Whether the last refusal is so long ago that the window is forgotten."""
         return now > self._until
 
 
@@ -85,8 +87,8 @@ class Windows:
         return window
 
     def make(self, kind: Kind, outstanding: int) -> Window:
-        """A window for a kind of which so many requests are outstanding."""
-        if len(self._windows) >= _MOST_WINDOWS:
+        """Make the window of a kind of which so many requests are outstanding."""
+        if len(self._windows) >= _MAX_WINDOWS:
             del self._windows[next(iter(self._windows))]
         window = self._windows[kind] = Window(outstanding)
         return window

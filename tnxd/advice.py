@@ -7,8 +7,8 @@ import sys
 
 
 def installing(*packages: str) -> str:
-    """Shell command that installs packages where this program runs: in its environment, whatever is on the PATH.
+    """Shell command that installs packages into the environment of this program, whatever is on the PATH.
 
-    It names the packages themselves, not extras of TensorNext, which an index may not have.
+    The packages are named themselves, not as extras of TensorNext, which an index may not have.
     """
     return shlex.join([sys.executable or "python3", "-m", "pip", "install", *packages])

@@ -1,6 +1,6 @@
-"""The output of `tnxd --check`: the settings as they would count, where each came from, and the models to be served.
+"""Output of `tnxd --check`: the settings in effect, where each came from, and the models to be served.
 
-It is TOML that the daemon takes; all else stands in comments.
+It is TOML that the daemon accepts as a configuration file; all else stands in comments.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from click.core import ParameterSource
 
 from tnxd import tomlfile
 from tnxd.config import Config
+from tnxd.error_text import named
 from tnxd.models.catalog import Catalog
 
 _WIDTH = 60
 
 
 def origins(ctx: click.Context, path: Path | None) -> dict[str, str]:
-    """KEY or TABLE.KEY -> where its value comes from; a key that is not in it has its default.
+    """Origins of settings: KEY or TABLE.KEY -> file, flag or environment. A key that is not in it has its default.
 
     Args:
-        ctx: of the command, whose parameters are called like the keys. path: of the configuration file, if any.
+        ctx: of the command, whose parameters are called like the keys.
+        path: of the configuration file, if any.
     """
     found: dict[str, str] = {}
     for key, value in (tomlfile.read(path) if path is not None else {}).items():
@@ -41,7 +43,7 @@ def origins(ctx: click.Context, path: Path | None) -> dict[str, str]:
 
 
 def settings(config: Config, came: Mapping[str, str]) -> Iterator[str]:
-    """A line for each setting: first those of no table, as TOML wants it."""
+    """Lines of the settings: first those of no table, as TOML requires it."""
     values = {name: getattr(config, name) for name in config.__struct_fields__}
     tables = {name: value for name, value in values.items() if isinstance(value, msgspec.Struct)}
     yield from (_line(name, values[name], came.get(name)) for name in values if name not in tables)
@@ -52,7 +54,7 @@ def settings(config: Config, came: Mapping[str, str]) -> Iterator[str]:
 
 
 def models(catalog: Catalog) -> Iterator[str]:
-    """A line for each model: its versions, and those to be loaded."""
+    """Lines of the models: their versions, and those to be loaded."""
     for name, entry in catalog.entries.items():
         formats = ", ".join(sorted({source.format for source in entry.sources.values()}))
         wanted = ", ".join(entry.wanted) or "none"
@@ -60,15 +62,14 @@ def models(catalog: Catalog) -> Iterator[str]:
 
 
 def problems(catalog: Catalog) -> Iterator[str]:
-    """A sentence for whatever would not be served."""
-    for what, why in catalog.failures.items():
-        yield why if why.startswith(what) else f"{what}: {why}"
+    """Sentences about models and versions that would not be served."""
+    yield from named(catalog.failures)
     if catalog.failures and not any(entry.wanted for entry in catalog.entries.values()):
         yield "there is no model to serve"
 
 
 def finish(catalog: Catalog, remarks: Iterable[str]) -> int:
-    """Print what would be served, then remarks and problems on standard error. Returns the exit code."""
+    """Print the models, then remarks and problems on standard error. Returns the exit code."""
     click.echo("\n".join(("", *models(catalog))))
     wrong = [*problems(catalog)]
     empty = () if catalog.entries or wrong else ("there is no model yet: publish one, then tnxctl reload",)

@@ -1,4 +1,4 @@
-"""The daemon's configuration: flags over environment over file over defaults, as one frozen Struct."""
+"""Configuration of the daemon: flags over environment over file over defaults, as one frozen Struct."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import msgspec
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.wire import DEFAULT_PORT, Limits
 from tnxd import tomlfile
+from tnxd.device_kinds import DEVICE, DEVICES
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_LEVELS: tuple[str, ...] = get_args(LogLevel)
@@ -22,12 +23,12 @@ _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Cpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The pool of CPU lanes.
+    """Settings of the pool of CPU lanes.
 
     Attributes:
         workers: lanes, each a thread; 0 chooses from the cores.
         threads: torch threads per lane; 0 chooses so that workers x threads leave one core free.
-        inline_limit_us: batches predicted to take no longer run on the serving thread itself, in microseconds;
+        inline_limit_us: batches that are predicted to take no longer run on the serving thread itself, in microseconds.
             0 hands every batch to a worker.
     """
 
@@ -37,17 +38,21 @@ class Cpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Cuda(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Every CUDA device. Attributes: lanes: streams per device, each with a thread."""
+    """Settings of every CUDA device.
+
+    Attributes:
+        lanes: streams per device, each with a thread.
+    """
 
     lanes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
 
 
 class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Limits of what may wait; beyond it requests are refused with RESOURCE_EXHAUSTED.
+    """Limits of the queue. Requests beyond one are refused with RESOURCE_EXHAUSTED.
 
     Attributes:
-        max_requests: in all. max_per_model: for one model; 0 is as many as in all.
-        max_mb: input tensors, in MiB. max_mb_per_model: for one model; 0 is as many as in all.
+        max_requests: requests of all models. max_per_model: of one model; 0 is as many as of all.
+        max_mb: input tensors of all models, in MiB. max_mb_per_model: of one model; 0 is as many as of all.
         max_delay_us: how long a batch smaller than its model's limit waits for company, in microseconds.
     """
 
@@ -89,15 +94,15 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything that can be set.
+    """All settings of the daemon.
 
     Attributes:
         bind: endpoints to listen on, tcp:// or ipc://; ADDRESS:PORT alone is tcp://; port * picks a free one.
         models: built-in models to serve; empty: all of them, or none where there is a repository.
         model_repository: directory of models, see docs/models.md; "": none.
         require_manifest: refuse a version without SHA256SUMS.
-        default_model: for requests that name none; "" is the first one that can be
-            served: built-in ones first, then by name.
+        default_model: for requests that name none; "" is the first one that can be served: built-in ones first, then
+            by name.
         remote_control: which clients may load, unload, route and reload: those on this host ("local": loopback or
             ipc), "any", or none ("off"). true is "any" and false is "off".
         devices: "auto", "cpu", "cuda", "cuda:N".
@@ -135,7 +140,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def control_of(config: Config) -> str:
-    """The clients that may give orders about models: "local", "any" or "off"."""
+    """Clients that may give orders about models: "local", "any" or "off"."""
     control = config.remote_control
     if isinstance(control, bool):
         return "any" if control else "off"
@@ -143,7 +148,6 @@ def control_of(config: Config) -> str:
 
 
 _ADDRESS = re.compile(r"[^/]+:(\d+|\*)")
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
@@ -175,7 +179,7 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
 
 
 def _with_transport(endpoint: str) -> str:
-    """An endpoint; ADDRESS:PORT alone is one of tcp://."""
+    """Endpoint with its transport: ADDRESS:PORT alone is tcp://."""
     return f"tcp://{endpoint}" if _ADDRESS.fullmatch(endpoint) else endpoint
 
 
@@ -201,5 +205,5 @@ def _check(config: Config, origin: str) -> None:
         if config.models.count(name) > 1:
             raise InvalidArgument(f"{origin}: models: {name!r} stands there twice")
     for device in config.devices:
-        if not _DEVICE.fullmatch(device):
-            raise InvalidArgument(f"{origin}: devices: {device!r} is none of auto, cpu, cuda, cuda:N")
+        if device != "auto" and not DEVICE.fullmatch(device):
+            raise InvalidArgument(f"{origin}: devices: {device!r} is none of auto, {DEVICES}")

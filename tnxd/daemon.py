@@ -15,6 +15,7 @@ from tnxd.config import Config, control_of
 from tnxd.deployment.loader import Changes, Loader
 from tnxd.deployment.registry import Registry
 from tnxd.deployment.version import DRAINING, READY, STARTING
+from tnxd.error_text import named
 from tnxd.executors.execution import Executor
 from tnxd.process import logs, signals
 from tnxd.process.systemd import Notifier
@@ -27,12 +28,12 @@ from tnxd.serving.reports import Inventory
 from tnxd.serving.server import Server
 from tnxd.serving.telemetry import Telemetry
 from tnxd.transport.admission import Admission
-from tnxd.transport.busy_poller import Spinner
+from tnxd.transport.busy_poller import BusyPoller
 from tnxd.transport.router import Router
 from tnxd.transport.wakeup import Wakeup
 
 if TYPE_CHECKING:
-    from tnxd.models.process import Watch
+    from tnxd.models.process_state.drift import DriftMonitor
 
 log = logging.getLogger("tnxd")
 
@@ -57,7 +58,7 @@ class Daemon:
         self._router = router
         self._notifier = Notifier()
         self._reload_waits = False
-        self._watch: Watch | None = None
+        self._watch: DriftMonitor | None = None
         self._exit_code = 0
         self._executors: dict[str, Executor] = {}  # filled when they are open
         wakeup = Wakeup()
@@ -91,7 +92,7 @@ class Daemon:
             self._scheduler,
             self._loader,
             Telemetry(),
-            Spinner(config.spin_us),
+            BusyPoller(config.spin_us),
             limits=config.limits,
             on_tick=self._tick,
             tick_s=min(_TICK_S, self._notifier.watchdog_s / 3 or _TICK_S),
@@ -126,7 +127,7 @@ class Daemon:
 
             opened = open_devices(self._config, self._server.completed)
             if not opened.executors:
-                raise RuntimeError(f"no device works: {opened.failures}")
+                raise RuntimeError(f"no device works: {'; '.join(named(opened.failures))}")
             if self._config.model_repository:
                 import tnxd.models.formats.opening  # noqa: F401 - it imports much that stays, too
             # What is alive now stays alive: the collector need not look at it again. Models come later, and may go.
@@ -150,9 +151,9 @@ class Daemon:
             executor.adopt_thread()
             self._scheduler.add_device(self._device(executor))
             self._executors[name] = executor
-        from tnxd.models.process import Watch  # imports torch, which is here by now
+        from tnxd.models.process_state.drift import DriftMonitor  # imports torch, which is here by now
 
-        self._watch = Watch()
+        self._watch = DriftMonitor()
         self._loader.start(self._loaded)
 
     def _device(self, executor: Executor) -> Device:
@@ -162,14 +163,14 @@ class Daemon:
             executor.lanes,
             set(),
             executor.memory_mb()[0],
-            inline_limit_us=self._config.cpu.inline_limit_us if executor.kind == "cpu" else 0.0,
+            inline_limit_us=self._config.cpu.inline_limit_us if executor.runs_inline else 0.0,
             lane_threads=executor.lane_threads,
         )
 
     def _loaded(self, outcome: Changes | TensorNextError) -> None:
         """Begin to serve, after the first load of everything."""
         if not any(version.servable for _, version in self._inventory.registry):
-            why = outcome.message if isinstance(outcome, TensorNextError) else outcome.failed
+            why = outcome.message if isinstance(outcome, TensorNextError) else "; ".join(named(outcome.failed))
             if why:
                 log.error("cannot start: no model can be served: %s", why)
                 self._fail()
@@ -246,7 +247,7 @@ class Daemon:
 
     def _tick(self, progress: bool) -> None:
         if self._watch is not None and not self._loader.active:  # which puts back itself
-            self._watch.look()
+            self._watch.restore()
         if progress and self._notifier.watchdog_s and self._server.state != STARTING:
             self._notifier.alive()
         else:

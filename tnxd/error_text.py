@@ -1,8 +1,9 @@
-"""Texts of exceptions, as far as an error reply can carry them. These may be of any class, with any __str__."""
+"""Sentences about failures, for error replies: short, in UTF-8, whatever class and `__str__` an exception has."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 
 from tnxctl.protocol.errors import TensorNextError
 
@@ -13,7 +14,7 @@ _MOST_CAUSES = 20
 _HERE = "<--- HERE"
 
 _LOCATION = re.compile(r"\s|Traceback of TorchScript|.*\(\d+\): [\w<>]+$")
-"""A line that says where: of source, or of the stack of a module that was made by tracing."""
+"""Line of source, or of the stack of a module that was made by tracing."""
 
 _OPERATOR = re.compile(
     r"Unknown builtin op: (?P<a>\w+::\w+)"  # torch.jit.load
@@ -25,12 +26,12 @@ _CLASS = re.compile(r"(?:Deserializing|namedtuple class) (?P<name>[\w.]+) (?:in 
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of its message, in UTF-8."""
+    """First line of an exception's message."""
     return _clean((_text(error).splitlines() or [""])[0])
 
 
 def sentence(error: BaseException) -> str:
-    """A sentence on what is wrong, and at its end the first cause: our own errors in words, others with their class."""
+    """Sentence about an exception, and at its end the first cause: our own errors in words, others with their class."""
     if isinstance(error, TensorNextError):
         return error.message
     said, why = _said(error), cause(error)
@@ -38,12 +39,17 @@ def sentence(error: BaseException) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """The first cause in one line: the error that it was raised from, and so on."""
+    """First cause of an exception in one line, along the chain of `raise ... from`."""
     for _ in range(_MOST_CAUSES):
         if error.__cause__ is None:
             break
         error = error.__cause__
     return error.message if isinstance(error, TensorNextError) else _said(error)
+
+
+def named(failures: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each failure, by name of what failed: the reason, behind that name unless it begins so."""
+    return (why if why.startswith(what) else f"{what}: {why}" for what, why in failures.items())
 
 
 def _said(error: BaseException) -> str:
@@ -69,7 +75,7 @@ def _said(error: BaseException) -> str:
 
 
 def _after(text: str) -> str:
-    """The message of TorchScript after the lines of source, which are indented, and after the stack of a trace."""
+    """Message of TorchScript behind the lines of source, which are indented, and behind the stack of a trace."""
     lines = text.rpartition(_HERE)[2].splitlines()
     start = next((at for at, line in enumerate(lines) if line and not _LOCATION.match(line)), len(lines))
     return "\n".join(lines[start:]) or text

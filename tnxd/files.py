@@ -1,6 +1,6 @@
-"""Files that are looked at before they are opened.
+"""Safe reading of files: kind and size are checked before the content is read.
 
-Somebody's mistake may have put a pipe in their place, which hangs, or a device, or a sparse file that fills the memory.
+A pipe in place of a file hangs its reader, a device may do anything, and a sparse file fills the memory.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 from tnxctl.protocol.errors import FailedPrecondition
 
 MOST_TEXT = 1024 * 1024
-"""Bytes of settings, a manifest or an index."""
+"""Limit of settings, a manifest or an index, in bytes."""
 
 MOST_CODE = 16 * 1024 * 1024
-"""Bytes of a Python module."""
+"""Limit of a Python module, in bytes."""
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -28,7 +28,7 @@ _KINDS = {
 
 
 def kind(info: os.stat_result) -> str:
-    """The kind of something that is no file, in words."""
+    """Kind of a path that is no file, in words."""
     return _KINDS.get(stat.S_IFMT(info.st_mode), "no file")
 
 
@@ -37,7 +37,7 @@ def open_file(path: Path, label: str, most: int | None = None) -> BufferedReader
 
     Args:
         label: what to call it in errors.
-        most: bytes that it may have.
+        most: limit of its size, in bytes; None sets no limit.
 
     Raises:
         FailedPrecondition: it is no file, or larger.
@@ -55,13 +55,17 @@ def open_file(path: Path, label: str, most: int | None = None) -> BufferedReader
 
 
 def read(path: Path, label: str, most: int = MOST_TEXT) -> bytes:
-    """The content of a file of so many bytes at most. Raises as `open_file` does."""
+    """Content of a file of so many bytes at most. Raises as `open_file` does."""
     with open_file(path, label, most) as file:
         return read_open(file, label, most)
 
 
 def read_open(file: BufferedReader, label: str, most: int) -> bytes:
-    """The content of an open file. Raises FailedPrecondition: that is more bytes, by now."""
+    """Content of an open file.
+
+    Raises:
+        FailedPrecondition: it has more bytes than `most` by now.
+    """
     content = file.read(most + 1)
     if len(content) > most:
         raise _too_large(label, len(content), most)

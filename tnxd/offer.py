@@ -1,4 +1,4 @@
-"""The offer of a configuration: the built-in models, and those of its repository."""
+"""Catalog of a configuration: the built-in models, and those of its repository."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from tnxd.models.repository import RepositorySource
 
 
 def catalog(config: Config) -> Catalog:
-    """The models to serve. Raises TensorNextError: the configuration names something that there is not."""
+    """Catalog of the models to serve.
+
+    Raises:
+        TensorNextError: the configuration names a model or a repository that does not exist.
+    """
     entries = builtin_entries(config.models or (() if config.model_repository else STANDARD))
     if not config.model_repository:
         return Catalog(entries)
@@ -32,7 +36,11 @@ def _open(source: RepositorySource, generation: int) -> Model:
 
 
 def check_default(config: Config, catalog: Catalog) -> None:
-    """Look whether the default model is one of them, unless there are none yet. Raises InvalidArgument."""
+    """Check that the default model is in the catalog, unless that is empty.
+
+    Raises:
+        InvalidArgument: it is not.
+    """
     if not catalog.entries and not catalog.failures:
         return
     default = config.default_model

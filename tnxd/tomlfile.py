@@ -1,4 +1,4 @@
-"""TOML files into frozen Structs; a mistake is named with file and key, in words."""
+"""TOML files, read into frozen Structs. Errors name file and key, in words."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ def read(path: Path, label: str = "") -> dict[str, Any]:
 
 
 def convert(settings: Mapping[str, Any], kind: type[T], label: str) -> T:
-    """Settings as a Struct of that kind.
+    """Settings as a Struct.
+
+    Args:
+        kind: class of the Struct.
+        label: what to call the file in errors.
 
     Raises:
         InvalidArgument: a key is unknown or a value is out of range: "LABEL: KEY: what is expected, not VALUE".
@@ -56,7 +60,7 @@ _STEP = re.compile(r"\.(?P<key>[^.\[]+)|\[(?P<index>\d+)\]")
 
 
 def _in_words(error: msgspec.ValidationError, settings: Mapping[str, Any], kind: type) -> str:
-    """msgspec says what it expected where; put the key first, and the value last."""
+    """Error of msgspec in words: the key first, then what is expected there, and the value last."""
     text = str(error)
     place = _PLACE.search(text)
     path = "" if place is None else place["path"].removesuffix("[...]")
@@ -88,7 +92,7 @@ def _steps(path: str) -> list[str | int]:
 
 
 def _meant(key: str, kind: inspect.Type, steps: Sequence[str | int]) -> str:
-    """A question about the key that was meant, with a comma before it; "" if none is like it."""
+    """Question whether a similar key was meant, with a comma before it; "" if none is similar."""
     table = _struct_at(kind, steps)
     names = [field.encode_name for field in table.fields] if table else []
     close = get_close_matches(key, names, 1) or _elsewhere(key, kind)
@@ -96,7 +100,7 @@ def _meant(key: str, kind: inspect.Type, steps: Sequence[str | int]) -> str:
 
 
 def _elsewhere(key: str, kind: inspect.Type) -> list[str]:
-    """Keys of that very name in the tables, as TABLE.KEY."""
+    """Keys of the same name in the tables, as TABLE.KEY."""
     whole = _struct_at(kind, ())
     tables = {field.encode_name: _struct_at(field.type, ()) for field in whole.fields} if whole else {}
     return [
@@ -107,7 +111,7 @@ def _elsewhere(key: str, kind: inspect.Type) -> list[str]:
 
 
 def _struct_at(kind: inspect.Type, steps: Sequence[str | int]) -> inspect.StructType | None:
-    """The table at that place."""
+    """Table at a place; None if there is none."""
     if isinstance(kind, inspect.Metadata):
         return _struct_at(kind.type, steps)
     if isinstance(kind, inspect.UnionType):
@@ -122,7 +126,7 @@ def _struct_at(kind: inspect.Type, steps: Sequence[str | int]) -> inspect.Struct
 
 
 def _choices(kind: inspect.Type, steps: Sequence[str | int]) -> list[Any]:
-    """Literals that are allowed at that place."""
+    """Literals that are allowed at a place."""
     if isinstance(kind, inspect.Metadata):
         return _choices(kind.type, steps)
     if isinstance(kind, inspect.UnionType):

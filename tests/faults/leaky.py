@@ -9,7 +9,7 @@ import zmq
 
 from tnxd.cli import main
 from tnxd.transport.admission import Connection
-from tnxd.transport.router import Router
+from tnxd.transport.connections import Connections
 
 LEFT: list[bytearray] = []
 
@@ -19,16 +19,16 @@ LEAKS = {
     b"memory": lambda: LEFT.append(bytearray(os.urandom(1 << 20) * 96)),
 }
 
-_meet = Router._meet
+_meet = Connections._meet
 
 
-def meet(router: Router, peer: bytes, frame: zmq.Frame) -> Connection:
+def meet(connections: Connections, peer: bytes, frame: zmq.Frame) -> Connection:
     """Meet a new peer, and leave behind what it is called."""
     if peer in LEAKS:
         LEAKS[peer]()
-    return _meet(router, peer, frame)
+    return _meet(connections, peer, frame)
 
 
 if __name__ == "__main__":
-    Router._meet = meet  # type: ignore[method-assign]
+    Connections._meet = meet  # type: ignore[method-assign]
     main()

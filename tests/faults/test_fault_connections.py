@@ -51,7 +51,7 @@ def test_a_client_with_too_many_connections_gets_no_more(run_daemon: Callable[..
                 peer.greet()
             except ConnectionError:
                 refused += 1
-        assert 15 < refused < 35
+        assert 20 <= refused < 35  # not fewer: one that asks is counted already
     check_alive(daemon)
 
 

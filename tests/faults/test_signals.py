@@ -96,7 +96,8 @@ def test_to_stop_before_anything_was_taken_in_ends_it_without_a_traceback(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     program = (
-        "from tnxd import signals; signals.prepare(); print(flush=True); import threading; threading.Event().wait()"
+        "from tnxd.process import signals; signals.prepare(); print(flush=True)\n"
+        "import threading; threading.Event().wait()"
     )
     with running(tmp_path, program=("-c", program), stdout=-1, binds=False) as starting:
         assert starting.process.stdout is not None
@@ -107,7 +108,7 @@ def test_to_stop_before_anything_was_taken_in_ends_it_without_a_traceback(
 
 def test_the_processes_that_it_starts_are_as_any(tmp_path: Path) -> None:
     """An ignored signal would be inherited: a compiler that cannot be stopped."""
-    program = "from tnxd import signals; signals.prepare(); import subprocess; subprocess.run(['sleep', '60'])"
+    program = "from tnxd.process import signals; signals.prepare(); import subprocess; subprocess.run(['sleep', '60'])"
     with running(tmp_path, program=("-c", program), binds=False) as parent:
         children = Path(f"/proc/{parent.process.pid}/task/{parent.process.pid}/children")
         while not children.read_text().split():

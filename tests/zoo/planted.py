@@ -17,7 +17,7 @@ MECHANISMS: dict[str, dict[str, Callable[..., Any]]] = {
     # No lane gets a copy of its own of a network that writes before it reads, and no output is copied. What compares
     # the lanes would notice it: so it is left out, too.
     "copies": {
-        "tnxd.executors.trial.trial:_kept_apart": lambda module, verdict: lambda: module,
+        "tnxd.executors.trial.isolation:_kept_apart": lambda module, verdict: lambda: module,
         "tnxd.executors.pool:lanes_apart": lambda *_: "",
     },
     # No network is looked at when it is loaded: all are taken for pure.
@@ -36,8 +36,8 @@ MECHANISMS: dict[str, dict[str, Callable[..., Any]]] = {
     "audit": {"tnxd.deployment.audit:Audit.look": lambda *_: None},
     # What an import, a build or a forward does to the process stays.
     "process": {
-        "tnxd.models.process:_changed": lambda before: iter(()),
-        "tnxd.models.process:Watch.look": lambda self: None,
+        "tnxd.models.process_state.snapshot:Snapshot.restore": lambda self: iter(()),
+        "tnxd.models.process_state.drift:DriftMonitor.restore": lambda self: None,
     },
 }
 """What is left out -> attributes as "module:dotted.name", and what takes their place."""

@@ -98,7 +98,7 @@ Shell completion: tnxctl completion --help
 @click.version_option(tnxctl.__version__, prog_name="tnxctl", message="%(prog)s %(version)s")
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Ask a TensorNext daemon how it is, what it serves and for predictions, measure it, and change what it serves."""
+    """Ask a TensorNext daemon for predictions, its health and its models, measure it, and change what it serves."""
     if os.environ.get("NO_COLOR"):
         ctx.color = False
     for stream in (sys.stdout, sys.stderr):

@@ -64,8 +64,8 @@ def register() -> None:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def command(ctx: click.Context, shell: str) -> None:
-    """Print the completion script for a shell. What it completes are commands and options, and the models, versions
-    and devices of the daemon, where one answers at --host or TNX_HOST.
+    """Print the completion script for a shell. It completes commands and options, and the models, versions and devices
+    of the daemon, where one answers at --host or TNX_HOST.
 
     \b
     Switch completion on, for good:

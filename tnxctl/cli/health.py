@@ -1,4 +1,4 @@
-"""`tnxctl health`: how the daemon is."""
+"""`tnxctl health`: the state of the daemon."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from tnxctl.protocol.wire import DeviceInfo, HealthReport, ModelInfo
 
 
-@click.command("health", short_help="Show how the daemon is.")
+@click.command("health", short_help="Show the state of the daemon.")
 @common
 @click.pass_context
 def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) -> None:
-    """Show how the daemon is: its devices, models, queue and counts.
+    """Show the state of the daemon: its devices, models, queue and counts.
 
     The exit code is 0 if the daemon is ready, 9 if it is degraded, that is, ready, but with models that have failed, 4
     if it answers but is starting or draining, 3 if nobody answers.
@@ -57,7 +57,7 @@ _EXITS = {"ready": exits.Exit.OK, _DEGRADED: exits.Exit.DEGRADED}
 
 
 def _status(report: HealthReport) -> str:
-    """The daemon's own word for how it is, and another one where that is ready although models have failed."""
+    """The status that the daemon reports; "degraded" in place of "ready" where models have failed."""
     return _DEGRADED if report.status == "ready" and _failed(report) else report.status
 
 

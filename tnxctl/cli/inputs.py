@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def known(model: wire.ModelInfo) -> wire.ModelInfo:
-    """The same, if it is known what that version takes.
+    """A version of a model, checked to have a known signature.
 
     Raises:
         FailedPrecondition: it is not loaded; the sentence tells why.

@@ -1,4 +1,4 @@
-"""`tnxctl metadata`: what a model takes and gives."""
+"""`tnxctl metadata`: the inputs and outputs of a model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from tnxctl.protocol.wire import ModelInfo
 
 
-@click.command("metadata", short_help="Show what a model takes and gives.")
+@click.command("metadata", short_help="Show the inputs and outputs of a model.")
 @click.argument("model", default="", metavar="[NAME[@VERSION]]", shell_complete=suggestions.models)
 @common
 def command(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
-    """Show what a model takes and gives: names, datatypes and shapes. Without NAME: the default model. Without VERSION:
-    the version that gets most of the requests.
+    """Show the inputs and outputs of a model: names, datatypes and shapes. Without NAME: the default model. Without
+    VERSION: the version that gets most of the requests.
 
     An axis of -1 takes any length.
 

@@ -1,4 +1,4 @@
-"""`tnxctl models`: which models a daemon serves, in which versions, and to change that."""
+"""`tnxctl models`: the models that a daemon serves and their versions, and commands that change them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _STATES = {
     "scratch": "none: what a request writes is gone before the next",
     "shared": "shared by all requests, which run one at a time",
 }
-"""What a version keeps from one request to the next, see `tnxctl.protocol.wire.ModelInfo`."""
+"""State that a version keeps from one request to the next, see `tnxctl.protocol.wire.ModelInfo`."""
 
 
-@click.group("models", cls=Group, short_help="Show what is served, and change it.", invoke_without_command=True)
+@click.group("models", cls=Group, short_help="Show the models served, and change them.", invoke_without_command=True)
 @common
 @click.pass_context
 def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) -> None:
-    """Show which models the daemon serves, in which versions; with a COMMAND, change that.
+    """Show the models that the daemon serves and their versions; with a COMMAND, change them.
 
     STATE is ready; starting: it is being loaded; draining: it finishes what it has and goes; unloaded; evicted: it made
     room for another model and comes back when it is asked for; failed: the line below says why. MEMORY is what its
@@ -58,7 +58,7 @@ def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) ->
 @command.command("ls", short_help="Show the list, as tnxctl models alone does.")
 @common
 def ls(endpoint: str, timeout: float, as_json: bool) -> None:
-    """Show which models the daemon serves, in which versions, as tnxctl models alone does: see its --help.
+    """Show the models that the daemon serves and their versions, as tnxctl models alone does: see its --help.
 
     \b
     Example:
@@ -79,7 +79,7 @@ def _list(endpoint: str, timeout: float, as_json: bool) -> None:
 @click.argument("model", metavar="NAME[@VERSION]", shell_complete=suggestions.models)
 @common
 def show(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
-    """Show what a model takes and gives, how it is served, and a call of it to copy, for a shell and for Python.
+    """Show a model: its inputs and outputs, its settings, and a call of it to copy, for a shell and for Python.
 
     Without VERSION: the version that gets most of the requests.
 
@@ -195,14 +195,14 @@ def route(name: str, weights: tuple[str, ...], shadow: str, endpoint: str, timeo
     _show(endpoint, infos, as_json)
 
 
-@command.command("compare", short_help="Show how the answers of a shadow version differ.")
+@command.command("compare", short_help="Compare the answers of a shadow version.")
 @click.argument("name", shell_complete=suggestions.names)
 @click.argument("baseline", shell_complete=suggestions.versions)
 @click.argument("candidate", shell_complete=suggestions.versions)
 @common
 def compare(name: str, baseline: str, candidate: str, endpoint: str, timeout: float, as_json: bool) -> None:
-    """Show how the answers of version CANDIDATE, a shadow, differ from those of BASELINE, which answers, and how long
-    both take for the same batches.
+    """Compare the answers of version CANDIDATE, a shadow, with those of BASELINE, the version that answers, and the
+    time that both take for the same batches.
 
     ARG-MAX AGREES is the part of the rows whose largest element is at the same place in both. MISFITS are outputs of
     another shape or datatype, or with NaN or infinity in one of the two alone.

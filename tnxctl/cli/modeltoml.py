@@ -111,7 +111,7 @@ FILES = {
     "torchscript": "model.pt",
     "onnx": "model.onnx",
 }
-"""Format -> what the file with the weights is called."""
+"""Format -> name of the file with the weights."""
 
 # What cannot be read from the weights, and so must be written: the first lines of those blocks.
 _NEEDED = {
@@ -121,7 +121,7 @@ _NEEDED = {
 
 
 def render(kind: str) -> str:
-    """The template for a format: what it needs is no comment there, but an example to change."""
+    """The template for a format. The keys that it needs are no comments, but examples to change."""
     blocks = []
     for block in TEMPLATE.split("\n\n"):
         lines = block.splitlines()

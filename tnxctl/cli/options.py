@@ -10,12 +10,12 @@ import click
 from click.core import ParameterSource
 
 from tnxctl import durations
-from tnxctl.cli import output
+from tnxctl.cli import output, suggestions
 from tnxctl.protocol.errors import InvalidArgument
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-# As in tnxctl.session and tnxctl.protocol.wire, whose import would make `tnxctl --help` slow; a test compares them.
+# As in tnxctl.encoder and tnxctl.protocol.wire, whose import would make `tnxctl --help` slow; a test compares them.
 DEFAULT_TIMEOUT_S = 5.0
 LOAD_TIMEOUT_S = 600.0
 MAX_DEADLINE_S = 86_400.0
@@ -123,3 +123,57 @@ def as_json(command: _Command) -> _Command:
         callback=output.choose_json,
         help="Print one JSON document on standard output, for machines.",
     )(command)
+
+
+def request(*, no_device: str, missed: str, tensors: str, cast: str) -> Callable[[_Command], _Command]:
+    """--model, --device, --deadline, --priority, --input and --cast: the request that a command sends.
+
+    Args:
+        no_device: where it runs without --device.
+        missed: a sentence about a deadline that cannot be kept.
+        tensors: help of --input.
+        cast: help of --cast.
+    """
+    found = [
+        click.option(
+            "--model",
+            default="",
+            metavar="NAME[@VERSION]",
+            shell_complete=suggestions.models,
+            help="Model, or one version of it.  [default: the daemon's default model]",
+        ),
+        click.option(
+            "--device",
+            default="",
+            metavar="DEVICE",
+            shell_complete=suggestions.devices,
+            help="auto: the one that is predicted to be done first. cpu, cuda:0, ...: that one or an error.  "
+            f"[default: {no_device}]",
+        ),
+        click.option(
+            "--deadline",
+            type=Duration(most=MAX_DEADLINE_S),
+            metavar="DURATION",
+            help=f"Time after which an answer is worthless: 50ms, 200us, 0.05s. {missed}",
+        ),
+        click.option(
+            "--priority",
+            type=click.IntRange(0, LOWEST_PRIORITY),
+            help="0 goes first, 3 last.  [default: as the model is configured]",
+        ),
+        click.option("--input", "input_path", type=click.Path(allow_dash=True), metavar="FILE|JSON", help=tensors),
+        click.option("--cast", is_flag=True, help=cast),
+    ]
+
+    def add(command: _Command) -> _Command:
+        for option in reversed(found):
+            command = option(command)
+        return command
+
+    return add
+
+
+def check_cast(input_path: str | None, cast: bool) -> None:
+    """Refuse --cast without --input. Raises click.UsageError."""
+    if input_path is None and cast:
+        raise click.UsageError("--cast converts the tensors of --input, which is missing")

@@ -117,7 +117,7 @@ def _unwritable(error: OSError) -> exits.FileProblem:
 
 
 def _silence(stream: IO[str] | None) -> None:
-    """Send what a stream still holds nowhere: else Python tries once more at its end, and says so."""
+    """Discard the rest of a stream's buffer: else Python tries to write it once more at its end, and complains."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]  # AttributeError: there is none

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import exits, output, sources, suggestions, tensorfiles
-from tnxctl.cli.options import LOWEST_PRIORITY, MAX_DEADLINE_S, Duration, Finite, common
+from tnxctl.cli import exits, options, output, sources, tensorfiles
 from tnxctl.protocol.errors import TensorNextError
 
 if TYPE_CHECKING:
@@ -19,13 +18,14 @@ if TYPE_CHECKING:
 
 
 @click.command("predict", short_help="Ask a model for predictions.")
-@common
-@click.option(
-    "--model",
-    default="",
-    metavar="NAME[@VERSION]",
-    shell_complete=suggestions.models,
-    help="Model, or one version of it.  [default: the daemon's default model]",
+@options.common
+@options.request(
+    no_device="as --prefer-gpu says",
+    missed="A request that cannot make it is refused.",
+    tensors="Tensors to send: .npy, .npz with one array per input of the model, .json, .csv, an image (with Pillow), - "
+    "for standard input, or JSON itself: '[[1, 2, 3]]', or '{\"ids\": [[1, 2]]}' with the names of inputs.",
+    cast="Convert the tensors of --input to the datatypes of the model (numpy makes FP64 by default), even where they "
+    "cannot hold the values. Text and images are converted in any case, if their values allow.",
 )
 @click.option(
     "--prefer-gpu/--no-prefer-gpu",
@@ -35,30 +35,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--min-gpu-memory",
-    type=Finite(min=0),
+    type=options.Finite(min=0),
     default=0.0,
     show_default=True,
     metavar="MIB",
     help="Free memory in MiB that a GPU needs to qualify.",
-)
-@click.option(
-    "--device",
-    default="",
-    metavar="DEVICE",
-    shell_complete=suggestions.devices,
-    help="auto: where it is predicted to be done first. cpu, cuda:0, ...: there or not at all.  "
-    "[default: as --prefer-gpu says]",
-)
-@click.option(
-    "--deadline",
-    type=Duration(most=MAX_DEADLINE_S),
-    metavar="DURATION",
-    help="Time after which an answer is worthless: 50ms, 200us, 0.05s. A request that cannot make it is refused.",
-)
-@click.option(
-    "--priority",
-    type=click.IntRange(0, LOWEST_PRIORITY),
-    help="0 goes first, 3 last.  [default: as the model is configured]",
 )
 @click.option(
     "--route-key",
@@ -66,20 +47,6 @@ if TYPE_CHECKING:
     metavar="KEY",
     help="While traffic is split between versions, requests with the same KEY get the same version.  "
     "[default: those of one run do]",
-)
-@click.option(
-    "--input",
-    "input_path",
-    type=click.Path(allow_dash=True),
-    metavar="FILE|JSON",
-    help="Tensors to send: .npy, .npz with one array per input of the model, .json, .csv, an image (with Pillow), - "
-    "for standard input, or JSON itself: '[[1, 2, 3]]', or '{\"ids\": [[1, 2]]}' with the names of inputs.",
-)
-@click.option(
-    "--cast",
-    is_flag=True,
-    help="Convert the tensors of --input to the datatypes of the model (numpy makes FP64 by default), even where they "
-    "cannot hold the values. Text and images are converted in any case, if their values allow.",
 )
 @click.option(
     "--output",
@@ -168,7 +135,7 @@ def command(
                 tensors = source.fitted(inputs.known(client.metadata(model)), cast)
             else:
                 tensors = source.tensors
-            options = workload.Options(
+            settings = workload.Options(
                 model=model,
                 prefer_gpu=prefer_gpu,
                 min_gpu_memory_mb=min_gpu_memory,
@@ -177,7 +144,7 @@ def command(
                 priority=priority,
                 route_key=route_key,
             )
-            run = workload.Run(client, workload.Call(tensors, options), count, concurrency, timeout)
+            run = workload.Run(client, workload.Call(tensors, settings), count, concurrency, timeout)
             with report.view(count, None if as_json else people, explain) as show:
                 _take(run, tally, show)
         for answer in tally.answers if output_path is not None else ():  # one, or none if interrupted
@@ -227,8 +194,7 @@ def _check_use(
     """
     if input_path is not None and (batch_size is not None or input_dim is not None):
         raise click.UsageError("--batch-size and --input-dim shape random input: they do not go with --input")
-    if input_path is None and cast:
-        raise click.UsageError("--cast converts the tensors of --input, which is missing")
+    options.check_cast(input_path, cast)
     if output_path is None:
         return
     if count > 1:

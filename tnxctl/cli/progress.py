@@ -1,4 +1,4 @@
-"""A line on the terminal about work of the daemon's that is waited for: what it does, and for how long it has."""
+"""Progress line on the terminal while the daemon works: the work, and the time that it has taken so far."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _CLEAR = "\r\x1b[K"
 
 @contextmanager
 def shown(client: Client, what: str, about: str = "") -> Iterator[None]:
-    """Show progress on standard error while what stands inside is waited for, if that is a terminal.
+    """Show progress on standard error, if that is a terminal, while the block waits for the daemon.
 
     Args:
         client: asked for the states of models meanwhile.
-        what: is done: "loading resnet@2".
+        what: the work: "loading resnet@2".
         about: NAME or NAME@VERSION of the model that it is about; "": any.
     """
     stream = sys.stderr

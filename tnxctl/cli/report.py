@@ -30,7 +30,7 @@ _PREVIEWED = 3  # values, where no terminal's width says how many
 
 
 Show: TypeAlias = Callable[["Answer"], None]
-"""What is done with each answer as it comes."""
+"""Function that gets each answer as it comes."""
 
 
 def view(count: int, stream: IO[str] | None, explain: bool) -> AbstractContextManager[Show]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PATIENCE_S = 1.0
+_TIMEOUT_S = 1.0
 
 
 def models(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
@@ -68,7 +68,7 @@ def _ask(ctx: click.Context, question: Callable[[Client], tuple[T, ...]]) -> tup
 
     endpoint: Any = ctx.params.get("endpoint") or ctx.meta.get("tnxctl.endpoint") or DEFAULT_ENDPOINT
     try:
-        with Client(endpoint, timeout=_PATIENCE_S) as client:
+        with Client(endpoint, timeout=_TIMEOUT_S) as client:
             return question(client)
     except TensorNextError:
         return ()

@@ -26,7 +26,7 @@ STANDARD = "-"
 SUFFIXES = (".npy", ".npz")
 
 MOST_BYTES = 1 << 30
-"""Of a file: four times what a message may hold by default, since `--cast` may make it smaller."""
+"""Most bytes of a file: four times the default limit of a message, since `--cast` may make it smaller."""
 
 _NPY_MAGIC = b"\x93NUMPY"
 _ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")  # the second: an archive without members
@@ -170,7 +170,7 @@ def _content_of(tensors: Mapping[str, Array], path: str) -> memoryview:
 
 
 def _content(path: str, name: str) -> bytes:
-    """All of it. A pipe is welcome: a shell's <(...) is one. Of a device or a sparse file, no more than is of use."""
+    """The bytes of a file or a pipe, such as a shell's <(...): of an endless device no more than a message may hold."""
     too_large = FileProblem(
         f"cannot read {name}: it has more than {MOST_BYTES} bytes, and no message has room for that"
     )

@@ -1,4 +1,4 @@
-"""Tensor frames of a message <-> numpy arrays, without a copy; `wire` has the headers in front of them."""
+"""Tensor frames of a message <-> numpy arrays, without a copy; `wire` has the headers before them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.wire import MAX_DIM, Limits, TensorSpec, excerpt
+from tnxctl.protocol.fields import TensorSpec
+from tnxctl.protocol.limits import MAX_DIM, Limits, excerpt
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

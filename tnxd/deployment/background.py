@@ -1,7 +1,7 @@
-"""Answered batches that are computed again, for a comparison that nobody waits for.
+"""Background work: answered batches are computed again, for a comparison that nobody waits for.
 
-They run beside the lanes, on a thread that the operating system lets run last, and begin only while a lane is free and
-nothing waits. What finds no such moment is dropped and counted.
+Copies run beside the lanes, on a thread that the operating system lets run last. A copy begins only while a lane is
+free and nothing waits. A copy that finds no such moment is dropped and counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tnxd.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-# What may wait to be computed, and as much again to be compared. Bytes are those of the requests and their answers.
+# Copies that may wait to be computed, and as many again to be compared; bytes of their requests and answers.
 _MAX_WAITING = 64
 _MAX_WAITING_BYTES = 64 * 1024 * 1024
 
@@ -32,10 +32,10 @@ class Purpose(Protocol):
     """A reason to compute batches again."""
 
     def compare(self, copy: Copy) -> None:
-        """Look at what came of a copy. Called on a thread of its own."""
+        """Compare the outcome of a copy with the answers that were sent. Called on a thread of its own."""
 
     def skip(self, requests: int) -> None:
-        """Count requests not computed again, for want of a moment or of memory. Called on the loop's thread."""
+        """Count requests that were not computed again, for want of a moment or memory. Called on the loop's thread."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Answered:
     """Requests that have been answered, and their batch.
 
     Attributes:
-        model: what answered. items, rows, group, outcomes: as in `Execution`, of these requests alone.
-        company: requests in the batch. latency_us: of its forward.
+        model: the model that answered. items, rows, group, outcomes: as in `Execution`, of these requests alone.
+        company: number of requests in the batch. latency_us: of its forward, in microseconds.
     """
 
     model: Model
@@ -63,17 +63,18 @@ class Answered:
 
 
 class Copy(Execution):
-    """Requests that have been answered, on their way through a model again.
+    """Execution of requests that have been answered, by a model that need not be the same.
 
     Attributes:
-        original: them and their batch; there may be more of them than are computed again.
-        version: what computes them. purpose: why. nbytes: of their inputs and outputs.
+        original: the answered requests; there may be more than are computed again.
+        version: computes them. purpose: reason to do so. nbytes: bytes of their inputs and outputs.
     """
 
     __slots__ = ("nbytes", "original", "purpose", "version")
 
     def __init__(self, batch: Batch, waiting: _Waiting, rows: Sequence[int], group: tuple[int, ...]) -> None:
-        super().__init__(batch, waiting.model, waiting.original.items[: len(rows)], rows, group)
+        items = waiting.original.items[: len(rows)]
+        super().__init__(batch.lane, batch.max_rows, waiting.model, items, rows, group)
         self.original = waiting.original
         self.version = waiting.version
         self.purpose = waiting.purpose
@@ -90,14 +91,14 @@ class _Waiting:
 
 
 class Background:
-    """Copies that wait, and those that wait to be compared. `finished` hands the comparing to a thread of its own."""
+    """Queue of copies that wait to be computed, and of those that wait to be compared, on a thread of its own."""
 
     def __init__(self) -> None:
         self._waiting: deque[_Waiting] = deque()
         self._nbytes = 0
         self._stopped: set[str] = set()
         self._to_compare: queue.SimpleQueue[Copy] | None = None
-        # Their difference waits to be compared. Each is written by one thread alone, so neither needs a lock.
+        # The difference of the two waits to be compared. Each is written by one thread alone: neither needs a lock.
         self._handed_nbytes = 0
         self._compared_nbytes = 0
 
@@ -105,15 +106,15 @@ class Background:
         return bool(self._waiting)
 
     def stop(self, model: Model) -> None:
-        """A copy hangs on the one SPARE lane of its device: no more of them, which would do so on the next device."""
+        """Take no more copies for a model: one hangs on the BACKGROUND lane of a device, and others would on the next."""
         self._stopped.add(model.key)
 
     def keep(self, keys: set[str]) -> None:
-        """Forget what hung of models other than these."""
+        """Forget the stopped models other than these. Args: keys: of models."""
         self._stopped &= keys
 
     def offer(self, original: Answered, version: Version, purpose: Purpose) -> None:
-        """Compute requests that have been answered again, by a version, if there is room."""
+        """Queue answered requests to be computed again, by a version, if there is room."""
         model = version.model
         assert model is not None
         if model.key in self._stopped:
@@ -125,8 +126,11 @@ class Background:
         self._waiting.append(_Waiting(original, version, model, purpose, nbytes))
         self._nbytes += nbytes
 
-    def next(self, scheduler: Scheduler, now_ns: int) -> Copy | None:
-        """A copy to run now, where it is in nobody's way; None if there is none. What can never run is dropped."""
+    def next(self, scheduler: Scheduler, now_ns: int) -> tuple[Copy, Batch] | None:
+        """A copy to run now where it is in nobody's way, and its batch; None: there is none.
+
+        A copy that can never run is dropped.
+        """
         for waiting in list(self._waiting):
             original, version, model = waiting.original, waiting.version, waiting.model
             serves = version.state == READY and version.model is model and model.key not in self._stopped
@@ -135,13 +139,13 @@ class Background:
                 waiting.purpose.skip(len(original.items))
                 continue
             rows, group = _fitting(original, model)
-            batch = scheduler.spare(model.key, group, sum(rows), now_ns)
+            batch = scheduler.start_background(model.key, group, sum(rows), now_ns)
             if batch is None:
                 continue
             self._take(waiting)
             if len(rows) < len(original.items):
                 waiting.purpose.skip(len(original.items) - len(rows))
-            return Copy(batch, waiting, rows, group)
+            return Copy(batch, waiting, rows, group), batch
         return None
 
     def _take(self, waiting: _Waiting) -> None:
@@ -149,7 +153,7 @@ class Background:
         self._nbytes -= waiting.nbytes
 
     def finished(self, copy: Copy) -> None:
-        """A copy has been computed."""
+        """Queue a copy that has been computed for its comparison, if there is room."""
         if self._to_compare is None:
             self._to_compare = queue.SimpleQueue()
             threading.Thread(target=self._compare, args=(self._to_compare,), name="compare", daemon=True).start()

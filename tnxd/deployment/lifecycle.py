@@ -19,7 +19,7 @@ from tnxd.deployment.registry import Deployment, Registry
 from tnxd.deployment.traffic import signature_difference
 from tnxd.deployment.version import DRAINING, EVICTED, FAILED, READY, UNLOADED, Version
 from tnxd.error_text import sentence
-from tnxd.executors.execution import SHARED, Executor, Warmth
+from tnxd.executors.execution import SHARED, Executor, LoadReport
 from tnxd.models.model import Model
 from tnxd.models.sizes import check_message_sizes
 from tnxd.scheduling.scheduler import Scheduler
@@ -75,7 +75,7 @@ class Lifecycle:
         """
         began = time.monotonic()
         version.loading = True
-        warmths: dict[str, Warmth] = {}
+        reports: dict[str, LoadReport] = {}
         failures: dict[str, str] = {}
         try:
             model: Model = yield partial(version.source.open, version.generation)
@@ -83,14 +83,14 @@ class Lifecycle:
             predecessor = next((version for version, _ in deployment.shares()), None) if takes_over else None
             if predecessor is not None:
                 _check_successor(predecessor, version, model)
-            yield from self._load(version, model, warmths, failures)
-            if predecessor is not None and not all(warmth.warmed for warmth in warmths.values()):
+            yield from self._load(version, model, reports, failures)
+            if predecessor is not None and not all(report.warmed for report in reports.values()):
                 raise FailedPrecondition(
-                    f"it could not be warmed up, and version {predecessor.number} serves: {_notes(warmths)[0]}"
+                    f"it could not be warmed up, and version {predecessor.number} serves: {_notes(reports)[0]}"
                 )
-            model = _as_tried(model, warmths.values(), mixes=bool(version.mixes))
+            model = _as_tried(model, reports.values(), mixes=bool(version.mixes))
         except BaseException as error:
-            for name in warmths:
+            for name in reports:
                 yield from self._free(self._executors[name], version.key)
             if isinstance(error, StepTimeout):
                 # The thread that hangs may yet write under the old key.
@@ -99,22 +99,22 @@ class Lifecycle:
             failure = _failed(version, error)
             log.error("%s cannot be loaded: %s", version.title, failure.message)
             raise failure from None
-        self._put_in_service(version, model, warmths, failures, began)
+        self._put_in_service(version, model, reports, failures, began)
 
     def _load(
-        self, version: Version, model: Model, warmths: dict[str, Warmth], failures: dict[str, str]
+        self, version: Version, model: Model, reports: dict[str, LoadReport], failures: dict[str, str]
     ) -> Operation[None]:
         """Load a model on every device that it may use. Raises FailedPrecondition: on none of them.
 
         Args:
-            warmths, failures: filled by device: what loading showed, or why it failed.
+            reports, failures: filled by device: what loading showed, or why it failed.
         """
         for name, executor in self._executors.items():
             if not model.may_use(name) or self._scheduler.devices[name].error:
                 continue
             yield from self._make_room(executor, version)
             try:
-                warmth: Warmth = yield partial(executor.load, model)
+                report: LoadReport = yield partial(executor.load, model)
             except BaseException as error:
                 if not isinstance(error, TensorNextError):  # those are logged where they come from
                     log.error("%s on %s", version.title, name, exc_info=error)
@@ -122,38 +122,43 @@ class Lifecycle:
                 if isinstance(error, StepTimeout):
                     raise
                 continue
-            warmths[name] = warmth
-            version.nbytes = warmth.nbytes or version.source.nbytes
+            reports[name] = report
+            version.nbytes = report.nbytes or version.source.nbytes
             yield from self._make_room(executor, version)  # only now is it known for sure
             if model.state == SHARED:
                 break  # on another device it would have another state
-        if not warmths:
+        if not reports:
             where = "; ".join(f"{name}: {why}" for name, why in failures.items())
             raise FailedPrecondition(where or f"no device may run it: {', '.join(model.devices)}")
 
     def _put_in_service(
-        self, version: Version, model: Model, warmths: Mapping[str, Warmth], failures: Mapping[str, str], began: float
+        self,
+        version: Version,
+        model: Model,
+        reports: Mapping[str, LoadReport],
+        failures: Mapping[str, str],
+        began: float,
     ) -> None:
         """Route requests to a version that is loaded. Args: began: when its load did, by the monotonic clock."""
-        for name, warmth in warmths.items():
+        for name, report in reports.items():
             self._scheduler.add_model(
                 name,
                 model.key,
                 group=model.example_group,
-                costs=[(rows, micros) for rows, micros in warmth.costs if model.max_batch_size or rows == 1],
-                safe_rows=warmth.safe_rows,
-                most_rows=warmth.most_rows,
+                costs=[(rows, micros) for rows, micros in report.costs if model.max_batch_size or rows == 1],
+                safe_rows=report.safe_rows,
+                most_rows=report.most_rows,
             )
         self._scheduler.set_lane_limit(model.key, model.replicas)
         version.model = model
-        self._audit(version, model, warmths.values())
+        self._audit(version, model, reports.values())
         version.notes = (
             *model.notes,
-            *_notes(warmths),
+            *_notes(reports),
             *((f"no batches: {version.mixes}",) if version.mixes else ()),
             *(f"not on {name}: {why}" for name, why in failures.items()),
         )
-        version.trials = warmths
+        version.trials = reports
         version.load_s = time.monotonic() - began
         version.loading = False
         version.error = ""
@@ -161,7 +166,7 @@ class Lifecycle:
             version.came_back = time.monotonic()
         version.state = READY
         self._registry.rebuild()
-        log.info("%s is loaded on %s, %.1f s", version.title, ", ".join(warmths), version.load_s)
+        log.info("%s is loaded on %s, %.1f s", version.title, ", ".join(reports), version.load_s)
 
     def retire(self, version: Version, state: str = UNLOADED) -> Operation[bool]:
         """Send nothing more to a version, let it finish what it has, free it.
@@ -245,9 +250,9 @@ class Lifecycle:
             log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title)
             yield from self.retire(victim, EVICTED)
 
-    def _audit(self, version: Version, model: Model, warmths: Collection[Warmth]) -> None:
+    def _audit(self, version: Version, model: Model, reports: Collection[LoadReport]) -> None:
         """Audit a version that can be audited. What was begun before it was unloaded goes on."""
-        if not model.audit or any(warmth.serial or warmth.random for warmth in warmths):
+        if not model.audit or any(report.serial or report.random for report in reports):
             self.audits.pop(version, None)
         elif version not in self.audits:
             self.audits[version] = Audit(version, model.audit, self._end_batches)
@@ -283,16 +288,16 @@ def _failed(version: Version, error: BaseException) -> TensorNextError:
     return failure
 
 
-def _as_tried(model: Model, warmths: Collection[Warmth], *, mixes: bool) -> Model:
+def _as_tried(model: Model, reports: Collection[LoadReport], *, mixes: bool) -> Model:
     """A model as all of its devices can serve it. Args: mixes: requests have been seen to change each other."""
-    if mixes or not all(warmth.batches for warmth in warmths):
-        examples = next((warmth.examples for warmth in warmths if warmth.examples), model.examples)
+    if mixes or not all(report.batches for report in reports):
+        examples = next((report.examples for report in reports if report.examples), model.examples)
         model = replace(model.unbatched(), examples=examples)
-    if any(warmth.serial for warmth in warmths):
+    if any(report.serial for report in reports):
         model = replace(model, replicas=1)
     return model
 
 
-def _notes(warmths: Mapping[str, Warmth]) -> list[str]:
+def _notes(reports: Mapping[str, LoadReport]) -> list[str]:
     """The findings of trials, once if they are the same everywhere."""
-    return list(dict.fromkeys(note for warmth in warmths.values() for note in warmth.notes))
+    return list(dict.fromkeys(note for report in reports.values() for note in report.notes))

@@ -100,7 +100,7 @@ class OperationRunner:
         if self._drained is not None and not self._scheduler.outstanding(self._drained.key):
             self._drained = None
             self._resume(None, None)
-        elif self._drained is not None and self._scheduler.hangs(self._drained.key):
+        elif self._drained is not None and self._scheduler.is_hung(self._drained.key):
             self._drained = None
             self._resume(None, DeadlineExceeded("what is left of it hangs"))
         elif self._current is not None and time.monotonic() > self._step_until:

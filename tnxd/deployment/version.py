@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from tnxd.executors.execution import STATES, Warmth
+from tnxd.executors.execution import STATES, LoadReport
 from tnxd.models.catalog import Source
 from tnxd.models.model import Model, model_key
 
@@ -64,7 +64,7 @@ class Version:
         self.load_s = 0.0
         self.last_used = 0
         self.notes: tuple[str, ...] = ()
-        self.trials: Mapping[str, Warmth] = {}
+        self.trials: Mapping[str, LoadReport] = {}
         self.mixes = ""
         self.came_back = float("-inf")
 

@@ -1,1 +1,1 @@
-"""Places where batches run. An executor runs what it is given and makes no policy; torch lives here and in models."""
+"""Executors: the devices that run batches. An executor makes no policy. torch is imported here and in models alone."""

@@ -1,4 +1,4 @@
-"""Put the rows of a batch side by side in reused buffers, and take its outputs apart again. numpy only."""
+"""Gathering the rows of a batch in reused buffers, and splitting its outputs. numpy only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Allocate = Callable[[tuple[int, ...], np.dtype[Any]], Array]
 
 
 class Staging:
-    """Buffers that one lane gathers batches into, one set per model and shape group, kept for the next batch.
+    """Staging buffers of one lane: one set per model and shape group, kept for the next batch.
 
     Args:
         allocate: makes an aligned (for CUDA: pinned) array of a shape and dtype.
-        max_bytes: of all sets that are kept; the least recently used goes when room is needed. Sequence models bring
-            a new shape group with every length, so their number is not bounded by the number of models.
+        max_bytes: most bytes of all sets that are kept. The least recently used set goes when room is needed: sequence
+            models bring a new shape group with every length, so the number of models does not bound that of sets.
     """
 
     def __init__(self, allocate: Allocate, max_bytes: int = 256 * 1024 * 1024) -> None:
@@ -40,13 +40,14 @@ class Staging:
         """Copy the inputs of every item below each other.
 
         Args:
-            model: key of the model; specs: its inputs; group: lengths of their variable axes.
-            items: per request, its arrays in the order of `specs`, each `[rows_i, ...]`; None in all of them for an
+            model: key of the model. specs: its inputs. group: lengths of their variable axes.
+            items: the arrays of each request in the order of `specs`, each `[rows_i, ...]`; None in all requests for an
                 input that did not come.
             rows: sum of all rows_i.
 
         Returns:
-            One array `[rows, ...]` per input, or None: views of buffers that the next gather of this lane writes again.
+            One array `[rows, ...]` per input, with the datatype as it is stored on the wire; None for an input that did
+            not come. The arrays are views of buffers that the next gather of this lane writes again.
         """
         buffers = self._buffers(model, specs, group, items[0], rows)
         if len(items) == 1:
@@ -60,7 +61,7 @@ class Staging:
         return [None if buffer is None else buffer[:rows] for buffer in buffers]
 
     def forget(self, model: str) -> None:
-        """Let the buffers of a model go."""
+        """Free the buffers of a model. Args: model: its key."""
         for key in [key for key in self._sets if key[0] == model]:
             self._nbytes -= _nbytes(self._sets.pop(key))
 
@@ -91,7 +92,7 @@ class Staging:
 
 
 def _capacity(buffers: Sequence[Array | None]) -> int:
-    """Rows that all of them have room for."""
+    """Rows that a set of buffers has room for."""
     for buffer in buffers:
         if buffer is not None:
             return len(buffer)
@@ -103,7 +104,7 @@ def _nbytes(buffers: Sequence[Array | None]) -> int:
 
 
 def split(outputs: Sequence[Array], rows: Sequence[int]) -> list[tuple[Array, ...]]:
-    """Cut each output `[sum(rows), ...]` into one view per request."""
+    """Split each output `[sum(rows), ...]` into one view `[rows_i, ...]` per request."""
     if len(rows) == 1:
         return [tuple(outputs)]
     bounds = list(pairwise(accumulate(rows, initial=0)))

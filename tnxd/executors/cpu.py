@@ -1,4 +1,4 @@
-"""The CPU: a pool of threads, each a lane with its own share of the cores."""
+"""Executor of the CPU: each lane is a thread with its own share of the cores."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ import numpy as np
 import torch
 
 from tnxctl.protocol.frames import Array
+from tnxd.config import Config
+from tnxd.device_kinds import CPU
 from tnxd.executors.batching import Staging
 from tnxd.executors.execution import Execution
-from tnxd.executors.host import Peak, free_memory, peak_memory
+from tnxd.executors.host import (
+    Peak,
+    available_cores,
+    choose_threads,
+    free_memory,
+    host_memory_mb,
+    peak_memory,
+)
+from tnxd.executors.lane import OnDone
+from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
@@ -24,13 +35,13 @@ _MOST_ORDERED = 1 << 20
 
 
 def order_weights(module: torch.nn.Module) -> torch.nn.Module:
-    """Store the weights of linear layers input by input. The values stay the same, MKL is faster.
+    """Store the weights of linear layers input by input, in place. The values stay the same, MKL is faster.
 
     A Linear has its weight output by output, [out, in], and multiplies by the transpose. Where memory holds that
     transpose, batches of up to 64 rows take 0.55 to 0.95 of the time on one thread: see docs/performance.md.
 
-    Left alone are weights that another kind of layer uses too, as an Embedding may, which reads them row by row, and a
-    module that says `keeps_layout`.
+    Two things are left alone: a weight that another kind of layer uses too, such as an Embedding, which reads it row by
+    row, and a module that says `keeps_layout`.
     """
     if getattr(module, "keeps_layout", False):
         return module
@@ -59,14 +70,14 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 class CpuRunner(Runner):
-    """Runs batches on the calling thread.
+    """Runner of the CPU.
 
     Args:
         threads: torch threads that one forward may use.
     """
 
     def __init__(self, threads: int) -> None:
-        super().__init__("cpu", Staging(_aligned))
+        super().__init__(CPU.name, Staging(_aligned))
         self._threads = threads
 
     def enter_thread(self) -> None:
@@ -75,13 +86,13 @@ class CpuRunner(Runner):
         torch.set_num_threads(self._threads)
 
     def free_memory(self) -> None:
-        """Nothing to do: what the C library keeps it takes for what comes next."""
+        """Nothing to do: the C library reuses the memory that it keeps."""
 
     def memory_left(self) -> int:
         return free_memory()
 
     def measured(self) -> AbstractContextManager[Peak]:
-        heap.trim()  # what is kept and used again would not show
+        heap.trim()  # memory that the C library keeps and uses again would not show
         return peak_memory()
 
     def forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
@@ -110,3 +121,28 @@ class CpuRunner(Runner):
                 for output in outputs
             ]
         return outputs
+
+
+def cpu_names() -> list[str]:
+    """Names of the CPUs of this machine: one, whatever the number of cores."""
+    return [CPU.name]
+
+
+def open_cpu(name: str, config: Config, on_done: OnDone) -> LanePool:
+    """The executor of the CPU."""
+    cores = available_cores()
+    workers, threads = choose_threads(cores, config.cpu.workers, config.cpu.threads)
+    torch.set_num_threads(min(torch.get_num_threads(), cores))  # where no lane runs, in loading: it knows no quota
+    return LanePool(
+        name,
+        CPU.name,
+        f"{cores} core{'s' if cores > 1 else ''}, {threads} per lane",
+        make_runner=lambda: CpuRunner(threads),
+        lanes=workers,
+        inline=CpuRunner(1),
+        lane_threads=threads,
+        arrange=order_weights,
+        memory_mb=host_memory_mb,
+        give_back=heap.trim,
+        on_done=on_done,
+    )

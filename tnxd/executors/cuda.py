@@ -1,6 +1,6 @@
-"""CUDA devices: every lane is a thread with a stream of its own and pinned staging buffers that it keeps.
+"""Executors of CUDA devices: each lane is a thread with a stream and pinned staging buffers of its own.
 
-Copies are asynchronous and ordered by the stream; while one lane's batch computes, another lane's is copied.
+Copies are asynchronous and ordered by the stream. While the batch of one lane computes, that of another is copied.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ import numpy as np
 import torch
 
 from tnxctl.protocol.frames import STORAGE, Array
+from tnxd.config import Config
+from tnxd.device_kinds import CUDA
 from tnxd.executors.batching import Staging
 from tnxd.executors.execution import Execution
 from tnxd.executors.host import Peak
+from tnxd.executors.lane import OnDone
+from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
@@ -35,9 +39,12 @@ def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 class CudaMemory:
-    """Free memory of one device, sampled on a thread of its own: the driver may block, the serving loop may not.
+    """Free and total memory of one device in MiB, sampled on a thread: the driver may block, the serving loop may not.
 
     Memory that torch's allocator holds but does not use counts as free: the next batch takes it from there.
+
+    Raises:
+        RuntimeError: the driver does not answer.
     """
 
     def __init__(self, index: int) -> None:
@@ -46,13 +53,13 @@ class CudaMemory:
         threading.Thread(target=self._watch, name=f"cuda:{index}/memory", daemon=True).start()
 
     def sample(self) -> tuple[float, float]:
-        """Ask the driver now: free and total memory in MiB."""
+        """Ask the driver for free and total memory in MiB. May block. Raises RuntimeError: the device is gone."""
         free, total = torch.cuda.mem_get_info(self._index)
         unused = torch.cuda.memory_reserved(self._index) - torch.cuda.memory_allocated(self._index)
         return (free + unused) / _MIB, total / _MIB
 
     def latest(self) -> tuple[float, float]:
-        """The newest sample, without asking."""
+        """The newest sample: free and total memory in MiB. Never blocks."""
         return self.free_mb, self.total_mb
 
     def _watch(self) -> None:
@@ -65,7 +72,7 @@ class CudaMemory:
 
 
 class CudaRunner(Runner):
-    """Runs batches on one stream of one device."""
+    """Runner of a CUDA device, with a stream of its own. Args: index: of the device."""
 
     def __init__(self, index: int, memory: CudaMemory) -> None:
         super().__init__(f"cuda:{index}", Staging(_pinned))
@@ -106,7 +113,7 @@ class CudaRunner(Runner):
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[Peak]:
-        """Measures all streams of the device: what other lanes do meanwhile counts too."""
+        """Measure memory on all streams of the device: forwards of other lanes meanwhile count too."""
         peak = Peak()
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
@@ -157,3 +164,26 @@ class CudaRunner(Runner):
         execution.latency_us += copied.elapsed_time(computed) * 1e3
         execution.d2h_us += computed.elapsed_time(returned) * 1e3
         return [to_array(host) for host in hosts]
+
+
+def cuda_names() -> list[str]:
+    """Names of the CUDA devices of this machine."""
+    return [f"{CUDA.name}:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
+def open_cuda(name: str, config: Config, on_done: OnDone) -> LanePool:
+    """The executor of a CUDA device. Raises what the driver raises."""
+    index = torch.device(name).index
+    memory = CudaMemory(index)
+    return LanePool(
+        name,
+        CUDA.name,
+        torch.cuda.get_device_name(index),
+        make_runner=lambda: CudaRunner(index, memory),
+        lanes=config.cuda.lanes,
+        inline=None,
+        place=lambda module: module.to(torch.device("cuda", index)),
+        memory_mb=memory.latest,
+        give_back=torch.cuda.empty_cache,
+        on_done=on_done,
+    )

@@ -1,85 +1,59 @@
-"""Find the devices of this machine and make an executor for each that works."""
+"""Executors of this machine: one for each configured device that can be opened."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-import torch
+from typing import NamedTuple
 
 from tnxd.config import Config
-from tnxd.executors.cpu import CpuRunner, order_weights
-from tnxd.executors.cuda import CudaMemory, CudaRunner
-from tnxd.executors.host import available_cores, choose_threads, host_memory_mb
-from tnxd.executors.pool import LanePool, OnDone
-from tnxd.process import malloc as heap
+from tnxd.device_kinds import KINDS, kind_of
+from tnxd.executors.cpu import cpu_names, open_cpu
+from tnxd.executors.cuda import cuda_names, open_cuda
+from tnxd.executors.lane import OnDone
+from tnxd.executors.pool import LanePool
+
+
+class _Opener(NamedTuple):
+    """A kind of device on this machine. Attributes: names: finds the devices. open: makes the executor of one."""
+
+    names: Callable[[], list[str]]
+    open: Callable[[str, Config, OnDone], LanePool]
+
+
+_OPENERS = {"cuda": _Opener(cuda_names, open_cuda), "cpu": _Opener(cpu_names, open_cpu)}
+"""Kind -> how it is opened. "auto" is all kinds in this order, which scheduling prefers among equals."""
 
 
 @dataclass
 class OpenedDevices:
-    """Executors by device name, and for each device that could not be opened, why."""
+    """Executors by device name, and the error of each device that could not be opened."""
 
     executors: dict[str, LanePool] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
 
 def open_devices(config: Config, on_done: OnDone) -> OpenedDevices:
-    """Open the configured devices; "auto" is every CUDA device and the CPU. One that fails does not stop the rest."""
+    """Open the configured devices; "auto" is every CUDA device and the CPU. One that fails does not stop the rest.
+
+    Args:
+        on_done: see `LanePool`.
+    """
     opened = OpenedDevices()
     for name in _names(config.devices):
         try:
-            opened.executors[name] = (
-                _open_cpu(config, on_done) if name == "cpu" else _open_cuda(name, config.cuda.lanes, on_done)
-            )
+            opened.executors[name] = _OPENERS[kind_of(name)].open(name, config, on_done)
         except Exception as error:  # drivers fail in many ways; none of them is the daemon's end
             opened.failures[name] = f"{type(error).__name__}: {error}"
     return opened
 
 
 def _names(configured: Sequence[str]) -> list[str]:
+    """Names of devices as configured, each once; a numbered kind without a number is its first device."""
     names: list[str] = []
     for name in configured:
         if name == "auto":
-            names += (
-                [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-            )
-            names.append("cpu")
+            names += [found for opener in _OPENERS.values() for found in opener.names()]
         else:
-            names.append("cuda:0" if name == "cuda" else name)
+            names.append(f"{name}:0" if name in KINDS and KINDS[name].numbered else name)
     return list(dict.fromkeys(names))
-
-
-def _open_cpu(config: Config, on_done: OnDone) -> LanePool:
-    cores = available_cores()
-    workers, threads = choose_threads(cores, config.cpu.workers, config.cpu.threads)
-    torch.set_num_threads(min(torch.get_num_threads(), cores))  # where no lane runs, in loading: it knows no quota
-    return LanePool(
-        "cpu",
-        "cpu",
-        f"{cores} core{'s' if cores > 1 else ''}, {threads} per lane",
-        make_runner=lambda: CpuRunner(threads),
-        lanes=workers,
-        inline=CpuRunner(1),
-        lane_threads=threads,
-        arrange=order_weights,
-        memory_mb=host_memory_mb,
-        give_back=heap.trim,
-        on_done=on_done,
-    )
-
-
-def _open_cuda(name: str, lanes: int, on_done: OnDone) -> LanePool:
-    index = torch.device(name).index
-    memory = CudaMemory(index)
-    return LanePool(
-        name,
-        "cuda",
-        torch.cuda.get_device_name(index),
-        make_runner=lambda: CudaRunner(index, memory),
-        lanes=lanes,
-        inline=None,
-        place=lambda module: module.to(torch.device("cuda", index)),
-        memory_mb=memory.latest,
-        give_back=torch.cuda.empty_cache,
-        on_done=on_done,
-    )

@@ -1,4 +1,7 @@
-"""A batch on its way between the server and an executor, and what came of it. No torch."""
+"""The contract between the server and its executors: executions, load reports, and what an executor does. No torch.
+
+An execution has no more than an executor needs: not the requests, and nothing of the scheduler.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +12,42 @@ from typing import NamedTuple, Protocol
 from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.frames import Array
 from tnxd.models.model import Item, Model
-from tnxd.scheduling.device import Batch
 
 PURE = "pure"
 SCRATCH = "scratch"
 SHARED = "shared"
 STATES = (PURE, SCRATCH, SHARED)
-"""How a module treats what it holds from one request to the next: it changes nothing; it writes what no other request
-reads; all requests share it."""
+"""State of a module between two requests. PURE: a forward changes nothing. SCRATCH: a forward writes, and no other
+request reads that. SHARED: all requests share it, as its author wants."""
 
 Outcome = tuple[Array, ...] | TensorNextError
-"""What one request gets: its outputs in the order of the model's signature, or an error."""
+"""Outcome of one request: its outputs in the order of the model's signature, or an error."""
 
 
 @dataclass(slots=True, eq=False)
 class Execution:
-    """One batch on one lane.
+    """One batch on one lane, and its outcome.
 
     Attributes:
-        batch: what the scheduler decided.
+        lane: index below the executor's lane count, or a number of `tnxd.lanes`.
+        max_rows: most rows of one forward, since more ran out of memory; 0: as many as the model allows.
         model: what to run.
         items: inputs per request, in the order of the model's signature, None for those that did not come, the same
             in all items. rows: their lengths along axis 0.
         group: lengths of the variable axes, the same for all items.
         outcomes: per request, filled by the executor.
-        started_ns, finished_ns: of the monotonic clock (`time.perf_counter_ns`).
-        gather_us, h2d_us, compute_us, d2h_us: stages; they sum to finished - started.
-        latency_us: the forward on the device.
-        memory_free_mb: of a GPU, in MiB, when the batch was done; 0 on a CPU.
+        started_ns, finished_ns: of the monotonic clock (`time.perf_counter_ns`), in nanoseconds.
+        gather_us, h2d_us, compute_us, d2h_us: stages in microseconds; they sum to finished - started.
+        latency_us: the forward on the device, in microseconds.
+        memory_free_mb: free memory of a GPU in MiB when the batch was done; 0 on a CPU.
         exhausted: whether a forward ran out of the device's memory. safe_rows: most rows of a forward that worked after
-            one had; 0 if none did.
-        mixes: what showed that rows depend on each other, if anything did.
-        fatal: what went wrong for good with the device, if it did: nothing can run there any more.
+            that; 0 if none did.
+        mixes: the sign that rows depend on each other, in words; "" if there was none.
+        fatal: the error that ended the device for good, in words; "" while it works.
     """
 
-    batch: Batch
+    lane: int
+    max_rows: int
     model: Model
     items: Sequence[Item]
     rows: Sequence[int]
@@ -63,21 +67,23 @@ class Execution:
     fatal: str = ""
 
 
-class Warmth(NamedTuple):
-    """The findings of loading a model on a device.
+class LoadReport(NamedTuple):
+    """Findings of loading a model on a device.
 
     Attributes:
-        costs: (rows, microseconds) of the batches that warmed it up, for the cost model.
-        nbytes: of its weights and buffers there.
-        warmed: whether it could be run at all.
-        batches: whether axis 0 was found to count rows. serial: whether one request at a time may use it.
+        costs: (rows, microseconds) of the warm-up's batches, for the cost model.
+        nbytes: bytes of the weights and buffers on the device.
+        warmed: whether the model could be run at all.
+        batches: whether axis 0 was found to count rows. serial: whether one request at a time may use the model.
         state: one of STATES.
         random: whether answers are drawn by chance.
-        tolerance: difference between two computations of an answer that is rounding, relative to its largest value.
-        safe_rows: most rows that memory allows in one forward, if more had none left; 0: all that were tried.
-        most_rows: the same, if more would have taken too great a part of what is free, so that none were tried.
+        tolerance: largest difference between two computations of an answer that is rounding, relative to the largest
+            value of the answer.
+        safe_rows: most rows of one forward that memory allowed, where more rows ran out of it; 0: all that were tried.
+        most_rows: most rows that were tried, where more rows would have taken too great a share of the free memory; 0:
+            all were tried.
         examples: shapes of the inputs that were tried, where these are not those of the model.
-        notes: what an operator should know.
+        notes: sentences for an operator.
     """
 
     costs: list[tuple[int, float]]
@@ -95,10 +101,12 @@ class Warmth(NamedTuple):
 
 
 class Executor(Protocol):
-    """A device that runs batches.
+    """Executor of a device: it runs batches, on its lanes or on the calling thread.
 
     Attributes:
-        lanes: how many at a time. lane_threads: threads that work on one batch of a lane.
+        name: of the device, as torch has it. kind: key of `tnxd.device_kinds.KINDS`. description: for an operator.
+        lanes: how many batches at a time. lane_threads: threads that work on one batch of a lane.
+        runs_inline: whether `run_inline` may be called.
     """
 
     name: str
@@ -106,28 +114,29 @@ class Executor(Protocol):
     description: str
     lanes: int
     lane_threads: int
+    runs_inline: bool
 
-    def load(self, model: Model) -> Warmth:
-        """Put a replica on the device and warm it up, beside the lanes: what they serve goes on. Blocks.
+    def load(self, model: Model) -> LoadReport:
+        """Put a replica of a model on the device and warm it up, while the lanes go on serving. Blocks.
 
         Raises:
-            Exception: whatever the model raised; the device goes on without it.
+            Exception: whatever the model raised; the device goes on without the model.
         """
 
     def touch(self, model: Model) -> None:
-        """Run a loaded model once on every lane: a thread's first batch takes longer. Blocks; for the start."""
+        """Run a loaded model once on every lane, since a thread's first batch takes longer. Blocks; for the start."""
 
     def unload(self, key: str) -> None:
-        """Free what the model of that key holds on the device. No batch of it may be waiting or running. Blocks."""
+        """Free the memory of the model of that key. None of its batches may be waiting or running. Blocks."""
 
     def forget_inline(self, key: str) -> None:
-        """Free what the calling thread keeps for `run_inline` of that model."""
+        """Free the buffers that the calling thread keeps for `run_inline` of the model of that key."""
 
     def submit(self, execution: Execution) -> None:
-        """Run the execution on the lane that its batch names; `on_done` is called from there when it is over."""
+        """Run an execution on its lane. The lane's thread calls `on_done` with it, once, when it is over."""
 
     def run_inline(self, execution: Execution) -> None:
-        """Run the execution on the calling thread, which called `adopt_thread` before. CPU only."""
+        """Run an execution on the calling thread, which called `adopt_thread` before."""
 
     def adopt_thread(self) -> None:
         """Prepare the calling thread for `run_inline`."""

@@ -1,4 +1,4 @@
-"""Exceptions that mean that memory has run out, of whatever device, whoever reports it."""
+"""Out of memory: exceptions that say so, of any device and of any library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_CAUSES = 8  # a chain of causes may be a circle
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception, or what it was raised `from`, says that there was too little memory."""
+    """Whether an exception, or one of its causes (`raise ... from`), says that memory has run out."""
     cause: BaseException | None = error
     for _ in range(_MOST_CAUSES):
         if cause is None:

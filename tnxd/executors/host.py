@@ -1,7 +1,7 @@
-"""The machine as far as this process may use it: cores and memory, within the limits of its control groups.
+"""Cores and memory of this machine that the process may use, within the limits of its control groups.
 
 A service manager or a container engine bounds a process by control groups (cgroups): `CPUQuota=` and `MemoryMax=` of
-systemd, `docker --cpus` and `--memory`, the limits of a Kubernetes pod. Nothing of that shows in the number of CPUs or
+systemd, `docker --cpus` and `--memory`, the limits of a Kubernetes pod. None of that shows in the number of CPUs or
 in /proc/meminfo. A limit of any group above the own one holds too, so all are looked at, up to the root of the mount.
 Both versions of cgroups are read, and both at once where a machine has some controllers in each.
 
@@ -51,10 +51,11 @@ def available_cores(proc: Path = _PROC) -> int:
 
 
 def choose_threads(cores: int, workers: int = 0, threads: int = 0) -> tuple[int, int]:
-    """Workers of the pool and torch threads in each, so that together they fill the cores but one.
+    """Number of workers and of torch threads in each, so that together they fill the cores but one.
 
     One core is left to the thread that serves the socket. Up to four threads work on one batch: beyond that small
-    models gain little, and several batches at a time hide each other's serial parts. What is given (not 0) stays.
+    models gain little, and several batches at a time hide each other's serial parts. A number that is given (not 0)
+    stays.
     """
     spare = max(cores - 1, 1)
     if not threads:
@@ -86,7 +87,7 @@ def _cpu_quota(group: str) -> float:
 
 
 def free_memory(proc: Path = _PROC) -> int:
-    """Bytes that this process can still take; 0 where that is not known.
+    """Free memory: bytes that this process can still take; 0 where that is not known.
 
     The least of what the machine has available, of what is left in each control group, and of the address space that
     `ulimit -v` leaves. Swap does not count.
@@ -95,7 +96,7 @@ def free_memory(proc: Path = _PROC) -> int:
 
 
 def host_memory_mb(proc: Path = _PROC) -> tuple[float, float]:
-    """`free_memory` in MiB, and how much this process could have at most: all of the machine's, or its limit."""
+    """Free and total memory in MiB: `free_memory`, and the memory of the machine or the limit of this process."""
     free, total = _memory(proc)
     return free / _MIB, total / _MIB
 
@@ -113,10 +114,9 @@ def _memory(proc: Path) -> tuple[int, int]:
 
 
 def _memory_in_use(group: str) -> float:
-    """Bytes of one control group, 0 if that is not known.
+    """Working set of one control group in bytes, as Kubernetes has it; 0 if that is not known.
 
-    Cached files that nobody has read lately go before anything fails, so they are not in use: Kubernetes' working set
-    is the same.
+    Cached files that nobody has read lately are not in use: they go before anything fails.
     """
     used = min(_number(f"{group}/memory.current"), _number(f"{group}/memory.usage_in_bytes"))
     if not math.isfinite(used):
@@ -143,14 +143,14 @@ class Peak:
 
 @contextlib.contextmanager
 def peak_memory(proc: Path = _PROC) -> Iterator[Peak]:
-    """Measure how much memory the block needs on top of what the process has: known when the block is over.
+    """Peak memory of a block, on top of the memory that the process has: known when the block is over.
 
-    It is the whole process that is measured, so what other threads do meanwhile counts too. What the C library has
-    kept from before and uses again does not count: `tnxd.process.malloc.trim` gives it back. The kernel's counts are
-    off by a few MiB on machines with many cores.
+    The whole process is measured, so the work of other threads meanwhile counts too. Memory that the C library has kept
+    from before and uses again does not count: `tnxd.process.malloc.trim` gives it back. The kernel's counts are off by
+    a few MiB on machines with many cores.
 
-    Where the kernel does not let the high-water mark be set back, as in some sandboxes, only a peak above all earlier
-    ones of the process is seen, else what is left at the end: too little rather than too much.
+    Some sandboxes do not let the high-water mark be set back. There only a peak above all earlier ones of the process
+    is seen, else the memory that is left at the end: too little rather than too much.
     """
     peak = Peak()
     before = _resident(proc)
@@ -221,7 +221,7 @@ def _directories(controller: str, memberships: str, proc: Path) -> tuple[str, ..
 def _below(root: str, path: str) -> tuple[str, ...]:
     """The way from the root of a mount to a group, as parts of a path.
 
-    None where the group does not lie below the mount, as a container may see it: what is mounted there is its own.
+    Empty where the group does not lie below the mount, as a container may see it: its own group is mounted there.
     """
     try:
         below = Path(path).relative_to(root).parts

@@ -1,76 +1,47 @@
-"""An executor made of lanes: one thread, one runner and one hand-over queue each."""
+"""Executor of a device: its lanes, and the loading of models beside them."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import logging
-import os
-import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
 
 import torch
 
-from tnxctl.protocol.errors import Internal, Unavailable
-from tnxd.error_text import first_line, sentence
-from tnxd.executors.execution import SHARED, Execution, Warmth
+from tnxd.executors.execution import SHARED, Execution, LoadReport
+from tnxd.executors.lane import Lane, OnDone
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.company import lanes_apart, rows_of_a_lane_apart
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import Held, memory
+from tnxd.executors.trial.isolation import lane_calls, open_with
 from tnxd.executors.trial.state import same_chance, stateful
-from tnxd.executors.trial.trial import Verdict, lane_calls, open_with, try_out, without_rows
+from tnxd.executors.trial.trial import try_out
+from tnxd.executors.trial.verdict import Verdict, without_rows
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
+from tnxd.lanes import BACKGROUND
 from tnxd.models.model import Model
-from tnxd.models.process import settings_kept
-from tnxd.scheduling.device import SPARE
-
-OnDone = Callable[[Execution], None]
-
-log = logging.getLogger(__name__)
+from tnxd.models.process_state.restoration import settings_restored
 
 
 def _as_it_is(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-class _Job:
-    """A function that a lane's thread is to call with its runner. Attributes: done: its result, or what it raised."""
-
-    def __init__(self, function: Callable[[Runner], Any]) -> None:
-        self._function = function
-        self.done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-
-    def run(self, runner: Runner, broken: str) -> None:
-        try:
-            if broken:
-                raise Unavailable(broken)
-            self.done.put((self._function(runner), None))
-        except BaseException as error:  # a model's code may raise anything, SystemExit too
-            self.done.put((None, error))
-
-
-T = TypeVar("T")
-Task = tuple[Execution, OnDone] | str | _Job
-"""What a lane's thread is told: to run an execution, to forget the model of that key, or to call a function."""
-
-Inbox = queue.SimpleQueue[Task]
-
-
 class LanePool:
-    """Implements `tnxd.executors.execution.Executor`.
+    """Executor made of lanes; implements `tnxd.executors.execution.Executor`.
 
     Args:
-        make_runner: makes one for each lane, and one more that warms models up beside the lanes.
+        name, kind, description: as in `Executor`.
+        make_runner: makes the runner of a lane; two more lanes warm models up and run what nobody waits for.
         lanes: how many batches run at a time.
-        inline: a runner for the caller's thread, if the device allows that.
+        inline: a runner for the caller's thread; None: the device does not allow that.
         lane_threads: threads that work on one batch of a lane.
-        place: puts a freshly built module on the device. arrange: has its weights lie as the device likes them best.
+        place: puts a freshly built module on the device. arrange: orders its weights in memory for the device.
         memory_mb: free and total memory of the device in MiB, without blocking.
-        give_back: returns memory that is not used any more to the system; may block.
+        give_back: returns unused memory to the system; may block.
         on_done: called on the lane's thread with every execution that `submit` took, when it is over.
     """
 
@@ -95,6 +66,7 @@ class LanePool:
         self.description = description
         self.lanes = lanes
         self.lane_threads = lane_threads
+        self.runs_inline = inline is not None
         self.memory_mb = memory_mb
         self._make_runner = make_runner
         self._inline = inline
@@ -105,28 +77,23 @@ class LanePool:
         self._arrange = arrange
         self._give_back = give_back
         self._on_done = on_done
-        self._queues = [self._start_lane(str(lane))[0] for lane in range(lanes)]
-        self._warm_up = *self._start_lane("warm-up"), threading.Lock()
-        self._spare = self._start_lane("spare", yields=True)[0]
+        self._lanes = [self._start_lane(str(lane)) for lane in range(lanes)]
+        self._warm_up = self._start_lane("warm-up"), threading.Lock()
+        self._spare = self._start_lane("spare", yields=True)
 
-    def _start_lane(self, label: str, *, yields: bool = False) -> tuple[Inbox, Runner]:
-        inbox: Inbox = queue.SimpleQueue()
+    def _start_lane(self, label: str, *, yields: bool = False) -> Lane:
         runner = self._make_runner()
-        # First known, then given what there is; `_install` does it the other way round, on another thread.
+        # First known, then given the calls there are; `_install` does it the other way round, on another thread.
         self._runners.append(runner)
         for key, call in list(self._calls.items()):
             runner.calls[key] = call()
-        # Daemon threads: a model that hangs must not keep the process from ending.
-        threading.Thread(
-            target=self._work, args=(runner, inbox, yields), name=f"{self.name}/{label}", daemon=True
-        ).start()
-        return inbox, runner
+        return Lane(f"{self.name}/{label}", runner, self._on_done, yields=yields)
 
-    def load(self, model: Model) -> Warmth:
+    def load(self, model: Model) -> LoadReport:
         notes: list[str] = []
 
         def build() -> torch.nn.Module:
-            with settings_kept("building it") as changes:
+            with settings_restored("building it") as changes:
                 made = self._place(model.factory())
             notes.extend(changes.note())
             return made
@@ -135,24 +102,24 @@ class LanePool:
         nbytes = _nbytes(built[0])
         try:
             with self._warm_up_lane() as lane:
-                verdict = _called(lane, lambda runner: self._tried(runner, built[0], model, build))
+                verdict = lane.call(lambda runner: self._tried(runner, built[0], model, build))
                 verdict, module = self._ready(lane, built, verdict, build)
                 held = Held(module, model.writes, contents=False) if verdict.pristine else None
-                warmed = _called(lane, lambda runner: self._grow(runner, verdict))
+                warmed = lane.call(lambda runner: self._grow(runner, verdict))
                 written = held.changed(Held(module, model.writes, contents=False)) if held is not None else []
                 del held, module
                 if written:
                     verdict = verdict.writing(written)
                 if not verdict.pristine and written:
                     verdict, _ = self._ready(lane, [], verdict, build)
-                    warmed = _called(lane, lambda runner: self._grow(runner, verdict))
+                    warmed = lane.call(lambda runner: self._grow(runner, verdict))
                 if warmed.mixes:
                     verdict = without_rows(verdict, warmed.mixes)
-                    warmed = _called(lane, lambda runner: self._grow(runner, verdict))
+                    warmed = lane.call(lambda runner: self._grow(runner, verdict))
         except BaseException:
             self.unload(model.key)
             raise
-        return Warmth(
+        return LoadReport(
             warmed.costs,
             nbytes,
             warmed=verdict.make is not None or verdict.kind == SHARED,
@@ -168,27 +135,27 @@ class LanePool:
         )
 
     def _ready(
-        self, lane: Inbox, built: list[torch.nn.Module], verdict: Verdict, build: Callable[[], torch.nn.Module]
+        self, lane: Lane, built: list[torch.nn.Module], verdict: Verdict, build: Callable[[], torch.nn.Module]
     ) -> tuple[Verdict, torch.nn.Module]:
-        """Give all lanes what they call for a module, once they answer as the trial did.
+        """Give all lanes their calls for a model, once these answer as the trial did.
 
         Args:
-            built: the module of the trial; emptied, so that there are never two without need.
+            built: the module of the trial, if it is there; emptied, so that there are never two without need.
 
         Raises:
-            FailedPrecondition: they do not, whatever is done.
+            FailedPrecondition: the calls answer otherwise, whatever is done.
         """
 
         def opened() -> torch.nn.Module:
             made = build()
-            _called(lane, lambda runner: open_with(made, verdict, runner.torch_device))
+            lane.call(lambda runner: open_with(made, verdict, runner.torch_device))
             return made
 
         module = built.pop() if built and verdict.pristine else None
         built.clear()
         if module is None:
             module = opened()
-        if verdict.known:  # else nobody would notice if its code cannot bear that
+        if verdict.known:  # else nobody would notice that the module's code cannot bear the order
             module = self._arrange(module)
         calls = lane_calls(module, verdict)
         apart = self._apart(lane, calls, verdict)
@@ -197,7 +164,7 @@ class LanePool:
             module = opened()
             calls = lane_calls(module, verdict)
             apart = self._apart(lane, calls, verdict)
-        if apart:  # they are not as separate as they look
+        if apart:  # the calls are not as separate as they look
             verdict = verdict.one_at_a_time(apart)
             del module, calls
             module = opened()
@@ -212,7 +179,7 @@ class LanePool:
         return verdict, module
 
     @staticmethod
-    def _mixed(lane: Inbox, calls: Callable[[], Call], verdict: Verdict) -> str:
+    def _mixed(lane: Lane, calls: Callable[[], Call], verdict: Verdict) -> str:
         """The difference between a request's answer by a lane in company and alone, in words; "" if there is none."""
         model = verdict.model
         if verdict.pristine or model.max_batch_size < 2 or not verdict.known:
@@ -220,33 +187,33 @@ class LanePool:
         call = calls()
 
         def compare(runner: Runner) -> str:
-            with settings_kept("a forward"), same_chance():
+            with settings_restored("a forward"), same_chance():
                 return rows_of_a_lane_apart(call, model, runner.torch_device, verdict.telling, verdict.tolerance)
 
-        return _called(lane, compare)
+        return lane.call(compare)
 
     @staticmethod
-    def _apart(lane: Inbox, calls: Callable[[], Call], verdict: Verdict) -> str:
+    def _apart(lane: Lane, calls: Callable[[], Call], verdict: Verdict) -> str:
         """The difference between answers of lanes and of the trial, in words; "" if there is none."""
         if not verdict.known:
             return ""
         pair = calls(), calls()
 
         def compare(runner: Runner) -> str:
-            with settings_kept("a forward"):
+            with settings_restored("a forward"):
                 return lanes_apart(pair, verdict.model, runner.torch_device, verdict.known, verdict.tolerance)
 
-        return _called(lane, compare)
+        return lane.call(compare)
 
     @staticmethod
     def _tried(runner: Runner, module: torch.nn.Module, model: Model, build: Callable[[], torch.nn.Module]) -> Verdict:
-        with settings_kept("a forward"):  # what a forward changes every time, the trial finds
+        with settings_restored("a forward"):  # what a forward changes every time, the trial finds
             return try_out(module, model, runner.torch_device, build)
 
     def _grow(self, runner: Runner, verdict: Verdict) -> Warmed:
         if verdict.make is None:
             return Warmed([])
-        with settings_kept("a forward"):
+        with settings_restored("a forward"):
             warmed = warm_up(
                 runner, verdict.model, verdict.make, self.lanes, None if verdict.state.random else verdict.tolerance
             )
@@ -255,17 +222,18 @@ class LanePool:
         return warmed
 
     def _install(self, key: str, call: Callable[[], Call]) -> None:
-        """Give every lane what it calls for a model."""
+        """Give every lane its call for a model."""
         self._calls[key] = call
         for runner in list(self._runners):
             runner.calls[key] = call()
 
     @contextlib.contextmanager
-    def _warm_up_lane(self) -> Iterator[Inbox]:
-        lane, runner, busy = self._warm_up
+    def _warm_up_lane(self) -> Iterator[Lane]:
+        """The lane that models are loaded on, for one caller at a time."""
+        lane, busy = self._warm_up
         if not busy.acquire(blocking=False):  # a model that somebody gave up hangs there, perhaps for good
-            self._runners.remove(runner)
-            lane, runner, busy = self._warm_up = *self._start_lane("warm-up"), threading.Lock()
+            self._runners.remove(lane.runner)
+            lane, busy = self._warm_up = self._start_lane("warm-up"), threading.Lock()
             busy.acquire()
         try:
             yield lane
@@ -275,16 +243,16 @@ class LanePool:
     def touch(self, model: Model) -> None:
         if model.key in self._examples:
             served, item = self._examples[model.key]
-            for inbox in self._queues:
-                _called(inbox, lambda runner: run_example(runner, served, item))
+            for lane in self._lanes:
+                lane.call(lambda runner: run_example(runner, served, item))
 
     def unload(self, key: str) -> None:
         self._calls.pop(key, None)
         self._examples.pop(key, None)
         for runner in list(self._runners):
             runner.calls.pop(key, None)
-        for inbox in (*self._queues, self._warm_up[0], self._spare):
-            inbox.put(key)
+        for lane in (*self._lanes, self._warm_up[0], self._spare):
+            lane.forget(key)
         gc.collect()  # a network may refer to itself
         self._give_back()
 
@@ -293,9 +261,8 @@ class LanePool:
             self._inline.forget(key)
 
     def submit(self, execution: Execution) -> None:
-        lane = execution.batch.lane
-        inbox = self._spare if lane == SPARE else self._queues[lane]
-        inbox.put((execution, self._on_done))
+        lane = execution.lane
+        (self._spare if lane == BACKGROUND else self._lanes[lane]).submit(execution)
 
     def run_inline(self, execution: Execution) -> None:
         assert self._inline is not None
@@ -304,45 +271,6 @@ class LanePool:
     def adopt_thread(self) -> None:
         if self._inline is not None:
             self._inline.enter_thread()
-
-    @staticmethod
-    def _work(runner: Runner, inbox: Inbox, yields: bool) -> None:
-        if yields:
-            with contextlib.suppress(OSError, AttributeError):  # where threads have no priorities of their own
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        broken = ""
-        try:
-            runner.enter_thread()
-        except BaseException as error:  # a device that vanished: answer for it rather than leave callers waiting
-            broken = sentence(error)
-        while True:
-            task = inbox.get()
-            if isinstance(task, str):
-                runner.forget(task)
-                continue
-            if isinstance(task, _Job):
-                task.run(runner, broken)
-                del task
-                continue
-            execution, on_done = task
-            execution.fatal = broken
-            try:
-                runner.run(execution)
-            except BaseException as error:  # a defect of ours: this request must be answered, and the lane go on
-                log.exception("lane %s", threading.current_thread().name)
-                execution.outcomes = [Internal(f"the executor failed: {first_line(error)}") for _ in execution.items]
-            on_done(execution)
-            del task, execution  # hold no request's memory while waiting for the next
-
-
-def _called(inbox: Inbox, function: Callable[[Runner], T]) -> T:
-    """Have a lane's thread call a function with its runner, and wait for it. Raises what it raises."""
-    job = _Job(function)
-    inbox.put(job)
-    result, error = job.done.get()
-    if error is not None:
-        raise error
-    return result  # type: ignore[no-any-return]
 
 
 def _nbytes(module: torch.nn.Module) -> int:

@@ -1,6 +1,6 @@
-"""Run one execution on one device: whole if it works, in halves until the request that fails stands alone.
+"""Runner of executions on one device: a batch runs whole, or in halves until the request that fails stands alone.
 
-One that has more rows than fit, into the model's limit or into memory, is run in pieces.
+A request with more rows than fit, into the model's limit or into memory, runs in pieces.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 
 
 class Runner(ABC):
-    """Runs executions one at a time, on the thread that calls it.
+    """Runner of executions, one at a time, on the thread that calls it.
 
     A subclass knows one kind of device: it implements `forward` and adds to the stages of the execution.
 
     Args:
-        device: its name, as torch has it. staging: what batches are gathered in.
+        device: name of the device, as torch has it. staging: buffers that batches are gathered in.
 
     Attributes:
-        calls: key of a model -> what to call for it, see `tnxd.executors.trial.copies`. Other threads change it.
+        calls: key of a model -> its call, see `tnxd.executors.trial.copies`. Other threads change it.
     """
 
     def __init__(self, device: str, staging: Staging) -> None:
@@ -63,7 +63,7 @@ class Runner(ABC):
         """
 
     def is_lost(self) -> bool:
-        """Whether an accelerator's error is for good. Asked after one."""
+        """Whether the device is lost for good. Asked after an accelerator's error."""
         return True
 
     def is_exhausted(self, error: BaseException) -> bool:
@@ -72,18 +72,18 @@ class Runner(ABC):
 
     @abstractmethod
     def free_memory(self) -> None:
-        """Give memory back that is kept for reuse. Called before less is tried where there was too little."""
+        """Give memory back that is kept for reuse. Called after a forward ran out of memory, before a smaller one."""
 
     @abstractmethod
     def memory_left(self) -> int:
-        """Bytes that the device has free now; 0 if that is not known."""
+        """Free memory of the device now, in bytes; 0 if that is not known."""
 
     @abstractmethod
     def measured(self) -> AbstractContextManager[Peak]:
-        """Measure how much memory a block needs on the device, on top of what is taken."""
+        """Peak memory of a block on the device, on top of the memory that is taken already."""
 
     def forget(self, key: str) -> None:
-        """Free what is kept for the next batch of a model."""
+        """Free the buffers that are kept for the next batch of a model. Args: key: of the model."""
         self.staging.forget(key)
 
     def run(self, execution: Execution) -> None:
@@ -133,10 +133,10 @@ class Runner(ABC):
 
     def _alone(self, execution: Execution, item: Item, rows: int) -> list[Array]:
         """Run one request, in pieces that are joined again where it has too many rows for one forward."""
-        model, batch = execution.model, execution.batch
+        model = execution.model
         if not model.max_batch_size:
             return self._forward(execution, [item], rows)
-        step = min(model.max_batch_size, batch.max_rows or model.max_batch_size)
+        step = min(model.max_batch_size, execution.max_rows or model.max_batch_size)
         pieces: list[list[Array]] = []
         at = 0
         while at < rows or not pieces:
@@ -158,7 +158,7 @@ class Runner(ABC):
         return pieces[0] if len(pieces) == 1 else _joined(model, pieces, execution)
 
     def _forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
-        """`forward`, and how much of it the memory of the device allows is noted."""
+        """Run `forward`, and note how many rows the memory of the device allows."""
         try:
             outputs = self.forward(execution, items, rows)
         except BaseException as error:
@@ -183,7 +183,7 @@ class Runner(ABC):
 
 
 def _joined(model: Model, pieces: Sequence[Sequence[Array]], execution: Execution) -> list[Array]:
-    """The outputs of the pieces of a request below each other.
+    """Join the outputs of the pieces of a request along axis 0.
 
     Raises:
         FailedPrecondition: they do not fit together: the length of an output depends on the rows beside it.

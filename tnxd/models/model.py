@@ -12,6 +12,7 @@ import numpy as np
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.frames import STORAGE, Array
 from tnxctl.protocol.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
+from tnxd.device_kinds import kind_of
 from tnxd.models.sizes import row_nbytes
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Model:
 
     def may_use(self, device: str) -> bool:
         """Whether it may be put on the device of that name."""
-        return not self.devices or device in self.devices or device.partition(":")[0] in self.devices
+        return not self.devices or device in self.devices or kind_of(device) in self.devices
 
     def bind(self, specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> BoundInputs:
         """Hold a request's tensors against the signature.

@@ -13,6 +13,7 @@ import numpy as np
 
 from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import TensorSpec
+from tnxd.device_kinds import DeviceKind
 
 _ROUNDING = {"FP64": 1e-8, "FP32": 2e-4, "FP16": 2e-2, "BF16": 6e-2}
 """Datatype -> tolerated difference, relative to the largest value of the output: some hundred units in the last place,
@@ -34,18 +35,18 @@ FLOATING = frozenset(_ROUNDING)
 """Datatypes whose values are rounded."""
 
 _ROUNDING_TF32 = 1e-2
-"""For FP32 on a GPU, whose convolutions may keep 10 bits of the mantissa (torch.backends.cudnn.allow_tf32)."""
+"""For FP32 on a device that has TF32, see `DeviceKind`."""
 
 
-def tolerance(datatypes: Iterable[str], kind: str) -> float:
+def tolerance(datatypes: Iterable[str], kind: DeviceKind) -> float:
     """The tolerated difference, relative to the largest value of an output, where a model computes in `datatypes`.
 
     Args:
-        kind: of the device, "cpu" or "cuda".
+        kind: of the device.
     """
     found = [_ROUNDING[datatype] for datatype in datatypes if datatype in _ROUNDING]
     coarsest = max(found, default=_ROUNDING["FP32"])
-    return max(coarsest, _ROUNDING_TF32) if kind == "cuda" and coarsest > _ROUNDING["FP64"] else coarsest
+    return max(coarsest, _ROUNDING_TF32) if kind.has_tf32 and coarsest > _ROUNDING["FP64"] else coarsest
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.frames import STORAGE
 from tnxctl.protocol.wire import DEFAULT_PRIORITY, LOWEST_PRIORITY, MAX_DEADLINE_US, MAX_DIM, MAX_WEIGHT, TensorSpec
 from tnxd import tomlfile
+from tnxd.device_kinds import DEVICE, DEVICES
 
 MAX_NAME = 256
 """Characters in the name of an input or output."""
@@ -123,7 +124,6 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.json.encode(msgspec.structs.replace(self, versions="latest", traffic=Traffic()))
 
 
-_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _FACTORY = re.compile(r"[A-Za-z_]\w*:[A-Za-z_]\w*", re.ASCII)
 
@@ -139,8 +139,8 @@ def load(path: Path, label: str) -> Settings:
     """
     settings = tomlfile.convert(tomlfile.read(path, label), Settings, label)
     for device in settings.devices:
-        if not _DEVICE.fullmatch(device):
-            raise InvalidArgument(f"{label}: devices: {device!r} is none of cpu, cuda, cuda:N")
+        if not DEVICE.fullmatch(device):
+            raise InvalidArgument(f"{label}: devices: {device!r} is none of {DEVICES}")
     if settings.factory and not _FACTORY.fullmatch(settings.factory):
         raise InvalidArgument(f'{label}: factory: {settings.factory!r} is not "module:function"')
     for index, name in enumerate(settings.imports):

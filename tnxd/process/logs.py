@@ -1,9 +1,9 @@
-"""Lines for stderr and stdout that nobody who writes them waits for.
+"""Asynchronous, rate-limited logging: no thread that writes to stderr or stdout waits for the descriptor.
 
-A pipe that is not read, a terminal that is stopped, a disk that hangs: whoever writes to such a descriptor stands
-still, and the serving loop must not. So all lines go through bounded queues to one thread for each descriptor. What
-does not fit is dropped and counted, and the log says how much that was. Failures of one kind are one line, and one
-traceback, in ten seconds, with their number.
+A pipe that is not read, a terminal that is stopped, a disk that hangs: a write to such a descriptor blocks, and the
+serving loop must not. So all lines go through bounded queues, to one thread for each descriptor. Lines that do not fit
+are dropped and counted, and the log tells their number. Failures of one kind are one line, and one traceback, in ten
+seconds, with their number.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 INTERVAL_S = 10.0
-"""Of one kind of warning or error, one line is written within it."""
+"""Rate limit: of one kind of warning or error, one line is written in so many seconds."""
 
-# What is no failure is told, too, up to a number: an operator who routes traffic five times wants to see all five.
-_LINES_OF_NEWS = 20
+# Rate limit of records that are no failure: an operator who routes traffic five times wants to see all five.
+_INFO_LINES = 20
 
 _KIND = "tnxd_kind"
-"""An attribute of a record that says what it is about, in place of its text."""
+"""Attribute of a record that says what it is about, in place of its text."""
 
 _NUMBER = re.compile(r"\d[\d.]*(?:[eE][-+]?\d+)?")
 
@@ -40,14 +40,14 @@ _RETRY_S = 1.0
 
 
 class Writer:
-    """Writes to a descriptor on a thread of its own. `put` never blocks, whatever becomes of the descriptor.
+    """Queue of text for a descriptor, and the thread that writes it. `put` never blocks.
 
     Args:
-        on_time: called on that thread before it waits; returns the seconds after which to call it again at the latest,
+        on_time: called on that thread before it waits. Returns the seconds after which to call it again at the latest,
             or None.
 
     Attributes:
-        dropped: entries that found no room, since the descriptor takes too little.
+        dropped: number of entries that found no room, since the descriptor takes too little.
     """
 
     def __init__(self, descriptor: int, on_time: Callable[[], float | None] = lambda: None) -> None:
@@ -55,13 +55,13 @@ class Writer:
         self._on_time = on_time
         self._queue: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
         self._lock = threading.RLock()  # a finalizer may log in the middle of anything
-        # Each is written by one side alone: what was taken, and what has gone.
+        # Counters of bytes that were taken and that have gone: each is written by one side alone.
         self._taken_bytes = 0
         self._gone_bytes = 0
         self.dropped = 0
 
     def start(self) -> Writer:
-        """Begin to write; returns itself."""
+        """Start the thread. Returns the writer."""
         threading.Thread(target=self._run, name=f"writer {self._descriptor}", daemon=True).start()
         return self
 
@@ -73,9 +73,12 @@ class Writer:
         )
 
     def put(self, text: str, *, needed: bool = False) -> None:
-        """Have a text written, which ends with its line, if there is room for it or it is needed.
+        """Queue a text of whole lines, or count it as dropped.
 
-        An empty one makes the thread look at the time.
+        An empty text makes the thread call `on_time`.
+
+        Args:
+            needed: queue it even where there is no room.
         """
         data = text.encode("utf-8", "backslashreplace")
         with self._lock:
@@ -88,7 +91,7 @@ class Writer:
         self._queue.put(data)
 
     def flush(self, seconds: float) -> bool:
-        """Wait until what was put is written, for so long at most. Whether it is."""
+        """Wait until everything that was put is written, up to so many seconds. Returns whether it is."""
         written = threading.Event()
         self._queue.put(written)
         return written.wait(seconds)
@@ -123,7 +126,7 @@ def _wait_until_writable(descriptor: int) -> None:
 
 
 class _Kind:
-    """Records that say the same of the same thing, within one interval."""
+    """Rate limit of one kind of records, within one interval."""
 
     __slots__ = ("left", "level", "more", "name", "text", "until")
 
@@ -131,19 +134,19 @@ class _Kind:
         # Not the record, whose exception would keep the tensors of its frames alive.
         self.name, self.level, self.text = record.name, record.levelno, text
         self.until = until
-        self.left = 1 if record.levelno >= logging.WARNING else _LINES_OF_NEWS
+        self.left = 1 if record.levelno >= logging.WARNING else _INFO_LINES
         self.more = 0
 
 
 class Log(logging.Handler):
-    """A handler that writes through a `Writer`, and one line for each kind of failure and interval.
+    """Log handler that writes through a `Writer`, with one line for each kind of failure in each interval.
 
     The caller starts its writer.
 
-    Of one kind are records with the same logger, text and first argument, which is what they are about, and the same
-    class of exception. In a text without arguments, which models like to make, numbers do not count: they may be others
-    each time. A warning of Python's is of the kind of its category and place. What follows the first one of a kind is
-    counted: "... and 1999 more of this kind within 10 s".
+    Records are of one kind if logger, text, first argument and class of exception are the same; the first argument is
+    their subject. In a text without arguments, which models like to make, numbers do not count: they may differ each
+    time. Category and place are the kind of a warning of Python's. Records after the first one of a kind are counted:
+    "... and 1999 more of this kind within 10 s".
     """
 
     def __init__(self, descriptor: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -155,7 +158,7 @@ class Log(logging.Handler):
         self.writer = Writer(descriptor, self._on_time)
 
     def createLock(self) -> None:
-        """No lock around `emit`: to make a text of an exception may run a model's code, for as long as that likes."""
+        """Make no lock around `emit`: the text of an exception may run a model's code, for any time."""
         self.lock = None
 
     def handle(self, record: logging.LogRecord) -> bool:
@@ -172,7 +175,7 @@ class Log(logging.Handler):
             self.handleError(record)
 
     def flush(self, seconds: float = 0.0) -> None:
-        """Write what is known so far, counts included, within so many seconds."""
+        """Write all records so far, counts included, within so many seconds."""
         self._close_kinds(float("inf"))
         if seconds > 0:
             self.writer.flush(seconds)
@@ -201,7 +204,7 @@ class Log(logging.Handler):
         return False
 
     def _on_time(self) -> float | None:
-        """Tell, on the writer's thread, what has come to its end."""
+        """Write the counts of dropped lines, and of kinds whose interval is over. On the writer's thread."""
         dropped = self.writer.dropped - self._dropped
         if dropped and self.writer.keeps_up:
             self._dropped += dropped
@@ -210,7 +213,7 @@ class Log(logging.Handler):
         return self._close_kinds(self._clock())
 
     def _close_kinds(self, now: float) -> float | None:
-        """Tell the numbers of kinds whose interval is over. Returns the seconds until the next one is."""
+        """Write the counts of kinds whose interval is over. Returns the seconds until the next one is."""
         with self._kinds_lock:
             for name, kind in list(self._kinds.items()):
                 if now >= kind.until:
@@ -236,7 +239,7 @@ class Log(logging.Handler):
 
 
 class _Stream(io.TextIOBase):
-    """Takes the place of sys.stdout or sys.stderr: what a model prints goes the same way, line by line."""
+    """Substitute for sys.stdout or sys.stderr: output of models goes through a `Writer`, line by line."""
 
     encoding = "utf-8"
     errors = "backslashreplace"
@@ -266,7 +269,7 @@ class _Stream(io.TextIOBase):
 
 
 class _JournalFormatter(logging.Formatter):
-    """journald adds the time itself, and reads the priority of each line from the <N> that it begins with."""
+    """Format for journald, which adds the time, and reads a line's priority from the <N> at its beginning."""
 
     def format(self, record: logging.LogRecord) -> str:
         priority = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
@@ -281,7 +284,7 @@ def _log_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Take the place of `warnings.showwarning`, as logging.captureWarnings does, which says of no record what it is."""
+    """Substitute for `warnings.showwarning`. That of logging.captureWarnings gives records no kind."""
     text = warnings.formatwarning(message, category, filename, lineno, line)
     if file is not None:
         file.write(text)
@@ -299,7 +302,11 @@ _installed: tuple[Log, Writer] | None = None
 
 
 def install(level: str) -> None:
-    """Have the log of this process written to stderr, and all that it prints, without that anybody waits for it."""
+    """Send the log of this process, and all its output, through writers.
+
+    Args:
+        level: of the log, such as "info".
+    """
     global _installed
     handler, printed = Log(2), Writer(1).start()
     handler.setFormatter(
@@ -317,7 +324,7 @@ def install(level: str) -> None:
 
 
 def flush(seconds: float) -> None:
-    """Write what waits, within so many seconds. Without `install` there is nothing that waits."""
+    """Write all lines that wait, within so many seconds. Without `install` there are none."""
     if _installed is not None:
         handler, printed = _installed
         until = time.monotonic() + seconds

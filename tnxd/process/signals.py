@@ -1,4 +1,4 @@
-"""Signals and what they do to the daemon, from its first line on. Imports little: what comes before is not protected.
+"""Signal handling of the daemon, from its first line on. Imports little: code that runs before is not protected.
 
 | signal | what it does |
 |---|---|
@@ -40,9 +40,9 @@ _REACTION_S = 2.0  # within which a loop that turns has seen a second signal
 
 
 def prepare() -> None:
-    """Prepare for signals before anything that takes time: from here on none ends the process but those that are to.
+    """Install handlers before anything that takes time: from here on, only signals that are to end the process do.
 
-    SIGHUP may be passed over until `handled_signals`: the repository is looked at after that.
+    SIGHUP may be ignored until `handled_signals`: the repository is looked at after that.
     """
     for number in (signal.SIGHUP, *_MEANINGLESS):
         # A handler of Python's, and not SIG_IGN, which the processes that the daemon starts would inherit.
@@ -65,7 +65,7 @@ def handled_signals(
 
     A loop that hangs in a model's code does not stop: the process ends with 1 when `patience_s` seconds have passed
     since the first signal to stop, or two and `linger_s` since the second. Python's own handlers run on the main thread
-    alone, which is the one that may hang; the descriptor that signals are written to is read whatever that does.
+    alone, which is the one that may hang. The pipe that signals are written to is read on a thread of its own.
     """
     global _pipe
     reader, writer = _pipe = os.pipe()
@@ -86,11 +86,11 @@ def handled_signals(
 
 
 _pipe: tuple[int, ...] = ()
-"""The pipe that signals are written to while they are handled: both of its ends."""
+"""Self-pipe that signals are written to while they are handled: reader and writer."""
 
 
 class _Forks:
-    """Hooks around os.fork: Python calls them on the thread that forks.
+    """Fork hooks, which Python calls on the thread that forks.
 
     A child has the handlers and the pipe of the daemon: SIGTERM, by which a pool ends its processes, would drain the
     daemon and not end the child. subprocess calls none of this unless it is given a `preexec_fn`: a program that is
@@ -107,7 +107,7 @@ class _Forks:
 
     @classmethod
     def look_after(cls) -> None:
-        """Do so from now on: what is registered stays for good."""
+        """Register the hooks, once: Python keeps them for good."""
         if not cls._looked_after:
             cls._looked_after = True
             forks = cls()
@@ -140,7 +140,7 @@ class _Forks:
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:
-    """Do nothing. Without a handler of Python's, a signal would do what it does by default."""
+    """Ignore a signal. Without a handler of Python's, it would do what it does by default."""
 
 
 def _watch(
@@ -181,12 +181,12 @@ def _name(number: int) -> str:
 
 
 def _end() -> NoReturn:
-    """The process did not stop in time: say so, and end it."""
+    """End a process that did not stop in time, with a line in the log."""
     die("the daemon did not stop in time: it ends with 1, and what it had taken in is lost")
 
 
 def die(sentence: str) -> NoReturn:
-    """End the process with 1, whatever its other threads do; the log gets a second for that sentence."""
+    """End the process with 1, whatever its other threads do. The log gets a second to write the sentence."""
     # On a thread of its own, as whoever hangs may hold a lock of the log's.
     thread = threading.Thread(target=_say, args=(sentence,), daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""The process around the server: what systemd is told, and how many files it may open."""
+"""Service under systemd: notifications by sd_notify, and the limit of open files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST_UNSENT = 16
 
 
 class Notifier:
-    """Speaks sd_notify: one datagram per state, to the socket that systemd names in the environment.
+    """Client of sd_notify: one datagram per state, to the socket that systemd names in the environment.
 
     Protocol: https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
     """
@@ -32,25 +32,25 @@ class Notifier:
         return bool(self._address)
 
     def reloading(self) -> None:
-        """Say that a reload has begun; READY=1 says that it is over."""
+        """Notify that a reload has begun; READY=1 ends it."""
         self.send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def send(self, *states: str) -> None:
         """Send states such as "READY=1". A daemon without systemd, or whose systemd does not listen, goes on.
 
-        It never blocks: what finds the socket full is sent with the next call, in order.
+        It never blocks: states that find the socket full are sent with the next call, in order.
         """
         self._unsent.append("\n".join(states).encode())
         self.retry()
 
     def alive(self) -> None:
-        """Give a sign of life; one that finds the socket full is not worth sending later."""
+        """Send a sign of life (WATCHDOG=1). One that finds the socket full is not worth sending later."""
         if self.retry():
             self.send("WATCHDOG=1")
             self._unsent.clear()
 
     def retry(self) -> bool:
-        """Send what found the socket full. Whether nothing is left."""
+        """Send the states that found the socket full. Returns whether none is left."""
         if not self._address:
             self._unsent.clear()
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
@@ -66,7 +66,7 @@ class Notifier:
 
 
 def raise_file_limit() -> None:
-    """Use all the file descriptors that the system allows: libzmq ends the process when an ipc listener runs out."""
+    """Raise the limit of open files to the hard one: libzmq ends the process when an ipc listener runs out."""
     try:
         import resource
     except ImportError:

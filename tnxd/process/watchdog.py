@@ -1,4 +1,4 @@
-"""A thread that notices when the serving loop stands still, as in a model's code that does not come back."""
+"""Watchdog thread: notices that the serving loop hangs, as in a model's code that does not return."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _FRAMES = 12
 
 
 class Watchdog:
-    """Looks after the loop, once a second.
+    """Watchdog of the thread that makes it: it looks once a period.
 
     Args:
-        look: called on the watchdog's thread; says in words what the loop hangs in, or "".
-        bark: called there with those words and the stack of the thread that made the watchdog, once for each time that
-            it hangs.
+        look: called on the watchdog's thread. Returns in words where the loop hangs; "" if it does not.
+        bark: called there with those words and the stack of the watched thread, once for each hang.
+        period_s: in seconds.
     """
 
     def __init__(self, look: Callable[[], str], bark: Callable[[str, str], None], period_s: float = _PERIOD_S) -> None:
@@ -39,6 +39,6 @@ class Watchdog:
                 self._bark(why, self._stack())
 
     def _stack(self) -> str:
-        """The innermost frames of where the loop is."""
+        """Innermost frames of the watched thread."""
         frame = sys._current_frames().get(self._watched)
         return "".join(traceback.format_stack(frame, _FRAMES)) if frame is not None else ""

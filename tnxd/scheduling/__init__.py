@@ -1,0 +1,1 @@
+"""Policy: device, batch, order, refusals, predictions. Pure: no tensor, thread, clock or socket."""

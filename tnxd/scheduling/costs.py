@@ -1,4 +1,4 @@
-"""Expected costs of batches, learned from the batches that ran."""
+"""Cost model: expected times of batches, learned from the batches that ran."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DEVIATIONS = 4.0
 
 
 class CostCurve:
-    """Execution time of one model on one device over the batch size, in microseconds.
+    """Curve of execution time over the batch size, of one model on one device, in microseconds.
 
     Batch sizes share a point per power of two, at their mean size; between points the curve is straight, beyond the
     last it grows in proportion.
@@ -38,7 +38,7 @@ class CostCurve:
         self._moved = 0.0  # since then, as a share
 
     def observe(self, rows: int, micros: float) -> None:
-        """Record that a batch of `rows` took so long, from its gather to its outputs."""
+        """Record how long a batch of `rows` took, from its gather to its outputs, in microseconds."""
         bucket = rows.bit_length()
         position = self._points.get(bucket)
         if position is None:
@@ -61,12 +61,12 @@ class CostCurve:
         self._deviations[position] += _WEIGHT * (abs(off) - self._deviations[position])
 
     def bound(self, rows: int, micros: float) -> None:
-        """Take in that a batch of `rows` needs no longer than that: what is expected comes down to it, by and by."""
+        """Bound the mean of `rows` from above: it comes down to `micros` by and by, and never rises for it."""
         if not self._rows or self.mean(rows) > micros:
             self.observe(rows, micros)
 
     def borrow(self, other: CostCurve, factor: float) -> None:
-        """Start with what another curve knows, times a factor."""
+        """Copy the points of another curve, with their times multiplied by a factor."""
         self._points = dict(other._points)
         self._rows = list(other._rows)
         self._times = [factor * micros for micros in other._times]
@@ -74,7 +74,7 @@ class CostCurve:
         self._forget_means()
 
     def mean(self, rows: int) -> float:
-        """Expected microseconds for a batch of `rows`; 0 as long as nothing was observed."""
+        """Expected microseconds of a batch of `rows`; 0 as long as nothing was observed."""
         micros = self._means.get(rows)
         if micros is None:
             if len(self._means) == _MOST_SIZES:
@@ -100,7 +100,7 @@ class CostCurve:
         return times[position - 1] + share * (times[position] - times[position - 1])
 
     def rows_within(self, micros: float, most: int) -> int:
-        """The largest batch, of at most so many rows, that is expected to take no longer; 0 if none is."""
+        """Largest batch, of at most `most` rows, that is expected to take no longer than `micros`; 0 if none is."""
         least = 0
         while least < most:
             middle = (least + most + 1) // 2
@@ -124,7 +124,7 @@ class CostCurve:
 
 
 class BatchCosts:
-    """Costs of batches of one model and shape group on one device: on its lanes, and on the caller's own thread.
+    """Cost curves of one model and shape group on one device: of its lanes, and of the caller's own thread.
 
     A batch is meant for the caller's thread if it is expected to take no longer than `inline_limit_us` there. What is
     expected there starts with what the lanes took, times their threads, and learns from the batches that ran there.
@@ -159,15 +159,15 @@ class BatchCosts:
         return 0.0 < self.inline.mean(rows) <= self._inline_limit_us
 
     def rows_inline(self, most: int) -> int:
-        """The largest batch, of at most so many rows, that is meant for the caller's thread; 0 if none is."""
+        """Largest batch, of at most `most` rows, that is meant for the caller's thread; 0 if none is."""
         return self.inline.rows_within(self._inline_limit_us, most) if self.inline.known else 0
 
     def curve(self, rows: int) -> CostCurve:
-        """The curve of the place that a batch of `rows` is meant for."""
+        """Curve of the place that a batch of `rows` is meant for."""
         return self.inline if self.fits_inline(rows) else self.lane
 
     def mean(self, rows: int) -> float:
-        """Expected microseconds for a batch of `rows`, where it is meant to run; 0 as long as nothing is known."""
+        """Expected microseconds of a batch of `rows`, where it is meant to run; 0 as long as nothing is known."""
         if self._inline_limit_us:
             micros = self.inline.mean(rows)
             if 0.0 < micros <= self._inline_limit_us:
@@ -175,14 +175,14 @@ class BatchCosts:
         return self.lane.mean(rows)
 
     def observe_lane(self, rows: int, micros: float) -> None:
-        """Record that a batch of `rows` took so long on a lane."""
+        """Record how long a batch of `rows` took on a lane, in microseconds."""
         self.lane.observe(rows, micros)
         if self._inline_limit_us:
             self.inline.bound(rows, self._lane_threads * self.lane.mean(rows))
 
 
 class CostModel:
-    """A curve per device, model and shape group, and another where batches run on the caller's own thread.
+    """Cost curves by device, model and shape group, with another where batches run on the caller's own thread.
 
     Rows alone do not tell the cost of a sequence model: what is long is learned apart from what is short. The number of
     curves is bounded; the least recently used is forgotten first.
@@ -193,7 +193,7 @@ class CostModel:
         self._curves: dict[tuple[str, str, tuple[int, ...], bool], CostCurve] = {}
 
     def curve(self, device: str, model: str, group: tuple[int, ...] = (), *, inline: bool = False) -> CostCurve:
-        """The curve, an empty one at first."""
+        """Cost curve, an empty one at first."""
         key = (device, model, group, inline)
         known = self._curves.pop(key, None)
         if known is None:

@@ -1,23 +1,21 @@
-"""A device as scheduling sees it, and the batches that run there."""
+"""Devices as scheduling sees them, and the batches that run there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tnxd.device_kinds import KINDS
 from tnxd.scheduling.costs import BatchCosts
 from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.request import LEVELS, Request
-from tnxd.scheduling.request_queue import Waiting
-from tnxd.scheduling.turns import Turns
+from tnxd.scheduling.request_queue import RequestQueue
+from tnxd.scheduling.round_robin import DeadlineRoundRobin
 
-INLINE = -1
-"""The lane that is the caller's own thread."""
+# Tickets of each level: its share of the device's time while all have work. The last one keeps moving, too.
+_TICKETS = (8.0, 4.0, 2.0, 1.0)
 
-SPARE = -2
-"""The lane for what nobody waits for: a thread of the device that the operating system lets run last."""
-
-# A level gets this share of the device's time while all have work: the last one keeps moving, too.
-_SHARES = (8.0, 4.0, 2.0, 1.0)
+# Stride of each level: by how much a microsecond of the device moves its pass on.
+_STRIDES = tuple(1.0 / tickets for tickets in _TICKETS)
 
 # What a batch is charged with that nothing is known about, in microseconds: a level whose batches always fail must not
 # have the device for nothing.
@@ -26,16 +24,17 @@ _UNKNOWN_US = 1000.0
 
 @dataclass(slots=True)
 class Batch:
-    """Requests to run together on one lane.
+    """Batch of requests that runs on one lane.
 
     Attributes:
-        lane: INLINE, SPARE, or an index below the device's lane count.
+        lane: INLINE, BACKGROUND, or an index below the device's lane count.
         model: key of the model.
-        requests: none in a spare batch, whose results nobody waits for; it counts as one request that runs.
-        costs: what is to learn how long it took.
+        requests: none in a background batch, which counts as one request that runs.
+        costs: learn from how long the batch took.
         max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
-        started_ns: when it was formed. run_us: how long it is expected to run; 0: nobody knows.
-        given_up: whether it hangs.
+        started_ns: when it was formed.
+        run_us: predicted microseconds; 0: nobody knows.
+        hung: whether it hangs, see `Scheduler.mark_hung`.
     """
 
     device: Device
@@ -47,32 +46,35 @@ class Batch:
     max_rows: int = 0
     started_ns: int = 0
     run_us: float = 0.0
-    given_up: bool = False
+    hung: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class Device:
-    """A device as policy sees it.
+    """Device with its lanes, its queues, and their order.
 
     Attributes:
-        kind: "cpu" or "cuda".
+        kind: key of `tnxd.device_kinds.KINDS`. is_gpu: as there.
         lanes: batches that it runs at a time.
         models: keys of the models that are loaded on it; they come and go.
         memory_free_mb: in MiB, as last reported; used for GPUs.
         inline_limit_us: a batch predicted to take no longer runs on the caller's own thread, since handing it to
             another would cost more than it saves. 0: never.
         lane_threads: threads that work on one batch of a lane.
-        error: why it failed; empty while it works.
+        error: why the device failed; empty while it works.
         free_lanes: indices of lanes that have nothing to do.
-        spare_free: whether the SPARE lane has nothing to do.
+        background_free: whether the BACKGROUND lane has nothing to do.
         placements: of models that came here, by key.
-        waiting: queues by model, group and whether their requests ride alone, empty ones too. sweep_at: how many there
-            may be before the empty ones are dropped. queued, queued_rows: requests in them, and their rows.
-            running_rows: those in batches that run.
-        turns: which queue is next, per priority. counts: requests per priority.
-        held: models that run on as many lanes as they may, and their queues that have no turn on that priority until
-            one of these is free.
-        passes: how much each priority has used, by its share. virtual: how much the one had that was served last.
+        queues: by model, group and whether their requests ride alone, empty ones too.
+        sweep_at: how many queues there may be before the empty ones are dropped.
+        queued, queued_rows: requests that wait here, and their rows.
+        running_rows: rows of the batches that run.
+        counts: requests that wait, per priority.
+        turns: order of the queues, per priority.
+        held: placements that run on as many lanes as they may, and their queues that take no turns on that priority
+            until one of these lanes is free.
+        passes: pass of each priority in stride scheduling: the device's time that it used, divided by its tickets.
+        global_pass: pass of the priority that was served last.
         busy_until_ns: per running lane, when its batch should be over.
         backlog_us: predicted cost of what waits, per priority.
         backlog_ns: when the last batch was over, if requests waited then; else 0.
@@ -86,24 +88,28 @@ class Device:
     inline_limit_us: float = 0.0
     lane_threads: int = 1
     error: str = ""
+    is_gpu: bool = field(init=False)
     free_lanes: list[int] = field(init=False)
-    spare_free: bool = field(init=False, default=True)
+    background_free: bool = field(init=False, default=True)
     busy_until_ns: dict[int, int] = field(init=False, default_factory=dict)
     placements: dict[str, Placement] = field(init=False, default_factory=dict)
-    waiting: dict[tuple[str, tuple[int, ...], bool], Waiting] = field(init=False, default_factory=dict)
+    queues: dict[tuple[str, tuple[int, ...], bool], RequestQueue] = field(init=False, default_factory=dict)
     sweep_at: int = field(init=False, default=0)
-    held: dict[Placement, set[tuple[Waiting, int]]] = field(init=False, default_factory=dict)
+    held: dict[Placement, set[tuple[RequestQueue, int]]] = field(init=False, default_factory=dict)
     backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
     backlog_ns: int = field(init=False, default=0)
     queued: int = field(init=False, default=0)
     queued_rows: int = field(init=False, default=0)
     running_rows: int = field(init=False, default=0)
-    turns: list[Turns[Waiting]] = field(init=False, default_factory=lambda: [Turns() for _ in range(LEVELS)])
+    turns: list[DeadlineRoundRobin[RequestQueue]] = field(
+        init=False, default_factory=lambda: [DeadlineRoundRobin() for _ in range(LEVELS)]
+    )
     counts: list[int] = field(init=False, default_factory=lambda: [0] * LEVELS)
     passes: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
-    virtual: float = field(init=False, default=0.0)
+    global_pass: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
+        self.is_gpu = KINDS[self.kind].is_gpu
         self.free_lanes = list(range(self.lanes))
 
     @property
@@ -111,23 +117,25 @@ class Device:
         """Rows that wait or run here: the measure of load that routing compares."""
         return self.queued_rows + self.running_rows
 
-    def takes(self, request: Request) -> bool:
-        """Whether a request that may go anywhere may go here."""
+    def is_eligible(self, request: Request) -> bool:
+        """Whether a request that may run anywhere may run here."""
         if self.error or request.model not in self.models or self.name in request.excluded:
             return False
-        return self.kind != "cuda" or self.memory_free_mb >= request.min_gpu_memory_mb
+        return not self.is_gpu or self.memory_free_mb >= request.min_gpu_memory_mb
 
-    def takes_over(self, request: Request) -> bool:
-        """Whether a request that waits elsewhere may come here."""
-        return request.wanted == "auto" and self.takes(request)
+    def may_steal(self, request: Request) -> bool:
+        """Whether a request that waits for another device may run here."""
+        return request.wanted == "auto" and self.is_eligible(request)
 
     def clear_in_us(self, now_ns: int) -> float:
-        """Microseconds until all that runs and waits here should be done."""
+        """Predicted microseconds until all that runs and waits here is done."""
         running_ns = sum([until_ns - now_ns for until_ns in self.busy_until_ns.values() if until_ns > now_ns])
         return (sum(self.backlog_us) + running_ns / 1e3) / self.lanes
 
+    # --- which level: stride scheduling (Waldspurger and Weihl, 1995) --------------------------------------------
+
     def next_level(self) -> int | None:
-        """The priority whose turn it is: levels share by weight (stride scheduling, Waldspurger and Weihl, 1995)."""
+        """Priority whose turn it is: the one with the smallest pass; None if nothing takes turns."""
         best = None
         for level in range(LEVELS):
             if self.turns[level].members and (best is None or self.passes[level] < self.passes[best]):
@@ -135,22 +143,54 @@ class Device:
         return best
 
     def charge(self, level: int, micros: float) -> None:
-        """A level has used so much of the device; 0 if that is not known."""
+        """Advance the pass of a level, which has used so many microseconds of the device; 0 if that is not known."""
         used = self.passes[level]
-        if used > self.virtual:
-            self.virtual = used
-        self.passes[level] = used + (micros or _UNKNOWN_US) / _SHARES[level]
+        if used > self.global_pass:
+            self.global_pass = used
+        self.passes[level] = used + (micros or _UNKNOWN_US) * _STRIDES[level]
 
     def wake(self, level: int) -> None:
-        """A level that had nothing to run has: it starts even with those at work, whatever it has not used.
+        """Move the pass of a level that had nothing to run up to the global pass: it makes up for nothing.
 
-        Even is with the one that was served last (start-time fair queueing; Goyal, Vin and Cheng, 1996).
+        That is the pass of the level that was served last (start-time fair queueing; Goyal, Vin and Cheng, 1996).
         """
-        if self.passes[level] < self.virtual:
-            self.passes[level] = self.virtual
+        if self.passes[level] < self.global_pass:
+            self.passes[level] = self.global_pass
+
+    # --- which queue of a level ----------------------------------------------------------------------------------
+
+    def offer(self, queue: RequestQueue, level: int) -> None:
+        """Let a queue take turns on a level, if something of that level waits in it."""
+        head = queue.head(level)
+        if head is not None:
+            self.turns[level].offer(queue, head.due_ns, head.serial)
+
+    def end_turn(self, queue: RequestQueue, level: int) -> None:
+        """Put a queue that has had its turn behind the others, or out if it is empty."""
+        self.turns[level].served(queue)
+        self.withdraw_empty_levels(queue)
+        if queue.count:
+            self.offer(queue, level)
+
+    def withdraw_empty_levels(self, queue: RequestQueue) -> None:
+        """Let a queue that requests have left take no turns on levels where nothing of it is left."""
+        if not queue.count:
+            self.withdraw(queue)
+            return
+        for level in range(LEVELS):
+            if queue.head(level) is None:
+                self.turns[level].withdraw(queue)
+
+    def withdraw(self, queue: RequestQueue) -> None:
+        """Let a queue that is empty take no turns."""
+        for turns in self.turns:
+            if turns.members:
+                turns.withdraw(queue)
+
+    # --- counts --------------------------------------------------------------------------------------------------
 
     def enqueue(self, level: int, rows: int, micros: float) -> None:
-        """Count a request that comes to a level."""
+        """Count a request that joins a level."""
         if not self.counts[level]:
             self.wake(level)
         self.counts[level] += 1
@@ -159,7 +199,7 @@ class Device:
         self.backlog_us[level] += micros
 
     def dequeued(self, count: int, rows: int) -> None:
-        """Count off requests that have left; their levels have been told."""
+        """Count off requests that have left; `counts` and `backlog_us` know already."""
         self.queued -= count
         self.queued_rows -= rows
         if not self.queued:

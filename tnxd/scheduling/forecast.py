@@ -1,4 +1,4 @@
-"""Forecasts of when requests are done, corrected by how those before them fared."""
+"""Forecasts of when requests are done, corrected by how the predictions for earlier ones came true."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _MOST_RESERVE = 0.2
 class Forecast:
     """Corrections of what is predicted for one model on one device.
 
-    A prediction adds up what batches take. It knows nothing of what else the process does meanwhile: to take requests
-    in, to refuse others, to send answers. That shows in how long a lane is taken by a batch, until it gets the next
-    one; the rest shows in how many promises are broken.
+    A prediction adds up what batches take. It knows nothing of the other work of the process: to take requests in, to
+    refuse others, to send answers. That work shows in the time from one batch on a lane to the next; the rest shows in
+    how many promises are broken.
 
     Attributes:
         factor: by how much longer lanes are taken than their batches run.
@@ -38,17 +38,17 @@ class Forecast:
         self._predicted_us = self._actual_us = 0.0
 
     def observe(self, predicted_us: float, actual_us: float) -> None:
-        """A batch that was expected to run for `predicted_us` took its lane for `actual_us`."""
+        """Record that a batch predicted to run for `predicted_us` took its lane for `actual_us`."""
         actual_us = min(actual_us, _OUTLIER * self.factor * predicted_us)
         self._predicted_us += _WEIGHT * (predicted_us - self._predicted_us)
         self._actual_us += _WEIGHT * (actual_us - self._actual_us)
         self.factor = min(max(self._actual_us / self._predicted_us, _LEAST_FACTOR), _MOST_FACTOR)
 
     def answered(self, predicted_us: float, actual_us: float) -> None:
-        """The first request of a batch was expected to take `predicted_us`, and was answered after `actual_us`."""
+        """Record when the first request of a batch was predicted to be done, and when it was answered."""
         extra_us = min(actual_us - predicted_us, _OUTLIER * max(self.extra_us, predicted_us))
         self.extra_us = max(self.extra_us + _WEIGHT * (extra_us - self.extra_us), 0.0)
 
     def fared(self, late: int, in_time: int) -> None:
-        """So many requests that had to wait were done, or given up, late, and so many in time."""
+        """Count requests that had to wait: those done late or expired, and those done in time."""
         self.reserve = min(max(self.reserve + late * _MORE - in_time * _LESS, 0.0), _MOST_RESERVE)

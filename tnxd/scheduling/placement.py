@@ -1,15 +1,11 @@
-"""A model on one device, and on all of them together."""
+"""Placement: a model on one device, and its load on all of them together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from tnxd.scheduling.forecast import Forecast
 from tnxd.scheduling.request import LEVELS
-
-if TYPE_CHECKING:
-    from tnxd.scheduling.device import Batch
 
 # Batches that have to work at a ceiling before twice as many rows are tried. A try that fails costs about three of
 # them: the forward that ran out of memory, and both halves.
@@ -17,13 +13,13 @@ _PROBE_AFTER = 256
 
 
 @dataclass(slots=True, eq=False)
-class Load:
-    """The work that one model has, on all devices together.
+class ModelLoad:
+    """Load of one model, on all devices together.
 
     Attributes:
-        queued, queued_bytes: requests that wait, and their inputs. running: in batches that run. hung: of these, in
-            batches that were given up.
-        max_lanes: lanes of a device that may run it at a time; 0: all.
+        queued, queued_bytes: requests that wait, and their inputs.
+        running: requests in batches that run. hung: of these, those in batches that hang.
+        max_lanes: lanes of a device that may run the model at a time; 0: all.
     """
 
     queued: int = 0
@@ -35,19 +31,20 @@ class Load:
 
 @dataclass(slots=True, eq=False)
 class Placement:
-    """One model on one device.
+    """Placement of one model on one device.
 
     Attributes:
-        load: of the model everywhere. forecast: what its predictions here are corrected by.
-        lanes: those that run it now, INLINE and SPARE too, but for those that hang.
-        queued: requests that wait for it here. backlog_us: their predicted cost, per priority.
+        load: of the model on all devices.
+        forecast: corrects the predictions for the model here.
+        lanes: those that run the model now, INLINE and BACKGROUND too, without those that hang.
+        queued: requests that wait for the model here. backlog_us: their predicted cost, per priority.
         max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
         worked: batches that worked at that ceiling.
-        most_rows: where that ceiling ends to rise; 0: at what the model allows. On a CPU, memory that has run out is
+        most_rows: bound of that ceiling as it rises; 0: what the model allows. On a CPU, memory that has run out is
             the end of the process: nothing may be tried.
     """
 
-    load: Load
+    load: ModelLoad
     forecast: Forecast = field(init=False, default_factory=Forecast)
     lanes: list[int] = field(init=False, default_factory=list)
     queued: int = field(init=False, default=0)
@@ -58,35 +55,39 @@ class Placement:
 
     @property
     def has_all_lanes(self) -> bool:
-        """Whether it runs on as many lanes as it may."""
+        """Whether the model runs on as many lanes as it may."""
         return 0 < self.load.max_lanes <= len(self.lanes)
 
     def row_limit(self, limit: int) -> int:
-        """Most rows of a batch, of a model that takes so many."""
+        """Most rows of a batch here, of a model that takes `limit`."""
         return self.max_rows if 0 < self.max_rows < limit else limit
 
-    def bound(self, rows: int) -> None:
-        """A forward of more rows than these must never be tried."""
+    def bound_ceiling(self, rows: int) -> None:
+        """Set the ceiling, for good: a forward of more rows must never be tried."""
         self.most_rows = self.max_rows = rows
 
-    def lower(self, rows: int) -> None:
-        """A forward ran out of memory, and one of so many rows worked."""
+    def lower_ceiling(self, rows: int) -> None:
+        """Lower the ceiling: a forward ran out of memory, and one of so many rows worked."""
         rows = max(rows, 1)
         self.max_rows = min(self.max_rows, rows) if self.max_rows else rows
         self.worked = 0
 
-    def count(self, batch: Batch) -> None:
-        """A batch worked: in the end, the ceiling doubles, since others may have left memory meanwhile.
+    def count_worked(self, rows: int, max_rows: int, limit: int) -> None:
+        """Count a batch that worked. In the end the ceiling doubles, since others may have left memory meanwhile.
 
         Down at once to what works, up by doubling: so TCP finds its window (slow start; Jacobson, 1988).
+
+        Args:
+            rows, max_rows: of the batch, and its ceiling when it was formed.
+            limit: most rows that the model takes.
         """
-        if batch.max_rows != self.max_rows or not batch.requests:
+        if max_rows != self.max_rows:
             return
-        if 2 * batch.rows <= self.max_rows:  # requests of several rows need not fill it
+        if 2 * rows <= self.max_rows:  # requests of several rows need not fill it
             return
         self.worked += 1
         if self.worked == _PROBE_AFTER:
             self.worked = 0
             self.max_rows = min(2 * self.max_rows, self.most_rows or 2 * self.max_rows)
-            if self.max_rows >= batch.requests[0].max_batch_size:
+            if self.max_rows >= limit:
                 self.max_rows = 0

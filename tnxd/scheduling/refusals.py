@@ -1,4 +1,4 @@
-"""Refusals that hold for others, too: what is hopeless for one request is so for those like it that come behind it."""
+"""Cache of refusals: what is hopeless for one request is so for those like it that come behind it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST = 256
 
 
 class TooLate(DeadlineExceeded):
-    """A refusal on arrival.
+    """Refusal on arrival: the request would not be done by its deadline.
 
     Attributes:
         ready_ns: when the request would have been done, with the margin that a promise needs.
@@ -24,7 +24,7 @@ class TooLate(DeadlineExceeded):
 
 
 class Refusals:
-    """Refusals for want of time since batches were last formed. Until then, queues only grow.
+    """Cache of the refusals for want of time since batches were last formed. Until then, queues only grow.
 
     To refuse costs a part of what it costs to serve, and under overload there is far more to refuse than to serve: a
     request that is like one that was refused, and due no later than that would have been done, is not looked at again.
@@ -37,22 +37,22 @@ class Refusals:
         return bool(self._known)
 
     def clear(self) -> None:
-        """Requests have left their queues: there may be room."""
+        """Forget all: requests have left their queues, and there may be room."""
         self._known.clear()
 
     def add(self, peer: bytes, request: Predict, refusal: TooLate) -> None:
-        """A request was refused."""
+        """Remember the refusal of a request, for those of its kind."""
         if len(self._known) < _MOST:
             self._known[_kind(peer, request)] = refusal
 
     def find(self, peer: bytes, request: Predict, deadline_ns: int) -> TooLate | None:
-        """The refusal that holds for a request with that deadline, too."""
+        """Refusal that holds for a request with that deadline, too; None if the request has to be looked at."""
         known = self._known.get(_kind(peer, request))
         return known if known is not None and deadline_ns < known.ready_ns else None
 
 
 def _kind(peer: bytes, request: Predict) -> Hashable:
-    """All that says where and when a request would be done, but its deadline."""
+    """Key of all that decides where and when a request would be done, without its deadline."""
     return (
         peer,
         request.inputs,

@@ -1,4 +1,4 @@
-"""A request as scheduling knows it."""
+"""Requests as scheduling knows them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import msgspec
 from tnxctl.protocol.wire import DEFAULT_PRIORITY, LOWEST_PRIORITY
 
 LEVELS = LOWEST_PRIORITY + 1
-"""Priorities: 0 goes first."""
+"""Number of priorities: 0 goes first."""
 
 NEVER = 2**63 - 1
 """No deadline, in nanoseconds."""
 
 
 class Request(msgspec.Struct, eq=False, gc=False):
-    """A request as policy needs to know it; the server derives from it to add what it needs itself.
+    """Request with what the policy needs to know of it. The server derives its own kind from it.
 
     Attributes:
         model: key of the model. max_batch_size: its row limit, 0 if it cannot be batched. max_delay_ns: how long a

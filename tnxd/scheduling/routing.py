@@ -1,4 +1,4 @@
-"""Routing: which device a request goes to, and what is expected of it there."""
+"""Routing: which device a request goes to, and when it is predicted to be done there."""
 
 from __future__ import annotations
 
@@ -7,87 +7,90 @@ from collections.abc import Iterable
 from tnxctl.protocol.errors import InvalidArgument, Unavailable
 from tnxd.scheduling.costs import BatchCosts, CostModel
 from tnxd.scheduling.device import Device
-from tnxd.scheduling.placement import Load, Placement
+from tnxd.scheduling.placement import ModelLoad, Placement
 from tnxd.scheduling.request import NEVER, Request
-from tnxd.scheduling.request_queue import Waiting
+from tnxd.scheduling.request_queue import RequestQueue
 
 # Queues that are kept though nothing waits in them: sequence models bring a new shape group with every length.
 _MAX_IDLE_QUEUES = 256
 
 Prediction = tuple[float, float, float, float]
-"""Of a request, in microseconds: until its batch starts; that batch; what it adds to the work of the device; and how
-much of the first is for requests of the same model and group, which other devices could take over."""
+"""Prediction for a request, in microseconds: until its batch starts; that batch; what the request adds to the work of
+the device; and the part of the first for requests of the same model and group, which other devices could steal."""
 
 _Candidate = tuple[float, int, Device, Prediction]
-"""Microseconds until a device would be done, its place in the order of preference, the device."""
+"""Microseconds until a device would be done, its place in the order of preference, the device, its prediction."""
 
 
 class Routing:
-    """Devices, what waits for each, and the choice between them.
+    """Router of requests: the devices, and the choice between them.
 
     Args:
         devices: in order of preference among equals. costs: predicts how long a batch takes.
 
     Attributes:
-        devices: by name. gpus: those that work. loads: what each model has to do, by key.
+        devices: by name. gpus: those that work. loads: of the models, by key.
     """
 
     def __init__(self, devices: Iterable[Device], costs: CostModel) -> None:
         self.devices = {device.name: device for device in devices}
-        self.loads: dict[str, Load] = {}
+        self.loads: dict[str, ModelLoad] = {}
         self._costs = costs
-        self.look()
+        self.refresh()
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Sort the devices into those that work and those that failed, after a change."""
         ready = [device for device in self.devices.values() if not device.error]
-        self.gpus = [device for device in ready if device.kind == "cuda"]
-        self._cpus = [device for device in ready if device.kind == "cpu"]
+        self.gpus = [device for device in ready if device.is_gpu]
+        self._cpus = [device for device in ready if not device.is_gpu]
         failed = [f"{device.name} failed" for device in self.devices.values() if device.error]
         self._no_gpu = "no GPU is ready" + (f": {', '.join(failed)}" if failed else "")
         self._no_cpu = "" if self._cpus else "this daemon runs without the CPU"
 
-    def load(self, model: str) -> Load:
-        """The load of a model."""
+    def load(self, model: str) -> ModelLoad:
+        """Load of a model, an empty one at first."""
         load = self.loads.get(model)
         if load is None:
-            load = self.loads[model] = Load()
+            load = self.loads[model] = ModelLoad()
         return load
 
     def placement(self, device: Device, model: str) -> Placement:
-        """A model on a device."""
+        """Placement of a model on a device, an empty one at first."""
         placement = device.placements.get(model)
         if placement is None:
             placement = device.placements[model] = Placement(self.load(model))
         return placement
 
-    def queue(self, device: Device, model: str, group: tuple[int, ...], alone: bool = False) -> Waiting:
-        """The queue of its requests. Empty queues are kept for the next request, up to a number."""
+    def queue(self, device: Device, model: str, group: tuple[int, ...], alone: bool = False) -> RequestQueue:
+        """Queue of the requests of a model and group on a device. Empty queues are kept, up to a number."""
         key = (model, group, alone)
-        queue = device.waiting.get(key)
+        queue = device.queues.get(key)
         if queue is None:
-            if len(device.waiting) >= device.sweep_at:
-                device.waiting = {known: other for known, other in device.waiting.items() if other.count}
-                device.sweep_at = max(_MAX_IDLE_QUEUES, 2 * len(device.waiting))
+            if len(device.queues) >= device.sweep_at:
+                device.queues = {known: other for known, other in device.queues.items() if other.count}
+                device.sweep_at = max(_MAX_IDLE_QUEUES, 2 * len(device.queues))
             costs = BatchCosts(
                 *[self._costs.curve(device.name, model, group, inline=inline) for inline in (False, True)],
                 lane_threads=device.lane_threads,
                 inline_limit_us=device.inline_limit_us,
             )
-            queue = device.waiting[key] = Waiting(key, costs, self.placement(device, model))
+            queue = device.queues[key] = RequestQueue(key, costs, self.placement(device, model))
         return queue
 
-    def choose(self, request: Request, now_ns: int) -> tuple[Device, Waiting, str, Prediction]:
-        """The device where a request is to run, its queue there, the reason in words, and what is expected.
+    def choose(self, request: Request, now_ns: int) -> tuple[Device, RequestQueue, str, Prediction]:
+        """Choose the device where a request is to run.
+
+        Returns:
+            The device, the queue there, the reason in words, and the prediction.
 
         Raises:
-            InvalidArgument: it names a device that there is not.
-            Unavailable: no device that it may use has the model.
+            InvalidArgument: the request names a device that does not exist.
+            Unavailable: no device that the request may use has the model.
         """
         if request.wanted == "auto":
-            device, reason, prediction = self._soonest(request, now_ns)
+            device, reason, prediction = self._earliest_finish(request, now_ns)
             queue = self.queue(device, request.model, request.group, request.alone)
-            queue.movable = True
+            queue.stealable = True
         else:
             device, reason = self.route(request, now_ns)
             queue = self.queue(device, request.model, request.group, request.alone)
@@ -95,10 +98,10 @@ class Routing:
         return device, queue, reason, prediction
 
     def route(self, request: Request, now_ns: int) -> tuple[Device, str]:
-        """The device where a request would run now, and the reason in words. Raises as `choose` does."""
+        """Device where a request would run now, and the reason in words. Raises as `choose` does."""
         wanted, model = request.wanted, request.model
         if wanted:
-            return self._soonest(request, now_ns)[:2] if wanted == "auto" else self._named(wanted, model)
+            return self._earliest_finish(request, now_ns)[:2] if wanted == "auto" else self._named(wanted, model)
         if not request.prefer_gpu:
             return self._cpu_for(model), "the request did not prefer a GPU"
         if not self.gpus:
@@ -108,9 +111,9 @@ class Routing:
             gpus = [gpu for gpu in gpus if gpu.name not in request.excluded]
             if not gpus:
                 return self._cpu_for(model), "no other GPU is ready"
-        fitting = [gpu for gpu in gpus if gpu.takes(request)]
-        if fitting:
-            gpu = min(fitting, key=lambda gpu: gpu.outstanding_rows)
+        eligible = [gpu for gpu in gpus if gpu.is_eligible(request)]
+        if eligible:
+            gpu = min(eligible, key=lambda gpu: gpu.outstanding_rows)
             return gpu, f"{gpu.name} has {gpu.memory_free_mb:.0f} MiB free"
         free = ", ".join(
             f"{gpu.name} has {gpu.memory_free_mb:.0f}"
@@ -120,16 +123,15 @@ class Routing:
         )
         return self._cpu_for(model), f"no GPU has {minimum:g} MiB free: {free}"
 
-    def _soonest(self, request: Request, now_ns: int) -> tuple[Device, str, Prediction]:
-        """The device that is done first, and why.
+    def _earliest_finish(self, request: Request, now_ns: int) -> tuple[Device, str, Prediction]:
+        """Device with the earliest predicted finish, the reason in words, and the prediction.
 
         If all are busy, a request with a deadline goes to the fastest one if that is in time: those that are idle
-        sooner take it over from there (`Scheduler.next_batches`). In the queue of a slow device it might stand behind
-        a long batch.
+        sooner steal it from there (`stealing`). In the queue of a slow device it might stand behind a long batch.
         """
         candidates: list[_Candidate] = []
         for device in self.devices.values():
-            if device.takes(request):
+            if device.is_eligible(request):
                 prediction = self._predict(
                     device, request, self.queue(device, request.model, request.group, request.alone), now_ns
                 )
@@ -140,18 +142,20 @@ class Routing:
         _, _, best, prediction = candidates[0]
         how = "done first there"
         if prediction[0] > 0.0 and len(candidates) > 1 and request.deadline_ns != NEVER:
-            shared = self._shared(request, candidates, now_ns)
+            shared = self._fastest_in_time(request, candidates, now_ns)
             if shared is not None:
                 how = "all are busy, and this is the fastest"
                 best, prediction = shared
         times = ", ".join([f"{device.name} {micros / 1e3:.3g} ms" for micros, _, device, _ in candidates])
         return best, f"{how}: {times}", prediction
 
-    def _shared(self, request: Request, candidates: list[_Candidate], now_ns: int) -> tuple[Device, Prediction] | None:
-        """The fastest device, if the request is in time there while all work on its queue, or if that is full.
+    def _fastest_in_time(
+        self, request: Request, candidates: list[_Candidate], now_ns: int
+    ) -> tuple[Device, Prediction] | None:
+        """Fastest device, if the request is in time there while all others steal from its queue, or if that is full.
 
-        Full is a queue of as many requests as fit into a batch: a slow device does more for all with a large batch that
-        it takes over than with a small one for who comes last. What cannot be batched gains nothing by that.
+        A queue is full with as many requests as fit into a batch: a slow device does more for all with a large batch
+        that it steals than with a small one for the last request. Models without batches gain nothing by that.
         """
         rates = [device.lanes / share_us if share_us else 0.0 for _, _, device, (_, _, share_us, _) in candidates]
         if not all(rates):
@@ -177,11 +181,11 @@ class Routing:
             raise Unavailable(f"device {name} has not loaded {model!r}")
         return device, f"the request asked for {name}"
 
-    def _predict(self, device: Device, request: Request, queue: Waiting, now_ns: int) -> Prediction:
-        """Predict how a request would fare on a device.
+    def _predict(self, device: Device, request: Request, queue: RequestQueue, now_ns: int) -> Prediction:
+        """Predict when a request would be done on a device.
 
-        The wait counts lanes that run and what waits before it, but for models that wait for lanes of their own, and
-        is corrected by how such forecasts came true lately; what it adds is its share of a full batch.
+        The wait counts lanes that run and what waits before the request, without models that wait for lanes of their
+        own, and is corrected by `Forecast.factor`. What the request adds to the work is its share of a full batch.
         """
         placement = queue.placement
         mean = queue.costs.mean if device.inline_limit_us else queue.costs.lane.mean

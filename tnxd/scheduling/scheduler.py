@@ -1,8 +1,9 @@
-"""Scheduling: where a request goes, and which batch runs next. Pure policy: no tensor, thread, clock or socket.
+"""Scheduler: where a request goes, and which batch runs next. Pure policy: no tensor, thread, clock or socket.
 
-A request is routed to a device when it arrives and waits there with others of its model and shape group
-(`request_queue`). A lane of that device takes what is waiting the moment it is free, up to the model's batch limit:
-nothing waits for company, unless the model asks for a delay.
+A request is routed to a device when it arrives (`routing`) and waits there with others of its model and shape group
+(`request_queue`). A lane of that device takes what is waiting the moment it is free, up to the model's batch limit
+(`batch_formation`): nothing waits for company, unless the model asks for a delay. A device with nothing to do steals
+from others (`stealing`).
 
 One caller owns a Scheduler and tells it the time, in nanoseconds of a monotonic clock; it returns what to do and does
 nothing itself.
@@ -11,39 +12,28 @@ nothing itself.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from heapq import heapify, heappop, heappush
 
-from tnxctl.protocol.errors import ResourceExhausted
-from tnxd.scheduling.costs import CostCurve, CostModel
-from tnxd.scheduling.device import INLINE, SPARE, Batch, Device
-from tnxd.scheduling.forecast import Forecast
+from tnxd.lanes import BACKGROUND, INLINE
+from tnxd.scheduling.accounts import Accounts
+from tnxd.scheduling.admission_control import AdmissionControl
+from tnxd.scheduling.batch_formation import fill_lanes
+from tnxd.scheduling.correction import correct_forecast
+from tnxd.scheduling.costs import CostModel
+from tnxd.scheduling.deadlines import Deadlines
+from tnxd.scheduling.delays import Delays
+from tnxd.scheduling.device import Batch, Device
 from tnxd.scheduling.placement import Placement
-from tnxd.scheduling.refusals import TooLate
-from tnxd.scheduling.request import LEVELS, NEVER, Request
-from tnxd.scheduling.request_queue import Waiting
+from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.routing import Routing
+from tnxd.scheduling.stealing import steal
 
 # A request without a deadline, or with a later one, takes its place in the order as if it had to be done in a second:
 # among others of its kind that is the order of arrival, and none with a later deadline overtakes it.
 _PATIENCE_NS = 1_000_000_000
 
-# How far to look for a batch that is cheap enough to run inline while all lanes are busy.
-_MAX_PASSED_OVER = 8
 
-# Where many more wait than fit, the next batch leaves out what would be done just in time: it may take a little longer
-# than expected, and the place would be lost. So much of the spread of its cost counts as a little.
-_CLOSE = 0.5
-
-# Where a message has waited for longer before it was taken in, the caller is behind with its work.
-_BEHIND_NS = 200_000
-
-# A batch that is taken over has so large a part of the rows that it might have, at most. The device may be slower, and
-# what comes next must not find it busy for long.
-_TAKEN_OVER = 0.5
-
-
-class Scheduler:
-    """Routes requests to devices and forms batches for free lanes.
+class Scheduler(Accounts):
+    """Scheduler of all devices: routes requests to them and forms batches for their free lanes.
 
     Args:
         devices: in order of preference among equals.
@@ -52,8 +42,7 @@ class Scheduler:
         max_per_model, max_bytes_per_model: most that may wait for one model; None: as in all.
 
     Attributes:
-        queued, queued_bytes: requests that wait, and their inputs. running: in batches that run; a spare batch counts
-            as one. background: spare batches that run.
+        devices: by name.
     """
 
     def __init__(
@@ -66,32 +55,26 @@ class Scheduler:
         max_per_model: int | None = None,
         max_bytes_per_model: int | None = None,
     ) -> None:
+        super().__init__()
         self._routing = Routing(devices, costs)
         self.devices = self._routing.devices
-        self.queued = 0
-        self.queued_bytes = 0
-        self.running = 0
-        self.background = 0
         self._costs = costs
-        self._max_requests = max_requests
-        self._max_bytes = max_bytes
-        self._max_per_model = max_per_model or max_requests
-        self._max_bytes_per_model = max_bytes_per_model or max_bytes
+        self._admission = AdmissionControl(max_requests, max_bytes, max_per_model, max_bytes_per_model)
         self._serial = 0
-        self._deadlines: list[tuple[int, int, Request]] = []
-        self._delayed: list[tuple[int, int, Device, Waiting]] = []
+        self._deadlines = Deadlines()
+        self._delays = Delays()
 
     @property
     def room(self) -> int:
-        """The number of requests that the queue still has room for."""
-        return self._max_requests - self.queued
+        """Requests that the queue still has room for."""
+        return self._admission.max_requests - self.queued
 
     # --- models that come and go -------------------------------------------------------------------------------
 
     def add_device(self, device: Device) -> None:
         """Route requests to a device, too. It comes last in the order of preference among equals."""
         self.devices[device.name] = device
-        self._routing.look()
+        self._routing.refresh()
 
     def add_model(
         self,
@@ -133,30 +116,30 @@ class Scheduler:
         self.devices[device].memory_free_mb = free_mb
 
     def outstanding(self, model: str) -> int:
-        """Requests of a model that wait or run, on all devices; a spare batch of it counts as one."""
+        """Requests of a model that wait or run, on all devices; a background batch of it counts as one."""
         load = self._routing.loads.get(model)
         return load.queued + load.running if load is not None else 0
 
-    def hangs(self, model: str) -> bool:
-        """Whether all that is outstanding of a model has been given up."""
+    def is_hung(self, model: str) -> bool:
+        """Whether something of a model is outstanding, and all of that hangs."""
         load = self._routing.loads.get(model)
         return load is not None and 0 < load.hung == load.queued + load.running
 
     def forget(self, model: str) -> None:
-        """Drop all that is kept about a model: to be called when it is on no device and nothing of it is outstanding.
+        """Drop all that is kept about a model, its lane limit and its costs included, in case it comes back.
 
-        Its lane limit and what was learned about it are gone, too, in case it comes back.
+        To be called when the model is on no device and nothing of it is outstanding.
         """
         assert not self.outstanding(model)
         assert not any(model in device.models for device in self.devices.values())
         self._routing.loads.pop(model, None)
         for device in self.devices.values():
             device.placements.pop(model, None)
-            device.waiting = {key: queue for key, queue in device.waiting.items() if key[0] != model}
+            device.queues = {key: queue for key, queue in device.queues.items() if key[0] != model}
         self._costs.forget(model)
 
     def set_lane_limit(self, model: str, lanes: int) -> None:
-        """Let so many lanes of each device at most, the caller's thread included, run this model at a time; 0: all."""
+        """Limit the lanes of each device, the caller's thread included, that run a model at a time; 0: all may."""
         self._routing.load(model).max_lanes = lanes
         for device in self.devices.values():
             placement = device.placements.get(model)
@@ -164,43 +147,43 @@ class Scheduler:
                 self._release(device, placement)
 
     def limit_rows(self, device: str, model: str, rows: int) -> None:
-        """A forward of this model ran out of memory there, and one of `rows` worked, or none (0): form smaller batches.
+        """Lower the row ceiling of a model on a device: a forward ran out of memory, and one of `rows` worked; 0: none.
 
         Requests with more rows are still taken, to be run in pieces (`Batch.max_rows`). The ceiling rises again as
-        batches work, see `Placement.count`.
+        batches work, see `Placement.count_worked`.
         """
-        self._routing.placement(self.devices[device], model).lower(rows)
+        self._routing.placement(self.devices[device], model).lower_ceiling(rows)
 
     def bound_rows(self, device: str, model: str, rows: int) -> None:
-        """A forward of this model with more rows must never be tried there: the same, but the ceiling does not rise."""
-        self._routing.placement(self.devices[device], model).bound(rows)
+        """Set the row ceiling of a model on a device for good: a forward of more rows must never be tried there."""
+        self._routing.placement(self.devices[device], model).bound_ceiling(rows)
 
     def _release(self, device: Device, placement: Placement) -> None:
-        """A lane that ran the model is free: queues that were held for that take turns again."""
+        """Let queues that were held until a lane of their model is free take turns again."""
         for queue, level in device.held.pop(placement, ()):
             if not device.turns[level].members:
                 device.wake(level)
-            self._enter(device, queue, level)
+            device.offer(queue, level)
 
     def route(self, request: Request, now_ns: int) -> tuple[Device, str]:
-        """The device where a request would run now, and the reason in words. Raises as `add` does."""
+        """Device where a request would run now, and the reason in words. Raises as `add` does."""
         return self._routing.route(request, now_ns)
 
     # --- in ----------------------------------------------------------------------------------------------------
 
     def add(self, request: Request, now_ns: int) -> None:
-        """Take a request in and route it.
+        """Route a request to a device and queue it there.
 
         Raises:
-            InvalidArgument: it names a device that there is not.
-            Unavailable: no device that it may use has the model.
-            ResourceExhausted: the queue is full. The sentence tells the predicted wait.
-            TooLate: it would not be done in time. The sentence tells the predicted wait.
+            InvalidArgument: the request names a device that does not exist.
+            Unavailable: no device that the request may use has the model.
+            ResourceExhausted: the queue is full. The message tells the predicted wait.
+            TooLate: the request would not be done by its deadline. The message tells the predicted wait.
         """
         due_ns = now_ns + _PATIENCE_NS
         request.due_ns = due_ns if due_ns < request.deadline_ns else request.deadline_ns
         device, queue, reason, (wait_us, run_us, share_us, _) = self._routing.choose(request, now_ns)
-        self._admit(request, queue, wait_us, run_us, now_ns)
+        self._admission.admit(self, request, queue, wait_us, run_us, now_ns)
         if request.excluded:
             tried = ", ".join([f"{name} had no memory left for it" for name in sorted(request.excluded)])
             reason = f"{tried}; {reason}"
@@ -212,9 +195,12 @@ class Scheduler:
         request.serial = self._serial = self._serial + 1
         request.waiting = True
         if request.deadline_ns != NEVER:
-            self._watch(request)
-        if queue.add(request) or request.max_delay_ns:
-            self._offer(device, queue, request, now_ns)
+            self._deadlines.add(request, self.queued + self.running)
+        may_go = queue.add(request)
+        if request.max_delay_ns:
+            may_go = not self._delays.holds(device, queue, request, now_ns)
+        if may_go:
+            device.offer(queue, request.priority)
         device.enqueue(request.priority, request.rows, share_us)
         placement = queue.placement
         placement.queued += 1
@@ -226,10 +212,10 @@ class Scheduler:
         self.queued_bytes += request.nbytes
 
     def start(self, request: Request, now_ns: int) -> Batch | None:
-        """Take a request in that need not wait: a batch of it alone, INLINE. None: `add` it. Raises as `add` does.
+        """Start a request that need not wait: a batch of that one alone, INLINE. None: `add` it. Raises as `add` does.
 
-        Comes to the same as to add it and ask for the next batches, without the way through queues and turns. The
-        caller runs the batch before it comes with another request.
+        The outcome is that of `add` and `next_batches`, without the way through queues and turns. The caller runs the
+        batch before it comes with another request.
         """
         routing = self._routing
         if self.queued or request.max_delay_ns or request.wanted == "auto" or (request.prefer_gpu and routing.gpus):
@@ -242,321 +228,60 @@ class Scheduler:
         if (placement.load.max_lanes and placement.has_all_lanes) or not costs.fits_inline(rows):
             return None
         run_us = costs.inline.mean(rows)
-        self._admit(request, queue, 0.0, run_us, now_ns)
+        self._admission.admit(self, request, queue, 0.0, run_us, now_ns)
         request.device, request.reason, request.predicted_us = device.name, reason, run_us
         device.wake(request.priority)
         device.charge(request.priority, run_us)
-        return self._batch(device, INLINE, queue, [request], rows, now_ns, 0)
-
-    def _admit(self, request: Request, queue: Waiting, wait_us: float, run_us: float, now_ns: int) -> None:
-        limit, load = "", queue.placement.load
-        if self.queued >= self._max_requests:
-            limit = f"{self.queued} requests are queued, which is the limit"
-        elif self.queued_bytes + request.nbytes > self._max_bytes:
-            limit = (
-                f"{self.queued_bytes} bytes are queued and {request.nbytes} more exceed the limit, {self._max_bytes}"
-            )
-        elif load.queued >= self._max_per_model:
-            limit = f"{load.queued} requests for {request.model!r} are queued, which is the limit"
-        elif load.queued_bytes + request.nbytes > self._max_bytes_per_model:
-            limit = (
-                f"{load.queued_bytes} bytes are queued for {request.model!r} and {request.nbytes} more exceed the "
-                f"limit, {self._max_bytes_per_model}"
-            )
-        if limit:
-            room_s = max(
-                wait_us / max(load.queued, 1) * (queue.placement.row_limit(request.max_batch_size) or 1), run_us
-            )
-            raise ResourceExhausted(
-                f"{limit}; the predicted wait is {wait_us / 1e3:.3g} ms", retry_after_s=room_s / 1e6
-            )
-        if request.deadline_ns != NEVER:
-            margin_us = queue.costs.curve(request.rows).spread(request.rows)
-            needs_us = wait_us + run_us + margin_us
-            allowed_us = (request.deadline_ns - request.came_ns) / 1e3
-            if wait_us or now_ns - request.came_ns > _BEHIND_NS:  # nothing unforeseen waits where nothing waits
-                forecast = queue.placement.forecast
-                reserve_us = forecast.extra_us + forecast.reserve * allowed_us
-                margin_us += reserve_us
-                needs_us += reserve_us
-            left_us = (request.deadline_ns - now_ns) / 1e3
-            if needs_us > left_us:
-                raise TooLate(
-                    f"it cannot be done within its deadline, {left_us / 1e3:.3g} ms from now: the predicted wait is "
-                    f"{wait_us / 1e3:.3g} ms and then {run_us / 1e3:.3g} ms, with a margin of {margin_us / 1e3:.3g} ms",
-                    now_ns + int(needs_us * 1e3),
-                    # It says nothing about one that would be late though nothing waits, here or in its socket.
-                    retry_after_s=(needs_us - left_us) / 1e6 if wait_us or needs_us <= allowed_us else None,
-                )
-
-    def _offer(self, device: Device, queue: Waiting, request: Request, now_ns: int) -> None:
-        """Let the queue take part in the turns of its device, now or when it has waited for company."""
-        delay_ns = request.max_delay_ns
-        if delay_ns and queue.rows < queue.placement.row_limit(request.max_batch_size):
-            if queue.count == 1:
-                queue.ready_ns = now_ns + delay_ns
-                heappush(self._delayed, (queue.ready_ns, request.serial, device, queue))
-            if now_ns < queue.ready_ns:
-                return
-        self._enter(device, queue, request.priority)
-
-    def _enter(self, device: Device, queue: Waiting, level: int) -> None:
-        head = queue.head(level)
-        if head is not None:
-            device.turns[level].offer(queue, head.due_ns, head.serial)
+        return self.start_batch(device, INLINE, queue, [request], rows, now_ns, 0)
 
     # --- out ---------------------------------------------------------------------------------------------------
 
     def next_batches(self, now_ns: int) -> tuple[list[Batch], list[Request]]:
-        """Batches for the lanes that are free now, at most one of them INLINE, and requests that are too late.
+        """Form batches for the lanes that are free now.
 
-        The caller runs the first and answers the second.
+        Returns:
+            Batches to run, at most one of them INLINE, and requests to answer that their deadlines cannot be met.
         """
-        while self._delayed and self._delayed[0][0] <= now_ns:
-            ready_ns, _, device, queue = heappop(self._delayed)
-            if ready_ns == queue.ready_ns:  # else it was emptied meanwhile, and waits anew
-                for level in range(LEVELS):
-                    self._enter(device, queue, level)
+        if self._delays.first_ns <= now_ns:
+            self._delays.release(now_ns)
         batches: list[Batch] = []
         late: list[Request] = []
         for device in self.devices.values():
             if device.queued:
-                self._fill_lanes(device, now_ns, batches, late)
+                fill_lanes(self, device, now_ns, batches, late)
         for device in self.devices.values():
             if self.queued and device.free_lanes and not device.error:
-                self._help_others(device, now_ns, batches)
+                steal(self, self._routing, device, self.devices.values(), now_ns, batches)
         return batches, late
 
-    def _fill_lanes(self, device: Device, now_ns: int, batches: list[Batch], late: list[Request]) -> None:
-        inline_free = device.inline_limit_us > 0
-        passed_over: list[tuple[Waiting, int]] = []
-        while (inline_free or device.free_lanes) and (level := device.next_level()) is not None:
-            queue = device.turns[level].first()
-            assert queue is not None  # the level has members
-            head = queue.head(level)
-            if head is None:
-                device.turns[level].withdraw(queue)  # all its requests of this level are cancelled or late
-                continue
-            costs, placement = queue.costs, queue.placement
-            if placement.load.max_lanes and placement.has_all_lanes:
-                held = device.held.setdefault(placement, set())
-                if device.queued == sum([other.queued for other in device.held]):
-                    break  # nothing else waits
-                device.turns[level].withdraw(queue)
-                held.add((queue, level))
-                continue
-            limit = head.max_batch_size
-            if placement.max_rows:
-                limit = placement.row_limit(limit)
-            rows = max(head.rows, min(limit, queue.rows))
-            fits = inline_free and costs.fits_inline(rows)
-            if inline_free and not fits and queue.has_modest(level):
-                # Who asks for little does not wait until a lane is done with what others have sent.
-                within = costs.rows_inline(rows)
-                if within >= head.rows > 0:
-                    limit, rows, fits = within, within, True
-            if fits:
-                lane, curve, inline_free = INLINE, costs.inline, False
-            elif device.free_lanes:
-                lane, curve = device.free_lanes.pop(), costs.lane
-            elif len(passed_over) == _MAX_PASSED_OVER:
-                break
-            else:  # no lane for this one; perhaps there is a cheap one behind it
-                device.turns[level].withdraw(queue)
-                passed_over.append((queue, level))
-                continue
-            planned, run_us = rows, curve.mean(rows)
-            if now_ns + run_us * 1e3 > head.deadline_ns:
-                limit, run_us = self._hurry(queue, curve, level, head, limit, run_us, now_ns)
-            ends_ns = now_ns + int(run_us * 1e3)
-            if head.deadline_ns != NEVER:
-                close_ns = ends_ns + int(_CLOSE * curve.spread(rows) * 1e3)
-                if head.deadline_ns < close_ns and queue.rows - queue.rows_due(level, close_ns) >= (limit or 1):
-                    ends_ns = close_ns
-            first_late = len(late)
-            in_time = queue.take(level, limit, ends_ns, late)
-            self._took(device, queue, in_time)
-            if len(late) > first_late:
-                self._took(device, queue, late[first_late:])
-                placement.forecast.fared(len(late) - first_late, 0)
-            self._rotate(device, queue, level)
-            rows = sum([request.rows for request in in_time])
-            if not in_time:
-                inline_free = inline_free or lane == INLINE
-                if lane != INLINE:
-                    device.free_lanes.append(lane)
-                continue
-            micros = run_us if rows == planned else curve.mean(rows)
-            device.charge(level, micros)
-            batches.append(self._batch(device, lane, queue, in_time, rows, now_ns, micros))
-        for queue, level in passed_over:
-            self._enter(device, queue, level)
+    def start_background(self, model: str, group: tuple[int, ...], rows: int, now_ns: int) -> Batch | None:
+        """Start a background batch, whose results nobody waits for; None if it would be in the way of others.
 
-    def _help_others(self, device: Device, now_ns: int, batches: list[Batch]) -> None:
-        """A device with free lanes and nothing for them takes over what others have too much of."""
-        for other in self.devices.values():
-            while device.free_lanes and other.queued and other is not device:
-                batch = self._take_over(device, other, now_ns)
-                if batch is None:
-                    break
-                batches.append(batch)
-
-    def _take_over(self, device: Device, other: Device, now_ns: int) -> Batch | None:
-        """A batch of requests that may go anywhere and wait elsewhere, if this device is done with it before that one.
-
-        What is too urgent for this device stays where it is. Of the others the most urgent go first.
-        """
-        level = other.next_level()
-        queue = other.turns[level].first() if level is not None else None
-        if level is None or queue is None or not queue.movable:
-            return None
-        head = queue.head(level)
-        if head is None or head.model not in device.models:
-            return None
-        mine = self._routing.queue(device, *queue.key)
-        curve, placement = mine.costs.lane, mine.placement
-        if placement.load.max_lanes and placement.has_all_lanes:
-            return None
-        limit = placement.row_limit(head.max_batch_size)
-        most = max(int(_TAKEN_OVER * limit), min(head.rows, limit), 1)
-        rows, most = 0, curve.rows_within(other.clear_in_us(now_ns), most)
-        while rows < most:
-            middle = (rows + most + 1) // 2
-            if queue.rows_but(now_ns, _ends_ns(curve, middle, now_ns)) >= middle:
-                rows = middle
-            else:
-                most = middle - 1
-        if not rows:
-            return None
-        requests = queue.hand_over(level, rows, now_ns, _ends_ns(curve, rows, now_ns), device.takes_over)
-        if not requests:
-            return None
-        self._took(other, queue, requests)
-        self._thinned(other, queue)
-        rows = 0
-        for request in requests:
-            request.device = device.name
-            request.reason += f"; then {device.name} was free, and took it over"
-            rows += request.rows
-        micros = curve.mean(rows)
-        device.wake(level)
-        device.charge(level, micros)
-        return self._batch(device, device.free_lanes.pop(), mine, requests, rows, now_ns, micros)
-
-    def _batch(
-        self, device: Device, lane: int, queue: Waiting, requests: list[Request], rows: int, now_ns: int, run_us: float
-    ) -> Batch:
-        """Account for a batch that takes a lane for so long; 0: nobody knows."""
-        placement = queue.placement
-        batch = Batch(device, lane, queue.key[0], requests, rows, queue.costs, placement.max_rows, now_ns, run_us)
-        if lane >= 0:
-            device.busy_until_ns[lane] = now_ns + int(run_us * 1e3)
-        device.running_rows += rows
-        placement.lanes.append(lane)
-        weight = len(requests) or 1
-        placement.load.running += weight
-        self.running += weight
-        return batch
-
-    def _hurry(
-        self, queue: Waiting, curve: CostCurve, level: int, head: Request, limit: int, run_us: float, now_ns: int
-    ) -> tuple[int, float]:
-        """Rows of the next batch at most, and how long it takes, where a batch of all that wait makes the head late.
-
-        Between that and the largest batch that is in time for the head, the size counts that loses the fewest rows:
-        those that it is too late for, those that the batch after it will be too late for, and, where many wait, those
-        that could be done in the time by which two batches take longer than one.
-        """
-        rows = max(head.rows, min(limit, queue.rows))
-        smallest = curve.rows_within((head.deadline_ns - now_ns) / 1e3, rows)
-        best = limit, run_us
-        if smallest < max(head.rows, 1):
-            return best
-        full_us, fewest = curve.mean(limit), float(queue.rows)
-        size = rows
-        while True:
-            micros = curve.mean(size)
-            late = 0 if size == smallest else min(queue.rows_due(level, now_ns + int(micros * 1e3)), queue.rows)
-            lost = float(late)
-            gone = late + min(size, queue.rows - late)
-            if gone < queue.rows:
-                next_ns = now_ns + int((micros + curve.mean(min(limit, queue.rows - gone))) * 1e3)
-                lost += max(min(queue.rows_due(level, next_ns), queue.rows) - gone, 0)
-            if size < rows and 2 * queue.rows > limit:
-                lost += max(micros + curve.mean(rows - size) - run_us, 0.0) * limit / full_us
-            if lost < fewest:
-                best, fewest = (size, micros), lost
-            if size == smallest:
-                return best
-            size = max(size // 2, smallest)
-
-    def _rotate(self, device: Device, queue: Waiting, level: int) -> None:
-        """Put a queue that has had its turn behind the others, or out if it is empty."""
-        device.turns[level].served(queue)
-        self._thinned(device, queue)
-        if queue.count:
-            self._enter(device, queue, level)
-
-    def _thinned(self, device: Device, queue: Waiting) -> None:
-        """Requests have left the queue: it takes no turns on levels where nothing of it is left."""
-        if not queue.count:
-            self._retire(device, queue)
-            return
-        for level in range(LEVELS):
-            if queue.head(level) is None:
-                device.turns[level].withdraw(queue)
-
-    def _retire(self, device: Device, queue: Waiting) -> None:
-        """The queue is empty: it takes no turns."""
-        for turns in device.turns:
-            if turns.members:
-                turns.withdraw(queue)
-
-    def _took(self, device: Device, queue: Waiting, requests: list[Request]) -> None:
-        """Requests have left the queue."""
-        placement, rows, nbytes, count = queue.placement, 0, 0, len(requests)
-        load, counts, backlog_us, own_us = placement.load, device.counts, device.backlog_us, placement.backlog_us
-        for request in requests:
-            level, cost_us = request.priority, request.cost_us
-            counts[level] -= 1
-            backlog_us[level] -= cost_us
-            own_us[level] -= cost_us
-            rows += request.rows
-            nbytes += request.nbytes
-        device.dequeued(count, rows)
-        placement.queued -= count
-        load.queued -= count
-        load.queued_bytes -= nbytes
-        self.queued -= count
-        self.queued_bytes -= nbytes
-
-    def spare(self, model: str, group: tuple[int, ...], rows: int, now_ns: int) -> Batch | None:
-        """A batch whose results nobody waits for, to run on the SPARE lane; None if it would be in the way.
-
-        There has to be a device that has the model, nothing in its queues and a free lane: for what comes next, not for
-        the batch. That has no requests and is charged to no priority; it counts as one running request of its model,
-        and as one of the lanes that run it.
+        It runs on the BACKGROUND lane of a device that has the model, nothing in its queues and a free lane: that one
+        is for requests that come next. The batch has no requests and is charged to no priority. It counts as one
+        running request of its model, and as one of the lanes that run the model.
         """
         for device in self.devices.values():
             if device.error or model not in device.models or device.queued or not device.free_lanes:
                 continue
             queue = self._routing.queue(device, model, group)
-            if device.spare_free and not queue.placement.has_all_lanes:
-                device.spare_free = False
+            if device.background_free and not queue.placement.has_all_lanes:
+                device.background_free = False
                 self.background += 1
-                return self._batch(device, SPARE, queue, [], rows, now_ns, 0)
+                return self.start_batch(device, BACKGROUND, queue, [], rows, now_ns, 0)
         return None
 
     def finished(self, batch: Batch, micros: float, now_ns: int = NEVER) -> None:
-        """The batch is over, well or not, after so many microseconds, 0 if that is nothing to learn from.
+        """Free the lane of a batch that is over, well or not, and learn from it.
 
         Args:
-            now_ns: when its requests had their answers: what was promised them is held against that. NEVER: it is not.
+            micros: how long it took; 0 if that is nothing to learn from.
+            now_ns: when its requests had their answers, which corrects the forecast. NEVER: it does not.
         """
         device, placement, weight = batch.device, batch.device.placements[batch.model], len(batch.requests) or 1
         device.running_rows -= batch.rows
         self.running -= weight
-        if batch.given_up:
+        if batch.hung:
             placement.load.hung -= weight
         else:
             placement.lanes.remove(batch.lane)
@@ -564,82 +289,59 @@ class Scheduler:
         if batch.lane == INLINE:
             if micros > 0:
                 batch.costs.inline.observe(batch.rows, micros)
-        elif batch.lane == SPARE:
+        elif batch.lane == BACKGROUND:
             self.background -= 1
-            device.spare_free = True  # how long it took where others go first says nothing about a lane
+            device.background_free = True  # how long it took where others go first says nothing about a lane
         else:
             device.busy_until_ns.pop(batch.lane, None)
             device.free_lanes.append(batch.lane)
             if micros > 0:
                 batch.costs.observe_lane(batch.rows, micros)
-        if placement.max_rows and micros > 0:
-            placement.count(batch)
+        if placement.max_rows and micros > 0 and batch.requests:
+            placement.count_worked(batch.rows, batch.max_rows, batch.requests[0].max_batch_size)
         if now_ns != NEVER and batch.requests:
-            self._judge(placement.forecast, batch, now_ns)
+            correct_forecast(placement.forecast, batch, now_ns)
         if device.held:
             self._release(device, placement)
 
-    def _judge(self, forecast: Forecast, batch: Batch, now_ns: int) -> None:
-        """Hold what was predicted for the requests of a batch against what became of them."""
-        device, first, last = batch.device, batch.requests[0], batch.requests[-1]
-        if batch.run_us:
-            elapsed_ns = device.lanes * (now_ns - device.backlog_ns) if device.backlog_ns else now_ns - batch.started_ns
-            forecast.observe(batch.run_us, elapsed_ns / 1e3)
-            forecast.answered(first.predicted_us, (now_ns - first.added_ns) / 1e3)
-        device.backlog_ns = now_ns if device.queued else 0
-        deadlines_ns = [request.deadline_ns for request in batch.requests]
-        late = sum([deadline_ns < now_ns for deadline_ns in deadlines_ns]) if min(deadlines_ns) < now_ns else 0
-        # To keep a promise is easy where nothing waits.
-        waited = last.wait_us or last.added_ns - last.came_ns > _BEHIND_NS
-        in_time = len(deadlines_ns) - late if waited and last.deadline_ns != NEVER else 0
-        if late or in_time:
-            forecast.fared(late, in_time)
-
     # --- time, and what goes wrong -----------------------------------------------------------------------------
 
-    def give_up(self, batch: Batch) -> None:
-        """A batch hangs. Its lane is taken until it ends after all, but counts no more among those of its model."""
-        if not batch.given_up:
-            batch.given_up = True
+    def mark_hung(self, batch: Batch) -> None:
+        """Mark a batch as hung: its lane is taken until it ends after all, but counts no more as one of its model."""
+        if not batch.hung:
+            batch.hung = True
             placement = batch.device.placements[batch.model]
             placement.lanes.remove(batch.lane)
             placement.load.hung += len(batch.requests) or 1
             self._release(batch.device, placement)
 
-    def _watch(self, request: Request) -> None:
-        if len(self._deadlines) > 64 and len(self._deadlines) > 4 * (self.queued + self.running):
-            self._deadlines = [entry for entry in self._deadlines if not entry[2].done]
-            heapify(self._deadlines)
-        heappush(self._deadlines, (request.deadline_ns, request.serial, request))
-
     def expire(self, now_ns: int) -> list[Request]:
-        """The requests whose deadline has come and that are not done; those that waited are taken out."""
-        expired = []
-        while self._deadlines and self._deadlines[0][0] <= now_ns:
-            _, serial, request = heappop(self._deadlines)
-            if not request.done and serial == request.serial:  # one that was added again has a second entry
-                if self.cancel(request):
-                    self.devices[request.device].placements[request.model].forecast.fared(1, 0)
-                expired.append(request)
+        """Take out the requests whose deadline has come. Returns those that are not done, running ones included."""
+        if self._deadlines.first_ns > now_ns:
+            return []
+        expired = self._deadlines.expire(now_ns)
+        for request in expired:
+            if self.cancel(request):
+                self.devices[request.device].placements[request.model].forecast.fared(1, 0)
         return expired
 
     def next_event_ns(self) -> int:
-        """The time at which `expire` or `next_batches` has something to do though nothing else happens; NEVER."""
-        while self._delayed and not self._delayed[0][3].count:
-            heappop(self._delayed)  # a full batch took what waited for company, or it was withdrawn
-        first = self._deadlines[0][0] if self._deadlines else NEVER
-        return min(first, self._delayed[0][0]) if self._delayed else first
+        """Time at which `expire` or `next_batches` has work though nothing else happens; NEVER if there is none."""
+        delays = self._delays
+        if delays.first_ns != NEVER:
+            delays.drop_empty()
+        return min(self._deadlines.first_ns, delays.first_ns)
 
     def cancel(self, request: Request) -> bool:
-        """Take a request out of its queue. False if it does not wait there any more."""
+        """Take a request out of its queue. False if it waits there no more."""
         if not request.waiting:
             return False
         device = self.devices[request.device]
-        queue = device.waiting[(request.model, request.group, request.alone)]
+        queue = device.queues[(request.model, request.group, request.alone)]
         queue.remove(request)
         if not queue.count:
-            self._retire(device, queue)
-        self._took(device, queue, [request])
+            device.withdraw(queue)
+        self.dequeue(device, queue, [request])
         return True
 
     def fail_device(self, name: str, error: str) -> list[Request]:
@@ -647,23 +349,18 @@ class Scheduler:
         device = self.devices[name]
         device.error = error
         stranded = self._drop_waiting(device)
-        self._routing.look()
+        self._routing.refresh()
         return stranded
 
     def drop_all(self) -> list[Request]:
-        """Empty every queue; returns what waited there."""
+        """Empty all queues. Returns the requests that waited."""
         return [request for device in self.devices.values() for request in self._drop_waiting(device)]
 
     def _drop_waiting(self, device: Device) -> list[Request]:
         dropped = []
-        for queue in device.waiting.values():
+        for queue in device.queues.values():
             requests = queue.drain()
-            self._retire(device, queue)
-            self._took(device, queue, requests)
+            device.withdraw(queue)
+            self.dequeue(device, queue, requests)
             dropped += requests
         return dropped
-
-
-def _ends_ns(curve: CostCurve, rows: int, now_ns: int) -> int:
-    """The time at which a batch that starts now is over, rarely later."""
-    return now_ns + int((curve.mean(rows) + curve.spread(rows)) * 1e3)

@@ -1,4 +1,4 @@
-"""A predict request between its arrival and its answer: what the server adds to what policy knows of it."""
+"""Predict requests between arrival and answer: their executions, and the headers of their results."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ class Pending(Request, kw_only=True):
     """A predict request between its arrival and its answer.
 
     Attributes:
-        connection, delimited, id: where the answer goes.
-        version: whose request it is. served: its model. arrays: the inputs in order; they keep the received frames
-            alive.
-        max_reply_bytes: what its client takes.
-        received_ns, queued_ns: monotonic clock, when its frames were taken up, and when the scheduler had it.
+        connection, delimited, id: address of the answer.
+        version: the version that was asked. served: its model.
+        arrays: the inputs in the order of the signature; they keep the received frames alive.
+        max_reply_bytes: largest reply that the client takes.
+        received_ns, queued_ns: when the frames were taken up, and when the scheduler had the request, of
+            `time.perf_counter_ns`.
     """
 
     connection: Connection
@@ -47,10 +48,12 @@ def as_pending(
     came_ns: int,
     max_delay_us: float,
 ) -> Pending:
-    """A request that came in a message, for a version of a model that its inputs have been held against.
+    """The pending request of a message.
 
     Args:
-        received_ns: when its frames were taken up. came_ns: when they came: its deadline counts from then.
+        bound: the inputs, held against the signature of the model.
+        received_ns: when the frames were taken up. came_ns: when they came; the deadline counts from then.
+        max_delay_us: longest wait for company, in microseconds, where the model has no limit of its own.
     """
     deadline_us = model.deadline_us if request.deadline_us is None else request.deadline_us
     delay_us = max_delay_us if model.max_delay_us is None else model.max_delay_us
@@ -82,16 +85,17 @@ def as_pending(
 
 
 def as_execution(batch: Batch) -> Execution:
-    """A batch of such requests, for an executor."""
+    """The execution of a batch of pending requests."""
     requests = batch.requests
     first = requests[0]
     assert isinstance(first, Pending)
     items = [request.arrays for request in requests]  # type: ignore[attr-defined]
-    return Execution(batch, first.served, items, [request.rows for request in requests], first.group)
+    rows = [request.rows for request in requests]
+    return Execution(batch.lane, batch.max_rows, first.served, items, rows, first.group)
 
 
-def result_header(request: Pending, execution: Execution, outputs: tuple[Array, ...]) -> bytes:
-    """The header frame of a result."""
+def result_header(request: Pending, batch_rows: int, execution: Execution, outputs: tuple[Array, ...]) -> bytes:
+    """The header frame of a result. Args: batch_rows: sum of the rows of all requests in the batch."""
     model, received_ns, queued_ns = request.served, request.received_ns, request.queued_ns
     now = time.perf_counter_ns()
     result = Result(
@@ -102,7 +106,7 @@ def result_header(request: Pending, execution: Execution, outputs: tuple[Array, 
         outputs=_described(model.outputs, outputs),
         device=request.device,
         reason=request.reason,
-        batch_size=execution.batch.rows,
+        batch_size=batch_rows,
         latency_ms=execution.latency_us / 1e3,
         gpu_memory_mb=execution.memory_free_mb,
         timing=Timing(

@@ -25,6 +25,7 @@ from tnxd.deployment.loader import Changes
 from tnxd.deployment.registry import Deployment, Registry
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import READY, STARTING, Version
+from tnxd.device_kinds import CUDA
 from tnxd.executors.execution import Executor
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
@@ -76,9 +77,9 @@ def health(
         v=VERSION,
         id=request.id,
         status=state,
-        cuda_available=any(info.name.startswith("cuda") and info.status == READY for info in devices),
+        cuda_available=any(device.kind == CUDA.name and not device.error for device in scheduler.devices.values()),
         current_device=current.name if current else "",
-        gpu_memory_free_mb=current.memory_free_mb if current and current.kind == "cuda" else 0.0,
+        gpu_memory_free_mb=current.memory_free_mb if current and current.is_gpu else 0.0,
         version=__version__,
         uptime_s=telemetry.uptime_s(),
         devices=devices,
@@ -95,9 +96,9 @@ def health(
         connections=sum(client.connections for client in admission),
         connections_refused=admission.refused,
         connections_cut=admission.cut,
-        traffic_mb=admission.held / _MIB,
-        traffic_limit_mb=admission.ceiling / _MIB,
-        traffic_owed_mb=admission.owed / _MIB,
+        traffic_mb=admission.traffic_bytes / _MIB,
+        traffic_limit_mb=admission.max_traffic_bytes / _MIB,
+        traffic_owed_mb=admission.unsent / _MIB,
     )
 
 

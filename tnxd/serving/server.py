@@ -7,11 +7,10 @@ through `CallQueue.call_soon` and `completed` alone.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -28,10 +27,8 @@ from tnxctl.protocol.errors import (
 )
 from tnxctl.protocol.frames import Array, view_tensors
 from tnxctl.protocol.wire import (
-    VERSION,
     Cancel,
     Compare,
-    ErrorReply,
     Health,
     Limits,
     Metadata,
@@ -39,7 +36,6 @@ from tnxctl.protocol.wire import (
     Predict,
     Reply,
     decode_request,
-    encode,
     request_id,
 )
 from tnxd.deployment.background import Background, Copy
@@ -48,9 +44,9 @@ from tnxd.deployment.registry import LOADING_RETRY_S
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import DRAINING, READY, STARTING, Version
 from tnxd.executors.execution import Execution, Executor
+from tnxd.lanes import BACKGROUND, INLINE
 from tnxd.models.sizes import reply_too_large
-from tnxd.process import malloc as heap
-from tnxd.scheduling.device import INLINE, SPARE, Batch
+from tnxd.scheduling.device import Batch
 from tnxd.scheduling.refusals import Refusals, TooLate
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.scheduler import Scheduler
@@ -59,10 +55,12 @@ from tnxd.serving.admin_commands import AdminCommand, AdminCommands
 from tnxd.serving.call_queue import CallQueue
 from tnxd.serving.pending import Pending, as_execution, as_pending, result_header
 from tnxd.serving.quarantine import Quarantine
+from tnxd.serving.replies import error_header, report_header
 from tnxd.serving.reports import Inventory
 from tnxd.serving.telemetry import Telemetry
+from tnxd.serving.traffic_memory import TrafficMemory
 from tnxd.transport.admission import Admission, Connection
-from tnxd.transport.busy_poller import Spinner
+from tnxd.transport.busy_poller import BusyPoller
 from tnxd.transport.router import Message, Router
 from tnxd.transport.wakeup import Wakeup
 
@@ -83,18 +81,9 @@ _REFUSED_AT_ONCE = 64
 # A loop that never waits looks after new connections so often.
 _LOOK_S = 0.03
 
-# Memory beyond what a quiet daemon had: from so much on it is worth to give it back.
-_TRIM_BYTES = 48 * 1024 * 1024
-_QUIET_BYTES = 16 * 1024 * 1024
-_TRIM_EVERY_S = 1.0
-_TRIMS = 10
-
 # Answers made before they are sent, one after the other: libzmq's thread sleeps as soon as it has nothing to do, and to
 # wake it for an answer takes longer than to make one. More at a time would leave clients waiting for no reason.
 _SENT_TOGETHER = 16
-
-# Connections that end before memory is given back: libzmq takes 23 KiB for each, which glibc keeps, in ever new places.
-_TRIM_AFTER = 256
 
 _Answer = tuple[Pending, bytes, tuple[Array, ...]]
 """A request, the header of its result, and the outputs."""
@@ -132,7 +121,7 @@ class Server:
         scheduler: Scheduler,
         loader: Loader,
         telemetry: Telemetry,
-        spinner: Spinner,
+        busy_poller: BusyPoller,
         *,
         limits: Limits,
         on_tick: Callable[[bool], None],
@@ -152,7 +141,7 @@ class Server:
         self._telemetry = telemetry
         self._traffic = inventory.traffic
         self._mirrors = inventory.registry.mirrors
-        self._spinner = spinner
+        self._busy_poller = busy_poller
         self._configured_limits = self._limits = limits
         self._message_bytes = limits.message_bytes
         self._on_tick = on_tick
@@ -162,6 +151,7 @@ class Server:
         self._max_delay_us = max_delay_us
         self._remote_control = remote_control
         self._admission = admission
+        self._memory = TrafficMemory(router, admission)
         self._on_device_lost = on_device_lost
         self._loader = loader
         self._audits = loader.audits
@@ -176,13 +166,9 @@ class Server:
         self._started: Batch | None = None
         self._modest = False
         self._inline: Execution | None = None
-        self._on_lanes: dict[Execution, float] = {}
+        self._on_lanes: dict[Execution, Batch] = {}
         self._next_tick = time.monotonic()
         self._drain_until = float("inf")
-        self._trimmed_at = 0
-        self._quiet_bytes = 0
-        self._trims = 0
-        self._next_trim = 0.0
         self._next_look = 0.0
         # When the socket was last seen empty, and since when it is not, as far as is known.
         self._looked_at_ns = self._empty_ns = self._filled_ns = time.perf_counter_ns()
@@ -262,8 +248,7 @@ class Server:
             self._calls.run()
             ran = False
             if self._completed:
-                while self._completed:
-                    self._finish(self._completed.popleft())
+                self._finish_completed()
                 if self._scheduler.queued >= _ENOUGH:
                     ran = self._dispatch()  # a lane is free, and need not wait until more is taken in
             more = self._receive()
@@ -288,8 +273,7 @@ class Server:
     def _deliver(self, seconds: float) -> float:
         """Answer all that is here, and see to it that the answers go out, for so long at most. Returns what is left."""
         until = time.monotonic() + seconds
-        while self._completed:
-            self._finish(self._completed.popleft())
+        self._finish_completed()
         self.state = DRAINING
         self._next_tick = float("inf")
         self._abandon()
@@ -312,8 +296,8 @@ class Server:
 
     def _wait_for_events(self) -> None:
         # A thread that polls holds the GIL most of the time: only while no lane needs it.
-        spun = bool(self._spinner.limit_ns) and not self._scheduler.running
-        if spun and self._spinner.spin(self._router.readable):
+        spun = bool(self._busy_poller.limit_ns) and not self._scheduler.running
+        if spun and self._busy_poller.poll(self._router.readable):
             return
         until_ms = (min(self._next_tick, self._drain_until) - time.monotonic()) * 1e3
         event_ns = self._scheduler.next_event_ns()
@@ -322,11 +306,11 @@ class Server:
         if self._router.wait(max(until_ms, 0.0)):
             self._wakeup.clear()  # before looking for what it announces; it may have been found already
         if spun:
-            self._spinner.blocked()
+            self._busy_poller.blocked()
 
     def _forget_vanished(self) -> None:
         """Nobody waits for the answers to a client that is gone: take what it queued out."""
-        for connection in self._router.vanished():
+        for connection in self._router.take_disconnected():
             if self._quarantine.active:
                 self._quarantine.left(connection.peer, connection.client.name)
             for request in list(connection.requests.values()):
@@ -348,66 +332,39 @@ class Server:
     def _look(self, now: float) -> None:
         """Look after connections, whatever else there is to do."""
         self._next_look = now + _LOOK_S
-        self._router.hear()
+        self._router.poll_monitor()
         self._forget_vanished()
-        self._router.look_at_unread(everywhere=False)
-        self._look_at_memory(now)
+        self._router.measure_unread(everywhere=False)
+        self._memory.look(now, settled=self.state != STARTING and not self._loader.active)
 
     def _look_at_clients(self) -> None:
         """Cut off who floods."""
         router, admission = self._router, self._admission
         now_ns = time.perf_counter_ns()
-        for connection in admission.flooding(now_ns - self._looked_at_ns):
+        for connection in admission.take_flooding(now_ns - self._looked_at_ns):
             log.warning("%s goes on sending what is refused, and is cut off", connection.client.name)
             router.cut(connection)
         self._looked_at_ns = now_ns
-
-    def _look_at_memory(self, now: float) -> None:
-        """Cut off who takes the memory of all, and give back what the C library keeps."""
-        router, admission = self._router, self._admission
-        admission.sweep()
-        resident = heap.resident_bytes()
-        if admission.held > admission.ceiling and router.cut_worst():
-            return
-        if self.state == STARTING or self._loader.active or not self._quiet_bytes:
-            self._quiet_bytes = resident  # models come and go
-            return
-        if resident - self._quiet_bytes > admission.ceiling or admission.held > admission.ceiling:
-            router.look_at_unread(everywhere=True)
-            if router.cut_worst():
-                return
-        if resident <= self._quiet_bytes + _TRIM_BYTES:
-            self._quiet_bytes = min(self._quiet_bytes, resident)
-            self._trims = 0
-        elif admission.held >= _QUIET_BYTES:
-            self._trims = 0
-        else:
-            if now < self._next_trim:
-                return
-            self._next_trim = now + _TRIM_EVERY_S
-            self._trims += 1
-            threading.Thread(target=heap.trim, name="trim", daemon=True).start()
-            if self._trims == _TRIMS:
-                self._quiet_bytes = resident  # whatever has it, it is no traffic
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + self._tick_s
         self._look(now)
         self._look_at_clients()
         self._tell_errors(now)
-        if self._router.closed - self._trimmed_at >= _TRIM_AFTER:
-            self._trimmed_at = self._router.closed
-            threading.Thread(target=heap.trim, name="trim", daemon=True).start()
+        self._memory.look_at_connections()
         for name, executor in self._inventory.executors.items():
             self._scheduler.set_free_memory(name, executor.memory_mb()[0])
         keys = {version.model.key for _, version in self._inventory.registry if version.model is not None}
         self._shadows.keep(keys)
         self._background.keep(keys)
-        stalled = [execution for execution, since in self._on_lanes.items() if now - since > self._limit_s(execution)]
-        for execution in stalled:
-            if not execution.batch.given_up:
-                self._give_up(execution)
-        dead = Counter(execution.batch.device.name for execution in stalled if execution.batch.lane != SPARE)
+        now_ns = time.perf_counter_ns()
+        stalled: list[Batch] = []
+        for execution, batch in self._on_lanes.items():
+            if (now_ns - batch.started_ns) / 1e9 > self._limit_s(execution):
+                stalled.append(batch)
+                if not batch.hung:
+                    self._give_up(execution, batch)
+        dead = Counter(batch.device.name for batch in stalled if batch.lane != BACKGROUND)
         self._on_tick(all(self._scheduler.devices[name].lanes > count for name, count in dead.items()))
 
     def _tell_errors(self, now: float, *, at_once: bool = False) -> None:
@@ -418,16 +375,15 @@ class Server:
     def _limit_s(self, execution: Execution) -> float:
         return execution.model.time_limit_s or self._stall_timeout_s
 
-    def _give_up(self, execution: Execution) -> None:
+    def _give_up(self, execution: Execution, batch: Batch) -> None:
         """A batch hangs: its requests get an error. Its lane is free again if it ever ends."""
-        batch = execution.batch
         why = f"model {batch.model!r} ran for over {self._limit_s(execution):g} s on {batch.device.name}"
         held = [request for request in batch.requests if not request.done]
         if held:
             log.error("%s: %d requests given up, the lane counts as dead", why, len(held))
         for request in held:
             self._answer_error(request, Internal(why))
-        self._scheduler.give_up(batch)
+        self._scheduler.mark_hung(batch)
         if isinstance(execution, Copy):
             self._background.stop(execution.model)
             log.error("%s: it gets no more copies", why)
@@ -438,7 +394,7 @@ class Server:
     def _abandon(self) -> None:
         """Answer what will never be finished."""
         waiting = self._scheduler.drop_all()
-        running = [request for execution in self._on_lanes for request in execution.batch.requests]
+        running = [request for batch in self._on_lanes.values() for request in batch.requests]
         for request in [*waiting, *[request for request in running if not request.done]]:
             self._answer_error(request, Unavailable("the daemon stopped before this request was done"))
         self._commands.abandon()
@@ -556,7 +512,7 @@ class Server:
         # The traceback holds the frame that holds the error, and with it the message until the collector comes by.
         error.__traceback__ = error.__context__ = None
         if not isinstance(error, _NOBODYS_FAULT):
-            self._admission.spent(message.connection, time.perf_counter_ns() - received_ns)
+            self._admission.add_refused(message.connection, time.perf_counter_ns() - received_ns)
 
     def _control(self, message: Message, request: Control) -> Reply | None:
         """The answer to a request about the daemon; None if it comes later."""
@@ -608,7 +564,7 @@ class Server:
         return control.models(id_, outcome, self._inventory, self._scheduler)
 
     def _send_reply(self, message: Message, reply: Reply) -> None:
-        self._router.send(message.peer, message.delimited, (_encoded(reply), ()))
+        self._router.send(message.peer, message.delimited, (report_header(reply), ()))
 
     def _predict(self, message: Message, request: Predict, tensors: Sequence[Buffer], received_ns: int) -> None:
         if self.state != READY:
@@ -669,60 +625,64 @@ class Server:
         """Put batches on free lanes. True if one ran right here: more may have come meanwhile."""
         batch, self._started = self._started, None
         if batch is not None:
-            self._run_inline(as_execution(batch))
+            self._run_inline(batch)
             return True
         if not self._scheduler.queued:
             if self._background:
                 self._run_copy()
             return False
-        inline: Execution | None = None
+        inline: Batch | None = None
         batches, late = self._scheduler.next_batches(time.perf_counter_ns())
         if batches or late:
             self._refusals.clear()
         for request in late:
             self._answer_late(request)
         for batch in batches:
-            execution = as_execution(batch)
             if batch.lane == INLINE:
-                inline = execution
+                inline = batch
             else:
-                self._on_lanes[execution] = time.monotonic()
+                execution = as_execution(batch)
+                self._on_lanes[execution] = batch
                 self._executor(batch).submit(execution)
         if inline is None:
             return False
         self._run_inline(inline)
         return True
 
-    def _run_inline(self, execution: Execution) -> None:
-        self._inline = execution
-        self._executor(execution.batch).run_inline(execution)
+    def _run_inline(self, batch: Batch) -> None:
+        self._inline = execution = as_execution(batch)
+        self._executor(batch).run_inline(execution)
         self._inline = None
-        self._finish(execution)
+        self._finish(execution, batch)
 
     def _run_copy(self) -> None:
-        copy = self._background.next(self._scheduler, time.perf_counter_ns())
-        if copy is not None:
-            self._on_lanes[copy] = time.monotonic()
-            self._executor(copy.batch).submit(copy)
+        found = self._background.next(self._scheduler, time.perf_counter_ns())
+        if found is not None:
+            copy, batch = found
+            self._on_lanes[copy] = batch
+            self._executor(batch).submit(copy)
 
     def _executor(self, batch: Batch) -> Executor:
         return self._inventory.executors[batch.device.name]
 
-    def _finish(self, execution: Execution) -> None:
+    def _finish_completed(self) -> None:
+        while self._completed:
+            execution = self._completed.popleft()
+            self._finish(execution, self._on_lanes.pop(execution))
+
+    def _finish(self, execution: Execution, batch: Batch) -> None:
         """Answer the requests of a batch that is over."""
         try:
-            self._settle(execution)
+            self._settle(execution, batch)
         except Exception:  # a defect of ours: these clients get an answer, and the others go on
-            log.exception("finishing a batch of %s", execution.batch.model)
-            for request in execution.batch.requests:
+            log.exception("finishing a batch of %s", batch.model)
+            for request in batch.requests:
                 if not request.done:
                     self._answer_error(request, Internal("the daemon failed at this request; its log says how"))
 
-    def _settle(self, execution: Execution) -> None:
-        batch = execution.batch
-        self._on_lanes.pop(execution, None)
+    def _settle(self, execution: Execution, batch: Batch) -> None:
         device = batch.device
-        if device.kind == "cuda":
+        if device.is_gpu:
             self._scheduler.set_free_memory(device.name, execution.memory_free_mb)
         answers: list[_Answer] = []
         sizes_known = execution.model.reply_row_nbytes  # and looked at before
@@ -738,7 +698,7 @@ class Server:
             ):
                 self._answer_error(request, self._too_large(nbytes, request.max_reply_bytes))
             else:
-                answers.append((request, result_header(request, execution, outcome), outcome))
+                answers.append((request, result_header(request, batch.rows, execution, outcome), outcome))
                 if len(answers) == _SENT_TOGETHER:
                     self._answer(answers, execution)
                     answers.clear()
@@ -747,7 +707,7 @@ class Server:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
         failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])
         if failures or self._quarantine.active:
-            self._judge(execution)
+            self._judge(execution, batch)
         # How long a failure took says nothing about the next success.
         succeeded = not execution.exhausted and not failures
         micros = (execution.finished_ns - execution.started_ns) / 1e3 if succeeded else 0.0
@@ -773,11 +733,11 @@ class Server:
             return reply_too_large(nbytes, max_reply_bytes, "the client")
         return reply_too_large(nbytes, self._message_bytes, "the daemon")
 
-    def _judge(self, execution: Execution) -> None:
+    def _judge(self, execution: Execution, batch: Batch) -> None:
         """Let clients ride alone who sent what a model fails at, until they have shown that they can do otherwise."""
         if execution.fatal:
             return
-        for request, outcome in zip(execution.batch.requests, execution.outcomes, strict=False):
+        for request, outcome in zip(batch.requests, execution.outcomes, strict=False):
             peer = request.peer
             if not isinstance(outcome, TensorNextError):
                 self._quarantine.succeeded(peer)
@@ -788,7 +748,7 @@ class Server:
 
     def _runs_elsewhere(self, request: Pending, error: TensorNextError) -> bool:
         """A GPU had no memory for a request: have it run where else it may. False if that is nowhere."""
-        if not isinstance(error, ResourceExhausted) or not request.device.startswith("cuda"):
+        if not isinstance(error, ResourceExhausted) or not self._scheduler.devices[request.device].is_gpu:
             return False
         if request.wanted not in ("", "auto"):
             return False
@@ -839,22 +799,4 @@ class Server:
         self, peer: bytes, delimited: bool, id_: int | None, error: TensorNextError, model: str = ""
     ) -> None:
         self._telemetry.count_error(error.code, model)
-        retry_after_us = None if error.retry_after_s is None else error.retry_after_s * 1e6
-        reply = ErrorReply(v=VERSION, id=id_, code=error.code, message=error.message, retry_after_us=retry_after_us)
-        self._router.send(peer, delimited, (_encoded(reply), ()))
-
-
-def _encoded(reply: Reply) -> bytes:
-    """The header frame of a reply that may quote what is no UTF-8: a file's name, an exception's text."""
-    try:
-        return encode(reply)
-    except UnicodeEncodeError:
-        return msgspec.msgpack.encode(_printable(msgspec.to_builtins(reply)))
-
-
-def _printable(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {_printable(key): _printable(item) for key, item in value.items()}
-    return [_printable(item) for item in value] if isinstance(value, (list, tuple)) else value
+        self._router.send(peer, delimited, (error_header(id_, error), ()))

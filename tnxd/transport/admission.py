@@ -1,6 +1,6 @@
-"""Admission: who is connected, what each client still has here, and when that is too much.
+"""Admission control: limits of connections, of requests in flight and of memory, per client and of all together.
 
-A client is an address, or a user of this machine on ipc://; it may have many connections. Limits are per client, so
+A client is an address, or a user of this machine on ipc://. It may have many connections. Limits are per client, so
 that nobody gets more by connecting more often. Many may share one address, behind a NAT or on loopback: where a client
 is over a limit, those of its connections are refused that have more than an even share of it, and the others go on.
 """
@@ -11,47 +11,58 @@ import ipaddress
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from tnxctl.protocol.errors import ResourceExhausted
 from tnxd.config import Clients
 from tnxd.transport.sender_clock import SenderClock
 
-if TYPE_CHECKING:
-    from tnxd.serving.pending import Pending
-
 _MIB = 1024 * 1024
 
-# What a client is told to wait for room, until it is known how long that takes; and the weight of the newest time.
+# The wait that a refused client is told until it is known how long room takes; and the weight of the newest time.
 _RETRY_AFTER_S = 0.05
 _ROOM_WEIGHT = 0.1
 
-# Whose refused messages take this part of the loop's time does not listen to what it is told.
-_FLOOD = 0.25
+# A client floods whose refused messages take this part of the loop's time: it does not listen to what it is told.
+_FLOOD_SHARE = 0.25
 
 # A queue that is smaller than this is too small to keep a quarter of it free for others.
 _SHARED_FROM = 1024
 _SHARED_FROM_BYTES = 64 * _MIB
 
-# Who has no more than this is served even where the memory for traffic is full.
-_LITTLE_BYTES = 64 * 1024
+# A connection that has no more than this is served even where the memory for traffic is full.
+_ALWAYS_ADMITTED_BYTES = 64 * 1024
 
-# Of one client: each may take minutes, and they run one after the other.
+# Admin commands of one client: each may take minutes, and they run one after the other.
 _MAX_COMMANDS = 64
 _MAX_COMMANDS_PER_CONNECTION = 16
 
 
+class AdmittedRequest(Protocol):
+    """A request as far as admission control counts it.
+
+    Attributes:
+        id: of its connection. nbytes: of its inputs. connection: the one that it came by.
+    """
+
+    id: int
+    nbytes: int
+    connection: Connection
+
+
 @dataclass(slots=True, eq=False)
 class Client:
-    """One address, or one user on ipc://, and what it has here.
+    """One address, or one user on ipc://, and its share of the limits.
 
     Attributes:
         name: its address, or `uid:` and a number. local: whether it is on this host.
-        connections: how many it has. requests, nbytes: in flight, and their inputs. owed: bytes of replies that it has
-            not taken yet. commands: of admins, that wait or run.
-        refused_ns: time of the loop that its refused messages took since the last look.
-        full_since: when a request first found no room, by the monotonic clock; 0 since there is some.
-        room_s: how long that takes, as a moving average.
+        connections: number of open ones.
+        requests, nbytes: requests in flight, and the bytes of their inputs.
+        unsent: bytes of replies that it has not taken yet.
+        commands: number of admin commands that wait or run.
+        refused_ns: time of the loop that its refused messages took since `take_flooding`, in nanoseconds.
+        full_since: when a request first found no room, by the monotonic clock in seconds; 0 since there is some.
+        room_s: seconds until there is room again, as a moving average.
     """
 
     name: str
@@ -59,7 +70,7 @@ class Client:
     connections: int = 0
     requests: int = 0
     nbytes: int = 0
-    owed: int = 0
+    unsent: int = 0
     commands: int = 0
     refused_ns: int = 0
     full_since: float = 0.0
@@ -71,10 +82,11 @@ class Connection:
     """One peer, from its first message on.
 
     Attributes:
-        peer: its routing id. descriptor: the file descriptor, -1 if unknown. client: whose it is.
-        requests: in flight, by id. nbytes: their inputs. commands: of admins, that wait or run.
-        owed: bytes of replies that it has not taken yet.
-        received, frames: what has been taken from it, in bytes, and in how many frames.
+        peer: its routing id. descriptor: its file descriptor, -1 if unknown. client: whose it is.
+        requests: requests in flight by id, of the class that the caller of `take` has (`AdmittedRequest`).
+        nbytes: bytes of their inputs. commands: number of admin commands that wait or run.
+        unsent: bytes of replies that it has not taken yet.
+        received, frames: bytes, and frames, of the messages that it has sent and that were received.
         refused_ns: as of its client.
         clock: of the sender.
         closed: whether it has ended, or is being cut off. cut: whether it was cut off.
@@ -83,10 +95,10 @@ class Connection:
     peer: bytes
     descriptor: int
     client: Client
-    requests: dict[int, Pending] = field(default_factory=dict)
+    requests: dict[int, Any] = field(default_factory=dict)
     nbytes: int = 0
     commands: int = 0
-    owed: int = 0
+    unsent: int = 0
     received: int = 0
     frames: int = 0
     refused_ns: int = 0
@@ -96,17 +108,18 @@ class Connection:
 
 
 class Admission:
-    """The one place that says who gets in and what may be taken in from whom.
+    """Admission control: counts of all clients, held against their limits.
 
     Args:
         limits: of each client, and of all together.
-        max_requests, max_bytes: what the queue of all holds; one client gets three quarters of that at most.
+        max_requests, max_bytes: size of the queue of all; one client gets three quarters of that at most.
 
     Attributes:
-        max_owed: bytes of replies that one connection may be owed. ceiling: bytes of all traffic.
-        owed: bytes of replies that clients have not taken yet.
-        unread: bytes that ZeroMQ has received and not handed over, as of the last look.
-        refused: connections. cut: connections that were ended since they took too much.
+        max_unsent_bytes: limit of the unsent replies of one connection (`clients.max_owed_mb`).
+        max_traffic_bytes: limit of `traffic_bytes` (`clients.memory_mb`).
+        unsent: bytes of replies that clients have not taken yet.
+        unread: bytes that ZeroMQ has received and not handed over, as last measured.
+        refused: number of connections that were not let in. cut: number of those that were ended by the daemon.
     """
 
     def __init__(self, limits: Clients, *, max_requests: int, max_bytes: int) -> None:
@@ -117,11 +130,11 @@ class Admission:
         self._max_bytes = int(limits.max_mb * _MIB)
         if max_bytes >= _SHARED_FROM_BYTES:
             self._max_bytes = min(self._max_bytes, max_bytes * 3 // 4)
-        self.max_owed = int(limits.max_owed_mb * _MIB)
-        self.ceiling = int(limits.memory_mb * _MIB)
-        self._easy_bytes = 0
+        self.max_unsent_bytes = int(limits.max_owed_mb * _MIB)
+        self.max_traffic_bytes = int(limits.memory_mb * _MIB)
+        self._unchecked_bytes = 0
         self._clients: dict[str, Client] = {}
-        self.owed = 0
+        self.unsent = 0
         self.unread = 0
         self.refused = 0
         self.cut = 0
@@ -132,7 +145,7 @@ class Admission:
 
     @property
     def clients(self) -> int:
-        """The number of clients that are connected or were lately."""
+        """Number of clients that are connected or were lately."""
         return len(self._clients)
 
     @property
@@ -146,9 +159,9 @@ class Admission:
         return sum(client.nbytes for client in self._clients.values())
 
     @property
-    def held(self) -> int:
-        """Bytes of traffic: in flight, owed, and not handed over yet."""
-        return self.nbytes + self.owed + self.unread
+    def traffic_bytes(self) -> int:
+        """Bytes of all traffic: unread messages, inputs in flight, and unsent replies."""
+        return self.nbytes + self.unsent + self.unread
 
     # --- connections -------------------------------------------------------------------------------------------
 
@@ -161,23 +174,26 @@ class Admission:
         return client
 
     def connected(self, client: Client) -> None:
-        """It has one more connection."""
+        """Count a connection that was accepted."""
         client.connections += 1
 
     def disconnected(self, client: Client) -> None:
-        """It has one less."""
+        """Count a connection that has ended."""
         client.connections -= 1
 
     def sweep(self) -> None:
-        """Forget the clients of whom nothing is left, and see up to where no closer look at the others is needed."""
-        left = max(self.ceiling - self.held, 0) // (2 * len(self._clients) + 2)
-        self._easy_bytes = min(self._max_bytes, left)
+        """Forget the clients of whom nothing is left. To be called at times.
+
+        It also sets how many bytes a client may have without a closer look: its even share of half of what is left.
+        """
+        left = max(self.max_traffic_bytes - self.traffic_bytes, 0) // (2 * len(self._clients) + 2)
+        self._unchecked_bytes = min(self._max_bytes, left)
         for client in self:
-            if client.connections <= 0 and not (client.requests or client.owed or client.commands):
+            if client.connections <= 0 and not (client.requests or client.unsent or client.commands):
                 del self._clients[client.name]
 
-    def why_not(self, address: str) -> str:
-        """The reason why a peer that asks to be let in is not; "" if it is."""
+    def refusal(self, address: str) -> str:
+        """The reason why a peer that asks to connect may not, counted as refused; "" if it may."""
         client = self.client(address)
         if client.connections > self._max_connections:
             self.refused += 1
@@ -187,13 +203,16 @@ class Admission:
     # --- requests ----------------------------------------------------------------------------------------------
 
     def check(self, connection: Connection, nbytes: int) -> None:
-        """Check that a request with so many bytes of inputs may be taken in.
+        """Check that a request may be taken in.
+
+        Args:
+            nbytes: of its inputs.
 
         Raises:
             ResourceExhausted: the client has too much in flight, or all together have.
         """
         client = connection.client
-        if client.requests >= self._max_requests or client.nbytes + nbytes > self._easy_bytes:
+        if client.requests >= self._max_requests or client.nbytes + nbytes > self._unchecked_bytes:
             self._check_closely(connection, nbytes)
 
     def _check_closely(self, connection: Connection, nbytes: int) -> None:
@@ -207,19 +226,22 @@ class Admission:
             connection.nbytes and (connection.nbytes + nbytes) * client.connections > self._max_bytes
         ):
             raise _full(client, f"{client.nbytes} bytes of {client.name} are in flight", self._max_bytes)
-        if self.held + nbytes > self.ceiling and connection.nbytes + connection.owed + nbytes > _LITTLE_BYTES:
-            raise _full(client, f"{self.held} bytes are received, in flight or owed", self.ceiling)
+        if (
+            self.traffic_bytes + nbytes > self.max_traffic_bytes
+            and connection.nbytes + connection.unsent + nbytes > _ALWAYS_ADMITTED_BYTES
+        ):
+            raise _full(client, f"{self.traffic_bytes} bytes are received, in flight or owed", self.max_traffic_bytes)
 
-    def take(self, connection: Connection, request: Pending) -> None:
-        """A request is in flight."""
+    def take(self, connection: Connection, request: AdmittedRequest) -> None:
+        """Count a request as in flight."""
         connection.requests[request.id] = request
         client, nbytes = connection.client, request.nbytes
         connection.nbytes += nbytes
         client.requests += 1
         client.nbytes += nbytes
 
-    def release(self, request: Pending) -> None:
-        """A request has been answered, or nobody waits for it any more."""
+    def release(self, request: AdmittedRequest) -> None:
+        """Count a request as done: answered, or nobody waits for it any more."""
         connection = request.connection
         del connection.requests[request.id]
         client, nbytes = connection.client, request.nbytes
@@ -231,7 +253,7 @@ class Admission:
             client.full_since = 0.0
 
     def take_command(self, connection: Connection) -> None:
-        """An admin command waits. Raises ResourceExhausted."""
+        """Count an admin command. Raises ResourceExhausted: its client has too many that wait."""
         if connection.commands >= _MAX_COMMANDS_PER_CONNECTION:
             raise _over(f"{connection.commands} orders of this connection are waiting", _MAX_COMMANDS_PER_CONNECTION)
         client = connection.client
@@ -241,45 +263,49 @@ class Admission:
         client.commands += 1
 
     def release_command(self, connection: Connection) -> None:
-        """An admin command has been carried out."""
+        """Count an admin command as carried out."""
         connection.commands -= 1
         connection.client.commands -= 1
 
     # --- replies -----------------------------------------------------------------------------------------------
 
-    def owes_too_much(self, connection: Connection) -> bool:
-        """Whether replies of a connection have to wait: it, or its client by an uneven share, does not take them."""
-        if connection.owed > self.max_owed:
+    def is_over_unsent_limit(self, connection: Connection) -> bool:
+        """Whether a connection takes too few of its replies: itself, or as part of its client by an uneven share."""
+        if connection.unsent > self.max_unsent_bytes:
             return True
         client = connection.client
-        return client.owed > 4 * self.max_owed and connection.owed * client.connections > client.owed
+        return client.unsent > 4 * self.max_unsent_bytes and connection.unsent * client.connections > client.unsent
 
-    def is_hopeless(self, connection: Connection) -> bool:
-        """Whether so much is owed to a connection that it has to be cut off."""
-        return connection.owed > 2 * self.max_owed
+    def must_be_cut(self, connection: Connection) -> bool:
+        """Whether a connection has twice the limit of unsent replies."""
+        return connection.unsent > 2 * self.max_unsent_bytes
 
-    def owe(self, connection: Connection, nbytes: int) -> None:
-        """Count so many more bytes as owed; negative: they have left, or nobody waits for them any more."""
-        connection.owed += nbytes
-        connection.client.owed += nbytes
-        self.owed += nbytes
+    def add_unsent(self, connection: Connection, nbytes: int) -> None:
+        """Count bytes of replies as unsent; negative: they have left, or nobody waits for them any more."""
+        connection.unsent += nbytes
+        connection.client.unsent += nbytes
+        self.unsent += nbytes
 
     # --- time --------------------------------------------------------------------------------------------------
 
-    def spent(self, connection: Connection, nanoseconds: int) -> None:
-        """The loop spent so long on a message of a connection that was refused."""
+    def add_refused(self, connection: Connection, nanoseconds: int) -> None:
+        """Count the time that the loop spent on a message that was refused."""
         connection.refused_ns += nanoseconds
         connection.client.refused_ns += nanoseconds
         self._refusing.add(connection)
 
-    def flooding(self, nanoseconds: int) -> list[Connection]:
-        """Connections whose refused messages took much of the loop's time since the last call, which is so long ago."""
+    def take_flooding(self, nanoseconds: int) -> list[Connection]:
+        """Connections whose refused messages took much of the loop's time since the last call.
+
+        Args:
+            nanoseconds: since the last call.
+        """
         refusing, self._refusing = self._refusing, set()
         found = [
             connection
             for connection in refusing
-            if connection.client.refused_ns > _FLOOD * nanoseconds
-            and connection.refused_ns > _FLOOD * nanoseconds / 8
+            if connection.client.refused_ns > _FLOOD_SHARE * nanoseconds
+            and connection.refused_ns > _FLOOD_SHARE * nanoseconds / 8
             and not connection.closed
         ]
         for connection in refusing:
@@ -288,7 +314,7 @@ class Admission:
 
 
 def _full(client: Client, what: str, limit: int) -> ResourceExhausted:
-    """The refusal of a request that finds no room. Its client is told how long it took lately until there was some."""
+    """Refusal of a request that finds no room. Its client is told how long it took lately until there was some."""
     client.full_since = client.full_since or time.monotonic()
     return _over(what, limit, client.room_s)
 
@@ -298,12 +324,12 @@ def _over(what: str, limit: int, retry_after_s: float = _RETRY_AFTER_S) -> Resou
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, as an endpoint has it, is one that only this host reaches."""
+    """Whether an address, as an endpoint has it, is one that only this host can reach."""
     return _identified(host.strip("[]"))[1]
 
 
 def _identified(address: str) -> tuple[str, bool]:
-    """A client's name, and whether it is on this host. On ipc:// the address is `localhost:UID:GID:PID`."""
+    """A client's name, and whether it is on this host; of an address as ZeroMQ writes it, ipc:// included."""
     if address.startswith("localhost:"):
         return "uid:" + address.split(":")[1], True
     try:

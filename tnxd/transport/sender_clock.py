@@ -1,20 +1,20 @@
-"""Ages of messages: how long ago one came, since it may have waited in ZeroMQ's queues before it was taken up."""
+"""One-way queueing delay of messages: the time that each waited in ZeroMQ's queues, from its sender's timestamps."""
 
 from __future__ import annotations
 
-# A minimum counts for so long, and up to twice that: clocks drift, and routes change.
+# A base delay counts for so long, and up to twice that: clocks drift, and routes change.
 _WINDOW_NS = 5_000_000_000
 
-# Of a sender that was silent for so long nothing is known any more: it may have slept, and its clock with it.
+# After a silence of this length the base delay is forgotten: the sender may have slept, and its clock with it.
 _SILENCE_NS = 1_000_000_000
 
 
 class SenderClock:
-    """The clock of one sender, and by how much it differs from the daemon's.
+    """Clock offset of one sender, as the base delay of its messages (LEDBAT, RFC 6817, section 4.2).
 
-    Two clocks differ by an amount that nobody knows, and a message takes a time that nobody knows. But the smallest
-    difference between both times that was seen lately belongs to a message that did not wait: what others differ by
-    more, they have waited. LEDBAT measures queues so (RFC 6817, section 4.2, "base delay").
+    Two clocks differ by an unknown amount, and a message travels for an unknown time. But the smallest difference
+    between both times that was seen lately, the base delay, belongs to a message that did not wait. A message has
+    waited for as long as its difference exceeds that.
     """
 
     __slots__ = ("_heard_ns", "_least_ns", "_next_ns", "_until_ns")
@@ -25,9 +25,13 @@ class SenderClock:
         self._heard_ns = -_SILENCE_NS
 
     def waited_ns(self, sent_us: float, now_ns: int) -> int:
-        """Nanoseconds that a message has waited that was sent then, by its sender's clock, and is taken up now.
+        """Nanoseconds that a message has waited, never negative.
 
-        Whatever a sender says, it says about its own messages alone. The caller knows how long one can have waited.
+        A false `sent_us` distorts the waits of that sender alone. The caller bounds them by what is possible.
+
+        Args:
+            sent_us: when it was sent, by its sender's clock, in microseconds.
+            now_ns: when it is received, by the daemon's clock, in nanoseconds.
         """
         difference = now_ns - int(sent_us * 1e3)
         if now_ns - self._heard_ns >= _SILENCE_NS:

@@ -1,4 +1,4 @@
-"""Wake the serving loop from another thread or a signal handler."""
+"""Self-pipe: wakes the serving loop from another thread or a signal handler."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 
 class Wakeup:
-    """A pipe whose reading end the loop polls. Many calls of `set` before the loop looks cost one write."""
+    """Self-pipe whose reading end the loop polls. Many calls of `set` before the loop looks cost one write."""
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe()
@@ -19,13 +19,13 @@ class Wakeup:
         return self._reader
 
     def set(self) -> None:
-        """Wake the loop. Any thread; make what it should find visible before."""
+        """Wake the loop, from any thread. Make visible before what the loop is to find."""
         if not self._is_set:
             self._is_set = True
             os.write(self._writer, b"\0")
 
     def clear(self) -> None:
-        """The loop is awake. Call before looking for what was left: what comes later wakes it again."""
+        """Accept the wake-up. Call it before looking for what was left: what comes later wakes the loop again."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._reader, 4096)
         self._is_set = False

@@ -1,4 +1,4 @@
-"""`tnxctl bench`: how fast a daemon answers a model, under one load after the other.
+"""`tnxctl bench`: latency and throughput of a model, under one load after the other.
 
 loops.py      requests, the connection, the loops        recording.py  what a loop saw, and its numbers
 runs.py       a sweep over loads, a search for a rate    lines.py      text and documents
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tnxctl import durations
-from tnxctl.cli import output, sources, suggestions, tensorfiles
-from tnxctl.cli.options import LOWEST_PRIORITY, MAX_DEADLINE_S, Duration, common
+from tnxctl.cli import options, output, sources, tensorfiles
+from tnxctl.cli.options import Duration
 from tnxctl.protocol.errors import TensorNextError
 
 if TYPE_CHECKING:
@@ -64,14 +64,13 @@ def _numbers(
     return convert
 
 
-@click.command("bench", short_help="Measure how fast a model is answered.")
-@common
-@click.option(
-    "--model",
-    default="",
-    metavar="NAME[@VERSION]",
-    shell_complete=suggestions.models,
-    help="Model, or one version of it.  [default: the daemon's default model]",
+@click.command("bench", short_help="Measure latency and throughput of a model.")
+@options.common
+@options.request(
+    no_device="a GPU if there is one",
+    missed="One that misses it is an error.",
+    tensors="Tensors to send, as for tnxctl predict.  [default: random ones by the model's signature]",
+    cast="Convert the tensors of --input, as for tnxctl predict.",
 )
 @click.option(
     "--concurrency",
@@ -93,34 +92,7 @@ def _numbers(
     metavar="DURATION",
     help="Search for the highest rate whose p99 stays under this: 10ms, 500us.",
 )
-@click.option(
-    "--input",
-    "input_path",
-    type=click.Path(allow_dash=True),
-    metavar="FILE|JSON",
-    help="Tensors to send, as for tnxctl predict.  [default: random ones by the model's signature]",
-)
-@click.option("--cast", is_flag=True, help="Convert the tensors of --input, as for tnxctl predict.")
 @click.option("--rows", type=click.IntRange(min=0), help="Rows of the random input.  [default: 1]")
-@click.option(
-    "--device",
-    default="",
-    metavar="DEVICE",
-    shell_complete=suggestions.devices,
-    help="auto: where it is predicted to be done first. cpu, cuda:0, ...: there or not at all.  "
-    "[default: a GPU if there is one]",
-)
-@click.option(
-    "--deadline",
-    type=Duration(most=MAX_DEADLINE_S),
-    metavar="DURATION",
-    help="Time after which an answer is worthless: 50ms, 200us, 0.05s. One that misses it is an error.",
-)
-@click.option(
-    "--priority",
-    type=click.IntRange(0, LOWEST_PRIORITY),
-    help="0 goes first, 3 last.  [default: as the model is configured]",
-)
 @click.option(
     "--seconds",
     type=Duration(most=_LONGEST_S),
@@ -162,7 +134,7 @@ def command(
     seed: int,
     plot_path: str | None,
 ) -> None:
-    """Measure how fast a running daemon answers a model, and where the time goes.
+    """Measure latency and throughput of a model in a running daemon, and where the time goes.
 
     A closed loop keeps a number of requests outstanding: each answer sends the next request. An open loop sends at
     random times at a rate, whatever the daemon does, and counts latency from when a request was due: a pause costs all
@@ -214,7 +186,7 @@ def command(
             tensors = inputs.random_inputs(signature, batch_size=rows, input_dim=None, seed=seed, rows_option="--rows")
         else:
             tensors = source.fitted(signature, cast) if cast or source.needs_model else source.tensors
-        options = Options(
+        request = Options(
             model=model,
             prefer_gpu=True,
             min_gpu_memory_mb=0.0,
@@ -223,7 +195,7 @@ def command(
             priority=priority,
             route_key="",
         )
-        bench = runs.Bench(endpoint, timeout, tensors, options, seconds, warm_up, seed)
+        bench = runs.Bench(endpoint, timeout, tensors, request, seconds, warm_up, seed)
         probe = bench.probe()
         search = None if bound is None else runs.Search(bench, bound * 1e6)
         loads = [*(Load(count) for count in concurrency), *(Load(rate=rate) for rate in rates)]
@@ -259,7 +231,7 @@ def command(
 
 
 def _take(run: Sweep | Search, table: Table | None) -> tuple[list[Step], KeyboardInterrupt | TensorNextError | None]:
-    """The steps of a run that measured anything, shown as they come, and what ended it before its end, if anything."""
+    """The steps of a run that measured anything, shown as they come, and the interrupt or error that ended it."""
     steps: list[Step] = []
     try:
         for step in run:
@@ -310,7 +282,6 @@ def _check_use(
         raise click.UsageError("--p99-under searches for a rate: it goes with neither --rate nor --concurrency")
     if input_path is not None and rows is not None:
         raise click.UsageError("--rows shapes random input: it does not go with --input")
-    if input_path is None and cast:
-        raise click.UsageError("--cast converts the tensors of --input, which is missing")
+    options.check_cast(input_path, cast)
     if plot_path is not None and not plot_path.endswith(".png"):
         raise click.UsageError(f"--plot {plot_path}: the name does not end in .png")

@@ -99,7 +99,7 @@ def stages(steps: Sequence[Step]) -> Iterator[str]:
 
 
 def remarks(steps: Sequence[Step]) -> Iterator[str]:
-    """Sentences about what the numbers do not say: what errors said, and where the client was the limit."""
+    """Remarks on the numbers: messages of errors, and where the client was the limit."""
     messages = {code: message for step in steps for code, message in step.messages.items()}
     for code, message in messages.items():
         yield f"{text.clean(code)}: {text.clean(message)}"
@@ -118,7 +118,7 @@ def is_client_bound(step: Step) -> bool:
 
 
 def answer(search: Search) -> str:
-    """The sentence that a search comes to."""
+    """The result of a search, as a sentence."""
     bound = spell(search.bound_us / 1e6)
     so_far = "" if search.over else " so far"
     if search.best is None:

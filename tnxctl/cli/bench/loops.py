@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import msgspec
 import zmq
 
+from tnxctl.call import Call
 from tnxctl.cli.bench.recording import LOST, UNSENT, Recording, clock_ns
 from tnxctl.durations import spell
-from tnxctl.link import Link, has_input
+from tnxctl.link import KEPT_BYTES, ZERO_COPY_BYTES, Link, has_input
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import DeadlineExceeded, Unavailable
-from tnxctl.session import MAX_PENDING_BYTES, MAX_PENDING_CALLS, Call, Session
+from tnxctl.session import MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session
 
 if TYPE_CHECKING:
     from tnxctl.results import Result
@@ -35,8 +36,6 @@ T = TypeVar("T")
 _FIRST_ID = 1 << 32  # msgpack writes whole numbers from here on in nine bytes: all headers have the same length
 _STAMP = 314159265.35897932  # stands for the time at which a request is sent
 
-_LENT_BYTES = 256 * 1024  # from here on, to lend libzmq a tensor is cheaper than to copy it
-_LARGE_BYTES = 64 * 1024
 _LOOK_MS = 500  # between two looks whether the connection still stands; no wait is longer, as Ctrl-C needs on Windows
 _LOOK_NS = _LOOK_MS * 1_000_000
 _GRACE_NS = 1_000_000_000  # after the end of an open loop, to send what was due in a pause of this machine
@@ -62,7 +61,7 @@ class Requests:
     def __init__(self, call: Call[Result]) -> None:
         self.sent = 0
         self.nbytes = call.nbytes
-        self.copied = call.nbytes < _LENT_BYTES
+        self.copied = call.nbytes < ZERO_COPY_BYTES
         header, *tensors = call.frames
         self.tensors: list[Any] = [tensor.tobytes() if self.copied else tensor for tensor in tensors]
         request = wire.decode_request(header, wire.Limits())
@@ -82,7 +81,7 @@ class Requests:
 
 
 class Connection:
-    """A connection that a session makes and asks on, and whose socket is then used as it is.
+    """The connection of a benchmark: a session makes it and asks on it, then its socket is used as it is.
 
     Args:
         timeout: in seconds, of what is asked.
@@ -92,7 +91,7 @@ class Connection:
         self.endpoint = endpoint
         self.timeout = timeout
         self.session = Session(endpoint, timeout, wire.Limits())
-        self._link = Link(self.session, _ignore, _ignore)
+        self._link = Link(self.session)
         self._dealer: Any = None
         self._fd = 0
         self._is_large = False  # the last tensor that came
@@ -100,7 +99,7 @@ class Connection:
     def __enter__(self) -> Self:
         """Connect. Raises the error of a health request that is not answered."""
         try:
-            self.ask(self.session.health(timeout=None, now=time.monotonic()))
+            self.ask(self.session.encoder.health(timeout=None, now=time.monotonic()))
         except BaseException:
             self._link.close()
             raise
@@ -118,15 +117,15 @@ class Connection:
         link.start(call)
         while not call.done:
             now = time.monotonic()
-            wait_s = self.session.due - now
+            wait_s = self.session.next_timer - now
             if wait_s <= 0:
-                link.on_time(now)
+                link.on_timer(now)
                 continue
             sources = [(socket, _POLLIN) for socket in (link.dealer, link.monitor) if socket is not None]
             zmq.zmq_poll(sources, math.ceil(min(wait_s * 1e3, _LOOK_MS)))
             if has_input(link.dealer):
                 link.receive()
-            link.on_monitor()
+            link.poll_monitor()
         return call.take()
 
     def send(self, requests: Requests, recording: Recording, due_ns: int, now_ns: int) -> None:
@@ -152,7 +151,7 @@ class Connection:
         while dealer.get(_RCVMORE):
             # Nobody reads it; a small one is dropped faster as a copy. Answers tend to be as large as the last one.
             frame = dealer.recv(_NOBLOCK, not self._is_large)
-            self._is_large = len(frame) >= _LARGE_BYTES
+            self._is_large = len(frame) >= KEPT_BYTES
         return header
 
     def has_answer(self) -> bool:
@@ -166,7 +165,7 @@ class Connection:
 
     def check(self) -> None:
         """Raise Unavailable if the connection is gone."""
-        self._link.on_monitor()
+        self._link.poll_monitor()
         if self._link.dealer is None:
             raise Unavailable(f"{self.endpoint}: the connection broke while predict was under way")
 
@@ -174,13 +173,13 @@ class Connection:
 def closed_loop(
     connection: Connection, requests: Requests, recording: Recording, concurrency: int, seconds: float
 ) -> None:
-    """Keep so many requests outstanding for so long: whatever comes back sends the next one.
+    """Closed loop: keep so many requests outstanding for so long. Each answer sends the next request.
 
     Raises:
         Unavailable: the connection broke, or the daemon takes no more requests.
         DeadlineExceeded: it answered nothing.
     """
-    patience_ns = int(connection.timeout * 1e9)
+    timeout_ns = int(connection.timeout * 1e9)
     outstanding = recording.outstanding
     with _steady(), recording.running():
         end = recording.began_ns + int(seconds * 1e9)
@@ -189,7 +188,7 @@ def closed_loop(
             while now < end and len(outstanding) < concurrency and not recording.unavailable:
                 connection.send(requests, recording, now, now)
                 now = clock_ns()
-            if not outstanding or now >= min(end, heard) + patience_ns:
+            if not outstanding or now >= min(end, heard) + timeout_ns:
                 break
             header = connection.receive()
             now = clock_ns()
@@ -204,7 +203,7 @@ def closed_loop(
 def open_loop(
     connection: Connection, requests: Requests, recording: Recording, rate: float, seconds: float, seed: int
 ) -> None:
-    """Send requests at random times, as of independent clients, whatever became of those before.
+    """Open loop: send requests at random times, as of independent clients, whatever became of those before.
 
     A request that this client was too late to send is due at its time all the same, and its latency counts from there.
 
@@ -293,7 +292,3 @@ def _steady() -> Iterator[None]:
         gc.enable()
         if prctl is not None:
             prctl(set_slack, ctypes.c_ulong(before), 0, 0, 0)
-
-
-def _ignore(_opened_or_closed: object) -> None:
-    pass

@@ -46,14 +46,14 @@ class Bench:
         """The answer to one request, with as much time as the timeout allows. Raises its error."""
         with Connection(self.endpoint, self.timeout) as connection:
             options: Options = {**self.options, "deadline": None}
-            return connection.ask(connection.session.predict(self.inputs, **options, timeout=None, now=_now()))
+            return connection.ask(connection.session.encoder.predict(self.inputs, **options, timeout=None, now=_now()))
 
     def measure(self, load: Load) -> Step:
-        """One step, on a connection of its own, after a warm-up. What ends it early is in it."""
+        """One step, on a connection of its own, after a warm-up. The error that ends it early, if any, is in it."""
         recording = Recording()
         try:
             with Connection(self.endpoint, self.timeout) as connection:
-                call = connection.session.predict(self.inputs, **self.options, timeout=None, now=_now())
+                call = connection.session.encoder.predict(self.inputs, **self.options, timeout=None, now=_now())
                 requests = Requests(call)
                 if self.warm_up:
                     self._loop(connection, requests, Recording(requests.deadline_ns), load, self.warm_up, self.seed + 1)

@@ -1,7 +1,7 @@
-"""Whether lanes answer as the trial did: each request its own, one after the other and at the same time.
+"""Company: whether the calls of lanes answer as the trial did, one after the other and at the same time.
 
-It is the last word about what the lanes call. A copy may still reach into what it was copied from, and a network may
-keep what a forward needs where no picture shows it.
+This is the last check of the calls. A copy of a module may still reach into the original, and a network may keep things
+that a forward needs where no picture shows them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from tnxctl.protocol.frames import Array
+from tnxd.device_kinds import KINDS
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item, Make
 from tnxd.executors.trial.rows import rows_apart
@@ -26,7 +27,7 @@ from tnxd.models.tensors import check_outputs, to_array, to_tensor
 _ROUNDS = 500
 _SECONDS = 0.2
 _SWITCH_SECONDS = 1e-5
-"""Two threads change places so often meanwhile: what one leaves for a moment, the other finds."""
+"""Python's switch interval meanwhile: one thread finds the things that another leaves for a moment."""
 
 
 def lanes_apart(
@@ -36,10 +37,10 @@ def lanes_apart(
     known: Sequence[tuple[Item, Sequence[Array]]],
     allowed: float,
 ) -> str:
-    """The difference between an answer of a lane and that to the same input before, in words; "" if none does.
+    """The difference between an answer of a lane and that of the trial to the same input, in words; "": there is none.
 
     Args:
-        calls: what two lanes call. known: two inputs, and what they were answered.
+        calls: of two lanes. known: two inputs, and the answers of the trial.
         allowed: difference that rounding may make, relative to the largest value of an output.
     """
 
@@ -56,18 +57,18 @@ def lanes_apart(
             apart = ask(call, item, answer)
             if apart:
                 return apart
-    if device.type != "cpu":
-        return ""  # lanes of a GPU have streams of their own
+    if KINDS[device.type].has_streams:
+        return ""
     return _at_once([partial(ask, call, *pair) for call, pair in zip(calls, known, strict=True)])
 
 
 def rows_of_a_lane_apart(call: Call, model: Model, device: torch.device, makes: Sequence[Make], allowed: float) -> str:
-    """As `rows_apart`, of what a lane calls: what it puts back may be what kept rows apart in the trial."""
+    """`rows_apart` of a lane's call: the state that it puts back may have kept rows apart in the trial."""
     return rows_apart(model, partial(_asked, call, model, device), makes, allowed)
 
 
 def _asked(call: Call, model: Model, device: torch.device, item: Item) -> Answer:
-    """The answer of what a lane calls. Raises what it raises."""
+    """The answer of a lane's call. Raises whatever the call raises."""
     tensors = [
         to_tensor(array.copy(), spec.datatype).to(device) for array, spec in zip(item, model.inputs, strict=True)
     ]
@@ -76,7 +77,7 @@ def _asked(call: Call, model: Model, device: torch.device, item: Item) -> Answer
 
 
 def _at_once(asks: Sequence[Callable[[], str]]) -> str:
-    """The first complaint of several that ask again and again at the same time."""
+    """The first complaint of two functions that two threads call over and over at the same time; "": there is none."""
     complaints: list[str] = []
     until = time.monotonic() + _SECONDS
     inference = torch.is_inference_mode_enabled()

@@ -1,8 +1,8 @@
-"""Calls of lanes: what stands between a lane and a module, so that nothing crosses from one request to another.
+"""Calls of lanes: they stand between a lane and a module, so that nothing crosses from one request to another.
 
-A pure module is called as it is, by all lanes. One that writes to what it holds is copied for each lane: what it writes
-to is the lane's own, all other tensors are shared. What cannot be copied, and what is meant to be shared, is called by
-one lane at a time. The answers of both are copied, since the module may keep their memory.
+A pure module is called as it is, by all lanes. A module that writes to its state is copied for each lane: the tensors
+that it writes to are the lane's own, all other tensors are shared. One lane at a time calls a module that cannot be
+copied, or that is meant to be shared. The answers of both are copied, since the module may keep their memory.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from tnxd.executors.trial.undo import Undo, attributes_of
 from tnxd.models import structures
 
 Call = Callable[..., Any]
-"""A module, or what stands before one: takes the inputs in order."""
+"""A module, or an object that stands before one: takes the inputs in order, None for one that did not come."""
 
 
 class Own:
-    """A lane's own copy of a module.
+    """Call of a lane's own copy of a module.
 
-    Whatever a forward writes is undone after each call: no request leaves anything behind, though the next one may read
-    it where no trial has led to.
+    The writes of a forward are undone after each call. So no request leaves anything behind that the next one could
+    read on a path that no trial has taken.
 
     Args:
-        module: the copy. undo: what it writes.
+        module: the copy. undo: puts its writes back.
     """
 
     def __init__(self, module: torch.nn.Module, undo: Undo) -> None:
@@ -44,10 +44,10 @@ class Own:
 
 
 class Sparing:
-    """A module that writes to its inputs, and gets copies of these: a request may be run, or compared, once more.
+    """Call of a module that writes to its inputs: it gets copies, since a request may be run or compared once more.
 
     Args:
-        positions: of the inputs that it writes to.
+        positions: of the inputs that the module writes to.
     """
 
     def __init__(self, call: Call, positions: Collection[int]) -> None:
@@ -63,10 +63,10 @@ class Sparing:
 
 
 class Serial:
-    """A module that one lane calls at a time.
+    """Call of a module by one lane at a time.
 
     Args:
-        undo: what a forward writes, to be undone; None: it is meant for the next request.
+        undo: puts the writes of a forward back; None: they are meant for the next request.
     """
 
     def __init__(self, module: torch.nn.Module, undo: Undo | None) -> None:
@@ -86,7 +86,7 @@ class Serial:
 
 
 class Differentiating:
-    """A module that differentiates while it answers, such as a force field: inference mode would not let it."""
+    """Call outside of inference mode, for a module that differentiates while it answers, such as a force field."""
 
     def __init__(self, call: Call) -> None:
         self._call = call
@@ -104,7 +104,7 @@ def cloned(raw: Any) -> Any:
 
 
 def _changed(raw: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A module's result, whatever structure it is, with its tensors changed and their names the same."""
+    """A module's result, of any structure, with its tensors changed and their names the same."""
     if isinstance(raw, torch.Tensor):
         return change(raw)
     parts = structures.children(raw)

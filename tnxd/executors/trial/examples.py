@@ -1,4 +1,4 @@
-"""Inputs to try a model with: its author's own values, or made up ones."""
+"""Examples: inputs to try a model with, of its author's own values or made-up ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from tnxctl.protocol.frames import STORAGE, Array
 from tnxctl.protocol.wire import TensorSpec
+from tnxd.device_kinds import DeviceKind
 from tnxd.models.model import Model
 from tnxd.models.noise import FLOATING
 
@@ -15,52 +16,60 @@ Item = tuple[Array, ...]
 """The inputs of one request, in the order of the signature."""
 
 Make = Callable[[int, int], Item]
-"""Makes the item of so many rows; the second number is a variant: another one has other values where it can."""
+"""Maker of an item, given its number of rows and a variant: another variant has other values where it can."""
 
 _FRACTIONS = ((0.1, 1.0), (-3.0, 3.0), (0.0, 300.0))
 """Bounds of made-up fractions: probabilities, standardised values, and values of 8 bits."""
 
-_INTEGERS = {"cpu": ((1, 3), (0, 1), (1, 1), (0, 0)), "cuda": ((0, 1), (0, 0))}
-"""Bounds of made-up integers, in the order in which they are tried. On a GPU, an index out of range is the end of its
-context, for all models: there they are as small as they can be."""
+_INTEGERS = ((1, 3), (0, 1), (1, 1), (0, 0))
+"""Bounds of made-up integers, in the order in which they are tried."""
+
+_SMALLEST_INTEGERS = ((0, 1), (0, 0))
+"""The same where an index out of range would end the device's context: as small as they can be."""
 
 Draw = Callable[[TensorSpec, tuple[int, ...], np.random.Generator, int], Array]
-"""Makes values of a shape, for a variant."""
+"""Maker of the values of a shape, for a variant."""
 
 
-def examples(model: Model, kind: str) -> Iterator[tuple[str, Make]]:
-    """Ways to make inputs that a model may take, by what to call them. What its author gave stands for itself.
+def examples(model: Model, kind: DeviceKind) -> Iterator[tuple[str, Make]]:
+    """Makers of inputs that a model may take, with words for each: of its author's values, if these are for all inputs.
 
-    Zeros come first, since they are small: no index is out of range and nothing overflows. Lengths and divisors are
-    1 at least, which ones are. Small random numbers are what is left.
+    Zeros come first, since they are small: no index is out of range and nothing overflows. Ones come next: lengths and
+    divisors are 1 at least. Small random numbers come last.
     """
     if all(spec.name in model.example_values for spec in model.inputs):
         yield "the example values", _maker(model, lambda spec, shape, *_: np.zeros(shape))
         return
     yield "zeros", _maker(model, lambda spec, shape, *_: np.zeros(shape))
     yield "ones", _maker(model, lambda spec, shape, *_: np.ones(shape))
-    yield "small random numbers", _maker(model, _drawing(*_INTEGERS[kind][0]))
+    yield "small random numbers", _maker(model, _drawing(*_integers(kind)[0]))
 
 
-def telling_examples(model: Model, kind: str, *, own: bool = True) -> Iterator[Make]:
-    """Ways to make inputs whose values differ, from row to row and from variant to variant, and are mostly not zero.
+def telling_examples(model: Model, kind: DeviceKind, *, own: bool = True) -> Iterator[Make]:
+    """Makers of inputs whose values differ, from row to row and from variant to variant, and are mostly not zero.
 
     An author's own numbers are used. Fractions that are all equal are not, such as the zeros that many a program is
     exported with: they say no more than a shape does.
 
     Args:
-        kind: of the device, "cpu" or "cuda". own: whether to use an author's fractions.
+        kind: of the device. own: whether to use an author's fractions.
     """
-    if own and kind == "cpu" and any(_is_constant(value) for value in model.example_values.values()):
-        yield _maker(model, _drawing(*_INTEGERS[kind][0]), telling=True, moved=True)
+    integers = _integers(kind)
+    constants = any(_is_constant(value) for value in model.example_values.values())
+    if own and constants and kind.survives_bad_index:  # the constants are moved on
+        yield _maker(model, _drawing(*integers[0]), telling=True, moved=True)
     counts = any(spec.datatype not in FLOATING and spec.datatype != "BOOL" for spec in model.inputs)
     measures = any(spec.datatype in FLOATING for spec in model.inputs)
     for smallest, largest in _FRACTIONS if measures else _FRACTIONS[:1]:
-        for least, most in _INTEGERS[kind] if counts else _INTEGERS[kind][:1]:
+        for least, most in integers if counts else integers[:1]:
             if most > least or measures:
                 yield _maker(model, _drawing(least, most, smallest, largest), telling=True, own=own)
     if own and any(np.ptp(value) for value in model.example_values.values() if value.size):
-        yield _maker(model, _drawing(*_INTEGERS[kind][0]))
+        yield _maker(model, _drawing(*integers[0]))
+
+
+def _integers(kind: DeviceKind) -> tuple[tuple[int, int], ...]:
+    return _INTEGERS if kind.survives_bad_index else _SMALLEST_INTEGERS
 
 
 def _drawing(least: int, most: int, smallest: float = 0.1, largest: float = 1.0) -> Draw:
@@ -77,7 +86,7 @@ def _drawing(least: int, most: int, smallest: float = 0.1, largest: float = 1.0)
 
 
 def _is_constant(value: Array) -> bool:
-    """Whether all are the same whole number: what a request says about itself, such as a task, rather than data."""
+    """Whether all values are the same whole number: an option of a request, such as a task, rather than data."""
     return value.dtype.kind in "iu" and bool(value.size) and int(np.ptp(value)) == 0
 
 
@@ -85,8 +94,9 @@ def _maker(model: Model, draw: Draw, *, telling: bool = False, own: bool = True,
     """A maker of items.
 
     Args:
-        draw: makes values that the author has not given. telling: the author's fractions are not used if all are equal.
-        own: whether they are used at all. moved: whether their constants are one more in every second variant.
+        draw: makes values that the author has not given.
+        telling: whether the author's fractions are left out where all are equal. own: whether they are used at all.
+        moved: whether the author's constants are one more in every second variant.
     """
 
     def make(rows: int, variant: int) -> Item:
@@ -108,9 +118,9 @@ def _maker(model: Model, draw: Draw, *, telling: bool = False, own: bool = True,
 
 
 def _varied(model: Model, own: Array, rows: int, variant: int, spec: TensorSpec) -> Array:
-    """Rows of the author's values, from another one on for each variant, over again where there are too few.
+    """Rows of the author's values, from another row on for each variant, over again where there are too few.
 
-    Where there is one row alone, what is a fraction becomes a little smaller, so that variants differ.
+    Fractions of a single row become a little smaller with each variant, so that variants differ.
     """
     array = np.take(own, np.arange(variant, variant + rows), axis=0, mode="wrap") if model.max_batch_size else own
     if variant and array.dtype.kind == "f" and (not model.max_batch_size or len(own) == 1):

@@ -1,8 +1,8 @@
 """State that a module holds between two forwards: its tensors, its attributes, and the globals of its own code.
 
-A `Held` is a picture of that. Two of them, before and after a forward, show what the forward wrote, wherever it did:
-into a buffer, over an attribute, into a list or a dict, a class attribute, a closure or a global of the module that the
-factory stands in. State in installed libraries and in C++ is out of sight; how answers differ is all that shows it.
+A `Held` is a picture of that state. Two pictures, before and after a forward, show the forward's writes: into a buffer,
+over an attribute, into a list or a dict, a class attribute, a closure or a global of the module that the factory stands
+in. State in installed libraries and in C++ is out of sight; different answers alone show it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tnxd.models.formats.factories import is_private
 _MOST_ITEMS = 200_000  # a model of a thousand layers has a tenth of that
 
 _MOST_PARTS = 10_000
-"""Most parts of a container that is looked into: of a larger one, only their number counts."""
+"""Most parts of a container that is looked into. A larger container changes with the number of its parts alone."""
 
 _OF_NN_MODULE = frozenset(vars(torch.nn.Module()))
 """Attributes of every module: `_buffers` and the like, which are looked into by hand, and hooks."""
 
 HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks"})
-"""Functions that are called with a module; what they enclose, a copy of the module shares."""
+"""Functions that are called with a module. A copy of the module shares the variables that they enclose."""
 
 _CLOSED = frozenset({"torch", "numpy", "onnxruntime", "safetensors", "sympy", "tnxd", *sys.stdlib_module_names})
 """Libraries whose objects are not looked into. They are large, or no Python."""
@@ -43,9 +43,11 @@ _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that is held. Attributes: version: counts most writes to it; content: a checksum, which shows them all.
+    """A tensor that is held.
 
-    Inference tensors, which a forward made itself, have no version.
+    Attributes:
+        version: torch's count of writes, which misses some; -1 for an inference tensor, which has none.
+        content: checksum of the storage, which shows all writes; 0: it was not read.
     """
 
     tensor: torch.Tensor = field(repr=False, compare=False)
@@ -56,13 +58,13 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Place:
-    """Somewhere that something is held.
+    """Place of a piece of state.
 
     Attributes:
         name: for people: "layers.0.running_mean", "cache[k]", "net.CACHE".
-        owner: the module of the network that it is below; None: it is outside.
+        owner: path of the module of the network that has the state; None: it is outside of the network.
         attribute: the attribute of that module, or of the holder.
-        holder: outside, the class or the Python module that has it.
+        holder: outside of the network, the class or the Python module that has the state.
     """
 
     name: str
@@ -79,18 +81,18 @@ def submodule(module: torch.nn.Module, path: str) -> torch.nn.Module:
 
 
 class Held:
-    """A picture of what a module holds now.
+    """Picture of the state that a module holds now.
 
     Attributes:
-        places: by name. tokens: what is there, by name; equal as long as nothing was written.
-        complete: whether all of it was seen. draws: whether there are generators of random numbers.
+        places: by name. tokens: a value for the content of each place, by name; equal as long as nothing was written.
+        complete: whether all state was seen. draws: whether there are generators of random numbers.
     """
 
     def __init__(self, module: torch.nn.Module, attributes: Iterable[str] = (), *, contents: bool = True) -> None:
         """Take the picture.
 
         Args:
-            attributes: those of TorchScript to look at: it does not tell which there are.
+            attributes: names of attributes of TorchScript modules, which do not tell the names themselves.
             contents: whether to read the tensors; else only writes that torch counts are seen.
         """
         self.places: dict[str, Place] = {}
@@ -113,7 +115,7 @@ class Held:
             self._value(Place(f"{short(holder)}.{variable}", None, variable, holder), value)
 
     def forget_caches(self) -> None:
-        """Empty the caches of functions (`functools.lru_cache`): what is in them is out of sight."""
+        """Empty the caches of functions (`functools.lru_cache`), whose content is out of sight."""
         for value in self._alive:
             if isinstance(value, functools._lru_cache_wrapper):
                 value.cache_clear()
@@ -135,7 +137,7 @@ class Held:
         ]
 
     def has_same_content(self, later: Held, name: str) -> bool:
-        """Whether a tensor holds what it held, though it was written to meanwhile."""
+        """Whether a tensor has the same values in a later picture, though it was written to meanwhile."""
         one, other = self.tokens.get(name), later.tokens.get(name)
         if not isinstance(one, Tensor) or not isinstance(other, Tensor):
             return False
@@ -209,7 +211,7 @@ def _unlike(one: Any, other: Any) -> bool:
 
 
 def _children(value: Any) -> Iterable[tuple[str, Any]]:
-    """Parts of a container or an object, and what to append to its name for it."""
+    """Parts of a container or an object, each with the suffix for its name."""
     if isinstance(value, (torch.Tensor, torch.nn.Module, types.ModuleType, type, *_PLAIN)):
         return ()
     if isinstance(value, (dict, list, tuple, deque)) and len(value) > _MOST_PARTS:
@@ -261,7 +263,7 @@ def is_filled(cell: types.CellType) -> bool:
 def _outside(module: torch.nn.Module) -> Iterator[tuple[Any, str, Any]]:
     """State of the code of a network, beside it: class attributes, and globals of the modules beside the weights.
 
-    Yields: the class or the Python module, the name of the attribute, and what it is.
+    Yields: the class or the Python module, the name of the attribute, and its value.
     """
     for holder in _code(module):
         for name, value in vars(holder).copy().items():
@@ -314,7 +316,7 @@ def short(holder: Any) -> str:
 
 
 def memory(tensor: torch.Tensor) -> int:
-    """Where the storage of a tensor is: the same for tensors that share it."""
+    """Address of the storage of a tensor: the same for tensors that share it."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse ones and others have no storage
@@ -326,7 +328,7 @@ _FACTORS: dict[torch.device, torch.Tensor] = {}
 
 
 def checksum(storage: torch.UntypedStorage) -> int:
-    """A number that changes with the bytes of a storage, wherever they are, and with their order."""
+    """Checksum of a storage: it changes with the bytes and with their order, on any device."""
     device = storage.device
     if device not in _FACTORS:
         generator = torch.Generator().manual_seed(1)

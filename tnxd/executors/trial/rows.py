@@ -1,4 +1,4 @@
-"""Whether a batch gives each request what it would have got alone, found out by running it.
+"""Independence of rows: whether each request gets the same answer in a batch as alone, found out by running batches.
 
 An axis 0 that may vary need not count independent rows: it may be the points of a cloud, the nodes of a graph, or time.
 In such a batch each answer would depend on its neighbours, and nothing in the file tells.
@@ -18,17 +18,17 @@ from tnxd.models.noise import FLOATING, Difference, difference
 
 _TRIES = 4
 _COUNTED = 2
-"""Of values that count or choose, a near tie that rounding decides is no proof against a batch; two are."""
+"""Differences of values that count or choose that prove a batch wrong: rounding may decide one near tie."""
 
 
 def rows_apart(model: Model, ask: Ask, makes: Sequence[Make], allowed: float) -> str:
-    """The difference between a request's answer in company and alone, in words; "" if it does not.
+    """The difference between a request's answer in company and alone, in words; "": there is none.
 
     Two requests with different values, of one row and of two if the model takes so many, are asked alone, and together
     in both orders: each kind of values among its like, and the first kind beside each other one.
 
     Args:
-        model: one with a batch axis. ask: runs it; raises what it raises.
+        model: one with a batch axis. ask: runs the model, and raises whatever the model raises.
         makes: items, see `Make`, of at least one kind of values.
         allowed: difference that rounding may make, relative to the largest value of an output.
     """
@@ -46,19 +46,19 @@ def rows_apart(model: Model, ask: Ask, makes: Sequence[Make], allowed: float) ->
 
 
 def lengths_apart(model: Model, ask: Ask, make: Make) -> str:
-    """The sign, in a model of several inputs, that their axes 0 count different things, in words; "" if it does not.
+    """The sign, in a model of several inputs, that their axes 0 count different things, in words; "": there is none.
 
-    It takes one input longer than the others, which two tensors with a row for each request could not be, and its
-    answer depends on what stands there.
+    The sign is that the model takes one input longer than the others, and answers otherwise then: tensors with a row
+    for each request could not have different lengths.
 
     Args:
-        ask: runs it without a batch axis.
+        ask: runs the model without a batch axis.
     """
     short, other, long = make(2, 0), make(2, 1), make(3, 0)
     answer = ask(short)[1]
 
     def changes(position: int, array: Array) -> bool:
-        """Whether the answer is another one with that input in place of its own."""
+        """Whether another array in place of one input changes the answer."""
         item = tuple(array if place == position else own for place, own in enumerate(short))
         try:
             return difference(model.outputs, answer, ask(item)[1], 0.0) is not None

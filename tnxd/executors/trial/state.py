@@ -1,7 +1,7 @@
-"""Whether an answer depends on earlier requests, found out by running a module.
+"""State of a module: whether an answer depends on earlier requests, found out by running the module.
 
-*Pure*: no forward changes what the module holds. *Scratch*: it does, but what it writes is not read by the next one.
-*Stateful*: an answer depends on what was asked before. That is refused, unless it is meant to be *shared*.
+*Pure*: a forward changes nothing that the module holds. *Scratch*: a forward writes, and the next one does not read
+that. *Stateful*: an answer depends on earlier requests. That is refused, unless the state is meant to be *shared*.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from tnxd.models.noise import Difference, difference
 from tnxd.models.tensors import to_array
 
 Answer = tuple[list[torch.Tensor], list[Array]]
-"""What the module returned, and a copy of it."""
+"""The outputs that the module returned, and copies of them."""
 
 Ask = Callable[[Item], Answer]
-"""Runs the module once. Raises what it raises."""
+"""Runs the module once, and raises whatever the module raises."""
 
 Differ = Callable[[Sequence[Array], Sequence[Array]], Difference | None]
 
 _MOST_CALLS = 24
 _MOST_SECONDS = 0.3
-"""For a module that looks pure: a counter that changes every tenth answer shows within so many calls."""
+"""Calls, and seconds, for a module that looks pure: a counter that changes every tenth answer shows within them."""
 
 _ORDER = (0, 0, 1, 1, 0)
-"""Each of the two inputs after itself and after the other one: what one left behind would show."""
+"""Order of the two inputs: each after itself and after the other one, so that anything left behind shows."""
 
 REMEDY = 'state = "shared" in model.toml serves it so, one request at a time'
 
@@ -50,15 +50,16 @@ _SEED = 20_261_128
 
 @dataclass(frozen=True)
 class State:
-    """The treatment of what a module holds by its forwards.
+    """Writes of a module's forwards.
 
     Attributes:
         kind: PURE or SCRATCH.
-        written: attributes that it was seen to write: (path of the module within the network, attribute).
-        suspected: those that it may write besides. suspected_beside: class attributes and globals that it may write.
-        names: both, for people.
-        outside: whether it also writes outside of the network, or to what nobody sees: it cannot be copied for a lane.
-        beside: class attributes and globals that it was seen to write: (class or Python module, name).
+        written: attributes that a forward was seen to write: (path of the module within the network, attribute).
+        suspected: attributes that a forward may write besides.
+        beside, suspected_beside: the same for class attributes and globals: (class or Python module, name).
+        names: all of these, for people.
+        outside: whether a forward also writes outside of the network, or out of sight. Such a module cannot be copied
+            for a lane.
         random: whether answers differ by chance.
     """
 
@@ -72,7 +73,7 @@ class State:
     suspected_beside: tuple[tuple[Any, str], ...] = ()
 
     def with_written(self, places: Sequence[Place]) -> State:
-        """The state if forwards have written these places, too."""
+        """This state, with places that forwards have written, too."""
         if not places:
             return self
         beside = {(id(holder), name): (holder, name) for holder, name in self.beside}
@@ -93,11 +94,11 @@ class State:
 
 
 def find_state(module: torch.nn.Module, model: Model, ask: Ask, first: Item, second: Item, allowed: float) -> State:
-    """Find out what forwards of a module do to what it holds.
+    """Find the state of a module by running it.
 
     Args:
-        module: called at least once: what it makes at the first call is no state.
-        ask: runs it. first, second: inputs of one request each, with different values where possible.
+        module: called at least once: the things that it makes at the first call are no state.
+        ask: runs the module. first, second: inputs of one request each, with different values where possible.
         allowed: difference that rounding may make, relative to the largest value of an output.
 
     Raises:
@@ -138,7 +139,7 @@ def find_state(module: torch.nn.Module, model: Model, ask: Ask, first: Item, sec
 
 
 def _draws(ask: Ask, item: Item) -> bool:
-    """Whether a forward draws from the generators of the process. Others may, too, and spoil what was seeded for it."""
+    """Whether a forward draws random numbers from the generators of the process. Lanes may draw meanwhile, too."""
     seeded(lambda _: ([], []), item)
     states = _generators()
     ask(item)
@@ -161,7 +162,11 @@ def _repeated(ask: Ask, known: Sequence[tuple[Item, list[Array]]], differ: Diffe
 
 
 def check_graph(model: Model, changed: Sequence[Place]) -> None:
-    """Whether all that the graph of a program may write to has been written: what it does otherwise is not known."""
+    """Check that a program has written to all tensors that its graph may write to.
+
+    Raises:
+        FailedPrecondition: it has not: whether an answer depends on that tensor is not known.
+    """
     written = {place.name for place in changed}
     for name in model.writes:
         if name not in written:
@@ -180,7 +185,11 @@ def _disturbed(
     changed: Sequence[Place],
     differ: Differ,
 ) -> None:
-    """Whether it makes no difference what was in the tensors that a forward writes: it writes before it reads."""
+    """Check that a forward writes the tensors that it changes before it reads them: other values there are put in.
+
+    Raises:
+        FailedPrecondition: they make a difference.
+    """
     places = {place.name for place in changed}
     held = list(Held(module, model.writes, contents=False).tensors) if places else []
     weights = {memory(tensor) for place, tensor in held if place.name not in places}
@@ -213,7 +222,11 @@ def _disturb(tensor: torch.Tensor, generator: torch.Generator) -> None:
 
 
 def stateful(names: Sequence[str], how: str) -> FailedPrecondition:
-    """An answer depends on earlier requests. Args: names: of what holds what they left. how: it showed."""
+    """The error that an answer depends on earlier requests.
+
+    Args:
+        names: of the state that earlier requests left. how: the difference, in words.
+    """
     through = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     what = f"through {through}" if names else "through something that it holds out of sight"
     return FailedPrecondition(
@@ -222,7 +235,7 @@ def stateful(names: Sequence[str], how: str) -> FailedPrecondition:
 
 
 def blame(error: Exception) -> None:
-    """Raise what is the fault of the device, lost or short of memory, and says nothing about the model."""
+    """Raise an error again that says nothing about the model: the device is lost, or memory has run out."""
     if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
         raise error
 
@@ -231,7 +244,7 @@ def blame(error: Exception) -> None:
 def same_chance() -> Iterator[None]:
     """Give the generators of the process an unforeseeable seed in the end.
 
-    Not their state of before: lanes that sample have drawn from it meanwhile, and would draw it all twice.
+    Their state of before is not restored: lanes that sample have drawn from it meanwhile, and would draw it twice.
     """
     try:
         yield
@@ -244,7 +257,7 @@ def same_chance() -> Iterator[None]:
 
 
 def seeded(ask: Ask, item: Item) -> Answer:
-    """Run it with the same random numbers as ever. What others draw meanwhile is foreseeable."""
+    """Run a module with the same random numbers at every call. Lanes that draw meanwhile draw foreseeable ones."""
     random.seed(_SEED)
     np.random.seed(_SEED)
     torch.default_generator.manual_seed(_SEED)

@@ -1,8 +1,8 @@
-"""Attributes that the Python code of a network may write in a forward, though no trial has seen it do so.
+"""Suspects: attributes that the Python code of a network may write in a forward, though no trial has seen it do so.
 
 A forward that writes only sometimes, for a certain input or at every tenth call, looks pure as long as it does not. Its
-source tells: this reads `forward` and the methods that it calls, of the classes that stand beside the weights. It knows
-the common ways to write to `self`. Libraries are trusted not to, and what they do is seen by the audit.
+source tells: here `forward` and the methods that it calls are read, in the classes that stand beside the weights. The
+common ways to write to `self` are known. Libraries are trusted not to write; if one does, the audit sees it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _VIEWS = {"view", "reshape", "numpy", "detach", "transpose", "permute", "squeeze
 
 
 def suspects(module: torch.nn.Module) -> list[tuple[str, str]]:
-    """Path of a module, and an attribute of it that its forward may write."""
+    """Attributes that forwards may write, as (path of the module within the network, attribute)."""
     known: dict[type, list[str]] = {}
     found = []
     for path, child in module.named_modules():
@@ -71,7 +71,7 @@ def _place(code: types.ModuleType | None, name: str) -> tuple[Any, str] | None:
 
 
 def _written(kind: type) -> set[str]:
-    """Attributes of `self` that `forward` of a class may write, itself or through others, and globals (`::NAME`)."""
+    """Attributes of `self` that `forward` of a class may write, directly or through methods, and globals (`::NAME`)."""
     written: set[str] = set()
     waiting, seen = ["forward"], {"forward"}
     namespace = vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
@@ -110,7 +110,7 @@ def _function(member: Any) -> ast.FunctionDef | None:
 
 
 class _Reader(ast.NodeVisitor):
-    """Reads one function. Attributes: written, used: attributes of `self`, and what is global (`::NAME`)."""
+    """Reader of one function. Attributes: written, used: attributes of `self`, and globals (`::NAME`)."""
 
     def __init__(self, function: ast.FunctionDef, *, is_method: bool) -> None:
         self.written: set[str] = set()
@@ -127,7 +127,7 @@ class _Reader(ast.NodeVisitor):
         self._locals -= self._globals
 
     def _root(self, node: ast.AST) -> str | None:
-        """The attribute of `self`, or the global, that an expression is, or a view of."""
+        """The attribute of `self`, or the global, that an expression is or is a view of; None: neither."""
         attribute = ""
         while True:
             if isinstance(node, ast.Attribute):

@@ -1,15 +1,12 @@
-"""The trial of one version on one device: what it is like, and what lanes call for it."""
+"""Trial of one version on one device: the module is run on examples until a verdict is found."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,15 +14,14 @@ import torch
 
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxctl.protocol.frames import Array
+from tnxd.device_kinds import KINDS
 from tnxd.error_text import sentence
-from tnxd.executors.execution import PURE, SCRATCH, SHARED
-from tnxd.executors.trial.copies import Call, Differentiating, Own, Serial, Sparing, duplicate
+from tnxd.executors.execution import SCRATCH, SHARED
+from tnxd.executors.trial.asking import Asking
 from tnxd.executors.trial.examples import Item, Make, examples, telling_examples
-from tnxd.executors.trial.held import Held, Place, submodule
+from tnxd.executors.trial.held import Held, Place
 from tnxd.executors.trial.rows import lengths_apart, pair_of_requests, rows_apart
 from tnxd.executors.trial.state import (
-    REMEDY,
-    Answer,
     State,
     blame,
     check_graph,
@@ -35,13 +31,11 @@ from tnxd.executors.trial.state import (
     stateful,
 )
 from tnxd.executors.trial.suspects import suspects
-from tnxd.executors.trial.undo import Beside, Undo, held_by
+from tnxd.executors.trial.undo import Beside
+from tnxd.executors.trial.verdict import Verdict, about, whole, without_rows
 from tnxd.models.model import Model
 from tnxd.models.noise import as_float, difference, tolerance
-from tnxd.models.process import Witness
-from tnxd.models.tensors import TORCH_DTYPES, check_outputs, to_array, to_tensor
-
-log = logging.getLogger(__name__)
+from tnxd.models.tensors import TORCH_DTYPES
 
 _DATATYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -49,101 +43,43 @@ _KNOWN = ("pt2", "onnx")
 """Formats whose files say which axes have one length."""
 
 _SHARE = 0.01
-"""Share of the numbers that a module holds: a datatype of fewer does not say what it computes in."""
+"""Share of the numbers that a module holds: a datatype with fewer numbers is not one that it computes in."""
 
 _MOST_KINDS = 3
 """Kinds of values that requests are compared with."""
 
 _OF_A_SHAPE = re.compile(r"\b(shapes?|sizes?|dimensions?|channels?)\b")
-"""In what torch says of tensors that do not fit together."""
-
-_WITNESSED = 6
-"""Calls that are looked at for what they change in the process: each costs some milliseconds."""
+"""Words of torch's errors about tensors that do not fit together."""
 
 _OF_AUTOGRAD = re.compile(r"(?i)\bgrad|\binference (mode|tensor)")
-"""In what torch says where inference mode does not let a forward differentiate."""
+"""Words of torch's errors where inference mode does not let a forward differentiate."""
 
 _OF_THE_CODE = (NotImplementedError, AttributeError, NameError, ImportError, TypeError, SyntaxError)
-"""What is wrong with the code whatever the input is."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The outcome of a trial.
-
-    Attributes:
-        model: as it may be served: without a batch axis where that does not count rows.
-        state: of the module.
-        serial: whether one lane may call it at a time.
-        make: makes inputs that it takes; None: no example was one.
-        tolerance: difference that rounding makes, relative to the largest value of an output.
-        written_inputs: positions of inputs that a forward writes to.
-        known: inputs of two requests and their answers; (): these cannot be repeated.
-        differentiates: whether it runs outside of inference mode.
-        beside: the code beside the weights, as it was imported. telling: examples whose values and answers differ.
-        opening: what to ask a module first, if that makes it what it is from then on.
-        notes: what an operator should know.
-    """
-
-    model: Model
-    state: State
-    serial: bool
-    make: Make | None
-    tolerance: float
-    notes: tuple[str, ...] = ()
-    written_inputs: frozenset[int] = frozenset()
-    known: tuple[tuple[Item, Sequence[Array]], ...] = ()
-    differentiates: bool = False
-    beside: Beside | None = None
-    telling: tuple[Make, ...] = ()
-    opening: Item | None = None
-
-    def writing(self, places: Sequence[Place]) -> Verdict:
-        """The verdict for a module that was seen to write these places, too: nothing of that is to be left behind."""
-        places = [place for place in places if not _is_cache(place)]
-        state = self.state.with_written(places)
-        if self.beside is not None and state.kind != PURE:
-            self.beside.put_back()
-        return replace(self, state=state, serial=self.serial or state.outside)
-
-    @property
-    def kind(self) -> str:
-        """PURE, SCRATCH or SHARED."""
-        return SHARED if self.model.state == SHARED else self.state.kind
-
-    def one_at_a_time(self, why: str) -> Verdict:
-        """The verdict for a module that lanes cannot call at the same time."""
-        note = f"one lane at a time calls it: with a lane each, two requests had other answers than alone: {why}"
-        return replace(self, serial=True, notes=(*self.notes, note))
-
-    @property
-    def pristine(self) -> bool:
-        """Whether the module is after the trial as it was built."""
-        return self.kind == PURE and not self.serial
+"""Errors of the code, whatever the input is."""
 
 
 def try_out(
     module: torch.nn.Module, model: Model, device: torch.device, build: Callable[[], torch.nn.Module]
 ) -> Verdict:
-    """Run a module that was just built, and find out what can be promised about it.
+    """Try a module that was just built: the trial of a model on a device.
 
     Args:
         module: on the device. build: makes another one there.
 
     Raises:
-        FailedPrecondition: it cannot be served: requests would depend on each other, against what model.toml says.
-        Exception: what it raised, where no other input would help.
+        FailedPrecondition: it cannot be served: requests would depend on each other, though model.toml denies that.
+        Exception: whatever the module raised, where no other input would help.
     """
-    asking = _Asking(module, model, device)
+    asking = Asking(module, model, device)
     verdict = _verdict(asking, build)
     if asking.witness.complaint():
         raise FailedPrecondition(asking.witness.complaint())
     return replace(verdict, written_inputs=frozenset(asking.written_inputs))
 
 
-def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
+def _verdict(asking: Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
     module, model, device = asking.module, asking.model, asking.device
-    allowed = tolerance(_datatypes(module, model), device.type)
+    allowed = tolerance(_datatypes(module, model), KINDS[device.type])
     as_built = Held(module, model.writes, contents=False)
     beside = Beside(module)
     with same_chance():
@@ -201,7 +137,7 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
     if failure is not None:
         raise failure
     verdict = verdict.writing(written)
-    verdict = replace(verdict, notes=(*verdict.notes, *_about(verdict.state)))
+    verdict = replace(verdict, notes=(*verdict.notes, *about(verdict.state)))
     if state.random:
         return verdict
     served = asking.as_another(verdict.model)
@@ -211,73 +147,18 @@ def _verdict(asking: _Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
 
 
 def _written_since(begun: Held, module: torch.nn.Module, model: Model) -> list[Place]:
-    """Places that hold something else than when a picture was taken."""
+    """Places that were written since a picture was taken."""
     return begun.changed(Held(module, model.writes))
 
 
-class _Asking:
-    """Runs a module: an `Ask`.
-
-    Attributes:
-        written_inputs: positions of the inputs that it has written to. witness: of what it changes in the process.
-        module, model, device: what is run, as what, where.
-        differentiates: whether it runs outside of inference mode, see `Differentiating`.
-    """
-
-    def __init__(self, module: torch.nn.Module, model: Model, device: torch.device) -> None:
-        self.model = model
-        self.written_inputs: set[int] = set()
-        self.witness = Witness()
-        self._calls = 0
-        self.module = module
-        self.device = device
-        self.differentiates = False
-
-    def as_another(self, model: Model) -> _Asking:
-        """The same as another model, seen together with this."""
-        other = copy.copy(self)
-        other.model = model
-        return other
-
-    def differentiating(self) -> _Asking:
-        """The same outside of inference mode, seen together with this."""
-        other = copy.copy(self)
-        other.differentiates = True
-        return other
-
-    def of_another(self, module: torch.nn.Module) -> _Asking:
-        """The same of another module, seen by itself."""
-        other = _Asking(module, self.model, self.device)
-        other.differentiates = self.differentiates
-        return other
-
-    def __call__(self, item: Item) -> Answer:
-        model = self.model
-        tensors = [
-            to_tensor(array.copy(), spec.datatype).to(self.device)
-            for array, spec in zip(item, model.inputs, strict=True)
-        ]
-        rows = len(item[0]) if model.max_batch_size else 1
-        self._calls += 1
-        call: Call = Differentiating(self.module) if self.differentiates else self.module
-        with self.witness if self._calls <= _WITNESSED else contextlib.nullcontext():
-            raw = call(*tensors)
-        outputs = check_outputs(model, raw, rows)
-        answer = [to_array(output.cpu()).copy() for output in outputs]
-        for position, (tensor, array) in enumerate(zip(tensors, item, strict=True)):
-            if to_array(tensor.cpu()).tobytes() != array.tobytes():
-                self.written_inputs.add(position)
-        return outputs, answer
-
-
 def _as_it_was(as_built: Held, beside: Beside) -> None:
-    """Have the code beside the weights as it was imported, and the caches of its functions empty."""
+    """Put the code beside the weights back as it was imported, and empty the caches of its functions."""
     as_built.forget_caches()
     beside.put_back()
 
 
 def _check_openings(
-    asking: _Asking,
+    asking: Asking,
     build: Callable[[], torch.nn.Module],
     as_it_was: Callable[[], None],
     item: Item,
@@ -286,15 +167,15 @@ def _check_openings(
     made: Sequence[str],
     allowed: float,
 ) -> None:
-    """Check that what a module makes at its first call does not depend on what is asked then.
+    """Check that the parts that a module makes at its first call do not depend on the inputs of that call.
 
     Args:
-        build: makes another one, that was never asked. as_it_was: has the code so, too.
-        item, known: a request, and what the module answered that had first been asked something else.
-        openings: what others are asked first. made: names of what it makes then.
+        build: makes another module, which was never called. as_it_was: puts its code back as it was imported.
+        item, known: a request, and the answer of a module that was first called with other inputs.
+        openings: inputs for the first calls of others. made: names of the parts.
 
     Raises:
-        FailedPrecondition: it does.
+        FailedPrecondition: they do.
     """
     for opening in openings:
         as_it_was()
@@ -308,90 +189,13 @@ def _check_openings(
     as_it_was()
 
 
-def open_with(module: torch.nn.Module, verdict: Verdict, device: torch.device) -> None:
-    """Have a module that was just built make what it makes only when it is first called, before lanes share or copy it.
+def _begun(asking: Asking) -> tuple[Asking, Make | None, str, tuple[str, ...]]:
+    """A way to run a module, an example that it takes, the complaint if it takes none, and notes.
 
-    What each forward writes is left as it was built.
-
-    Raises:
-        FailedPrecondition: that cannot be put back.
-    """
-    if verdict.opening is None:
-        return
-    undo = _undo(module, replace(verdict.state, suspected=(), suspected_beside=()))
-    asking = _Asking(module, verdict.model, device)
-    asking.differentiates = verdict.differentiates
-    with same_chance():
-        asking(verdict.opening)
-    undo.put_back()
-    if verdict.beside is not None:
-        verdict.beside.put_back()
-
-
-def lane_calls(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]:
-    """Makes what one more lane calls for a module.
-
-    Args:
-        module: as it was built, not the one of the trial unless that is `pristine`.
+    A module that takes no example at first may take one outside of inference mode, or with another number of rows.
 
     Raises:
-        FailedPrecondition: requests cannot be kept apart.
-    """
-    apart = _kept_apart(module, verdict)
-    made = (lambda: Differentiating(apart())) if verdict.differentiates else apart
-    written = verdict.written_inputs
-    return (lambda: Sparing(made(), written)) if written else made
-
-
-def _kept_apart(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]:
-    written, suspected = verdict.state.written, verdict.state.suspected
-    if verdict.serial:
-        one = Serial(module, None if verdict.kind == SHARED else _undo(module, verdict.state))
-        return lambda: one
-    if verdict.pristine:
-        return lambda: module
-
-    def own() -> Own:
-        copied = duplicate(module, _tensors(module, (*written, *suspected)))
-        return Own(copied, _undo(copied, verdict.state))
-
-    try:
-        own()
-    except Exception as error:  # whatever a part of it has against being copied
-        if suspected:
-            raise FailedPrecondition(
-                f"its code may write to {_joined(*suspected[0])!r}, and it cannot be copied for each lane: "
-                f"{sentence(error)}. {REMEDY}"
-            ) from None
-        log.info("%s is called by one lane at a time: %s", verdict.model.key, sentence(error))
-        one = Serial(module, _undo(module, verdict.state))
-        return lambda: one
-    return own
-
-
-def _undo(module: torch.nn.Module, state: State) -> Undo:
-    """The writes of a module's forwards, to be undone.
-
-    Raises:
-        FailedPrecondition: it cannot be: the sentence names it.
-    """
-    inside = [[(submodule(module, path), name) for path, name in each] for each in (state.written, state.suspected)]
-    try:
-        return Undo([*inside[0], *state.beside], [*inside[1], *state.suspected_beside])
-    except Exception as error:  # whatever a part of it has against being copied
-        told = ", ".join(map(repr, state.names[:3]))
-        raise FailedPrecondition(
-            f"a forward writes, or may write, to {told}, which cannot be put back: {sentence(error)}. {REMEDY}"
-        ) from None
-
-
-def _begun(asking: _Asking) -> tuple[_Asking, Make | None, str, tuple[str, ...]]:
-    """A way to run a module, an example that it takes, why it takes none, and notes.
-
-    What does not fit may be inference mode alone, or the number of rows.
-
-    Raises:
-        FailedPrecondition: there is none.
+        FailedPrecondition: it takes none, and it cannot be served without a trial.
     """
     model = asking.model
     make, failure = None, None
@@ -414,15 +218,15 @@ def _begun(asking: _Asking) -> tuple[_Asking, Make | None, str, tuple[str, ...]]
     return *found, (f"no batches: axis 0 does not count rows: {complaint}",)
 
 
-def _first_that_runs(ask: _Asking, model: Model, rows: int = 1) -> tuple[Make | None, str]:
-    """The first example that a model takes, or why it takes none.
+def _first_that_runs(ask: Asking, model: Model, rows: int = 1) -> tuple[Make | None, str]:
+    """The first example that a model takes, or None and the complaint.
 
     Raises:
-        FailedPrecondition: what is wrong is so whatever the values are: with the code, or with the shapes.
+        FailedPrecondition: the code or the shapes are wrong, whatever the values are.
     """
     complaints = []
     of_the_code = True
-    for what, make in examples(model, ask.device.type):
+    for what, make in examples(model, KINDS[ask.device.type]):
         try:
             ask(make(rows, 0))
             return make, ""
@@ -443,8 +247,11 @@ def _first_that_runs(ask: _Asking, model: Model, rows: int = 1) -> tuple[Make | 
     return None, told
 
 
-def _other_rows(asking: _Asking) -> tuple[_Asking, Make | None, str] | None:
-    """A model that takes no single row, or returns other numbers of rows, asked without a batch axis; None: nor so."""
+def _other_rows(asking: Asking) -> tuple[Asking, Make | None, str] | None:
+    """A way to run a model without a batch axis, an example that it takes, and the complaint if it takes none.
+
+    For a model that takes no single row, or returns other numbers of rows. None: there is no such way.
+    """
     if not asking.model.max_batch_size:
         return None
     for rows in (1, 2, 4, 8):
@@ -454,17 +261,17 @@ def _other_rows(asking: _Asking) -> tuple[_Asking, Make | None, str] | None:
     return None
 
 
-def _telling(ask: _Asking, model: Model) -> list[Make]:
-    """Kinds of examples whose values and answers differ, and that the model takes; [] if there is none.
+def _telling(ask: Asking, model: Model) -> list[Make]:
+    """Makers of examples that the model takes, and whose values and answers differ; [] if there is none.
 
-    Those with finite answers alone go before others, which tell less. Made-up ones stand in for an author's own where
-    those have no such answers.
+    Examples with finite answers alone go before others, which tell less. Made-up ones stand in for an author's own
+    where those have no such answers.
     """
     fine: list[Make] = []
     others: list[Make] = []
     exported = model.format == "pt2"
     for own in (True, False) if model.example_values else (True,):
-        for make in telling_examples(model, ask.device.type, own=own):
+        for make in telling_examples(model, KINDS[ask.device.type], own=own):
             told = _told(ask, model, make)
             if told == _ALL:
                 fine.append(make)
@@ -482,8 +289,8 @@ def _telling(ask: _Asking, model: Model) -> list[Make]:
 _SOME, _ALL = 1, 2
 
 
-def _told(ask: _Asking, model: Model, make: Make) -> int:
-    """_ALL: answers to such examples differ, and are finite; _SOME: some are finite; 0: it takes none, or none is."""
+def _told(ask: Asking, model: Model, make: Make) -> int:
+    """Use of a maker's examples. _ALL: answers differ and are finite; _SOME: some are finite; 0: none, or an error."""
     try:
         answers = [ask(item)[1] for item in (make(1, 0), make(1, 1), *pair_of_requests(model, make, make, 0))]
     except torch.AcceleratorError:
@@ -500,15 +307,15 @@ def _told(ask: _Asking, model: Model, make: Make) -> int:
     return _SOME if any(each.any() for each in finite) else 0
 
 
-def _with_rows(verdict: Verdict, ask: _Asking, telling: Sequence[Make]) -> Verdict:
-    """The verdict, with a batch axis only where that counts rows.
+def _with_rows(verdict: Verdict, ask: Asking, telling: Sequence[Make]) -> Verdict:
+    """The verdict with a batch axis only where axis 0 counts rows.
 
     Raises:
-        FailedPrecondition: model.toml asks for batches, and they would mix requests up.
+        FailedPrecondition: model.toml asks for batches, and rows depend on each other.
     """
     model = verdict.model
     if not telling:
-        return _whole(verdict, "no batches: no example with values that differ was taken; put some into example.npz")
+        return whole(verdict, "no batches: no example with values that differ was taken; put some into example.npz")
     if not model.batching_asked and model.format not in _KNOWN and len(model.inputs) > 1:
         lengths = lengths_apart(model, ask.as_another(model.unbatched()), telling[0])
         if lengths:
@@ -521,60 +328,12 @@ def _with_rows(verdict: Verdict, ask: _Asking, telling: Sequence[Make]) -> Verdi
     if not apart:
         return verdict
     if verdict.state.random:
-        return _whole(verdict, f"no batches: answers are drawn at random, and rows cannot be compared: {apart}")
+        return whole(verdict, f"no batches: answers are drawn at random, and rows cannot be compared: {apart}")
     return without_rows(verdict, f"alone and beside another request, {apart}")
 
 
-def without_rows(verdict: Verdict, why: str) -> Verdict:
-    """The verdict for a model whose rows are found to depend on each other.
-
-    Raises:
-        FailedPrecondition: model.toml asks for batches.
-    """
-    what = f"axis 0 does not count rows: {why}"
-    if verdict.model.batching_asked:
-        raise FailedPrecondition(f"max_batch_size: {verdict.model.max_batch_size}, but {what}")
-    return _whole(verdict, f"no batches: {what}")
-
-
-def _whole(verdict: Verdict, note: str) -> Verdict:
-    """The verdict for a model whose requests are never batched and never cut."""
-    make = verdict.make
-    rows = verdict.model.example_rows
-    assert make is not None
-    return replace(
-        verdict,
-        model=verdict.model.unbatched(),
-        make=lambda _, variant: make(rows, variant),
-        notes=(*verdict.notes, note),
-    )
-
-
-def _about(state: State) -> tuple[str, ...]:
-    """Notes about a state that is not pure."""
-    if state.kind == PURE:
-        return ()
-    told = ", ".join(map(repr, state.names[:3])) + (" and more" if len(state.names) > 3 else "") or "what nobody sees"
-    how = "one lane at a time calls it" if state.outside else "each lane has a copy of its own"
-    return (f"a forward writes, or may write, to {told}: {how}",)
-
-
-def _is_cache(place: Place) -> bool:
-    """Whether a place is the cache of a function: it gives the same answer to the same arguments."""
-    return isinstance(getattr(place.holder, place.attribute, None), functools._lru_cache_wrapper)
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _tensors(module: torch.nn.Module, places: Sequence[tuple[str, str]]) -> list[torch.Tensor]:
-    values = [getattr(submodule(module, path), name, None) for path, name in places]
-    return [each for value in values for each in ((value,) if isinstance(value, torch.Tensor) else held_by(value))]
-
-
 def _datatypes(module: torch.nn.Module, model: Model) -> list[str]:
-    """Datatypes that a model computes in, as far as they show: those of much of what it holds, and of its tensors."""
+    """Datatypes that a model computes in, as far as they show: of its inputs, its outputs and most of its weights."""
     held: Counter[str] = Counter()
     for tensor in (*module.parameters(), *module.buffers()):
         held[_DATATYPES.get(tensor.dtype, "")] += tensor.numel()

@@ -1,4 +1,4 @@
-"""Attributes, globals and tensors put back as they were before a forward wrote to them."""
+"""Undo: attributes, globals and tensors are put back as they were before a forward wrote to them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from tnxd.executors.trial.held import code_of, is_filled, is_state, own_state
 
 Attribute = tuple[Any, str]
-"""A module of a network, a class or a Python module, and the name of what it holds."""
+"""A module of a network, a class or a Python module, and the name of one of its attributes."""
 
 _ABSENT = object()
 _CODE = (types.FunctionType, types.MethodType, functools.partial)
@@ -31,14 +31,15 @@ _WITHOUT_PARTS: tuple[type, ...] = (
 
 
 class Undo:
-    """Remembers attributes as they are, and puts them back.
+    """Copy of attributes as they are, to put them back.
 
     Args:
-        written: those that a forward was seen to write. suspected: those that it may write: they are put back only
-            where torch counts a write to a tensor, or a container holds other things.
+        written: attributes that a forward was seen to write.
+        suspected: attributes that a forward may write. They are put back only where torch counts a write to a tensor,
+            or a container holds other things.
 
     Raises:
-        Exception: there is something in one that cannot be copied, such as a lock.
+        Exception: an attribute holds something that cannot be copied, such as a lock.
     """
 
     def __init__(self, written: Collection[Attribute], suspected: Collection[Attribute] = ()) -> None:
@@ -59,7 +60,7 @@ class Undo:
         self._hold(value, seen=seen)
 
     def _hold(self, value: Any, *, seen: bool) -> None:
-        """Remember what is within a value."""
+        """Copy the parts of a value."""
         if isinstance(value, functools.partial):
             for part in (value.func, *value.args, *value.keywords.values()):
                 self._hold(part, seen=seen)
@@ -104,10 +105,10 @@ class Undo:
 
 
 class Beside:
-    """Class attributes and globals of the code beside the weights, as they are before anything is asked.
+    """Class attributes and globals of the code beside the weights, as they are before the first forward.
 
     Attributes:
-        attributes: those that can be put back.
+        attributes: the attributes that can be put back.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -122,7 +123,7 @@ class Beside:
                 self.attributes.append(attribute)
 
     def put_back(self) -> None:
-        """Have the code as it was imported."""
+        """Put the code back as it was imported."""
         for undo in self._undos:
             undo.put_back()
         for holder, names in self._names.values():
@@ -150,7 +151,7 @@ def attributes_of(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def _fill(value: Any, saved: Any) -> None:
-    """Make a container, an array or an object what it was. It stays the same one: others may refer to it."""
+    """Fill a container, an array or an object with its former content, in place: others may refer to it."""
     if isinstance(value, (dict, set)):
         value.clear()
         value.update(saved)
@@ -170,7 +171,7 @@ def _fill(value: Any, saved: Any) -> None:
 
 
 def _parts(value: Any) -> Any:
-    """Changes with what a container holds: which objects, and what was written to those that are tensors."""
+    """Token of a container's content: it changes with the objects, and with writes to those that are tensors."""
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     if not isinstance(value, (list, tuple, set, deque)):

@@ -1,4 +1,4 @@
-"""Warm-up: growing batches before a version serves. They show what batches cost, and how large they may be."""
+"""Warm-up: batches of growing size before a version serves. They show the cost of batches, and their largest size."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tnxctl.protocol.wire import TensorSpec
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item, Make
+from tnxd.lanes import INLINE
 from tnxd.models.model import Model
 from tnxd.models.noise import difference
-from tnxd.scheduling.device import INLINE, Batch, Device
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +37,11 @@ _SHOWS_FROM = 16 * _MIB
 
 
 class Warmed(NamedTuple):
-    """The outcome of a warm-up.
+    """Outcome of a warm-up.
 
     Attributes:
-        costs, safe_rows, most_rows: as in `tnxd.executors.execution.Warmth`.
-        mixes: how a row had another answer in a batch than alone, in words; "" if none had.
+        costs, safe_rows, most_rows: as in `tnxd.executors.execution.LoadReport`.
+        mixes: the difference between a row's answer in a batch and alone, in words; "": there was none.
     """
 
     costs: list[tuple[int, float]]
@@ -51,14 +51,14 @@ class Warmed(NamedTuple):
 
 
 def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float | None) -> Warmed:
-    """Run batches of growing size on the calling thread, and hold some of their rows against what they get alone.
+    """Run batches of growing size on the calling thread, and compare some of their rows with the same rows alone.
 
     Args:
-        runner: of this thread; it has the model. make: inputs that the model takes. lanes: of the device.
+        runner: of this thread; it has the model. make: makes inputs that the model takes. lanes: of the device.
         allowed: difference that rounding may make, relative to the largest value of an output; None: any.
 
     Raises:
-        TensorNextError: what is wrong with the model.
+        TensorNextError: a batch failed.
     """
     costs: list[tuple[int, float]] = []
     row_bytes = 0.0
@@ -88,10 +88,10 @@ def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float
 
 
 def _unlike_alone(runner: Runner, model: Model, item: Item, together: Sequence[Array], allowed: float) -> str:
-    """The difference between a row's answer in a batch and alone, in words; "" if there is none in those looked at.
+    """The difference between a row's answer in a batch and alone, in words; "": none was found.
 
-    The first and the last one, and others in between for a while: an expert of
-    limited capacity turns down those that come last, another mistake may begin anywhere.
+    The first and the last row are compared, and others in between for a while: an expert of limited capacity turns down
+    the rows that come last, another mistake may begin anywhere.
     """
     rows = len(item[0])
     began = time.perf_counter()
@@ -112,11 +112,10 @@ def _answer(execution: Execution) -> Sequence[Array]:
 
 
 def run_example(runner: Runner, model: Model, item: Item) -> Execution:
-    """Run one request on the calling thread. Raises what is wrong with the model."""
+    """Run one request on the calling thread. Raises TensorNextError: the request failed."""
     specs = [TensorSpec(spec.name, spec.datatype, array.shape) for spec, array in zip(model.inputs, item, strict=True)]
     bound = model.bind(specs, item)
-    batch = Batch(Device(runner.device, runner.torch_device.type, 1, set()), INLINE, model.key, [], bound.rows)
-    execution = Execution(batch, model, [bound.arrays], [bound.rows], bound.group)
+    execution = Execution(INLINE, 0, model, [bound.arrays], [bound.rows], bound.group)
     runner.run(execution)
     if execution.fatal:
         raise Unavailable(execution.fatal)

@@ -25,7 +25,7 @@ import torch
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxd.error_text import sentence
 from tnxd.files import MOST_CODE, read_open
-from tnxd.models import originals
+from tnxd.models.process_state import monkey_patches
 from tnxd.models.trust import TrustedFiles
 
 _ROOT = "tnxd_repository"
@@ -93,9 +93,9 @@ class Factory:
             raise
         except (Exception, SystemExit) as error:
             raise FailedPrecondition(f"{self.label}: {what} raised {sentence(error)}") from error
-        replaced = originals.put_back()
+        replaced = monkey_patches.undo()
         if replaced:
-            raise FailedPrecondition(f"{self.label}: {originals.sentence(what, replaced)}")
+            raise FailedPrecondition(f"{self.label}: {monkey_patches.sentence(what, replaced)}")
         return result
 
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.error_text import sentence
-from tnxd.models import originals
+from tnxd.models.process_state import monkey_patches
 
 _OWN = {name.partition("::")[0] for name in torch._C._dispatch_get_all_op_names()} | {
     # These come with the parts of torch that have them, later.
@@ -36,9 +36,11 @@ def load(names: Sequence[str], label: str) -> None:
             importlib.import_module(name)
         except (Exception, SystemExit) as error:  # a module may raise anything
             raise FailedPrecondition(f"{label}: imports[{index}]: {name!r}: {sentence(error)}") from error
-        replaced = originals.put_back()
+        replaced = monkey_patches.undo()
         if replaced:
-            raise FailedPrecondition(f"{label}: imports[{index}]: {originals.sentence(f'importing {name}', replaced)}")
+            raise FailedPrecondition(
+                f"{label}: imports[{index}]: {monkey_patches.sentence(f'importing {name}', replaced)}"
+            )
 
 
 def note(namespaces: Iterator[str], names: Sequence[str], file: str) -> tuple[str, ...]:

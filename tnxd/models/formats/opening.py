@@ -8,7 +8,7 @@ from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.models.formats import compiling, examples, exported, libraries, onnx, optional, torchscript, weights
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import DEFAULT_AUDIT, Model
-from tnxd.models.process import settings_kept
+from tnxd.models.process_state.restoration import settings_restored
 from tnxd.models.repository import WITH_MODULES, RepositorySource
 from tnxd.models.trust import TrustedFiles
 
@@ -42,7 +42,7 @@ def read(source: RepositorySource) -> Opened:
 
 def open_model(source: RepositorySource, generation: int) -> Model:
     """Open a version, as `tnxd.models.catalog.Source.open` promises."""
-    with settings_kept("reading it") as changes:
+    with settings_restored("reading it") as changes:
         opened = read(source)
     settings = source.settings
     build = opened.build

@@ -1,9 +1,8 @@
-"""Functions of torch that code puts others in place of: found, named and put back; torch's own doing is left alone."""
+"""Monkey patches of torch: found, named and undone; torch's own are left alone."""
 
 from __future__ import annotations
 
 import functools
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,8 +12,9 @@ import torch
 from torch.nn import functional
 
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxd.models import originals
-from tnxd.models.process import Watch, settings_kept
+from tnxd.models.process_state import monkey_patches
+from tnxd.models.process_state.drift import DriftMonitor
+from tnxd.models.process_state.restoration import settings_restored
 
 
 def other(*_: Any, **__: Any) -> None:
@@ -66,14 +66,14 @@ def _compiled() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.compile(torch.nn.Linear(2, 2), backend="eager")(torch.ones(2, 2))
-    assert originals.put_back() == []
+    assert monkey_patches.undo() == []
 
 
 @pytest.fixture(autouse=True)
 def _unchanged() -> Iterator[None]:
     kept = contents()
     yield
-    assert originals.put_back() == []
+    assert monkey_patches.undo() == []
     assert contents() == kept
 
 
@@ -84,58 +84,58 @@ def contents() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize(("name", "replace"), REPLACED)
 @pytest.mark.filterwarnings("ignore")  # they are torch's own
-def test_what_is_replaced_is_named_and_put_back(name: str, replace: Callable[[], None]) -> None:
+def test_patch_is_named_and_undone(name: str, replace: Callable[[], None]) -> None:
     replace()
-    assert originals.put_back() == [name]
+    assert monkey_patches.undo() == [name]
 
 
-def test_a_step_that_replaces_something_has_failed() -> None:
+def test_step_that_patches_torch_fails() -> None:
     with (
         pytest.raises(FailedPrecondition, match=r"^importing net.py replaced torch.softmax, which all models use$"),
-        settings_kept("importing net.py"),
+        settings_restored("importing net.py"),
     ):
         torch.softmax = other
 
 
-def test_an_error_is_not_hidden_by_what_was_replaced_before() -> None:
+def test_error_of_a_step_is_not_hidden_by_its_patches() -> None:
     def fail() -> None:
         torch.softmax = other
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), settings_kept():
+    with pytest.raises(ZeroDivisionError), settings_restored():
         fail()
 
 
-def test_many_are_not_all_named() -> None:
+def test_sentence_names_three_patches_and_counts_the_others() -> None:
     for name in ("relu", "gelu", "silu", "elu", "celu"):
         setattr(functional, name, other)
-    names = originals.put_back()
+    names = monkey_patches.undo()
     assert len(names) == 5
-    assert originals.sentence("importing it", names) == (
+    assert monkey_patches.sentence("importing it", names) == (
         "importing it replaced torch.nn.functional.celu, torch.nn.functional.elu, torch.nn.functional.gelu and 2 more, "
         "which all models use"
     )
 
 
-def test_what_was_replaced_before_a_step_is_not_held_against_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_patch_before_a_step_is_not_held_against_it(caplog: pytest.LogCaptureFixture) -> None:
     torch.softmax = other
-    with settings_kept():
+    with settings_restored():
         pass
     assert "replaced torch.softmax" in caplog.text
 
 
-def test_the_watch_puts_back_too() -> None:
-    watch = Watch()
+def test_drift_monitor_undoes_patches() -> None:
+    monitor = DriftMonitor()
     torch.softmax = other
-    assert watch.look() == ["torch.softmax"]
-    assert watch.look() == []
+    assert monitor.restore() == ["torch.softmax"]
+    assert monitor.restore() == []
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_torch_does_itself_is_left_alone() -> None:
+def test_patches_by_torch_itself_are_left_alone() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
     x = torch.ones(2, 2)
-    with settings_kept():
+    with settings_restored():
         torch.compile(net, backend="eager")(x)
         torch.export.export(net, (x,))
         torch.fx.symbolic_trace(net)
@@ -143,19 +143,25 @@ def test_what_torch_does_itself_is_left_alone() -> None:
         torch.jit.trace(net, x)
         torch.func.vmap(torch.sin)(x)
         torch.set_default_dtype(torch.float64)
-    assert originals.put_back() == []
+    assert monkey_patches.undo() == []
 
 
-def test_names_that_are_added_are_left_alone() -> None:
+def test_added_names_are_left_alone() -> None:
     try:
         torch.more = torch.Tensor.more = torch.nn.Linear.more = other
-        assert originals.put_back() == []
+        assert monkey_patches.undo() == []
     finally:
         del torch.more, torch.Tensor.more, torch.nn.Linear.more
 
 
-def test_it_takes_a_moment() -> None:
-    began = time.perf_counter()
-    for _ in range(20):
-        originals.put_back()
-    assert (time.perf_counter() - began) / 20 < 0.005
+def test_undo_compares_no_names_one_by_one_where_nothing_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[object] = []
+    monkeypatch.setattr(monkey_patches._Namespace, "_found", lambda self: looked.append(self) or iter(()))
+    torch.softmax, kept = other, torch.softmax
+    monkey_patches.undo()
+    torch.softmax = kept
+    assert len(looked) == 1
+    monkey_patches.undo()
+    looked.clear()
+    assert monkey_patches.undo() == []
+    assert looked == []

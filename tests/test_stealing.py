@@ -1,4 +1,4 @@
-"""Idle devices take over what waits for others: the scheduler in times that a test makes up.
+"""Work stealing: idle devices run what waits for others, in times that a test makes up.
 
 A batch takes 4 ms on the CPU and 1 ms on the GPU, whatever its size.
 """
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tnxctl.protocol.errors import DeadlineExceeded
 from tnxd.scheduling.costs import BatchCosts, CostModel
 from tnxd.scheduling.device import Batch, Device
-from tnxd.scheduling.placement import Load, Placement
+from tnxd.scheduling.placement import ModelLoad, Placement
 from tnxd.scheduling.request import NEVER, Request
-from tnxd.scheduling.request_queue import Waiting
+from tnxd.scheduling.request_queue import RequestQueue
 from tnxd.scheduling.scheduler import Scheduler
 
 MS = 1_000_000
@@ -76,7 +76,7 @@ def pair_with_cpu_about_to_be_idle(**options: Any) -> tuple[Pair, Batch]:
     return pair, pair.occupy("cpu", "cuda:0")["cpu"]
 
 
-def test_an_idle_device_takes_over_what_another_would_do_later() -> None:
+def test_idle_device_steals_what_another_would_do_later() -> None:
     pair, on_cpu = pair_with_cpu_about_to_be_idle()
     waiting = pair.add(8 * LIMIT, deadline_ns=30 * MS)
     assert {one.device for one in waiting} == {"cuda:0"}
@@ -94,14 +94,14 @@ def test_an_idle_device_takes_over_what_another_would_do_later() -> None:
     assert pair.scheduler.outstanding("mlp") == 1 + 7 * LIMIT + 4  # one of them runs on the GPU
 
 
-@pytest.mark.parametrize(("rows", "taken"), [(2 * LIMIT, 0), (3 * LIMIT + 4, 1)])
-def test_what_the_other_device_does_sooner_stays_there(rows: int, taken: int) -> None:
+@pytest.mark.parametrize(("rows", "stolen"), [(2 * LIMIT, 0), (3 * LIMIT + 4, 1)])
+def test_requests_that_the_other_device_does_sooner_stay_there(rows: int, stolen: int) -> None:
     pair, on_cpu = pair_with_cpu_about_to_be_idle()
     pair.add(rows, deadline_ns=30 * MS)  # and what runs: 3 or 4.5 ms of work for the GPU
-    assert len(pair.freed(on_cpu)) == taken
+    assert len(pair.freed(on_cpu)) == stolen
 
 
-def test_what_is_too_urgent_for_the_idle_device_stays_and_the_next_urgent_goes() -> None:
+def test_requests_too_urgent_for_the_idle_device_stay_and_the_next_urgent_go() -> None:
     pair, on_cpu = pair_with_cpu_about_to_be_idle()
     relaxed = pair.add(3 * LIMIT, deadline_ns=30 * MS)
     urgent = pair.add(2 * LIMIT, deadline_ns=int(3.9 * MS))
@@ -116,14 +116,14 @@ def test_what_is_too_urgent_for_the_idle_device_stays_and_the_next_urgent_goes()
     [{"wanted": "cuda:0"}, {"wanted": ""}, {"excluded": frozenset({"cpu"})}],
     ids=["named", "plain", "excluded"],
 )
-def test_only_what_may_run_anywhere_goes(options: dict[str, Any]) -> None:
+def test_requests_that_may_not_run_anywhere_stay(options: dict[str, Any]) -> None:
     pair, on_cpu = pair_with_cpu_about_to_be_idle()
     pair.add(8 * LIMIT, **options)
     assert pair.freed(on_cpu) == []
     assert pair.gpu.queued == 8 * LIMIT
 
 
-def test_among_others_those_are_found_that_may_go() -> None:
+def test_eligible_requests_are_found_among_others() -> None:
     pair, on_cpu = pair_with_cpu_about_to_be_idle()
     strict = [one for _ in range(5) for one in pair.add(LIMIT, wanted="cuda:0", deadline_ns=30 * MS)]
     free = pair.add(2, deadline_ns=40 * MS)
@@ -135,7 +135,7 @@ def test_among_others_those_are_found_that_may_go() -> None:
     assert batch.requests == free
 
 
-def test_a_gpu_takes_over_what_has_enough_memory_there() -> None:
+def test_gpu_steals_what_has_enough_memory_there() -> None:
     pair = Pair()
     pair.gpu.error = "away"
     pair.scheduler.fail_device("cuda:0", "away")
@@ -151,14 +151,14 @@ def test_a_gpu_takes_over_what_has_enough_memory_there() -> None:
     assert (batch.device, batch.requests) == (pair.cpu, large)
 
 
-def test_a_model_that_is_not_on_the_idle_device_stays() -> None:
+def test_model_that_is_not_on_the_idle_device_is_not_stolen() -> None:
     pair, on_cpu = pair_with_cpu_about_to_be_idle(models=("mlp", "other"), on_cpu=("mlp",))
     pair.add(8 * LIMIT, model="other")
     assert pair.freed(on_cpu) == []
     assert "other" not in pair.cpu.placements
 
 
-def test_limits_of_the_model_hold() -> None:
+def test_stolen_batches_keep_the_limits_of_the_model() -> None:
     pair, on_cpu = pair_with_cpu_about_to_be_idle()
     pair.scheduler.limit_rows("cpu", "mlp", 4)
     pair.add(8 * LIMIT, deadline_ns=30 * MS)
@@ -174,7 +174,7 @@ def test_limits_of_the_model_hold() -> None:
     assert pair.scheduler.next_batches(0) == ([], [])
 
 
-def test_a_device_with_work_of_its_own_does_that_first() -> None:
+def test_device_with_work_of_its_own_does_that_first() -> None:
     pair, on_cpu = pair_with_cpu_about_to_be_idle()
     pair.add(8 * LIMIT, deadline_ns=30 * MS)
     own = pair.add(1, wanted="cpu")
@@ -182,21 +182,21 @@ def test_a_device_with_work_of_its_own_does_that_first() -> None:
     assert batch.requests == own
 
 
-@pytest.mark.parametrize(("rows", "taken"), [(LIMIT, 1), (20, 0)])
-def test_a_request_as_large_as_a_batch_is_taken_over_and_a_larger_one_is_not(rows: int, taken: int) -> None:
+@pytest.mark.parametrize(("rows", "stolen"), [(LIMIT, 1), (20, 0)])
+def test_request_as_large_as_a_batch_is_stolen_and_a_larger_one_is_not(rows: int, stolen: int) -> None:
     pair, on_cpu = pair_with_cpu_about_to_be_idle()
     pair.add(9, rows=rows, deadline_ns=90 * MS)
-    assert [len(batch.requests) for batch in pair.freed(on_cpu)] == [1] * taken
+    assert [len(batch.requests) for batch in pair.freed(on_cpu)] == [1] * stolen
 
 
-def test_a_model_without_batches_is_taken_over_one_by_one() -> None:
+def test_model_without_batches_is_stolen_one_request_at_a_time() -> None:
     pair, on_cpu = pair_with_cpu_about_to_be_idle()
     pair.add(9, max_batch_size=0, deadline_ns=90 * MS)
     assert {batch.device.name: len(batch.requests) for batch in pair.freed(on_cpu)} == {"cpu": 1}
     assert pair.cpu.queued == 0
 
 
-def test_all_lanes_help_on_every_level() -> None:
+def test_all_lanes_steal_on_every_level() -> None:
     pair = Pair()
     pair.cpu.lanes = 2
     pair.cpu.free_lanes = [0, 1]
@@ -210,14 +210,14 @@ def test_all_lanes_help_on_every_level() -> None:
     assert second.requests == others[:4]
 
 
-def test_an_empty_request_finds_its_place_while_all_are_busy() -> None:
+def test_empty_request_is_routed_while_all_devices_are_busy() -> None:
     pair, _ = pair_with_cpu_about_to_be_idle()
     (one,) = pair.add(1, rows=0, deadline_ns=30 * MS)
     assert one.device == "cuda:0"
 
 
 @pytest.mark.parametrize("alike", [True, False])
-def test_what_has_waited_for_long_is_taken_over_too(alike: bool) -> None:
+def test_requests_that_have_waited_for_long_are_stolen_too(alike: bool) -> None:
     pair, on_cpu = pair_with_cpu_about_to_be_idle()
     waiting = pair.add(8 * LIMIT, deadline_ns=10_000 * MS)
     if not alike:
@@ -226,7 +226,7 @@ def test_what_has_waited_for_long_is_taken_over_too(alike: bool) -> None:
     assert batch.requests == waiting[: LIMIT // 2]
 
 
-def test_clients_share_what_is_taken_over() -> None:
+def test_clients_share_a_stolen_batch() -> None:
     pair, on_cpu = pair_with_cpu_about_to_be_idle()
     for client in (b"flood", b"other"):
         pair.add(8 * LIMIT, max_batch_size=64, deadline_ns=90 * MS, client=client)
@@ -234,7 +234,7 @@ def test_clients_share_what_is_taken_over() -> None:
     assert [one.client for one in batch.requests].count(b"other") == 16
 
 
-def test_a_deadline_counts_the_help_of_the_others() -> None:
+def test_prediction_for_a_deadline_counts_what_others_will_steal() -> None:
     """The GPU alone would need 9 ms for what waits; while it does four batches, the CPU does one."""
     pair = Pair()
     pair.occupy("cpu", "cuda:0")
@@ -247,7 +247,7 @@ def test_a_deadline_counts_the_help_of_the_others() -> None:
 
 
 @pytest.mark.parametrize(("limit", "taken"), [(0, True), (4, False)])
-def test_where_the_fastest_is_full_slow_ones_are_left_to_batches(limit: int, taken: bool) -> None:
+def test_slow_devices_are_left_to_stolen_batches_where_the_fastest_is_full(limit: int, taken: bool) -> None:
     """It would be done after 9.3 ms on the GPU with all that waits there, after 8 ms on the CPU."""
     pair = Pair()
     pair.occupy("cpu", "cuda:0")
@@ -262,7 +262,7 @@ def test_where_the_fastest_is_full_slow_ones_are_left_to_batches(limit: int, tak
             pair.scheduler.add(one, now)
 
 
-def test_without_a_deadline_the_device_counts_that_is_done_first() -> None:
+def test_request_without_a_deadline_goes_to_the_device_that_is_done_first() -> None:
     pair = Pair()
     pair.occupy("cpu", "cuda:0")
     devices = [one.device for one in pair.add(8 * LIMIT)]
@@ -277,11 +277,11 @@ _entry = st.tuples(
 )
 
 
-def queue_of(entries: list[tuple[int, int, int, int, bool, bool]]) -> tuple[Waiting, list[Request]]:
-    queue = Waiting(("mlp", (), False), BatchCosts(), Placement(Load()))
+def queue_of(entries: list[tuple[int, int, int, int, bool, bool]]) -> tuple[RequestQueue, list[Request]]:
+    queue = RequestQueue(("mlp", (), False), BatchCosts(), Placement(ModelLoad()))
     requests = []
-    for serial, (due_ms, rows, level, client, lasting, movable) in enumerate(entries):
-        one = request(rows=rows, priority=level, client=b"%d" % client, wanted="auto" if movable else "cuda:0")
+    for serial, (due_ms, rows, level, client, lasting, stealable) in enumerate(entries):
+        one = request(rows=rows, priority=level, client=b"%d" % client, wanted="auto" if stealable else "cuda:0")
         one.due_ns, one.serial, one.waiting = due_ms * MS, serial, True
         one.deadline_ns = NEVER if lasting else one.due_ns
         queue.add(one)
@@ -298,7 +298,7 @@ def queue_of(entries: list[tuple[int, int, int, int, bool, bool]]) -> tuple[Wait
     now_ms=st.integers(0, 30),
     ends_ms=st.integers(0, 60),
 )
-def test_what_is_handed_over_may_go_is_in_time_and_leaves_the_rest_in_order(
+def test_stolen_requests_are_eligible_and_in_time_and_the_rest_stays_in_order(
     entries: list[tuple[int, int, int, int, bool, bool]],
     alike: bool,
     cancelled: list[int],
@@ -307,26 +307,26 @@ def test_what_is_handed_over_may_go_is_in_time_and_leaves_the_rest_in_order(
     now_ms: int,
     ends_ms: int,
 ) -> None:
-    if alike:  # then they stand in a plain line
+    if alike:  # then the queue is a FIFO
         entries = [(due, rows, 1, 1, *rest) for due, rows, _, _, *rest in sorted(entries)]  # type: ignore[misc]
     queue, requests = queue_of(entries)
     for number in set(cancelled):
         if number < len(requests):
             queue.remove(requests[number])
     before = [one for one in requests if one.waiting]
-    taken = queue.hand_over(level, rows, now_ms * MS, ends_ms * MS, lambda one: one.wanted == "auto") if before else []
-    assert sum(one.rows for one in taken) <= rows
-    assert len({id(one) for one in taken}) == len(taken)
-    for one in taken:
+    stolen = queue.steal(level, rows, now_ms * MS, ends_ms * MS, lambda one: one.wanted == "auto") if before else []
+    assert sum(one.rows for one in stolen) <= rows
+    assert len({id(one) for one in stolen}) == len(stolen)
+    for one in stolen:
         assert one in before
         assert not one.waiting
         assert one.wanted == "auto"
         assert one.deadline_ns >= ends_ms * MS
-    left = [one for one in before if one not in taken]
+    left = [one for one in before if one not in stolen]
     assert (queue.count, queue.rows) == (len(left), sum(one.rows for one in left))
     for waiting in queue._levels or ():
         for line in waiting.connections.values():
-            assert line.gone == sum(not entry[2].waiting for entry in line.entries[line.start :])
+            assert line.removed == sum(not entry[2].waiting for entry in line.entries[line.start :])
     drained = queue.drain()
     assert {id(one) for one in drained} == {id(one) for one in left}
     for who in {(one.priority, one.client) for one in left}:
@@ -334,11 +334,11 @@ def test_what_is_handed_over_may_go_is_in_time_and_leaves_the_rest_in_order(
         assert dues == sorted(dues)
     eligible = [one for one in before if one.wanted == "auto" and one.due_ns >= ends_ms * MS and 0 < one.rows <= rows]
     if eligible and len(before) <= 16 and not any(one.due_ns < now_ms * MS for one in before):
-        assert taken
+        assert stolen
 
 
-def test_what_is_taken_from_the_middle_of_a_line_is_the_most_urgent_that_is_in_time() -> None:
+def test_requests_stolen_from_the_middle_of_a_fifo_are_the_most_urgent_in_time() -> None:
     queue, requests = queue_of([(due, 1, 1, 1, False, due % 2 == 0) for due in range(20)])
-    taken = queue.hand_over(1, 3, 0, 5 * MS, lambda one: one.wanted == "auto")
-    assert taken == [requests[6], requests[8], requests[10]]
+    stolen = queue.steal(1, 3, 0, 5 * MS, lambda one: one.wanted == "auto")
+    assert stolen == [requests[6], requests[8], requests[10]]
     assert [one.due_ns // MS for one in queue.drain()] == [0, 1, 2, 3, 4, 5, 7, 9, *range(11, 20)]

@@ -1,15 +1,14 @@
-"""Functions and methods of torch that all models call, as they were: what code puts in their places is found.
+"""Monkey patches: functions and methods of torch that code has replaced, though all models call them.
 
-    names = put_back()          ["torch.nn.functional.relu"]
+    names = undo()              ["torch.nn.functional.relu"]
     sentence("importing it", names)
 
-To put it back alone would change what the code means that replaced it, so whoever finds something refuses that.
-`functools.wraps` hides nothing: what counts is the module whose globals a function has. torch replaces some of them
-itself, as `torch.nn.Module.__init__` when it first compiles; that is left alone, unless it leads to code that is not
-torch's, or is another one of the functions that there were. Names that are added are left alone as well, unless they
-hide a method of a base class.
+To undo a patch changes the meaning of the code that made it, so the caller refuses that code. `functools.wraps` hides
+no patch: a function belongs to the module whose globals it has. torch patches itself, as `torch.nn.Module.__init__`
+when it first compiles. Such a patch is left alone, unless it leads to code that is not torch's, or is another original.
+Names that are added are left alone as well, unless they hide a method of a base class.
 
-Import this before any code of a model: what is there then counts as the original.
+Import this before any code of a model: the functions that are there then count as the originals.
 """
 
 from __future__ import annotations
@@ -25,38 +24,42 @@ _MOST_NAMED = 3
 _MOST_WRAPPED = 20
 
 _VARYING = ("torch.Storage",)
-"""What torch sets anew together with its default dtype."""
+"""Names that torch sets anew together with its default dtype."""
 
 _OUR_OWN = ("torch", "tnxd")
 
 
-def put_back() -> list[str]:
-    """Put the originals in the places of what is there instead. Their names. A fraction of a millisecond."""
-    return sorted(name for place in _places for name in place.put_back())
+def undo() -> list[str]:
+    """Undo all patches. Returns the names of the originals. A fraction of a millisecond."""
+    return sorted(name for namespace in _namespaces for name in namespace.undo())
 
 
 def sentence(what: str, names: Sequence[str]) -> str:
-    """A sentence for operators about the step `what`, which has replaced those."""
+    """A sentence for operators about the step `what`, which has replaced the functions of those names."""
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return f"{what} replaced {', '.join(names[:_MOST_NAMED])}{more}, which all models use"
 
 
-class _Place:
-    """A module or class of torch. Args: path: its name."""
+class _Namespace:
+    """Module or class of torch, with its originals.
+
+    Args:
+        path: its name.
+    """
 
     def __init__(self, path: str, owner: Any) -> None:
         self._path = path
         self._owner = owner
-        self._seen = vars(owner).copy()  # at the last look: a comparison with that is all that it takes mostly
+        self._seen = vars(owner).copy()  # at the last look: mostly, a comparison with that is enough
         counts: Callable[[Any], bool] = _is_method if isinstance(owner, type) else callable
         self.originals = {
             name: value
             for name, value in vars(owner).copy().items()
             if counts(value) and f"{path}.{name}" not in _VARYING
         }
-        self._by_torch: dict[str, Any] = {}  # what it has put there itself, since
+        self._by_torch: dict[str, Any] = {}  # torch's patches of itself
 
-    def put_back(self) -> list[str]:
+    def undo(self) -> list[str]:
         if self._is_as_seen():
             return []
         seen = vars(self._owner).copy()  # before the look: what another thread changes meanwhile is for the next one
@@ -92,7 +95,7 @@ class _Place:
                     yield f"{self._path}.{name}"
 
     def _hides(self, name: str, now: Mapping[str, Any]) -> bool:
-        """Whether what was added to a class takes the place of a method of a base."""
+        """Whether a name that was added to a class hides a method of a base."""
         value = now[name]
         inherited = any(_is_method(vars(base).get(name)) for base in self._owner.__mro__[1:])
         return inherited and _is_method(value) and not _is_torchs(value)
@@ -106,7 +109,7 @@ def _is_method(value: Any) -> bool:
 
 
 def _is_torchs(value: Any) -> bool:
-    """Whether torch, or TensorNext, has put that somewhere: a new function of its own that leads to no other code."""
+    """Whether a patch is torch's or TensorNext's own: a new function of theirs that leads to no other code."""
     if id(value) in _known:
         return False
     for _ in range(_MOST_WRAPPED):
@@ -122,7 +125,7 @@ def _is_torchs(value: Any) -> bool:
 
 
 def _classes() -> dict[type, str]:
-    """Classes of torch.nn, and what to call them."""
+    """Classes of torch.nn, and their names."""
     found: dict[type, str] = {torch.Tensor: "torch.Tensor"}
     modules = [module for name, module in sys.modules.copy().items() if name.startswith("torch.nn.modules.")]
     for module in (torch.nn, *modules):
@@ -137,10 +140,10 @@ _MODULES: tuple[ModuleType, ...] = (
     *(torch.linalg, torch.fft, torch.special),
 )
 
-_places = [
-    *(_Place(module.__name__, module) for module in _MODULES),
-    *(_Place(path, owner) for owner, path in _classes().items()),
+_namespaces = [
+    *(_Namespace(module.__name__, module) for module in _MODULES),
+    *(_Namespace(path, owner) for owner, path in _classes().items()),
 ]
 
-_known = {id(value): value for place in _places for value in place.originals.values()}
-"""All originals: one in the place of another is not what was there."""
+_known = {id(value): value for namespace in _namespaces for value in namespace.originals.values()}
+"""All originals: one in the place of another is a patch, too."""

@@ -1,4 +1,4 @@
-"""Members take turns, and within a round the most urgent goes first."""
+"""Deadline-ordered round robin: members take turns, and within a round the earliest due goes first."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ M = TypeVar("M")
 _ROUND_TURNS = 64
 
 
-class Turns(Generic[M]):
-    """An order of turns: earliest due first, but nobody twice in a round while others wait.
+class DeadlineRoundRobin(Generic[M]):
+    """Round robin whose rounds are ordered by due time: earliest first, but nobody twice in a round while others wait.
 
     A member that has had its turn queues for the next round, or for a later one if it took more than a turn's worth
-    (deficit round robin; Shreedhar and Varghese, 1995); one that comes new joins the current one, unless that has
-    lasted long. So each waits for about two turns of every other at most, however much those others have and however
-    many come, and among members of one round the order is that of their due times. Rounds in which nobody may go are
-    passed over. Every operation costs at most the logarithm of the number of members.
+    (deficit round robin; Shreedhar and Varghese, 1995). A new member joins the current round, unless that has lasted
+    long. So each waits for about two turns of every other at most, however much those others have and however many
+    come. Rounds in which nobody may go are passed over. Every operation costs at most the logarithm of the number of
+    members.
 
     Attributes:
         members: those that have something to do; to look at, not to change.
@@ -35,7 +35,7 @@ class Turns(Generic[M]):
         self._served = 0  # turns in this round
 
     def offer(self, member: M, due: int, serial: int) -> None:
-        """A member has something to do that is due then. Offered again, it moves forward, never back.
+        """Let a member take turns, with something that is due then. Offered again, it moves forward, never back.
 
         Args:
             serial: unique; the smaller goes first among equally due ones.
@@ -48,11 +48,11 @@ class Turns(Generic[M]):
             heappush(self._heap, entry)
 
     def withdraw(self, member: M) -> None:
-        """The member has nothing to do any more."""
+        """Let a member take no turns: it has nothing to do any more."""
         self.members.pop(member, None)
 
     def first(self) -> M | None:
-        """The member whose turn it is, if any has something to do."""
+        """Member whose turn it is; None if none has something to do."""
         heap = self._heap
         while heap:
             entry = heap[0]
@@ -62,7 +62,7 @@ class Turns(Generic[M]):
         return None
 
     def served(self, member: M, rounds: int = 1) -> None:
-        """The member, which was `first`, has had its turn, or that of several rounds; it is out until offered again."""
+        """End the turn of the member that is `first`, or its turns of several rounds. It is out until offered again."""
         entry = self.members.pop(member)
         if entry[0] > self._round:
             self._round = entry[0]
@@ -74,40 +74,40 @@ class Turns(Generic[M]):
             self._sweep_at = max(_ROUND_TURNS, 2 * len(self._again))
 
     def owed(self, member: M) -> int:
-        """Rounds that the member has to let pass before its next turn."""
+        """Rounds that a member has to let pass before its next turn."""
         return max(self._again.get(member, 0) - self._round, 0)
 
 
-class ClientTurns:
-    """Turns of clients, and of the connections of each within its turns.
+class ClientRoundRobin:
+    """Round robin of clients, and of the connections of each within its turns.
 
     So nobody gets more by connecting more often. A connection goes by its client's name and its own.
     """
 
     def __init__(self) -> None:
-        self._clients: Turns[str] = Turns()
-        self._connections: dict[str, Turns[bytes]] = {}
+        self._clients: DeadlineRoundRobin[str] = DeadlineRoundRobin()
+        self._connections: dict[str, DeadlineRoundRobin[bytes]] = {}
         self._sweep_at = _ROUND_TURNS
 
     def offer(self, client: str, connection: bytes, due: int, serial: int) -> None:
-        """A connection has something to do that is due then, see `Turns.offer`."""
+        """Let a connection take turns, see `DeadlineRoundRobin.offer`."""
         connections = self._connections.get(client)
         if connections is None:
             if len(self._connections) >= self._sweep_at:
                 self._sweep()
-            connections = self._connections[client] = Turns()
+            connections = self._connections[client] = DeadlineRoundRobin()
         connections.offer(connection, due, serial)
         self._clients.offer(client, due, serial)
 
     def withdraw(self, client: str, connection: bytes) -> None:
-        """The connection has nothing to do any more."""
+        """Let a connection take no turns: it has nothing to do any more."""
         connections = self._connections[client]
         connections.withdraw(connection)
         if not connections.members:
             self._clients.withdraw(client)
 
     def first(self) -> tuple[str, bytes] | None:
-        """The client and the connection whose turn it is, if any has something to do."""
+        """Client and connection whose turn it is; None if none has something to do."""
         client = self._clients.first()
         if client is None:
             return None
@@ -116,7 +116,7 @@ class ClientTurns:
         return client, connection
 
     def served(self, client: str, connection: bytes, rounds: int) -> None:
-        """The connection, which was `first`, has had its turn of so many rounds, see `Turns.served`."""
+        """End the turns of the connection that is `first`, see `DeadlineRoundRobin.served`."""
         connections = self._connections[client]
         connections.served(connection, rounds)
         self._clients.served(client, rounds)
@@ -125,7 +125,7 @@ class ClientTurns:
             self._clients.offer(client, due, serial)
 
     def before(self, client: str, connection: bytes) -> int:
-        """Turns of others, about and at most, before a connection has its next one."""
+        """Turns of others before a connection has its next one: about, and at most."""
         connections = self._connections.get(client)
         others = len(self._clients.members) - (client in self._clients.members)
         if connections is None:
@@ -135,6 +135,6 @@ class ClientTurns:
         return mine + others * (1 + mine + self._clients.owed(client))
 
     def _sweep(self) -> None:
-        """Forget the clients of whom nothing is left."""
+        """Drop the clients of whom nothing is left."""
         self._connections = {name: turns for name, turns in self._connections.items() if turns.members}
         self._sweep_at = max(_ROUND_TURNS, 2 * len(self._connections))

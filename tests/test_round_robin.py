@@ -1,3 +1,5 @@
+"""Deadline-ordered round robin."""
+
 from __future__ import annotations
 
 import itertools
@@ -6,10 +8,10 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnxd.scheduling.turns import Turns
+from tnxd.scheduling.round_robin import DeadlineRoundRobin
 
 
-def order(turns: Turns[str], again: dict[str, int], steps: int) -> str:
+def order(turns: DeadlineRoundRobin[str], again: dict[str, int], steps: int) -> str:
     """The members served in so many steps, each coming back as often as `again` says."""
     serials = itertools.count(1000)
     served = ""
@@ -25,23 +27,23 @@ def order(turns: Turns[str], again: dict[str, int], steps: int) -> str:
     return served
 
 
-def test_the_most_urgent_goes_first() -> None:
-    turns: Turns[str] = Turns()
+def test_earliest_due_goes_first() -> None:
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     for serial, (member, due) in enumerate({"a": 30, "b": 10, "c": 20}.items()):
         turns.offer(member, due, serial)
     assert order(turns, {}, 9) == "bca"
 
 
-def test_nobody_twice_in_a_round_however_urgent() -> None:
-    turns: Turns[str] = Turns()
+def test_round_serves_nobody_twice_however_urgent() -> None:
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("a", 50, 1)
     turns.offer("b", 60, 2)
     turns.offer("c", 70, 3)
     assert order(turns, {"a": 2}, 9) == "abcaa"
 
 
-def test_a_newcomer_joins_the_round() -> None:
-    turns: Turns[str] = Turns()
+def test_newcomer_joins_the_round() -> None:
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("a", 0, 1)
     turns.served("a")
     turns.offer("a", 0, 2)
@@ -49,8 +51,8 @@ def test_a_newcomer_joins_the_round() -> None:
     assert turns.first() == "new"
 
 
-def test_a_stream_of_newcomers_does_not_keep_those_waiting_who_had_a_turn() -> None:
-    turns: Turns[str] = Turns()
+def test_stream_of_newcomers_does_not_keep_those_waiting_that_had_a_turn() -> None:
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("patient", 0, 0)
     had = 0
     for serial in range(1, 3000):
@@ -64,9 +66,9 @@ def test_a_stream_of_newcomers_does_not_keep_those_waiting_who_had_a_turn() -> N
     assert had > 20
 
 
-def test_many_that_wait_are_of_one_round() -> None:
+def test_round_holds_however_many_wait() -> None:
     """However many they are: an urgent one that comes meanwhile still goes before those that have had a turn."""
-    turns: Turns[str] = Turns()
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     for serial in range(1000):
         turns.offer(f"member {serial}", 100, serial)
     for serial in range(400):
@@ -78,8 +80,8 @@ def test_many_that_wait_are_of_one_round() -> None:
     assert turns.first() == "urgent"
 
 
-def test_offered_again_it_moves_forward_and_never_back() -> None:
-    turns: Turns[str] = Turns()
+def test_member_offered_again_moves_forward_and_never_back() -> None:
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("a", 20, 1)
     turns.offer("b", 10, 2)
     turns.offer("a", 5, 3)
@@ -88,8 +90,8 @@ def test_offered_again_it_moves_forward_and_never_back() -> None:
     assert order(turns, {}, 9) == "ab"
 
 
-def test_withdrawn_it_is_out() -> None:
-    turns: Turns[str] = Turns()
+def test_withdrawn_member_takes_no_turns() -> None:
+    turns: DeadlineRoundRobin[str] = DeadlineRoundRobin()
     turns.offer("a", 1, 1)
     turns.offer("b", 2, 2)
     turns.withdraw("a")
@@ -100,10 +102,10 @@ def test_withdrawn_it_is_out() -> None:
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(0, 2**32))
-def test_between_two_turns_of_one_each_other_has_at_most_two(amounts: list[int], seed: int) -> None:
+def test_others_have_at_most_two_turns_each_between_two_of_one_member(amounts: list[int], seed: int) -> None:
     """However much work some have and however urgent they say it is."""
     chance = random.Random(seed)
-    turns: Turns[int] = Turns()
+    turns: DeadlineRoundRobin[int] = DeadlineRoundRobin()
     serial = itertools.count()
     left = dict(enumerate(amounts))
     for member in left:

@@ -7,9 +7,9 @@ import itertools
 import pytest
 
 from tnxd.scheduling.costs import BatchCosts
-from tnxd.scheduling.placement import Load, Placement
+from tnxd.scheduling.placement import ModelLoad, Placement
 from tnxd.scheduling.request import NEVER, Request
-from tnxd.scheduling.request_queue import Waiting
+from tnxd.scheduling.request_queue import RequestQueue
 
 _serials = itertools.count()
 
@@ -22,29 +22,29 @@ def request(client: str = "a", priority: int = 1, due: int = 0, rows: int = 1, p
     return one
 
 
-def queue(*requests: Request) -> Waiting:
-    made = Waiting(("m", (), False), BatchCosts(), Placement(Load()))
+def queue(*requests: Request) -> RequestQueue:
+    made = RequestQueue(("m", (), False), BatchCosts(), Placement(ModelLoad()))
     for one in requests:
         made.add(one)
     return made
 
 
-def test_first_come_first_served_among_equals() -> None:
+def test_equal_requests_go_first_come_first_served() -> None:
     requests = [request() for _ in range(5)]
     assert queue(*requests).take(1, 64) == requests
 
 
-def test_of_one_client_the_earliest_due_goes_first() -> None:
+def test_requests_of_one_client_go_earliest_due_first() -> None:
     later, sooner, soonest = request(due=30), request(due=20), request(due=10)
     assert queue(later, sooner, soonest).take(1, 64) == [soonest, sooner, later]
 
 
-def test_among_clients_the_earliest_due_goes_first() -> None:
+def test_clients_go_earliest_due_first() -> None:
     requests = [request(client=str(index), due=100 - index) for index in range(10)]
     assert queue(*requests).take(1, 64) == requests[::-1]
 
 
-def test_one_of_many_does_not_make_a_single_one_wait() -> None:
+def test_client_with_many_requests_does_not_make_a_single_one_wait() -> None:
     flood = [request("flood") for _ in range(1000)]
     single = request("single")
     assert single in queue(*flood, single).take(1, 64)
@@ -57,13 +57,13 @@ def test_clients_share_a_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "modest"),
+    ("sizes", "light"),
     [([1000], False), ([1000, 1], True), ([1] * 1000, False), ([300, 300, 300, 3], True), ([300, 300, 300, 90], False)],
 )
-def test_who_is_modest(sizes: list[int], modest: bool) -> None:
+def test_light_connection_has_far_less_than_others(sizes: list[int], light: bool) -> None:
     waiting = queue(*[request(str(client)) for client, size in enumerate(sizes) for _ in range(size)])
-    assert waiting.has_modest(1) is modest
-    assert not waiting.has_modest(0)
+    assert waiting.has_light_connection(1) is light
+    assert not waiting.has_light_connection(0)
 
 
 def test_connections_of_one_client_share_its_part() -> None:
@@ -82,7 +82,7 @@ def test_connections_of_one_client_take_turns() -> None:
 
 
 @pytest.mark.parametrize("siblings", [False, True], ids=["clients", "connections"])
-def test_who_sends_many_rows_at_a_time_waits_for_as_many_more_turns(siblings: bool) -> None:
+def test_connection_with_many_rows_at_a_time_waits_for_as_many_more_turns(siblings: bool) -> None:
     """Four with 480 rows a request, and one with a single row, who comes back each time that it was served."""
     names = ["one"] * 5 if siblings else [f"client {number}" for number in range(5)]
     large = [request(names[at], rows=480, peer=b"%d" % at) for _ in range(100) for at in range(4)]
@@ -96,14 +96,14 @@ def test_who_sends_many_rows_at_a_time_waits_for_as_many_more_turns(siblings: bo
     assert order.count(1) >= 90, "it waited for all the others each time"
 
 
-def test_the_level_that_is_asked_for_goes_first_and_others_fill_up() -> None:
+def test_level_that_is_asked_for_goes_first_and_others_fill_up() -> None:
     low, normal, high = request(priority=3), request(priority=1), request(priority=0)
     waiting = queue(low, normal, high)
     assert waiting.take(1, 2) == [normal, high]
     assert waiting.take(3, 2) == [low]
 
 
-def test_rows_are_bounded_but_a_single_request_may_have_more() -> None:
+def test_batch_rows_are_bounded_but_a_single_request_may_have_more() -> None:
     large, small, other = request(rows=100), request(rows=3), request(rows=62)
     waiting = queue(large, small, other)
     assert waiting.take(1, 64) == [large]
@@ -111,7 +111,7 @@ def test_rows_are_bounded_but_a_single_request_may_have_more() -> None:
     assert (waiting.rows, waiting.count) == (62, 1)
 
 
-def test_what_is_removed_is_not_taken() -> None:
+def test_removed_requests_are_not_taken() -> None:
     requests = [request(client) for client in "aabb"]
     waiting = queue(*requests)
     for one in (requests[0], requests[2], requests[3]):
@@ -147,14 +147,14 @@ def test_drain_empties_all_levels() -> None:
     assert (waiting.rows, waiting.count) == (0, 0)
 
 
-def test_a_request_more_urgent_than_those_that_left_goes_first() -> None:
+def test_request_more_urgent_than_those_that_left_goes_first() -> None:
     waiting = queue(*[request(due=10 + number) for number in range(9)], request("other", due=90))
     assert [one.due_ns for one in waiting.take(1, 3)] == [10, 11, 12]
     waiting.add(request(due=5))
     assert [one.due_ns for one in waiting.take(1, 3)] == [90, 5, 13]  # after the turn of the other
 
 
-def test_what_left_is_not_kept() -> None:
+def test_entries_of_requests_that_left_are_not_kept() -> None:
     waiting = queue(*[request("ab"[number % 2], due=number) for number in range(100)])
     for _ in range(40):
         waiting.take(1, 2)

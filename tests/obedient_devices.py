@@ -1,0 +1,107 @@
+"""A daemon whose devices do what requests tell them: `python obedient_devices.py LANES OPTION...`, options as for tnxd.
+
+`cuda:0` and `cpu` have as many lanes each. The first number of a request to the model `mlp` is what happens to the
+batch that it is in: see the constants. There is no torch in it: the loop, the scheduler, the loader and the protocol
+are the daemon's own.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from tnxctl.protocol.errors import Internal, ResourceExhausted, Unavailable
+from tnxd.executors import execution as contract
+from tnxd.executors.execution import Execution
+from tnxd.models.model import Model
+
+ANSWER, HOLD, RELEASE, FAIL, EXHAUST, BREAK, VANISH = range(7)
+"""Answer at once; wait for RELEASE; end such waits, and answer; raise; have no memory; lose the device; never end."""
+
+
+class ObedientDevice:
+    """Implements `tnxd.executors.execution.Executor`."""
+
+    lane_threads = 1
+    runs_inline = False
+    description = "does what it is told"
+
+    def __init__(self, name: str, lanes: int, on_done: Callable[[Execution], None]) -> None:
+        self.name = name
+        self.kind = name.partition(":")[0]
+        self.lanes = lanes
+        self._on_done = on_done
+        self._inboxes: list[queue.SimpleQueue[Execution]] = [queue.SimpleQueue() for _ in range(lanes + 1)]
+        for inbox in self._inboxes:
+            threading.Thread(target=self._work, args=(inbox,), daemon=True).start()
+
+    _released = threading.Event()
+    """Of all devices."""
+
+    def load(self, model: Model) -> contract.LoadReport:
+        return contract.LoadReport([(1, 1e4), (64, 1e4)], 1024)
+
+    def touch(self, model: Model) -> None: ...
+    def unload(self, key: str) -> None: ...
+    def forget_inline(self, key: str) -> None: ...
+    def adopt_thread(self) -> None: ...
+    def run_inline(self, execution: Execution) -> None:
+        raise NotImplementedError  # warm-up says that every batch takes ten milliseconds
+
+    def memory_mb(self) -> tuple[float, float]:
+        return 8000.0, 8000.0
+
+    def submit(self, execution: Execution) -> None:
+        self._inboxes[execution.lane].put(execution)
+
+    def _work(self, inbox: queue.SimpleQueue[Execution]) -> None:
+        while True:
+            execution = inbox.get()
+            execution.started_ns = time.perf_counter_ns()
+            execution.memory_free_mb = 8000.0
+            commands = [int(item[0].flat[0]) for item in execution.items if item[0] is not None]
+            if HOLD in commands:
+                self._released.wait()
+            if RELEASE in commands:
+                self._released.set()
+            if VANISH in commands:
+                return
+            for command, rows in zip(commands, execution.rows, strict=True):
+                execution.outcomes.append(self._outcome(command, rows, execution))
+            execution.finished_ns = time.perf_counter_ns()
+            self._on_done(execution)
+
+    def _outcome(self, command: int, rows: int, execution: Execution) -> contract.Outcome:
+        if command == FAIL:
+            return Internal("the model raised, as it was told")
+        if command == EXHAUST and self.kind == "cuda":
+            execution.exhausted = True
+            return ResourceExhausted(f"{self.name} has no memory left")
+        if command == BREAK and self.kind == "cuda":
+            execution.fatal = "it fell out of its slot"
+            return Unavailable(f"{self.name} is lost")
+        return (np.full((rows, 128), command, np.float32),)
+
+
+def main() -> None:
+    from tnxd.executors import devices
+
+    lanes = int(sys.argv.pop(1))
+
+    def open_devices(config: object, on_done: Callable[[Execution], None]) -> devices.OpenedDevices:
+        executors = {name: ObedientDevice(name, lanes, on_done) for name in ("cuda:0", "cpu")}
+        return devices.OpenedDevices(executors)  # type: ignore[arg-type]
+
+    devices.open_devices = open_devices
+    from tnxd.__main__ import main as daemon
+
+    daemon()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""A call: one request of a client, from its encoding to its outcome. No socket, no thread, no clock.
+
+`tnxctl.encoder` makes calls, `tnxctl.session` sees them through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import InvalidArgument, TensorNextError, Unavailable
+from tnxctl.protocol.wire import Limits
+from tnxctl.windows import Kind, Window, kind_of
+
+T = TypeVar("T")
+
+ReplyReader = Callable[[Any, Sequence[bytes], Limits], T]
+"""Makes the result of a call of the decoded header of its reply and all frames. Raises InvalidArgument if it cannot."""
+
+# Requests that are sent once only, see `tnxctl.session`.
+_CHANGES = (wire.Load, wire.Unload, wire.Route, wire.Reload)
+
+
+class Call(Generic[T]):
+    """One request and, once `done`, its outcome.
+
+    Attributes:
+        frames: the header, then one buffer per tensor: the very arrays of the caller where they were contiguous.
+        nbytes: bytes of all tensors together.
+        timeout: seconds from the call to its failure.
+        expires: time of that failure, by the clock that the session is given.
+        firm_deadline: whether `expires` is a deadline: an answer that comes later is worthless.
+        connect_timeout: seconds within which it must be sent; for most calls the same as `timeout`.
+        next_timeout: time at which it fails unless it is sent, and once it is, unless it is answered.
+        losses: connections that broke while it was under way.
+        deferred: whether the daemon has refused it for now, and so has changed nothing.
+        refusal: the daemon's reason for that, or the reason why the call is not sent again.
+        window: the window that it counts in, if any.
+        waiter: whatever the shell has to tell of the outcome, if anything. The session never looks at it.
+    """
+
+    __slots__ = (
+        "_error",
+        "_read",
+        "_request",
+        "_result",
+        "connect_timeout",
+        "deferred",
+        "done",
+        "expires",
+        "firm_deadline",
+        "frames",
+        "id",
+        "losses",
+        "nbytes",
+        "next_timeout",
+        "refusal",
+        "timeout",
+        "waiter",
+        "window",
+    )
+
+    def __init__(
+        self,
+        request: wire.Request,
+        frames: list[Any],
+        nbytes: int,
+        read: ReplyReader[T],
+        timeout: float,
+        connect_timeout: float,
+        firm_deadline: bool,
+        now: float,
+    ) -> None:
+        self.id = request.id
+        self.frames = frames
+        self.nbytes = nbytes
+        self.timeout = timeout
+        self.firm_deadline = firm_deadline
+        self.expires = now + timeout
+        self.connect_timeout = connect_timeout
+        self.next_timeout = now + connect_timeout
+        self.losses = 0
+        self.deferred = False
+        self.refusal: Unavailable | InvalidArgument | None = None
+        self.done = False
+        self.waiter: Any = None
+        self.window: Window | None = None
+        self._request = request
+        self._read = read
+        self._result: T | None = None
+        self._error: TensorNextError | None = None
+
+    @property
+    def verb(self) -> str:
+        """The name of the request, for error messages."""
+        return type(self._request).__name__.lower()
+
+    @property
+    def kind(self) -> Kind | None:
+        """The kind that it shares with others that the daemon treats alike."""
+        return kind_of(self._request)
+
+    @property
+    def error(self) -> TensorNextError | None:
+        """The error that it failed with, until `take` raises it."""
+        return self._error
+
+    @property
+    def is_cancellable(self) -> bool:
+        """Whether the daemon may hold it in a queue, as only `predict` requests are."""
+        return isinstance(self._request, wire.Predict)
+
+    @property
+    def changes_daemon(self) -> bool:
+        """Whether it leaves the daemon other than it was."""
+        return isinstance(self._request, _CHANGES)
+
+    @property
+    def may_have_changed_daemon(self) -> bool:
+        """Whether the daemon may have carried it out although no answer has come, once it was sent."""
+        return self.changes_daemon and not self.deferred
+
+    def mark_sent(self) -> None:
+        """Note that it is on its way: from now on it waits for its answer."""
+        self.next_timeout = self.expires
+        self.deferred = False
+
+    def renew_deadline(self, now: float) -> None:
+        """Have the header say how much of the deadline, if there is one, is left."""
+        request = self._request
+        if isinstance(request, wire.Predict) and request.deadline_us is not None:
+            left_us = min((self.expires - now) * 1e6, wire.MAX_DEADLINE_US)
+            self.frames[0] = wire.encode(msgspec.structs.replace(request, deadline_us=left_us, sent_us=now * 1e6))
+
+    def take(self) -> T:
+        """The result, or its error raised. Call it once, when `done`."""
+        error, self._error = self._error, None
+        if error is None:
+            return self._result  # type: ignore[return-value]  # done without an error: it is there
+        try:
+            raise error
+        finally:
+            del error  # else the traceback and this frame would keep each other, and the inputs, alive
+
+    def succeed(self, reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> None:
+        """Finish with the result that a reply holds.
+
+        Raises:
+            InvalidArgument: the reply does not answer this request. The call is not done then.
+        """
+        self._result = self._read(reply, frames, limits)
+        self._finish()
+
+    def fail(self, error: TensorNextError) -> None:
+        """Finish with an error."""
+        self._error = error
+        self._finish()
+
+    def _finish(self) -> None:
+        self.done = True
+        self.frames = []

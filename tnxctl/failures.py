@@ -1,0 +1,79 @@
+"""The errors that a client raises of itself, in words: time that is over, connections that broke, too many calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tnxctl.call import Call
+from tnxctl.connection import Connection
+from tnxctl.durations import spell
+from tnxctl.protocol.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
+from tnxctl.windows import Window
+
+
+def timed_out(call: Call[Any], connection: Connection) -> DeadlineExceeded | Unavailable | InvalidArgument:
+    """The error of a call whose time is over, with the reason. May be asked for in any thread."""
+    if connection.is_open and call.refusal is not None and (call.deferred or not call.changes_daemon):
+        return call.refusal
+    within = f"within {'its deadline of ' if call.firm_deadline else ''}{spell(call.timeout)}"
+    if connection.is_open:
+        goes_on = "; it may still be at work on it" if call.changes_daemon else ""
+        return DeadlineExceeded(f"{connection.endpoint} did not answer {call.verb} {within}{goes_on}")
+    if call.connect_timeout < call.timeout:
+        within = f"within {spell(call.connect_timeout)}"
+    state = "lost the connection and got none again" if call.losses else "no connection"
+    kind = DeadlineExceeded if call.firm_deadline else Unavailable
+    return kind(f"{connection.endpoint}: {state} {within}: {connection.trouble}")
+
+
+def connection_lost(call: Call[Any], connection: Connection, max_frame_bytes: int) -> Unavailable:
+    """The error of a call that fails with its connection."""
+    broke = f"{connection.endpoint}: the connection broke" + (f" {call.losses} times" if call.losses > 1 else "")
+    outcome = "; whether it has changed anything is not known" if call.may_have_changed_daemon else ""
+    if call.losses > 1 and call.is_cancellable:
+        outcome = f"; an answer with a tensor of more than {max_frame_bytes} bytes would break it, too"
+    return Unavailable(f"{broke} while {call.verb} was under way: {connection.trouble}{outcome}")
+
+
+def too_many_pending(endpoint: str, calls: int, nbytes: int, limits: str) -> ResourceExhausted:
+    """The error of a call that is not sent, because too many calls or bytes are under way."""
+    return ResourceExhausted(f"{calls} calls with {nbytes} bytes wait for {endpoint} already, the limits are {limits}")
+
+
+def window_full(window: Window, endpoint: str) -> DeadlineExceeded:
+    """The error of a call that is not sent, because the daemon would refuse it."""
+    return DeadlineExceeded(
+        f"not sent: {window.outstanding} calls like it wait for {endpoint}, which takes no more "
+        f"of them in time, as it said of another one: {window.message}",
+        retry_after_s=window.retry_after_s,
+    )
+
+
+def inputs_too_large(call: Call[Any], endpoint: str, limit: int) -> InvalidArgument:
+    """The error of a call whose inputs have ended a connection: the daemon takes no more bytes than its limit."""
+    return InvalidArgument(
+        f"the inputs have {call.nbytes} bytes, and {endpoint} takes {limit} in a message: it ended the connection"
+    )
+
+
+def malformed_reply(call: Call[Any], endpoint: str, why: str) -> Internal:
+    """The error of a call whose reply cannot be read."""
+    return Internal(f"{endpoint} answered {call.verb} with a malformed reply: {why}")
+
+
+def closed_before(call: Call[Any], endpoint: str) -> Cancelled:
+    """The error of a call under way when its client is closed."""
+    return Cancelled(f"the client of {endpoint} was closed before {call.verb} was answered")
+
+
+def is_closed(endpoint: str) -> FailedPrecondition:
+    """The error of a call that comes after that."""
+    return FailedPrecondition(f"the client of {endpoint} is closed")

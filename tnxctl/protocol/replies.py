@@ -1,0 +1,279 @@
+"""Headers of the replies of a daemon, and the reports that they hold. `docs/protocol.md` is the specification."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tnxctl.protocol.fields import Id, TensorSpec, Version
+
+
+class Timing(msgspec.Struct, frozen=True, gc=False):
+    """Microseconds that a request spent in each stage in the daemon. The seven stages sum to `total_us`.
+
+    Attributes:
+        receive_us: taking the frames from the socket, decoding and validating them.
+        queue_us: waiting for a lane.
+        gather_us: placing the rows of the batch side by side in the staging buffer.
+        h2d_us: host to device copy (0 on a CPU).
+        compute_us: the forward, with its launch.
+        d2h_us: device to host copy (0 on a CPU).
+        reply_us: from the end of the batch to the encoding of this reply.
+    """
+
+    receive_us: float
+    queue_us: float
+    gather_us: float
+    h2d_us: float
+    compute_us: float
+    d2h_us: float
+    reply_us: float
+    total_us: float
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="result", gc=False):
+    """Answer to `Predict`; one tensor frame follows per entry of `outputs`, in order.
+
+    Attributes:
+        model, version: what ran.
+        device: where it ran: "cpu", "cuda:0", ...
+        reason: why there, in words.
+        batch_size: rows in the batch that the request rode in, its own included.
+        latency_ms: the forward on the device, for the whole batch.
+        gpu_memory_mb: free memory of that GPU in MiB when the batch was done; 0 on a CPU.
+        predicted_us: when the request came, the microseconds until it would be done, as predicted then; what they
+            were in fact is queue to d2h of the timing.
+    """
+
+    v: Version
+    id: Id
+    model: str
+    version: str
+    outputs: tuple[TensorSpec, ...]
+    device: str
+    reason: str
+    batch_size: int
+    latency_ms: float
+    gpu_memory_mb: float
+    timing: Timing
+    predicted_us: float = 0.0
+
+
+class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One device of the daemon.
+
+    Attributes:
+        name: "cpu", "cuda:0", ...
+        status: "ready", or "failed" (then `error` says why and nothing is routed there).
+        description: the vendor's name of it.
+        lanes, busy_lanes: places where batches run, one at a time each.
+        queued_rows: rows that wait for a lane of this device.
+        memory_free_mb, memory_total_mb: in MiB; for the CPU, of the host, within the limits of the daemon.
+    """
+
+    name: str
+    status: str
+    description: str = ""
+    lanes: int = 0
+    busy_lanes: int = 0
+    queued_rows: int = 0
+    memory_free_mb: float = 0.0
+    memory_total_mb: float = 0.0
+    error: str = ""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One version of one model: its signature, where it is loaded, how it is.
+
+    Attributes:
+        version: "" for what is no version, because something is wrong with the model; its status is "failed".
+        status: "ready"; "starting": being loaded; "draining": finishes what it has and goes; "unloaded"; "evicted":
+            unloaded to make room, and loaded again when it is asked for; "failed" (then `error` says why).
+        inputs, outputs: -1 is an axis of any length. For a model that batches, axis 0 counts rows.
+        example_shapes: one per input, of one row, for which the model is known to work; (): not known yet.
+        max_batch_size: most rows in one batch; 0 for a model that takes no batch axis.
+        default: whether requests that name no model go to this name.
+        format: "built-in", "pt2", "safetensors", "torchscript" or "onnx".
+        traffic: its share of the requests for this name that name no version, 0 to 1. shadow: whether it gets copies
+            of them.
+        memory_mb: weights and buffers in MiB, on each of its devices.
+        requests: how many were taken in for it. load_s: how long loading and warm-up took, in seconds.
+        notes: what an operator should know, such as a deprecated format.
+        state: of the module, between requests: "pure": it holds nothing that changes; "scratch": it writes what no
+            other request reads; "shared": requests share it, as model.toml says. "": not known yet.
+        audited: requests that were computed again, alone. audit_differences: those that got another answer then.
+    """
+
+    name: str
+    version: str
+    status: str
+    default: bool = False
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    max_batch_size: int = 0
+    devices: tuple[str, ...] = ()
+    error: str = ""
+    format: str = ""
+    traffic: float = 0.0
+    shadow: bool = False
+    memory_mb: float = 0.0
+    requests: int = 0
+    load_s: float = 0.0
+    notes: tuple[str, ...] = ()
+    example_shapes: tuple[tuple[int, ...], ...] = ()
+    state: str = ""
+    audited: int = 0
+    audit_differences: int = 0
+
+
+class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="health"):
+    """Answer to `Health`.
+
+    Attributes:
+        status: "starting", "ready" or "draining".
+        cuda_available: whether at least one CUDA device is ready.
+        current_device: where a request that prefers a GPU would run now.
+        gpu_memory_free_mb: free memory of that GPU in MiB; 0 without one.
+        version: of the daemon. uptime_s: seconds since it started.
+        queued: requests that wait. running: requests on a lane.
+        requests: predict requests, and other messages that were refused. replies: results sent.
+        errors: error replies by code. undeliverable: answers whose client was gone. abandoned: requests taken out of
+            the queue because their client was gone.
+        prediction_error_us: how far the predictions of the last requests were off, on average.
+        max_message_bytes: most bytes that all tensors of a request may have together; 0: not told.
+        connections: now. connections_refused: not let in, since their client had too many. connections_cut: ended by
+            the daemon, since they took too much of what is everybody's.
+        traffic_mb: memory in MiB of what is received, in flight and owed. traffic_limit_mb: the most that it may be.
+        traffic_owed_mb: of this, replies that clients have not taken yet.
+    """
+
+    v: Version
+    id: Id
+    status: str
+    cuda_available: bool
+    current_device: str
+    gpu_memory_free_mb: float
+    version: str
+    uptime_s: float
+    devices: tuple[DeviceInfo, ...]
+    models: tuple[ModelInfo, ...]
+    queued: int
+    running: int
+    requests: int
+    replies: int
+    errors: dict[str, int]
+    undeliverable: int = 0
+    abandoned: int = 0
+    prediction_error_us: float = 0.0
+    max_message_bytes: int = 0
+    connections: int = 0
+    connections_refused: int = 0
+    connections_cut: int = 0
+    traffic_mb: float = 0.0
+    traffic_limit_mb: float = 0.0
+    traffic_owed_mb: float = 0.0
+
+
+class MetadataReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata"):
+    """Answer to `Metadata`."""
+
+    v: Version
+    id: Id
+    model: ModelInfo
+
+
+class ModelsReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="models"):
+    """Answer to `Models`, `Load`, `Unload` and `Route`. Attributes: models: one entry per version."""
+
+    v: Version
+    id: Id
+    models: tuple[ModelInfo, ...]
+
+
+class ReloadReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="reload"):
+    """Answer to `Reload`.
+
+    Attributes:
+        loaded, unloaded: versions, as NAME@VERSION, that came and went.
+        failed: what could not be loaded, by NAME@VERSION or NAME or path, and why; the version before it still serves.
+    """
+
+    v: Version
+    id: Id
+    loaded: tuple[str, ...] = ()
+    unloaded: tuple[str, ...] = ()
+    failed: dict[str, str] = {}
+
+
+class OutputDifference(msgspec.Struct, frozen=True, kw_only=True):
+    """The difference between two versions in one output.
+
+    Attributes:
+        name: of the output. elements: compared so far.
+        max_abs, mean_abs: absolute difference, over all elements that are finite in both.
+        argmax_agreement: share of the rows whose largest element along the last axis is at the same place; None if
+            that axis has one element or none.
+        misfits: times that shape or datatype differed, or only one of the two was finite.
+    """
+
+    name: str
+    elements: int
+    max_abs: float
+    mean_abs: float
+    argmax_agreement: float | None
+    misfits: int
+
+
+class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Percentiles of the last forwards, in microseconds per batch."""
+
+    count: int
+    p50_us: float
+    p90_us: float
+    p99_us: float
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="compare"):
+    """Answer to `Compare`.
+
+    Attributes:
+        requests: answered by the baseline and computed by the candidate too. errors: of these, failed there.
+        skipped: copies that found no free capacity.
+        outputs: one entry per output of the baseline.
+        baseline_us, candidate_us: the forwards of the same batches.
+        last_error: what the candidate's last failure said.
+    """
+
+    v: Version
+    id: Id
+    model: str
+    baseline: str
+    candidate: str
+    requests: int
+    errors: int
+    skipped: int
+    outputs: tuple[OutputDifference, ...]
+    baseline_us: Percentiles
+    candidate_us: Percentiles
+    last_error: str = ""
+
+
+class ErrorReply(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="error", omit_defaults=True, gc=False
+):
+    """The answer instead of any other.
+
+    Attributes:
+        id: of the request; None when the request was too broken to have one.
+        code: name of a gRPC status code, see `tnxctl.protocol.errors`.
+        message: a sentence that says what was wrong with which value.
+        retry_after_us: the same request may well succeed that many microseconds later; None says nothing about that.
+    """
+
+    v: Version
+    id: Id | None
+    code: str
+    message: str
+    retry_after_us: float | None = None
+
+
+Reply = Result | HealthReport | MetadataReport | ModelsReport | ReloadReport | Comparison | ErrorReply

@@ -1,0 +1,152 @@
+"""Headers of the requests of a client. `docs/protocol.md` is the specification."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from tnxctl.protocol.fields import Id, Name, NotNegative, TensorSpec, Title, Version, Word
+from tnxctl.protocol.limits import (
+    LOWEST_PRIORITY,
+    MAX_CLOCK_US,
+    MAX_DEADLINE_US,
+    MAX_ID,
+    MAX_TENSORS,
+    MAX_WEIGHT,
+    MESSAGE_BYTES,
+)
+
+
+class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="predict", omit_defaults=True, gc=False):
+    """Run a model once on the tensors that follow.
+
+    Attributes:
+        inputs: one entry per tensor frame, in order. A single input may have the name "": the model's only one.
+        model: name of the model, or NAME@VERSION for that version alone; "" is the daemon's default model.
+        prefer_gpu: run on a GPU if one qualifies, else on the CPU. False: run on the CPU.
+        min_gpu_memory_mb: free memory in MiB that a GPU needs to qualify; never negative or NaN.
+        device: "" to go by prefer_gpu, "auto" for the device that is predicted to be done first, or "cpu", "cuda:0",
+            ...: that one or an error.
+        deadline_us: microseconds from when the message came to the daemon after which the answer is worthless; None: as
+            the model says, which usually is none.
+        sent_us: when it was sent, in microseconds of any clock of the sender's that goes steadily. Only differences
+            count: they tell the daemon how long the message has waited to be taken up.
+        priority: 0 (first) to 3 (last); None: as the model says, which usually is DEFAULT_PRIORITY.
+        route_key: requests with the same key go to the same version while traffic is split; "": those of one
+            connection do.
+        max_reply_bytes: most bytes that all tensors of the answer may have together.
+    """
+
+    v: Version
+    id: Id
+    inputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=MAX_TENSORS)]
+    model: Title = ""
+    prefer_gpu: bool = True
+    min_gpu_memory_mb: NotNegative = 0.0
+    device: Word = ""
+    deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
+    sent_us: Annotated[float, msgspec.Meta(ge=0, le=MAX_CLOCK_US)] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] | None = None
+    route_key: Name = ""
+    max_reply_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = MESSAGE_BYTES
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="cancel", gc=False):
+    """Withdraw the predict request with this id, sent on the same connection.
+
+    It has no answer of its own: the request gets CANCELLED if it still waited, else what it would have got anyway.
+    """
+
+    v: Version
+    id: Id
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="health", gc=False):
+    """Ask for the health of the daemon."""
+
+    v: Version
+    id: Id
+
+
+class Metadata(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata", omit_defaults=True, gc=False
+):
+    """Ask for the signature of a model: NAME, NAME@VERSION, or "" for the daemon's default model."""
+
+    v: Version
+    id: Id
+    model: Title = ""
+
+
+class Models(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="models", gc=False):
+    """Ask for all models and their versions."""
+
+    v: Version
+    id: Id
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="load", gc=False):
+    """Load NAME@VERSION, or what the model.toml of NAME says, traffic included.
+
+    NAME@VERSION gets no traffic of its name yet while another version of the name serves.
+    Answered when it is loaded and warm, with `ModelsReport` about the versions of that name.
+    """
+
+    v: Version
+    id: Id
+    model: Title
+
+
+class Unload(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="unload", gc=False):
+    """Stop serving NAME@VERSION, or all versions of NAME. What was taken in is finished first.
+
+    Answered when its memory has been freed, with `ModelsReport` about the versions of that name.
+    """
+
+    v: Version
+    id: Id
+    model: Title
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="route", omit_defaults=True):
+    """Split the traffic of a model. Answered at once with `ModelsReport` about the versions of that name.
+
+    Attributes:
+        model: its name, without a version.
+        weights: version -> share of the requests that name no version, relative to the sum; empty: all go to the
+            newest version.
+        shadow: version that gets copies of them and whose answers nobody sees; "": none.
+    """
+
+    v: Version
+    id: Id
+    model: Title
+    weights: Annotated[
+        dict[Title, Annotated[float, msgspec.Meta(ge=0, le=MAX_WEIGHT)]], msgspec.Meta(max_length=1024)
+    ] = {}
+    shadow: Title = ""
+
+
+class Reload(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="reload", gc=False):
+    """Look at the model repository again. Answered with `ReloadReport` when all is as the repository says."""
+
+    v: Version
+    id: Id
+
+
+class Compare(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="compare", gc=False):
+    """Ask for the differences between a shadow version's answers and the baseline's. Answered with `Comparison`.
+
+    Attributes:
+        model: its name. baseline: the version that answers. candidate: the shadow.
+    """
+
+    v: Version
+    id: Id
+    model: Title
+    baseline: Title
+    candidate: Title
+
+
+Request = Predict | Cancel | Health | Metadata | Models | Load | Unload | Route | Reload | Compare

@@ -1,0 +1,114 @@
+"""A lane: one thread with one runner, and the queue of what it is told to do."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from tnxctl.protocol.errors import Internal, Unavailable
+from tnxd.error_text import first_line, sentence
+from tnxd.executors.execution import Execution
+from tnxd.executors.runner import Runner
+
+OnDone = Callable[[Execution], None]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# The lowest priority that Linux has for a thread (setpriority(2)).
+_NICEST = 19
+
+
+class _Job:
+    """A function that a lane's thread is to call with its runner. Attributes: done: its result, or what it raised."""
+
+    def __init__(self, function: Callable[[Runner], Any]) -> None:
+        self._function = function
+        self.done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run(self, runner: Runner, broken: str) -> None:
+        try:
+            if broken:
+                raise Unavailable(broken)
+            self.done.put((self._function(runner), None))
+        except BaseException as error:  # a model's code may raise anything, SystemExit too
+            self.done.put((None, error))
+
+
+_Inbox = queue.SimpleQueue[Execution | str | _Job]
+"""Executions to run, keys of models to forget, and functions to call."""
+
+
+class Lane:
+    """A thread that does what it is told, one thing after the other, with a runner of its own.
+
+    A device that cannot be used on the thread breaks the lane: each execution is answered with the reason then.
+
+    Args:
+        name: of the thread.
+        on_done: called on the thread with every execution that is over.
+        yields: whether the operating system is to let the thread run last, where it can.
+
+    Attributes:
+        runner: used by the thread alone, but for its `calls`.
+        submit: hands an execution over; any thread may call it.
+    """
+
+    def __init__(self, name: str, runner: Runner, on_done: OnDone, *, yields: bool = False) -> None:
+        self.runner = runner
+        self._inbox: _Inbox = queue.SimpleQueue()
+        self.submit: Callable[[Execution], None] = self._inbox.put
+        # Daemon threads: a model that hangs must not keep the process from ending.
+        threading.Thread(target=_work, args=(runner, self._inbox, on_done, yields), name=name, daemon=True).start()
+
+    def forget(self, key: str) -> None:
+        """Have the thread free what its runner keeps for the next batch of the model of that key."""
+        self._inbox.put(key)
+
+    def call(self, function: Callable[[Runner], T]) -> T:
+        """Have the thread call a function with its runner, and wait for the result.
+
+        Raises:
+            Unavailable: the lane is broken.
+            BaseException: whatever the function raised.
+        """
+        job = _Job(function)
+        self._inbox.put(job)
+        result, error = job.done.get()
+        if error is not None:
+            raise error
+        return result  # type: ignore[no-any-return]
+
+
+def _work(runner: Runner, inbox: _Inbox, on_done: OnDone, yields: bool) -> None:
+    if yields:
+        with contextlib.suppress(OSError, AttributeError):  # where threads have no priorities of their own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
+    broken = ""
+    try:
+        runner.enter_thread()
+    except BaseException as error:  # a device that vanished: answer for it rather than leave callers waiting
+        broken = sentence(error)
+    while True:
+        task = inbox.get()
+        if isinstance(task, str):
+            runner.forget(task)
+            continue
+        if isinstance(task, _Job):
+            task.run(runner, broken)
+            del task
+            continue
+        task.fatal = broken
+        try:
+            runner.run(task)
+        except BaseException as error:  # a defect of ours: this request must be answered, and the lane go on
+            log.exception("lane %s", threading.current_thread().name)
+            task.outcomes = [Internal(f"the executor failed: {first_line(error)}") for _ in task.items]
+        on_done(task)
+        del task  # hold no request's memory while waiting for the next

@@ -1,0 +1,67 @@
+"""Accounts of what waits and runs: for all devices, and with them for each device, model and placement."""
+
+from __future__ import annotations
+
+from tnxd.scheduling.device import Batch, Device
+from tnxd.scheduling.request import Request
+from tnxd.scheduling.request_queue import RequestQueue
+
+
+class Accounts:
+    """Counts over all devices.
+
+    Attributes:
+        queued, queued_bytes: requests that wait, and their inputs.
+        running: requests in batches that run; a background batch counts as one.
+        background: background batches that run.
+    """
+
+    def __init__(self) -> None:
+        self.queued = 0
+        self.queued_bytes = 0
+        self.running = 0
+        self.background = 0
+
+    def dequeue(self, device: Device, queue: RequestQueue, requests: list[Request]) -> None:
+        """Count off requests that have left a queue."""
+        placement, rows, nbytes, count = queue.placement, 0, 0, len(requests)
+        load, counts, backlog_us, own_us = placement.load, device.counts, device.backlog_us, placement.backlog_us
+        for request in requests:
+            level, cost_us = request.priority, request.cost_us
+            counts[level] -= 1
+            backlog_us[level] -= cost_us
+            own_us[level] -= cost_us
+            rows += request.rows
+            nbytes += request.nbytes
+        device.dequeued(count, rows)
+        placement.queued -= count
+        load.queued -= count
+        load.queued_bytes -= nbytes
+        self.queued -= count
+        self.queued_bytes -= nbytes
+
+    def start_batch(
+        self,
+        device: Device,
+        lane: int,
+        queue: RequestQueue,
+        requests: list[Request],
+        rows: int,
+        now_ns: int,
+        run_us: float,
+    ) -> Batch:
+        """Make a batch, and count it as running.
+
+        Args:
+            run_us: predicted microseconds that it takes the lane; 0: nobody knows.
+        """
+        placement = queue.placement
+        batch = Batch(device, lane, queue.key[0], requests, rows, queue.costs, placement.max_rows, now_ns, run_us)
+        if lane >= 0:
+            device.busy_until_ns[lane] = now_ns + int(run_us * 1e3)
+        device.running_rows += rows
+        placement.lanes.append(lane)
+        weight = len(requests) or 1
+        placement.load.running += weight
+        self.running += weight
+        return batch

@@ -1,0 +1,57 @@
+"""Kernel state of connections, by file descriptor: ZeroMQ owns the descriptors, and does not tell of it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import Iterator
+
+_TCP_INFO_BYTES_RECEIVED = 128  # of Linux's struct tcp_info, since 4.1
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
+
+
+def peer_address(descriptor: int) -> str:
+    """The address that a connection comes from, as ZeroMQ writes it; "" if it has ended.
+
+    On ipc:// that is `localhost:UID:GID:PID`.
+    """
+    try:
+        with _borrowed(descriptor) as connection:
+            if connection.family == socket.AF_UNIX:
+                credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                pid, user, group = struct.unpack("3i", credentials)
+                return f"localhost:{user}:{group}:{pid}"
+            return str(connection.getpeername()[0])
+    except (OSError, AttributeError):
+        return ""
+
+
+def bytes_received(descriptor: int) -> int:
+    """Bytes that came over a TCP connection since it was accepted; -1 if the kernel does not say."""
+    try:
+        with _borrowed(descriptor) as connection:
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+    except (OSError, AttributeError):
+        return -1
+    if len(info) < _TCP_INFO_BYTES_RECEIVED + 8:
+        return -1
+    return int(struct.unpack_from("=Q", info, _TCP_INFO_BYTES_RECEIVED)[0])
+
+
+def reset(connection: socket.socket) -> None:
+    """End a connection at once: what it has not sent is dropped."""
+    with contextlib.suppress(OSError):
+        # Else it would wait for its peer to take or send the rest.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def _borrowed(descriptor: int) -> Iterator[socket.socket]:
+    """A socket object for a descriptor of somebody else's, which stays open."""
+    borrowed = socket.socket(fileno=descriptor)
+    try:
+        yield borrowed
+    finally:
+        borrowed.detach()

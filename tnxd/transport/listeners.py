@@ -1,0 +1,72 @@
+"""Endpoints that the ROUTER socket listens on, and the lock files beside the paths of ipc:// endpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+from typing import IO
+
+import zmq
+
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
+
+
+class Listeners:
+    """Endpoints of one socket.
+
+    Attributes:
+        endpoints: the bound ones, wildcards resolved.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self.endpoints: list[str] = []
+        self._socket = socket
+        self._locks: list[IO[str]] = []
+
+    def bind(self, endpoint: str) -> None:
+        """Listen on a tcp:// or ipc:// endpoint.
+
+        Raises:
+            FailedPrecondition: it is in use.
+            InvalidArgument: it is no address of this machine.
+        """
+        if endpoint.startswith("ipc://"):
+            self._lock_path(endpoint)
+        self._socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EADDRINUSE:
+                raise FailedPrecondition(f"{endpoint} is in use by another process") from None
+            raise InvalidArgument(f"cannot listen on {endpoint}: {os.strerror(error.errno or 0)}") from None
+        self.endpoints.append(self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
+
+    def _lock_path(self, endpoint: str) -> None:
+        """Lock the path of an ipc:// endpoint: ZeroMQ's bind takes over that of a live daemon without an error."""
+        socket_path = endpoint.removeprefix("ipc://")
+        if os.path.lexists(socket_path) and not stat.S_ISSOCK(os.lstat(socket_path).st_mode):
+            raise InvalidArgument(f"cannot listen on {endpoint}: there is something else than a socket at that path")
+        path = socket_path + ".lock"
+        try:
+            # Not blocking, for a pipe at that path; and no link, which may lead to what is not ours.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+            lock = os.fdopen(os.open(path, flags, 0o666), "w", encoding="ascii")  # held until close
+        except OSError as error:
+            raise InvalidArgument(f"cannot listen on {endpoint}: {path}: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise FailedPrecondition(f"{endpoint} is in use by another process") from None
+        self._locks.append(lock)
+
+    def close(self) -> None:
+        """Remove the sockets of ipc:// endpoints and release their locks, once the socket is closed."""
+        for endpoint in self.endpoints:
+            if endpoint.startswith("ipc://"):
+                with contextlib.suppress(OSError):
+                    os.unlink(endpoint.removeprefix("ipc://"))
+        for lock in self._locks:
+            lock.close()  # the file stays: to remove it would let two others lock two files of one name
