@@ -19,10 +19,10 @@ import numpy as np
 
 import openload
 import zmtpsocket
-from heeding import Heeding
 from loadgen import PATIENCE_SECONDS
 from openload import CHECKED_EVERY, STDIN, TICK_NS, Record
 from outcomes import Outcomes
+from throttle import Throttle
 from tnxctl.protocol.wire import DEFAULT_PRIORITY
 from workload import FIRST_ID, STAMP, Workload
 from zmtpsocket import MORE, READ_BYTES, Messages, frame
@@ -124,7 +124,7 @@ class Flood:
         self._workload = workload
         self._heeds = heeds
         self._deadline_s = deadline_s
-        self._heeding: Heeding | None = None
+        self._throttle: Throttle | None = None
         self._buffer = bytearray(READ_BYTES)
         self._view = memoryview(self._buffer)
         self.record = Record()
@@ -146,8 +146,8 @@ class Flood:
         self._socket.close()
         self.record.cut += 1
         self._connect()
-        if self._heeding is not None:
-            self._heeding.begin()
+        if self._throttle is not None:
+            self._throttle.reset()
 
     def send(self, due: Sequence[int], end: int, urgent: Sequence[bool]) -> None:
         """See `openload.Client`."""
@@ -158,15 +158,15 @@ class Flood:
         numbers: Sequence[int] = ()
         stop = 0
         if self._heeds:
-            self._heeding = Heeding(self._deadline_s, urgent)
+            self._throttle = Throttle(self._deadline_s, urgent)
         while (now := clock()) < end:
             reached = bisect_right(due, now, len(tried))
             tried.extend(repeat(now, reached - len(tried)))
             if not leaving and stop < reached:
                 first, stop = stop, min(reached, stop + batch)
                 numbers = range(first, stop)
-                if self._heeding is not None:
-                    numbers = self._heeding.let(first, stop, now / 1e9)
+                if self._throttle is not None:
+                    numbers = self._throttle.admit(first, stop, now / 1e9)
                 leaving = memoryview(messenger.bytes_of(numbers, urgent, now))
                 if not numbers:
                     sent.extend(repeat(now, stop - len(sent)))
@@ -213,8 +213,8 @@ class Flood:
             return -1
         now, part = time.perf_counter_ns(), bytes(self._view[:size])
         self._parts.append((now, part))
-        if self._heeding is not None:
-            self._heeding.take(part, now / 1e9)
+        if self._throttle is not None:
+            self._throttle.receive(part, now / 1e9)
         return size
 
     def listen(self, stop: int) -> None:
@@ -232,7 +232,7 @@ class Flood:
         """See `openload.Client`."""
         until = time.perf_counter() + PATIENCE_SECONDS
         lives, sent = self._lives, len(self.record.sent)
-        held = np.array(self._heeding.held if self._heeding is not None else [], np.int64)
+        held = np.array(self._throttle.held if self._throttle is not None else [], np.int64)
         outcomes.hold(held)
         for place, (first, parts) in enumerate(lives):
             last = place == len(lives) - 1

@@ -1,7 +1,11 @@
-"""Daemons that the tests of the client talk to: real ROUTER sockets in a thread, answering as each test says."""
+"""Daemons that the tests of the client talk to: real ROUTER sockets in a thread, answering as each test says.
+
+With an event loop that watches no file descriptor, and the values that these tests share.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import queue
 import socket
@@ -12,11 +16,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
+import numpy as np
 import zmq
 
 from tnxctl.protocol import wire
+from tnxctl.results import Result
 
 LIMITS = wire.Limits()
+X = np.arange(6, dtype="f4").reshape(2, 3)
+PATIENCE_S = 20.0  # for what must happen; never reached when all is well
 TIMING = wire.Timing(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 28.0)
 
 
@@ -294,3 +302,18 @@ def free_endpoint() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def equal(result: Result, expected: Any) -> bool:
+    """Whether the only output of a result has these elements."""
+    return bool(np.array_equal(result.output, expected))
+
+
+class BlindLoop(asyncio.SelectorEventLoop):
+    """A loop like the default one of Windows: it watches no file descriptor for others."""
+
+    def add_reader(self, fd: Any, callback: Any, *args: Any) -> None:
+        raise NotImplementedError
+
+    def remove_reader(self, fd: Any) -> bool:
+        raise NotImplementedError

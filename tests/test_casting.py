@@ -40,14 +40,14 @@ def taking(*datatypes: str) -> wire.ModelInfo:
     [[[1, 0]], ((1.0, 0.0),), np.array([[1, 0]]), Frame(np.array([[1, 0.0]], object)), [[True, False]]],
     ids=["lists", "tuples", "array", "objects", "truths"],
 )
-def test_whatever_is_numbers_becomes_the_datatype(datatype: str, value: Any) -> None:
+def test_all_kinds_of_numbers_become_the_datatype(datatype: str, value: Any) -> None:
     array = cast(value, taking(datatype))[""]
     assert array.dtype == (ml_dtypes.bfloat16 if datatype == "BF16" else STORAGE[datatype])
     assert array.astype(float).tolist() == [[1, 0]]
     assert to_wire("", array)[0] == datatype
 
 
-def test_what_fits_already_is_not_copied() -> None:
+def test_arrays_of_the_right_datatype_are_not_copied() -> None:
     array = np.ones((1, 2), np.float32)
     assert cast(array, taking("FP32"))[""] is array
 
@@ -76,7 +76,7 @@ def test_as_numpy_does_it_or_exactly() -> None:
         (Frame(np.array([["a", 1]], object)), "input 'x0': no FP32 can be made of object"),
     ],
 )
-def test_what_is_no_numbers_is_named(value: Any, why: str) -> None:
+def test_values_that_are_no_numbers_are_named(value: Any, why: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         cast({"x0": value}, taking("FP32", "FP32"))
     assert why in caught.value.message

@@ -317,7 +317,7 @@ def test_exit_code_of_several_requests(answered: int, failures: list[errors.Tens
 # --- options -------------------------------------------------------------------------------------------------
 
 
-def test_what_the_options_say_is_what_the_client_says() -> None:
+def test_the_limits_of_the_options_are_those_of_the_client() -> None:
     assert encoder.DEFAULT_TIMEOUT_S == options.DEFAULT_TIMEOUT_S
     assert arguments.MAX_DEADLINE_S == options.MAX_DEADLINE_S
     assert encoder.LOAD_TIMEOUT_S == options.LOAD_TIMEOUT_S
@@ -347,7 +347,7 @@ def test_durations_are_read(given: str, seconds: float) -> None:
 @pytest.mark.parametrize(
     "given", ["", "ms", "5 m", "5MS", "1h", "5msec", "nan", "inf", "0x5", "1_0", "5ms5ms", "--5", "٥½"]
 )
-def test_what_is_no_duration_is_told_apart(given: str) -> None:
+def test_bad_durations_are_told_apart(given: str) -> None:
     with pytest.raises(click.BadParameter, match=r"is not a duration: 50ms, 200us and 0\.05s are"):
         options.Duration(most=86_400.0).convert(given, None, None)
 

@@ -173,7 +173,7 @@ def test_a_change_is_not_sent_again_after_an_error_in_this_process() -> None:
 
 
 @pytest.mark.parametrize("verb", ["models", "compare"])
-def test_what_only_asks_outlives_a_restart(connect: Callable[..., Ask], verb: str) -> None:
+def test_a_query_outlives_a_restart(connect: Callable[..., Ask], verb: str) -> None:
     def reply(request: Request) -> list[tuple[bytes, list[bytes]]]:
         if isinstance(request.header, wire.Compare):
             return [(request.identity, [wire.encode(comparison(request.header))])]

@@ -193,7 +193,7 @@ def public() -> Iterator[tuple[str, typing.Any]]:
 
 
 @pytest.mark.parametrize(("name", "value"), [pytest.param(*pair, id=pair[0]) for pair in public()])
-def test_what_is_typed_can_be_looked_at(name: str, value: typing.Any) -> None:
+def test_typed_names_can_be_inspected(name: str, value: typing.Any) -> None:
     assert inspect.signature(value) is not None
     assert isinstance(typing.get_type_hints(value), dict)
 

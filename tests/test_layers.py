@@ -169,26 +169,6 @@ def test_importing_a_module_brings_nothing_of_another_layer(module: str, forbidd
     assert ended.stdout.strip() == "[]"
 
 
-# --- deployment ----------------------------------------------------------------------------------------------
-
-
-def test_deployment_does_not_know_the_serving_loop() -> None:
-    assert not {path for path in users("tnxd.serving") if path.startswith("tnxd/deployment/")}
-
-
-def test_a_repository_does_not_know_the_formats() -> None:
-    assert "tnxd/models/repository.py" not in users("tnxd.models.formats")
-
-
-def test_a_plan_knows_the_registry_and_its_versions_alone() -> None:
-    modules = {name for name in imports(ROOT / "tnxd/deployment/plan.py") if (ROOT / as_path(name)).exists()}
-    assert modules == {"tnxd.deployment.registry", "tnxd.deployment.version"}
-
-
-def as_path(module: str) -> str:
-    return module.replace(".", "/") + ".py"
-
-
 # --- rooms of the client -------------------------------------------------------------------------------------
 
 SANS_IO = ("admission", "call", "connection", "encoder", "failures", "session", "windows")
@@ -268,3 +248,20 @@ def test_scheduling_is_pure() -> None:
             assert name.split(".")[0] not in impure, (path, name)
             if name.split(".")[0] in {"tnxd", "tnxctl"}:
                 assert f"{name}.".startswith(allowed), (path, name)
+
+
+def test_deployment_does_not_know_the_serving_loop() -> None:
+    assert not {path for path in users("tnxd.serving") if path.startswith("tnxd/deployment/")}
+
+
+def test_a_repository_does_not_know_the_formats() -> None:
+    assert "tnxd/models/repository.py" not in users("tnxd.models.formats")
+
+
+def test_a_plan_knows_the_registry_and_its_versions_alone() -> None:
+    modules = {name for name in imports(ROOT / "tnxd/deployment/plan.py") if (ROOT / as_path(name)).exists()}
+    assert modules == {"tnxd.deployment.registry", "tnxd.deployment.version"}
+
+
+def as_path(module: str) -> str:
+    return module.replace(".", "/") + ".py"

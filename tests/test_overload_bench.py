@@ -38,7 +38,6 @@ import overload
 from contenders import ENVIRONMENTS
 from crowd import FLOOD, LIGHT
 from flood import Flood, Messenger
-from heeding import Heeding
 from httpflood import HttpFlood, HttpSetting, requests_of
 from openload import Client, Load
 from outcomes import Outcome, Outcomes, joined, kind_of
@@ -46,6 +45,7 @@ from overload_figures import figures, retry_ratios, waiting
 from overload_models import MODELS
 from overload_report import REST, URGENT
 from overload_servers import PEERS
+from throttle import Throttle
 from workload import FIRST_ID, Workload, mlp
 from zmtpsocket import Messages, frame
 
@@ -183,23 +183,23 @@ def test_a_stamp_says_when_a_request_was_sent() -> None:
     assert (request.id, request.sent_us, request.deadline_us) == (FIRST_ID + 3, 1234.567, 5000.0)
 
 
-def test_who_heeds_refusals_holds_back_what_would_be_refused() -> None:
-    heeding = Heeding(0.05, [False] * 99 + [True])
+def test_a_throttle_holds_back_what_would_be_refused() -> None:
+    throttle = Throttle(0.05, [False] * 99 + [True])
 
     def answer(number: int, code: str) -> bytes:
         reply = wire.ErrorReply(v=1, id=FIRST_ID + number, code=code, message="late", retry_after_us=7.0)
         return frame(wire.encode(reply))
 
-    assert heeding.let(0, 50, 0.0) == list(range(50))
-    heeding.take(b"".join(answer(number, "UNAVAILABLE") for number in range(10)), 0.0)
-    assert heeding.let(50, 60, 0.0) == list(range(50, 60))
-    heeding.take(b"".join(answer(number, "DEADLINE_EXCEEDED") for number in range(10, 40)), 0.0)
-    sent = heeding.let(60, 100, 0.0)
+    assert throttle.admit(0, 50, 0.0) == list(range(50))
+    throttle.receive(b"".join(answer(number, "UNAVAILABLE") for number in range(10)), 0.0)
+    assert throttle.admit(50, 60, 0.0) == list(range(50, 60))
+    throttle.receive(b"".join(answer(number, "DEADLINE_EXCEEDED") for number in range(10, 40)), 0.0)
+    sent = throttle.admit(60, 100, 0.0)
     assert 99 in sent, "the urgent one is held back for others"
-    assert heeding.held == [number for number in range(60, 100) if number not in sent]
-    assert len(heeding.held) > 20
-    heeding.begin()
-    again = heeding.let(0, 50, 0.0)
+    assert throttle.held == [number for number in range(60, 100) if number not in sent]
+    assert len(throttle.held) > 20
+    throttle.reset()
+    again = throttle.admit(0, 50, 0.0)
     assert len(sent) - 1 < len(again) < 50  # nothing is outstanding there; what was learned holds
 
 

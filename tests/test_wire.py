@@ -487,7 +487,7 @@ def test_titles_are_split(title: str, parts: tuple[str, str]) -> None:
         *("lin@", "a b@x", "a b", "../etc", "-a", "a/b", "x" * 65, "a@x", "a@01", "a@0", "a@-1", "a@1.0", "é", "a\n"),
     ],
 )
-def test_what_is_no_title_is_named(title: str) -> None:
+def test_bad_titles_are_named(title: str) -> None:
     with pytest.raises(InvalidArgument, match="is not a model: NAME or NAME@VERSION") as caught:
         wire.split_title(title)
     assert wire.excerpt(title) in caught.value.message
@@ -515,7 +515,7 @@ def test_the_id_of_a_refused_header_is_found(request_id: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 2**63, None, "7", 7.0, True, [7], ...])
-def test_what_is_no_id_is_not_found(bad: object) -> None:
+def test_bad_ids_are_not_found(bad: object) -> None:
     assert wire.request_id(pack(predict_header(id=bad)), LIMITS) is None
 
 

@@ -40,7 +40,7 @@ class AsyncClient:
             results = await asyncio.gather(*(tnx.predict(x) for x in batches))
 
     It belongs to the event loop of its first call, and is used from that loop's thread only. Cancelling a task
-    withdraws its prediction. The arrays of a call must stay unchanged until it is done.
+    cancels its prediction. The arrays of a call must stay unchanged until it is done.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ else:
 
 
 class Client:
-    """Asks one daemon.
+    """A client of one daemon.
 
         with Client("192.168.1.100", timeout=5.0) as tnx:
             result = tnx.predict(x, model="digits")
@@ -54,7 +54,8 @@ class Client:
         endpoint: an address, a host name, tcp://... or ipc://..., see `tnxctl.endpoint.parse_endpoint`.
         timeout: seconds allowed to a call that names no timeout of its own.
         limits: most that a message may hold. A larger request is refused here, a larger answer by the daemon, before it
-            computes it if it can. How many tensors and axes there may be, the daemon knows, by its models.
+            computes it if it can. The number of tensors and axes is bounded by the models of the
+            daemon.
 
     Raises:
         InvalidArgument: the endpoint or the timeout is not one.
@@ -141,9 +142,9 @@ class Client:
     ) -> Future[Result]:
         """Run a model as `predict` does, but return a future of the result at once.
 
-        The inputs are copied: their memory may be used again at once. `cancel` withdraws the request. Callbacks run
-        in the thread that reads everybody's replies, so they must not wait for another future; they may use the
-        client. An argument that can never work raises InvalidArgument here, not from the future.
+        The inputs are copied: their memory may be used again at once. Cancelling the future cancels the request at the
+        daemon, too. Callbacks run in the thread that reads all replies, so they must not wait for another future; they
+        may use the client. An argument that can never work raises InvalidArgument here, not from the future.
         """
         call = self._encoder.predict(
             inputs,
@@ -179,7 +180,7 @@ class Client:
 
             tnx.predict(tnx.cast([[5.1, 3.5, 1.4, 0.2]], "iris"), model="iris")
 
-        It asks for the signature each time. Whoever has that already, from `metadata`, calls `tnxctl.casting.cast`.
+        It asks for the signature each time. With a signature at hand, from `metadata`, call `tnxctl.casting.cast`.
 
         Args:
             inputs: one value for a model with one input, else a mapping of input names to values. A value is an array,
@@ -204,15 +205,15 @@ class Client:
 
         Args:
             model: NAME@VERSION for that version; while another one of the name serves, it gets no traffic of its name
-                yet. NAME for what its model.toml wants, traffic included. What is loaded already, with the files as
-                they are, stays as it is.
+                yet. NAME for what its model.toml wants, traffic included. A version that is loaded already, with
+                the files as they are, stays as it is.
 
         Returns:
             One entry for each version of that name.
 
         Raises:
             NotFound: there is no such model or version.
-            FailedPrecondition: it cannot be loaded; the sentence says why. What served before still does.
+            FailedPrecondition: it cannot be loaded; the sentence says why. The version that served before still does.
             ResourceExhausted: it does not fit into the memory budget of a device.
             DeadlineExceeded: it took longer than the daemon allows.
         """
@@ -267,7 +268,8 @@ class Client:
     def reload(self, *, timeout: float | None = None) -> ReloadReport:
         """Have the daemon look at its model repository again, and wait until it serves what is there now.
 
-        What cannot be loaded raises no error: it is in the `failed` of the report, and what served before still does.
+        A version that cannot be loaded raises no error: it is in the `failed` of the report, and the one that served
+        before still does.
         """
         return self._driver.run(self._encoder.reload(timeout=timeout, now=time.monotonic()))
 

@@ -1,15 +1,15 @@
 """The driver of a client for threads: sends, waits and receives for any number of them, over one `Link`.
 
-The link belongs to whoever holds the lock. A call that finds no other under way takes it, sends, waits and reads in
-the caller's own thread, without a hand-over to any other. As soon as a second call comes, all are the I/O thread's
-until none is left: what is to be done goes into the outbox, and whoever wants its outcome waits for that.
+The lock guards the link. A call that finds no other under way takes the lock, sends, waits and reads in the caller's
+own thread, without a hand-over to any other. As soon as a second call comes, all calls are the I/O thread's until none
+is left: their actions go into the outbox, and their callers wait for the outcome.
 
 Ctrl-C raises KeyboardInterrupt in the main thread, at the beginning of any function, at the return of any call, at any
 turn of a loop: also in between a lock that has been taken and the next line, and from Python 3.14 on even at the head
 of a `with` block (python/cpython#148874). So that an interrupted call harms no other:
 
-- A caller's thread touches the link only while no call but its own is under way. Whatever state they are left in, it
-  gives up both, the call and the connection.
+- A caller's thread touches the link only while no call but its own is under way. Interrupted, it gives up both, the
+  call and the connection, in any state.
 - It takes the lock inside the `try` whose `finally` begins with the release. An RLock knows its owner and refuses
   others, so nothing else has to remember whether it was taken. A context manager in Python would not do: its
   `__exit__` can be interrupted before its first line.

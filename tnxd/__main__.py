@@ -1,4 +1,4 @@
-"""The command `tnxd`, and `python -m tnxd`: signals have their meaning before anything that takes long to import."""
+"""Command `tnxd`, and `python -m tnxd`: installs signal handlers before it imports anything that takes long."""
 
 from tnxd.process import signals
 

@@ -24,24 +24,24 @@ ONE_LANE = "[cpu]\nworkers = 1\ninline_limit_us = 0\n"
 
 @dataclass
 class Running:
-    """A daemon process. Attributes: endpoint: where it listens. folder: of its own."""
+    """Daemon process. Attributes: endpoint: where it listens. folder: of its own."""
 
     endpoint: str
     process: subprocess.Popen[bytes]
     folder: Path
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Signal it; its exit code."""
+        """Send it a signal. Returns its exit code."""
         self.process.send_signal(number)
         return self.process.wait(30)
 
     @property
     def log(self) -> str:
-        """The text that it wrote to stderr, if that went to the file `log`."""
+        """Text of its stderr, if that went to the file `log`."""
         return (self.folder / "log").read_text()
 
     def status(self, field: str) -> str:
-        """A line of /proc/PID/status, by its name."""
+        """Line of /proc/PID/status, by its name."""
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(rf"^{field}:\s+(.*)$", text, re.MULTILINE)
         assert found is not None
@@ -60,7 +60,7 @@ def running(
     environment: dict[str, str] | None = None,
     binds: bool = True,
 ) -> Iterator[Running]:
-    """A daemon that listens on an ipc path in that folder; it may not be ready yet. Killed at the end if it still runs.
+    """Daemon that listens on an ipc path in a folder; it may not be ready yet. Killed at the end if it still runs.
 
     Args:
         binds: whether to wait until it listens, or has ended.
@@ -95,7 +95,7 @@ def running(
 
 @contextmanager
 def full_pipe() -> Iterator[tuple[int, int]]:
-    """A pipe, its reading and its writing end, that takes not one byte more."""
+    """Pipe that takes not one byte more: reader and writer."""
     reader, writer = os.pipe()
     try:
         os.set_blocking(writer, False)

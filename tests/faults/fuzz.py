@@ -46,7 +46,7 @@ SEEDS = [
 
 
 def damaged(chance: random.Random, data: bytes) -> bytes:
-    """A few bytes changed, taken out, doubled, or put in."""
+    """Message with a few bytes changed, taken out, doubled, or put in."""
     result = bytearray(data)
     for _ in range(chance.choice([1, 1, 1, 2, 3, 8])):
         at = chance.randrange(len(result) + 1)

@@ -1,4 +1,4 @@
-"""An honest client in a process of its own: `python honest.py ENDPOINT MODEL`.
+"""Honest client in a process of its own: `python honest.py ENDPOINT MODEL`.
 
 It keeps one request outstanding and times each. A line on stdin names the phase that begins; the end of stdin ends it.
 Then one line of JSON goes to stdout: by phase, the latencies in microseconds and what came that was no result. Before

@@ -1,4 +1,4 @@
-"""Checks of what has to hold whatever is done to a daemon, in one place for every kind of fault.
+"""Invariants of a daemon under every kind of fault, and their checks.
 
     with unharmed(daemon):
         ...  # the fault
@@ -44,7 +44,7 @@ _TESTS = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Footprint:
-    """The footprint of a process. Attributes: descriptors, threads: how many. rss_mib: memory in MiB."""
+    """Footprint of a process. Attributes: descriptors, threads: how many. rss_mib: memory in MiB."""
 
     descriptors: int
     threads: int
@@ -83,7 +83,7 @@ def latency(values: Sequence[float]) -> Latency:
 
 
 class Honest:
-    """A client that behaves, in a process of its own, with one request outstanding at a time."""
+    """Honest client in a process of its own, with one request outstanding at a time."""
 
     def __init__(self, endpoint: str, model: str) -> None:
         self._process = subprocess.Popen(
@@ -102,7 +102,7 @@ class Honest:
         self._expect("phase")
 
     def finish(self) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-        """End it. Latencies in microseconds, and what it got that was no result, by phase."""
+        """End it. Returns latencies in microseconds, and replies that were no result, by phase."""
         out, _ = self._process.communicate(timeout=PATIENCE_S)
         found = json.loads(out.splitlines()[-1])
         return found["latencies"], found["failures"]
@@ -130,7 +130,7 @@ def unharmed(
     settled: bool = True,
     patience_s: float = PATIENCE_S,
 ) -> Iterator[Honest]:
-    """Do something to a daemon inside, and check afterwards that nobody else noticed.
+    """Check around a fault in the block that nobody else noticed it.
 
     Args:
         name: what the report calls the fault; the test's own name by default.
@@ -160,7 +160,7 @@ def unharmed(
 
 
 def make_what_is_made_once(daemon: Daemon, model: str) -> None:
-    """Have a daemon do all for which it starts a thread or opens a descriptor at the first time, and keeps it.
+    """Warm up a daemon: it starts the threads and opens the descriptors that it makes once and keeps.
 
     What is made later would look like something that a fault has left behind. The daemon itself says when it is made,
     since no look from outside can tell that nothing more will come: the first audit runs with the lowest priority, on a
@@ -185,7 +185,7 @@ def make_what_is_made_once(daemon: Daemon, model: str) -> None:
 
 
 def check_alive(daemon: Daemon, model: str = "mlp") -> None:
-    """The process runs, and a new connection is served."""
+    """Check that the process runs, and that a new connection is served."""
     assert daemon.process.poll() is None, f"exit code {daemon.process.returncode}:\n{daemon.log.read_text()[-3000:]}"
     with Dealer(daemon.endpoint) as dealer:
         dealer.predict(rows(2), model=model)
@@ -199,7 +199,7 @@ def quiet_footprint(
     memory_slack_mib: float = MEMORY_SLACK_MIB,
     patience_s: float = PATIENCE_S,
 ) -> Footprint:
-    """The footprint of a daemon with one connection once that has stopped changing; with `before`, once it is back.
+    """Footprint of a daemon with one connection once it is stable; with `before`, once it has returned to that.
 
     Raises:
         AssertionError: it does not come back.
@@ -239,7 +239,7 @@ def _let_it_run(daemon: Daemon, requests: int) -> None:
 
 
 def _report(name: str, base: Latency, fault: Latency, before: Footprint, after: Footprint) -> None:
-    """A line for whoever reads the output; with TNX_FAULTS_REPORT, also one of JSON in that file."""
+    """Print a line; with TNX_FAULTS_REPORT, also write one of JSON to that file."""
     name = name or os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0].rpartition("::")[2]
     print(f"\n{name}: beside it {fault}; before: {base}; memory {before.rss_mib:.0f} -> {after.rss_mib:.0f} MiB")
     path = os.environ.get("TNX_FAULTS_REPORT")

@@ -1,4 +1,4 @@
-"""Run as a program: a daemon that leaves behind what the routing id of a new peer names."""
+"""Leaky daemon, as a program: it leaks what the routing id of a new peer names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _meet = Connections._meet
 
 
 def meet(connections: Connections, peer: bytes, frame: zmq.Frame) -> Connection:
-    """Meet a new peer, and leave behind what it is called."""
+    """Leak what the routing id of a new peer names."""
     if peer in LEAKS:
         LEAKS[peer]()
     return _meet(connections, peer, frame)

@@ -1,4 +1,4 @@
-"""Bytes that the faults send one by one, and readers of what comes back."""
+"""Raw bytes of ZMTP, as tests of faults send and read them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ROW = bytes(1024)
 
 
 def good(request_id: int = 7, **changes: object) -> bytes:
-    """A good request, as it goes over the wire."""
+    """Good request, as it goes over the wire."""
     return message(pack(predict_header(id=request_id, **changes)), ROW)
 
 
 def reply(peer: Peer) -> wire.Reply:
-    """The header of the next message."""
+    """Header of the next message."""
     return wire.decode_reply(peer.read_message()[0], Limits(header_bytes=1 << 20))
 
 

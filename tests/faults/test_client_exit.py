@@ -1,4 +1,4 @@
-"""A client whose interpreter ends while calls are outstanding: it ends with its own exit code, and silently."""
+"""Exit of a client whose interpreter ends while calls are outstanding: with its own exit code, and silently."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ inside.wait()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_interpreter_ends_while_the_daemon_is_gone(case: str) -> None:
+def test_exit_code_of_an_interpreter_that_ends_while_the_daemon_is_gone(case: str) -> None:
     """It comes back while the last handlers run: what is outstanding would be sent again, which pyzmq refuses then."""
     with FakeDaemon(silence) as fake:
         command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", START + CASES[case], fake.endpoint]

@@ -1,4 +1,4 @@
-"""No file descriptors are left: who comes has to wait, who is here is served, and the process stays alive.
+"""File descriptors run out: new peers have to wait, old ones are served, and the process stays alive.
 
 On tcp. When an ipc listener runs out of them, libzmq 4.3.5 ends the process, and nothing can be done about it but to
 raise the limit and to admit few: docs/architecture.md, "Sockets".
@@ -27,7 +27,7 @@ def few() -> None:
 
 
 @pytest.mark.slow
-def test_more_connections_than_descriptors(tmp_path: Path) -> None:
+def test_connections_beyond_the_descriptors_wait(tmp_path: Path) -> None:
     arguments = ("--bind", "tcp://127.0.0.1:*")
     with running(tmp_path, *arguments, before=few, stdout=subprocess.PIPE) as daemon:
         assert daemon.process.stdout is not None

@@ -22,7 +22,7 @@ HELLO = GREETING + frame(b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER", comm
 
 @needs_proc
 @pytest.mark.parametrize("count", [2000, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(240)])])
-def test_a_storm_of_connections_leaves_nothing_behind(run_daemon: Callable[..., Daemon], count: int) -> None:
+def test_storm_of_connections_leaves_nothing_behind(run_daemon: Callable[..., Daemon], count: int) -> None:
     """Each says hello, sends a request and leaves, so that descriptors are used again before requests are read."""
     daemon = run_daemon("--model", "mlp")
     address = "127.0.0.1", int(daemon.endpoint.rpartition(":")[2])
@@ -39,7 +39,7 @@ def test_a_storm_of_connections_leaves_nothing_behind(run_daemon: Callable[..., 
 
 
 @needs_proc
-def test_a_client_with_too_many_connections_gets_no_more(run_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+def test_connections_of_one_client_are_limited(run_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     config = tmp_path / "tnxd.toml"
     config.write_text("[clients]\nmax_connections = 20\n")
     daemon = run_daemon("--config", str(config), "--model", "mlp")

@@ -1,4 +1,4 @@
-"""Every message that ever was a bug, sent again: corpus/*.bin is what a peer wrote after it had connected."""
+"""Corpus of messages that were a bug once, sent again: corpus/*.bin is what a peer wrote after it had connected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.bin"))
 
 
 @needs_proc
-def test_what_was_a_bug_is_survived(run_daemon: Callable[..., Daemon]) -> None:
+def test_corpus_is_survived(run_daemon: Callable[..., Daemon]) -> None:
     daemon = run_daemon("--model", "mlp")
     address = "127.0.0.1", int(daemon.endpoint.rpartition(":")[2])
     assert CORPUS

@@ -1,4 +1,4 @@
-"""Peers that claim the names which libzmq gives to its own peers."""
+"""Routing ids that libzmq assigns, claimed by a peer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNSEEDED = 0x6B8B4567, 0xE43C9869
 
 @pytest.mark.slow
 @needs_proc
-def test_claimed_names_do_not_end_the_process(run_daemon: Callable[..., Daemon]) -> None:
+def test_claimed_routing_ids_do_not_end_the_process(run_daemon: Callable[..., Daemon]) -> None:
     daemon = run_daemon("--model", "mlp")
     with unharmed(daemon), contextlib.ExitStack() as stack:
         for number in range(150):
@@ -33,14 +33,14 @@ def test_claimed_names_do_not_end_the_process(run_daemon: Callable[..., Daemon])
 
 
 @pytest.mark.parametrize("identity", [b"\0abc", b"\0\0\0\0\1", b"\0" * 200])
-def test_who_speaks_under_such_a_name_is_cut_off(daemon: Daemon, identity: bytes) -> None:
+def test_peer_with_a_claimed_routing_id_is_cut_off(daemon: Daemon, identity: bytes) -> None:
     with Peer(daemon.endpoint, timeout=20) as peer:
         peer.greet(identity).write(good())
         peer.read_end()
     check_alive(daemon)
 
 
-def test_a_name_of_its_own_is_served(daemon: Daemon) -> None:
+def test_peer_with_a_routing_id_of_its_own_is_served(daemon: Daemon) -> None:
     with Peer(daemon.endpoint) as peer:
         peer.greet(b"mine").write(good())
         assert isinstance(reply(peer), wire.Result)

@@ -30,7 +30,7 @@ max_owed_mb = 16.0
 
 @pytest.fixture
 def small_daemon(run_daemon: Callable[..., Daemon], tmp_path: Path) -> Daemon:
-    """One whose traffic may take 128 MiB."""
+    """Daemon whose traffic may take 128 MiB."""
     config = tmp_path / "tnxd.toml"
     config.write_text(SMALL)
     return run_daemon("--config", str(config), "--model", "mlp")
@@ -38,7 +38,7 @@ def small_daemon(run_daemon: Callable[..., Daemon], tmp_path: Path) -> Daemon:
 
 @contextlib.contextmanager
 def peak_of(pid: int) -> Iterator[list[float]]:
-    """The most memory that a process has inside, in MiB, as the only item."""
+    """Peak of the memory of a process inside the block, in MiB, as the only item."""
     peak, stop = [0.0], threading.Event()
 
     def watch() -> None:
@@ -64,7 +64,7 @@ def peak_of(pid: int) -> Iterator[list[float]]:
     ],
     ids=["empty", "1 kB", "1 MiB"],
 )
-def test_a_message_that_does_not_end_is_cut_off(small_daemon: Daemon, part: bytes) -> None:
+def test_message_that_does_not_end_is_cut_off(small_daemon: Daemon, part: bytes) -> None:
     """Each empty part takes 2 bytes on the wire and 64 in memory."""
     pid = small_daemon.process.pid
     with unharmed(small_daemon), peak_of(pid) as peak:
@@ -82,7 +82,7 @@ def test_a_message_that_does_not_end_is_cut_off(small_daemon: Daemon, part: byte
 
 
 @needs_proc
-def test_a_slow_upload_within_the_limits_is_not_cut_off(small_daemon: Daemon) -> None:
+def test_slow_upload_within_the_limits_is_not_cut_off(small_daemon: Daemon) -> None:
     with unharmed(small_daemon), Peer(small_daemon.endpoint, timeout=30) as peer:
         rows = 15 * MIB // 1024
         peer.greet().write(frame(pack(predict_header(inputs=[["input", "FP32", [rows, 256]]])), more=True))
@@ -98,7 +98,7 @@ def test_a_slow_upload_within_the_limits_is_not_cut_off(small_daemon: Daemon) ->
 
 
 @needs_proc
-def test_replies_that_nobody_takes(small_daemon: Daemon) -> None:
+def test_replies_that_nobody_takes_are_bounded(small_daemon: Daemon) -> None:
     """Four clients that never read ask for 400 replies of 240 kB each. What they leave behind comes back."""
     # Before each request of the honest client one of each of the four is computed, which takes 20 times as long as one
     # of its own: 80 times its latency is what turns cost. If it waited for all that they have here, it would be

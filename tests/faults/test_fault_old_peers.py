@@ -52,7 +52,7 @@ def open_with(address: str | tuple[str, int], opening: bytes) -> None:
 
 
 @needs_proc
-def test_what_scanners_say_is_survived(run_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+def test_messages_of_scanners_are_survived(run_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     path = tmp_path / "tnxd"
     daemon = run_daemon("--bind", "tcp://127.0.0.1:*", "--bind", f"ipc://{path}", "--model", "mlp")
     tcp = ("127.0.0.1", int(daemon.endpoint.rpartition(":")[2]))
@@ -63,7 +63,7 @@ def test_what_scanners_say_is_survived(run_daemon: Callable[..., Daemon], tmp_pa
 
 
 @needs_proc
-def test_a_ping_behind_more_than_was_read_of_a_peer_that_is_gone(
+def test_ping_behind_unread_messages_of_a_peer_that_is_gone_is_survived(
     run_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     """libzmq answers a PING though it knows that the connection is lost, and ends the process: where its queue was full

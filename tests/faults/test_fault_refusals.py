@@ -1,4 +1,4 @@
-"""Messages that are refused: what that costs, and who pays."""
+"""Refused messages: their cost, and who pays it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MANY_INPUTS = pack(predict_header(inputs=[["", "FP32", [1]]] * 5000))
 
 
 @needs_proc
-def test_long_headers_that_break_at_the_end(run_daemon: Callable[..., Daemon]) -> None:
+def test_long_headers_that_break_at_the_end_are_refused(run_daemon: Callable[..., Daemon]) -> None:
     daemon = run_daemon("--model", "mlp")
     with unharmed(daemon), Peer(daemon.endpoint, timeout=30) as peer:
         peer.greet()
@@ -35,7 +35,7 @@ def test_long_headers_that_break_at_the_end(run_daemon: Callable[..., Daemon]) -
 
 @pytest.mark.slow
 @needs_proc
-def test_a_message_of_a_million_parts(run_daemon: Callable[..., Daemon]) -> None:
+def test_message_of_a_million_parts_is_cut_off(run_daemon: Callable[..., Daemon]) -> None:
     """It is read over many turns, in which others are answered, and its sender is cut off."""
     daemon = run_daemon("--model", "mlp")
     with unharmed(daemon), Peer(daemon.endpoint, timeout=30) as peer:
@@ -48,7 +48,7 @@ def test_a_message_of_a_million_parts(run_daemon: Callable[..., Daemon]) -> None
 
 @needs_proc
 @pytest.mark.slow
-def test_who_goes_on_sending_what_is_refused_is_cut_off(run_daemon: Callable[..., Daemon]) -> None:
+def test_flood_of_refused_messages_is_cut_off(run_daemon: Callable[..., Daemon]) -> None:
     daemon = run_daemon("--model", "mlp")
     with unharmed(daemon):
         flood(daemon, message(b"nonsense") * 1000, 2)
@@ -57,7 +57,7 @@ def test_who_goes_on_sending_what_is_refused_is_cut_off(run_daemon: Callable[...
 
 @needs_proc
 @pytest.mark.slow
-def test_a_flood_of_good_requests_leaves_room_for_others(run_daemon: Callable[..., Daemon]) -> None:
+def test_flood_of_good_requests_leaves_room_for_others(run_daemon: Callable[..., Daemon]) -> None:
     """More than the queue of all holds, from one client; what is over its limit is refused."""
     daemon = run_daemon("--model", "mlp")
     with unharmed(daemon), Dealer(daemon.endpoint) as dealer:
@@ -76,7 +76,7 @@ def test_a_flood_of_good_requests_leaves_room_for_others(run_daemon: Callable[..
 @needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tcp", "ipc"])
-def test_a_flood_of_tiny_messages(run_daemon: Callable[..., Daemon], tmp_path: Path, kind: str) -> None:
+def test_flood_of_tiny_messages_is_survived(run_daemon: Callable[..., Daemon], tmp_path: Path, kind: str) -> None:
     """ZeroMQ takes in all that comes, and 64 bytes of memory for each of three on the wire."""
     path = tmp_path / "tnxd"
     daemon = run_daemon("--bind", "tcp://127.0.0.1:*", "--bind", f"ipc://{path}", "--model", "mlp")
@@ -86,7 +86,7 @@ def test_a_flood_of_tiny_messages(run_daemon: Callable[..., Daemon], tmp_path: P
 
 
 def flood(daemon: Daemon, data: bytes, connections: int, endpoint: str = "") -> None:
-    """Send that again and again, until each connection has been cut off."""
+    """Send a message again and again, until each connection has been cut off."""
 
     def send() -> None:
         with Peer(endpoint or daemon.endpoint, timeout=30) as peer:
@@ -145,7 +145,7 @@ def test_orders_get_through_a_flood_of_orders(run_daemon: Callable[..., Daemon])
                 thread.join()
 
 
-def test_a_good_request_beside_it(daemon: Daemon) -> None:
+def test_good_request_by_the_tool_of_these_tests_is_served(daemon: Daemon) -> None:
     """The tool of the tests above is sound."""
     with Peer(daemon.endpoint) as peer:
         peer.greet().write(good())

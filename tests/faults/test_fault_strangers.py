@@ -1,4 +1,4 @@
-"""Strangers: who may give orders, and what is said about those who may not."""
+"""Access of strangers: which clients may give orders about models, and what the log says about the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ORDER = pack({"type": "reload", "v": 1, "id": 3})
 
 
 def own_address() -> str:
-    """An address of this machine other than loopback."""
+    """Address of this machine other than loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing
@@ -63,7 +63,7 @@ def test_orders_come_from_the_same_host_unless_configured_otherwise(
         ("nonsense", "nonsense", False),
     ],
 )
-def test_who_a_client_is(address: str, name: str, local: bool) -> None:
+def test_client_of_an_address(address: str, name: str, local: bool) -> None:
     client = Admission(Clients(), max_requests=10, max_bytes=10).client(address)
     assert (client.name, client.local) == (name, local)
 

@@ -37,7 +37,7 @@ def device(path: Path) -> None:
 BAD: dict[str, Callable[[Path], Any]] = {"fifo": os.mkfifo, "device": device, "sparse": sparse}
 
 
-def test_models_that_hold_no_file(tmp_path: Path) -> None:
+def test_models_without_a_file_are_named_and_the_others_served(tmp_path: Path) -> None:
     """One sentence each, with its name, and the others are served."""
     repository = Repository(tmp_path / "models")
     cases = {}
@@ -66,7 +66,7 @@ def test_models_that_hold_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_settings_of_the_daemon_that_are_no_file(bad: str, tmp_path: Path) -> None:
+def test_configuration_that_is_no_file_is_refused(bad: str, tmp_path: Path) -> None:
     path = tmp_path / "tnxd.toml"
     BAD[bad](path)
     ended = subprocess.run(
@@ -76,14 +76,14 @@ def test_settings_of_the_daemon_that_are_no_file(bad: str, tmp_path: Path) -> No
     assert str(path) in ended.stderr
 
 
-def test_the_lock_of_an_ipc_path_is_no_file(tmp_path: Path) -> None:
+def test_lock_of_an_ipc_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tnx.lock")
     with running(tmp_path) as daemon:
         assert daemon.process.wait(30) == 1
         assert "tnx.lock" in daemon.log
 
 
-def test_a_file_that_is_replaced_between_the_look_and_the_opening(
+def test_file_that_is_replaced_between_check_and_opening_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, fifo = tmp_path / "file", tmp_path / "fifo"
@@ -122,7 +122,7 @@ print(float(network.weight.sum()))
 """
 
 
-def test_weights_that_are_shortened_while_they_are_loaded(tmp_path: Path) -> None:
+def test_weights_shortened_while_they_are_loaded_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"weight": torch.ones(16 << 20)}, path)
     ended = subprocess.run([sys.executable, "-c", SHRINKS, str(path)], capture_output=True, text=True, timeout=60)
@@ -130,7 +130,7 @@ def test_weights_that_are_shortened_while_they_are_loaded(tmp_path: Path) -> Non
     assert ended.stdout == "16777216.0\n"
 
 
-def test_weights_that_are_shortened_before_they_are_read(tmp_path: Path) -> None:
+def test_weights_shortened_before_they_are_read_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"weight": torch.ones(1 << 20)}, path)
     with path.open("rb") as file:
@@ -146,7 +146,7 @@ def test_weights_that_are_shortened_before_they_are_read(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("bad", ["device", "sparse"])
-def test_tensors_without_end(bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_without_end_are_refused(bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorfiles, "MOST_BYTES", 1 << 20)
     path = tmp_path / "input.npy"
     BAD[bad](path)

@@ -1,4 +1,4 @@
-"""A batch on the serving thread that does not come back."""
+"""Hang of the serving thread in a batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dealer import Dealer, rows
 INLINE = "stall_timeout_s = 0.5\n[cpu]\ninline_limit_us = 1000000.0\n"
 
 
-def test_it_is_named_and_the_process_ends_for_a_new_start(tmp_path: Path) -> None:
+def test_hang_is_named_and_ends_the_process_for_a_restart(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     environment = {"RUN_FIFO": str(tmp_path / "fifo")}
     config = f'on_hang = "restart"\n{INLINE}'
@@ -28,7 +28,7 @@ def test_it_is_named_and_the_process_ends_for_a_new_start(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_without_a_service_manager_it_goes_on_when_that_ends_after_all(tmp_path: Path) -> None:
+def test_hang_without_a_service_manager_is_waited_for(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     environment = {"RUN_FIFO": str(fifo)}
@@ -44,7 +44,7 @@ def test_without_a_service_manager_it_goes_on_when_that_ends_after_all(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_process_that_was_stopped_for_long_has_not_hung(tmp_path: Path) -> None:
+def test_stopped_process_that_continues_has_not_hung(tmp_path: Path) -> None:
     config = 'on_hang = "restart"\nstall_timeout_s = 0.5\n'
     with running(tmp_path, config=config) as daemon, Dealer(daemon.endpoint) as dealer:
         dealer.await_health(status="ready")

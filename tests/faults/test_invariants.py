@@ -1,4 +1,4 @@
-"""What the other tests here rely on: `unharmed` finds what is left behind, were it once and by one connection."""
+"""Leak detection of `unharmed`, on which the other tests rely: one leak by one connection is found."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def leaky(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 @needs_proc
-def test_a_connection_that_leaves_nothing_behind_is_no_leak(leaky: Daemon) -> None:
+def test_connection_that_leaves_nothing_behind_is_no_leak(leaky: Daemon) -> None:
     ask(leaky, "nothing")
 
 
 @needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize("leak", ["a thread", "a descriptor", "memory"])
-def test_what_one_connection_leaves_behind_is_found(leaky: Daemon, leak: str) -> None:
+def test_leak_of_one_connection_is_found(leaky: Daemon, leak: str) -> None:
     with pytest.raises(AssertionError, match="does not come back to"):
         ask(leaky, leak, patience_s=3.0)  # it never does
 

@@ -1,4 +1,4 @@
-"""A log that nobody reads, that is full or closed, or that one client would fill: the daemon serves, and stops."""
+"""Logging to a pipe that is full, unread or closed, and a flood of records: the daemon serves, and stops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GOOD = rows(1, 4, 100.0)
 
 
 def check_that_it_serves(endpoint: str, failing: int = 40) -> None:
-    """Let so many requests fail and as many succeed: each has to get its answer."""
+    """Check that so many requests that fail, and as many that succeed, each get their answer."""
     with Dealer(endpoint) as dealer:
         dealer.await_health(status="ready")
         for _ in range(failing):
@@ -31,13 +31,13 @@ def check_that_it_serves(endpoint: str, failing: int = 40) -> None:
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_pipe_that_nobody_reads(stream: str, tmp_path: Path) -> None:
+def test_unread_pipe_blocks_neither_serving_nor_stopping(stream: str, tmp_path: Path) -> None:
     with full_pipe() as (_, writer), running(tmp_path, "--model", "odd", program=ODD, **{stream: writer}) as daemon:
         check_that_it_serves(daemon.endpoint)
         assert daemon.stop() == 0
 
 
-def test_a_disk_that_is_full(tmp_path: Path) -> None:
+def test_full_disk_blocks_neither_serving_nor_stopping(tmp_path: Path) -> None:
     with (
         open("/dev/full", "wb") as full,
         running(tmp_path, "--model", "odd", program=ODD, stderr=full, stdout=full) as daemon,
@@ -46,7 +46,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
         assert daemon.stop() == 0
 
 
-def test_streams_that_are_closed_are_not_taken_for_sockets(tmp_path: Path) -> None:
+def test_closed_streams_are_not_taken_for_sockets(tmp_path: Path) -> None:
     """The next descriptor that is opened gets the number of a closed one, and what is printed would go there."""
 
     def close() -> None:
@@ -61,7 +61,7 @@ def test_streams_that_are_closed_are_not_taken_for_sockets(tmp_path: Path) -> No
         assert daemon.stop() == 0
 
 
-def test_one_client_with_wrong_requests_does_not_fill_the_log(tmp_path: Path) -> None:
+def test_log_is_not_filled_by_one_client_with_wrong_requests(tmp_path: Path) -> None:
     with running(tmp_path, "--model", "odd", program=ODD) as daemon:
         with Dealer(daemon.endpoint) as dealer:
             dealer.await_health(status="ready")
@@ -92,7 +92,7 @@ class Clock:
 
 
 def read_all(reader: int) -> list[str]:
-    """The lines that are in a pipe now."""
+    """Lines that are in a pipe now."""
     os.set_blocking(reader, False)
     data = b""
     try:
@@ -103,7 +103,7 @@ def read_all(reader: int) -> list[str]:
     return data.decode().splitlines()
 
 
-def test_what_finds_no_room_is_counted() -> None:
+def test_lines_without_room_are_counted() -> None:
     count = 20_000
     with full_pipe() as (reader, writer):
         clock = Clock()
@@ -124,7 +124,7 @@ def test_what_finds_no_room_is_counted() -> None:
         assert sum(dropped) > 0
 
 
-def test_of_one_kind_there_is_one_line_and_a_number() -> None:
+def test_records_of_one_kind_are_one_line_and_a_number() -> None:
     reader, writer = os.pipe()
     clock = Clock()
     log = logs.Log(writer, clock)
@@ -146,7 +146,7 @@ def test_of_one_kind_there_is_one_line_and_a_number() -> None:
     os.close(writer)
 
 
-def test_a_text_that_was_made_before_is_one_kind_whatever_numbers_it_holds() -> None:
+def test_records_without_arguments_are_of_one_kind_whatever_numbers_they_hold() -> None:
     reader, writer = os.pipe()
     log = logs.Log(writer, Clock())
     log.writer.start()
@@ -174,14 +174,14 @@ logs.flush(20)
 """
 
 
-def test_a_warning_is_of_the_kind_of_its_category_and_place() -> None:
+def test_kind_of_a_warning_is_its_category_and_place() -> None:
     ended = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True, timeout=50, check=True)
     lines = [line for line in ended.stderr.splitlines() if "Warning: " in line]
     assert [line.partition("Warning: ")[2].split(" ... ")[0] for line in lines] == 2 * ["x is !", "y is 0", "y is 0"]
     assert sum("and 99 more of this kind" in line for line in ended.stderr.splitlines()) == 3
 
 
-def test_a_text_without_end_is_cut() -> None:
+def test_long_text_is_shortened() -> None:
     reader, writer = os.pipe()
     log = logs.Log(writer)
     log.writer.start()

@@ -1,4 +1,4 @@
-"""A service manager that does not listen: the daemon neither waits for it nor forgets what it has to say."""
+"""Notification of a service manager that does not listen: the daemon does not wait for it, and sends all later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tnxd.process.systemd import Notifier
 
 
-def test_a_socket_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notifications_to_a_full_socket_are_sent_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "notify")
     monkeypatch.setenv("NOTIFY_SOCKET", path)
     notifier = Notifier()
@@ -33,7 +33,7 @@ def test_a_socket_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert systemd.recv(4096) == b"WATCHDOG=1"
 
 
-def test_a_socket_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notifications_to_a_socket_that_is_gone_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
     notifier = Notifier()
     notifier.send("READY=1")

@@ -1,4 +1,4 @@
-"""One client's requests make the model raise: those who would share a batch with them pay once."""
+"""Poisoned batches: requests of one client make the model raise, and others that share its batch pay once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GOOD = rows(1, 4, 100.0)
 POISON = rows(1, 4, 1.0)
 
 
-def test_who_failed_rides_alone_until_it_has_succeeded(tmp_path: Path) -> None:
+def test_client_that_failed_rides_alone_until_it_has_succeeded(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     arguments = ("--model", "odd", "--model", "wait")
@@ -49,7 +49,7 @@ def test_who_failed_rides_alone_until_it_has_succeeded(tmp_path: Path) -> None:
         assert daemon.stop() == 0
 
 
-def test_a_model_that_fails_for_everybody_recovers_for_everybody(tmp_path: Path) -> None:
+def test_model_that_fails_for_all_clients_recovers_for_all(tmp_path: Path) -> None:
     with running(tmp_path, "--model", "odd", program=ODD, config=ONE_LANE) as daemon:
         dealers = [Dealer(daemon.endpoint) for _ in range(4)]
         try:
@@ -86,11 +86,11 @@ def tell_of(quarantine: Quarantine, client: bytes, outcomes: str) -> str:
         ("-+-+-+-+++++++++", ".x.xxxxxxxxxxxx."),
     ],
 )
-def test_how_many_successes_are_asked_for(outcomes: str, alone: str) -> None:
+def test_number_of_successes_that_are_asked_for(outcomes: str, alone: str) -> None:
     assert tell_of(Quarantine(), b"a", outcomes) == alone
 
 
-def test_what_is_known_of_clients_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_clients_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tnxd.serving.quarantine._MAX_CLIENTS", 2)
     quarantine = Quarantine()
     fail: Callable[[bytes], None] = quarantine.failed
@@ -99,7 +99,7 @@ def test_what_is_known_of_clients_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     assert (quarantine.holds(b"a"), quarantine.holds(b"b"), quarantine.holds(b"c")) == (True, False, True)
 
 
-def test_who_comes_again_is_no_stranger() -> None:
+def test_client_that_comes_again_is_known() -> None:
     quarantine = Quarantine()
     quarantine.failed(b"a")
     quarantine.left(b"a", "there")

@@ -1,4 +1,4 @@
-"""Signals that somebody sends to the daemon, from its first line on."""
+"""Signals to the daemon, from its first line on."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_signals_without_a_meaning_are_passed_over_and_named(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_flood_of_signals_hides_none_that_counts(tmp_path: Path) -> None:
+def test_flood_of_signals_hides_none_that_counts(tmp_path: Path) -> None:
     with running(tmp_path) as daemon, Dealer(daemon.endpoint) as dealer:
         dealer.await_health(status="ready")
         for _ in range(20_000):
@@ -72,7 +72,7 @@ def test_a_flood_of_signals_hides_none_that_counts(tmp_path: Path) -> None:
         assert len(daemon.log.splitlines()) < 50
 
 
-def test_a_reload_that_is_asked_for_while_models_load_comes_when_they_are(tmp_path: Path) -> None:
+def test_reload_that_is_asked_for_while_models_load_comes_afterwards(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -92,7 +92,7 @@ def test_a_reload_that_is_asked_for_while_models_load_comes_when_they_are(tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_to_stop_before_anything_was_taken_in_ends_it_without_a_traceback(
+def test_signal_to_stop_before_any_request_ends_the_process_without_a_traceback(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     program = (
@@ -106,7 +106,7 @@ def test_to_stop_before_anything_was_taken_in_ends_it_without_a_traceback(
         assert starting.log == ""
 
 
-def test_the_processes_that_it_starts_are_as_any(tmp_path: Path) -> None:
+def test_child_processes_have_default_signal_handlers(tmp_path: Path) -> None:
     """An ignored signal would be inherited: a compiler that cannot be stopped."""
     program = "from tnxd.process import signals; signals.prepare(); import subprocess; subprocess.run(['sleep', '60'])"
     with running(tmp_path, program=("-c", program), binds=False) as parent:
@@ -145,7 +145,7 @@ with signals.handled_signals(lambda: print("stop"), lambda: print("reload"), 20,
 """
 
 
-def test_a_signal_to_a_forked_process_concerns_it_alone_from_its_first_moment() -> None:
+def test_signal_to_a_forked_process_concerns_it_alone_from_its_first_moment() -> None:
     # To fork with threads is what this is about; Python warns of it since 3.12.
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=50, check=True)

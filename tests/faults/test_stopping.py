@@ -1,4 +1,4 @@
-"""Whoever is owed an answer when the daemon stops gets it, or UNAVAILABLE, as long as it reads."""
+"""Stop of the daemon: each peer that reads gets its answers, or UNAVAILABLE."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MANY = 4000
 
 
 def hold(dealer: Dealer) -> None:
-    """Have the only lane wait at its gate."""
+    """Block the only lane at its gate."""
     dealer.await_health(status="ready")
     dealer.predict(rows(1, 4, 1.0))
     dealer.await_health(running=1)
 
 
 @pytest.mark.parametrize("how", ["twice", "timeout"])
-def test_more_are_outstanding_than_the_sending_queue_holds(how: str, tmp_path: Path) -> None:
+def test_stop_with_more_replies_than_the_sending_queue_holds(how: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     config = f"drain_timeout_s = {20.0 if how == 'twice' else 0.5}\n{ONE_LANE}"
     environment = {"RUN_FIFO": str(tmp_path / "fifo")}
@@ -48,7 +48,7 @@ def test_more_are_outstanding_than_the_sending_queue_holds(how: str, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_peer_that_reads_late_has_all_its_answers_in_time(tmp_path: Path) -> None:
+def test_stop_gives_a_peer_that_reads_late_all_its_answers(tmp_path: Path) -> None:
     """They fill its connection, the queue behind, and what the daemon keeps for it: results, not only errors."""
     count = 500
     array = rows(64, 256)
@@ -76,7 +76,7 @@ def test_a_peer_that_reads_late_has_all_its_answers_in_time(tmp_path: Path) -> N
         assert daemon.process.wait(30) == 0
 
 
-def test_orders_too(tmp_path: Path) -> None:
+def test_stop_answers_orders(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     repository = Repository(tmp_path / "models")

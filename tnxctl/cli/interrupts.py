@@ -10,7 +10,7 @@ import click
 
 
 class Terminated(KeyboardInterrupt):
-    """The interrupt that SIGTERM raises. Whatever ends well on Ctrl-C does so on this, too."""
+    """The interrupt that SIGTERM raises: a KeyboardInterrupt, so that it ends things as Ctrl-C does."""
 
 
 def heed_sigterm(ctx: click.Context) -> None:

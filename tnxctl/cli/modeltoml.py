@@ -10,11 +10,11 @@ import click
 from tnxctl.cli.exits import FileProblem
 
 TEMPLATE = """\
-# How a model is served. The folder of this file is called like the model; beside the file is a folder for each
+# Settings of a model. The folder of this file is called like the model; beside the file is a folder for each
 # version, 1, 2, 3, ..., with one of model.pt2, model.safetensors, model.pt and model.onnx in it.
 #
 # Every key stands here, commented out, with its default, or with an example where the default is no value of its own.
-# What the weights tell by themselves need not be written. tnxd refuses a key that it does not know. After a change:
+# Facts that the weights tell need not be written. tnxd refuses a key that it does not know. After a change:
 # tnxctl reload
 
 # The versions to load: "latest", which is the newest one, "all", or a list: [1, 3].
@@ -70,7 +70,7 @@ TEMPLATE = """\
 # file is in the folder of the version, or in this one.
 # factory = "model:build"
 
-# What it takes and gives, in order, one block for each tensor. The datatypes are BOOL, UINT8 to UINT64, INT8 to INT64,
+# Inputs and outputs, in order, one block for each tensor. The datatypes are BOOL, UINT8 to UINT64, INT8 to INT64,
 # FP16, FP32, FP64 and BF16. -1 is an axis of any length; for a model that batches, axis 0 of every tensor is -1.
 # model.pt2 and model.onnx say it themselves, and what stands here narrows it: -1 to a length. The example of an input
 # is a shape that fits, for the warm-up; without one, the lengths that the program was exported with, else 1. Its values
@@ -91,14 +91,14 @@ TEMPLATE = """\
 # datatype = "FP32"
 # shape = [-1, 10]
 
-# How the keys of model.safetensors become those of the network: a prefix that is taken from them, one that is put
-# before them, and patterns of those that need not be on both sides.
+# Translation of the keys of model.safetensors to those of the network: a prefix that is taken from them, one that is
+# put before them, and patterns of those that need not be on both sides.
 # [weights]
 # strip_prefix = "module."
 # add_prefix = ""
 # ignore = ["*.inv_freq"]
 
-# How requests that name no version are split at first, by weights relative to their sum, and the version that gets
+# The first split of requests that name no version, by weights relative to their sum, and the version that gets
 # copies of them without answering. Default: the newest version takes all, and there is no shadow.
 # [traffic]
 # weights = { "1" = 95, "2" = 5 }
@@ -113,7 +113,7 @@ FILES = {
 }
 """Format -> name of the file with the weights."""
 
-# What cannot be read from the weights, and so must be written: the first lines of those blocks.
+# Blocks, by their first lines, that must be written since the weights do not tell them.
 _NEEDED = {
     "safetensors": ("# factory", "# [[inputs]]", "# [[outputs]]"),
     "torchscript": ("# [[inputs]]", "# [[outputs]]"),

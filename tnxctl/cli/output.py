@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _AS_JSON = "tnxctl.json"  # key in click's context
 
-# What a write to a stream fails with. What concerns a file by its name is a FileProblem long before.
+# Errors of a write to a stream. Errors of a file with a name are a FileProblem long before.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
@@ -94,7 +94,7 @@ def check_writable() -> None:
     """
     try:
         os.write(sys.stdout.fileno(), b"")
-    except (AttributeError, ValueError):  # none, closed or no file: whoever started this program wants no output
+    except (AttributeError, ValueError):  # none, closed or no file: no output is wanted
         pass
     except BrokenPipeError:
         raise  # the reader has enough: no problem of a file

@@ -96,8 +96,8 @@ def command(
     """Ask a model for predictions and show where and how fast they ran.
 
     Without --input the tool asks for the model's signature and sends random tensors that fit it, the same ones in
-    every request. Ctrl-C, or SIGTERM, ends a long run and withdraws what still waits at the daemon; the summary still
-    comes. Each request that was sent stands in it as answered, failed or unknown.
+    every request. Ctrl-C, or SIGTERM, ends a long run and cancels the requests that still wait at the daemon; the
+    summary still comes. Each request that was sent stands in it as answered, failed or unknown.
 
     JSON and CSV have no datatypes: their numbers become what the model takes. CSV has a row of the input on each line,
     and perhaps a heading. An image is decoded into the layout of the model's input, with the values of the file, as a

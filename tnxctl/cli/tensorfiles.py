@@ -1,6 +1,6 @@
 """Tensors in files: .npy (one), .npz (several, named), and "-" for standard input and output.
 
-Nothing is ever unpickled. Whatever is wrong with a file becomes a FileProblem: one sentence with its name.
+Nothing is ever unpickled. Any fault of a file becomes a FileProblem: one sentence with its name.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def parse(name: str, content: bytes) -> dict[str, Array]:
 def destination(path: str | None) -> Iterator[Callable[[Mapping[str, Array]], None]]:
     """A function that writes named tensors to a file, which is open from the beginning: before there are any.
 
-    They go to a .npz file, or a single one to a .npy file. "-", standard output, takes either, as the number says. What
-    was in the file stays until they come, and a file that was made for them goes again if they do not.
+    They go to a .npz file, or a single one to a .npy file. "-", standard output, takes either, as the number says. The
+    old content of the file stays until they come, and a file that was made for them goes again if they do not.
 
     A bfloat16 tensor is widened to float32, which holds its values exactly: the .npy format has no bfloat16.
 

@@ -62,7 +62,7 @@ class Run:
 
     At most `concurrency` of them are outstanding. The run ends early when the daemon cannot be reached, with the
     answers of what is outstanding, which ends soon as well. It ends at once when as many requests in a row as are
-    outstanding, and three at least, have run into `--timeout`: what is left would only wait and fail, too. A deadline
+    outstanding, and three at least, have run into `--timeout`: the others would only wait and fail, too. A deadline
     that was missed is an answer, be it this call's or the model's own.
 
     Args:

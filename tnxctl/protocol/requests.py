@@ -99,7 +99,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="loa
 
 
 class Unload(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="unload", gc=False):
-    """Stop serving NAME@VERSION, or all versions of NAME. What was taken in is finished first.
+    """Stop serving NAME@VERSION, or all versions of NAME. Requests taken in are finished first.
 
     Answered when its memory has been freed, with `ModelsReport` about the versions of that name.
     """

@@ -129,7 +129,7 @@ _encoder = msgspec.msgpack.Encoder()
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
-# What msgspec raises on bytes it cannot use; hostile nesting shows as RecursionError, bad UTF-8 as ValueError.
+# Errors of msgspec on bytes that it cannot use; hostile nesting shows as RecursionError, bad UTF-8 as ValueError.
 _DECODE_ERRORS = (msgspec.MsgspecError, RecursionError, ValueError)
 
 
@@ -189,8 +189,8 @@ def _check_header_size(frame: Buffer, limits: Limits) -> None:
         raise InvalidArgument(f"the header has {size} bytes, more than the limit of {limits.header_bytes}")
 
 
-# What follows serves headers already refused. Beyond so many bytes only the whole numbers and strings at the beginning
-# of the map are looked at: to refuse must not cost more than to accept.
+# The functions below serve headers already refused. Beyond so many bytes only the whole numbers and strings at the
+# beginning of the map are looked at: to refuse must not cost more than to accept.
 _SECOND_LOOK = 1024
 
 _CANCEL = msgspec.msgpack.encode("cancel")

@@ -106,7 +106,7 @@ class Background:
         return bool(self._waiting)
 
     def stop(self, model: Model) -> None:
-        """Take no more copies for a model: one hangs on the BACKGROUND lane of a device, and others would on the next."""
+        """Take no more copies for a model: one hangs on the background lane of its device, others might elsewhere."""
         self._stopped.add(model.key)
 
     def keep(self, keys: set[str]) -> None:

@@ -39,7 +39,7 @@ _MAX_COMMANDS_PER_CONNECTION = 16
 
 
 class AdmittedRequest(Protocol):
-    """A request as far as admission control counts it.
+    """Request as admission control counts it.
 
     Attributes:
         id: of its connection. nbytes: of its inputs. connection: the one that it came by.
@@ -52,7 +52,7 @@ class AdmittedRequest(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """One address, or one user on ipc://, and its share of the limits.
+    """Client: one address, or one user on ipc://, with its counts.
 
     Attributes:
         name: its address, or `uid:` and a number. local: whether it is on this host.
@@ -79,7 +79,7 @@ class Client:
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """One peer, from its first message on.
+    """Connection of one peer, from its first message on, with its counts.
 
     Attributes:
         peer: its routing id. descriptor: its file descriptor, -1 if unknown. client: whose it is.
@@ -166,7 +166,7 @@ class Admission:
     # --- connections -------------------------------------------------------------------------------------------
 
     def client(self, address: str) -> Client:
-        """The client at an address as ZeroMQ writes it."""
+        """Client at an address as ZeroMQ writes it."""
         name, local = _identified(address)
         client = self._clients.get(name)
         if client is None:
@@ -193,7 +193,7 @@ class Admission:
                 del self._clients[client.name]
 
     def refusal(self, address: str) -> str:
-        """The reason why a peer that asks to connect may not, counted as refused; "" if it may."""
+        """Reason why a peer at an address may not connect, which is counted; "" if it may."""
         client = self.client(address)
         if client.connections > self._max_connections:
             self.refused += 1
@@ -329,7 +329,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _identified(address: str) -> tuple[str, bool]:
-    """A client's name, and whether it is on this host; of an address as ZeroMQ writes it, ipc:// included."""
+    """Name of a client, and whether it is on this host, from an address as ZeroMQ writes it, ipc:// included."""
     if address.startswith("localhost:"):
         return "uid:" + address.split(":")[1], True
     try:

@@ -87,7 +87,7 @@ class Connections:
         return disconnected
 
     def resolve(self, peer: bytes, frame: zmq.Frame) -> Connection:
-        """The connection of a peer that is new, or whose connection has ended or was cut.
+        """Connection of a peer that is new, or whose connection has ended or was cut.
 
         Args:
             frame: of the message that came from it.

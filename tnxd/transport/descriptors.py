@@ -12,7 +12,7 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
 
 
 def peer_address(descriptor: int) -> str:
-    """The address that a connection comes from, as ZeroMQ writes it; "" if it has ended.
+    """Address of the peer of a connection, as ZeroMQ writes it; "" if the connection has ended.
 
     On ipc:// that is `localhost:UID:GID:PID`.
     """
@@ -49,7 +49,7 @@ def reset(connection: socket.socket) -> None:
 
 @contextlib.contextmanager
 def _borrowed(descriptor: int) -> Iterator[socket.socket]:
-    """A socket object for a descriptor of somebody else's, which stays open."""
+    """Socket object for a borrowed descriptor, which stays open."""
     borrowed = socket.socket(fileno=descriptor)
     try:
         yield borrowed

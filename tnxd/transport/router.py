@@ -1,4 +1,4 @@
-"""The ROUTER socket of the daemon: whole messages in and out. Its parts are the other files of this room.
+"""ROUTER socket of the daemon: whole messages in and out. Its parts are the other files of this room.
 
 Owned by one thread. What the socket options guard against is measured in docs/architecture.md, "Sockets". No file of
 the daemon outside this room knows ZeroMQ.
@@ -37,7 +37,7 @@ _MOST_PARTS = 10_000
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
-    """One message from a peer.
+    """Message from a peer.
 
     Attributes:
         connection: where it came from. peer: the routing id of that.
@@ -56,7 +56,7 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
 
 class Router:
-    """A bound ROUTER socket.
+    """ROUTER socket, with all that belongs to it.
 
     Args:
         limits: of one message. admission: who gets in, and what is counted of each client.
@@ -129,7 +129,7 @@ class Router:
         return woken
 
     def receive(self) -> Message | None:
-        """The next message; None if none is waiting, or if more of it has to be read. Never blocks."""
+        """Receive the next message; None if none is waiting, or if more of it has to be read. Never blocks."""
         recv = self._recv
         if self._unfinished is not None:
             return self._skip(self._unfinished)
@@ -201,7 +201,7 @@ class Router:
 
     @property
     def busy(self) -> bool:
-        """Whether there may be more though `receive` returned None."""
+        """Whether `receive` may have more though it returned None."""
         return self._unfinished is not None or self._dropping
 
     def resume(self) -> None:

@@ -84,7 +84,7 @@ class UnreadBytes:
         return True
 
     def _latest(self, descriptor: int) -> Connection | None:
-        """The last connection of a descriptor; None if no message came of it yet."""
+        """Last connection of a descriptor; None if no message came of it yet."""
         connections = self._connections.by_descriptor.get(descriptor)
         return connections[-1] if connections else None
 

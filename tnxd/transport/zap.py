@@ -12,7 +12,7 @@ _REQUEST_FRAMES = 7  # at least, with the envelope and the delimiter
 
 
 class ZapHandler:
-    """The end of libzmq's in-process ZAP connection. Make it before the socket whose peers it lets in.
+    """ZAP handler of one context. Make it before the socket whose peers it lets in.
 
     Args:
         refusal: the reason why a peer at an address may not connect; "" if it may.

@@ -140,7 +140,7 @@ def command(
     random times at a rate, whatever the daemon does, and counts latency from when a request was due: a pause costs all
     that were due in it. LATE is the p99 of how late this client sent them. A search doubles the rate until its p99 is
     above the bound, then halves what lies between. A rate is too high if it was so twice, or three times where this
-    client itself was late. What has no result counts as later than any bound.
+    client itself was late. A request without a result counts as later than any bound.
 
     RESULTS/s is what was computed, ROWS the rows per batch. The second table has the mean of each stage of the daemon.
     OUTSIDE is the rest of the latency: network, kernels, ZeroMQ, this client. GREW MOST is the stage that grew most

@@ -32,7 +32,7 @@ _HEADER = (
 )
 _ALIGN = "<" + ">" * (len(_HEADER) - 2) + "<"
 _WIDTHS = [max(len(name), least) for name, least in zip(_HEADER, (14, 8, 9, 8, 8, 8, 8, 8, 7, 5, 9, 6), strict=True)]
-_OWN = (UNSENT, "LOST")  # what is no code of the daemon's
+_OWN = (UNSENT, "LOST")  # no codes of the daemon's
 _MUCH = 0.5  # of the p99: a client that sends so late is part of what is measured
 
 
@@ -72,7 +72,7 @@ class Table:
 
 
 def heading(probe: Result, seconds: float, warm_up: float, about: str) -> str:
-    """The line above the table: what is measured."""
+    """The line above the table: model, place and settings of the measurement."""
     model = text.clean(f"{probe.model} version {probe.version} on {probe.device}")
     warmed = f" after {spell(warm_up)} of warm-up" if warm_up else ""
     return f"{model}, {about}; {spell(seconds)} for each line{warmed}"

@@ -190,7 +190,7 @@ class Recording:
         return bool(self._latency_ns) or any(code not in (LOST, UNSENT) for code in self.errors)
 
     def step(self, load: Load, ended: KeyboardInterrupt | TensorNextError | None = None) -> Step:
-        """The numbers. What is still outstanding counts as unknown."""
+        """The numbers. Requests still outstanding count as unknown."""
         answered = len(self._latency_ns)
         unknown = len(self.outstanding)
         failed = self.errors.total()

@@ -35,7 +35,7 @@ def undo() -> list[str]:
 
 
 def sentence(what: str, names: Sequence[str]) -> str:
-    """A sentence for operators about the step `what`, which has replaced the functions of those names."""
+    """Sentence for operators about the step `what`, which has replaced the functions of those names."""
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return f"{what} replaced {', '.join(names[:_MOST_NAMED])}{more}, which all models use"
 

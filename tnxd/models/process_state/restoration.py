@@ -32,7 +32,7 @@ class Changes:
     lasting: list[str] = field(default_factory=list)
 
     def note(self) -> tuple[str, ...]:
-        """A sentence for operators, if there is something to say.
+        """Sentence for operators, if there is something to say.
 
         A harmless change that was undone is not worth one: many a library has warnings of its own ignored.
         """

@@ -61,7 +61,7 @@ class SideEffectDetector:
                 self._seeds.add(name)
 
     def complaint(self) -> str:
-        """A sentence about the settings that a forward changes, or sets, every time; "" if there are none."""
+        """Sentence about the settings that a forward changes, or sets, every time; "" if there are none."""
         lasting = [*(name for name, times in self._times.items() if times > 1), *sorted(self._seeds)]
         brief = [name for name, times in self._sets.items() if times > 1 and name not in lasting]
         told = []

@@ -26,7 +26,7 @@ _decode = msgspec.msgpack.Decoder(_Answer).decode
 _CODES = ("DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 
 
-class Heeding:
+class Throttle:
     """The windows of one connection, one for what is urgent and one for the rest: all has the same deadline.
 
     Args:
@@ -41,14 +41,14 @@ class Heeding:
         self._deadline_s = deadline_s
         self._urgent = urgent
         self._windows: list[Window | None] = [None, None]
-        self.begin()
+        self.reset()
 
-    def begin(self) -> None:
-        """The connection is a new one: nothing is outstanding there."""
+    def reset(self) -> None:
+        """Begin with a new connection: nothing is outstanding there."""
         self._outstanding = [0, 0]
         self._messages = Messages()
 
-    def let(self, first: int, stop: int, now_s: float) -> list[int]:
+    def admit(self, first: int, stop: int, now_s: float) -> list[int]:
         """The requests, of those from one number up to another, that are to be sent. The others are held back."""
         room: list[float] = []
         for kind, window in enumerate(self._windows):
@@ -66,7 +66,7 @@ class Heeding:
                 self.held.append(number)
         return sent
 
-    def take(self, part: bytes, now_s: float) -> None:
+    def receive(self, part: bytes, now_s: float) -> None:
         """Learn from answers that have just been read."""
         for header, _ in self._messages.take(part):
             answer = _decode(header)
