@@ -130,7 +130,7 @@ build/peers/%/built: bench/peers/%.txt
 .PHONY: gpu-check
 gpu-check: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu-check:
-	$(PYTHON) -m pytest -c /dev/null --rootdir . -p no:cacheprovider -ra tests/test_cuda.py
+	$(PYTHON) -m pytest -c /dev/null --rootdir . -p no:cacheprovider -ra tests/executors/test_cuda.py
 	$(PYTHON) bench/latency.py --device cuda $(or $(BENCH),--quick --no-rate)
 
 # The service must not depend on the caller's Python, so PYTHON counts here only where it was asked for.

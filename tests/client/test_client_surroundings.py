@@ -19,7 +19,7 @@ from peers import FakeDaemon, echo, free_endpoint
 
 PATIENCE_S = 30.0  # far more than any of these takes: only so that nothing waits for ever
 
-_TESTS = Path(__file__).parent
+_TESTS = Path(__file__).parents[1]
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -14,7 +14,7 @@ from faults.daemons import Running, running
 from obedient_devices import ANSWER, BREAK, EXHAUST, FAIL, HOLD, RELEASE, VANISH
 from tnxctl.protocol import wire
 
-PROGRAM = str(Path(__file__).with_name("obedient_devices.py"))
+PROGRAM = str(Path(__file__).parents[1] / "obedient_devices.py")
 
 Start = Callable[..., tuple[Running, Dealer]]
 

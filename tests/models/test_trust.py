@@ -197,7 +197,7 @@ def test_files_are_called_by_their_path_in_the_version(root: Path) -> None:
 
 
 def test_the_command_of_the_page_about_models_writes_a_manifest_that_matches(root: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs/models.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
     command = re.search(r"(?ms)^    (?:cd \S+ && )?(find .*? > SHA256SUMS)$", page)
     assert command is not None
     (root / "shared").mkdir()

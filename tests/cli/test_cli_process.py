@@ -239,7 +239,7 @@ def test_ctrl_c_while_a_daemon_keeps_silent(verb: str) -> None:
 @posix
 def test_the_tests_can_interrupt_a_tool_where_their_own_job_ignores_ctrl_c() -> None:
     program = "import signal as s; s.signal(s.SIGINT, s.SIG_IGN); import conftest; print(s.getsignal(s.SIGINT))"
-    shown = subprocess.check_output([sys.executable, "-c", program], cwd=Path(__file__).parent, text=True)
+    shown = subprocess.check_output([sys.executable, "-c", program], cwd=Path(__file__).parents[1], text=True)
     assert "default_int_handler" in shown
 
 
