@@ -10,10 +10,11 @@ There is no batching in it. The forward runs on the event loop: for one so short
 from __future__ import annotations
 
 import numpy as np
-import serving
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
+
+import serving
 
 app = FastAPI()
 run = serving.forward()

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import litserve
 import numpy as np
-import serving
 from fastapi import Body, Response
+
+import serving
 
 
 class Mlp(litserve.LitAPI):

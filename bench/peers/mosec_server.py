@@ -11,6 +11,7 @@ import sys
 
 import mosec
 import numpy as np
+
 import serving
 
 

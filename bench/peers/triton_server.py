@@ -13,10 +13,11 @@ import sys
 import sysconfig
 
 import numpy as np
-import serving
 from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
+
+import serving
 
 run = serving.forward()
 

@@ -1,7 +1,10 @@
 """The serving loop: takes requests in, asks the scheduler, hands batches to executors, sends answers.
 
 One thread runs it and owns the router, the scheduler and all state here, so nothing is locked. Other threads reach it
-through `CallQueue.call_soon` and `completed` alone.
+through a `CallQueue` and `completed` alone.
+
+The file is longer than others. A request's way from its message to its answer is one story about one state, and every
+step of it costs time per request; the parts that can stand alone have files of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from tnxctl.protocol.errors import (
     DeadlineExceeded,
     Internal,
     InvalidArgument,
-    PermissionDenied,
     ResourceExhausted,
     TensorNextError,
     Unavailable,
@@ -28,18 +30,13 @@ from tnxctl.protocol.errors import (
 from tnxctl.protocol.frames import Array, view_tensors
 from tnxctl.protocol.wire import (
     Cancel,
-    Compare,
-    Health,
     Limits,
-    Metadata,
-    Models,
     Predict,
-    Reply,
     decode_request,
     request_id,
 )
 from tnxd.deployment.background import Background, Copy
-from tnxd.deployment.loader import Changes, Loader
+from tnxd.deployment.loader import Loader
 from tnxd.deployment.registry import LOADING_RETRY_S
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import DRAINING, READY, STARTING, Version
@@ -50,9 +47,9 @@ from tnxd.scheduling.device import Batch
 from tnxd.scheduling.refusals import Refusals, TooLate
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.scheduler import Scheduler
-from tnxd.serving import reports as control
-from tnxd.serving.admin_commands import AdminCommand, AdminCommands
+from tnxd.serving import reports
 from tnxd.serving.call_queue import CallQueue
+from tnxd.serving.control_plane import ControlPlane
 from tnxd.serving.pending import Pending, as_execution, as_pending, result_header
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.replies import error_header, report_header
@@ -90,9 +87,6 @@ _Answer = tuple[Pending, bytes, tuple[Array, ...]]
 
 _NOBODYS_FAULT = (DeadlineExceeded, ResourceExhausted, Unavailable)
 """Refusals of requests that would have been served at another time."""
-
-Control = Health | Metadata | Models | Compare | AdminCommand
-"""Requests about the daemon and its models."""
 
 
 class Server:
@@ -149,7 +143,6 @@ class Server:
         self._drain_timeout_s = drain_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._max_delay_us = max_delay_us
-        self._remote_control = remote_control
         self._admission = admission
         self._memory = TrafficMemory(router, admission)
         self._on_device_lost = on_device_lost
@@ -159,8 +152,18 @@ class Server:
         self._shadows = Shadows(self._background)
         self._quarantine = Quarantine()
         self._refusals = Refusals()
-        self._commands = AdminCommands(loader, admission)
-        self._commands_done = self._commands.done
+        self._control = ControlPlane(
+            inventory,
+            scheduler,
+            loader,
+            self._shadows,
+            telemetry,
+            router,
+            admission,
+            remote_control=remote_control,
+            message_bytes=limits.message_bytes,
+        )
+        self._commands_done = self._control.commands_done
         self._calls = calls
         self._completed: deque[Execution] = deque()
         self._started: Batch | None = None
@@ -397,7 +400,7 @@ class Server:
         running = [request for batch in self._on_lanes.values() for request in batch.requests]
         for request in [*waiting, *[request for request in running if not request.done]]:
             self._answer_error(request, Unavailable("the daemon stopped before this request was done"))
-        self._commands.abandon()
+        self._control.abandon()
         self._answer_commands()
 
     # --- in ----------------------------------------------------------------------------------------------------
@@ -472,9 +475,9 @@ class Server:
             elif isinstance(request, Cancel):
                 self._cancel(message.connection, request.id)
             else:
-                reply = self._control(message, request)
+                reply = self._control.answer(message, request, self.state)
                 if reply is not None:
-                    self._send_reply(message, reply)
+                    self._router.send(message.peer, message.delimited, (report_header(reply), ()))
             return
         except TensorNextError as error:
             failure = error
@@ -514,61 +517,18 @@ class Server:
         if not isinstance(error, _NOBODYS_FAULT):
             self._admission.add_refused(message.connection, time.perf_counter_ns() - received_ns)
 
-    def _control(self, message: Message, request: Control) -> Reply | None:
-        """The answer to a request about the daemon; None if it comes later."""
-        inventory, scheduler = self._inventory, self._scheduler
-        if isinstance(request, Health):
-            return control.health(
-                request,
-                self.state,
-                inventory,
-                scheduler,
-                self._telemetry,
-                self._router.undeliverable,
-                self._message_bytes,
-                self._admission,
-            )
-        if isinstance(request, Metadata):
-            return control.metadata(request, self.state, inventory, scheduler)
-        if isinstance(request, Models):
-            return control.models(request.id, "", inventory, scheduler)
-        if isinstance(request, Compare):
-            return control.comparison(request, self.state, inventory, self._shadows)
-        if self._remote_control == "off":
-            raise PermissionDenied('this daemon takes no orders about its models: remote_control is "off"')
-        client = message.connection.client
-        if self._remote_control == "local" and not client.local:
-            raise PermissionDenied(
-                f"this daemon takes orders about its models from its own host alone, not from {client.name}: "
-                'remote_control is "local"'
-            )
-        if self.state != READY:
-            raise control.unavailable(self.state)
-        self._commands.take(message, request)
-        return None
-
     def _answer_commands(self) -> None:
-        """Answer the commands that are done."""
-        while self._commands_done:
-            command = self._commands_done.popleft()
-            message, outcome = command.message, command.outcome
-            if isinstance(outcome, TensorNextError):
+        """Answer the admin commands that are done."""
+        for message, id_, answer in self._control.answers():
+            if isinstance(answer, TensorNextError):
                 self._telemetry.requests += 1
-                self._send_error(message.peer, message.delimited, command.id, outcome)
+                self._send_error(message.peer, message.delimited, id_, answer)
             else:
-                self._send_reply(message, self._command_report(command.id, outcome))
-
-    def _command_report(self, id_: int, outcome: Changes | str) -> Reply:
-        if isinstance(outcome, Changes):
-            return control.reload_report(id_, outcome)
-        return control.models(id_, outcome, self._inventory, self._scheduler)
-
-    def _send_reply(self, message: Message, reply: Reply) -> None:
-        self._router.send(message.peer, message.delimited, (report_header(reply), ()))
+                self._router.send(message.peer, message.delimited, (report_header(answer), ()))
 
     def _predict(self, message: Message, request: Predict, tensors: Sequence[Buffer], received_ns: int) -> None:
         if self.state != READY:
-            raise control.refusal(request.model, self.state, self._inventory.registry)
+            raise reports.refusal(request.model, self.state, self._inventory.registry)
         connection = message.connection
         if request.id in connection.requests:
             raise AlreadyExists(f"a request with id {request.id} is in flight on this connection")
