@@ -1,8 +1,8 @@
 """A daemon whose devices do what requests tell them: `python obedient_devices.py LANES OPTION...`, options as for tnxd.
 
 `cuda:0` and `cpu` have as many lanes each. The first number of a request to the model `mlp` is what happens to the
-batch that it is in: see the constants. There is no torch in it: the loop, the scheduler, the loader and the protocol
-are the daemon's own.
+batch that it is in: see the constants. There is no torch in it. The loop, the scheduler, the reconciler and the
+protocol are the daemon's own.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def test_importing_a_module_brings_nothing_of_another_layer(module: str, forbidd
 
 # --- rooms of the client -------------------------------------------------------------------------------------
 
-SANS_IO = ("admission", "call", "connection", "encoder", "failures", "session", "windows")
+SANS_IO = ("call", "connection", "encoder", "failures", "session", "throttling", "windows")
 """Modules of the client that are pure: what they do depends on their arguments alone."""
 
 TRANSPORTS = ("driver", "link", "process", "wakeups")

@@ -41,7 +41,6 @@ from typing import Any
 import msgspec
 
 from tnxctl import failures
-from tnxctl.admission import Admission
 from tnxctl.call import Call
 from tnxctl.connection import FIRST_RETRY_S, Connection
 from tnxctl.encoder import RequestEncoder
@@ -55,6 +54,7 @@ from tnxctl.protocol.errors import (
     from_code,
 )
 from tnxctl.protocol.wire import Limits
+from tnxctl.throttling import Admission
 
 MAX_PENDING_CALLS = 65_536
 MAX_PENDING_BYTES = 1 << 30

@@ -24,7 +24,7 @@ from tnxd.daemon import LAST_WORDS_S, Daemon
 from tnxd.deployment.registry import Registry
 from tnxd.process import logs, signals
 from tnxd.process.systemd import raise_file_limit
-from tnxd.transport.admission import Admission, is_loopback
+from tnxd.transport.client_limits import Admission, is_loopback
 from tnxd.transport.router import Router
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from tnxctl import __version__
 from tnxctl.protocol.errors import TensorNextError
 from tnxd import offer
 from tnxd.config import Config, control_of
-from tnxd.deployment.loader import Changes, Loader
+from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.registry import Registry
 from tnxd.deployment.version import DRAINING, READY, STARTING
 from tnxd.error_text import named
@@ -27,8 +27,8 @@ from tnxd.serving.call_queue import CallQueue
 from tnxd.serving.reports import Inventory
 from tnxd.serving.server import Server
 from tnxd.serving.telemetry import Telemetry
-from tnxd.transport.admission import Admission
 from tnxd.transport.busy_poller import BusyPoller
+from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
 from tnxd.transport.wakeup import Wakeup
 
@@ -72,7 +72,7 @@ class Daemon:
             max_per_model=queue.max_per_model or None,
             max_bytes_per_model=int(queue.max_mb_per_model * _MIB) or None,
         )
-        self._loader = Loader(
+        self._reconciler = Reconciler(
             registry,
             self._scheduler,
             self._executors,
@@ -83,14 +83,14 @@ class Daemon:
             load_timeout_s=config.load_timeout_s,
             on_reload=self._announce_reload,
         )
-        self._inventory = Inventory(registry, self._loader.audits, self._executors)
+        self._inventory = Inventory(registry, self._reconciler.audits, self._executors)
         self._server = Server(
             router,
             wakeup,
             self._calls,
             self._inventory,
             self._scheduler,
-            self._loader,
+            self._reconciler,
             Telemetry(),
             BusyPoller(config.spin_us),
             limits=config.limits,
@@ -154,7 +154,7 @@ class Daemon:
         from tnxd.models.process_state.drift import DriftMonitor  # imports torch, which is here by now
 
         self._watch = DriftMonitor()
-        self._loader.start(self._loaded)
+        self._reconciler.start(self._loaded)
 
     def _device(self, executor: Executor) -> Device:
         return Device(
@@ -209,7 +209,7 @@ class Daemon:
         else:
             if not self._config.model_repository:
                 log.warning("SIGHUP changes nothing: there is no model repository to look at, see --model-repository")
-            self._loader.reload()
+            self._reconciler.reload()
 
     def _announce_reload(self, begins: bool) -> None:
         if begins:
@@ -246,7 +246,7 @@ class Daemon:
         self._server.stop()
 
     def _tick(self, progress: bool) -> None:
-        if self._watch is not None and not self._loader.active:  # which puts back itself
+        if self._watch is not None and not self._reconciler.active:  # which puts back itself
             self._watch.restore()
         if progress and self._notifier.watchdog_s and self._server.state != STARTING:
             self._notifier.alive()

@@ -267,7 +267,7 @@ def deployments(draw: st.DrawFn) -> Deployment:
 
 
 def carry_out(step: Step, deployment: Deployment) -> None:
-    """What a loader does, but for the models."""
+    """The work of a reconciler, but for the models."""
     match step:
         case BringUp(number) | Renew(number) | BringBack(number):
             deployment.put(Version(deployment.entry.sources[number]))

@@ -14,7 +14,7 @@ from headers import pack
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import InvalidArgument
 from tnxd.config import Clients, load
-from tnxd.transport.admission import Admission, is_loopback
+from tnxd.transport.client_limits import Admission, is_loopback
 
 ORDER = pack({"type": "reload", "v": 1, "id": 3})
 

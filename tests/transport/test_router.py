@@ -19,7 +19,7 @@ import zmq
 from tnxctl.protocol.wire import Limits
 from tnxd.config import Clients
 from tnxd.transport import outbox
-from tnxd.transport.admission import Admission
+from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Message, Router
 from tnxd.transport.wakeup import Wakeup
 from zmtp import GREETING

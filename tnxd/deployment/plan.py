@@ -1,7 +1,7 @@
 """Plans: the steps by which a deployment becomes what the catalog, or an operator, wants.
 
 Reconciliation, decided before it is done: pure functions from a deployment and its catalog entry to steps as data. They
-change nothing. The loader carries the steps out.
+change nothing. The reconciler carries the steps out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The registry of models: names, versions, and the version that a request gets. No torch, no I/O.
 
-Owned by the serving loop's thread. `tnxd.deployment.loader` changes it; the server asks `find` for every request.
+Owned by the serving loop's thread. `tnxd.deployment.reconciler` changes it; the server asks `find` for every request.
 """
 
 from __future__ import annotations

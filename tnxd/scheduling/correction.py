@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tnxd.scheduling.admission_control import BEHIND_NS
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.forecast import Forecast
+from tnxd.scheduling.queue_admission import BEHIND_NS
 from tnxd.scheduling.request import NEVER
 
 

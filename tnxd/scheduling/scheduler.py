@@ -15,7 +15,6 @@ from collections.abc import Iterable
 
 from tnxd.lanes import BACKGROUND, INLINE
 from tnxd.scheduling.accounts import Accounts
-from tnxd.scheduling.admission_control import AdmissionControl
 from tnxd.scheduling.batch_formation import fill_lanes
 from tnxd.scheduling.correction import correct_forecast
 from tnxd.scheduling.costs import CostModel
@@ -23,6 +22,7 @@ from tnxd.scheduling.deadlines import Deadlines
 from tnxd.scheduling.delays import Delays
 from tnxd.scheduling.device import Batch, Device
 from tnxd.scheduling.placement import Placement
+from tnxd.scheduling.queue_admission import AdmissionControl
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.routing import Routing
 from tnxd.scheduling.stealing import steal

@@ -1,4 +1,4 @@
-"""Admin commands: what clients want done about the models. The loader carries them out, one after the other."""
+"""Admin commands: what clients want done about the models. The reconciler carries them out, one after the other."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import partial
 
 from tnxctl.protocol.errors import TensorNextError, Unavailable
 from tnxctl.protocol.wire import Load, Reload, Route, Unload
-from tnxd.deployment.loader import Changes, Loader
-from tnxd.transport.admission import Admission
+from tnxd.deployment.reconciler import Changes, Reconciler
+from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Message
 
 AdminCommand = Load | Unload | Route | Reload
@@ -41,9 +41,9 @@ class AdminCommands:
         done: commands that are to be answered, the first done first. The caller takes them out.
     """
 
-    def __init__(self, loader: Loader, admission: Admission) -> None:
+    def __init__(self, reconciler: Reconciler, admission: Admission) -> None:
         self.done: deque[CommandDone] = deque()
-        self._loader = loader
+        self._reconciler = reconciler
         self._admission = admission
         self._waiting: dict[int, tuple[Message, int]] = {}
         self._serial = 0
@@ -56,7 +56,7 @@ class AdminCommands:
             TensorNextError: traffic cannot be split so, see `check_weights`.
         """
         if isinstance(command, Route):
-            self._loader.route(command.model, command.weights, command.shadow)
+            self._reconciler.route(command.model, command.weights, command.shadow)
             self.done.append(CommandDone(message, command.id, command.model))
             return
         self._admission.take_command(message.connection)
@@ -64,11 +64,11 @@ class AdminCommands:
         self._waiting[self._serial] = message, command.id
         done = partial(self._carried_out, self._serial)
         if isinstance(command, Reload):
-            self._loader.reload(done)
+            self._reconciler.reload(done)
         elif isinstance(command, Load):
-            self._loader.load(command.model, done)
+            self._reconciler.load(command.model, done)
         else:
-            self._loader.unload(command.model, done)
+            self._reconciler.unload(command.model, done)
 
     def _carried_out(self, serial: int, outcome: Outcome) -> None:
         message, id_ = self._waiting.pop(serial)

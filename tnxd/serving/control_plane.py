@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tnxctl.protocol.errors import PermissionDenied, TensorNextError
 from tnxctl.protocol.wire import Compare, Health, Metadata, Models, Reply
-from tnxd.deployment.loader import Changes, Loader
+from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import READY
 from tnxd.scheduling.scheduler import Scheduler
@@ -15,7 +15,7 @@ from tnxd.serving import reports
 from tnxd.serving.admin_commands import AdminCommand, AdminCommands, CommandDone
 from tnxd.serving.reports import Inventory
 from tnxd.serving.telemetry import Telemetry
-from tnxd.transport.admission import Admission
+from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Message, Router
 
 ControlRequest = Health | Metadata | Models | Compare | AdminCommand
@@ -37,7 +37,7 @@ class ControlPlane:
         self,
         inventory: Inventory,
         scheduler: Scheduler,
-        loader: Loader,
+        reconciler: Reconciler,
         shadows: Shadows,
         telemetry: Telemetry,
         router: Router,
@@ -54,7 +54,7 @@ class ControlPlane:
         self._admission = admission
         self._remote_control = remote_control
         self._message_bytes = message_bytes
-        self._commands = AdminCommands(loader, admission)
+        self._commands = AdminCommands(reconciler, admission)
         self.commands_done: deque[CommandDone] = self._commands.done
 
     def answer(self, message: Message, request: ControlRequest, state: str) -> Reply | None:

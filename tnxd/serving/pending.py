@@ -11,7 +11,7 @@ from tnxd.executors.execution import Execution
 from tnxd.models.model import BoundInputs, Item, Model
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.request import NEVER, Request
-from tnxd.transport.admission import Connection
+from tnxd.transport.client_limits import Connection
 from tnxd.transport.router import Message
 
 

@@ -21,7 +21,7 @@ from tnxctl.protocol.wire import (
     ReloadReport,
 )
 from tnxd.deployment.audit import Audit
-from tnxd.deployment.loader import Changes
+from tnxd.deployment.reconciler import Changes
 from tnxd.deployment.registry import Deployment, Registry
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import READY, STARTING, Version
@@ -31,7 +31,7 @@ from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.telemetry import Telemetry
 from tnxd.serving.version_traffic import TrafficByVersion
-from tnxd.transport.admission import Admission
+from tnxd.transport.client_limits import Admission
 
 _MIB = 1024 * 1024
 

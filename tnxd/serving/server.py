@@ -36,7 +36,7 @@ from tnxctl.protocol.wire import (
     request_id,
 )
 from tnxd.deployment.background import Background, Copy
-from tnxd.deployment.loader import Loader
+from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.registry import LOADING_RETRY_S
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import DRAINING, READY, STARTING, Version
@@ -56,8 +56,8 @@ from tnxd.serving.replies import error_header, report_header
 from tnxd.serving.reports import Inventory
 from tnxd.serving.telemetry import Telemetry
 from tnxd.serving.traffic_memory import TrafficMemory
-from tnxd.transport.admission import Admission, Connection
 from tnxd.transport.busy_poller import BusyPoller
+from tnxd.transport.client_limits import Admission, Connection
 from tnxd.transport.router import Message, Router
 from tnxd.transport.wakeup import Wakeup
 
@@ -96,7 +96,7 @@ class Server:
         router: bound. wakeup: what the router's `wait` also returns for.
         calls: from other threads; they wake the loop by the same wakeup.
         inventory: models and devices. scheduler: of the same devices. Both may be empty at first.
-        loader: of the models on these devices.
+        reconciler: of the models on these devices.
         on_tick: called every `tick_s` seconds with whether all lanes make progress.
         drain_timeout_s: how long `drain` lets running work go on.
         stall_timeout_s: a batch that runs longer is given up, and its lane counts as dead until it ends after all.
@@ -113,7 +113,7 @@ class Server:
         calls: CallQueue,
         inventory: Inventory,
         scheduler: Scheduler,
-        loader: Loader,
+        reconciler: Reconciler,
         telemetry: Telemetry,
         busy_poller: BusyPoller,
         *,
@@ -146,8 +146,8 @@ class Server:
         self._admission = admission
         self._memory = TrafficMemory(router, admission)
         self._on_device_lost = on_device_lost
-        self._loader = loader
-        self._audits = loader.audits
+        self._reconciler = reconciler
+        self._audits = reconciler.audits
         self._background = Background()
         self._shadows = Shadows(self._background)
         self._quarantine = Quarantine()
@@ -155,7 +155,7 @@ class Server:
         self._control = ControlPlane(
             inventory,
             scheduler,
-            loader,
+            reconciler,
             self._shadows,
             telemetry,
             router,
@@ -258,8 +258,8 @@ class Server:
             busy = self._dispatch() or more or ran
             flushed = self._router.flush()
             self._expire()
-            if self._loader.active:
-                self._loader.poll()
+            if self._reconciler.active:
+                self._reconciler.poll()
             if self._commands_done:
                 self._answer_commands()
             now = time.monotonic()
@@ -338,7 +338,7 @@ class Server:
         self._router.poll_monitor()
         self._forget_vanished()
         self._router.measure_unread(everywhere=False)
-        self._memory.look(now, settled=self.state != STARTING and not self._loader.active)
+        self._memory.look(now, settled=self.state != STARTING and not self._reconciler.active)
 
     def _look_at_clients(self) -> None:
         """Cut off who floods."""
@@ -568,7 +568,7 @@ class Server:
 
     def _request_load(self, version: Version) -> Unavailable:
         """A request came for a version that had to make room: load it again."""
-        self._loader.request_load(version)
+        self._reconciler.request_load(version)
         return Unavailable(
             f"model {version.title!r} had made room for another and is being loaded again",
             retry_after_s=LOADING_RETRY_S,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from tnxd.process import malloc
-from tnxd.transport.admission import Admission
+from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
 
 # Memory beyond what a quiet daemon had: from so much on it is worth to give it back.

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import zmq
 
 from tnxd.transport import descriptors
-from tnxd.transport.admission import Admission, Client, Connection
+from tnxd.transport.client_limits import Admission, Client, Connection
 from tnxd.transport.monitor import Monitor
 from tnxd.transport.routing_ids import AssignedIds
 from tnxd.transport.zap import ZapHandler

@@ -14,7 +14,7 @@ from typing import Any
 import zmq
 
 from tnxctl.protocol.frames import Array
-from tnxd.transport.admission import Admission, Connection
+from tnxd.transport.client_limits import Admission, Connection
 
 _MORE = int(zmq.SNDMORE)
 _FIRST = int(zmq.NOBLOCK) | _MORE

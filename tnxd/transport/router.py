@@ -15,7 +15,7 @@ import zmq
 
 from tnxctl.protocol.wire import Limits
 from tnxd.transport import routing_ids, zap
-from tnxd.transport.admission import Admission, Connection
+from tnxd.transport.client_limits import Admission, Connection
 from tnxd.transport.connections import Connections
 from tnxd.transport.listeners import Listeners
 from tnxd.transport.monitor import Monitor

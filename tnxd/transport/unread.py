@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from tnxd.transport.admission import Admission, Connection
+from tnxd.transport.client_limits import Admission, Connection
 from tnxd.transport.connections import Connections
 from tnxd.transport.descriptors import bytes_received
 

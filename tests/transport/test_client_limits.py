@@ -9,8 +9,8 @@ import pytest
 
 from tnxctl.protocol.errors import ResourceExhausted
 from tnxd.config import Clients
-from tnxd.transport import admission
-from tnxd.transport.admission import Admission, Connection
+from tnxd.transport import client_limits
+from tnxd.transport.client_limits import Admission, Connection
 
 
 class Clock:
@@ -18,7 +18,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(admission.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(client_limits.time, "monotonic", lambda: self.now)
 
 
 def test_refusal_says_how_long_it_took_lately_until_there_was_room(monkeypatch: pytest.MonkeyPatch) -> None:

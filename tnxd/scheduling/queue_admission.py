@@ -1,4 +1,4 @@
-"""Admission control: which requests the queue takes, by its limits and by their deadlines."""
+"""Admission to the queue: which requests the queue takes, by its limits and by their deadlines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader: makes the registry true while the daemon serves. It carries out plans, one after the other.
+"""The reconciler: makes the registry true while the daemon serves. It carries out plans, one after the other.
 
 Everything here runs on the serving loop's thread and touches registry and scheduler without a lock. What is to be done
 is decided in `tnxd.deployment.plan`; how a version is brought up and retired is in `tnxd.deployment.lifecycle`.
@@ -53,7 +53,7 @@ class Changes:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-class Loader:
+class Reconciler:
     """Loads and unloads versions as the catalog and operators want it.
 
     Args:

@@ -1,4 +1,4 @@
-"""Admission control: limits of connections, of requests in flight and of memory, per client and of all together.
+"""Limits of clients: connections, requests in flight and memory, for each and for all together.
 
 A client is an address, or a user of this machine on ipc://. It may have many connections. Limits are per client, so
 that nobody gets more by connecting more often. Many may share one address, behind a NAT or on loopback: where a client
