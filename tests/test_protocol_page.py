@@ -19,7 +19,7 @@ from dealer import Dealer
 from tnxctl.protocol import errors, wire
 from tnxctl.protocol.frames import STORAGE, view_tensors
 from tnxctl.protocol.wire import Limits
-from tnxd.deployment import registry
+from tnxd.deployment import version
 
 PAGE = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text(encoding="utf-8")
 CLIENT = Path(__file__).parent / "clients" / "minimal.mjs"
@@ -236,7 +236,7 @@ def test_every_status_of_a_version() -> None:
     (statuses,) = tables(section("Status of a version"))
     names = [json.loads(bare(name)) for name, _ in statuses]
     assert sorted(names) == sorted(
-        value for name, value in vars(registry).items() if name.isupper() and isinstance(value, str)
+        value for name, value in vars(version).items() if name.isupper() and isinstance(value, str)
     )
 
 

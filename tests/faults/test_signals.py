@@ -123,6 +123,7 @@ def test_child_processes_have_default_signal_handlers(tmp_path: Path) -> None:
 
 
 FORKS = """
+import logging  # as the daemon: it registers what to do at a fork, and must not do so in the middle of one
 import os, signal, threading, time
 from tnxd.process import signals
 
