@@ -127,6 +127,7 @@ class Scheduled:
             wanted="auto",
             priority=job.priority,
             deadline_ns=deadline_ns,
+            came_ns=deadline_ns - int((job.deadline_us - job.arrival_us) * 1e3),
             number=number,
         )
         try:

@@ -67,8 +67,9 @@ class AdmissionControl:
         if request.deadline_ns != NEVER:
             margin_us = queue.costs.curve(request.rows).spread(request.rows)
             needs_us = wait_us + run_us + margin_us
-            allowed_us = (request.deadline_ns - request.came_ns) / 1e3
-            if wait_us or now_ns - request.came_ns > BEHIND_NS:  # nothing unforeseen waits where nothing waits
+            came_ns = request.came_ns or now_ns
+            allowed_us = (request.deadline_ns - came_ns) / 1e3
+            if wait_us or now_ns - came_ns > BEHIND_NS:  # nothing unforeseen waits where nothing waits
                 forecast = queue.placement.forecast
                 reserve_us = forecast.extra_us + forecast.reserve * allowed_us
                 margin_us += reserve_us

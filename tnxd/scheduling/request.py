@@ -28,7 +28,8 @@ class Request(msgspec.Struct, eq=False, gc=False):
         excluded: devices that had no memory left for it: it goes to others, unless it names one.
         alone: whether it shares no batch, though others of its model and group wait (`tnxd.serving.quarantine`).
         priority: 0 to LEVELS - 1, 0 first.
-        deadline_ns: when it is worthless; NEVER. came_ns: when it came, from which its deadline was counted.
+        deadline_ns: when it is worthless; NEVER. came_ns: when it came, from which its deadline
+            was counted; 0: when it is added.
         device, reason, predicted_us: filled by `Scheduler.add`: where it will run, why there, and the microseconds
             until it will be done. So are wait_us, of these the wait; cost_us, its share of a full batch; due_ns, its
             place in the order; added_ns, when that was; serial, which grows with every request.
