@@ -9,11 +9,11 @@ _LEAST_FACTOR, _MOST_FACTOR = 0.5, 32.0
 # A batch counts for so many times what was expected at most: a stall of the machine says nothing about the next one.
 _OUTLIER = 8.0
 
-# For each request that is late, so much more of a deadline is kept free, and so much less for each in time: where it
+# For each request that is late, so much more time is kept free, and so much less for each in time: where it
 # stands still, one in two hundred is late (Robbins and Monro, 1951).
 _MORE = 0.005
 _LESS = _MORE / 200
-_MOST_RESERVE = 0.2
+_MOST_RESERVE = 0.4
 
 
 class Forecast:
@@ -26,7 +26,7 @@ class Forecast:
     Attributes:
         factor: by how much longer lanes are taken than their batches run.
         extra_us: from when a request should be done to its answer, where messages wait to be taken in.
-        reserve: part of a deadline that is kept free for what no average foretells, from 0 to 0.2.
+        reserve: part of the time for a request that is kept free for what no average foretells, from 0 to 0.4.
     """
 
     __slots__ = ("_actual_us", "_predicted_us", "extra_us", "factor", "reserve")

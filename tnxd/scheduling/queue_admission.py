@@ -11,6 +11,10 @@ from tnxd.scheduling.request_queue import RequestQueue
 BEHIND_NS = 200_000
 """Time that a message waits before it is taken in, beyond which the caller is behind with its work."""
 
+# Where it is, the reserve is that part of a deadline. With twice as much so few would wait that batches were small, and
+# each request took more of the caller's time: 20,000 requests of `mlp` per second in place of 28,000.
+_BEHIND_SHARE = 0.5
+
 
 class AdmissionControl:
     """Limits of what may wait, and the check of deadlines.
@@ -69,9 +73,13 @@ class AdmissionControl:
             needs_us = wait_us + run_us + margin_us
             came_ns = request.came_ns or now_ns
             allowed_us = (request.deadline_ns - came_ns) / 1e3
-            if wait_us or now_ns - came_ns > BEHIND_NS:  # nothing unforeseen waits where nothing waits
+            behind = now_ns - came_ns > BEHIND_NS
+            if wait_us or behind:  # nothing unforeseen waits where nothing waits
                 forecast = queue.placement.forecast
-                reserve_us = forecast.extra_us + forecast.reserve * allowed_us
+                if behind:
+                    reserve_us = forecast.extra_us + _BEHIND_SHARE * forecast.reserve * allowed_us
+                else:
+                    reserve_us = needs_us * forecast.reserve / (1.0 - forecast.reserve)
                 margin_us += reserve_us
                 needs_us += reserve_us
             left_us = (request.deadline_ns - now_ns) / 1e3
