@@ -41,7 +41,7 @@ class ObedientDevice:
             threading.Thread(target=self._work, args=(inbox,), daemon=True).start()
 
     _released = threading.Event()
-    """Of all devices."""
+    """The signal that ends all waits, of all devices."""
 
     def load(self, model: Model) -> contract.LoadReport:
         return contract.LoadReport([(1, 1e4), (64, 1e4)], 1024)

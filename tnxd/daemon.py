@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("tnxd")
 
 LAST_WORDS_S = 1.0
-"""How long the end of the process waits until the log is written."""
+"""Seconds that the end of the process waits until the log is written."""
 
 _FLUSH_S = 5.0
 _TICK_S = 1.0

@@ -86,7 +86,7 @@ def test_running_batch_counts_with_what_is_left_of_it() -> None:
 def test_refusal_says_when_to_come_back_if_the_request_would_be_in_time_had_it_just_come(
     came_ns: int, says_when: bool
 ) -> None:
-    """What stood in its socket for too long is late though nothing waits; else its client would go on sending."""
+    """A message that stood in its socket for too long is late though nothing waits; its client must hear of it."""
     scheduler = scheduler_with_inline(lane_us=1000.0)
     deadline_ns = 21 * MS // 2
     with pytest.raises(DeadlineExceeded) as refused:
@@ -95,7 +95,7 @@ def test_refusal_says_when_to_come_back_if_the_request_would_be_in_time_had_it_j
 
 
 def test_caller_that_is_behind_promises_less() -> None:
-    """What a message needs beyond its batch is learned from answers, and counts where messages wait to be taken in."""
+    """The time beyond a batch is learned from answers, and counts where messages wait to be taken in."""
     scheduler = scheduler_with_inline(lane_us=1000.0)
     for _ in range(100):
         scheduler.add(request(rows=8), 0)

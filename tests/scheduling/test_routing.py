@@ -74,6 +74,22 @@ def test_predicted_wait_counts_the_work_of_the_caller_between_batches() -> None:
     assert late.wait_us > 24 * 2000 * 3
 
 
+def test_idle_time_after_a_withdrawn_backlog_is_no_work_of_the_caller() -> None:
+    """The only request that waits is cancelled; the next one comes a minute later."""
+    scheduler = scheduler_with_inline(lane_us=2000.0)
+    waiting = [request(rows=8, max_batch_size=8) for _ in range(2)]
+    for each in waiting:
+        scheduler.add(each, 0)
+    ((batch,), _) = scheduler.next_batches(0)
+    scheduler.finished(batch, 2000.0, 2 * MS)
+    assert scheduler.cancel(waiting[1])
+    minute_ns = 60_000 * MS
+    scheduler.add(request(rows=8, max_batch_size=8), minute_ns)
+    ((batch,), _) = scheduler.next_batches(minute_ns)
+    scheduler.finished(batch, 2000.0, minute_ns + 2 * MS)
+    assert batch.device.placements["mlp"].forecast.factor == pytest.approx(1.0)
+
+
 def test_request_that_did_not_fit_goes_to_another_device() -> None:
     gpus = [Device(f"cuda:{index}", "cuda", 1, set(MODELS), 8000.0) for index in range(2)]
     scheduler = make_scheduler(*gpus, Device("cpu", "cpu", 1, set(MODELS)))

@@ -58,3 +58,21 @@ def test_refusal_says_how_long_it_took_lately_until_there_was_room(monkeypatch: 
     with pytest.raises(ResourceExhausted) as refused:
         admitted.check(connection, 10)
     assert refused.value.retry_after_s == pytest.approx(0.004, rel=0.1)
+
+
+def test_clients_with_requests_in_flight_are_counted() -> None:
+    admitted = Admission(Clients(), max_requests=100, max_bytes=1 << 30)
+    connections = [Connection(b"%d" % number, number, admitted.client(f"10.0.0.{number}")) for number in range(3)]
+    requests: list[Any] = [
+        SimpleNamespace(id=number, nbytes=10, connection=connection)
+        for connection in connections[:2]
+        for number in range(2)
+    ]
+    counts = []
+    for request in requests:
+        admitted.take(request.connection, request)
+        counts.append(admitted.active)
+    for request in requests:
+        admitted.release(request)
+        counts.append(admitted.active)
+    assert counts == [1, 1, 2, 2, 2, 1, 1, 0]

@@ -19,7 +19,7 @@ def correct_forecast(forecast: Forecast, batch: Batch, now_ns: int) -> None:
     deadlines_ns = [request.deadline_ns for request in batch.requests]
     late = sum([deadline_ns < now_ns for deadline_ns in deadlines_ns]) if min(deadlines_ns) < now_ns else 0
     # To keep a promise is easy where nothing waits.
-    waited = last.wait_us or last.added_ns - last.came_ns > BEHIND_NS
+    waited = last.wait_us or (last.came_ns and last.added_ns - last.came_ns > BEHIND_NS)
     in_time = len(deadlines_ns) - late if waited and last.deadline_ns != NEVER else 0
     if late or in_time:
         forecast.fared(late, in_time)

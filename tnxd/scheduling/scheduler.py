@@ -342,6 +342,8 @@ class Scheduler(Accounts):
         if not queue.count:
             device.withdraw(queue)
         self.dequeue(device, queue, [request])
+        if not device.queued:
+            device.backlog_ns = 0  # what comes next does not tell how long a backlog takes
         return True
 
     def fail_device(self, name: str, error: str) -> list[Request]:

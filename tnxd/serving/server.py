@@ -167,7 +167,7 @@ class Server:
         self._calls = calls
         self._completed: deque[Execution] = deque()
         self._started: Batch | None = None
-        self._modest = False
+        self._light_waits = False
         self._inline: Execution | None = None
         self._on_lanes: dict[Execution, Batch] = {}
         self._next_tick = time.monotonic()
@@ -411,7 +411,7 @@ class Server:
         router = self._router
         receive = router.receive
         until = 0
-        self._modest = False
+        self._light_waits = False
         # No more than the queue has room for: lanes that are free may empty it before the next one is refused.
         for count in range(self._scheduler.room or _REFUSED_AT_ONCE):
             begin = clock()
@@ -437,8 +437,8 @@ class Server:
                 return False
             if self._completed and self._scheduler.queued >= _ENOUGH:
                 break  # a lane has nothing to do
-            if self._modest and self._scheduler.queued >= _ENOUGH * self._admission.clients:
-                break  # somebody who asks for little waits behind what others have sent
+            if self._light_waits and self._scheduler.queued >= _ENOUGH * self._admission.active:
+                break  # a client with a single request waits behind what others have sent
         return True
 
     def _age_ns(self, connection: Connection, sent_us: float | None, received_ns: int) -> int:
@@ -563,7 +563,7 @@ class Server:
                 raise
         self._admission.take(connection, pending)
         if connection.client.requests == 1:
-            self._modest = True
+            self._light_waits = True
         traffic.requests += 1
 
     def _request_load(self, version: Version) -> Unavailable:

@@ -117,6 +117,7 @@ class Admission:
     Attributes:
         max_unsent_bytes: limit of the unsent replies of one connection (`clients.max_owed_mb`).
         max_traffic_bytes: limit of `traffic_bytes` (`clients.memory_mb`).
+        active: number of clients that have requests in flight.
         unsent: bytes of replies that clients have not taken yet.
         unread: bytes that ZeroMQ has received and not handed over, as last measured.
         refused: number of connections that were not let in. cut: number of those that were ended by the daemon.
@@ -137,16 +138,12 @@ class Admission:
         self.unsent = 0
         self.unread = 0
         self.refused = 0
+        self.active = 0
         self.cut = 0
         self._refusing: set[Connection] = set()
 
     def __iter__(self) -> Iterator[Client]:
         return iter(list(self._clients.values()))
-
-    @property
-    def clients(self) -> int:
-        """Number of clients that are connected or were lately."""
-        return len(self._clients)
 
     @property
     def requests(self) -> int:
@@ -237,6 +234,8 @@ class Admission:
         connection.requests[request.id] = request
         client, nbytes = connection.client, request.nbytes
         connection.nbytes += nbytes
+        if not client.requests:
+            self.active += 1
         client.requests += 1
         client.nbytes += nbytes
 
@@ -247,6 +246,8 @@ class Admission:
         client, nbytes = connection.client, request.nbytes
         connection.nbytes -= nbytes
         client.requests -= 1
+        if not client.requests:
+            self.active -= 1
         client.nbytes -= nbytes
         if client.full_since:
             client.room_s += _ROOM_WEIGHT * (time.monotonic() - client.full_since - client.room_s)
