@@ -54,7 +54,7 @@ from tnxctl.protocol.errors import (
     from_code,
 )
 from tnxctl.protocol.wire import Limits
-from tnxctl.throttling import Admission
+from tnxctl.throttling import Throttle
 
 MAX_PENDING_CALLS = 65_536
 MAX_PENDING_BYTES = 1 << 30
@@ -99,7 +99,7 @@ class Session:
         self.max_frame_bytes = max(limits.message_bytes, self._reply_limits.header_bytes)
         self._pending: dict[int | None, Call[Any]] = {}
         self._pending_bytes = 0
-        self._admission = Admission(endpoint)
+        self._throttle = Throttle(endpoint)
         self._closed = False
         # No pending call expires earlier; it may lie too early, then a look at the calls sets it right.
         self._expiry = math.inf
@@ -144,7 +144,7 @@ class Session:
             limits = f"{MAX_PENDING_CALLS} and {MAX_PENDING_BYTES}"
             call.fail(failures.too_many_pending(self.endpoint, len(pending), self._pending_bytes, limits))
             return False
-        if self._admission and not self._admission.admit(call):
+        if self._throttle and not self._throttle.admit(call):
             return False
         connection = self.connection
         if not pending:  # nobody has been waiting for a connection: the new caller shall not wait for a retry
@@ -181,12 +181,12 @@ class Session:
             if self._defer(call, refusal, now):
                 return None
             if retry_after_s is not None and isinstance(refusal, DeadlineExceeded | ResourceExhausted):
-                self._admission.refused(call, self._pending.values(), reply.message, retry_after_s, now)
+                self._throttle.refused(call, self._pending.values(), reply.message, retry_after_s, now)
             call.fail(refusal)
             return call
         if call.firm_deadline and now >= call.expires:
             call.fail(self.timeout_error(call))
-            self._admission.refused(call, self._pending.values(), "an answer came too late", None, now)
+            self._throttle.refused(call, self._pending.values(), "an answer came too late", None, now)
             return call
         if call.window is not None:
             call.window.served(now)
@@ -255,7 +255,7 @@ class Session:
             self._pop(call.id)
             call.fail(self.timeout_error(call))
             if connection.is_open and call.firm_deadline:
-                self._admission.refused(call, self._pending.values(), "no answer came in time", None, now)
+                self._throttle.refused(call, self._pending.values(), "no answer came in time", None, now)
         if connection.is_open and connection.half_open_at == math.inf:
             unheard = [call.timeout for call in expired if not connection.has_heard_since(call.expires - call.timeout)]
             if unheard:

@@ -13,7 +13,7 @@ from tnxctl.call import Call
 from tnxctl.windows import Windows
 
 
-class Admission:
+class Throttle:
     """The windows of one client, and the calls in them. False while there is no window: all calls are admitted."""
 
     def __init__(self, endpoint: str) -> None:
