@@ -223,6 +223,8 @@ def _check_combination(kind: str, file: str, settings: Settings, label: str) -> 
         for key, tensors in (("inputs", settings.inputs), ("outputs", settings.outputs)):
             if not tensors:
                 raise InvalidArgument(f"{label}: {key}: have to stand here, since {file} does not say them")
+    if kind == "safetensors" and settings.compile != "none" and settings.ragged is not None and settings.ragged.packed:
+        raise InvalidArgument(f"{label}: compile: a packed model is not compiled (ragged.packed)")
     if kind == "onnx" and settings.devices and "cpu" not in settings.devices:
         raise InvalidArgument(f"{label}: devices: {file} runs on the CPU alone")
 

@@ -646,6 +646,7 @@ class Server:
             self._scheduler.set_free_memory(device.name, execution.memory_free_mb)
         answers: list[_Answer] = []
         sizes_known = execution.model.reply_row_nbytes  # and looked at before
+        rows = sum(execution.rows) if execution.model.joins else batch.rows
         for request, outcome in zip(batch.requests, execution.outcomes, strict=False):  # a copy has no requests
             assert isinstance(request, Pending)
             if request.done:
@@ -658,7 +659,7 @@ class Server:
             ):
                 self._answer_error(request, self._too_large(nbytes, request.max_reply_bytes))
             else:
-                answers.append((request, result_header(request, batch.rows, execution, outcome), outcome))
+                answers.append((request, result_header(request, rows, execution, outcome), outcome))
                 if len(answers) == _SENT_TOGETHER:
                     self._answer(answers, execution)
                     answers.clear()

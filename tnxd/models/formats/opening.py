@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
+
 from tnxctl.protocol.errors import FailedPrecondition
+from tnxd.models import ragged
 from tnxd.models.formats import compiling, examples, exported, libraries, onnx, optional, torchscript, weights
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import DEFAULT_AUDIT, Model
@@ -53,12 +56,19 @@ def open_model(source: RepositorySource, generation: int) -> Model:
             notes += (f"compile: {missing}: runs eager",)
         else:
             build = compiling.lazily(source, opened)
+    signature, said = opened.signature, settings.ragged
+    axes = None
+    if said is not None:
+        if said.packed and source.format != "safetensors":
+            said = msgspec.structs.replace(said, packed=False)
+            notes += ("ragged.packed: for what a factory makes; this file says what it is called with, and is padded",)
+        axes = ragged.resolve(said, signature, source.settings_label)
     return Model(
         name=source.name,
         version=source.version,
-        inputs=opened.signature.inputs,
-        outputs=opened.signature.outputs,
-        max_batch_size=opened.signature.max_batch_size,
+        inputs=signature.inputs,
+        outputs=signature.outputs,
+        max_batch_size=signature.max_batch_size,
         factory=build,
         format=source.format,
         devices=opened.devices or settings.devices,
@@ -70,11 +80,12 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         warm_up=settings.warm_up,
         generation=generation,
         notes=notes,
-        examples=opened.signature.examples,
-        optional=opened.signature.optional,
+        examples=signature.examples,
+        optional=signature.optional,
         example_values=opened.example_values,
         writes=opened.writes,
         state=settings.state,
         audit=DEFAULT_AUDIT if settings.audit is None else settings.audit,
-        batching_asked=bool(settings.max_batch_size),
+        batching_asked=bool(settings.max_batch_size) or (settings.ragged is not None and settings.ragged.packed),
+        ragged=axes,
     )

@@ -50,7 +50,8 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
 
     first = [factory()]  # for the first build, and held no longer
     compiled = settings.compile == "inductor"  # for all inputs that there are
-    arguments = None if compiled else defaults(first[0])
+    packed = settings.ragged is not None and settings.ragged.packed
+    arguments = None if compiled or packed else defaults(first[0])
     signature = optional.resolve(
         signature, settings, source.settings_label, "compiled code" if compiled else label, arguments
     )
@@ -59,7 +60,8 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
         network = first.pop() if first else factory()
         with stored(files, label) as weights:
             fill(network, renamed(weights, settings.weights), label, factory.label, settings.weights.ignore)
-        network = arranged(network, [spec.name for spec in signature.inputs], signature.optional)
+        if not packed:  # what that is called with are no longer the inputs
+            network = arranged(network, [spec.name for spec in signature.inputs], signature.optional)
         if settings.dtype:
             network = Precision(network, getattr(torch, settings.dtype), signature.outputs)
         return network.requires_grad_(False).eval()
