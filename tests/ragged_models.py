@@ -28,6 +28,24 @@ class Masked(nn.Module):
         return x.sum(1) / kept.sum(1).clamp(min=1), 2 * x
 
 
+class Slow(Masked):
+    '''The same, but a batch takes milliseconds, so that it is worth to plan.'''
+
+    def forward(self, ids, mask):
+        x = torch.zeros(480, 480)
+        for _ in range(4):
+            x = x @ x
+        mean, tokens = super().forward(ids, mask)
+        return mean + x[0, 0], tokens
+
+
+class Short(Masked):
+    '''The same for up to 32 places.'''
+
+    def forward(self, ids, mask):
+        return super().forward(ids + torch.zeros(32, dtype=torch.int64)[torch.arange(ids.shape[1])], mask)
+
+
 class Recurrent(nn.Module):
     '''Last state of a recurrence that nobody tells where a text ends.'''
 
@@ -89,14 +107,16 @@ packed = true
 """
 
 
-def put(root: Path, name: str, factory: str, ragged: str, *, outputs: str = f"{MEAN}, {TOKENS}", more: str = "") -> Path:
+def put(
+    root: Path, name: str, factory: str, ragged: str, *, outputs: str = f"{MEAN}, {TOKENS}", more: str = ""
+) -> Path:
     """Add a model to a repository. Args: ragged: what model.toml says about it. more: first lines of model.toml."""
     version = root / name / "1"
     version.mkdir(parents=True)
     (version / "networks.py").write_text(NETWORKS)
     weights = torch.from_numpy(TABLE)
     (version / "model.safetensors").write_bytes(safetensors.torch.save({"table": weights}))
-    toml = f'factory = "networks:{factory}"\n{more}{SIGNATURE}outputs = [{outputs}]\n{ragged}'
+    toml = f'factory = "networks:{factory}"\n{SIGNATURE}outputs = [{outputs}]\n{ragged}'
     (root / name / "model.toml").write_text(toml)
     return root / name
 

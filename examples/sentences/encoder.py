@@ -169,6 +169,7 @@ class PackedEncoder(SentenceEncoder):
         x = self.embeddings(ids, torch.arange(len(ids), device=ids.device) - starts)
         ends = offsets[1:-1].tolist()
         for layer in self.encoder.layer:
+            assert isinstance(layer, Layer)
             x = layer.packed(x, ends)
         means = [sentence.sum(0) / max(len(sentence), 1) for sentence in x.tensor_split(ends)]
         return functional.normalize(torch.stack(means))
