@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.models import settings
@@ -135,6 +135,14 @@ def test_where_padding_changes_answers_lengths_are_kept_apart() -> None:
     assert served.ragged is not None
     found = bound(replace(served, ragged=served.ragged.apart()), ones(3, 5), ones(3, 5))
     assert (found.group, found.units, found.length) == ((5, 5), 3, 0)
+
+
+def test_a_packed_model_goes_on_to_be_packed_where_requests_have_to_run_alone() -> None:
+    alone = model(packed=True, outputs={}).singly()
+    assert (alone.max_units, alone.arguments) == (1, (IDS, TensorSpec("offsets", "INT64", (-1,))))
+    with pytest.raises(FailedPrecondition, match=r"texts/model.toml: ragged.packed: its requests cannot share a batch"):
+        alone.unbatched()
+    assert (model().singly().max_units, model().singly().joins) == (0, False)
 
 
 def test_axes_that_contradict_each_other_are_refused() -> None:

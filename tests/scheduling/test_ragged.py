@@ -259,6 +259,16 @@ def test_priority_goes_first_where_there_is_little_room() -> None:
     assert rows_of(batch) == MOST_ROWS
 
 
+def test_rows_enough_for_a_batch_wait_for_no_more_company() -> None:
+    made = scheduler()
+    for number in range(MOST_ROWS):
+        waiting = text(20 + number)
+        waiting.max_delay_ns = 1_000 * MS
+        made.add(waiting, 0)
+        batches, _ = made.next_batches(0)
+        assert bool(batches) == (number == MOST_ROWS - 1)
+
+
 def test_a_thief_takes_one_length() -> None:
     """What it is predicted to take is that of tokens without padding."""
     made = scheduler(devices=("cpu", "other"))

@@ -294,7 +294,7 @@ def _as_tried(model: Model, reports: Collection[LoadReport], *, mixes: bool) -> 
     """A model as all of its devices can serve it. Args: mixes: requests have been seen to change each other."""
     if mixes or not all(report.batches for report in reports):
         examples = next((report.examples for report in reports if report.examples), model.examples)
-        model = replace(model.unbatched(), examples=examples)
+        model = replace(model.singly(), examples=examples)
     elif model.ragged is not None and not all(report.joins for report in reports):
         model = replace(model, ragged=model.ragged.apart())
     if any(report.serial for report in reports):

@@ -17,13 +17,10 @@ from tnxd.models.ragged import stored_pad
 def lengths(model: Model, items: Sequence[Item]) -> list[int]:
     """Length of the ragged axes of each request."""
     assert model.ragged is not None
-    position = next(
-        place
-        for place, (axis, array) in enumerate(zip(model.ragged.axes, items[0], strict=True))
-        if axis and array is not None
-    )
-    axis = model.ragged.axes[position]
-    return [item[position].shape[axis] for item in items]  # type: ignore[union-attr]
+    for position, axis in enumerate(model.ragged.axes):
+        if axis and items[0][position] is not None:
+            return [item[position].shape[axis] for item in items]  # type: ignore[union-attr]
+    return [0] * len(items)  # those inputs may be left out, and were
 
 
 def units(model: Model, items: Sequence[Item], rows: int) -> int:

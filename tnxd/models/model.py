@@ -131,6 +131,12 @@ class Model:
         """Whether requests of different lengths may share a batch."""
         return self.ragged is not None and self.ragged.joins
 
+    def singly(self) -> Model:
+        """The same model, for requests that run alone. One that is packed goes on to be called as it was."""
+        if self.ragged is None or not self.ragged.packed:
+            return self.unbatched()
+        return replace(self, ragged=replace(self.ragged, max_tokens=1))
+
     @property
     def pads(self) -> bool:
         """Whether they do so padded to the longest."""

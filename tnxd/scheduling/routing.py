@@ -173,7 +173,7 @@ class Routing:
         _, _, fastest, (wait_us, run_us, share_us, own_us) = candidates[rates.index(most)]
         wait_us -= own_us * (1.0 - most / sum(rates)) / fastest.lanes
         queue = self.queue(fastest, request.model, request.group, request.alone)
-        limit = queue.placement.row_limit(request.max_batch_size)
+        limit = request.most_rows if request.length else queue.placement.row_limit(request.max_batch_size)
         if not limit or queue.count < limit:
             margin_us = queue.costs.curve(request.rows).spread(request.rows)
             if now_ns + (wait_us + run_us + margin_us) * 1e3 > request.deadline_ns:
