@@ -309,6 +309,21 @@ def test_a_client_of_long_texts_has_no_more_than_its_share(several: bool) -> Non
     raise AssertionError("the short texts were not served")
 
 
+def test_clients_share_by_tokens_and_not_by_texts() -> None:
+    made = scheduler()
+    for _ in range(100):
+        made.add(text(500, client="long"), 0)
+    for _ in range(3_000):
+        made.add(text(8, client="short"), 0)
+    tokens = {"long": 0, "short": 0}
+    for _, batch in run_all(made):
+        for request in batch.requests:
+            tokens[request.client] += request.rows
+        if tokens["long"] >= 16_000:
+            break
+    assert 0.6 < tokens["short"] / tokens["long"] < 1.1
+
+
 def test_a_long_text_among_short_ones_delays_them_by_its_own_time() -> None:
     made = scheduler()
     made.add(text(512), 0)

@@ -136,9 +136,9 @@ class LevelQueue:
         Returns:
             Rows that are still free.
         """
-        passed_over: list[tuple[ConnectionQueue, Entry]] = []
+        passed_over: list[Callable[[], None]] = []
         while (room > 0 or not batch) and (first := self.first()) is not None:
-            connection, head = first
+            connection, _ = first
             before, tokens = len(batch), 0
             for _, _, request in connection.entries[connection.start : connection.start + _MAX_PICKED_FROM]:
                 rows = request.rows // request.length
@@ -154,10 +154,9 @@ class LevelQueue:
             if len(batch) > before:
                 self._end_turn(connection, tokens)
             else:
-                self.turns.withdraw(connection.client, connection.peer)
-                passed_over.append((connection, head))
-        for connection, head in passed_over:
-            self.turns.offer(connection.client, connection.peer, head[0], head[1])
+                passed_over.append(self.turns.pass_over(connection.client, connection.peer))
+        for restore in reversed(passed_over):
+            restore()
         return room
 
     def steal(
