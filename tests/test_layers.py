@@ -99,9 +99,9 @@ def decisions_by_name(path: Path) -> list[int]:
 
 
 def test_kinds_of_devices_are_told_apart_by_their_properties() -> None:
-    """But for the CPU, where programs are read and ONNX runs."""
+    """But for the CPU, where ONNX runs."""
     found = {str(path.relative_to(ROOT)) for path in SOURCES if decisions_by_name(path)}
-    assert found <= {"tnxd/models/formats/exported.py", "tnxd/models/repository.py"}
+    assert found <= {"tnxd/models/repository.py"}
 
 
 # --- rooms of transport and of the process -------------------------------------------------------------------
@@ -220,10 +220,11 @@ def test_the_library_does_not_know_the_tool() -> None:
         assert not {name for name in used if name == "tnxctl.cli" or name.startswith("tnxctl.cli.")}, path
 
 
-def test_no_module_of_the_client_imports_itself_in_a_circle() -> None:
+@pytest.mark.parametrize("half", ["tnxctl", "tnxd"])
+def test_no_module_imports_itself_in_a_circle(half: str) -> None:
     """Not even for type checkers."""
     modules = {}
-    for path in sorted((ROOT / "tnxctl").glob("**/*.py")):
+    for path in sorted((ROOT / half).glob("**/*.py")):
         modules[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
     left = {module: set(imports(path, typing_too=True)) & modules.keys() - {module} for module, path in modules.items()}
     for module, used in left.items():  # an import of a module names its package, too, which is no use of that

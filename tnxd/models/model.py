@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +14,6 @@ from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.frames import STORAGE, Array
 from tnxctl.protocol.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
 from tnxd.device_kinds import kind_of
-from tnxd.models.sizes import row_nbytes
 
 if TYPE_CHECKING:
     import torch
@@ -283,3 +283,11 @@ def model_key(name: str, version: str, generation: int) -> str:
     Two contents of one version live side by side while the new one takes over.
     """
     return f"{name}@{version}#{generation}" if generation else f"{name}@{version}"
+
+
+def row_nbytes(specs: Sequence[TensorSpec], batches: bool) -> int:
+    """Bytes of all these tensors for one row, or in all if axis 0 counts none; 0 if other axes have any length."""
+    shapes = [spec.shape[1:] if batches else spec.shape for spec in specs]
+    if any(-1 in shape for shape in shapes):
+        return 0
+    return sum(math.prod(shape) * STORAGE[spec.datatype].itemsize for shape, spec in zip(shapes, specs, strict=True))
