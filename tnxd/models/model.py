@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.frames import STORAGE, Array
+from tnxctl.protocol.frames import STORAGE, Array, python_name
 from tnxctl.protocol.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
 from tnxd.device_kinds import kind_of
 
@@ -229,8 +229,7 @@ class Model:
     def _fit(self, expected: TensorSpec, got: TensorSpec, rows: int | None) -> tuple[int | None, tuple[int, ...]]:
         """Check one tensor; return the rows it fixes and the lengths of its other variable axes."""
         if got.datatype != expected.datatype:
-            dtype = "ml_dtypes.bfloat16" if expected.datatype == "BF16" else f"np.{STORAGE[expected.datatype].name}"
-            hint = f"with numpy, .astype({dtype}) converts it"
+            hint = f"with numpy, .astype({python_name(expected.datatype)}) converts it"
             raise self._misfit(expected, f"takes {expected.datatype}, got {got.datatype}: {hint}")
         shape, wanted = got.shape, expected.shape
         if len(shape) != len(wanted):

@@ -35,9 +35,7 @@ from tnxd.executors.trial.undo import Beside
 from tnxd.executors.trial.verdict import Verdict, about, whole, without_rows
 from tnxd.models.model import Model
 from tnxd.models.noise import as_float, difference, tolerance
-from tnxd.models.tensors import TORCH_DTYPES
-
-_DATATYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+from tnxd.models.tensors import DATATYPES
 
 _KNOWN = ("pt2", "onnx")
 """Formats whose files say which axes have one length."""
@@ -336,6 +334,6 @@ def _datatypes(module: torch.nn.Module, model: Model) -> list[str]:
     """Datatypes that a model computes in, as far as they show: of its inputs, its outputs and most of its weights."""
     held: Counter[str] = Counter()
     for tensor in (*module.parameters(), *module.buffers()):
-        held[_DATATYPES.get(tensor.dtype, "")] += tensor.numel()
+        held[DATATYPES.get(tensor.dtype, "")] += tensor.numel()
     large = [name for name, count in held.items() if count >= _SHARE * held.total()]
     return [*large, *(spec.datatype for spec in (*model.inputs, *model.outputs))]

@@ -27,9 +27,7 @@ from tnxd.models.formats.conditions import Conditions, bounds, of_program
 from tnxd.models.formats.signature import DEFAULT_MAX_BATCH_SIZE, FileSignature, Shape
 from tnxd.models.formats.writes import STORING
 from tnxd.models.settings import MAX_NAME
-from tnxd.models.tensors import TORCH_DTYPES
-
-_DATATYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+from tnxd.models.tensors import DATATYPES
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def _check_kinds(signature: ExportGraphSignature, label: str) -> None:
 
 
 def _tensor(name: str, value: torch.Tensor, label: str) -> TensorSpec:
-    datatype = _DATATYPES.get(value.dtype)
+    datatype = DATATYPES.get(value.dtype)
     if datatype is None:
         raise FailedPrecondition(f"{label}: {name!r} is {value.dtype}, which cannot be served")
     return TensorSpec(name, datatype, tuple(axis if isinstance(axis, int) else -1 for axis in _lengths(value)))
@@ -165,7 +163,7 @@ def _outputs(
     returned, outputs, notes = [], [], []
     for leaf, (name, argument) in enumerate(zip(names, specs, strict=True)):
         if isinstance(argument, TensorArgument):
-            if name not in served and served and values[argument.name].dtype not in _DATATYPES:
+            if name not in served and served and values[argument.name].dtype not in DATATYPES:
                 continue  # nobody asks for it
             returned.append(leaf)
             outputs.append(_tensor(name, values[argument.name], label))
