@@ -57,7 +57,7 @@ from tnxctl.protocol.wire import Limits
 from tnxctl.throttling import Throttle
 
 MAX_PENDING_CALLS = 65_536
-MAX_PENDING_BYTES = 1 << 30
+MAX_PENDING_BYTES = 1024 * wire.MIB
 """Most calls and most input bytes under way from one client: beyond that a call fails at once instead of
 filling the memory of a program that asks faster than the daemon answers."""
 
@@ -68,7 +68,7 @@ LARGE_BYTES = 64 * 1024
 """Least size of inputs that a connection may have broken of: no sane limit of a daemon is below it."""
 
 # Reports about many devices and models outgrow the header limit that protects a daemon from its clients.
-_REPLY_HEADER_BYTES = 16 * 1024 * 1024
+_REPLY_HEADER_BYTES = 16 * wire.MIB
 _REPLY_TENSORS = 65_536
 
 _log = logging.getLogger("tnxctl")

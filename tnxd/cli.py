@@ -15,6 +15,7 @@ import click
 
 from tnxctl import __version__
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
+from tnxctl.protocol.wire import MIB
 from tnxd import check as checking
 from tnxd import config as configuration
 from tnxd import offer
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     pass
 
 log = logging.getLogger("tnxd")
-
-_MIB = 1024 * 1024
 
 
 def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -155,7 +154,7 @@ def main(
         log.warning("%s", sentence)
     raise_file_limit()
     queue = config.queue
-    admission = Admission(config.clients, max_requests=queue.max_requests, max_bytes=int(queue.max_mb * _MIB))
+    admission = Admission(config.clients, max_requests=queue.max_requests, max_bytes=int(queue.max_mb * MIB))
     router = Router(config.limits, admission)
     try:
         for endpoint in config.bind:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.wire import DEFAULT_PORT, Limits
+from tnxctl.protocol.wire import DEFAULT_PORT, MIB, Limits
 from tnxd import tomlfile
 from tnxd.device_kinds import DEVICE, DEVICES
 
@@ -193,7 +193,7 @@ def _check(config: Config, origin: str) -> None:
         port = endpoint.rpartition(":")[2]
         if endpoint.startswith("tcp://") and not (port == "*" or (port.isdigit() and int(port) < 65536)):
             raise InvalidArgument(f"{origin}: bind: {endpoint!r} has no port from 1 to 65535, or *")
-    message_mb = (config.limits.message_bytes + config.limits.header_bytes) / 2**20
+    message_mb = (config.limits.message_bytes + config.limits.header_bytes) / MIB
     for key in ("max_mb", "memory_mb"):
         value = getattr(config.clients, key)
         if value < message_mb:

@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from tnxctl.cli.exits import FileProblem
 from tnxctl.cli.text import tensor_name
+from tnxctl.protocol.wire import MIB
 
 if TYPE_CHECKING:
     from tnxctl.protocol.frames import Array
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 STANDARD = "-"
 SUFFIXES = (".npy", ".npz")
 
-MOST_BYTES = 1 << 30
+MOST_BYTES = 1024 * MIB
 """Most bytes of a file: four times the default limit of a message, since `--cast` may make it smaller."""
 
 _NPY_MAGIC = b"\x93NUMPY"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 
+from tnxctl.protocol.wire import MIB
 from tnxd.process import malloc
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
 
 # Memory beyond what a quiet daemon had: from so much on it is worth to give it back.
-_TRIM_BYTES = 48 * 1024 * 1024
-_QUIET_BYTES = 16 * 1024 * 1024
+_TRIM_BYTES = 48 * MIB
+_QUIET_BYTES = 16 * MIB
 _TRIM_EVERY_S = 1.0
 _TRIMS = 10
 

@@ -31,7 +31,7 @@ OUTSIDE = "outside"
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
 
-_LIMITS = wire.Limits(header_bytes=16 * 1024 * 1024, tensors=wire.MAX_TENSORS, rank=wire.MAX_RANK)
+_LIMITS = wire.Limits(header_bytes=16 * wire.MIB, tensors=wire.MAX_TENSORS, rank=wire.MAX_RANK)
 _NOTICEABLE = 0.05  # of the mean latency of the first step: a stage that grew by less has not
 
 clock_ns = time.perf_counter_ns

@@ -13,7 +13,7 @@ import torch
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 from tnxctl.protocol.frames import ML_DTYPES, STORAGE, Array, dtype_of
-from tnxctl.protocol.wire import TensorSpec, excerpt
+from tnxctl.protocol.wire import MIB, TensorSpec, excerpt
 from tnxd.error_text import sentence
 from tnxd.models.formats.signature import Opened, Shape, Signature
 from tnxd.models.noise import FLOATING
@@ -24,9 +24,9 @@ from tnxd.models.trust import TrustedFiles
 
 # Rows of values that model.toml describes: enough for two that differ, and no more memory than this with more.
 _ROWS = 8
-_ENOUGH_BYTES = 1 << 20
+_ENOUGH_BYTES = MIB
 # More than this is not kept of what a program was exported with.
-_MOST_BYTES = 1 << 26
+_MOST_BYTES = 64 * MIB
 
 
 def add(opened: Opened, source: RepositorySource, files: TrustedFiles) -> Opened:
