@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind
 
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.error_text import cause
+from tnxd.models.file_formats import PT2
 from tnxd.models.formats import classes, ignore_warnings_about_torch_itself, libraries, optional
 from tnxd.models.formats.description import describe
 from tnxd.models.formats.program import Program
@@ -23,12 +24,10 @@ from tnxd.models.formats.writes import written
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
 
-FILE = "model.pt2"
-
 
 def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     """See `tnxd.models.formats.opening.read`."""
-    label = files.label(FILE)
+    label = files.label(PT2.file)
     settings = source.settings
     program = load(files, label)
     description = describe(
@@ -63,7 +62,7 @@ def load(files: TrustedFiles, label: str) -> ExportedProgram:
         FailedPrecondition: it is damaged, or made for another torch.
     """
     ignore_warnings_about_torch_itself()
-    with files.open(files.directory / FILE) as file:
+    with files.open(files.directory / PT2.file) as file:
         if not zipfile.is_zipfile(file):
             raise FailedPrecondition(f"{label}: incomplete, or not a program of torch.export")
         while True:

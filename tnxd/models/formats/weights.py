@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.error_text import first_line
+from tnxd.models.file_formats import SAFETENSORS
 from tnxd.models.formats import optional, shards
 from tnxd.models.formats.calling import arranged, check_names, defaults
 from tnxd.models.formats.factories import Factory
@@ -30,17 +31,15 @@ from tnxd.models.trust import TrustedFiles
 
 log = logging.getLogger(__name__)
 
-FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-"""Says which of several files has which weight."""
-
 _MOST_HEAD = 100_000_000  # bytes, as the library has it
 
 
 def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     """See `tnxd.models.formats.opening.read`."""
     settings = source.settings
-    label = files.label(FILE if files.directory / FILE in files.identities else INDEX)
+    label = files.label(
+        SAFETENSORS.file if files.directory / SAFETENSORS.file in files.identities else SAFETENSORS.index
+    )
     signature = declared(settings, source.settings_label, label)
     check_names(signature, source.settings_label)
     try:
@@ -85,11 +84,11 @@ def stored(files: TrustedFiles, label: str) -> Iterator[dict[str, Stored]]:
     Raises:
         FailedPrecondition: a file is damaged, or the index and the files disagree: the sentence names file and key.
     """
-    index = files.directory / INDEX
+    index = files.directory / SAFETENSORS.index
     found: dict[str, Stored] = {}
     with ExitStack() as stack:
         if index not in files.identities:
-            yield of_file(stack.enter_context(files.open(files.directory / FILE)), label)
+            yield of_file(stack.enter_context(files.open(files.directory / SAFETENSORS.file)), label)
             return
         with files.open(index) as file:
             places = shards.read(file.read(), files, label)
