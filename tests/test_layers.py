@@ -102,6 +102,16 @@ def test_kinds_of_devices_are_told_apart_by_their_properties() -> None:
     assert not {str(path.relative_to(ROOT)) for path in SOURCES if decisions_by_name(path)}
 
 
+def test_cuda_is_known_to_its_executor_and_to_the_settings_of_torch_alone() -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and (node.attr == "is_cuda" or ast.unparse(node) == "torch.cuda")
+    }
+    assert {path for path in found if not path.startswith("tnxd/models/process_state/")} == {"tnxd/executors/cuda.py"}
+
+
 # --- rooms of transport and of the process -------------------------------------------------------------------
 
 

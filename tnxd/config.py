@@ -92,6 +92,11 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cpu_mb: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
     cuda_mb: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
 
+    def nbytes(self, kind: str) -> int:
+        """The limit of a kind of device, in bytes."""
+        limit_mb: float = getattr(self, f"{kind}_mb")
+        return int(limit_mb * MIB)
+
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings of the daemon.

@@ -16,6 +16,7 @@ from tnxd.config import Config, control_of
 from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.registry import Registry
 from tnxd.deployment.version import DRAINING, READY, STARTING
+from tnxd.device_kinds import KINDS
 from tnxd.error_text import named
 from tnxd.executors.execution import Executor
 from tnxd.process import logs, signals
@@ -79,7 +80,7 @@ class Daemon:
             lambda: offer.catalog(config),
             self._calls.call_soon,
             limits=config.limits,
-            budget={"cpu": int(config.memory.cpu_mb * MIB), "cuda": int(config.memory.cuda_mb * MIB)},
+            budget={kind: config.memory.nbytes(kind) for kind in KINDS},
             load_timeout_s=config.load_timeout_s,
             on_reload=self._announce_reload,
         )
