@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from io import BufferedReader
@@ -140,7 +140,7 @@ def fill(
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     missing, unexpected = _without(missing, ignore), _without(unexpected, ignore)
     if missing or unexpected:
-        raise FailedPrecondition(f"{label}: {_difference(missing, unexpected, expected, weights, made_by)}")
+        raise FailedPrecondition(f"{label}: {_difference(missing, unexpected, made_by)}")
     copies: dict[int, torch.Tensor] = {}  # tensors that share memory go on sharing it
     converted = 0
     used: dict[str, torch.Tensor] = {}
@@ -189,9 +189,7 @@ def _without(names: set[str], patterns: Sequence[str]) -> set[str]:
     return {name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def _difference(
-    missing: set[str], unexpected: set[str], expected: Collection[str], weights: Collection[str], made_by: str
-) -> str:
+def _difference(missing: set[str], unexpected: set[str], made_by: str) -> str:
     """Names that are on one side alone, and what to do about it if it is a prefix."""
     parts = []
     if missing:
