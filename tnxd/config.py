@@ -145,7 +145,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def control_of(config: Config) -> str:
-    """Clients that may give orders about models: "local", "any" or "off"."""
+    """Clients that may send admin commands: "local", "any" or "off"."""
     control = config.remote_control
     if isinstance(control, bool):
         return "any" if control else "off"

@@ -209,7 +209,7 @@ class Daemon:
             log.warning("SIGHUP is ignored: the daemon is %s", self._server.state)
         else:
             if not self._config.model_repository:
-                log.warning("SIGHUP changes nothing: there is no model repository to look at, see --model-repository")
+                log.warning("SIGHUP changes nothing: there is no model repository to scan, see --model-repository")
             self._reconciler.reload()
 
     def _announce_reload(self, begins: bool) -> None:

@@ -18,7 +18,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 from tnxctl.cli.exits import FileProblem
 from tnxctl.cli.text import tensor_name
-from tnxctl.protocol.wire import MIB
 
 if TYPE_CHECKING:
     from tnxctl.protocol.frames import Array
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 STANDARD = "-"
 SUFFIXES = (".npy", ".npz")
 
-MOST_BYTES = 1024 * MIB
+MOST_BYTES = 1 << 30
 """Most bytes of a file: four times the default limit of a message, since `--cast` may make it smaller."""
 
 _NPY_MAGIC = b"\x93NUMPY"

@@ -31,7 +31,7 @@ from tnxd.models.trust import Guard, contents, hidden, identity
 SETTINGS = "model.toml"
 
 _SHARD = ".safetensors"
-_GONE = "a link that leads nowhere, or a file that went away: look again"
+_GONE = "a link that leads nowhere, or a file that went away: reload"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def scan(root: Path, opener: Opener | None = None, *, require_manifest: bool = F
     """Scan a repository. Mistakes in one model are reported and do not hide the others.
 
     Args:
-        opener: opens the sources; None: they are only looked at.
+        opener: opens the sources; None: they cannot be opened.
         require_manifest: refuse versions without SHA256SUMS.
 
     Raises:

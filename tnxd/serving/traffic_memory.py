@@ -1,4 +1,4 @@
-"""Memory of the traffic: cut off who takes that of all, and give back what the C library keeps after an attack."""
+"""Memory of the traffic: its limit, and its return from the C library after an attack."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TrafficMemory:
         self._closed = 0
 
     def look(self, now: float, *, settled: bool) -> None:
-        """Cut off who takes the memory of all, and give back what nobody uses.
+        """Cut off connections while the traffic takes more than its limit, and give back memory that nobody uses.
 
         Args:
             now: in seconds of the monotonic clock.

@@ -185,8 +185,8 @@ class Recording:
             self.messages[code] = message
 
     @property
-    def heard(self) -> bool:
-        """Whether anything was answered."""
+    def has_answers(self) -> bool:
+        """Whether any request was answered."""
         return bool(self._latency_ns) or any(code not in (LOST, UNSENT) for code in self.errors)
 
     def step(self, load: Load, ended: KeyboardInterrupt | TensorNextError | None = None) -> Step:

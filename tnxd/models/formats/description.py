@@ -32,7 +32,7 @@ from tnxd.models.tensors import DATATYPES
 
 @dataclass(frozen=True)
 class Description:
-    """A description of how a program is called, and what for.
+    """Description of a program: its signature, its arguments and its results.
 
     Attributes:
         found: its signature. conditions: what it demands beyond that.
@@ -51,7 +51,7 @@ class Description:
 def describe(
     program: ExportedProgram, label: str, rows: int = DEFAULT_MAX_BATCH_SIZE, served: Collection[str] = ()
 ) -> Description:
-    """Describe what a program takes and gives.
+    """Describe the arguments and results of a program.
 
     Args:
         rows: that a batch may have, if the program takes so many.

@@ -67,7 +67,7 @@ def load(files: TrustedFiles, label: str) -> ExportedProgram:
             raise FailedPrecondition(f"{label}: incomplete, or not a program of torch.export")
         while True:
             file.seek(0)
-            with _what_is_logged() as logged:
+            with _logged_errors() as logged:
                 try:
                     return _without_tokens(torch.export.load(file))
                 except Exception as error:  # whatever torch stumbles over
@@ -93,12 +93,12 @@ def _without_tokens(program: ExportedProgram) -> ExportedProgram:
 
 
 @contextlib.contextmanager
-def _what_is_logged() -> Iterator[list[BaseException]]:
-    """Errors that torch.export only logs, and then raises another that says to look there."""
+def _logged_errors() -> Iterator[list[BaseException]]:
+    """Errors that torch.export only logs, before it raises another that refers to the log."""
     thread = threading.get_ident()
     errors: list[BaseException] = []
 
-    def hear(record: logging.LogRecord) -> bool:
+    def keep(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if record.thread != thread or error is None:
             return True
@@ -106,11 +106,11 @@ def _what_is_logged() -> Iterator[list[BaseException]]:
         return False
 
     log = logging.getLogger("torch.export")
-    log.addFilter(hear)
+    log.addFilter(keep)
     try:
         yield errors
     finally:
-        log.removeFilter(hear)
+        log.removeFilter(keep)
 
 
 def _training(program: ExportedProgram) -> list[str]:

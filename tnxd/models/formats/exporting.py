@@ -15,7 +15,7 @@ from tnxd.models.tensors import TORCH_DTYPES, pick
 
 
 class _Positional(torch.nn.Module):
-    """Takes any number of inputs, whatever the network calls them, and returns its outputs in order.
+    """Network that takes its inputs in order, whatever their names, and returns its outputs in order.
 
     Args:
         outputs: their names.

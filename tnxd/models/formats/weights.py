@@ -248,7 +248,7 @@ def _read(file: BufferedReader, label: str) -> dict[str, torch.Tensor]:
 
 
 def _tie(weights: dict[str, Stored], expected: Mapping[str, torch.Tensor]) -> None:
-    """Weights that a network uses under several names are stored under one: give them to the others, too."""
+    """Give weights that are stored under one name to the other names by which a network uses them."""
     groups: dict[object, list[str]] = {}
     for name, own in expected.items():
         nowhere = is_lazy(own) or own.is_meta or not own.numel()
