@@ -262,7 +262,7 @@ def control_group(controller: str, **files: int) -> Iterator[Path]:
 
 
 def _make(directory: Path, wanted: tuple[str, ...]) -> bool:
-    """Whether there is a new control group now that has one of the files."""
+    """Make a control group. False if it cannot be made, or has none of the files."""
     with suppress(OSError):
         directory.mkdir()
         if any((directory / name).exists() for name in wanted):

@@ -26,10 +26,10 @@ from conftest import Daemon
 from dealer import Dealer, rows
 
 PATIENCE_S = 40.0
-"""How long something may take that no clock in the daemon bounds, on a busy machine."""
+"""Limit in seconds for something that no clock in the daemon bounds, on a busy machine."""
 
 MEMORY_SLACK_MIB = 24.0
-"""What a daemon's memory moves by on its own: arenas of the C library, caches of torch that grow once."""
+"""MiB that a daemon's memory moves by on its own: arenas of the C library, caches of torch that grow once."""
 
 LATENCY_BOUND = 100.0
 """Times its own baseline that the honest client's p50 must stay below: far beyond noise. The figures are reported."""
@@ -37,7 +37,7 @@ LATENCY_BOUND = 100.0
 _BASELINE_REQUESTS = 300
 
 _ROWS_BY_REFERENCE = 1024
-"""Of a request whose reply is sent by reference: 512 kB from the model `mlp`."""
+"""Rows of a request whose reply is sent by reference: 512 kB from the model `mlp`."""
 
 _TESTS = Path(__file__).parents[1]
 
