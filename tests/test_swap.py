@@ -1,6 +1,6 @@
 """Versions come and go under load: no request fails, none is answered by the wrong weights, memory comes back.
 
-There are SWAPS swaps, 12 by default; `SWAPS=100 make test TESTS=tests/test_swap.py` takes longer.
+There are SWAPS swaps, 9 by default; `SWAPS=100 make test TESTS=tests/test_swap.py` takes longer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from model_repositories import MODEL_TOML, WIDTH, Repository, Scaled, exported, 
 from tnxctl import Client
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 
-SWAPS = int(os.environ.get("SWAPS", "12"))
+SWAPS = int(os.environ.get("SWAPS", "9"))
 
 CLIENTS = 4
 
