@@ -25,6 +25,7 @@ from tnxd.models.catalog import Catalog, Entry, Source
 from tnxd.models.model import Model
 from tnxd.models.settings import Settings, Weights
 from tnxd.models.trust import Guard, contents, hidden, identity
+from tnxd.models.variants import AUTO, NONE
 
 FORMATS = {
     "model.pt2": "pt2",
@@ -37,6 +38,9 @@ FORMATS = {
 
 WITH_MODULES = ("safetensors",)
 """Formats that use Python modules."""
+
+CONVERTIBLE = ("pt2", "safetensors")
+"""Formats of networks that torch.export can follow, so that others can compile them."""
 
 SETTINGS = "model.toml"
 
@@ -213,8 +217,10 @@ def _check_combination(kind: str, file: str, settings: Settings, label: str) -> 
             f"{label}: dtype: {file} was saved to run in its own datatypes; {settings.dtype!r} is for "
             f"model.safetensors and model.pt"
         )
-    if settings.compile == "inductor" and kind in ("torchscript", "onnx"):
-        raise InvalidArgument(f"{label}: compile: {file} cannot be compiled; model.pt2 and model.safetensors can")
+    if settings.optimize not in (AUTO, NONE) and kind not in CONVERTIBLE:
+        raise InvalidArgument(
+            f"{label}: optimize: {file} has no variant {settings.optimize!r}; model.pt2 and model.safetensors have"
+        )
     if kind != "safetensors" and settings.weights != Weights():
         raise InvalidArgument(f"{label}: weights: {file} has a network of its own; they are for model.safetensors")
     if kind == "safetensors" and not settings.factory:

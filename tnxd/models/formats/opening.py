@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxd.models.formats import compiling, examples, exported, libraries, onnx, optional, torchscript, weights
+from tnxd.models.formats import (
+    channels,
+    compiling,
+    converting,
+    examples,
+    exported,
+    libraries,
+    onnx,
+    optional,
+    torchscript,
+    weights,
+)
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import DEFAULT_AUDIT, Model
 from tnxd.models.process_state.restoration import settings_restored
-from tnxd.models.repository import WITH_MODULES, RepositorySource
+from tnxd.models.repository import CONVERTIBLE, WITH_MODULES, RepositorySource
 from tnxd.models.trust import TrustedFiles
+from tnxd.models.variants import AUTO, NONE, Variant
 
 _READERS: dict[str, Callable[[RepositorySource, TrustedFiles], Opened]] = {
     "pt2": exported.read,
@@ -45,21 +57,14 @@ def open_model(source: RepositorySource, generation: int) -> Model:
     with settings_restored("reading it") as changes:
         opened = read(source)
     settings = source.settings
-    build = opened.build
     notes = opened.notes + optional.notes(opened.signature) + changes.note()
-    if settings.compile == "inductor":
-        missing = compiling.missing()
-        if missing:
-            notes += (f"compile: {missing}: runs eager",)
-        else:
-            build = compiling.lazily(source, opened)
     return Model(
         name=source.name,
         version=source.version,
         inputs=opened.signature.inputs,
         outputs=opened.signature.outputs,
         max_batch_size=opened.signature.max_batch_size,
-        factory=build,
+        factory=opened.build,
         format=source.format,
         devices=opened.devices or settings.devices,
         replicas=settings.replicas,
@@ -77,4 +82,17 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         state=settings.state,
         audit=DEFAULT_AUDIT if settings.audit is None else settings.audit,
         batching_asked=bool(settings.max_batch_size),
+        optimize=settings.optimize,
+        variants=_variants(source, opened),
     )
+
+
+def _variants(source: RepositorySource, opened: Opened) -> tuple[Variant, ...]:
+    """The variants of a version that are to be tried, those first that are likely to be the fastest."""
+    wanted = source.settings.optimize
+    if wanted == NONE or source.format not in CONVERTIBLE:
+        return ()
+    if opened.signature.optional:
+        return ()  # an export has all its inputs
+    found = (converting.variant(source), channels.variant(), compiling.variant(source))
+    return tuple(variant for variant in found if wanted in (AUTO, variant.name))
