@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from tnxd.error_text import sentence
 from tnxd.executors.execution import SHARED, Execution, LoadReport
 from tnxd.executors.lane import Lane, OnDone
 from tnxd.executors.optimizer import Attempt, Optimizer
@@ -20,6 +21,7 @@ from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import Held, memory
 from tnxd.executors.trial.isolation import lane_calls, open_with
+from tnxd.executors.trial.rounding import largest_difference
 from tnxd.executors.trial.state import same_chance, stateful
 from tnxd.executors.trial.trial import try_out
 from tnxd.executors.trial.verdict import Verdict, without_rows
@@ -123,6 +125,8 @@ class LanePool:
                 if warmed.mixes:
                     verdict = without_rows(verdict, warmed.mixes)
                     warmed = lane.call(lambda runner: self._grow(runner, verdict))
+                if model.reference is not None and verdict.telling:
+                    notes.append(self._rounding(lane, verdict, model.reference))
                 if self._optimizer is not None and self._optimizer.is_worth_it(verdict, warmed):
                     attempts = self._optimizer.attempts(lane, verdict, build, began)
                     warmed, said = self._optimized(lane, verdict, warmed, attempts)
@@ -188,6 +192,20 @@ class LanePool:
             verdict = without_rows(verdict, f"alone and beside another request, {mixed}")
         self._install(verdict.model.key, calls)
         return verdict, module
+
+    def _rounding(self, lane: Lane, verdict: Verdict, reference: Callable[[], torch.nn.Module]) -> str:
+        """A note that says how far the answers are from those in the datatype of the weights."""
+
+        def compare(runner: Runner) -> float:
+            with settings_restored("a forward"):
+                call = runner.calls[verdict.model.key]
+                return largest_difference(call, self._place(reference()), verdict, runner.torch_device)
+
+        try:
+            largest = lane.call(compare)
+        except Exception as error:  # no memory for two of it, for one
+            return f"dtype: not compared with the datatype of the weights: {sentence(error)}"
+        return f"dtype: answers differ by up to {largest:.1%} of the largest value from those in the weights' own"
 
     def _optimized(
         self, lane: Lane, verdict: Verdict, warmed: Warmed, attempts: list[Attempt]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
+
+import msgspec
+import torch
 
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.models.formats import (
@@ -84,6 +89,7 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         batching_asked=bool(settings.max_batch_size),
         optimize=settings.optimize,
         variants=_variants(source, opened),
+        reference=functools.partial(_in_own_datatype, source) if settings.dtype else None,
     )
 
 
@@ -96,3 +102,9 @@ def _variants(source: RepositorySource, opened: Opened) -> tuple[Variant, ...]:
         return ()  # an export has all its inputs
     found = (converting.variant(source), channels.variant(), compiling.variant(source))
     return tuple(variant for variant in found if wanted in (AUTO, variant.name))
+
+
+def _in_own_datatype(source: RepositorySource) -> torch.nn.Module:
+    """The module of a version in the datatype of its weights."""
+    settings = msgspec.structs.replace(source.settings, dtype="")
+    return read(dataclasses.replace(source, settings=settings)).build()
