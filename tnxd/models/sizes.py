@@ -48,12 +48,13 @@ def check_message_sizes(model: Model, limits: Limits) -> None:
             )
 
 
-def reply_too_large(nbytes: int, limit: int, whose: str) -> InvalidArgument:
+def reply_too_large(nbytes: int, client_limit: int, daemon_limit: int) -> InvalidArgument:
     """The refusal of an answer, which would be as large another time.
 
     Args:
-        nbytes: what its tensors take. limit: what they may take. whose: limit it is.
+        nbytes: what its tensors take. client_limit, daemon_limit: most that either may have in a message.
     """
+    limit, whose = (client_limit, "the client") if client_limit < daemon_limit else (daemon_limit, "the daemon")
     return InvalidArgument(
         f"the answer takes {nbytes} bytes, more than the {limit} that {whose} may have in a message: ask for less at a "
         f"time"
