@@ -84,8 +84,9 @@ class AdmissionControl:
                 needs_us += reserve_us
             left_us = (request.deadline_ns - now_ns) / 1e3
             if needs_us > left_us:
+                left = f"{left_us / 1e3:.3g} ms from now" if left_us > 0 else f"past for {-left_us / 1e3:.3g} ms"
                 raise TooLate(
-                    f"it cannot be done within its deadline, {left_us / 1e3:.3g} ms from now: the predicted wait is "
+                    f"it cannot be done within its deadline, {left}: the predicted wait is "
                     f"{wait_us / 1e3:.3g} ms and then {run_us / 1e3:.3g} ms, with a margin of {margin_us / 1e3:.3g} ms",
                     now_ns + int(needs_us * 1e3),
                     # It says nothing about one that would be late though nothing waits, here or in its socket.
