@@ -113,7 +113,7 @@ ROOMS = {
 MODULES = {
     **{module: rule("tnxctl", "tnxctl.protocol", never=(*IO, *MOVERS)) for module in SANS_IO},
     **{module: rule("tnxctl.protocol", *FLOOR) for module in FLOOR},
-    "tnxd.deployment.plan": rule("tnxd.deployment.registry", "tnxd.deployment.version"),
+    "tnxd.deployment.plan": rule("tnxctl.protocol", "tnxd.deployment.registry", "tnxd.deployment.version"),
     "tnxd.executors.execution": rule("tnxctl.protocol", *FLOOR, "tnxd.models", never=("torch",)),
     "tnxd.models.repository": rule("tnxctl.protocol", *FLOOR, "tnxd.models", never=("tnxd.models.formats", "torch")),
 }
