@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -568,7 +569,23 @@ def test_a_comparison_of_nothing() -> None:
     [(1.0, "100 %"), (0.99999, "<100 %"), (0.995, "99.5 %"), (1e-6, ">0 %"), (0.0, "0 %"), (1 / 3, "33.33 %")],
 )
 def test_an_agreement_of_100_percent_is_one(share: float, shown: str) -> None:
-    assert comparison._percent(share) == shown
+    times = wire.Percentiles(count=1, p50_us=1.0, p90_us=1.0, p99_us=1.0)
+    output = wire.OutputDifference(name="y", elements=1, max_abs=0.0, mean_abs=0.0, argmax_agreement=share, misfits=0)
+    found = wire.Comparison(
+        v=1,
+        id=1,
+        model="resnet",
+        baseline="1",
+        candidate="2",
+        requests=1,
+        errors=0,
+        skipped=0,
+        outputs=(output,),
+        baseline_us=times,
+        candidate_us=times,
+    )
+    (line,) = [line for line in comparison.lines(found, None) if line.startswith("y ")]
+    assert re.split("  +", line)[-2] == shown
 
 
 # --- init ----------------------------------------------------------------------------------------------------

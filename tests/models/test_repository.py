@@ -7,8 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -317,14 +317,14 @@ def test_a_repository_that_others_may_write_is_refused(root: Path) -> None:
 
 def test_a_model_that_vanishes_meanwhile_is_no_failure(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(root, {"gone/1/model.pt2": ""})
-    inspect = repository._inspect
+    iterdir = Path.iterdir
 
-    def removed(directory: Path, *rest: Any) -> Any:
+    def removed(directory: Path) -> Iterator[Path]:
         if directory.name == "gone":
             shutil.rmtree(directory)
-        return inspect(directory, *rest)
+        return iterdir(directory)
 
-    monkeypatch.setattr(repository, "_inspect", removed)
+    monkeypatch.setattr(Path, "iterdir", removed)
     catalog = repository.scan(root)
     assert (list(catalog.entries), catalog.failures) == (["good"], {})
 
