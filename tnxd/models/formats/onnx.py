@@ -88,12 +88,18 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     return Opened(signature, build)
 
 
-def _open(runtime: Any, files: TrustedFiles, label: str) -> tuple[Any, OnnxFile]:
+def session_options(runtime: Any) -> Any:
+    """Options of a session that shares the cores with lanes. Args: runtime: the module `onnxruntime`."""
     options = runtime.SessionOptions()
     # The lanes share the cores already: each of them runs a batch on its own thread, which its session does not leave.
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; what it warns of are its own optimizations
+    return options
+
+
+def _open(runtime: Any, files: TrustedFiles, label: str) -> tuple[Any, OnnxFile]:
+    options = session_options(runtime)
     model = _content(files, files.directory / ONNX.file)
     try:
         said = onnxfile.read(model)
