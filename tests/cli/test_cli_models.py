@@ -21,7 +21,7 @@ import pytest
 
 import peers
 from fake_daemon import DIGITS, MLP, RESNET, RESNETS, Change, FakeDaemon, Outputs
-from tnxctl.cli import comparison, example, exits, inputs, models, modeltoml, text
+from tnxctl.cli import comparison, example, exits, inputs, modellist, models, modeltoml, text
 from tnxctl.protocol import errors, wire
 from tnxctl.protocol.frames import STORAGE
 from tool import ask, fields, run
@@ -128,7 +128,7 @@ def test_no_models_at_all() -> None:
 
 @pytest.mark.parametrize("width", [200, 120, 100, 80, 60])
 def test_the_list_fits_the_terminal(width: int) -> None:
-    lines = [click.unstyle(line) for line in models._table(EVERY_KIND, width)]
+    lines = [click.unstyle(line) for line in modellist.table(EVERY_KIND, width)]
     assert all(len(line) <= width for line in lines), lines
     assert all(word in " ".join(lines[:2]) for word in ("VERSION", "STATE", "INPUTS", "OUTPUTS", "MEMORY", "TRAFFIC"))
     if width >= 80:
@@ -137,7 +137,7 @@ def test_the_list_fits_the_terminal(width: int) -> None:
 
 
 def test_a_narrow_list_has_signatures_on_lines_of_their_own() -> None:
-    lines = [click.unstyle(line) for line in models._table((RESNET, BROKEN, ENCODER), 70)]
+    lines = [click.unstyle(line) for line in modellist.table((RESNET, BROKEN, ENCODER), 70)]
     assert squeezed("\n".join(lines)) == [
         "NAME VERSION STATE DEVICES MEMORY TRAFFIC",
         "INPUTS -> OUTPUTS",
@@ -196,7 +196,7 @@ def test_metadata_of_one_version(fake: FakeDaemon) -> None:
         "resnet version 3: failed",
         "resnet@3 failed: models/resnet/3/model.pt2 is truncated",
         "",
-        "What it takes and gives is not known before it is loaded.",
+        "Its inputs and outputs are not known before it is loaded.",
     ]
 
 
@@ -371,8 +371,8 @@ def test_what_came_of_a_route(fake: FakeDaemon) -> None:
     ("arguments", "named"),
     [
         (("1=nan",), "'1=nan'"),
-        (("1=inf",), "'1=inf'"),
-        (("1=-5",), "'1=-5'"),
+        (("1=inf",), "weight inf of version 1: expected a number from 0 to 1e+09"),
+        (("1=-5",), "weight -5.0 of version 1"),
         (("1=1e10",), "from 0 to 1e+09"),
         (("1=",), "'1='"),
         (("=5",), "'=5'"),
@@ -383,7 +383,7 @@ def test_what_came_of_a_route(fake: FakeDaemon) -> None:
         (("1=1", "latest"), "'latest'"),
         (("latest", "latest"), "'latest'"),
         (("1=1", "2=2", "1=3"), "version 1 has two weights"),
-        (("1=0", "2=0.0"), "no weight is above 0"),
+        (("1=0", "2=0.0"), "none is above 0"),
         ((), "Missing argument"),
         (("--shadow", "2"), "Missing argument"),
     ],
@@ -748,7 +748,7 @@ def test_what_a_daemon_says_cannot_steer_the_terminal() -> None:
             shown = ask(fake, *verb).output
             assert "gone" in shown, verb
             assert not {"\x1b", "\r", "\u202e"} & set(shown), verb
-        narrow = "\n".join(models._table((model, other), 80))
+        narrow = "\n".join(modellist.table((model, other), 80))
     assert not {"\r", "\u202e"} & set(click.unstyle(narrow))
 
 

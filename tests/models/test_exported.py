@@ -16,7 +16,7 @@ from format_tools import ask, open_model, refused, save_program, tensors
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.models import networks
-from tnxd.models.formats.exported import Program
+from tnxd.models.formats.program import Program
 
 ROWS = Dim("rows", max=32)
 

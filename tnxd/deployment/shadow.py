@@ -33,7 +33,7 @@ class Shadows:
         self._tallies: dict[tuple[str, str], _Tally] = {}
 
     def offer(self, execution: Execution, version: Version) -> None:
-        """A batch has been answered: copy it if there is room."""
+        """Copy an answered batch, if there is room."""
         assert version.model is not None
         answered = Answered(
             execution.model,
@@ -56,8 +56,8 @@ class Shadows:
         tally = self._tallies.get((baseline.key, candidate.key))
         if tally is None:
             raise FailedPrecondition(
-                f"nothing to compare: version {candidate.version} of {baseline.name!r} has had no copies of what "
-                f"version {baseline.version} answered; tnxctl models route {baseline.name} "
+                f"nothing to compare: version {candidate.version} of {baseline.name!r} has had no copies of the "
+                f"requests of version {baseline.version}; tnxctl models route {baseline.name} "
                 f"{baseline.version}=1 --shadow {candidate.version}"
             )
         return tally.report(id_)
@@ -118,7 +118,7 @@ class _Difference:
 
 
 class _Tally:
-    """All that is known of one pair of versions.
+    """Findings about one pair of versions.
 
     `skipped` is the loop's; the rest is written by the thread that compares, and read by the loop.
     """

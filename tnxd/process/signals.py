@@ -3,7 +3,7 @@
 | signal | what it does |
 |---|---|
 | SIGTERM, SIGINT | drain and end; while nothing has been taken in, end at once |
-| SIGHUP | look at the model repository again, once it has been loaded |
+| SIGHUP | scan the model repository again, once it has been loaded |
 | SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, SIGSTKFLT, real-time signals | a line in the log |
 | SIGPIPE, SIGXFSZ | nothing: Python ignores them, and the call that caused them fails |
 | SIGQUIT, SIGABRT and faults | end it with a core dump, which is what they are for: systemd's watchdog sends SIGABRT |
@@ -42,7 +42,7 @@ _REACTION_S = 2.0  # within which a loop that turns has seen a second signal
 def prepare() -> None:
     """Install handlers before anything that takes time: from here on, only signals that are to end the process do.
 
-    SIGHUP may be ignored until `handled_signals`: the repository is looked at after that.
+    SIGHUP may be ignored until `handled_signals`: the repository is scanned after that.
     """
     for number in (signal.SIGHUP, *_MEANINGLESS):
         # A handler of Python's, and not SIG_IGN, which the processes that the daemon starts would inherit.
@@ -57,13 +57,13 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def handled_signals(
-    on_stop: Callable[[], None], on_reload: Callable[[], None], patience_s: float, linger_s: float
+    on_stop: Callable[[], None], on_reload: Callable[[], None], stop_timeout_s: float, linger_s: float
 ) -> Iterator[None]:
     """Call `on_stop` for each SIGTERM and SIGINT and `on_reload` for SIGHUP, on a thread of its own.
 
     The old handlers are back at the end.
 
-    A loop that hangs in a model's code does not stop: the process ends with 1 when `patience_s` seconds have passed
+    A loop that hangs in a model's code does not stop: the process ends with 1 when `stop_timeout_s` seconds have passed
     since the first signal to stop, or two and `linger_s` since the second. Python's own handlers run on the main thread
     alone, which is the one that may hang. The pipe that signals are written to is read on a thread of its own.
     """
@@ -73,7 +73,7 @@ def handled_signals(
     _Forks.look_after()
     previous = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     previous_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    limits = (patience_s, _REACTION_S + linger_s)
+    limits = (stop_timeout_s, _REACTION_S + linger_s)
     threading.Thread(target=_watch, args=(reader, on_stop, on_reload, limits), name="signals", daemon=True).start()
     try:
         yield

@@ -106,13 +106,13 @@ def remarks(steps: Sequence[Step]) -> Iterator[str]:
     late = list(dict.fromkeys(step.load.title for step in steps if is_client_bound(step)))
     if late:
         yield (
-            f"At {', '.join(late)} this client sent late, or not at all: part of what is shown there is its own doing, "
-            f"or that of what else runs on its machine"
+            f"At {', '.join(late)} this client sent late, or not at all: part of the figures there is its own doing, "
+            f"or that of other programs on its machine"
         )
 
 
 def is_client_bound(step: Step) -> bool:
-    """Whether the client, rather than the daemon, makes what was measured."""
+    """Whether the client limited what was measured, rather than the daemon."""
     late, p99 = step.late_us.get("p99"), step.latency_us.get("p99")
     return UNSENT in step.errors or (late is not None and p99 is not None and late > _MUCH * p99)
 
