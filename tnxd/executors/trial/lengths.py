@@ -32,7 +32,9 @@ _KINDS = 4
 
 _ROWS = (1, 4, 16)
 _LONGEST_US = 150_000.0
-"""Batches that are expected to take longer are not run for the warm-up."""
+_LONGEST_ALONE_US = 1_000_000.0
+"""Batches that are expected to take longer are not run for the warm-up, and neither are single rows; only a row of the
+largest length is, however long it takes: it has to be possible."""
 
 _ROUNDS = 3
 _SHORT_US = 40_000.0
@@ -120,8 +122,9 @@ def _group(model: Model, item: Item) -> tuple[int, ...]:
 
 
 def warm_up_lengths(runner: Runner, model: Model, make: Make, lanes: int, allowed: float | None) -> Warmed:
-    """Run batches of some rows and lengths on the calling thread. What they cost is in tokens, and for padded ones
-    by rows and length, too.
+    """Run batches of some rows and lengths on the calling thread: `warm_up` of a model whose lengths share batches.
+
+    What they cost is told by tokens, and where they are padded by rows and length, too.
 
     Args:
         runner: of this thread; it has the model. lanes: of the device.
@@ -139,7 +142,9 @@ def warm_up_lengths(runner: Runner, model: Model, make: Make, lanes: int, allowe
     for rows, length in _sizes(model):
         tokens = rows * length
         smaller = [(tokens / size) * micros for size, micros in known.items() if size <= tokens]
-        if rows > 1 and (min(smaller, default=0.0) > _LONGEST_US or (most_units and tokens > most_units)):
+        longest_us = _LONGEST_US if rows > 1 else _LONGEST_ALONE_US
+        required = rows == 1 and length == model.ragged.max_length
+        if not required and (min(smaller, default=0.0) > longest_us or (most_units and tokens > most_units)):
             continue
         left = runner.memory_left() * MEMORY_SHARE / lanes
         if costs and left and token_bytes * tokens > left:
@@ -153,7 +158,11 @@ def warm_up_lengths(runner: Runner, model: Model, make: Make, lanes: int, allowe
             for _ in range(_ROUNDS - 1):
                 if micros > _SHORT_US:
                     break
-                micros = min(micros, _micros(run_example(runner, model, item)))
+                execution = run_example(runner, model, item)
+                micros = min(micros, _micros(execution))
+            if execution.exhausted:  # it ran in pieces
+                safe = max(execution.safe_rows, 1)
+                break
         except ResourceExhausted:
             safe = max((size for size, _ in costs), default=1)
             break
