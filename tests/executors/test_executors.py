@@ -66,7 +66,7 @@ class Apart(torch.nn.Module):
 
 @pytest.mark.parametrize("take", [lambda weight: weight.view(-1), lambda weight: weight.as_strided((4,), (1,))])
 def test_a_weight_that_a_forward_takes_apart_keeps_its_layout(take: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    lanes, done = pool(1, lambda: CpuRunner(1), order_weights)
+    lanes, done = pool(1, CpuRunner, order_weights)
     model = served(lambda: Apart(take))
     report = lanes.load(model)
     assert (report.warmed, report.batches, report.notes) == (True, True, ())
@@ -123,10 +123,10 @@ def execution(model: Model, lane: int, value: float) -> Execution:
     return Execution(lane, 0, model, [(np.full((1, 2), value, np.float32),)], [1], ())
 
 
-def test_every_lane_runs_in_inference_mode_with_its_share_of_threads() -> None:
+def test_every_lane_runs_in_inference_mode_on_one_thread() -> None:
     probe = Probe()
     model = served(lambda: probe)
-    lanes, done = pool(3, lambda: CpuRunner(2))
+    lanes, done = pool(3, CpuRunner)
     costs = lanes.load(model).costs
     assert [rows for rows, _ in costs] == [1, 2, 4]
     assert all(micros > 0 for _, micros in costs)
@@ -143,7 +143,7 @@ def test_every_lane_runs_in_inference_mode_with_its_share_of_threads() -> None:
         total = finished.gather_us + finished.h2d_us + finished.compute_us + finished.d2h_us
         assert total == pytest.approx((finished.finished_ns - finished.started_ns) / 1e3)
     assert outputs == {0: 1.0, 1: 2.0, 2: 3.0}
-    assert sorted(drain(probe.seen)) == [(f"cpu/{lane}", True, 2) for lane in range(3)]
+    assert sorted(drain(probe.seen)) == [(f"cpu/{lane}", True, 1) for lane in range(3)]
 
 
 def test_a_lane_that_cannot_start_answers_all_the_same() -> None:
@@ -151,7 +151,7 @@ def test_a_lane_that_cannot_start_answers_all_the_same() -> None:
         def enter_thread(self) -> None:
             raise RuntimeError("the device is gone")
 
-    lanes, done = pool(1, lambda: Vanished(1))
+    lanes, done = pool(1, lambda: Vanished())
     model = served(torch.nn.Identity)
     with pytest.raises(Unavailable, match="the device is gone"):
         lanes.load(model)
@@ -172,7 +172,7 @@ def test_a_device_error_is_fatal_and_not_bisected() -> None:
                 raise torch.AcceleratorError("an illegal memory access was encountered")
             return x
 
-    lanes, done = pool(1, lambda: CpuRunner(1))
+    lanes, done = pool(1, CpuRunner)
     model = served(Broken)
     lanes.load(model)
     drain(calls)
@@ -214,7 +214,7 @@ class Thrifty(CpuRunner):
     """Counts how often memory is freed, and looks whether what failed still holds some."""
 
     def __init__(self, small: Small) -> None:
-        super().__init__(1)
+        super().__init__()
         self.small = small
         self.freed = 0
 
@@ -308,7 +308,7 @@ class Frugal(CpuRunner):
     """Has 1,024 MiB of memory left, and sees each row take 20."""
 
     def __init__(self, small: Small) -> None:
-        super().__init__(1)
+        super().__init__()
         self.small = small
 
     def memory_left(self) -> int:
@@ -334,7 +334,7 @@ def test_a_warm_up_ends_where_a_batch_would_take_too_much_of_the_memory(lanes: i
 
 @pytest.mark.parametrize(("sizes", "run"), [(None, [1, 2, 4]), ((1, 3), [1, 3]), ((), [])])
 def test_a_warm_up_runs_the_configured_sizes(sizes: tuple[int, ...] | None, run: list[int]) -> None:
-    made, _ = pool(1, lambda: CpuRunner(1))
+    made, _ = pool(1, CpuRunner)
     spec = (TensorSpec("x", "FP32", (-1, 2)),)
     report = made.load(Model("m", "1", spec, spec, 4, torch.nn.Identity, warm_up=sizes))
     assert report.warmed
@@ -400,7 +400,7 @@ class Context(torch.nn.Module):
 def test_lanes_that_are_not_as_separate_as_they_look_take_turns(
     make: type[torch.nn.Module], factor: float | None, serial: bool
 ) -> None:
-    lanes, done = pool(2, lambda: CpuRunner(1))
+    lanes, done = pool(2, CpuRunner)
     model = served(make)
     report = lanes.load(model)
     assert report.serial is serial
@@ -435,7 +435,7 @@ class LastHalf(torch.nn.Module):
 def test_rows_that_mix_in_large_batches_alone_are_found_by_the_warm_up(
     network: type[torch.nn.Module], asked: bool
 ) -> None:
-    made, _ = pool(1, lambda: CpuRunner(1))
+    made, _ = pool(1, CpuRunner)
     spec = (TensorSpec("x", "FP32", (-1, 2)),)
     served = Model("m", "1", spec, spec, 64, network, batching_asked=asked)
     if asked:
@@ -464,7 +464,7 @@ def test_a_model_that_fails_to_warm_up_is_not_kept() -> None:
     made: list[CpuRunner] = []
 
     def runner() -> CpuRunner:
-        made.append(CpuRunner(1))
+        made.append(CpuRunner())
         return made[-1]
 
     lanes, _ = pool(1, runner)
@@ -483,7 +483,7 @@ def test_an_input_alone_reaches_the_model_without_a_copy_if_it_is_aligned() -> N
 
     spec = (TensorSpec("x", "FP32", (-1, -1)),)
     model = Model("m", "1", spec, (TensorSpec("y", "FP32", (-1,)),), 4, Address)
-    lanes, done = pool(1, lambda: CpuRunner(1))
+    lanes, done = pool(1, CpuRunner)
     lanes.load(model)
     raw = np.zeros(4 * 10 + 1, np.uint8)
     for x, same in ((np.ones((1, 100_000), np.float32), True), (raw[1:].view(np.float32).reshape(1, 10), False)):
@@ -498,7 +498,7 @@ def test_no_rows_need_no_forward() -> None:
         raise AssertionError("not called")
 
     model = served(fails)
-    lanes, done = pool(1, lambda: CpuRunner(1))
+    lanes, done = pool(1, CpuRunner)
     none = execution(model, 0, 0.0)
     none.items, none.rows = [(np.zeros((0, 2), np.float32),)] * 2, [0, 0]
     lanes.submit(none)

@@ -148,6 +148,8 @@ class Lifecycle:
                 costs=[(rows, micros) for rows, micros in report.costs if model.max_batch_size or rows == 1],
                 safe_rows=report.safe_rows,
                 most_rows=report.most_rows,
+                widths=report.widths,
+                threads=report.threads,
             )
         self._scheduler.set_lane_limit(model.key, model.replicas)
         version.model = model

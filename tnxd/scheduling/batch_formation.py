@@ -6,6 +6,7 @@ from tnxd.lanes import INLINE
 from tnxd.scheduling.accounts import Accounts
 from tnxd.scheduling.costs import CostCurve
 from tnxd.scheduling.device import Batch, Device
+from tnxd.scheduling.lane_choice import give_lane_back, take_lane
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
 
@@ -50,9 +51,11 @@ def fill_lanes(accounts: Accounts, device: Device, now_ns: int, batches: list[Ba
             if within >= head.rows > 0:
                 limit, rows, fits = within, within, True
         if fits:
-            lane, curve, inline_free = INLINE, costs.inline, False
-        elif device.free_lanes:
-            lane, curve = device.free_lanes.pop(), costs.lane
+            lane, threads, curve, inline_free = INLINE, 1, costs.inline, False
+        elif device.free_lanes and (way := take_lane(device, queue, rows, limit)) is not None:
+            lane, threads, curve, limit = way
+            if 0 < limit < rows:
+                rows = max(limit, head.rows)
         elif len(passed_over) == _MAX_PASSED_OVER:
             break
         else:  # no lane for this one; perhaps there is a cheap one behind it
@@ -78,11 +81,11 @@ def fill_lanes(accounts: Accounts, device: Device, now_ns: int, batches: list[Ba
         if not in_time:
             inline_free = inline_free or lane == INLINE
             if lane != INLINE:
-                device.free_lanes.append(lane)
+                give_lane_back(device, lane)
             continue
         micros = run_us if rows == planned else curve.mean(rows)
-        device.charge(level, micros)
-        batches.append(accounts.start_batch(device, lane, queue, in_time, rows, now_ns, micros))
+        device.charge(level, micros * threads)
+        batches.append(accounts.start_batch(device, lane, queue, in_time, rows, now_ns, micros, threads))
     for queue, level in passed_over:
         device.offer(queue, level)
 

@@ -63,6 +63,7 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         format=source.format,
         devices=opened.devices or settings.devices,
         replicas=settings.replicas,
+        threads=settings.threads,
         max_delay_us=settings.max_delay_us,
         time_limit_s=settings.time_limit_s,
         deadline_us=settings.deadline_us,
