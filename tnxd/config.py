@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.wire import DEFAULT_PORT, Limits
+from tnxctl.protocol.wire import DEFAULT_PORT, MIB, Limits
 from tnxd import tomlfile
 from tnxd.device_kinds import DEVICE, DEVICES
 
@@ -95,6 +95,11 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cpu_mb: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
     cuda_mb: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
 
+    def nbytes(self, kind: str) -> int:
+        """The limit of a kind of device, in bytes."""
+        limit_mb: float = getattr(self, f"{kind}_mb")
+        return int(limit_mb * MIB)
+
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings of the daemon.
@@ -143,7 +148,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def control_of(config: Config) -> str:
-    """Clients that may give orders about models: "local", "any" or "off"."""
+    """Clients that may send admin commands: "local", "any" or "off"."""
     control = config.remote_control
     if isinstance(control, bool):
         return "any" if control else "off"
@@ -196,7 +201,7 @@ def _check(config: Config, origin: str) -> None:
         port = endpoint.rpartition(":")[2]
         if endpoint.startswith("tcp://") and not (port == "*" or (port.isdigit() and int(port) < 65536)):
             raise InvalidArgument(f"{origin}: bind: {endpoint!r} has no port from 1 to 65535, or *")
-    message_mb = (config.limits.message_bytes + config.limits.header_bytes) / 2**20
+    message_mb = (config.limits.message_bytes + config.limits.header_bytes) / MIB
     for key in ("max_mb", "memory_mb"):
         value = getattr(config.clients, key)
         if value < message_mb:

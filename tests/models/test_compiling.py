@@ -17,7 +17,7 @@ import torch
 from format_tools import ask, open_model, save_program, source, tensors
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 from tnxctl.protocol.frames import Array
-from tnxd.models.formats import compiling
+from tnxd.models.formats import compiler, compiling
 from tnxd.models.formats.compiling import Compiled
 from tnxd.models.model import Model
 
@@ -221,7 +221,7 @@ def test_what_cannot_be_compiled_is_named(tmp_path: Path, old: str, new: str, sa
     (tmp_path / "net/1/net.py").write_text(NETWORK.replace(old, new))
     (tmp_path / "net/model.toml").write_text(TOML)
     with pytest.raises(FailedPrecondition) as caught:
-        compiling.compile_into(source(tmp_path), torch.device("cpu"), tmp_path)
+        compiler.compile_into(source(tmp_path), torch.device("cpu"), tmp_path)
     assert said in caught.value.message
 
 

@@ -92,7 +92,7 @@ class LanePool:
         self._idles = scheduling == "idle"
         self._lanes = [self._start_lane(str(lane)) for lane in range(lanes)]
         self._warm_up = self._start_lane("warm-up"), threading.Lock()
-        self._spare = self._start_lane("spare", yields=True)
+        self._background = self._start_lane("background", yields=True)
 
     def _start_lane(self, label: str, *, yields: bool = False) -> Lane:
         runner = self._make_runner()
@@ -287,7 +287,7 @@ class LanePool:
         self._examples.pop(key, None)
         for runner in list(self._runners):
             runner.calls.pop(key, None)
-        for lane in (*self._lanes, self._warm_up[0], self._spare):
+        for lane in (*self._lanes, self._warm_up[0], self._background):
             lane.forget(key)
         gc.collect()  # a network may refer to itself
         self._give_back()
@@ -298,7 +298,7 @@ class LanePool:
 
     def submit(self, execution: Execution) -> None:
         lane = execution.lane
-        (self._spare if lane == BACKGROUND else self._lanes[lane]).submit(execution)
+        (self._background if lane == BACKGROUND else self._lanes[lane]).submit(execution)
 
     def run_inline(self, execution: Execution) -> None:
         assert self._inline is not None

@@ -3,10 +3,8 @@
 Tracing and compiling take a minute of Python that would hold the GIL, and change torch's global state: that has no
 place beside lanes that serve. So a child process reads the model, exports it with its variable axes and compiles it;
 the daemon loads the result, which never traces or compiles again, whatever shapes come: there are no guards.
-The code is one C++ function per model (`cpp_wrapper`), which releases the GIL for the whole forward and may run on
-several threads at a time, with as many OpenMP threads as its caller is allowed (`cpp.dynamic_threads`).
 
-Run as a program, this module is that child.
+The child is `tnxd.models.formats.compiler`.
 """
 
 from __future__ import annotations
@@ -24,25 +22,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
+from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.models.formats import ignore_warnings_about_torch_itself
 from tnxd.models.formats.conditions import Condition, Conditions
-from tnxd.models.formats.exported import describe, export
 from tnxd.models.formats.signature import Opened
-
-if TYPE_CHECKING:
-    from tnxd.models.repository import RepositorySource
+from tnxd.models.repository import RepositorySource
 
 log = logging.getLogger(__name__)
 
+ARTIFACT = "artifact"
+"""Name of what inductor saves: the code."""
+
+ORDER = "order.pt"
+"""Name of the file that says how to call it."""
+
+_COMPILER = "tnxd.models.formats.compiler"  # not imported: it opens models, and compiling is a part of that
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _KEPT = os.environ.get(_CACHE, "")
 """Where the operator wants compiled code to be kept. torch later puts a directory there that anybody may have made."""
-_OPTIONS = {"config_patches": {"cpp_wrapper": True, "cpp.dynamic_threads": True, "compile_threads": 1}}
 
 _loading = threading.Lock()  # torch looks up its cache directory in the environment
 
@@ -124,7 +125,7 @@ def _workplace() -> Iterator[tuple[Path, dict[str, str]]]:
 def _run_child(source: RepositorySource, device: torch.device, folder: Path, environment: dict[str, str]) -> None:
     # The input stays open: its end tells the child that the daemon is gone.
     with subprocess.Popen(
-        [sys.executable, "-m", __name__, str(folder), str(device)],
+        [sys.executable, "-m", _COMPILER, str(folder), str(device)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -156,9 +157,9 @@ def _load(
     with torch.inference_mode(False), _loading, _environment(_CACHE, cache):
         from torch._inductor import CompiledArtifact  # type: ignore[attr-defined]  # it is exported, but not by __all__
 
-        order: dict[str, Any] = torch.load(folder / "order.pt", weights_only=True, map_location=device)
-        artifact = CompiledArtifact.load(path=str(folder / "artifact"), format="binary")
-    weights = _tensors(network)
+        order: dict[str, Any] = torch.load(folder / ORDER, weights_only=True, map_location=device)
+        artifact = CompiledArtifact.load(path=str(folder / ARTIFACT), format="binary")
+    weights = tensors(network)
     arguments = [weights[name] if name in weights else order["constants"].get(name) for name in order["arguments"]]
     places = [index for index, name in enumerate(order["arguments"]) if not name]
     outputs: list[int] = order["outputs"]
@@ -188,84 +189,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights and buffers by the names that `tnxd.models.formats.exported.export` gives them."""
+def tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and buffers by the names that `tnxd.models.formats.exporting.export` gives them."""
     named = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
     return {f"network.{name}": tensor for name, tensor in named}
-
-
-# --- the child -----------------------------------------------------------------------------------------------
-
-
-def compile_into(source: RepositorySource, device: torch.device, folder: Path) -> None:
-    """Compile a version, and write what `_load` reads.
-
-    Raises:
-        FailedPrecondition: something in it cannot be compiled; the sentence says what.
-    """
-    import torch._inductor
-
-    from tnxd.models.formats.opening import read
-
-    opened = read(source)
-    network = opened.build().to(device)
-    # Exported anew, too: what torch has loaded from a file lacks what inductor needs to know about its axes.
-    program = export(network, opened.signature, device)
-    description = describe(program, "the exported network")
-    for spec, found in zip(opened.signature.inputs, description.found.inputs, strict=True):
-        if spec.shape != found.shape:
-            raise FailedPrecondition(
-                f"input {spec.name!r} would be fixed at {list(found.shape)}, not {list(spec.shape)}"
-            )
-    conditions = description.conditions
-    if opened.signature.max_batch_size:
-        conditions = conditions.without_rows()
-    returned = {spec.name: at for at, spec in zip(description.returned, description.found.outputs, strict=True)}
-    wanted = [spec.name for spec in opened.signature.outputs]
-    named = description.found.named_outputs
-    if not (returned.keys() >= set(wanted) if named else len(returned) == len(wanted)):
-        raise FailedPrecondition(f"the network returns {list(returned)}, its signature has {wanted}")
-    if not named:
-        wanted = list(returned)
-    graph = program.graph_module
-    for node in graph.graph.nodes:
-        if "val" in node.meta:
-            node.meta["example_value"] = node.meta["val"]  # where inductor looks for the axes
-    arguments = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad():
-        artifact = torch._inductor.standalone_compile(
-            graph, [node.meta["val"] for node in arguments], dynamic_shapes="from_graph", options=_OPTIONS
-        )
-    artifact.save(path=str(folder / "artifact"), format="binary")
-    weights = _tensors(network)
-    targets = [spec.target or "" for spec in program.graph_signature.input_specs]
-    constants = {name: program.constants[name] for name in targets if name and name not in weights}
-    order = {
-        "arguments": targets,
-        "constants": constants,
-        "outputs": [returned[name] for name in wanted],
-        "names": [spec.name for spec in opened.signature.inputs],
-        "conditions": [tuple(condition) for condition in conditions.conditions],
-    }
-    torch.save(order, folder / "order.pt")
-
-
-def _end_with_the_daemon() -> None:
-    """Wait for the end of the input, which is the daemon's."""
-    os.read(0, 1)  # not sys.stdin: a thread that waits there holds its lock, and the interpreter could not end
-    os._exit(1)
-
-
-def main() -> None:
-    folder, device = sys.argv[1:]
-    source: RepositorySource = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_the_daemon, daemon=True).start()
-    os.nice(10)  # what is served goes first
-    try:
-        compile_into(source, torch.device(device), Path(folder))
-    except TensorNextError as error:
-        sys.exit(error.message)
-
-
-if __name__ == "__main__":
-    main()

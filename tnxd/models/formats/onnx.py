@@ -16,6 +16,7 @@ from tnxctl.protocol.wire import TensorSpec, excerpt
 from tnxd.advice import installing
 from tnxd.error_text import first_line
 from tnxd.models import onnxfile
+from tnxd.models.file_formats import ONNX
 from tnxd.models.formats import optional
 from tnxd.models.formats.signature import FileSignature, Opened, resolve
 from tnxd.models.onnxfile import OnnxFile
@@ -23,8 +24,6 @@ from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import Settings, Tensor
 from tnxd.models.tensors import to_array
 from tnxd.models.trust import TrustedFiles
-
-FILE = "model.onnx"
 
 DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -86,7 +85,7 @@ class Session(torch.nn.Module):
 
 def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     """See `tnxd.models.formats.opening.read`."""
-    settings, label = source.settings, files.label(FILE)
+    settings, label = source.settings, files.label(ONNX.file)
     try:
         runtime = importlib.import_module("onnxruntime")
     except ImportError:
@@ -104,7 +103,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
         session = first.pop() if first else _open(runtime, files, label)[0]
         return Session(session, lambda threads: _open(runtime, files, label, threads)[0], outputs, label).eval()
 
-    return Opened(signature, build, devices=("cpu",))
+    return Opened(signature, build)
 
 
 def _open(runtime: Any, files: TrustedFiles, label: str, threads: int = 1) -> tuple[Any, OnnxFile]:
@@ -115,7 +114,7 @@ def _open(runtime: Any, files: TrustedFiles, label: str, threads: int = 1) -> tu
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors; what it warns of are its own optimizations
-    model = _content(files, files.directory / FILE)
+    model = _content(files, files.directory / ONNX.file)
     try:
         said = onnxfile.read(model)
     except (ValueError, RecursionError):
@@ -123,7 +122,7 @@ def _open(runtime: Any, files: TrustedFiles, label: str, threads: int = 1) -> tu
     # Large models have their tensors in files beside them. By path, onnxruntime would map those, and go on to use what
     # is written over them later; what it gets here, it copies. Given no files at all, it would look for them in the
     # current directory: so the model is among them.
-    read = {FILE: model}
+    read = {ONNX.file: model}
     for name in sorted(said.beside):
         path = Path(os.path.normpath(files.directory / name))
         if not path.is_relative_to(files.directory):

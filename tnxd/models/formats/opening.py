@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tnxctl.protocol.errors import FailedPrecondition
+from tnxd.models.file_formats import FORMATS, ONNX, PT2, SAFETENSORS, TORCHSCRIPT
 from tnxd.models.formats import compiling, examples, exported, libraries, onnx, optional, torchscript, weights
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import DEFAULT_AUDIT, Model
 from tnxd.models.process_state.restoration import settings_restored
-from tnxd.models.repository import WITH_MODULES, RepositorySource
+from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
 
 _READERS: dict[str, Callable[[RepositorySource, TrustedFiles], Opened]] = {
-    "pt2": exported.read,
-    "safetensors": weights.read,
-    "torchscript": torchscript.read,
-    "onnx": onnx.read,
+    PT2.name: exported.read,
+    SAFETENSORS.name: weights.read,
+    TORCHSCRIPT.name: torchscript.read,
+    ONNX.name: onnx.read,
 }
 
 
@@ -31,7 +32,7 @@ def read(source: RepositorySource) -> Opened:
             source.guard,
             source.directory,
             require_manifest=source.require_manifest,
-            modules=source.format in WITH_MODULES,
+            modules=FORMATS[source.format].needs_factory,
         )
         libraries.load(source.settings.imports, source.settings_label)
         return examples.add(_READERS[source.format](source, files), source, files)
@@ -61,7 +62,7 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         max_batch_size=opened.signature.max_batch_size,
         factory=build,
         format=source.format,
-        devices=opened.devices or settings.devices,
+        devices=FORMATS[source.format].kinds or settings.devices,
         replicas=settings.replicas,
         threads=settings.threads,
         max_delay_us=settings.max_delay_us,
