@@ -117,6 +117,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         spin_us: longest time in microseconds that the loop polls before it blocks; 0 blocks at once.
         drain_timeout_s: how long SIGTERM waits for running requests.
         load_timeout_s: a model that takes longer to load and warm up has failed.
+        optimize_s: how long a faster variant of a model's network is looked for when it is loaded; 0: not at all.
+        cache_directory: what was compiled for that is kept there; "auto" is the cache directory of the service or, for
+            a user, tensornext in $XDG_CACHE_HOME or ~/.cache; "": nothing is kept.
         stall_timeout_s: a batch that runs longer is given up; a model may have a limit of its own.
         on_device_loss: when a device is lost for good, "restart" finishes what is under way elsewhere and exits with 1,
             for a service manager to start the daemon anew; "continue" goes on without the device; "auto" restarts if
@@ -135,6 +138,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spin_us: Annotated[float, msgspec.Meta(ge=0, le=10_000)] = 100.0
     drain_timeout_s: _Positive = 30.0
     load_timeout_s: _Positive = 300.0
+    optimize_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+    cache_directory: str = "auto"
     stall_timeout_s: _Positive = 60.0
     on_device_loss: Literal["auto", "restart", "continue"] = "auto"
     on_hang: Literal["auto", "restart", "continue"] = "auto"

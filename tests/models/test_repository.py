@@ -196,7 +196,7 @@ def test_a_mistake_is_named_and_hides_nothing_else(root: Path, files: dict[str, 
         ('devices = ["tpu"]', "devices: 'tpu'"),
         ('dtype = "int8"', "dtype: expected one of"),
         ('dtype = "float16"', "dtype: bad/1/model.pt2 was saved to run in its own"),
-        ('compile = "yes"', "compile: expected one of inductor, none"),
+        ('optimize = "yes"', "optimize: expected one of auto, channels_last, inductor, none, onnxruntime"),
         ("warm_up = [0]", "warm_up[0]: expected int >= 1, not 0"),
         ("time_limit_s = 0", "time_limit_s"),
         ("time_limit_s = nan", "time_limit_s"),
@@ -225,8 +225,8 @@ def test_a_mistake_in_model_toml_is_named_with_file_and_key(root: Path, text: st
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("model.onnx", 'compile = "inductor"', "compile: bad/1/model.onnx cannot be compiled"),
-        ("model.pt", 'compile = "inductor"' + SIGNATURE, "compile: bad/1/model.pt cannot be compiled"),
+        ("model.onnx", 'optimize = "inductor"', "optimize: bad/1/model.onnx has no variant 'inductor'"),
+        ("model.pt", 'optimize = "onnxruntime"' + SIGNATURE, "optimize: bad/1/model.pt has no variant 'onnxruntime'"),
         ("model.onnx", 'dtype = "bfloat16"', "dtype: bad/1/model.onnx"),
         ("model.onnx", 'devices = ["cuda"]', "devices: bad/1/model.onnx runs on the CPU alone"),
     ],
@@ -358,7 +358,7 @@ def test_the_commented_model_toml_names_every_key(tmp_path: Path) -> None:
     }
     assert set(written["traffic"]) == set(settings.Traffic.__struct_fields__)
     defaults = Settings()
-    for key in ("versions", "compile", "priority", "replicas"):
+    for key in ("versions", "optimize", "priority", "replicas"):
         assert getattr(said, key) == getattr(defaults, key)
 
 

@@ -24,6 +24,7 @@ from tnxd.executors.host import (
     plan_lanes,
 )
 from tnxd.executors.lane import OnDone
+from tnxd.executors.optimizer import optimizer_for
 from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
@@ -146,5 +147,6 @@ def open_cpu(name: str, config: Config, on_done: OnDone) -> LanePool:
         arrange=order_weights,
         memory_mb=host_memory_mb,
         give_back=malloc.trim,
+        optimizer=optimizer_for(CPU.name, config, teams.threads),
         on_done=on_done,
     )

@@ -22,6 +22,7 @@ from tnxd.executors.batching import Staging
 from tnxd.executors.execution import Execution
 from tnxd.executors.host import Peak
 from tnxd.executors.lane import OnDone
+from tnxd.executors.optimizer import optimizer_for
 from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
@@ -185,5 +186,6 @@ def open_cuda(name: str, config: Config, on_done: OnDone) -> LanePool:
         place=lambda module: module.to(torch.device("cuda", index)),
         memory_mb=memory.latest,
         give_back=torch.cuda.empty_cache,
+        optimizer=optimizer_for(CUDA.name, config),
         on_done=on_done,
     )

@@ -21,7 +21,7 @@ class FileFormat:
         needs_factory: whether the file has weights alone, and a function in Python makes the network.
         has_signature: whether the file says inputs and outputs. Else model.toml has to.
         fixes_dtype: whether the model runs in no other datatypes than those that it was saved with.
-        compiles: whether inductor can compile it.
+        compiles: whether torch.export can follow its network, so that others can compile it.
         kinds: names of the kinds of devices that it runs on; empty: all.
     """
 

@@ -14,6 +14,7 @@ from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.frames import STORAGE, Array, python_name
 from tnxctl.protocol.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
 from tnxd.device_kinds import kind_of
+from tnxd.models.variants import AUTO, Variant
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +79,8 @@ class Model:
         state: "shared": what the module keeps from one request to the next is meant for all of them.
         audit: share of its batches that are computed again in idle time.
         batching_asked: whether model.toml itself says that axis 0 counts rows; else it was derived.
+        variants: of its module, that may be faster. optimize: the one that is wanted, or AUTO, or NONE.
+        reference: makes the module in the datatype of its weights, where model.toml has another one run.
         reply_row_nbytes: bytes of the outputs for each row, or of an answer if it has no batch axis; 0: not known
             before they are computed.
     """
@@ -106,6 +109,9 @@ class Model:
     state: Literal["", "shared"] = ""
     audit: float = DEFAULT_AUDIT
     batching_asked: bool = False
+    variants: tuple[Variant, ...] = field(default=(), repr=False, compare=False)
+    optimize: str = AUTO
+    reference: Callable[[], torch.nn.Module] | None = field(default=None, repr=False, compare=False)
     key: str = field(init=False)
     reply_row_nbytes: int = field(init=False, repr=False, compare=False)
 

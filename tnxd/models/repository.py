@@ -27,6 +27,7 @@ from tnxd.models.file_formats import FILES, FORMATS, ONNX, FileFormat
 from tnxd.models.model import Model
 from tnxd.models.settings import Settings, Weights
 from tnxd.models.trust import Guard, contents, hidden, identity
+from tnxd.models.variants import AUTO, NONE
 
 SETTINGS = "model.toml"
 
@@ -208,9 +209,9 @@ def _check_combination(kind: FileFormat, file: str, settings: Settings, label: s
             f"{label}: dtype: {file} was saved to run in its own datatypes; {settings.dtype!r} is for "
             f"{files(*[each for each in formats if not each.fixes_dtype])}"
         )
-    if settings.compile == "inductor" and not kind.compiles:
+    if settings.optimize not in (AUTO, NONE) and not kind.compiles:
         others = files(*[each for each in formats if each.compiles])
-        raise InvalidArgument(f"{label}: compile: {file} cannot be compiled; {others} can")
+        raise InvalidArgument(f"{label}: optimize: {file} has no variant {settings.optimize!r}; {others} have")
     if not kind.needs_factory and settings.weights != Weights():
         others = files(*[each for each in formats if each.needs_factory])
         raise InvalidArgument(f"{label}: weights: {file} has a network of its own; they are for {others}")

@@ -73,12 +73,12 @@ def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float
             execution = run_example(runner, model, make(rows, 0))
         row_bytes = peak.nbytes / rows if peak.nbytes > _SHOWS_FROM else 0.0
         for _ in range(_ROUNDS - 1):
-            if execution.exhausted or _micros(execution) > _LONG_US:
+            if execution.exhausted or run_micros(execution) > _LONG_US:
                 break
             execution = run_example(runner, model, make(rows, 0))
         if execution.exhausted:  # it ran in pieces
             return Warmed(costs, safe_rows=max(execution.safe_rows, 1))
-        costs.append((rows, _micros(execution)))
+        costs.append((rows, run_micros(execution)))
         if rows > 1 and model.max_batch_size and allowed is not None:
             apart = _unlike_alone(runner, model, make(rows, 0), _answer(execution), allowed)
             if apart:
@@ -132,5 +132,6 @@ def warm_up_sizes(max_batch_size: int) -> Sequence[int]:
     return sizes if max_batch_size <= 1 else [*sizes, max_batch_size]
 
 
-def _micros(execution: Execution) -> float:
+def run_micros(execution: Execution) -> float:
+    """Microseconds that an execution ran."""
     return (execution.finished_ns - execution.started_ns) / 1e3

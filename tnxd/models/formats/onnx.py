@@ -106,7 +106,8 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     return Opened(signature, build)
 
 
-def _open(runtime: Any, files: TrustedFiles, label: str, threads: int = 1) -> tuple[Any, OnnxFile]:
+def session_options(runtime: Any, threads: int = 1) -> Any:
+    """Options of a session that shares the cores with lanes. Args: runtime: the module `onnxruntime`."""
     options = runtime.SessionOptions()
     # With one thread a session does not leave that of the lane. Others of a team, which wait for work by polling, would
     # take the cores from other lanes, and from the thread that serves.
@@ -114,6 +115,11 @@ def _open(runtime: Any, files: TrustedFiles, label: str, threads: int = 1) -> tu
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors; what it warns of are its own optimizations
+    return options
+
+
+def _open(runtime: Any, files: TrustedFiles, label: str, threads: int = 1) -> tuple[Any, OnnxFile]:
+    options = session_options(runtime, threads)
     model = _content(files, files.directory / ONNX.file)
     try:
         said = onnxfile.read(model)

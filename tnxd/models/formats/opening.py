@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
+
+import msgspec
+import torch
 
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.models.file_formats import FORMATS, ONNX, PT2, SAFETENSORS, TORCHSCRIPT
-from tnxd.models.formats import compiling, examples, exported, libraries, onnx, optional, torchscript, weights
+from tnxd.models.formats import (
+    channels,
+    compiling,
+    converting,
+    examples,
+    exported,
+    libraries,
+    onnx,
+    optional,
+    torchscript,
+    weights,
+)
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import DEFAULT_AUDIT, Model
 from tnxd.models.process_state.restoration import settings_restored
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
+from tnxd.models.variants import AUTO, NONE, Variant
 
 _READERS: dict[str, Callable[[RepositorySource, TrustedFiles], Opened]] = {
     PT2.name: exported.read,
@@ -46,21 +63,14 @@ def open_model(source: RepositorySource, generation: int) -> Model:
     with settings_restored("reading it") as changes:
         opened = read(source)
     settings = source.settings
-    build = opened.build
     notes = opened.notes + optional.notes(opened.signature) + changes.note()
-    if settings.compile == "inductor":
-        missing = compiling.missing()
-        if missing:
-            notes += (f"compile: {missing}: runs eager",)
-        else:
-            build = compiling.lazily(source, opened)
     return Model(
         name=source.name,
         version=source.version,
         inputs=opened.signature.inputs,
         outputs=opened.signature.outputs,
         max_batch_size=opened.signature.max_batch_size,
-        factory=build,
+        factory=opened.build,
         format=source.format,
         devices=FORMATS[source.format].kinds or settings.devices,
         replicas=settings.replicas,
@@ -79,4 +89,24 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         state=settings.state,
         audit=DEFAULT_AUDIT if settings.audit is None else settings.audit,
         batching_asked=bool(settings.max_batch_size),
+        optimize=settings.optimize,
+        variants=_variants(source, opened),
+        reference=functools.partial(_in_own_datatype, source) if settings.dtype else None,
     )
+
+
+def _variants(source: RepositorySource, opened: Opened) -> tuple[Variant, ...]:
+    """The variants of a version that are to be tried, those first that are likely to be the fastest."""
+    wanted = source.settings.optimize
+    if wanted == NONE or not FORMATS[source.format].compiles:
+        return ()
+    if opened.signature.optional:
+        return ()  # an export has all its inputs
+    found = (converting.variant(source), channels.variant(), compiling.variant(source))
+    return tuple(variant for variant in found if wanted in (AUTO, variant.name))
+
+
+def _in_own_datatype(source: RepositorySource) -> torch.nn.Module:
+    """The module of a version in the datatype of its weights."""
+    settings = msgspec.structs.replace(source.settings, dtype="")
+    return read(dataclasses.replace(source, settings=settings)).build()

@@ -28,6 +28,7 @@ from tnxd.models.formats.signature import Opened, declared
 from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import Weights
 from tnxd.models.trust import TrustedFiles
+from tnxd.models.variants import EXPORTED
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +49,13 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
         raise FailedPrecondition(f"{source.settings_label}: {error.message}") from None
 
     first = [factory()]  # for the first build, and held no longer
-    compiled = settings.compile == "inductor"  # for all inputs that there are
-    arguments = None if compiled else defaults(first[0])
+    exported = settings.optimize in EXPORTED  # for all inputs that there are
     signature = optional.resolve(
-        signature, settings, source.settings_label, "compiled code" if compiled else label, arguments
+        signature,
+        settings,
+        source.settings_label,
+        f"optimize: {settings.optimize}" if exported else label,
+        None if exported else defaults(first[0]),
     )
 
     def build() -> torch.nn.Module:
