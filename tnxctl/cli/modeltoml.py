@@ -33,6 +33,10 @@ TEMPLATE = """\
 # Batches of it that a device may run at a time, over one copy of its weights. 0: as many as the device has lanes.
 # replicas = 0
 
+# Threads of each batch on a CPU. 1: always one core. More: always so many, however many the batch gains by. 0: one or
+# several for each batch, as was measured to be sooner done.
+# threads = 0
+
 # The datatype to run in: "float32", "bfloat16" or "float16". Inputs are converted to it, and outputs back to what is
 # said below. For model.safetensors and model.pt only. Default: that of the weights.
 # dtype = "bfloat16"
