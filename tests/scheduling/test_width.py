@@ -297,3 +297,19 @@ def test_one_core_knows_no_width() -> None:
     scheduler.add_model("cpu", "mlp", costs=[(1, 1e5)], widths=[(1, 1e5, 1e4)], threads=4)
     (batch,) = start(scheduler, "mlp")
     assert batch.threads == 1
+
+
+def test_slow_spell_of_wide_batches_does_not_refuse_deadlines_for_good() -> None:
+    scheduler = scheduler_with_teams(2.0)
+    for _ in range(60):
+        run(scheduler, 1e5, 5e4)
+    for _ in range(6):
+        run(scheduler, 1e5, 8e4)
+    for second in range(20):
+        try:
+            scheduler.add(request("mlp", deadline_ns=(1000 * second + 60) * MS), 1000 * second * MS)
+        except DeadlineExceeded:
+            continue
+        assert second > 0, "else there was no slow spell"
+        return
+    pytest.fail("it is refused for good")

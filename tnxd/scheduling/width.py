@@ -82,6 +82,11 @@ class Width:
         gain = self._gain(lane_us)
         return gain.wide, gain.deviation
 
+    def doubt(self) -> None:
+        """Halve the deviations: a slow spell may be over. Times are relative to those of lanes, which are doubted."""
+        for gain in self._gains.values():
+            gain.deviation /= 2
+
     def _gain(self, lane_us: float) -> _Gain:
         bucket = _bucket(lane_us)
         gain = self._gains.get(bucket)
@@ -158,6 +163,13 @@ class WideCurve(CostCurve):
     def mean(self, rows: int) -> float:
         lane_us = self._lane.mean(rows)
         return lane_us * self._width.of_narrow(lane_us)[0]
+
+    def least(self, rows: int) -> float:
+        return self._lane.least(rows) * self._width.of_narrow(self._lane.mean(rows))[0]
+
+    def doubt(self) -> None:
+        self._lane.doubt()
+        self._width.doubt()
 
     def spread(self, rows: int) -> float:
         lane_us = self._lane.mean(rows)
