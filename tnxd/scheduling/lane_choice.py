@@ -61,7 +61,7 @@ def take_lane(device: Device, queue: RequestQueue, rows: int, limit: int) -> Way
 
 def _wide_us(width: Width, lane_us: float) -> float:
     """Expected microseconds of a wide batch; 0 if it should not be one."""
-    return lane_us * width.of_narrow(lane_us)[0] if width.goes_wide(lane_us) else 0.0
+    return lane_us * width.of_wide(lane_us)[0] if width.goes_wide(lane_us) else 0.0
 
 
 def _shared_rows(device: Device, queue: RequestQueue, rows: int) -> int:

@@ -77,14 +77,15 @@ class Width:
             gain = self._gain(lane_us)
             (gain.observe_wide if wide else gain.observe_narrow)(micros / lane_us, company)
 
-    def of_narrow(self, lane_us: float) -> tuple[float, float]:
-        """Expected time of a wide batch, and its mean deviation, as parts of what is expected on a lane."""
+    def of_wide(self, lane_us: float) -> tuple[float, float, float]:
+        """Times of wide batches as parts of what is expected on a lane: expected, mean deviation, and the shortest."""
         gain = self._gain(lane_us)
-        return gain.wide, gain.deviation
+        return gain.wide, gain.deviation, gain.least
 
     def doubt(self) -> None:
-        """Halve the deviations: a slow spell may be over. Times are relative to those of lanes, which are doubted."""
+        """Halve what wide batches are above the shortest ones, and the deviations: the slow spell may be over."""
         for gain in self._gains.values():
+            gain.wide = (gain.wide + gain.least) / 2
             gain.deviation /= 2
 
     def _gain(self, lane_us: float) -> _Gain:
@@ -105,15 +106,25 @@ class _Gain:
     """Times of narrow and of wide batches of about the same size, relative to what is expected on a lane.
 
     Attributes:
-        narrow, wide: moving averages. deviation: of the wide ones.
+        narrow, wide: moving averages. deviation, least: mean deviation of the wide ones, and the shortest one.
         goes_wide: whether the next batch that may be wide is to be.
     """
 
-    __slots__ = ("_since_narrow", "_until_try", "_wait", "deviation", "has_gained", "is_wide", "narrow", "wide")
+    __slots__ = (
+        "_since_narrow",
+        "_until_try",
+        "_wait",
+        "deviation",
+        "has_gained",
+        "is_wide",
+        "least",
+        "narrow",
+        "wide",
+    )
 
     def __init__(self, narrow: float, wide: float) -> None:
         self.narrow = narrow
-        self.wide = wide
+        self.wide = self.least = wide
         self.deviation = wide / 4
         self.is_wide = self.has_gained = narrow >= _ENTER * wide
         self._wait = _FIRST if self.is_wide else _LONGEST
@@ -135,6 +146,7 @@ class _Gain:
         weight = _WEIGHT_IN_COMPANY if company else _WEIGHT if self.is_wide else _TRY_WEIGHT
         self.wide += weight * off
         self.deviation += min(weight, _WEIGHT) * (abs(off) - self.deviation)
+        self.least = min(self.least, ratio)
         self._since_narrow += 1
         if self.is_wide:
             if self.narrow < _KEEP * self.wide:
@@ -162,10 +174,11 @@ class WideCurve(CostCurve):
 
     def mean(self, rows: int) -> float:
         lane_us = self._lane.mean(rows)
-        return lane_us * self._width.of_narrow(lane_us)[0]
+        return lane_us * self._width.of_wide(lane_us)[0]
 
     def least(self, rows: int) -> float:
-        return self._lane.least(rows) * self._width.of_narrow(self._lane.mean(rows))[0]
+        lane_us = self._lane.mean(rows)
+        return lane_us * self._width.of_wide(lane_us)[2]
 
     def doubt(self) -> None:
         self._lane.doubt()
@@ -173,4 +186,4 @@ class WideCurve(CostCurve):
 
     def spread(self, rows: int) -> float:
         lane_us = self._lane.mean(rows)
-        return _DEVIATIONS * lane_us * self._width.of_narrow(lane_us)[1]
+        return _DEVIATIONS * lane_us * self._width.of_wide(lane_us)[1]
