@@ -72,9 +72,9 @@ def measure(cores: int, load: float, way: str, count: int, seed: int) -> Line:
     noise = Noise(machine, seed)
     policy = Scheduled(machine, jobs, noise, teams=teams, part=loop.part(teams.threads), threads=threads)
     outcome = replay(trace, policy, noise, loop)
-    waits_ms = (outcome.done_us - np.array([job.arrival_us for job in jobs])) / 1e3
-    half, most = np.percentile(waits_ms, (50, 99))
-    return Line(cores, load, way, float(half), float(most))
+    waits_ms = np.sort((outcome.done_us - np.array([job.arrival_us for job in jobs])) / 1e3)
+    half, most = (float(waits_ms[int(share * count)]) for share in (0.5, 0.99))
+    return Line(cores, load, way, half, most)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, help=__doc__)

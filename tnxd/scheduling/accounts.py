@@ -60,7 +60,6 @@ class Accounts:
         batch = Batch(device, lane, queue.key[0], requests, rows, queue.costs, placement.max_rows, now_ns, run_us)
         if lane >= 0:
             batch.had_cores = device.has_cores_for_team
-            batch.number = device.begun = device.begun + 1
             device.busy_until_ns[lane] = now_ns + int(run_us * 1e3)
             if threads > 1:
                 batch.threads = device.wide[lane] = threads

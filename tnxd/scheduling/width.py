@@ -19,10 +19,8 @@ from tnxd.scheduling.costs import CostCurve
 _ENTER = 1.2
 _KEEP = 1.0
 
-# Weight of the newest observation in the moving averages; of one of a batch that other batches came to, which are what
-# has made it longer; and of a try of what was given up: that has to tell by itself.
+# Weight of the newest observation in the moving averages, and of a try of what was given up: it has to tell by itself.
 _WEIGHT = 0.2
-_WEIGHT_IN_COMPANY = 0.05
 _TRY_WEIGHT = 0.7
 
 # An observation counts for at most so many times what was expected. It takes two of them in a row to end wide batches.
@@ -67,15 +65,17 @@ class Width:
         """Whether a batch that is expected to take so long on a lane is to be wide, if nothing else is to be done."""
         return self.threads != 1 and lane_us > 0.0 and self._gain(lane_us).goes_wide
 
-    def observe(self, lane_us: float, micros: float, *, wide: bool, company: bool = False) -> None:
-        """Record what a batch took that began while cores enough were idle.
+    def observe(self, lane_us: float, micros: float, *, wide: bool) -> None:
+        """Record what a batch took that began while cores enough were idle, whatever has begun since.
+
+        Others that come meanwhile belong to the traffic that the choice is made for.
 
         Args:
-            lane_us: expected of it on a lane. company: whether others began before it was over.
+            lane_us: expected of it on a lane.
         """
         if lane_us > 0.0:
             gain = self._gain(lane_us)
-            (gain.observe_wide if wide else gain.observe_narrow)(micros / lane_us, company)
+            (gain.observe_wide if wide else gain.observe_narrow)(micros / lane_us)
 
     def of_wide(self, lane_us: float) -> tuple[float, float, float]:
         """Times of wide batches as parts of what is expected on a lane: expected, mean deviation, and the shortest."""
@@ -135,17 +135,15 @@ class _Gain:
     def goes_wide(self) -> bool:
         return self._since_narrow < _CHECK_NARROW if self.is_wide else self._until_try <= 0
 
-    def observe_narrow(self, ratio: float, company: bool) -> None:
+    def observe_narrow(self, ratio: float) -> None:
         self._since_narrow = 0
         self._until_try -= 1
-        weight = _WEIGHT_IN_COMPANY if company else _WEIGHT
-        self.narrow += weight * (min(ratio, _OUTLIER * self.narrow) - self.narrow)
+        self.narrow += _WEIGHT * (min(ratio, _OUTLIER * self.narrow) - self.narrow)
 
-    def observe_wide(self, ratio: float, company: bool) -> None:
+    def observe_wide(self, ratio: float) -> None:
         off = min(ratio, _OUTLIER * self.wide) - self.wide
-        weight = _WEIGHT_IN_COMPANY if company else _WEIGHT if self.is_wide else _TRY_WEIGHT
-        self.wide += weight * off
-        self.deviation += min(weight, _WEIGHT) * (abs(off) - self.deviation)
+        self.wide += (_WEIGHT if self.is_wide else _TRY_WEIGHT) * off
+        self.deviation += _WEIGHT * (abs(off) - self.deviation)
         self.least = min(self.least, ratio)
         self._since_narrow += 1
         if self.is_wide:
