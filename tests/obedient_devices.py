@@ -1,8 +1,8 @@
 """A daemon whose devices do what requests tell them: `python obedient_devices.py LANES OPTION...`, options as for tnxd.
 
-`cuda:0` and `cpu` have as many lanes each. The first number of a request to the model `mlp` is what happens to the
-batch that it is in: see the constants. There is no torch in it. The loop, the scheduler, the reconciler and the
-protocol are the daemon's own.
+`cuda:0` and `cpu` have as many lanes each. The first number of the first input of a request is what happens to the
+batch that it is in, see the constants; the outputs are full of it. No network is built. The loop, the scheduler, the
+reconciler and the protocol are the daemon's own.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class ObedientDevice:
         if command == BREAK and self.kind == "cuda":
             execution.fatal = "it fell out of its slot"
             return Unavailable(f"{self.name} is lost")
-        return (np.full((rows, 128), command, np.float32),)
+        return tuple(np.full((rows, *spec.shape[1:]), command, np.float32) for spec in execution.model.outputs)
 
 
 def main() -> None:

@@ -349,4 +349,9 @@ def _details(info: ModelInfo, others: Sequence[ModelInfo]) -> Iterator[str]:
     }
     yield from (f"{key:10}{value}" for key, value in settings.items() if value)
     yield ""
+    if info.pipeline:
+        from tnxctl.cli import graph
+
+        yield from graph.lines(info, info.pipeline, text.terminal_width(sys.stdout))
+        yield ""
     yield from metadata.signature(info)

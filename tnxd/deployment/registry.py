@@ -12,6 +12,7 @@ from zlib import crc32
 
 from tnxctl.protocol.errors import FailedPrecondition, NotFound, TensorNextError, Unavailable
 from tnxctl.protocol.wire import check_name, check_version, excerpt, split_title
+from tnxd.deployment import pipelines
 from tnxd.deployment.version import FAILED, READY, UNLOADED, Version
 from tnxd.models.catalog import Catalog, Entry
 
@@ -178,6 +179,10 @@ class Registry:
             for version in deployment.versions.values():
                 yield deployment, version
 
+    def __contains__(self, model: str) -> bool:
+        """Whether `find` finds a version for NAME or NAME@VERSION."""
+        return model in self._targets
+
     def find(self, model: str, client: bytes, route_key: str) -> Version:
         """The version for a request.
 
@@ -266,6 +271,7 @@ class Registry:
             self.default = next((name for name in self.deployments if name in self._targets), first)
         if self.default in self._targets:
             self._targets[""] = self._targets[self.default]
+        pipelines.refresh(self)
         self.on_change()
 
     def needs(self) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tnxctl.protocol.errors import FailedPrecondition
+from tnxd.models import pipelines
 from tnxd.models.formats import compiling, examples, exported, libraries, onnx, optional, torchscript, weights
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import DEFAULT_AUDIT, Model
@@ -42,6 +43,8 @@ def read(source: RepositorySource) -> Opened:
 
 def open_model(source: RepositorySource, generation: int) -> Model:
     """Open a version, as `tnxd.models.catalog.Source.open` promises."""
+    if source.format == pipelines.FORMAT:
+        return _open_pipeline(source, generation)
     with settings_restored("reading it") as changes:
         opened = read(source)
     settings = source.settings
@@ -77,4 +80,32 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         state=settings.state,
         audit=DEFAULT_AUDIT if settings.audit is None else settings.audit,
         batching_asked=bool(settings.max_batch_size),
+    )
+
+
+def _open_pipeline(source: RepositorySource, generation: int) -> Model:
+    """A pipeline. It has no signature yet: that is what its steps' models make it."""
+    try:
+        files = TrustedFiles.check(
+            source.guard, source.directory, require_manifest=source.require_manifest, modules=False
+        )
+        path, label = files.directory / pipelines.FILE, files.label(pipelines.FILE)
+        with files.open(path):  # which compares before and after it is read
+            description = pipelines.load(source.guard.resolve(path), label)
+    except OSError as error:
+        raise FailedPrecondition(f"{source.guard.label(source.directory)}: {error.strerror or error}") from error
+    return pipelines.Pipeline(
+        name=source.name,
+        version=source.version,
+        inputs=(),
+        outputs=(),
+        max_batch_size=0,
+        factory=pipelines.no_module,
+        format=source.format,
+        deadline_us=source.settings.deadline_us,
+        priority=source.settings.priority,
+        generation=generation,
+        audit=0.0,
+        description=description,
+        label=label,
     )
