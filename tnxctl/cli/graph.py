@@ -4,7 +4,7 @@ A line for each input, step and output. What a line gives goes down in its own c
 
     ○ x
     ├─● left
-    ╰─┼─● right
+    ╰─│─● right
       ╰─┴─● join
           ╰─○ y
 """
@@ -89,7 +89,7 @@ def _drawn(nodes: Sequence[tuple[str, str, Sequence[str]]]) -> Iterator[str]:
                 cells.append(("┴" if joined else "╰") if ends else ("┼" if joined else "├"))
                 joined = True
             elif column:
-                cells.append("┼" if joined else "│")
+                cells.append("│")  # what is taken further left goes by
             else:
                 cells.append("─" if joined else " ")
             cells.append("─" if joined else " ")

@@ -241,7 +241,9 @@ class Registry:
         known = self.deployments.get(name)
         if known is None:
             check_name(name)
-            failure = self.failures.get(name)
+            failure = self.failures.get(name) or next(
+                (why for what, why in self.failures.items() if what.startswith(f"{name}@")), None
+            )
             if failure is not None:
                 raise FailedPrecondition(f"model {name!r} cannot be served: {failure}")
             raise NotFound(f"no model {excerpt(name)}; there are {', '.join(self.deployments) or 'none'}")
