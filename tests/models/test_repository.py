@@ -81,7 +81,7 @@ def test_every_format_is_known_by_its_file(tmp_path: Path) -> None:
     catalog = repository.scan(tmp_path)
     assert catalog.failures == {}
     sources = catalog.entries["m"].sources
-    assert [source.format for source in sources.values()] == [*repository.FORMATS.values()]
+    assert [source.format for source in sources.values()] == [*formats.values()]
     assert {source.nbytes for source in sources.values()} == {5}
 
 
