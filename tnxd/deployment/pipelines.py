@@ -55,8 +55,7 @@ def refresh(registry: Registry) -> None:
             version.unserved = error.message
             continue
         version.unserved = ""
-        if now != pipeline:  # what binds requests knows it by its identity
-            version.model = now
+        version.model = now
 
 
 def held(registry: Registry, name: str) -> frozenset[str]:

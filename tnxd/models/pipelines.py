@@ -223,13 +223,18 @@ class Pipeline(Model):
 
     Attributes:
         description: of its steps. label: what to call its file in errors.
+        models: by which its signature was made: the key and the row limit of each step's.
     """
 
     description: Description = field(default=Description((), (), {}), repr=False, compare=False)
     label: str = FILE
+    models: tuple[tuple[str, int], ...] = field(default=(), repr=False, compare=False)
 
     def assembled(self, models: Sequence[Model]) -> Pipeline:
-        """The pipeline with the signature that these models give it. Raises as `wire` does."""
+        """The pipeline with the signature that these models give it: itself if it has that. Raises as `wire` does."""
+        known = tuple([(model.key, model.max_batch_size) for model in models])
+        if known == self.models:
+            return self
         wiring = wire(self.description, self.label, models)
         return replace(
             self,
@@ -237,6 +242,7 @@ class Pipeline(Model):
             outputs=wiring.outputs_given,
             max_batch_size=wiring.max_batch_size,
             examples=wiring.examples,
+            models=known,
         )
 
 
