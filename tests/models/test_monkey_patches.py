@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -57,12 +59,14 @@ REPLACED = [
     ("torch.nn.Module.to", put(torch.nn.Module, "to", staticmethod(other))),
     ("torch.nn.Embedding.from_pretrained", put(torch.nn.Embedding, "from_pretrained", classmethod(other))),
     ("torch.nn.LSTM", put(torch.nn, "LSTM", Other)),
+    ("time.perf_counter", put(time, "perf_counter", other)),
+    ("threading.get_ident", put(threading, "get_ident", time.monotonic)),
 ]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled() -> None:
-    """When it first compiles, torch itself puts other functions in the places of some."""
+    """Compile something: torch itself puts other functions in the places of some when it first does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.compile(torch.nn.Linear(2, 2), backend="eager")(torch.ones(2, 2))
@@ -78,7 +82,17 @@ def _unchanged() -> Iterator[None]:
 
 
 def contents() -> dict[str, dict[str, Any]]:
-    owners = (torch, functional, torch.nn.init, torch.Tensor, torch.nn.Module, torch.nn.Linear, torch.nn.Embedding)
+    owners = (
+        torch,
+        functional,
+        torch.nn.init,
+        torch.Tensor,
+        torch.nn.Module,
+        torch.nn.Linear,
+        torch.nn.Embedding,
+        time,
+        threading,
+    )
     return {str(owner): {name: value for name, value in vars(owner).items() if callable(value)} for owner in owners}
 
 

@@ -294,7 +294,7 @@ def test_a_version_may_be_a_pipeline(tmp_path: Path) -> None:
     [
         ("max_batch_size = 4", "pipe/model.toml: max_batch_size: pipe/1/pipeline.toml has models for its steps"),
         ('devices = ["cpu"]', "pipe/model.toml: devices: "),
-        ('compile = "inductor"', "pipe/model.toml: compile: "),
+        ("replicas = 2", "pipe/model.toml: replicas: "),
         ('state = "shared"', "pipe/model.toml: state: "),
         ('[traffic]\nshadow = "1"', "pipe/model.toml: traffic.shadow: "),
     ],

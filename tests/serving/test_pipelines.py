@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from daemons import Running, running
 from dealer import Dealer
-from faults.daemons import Running, running
 from model_repositories import SAYS_TOML, Repository, put
 from obedient_devices import ANSWER, FAIL, HOLD, RELEASE, VANISH
 from tnxctl.protocol import wire

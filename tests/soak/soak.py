@@ -34,7 +34,8 @@ from daemons import ODD, Running, running  # noqa: E402
 from dealer import Dealer, rows  # noqa: E402
 from model_repositories import ONE_ROW, put  # noqa: E402
 from slopes import BLOCKS, Slope, slope  # noqa: E402
-from tnxctl import Client, wire  # noqa: E402
+from tnxctl import Client  # noqa: E402
+from tnxctl.protocol import wire  # noqa: E402
 from zmtp import Peer, message  # noqa: E402
 
 LEAKING = (str(Path(__file__).with_name("leaking.py")),)
@@ -42,7 +43,7 @@ LEAKS = ("memory", "descriptors", "threads")
 LEAK_MINUTES = 3.0
 
 WARM_UP = 0.25
-"""Of the time: caches fill, and the C library finds out how much memory it needs."""
+"""Part of the time that is left out: caches fill, and the C library finds out how much memory it needs."""
 
 ALLOWED = {"memory": 16.0, "descriptors": 8.0, "threads": 4.0}
 """Growth over the whole time that is no leak, in MiB and in numbers."""
@@ -215,7 +216,7 @@ class Soak:
                 self.wrong.append(f"the daemon ended with {self.daemon.process.returncode}")
                 break
             samples.append((time.monotonic() - began, *usage(self.daemon.process.pid)))
-            time.sleep(period)
+            time.sleep(period)  # the pace of the samples, no wait for something
         return samples
 
 

@@ -7,15 +7,11 @@ operator unloads is unloaded: the pipeline cannot be served until it is back, an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
+from tnxd.deployment.registry import Registry
 from tnxd.deployment.version import READY, Version
 from tnxd.models.model import Model
 from tnxd.models.pipelines import Pipeline
-
-if TYPE_CHECKING:
-    from tnxd.deployment.registry import Registry
 
 
 def step_versions(registry: Registry, pipeline: Pipeline) -> list[tuple[Version, Model]]:

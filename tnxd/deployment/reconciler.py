@@ -90,6 +90,7 @@ class Reconciler:
         self._runner = OperationRunner(scheduler, call_soon, load_timeout_s, self._operation_ended)
         self._lifecycle = Lifecycle(registry, scheduler, executors, self._runner, call_soon, limits, budget)
         self.audits = self._lifecycle.audits
+        registry.before_change = partial(pipelines.refresh, registry)
         self._reload_asked: list[Done[Changes]] | None = None  # by whom, while one waits
 
     @property

@@ -12,7 +12,6 @@ from zlib import crc32
 
 from tnxctl.protocol.errors import FailedPrecondition, NotFound, TensorNextError, Unavailable
 from tnxctl.protocol.wire import check_name, check_version, excerpt, split_title
-from tnxd.deployment import pipelines
 from tnxd.deployment.version import FAILED, READY, UNLOADED, Version
 from tnxd.models.catalog import Catalog, Entry
 
@@ -133,7 +132,7 @@ class Registry:
             can be served.
         mirrors: the version that gets copies of its batches, by the version that answers.
         failures: what could not become a deployment, by name or path, and why.
-        on_change: called after any change.
+        before_change, on_change: called after any change, one after the other; the first may still change versions.
     """
 
     def __init__(self, default: str = "") -> None:
@@ -142,6 +141,7 @@ class Registry:
         self.deployments: dict[str, Deployment] = {}
         self.mirrors: dict[Version, Version] = {}
         self.failures: dict[str, str] = {}
+        self.before_change: Callable[[], None] = lambda: None
         self.on_change: Callable[[], None] = lambda: None
         self._targets: dict[str, Version | _Split] = {}
         self._clock = 0
@@ -273,7 +273,7 @@ class Registry:
             self.default = next((name for name in self.deployments if name in self._targets), first)
         if self.default in self._targets:
             self._targets[""] = self._targets[self.default]
-        pipelines.refresh(self)
+        self.before_change()
         self.on_change()
 
     def needs(self) -> tuple[int, int]:

@@ -31,12 +31,8 @@ import msgspec
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 from tnxctl.protocol.wire import MAX_TENSORS, TensorSpec, excerpt, split_title
 from tnxd import tomlfile
+from tnxd.models.file_formats import PIPELINE
 from tnxd.models.model import Model
-
-FORMAT = "pipeline"
-"""The format of a version that is a pipeline."""
-
-FILE = "pipeline.toml"
 
 MAX_STEPS = 64
 """Steps of one pipeline."""
@@ -227,7 +223,7 @@ class Pipeline(Model):
     """
 
     description: Description = field(default=Description((), (), {}), repr=False, compare=False)
-    label: str = FILE
+    label: str = PIPELINE.file
     models: tuple[tuple[str, int], ...] = field(default=(), repr=False, compare=False)
 
     def assembled(self, models: Sequence[Model]) -> Pipeline:

@@ -22,25 +22,15 @@ import msgspec
 
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
 from tnxctl.protocol.wire import MODEL_NAME, MODEL_VERSION
+from tnxd.device_kinds import kind_of
 from tnxd.models import onnxfile, pipelines
 from tnxd.models import settings as model_toml
 from tnxd.models.catalog import Catalog, Entry, Source
+from tnxd.models.file_formats import FILES, FORMATS, ONNX, PIPELINE, FileFormat
 from tnxd.models.model import Model
 from tnxd.models.settings import Settings, Weights
 from tnxd.models.trust import Guard, contents, hidden, identity
-
-FORMATS = {
-    "model.pt2": "pt2",
-    "model.safetensors": "safetensors",
-    "model.safetensors.index.json": "safetensors",
-    "model.pt": "torchscript",
-    "model.onnx": "onnx",
-    pipelines.FILE: pipelines.FORMAT,
-}
-"""Name of the file with the model -> its format."""
-
-WITH_MODULES = ("safetensors",)
-"""Formats that use Python modules."""
+from tnxd.models.variants import AUTO, NONE
 
 _OF_A_PIPELINE = ("versions", "deadline_us", "priority", "traffic")
 """Keys of model.toml that say something about a pipeline; the others are about what runs a forward."""
@@ -48,7 +38,7 @@ _OF_A_PIPELINE = ("versions", "deadline_us", "priority", "traffic")
 SETTINGS = "model.toml"
 
 _SHARD = ".safetensors"
-_GONE = "a link that leads nowhere, or a file that went away: look again"
+_GONE = "a link that leads nowhere, or a file that went away: reload"
 
 
 @dataclass(frozen=True)
@@ -96,7 +86,7 @@ def scan(root: Path, opener: Opener | None = None, *, require_manifest: bool = F
     """Scan a repository. Mistakes in one model are reported and do not hide the others.
 
     Args:
-        opener: opens the sources; None: they are only looked at.
+        opener: opens the sources; None: they cannot be opened.
         require_manifest: refuse versions without SHA256SUMS.
 
     Raises:
@@ -198,53 +188,63 @@ def _source(
 ) -> RepositorySource:
     label = guard.label(place)
     inside = guard.resolve(place)
-    present = [file for file in FORMATS if os.path.lexists(inside / file)]
+    present = [file for file in FILES if os.path.lexists(inside / file)]
     if len(present) != 1:
         found = " and ".join(present) if present else "none"
-        raise InvalidArgument(f"{label}: exactly one of {', '.join(FORMATS)} has to be there, and {found} is")
-    file, kind = present[0], FORMATS[present[0]]
-    _, _, files = contents(guard, place, require_manifest=require_manifest, modules=kind in WITH_MODULES)
+        raise InvalidArgument(f"{label}: exactly one of {', '.join(FILES)} has to be there, and {found} is")
+    file, kind = present[0], FILES[present[0]]
+    _, _, files = contents(guard, place, require_manifest=require_manifest, modules=kind.needs_factory)
     if inside / file not in files:
         raise InvalidArgument(f"{label}/{file} is not a file")
     _check_combination(kind, f"{label}/{file}", settings, f"{name}/{SETTINGS}")
     steps: tuple[str, ...] = ()
-    nbytes = onnxfile.size(inside / file) if kind == "onnx" else files[inside / file].st_size
-    if kind == pipelines.FORMAT:
+    nbytes = onnxfile.size(inside / file) if kind is ONNX else files[inside / file].st_size
+    if kind is PIPELINE:
         steps = pipelines.load(guard.resolve(inside / file), f"{label}/{file}").models
         nbytes = 0  # it has no weights
-    if file.endswith(".json"):
+    if file == kind.index:
         nbytes += sum(info.st_size for path, info in files.items() if path.suffix == _SHARD)
     state = [(str(path), *identity(info)) for path, info in sorted(files.items())]
     stamp = hashlib.sha256(settings.served + repr((state, require_manifest)).encode()).hexdigest()
-    return RepositorySource(name, number, kind, stamp, nbytes, place, settings, guard, require_manifest, opener, steps)
+    return RepositorySource(
+        name, number, kind.name, stamp, nbytes, place, settings, guard, require_manifest, opener, steps
+    )
 
 
-def _check_combination(kind: str, file: str, settings: Settings, label: str) -> None:
-    """Settings that cannot be kept for a format are refused, not ignored."""
-    if kind == pipelines.FORMAT:
+def _check_combination(kind: FileFormat, file: str, settings: Settings, label: str) -> None:
+    """Refuse settings that a format cannot follow, and a lack of those that it needs."""
+    if kind is PIPELINE:
         for key, value in msgspec.structs.asdict(settings).items():
             if key not in _OF_A_PIPELINE and value != getattr(Settings(), key):
                 raise InvalidArgument(f"{label}: {key}: {file} has models for its steps, and theirs is what says that")
         if settings.traffic.shadow:
             raise InvalidArgument(f"{label}: traffic.shadow: {file} runs no batches to be copied; its steps' models do")
         return
-    if settings.dtype and kind in ("pt2", "onnx"):
+
+    def files(*kinds: FileFormat) -> str:
+        return " and ".join([kind.file for kind in kinds])
+
+    formats = FORMATS.values()
+    if settings.dtype and kind.fixes_dtype:
         raise InvalidArgument(
             f"{label}: dtype: {file} was saved to run in its own datatypes; {settings.dtype!r} is for "
-            f"model.safetensors and model.pt"
+            f"{files(*[each for each in formats if not each.fixes_dtype])}"
         )
-    if settings.compile == "inductor" and kind in ("torchscript", "onnx"):
-        raise InvalidArgument(f"{label}: compile: {file} cannot be compiled; model.pt2 and model.safetensors can")
-    if kind != "safetensors" and settings.weights != Weights():
-        raise InvalidArgument(f"{label}: weights: {file} has a network of its own; they are for model.safetensors")
-    if kind == "safetensors" and not settings.factory:
+    if settings.optimize not in (AUTO, NONE) and not kind.compiles:
+        others = files(*[each for each in formats if each.compiles])
+        raise InvalidArgument(f"{label}: optimize: {file} has no variant {settings.optimize!r}; {others} have")
+    if not kind.needs_factory and settings.weights != Weights():
+        others = files(*[each for each in formats if each.needs_factory])
+        raise InvalidArgument(f"{label}: weights: {file} has a network of its own; they are for {others}")
+    if kind.needs_factory and not settings.factory:
         raise InvalidArgument(f'{label}: factory: "module:function" has to name what makes the network for {file}')
-    if kind in ("safetensors", "torchscript"):
+    if not kind.has_signature:
         for key, tensors in (("inputs", settings.inputs), ("outputs", settings.outputs)):
             if not tensors:
                 raise InvalidArgument(f"{label}: {key}: have to stand here, since {file} does not say them")
-    if kind == "onnx" and settings.devices and "cpu" not in settings.devices:
-        raise InvalidArgument(f"{label}: devices: {file} runs on the CPU alone")
+    if kind.kinds and settings.devices and not any(kind_of(device) in kind.kinds for device in settings.devices):
+        alone = " and ".join([name.upper() for name in kind.kinds])
+        raise InvalidArgument(f"{label}: devices: {file} runs on the {alone} alone")
 
 
 def _entry(name: str, sources: Mapping[str, Source], settings: Settings, label: str, failures: dict[str, str]) -> Entry:

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxctl.protocol.frames import STORAGE
 from tnxctl.protocol.wire import MAX_ID, VERSION, Limits, Predict, TensorSpec, encode
-
-if TYPE_CHECKING:
-    from tnxd.models.model import Model
-
-
-def row_nbytes(specs: Sequence[TensorSpec], batches: bool) -> int:
-    """Bytes of all these tensors for one row, or in all if axis 0 counts none; 0 if other axes have any length."""
-    shapes = [spec.shape[1:] if batches else spec.shape for spec in specs]
-    if any(-1 in shape for shape in shapes):
-        return 0
-    return sum(math.prod(shape) * STORAGE[spec.datatype].itemsize for shape, spec in zip(shapes, specs, strict=True))
+from tnxd.models.model import Model, row_nbytes
 
 
 def check_message_sizes(model: Model, limits: Limits) -> None:
     """Check that one can ask for this model, and be answered. How many tensors it has raises the limit for that.
 
     Raises:
-        FailedPrecondition: the smallest request or answer is larger than a message may be; the sentence has both sizes.
+        FailedPrecondition: the smallest request or answer, or an example, is larger than a message may be; the sentence
+            has both sizes.
     """
     ones = tuple(
         TensorSpec(spec.name, spec.datatype, tuple(max(length, 1) for length in spec.shape)) for spec in model.inputs
@@ -45,6 +31,13 @@ def check_message_sizes(model: Model, limits: Limits) -> None:
             raise FailedPrecondition(
                 f"{what} would take {nbytes} bytes, and limits.message_bytes is {limits.message_bytes}: raise it, "
                 f"in the clients too"
+            )
+    for spec, shape in zip(model.inputs, model.examples, strict=False):
+        nbytes = row_nbytes((TensorSpec(spec.name, spec.datatype, shape),), batches)
+        if nbytes > limits.message_bytes:
+            raise FailedPrecondition(
+                f"the example of input {spec.name!r}, {list(shape)}, takes {nbytes} bytes, and limits.message_bytes is "
+                f"{limits.message_bytes}: no request could have that"
             )
 
 

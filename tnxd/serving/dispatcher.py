@@ -1,4 +1,4 @@
-"""Dispatcher: batches go to the lanes of executors, or run right here; what comes back is answered and learned from."""
+"""Dispatcher: sends batches to the lanes of executors, or runs them inline; answers and learns from what comes back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Dispatcher:
         background: batches that nobody waits for. shadows: what they are copies for.
         refusals: forgotten whenever requests leave the queue.
         message_bytes: most bytes of the tensors of an answer.
-        stall_timeout_s: a batch that runs longer is given up, and its lane counts as dead until it ends after all.
+        stall_timeout_s: a batch that runs longer is given up, and its lane counts as hung until it ends after all.
         on_device_lost: called when a device has failed for good.
 
     Attributes:
@@ -81,7 +81,7 @@ class Dispatcher:
     # --- out to the executors ----------------------------------------------------------------------------------
 
     def dispatch(self) -> bool:
-        """Put batches on free lanes. True if one ran right here: more may have come meanwhile."""
+        """Put batches on free lanes. True if one ran inline: more may have come meanwhile."""
         if not self._scheduler.queued:
             if self._background:
                 self._run_copy()
@@ -180,7 +180,7 @@ class Dispatcher:
         elif failures < len(batch.requests):
             version: Version = batch.requests[0].version  # type: ignore[attr-defined]
             if version in self._audits:
-                self._audits[version].look(execution, self._background)
+                self._audits[version].offer(execution, self._background)
             if self._mirrors and version in self._mirrors:
                 self._shadows.offer(execution, self._mirrors[version])
         if execution.mixes:
@@ -190,7 +190,7 @@ class Dispatcher:
             self._lose_device(device.name, execution.fatal)
 
     def _judge(self, execution: Execution, batch: Batch) -> None:
-        """Let clients ride alone who sent what a model fails at, until they have shown that they can do otherwise."""
+        """Have clients ride alone after a model failed at their requests, until others of theirs have succeeded."""
         if execution.fatal:
             return
         for request, outcome in zip(batch.requests, execution.outcomes, strict=False):
@@ -203,7 +203,7 @@ class Dispatcher:
                     self._quarantine.left(peer, request.connection.client.name)  # type: ignore[attr-defined]
 
     def _runs_elsewhere(self, request: Pending, error: TensorNextError) -> bool:
-        """A GPU had no memory for a request: have it run where else it may. False if that is nowhere."""
+        """Route a request to another device after a GPU had no memory for it. False if there is none."""
         if not isinstance(error, ResourceExhausted) or not self._scheduler.devices[request.device].is_gpu:
             return False
         if request.wanted not in ("", "auto"):
@@ -231,23 +231,23 @@ class Dispatcher:
         """Seconds that an execution may run before it is given up."""
         return execution.model.time_limit_s or self._stall_timeout_s
 
-    def give_up_stalled(self) -> Counter[str]:
-        """Give up batches that run for too long. Returns the lanes that are dead, by device."""
+    def give_up_hung(self) -> Counter[str]:
+        """Give up batches that run for too long. Returns the number of hung lanes, by device."""
         now_ns = time.perf_counter_ns()
-        dead: Counter[str] = Counter()
+        hung: Counter[str] = Counter()
         for execution, batch in self._on_lanes.items():
             if (now_ns - batch.started_ns) / 1e9 > self.limit_s(execution):
-                dead[batch.device.name] += batch.lane != BACKGROUND
+                hung[batch.device.name] += batch.lane != BACKGROUND
                 if not batch.hung:
                     self._give_up(execution, batch)
-        return dead
+        return hung
 
     def _give_up(self, execution: Execution, batch: Batch) -> None:
-        """A batch hangs: its requests get an error. Its lane is free again if it ever ends."""
+        """Give up a hung batch: its requests get an error. Its lane is free again if it ever ends."""
         why = f"model {batch.model!r} ran for over {self.limit_s(execution):g} s on {batch.device.name}"
         held = [request for request in batch.requests if not request.done]
         if held:
-            log.error("%s: %d requests given up, the lane counts as dead", why, len(held))
+            log.error("%s: %d requests given up, the lane counts as hung", why, len(held))
         for request in held:
             self._answers.error(request, Internal(why))
         self._scheduler.mark_hung(batch)

@@ -54,7 +54,7 @@ class Server:
         reconciler: of the models on these devices.
         on_tick: called every `tick_s` seconds with whether all lanes make progress.
         drain_timeout_s: how long `drain` lets running work go on.
-        stall_timeout_s: a batch that runs longer is given up, and its lane counts as dead until it ends after all.
+        stall_timeout_s: a batch that runs longer is given up, and its lane counts as hung until it ends after all.
         max_delay_us: how long a batch smaller than its model's limit waits for company, in microseconds.
         admission: who may have how much in flight.
         remote_control: which clients may change what is served: "local", "any" or "off".
@@ -333,7 +333,7 @@ class Server:
         keys = {version.model.key for _, version in self._inventory.registry if version.model is not None}
         self._shadows.keep(keys)
         self._background.keep(keys)
-        dead = self._dispatcher.give_up_stalled()
+        dead = self._dispatcher.give_up_hung()
         self._on_tick(all(self._scheduler.devices[name].lanes > count for name, count in dead.items()))
 
     def _tell_errors(self, now: float, *, at_once: bool = False) -> None:

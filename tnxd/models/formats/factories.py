@@ -33,7 +33,7 @@ _numbers = itertools.count(1)
 
 
 class Factory:
-    """Calls "module:function" of one version; the module is executed once, when it is first called.
+    """Caller of the "module:function" of one version. The module is executed once, at the first call.
 
     Args:
         name: of the model and version, for tracebacks.
@@ -105,7 +105,7 @@ def is_private(module: str) -> bool:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Compiles what was checked, and keeps no bytecode."""
+    """Loader that compiles the source that was checked, and keeps no bytecode."""
 
     def __init__(self, fullname: str, path: str, files: TrustedFiles) -> None:
         super().__init__(fullname, path)
@@ -120,7 +120,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds modules below the private packages, and no others. Attributes: packages: private name -> its files."""
+    """Finder of modules below the private packages alone. Attributes: packages: private name -> its files."""
 
     def __init__(self) -> None:
         self.packages: dict[str, TrustedFiles] = {}

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
+
+import msgspec
+import torch
 
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.models import pipelines
-from tnxd.models.formats import compiling, examples, exported, libraries, onnx, optional, torchscript, weights
+from tnxd.models.file_formats import FORMATS, ONNX, PIPELINE, PT2, SAFETENSORS, TORCHSCRIPT
+from tnxd.models.formats import (
+    channels,
+    compiling,
+    converting,
+    examples,
+    exported,
+    libraries,
+    onnx,
+    optional,
+    torchscript,
+    weights,
+)
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import DEFAULT_AUDIT, Model
 from tnxd.models.process_state.restoration import settings_restored
-from tnxd.models.repository import WITH_MODULES, RepositorySource
+from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
+from tnxd.models.variants import AUTO, NONE, Variant
 
 _READERS: dict[str, Callable[[RepositorySource, TrustedFiles], Opened]] = {
-    "pt2": exported.read,
-    "safetensors": weights.read,
-    "torchscript": torchscript.read,
-    "onnx": onnx.read,
+    PT2.name: exported.read,
+    SAFETENSORS.name: weights.read,
+    TORCHSCRIPT.name: torchscript.read,
+    ONNX.name: onnx.read,
 }
 
 
@@ -32,7 +50,7 @@ def read(source: RepositorySource) -> Opened:
             source.guard,
             source.directory,
             require_manifest=source.require_manifest,
-            modules=source.format in WITH_MODULES,
+            modules=FORMATS[source.format].needs_factory,
         )
         libraries.load(source.settings.imports, source.settings_label)
         return examples.add(_READERS[source.format](source, files), source, files)
@@ -43,28 +61,21 @@ def read(source: RepositorySource) -> Opened:
 
 def open_model(source: RepositorySource, generation: int) -> Model:
     """Open a version, as `tnxd.models.catalog.Source.open` promises."""
-    if source.format == pipelines.FORMAT:
+    if source.format == PIPELINE.name:
         return _open_pipeline(source, generation)
     with settings_restored("reading it") as changes:
         opened = read(source)
     settings = source.settings
-    build = opened.build
     notes = opened.notes + optional.notes(opened.signature) + changes.note()
-    if settings.compile == "inductor":
-        missing = compiling.missing()
-        if missing:
-            notes += (f"compile: {missing}: runs eager",)
-        else:
-            build = compiling.lazily(source, opened)
     return Model(
         name=source.name,
         version=source.version,
         inputs=opened.signature.inputs,
         outputs=opened.signature.outputs,
         max_batch_size=opened.signature.max_batch_size,
-        factory=build,
+        factory=opened.build,
         format=source.format,
-        devices=opened.devices or settings.devices,
+        devices=FORMATS[source.format].kinds or settings.devices,
         replicas=settings.replicas,
         max_delay_us=settings.max_delay_us,
         time_limit_s=settings.time_limit_s,
@@ -80,7 +91,27 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         state=settings.state,
         audit=DEFAULT_AUDIT if settings.audit is None else settings.audit,
         batching_asked=bool(settings.max_batch_size),
+        optimize=settings.optimize,
+        variants=_variants(source, opened),
+        reference=functools.partial(_in_own_datatype, source) if settings.dtype else None,
     )
+
+
+def _variants(source: RepositorySource, opened: Opened) -> tuple[Variant, ...]:
+    """The variants of a version that are to be tried, those first that are likely to be the fastest."""
+    wanted = source.settings.optimize
+    if wanted == NONE or not FORMATS[source.format].compiles:
+        return ()
+    if opened.signature.optional:
+        return ()  # an export has all its inputs
+    found = (converting.variant(source), channels.variant(), compiling.variant(source))
+    return tuple(variant for variant in found if wanted in (AUTO, variant.name))
+
+
+def _in_own_datatype(source: RepositorySource) -> torch.nn.Module:
+    """The module of a version in the datatype of its weights."""
+    settings = msgspec.structs.replace(source.settings, dtype="")
+    return read(dataclasses.replace(source, settings=settings)).build()
 
 
 def _open_pipeline(source: RepositorySource, generation: int) -> Model:
@@ -89,7 +120,7 @@ def _open_pipeline(source: RepositorySource, generation: int) -> Model:
         files = TrustedFiles.check(
             source.guard, source.directory, require_manifest=source.require_manifest, modules=False
         )
-        path, label = files.directory / pipelines.FILE, files.label(pipelines.FILE)
+        path, label = files.directory / PIPELINE.file, files.label(PIPELINE.file)
         with files.open(path):  # which compares before and after it is read
             description = pipelines.load(source.guard.resolve(path), label)
     except OSError as error:

@@ -44,14 +44,13 @@ class Opened:
 
     Attributes:
         build: makes the module, on the CPU, in eval mode and without gradients.
-        notes: what an operator should know. devices: where it may run; empty: everywhere.
+        notes: what an operator should know.
         writes, example_values: as in `tnxd.models.model.Model`.
     """
 
     signature: Signature
     build: Callable[[], torch.nn.Module]
     notes: tuple[str, ...] = ()
-    devices: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     example_values: Mapping[str, Array] = field(default_factory=dict)
 
