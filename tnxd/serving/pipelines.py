@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tnxctl.protocol.errors import (
     DeadlineExceeded,
@@ -43,8 +44,19 @@ log = logging.getLogger(__name__)
 # Wirings that are kept: one for each pipeline, and more while the traffic of a step's model is split.
 _MOST_WIRINGS = 256
 
-_Stage = tuple[StepRequest, Execution, int]
-"""A step that is done, its execution, and the rows of its batch."""
+
+class _Stage(NamedTuple):
+    """What is told of a step that is done. An execution would keep the tensors of all requests of its batch alive.
+
+    Attributes:
+        timing: as the reply has it. reason: why it ran where it did.
+        finished_ns: when, of `time.perf_counter_ns`. latency_us: of the forward.
+    """
+
+    timing: StepTiming
+    reason: str
+    finished_ns: int
+    latency_us: float
 
 
 class _Fitted:
@@ -335,7 +347,7 @@ class Pipelines:
             _check_rows(node, request, outputs)
         run.outstanding.remove(request)
         run.results[place] = outputs
-        run.stages[place] = request, execution, rows
+        run.stages[place] = _stage(run, request, execution, rows)
         _finish(request)
         now_ns = time.perf_counter_ns()
         for other in node.behind:
@@ -347,7 +359,7 @@ class Pipelines:
                     if not run.uses[before]:
                         run.results[before] = ()
         if not run.outstanding:
-            self._answer(run, execution)
+            self._answer(run, place, execution)
 
     def failed(self, request: StepRequest, error: TensorNextError) -> None:
         """A step will not be computed: nor will the whole."""
@@ -375,15 +387,15 @@ class Pipelines:
 
     # --- out ---------------------------------------------------------------------------------------------------
 
-    def _answer(self, run: _Run, execution: Execution) -> None:
-        """All steps are done. Args: execution: of the last one."""
+    def _answer(self, run: _Run, place: int, execution: Execution) -> None:
+        """All steps are done. Args: place, execution: of the last one."""
         whole, wiring = run.whole, run.fitted.wiring
         outputs = tuple([run.results[source.step][source.place] for source in wiring.outputs])
         nbytes = sum([array.nbytes for array in outputs])
         if nbytes > min(self._message_bytes, whole.max_reply_bytes):
             self._fail(run, reply_too_large(nbytes, whole.max_reply_bytes, self._message_bytes))
             return
-        header = _result_header(run, execution, outputs)
+        header = _result_header(run, place, execution.memory_free_mb, outputs)
         self._end(run)
         self._answers.results([(whole, header, outputs)], execution)
 
@@ -441,61 +453,9 @@ def _named(name: str, error: TensorNextError) -> TensorNextError:
     return from_code(error.code, _of_step(name, error.message), error.retry_after_s)
 
 
-def _result_header(run: _Run, execution: Execution, outputs: tuple[Array, ...]) -> bytes:
-    """The header frame of the result. Args: execution: of the step that ended last."""
-    whole, wiring = run.whole, run.fitted.wiring
-    stages = [stage for stage in run.stages if stage is not None]
-    # On the way back from the end, each step began when the last one before it was done: these follow one another.
-    way: list[Execution] = []
-    place = next(place for place, stage in enumerate(run.stages) if stage is not None and stage[1] is execution)
-    while True:
-        stage = run.stages[place]
-        assert stage is not None
-        way.append(stage[1])
-        before = wiring.nodes[place].before
-        if not before:
-            break
-        place = max(before, key=lambda other: stages[other][1].finished_ns)
-    gather_us = sum([each.gather_us for each in way])
-    h2d_us = sum([each.h2d_us for each in way])
-    compute_us = sum([each.compute_us for each in way])
-    d2h_us = sum([each.d2h_us for each in way])
-    devices = list(dict.fromkeys([request.device for request, _, _ in stages]))
-    reasons = list(dict.fromkeys([request.reason for request, _, _ in stages]))
-    reason = reasons[0]
-    if len(reasons) > 1:
-        reason = "; ".join([_of_step(wiring.nodes[request.place].name, request.reason) for request, _, _ in stages])
-    now = time.perf_counter_ns()
-    result = Result(
-        v=VERSION,
-        id=whole.id,
-        model=whole.served.name,
-        version=whole.served.version,
-        outputs=described(whole.served.outputs, outputs),
-        device=", ".join(devices),
-        reason=reason,
-        batch_size=next(rows for _, each, rows in stages if each is execution),
-        latency_ms=sum([each.latency_us for each in way]) / 1e3,
-        gpu_memory_mb=execution.memory_free_mb,
-        timing=Timing(
-            receive_us=(whole.queued_ns - whole.received_ns) / 1e3,
-            queue_us=(execution.finished_ns - whole.queued_ns) / 1e3 - gather_us - h2d_us - compute_us - d2h_us,
-            gather_us=gather_us,
-            h2d_us=h2d_us,
-            compute_us=compute_us,
-            d2h_us=d2h_us,
-            reply_us=(now - execution.finished_ns) / 1e3,
-            total_us=(now - whole.received_ns) / 1e3,
-        ),
-        predicted_us=whole.predicted_us,
-        steps=tuple([_timing(run, stage) for stage in stages]),
-    )
-    return encode(result)
-
-
-def _timing(run: _Run, stage: _Stage) -> StepTiming:
-    request, execution, rows = stage
-    return StepTiming(
+def _stage(run: _Run, request: StepRequest, execution: Execution, rows: int) -> _Stage:
+    """What is told of a step that is done. Args: rows: of its batch."""
+    timing = StepTiming(
         name=run.fitted.wiring.nodes[request.place].name,
         model=request.served.name,
         version=request.served.version,
@@ -508,3 +468,49 @@ def _timing(run: _Run, stage: _Stage) -> StepTiming:
         compute_us=execution.compute_us,
         d2h_us=execution.d2h_us,
     )
+    return _Stage(timing, request.reason, execution.finished_ns, execution.latency_us)
+
+
+def _result_header(run: _Run, last: int, memory_free_mb: float, outputs: tuple[Array, ...]) -> bytes:
+    """The header frame of the result. Args: last: place of the step that ended last. memory_free_mb: then, of a GPU."""
+    whole, nodes = run.whole, run.fitted.wiring.nodes
+    stages = [stage for stage in run.stages if stage is not None]  # which all are done
+    # Back from the end: each step began when the last one before it was done, so these follow one another.
+    way, place = [stages[last]], last
+    while nodes[place].before:
+        place = max(nodes[place].before, key=lambda other: stages[other].finished_ns)
+        way.append(stages[place])
+    gather_us = sum([stage.timing.gather_us for stage in way])
+    h2d_us = sum([stage.timing.h2d_us for stage in way])
+    compute_us = sum([stage.timing.compute_us for stage in way])
+    d2h_us = sum([stage.timing.d2h_us for stage in way])
+    reason = stages[0].reason
+    if any(stage.reason != reason for stage in stages):
+        reason = "; ".join([_of_step(stage.timing.name, stage.reason) for stage in stages])
+    finished_ns = stages[last].finished_ns
+    now = time.perf_counter_ns()
+    result = Result(
+        v=VERSION,
+        id=whole.id,
+        model=whole.served.name,
+        version=whole.served.version,
+        outputs=described(whole.served.outputs, outputs),
+        device=", ".join(dict.fromkeys([stage.timing.device for stage in stages])),
+        reason=reason,
+        batch_size=stages[last].timing.batch_size,
+        latency_ms=sum([stage.latency_us for stage in way]) / 1e3,
+        gpu_memory_mb=memory_free_mb,
+        timing=Timing(
+            receive_us=(whole.queued_ns - whole.received_ns) / 1e3,
+            queue_us=(finished_ns - whole.queued_ns) / 1e3 - gather_us - h2d_us - compute_us - d2h_us,
+            gather_us=gather_us,
+            h2d_us=h2d_us,
+            compute_us=compute_us,
+            d2h_us=d2h_us,
+            reply_us=(now - finished_ns) / 1e3,
+            total_us=(now - whole.received_ns) / 1e3,
+        ),
+        predicted_us=whole.predicted_us,
+        steps=tuple([stage.timing for stage in stages]),
+    )
+    return encode(result)
