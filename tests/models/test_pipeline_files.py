@@ -87,6 +87,9 @@ def test_a_description(tmp_path: Path) -> None:
             "steps: tokenize -> encode -> normalize -> tokenize: each of them waits for the one before it",
         ),
         ('text = "text" }', 'text = "text", x = "tokenize.ids" }', "steps: tokenize -> tokenize: each of them"),
+        ("embeddings = ", '"" = ', "outputs: expected `str` of length >= 1".replace("`", "")),
+        ("embeddings = ", f"{'n' * 257} = ", "outputs: expected str of length <= 256"),
+        ("text = ", '"a\\nb" = "x"\ntext = '.replace("\n", ", ", 1), "steps[0].inputs.'a\\nb': 'x' is none of"),
         ("[outputs]", "[outputs", "not TOML"),
     ],
 )

@@ -33,12 +33,16 @@ from tnxctl.protocol.wire import MAX_TENSORS, TensorSpec, excerpt, split_title
 from tnxd import tomlfile
 from tnxd.models.file_formats import PIPELINE
 from tnxd.models.model import Model
+from tnxd.models.settings import MAX_NAME
 
 MAX_STEPS = 64
 """Steps of one pipeline."""
 
 _WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _GRAMMAR = "up to 64 letters, digits, '_' and '-'"
+
+
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
 
 
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,7 +57,7 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     model: str
-    inputs: Annotated[dict[str, str], msgspec.Meta(min_length=1, max_length=MAX_TENSORS)]
+    inputs: Annotated[dict[_Name, str], msgspec.Meta(min_length=1, max_length=MAX_TENSORS)]
     changes_rows: bool = False
 
 
@@ -62,7 +66,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     inputs: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=MAX_TENSORS)]
     steps: Annotated[tuple[Step, ...], msgspec.Meta(min_length=1, max_length=MAX_STEPS)]
-    outputs: Annotated[dict[str, str], msgspec.Meta(min_length=1, max_length=MAX_TENSORS)]
+    outputs: Annotated[dict[_Name, str], msgspec.Meta(min_length=1, max_length=MAX_TENSORS)]
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -132,9 +136,14 @@ def _sources(description: Description) -> Iterator[tuple[str, str]]:
     """Everything that is fed by something: its key, and by what."""
     for index, step in enumerate(description.steps):
         for name, source in step.inputs.items():
-            yield f"steps[{index}].inputs.{name}", source
+            yield _key(f"steps[{index}].inputs", name), source
     for name, source in description.outputs.items():
-        yield f"outputs.{name}", source
+        yield _key("outputs", name), source
+
+
+def _key(table: str, name: str) -> str:
+    """A key as sentences have it: on one line, whatever a tensor is called."""
+    return f"{table}.{name}" if name.isprintable() and len(name) <= 60 else f"{table}.{excerpt(name)}"
 
 
 def _circle(description: Description) -> list[str]:
@@ -273,7 +282,7 @@ class _Fitting:
         for index, model in enumerate(models):
             if isinstance(model, Pipeline):
                 raise self._wrong(f"steps[{index}].model", f"{model.name!r} is a pipeline: name its steps here")
-        outputs = tuple(self._source(f"outputs.{name}", source) for name, source in description.outputs.items())
+        outputs = tuple(self._source(_key("outputs", name), source) for name, source in description.outputs.items())
         sources = [self._fed(index) for index in range(len(models))]
         before = [tuple(dict.fromkeys(s.step for s in fed if s and s.step >= 0)) for fed in sources]
         behind = [
@@ -329,12 +338,12 @@ class _Fitting:
         for name in step.inputs:
             if name not in known:
                 raise self._wrong(
-                    f"steps[{index}].inputs.{name}",
+                    _key(f"steps[{index}].inputs", name),
                     f"{self._called(index)} has no input {excerpt(name)}; its inputs are {known}",
                 )
         fed: list[Source | None] = []
         for spec in model.inputs:
-            key = f"steps[{index}].inputs.{spec.name}"
+            key = _key(f"steps[{index}].inputs", spec.name)
             if spec.name not in step.inputs:
                 if spec.name not in model.optional:
                     raise self._wrong(key, f"is missing: {self._called(index)} needs the input {spec.name!r}")
@@ -395,7 +404,7 @@ class _Fitting:
                 why = _misfit(merged, spec)
                 if why:
                     raise self._wrong(
-                        f"steps[{index}].inputs.{spec.name}",
+                        _key(f"steps[{index}].inputs", spec.name),
                         f"{self._called(index)} takes {why} of {name!r}, as {self._called(first)} takes it",
                     )
                 shape = tuple(max(pair) for pair in zip(merged.shape, spec.shape, strict=True))
