@@ -8,7 +8,7 @@ from tnxctl.protocol.errors import InvalidArgument
 from tnxd.config import Config
 from tnxd.models import repository
 from tnxd.models.builtin import STANDARD, builtin_entries
-from tnxd.models.catalog import Catalog
+from tnxd.models.catalog import Catalog, with_steps
 from tnxd.models.model import Model
 from tnxd.models.repository import RepositorySource
 
@@ -26,7 +26,7 @@ def catalog(config: Config) -> Catalog:
     failures = dict(found.failures)
     for name in found.entries.keys() & entries.keys():
         failures[f"{config.model_repository}/{name}"] = f"two models are called {name!r}: the built-in one is served"
-    return Catalog({**entries, **found.entries, **entries}, failures)
+    return with_steps(Catalog({**entries, **found.entries, **entries}, failures))
 
 
 def _open(source: RepositorySource, generation: int) -> Model:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import metadata, text
+from tnxctl.cli import graph, metadata, text
 
 if TYPE_CHECKING:
     from tnxctl.protocol.wire import ModelInfo
@@ -70,4 +71,7 @@ def details(info: ModelInfo, others: Sequence[ModelInfo]) -> Iterator[str]:
     }
     yield from (f"{key:10}{value}" for key, value in settings.items() if value)
     yield ""
+    if info.pipeline:
+        yield from graph.lines(info, info.pipeline, text.terminal_width(sys.stdout))
+        yield ""
     yield from metadata.signature(info)

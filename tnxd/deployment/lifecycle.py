@@ -13,6 +13,7 @@ from functools import partial
 
 from tnxctl.protocol.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted, TensorNextError
 from tnxctl.protocol.wire import MIB, Limits
+from tnxd.deployment import pipelines
 from tnxd.deployment.audit import Audit
 from tnxd.deployment.operations import Drained, Operation, OperationRunner, StepTimeout
 from tnxd.deployment.registry import Deployment, Registry
@@ -21,6 +22,7 @@ from tnxd.deployment.version import DRAINING, EVICTED, FAILED, READY, UNLOADED, 
 from tnxd.error_text import sentence
 from tnxd.executors.execution import SHARED, Executor, LoadReport
 from tnxd.models.model import Model
+from tnxd.models.pipelines import Pipeline
 from tnxd.models.sizes import check_message_sizes
 from tnxd.scheduling.scheduler import Scheduler
 
@@ -78,11 +80,15 @@ class Lifecycle:
         failures: dict[str, str] = {}
         try:
             model: Model = yield partial(version.source.open, version.generation)
+            if isinstance(model, Pipeline):
+                self._check_room_for_steps(model)
+                model = pipelines.assembled(self._registry, model)
             check_message_sizes(model, self._limits)
             predecessor = next((version for version, _ in deployment.shares()), None) if takes_over else None
             if predecessor is not None:
                 _check_successor(predecessor, version, model)
-            yield from self._load(version, model, reports, failures)
+            if not isinstance(model, Pipeline):
+                yield from self._load(version, model, reports, failures)
             if predecessor is not None and not all(report.warmed for report in reports.values()):
                 raise FailedPrecondition(
                     f"it could not be warmed up, and version {predecessor.number} serves: {_notes(reports)[0]}"
@@ -165,7 +171,8 @@ class Lifecycle:
             version.came_back = time.monotonic()
         version.state = READY
         self._registry.rebuild()
-        log.info("%s is loaded on %s, %.1f s", version.title, ", ".join(reports), version.load_s)
+        place = f"on {', '.join(reports)}" if reports else f"as a pipeline of {len(version.source.steps)} steps"
+        log.info("%s is loaded %s, %.1f s", version.title, place, version.load_s)
 
     def retire(self, version: Version, state: str = UNLOADED) -> Operation[bool]:
         """Send nothing more to a version, let it finish what it has, free it.
@@ -248,6 +255,21 @@ class Lifecycle:
                 yield partial(time.sleep, stay_s)
             log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title)
             yield from self.retire(victim, EVICTED)
+
+    def _check_room_for_steps(self, pipeline: Pipeline) -> None:
+        """Check that all models of a pipeline find room at a time. Raises FailedPrecondition: they would evict others.
+
+        What is evicted is loaded for the next request: of a pipeline, each would find another one missing, for ever.
+        """
+        versions = dict(pipelines.step_versions(self._registry, pipeline))
+        for executor in self._executors.values():
+            budget = self._budget.get(executor.kind, 0)
+            nbytes = sum(version.nbytes for version, model in versions.items() if model.may_use(executor.name))
+            if 0 < budget < nbytes:
+                raise FailedPrecondition(
+                    f"{pipeline.label}: steps: their models take {nbytes / MIB:.0f} MiB together, and {executor.name} "
+                    f"may hold {budget / MIB:.0f} MiB in all"
+                )
 
     def _audit(self, version: Version, model: Model, reports: Collection[LoadReport]) -> None:
         """Audit a version that can be audited. What was begun before it was unloaded goes on."""

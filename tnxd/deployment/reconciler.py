@@ -13,6 +13,7 @@ from functools import partial
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, TensorNextError
 from tnxctl.protocol.wire import Limits, excerpt, split_title
+from tnxd.deployment import pipelines
 from tnxd.deployment.lifecycle import Lifecycle
 from tnxd.deployment.operations import Done, Operation, OperationRunner
 from tnxd.deployment.plan import (
@@ -89,6 +90,7 @@ class Reconciler:
         self._runner = OperationRunner(scheduler, call_soon, load_timeout_s, self._operation_ended)
         self._lifecycle = Lifecycle(registry, scheduler, executors, self._runner, call_soon, limits, budget)
         self.audits = self._lifecycle.audits
+        registry.before_change = partial(pipelines.refresh, registry)
         self._reload_asked: list[Done[Changes]] | None = None  # by whom, while one waits
 
     @property
@@ -179,7 +181,9 @@ class Reconciler:
         changes = Changes(failed=dict(catalog.failures))
         registry = self._registry
         registry.failures = dict(catalog.failures)
-        for deployment in [registry.register(entry) for entry in catalog.entries.values()]:
+        deployments = [registry.register(entry) for entry in catalog.entries.values()]
+        held = {deployment: pipelines.held(registry, deployment.name) for deployment in deployments}
+        for deployment in deployments:
             yield from self._reconcile(deployment, catalog, changes)
         for name, deployment in list(registry.deployments.items()):
             if name not in catalog.entries and name not in catalog.failures:
@@ -187,6 +191,9 @@ class Reconciler:
                     yield from self._carry_out(step, deployment, changes)
                 if not deployment.versions:
                     del registry.deployments[name]
+        for deployment, before in held.items():
+            if before - pipelines.held(registry, deployment.name):  # a pipeline has gone, and needs them no more
+                yield from self._reconcile(deployment, catalog, changes)
         for what, why in catalog.failures.items():
             log.error("%s cannot be served: %s", what, why)
         return changes
@@ -246,7 +253,7 @@ class Reconciler:
             except TensorNextError as error:
                 changes.failed[deployment.versions[load.number].title] = error.message
                 failed.append(load.number)
-        for step in plan.rest(deployment, failed, catalog.failures):
+        for step in plan.rest(deployment, failed, catalog.failures, pipelines.held(self._registry, deployment.name)):
             yield from self._carry_out(step, deployment, changes)
 
     def _carry_out(self, step: Step, deployment: Deployment, changes: Changes) -> Operation[None]:

@@ -46,8 +46,10 @@ SAFETENSORS = FileFormat(
 )
 TORCHSCRIPT = FileFormat("torchscript", "model.pt")
 ONNX = FileFormat("onnx", "model.onnx", has_signature=True, fixes_dtype=True, kinds=(CPU.name,))
+PIPELINE = FileFormat("pipeline", "pipeline.toml", has_signature=True, fixes_dtype=True)
+"""Steps that are models themselves, see `tnxd.models.pipelines`."""
 
-FORMATS = {each.name: each for each in (PT2, SAFETENSORS, TORCHSCRIPT, ONNX)}
+FORMATS = {each.name: each for each in (PT2, SAFETENSORS, TORCHSCRIPT, ONNX, PIPELINE)}
 """All formats, by name."""
 
 FILES = {file: each for each in FORMATS.values() for file in each.files}

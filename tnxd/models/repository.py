@@ -7,6 +7,7 @@ REPOSITORY/NAME/VERSION/            a positive number; in it exactly one of
     model.safetensors.index.json
     model.pt                        TorchScript
     model.onnx
+    pipeline.toml                   steps that are models themselves, see tnxd.models.pipelines
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
 from tnxctl.protocol.wire import MODEL_NAME, MODEL_VERSION
 from tnxd.device_kinds import kind_of
-from tnxd.models import onnxfile
+from tnxd.models import onnxfile, pipelines
 from tnxd.models import settings as model_toml
 from tnxd.models.catalog import Catalog, Entry, Source
-from tnxd.models.file_formats import FILES, FORMATS, ONNX, FileFormat
+from tnxd.models.file_formats import FILES, FORMATS, ONNX, PIPELINE, FileFormat
 from tnxd.models.model import Model
 from tnxd.models.settings import Settings, Weights
 from tnxd.models.trust import Guard, contents, hidden, identity
 from tnxd.models.variants import AUTO, NONE
+
+_OF_A_PIPELINE = ("versions", "deadline_us", "priority", "traffic")
+"""Keys of model.toml that say something about a pipeline; the others are about what runs a forward."""
 
 SETTINGS = "model.toml"
 
@@ -41,6 +47,7 @@ class RepositorySource:
 
     Attributes:
         directory: of the version. settings: of the model. guard: whom the repository trusts.
+        steps: NAME or NAME@VERSION of each step of a pipeline.
         require_manifest: whether a version without SHA256SUMS is refused.
         opener: reads it for `open`; None: nothing of this repository is to be opened.
     """
@@ -55,6 +62,7 @@ class RepositorySource:
     guard: Guard = field(repr=False)
     require_manifest: bool = field(repr=False)
     opener: Opener | None = field(repr=False, compare=False)
+    steps: tuple[str, ...] = ()
 
     def open(self, generation: int) -> Model:
         assert self.opener is not None
@@ -189,16 +197,29 @@ def _source(
     if inside / file not in files:
         raise InvalidArgument(f"{label}/{file} is not a file")
     _check_combination(kind, f"{label}/{file}", settings, f"{name}/{SETTINGS}")
+    steps: tuple[str, ...] = ()
     nbytes = onnxfile.size(inside / file) if kind is ONNX else files[inside / file].st_size
+    if kind is PIPELINE:
+        steps = pipelines.load(guard.resolve(inside / file), f"{label}/{file}").models
+        nbytes = 0  # it has no weights
     if file == kind.index:
         nbytes += sum(info.st_size for path, info in files.items() if path.suffix == _SHARD)
     state = [(str(path), *identity(info)) for path, info in sorted(files.items())]
     stamp = hashlib.sha256(settings.served + repr((state, require_manifest)).encode()).hexdigest()
-    return RepositorySource(name, number, kind.name, stamp, nbytes, place, settings, guard, require_manifest, opener)
+    return RepositorySource(
+        name, number, kind.name, stamp, nbytes, place, settings, guard, require_manifest, opener, steps
+    )
 
 
 def _check_combination(kind: FileFormat, file: str, settings: Settings, label: str) -> None:
     """Refuse settings that a format cannot follow, and a lack of those that it needs."""
+    if kind is PIPELINE:
+        for key, value in msgspec.structs.asdict(settings).items():
+            if key not in _OF_A_PIPELINE and value != getattr(Settings(), key):
+                raise InvalidArgument(f"{label}: {key}: {file} has models for its steps, and theirs is what says that")
+        if settings.traffic.shadow:
+            raise InvalidArgument(f"{label}: traffic.shadow: {file} runs no batches to be copied; its steps' models do")
+        return
 
     def files(*kinds: FileFormat) -> str:
         return " and ".join([kind.file for kind in kinds])

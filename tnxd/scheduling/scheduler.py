@@ -21,6 +21,7 @@ from tnxd.scheduling.costs import CostModel
 from tnxd.scheduling.deadlines import Deadlines
 from tnxd.scheduling.delays import Delays
 from tnxd.scheduling.device import Batch, Device
+from tnxd.scheduling.paths import Outlook
 from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.queue_admission import AdmissionControl
 from tnxd.scheduling.request import NEVER, Request
@@ -67,7 +68,7 @@ class Scheduler(Accounts):
     @property
     def room(self) -> int:
         """Requests that the queue still has room for."""
-        return self._admission.max_requests - self.queued
+        return max(self._admission.max_requests - self.queued, 0)
 
     # --- models that come and go -------------------------------------------------------------------------------
 
@@ -116,9 +117,22 @@ class Scheduler(Accounts):
         self.devices[device].memory_free_mb = free_mb
 
     def outstanding(self, model: str) -> int:
-        """Requests of a model that wait or run, on all devices; a background batch of it counts as one."""
+        """Requests of a model that wait or run, on all devices, or are to come; a background batch of it counts as one.
+
+        What is to come is what `hold` says.
+        """
         load = self._routing.loads.get(model)
-        return load.queued + load.running if load is not None else 0
+        return load.queued + load.running + load.held if load is not None else 0
+
+    def hold(self, model: str) -> None:
+        """Count a model as outstanding until it is released: requests for it will come, and are promised."""
+        self._routing.load(model).held += 1
+
+    def release(self, model: str) -> None:
+        """Undo one `hold` of a model, which may have been forgotten meanwhile."""
+        load = self._routing.loads.get(model)
+        if load is not None and load.held:
+            load.held -= 1
 
     def is_hung(self, model: str) -> bool:
         """Whether something of a model is outstanding, and all of that hangs."""
@@ -169,6 +183,13 @@ class Scheduler(Accounts):
         """Device where a request would run now, and the reason in words. Raises as `add` does."""
         return self._routing.route(request, now_ns)
 
+    def outlook(self, request: Request, now_ns: int) -> Outlook:
+        """Prediction for a request if it were added now, which it is not. Raises as `add` does for want of a device."""
+        _, queue, _, (wait_us, run_us, _, _) = self._routing.choose(request, now_ns)
+        return Outlook(
+            wait_us, run_us, queue.costs.curve(request.rows).spread(request.rows), queue.placement.forecast.reserve
+        )
+
     # --- in ----------------------------------------------------------------------------------------------------
 
     def add(self, request: Request, now_ns: int) -> None:
@@ -183,7 +204,8 @@ class Scheduler(Accounts):
         due_ns = now_ns + _PATIENCE_NS
         request.due_ns = due_ns if due_ns < request.deadline_ns else request.deadline_ns
         device, queue, reason, (wait_us, run_us, share_us, _) = self._routing.choose(request, now_ns)
-        self._admission.admit(self, request, queue, wait_us, run_us, now_ns)
+        if not request.admitted:
+            self._admission.admit(self, request, queue, wait_us, run_us, now_ns)
         if request.excluded:
             tried = ", ".join([f"{name} had no memory left for it" for name in sorted(request.excluded)])
             reason = f"{tried}; {reason}"

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from tnxctl.protocol.errors import Internal, ResourceExhausted, TensorNextError
+from tnxctl.protocol.frames import Array
 from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.shadow import Shadows
@@ -20,7 +21,7 @@ from tnxd.scheduling.refusals import Refusals
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.answers import Answer, Answers
-from tnxd.serving.pending import Pending, as_execution, result_header
+from tnxd.serving.pending import Pending, StepRequest, as_execution, result_header
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.reports import Inventory
 
@@ -140,6 +141,7 @@ class Dispatcher:
         if device.is_gpu:
             self._scheduler.set_free_memory(device.name, execution.memory_free_mb)
         answers: list[Answer] = []
+        steps: list[tuple[StepRequest, tuple[Array, ...]]] = []
         sizes_known = execution.model.reply_row_nbytes  # and looked at before
         for request, outcome in zip(batch.requests, execution.outcomes, strict=False):  # a copy has no requests
             assert isinstance(request, Pending)
@@ -148,6 +150,8 @@ class Dispatcher:
             if isinstance(outcome, TensorNextError):
                 if not (execution.exhausted and self._runs_elsewhere(request, outcome)):
                     self._answers.error(request, outcome)
+            elif request.__class__ is StepRequest:
+                steps.append((request, outcome))
             elif not sizes_known and (nbytes := sum([array.nbytes for array in outcome])) > min(
                 self._message_bytes, request.max_reply_bytes
             ):
@@ -169,6 +173,8 @@ class Dispatcher:
         self._scheduler.finished(batch, micros, time.perf_counter_ns())
         if self._refusals:
             self._refusals.clear()
+        for step, outputs in steps:  # now that their lane is free again
+            step.owner.succeeded(step, outputs, execution, batch.rows)
         if isinstance(execution, Copy):
             self._background.finished(execution)
         elif failures < len(batch.requests):

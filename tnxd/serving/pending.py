@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
+from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import VERSION, Predict, Result, TensorSpec, Timing, encode
 from tnxd.deployment.version import Version
@@ -36,6 +38,28 @@ class Pending(Request, kw_only=True):
     max_reply_bytes: int
     received_ns: int
     queued_ns: int
+
+
+class Owner(Protocol):
+    """Whoever made a `StepRequest`, and hears of its end, instead of a client."""
+
+    def succeeded(self, request: StepRequest, outputs: tuple[Array, ...], execution: Execution, rows: int) -> None:
+        """The request has been computed. Args: rows: of its batch."""
+
+    def failed(self, request: StepRequest, error: TensorNextError) -> None:
+        """The request will not be computed."""
+
+
+class StepRequest(Pending, kw_only=True):
+    """A request that belongs to a larger one, whose client it does not answer.
+
+    Attributes:
+        owner: hears of its end. whole: the request that it belongs to. place: of it among the parts of that one.
+    """
+
+    owner: Owner
+    whole: Pending
+    place: int
 
 
 def as_pending(
@@ -103,7 +127,7 @@ def result_header(request: Pending, batch_rows: int, execution: Execution, outpu
         id=request.id,
         model=model.name,
         version=model.version,
-        outputs=_described(model.outputs, outputs),
+        outputs=described(model.outputs, outputs),
         device=request.device,
         reason=request.reason,
         batch_size=batch_rows,
@@ -124,7 +148,8 @@ def result_header(request: Pending, batch_rows: int, execution: Execution, outpu
     return encode(result)
 
 
-def _described(expected: tuple[TensorSpec, ...], outputs: tuple[Array, ...]) -> tuple[TensorSpec, ...]:
+def described(expected: tuple[TensorSpec, ...], outputs: tuple[Array, ...]) -> tuple[TensorSpec, ...]:
+    """Outputs as a header describes them. Args: expected: as the signature does."""
     if len(outputs) == 1:  # most models; a fifth of the time that a comprehension takes
         spec = expected[0]
         return (TensorSpec(spec.name, spec.datatype, outputs[0].shape),)

@@ -10,7 +10,8 @@ import msgspec
 import torch
 
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxd.models.file_formats import FORMATS, ONNX, PT2, SAFETENSORS, TORCHSCRIPT
+from tnxd.models import pipelines
+from tnxd.models.file_formats import FORMATS, ONNX, PIPELINE, PT2, SAFETENSORS, TORCHSCRIPT
 from tnxd.models.formats import (
     channels,
     compiling,
@@ -60,6 +61,8 @@ def read(source: RepositorySource) -> Opened:
 
 def open_model(source: RepositorySource, generation: int) -> Model:
     """Open a version, as `tnxd.models.catalog.Source.open` promises."""
+    if source.format == PIPELINE.name:
+        return _open_pipeline(source, generation)
     with settings_restored("reading it") as changes:
         opened = read(source)
     settings = source.settings
@@ -109,3 +112,31 @@ def _in_own_datatype(source: RepositorySource) -> torch.nn.Module:
     """The module of a version in the datatype of its weights."""
     settings = msgspec.structs.replace(source.settings, dtype="")
     return read(dataclasses.replace(source, settings=settings)).build()
+
+
+def _open_pipeline(source: RepositorySource, generation: int) -> Model:
+    """A pipeline. It has no signature yet: that is what its steps' models make it."""
+    try:
+        files = TrustedFiles.check(
+            source.guard, source.directory, require_manifest=source.require_manifest, modules=False
+        )
+        path, label = files.directory / PIPELINE.file, files.label(PIPELINE.file)
+        with files.open(path):  # which compares before and after it is read
+            description = pipelines.load(source.guard.resolve(path), label)
+    except OSError as error:
+        raise FailedPrecondition(f"{source.guard.label(source.directory)}: {error.strerror or error}") from error
+    return pipelines.Pipeline(
+        name=source.name,
+        version=source.version,
+        inputs=(),
+        outputs=(),
+        max_batch_size=0,
+        factory=pipelines.no_module,
+        format=source.format,
+        deadline_us=source.settings.deadline_us,
+        priority=source.settings.priority,
+        generation=generation,
+        audit=0.0,
+        description=description,
+        label=label,
+    )
