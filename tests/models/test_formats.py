@@ -28,7 +28,7 @@ from tnxd.advice import installing
 from tnxd.models import networks, repository
 from tnxd.models.formats import opening
 from tnxd.models.formats.exported import Program
-from tnxd.models.formats.factories import _ROOT
+from tnxd.models.formats.modules import _ROOT
 
 HAVE_ONNX = importlib.util.find_spec("onnxruntime") is not None and importlib.util.find_spec("onnx") is not None
 

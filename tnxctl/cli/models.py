@@ -229,11 +229,11 @@ def compare(name: str, baseline: str, candidate: str, endpoint: str, timeout: fl
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["pt2", "safetensors", "torchscript", "onnx"]),
+    type=click.Choice(["pt2", "safetensors", "torchscript", "onnx", "python"]),
     default="pt2",
     show_default=True,
     help="What the weights come as. pt2 is torch.export; safetensors needs a factory in Python; torchscript is "
-    "deprecated.",
+    "deprecated; python is a class in model.py.",
 )
 @click.option("--force", is_flag=True, help="Replace a model.toml that is there.")
 @as_json

@@ -92,7 +92,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         example_shapes: one per input, of one row, for which the model is known to work; (): not known yet.
         max_batch_size: most rows in one batch; 0 for a model that takes no batch axis.
         default: whether requests that name no model go to this name.
-        format: "built-in", "pt2", "safetensors", "torchscript" or "onnx".
+        format: "built-in", "pt2", "safetensors", "torchscript", "onnx" or "python".
         traffic: its share of the requests for this name that name no version, 0 to 1. shadow: whether it gets copies
             of them.
         memory_mb: weights and buffers in MiB, on each of its devices.
@@ -101,6 +101,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         state: of the module, between requests: "pure": it holds nothing that changes; "scratch": it writes what no
             other request reads; "shared": requests share it, as model.toml says. "": not known yet.
         audited: requests that were computed again, alone. audit_differences: those that got another answer then.
+        restarts: how often a process that runs it was started again, since it had ended.
     """
 
     name: str
@@ -123,6 +124,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     state: str = ""
     audited: int = 0
     audit_differences: int = 0
+    restarts: int = 0
 
 
 class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="health"):

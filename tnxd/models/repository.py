@@ -7,6 +7,7 @@ REPOSITORY/NAME/VERSION/            a positive number; in it exactly one of
     model.safetensors.index.json
     model.pt                        TorchScript
     model.onnx
+    model.py                        a class in Python; beside one of the others, it is that one's code
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tnxd.models import settings as model_toml
 from tnxd.models.catalog import Catalog, Entry, Source
 from tnxd.models.model import Model
 from tnxd.models.settings import Settings, Weights
+from tnxd.models.time_limits import TimeLimits
 from tnxd.models.trust import Guard, contents, hidden, identity
 
 FORMATS = {
@@ -32,13 +34,17 @@ FORMATS = {
     "model.safetensors.index.json": "safetensors",
     "model.pt": "torchscript",
     "model.onnx": "onnx",
+    "model.py": "python",
 }
 """Name of the file with the model -> its format."""
 
-WITH_MODULES = ("safetensors",)
+WITH_MODULES = ("safetensors", "python")
 """Formats that use Python modules."""
 
 SETTINGS = "model.toml"
+
+CODE = "model.py"
+"""The model, if there is none beside it. Else it is code that belongs to that one, which its factory may name."""
 
 _SHARD = ".safetensors"
 _GONE = "a link that leads nowhere, or a file that went away: look again"
@@ -52,6 +58,7 @@ class RepositorySource:
         directory: of the version. settings: of the model. guard: whom the repository trusts.
         require_manifest: whether a version without SHA256SUMS is refused.
         opener: reads it for `open`; None: nothing of this repository is to be opened.
+        limits: of the daemon.
     """
 
     name: str
@@ -64,6 +71,7 @@ class RepositorySource:
     guard: Guard = field(repr=False)
     require_manifest: bool = field(repr=False)
     opener: Opener | None = field(repr=False, compare=False)
+    limits: TimeLimits = field(default=TimeLimits(), repr=False, compare=False)
 
     def open(self, generation: int) -> Model:
         assert self.opener is not None
@@ -83,12 +91,19 @@ for the processes that compile them.
 """
 
 
-def scan(root: Path, opener: Opener | None = None, *, require_manifest: bool = False) -> Catalog:
+def scan(
+    root: Path,
+    opener: Opener | None = None,
+    *,
+    require_manifest: bool = False,
+    limits: TimeLimits = TimeLimits(),  # noqa: B008 - it is frozen
+) -> Catalog:
     """Scan a repository. Mistakes in one model are reported and do not hide the others.
 
     Args:
         opener: opens the sources; None: they are only looked at.
         require_manifest: refuse versions without SHA256SUMS.
+        limits: of the daemon.
 
     Raises:
         InvalidArgument: there is no such directory.
@@ -103,7 +118,7 @@ def scan(root: Path, opener: Opener | None = None, *, require_manifest: bool = F
     failures: dict[str, str] = {}
     for directory in directories:
         try:
-            entry, problems = _inspect(directory, guard, opener, require_manifest)
+            entry, problems = _inspect(directory, _Scan(guard, opener, require_manifest, limits))
             entries[entry.name] = entry
             failures.update(problems)
         except _Unservable as error:
@@ -126,10 +141,19 @@ class _Unservable(Exception):
         self.failures = failures
 
 
-def _inspect(
-    directory: Path, guard: Guard, opener: Opener | None, require_manifest: bool
-) -> tuple[Entry, dict[str, str]]:
+@dataclass(frozen=True)
+class _Scan:
+    """What all sources of a repository have in common. Attributes: as in `RepositorySource`."""
+
+    guard: Guard
+    opener: Opener | None
+    require_manifest: bool
+    limits: TimeLimits
+
+
+def _inspect(directory: Path, scan: _Scan) -> tuple[Entry, dict[str, str]]:
     """The entry of one model, and the mistakes in some of its versions."""
+    guard = scan.guard
     name = directory.name
     if not MODEL_NAME.fullmatch(name):
         raise InvalidArgument(
@@ -147,7 +171,7 @@ def _inspect(
     for number, place in _versions(directory, failures):
         title = f"{name}@{number}"
         try:
-            sources[number] = _source(name, number, place, settings, guard, opener, require_manifest)
+            sources[number] = _source(name, number, place, settings, scan)
         except TensorNextError as error:
             failures[title] = error.message
         except FileNotFoundError:
@@ -178,18 +202,13 @@ def _versions(directory: Path, failures: dict[str, str]) -> list[tuple[str, Path
     return sorted(versions, key=lambda version: int(version[0]))
 
 
-def _source(
-    name: str,
-    number: str,
-    place: Path,
-    settings: Settings,
-    guard: Guard,
-    opener: Opener | None,
-    require_manifest: bool,
-) -> RepositorySource:
+def _source(name: str, number: str, place: Path, settings: Settings, scan: _Scan) -> RepositorySource:
+    guard, require_manifest = scan.guard, scan.require_manifest
     label = guard.label(place)
     inside = guard.resolve(place)
     present = [file for file in FORMATS if os.path.lexists(inside / file)]
+    if len(present) > 1 and present[-1] == CODE:
+        present.pop()  # that of the other one
     if len(present) != 1:
         found = " and ".join(present) if present else "none"
         raise InvalidArgument(f"{label}: exactly one of {', '.join(FORMATS)} has to be there, and {found} is")
@@ -199,11 +218,15 @@ def _source(
         raise InvalidArgument(f"{label}/{file} is not a file")
     _check_combination(kind, f"{label}/{file}", settings, f"{name}/{SETTINGS}")
     nbytes = onnxfile.size(inside / file) if kind == "onnx" else files[inside / file].st_size
+    if kind == "python":
+        nbytes = sum(info.st_size for path, info in files.items() if path.is_relative_to(inside))
     if file.endswith(".json"):
         nbytes += sum(info.st_size for path, info in files.items() if path.suffix == _SHARD)
     state = [(str(path), *identity(info)) for path, info in sorted(files.items())]
     stamp = hashlib.sha256(settings.served + repr((state, require_manifest)).encode()).hexdigest()
-    return RepositorySource(name, number, kind, stamp, nbytes, place, settings, guard, require_manifest, opener)
+    return RepositorySource(
+        *(name, number, kind, stamp, nbytes, place, settings, guard, require_manifest), scan.opener, scan.limits
+    )
 
 
 def _check_combination(kind: str, file: str, settings: Settings, label: str) -> None:
@@ -218,13 +241,36 @@ def _check_combination(kind: str, file: str, settings: Settings, label: str) -> 
     if kind != "safetensors" and settings.weights != Weights():
         raise InvalidArgument(f"{label}: weights: {file} has a network of its own; they are for model.safetensors")
     if kind == "safetensors" and not settings.factory:
-        raise InvalidArgument(f'{label}: factory: "module:function" has to name what makes the network for {file}')
-    if kind in ("safetensors", "torchscript"):
+        raise InvalidArgument(
+            f'{label}: factory: "module:function" has to name what makes the network for {file}; for a {CODE} that '
+            f"reads the weights itself, call them otherwise"
+        )
+    if kind in ("safetensors", "torchscript", "python"):
         for key, tensors in (("inputs", settings.inputs), ("outputs", settings.outputs)):
             if not tensors:
                 raise InvalidArgument(f"{label}: {key}: have to stand here, since {file} does not say them")
     if kind == "onnx" and settings.devices and "cpu" not in settings.devices:
         raise InvalidArgument(f"{label}: devices: {file} runs on the CPU alone")
+    _check_python(kind, file, settings, label)
+
+
+def _check_python(kind: str, file: str, settings: Settings, label: str) -> None:
+    """The same for settings of plain Python."""
+    if kind != "python":
+        if settings.isolation == "process":
+            raise InvalidArgument(f'{label}: isolation: "process" is for {CODE}, and the model is {file}')
+    else:
+        for key, chosen in (("dtype", bool(settings.dtype)), ("compile", settings.compile != "none")):
+            if chosen:
+                raise InvalidArgument(f"{label}: {key}: {file} computes as it is written")
+        if settings.state == "shared" and settings.replicas > 1:
+            raise InvalidArgument(f'{label}: replicas: state = "shared" is kept in one object')
+    if settings.isolation == "process":
+        for key, given in (("devices", settings.devices), ("imports", settings.imports)):
+            if given:
+                raise InvalidArgument(f'{label}: {key}: isolation = "process" has {file} run in a process of its own')
+    elif settings.memory_limit_mb:
+        raise InvalidArgument(f'{label}: memory_limit_mb: it is for isolation = "process"')
 
 
 def _entry(name: str, sources: Mapping[str, Source], settings: Settings, label: str, failures: dict[str, str]) -> Entry:

@@ -20,6 +20,7 @@ class ModelLoad:
         queued, queued_bytes: requests that wait, and their inputs.
         running: requests in batches that run. hung: of these, those in batches that hang.
         max_lanes: lanes of a device that may run the model at a time; 0: all.
+        inline: whether batches of it may run on the caller's thread.
     """
 
     queued: int = 0
@@ -27,6 +28,7 @@ class ModelLoad:
     running: int = 0
     hung: int = 0
     max_lanes: int = 0
+    inline: bool = True
 
 
 @dataclass(slots=True, eq=False)

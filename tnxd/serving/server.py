@@ -701,7 +701,7 @@ class Server:
             peer = request.peer
             if not isinstance(outcome, TensorNextError):
                 self._quarantine.succeeded(peer)
-            elif not isinstance(outcome, ResourceExhausted):
+            elif not isinstance(outcome, (ResourceExhausted, Unavailable)):
                 self._quarantine.failed(peer)
                 if request.connection.closed:  # type: ignore[attr-defined]
                     self._quarantine.left(peer, request.connection.client.name)  # type: ignore[attr-defined]

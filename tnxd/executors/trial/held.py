@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from tnxd.models.formats.exported import Program
-from tnxd.models.formats.factories import is_private
+from tnxd.models.formats.modules import is_private
 
 _MOST_ITEMS = 200_000  # a model of a thousand layers has a tenth of that
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxd.models.formats import compiling, examples, exported, libraries, onnx, optional, torchscript, weights
+from tnxd.models.formats import (
+    compiling,
+    examples,
+    exported,
+    libraries,
+    onnx,
+    optional,
+    python,
+    torchscript,
+    weights,
+)
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import DEFAULT_AUDIT, Model
 from tnxd.models.process_state.restoration import settings_restored
@@ -17,6 +27,7 @@ _READERS: dict[str, Callable[[RepositorySource, TrustedFiles], Opened]] = {
     "safetensors": weights.read,
     "torchscript": torchscript.read,
     "onnx": onnx.read,
+    "python": python.read,
 }
 
 
@@ -62,7 +73,7 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         factory=build,
         format=source.format,
         devices=opened.devices or settings.devices,
-        replicas=settings.replicas,
+        replicas=settings.replicas or (1 if source.format == "python" else 0),
         max_delay_us=settings.max_delay_us,
         time_limit_s=settings.time_limit_s,
         deadline_us=settings.deadline_us,
@@ -77,4 +88,6 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         state=settings.state,
         audit=DEFAULT_AUDIT if settings.audit is None else settings.audit,
         batching_asked=bool(settings.max_batch_size),
+        isolation=settings.isolation or ("thread" if source.format == "python" else "none"),
+        restarts=opened.restarts,
     )

@@ -14,6 +14,8 @@ from tnxd.models.settings import Settings, Tensor, fits
 if TYPE_CHECKING:
     import torch
 
+    from tnxd.models.python.processes import Restarts
+
 DEFAULT_MAX_BATCH_SIZE = 64
 
 Shape = tuple[int, ...]
@@ -45,7 +47,7 @@ class Opened:
     Attributes:
         build: makes the module, on the CPU, in eval mode and without gradients.
         notes: what an operator should know. devices: where it may run; empty: everywhere.
-        writes, example_values: as in `tnxd.models.model.Model`.
+        writes, example_values, restarts: as in `tnxd.models.model.Model`.
     """
 
     signature: Signature
@@ -54,6 +56,7 @@ class Opened:
     devices: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     example_values: Mapping[str, Array] = field(default_factory=dict)
+    restarts: Restarts | None = None
 
 
 @dataclass(frozen=True)
