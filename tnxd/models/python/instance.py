@@ -196,8 +196,9 @@ class Instance:
 
     def _finished(self, postprocess: Callable[..., Any], raw: Any, rows: int) -> Any:
         """What `postprocess` makes of each row that `predict` returned."""
-        named = dict(structures.children(raw) or ()) if structures.has_names(raw) else {}
-        values = () if named else raw if type(raw) in (tuple, list) else (raw,)
+        in_order = type(raw) in (tuple, list)
+        named = {} if in_order else dict(structures.children(raw) or ())
+        values = raw if in_order else () if named else (raw,)
         if not self._batches:
             return postprocess(*values, **named)
         for value in (*values, *named.values()):
@@ -296,8 +297,10 @@ class Instance:
         """Parameters of a method. Raises FailedPrecondition: it cannot be called so."""
         try:
             signature = inspect.signature(method)
-        except (TypeError, ValueError):  # of a callable that is not made in Python
-            return []
+        except (TypeError, ValueError) as error:
+            if inspect.ismethod(method):
+                raise FailedPrecondition(f"{whose} {what}: {error}") from None
+            return []  # of a callable that is not made in Python
         try:
             signature.bind(*given, **named)
         except TypeError as error:
@@ -321,7 +324,7 @@ def arranged(raw: Any, names: Sequence[str], whose: str) -> list[Any]:
         if len(raw) != len(names):
             raise Internal(f"{whose} returned a {type(raw).__name__} of {len(raw)}, its signature has {list(names)}")
         return list(raw)
-    if structures.has_names(raw):
+    if structures.children(raw) is not None:
         found = structures.leaves(raw)
         for name in names:
             if name not in found:

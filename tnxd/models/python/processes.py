@@ -102,7 +102,7 @@ class Worker:
                 start_new_session=True,  # a signal from the terminal is for the daemon; what it starts is its group
             )
         self._pidfd = os.pidfd_open(self._process.pid)
-        weakref.finalize(self, _close, *regions, self._pidfd).atexit = False
+        weakref.finalize(self, _close, self._link, *regions, self._pidfd).atexit = False
         self._send(plan)
 
     def load(self, limit_s: float) -> None:
@@ -163,7 +163,8 @@ class Worker:
         output.close()
         with contextlib.suppress(ProcessLookupError):  # what it has started; before its number may be another's
             os.killpg(self._process.pid, signal.SIGKILL)
-        self.why = self.why or _end(self._process.wait())
+        code = self._process.wait()
+        self.why = self.why or _end(code)
         self.ended.set()
 
     def _send(self, message: msgspec.Struct) -> None:
@@ -404,7 +405,8 @@ def _environment(replicas: int) -> dict[str, str]:
     return {**dict.fromkeys(_THREADS, share), **os.environ}
 
 
-def _close(*descriptors: int) -> None:
+def _close(link: socket.socket, *descriptors: int) -> None:
+    link.close()
     for descriptor in descriptors:
         os.close(descriptor)
 
