@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +55,9 @@ def opened(root: Path, text: str, *, settings: str = "", signature: str = SIGNAT
 def rows(*values: float) -> Array:
     """An input of `SIGNATURE`, a row of equal numbers for each value."""
     return np.repeat(np.array(values, np.float32)[:, None], 2, axis=1)
+
+
+def await_end(pid: int) -> None:
+    """Wait until there is no such process."""
+    while os.path.exists(f"/proc/{pid}"):
+        time.sleep(0.02)

@@ -228,7 +228,7 @@ class _Pool:
                 if not self.loaded or left <= 0:
                     raise ProcessAway(f"model {name!r}: its process is being started again", retry_after_s=_RETRY_S)
                 self.changed.wait(None if left == math.inf else left)
-            return self.idle.pop()
+            return self.idle.pop(0)
 
     def give_back(self, worker: Worker) -> None:
         """A process has been asked, and may be asked again unless it is gone."""
