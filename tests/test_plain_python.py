@@ -18,6 +18,7 @@ from tnxctl import Client
 from tnxctl.protocol.errors import Internal, TensorNextError
 from tnxctl.protocol.wire import ModelInfo
 
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
 
 ISOLATED = 'isolation = "process"\nmax_batch_size = 8\nwarm_up = [1, 8]\n'
@@ -148,8 +149,12 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     put(models, OBEYS, name="thread", settings=THREAD)
     found = re.search(r"^## Plain Python\n(.*?)^## ", PAGE, re.MULTILINE | re.DOTALL)
     assert found is not None
+    readme = (
+        (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").partition("## Serve your own models")[2]
+    )
     with chdir(root):
-        run(re.findall(r"^```(\w+)\n(.*?)^```$", found[1], re.MULTILINE | re.DOTALL))
+        run(BLOCK.findall(found[1]))
+        run(BLOCK.findall(readme.partition("## Serve your own models")[2])[:2])
     np.save(models / "nearest/1/points.npy", np.array([[0, 0], [3, 4]], np.float32))
     with serving_daemon(root / "log", "--model-repository", str(models)) as running:
         yield running
@@ -168,6 +173,11 @@ def info(tnx: Client, name: str) -> ModelInfo:
 def test_the_example_of_the_page_answers(tnx: Client) -> None:
     outputs = tnx.predict(np.array([[0, 1], [3, 3]], np.float32), model="nearest").outputs
     assert {name: output.tolist() for name, output in outputs.items()} == {"nearest": [0, 1], "distance": [1, 1]}
+
+
+def test_the_example_of_the_readme_answers(tnx: Client) -> None:
+    x = np.array([[1, 2, 3]], np.float32)
+    assert tnx.predict(x, model="double").output.tolist() == [[2, 4, 6]]
 
 
 @pytest.mark.parametrize("name", ["thread", "obeys", "keeps", "writes"])

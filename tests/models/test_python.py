@@ -200,6 +200,13 @@ REFUSED = {
 }
 
 
+def test_a_module_beside_it_is_imported_relatively(tmp_path: Path) -> None:
+    place = put(tmp_path, "import helper\n" + DOUBLES)
+    (place / "helper.py").touch()
+    with pytest.raises(FailedPrecondition, match=r"helper.py lies beside it: from \. import helper"):
+        source(tmp_path).open(0)
+
+
 @pytest.mark.parametrize("text", REFUSED)
 def test_a_class_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(FailedPrecondition) as raised:

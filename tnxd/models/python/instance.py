@@ -106,7 +106,14 @@ class Code:
         self.files = plan.files
         self.label = self.files.label(f"{MODULE}.py")
         self._modules = Modules(self.files, plan.title)
-        module = run(f"{self.label}: importing it", lambda: self._modules.load(MODULE))
+        try:
+            module = run(f"{self.label}: importing it", lambda: self._modules.load(MODULE))
+        except FailedPrecondition as error:
+            missing = getattr(error.__cause__, "name", None)
+            if missing and any(directory / f"{missing}.py" in self.files.identities for directory in self.files.code):
+                hint = f"{missing}.py lies beside it: from . import {missing}"
+                raise FailedPrecondition(f"{error.message}: {hint}") from None
+            raise
         kind = getattr(module, CLASS, None)
         if not isinstance(kind, type):
             what = f"{CLASS} is no class" if kind is not None else f"there is no class {CLASS} in it"
