@@ -208,12 +208,12 @@ class FakeDaemon:
         self._context.destroy(linger=0)
 
     def wait_for_requests(self, count: int, timeout_s: float) -> bool:
-        """Whether so many requests of any verb have come in time."""
+        """Wait until so many requests of any verb have come. False if they do not come in time."""
         with self._arrival:
             return self._arrival.wait_for(lambda: self.requests >= count, timeout_s)
 
     def wait_for_predicts(self, count: int, timeout_s: float) -> bool:
-        """Whether so many predict requests have come in time."""
+        """Wait until so many predict requests have come. False if they do not come in time."""
         with self._arrival:
             return self._arrival.wait_for(lambda: len(self.predicts) >= count, timeout_s)
 

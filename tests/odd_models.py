@@ -1,4 +1,4 @@
-"""Run as a program: a daemon whose models misbehave on command, beside the built-in ones."""
+"""Daemon whose models misbehave on command, beside the built-in ones: run as a program."""
 
 from __future__ import annotations
 

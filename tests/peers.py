@@ -305,7 +305,7 @@ def free_endpoint() -> str:
 
 
 def equal(result: Result, expected: Any) -> bool:
-    """Whether the only output of a result has these elements."""
+    """True if the only output of a result has these elements."""
     return bool(np.array_equal(result.output, expected))
 
 

@@ -185,7 +185,7 @@ def _another_locale() -> str:
 
 
 def is_among(name: str, names: list[str]) -> bool:
-    """Whether a setting is among the changes that are told."""
+    """True if a setting is among the changes that are told."""
     return any(each.startswith(name) if name in DETAILED else each == name for each in names)
 
 

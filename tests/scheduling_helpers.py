@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 from tnxd.scheduling.costs import CostModel
@@ -13,6 +15,18 @@ MS = 1_000_000
 """Nanoseconds of a millisecond."""
 
 MODELS = frozenset({"mlp", "other"})
+
+
+def memory_kept(work: Callable[[], object]) -> int:
+    """Bytes that a piece of work allocates and leaves."""
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        work()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return after - before
 
 
 def cpu(lanes: int = 1, inline_limit_us: float = 0.0) -> Device:

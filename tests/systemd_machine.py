@@ -135,7 +135,7 @@ def _wait_for_boot(boot: subprocess.Popen[bytes]) -> Machine:
 
 
 def _is_systemd(pid: int) -> bool:
-    """Whether the process has got past the boot script."""
+    """True if the process has got past the boot script."""
     return os.readlink(f"/proc/{pid}/exe") == os.path.realpath(SYSTEMD)
 
 
@@ -148,7 +148,7 @@ def _cgroup_mount() -> Path | None:
 
 
 def _remove_cgroup(cgroup: Path) -> bool:
-    """Whether the cgroup is gone. It cannot be removed before the last process in it has ended."""
+    """Remove the cgroup. False while the last process in it has not ended."""
     try:
         for directory, _, _ in os.walk(cgroup, topdown=False):
             os.rmdir(directory)

@@ -32,7 +32,7 @@ PACKAGES = {
     "wine": ("sklearn", "joblib"),
     "force": ("safetensors",),
 }
-"""What each model needs to be made and served, by its name in the repository."""
+"""Packages that each model needs to be made and served, by its name in the repository."""
 
 
 def recipes() -> dict[str, list[tuple[str, str]]]:
@@ -50,7 +50,7 @@ def missing(name: str) -> str:
 
 
 def run(blocks: list[tuple[str, str]]) -> dict[str, Any]:
-    """What the programs of a section define. A block that begins with the path of a file becomes that file."""
+    """Run the programs of a section. A block that begins with the path of a file becomes that file."""
     names: dict[str, Any] = {}
     for language, text in blocks:
         path = re.match(r"# (models/\S+)\n", text)

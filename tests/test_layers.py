@@ -1,93 +1,302 @@
-"""The structure that the design promises, read from the imports."""
+"""Structure of the code: one rule for each room about what it may import, and no imports in a circle.
+
+Imports inside functions count, and those for type checkers alone. `ROOMS` has the rules of the table in
+docs/architecture.md, `MODULES` those of some modules within a room. `PLANTED` breaks each of them once.
+"""
 
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted([*ROOT.glob("tnxd/**/*.py"), *ROOT.glob("tnxctl/**/*.py")])
+
+PATHS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for half in ("tnxctl", "tnxd")
+    for path in sorted((ROOT / half).rglob("*.py"))
+}
+"""Modules of both halves, and where they are."""
+
+SOURCES = {module: path.read_text() for module, path in PATHS.items()}
 
 
-def imports(path: Path, *, typing_too: bool = False) -> Iterator[str]:
-    """Dotted names that a file imports at run time, inside functions too.
+@dataclass(frozen=True)
+class Rule:
+    """Rule about the imports of a room, or of one module.
 
-    Args:
-        typing_too: under TYPE_CHECKING, too.
+    Attributes:
+        may: rooms and modules of ours that it may import; the modules of a room may also import each other.
+        never: packages and modules that it never imports, ours or not.
     """
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not typing_too
-        for inner in ast.walk(node)
-    }
+
+    may: frozenset[str]
+    never: frozenset[str] = frozenset()
+
+
+def rule(*may: str, never: tuple[str, ...] = ()) -> Rule:
+    return Rule(frozenset(may), frozenset(never))
+
+
+VERSION = "tnxctl:__version__"
+
+SANS_IO = tuple(
+    f"tnxctl.{module}" for module in ("call", "connection", "encoder", "failures", "session", "throttling", "windows")
+)
+"""Modules of the client that are pure: what they do depends on their arguments alone."""
+
+MOVERS = tuple(f"tnxctl.{module}" for module in ("driver", "link", "process", "wakeups"))
+"""Modules of the client that move messages or wait."""
+
+IO = ("asyncio", "os", "select", "socket", "threading", "time", "zmq")
+
+FLOOR = tuple(f"tnxd.{module}" for module in ("advice", "device_kinds", "error_text", "files", "lanes", "tomlfile"))
+"""Modules of the daemon that stand below every room, and know none."""
+
+ROOMS = {
+    "tnxctl.protocol": rule(never=("torch", *IO)),
+    "tnxctl": rule("tnxctl.protocol", never=("click", "torch")),
+    "tnxctl.cli": rule("tnxctl.protocol", "tnxctl", "tnxctl.cli.bench", never=("torch", *SANS_IO, *MOVERS)),
+    "tnxctl.cli.bench": rule(
+        "tnxctl.protocol", "tnxctl", "tnxctl.cli", "tnxctl.cli.bench.loops", never=("torch", *SANS_IO, *MOVERS)
+    ),
+    "tnxctl.cli.bench.loops": rule("tnxctl.protocol", "tnxctl", "tnxctl.cli", "tnxctl.cli.bench", never=("torch",)),
+    "tnxd.process": rule(never=("torch", "zmq")),
+    "tnxd.models": rule("tnxctl.protocol", *FLOOR, never=("zmq",)),
+    "tnxd.executors": rule("tnxctl.protocol", *FLOOR, "tnxd.config", "tnxd.models", "tnxd.process", never=("zmq",)),
+    "tnxd.scheduling": rule(
+        "tnxctl.protocol", "tnxd.device_kinds", "tnxd.lanes", never=("logging", "numpy", "torch", *IO)
+    ),
+    "tnxd.transport": rule("tnxctl.protocol", "tnxd.config", never=("torch",)),
+    "tnxd.deployment": rule(
+        "tnxctl.protocol",
+        *FLOOR,
+        "tnxd.models",
+        "tnxd.executors.execution",
+        "tnxd.scheduling",
+        never=("socket", "torch", "zmq"),
+    ),
+    "tnxd.serving": rule(
+        "tnxctl.protocol",
+        VERSION,
+        *FLOOR,
+        "tnxd.models",
+        "tnxd.executors.execution",
+        "tnxd.scheduling",
+        "tnxd.transport",
+        "tnxd.deployment",
+        "tnxd.process",
+        never=("torch", "zmq"),
+    ),
+    "tnxd": rule(
+        "tnxctl.protocol",
+        VERSION,
+        "tnxd.process",
+        "tnxd.models",
+        "tnxd.executors",
+        "tnxd.scheduling",
+        "tnxd.transport",
+        "tnxd.deployment",
+        "tnxd.serving",
+        never=("torch", "zmq"),
+    ),
+}
+"""Rules by room. A room is a folder, without what has a rule of its own: loops.py alone uses parts of the client."""
+
+MODULES = {
+    **{module: rule("tnxctl", "tnxctl.protocol", never=(*IO, *MOVERS)) for module in SANS_IO},
+    **{module: rule("tnxctl.protocol", *FLOOR) for module in FLOOR},
+    "tnxd.deployment.plan": rule("tnxd.deployment.registry", "tnxd.deployment.version"),
+    "tnxd.executors.execution": rule("tnxctl.protocol", *FLOOR, "tnxd.models", never=("torch",)),
+    "tnxd.models.repository": rule("tnxctl.protocol", *FLOOR, "tnxd.models", never=("tnxd.models.formats", "torch")),
+}
+"""Rules of single modules, beside that of their room."""
+
+PLANTED = [
+    ("tnxctl.protocol", "tnxctl.protocol.wire", "import tnxctl.endpoint"),
+    ("tnxctl.protocol", "tnxctl.protocol.frames", "import socket"),
+    ("tnxctl", "tnxctl.client", "from tnxctl.cli import output"),
+    ("tnxctl", "tnxctl.driver", "from tnxd import config"),
+    ("tnxctl", "tnxctl.results", "import torch"),
+    ("tnxctl.cli", "tnxctl.cli.predict", "from tnxctl.session import Session"),
+    ("tnxctl.cli", "tnxctl.cli.models", "import tnxd.models.repository"),
+    ("tnxctl.cli.bench", "tnxctl.cli.bench.runs", "from tnxctl import driver"),
+    ("tnxctl.cli.bench.loops", "tnxctl.cli.bench.loops", "import torch"),
+    ("tnxd.process", "tnxd.process.logs", "from tnxd import files"),
+    ("tnxd.models", "tnxd.models.formats.onnx", "from tnxd.executors.execution import Execution"),
+    ("tnxd.models", "tnxd.models.model", "import tnxd.config"),
+    ("tnxd.executors", "tnxd.executors.trial.rows", "from tnxd.scheduling.costs import CostModel"),
+    ("tnxd.executors", "tnxd.executors.lane", "from tnxctl import Client"),
+    ("tnxd.scheduling", "tnxd.scheduling.costs", "from time import monotonic"),
+    ("tnxd.scheduling", "tnxd.scheduling.device", "from tnxd.models import Model"),
+    ("tnxd.transport", "tnxd.transport.router", "from tnxd.scheduling.request import Request"),
+    ("tnxd.transport", "tnxd.transport.outbox", "import torch"),
+    ("tnxd.deployment", "tnxd.deployment.reconciler", "from tnxd.serving import reports"),
+    ("tnxd.deployment", "tnxd.deployment.shadow", "from tnxd.executors.pool import LanePool"),
+    ("tnxd.serving", "tnxd.serving.server", "import torch.cuda"),
+    ("tnxd.serving", "tnxd.serving.control_plane", "from tnxd import daemon"),
+    ("tnxd", "tnxd.daemon", "import zmq"),
+    ("tnxd", "tnxd.cli", "from tnxctl import Client"),
+    *[(module, module, "import time") for module in SANS_IO],
+    *[(module, module, "from tnxctl import link") for module in SANS_IO],
+    *[(module, module, "import tnxd.models.model") for module in FLOOR],
+    ("tnxd.deployment.plan", "tnxd.deployment.plan", "from tnxd.deployment import reconciler"),
+    ("tnxd.executors.execution", "tnxd.executors.execution", "import torch"),
+    ("tnxd.models.repository", "tnxd.models.repository", "from tnxd.models.formats import opening"),
+]
+"""Imports that break a rule: whose rule, where they are planted, and the statement."""
+
+
+def room_of(name: str) -> str:
+    """Room that a module belongs to; "" for a package that is not ours."""
+    while name and name not in ROOMS:
+        name = name.rpartition(".")[0]
+    return name
+
+
+@functools.cache
+def imports(source: str) -> tuple[str, ...]:
+    """Modules that a source imports, as "package.module", or "package.module:name" for a name in one."""
+    return tuple(_imports(ast.parse(source)))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, "the rules read absolute names"
+            assert not node.level, "the rules read absolute names"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in PATHS else f"{node.module}:{alias.name}"
 
 
-def users(package: str) -> set[str]:
-    """Files that import a package."""
+def breaches(owner: str, sources: Mapping[str, str]) -> list[str]:
+    """Imports that break the rule of a room, or of a module."""
+    is_room = owner in ROOMS
+    rule = ROOMS[owner] if is_room else MODULES[owner]
+    found = []
+    for module, source in sources.items():
+        if (room_of(module) if is_room else module) != owner:
+            continue
+        for name in imports(source):
+            target = name.partition(":")[0]
+            room = room_of(target)
+            is_own = is_room and room == owner
+            if any(f"{target}.".startswith(f"{other}.") for other in rule.never) or (
+                room and not is_own and not {name, target, room} & rule.may
+            ):
+                found.append(f"{module} imports {name}")
+    return found
+
+
+@pytest.mark.parametrize("owner", [*ROOMS, *MODULES])
+def test_rule_is_kept(owner: str) -> None:
+    assert owner in ROOMS or owner in PATHS
+    assert breaches(owner, SOURCES) == []
+
+
+@pytest.mark.parametrize(("owner", "module", "statement"), PLANTED)
+def test_planted_import_breaks_a_rule(owner: str, module: str, statement: str) -> None:
+    source = f"{SOURCES[module]}\n\ndef planted() -> None:\n    {statement}\n"
+    assert len(breaches(owner, {**SOURCES, module: source})) == 1
+
+
+def test_every_rule_is_broken_by_a_planted_import() -> None:
+    assert {owner for owner, _, _ in PLANTED} == {*ROOMS, *MODULES}
+
+
+def test_every_folder_is_a_room_or_within_one() -> None:
+    """A folder of its own beside the rooms needs a rule; below a room, it has that of the room."""
+    folders = {
+        f"{half}.{path.name}" for half in ("tnxctl", "tnxd") for path in (ROOT / half).iterdir() if path.is_dir()
+    }
+    assert {folder for folder in folders if not folder.endswith("__pycache__")} <= {*ROOMS}
+
+
+# --- circles -------------------------------------------------------------------------------------------------
+
+
+def circles(sources: Mapping[str, str]) -> set[frozenset[str]]:
+    """Sets of modules that import each other, directly or not."""
+    used = {
+        module: {name.partition(":")[0] for name in imports(source)} & sources.keys() - {module}
+        for module, source in sources.items()
+    }
+    reached = {}
+    for module in used:
+        seen: set[str] = set()
+        left = [module]
+        while left:
+            new = used[left.pop()] - seen
+            seen |= new
+            left += new
+        reached[module] = seen
     return {
-        str(path.relative_to(ROOT))
-        for path in SOURCES
-        if any(name == package or name.startswith(package + ".") for name in imports(path))
+        frozenset(other for other in reached[module] if module in reached[other])
+        for module in used
+        if module in reached[module]
     }
 
 
-def test_torch_is_used_by_executors_and_models_alone() -> None:
-    found = users("torch")
-    assert found
-    assert all(path.startswith(("tnxd/executors/", "tnxd/models/")) for path in found), found
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    client = {module: source for module, source in SOURCES.items() if module.startswith("tnxctl")}
+    assert circles(client) == set()
 
 
-def test_the_daemon_knows_the_protocol_and_the_errors_of_the_client() -> None:
-    allowed = {"tnxctl", "tnxctl.protocol.wire", "tnxctl.protocol.frames", "tnxctl.protocol.errors"}
-    for path in SOURCES:
-        if path.is_relative_to(ROOT / "tnxd"):
-            used = {name for name in imports(path) if name == "tnxctl" or name.startswith("tnxctl.")}
-            modules = {name for name in used if (ROOT / (name.replace(".", "/") + ".py")).exists() or name == "tnxctl"}
-            assert modules <= allowed, (path, modules)
+def test_planted_circle_is_found() -> None:
+    first, second = "tnxd.scheduling.scheduler", "tnxd.scheduling.costs"
+    source = f"{SOURCES[second]}\n\ndef planted() -> None:\n    from {first} import Scheduler\n"
+    (found,) = circles({**SOURCES, second: source}) - circles(SOURCES)
+    assert {first, second} <= found
 
 
-def test_the_client_does_not_know_the_daemon() -> None:
-    assert not {path for path in users("tnxd") if path.startswith("tnxctl/")}
-
-
-ABOVE = ("tnxd.scheduling", "tnxd.serving", "tnxd.deployment", "tnxd.transport")
-"""Rooms that decide and talk; executors and models do neither."""
+# --- what an import brings with it ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("room", "forbidden"), [("tnxd/executors", ABOVE), ("tnxd/models", (*ABOVE, "tnxd.executors"))]
+    ("module", "forbidden"),
+    [
+        (
+            "tnxd.scheduling.scheduler",
+            ("torch", "zmq", "threading", "tnxd.serving", "tnxd.executors", "tnxd.transport"),
+        ),
+        ("tnxd.scheduling.costs", ("torch", "zmq", "threading")),
+        ("tnxd.serving.server", ("torch",)),
+        ("tnxd.executors.batching", ("torch", "zmq")),
+        (
+            "tnxd.executors.execution",
+            ("torch", "zmq", "tnxd.scheduling", "tnxd.serving", "tnxd.deployment", "tnxd.transport"),
+        ),
+        ("tnxctl.protocol.wire", ("zmq", "torch", "asyncio", "tnxctl.protocol.frames")),
+        ("tnxctl.client", ("torch", "asyncio", "tnxctl.protocol.frames")),
+        ("tnxctl.session", ("zmq", "torch", "asyncio", "tnxctl.protocol.frames")),
+    ],
 )
-def test_executors_and_models_import_nothing_of_the_rooms_above_them(room: str, forbidden: tuple[str, ...]) -> None:
-    paths = [path for path in SOURCES if path.is_relative_to(ROOT / room)]
-    assert paths
-    for path in paths:
-        found = {
-            name
-            for name in imports(path, typing_too=True)
-            if any(name == other or name.startswith(other + ".") for other in forbidden)
-        }
-        assert not found, (path, found)
+def test_importing_a_module_brings_nothing_of_another_layer(module: str, forbidden: tuple[str, ...]) -> None:
+    code = (
+        f"import sys; before = set(sys.modules); import numpy, msgspec; before |= set(sys.modules); import {module};"
+        f"print([name for name in {forbidden} if name in sys.modules and name not in before])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.strip() == "[]"
 
 
-def decisions_by_name(path: Path) -> list[int]:
+# --- kinds of devices ----------------------------------------------------------------------------------------
+
+
+def decisions_by_name(source: str) -> list[int]:
     """Lines that compare with the name of a kind of device, or with what it begins with."""
     lines = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         compared: list[ast.expr] = []
         if isinstance(node, ast.Compare):
             compared = [node.left, *node.comparators]
@@ -99,169 +308,19 @@ def decisions_by_name(path: Path) -> list[int]:
 
 
 def test_kinds_of_devices_are_told_apart_by_their_properties() -> None:
-    """But for the CPU, where programs are read and ONNX runs."""
-    found = {str(path.relative_to(ROOT)) for path in SOURCES if decisions_by_name(path)}
-    assert found <= {"tnxd/models/formats/exported.py", "tnxd/models/repository.py"}
+    assert not {module for module, source in SOURCES.items() if decisions_by_name(source)}
 
 
-# --- rooms of transport and of the process -------------------------------------------------------------------
-
-
-def imports_of_room(room: str) -> set[str]:
-    """Dotted names that the files of a room import, those for type checking alone included."""
-    paths = [path for path in SOURCES if path.is_relative_to(ROOT / room)]
-    assert paths, room
-    return {name for path in paths for name in imports(path, typing_too=True)}
-
-
-def test_no_import_is_relative() -> None:
-    """The rules read absolute names."""
-    nodes = [(path, node) for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
-    assert not [path for path, node in nodes if isinstance(node, ast.ImportFrom) and node.level]
-
-
-def test_zeromq_is_known_to_the_transport_room_alone() -> None:
-    found = {path for path in users("zmq") if path.startswith("tnxd/")}
-    assert found
-    assert all(path.startswith("tnxd/transport/") for path in found), found
-
-
-@pytest.mark.parametrize(
-    ("room", "allowed"),
-    [
-        ("tnxd/transport", {"tnxd.transport", "tnxd.config", "tnxctl.protocol"}),
-        ("tnxd/process", {"tnxd.process"}),
-    ],
-)
-def test_room_imports_nothing_of_other_rooms(room: str, allowed: set[str]) -> None:
-    own = {name for name in imports_of_room(room) if name.partition(".")[0] in ("tnxd", "tnxctl")}
-    packages = {"tnxd", "tnxctl"} | {name.rpartition(".")[0] for name in allowed}  # as in `from tnxd import files`
-    foreign = {
-        name
-        for name in own - packages
-        if not any(name == prefix or name.startswith(prefix + ".") for prefix in allowed)
+def test_cuda_is_known_to_its_executor_and_to_the_settings_of_torch_alone() -> None:
+    found = {
+        module
+        for module, source in SOURCES.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and (node.attr == "is_cuda" or ast.unparse(node) == "torch.cuda")
     }
-    assert not foreign, foreign
+    assert {module for module in found if "process_state" not in module} == {"tnxd.executors.cuda"}
 
 
-@pytest.mark.parametrize(
-    ("module", "forbidden"),
-    [
-        (
-            "tnxd.scheduling.scheduler",
-            ["torch", "zmq", "threading", "tnxd.serving.server", "tnxd.executors", "tnxd.transport.router"],
-        ),
-        ("tnxd.scheduling.costs", ["torch", "zmq", "threading"]),
-        ("tnxd.serving.server", ["torch"]),
-        ("tnxd.executors.batching", ["torch", "zmq"]),
-        ("tnxd.executors.execution", ["torch", "zmq", *ABOVE]),
-        ("tnxctl.protocol.wire", ["zmq", "torch", "asyncio", "tnxctl.protocol.frames"]),
-        ("tnxctl.client", ["torch", "asyncio", "tnxctl.protocol.frames"]),
-        ("tnxctl.session", ["zmq", "torch", "asyncio", "tnxctl.protocol.frames"]),
-    ],
-)
-def test_importing_a_module_brings_nothing_of_another_layer(module: str, forbidden: list[str]) -> None:
-    code = (
-        f"import sys; before = set(sys.modules); import numpy, msgspec; before |= set(sys.modules); import {module};"
-        f"print([name for name in {forbidden} if name in sys.modules and name not in before])"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert ended.stdout.strip() == "[]"
-
-
-# --- rooms of the client -------------------------------------------------------------------------------------
-
-SANS_IO = ("call", "connection", "encoder", "failures", "session", "throttling", "windows")
-"""Modules of the client that are pure: what they do depends on their arguments alone."""
-
-TRANSPORTS = ("driver", "link", "process", "wakeups")
-"""Modules of the client that move messages or wait."""
-
-
-def client_imports(*folders: str, apart_from: str = "-") -> dict[str, set[str]]:
-    """Modules of the client that the files in a folder of it import, by file."""
-    found = {}
-    for folder in folders:
-        for path in sorted((ROOT / "tnxctl").glob(folder)):
-            name = str(path.relative_to(ROOT))
-            if not name.startswith(f"tnxctl/{apart_from}"):
-                found[name] = {used for used in imports(path) if used == "tnxctl" or used.startswith("tnxctl.")}
-    assert found
-    return found
-
-
-def test_the_protocol_imports_nothing_else_of_the_client() -> None:
-    for path, used in client_imports("protocol/*.py").items():
-        assert all(name.startswith("tnxctl.protocol") for name in used), path
-
-
-@pytest.mark.parametrize("module", SANS_IO)
-def test_calls_and_connections_are_without_io(module: str) -> None:
-    forbidden = {"asyncio", "os", "select", "socket", "threading", "time", "zmq", *(f"tnxctl.{m}" for m in TRANSPORTS)}
-    used = set(imports(ROOT / "tnxctl" / f"{module}.py"))
-    assert not {name for name in used if name in forbidden or name.partition(".")[0] in forbidden}
-
-
-def test_commands_use_the_clients_and_not_their_parts() -> None:
-    parts = {f"tnxctl.{module}" for module in (*SANS_IO, *TRANSPORTS)}
-    for path, used in client_imports("cli/**/*.py", apart_from="cli/bench/").items():
-        assert not used & parts, path
-
-
-def test_of_the_benchmark_one_file_uses_parts_of_the_client() -> None:
-    parts = {f"tnxctl.{module}" for module in (*SANS_IO, *TRANSPORTS)}
-    assert {path for path, used in client_imports("cli/bench/*.py").items() if used & parts} == {
-        "tnxctl/cli/bench/loops.py"
-    }
-
-
-def test_the_library_does_not_know_the_tool() -> None:
-    for path, used in client_imports("*.py", "protocol/*.py").items():
-        assert not {name for name in used if name == "tnxctl.cli" or name.startswith("tnxctl.cli.")}, path
-
-
-def test_no_module_of_the_client_imports_itself_in_a_circle() -> None:
-    """Not even for type checkers."""
-    modules = {}
-    for path in sorted((ROOT / "tnxctl").glob("**/*.py")):
-        modules[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
-    left = {module: set(imports(path, typing_too=True)) & modules.keys() - {module} for module, path in modules.items()}
-    for module, used in left.items():  # an import of a module names its package, too, which is no use of that
-        left[module] = {name for name in used if not any(other.startswith(f"{name}.") for other in used | {module})}
-    while done := {module for module, used in left.items() if not used & left.keys()}:
-        for module in done:
-            del left[module]
-    assert not left
-
-
-# --- scheduling ----------------------------------------------------------------------------------------------
-
-
-def test_scheduling_is_pure() -> None:
-    """No tensor, thread, clock, socket or log: whoever calls it tells it the time and does what it says."""
-    sources = [path for path in SOURCES if path.is_relative_to(ROOT / "tnxd/scheduling")]
-    assert sources
-    impure = {"torch", "zmq", "threading", "time", "logging", "numpy"}
-    allowed = ("tnxd.scheduling.", "tnxd.lanes.", "tnxd.device_kinds.", "tnxctl.protocol.")
-    for path in sources:
-        for name in imports(path):
-            assert name.split(".")[0] not in impure, (path, name)
-            if name.split(".")[0] in {"tnxd", "tnxctl"}:
-                assert f"{name}.".startswith(allowed), (path, name)
-
-
-def test_deployment_does_not_know_the_serving_loop() -> None:
-    assert not {path for path in users("tnxd.serving") if path.startswith("tnxd/deployment/")}
-
-
-def test_a_repository_does_not_know_the_formats() -> None:
-    assert "tnxd/models/repository.py" not in users("tnxd.models.formats")
-
-
-def test_a_plan_knows_the_registry_and_its_versions_alone() -> None:
-    modules = {name for name in imports(ROOT / "tnxd/deployment/plan.py") if (ROOT / as_path(name)).exists()}
-    assert modules == {"tnxd.deployment.registry", "tnxd.deployment.version"}
-
-
-def as_path(module: str) -> str:
-    return module.replace(".", "/") + ".py"
+@pytest.mark.parametrize("condition", ['device == "cpu"', '"cuda" != device.type', 'device.name.startswith("cuda:")'])
+def test_decision_by_the_name_of_a_kind_is_found(condition: str) -> None:
+    assert decisions_by_name(f"if {condition}:\n    pass\n") == [1]

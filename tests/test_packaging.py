@@ -31,7 +31,7 @@ UNIT = SOURCE / "systemd/tensornext.service"
 CONFIG = SOURCE / "systemd/tnxd.toml"
 
 MOST_EXPOSURE = 1.5
-"""Of 10, as `systemd-analyze security` counts."""
+"""Most exposure, of 10, as `systemd-analyze security` counts."""
 
 
 OF_CUDA = re.compile(r"(cuda|nvidia)-|triton$")
@@ -142,7 +142,7 @@ def test_every_build_tool_is_pinned() -> None:
 
 @pytest.fixture
 def torch_build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """What `make` and install.sh ask for pip's options."""
+    """The script that `make` and install.sh ask for pip's options."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # nothing is written beside install.sh
     spec = importlib.util.spec_from_file_location("torch_build", SOURCE / "systemd/torch_build.py")
     assert spec is not None

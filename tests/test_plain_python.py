@@ -149,9 +149,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     put(models, OBEYS, name="thread", settings=THREAD)
     found = re.search(r"^## Plain Python\n(.*?)^## ", PAGE, re.MULTILINE | re.DOTALL)
     assert found is not None
-    readme = (
-        (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").partition("## Serve your own models")[2]
-    )
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     with chdir(root):
         run(BLOCK.findall(found[1]))
         run(BLOCK.findall(readme.partition("## Serve your own models")[2])[:2])

@@ -52,7 +52,7 @@ def journal(machine: Machine) -> str:
 
 
 def restarted(machine: Machine, before: str) -> bool:
-    """Whether a new process, other than that with the process id `before`, has become ready."""
+    """True if a new process, other than that with the process id `before`, has become ready."""
     return show(machine, "ActiveState") == "active" and show(machine, "MainPID") not in ("0", before)
 
 

@@ -184,7 +184,7 @@ def test_what_a_forward_forks_ends_with_the_daemon(
         running.stop(number)
         until = time.monotonic() + 10
         while Path(f"/proc/{child}").exists() and time.monotonic() < until:
-            time.sleep(0.02)
+            time.sleep(0.02)  # between two looks: nobody but init hears of the end of a grandchild
         assert not Path(f"/proc/{child}").exists()
         run_daemon("--model-repository", str(tmp_path), "--bind", running.endpoint)
     finally:

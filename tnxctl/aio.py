@@ -130,7 +130,7 @@ class AsyncClient:
         return await self._here().run(call)
 
     async def reload(self, *, timeout: float | None = None) -> ReloadReport:
-        """Have the daemon look at its model repository again, see `Client.reload`."""
+        """Have the daemon scan its model repository again, see `Client.reload`."""
         return await self._here().run(self._encoder.reload(timeout=timeout, now=time.monotonic()))
 
     async def compare(
@@ -194,13 +194,13 @@ class _LoopDriver:
         if call.done:
             _settle(call)
         else:
-            self._look_again()
+            self._check_again()
         self._set_timer()
         try:
             return await future
         except asyncio.CancelledError:
             self._link.cancel(call)
-            self._look_again()
+            self._check_again()
             raise
         finally:
             del future  # else it, its exception and this frame would keep each other, and the inputs, alive
@@ -217,8 +217,8 @@ class _LoopDriver:
         else:
             self.close()
 
-    def _look_again(self) -> None:
-        """Look again after a message was sent: its sending may have swallowed the news of one that came."""
+    def _check_again(self) -> None:
+        """Check for messages once more after sending one, which may have cleared the event of one that came."""
         if has_input(self._link.dealer):
             self.loop.call_soon(self._turn)
 

@@ -100,7 +100,7 @@ class Call(Generic[T]):
 
     @property
     def kind(self) -> Kind | None:
-        """The kind that it shares with others that the daemon treats alike."""
+        """The kind of the request: the daemon treats requests of one kind alike."""
         return kind_of(self._request)
 
     @property
@@ -115,21 +115,21 @@ class Call(Generic[T]):
 
     @property
     def changes_daemon(self) -> bool:
-        """Whether it leaves the daemon other than it was."""
+        """Whether it changes the state of the daemon."""
         return isinstance(self._request, _CHANGES)
 
     @property
     def may_have_changed_daemon(self) -> bool:
-        """Whether the daemon may have carried it out although no answer has come, once it was sent."""
+        """Whether it has been sent and may have changed the daemon, though no answer has come."""
         return self.changes_daemon and not self.deferred
 
     def mark_sent(self) -> None:
-        """Note that it is on its way: from now on it waits for its answer."""
+        """Note that the request was sent: from now on the call waits for its answer."""
         self.next_timeout = self.expires
         self.deferred = False
 
     def renew_deadline(self, now: float) -> None:
-        """Have the header say how much of the deadline, if there is one, is left."""
+        """Write the time that is left of the deadline, if there is one, into the header."""
         request = self._request
         if isinstance(request, wire.Predict) and request.deadline_us is not None:
             left_us = min((self.expires - now) * 1e6, wire.MAX_DEADLINE_US)

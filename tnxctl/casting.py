@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tnxctl.protocol import frames
 from tnxctl.protocol.errors import InvalidArgument, Unimplemented
 from tnxctl.protocol.frames import STORAGE, Array
 from tnxctl.protocol.wire import ModelInfo
@@ -34,15 +35,10 @@ def cast(inputs: object, model: ModelInfo, *, exact: bool = False) -> dict[str, 
 
 
 def dtype_of(datatype: str) -> np.dtype[Any]:
-    """The numpy dtype of a datatype's values; for BF16 the one that ml_dtypes adds to numpy."""
+    """The numpy dtype of a datatype's values. Raises Unimplemented: a datatype from the future."""
     if datatype not in STORAGE:
         raise Unimplemented(f"the model wants datatype {datatype}, known here are {', '.join(STORAGE)}")
-    if datatype != "BF16":
-        return STORAGE[datatype]
-    import ml_dtypes
-
-    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-    return bfloat16
+    return frames.dtype_of(datatype)
 
 
 def _cast(name: str, value: object, datatype: str | None, exact: bool) -> Array:

@@ -266,7 +266,7 @@ class Client:
         )
 
     def reload(self, *, timeout: float | None = None) -> ReloadReport:
-        """Have the daemon look at its model repository again, and wait until it serves what is there now.
+        """Have the daemon scan its model repository again, and wait until it serves what is there now.
 
         A version that cannot be loaded raises no error: it is in the `failed` of the report, and the one that served
         before still does.

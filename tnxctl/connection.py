@@ -49,7 +49,7 @@ class Connection:
     __slots__ = (
         "_attempt_failed",
         "_given_up",
-        "_heard_at",
+        "_received_at",
         "endpoint",
         "half_open_at",
         "is_connecting",
@@ -70,7 +70,7 @@ class Connection:
         self.wants_probe = False
         self._attempt_failed = False  # the last one
         self.retry_s = FIRST_RETRY_S
-        self._heard_at = -math.inf
+        self._received_at = -math.inf
         self._given_up = 0  # connections in a row, since something last came
 
     def may_connect(self, now: float) -> bool:
@@ -78,7 +78,7 @@ class Connection:
         return not (self.is_open or self.is_connecting) and now >= self.retry_at
 
     def connecting(self, now: float) -> None:
-        """An attempt to connect begins."""
+        """Note that an attempt to connect begins."""
         self.is_connecting = True
         self.retry_at = now + self.retry_s
         self.retry_s = min(2 * self.retry_s, LAST_RETRY_S)
@@ -93,15 +93,15 @@ class Connection:
             self.trouble = trouble
 
     def opened(self) -> None:
-        """The attempt has succeeded."""
+        """Note that the attempt has succeeded."""
         self.is_connecting = self._attempt_failed = False
         self.is_open = True
 
     def closed(self) -> None:
-        """The attempt has failed, or the connection is no more."""
+        """Note that the attempt has failed, or that the connection is no more."""
         self._attempt_failed = not self.is_open
         self.is_open = self.is_connecting = False
-        self._heard_at, self.half_open_at = -math.inf, math.inf
+        self._received_at, self.half_open_at = -math.inf, math.inf
         self.wants_probe = False
 
     def retry_at_once(self) -> None:
@@ -109,13 +109,13 @@ class Connection:
         self.retry_at = -math.inf
         self.retry_s = FIRST_RETRY_S
 
-    def heard(self, now: float) -> None:
-        """A message came, whatever it holds."""
-        self._heard_at, self.half_open_at, self._given_up = now, math.inf, 0
+    def received(self, now: float) -> None:
+        """Note that a message came, of any content."""
+        self._received_at, self.half_open_at, self._given_up = now, math.inf, 0
 
-    def has_heard_since(self, then: float) -> bool:
+    def has_received_since(self, then: float) -> bool:
         """Whether a message came over this connection after a time."""
-        return self._heard_at > then
+        return self._received_at > then
 
     def suspect(self, now: float, timeout: float, pending_bytes: int, not_before: float) -> None:
         """Begin to probe: a call has timed out, and nothing has come meanwhile.
@@ -131,7 +131,7 @@ class Connection:
         self.wants_probe = True
 
     def is_half_open(self, now: float) -> bool:
-        """Whether nothing has come for so long that it is to be given up. Look for messages first."""
+        """Whether the connection has been silent for so long that it is to be given up. Receive all messages first."""
         return self.is_open and now >= self.half_open_at
 
     def give_up(self) -> None:

@@ -116,7 +116,7 @@ class ThreadDriver:
         return future
 
     def close(self) -> None:
-        """Fail every call and close the sockets. Idempotent. After a fork, what is here is the parent's, and stays."""
+        """Fail every call and close the sockets. Idempotent. In a forked child, the parent's are left alone."""
         if self._generation != process.forks:
             return
         self._shut_down()
@@ -159,7 +159,7 @@ class ThreadDriver:
             thread.join(_GRACE_S)
 
     def after_fork(self) -> None:
-        """Settle, in a child, whose this is: the child's, like new, if nobody had used it; else the parent's."""
+        """Decide, in a forked child, whose driver this is: the child's if nobody has used it, else the parent's."""
         if not (self._used or self._closing):
             self._generation = process.forks
             self._lock = threading.RLock()

@@ -74,6 +74,6 @@ def closed_before(call: Call[Any], endpoint: str) -> Cancelled:
     return Cancelled(f"the client of {endpoint} was closed before {call.verb} was answered")
 
 
-def is_closed(endpoint: str) -> FailedPrecondition:
-    """The error of a call that comes after that."""
+def already_closed(endpoint: str) -> FailedPrecondition:
+    """The error of a call to a client that is closed."""
     return FailedPrecondition(f"the client of {endpoint} is closed")

@@ -24,7 +24,7 @@ exiting = False
 
 
 class Driver(Protocol):
-    """Moves the calls of a client, in threads of its own."""
+    """Driver of the calls of a client, in threads of its own."""
 
     def after_fork(self) -> None:
         """Called in a child process, before anything else there."""

@@ -1,4 +1,4 @@
-"""The calls of a client under way: what to send, what a reply means, when to give up. No socket, no thread, no clock.
+"""Session: the calls of a client under way, from sending to outcome. No socket, no thread, no clock.
 
     Session.start(call)                     registers it; says whether it can be sent now
     Session.connected(now) -> calls to send a connection stands: everything pending goes out on it
@@ -57,7 +57,7 @@ from tnxctl.protocol.wire import Limits
 from tnxctl.throttling import Throttle
 
 MAX_PENDING_CALLS = 65_536
-MAX_PENDING_BYTES = 1 << 30
+MAX_PENDING_BYTES = 1024 * wire.MIB
 """Most calls and most input bytes under way from one client: beyond that a call fails at once instead of
 filling the memory of a program that asks faster than the daemon answers."""
 
@@ -68,7 +68,7 @@ LARGE_BYTES = 64 * 1024
 """Least size of inputs that a connection may have broken of: no sane limit of a daemon is below it."""
 
 # Reports about many devices and models outgrow the header limit that protects a daemon from its clients.
-_REPLY_HEADER_BYTES = 16 * 1024 * 1024
+_REPLY_HEADER_BYTES = 16 * wire.MIB
 _REPLY_TENSORS = 65_536
 
 _log = logging.getLogger("tnxctl")
@@ -136,7 +136,7 @@ class Session:
     def start(self, call: Call[Any]) -> bool:
         """Take a call under way. True: send it now. It may also be `done` at once, with the reason as its error."""
         if self._closed:
-            call.fail(failures.is_closed(self.endpoint))
+            call.fail(failures.already_closed(self.endpoint))
             return False
         pending = self._pending
         full = len(pending) >= MAX_PENDING_CALLS or self._pending_bytes + call.nbytes > MAX_PENDING_BYTES
@@ -162,7 +162,7 @@ class Session:
     def receive(self, frames: Sequence[bytes], now: float) -> Call[Any] | None:
         """Take a message from the daemon, whatever it holds. Returns the call that it finished, if any."""
         connection = self.connection
-        connection.heard(now)
+        connection.received(now)
         try:
             reply = wire.decode_reply(frames[0], self._reply_limits)
         except TensorNextError as error:
@@ -257,11 +257,13 @@ class Session:
             if connection.is_open and call.firm_deadline:
                 self._throttle.refused(call, self._pending.values(), "no answer came in time", None, now)
         if connection.is_open and connection.half_open_at == math.inf:
-            unheard = [call.timeout for call in expired if not connection.has_heard_since(call.expires - call.timeout)]
-            if unheard:
+            unanswered = [
+                call.timeout for call in expired if not connection.has_received_since(call.expires - call.timeout)
+            ]
+            if unanswered:
                 # A change would fail with its connection: it keeps it as long as it waits itself.
                 changes = [call.expires for call in self._pending.values() if call.may_have_changed_daemon]
-                connection.suspect(now, min(unheard), self._pending_bytes, max(changes, default=now))
+                connection.suspect(now, min(unanswered), self._pending_bytes, max(changes, default=now))
         self._expiry = min((call.next_timeout for call in self._pending.values()), default=math.inf)
         return expired
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.frames import DATATYPES, STORAGE, Array, view_tensors
+from tnxctl.protocol.frames import DATATYPES, ML_DTYPES, STORAGE, Array, datatype_of, dtype_of, view_tensors
 from tnxctl.protocol.wire import Limits, TensorSpec
 
 
@@ -30,21 +30,18 @@ def to_wire(name: str, value: object) -> tuple[str, Array]:
     array = value if type(value) is np.ndarray else to_numpy(name, value)
     datatype = DATATYPES.get(array.dtype)
     if datatype is None:
-        if not _is_bfloat16(array.dtype):
+        datatype = datatype_of(array.dtype)
+        if datatype is None:
             raise _dtype_error(name, array.dtype)
-        datatype, array = "BF16", array.view(STORAGE["BF16"])
+        array = array.view(STORAGE[datatype])
     if not array.flags.c_contiguous:
         array = np.asarray(array, order="C")  # not ascontiguousarray: that makes an axis for an array that has none
     return datatype, array
 
 
 def from_wire(datatype: str, array: Array) -> Array:
-    """The array of a frame as a user expects it: BF16, which travels as bit patterns, becomes `ml_dtypes.bfloat16`."""
-    if datatype != "BF16":
-        return array
-    import ml_dtypes  # late: few models answer in BF16
-
-    return array.view(ml_dtypes.bfloat16)
+    """The array of a frame as a user expects it: what travels as bit patterns gets a dtype of `ml_dtypes`."""
+    return array.view(dtype_of(datatype)) if datatype in ML_DTYPES else array
 
 
 def is_array(value: object) -> bool:
@@ -76,16 +73,12 @@ def to_numpy(name: str, value: object) -> Array:
 
 
 def _torch_to_numpy(torch: Any, tensor: Any) -> Array:
-    """`force` detaches, copies from a device and resolves lazy conjugation; numpy has no bfloat16 to convert to."""
-    if tensor.dtype is not torch.bfloat16:
-        return tensor.numpy(force=True)  # type: ignore[no-any-return]
-    import ml_dtypes
-
-    return tensor.view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
-
-
-def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    return dtype.name == "bfloat16" and dtype.isnative
+    """`force` detaches, copies from a device and resolves lazy conjugation. What numpy lacks goes as bit patterns."""
+    for datatype, name in ML_DTYPES.items():
+        if tensor.dtype is getattr(torch, name):
+            patterns = getattr(torch, f"int{8 * tensor.dtype.itemsize}")
+            return tensor.view(patterns).numpy(force=True).view(dtype_of(datatype))  # type: ignore[no-any-return]
+    return tensor.numpy(force=True)  # type: ignore[no-any-return]
 
 
 def _dtype_error(name: str, dtype: np.dtype[Any]) -> InvalidArgument:

@@ -26,7 +26,7 @@ class Signal:
 
 
 class Wakeup:
-    """Ends a poll from another thread."""
+    """Wakeup of a thread that polls sockets, by another thread."""
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()

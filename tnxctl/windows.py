@@ -55,13 +55,13 @@ class Window:
         self._until = 0.0
 
     def refused(self, deadline_s: float, now: float) -> None:
-        """The daemon had no time for a request with that deadline, or the answer came too late."""
+        """Shrink: the daemon had no time for a request with that deadline, or the answer came too late."""
         self._quiet_from = now + _QUIET * deadline_s
         self._until = now + max(_FORGOTTEN_AFTER * deadline_s, _FORGOTTEN_AFTER_S)
         self.size = max(self.size - _SHRINK, _MIN_SIZE)
 
     def served(self, now: float) -> None:
-        """The daemon has answered a request in time."""
+        """Grow: the daemon has answered a request in time."""
         self.size += _GROW_FAST if now >= self._quiet_from else _GROW
 
     def is_over(self, now: float) -> bool:

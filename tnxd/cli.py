@@ -15,6 +15,7 @@ import click
 
 from tnxctl import __version__
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
+from tnxctl.protocol.wire import MIB
 from tnxd import check as checking
 from tnxd import config as configuration
 from tnxd import offer
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     pass
 
 log = logging.getLogger("tnxd")
-
-_MIB = 1024 * 1024
 
 
 def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -96,7 +95,7 @@ def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., A
 @click.option(
     "--check",
     is_flag=True,
-    help="Print what is configured and what would be served, look whether all of it is right, and end.",
+    help="Print what is configured and what would be served, check all of it, and end.",
 )
 @click.version_option(__version__, prog_name="tnxd", message="%(prog)s %(version)s")
 @click.pass_context
@@ -119,7 +118,7 @@ def main(
     --model-repository it serves that. A flag wins over the environment, the environment over the file. A variable for
     an option that may be given several times holds its values with spaces between.
 
-    Prints one line when it is ready. SIGHUP looks at the model repository again. SIGTERM and SIGINT let it finish what
+    Prints one line when it is ready. SIGHUP scans the model repository again. SIGTERM and SIGINT let it finish what
     it has taken in, then it exits with 0; after a second signal, what is left gets UNAVAILABLE. Exit code 2: the
     configuration is wrong; 1: it cannot listen or cannot load, it lost a device, or a model hangs.
 
@@ -155,7 +154,7 @@ def main(
         log.warning("%s", sentence)
     raise_file_limit()
     queue = config.queue
-    admission = Admission(config.clients, max_requests=queue.max_requests, max_bytes=int(queue.max_mb * _MIB))
+    admission = Admission(config.clients, max_requests=queue.max_requests, max_bytes=int(queue.max_mb * MIB))
     router = Router(config.limits, admission)
     try:
         for endpoint in config.bind:
@@ -177,15 +176,15 @@ def main(
 
 
 def _warn_of_strangers(config: Config, endpoints: list[str]) -> None:
-    """Say what whoever reaches the daemon could do there."""
+    """Warn of what any peer that reaches the daemon could do there."""
     for endpoint in endpoints:
         if endpoint.startswith("tcp://") and not is_loopback(endpoint.removeprefix("tcp://").rpartition(":")[0]):
-            orders = ", and load, unload and route them" if control_of(config) == "any" else ""
+            commands = ", and load, unload and route them" if control_of(config) == "any" else ""
             log.warning(
                 "%s: the daemon does not ask who its clients are: whoever reaches it can run every model%s, and read "
                 "names, signatures and traffic from health",
                 endpoint,
-                orders,
+                commands,
             )
 
 

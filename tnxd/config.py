@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.wire import DEFAULT_PORT, Limits
+from tnxctl.protocol.wire import DEFAULT_PORT, MIB, Limits
 from tnxd import tomlfile
 from tnxd.device_kinds import DEVICE, DEVICES
 
@@ -92,6 +92,11 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cpu_mb: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
     cuda_mb: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
 
+    def nbytes(self, kind: str) -> int:
+        """The limit of a kind of device, in bytes."""
+        limit_mb: float = getattr(self, f"{kind}_mb")
+        return int(limit_mb * MIB)
+
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings of the daemon.
@@ -109,6 +114,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         spin_us: longest time in microseconds that the loop polls before it blocks; 0 blocks at once.
         drain_timeout_s: how long SIGTERM waits for running requests.
         load_timeout_s: a model that takes longer to load and warm up has failed.
+        optimize_s: how long a faster variant of a model's network is looked for when it is loaded; 0: not at all.
+        cache_directory: what was compiled for that is kept there; "auto" is the cache directory of the service or, for
+            a user, tensornext in $XDG_CACHE_HOME or ~/.cache; "": nothing is kept.
         stall_timeout_s: a batch that runs longer is given up; a model may have a limit of its own.
         on_device_loss: when a device is lost for good, "restart" finishes what is under way elsewhere and exits with 1,
             for a service manager to start the daemon anew; "continue" goes on without the device; "auto" restarts if
@@ -127,6 +135,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spin_us: Annotated[float, msgspec.Meta(ge=0, le=10_000)] = 100.0
     drain_timeout_s: _Positive = 30.0
     load_timeout_s: _Positive = 300.0
+    optimize_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+    cache_directory: str = "auto"
     stall_timeout_s: _Positive = 60.0
     on_device_loss: Literal["auto", "restart", "continue"] = "auto"
     on_hang: Literal["auto", "restart", "continue"] = "auto"
@@ -140,7 +150,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def control_of(config: Config) -> str:
-    """Clients that may give orders about models: "local", "any" or "off"."""
+    """Clients that may send admin commands: "local", "any" or "off"."""
     control = config.remote_control
     if isinstance(control, bool):
         return "any" if control else "off"
@@ -193,7 +203,7 @@ def _check(config: Config, origin: str) -> None:
         port = endpoint.rpartition(":")[2]
         if endpoint.startswith("tcp://") and not (port == "*" or (port.isdigit() and int(port) < 65536)):
             raise InvalidArgument(f"{origin}: bind: {endpoint!r} has no port from 1 to 65535, or *")
-    message_mb = (config.limits.message_bytes + config.limits.header_bytes) / 2**20
+    message_mb = (config.limits.message_bytes + config.limits.header_bytes) / MIB
     for key in ("max_mb", "memory_mb"):
         value = getattr(config.clients, key)
         if value < message_mb:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from tnxctl import __version__
 from tnxctl.protocol.errors import TensorNextError
+from tnxctl.protocol.wire import MIB
 from tnxd import offer
 from tnxd.config import Config, control_of
 from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.registry import Registry
 from tnxd.deployment.version import DRAINING, READY, STARTING
-from tnxd.device_kinds import PROCESS
+from tnxd.device_kinds import CHOSEN, PROCESS
 from tnxd.error_text import named
 from tnxd.executors.execution import Executor
 from tnxd.process import logs, signals
@@ -43,7 +44,6 @@ LAST_WORDS_S = 1.0
 
 _FLUSH_S = 5.0
 _TICK_S = 1.0
-_MIB = 1024 * 1024
 _GC_THRESHOLD = 10_000
 
 
@@ -69,9 +69,9 @@ class Daemon:
             [],
             CostModel(),
             max_requests=queue.max_requests,
-            max_bytes=int(queue.max_mb * _MIB),
+            max_bytes=int(queue.max_mb * MIB),
             max_per_model=queue.max_per_model or None,
-            max_bytes_per_model=int(queue.max_mb_per_model * _MIB) or None,
+            max_bytes_per_model=int(queue.max_mb_per_model * MIB) or None,
         )
         self._reconciler = Reconciler(
             registry,
@@ -80,7 +80,7 @@ class Daemon:
             lambda: offer.catalog(config),
             self._calls.call_soon,
             limits=config.limits,
-            budget={"cpu": int(config.memory.cpu_mb * _MIB), "cuda": int(config.memory.cuda_mb * _MIB)},
+            budget={kind.name: config.memory.nbytes(kind.name) for kind in CHOSEN},
             load_timeout_s=config.load_timeout_s,
             on_reload=self._announce_reload,
             open_processes=self._open_processes,
@@ -220,7 +220,7 @@ class Daemon:
             log.warning("SIGHUP is ignored: the daemon is %s", self._server.state)
         else:
             if not self._config.model_repository:
-                log.warning("SIGHUP changes nothing: there is no model repository to look at, see --model-repository")
+                log.warning("SIGHUP changes nothing: there is no model repository to scan, see --model-repository")
             self._reconciler.reload()
 
     def _announce_reload(self, begins: bool) -> None:

@@ -21,6 +21,7 @@ class DeviceKind:
             may change places at any instruction.
         survives_bad_index: whether an index out of range fails one forward alone. Else it is the end of the device's
             context, for all models.
+        has_generator: whether random numbers come from generators of its own, those of torch.NAME.
         has_tf32: whether convolutions of FP32 may keep 10 bits of the mantissa (torch.backends.cudnn.allow_tf32).
     """
 
@@ -29,14 +30,37 @@ class DeviceKind:
     is_gpu: bool
     has_streams: bool
     survives_bad_index: bool
+    has_generator: bool
     has_tf32: bool
 
 
-CPU = DeviceKind("cpu", numbered=False, is_gpu=False, has_streams=False, survives_bad_index=True, has_tf32=False)
-CUDA = DeviceKind("cuda", numbered=True, is_gpu=True, has_streams=True, survives_bad_index=False, has_tf32=True)
+CPU = DeviceKind(
+    "cpu",
+    numbered=False,
+    is_gpu=False,
+    has_streams=False,
+    survives_bad_index=True,
+    has_generator=False,
+    has_tf32=False,
+)
+CUDA = DeviceKind(
+    "cuda",
+    numbered=True,
+    is_gpu=True,
+    has_streams=True,
+    survives_bad_index=False,
+    has_generator=True,
+    has_tf32=True,
+)
 
 PROCESS = DeviceKind(
-    "process", numbered=False, is_gpu=False, has_streams=False, survives_bad_index=True, has_tf32=False
+    "process",
+    numbered=False,
+    is_gpu=False,
+    has_streams=False,
+    survives_bad_index=True,
+    has_generator=False,
+    has_tf32=False,
 )
 """Processes beside the daemon, each of which runs one model: a device for models that ask for them, and for no others.
 There is one as soon as a model does."""
@@ -44,13 +68,13 @@ There is one as soon as a model does."""
 KINDS = {kind.name: kind for kind in (CPU, CUDA, PROCESS)}
 """All kinds, by name."""
 
-_CHOSEN = (CPU, CUDA)
+CHOSEN = (CPU, CUDA)
 """Kinds that a configuration, or a model, chooses from."""
 
-DEVICE = re.compile("|".join([rf"{kind.name}(:\d+)?" if kind.numbered else kind.name for kind in _CHOSEN]))
+DEVICE = re.compile("|".join([rf"{kind.name}(:\d+)?" if kind.numbered else kind.name for kind in CHOSEN]))
 """Matches the name of a device, or of a numbered kind."""
 
-DEVICES = ", ".join([f"{kind.name}, {kind.name}:N" if kind.numbered else kind.name for kind in _CHOSEN])
+DEVICES = ", ".join([f"{kind.name}, {kind.name}:N" if kind.numbered else kind.name for kind in CHOSEN])
 """Names that `DEVICE` matches, for an error message."""
 
 

@@ -11,11 +11,12 @@ from io import BufferedReader
 from pathlib import Path
 
 from tnxctl.protocol.errors import FailedPrecondition
+from tnxctl.protocol.wire import MIB
 
-MOST_TEXT = 1024 * 1024
+MOST_TEXT = MIB
 """Limit of settings, a manifest or an index, in bytes."""
 
-MOST_CODE = 16 * 1024 * 1024
+MOST_CODE = 16 * MIB
 """Limit of a Python module, in bytes."""
 
 _KINDS = {

@@ -328,7 +328,7 @@ def test_a_tree_is_measured_held_and_ended_as_one(bad_server: Callable[[str], Pe
 
 
 def is_alive(pid: int, started: int) -> bool:
-    """Whether this very process runs: it is there, under its number, and not dead and waiting for its parent."""
+    """True if this very process runs: it is there, under its number, and not dead and waiting for its parent."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:

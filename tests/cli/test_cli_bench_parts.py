@@ -1,4 +1,4 @@
-"""What `tnxctl bench` makes of the answers that it gets, and how it searches for a rate, without a daemon."""
+"""Parts of `tnxctl bench` without a daemon: its tally of the answers that it gets, and its search for a rate."""
 
 from __future__ import annotations
 

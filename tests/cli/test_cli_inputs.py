@@ -1,4 +1,4 @@
-"""What `tnxctl predict --input` takes beside files of numpy's: JSON, CSV and images."""
+"""Inputs of `tnxctl predict --input` beside files of numpy's: JSON, CSV and images."""
 
 from __future__ import annotations
 

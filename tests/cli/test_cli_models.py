@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 
 import peers
 from fake_daemon import DIGITS, MLP, RESNET, RESNETS, Change, FakeDaemon, Outputs
-from tnxctl.cli import comparison, example, exits, inputs, models, modeltoml, text
+from tnxctl.cli import comparison, example, exits, inputs, modellist, models, modeltoml, text
 from tnxctl.protocol import errors, wire
 from tnxctl.protocol.frames import STORAGE
 from tool import ask, fields, run
@@ -127,7 +128,7 @@ def test_no_models_at_all() -> None:
 
 @pytest.mark.parametrize("width", [200, 120, 100, 80, 60])
 def test_the_list_fits_the_terminal(width: int) -> None:
-    lines = [click.unstyle(line) for line in models._table(EVERY_KIND, width)]
+    lines = [click.unstyle(line) for line in modellist.table(EVERY_KIND, width)]
     assert all(len(line) <= width for line in lines), lines
     assert all(word in " ".join(lines[:2]) for word in ("VERSION", "STATE", "INPUTS", "OUTPUTS", "MEMORY", "TRAFFIC"))
     if width >= 80:
@@ -136,7 +137,7 @@ def test_the_list_fits_the_terminal(width: int) -> None:
 
 
 def test_a_narrow_list_has_signatures_on_lines_of_their_own() -> None:
-    lines = [click.unstyle(line) for line in models._table((RESNET, BROKEN, ENCODER), 70)]
+    lines = [click.unstyle(line) for line in modellist.table((RESNET, BROKEN, ENCODER), 70)]
     assert squeezed("\n".join(lines)) == [
         "NAME VERSION STATE DEVICES MEMORY TRAFFIC",
         "INPUTS -> OUTPUTS",
@@ -370,8 +371,8 @@ def test_what_came_of_a_route(fake: FakeDaemon) -> None:
     ("arguments", "named"),
     [
         (("1=nan",), "'1=nan'"),
-        (("1=inf",), "'1=inf'"),
-        (("1=-5",), "'1=-5'"),
+        (("1=inf",), "weight inf of version 1: expected a number from 0 to 1e+09"),
+        (("1=-5",), "weight -5.0 of version 1"),
         (("1=1e10",), "from 0 to 1e+09"),
         (("1=",), "'1='"),
         (("=5",), "'=5'"),
@@ -382,7 +383,7 @@ def test_what_came_of_a_route(fake: FakeDaemon) -> None:
         (("1=1", "latest"), "'latest'"),
         (("latest", "latest"), "'latest'"),
         (("1=1", "2=2", "1=3"), "version 1 has two weights"),
-        (("1=0", "2=0.0"), "no weight is above 0"),
+        (("1=0", "2=0.0"), "none is above 0"),
         ((), "Missing argument"),
         (("--shadow", "2"), "Missing argument"),
     ],
@@ -568,7 +569,23 @@ def test_a_comparison_of_nothing() -> None:
     [(1.0, "100 %"), (0.99999, "<100 %"), (0.995, "99.5 %"), (1e-6, ">0 %"), (0.0, "0 %"), (1 / 3, "33.33 %")],
 )
 def test_an_agreement_of_100_percent_is_one(share: float, shown: str) -> None:
-    assert comparison._percent(share) == shown
+    times = wire.Percentiles(count=1, p50_us=1.0, p90_us=1.0, p99_us=1.0)
+    output = wire.OutputDifference(name="y", elements=1, max_abs=0.0, mean_abs=0.0, argmax_agreement=share, misfits=0)
+    found = wire.Comparison(
+        v=1,
+        id=1,
+        model="resnet",
+        baseline="1",
+        candidate="2",
+        requests=1,
+        errors=0,
+        skipped=0,
+        outputs=(output,),
+        baseline_us=times,
+        candidate_us=times,
+    )
+    (line,) = [line for line in comparison.lines(found, None) if line.startswith("y ")]
+    assert re.split("  +", line)[-2] == shown
 
 
 # --- init ----------------------------------------------------------------------------------------------------
@@ -731,7 +748,7 @@ def test_what_a_daemon_says_cannot_steer_the_terminal() -> None:
             shown = ask(fake, *verb).output
             assert "gone" in shown, verb
             assert not {"\x1b", "\r", "\u202e"} & set(shown), verb
-        narrow = "\n".join(models._table((model, other), 80))
+        narrow = "\n".join(modellist.table((model, other), 80))
     assert not {"\r", "\u202e"} & set(click.unstyle(narrow))
 
 

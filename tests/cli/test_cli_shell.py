@@ -1,4 +1,4 @@
-"""What the tool does for people at a terminal: words completed, and progress shown."""
+"""The tool at a terminal: words completed, and progress shown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fake() -> Iterator[FakeDaemon]:
 
 
 def complete(*arguments: str) -> list[str]:
-    """What click makes of the last of the arguments, as it does for every shell."""
+    """Completions of the last of the arguments, as click makes them for every shell."""
     found = ShellComplete(main, {}, "tnxctl", completion.VARIABLE).get_completions(list(arguments[:-1]), arguments[-1])
     return [item.value for item in found]
 

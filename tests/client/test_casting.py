@@ -20,7 +20,7 @@ from tnxctl.tensors import to_wire
 
 
 class Frame:
-    """What a DataFrame is to numpy."""
+    """Stand-in for a DataFrame, as numpy sees it."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array

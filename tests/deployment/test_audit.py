@@ -50,7 +50,7 @@ class Bench:
         item = (np.zeros((1, 2), "f4"),)
         execution = Execution(0, 0, self.served, [item] * len(outcomes), [1] * len(outcomes), ())
         execution.outcomes = list(outcomes)
-        self.audit.look(execution, self.background)
+        self.audit.offer(execution, self.background)
         device = Device("cpu", "cpu", 1, {self.served.key})
         found = self.background.next(Scheduler([device], CostModel(), max_requests=9, max_bytes=10**9), 0)
         return None if found is None else found[0]

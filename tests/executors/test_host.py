@@ -222,9 +222,14 @@ def test_a_peak_is_known_after_a_failure_too() -> None:
 
 
 @pytest.mark.parametrize(("earlier", "least", "most"), [(0, 95, 130), (300, 0, 30)])
-def test_where_marks_cannot_be_set_back_only_new_peaks_are_seen(earlier: int, least: int, most: int) -> None:
-    sealed = "from tnxd.executors import host\nhost._reset_high_water = lambda proc: False"
-    code = f"{_GROW}\n{sealed}\ngrow({earlier})\nwith peak_memory() as peak: grow(100)\nprint(peak.nbytes)"
+def test_where_marks_cannot_be_set_back_only_new_peaks_are_seen(
+    tmp_path: Path, earlier: int, least: int, most: int
+) -> None:
+    (tmp_path / "self/clear_refs").mkdir(parents=True)  # which cannot be written to
+    for name in ("status", "statm"):
+        (tmp_path / "self" / name).symlink_to(f"/proc/self/{name}")
+    sealed = f"import pathlib; proc = pathlib.Path({str(tmp_path)!r})"
+    code = f"{_GROW}\n{sealed}\ngrow({earlier})\nwith peak_memory(proc) as peak: grow(100)\nprint(peak.nbytes)"
     assert least * MIB <= int(in_child(code)) < most * MIB
 
 
@@ -262,7 +267,7 @@ def control_group(controller: str, **files: int) -> Iterator[Path]:
 
 
 def _make(directory: Path, wanted: tuple[str, ...]) -> bool:
-    """Whether there is a new control group now that has one of the files."""
+    """Make a control group. False if it cannot be made, or has none of the files."""
     with suppress(OSError):
         directory.mkdir()
         if any((directory / name).exists() for name in wanted):

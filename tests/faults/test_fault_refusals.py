@@ -75,6 +75,7 @@ def test_flood_of_good_requests_leaves_room_for_others(run_daemon: Callable[...,
 
 @needs_proc
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["tcp", "ipc"])
 def test_flood_of_tiny_messages_is_survived(run_daemon: Callable[..., Daemon], tmp_path: Path, kind: str) -> None:
     """ZeroMQ takes in all that comes, and 64 bytes of memory for each of three on the wire."""

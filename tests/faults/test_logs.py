@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from daemons import ODD, full_pipe, running
 from dealer import Dealer, rows
-from tnxd.process import logs
 
 POISON = rows(1, 4, 1.0)
+
 GOOD = rows(1, 4, 100.0)
 
 
@@ -75,118 +72,3 @@ def test_log_is_not_filled_by_one_client_with_wrong_requests(tmp_path: Path) -> 
         assert len(told) - len(more) + sum(more) == 2000
         assert sum("Traceback" in line for line in lines) == len(told) - len(more)
         assert len(lines) < 200
-
-
-# --- the parts, without a daemon -----------------------------------------------------------------------------
-
-
-def record(text: str, *arguments: object, level: int = logging.ERROR) -> logging.LogRecord:
-    return logging.LogRecord("test", level, "", 0, text, arguments, None)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def read_all(reader: int) -> list[str]:
-    """Lines that are in a pipe now."""
-    os.set_blocking(reader, False)
-    data = b""
-    try:
-        while part := os.read(reader, 65536):
-            data += part
-    except BlockingIOError:
-        pass
-    return data.decode().splitlines()
-
-
-def test_lines_without_room_are_counted() -> None:
-    count = 20_000
-    with full_pipe() as (reader, writer):
-        clock = Clock()
-        log = logs.Log(writer, clock)
-        log.writer.start()
-        for _ in range(count):
-            log.handle(record("line %s", "x" * 50))
-            clock.now += logs.INTERVAL_S
-        lines: list[str] = []
-        while not log.writer.flush(0.05):
-            lines += read_all(reader)
-        log.writer.put("")  # a look at the time
-        assert log.writer.flush(20)
-        lines += read_all(reader)
-        whole = [line for line in lines if "xxx" in line]
-        dropped = [int(found[1]) for line in lines if (found := re.match(r"(\d+) lines of this log were", line))]
-        assert len(whole) + sum(dropped) == count
-        assert sum(dropped) > 0
-
-
-def test_records_of_one_kind_are_one_line_and_a_number() -> None:
-    reader, writer = os.pipe()
-    clock = Clock()
-    log = logs.Log(writer, clock)
-    log.writer.start()
-    for index in range(5):
-        log.handle(record("%s failed: %d", "one", index))
-        log.handle(record("%s failed: %d", "other", index))
-    clock.now = logs.INTERVAL_S
-    log.handle(record("%s failed: %d", "one", 5))
-    log.flush(20)
-    assert read_all(reader) == [
-        "one failed: 0",
-        "other failed: 0",
-        "one failed: 0 ... and 4 more of this kind within 10 s",
-        "one failed: 5",
-        "other failed: 0 ... and 4 more of this kind within 10 s",
-    ]
-    os.close(reader)
-    os.close(writer)
-
-
-def test_records_without_arguments_are_of_one_kind_whatever_numbers_they_hold() -> None:
-    reader, writer = os.pipe()
-    log = logs.Log(writer, Clock())
-    log.writer.start()
-    for index in range(100):
-        log.handle(record(f"the loss is {index / 7}"))
-        log.handle(record(f"the gain is {index / 7}"))
-    log.flush(20)
-    lines = read_all(reader)
-    assert [line.split(" ... ")[0] for line in lines] == 2 * ["the loss is 0.0", "the gain is 0.0"]
-    assert [line for line in lines if "and 99 more" in line] == lines[2:]
-    os.close(reader)
-    os.close(writer)
-
-
-WARNS = """
-import warnings
-from tnxd.process import logs
-
-logs.install("info")
-for index in range(100):
-    warnings.warn(f"x is {'a' * index}!", stacklevel=1)
-    warnings.warn(f"y is {index}", stacklevel=1)
-    warnings.warn(f"y is {index}", FutureWarning, stacklevel=1)
-logs.flush(20)
-"""
-
-
-def test_kind_of_a_warning_is_its_category_and_place() -> None:
-    ended = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True, timeout=50, check=True)
-    lines = [line for line in ended.stderr.splitlines() if "Warning: " in line]
-    assert [line.partition("Warning: ")[2].split(" ... ")[0] for line in lines] == 2 * ["x is !", "y is 0", "y is 0"]
-    assert sum("and 99 more of this kind" in line for line in ended.stderr.splitlines()) == 3
-
-
-def test_long_text_is_shortened() -> None:
-    reader, writer = os.pipe()
-    log = logs.Log(writer)
-    log.writer.start()
-    log.handle(record("%s", "x" * 1_000_000))
-    assert log.writer.flush(20)
-    assert sum(map(len, read_all(reader))) < 20_000
-    os.close(reader)
-    os.close(writer)

@@ -15,11 +15,12 @@ import safetensors.torch
 import torch
 
 from format_tools import ask, open_model, save_program, source, tensors
-from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, Unavailable
 from tnxctl.protocol.frames import Array
-from tnxd.models.formats import compiling
+from tnxd.models.formats import compiler, compiling
 from tnxd.models.formats.compiling import Compiled
 from tnxd.models.model import Model
+from tnxd.models.variants import Workshop
 
 needs_compiler = pytest.mark.skipif(bool(compiling.missing()), reason=compiling.missing() or "-")
 
@@ -42,7 +43,7 @@ def make():
     return Net()
 """
 TOML = (
-    'compile = "inductor"\nfactory = "net:make"\nmax_batch_size = 16\n'
+    'optimize = "inductor"\nfactory = "net:make"\nmax_batch_size = 16\n'
     + tensors("ids", "INT64", [-1, -1])
     + tensors("mask", "INT64", [-1, -1])
     + tensors("next", "INT64", [-1, -1], "outputs")
@@ -85,15 +86,21 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield directory
 
 
+def make(model: Model, cache: Path | None = None) -> torch.nn.Module:
+    """The only variant of a model that is wanted."""
+    (variant,) = model.variants
+    return variant.make(model.factory, Workshop(torch.device("cpu"), cache, 200.0))
+
+
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Pair:
-    """Compiled by its first call, a batch of one row, as in warm-up."""
+    """Compiled, and asked once."""
     root = tmp_path_factory.mktemp("compiled")
     save(root)
     eager = open_model(root, TOML.replace('"inductor"', '"none"')).factory()
     model = open_model(root, TOML)
     assert model.notes == ()
-    compiled = model.factory()
+    compiled = make(model)
     assert isinstance(compiled, Compiled)
     ask(model, compiled, *batch(1, 1))
     return Pair(model, compiled, eager)
@@ -187,8 +194,8 @@ def test_a_program_is_compiled_too_and_leaves_nothing_behind(
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    model = open_model(tmp_path / "models", 'compile = "inductor"')
-    module = model.factory()
+    model = open_model(tmp_path / "models", 'optimize = "inductor"')
+    module = make(model)
     for rows, length in ((1, 5), (8, 3), (2, 9)):
         x = np.random.default_rng(rows).random((rows, length, 4)).astype(np.float32)
         with torch.inference_mode():
@@ -221,7 +228,7 @@ def test_what_cannot_be_compiled_is_named(tmp_path: Path, old: str, new: str, sa
     (tmp_path / "net/1/net.py").write_text(NETWORK.replace(old, new))
     (tmp_path / "net/model.toml").write_text(TOML)
     with pytest.raises(FailedPrecondition) as caught:
-        compiling.compile_into(source(tmp_path), torch.device("cpu"), tmp_path)
+        compiler.compile_into(source(tmp_path), torch.device("cpu"), tmp_path)
     assert said in caught.value.message
 
 
@@ -243,15 +250,13 @@ def test_a_compiler_that_ends_early_is_named(tmp_path: Path, end: str, said: str
     )
     (tmp_path / "net/1/net.py").write_text(network)
     model = open_model(tmp_path, TOML)
-    with pytest.raises(FailedPrecondition) as caught:
-        ask(model, model.factory(), *batch(2, 3))
-    assert caught.value.message.startswith("net/1: compile: ")
+    with pytest.raises((FailedPrecondition, Unavailable)) as caught:
+        make(model)
     assert said in caught.value.message
 
 
-def test_without_a_compiler_it_runs_eager_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    model = open_model(tmp_path, TOML)
-    assert model.notes == ("compile: no C++ compiler (no-such-compiler): runs eager",)
-    assert ask(model, model.factory(), *batch(2, 3))["mean"].shape == (2, 8)
+    (variant,) = open_model(tmp_path, TOML).variants
+    assert variant.missing == "no C++ compiler (no-such-compiler)"

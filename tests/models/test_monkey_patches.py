@@ -62,7 +62,7 @@ REPLACED = [
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled() -> None:
-    """When it first compiles, torch itself puts other functions in the places of some."""
+    """Compile something: torch itself puts other functions in the places of some when it first does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.compile(torch.nn.Linear(2, 2), backend="eager")(torch.ones(2, 2))

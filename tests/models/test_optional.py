@@ -87,8 +87,8 @@ def test_an_input_that_model_toml_calls_optional(tmp_path: Path) -> None:
     model = open_model(tmp_path, text.replace("optional = true", "default = 0.5"))
     assert first(ask(model, model.factory(), full(1), None)) == 51.5
     assert first(ask(model, model.factory(), full(1), full(2))) == 206
-    said = refused(tmp_path, 'compile = "inductor"\n' + text)
-    assert said.startswith("net/model.toml: inputs[1].optional: compiled code always needs a tensor there")
+    said = refused(tmp_path, 'optimize = "inductor"\n' + text)
+    assert said.startswith("net/model.toml: inputs[1].optional: optimize: inductor always needs a tensor there")
 
 
 def test_model_toml_can_ask_for_an_input_all_the_same(tmp_path: Path) -> None:

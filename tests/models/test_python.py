@@ -248,8 +248,8 @@ def test_files_that_change_while_it_loads_are_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ('dtype = "bfloat16"', "dtype: bad/1/model.py computes as it is written"),
-        ('compile = "inductor"', "compile: bad/1/model.py computes as it is written"),
+        ('dtype = "bfloat16"', "dtype: bad/1/model.py was saved to run in its own datatypes"),
+        ('optimize = "inductor"', "optimize: bad/1/model.py has no variant 'inductor'"),
         ("memory_limit_mb = 100", 'memory_limit_mb: it is for isolation = "process"'),
         ('isolation = "process"\ndevices = ["cpu"]', "devices: isolation"),
         ('isolation = "process"\nimports = ["json"]', "imports: isolation"),

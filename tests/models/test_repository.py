@@ -7,8 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -16,6 +16,7 @@ import pytest
 from tnxctl.cli import modeltoml
 from tnxctl.protocol.errors import InvalidArgument, PermissionDenied
 from tnxd.models import repository, settings
+from tnxd.models.file_formats import FILES
 from tnxd.models.settings import Settings
 
 PROGRAM = {"model.pt2": ""}
@@ -75,12 +76,12 @@ def test_traffic(root: Path) -> None:
 
 
 def test_every_format_is_known_by_its_file(tmp_path: Path) -> None:
-    write(tmp_path, {f"m/{number}/{file}": "12345" for number, file in enumerate(repository.FORMATS, 1)})
+    write(tmp_path, {f"m/{number}/{file}": "12345" for number, file in enumerate(FILES, 1)})
     write(tmp_path, {"m/model.toml": 'factory = "net:make"\n' + SIGNATURE})
     catalog = repository.scan(tmp_path)
     assert catalog.failures == {}
     sources = catalog.entries["m"].sources
-    assert [source.format for source in sources.values()] == [*repository.FORMATS.values()]
+    assert [source.format for source in sources.values()] == [each.name for each in FILES.values()]
     assert {source.nbytes for source in sources.values()} == {5}
 
 
@@ -195,7 +196,7 @@ def test_a_mistake_is_named_and_hides_nothing_else(root: Path, files: dict[str, 
         ('devices = ["tpu"]', "devices: 'tpu'"),
         ('dtype = "int8"', "dtype: expected one of"),
         ('dtype = "float16"', "dtype: bad/1/model.pt2 was saved to run in its own"),
-        ('compile = "yes"', "compile: expected one of inductor, none"),
+        ('optimize = "yes"', "optimize: expected one of auto, channels_last, inductor, none, onnxruntime"),
         ("warm_up = [0]", "warm_up[0]: expected int >= 1, not 0"),
         ("time_limit_s = 0", "time_limit_s"),
         ("time_limit_s = nan", "time_limit_s"),
@@ -224,8 +225,8 @@ def test_a_mistake_in_model_toml_is_named_with_file_and_key(root: Path, text: st
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("model.onnx", 'compile = "inductor"', "compile: bad/1/model.onnx cannot be compiled"),
-        ("model.pt", 'compile = "inductor"' + SIGNATURE, "compile: bad/1/model.pt cannot be compiled"),
+        ("model.onnx", 'optimize = "inductor"', "optimize: bad/1/model.onnx has no variant 'inductor'"),
+        ("model.pt", 'optimize = "onnxruntime"' + SIGNATURE, "optimize: bad/1/model.pt has no variant 'onnxruntime'"),
         ("model.onnx", 'dtype = "bfloat16"', "dtype: bad/1/model.onnx"),
         ("model.onnx", 'devices = ["cuda"]', "devices: bad/1/model.onnx runs on the CPU alone"),
     ],
@@ -316,14 +317,14 @@ def test_a_repository_that_others_may_write_is_refused(root: Path) -> None:
 
 def test_a_model_that_vanishes_meanwhile_is_no_failure(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(root, {"gone/1/model.pt2": ""})
-    inspect = repository._inspect
+    iterdir = Path.iterdir
 
-    def removed(directory: Path, *rest: Any) -> Any:
+    def removed(directory: Path) -> Iterator[Path]:
         if directory.name == "gone":
             shutil.rmtree(directory)
-        return inspect(directory, *rest)
+        return iterdir(directory)
 
-    monkeypatch.setattr(repository, "_inspect", removed)
+    monkeypatch.setattr(Path, "iterdir", removed)
     catalog = repository.scan(root)
     assert (list(catalog.entries), catalog.failures) == (["good"], {})
 
@@ -357,7 +358,7 @@ def test_the_commented_model_toml_names_every_key(tmp_path: Path) -> None:
     }
     assert set(written["traffic"]) == set(settings.Traffic.__struct_fields__)
     defaults = Settings()
-    for key in ("versions", "compile", "priority", "replicas"):
+    for key in ("versions", "optimize", "priority", "replicas"):
         assert getattr(said, key) == getattr(defaults, key)
 
 
@@ -369,7 +370,7 @@ def test_the_page_about_models_names_every_key() -> None:
 
 @pytest.mark.parametrize("kind", modeltoml.FILES)
 def test_what_models_init_writes_for_a_format_is_accepted(tmp_path: Path, kind: str) -> None:
-    assert modeltoml.FILES[kind] in repository.FORMATS
+    assert modeltoml.FILES[kind] in FILES
     _, weights = modeltoml.write(str(tmp_path / "mine"), kind, force=False)
     weights.parent.mkdir()
     weights.write_bytes(b"")

@@ -21,7 +21,7 @@ from tnxctl.protocol.errors import FailedPrecondition, Internal, InvalidArgument
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.models import structures
 from tnxd.models.formats import ignore_warnings_about_torch_itself
-from tnxd.models.formats.exported import export
+from tnxd.models.formats.exporting import export
 from tnxd.models.formats.signature import Signature
 from tnxd.models.tensors import pick
 

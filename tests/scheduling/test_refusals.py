@@ -46,8 +46,9 @@ def test_refusal_does_not_hold_for_requests_that_may_fare_differently(changes: d
 
 def test_refusals_hold_until_batches_are_formed_and_are_bounded() -> None:
     refusals = Refusals()
-    for number in range(10_000):
-        refusals.add(b"%d" % number, predict(), TooLate("it cannot", 1000))
-    assert len(refusals._known) <= 256
+    peers = [b"%d" % number for number in range(10_000)]
+    for peer in peers:
+        refusals.add(peer, predict(), TooLate("it cannot", 1000))
+    assert 0 < sum(refusals.find(peer, predict(), 0) is not None for peer in peers) <= 256
     refusals.clear()
     assert not refusals

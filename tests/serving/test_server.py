@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from faults.daemons import Running, running
 
 from dealer import Dealer, rows
-from faults.daemons import Running, running
 from obedient_devices import ANSWER, BREAK, EXHAUST, FAIL, HOLD, RELEASE, VANISH
 from tnxctl.protocol import wire
 

@@ -1,4 +1,4 @@
-"""Run as a program: the daemon of odd models with a leak of memory, descriptors or threads for a soak to find."""
+"""Daemon of odd models with a leak of memory, descriptors or threads, for a soak to find: run as a program."""
 
 from __future__ import annotations
 

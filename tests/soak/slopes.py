@@ -10,7 +10,7 @@ from statistics import NormalDist
 import numpy as np
 
 BLOCKS = 16
-"""What a series is cut into. Of each the smallest value counts: what comes and goes is no leak, what stays is one."""
+"""Parts of a series. Of each the smallest value counts: what comes and goes is no leak, what stays is one."""
 
 CONFIDENCE = 0.95
 
@@ -25,7 +25,7 @@ class Slope:
     hours: float
 
     def grows_by(self, amount: float) -> bool:
-        """Whether it surely grew by more than that in its time."""
+        """True if it surely grew by more than that in its time."""
         return self.low * self.hours > amount
 
     def __str__(self) -> str:

@@ -42,7 +42,7 @@ LEAKS = ("memory", "descriptors", "threads")
 LEAK_MINUTES = 3.0
 
 WARM_UP = 0.25
-"""Of the time: caches fill, and the C library finds out how much memory it needs."""
+"""Part of the time that is left out: caches fill, and the C library finds out how much memory it needs."""
 
 ALLOWED = {"memory": 16.0, "descriptors": 8.0, "threads": 4.0}
 """Growth over the whole time that is no leak, in MiB and in numbers."""
@@ -215,7 +215,7 @@ class Soak:
                 self.wrong.append(f"the daemon ended with {self.daemon.process.returncode}")
                 break
             samples.append((time.monotonic() - began, *usage(self.daemon.process.pid)))
-            time.sleep(period)
+            time.sleep(period)  # the pace of the samples, no wait for something
         return samples
 
 

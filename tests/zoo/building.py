@@ -105,7 +105,7 @@ def outputs(case: Case) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 
 
 def run(case: Case, network: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What plain torch makes of inputs, which stay as they are; nothing changes it any more."""
+    """Outputs of plain torch for inputs, which stay as they are; nothing changes them any more."""
     result = flatten(network(*case.nest(*[x.clone() for x in inputs])))
     return {name: tensor.detach().clone() for name, tensor in result.items()}
 

@@ -121,7 +121,7 @@ def with_end(shape: tuple[int, ...], generator: torch.Generator, sizes: Sizes) -
 
 
 def offsets(shape: tuple[int, ...], generator: torch.Generator, sizes: Sizes) -> torch.Tensor:
-    """Where bags begin."""
+    """Offsets at which bags begin."""
     inner = torch.randperm(sizes["ids"] - 1, generator=generator)[: shape[0] - 1] + 1
     return torch.cat([torch.zeros(1, dtype=torch.int64), inner.sort().values])
 
@@ -201,7 +201,7 @@ class Case:
 
     @property
     def file(self) -> Path:
-        """Where its network stands."""
+        """File of its network."""
         return NETWORKS / f"{self.network.__module__.rpartition('.')[2]}.py"
 
     def make(self) -> nn.Module:
@@ -255,12 +255,12 @@ class Exhibit:
 
     @property
     def name(self) -> str:
-        """What the model is called."""
+        """Name of the model."""
         return "-".join(filter(None, (self.case.name, self.format, self.variant)))
 
     @property
     def may(self) -> tuple[str, ...]:
-        """What may become of it."""
+        """Outcomes that are allowed."""
         return {"asked": (REFUSED,), "shared": (UNBATCHED,)}.get(self.variant, self.case.may)
 
     @property

@@ -26,16 +26,16 @@ from zoo.case import BATCHED, CAUGHT, FACTORY, ONNX, REFUSED, SCRIPT, UNBATCHED,
 from zoo.networks.plain import Perceptron
 
 LIBRARIES = Path(__file__).parent / "libraries"
-"""What models import that is no file of their own."""
+"""Modules that models import and that are no files of their own."""
 
 CLIENTS = 8
 LANES = 3
 
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""How far an answer may be off, relative to the largest value in it."""
+"""Tolerance of an answer, relative to the largest value in it."""
 
 ROUNDS = 40
-"""Of company, in which a mistake that shows while a model serves has to be found."""
+"""Rounds of company, in which a mistake that shows while a model serves has to be found."""
 
 
 WITNESS = Exhibit(Case("witness", Perceptron), FACTORY)
@@ -76,7 +76,7 @@ class Keeper:
         self._began = {info.name: info for info in clients[0].models()}
 
     def examine(self, exhibit: Exhibit, rounds: int = 1) -> list[str]:
-        """What is wrong with how an exhibit is served; nothing: []."""
+        """Defects in the serving of an exhibit; none: []."""
         return [str(finding) for finding in self.findings(exhibit, rounds)]
 
     def findings(self, exhibit: Exhibit, rounds: int = 1) -> list[Finding]:
@@ -101,7 +101,7 @@ class Keeper:
         return found
 
     def info(self, exhibit: Exhibit) -> ModelInfo:
-        """What `tnxctl models` says of it now."""
+        """Entry of it in `tnxctl models` now."""
         return next(info for info in self.clients[0].models() if info.name == exhibit.name)
 
     # --- what became of it -------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def _outcome_of(ask: Callable[[], Result]) -> Result | TensorNextError:
 
 
 def _difference(case: Case, expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> str:
-    """How two answers differ, in words; "" if not by more than noise."""
+    """Difference of two answers, in words; "" if not by more than noise."""
     if expected.keys() != got.keys():
         return f"{list(got)}, not {list(expected)}"
     for name, want in expected.items():
@@ -305,7 +305,7 @@ def _difference(case: Case, expected: dict[str, torch.Tensor], got: dict[str, to
 
 
 def _is_near(case: Case, expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> bool:
-    """Whether an answer is that one, as far as a few thousand of its elements tell."""
+    """True if an answer is that one, as far as a few thousand of its elements tell."""
     same = expected.keys() == got.keys() and all(want.shape == got[name].shape for name, want in expected.items())
     return same and not _difference(case, *({name: _some(x) for name, x in each.items()} for each in (expected, got)))
 

@@ -1,4 +1,4 @@
-"""Run as a program: tnxd without one of the mechanisms that keep answers apart, named by ZOO_PLANTED.
+"""Daemon without one of the mechanisms that keep answers apart, named by ZOO_PLANTED: run as a program.
 
 Whoever moves such a mechanism moves its line in MECHANISMS, too.
 """
@@ -40,11 +40,11 @@ MECHANISMS: dict[str, dict[str, Callable[..., Any]]] = {
         "tnxd.models.process_state.drift:DriftMonitor.restore": lambda self: None,
     },
 }
-"""What is left out -> attributes as "module:dotted.name", and what takes their place."""
+"""Part that is left out -> attributes as "module:dotted.name", and what takes their place."""
 
 
 def find(place: str) -> tuple[Any, str]:
-    """What holds an attribute, and its name. Raises ImportError, AttributeError: it is not there."""
+    """Holder of an attribute, and its name. Raises ImportError, AttributeError: it is not there."""
     module, _, path = place.partition(":")
     *holders, name = path.split(".")
     holder: Any = importlib.import_module(module)

@@ -170,7 +170,7 @@ FINE: dict[str, Spoil] = {
     "shards-right": index(),
     "weights-half": weights(layers_0_bias=torch.zeros(8, dtype=torch.float16)),
 }
-"""What looks like those and is fine."""
+"""Inputs that look like those and are fine."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What does nothing odd is served in batches, exactly."""
+"""Models that do nothing odd are served in batches, exactly."""
 
 from __future__ import annotations
 

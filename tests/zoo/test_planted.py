@@ -15,7 +15,7 @@ from zoo.keeper import Keeper
 PROGRAM = (str(Path(__file__).with_name("planted.py")),)
 CASES = {case.name: case for case in (*STATE, *SCRATCH, *ROWS)}
 ROUNDS = 6
-"""Of company: two lanes have to be in the same forward at once."""
+"""Rounds of company: two lanes have to be in the same forward at once."""
 
 # Which of them have to be noticed, and the kinds of findings that say so.
 CAUGHT_BY = {

@@ -1,4 +1,4 @@
-"""What a model does to the process is undone, or the model is refused by name."""
+"""Changes of the process by a model are undone, or the model is refused by name."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ RANDOM = {f"random state of {who}" for who in ("torch", "Python", "numpy")}
 """Generators that get an unforeseeable seed with each load: others have drawn from them meanwhile."""
 
 LEFT = {("grad-mode-on", "on_forward"), ("warnings", "on_forward")}
-"""What a forward may do: within inference mode the one means nothing, and the other is what many a library does."""
+"""Changes that a forward may make: the one means nothing within inference mode, many a library makes the other."""
 
 PLACES = ("on_import", "on_build", "on_forward")
 
@@ -119,7 +119,7 @@ class Zoo:
         self.worn = False
 
     def switches(self) -> Array:
-        """How the process is now, as a model sees it."""
+        """State of the process now, as a model sees it."""
         return self.tnx.predict(np.ones(2, np.float32), model="switches").output
 
 

@@ -1,4 +1,4 @@
-"""Where axis 0 is no batch, requests do not share forwards."""
+"""Models whose axis 0 is no batch: requests do not share forwards."""
 
 from __future__ import annotations
 

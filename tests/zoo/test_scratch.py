@@ -1,4 +1,4 @@
-"""What writes before it reads, or fills a cache, is served, and answers each with its own."""
+"""Models that write before they read, or fill a cache, are served, and answer each with its own."""
 
 from __future__ import annotations
 

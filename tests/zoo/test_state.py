@@ -1,4 +1,4 @@
-"""What remembers is refused, by name, or served in order where model.toml says that it may remember."""
+"""Models that remember are refused, by name, or served in order where model.toml says that they may remember."""
 
 from __future__ import annotations
 

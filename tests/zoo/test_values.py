@@ -1,4 +1,4 @@
-"""What does not take zeros is served all the same."""
+"""Models that do not take zeros are served all the same."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tnxctl.cli import inputs
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
-from tnxctl.protocol.frames import STORAGE
+from tnxctl.protocol.frames import ML_DTYPES, STORAGE, python_name
 from tnxctl.protocol.wire import ModelInfo
 
 
@@ -36,26 +36,19 @@ def calls(info: ModelInfo, model: str, endpoint: str) -> Calls | None:
 
 
 def _program(info: ModelInfo, model: str, endpoint: str) -> Iterator[str]:
-    if any(spec.datatype == "BF16" for spec in info.inputs):
+    if any(spec.datatype in ML_DTYPES for spec in info.inputs):
         yield "import ml_dtypes"
     yield "import numpy as np"
     yield "from tnxctl import Client"
     yield ""
     yield "inputs = {"
     for spec, shape in zip(info.inputs, inputs.example_shapes(info), strict=True):
-        yield f"    {_literal(spec.name)}: np.zeros({shape}, {_dtype(spec.datatype)}),"
+        yield f"    {_literal(spec.name)}: np.zeros({shape}, {python_name(spec.datatype)}),"
     yield "}"
     yield f"with Client({endpoint}) as tnx:"
     yield f"    result = tnx.predict(inputs, model={_literal(model)})"
     yield "for name, array in result.outputs.items():"
     yield "    print(name, array.dtype, array.shape)"
-
-
-def _dtype(datatype: str) -> str:
-    """Python's name for the dtype of a datatype."""
-    if datatype == "BF16":
-        return "ml_dtypes.bfloat16"
-    return "np.bool_" if datatype == "BOOL" else f"np.{STORAGE[datatype].name}"
 
 
 def _literal(value: str) -> str:

@@ -1,4 +1,4 @@
-"""A group of commands that knows what a misspelt one may have meant."""
+"""Groups of commands that suggest a name for a misspelt one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import click
 
 
 class Group(click.Group):
-    """A group that lists its commands in their order, and names the one that was meant."""
+    """Group that lists its commands in their order, and suggests the nearest name for a misspelt one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)

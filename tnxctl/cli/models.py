@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import output, progress, suggestions, text
+from tnxctl.cli import modellist, modeltoml, output, progress, suggestions, text
 from tnxctl.cli.groups import Group
 from tnxctl.cli.options import DEFAULT_TIMEOUT_S, as_json, common, slow
 
@@ -18,13 +17,6 @@ if TYPE_CHECKING:
     from tnxctl.protocol.wire import ModelInfo
 
 _LATEST = "latest"
-
-_STATES = {
-    "pure": "none: nothing that it holds changes",
-    "scratch": "none: what a request writes is gone before the next",
-    "shared": "shared by all requests, which run one at a time",
-}
-"""State that a version keeps from one request to the next, see `tnxctl.protocol.wire.ModelInfo`."""
 
 
 @click.group("models", cls=Group, short_help="Show the models served, and change them.", invoke_without_command=True)
@@ -99,7 +91,7 @@ def show(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
         document = output.model_document(info)
         output.write_json({"endpoint": endpoint, **document, "example": calls and calls._asdict()})
         return
-    click.echo("\n".join(_details(info, others)))
+    click.echo("\n".join(modellist.details(info, others)))
     if calls is not None:
         click.echo(f"\n{text.heading('In a shell')}\n{calls.shell}\n\n{text.heading('In Python')}\n{calls.python}")
 
@@ -229,7 +221,7 @@ def compare(name: str, baseline: str, candidate: str, endpoint: str, timeout: fl
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["pt2", "safetensors", "torchscript", "onnx", "python"]),
+    type=click.Choice(list(modeltoml.FILES)),
     default="pt2",
     show_default=True,
     help="What the weights come as. pt2 is torch.export; safetensors needs a factory in Python; torchscript is "
@@ -248,8 +240,6 @@ def init(directory: str, kind: str, force: bool, as_json: bool) -> None:
       tnxctl models init models/minilm --format safetensors
       tnxd --model-repository models/
     """
-    from tnxctl.cli import modeltoml
-
     path, weights = modeltoml.write(directory, kind, force)
     if as_json:
         output.write_json({"path": str(path), "weights": str(weights), "format": kind})
@@ -265,7 +255,8 @@ def _weights(arguments: Sequence[str]) -> dict[str, float]:
     """
     if list(arguments) == [_LATEST]:
         return {}
-    from tnxctl.protocol.wire import MAX_WEIGHT
+    from tnxctl.arguments import check_weights
+    from tnxctl.protocol.errors import InvalidArgument
 
     weights: dict[str, float] = {}
     for argument in arguments:
@@ -274,79 +265,21 @@ def _weights(arguments: Sequence[str]) -> dict[str, float]:
             weight = float(number)
         except ValueError:
             weight = math.nan
-        if not version or not equals or not 0 <= weight <= MAX_WEIGHT:
-            raise click.UsageError(
-                f"{argument!r} is not VERSION=WEIGHT with a weight from 0 to {MAX_WEIGHT:g}, as in 2=5; "
-                f"or {_LATEST} alone."
-            )
+        if not version or not equals or math.isnan(weight):
+            raise click.UsageError(f"{argument!r} is not VERSION=WEIGHT, as in 2=5; or {_LATEST} alone.")
         if version in weights:
             raise click.UsageError(f"version {version} has two weights.")
         weights[version] = weight
-    if not any(weights.values()):
-        raise click.UsageError("no weight is above 0.")
-    return weights
-
-
-# --- what is shown -------------------------------------------------------------------------------------------
+    try:
+        return check_weights(weights)
+    except InvalidArgument as error:
+        raise click.UsageError(f"{error.message}.") from None
 
 
 def _show(endpoint: str, infos: Sequence[ModelInfo], as_json: bool) -> None:
     if as_json:
         output.write_json({"endpoint": endpoint, "models": [output.model_document(info) for info in infos]})
     elif infos:
-        click.echo("\n".join((*_table(infos, text.terminal_width(sys.stdout)), *text.remarks(infos))))
+        click.echo("\n".join((*modellist.table(infos, text.terminal_width(sys.stdout)), *text.remarks(infos))))
     else:
         click.echo("There are no models.")
-
-
-def _table(infos: Sequence[ModelInfo], width: int | None) -> list[str]:
-    """A line for each version and for each further tensor; on a narrow terminal, tensors are on lines of their own."""
-    rows = []
-    for info in infos:
-        first, last = _state(info), (text.memory(info.memory_mb), text.traffic(info))
-        tensors = list(zip_longest(map(text.tensor, info.inputs), map(text.tensor, info.outputs), fillvalue=""))
-        rows.append((*first, *(tensors[0] if tensors else ("", "")), *last))
-        rows.extend(("", "", "", "", *more, "", "") for more in tensors[1:])
-    header = ("NAME", "VERSION", "STATE", "DEVICES", "INPUTS", "OUTPUTS", "MEMORY", "TRAFFIC")
-    lines = text.table(header, rows, "<<<<<<>>", None)
-    if width is None or max(len(click.unstyle(line)) for line in lines) <= width:
-        return lines
-    return _folded(infos, width)
-
-
-def _folded(infos: Sequence[ModelInfo], width: int) -> list[str]:
-    rows = [(*_state(info), text.memory(info.memory_mb), text.traffic(info)) for info in infos]
-    header = ("NAME", "VERSION", "STATE", "DEVICES", "MEMORY", "TRAFFIC")
-    head, *body = text.table(header, rows, "<<<<>>", width, ("DEVICES", "NAME"))
-    lines = [head, text.heading("  INPUTS -> OUTPUTS")]
-    for line, info in zip(body, infos, strict=True):
-        lines.append(line)
-        if info.inputs or info.outputs:
-            inputs, outputs = (", ".join(map(text.tensor, specs)) for specs in (info.inputs, info.outputs))
-            lines.append(text.shorten(text.clean(f"  {inputs} -> {outputs}"), width))
-    return lines
-
-
-def _state(info: ModelInfo) -> tuple[str, str, str, str]:
-    name = f"{info.name} (default)" if info.default else info.name
-    return name, info.version, info.status, ",".join(info.devices) or "-"
-
-
-def _details(info: ModelInfo, others: Sequence[ModelInfo]) -> Iterator[str]:
-    from tnxctl.cli import metadata
-
-    yield metadata.state(info)
-    yield from text.remarks([info])
-    settings = {
-        "format": text.clean(info.format),
-        "traffic": text.traffic(info),
-        "memory": text.memory(info.memory_mb) + (" on each device" if info.memory_mb and len(info.devices) > 1 else ""),
-        "requests": str(info.requests),
-        "state": _STATES.get(info.state, text.clean(info.state)),
-        "audit": f"{info.audited} computed again, {info.audit_differences} differed" if info.audited else "",
-        "loading": f"took {text.duration(info.load_s)}" if info.load_s else "",
-        "versions": ", ".join(f"{text.title(other)} {text.clean(other.status)}" for other in others),
-    }
-    yield from (f"{key:10}{value}" for key, value in settings.items() if value)
-    yield ""
-    yield from metadata.signature(info)

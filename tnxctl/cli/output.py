@@ -84,7 +84,7 @@ def complain(sentence: str) -> None:
 
 
 def check_writable() -> None:
-    """Look whether standard output takes anything, before any work is done for it.
+    """Check that standard output takes anything, before any work is done for it.
 
     A write of no bytes tells of a full device and of a descriptor that is not open for writing. A disk that fills up
     later shows when it has.

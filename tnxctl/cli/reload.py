@@ -1,4 +1,4 @@
-"""`tnxctl reload`: have the daemon look at its model repository again."""
+"""`tnxctl reload`: have the daemon scan its model repository again."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from tnxctl.protocol.wire import ReloadReport
 
 
-@click.command("reload", short_help="Have the daemon look at its model repository again.")
+@click.command("reload", short_help="Have the daemon scan its model repository again.")
 @slow
 @click.pass_context
 def command(ctx: click.Context, endpoint: str, timeout: float, as_json: bool) -> None:
-    """Have the daemon look at its model repository again, and wait until it serves what is there now.
+    """Have the daemon scan its model repository again, and wait until it serves what is there now.
 
     New versions are loaded and warmed up before they get requests; the version before serves until then, and still
     does if that fails. Ctrl-C ends only the waiting.

@@ -15,7 +15,7 @@ from tnxctl.cli import text
 from tnxctl.cli.exits import Exit
 from tnxctl.cli.tally import KEPT, Tally
 from tnxctl.protocol.errors import TensorNextError
-from tnxctl.protocol.frames import DATATYPES, Array
+from tnxctl.protocol.frames import Array, datatype_of
 
 if TYPE_CHECKING:
     from tnxctl.cli.workload import Answer
@@ -269,6 +269,5 @@ def _answer_document(answer: Answer) -> dict[str, Any]:
 
 
 def _output(name: str, array: Array) -> dict[str, Any]:
-    datatype = "BF16" if array.dtype.name == "bfloat16" else DATATYPES[array.dtype]
-    described = {"name": name, "datatype": datatype, "shape": array.shape}
+    described = {"name": name, "datatype": datatype_of(array.dtype), "shape": array.shape}
     return {**described, "data": array.tolist()} if array.size <= DATA_UP_TO else described

@@ -152,8 +152,11 @@ def _content_of(tensors: Mapping[str, Array], path: str) -> memoryview:
     """The bytes of a file with these tensors."""
     import numpy as np
 
+    from tnxctl.protocol.frames import ML_DTYPES, datatype_of
+
     tensors = {
-        key: array.astype(np.float32) if array.dtype.name == "bfloat16" else array for key, array in tensors.items()
+        key: array.astype(np.float32) if datatype_of(array.dtype) in ML_DTYPES else array
+        for key, array in tensors.items()
     }
     if path.endswith(".npy") and len(tensors) != 1:
         raise FileProblem(

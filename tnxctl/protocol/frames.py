@@ -35,21 +35,46 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "FP64": np.dtype("<f8"),
     "BF16": np.dtype("<u2"),
 }
-"""Datatype name of the Open Inference Protocol v2 -> the numpy dtype that holds its bytes.
+"""Datatype name of the Open Inference Protocol v2 -> the numpy dtype that holds its bytes."""
 
-numpy has no bfloat16 of its own: a BF16 array is carried as its 16-bit patterns.
-"""
+ML_DTYPES: dict[str, str] = {"BF16": "bfloat16"}
+"""Datatype that numpy lacks -> its name in ml_dtypes and torch. `STORAGE` has the dtype of its bit patterns."""
 
 _BOOL = STORAGE["BOOL"]
 
-DATATYPES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in STORAGE.items() if name != "BF16"}
+DATATYPES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in STORAGE.items() if name not in ML_DTYPES}
 """numpy dtype -> datatype name, for every dtype that numpy itself has."""
+
+_NAMES = {name: datatype for datatype, name in ML_DTYPES.items()}
+
+
+def dtype_of(datatype: str) -> np.dtype[Any]:
+    """The dtype of a datatype's values: that of numpy, or the one that ml_dtypes adds. Raises KeyError: unknown."""
+    if datatype not in ML_DTYPES:
+        return STORAGE[datatype]
+    import ml_dtypes  # late: few models have such tensors
+
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, ML_DTYPES[datatype]))
+    return dtype
+
+
+def datatype_of(dtype: np.dtype[Any]) -> str | None:
+    """The datatype whose values have a dtype; None: there is none, or only in another byte order."""
+    return DATATYPES.get(dtype) or (_NAMES.get(dtype.name) if dtype.isnative else None)
+
+
+def python_name(datatype: str) -> str:
+    """The dtype of a datatype's values as a program names it: "np.float32", "ml_dtypes.bfloat16"."""
+    if datatype in ML_DTYPES:
+        return f"ml_dtypes.{ML_DTYPES[datatype]}"
+    return "np.bool_" if datatype == "BOOL" else f"np.{STORAGE[datatype].name}"  # numpy 1 has no np.bool
 
 
 def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: Limits) -> tuple[Array, ...]:
     """Tensor frames as arrays of the declared shapes, without a copy: each array keeps its frame alive.
 
-    BF16 comes as its 16-bit patterns (dtype `<u2`). The arrays may be unaligned and must not be written.
+    Their dtypes are those of `STORAGE`: what numpy lacks comes as bit patterns. The arrays may be unaligned and must
+    not be written.
 
     Raises:
         InvalidArgument: a count, datatype, rank, dimension, length or limit does not hold; the sentence names it.

@@ -9,6 +9,7 @@ import msgspec
 
 from tnxctl.protocol.errors import InvalidArgument
 
+MIB: Final = 1 << 20  # bytes
 VERSION: Final = 1
 DEFAULT_PORT = 5555
 MAX_ID = 2**63 - 1
@@ -29,7 +30,7 @@ MODEL_VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
 
 _GRAMMAR = "a name of up to 64 letters, digits, '.', '_' and '-', a letter or digit first, and a whole number from 1"
 
-MESSAGE_BYTES = 256 * 1024 * 1024
+MESSAGE_BYTES = 256 * MIB
 """Most bytes of all tensors of a message, unless limits say otherwise."""
 
 

@@ -129,7 +129,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ro
 
 
 class Reload(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="reload", gc=False):
-    """Look at the model repository again. Answered with `ReloadReport` when all is as the repository says."""
+    """Scan the model repository again. Answered with `ReloadReport` when all is as the repository says."""
 
     v: Version
     id: Id

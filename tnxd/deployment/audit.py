@@ -48,8 +48,8 @@ class Audit:
         self._on_mixing = on_mixing
         self._doubts = 0
 
-    def look(self, execution: Execution, background: Background) -> None:
-        """A batch of this version has been answered."""
+    def offer(self, execution: Execution, background: Background) -> None:
+        """Consider an answered batch of this version for the audit."""
         several = len(execution.items) > 1
         left = self._left[several]
         if left:

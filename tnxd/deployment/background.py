@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tnxctl.protocol.wire import TensorSpec
+from tnxctl.protocol.wire import MIB, TensorSpec
 from tnxd.deployment.version import READY, Version
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.models.model import Item, Model
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # Copies that may wait to be computed, and as many again to be compared; bytes of their requests and answers.
 _MAX_WAITING = 64
-_MAX_WAITING_BYTES = 64 * 1024 * 1024
+_MAX_WAITING_BYTES = 64 * MIB
 
 
 class Purpose(Protocol):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from tnxctl.protocol.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted, TensorNextError
-from tnxctl.protocol.wire import Limits
+from tnxctl.protocol.wire import MIB, Limits
 from tnxd.deployment.audit import Audit
 from tnxd.deployment.operations import Drained, Operation, OperationRunner, StepTimeout
 from tnxd.deployment.registry import Deployment, Registry
@@ -27,7 +27,6 @@ from tnxd.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-_MIB = 1024 * 1024
 
 # How long a version that came back for a request stays at least. Its clients ask again within a fraction of that.
 _STAY_S = 0.5
@@ -232,7 +231,7 @@ class Lifecycle:
             return
         if version.nbytes > budget:
             raise ResourceExhausted(
-                f"it takes {version.nbytes / _MIB:.0f} MiB and {executor.name} may hold {budget / _MIB:.0f} MiB in all"
+                f"it takes {version.nbytes / MIB:.0f} MiB and {executor.name} may hold {budget / MIB:.0f} MiB in all"
             )
         while True:
             held = [
@@ -248,8 +247,8 @@ class Lifecycle:
             others = [other for other in held if other.source.name != version.source.name]
             if version.nbytes > free + sum(other.nbytes for other in others):
                 raise ResourceExhausted(
-                    f"it takes {version.nbytes / _MIB:.0f} MiB, and beside the other versions of its model "
-                    f"{free / _MIB:.0f} of {budget / _MIB:.0f} MiB are free on {executor.name}"
+                    f"it takes {version.nbytes / MIB:.0f} MiB, and beside the other versions of its model "
+                    f"{free / MIB:.0f} of {budget / MIB:.0f} MiB are free on {executor.name}"
                 )
             victim = min(others, key=lambda other: other.last_used)
             stay_s = victim.came_back + _STAY_S - time.monotonic()

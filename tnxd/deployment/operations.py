@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Drained:
-    """The wish of an operation to go on once no request of a model is waiting or running. Attributes: key: of it."""
+    """Yielded by an operation that goes on once no request of a model is waiting or running. Attributes: key: of it."""
 
     key: str
 

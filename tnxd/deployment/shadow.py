@@ -33,7 +33,7 @@ class Shadows:
         self._tallies: dict[tuple[str, str], _Tally] = {}
 
     def offer(self, execution: Execution, version: Version) -> None:
-        """A batch has been answered: copy it if there is room."""
+        """Copy an answered batch, if there is room."""
         assert version.model is not None
         answered = Answered(
             execution.model,
@@ -118,7 +118,7 @@ class _Difference:
 
 
 class _Tally:
-    """All that is known of one pair of versions.
+    """Findings about one pair of versions.
 
     `skipped` is the loop's; the rest is written by the thread that compares, and read by the loop.
     """

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tnxctl.protocol.frames import STORAGE, Array
-from tnxctl.protocol.wire import TensorSpec
+from tnxctl.protocol.wire import MIB, TensorSpec
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], Array]
 
@@ -23,7 +23,7 @@ class Staging:
             models bring a new shape group with every length, so the number of models does not bound that of sets.
     """
 
-    def __init__(self, allocate: Allocate, max_bytes: int = 256 * 1024 * 1024) -> None:
+    def __init__(self, allocate: Allocate, max_bytes: int = 256 * MIB) -> None:
         self._allocate = allocate
         self._max_bytes = max_bytes
         self._sets: dict[tuple[str, tuple[int, ...]], list[Array | None]] = {}

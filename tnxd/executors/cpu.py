@@ -24,12 +24,13 @@ from tnxd.executors.host import (
     peak_memory,
 )
 from tnxd.executors.lane import OnDone
+from tnxd.executors.optimizer import optimizer_for
 from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
 from tnxd.models.python.module import InThread
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
-from tnxd.process import malloc as heap
+from tnxd.process import malloc
 
 # MKL cuts larger weights into blocks that it copies anyway: what one batch size gains, another loses.
 _MOST_ORDERED = 1 << 20
@@ -94,7 +95,7 @@ class CpuRunner(Runner):
         return free_memory()
 
     def measured(self) -> AbstractContextManager[Peak]:
-        heap.trim()  # memory that the C library keeps and uses again would not show
+        malloc.trim()  # memory that the C library keeps and uses again would not show
         return peak_memory()
 
     def forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
@@ -150,6 +151,7 @@ def open_cpu(name: str, config: Config, on_done: OnDone) -> LanePool:
         place=_placed,
         arrange=order_weights,
         memory_mb=host_memory_mb,
-        give_back=heap.trim,
+        give_back=malloc.trim,
+        optimizer=optimizer_for(CPU.name, config),
         on_done=on_done,
     )

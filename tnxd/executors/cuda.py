@@ -15,18 +15,19 @@ import numpy as np
 import torch
 
 from tnxctl.protocol.frames import STORAGE, Array
+from tnxctl.protocol.wire import MIB
 from tnxd.config import Config
 from tnxd.device_kinds import CUDA
 from tnxd.executors.batching import Staging
 from tnxd.executors.execution import Execution
 from tnxd.executors.host import Peak
 from tnxd.executors.lane import OnDone
+from tnxd.executors.optimizer import optimizer_for
 from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
 
-_MIB = 1024 * 1024
 _MEMORY_PERIOD_S = 1.0
 _CUDA_ERROR_MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation
 
@@ -56,7 +57,7 @@ class CudaMemory:
         """Ask the driver for free and total memory in MiB. May block. Raises RuntimeError: the device is gone."""
         free, total = torch.cuda.mem_get_info(self._index)
         unused = torch.cuda.memory_reserved(self._index) - torch.cuda.memory_allocated(self._index)
-        return (free + unused) / _MIB, total / _MIB
+        return (free + unused) / MIB, total / MIB
 
     def latest(self) -> tuple[float, float]:
         """The newest sample: free and total memory in MiB. Never blocks."""
@@ -109,7 +110,7 @@ class CudaRunner(Runner):
             torch.cuda.empty_cache()
 
     def memory_left(self) -> int:
-        return int(self._memory.sample()[0] * _MIB)
+        return int(self._memory.sample()[0] * MIB)
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[Peak]:
@@ -185,5 +186,6 @@ def open_cuda(name: str, config: Config, on_done: OnDone) -> LanePool:
         place=lambda module: module.to(torch.device("cuda", index)),
         memory_mb=memory.latest,
         give_back=torch.cuda.empty_cache,
+        optimizer=optimizer_for(CUDA.name, config),
         on_done=on_done,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tnxd.config import Config
-from tnxd.device_kinds import KINDS, kind_of
+from tnxd.device_kinds import CPU, CUDA, KINDS, PROCESS, kind_of
 from tnxd.executors.cpu import cpu_names, open_cpu
 from tnxd.executors.cuda import cuda_names, open_cuda
 from tnxd.executors.lane import OnDone
@@ -23,9 +23,9 @@ class _Opener(NamedTuple):
 
 
 _OPENERS = {
-    "cuda": _Opener(cuda_names, open_cuda),
-    "cpu": _Opener(cpu_names, open_cpu),
-    "process": _Opener(process_names, open_processes),
+    CUDA.name: _Opener(cuda_names, open_cuda),
+    CPU.name: _Opener(cpu_names, open_cpu),
+    PROCESS.name: _Opener(process_names, open_processes),
 }
 """Kind -> how it is opened. "auto" is all kinds in this order, which scheduling prefers among equals."""
 
@@ -39,7 +39,7 @@ class OpenedDevices:
 
 
 def open_devices(config: Config, on_done: OnDone) -> OpenedDevices:
-    """Open the configured devices; "auto" is every CUDA device and the CPU. One that fails does not stop the rest.
+    """Open the configured devices; "auto" is every device of this machine. One that fails does not stop the rest.
 
     Args:
         on_done: see `LanePool`.

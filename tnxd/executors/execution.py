@@ -1,4 +1,4 @@
-"""The contract between the server and its executors: executions, load reports, and what an executor does. No torch.
+"""Contract between the server and its executors: executions, load reports, the interface of an executor. No torch.
 
 An execution has no more than an executor needs: not the requests, and nothing of the scheduler.
 """

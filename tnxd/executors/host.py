@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from tnxctl.protocol.wire import MIB
+
 _PROC = Path("/proc")
-_MIB = 1024 * 1024
 
 _MEMINFO = re.compile(r"^(MemAvailable|MemTotal):\s*(\d+) kB", re.M)
 _INACTIVE = re.compile(r"^((?:total_)?inactive_file) (\d+)", re.M)
@@ -98,7 +99,7 @@ def free_memory(proc: Path = _PROC) -> int:
 def host_memory_mb(proc: Path = _PROC) -> tuple[float, float]:
     """Free and total memory in MiB: `free_memory`, and the memory of the machine or the limit of this process."""
     free, total = _memory(proc)
-    return free / _MIB, total / _MIB
+    return free / MIB, total / MIB
 
 
 def _memory(proc: Path) -> tuple[int, int]:

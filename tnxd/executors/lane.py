@@ -1,4 +1,4 @@
-"""A lane: one thread with one runner, and the queue of what it is told to do."""
+"""A lane: one thread with one runner, and the queue of its jobs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _Inbox = queue.SimpleQueue[Execution | str | _Job]
 
 
 class Lane:
-    """A thread that does what it is told, one thing after the other, with a runner of its own.
+    """A thread that runs jobs and batches one after the other, with a runner of its own.
 
     A device that cannot be used on the thread breaks the lane: each execution is answered with the reason then.
 
@@ -93,7 +93,7 @@ def _work(runner: Runner, inbox: _Inbox, on_done: OnDone, yields: bool) -> None:
     broken = ""
     try:
         runner.enter_thread()
-    except BaseException as error:  # a device that vanished: answer for it rather than leave callers waiting
+    except BaseException as error:  # the device is gone: answer for it rather than leave callers waiting
         broken = sentence(error)
     while True:
         task = inbox.get()

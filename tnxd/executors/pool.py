@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import torch
 
+from tnxd.error_text import sentence
 from tnxd.executors.execution import SHARED, Execution, LoadReport
 from tnxd.executors.lane import Lane, OnDone
+from tnxd.executors.optimizer import Attempt, Optimizer
+from tnxd.executors.optimizer import notes as optimization_notes
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.company import lanes_apart, rows_of_a_lane_apart
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import Held, memory
 from tnxd.executors.trial.isolation import lane_calls, open_with
+from tnxd.executors.trial.rounding import largest_difference
 from tnxd.executors.trial.state import same_chance, stateful
 from tnxd.executors.trial.trial import try_out
 from tnxd.executors.trial.verdict import Verdict, without_rows
@@ -42,6 +47,7 @@ class LanePool:
         place: puts a freshly built module on the device. arrange: orders its weights in memory for the device.
         memory_mb: free and total memory of the device in MiB, without blocking.
         give_back: returns unused memory to the system; may block.
+        optimizer: looks for variants of modules that are faster on the device; None: modules run as they are.
         on_done: called on the lane's thread with every execution that `submit` took, when it is over.
     """
 
@@ -59,6 +65,7 @@ class LanePool:
         arrange: Callable[[torch.nn.Module], torch.nn.Module] = _as_it_is,
         memory_mb: Callable[[], tuple[float, float]],
         give_back: Callable[[], None] = lambda: None,
+        optimizer: Optimizer | None = None,
         on_done: OnDone,
     ) -> None:
         self.name = name
@@ -76,10 +83,11 @@ class LanePool:
         self._place = place
         self._arrange = arrange
         self._give_back = give_back
+        self._optimizer = optimizer
         self._on_done = on_done
         self._lanes = [self._start_lane(str(lane)) for lane in range(lanes)]
         self._warm_up = self._start_lane("warm-up"), threading.Lock()
-        self._spare = self._start_lane("spare", yields=True)
+        self._background = self._start_lane("background", yields=True)
 
     def _start_lane(self, label: str, *, yields: bool = False) -> Lane:
         runner = self._make_runner()
@@ -90,6 +98,7 @@ class LanePool:
         return Lane(f"{self.name}/{label}", runner, self._on_done, yields=yields)
 
     def load(self, model: Model) -> LoadReport:
+        began = time.monotonic()
         notes: list[str] = []
 
         def build() -> torch.nn.Module:
@@ -116,6 +125,12 @@ class LanePool:
                 if warmed.mixes:
                     verdict = without_rows(verdict, warmed.mixes)
                     warmed = lane.call(lambda runner: self._grow(runner, verdict))
+                if model.reference is not None and verdict.telling:
+                    notes.append(self._rounding(lane, verdict, model.reference))
+                if self._optimizer is not None and self._optimizer.is_worth_it(verdict, warmed):
+                    attempts = self._optimizer.attempts(lane, verdict, build, began)
+                    warmed, said = self._optimized(lane, verdict, warmed, attempts)
+                    notes.extend(said)
         except BaseException:
             self.unload(model.key)
             raise
@@ -177,6 +192,45 @@ class LanePool:
             verdict = without_rows(verdict, f"alone and beside another request, {mixed}")
         self._install(verdict.model.key, calls)
         return verdict, module
+
+    def _rounding(self, lane: Lane, verdict: Verdict, reference: Callable[[], torch.nn.Module]) -> str:
+        """A note that says how far the answers are from those in the datatype of the weights."""
+
+        def compare(runner: Runner) -> float:
+            with settings_restored("a forward"):
+                call = runner.calls[verdict.model.key]
+                return largest_difference(call, self._place(reference()), verdict, runner.torch_device)
+
+        try:
+            largest = lane.call(compare)
+        except Exception as error:  # no memory for two of it, for one
+            return f"dtype: not compared with the datatype of the weights: {sentence(error)}"
+        return f"dtype: answers differ by up to {largest:.1%} of the largest value from those in the weights' own"
+
+    def _optimized(
+        self, lane: Lane, verdict: Verdict, warmed: Warmed, attempts: list[Attempt]
+    ) -> tuple[Warmed, tuple[str, ...]]:
+        """Give all lanes the fastest variant of a module that they have, if one gains and lanes can share it.
+
+        Returns:
+            The warm-up of what they have then, and notes about what was tried.
+        """
+        key = verdict.model.key
+        before = self._calls[key]
+        taken = attempts[0] if attempts and attempts[0].module is not None else None
+        if taken is not None:
+            assert taken.module is not None
+            calls = lane_calls(taken.module, verdict)
+            apart = self._apart(lane, calls, verdict)
+            if not apart:
+                self._install(key, calls)
+                faster = lane.call(lambda runner: self._grow(runner, verdict))
+                if not faster.mixes:
+                    return faster, optimization_notes(attempts, taken)
+                self._install(key, before)
+                apart = faster.mixes
+            attempts[0] = taken._replace(outcome=None, why=apart)
+        return warmed, optimization_notes(attempts, None)
 
     @staticmethod
     def _mixed(lane: Lane, calls: Callable[[], Call], verdict: Verdict) -> str:
@@ -251,7 +305,7 @@ class LanePool:
         self._examples.pop(key, None)
         for runner in list(self._runners):
             runner.calls.pop(key, None)
-        for lane in (*self._lanes, self._warm_up[0], self._spare):
+        for lane in (*self._lanes, self._warm_up[0], self._background):
             lane.forget(key)
         gc.collect()  # a network may refer to itself
         self._give_back()
@@ -262,7 +316,7 @@ class LanePool:
 
     def submit(self, execution: Execution) -> None:
         lane = execution.lane
-        (self._spare if lane == BACKGROUND else self._lanes[lane]).submit(execution)
+        (self._background if lane == BACKGROUND else self._lanes[lane]).submit(execution)
 
     def run_inline(self, execution: Execution) -> None:
         assert self._inline is not None

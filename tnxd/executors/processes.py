@@ -8,7 +8,7 @@ from tnxd.executors.cpu import CpuRunner
 from tnxd.executors.host import available_cores, host_memory_mb
 from tnxd.executors.lane import OnDone
 from tnxd.executors.pool import LanePool
-from tnxd.process import malloc as heap
+from tnxd.process import malloc
 
 _LEAST_LANES = 8
 _LANES_PER_CORE = 2
@@ -31,6 +31,6 @@ def open_processes(name: str, config: Config, on_done: OnDone) -> LanePool:
         lanes=lanes,
         inline=None,
         memory_mb=host_memory_mb,
-        give_back=heap.trim,
+        give_back=malloc.trim,
         on_done=on_done,
     )

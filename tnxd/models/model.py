@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -10,10 +11,10 @@ import msgspec
 import numpy as np
 
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.frames import STORAGE, Array
+from tnxctl.protocol.frames import STORAGE, Array, python_name
 from tnxctl.protocol.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
 from tnxd.device_kinds import PROCESS, kind_of
-from tnxd.models.sizes import row_nbytes
+from tnxd.models.variants import AUTO, Variant
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,8 @@ class Model:
         batching_asked: whether model.toml itself says that axis 0 counts rows; else it was derived.
         isolation: "none": it may run on the serving thread; "thread": only on lanes; "process": in processes.
         restarts: of the processes; None: it has none.
+        variants: of its module, that may be faster. optimize: the one that is wanted, or AUTO, or NONE.
+        reference: makes the module in the datatype of its weights, where model.toml has another one run.
         reply_row_nbytes: bytes of the outputs for each row, or of an answer if it has no batch axis; 0: not known
             before they are computed.
     """
@@ -111,6 +114,9 @@ class Model:
     batching_asked: bool = False
     isolation: Literal["none", "thread", "process"] = "none"
     restarts: Restarts | None = field(default=None, compare=False)
+    variants: tuple[Variant, ...] = field(default=(), repr=False, compare=False)
+    optimize: str = AUTO
+    reference: Callable[[], torch.nn.Module] | None = field(default=None, repr=False, compare=False)
     key: str = field(init=False)
     reply_row_nbytes: int = field(init=False, repr=False, compare=False)
 
@@ -238,8 +244,7 @@ class Model:
     def _fit(self, expected: TensorSpec, got: TensorSpec, rows: int | None) -> tuple[int | None, tuple[int, ...]]:
         """Check one tensor; return the rows it fixes and the lengths of its other variable axes."""
         if got.datatype != expected.datatype:
-            dtype = "ml_dtypes.bfloat16" if expected.datatype == "BF16" else f"np.{STORAGE[expected.datatype].name}"
-            hint = f"with numpy, .astype({dtype}) converts it"
+            hint = f"with numpy, .astype({python_name(expected.datatype)}) converts it"
             raise self._misfit(expected, f"takes {expected.datatype}, got {got.datatype}: {hint}")
         shape, wanted = got.shape, expected.shape
         if len(shape) != len(wanted):
@@ -292,3 +297,11 @@ def model_key(name: str, version: str, generation: int) -> str:
     Two contents of one version live side by side while the new one takes over.
     """
     return f"{name}@{version}#{generation}" if generation else f"{name}@{version}"
+
+
+def row_nbytes(specs: Sequence[TensorSpec], batches: bool) -> int:
+    """Bytes of all these tensors for one row, or in all if axis 0 counts none; 0 if other axes have any length."""
+    shapes = [spec.shape[1:] if batches else spec.shape for spec in specs]
+    if any(-1 in shape for shape in shapes):
+        return 0
+    return sum(math.prod(shape) * STORAGE[spec.datatype].itemsize for shape, spec in zip(shapes, specs, strict=True))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.frames import Array, dtype_of
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.device_kinds import DeviceKind
 
@@ -68,7 +68,7 @@ def difference(
     """The first output in which two answers differ by more than rounding; None if there is none.
 
     Args:
-        specs: the outputs. first, second: arrays as on the wire (BF16 as 16-bit patterns).
+        specs: the outputs. first, second: arrays as on the wire (see `tnxctl.protocol.frames.STORAGE`).
         allowed: relative to the largest value of the output.
     """
     for spec, one, other in zip(specs, first, second, strict=True):
@@ -115,7 +115,5 @@ def _told(spec: TensorSpec, place: Sequence[np.intp], one: object, other: object
 
 def as_float(array: Array, datatype: str) -> Array:
     """The values of an array as on the wire, as FP64."""
-    if datatype == "BF16":  # stored as the upper halves of float32, see `tnxctl.protocol.frames.STORAGE`
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    floats: Array = array.astype(np.float64)
+    floats: Array = array.view(dtype_of(datatype)).astype(np.float64)
     return floats

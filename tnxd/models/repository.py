@@ -20,34 +20,24 @@ from pathlib import Path
 
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
 from tnxctl.protocol.wire import MODEL_NAME, MODEL_VERSION
+from tnxd.device_kinds import PROCESS, kind_of
 from tnxd.models import onnxfile
 from tnxd.models import settings as model_toml
 from tnxd.models.catalog import Catalog, Entry, Source
+from tnxd.models.file_formats import FILES, FORMATS, ONNX, PYTHON, FileFormat
 from tnxd.models.model import Model
 from tnxd.models.settings import Settings, Weights
 from tnxd.models.time_limits import TimeLimits
 from tnxd.models.trust import Guard, contents, hidden, identity
-
-FORMATS = {
-    "model.pt2": "pt2",
-    "model.safetensors": "safetensors",
-    "model.safetensors.index.json": "safetensors",
-    "model.pt": "torchscript",
-    "model.onnx": "onnx",
-    "model.py": "python",
-}
-"""Name of the file with the model -> its format."""
-
-WITH_MODULES = ("safetensors", "python")
-"""Formats that use Python modules."""
+from tnxd.models.variants import AUTO, NONE
 
 SETTINGS = "model.toml"
 
-CODE = "model.py"
+CODE = PYTHON.file
 """The model, if there is none beside it. Else it is code that belongs to that one, which its factory may name."""
 
 _SHARD = ".safetensors"
-_GONE = "a link that leads nowhere, or a file that went away: look again"
+_GONE = "a link that leads nowhere, or a file that went away: reload"
 
 
 @dataclass(frozen=True)
@@ -101,7 +91,7 @@ def scan(
     """Scan a repository. Mistakes in one model are reported and do not hide the others.
 
     Args:
-        opener: opens the sources; None: they are only looked at.
+        opener: opens the sources; None: they cannot be opened.
         require_manifest: refuse versions without SHA256SUMS.
         limits: of the daemon.
 
@@ -206,66 +196,69 @@ def _source(name: str, number: str, place: Path, settings: Settings, scan: _Scan
     guard, require_manifest = scan.guard, scan.require_manifest
     label = guard.label(place)
     inside = guard.resolve(place)
-    present = [file for file in FORMATS if os.path.lexists(inside / file)]
+    present = [file for file in FILES if os.path.lexists(inside / file)]
     if len(present) > 1 and present[-1] == CODE:
         present.pop()  # that of the other one
     if len(present) != 1:
         found = " and ".join(present) if present else "none"
-        raise InvalidArgument(f"{label}: exactly one of {', '.join(FORMATS)} has to be there, and {found} is")
-    file, kind = present[0], FORMATS[present[0]]
-    _, _, files = contents(guard, place, require_manifest=require_manifest, modules=kind in WITH_MODULES)
+        raise InvalidArgument(f"{label}: exactly one of {', '.join(FILES)} has to be there, and {found} is")
+    file, kind = present[0], FILES[present[0]]
+    _, _, files = contents(guard, place, require_manifest=require_manifest, modules=kind.has_modules)
     if inside / file not in files:
         raise InvalidArgument(f"{label}/{file} is not a file")
     _check_combination(kind, f"{label}/{file}", settings, f"{name}/{SETTINGS}")
-    nbytes = onnxfile.size(inside / file) if kind == "onnx" else files[inside / file].st_size
-    if kind == "python":
+    nbytes = onnxfile.size(inside / file) if kind is ONNX else files[inside / file].st_size
+    if kind is PYTHON:
         nbytes = sum(info.st_size for path, info in files.items() if path.is_relative_to(inside))
-    if file.endswith(".json"):
+    if file == kind.index:
         nbytes += sum(info.st_size for path, info in files.items() if path.suffix == _SHARD)
     state = [(str(path), *identity(info)) for path, info in sorted(files.items())]
     stamp = hashlib.sha256(settings.served + repr((state, require_manifest)).encode()).hexdigest()
     return RepositorySource(
-        *(name, number, kind, stamp, nbytes, place, settings, guard, require_manifest), scan.opener, scan.limits
+        *(name, number, kind.name, stamp, nbytes, place, settings, guard, require_manifest), scan.opener, scan.limits
     )
 
 
-def _check_combination(kind: str, file: str, settings: Settings, label: str) -> None:
-    """Settings that cannot be kept for a format are refused, not ignored."""
-    if settings.dtype and kind in ("pt2", "onnx"):
+def _check_combination(kind: FileFormat, file: str, settings: Settings, label: str) -> None:
+    """Refuse settings that a format cannot follow, and a lack of those that it needs."""
+
+    def files(*kinds: FileFormat) -> str:
+        return " and ".join([kind.file for kind in kinds])
+
+    formats = FORMATS.values()
+    if settings.dtype and kind.fixes_dtype:
         raise InvalidArgument(
             f"{label}: dtype: {file} was saved to run in its own datatypes; {settings.dtype!r} is for "
-            f"model.safetensors and model.pt"
+            f"{files(*[each for each in formats if not each.fixes_dtype])}"
         )
-    if settings.compile == "inductor" and kind in ("torchscript", "onnx"):
-        raise InvalidArgument(f"{label}: compile: {file} cannot be compiled; model.pt2 and model.safetensors can")
-    if kind != "safetensors" and settings.weights != Weights():
-        raise InvalidArgument(f"{label}: weights: {file} has a network of its own; they are for model.safetensors")
-    if kind == "safetensors" and not settings.factory:
+    if settings.optimize not in (AUTO, NONE) and not kind.compiles:
+        others = files(*[each for each in formats if each.compiles])
+        raise InvalidArgument(f"{label}: optimize: {file} has no variant {settings.optimize!r}; {others} have")
+    if not kind.needs_factory and settings.weights != Weights():
+        others = files(*[each for each in formats if each.needs_factory])
+        raise InvalidArgument(f"{label}: weights: {file} has a network of its own; they are for {others}")
+    if kind.needs_factory and not settings.factory:
         raise InvalidArgument(
             f'{label}: factory: "module:function" has to name what makes the network for {file}; for a {CODE} that '
             f"reads the weights itself, call them otherwise"
         )
-    if kind in ("safetensors", "torchscript", "python"):
+    if not kind.has_signature:
         for key, tensors in (("inputs", settings.inputs), ("outputs", settings.outputs)):
             if not tensors:
                 raise InvalidArgument(f"{label}: {key}: have to stand here, since {file} does not say them")
-    if kind == "onnx" and settings.devices and "cpu" not in settings.devices:
-        raise InvalidArgument(f"{label}: devices: {file} runs on the CPU alone")
-    _check_python(kind, file, settings, label)
+    if kind.kinds and settings.devices and not any(kind_of(device) in kind.kinds for device in settings.devices):
+        alone = " and ".join([name.upper() for name in kind.kinds])
+        raise InvalidArgument(f"{label}: devices: {file} runs on the {alone} alone")
+    _check_isolation(kind, file, settings, label)
 
 
-def _check_python(kind: str, file: str, settings: Settings, label: str) -> None:
-    """The same for settings of plain Python."""
-    if kind != "python":
-        if settings.isolation == "process":
+def _check_isolation(kind: FileFormat, file: str, settings: Settings, label: str) -> None:
+    """The same for settings about where plain Python runs."""
+    if kind is PYTHON and settings.state == "shared" and settings.replicas > 1:
+        raise InvalidArgument(f'{label}: replicas: state = "shared" is kept in one object')
+    if settings.isolation == PROCESS.name:
+        if kind is not PYTHON:
             raise InvalidArgument(f'{label}: isolation: "process" is for {CODE}, and the model is {file}')
-    else:
-        for key, chosen in (("dtype", bool(settings.dtype)), ("compile", settings.compile != "none")):
-            if chosen:
-                raise InvalidArgument(f"{label}: {key}: {file} computes as it is written")
-        if settings.state == "shared" and settings.replicas > 1:
-            raise InvalidArgument(f'{label}: replicas: state = "shared" is kept in one object')
-    if settings.isolation == "process":
         for key, given in (("devices", settings.devices), ("imports", settings.imports)):
             if given:
                 raise InvalidArgument(f'{label}: {key}: isolation = "process" has {file} run in a process of its own')

@@ -86,7 +86,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_batch_size: most rows in one batch; 0: no axis counts rows; None: derived from the signature.
         max_delay_us: how long a smaller batch waits for company, in microseconds; None: as the daemon is configured.
         devices: where it may run; (): everywhere. replicas: batches at a time per device; 0: one on every lane.
-        dtype: to run in; "": that of the weights. compile: "inductor" compiles it when it is loaded.
+        dtype: to run in; "": that of the weights.
+        optimize: the variant of the network to run, where it gives the same answers; "auto": the fastest one, "none":
+            the network as it is.
         warm_up: batch sizes to run before it serves; None: powers of two up to the limit.
         time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
         deadline_us, priority: of requests that say nothing about it.
@@ -110,7 +112,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices: tuple[str, ...] = ()
     replicas: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
-    compile: Literal["none", "inductor"] = "none"
+    optimize: Literal["auto", "none", "channels_last", "inductor", "onnxruntime"] = "auto"
     warm_up: tuple[_Number, ...] | None = None
     time_limit_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None

@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxctl.protocol.frames import STORAGE
 from tnxctl.protocol.wire import MAX_ID, VERSION, Limits, Predict, TensorSpec, encode
-
-if TYPE_CHECKING:
-    from tnxd.models.model import Model
-
-
-def row_nbytes(specs: Sequence[TensorSpec], batches: bool) -> int:
-    """Bytes of all these tensors for one row, or in all if axis 0 counts none; 0 if other axes have any length."""
-    shapes = [spec.shape[1:] if batches else spec.shape for spec in specs]
-    if any(-1 in shape for shape in shapes):
-        return 0
-    return sum(math.prod(shape) * STORAGE[spec.datatype].itemsize for shape, spec in zip(shapes, specs, strict=True))
+from tnxd.models.model import Model, row_nbytes
 
 
 def check_message_sizes(model: Model, limits: Limits) -> None:
@@ -48,12 +33,13 @@ def check_message_sizes(model: Model, limits: Limits) -> None:
             )
 
 
-def reply_too_large(nbytes: int, limit: int, whose: str) -> InvalidArgument:
+def reply_too_large(nbytes: int, client_limit: int, daemon_limit: int) -> InvalidArgument:
     """The refusal of an answer, which would be as large another time.
 
     Args:
-        nbytes: what its tensors take. limit: what they may take. whose: limit it is.
+        nbytes: what its tensors take. client_limit, daemon_limit: most that either may have in a message.
     """
+    limit, whose = (client_limit, "the client") if client_limit < daemon_limit else (daemon_limit, "the daemon")
     return InvalidArgument(
         f"the answer takes {nbytes} bytes, more than the {limit} that {whose} may have in a message: ask for less at a "
         f"time"

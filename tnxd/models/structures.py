@@ -37,7 +37,7 @@ def children(value: object) -> Iterable[tuple[str, object]] | None:
 
 
 def has_names(value: object) -> bool:
-    """Whether it says itself what the values in it are called."""
+    """Whether a structure has names of its own for the values in it."""
     return not isinstance(value, (tuple, list, deque)) and children(value) is not None
 
 
@@ -67,7 +67,7 @@ def leaves(value: object, inside: Inside = children) -> dict[str, object]:
 
 
 def below(name: str, value: object, inside: Inside = children) -> Iterator[tuple[str, object]]:
-    """The leaves of a structure that is called so; None is no leaf."""
+    """The leaves of a structure, with paths that begin with its name; None is no leaf."""
     inner = inside(value)
     if inner is None:
         if value is not None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from tnxctl.protocol.errors import FailedPrecondition, Internal
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.frames import ML_DTYPES, STORAGE, Array
 from tnxctl.protocol.wire import TensorSpec, excerpt
 from tnxd.models import structures
 from tnxd.models.model import Model
@@ -28,21 +29,30 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 
+DATATYPES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+"""torch dtype -> datatype name."""
+
+_PATTERNS: dict[torch.dtype, torch.dtype] = {
+    TORCH_DTYPES[name]: torch.from_numpy(np.empty(0, STORAGE[name])).dtype for name in ML_DTYPES
+}
+"""torch dtype that numpy lacks -> that of its bit patterns."""
+
 
 def to_tensor(array: Array, datatype: str) -> torch.Tensor:
     """A tensor over the memory of the array, or of a copy if that is not aligned, as small received frames may be.
 
-    BF16 comes as 16-bit patterns, see `tnxctl.protocol.frames.STORAGE`.
+    Args:
+        array: of the dtype that `tnxctl.protocol.frames.STORAGE` has for the datatype.
     """
     tensor = torch.from_numpy(array if array.flags.aligned else array.copy())
-    return tensor.view(torch.bfloat16) if datatype == "BF16" else tensor
+    return tensor.view(TORCH_DTYPES[datatype]) if datatype in ML_DTYPES else tensor
 
 
 def to_array(tensor: torch.Tensor) -> Array:
     """A C-contiguous array over the memory of a CPU tensor, copied only if the tensor is not contiguous."""
     tensor = tensor.contiguous()
-    if tensor.dtype is torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
+    if tensor.dtype in _PATTERNS:
+        tensor = tensor.view(_PATTERNS[tensor.dtype])
     array: Array = tensor.numpy()
     return array
 

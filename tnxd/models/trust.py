@@ -1,4 +1,4 @@
-"""Models are code, so a model repository is trusted like a program: who could have written to it, and is it unchanged.
+"""Trust in a model repository: which users could have written to it, and whether it is unchanged. Models are code.
 
 Trusted are root, the user that the daemon runs as, and the owner of the repository's root: everything in it must belong
 to one of them, and only the owner may write to it. The same holds for the directories above, where a sticky bit (as
@@ -44,7 +44,7 @@ def hidden(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Guard:
-    """Knows whom a repository trusts.
+    """Guard of a repository: the users that it trusts, and the check that no others can write to it.
 
     Attributes:
         root: the repository, resolved. owners: user ids that may own what is in it.
@@ -148,7 +148,7 @@ class Guard:
 
 
 def identity(info: os.stat_result) -> tuple[int, ...]:
-    """Changes with the contents of a file: it cannot be written without a new time of change."""
+    """Identity of the contents of a file, which cannot be written without a new time of change."""
     return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 

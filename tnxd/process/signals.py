@@ -3,7 +3,7 @@
 | signal | what it does |
 |---|---|
 | SIGTERM, SIGINT | drain and end; while nothing has been taken in, end at once |
-| SIGHUP | look at the model repository again, once it has been loaded |
+| SIGHUP | scan the model repository again, once it has been loaded |
 | SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, SIGSTKFLT, real-time signals | a line in the log |
 | SIGPIPE, SIGXFSZ | nothing: Python ignores them, and the call that caused them fails |
 | SIGQUIT, SIGABRT and faults | end it with a core dump, which is what they are for: systemd's watchdog sends SIGABRT |
@@ -42,7 +42,7 @@ _REACTION_S = 2.0  # within which a loop that turns has seen a second signal
 def prepare() -> None:
     """Install handlers before anything that takes time: from here on, only signals that are to end the process do.
 
-    SIGHUP may be ignored until `handled_signals`: the repository is looked at after that.
+    SIGHUP may be ignored until `handled_signals`: the repository is scanned after that.
     """
     for number in (signal.SIGHUP, *_MEANINGLESS):
         # A handler of Python's, and not SIG_IGN, which the processes that the daemon starts would inherit.

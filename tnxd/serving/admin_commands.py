@@ -1,4 +1,4 @@
-"""Admin commands: what clients want done about the models. The reconciler carries them out, one after the other."""
+"""Admin commands: changes of the models that clients ask for. The reconciler carries them out, one after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients whose last requests failed, and so ride alone: those who would share a batch with them pay once.
+"""Quarantine: clients whose last requests failed ride alone. Others pay at most once for a batch shared with them.
 
 A batch that fails is halved and run again until the request at fault stands alone, which costs all others in it.
 """

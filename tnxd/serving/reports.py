@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tnxctl import __version__
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError, Unavailable
 from tnxctl.protocol.wire import (
+    MIB,
     VERSION,
     Compare,
     Comparison,
@@ -33,8 +34,6 @@ from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.telemetry import Telemetry
 from tnxd.serving.version_traffic import TrafficByVersion
 from tnxd.transport.client_limits import Admission
-
-_MIB = 1024 * 1024
 
 # When to ask again a daemon that is starting, or one in the place of the one that is draining.
 _RETRY_AFTER_S = 0.1
@@ -97,9 +96,9 @@ def health(
         connections=sum(client.connections for client in admission),
         connections_refused=admission.refused,
         connections_cut=admission.cut,
-        traffic_mb=admission.traffic_bytes / _MIB,
-        traffic_limit_mb=admission.max_traffic_bytes / _MIB,
-        traffic_owed_mb=admission.unsent / _MIB,
+        traffic_mb=admission.traffic_bytes / MIB,
+        traffic_limit_mb=admission.max_traffic_bytes / MIB,
+        traffic_owed_mb=admission.unsent / MIB,
     )
 
 
@@ -221,7 +220,7 @@ def _model_info(deployment: Deployment, version: Version, inventory: Inventory, 
         format=version.source.format,
         traffic=traffic,
         shadow=deployment.shadow == version.number and not traffic,
-        memory_mb=version.nbytes / _MIB if devices else 0.0,
+        memory_mb=version.nbytes / MIB if devices else 0.0,
         requests=inventory.traffic.requests(version),
         load_s=version.load_s,
         notes=version.notes + _restarted(model),

@@ -1,16 +1,17 @@
-"""Memory of the traffic: cut off who takes that of all, and give back what the C library keeps after an attack."""
+"""Memory of the traffic: its limit, and its return from the C library after an attack."""
 
 from __future__ import annotations
 
 import threading
 
+from tnxctl.protocol.wire import MIB
 from tnxd.process import malloc
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
 
 # Memory beyond what a quiet daemon had: from so much on it is worth to give it back.
-_TRIM_BYTES = 48 * 1024 * 1024
-_QUIET_BYTES = 16 * 1024 * 1024
+_TRIM_BYTES = 48 * MIB
+_QUIET_BYTES = 16 * MIB
 _TRIM_EVERY_S = 1.0
 _TRIMS = 10
 
@@ -28,9 +29,10 @@ class TrafficMemory:
         self._trims = 0
         self._next_trim = 0.0
         self._closed = 0
+        self._dropped = 0
 
     def look(self, now: float, *, settled: bool) -> None:
-        """Cut off who takes the memory of all, and give back what nobody uses.
+        """Cut off connections while the traffic takes more than its limit, and give back memory that nobody uses.
 
         Args:
             now: in seconds of the monotonic clock.
@@ -58,8 +60,11 @@ class TrafficMemory:
             self._trims = 0
         elif now >= self._next_trim:
             self._next_trim = now + _TRIM_EVERY_S
-            self._trims += 1
             _trim()
+            # What connections that were cut off had sent is freed as the router drops it: until all is dropped, on a
+            # busy machine for a minute, the process has what traffic took.
+            self._trims = self._trims + 1 if router.dropped == self._dropped else 0
+            self._dropped = router.dropped
             if self._trims == _TRIMS:
                 self._quiet_bytes = resident  # whatever has it, it is no traffic
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tnxctl.protocol.errors import ResourceExhausted
+from tnxctl.protocol.wire import MIB
 from tnxd.config import Clients
 from tnxd.transport.sender_clock import SenderClock
-
-_MIB = 1024 * 1024
 
 # The wait that a refused client is told until it is known how long room takes; and the weight of the newest time.
 _RETRY_AFTER_S = 0.05
@@ -28,7 +27,7 @@ _FLOOD_SHARE = 0.25
 
 # A queue that is smaller than this is too small to keep a quarter of it free for others.
 _SHARED_FROM = 1024
-_SHARED_FROM_BYTES = 64 * _MIB
+_SHARED_FROM_BYTES = 64 * MIB
 
 # A connection that has no more than this is served even where the memory for traffic is full.
 _ALWAYS_ADMITTED_BYTES = 64 * 1024
@@ -128,11 +127,11 @@ class Admission:
         self._max_requests = limits.max_requests
         if max_requests >= _SHARED_FROM:
             self._max_requests = min(self._max_requests, max_requests * 3 // 4)
-        self._max_bytes = int(limits.max_mb * _MIB)
+        self._max_bytes = int(limits.max_mb * MIB)
         if max_bytes >= _SHARED_FROM_BYTES:
             self._max_bytes = min(self._max_bytes, max_bytes * 3 // 4)
-        self.max_unsent_bytes = int(limits.max_owed_mb * _MIB)
-        self.max_traffic_bytes = int(limits.memory_mb * _MIB)
+        self.max_unsent_bytes = int(limits.max_owed_mb * MIB)
+        self.max_traffic_bytes = int(limits.memory_mb * MIB)
         self._unchecked_bytes = 0
         self._clients: dict[str, Client] = {}
         self.unsent = 0

@@ -14,6 +14,7 @@ from typing import Any
 import zmq
 
 from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import MIB
 from tnxd.transport.client_limits import Admission, Connection
 
 _MORE = int(zmq.SNDMORE)
@@ -29,10 +30,10 @@ _ZERO_COPY_FROM_BYTES = 256 * 1024
 # Smaller frames are not counted: with libzmq's limit in messages they come to a megabyte at most.
 _COUNTED_FROM_BYTES = 4096
 # After so many bytes of copies, a frame is sent zero-copy, as a mark: once it has left, they have, too.
-_MARK_EVERY_BYTES = 1024 * 1024
+_MARK_EVERY_BYTES = MIB
 
 # Bytes that libzmq holds for one peer, since its own limit is in messages.
-_PEER_ZERO_COPY_BYTES = 16 * 1024 * 1024
+_PEER_ZERO_COPY_BYTES = 16 * MIB
 
 _BACKLOG_SECONDS = 60.0  # without progress; a large frame over a slow line shows none until it has gone
 _RETRY_S = 0.002  # at first, then twice as long each time that nothing could be sent

@@ -64,6 +64,7 @@ class Router:
     Attributes:
         endpoints: where it really listens, wildcards resolved.
         max_tensors: frames behind a header that are kept of a message.
+        dropped: number of messages that were dropped, since their connections were cut off.
         send, flush: those of the `Outbox` itself, so that a reply costs no call more.
     """
 
@@ -71,6 +72,7 @@ class Router:
         self.max_tensors = limits.tensors
         self._unfinished: Message | None = None
         self._dropping = False
+        self.dropped = 0
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 64)
         self._zap = zap.ZapHandler(self._context, admission.refusal)
@@ -174,6 +176,7 @@ class Router:
 
     def _drop(self, connection: Connection, peer: bytes, frame: zmq.Frame) -> bool:
         """Read to the end of a message of a connection that was cut off. False if more of it has to be read later."""
+        self.dropped += 1
         for _ in range(_PARTS_PER_CALL):
             if not frame.more:
                 return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from tnxctl.protocol.wire import MIB
 from tnxd.transport.client_limits import Admission, Connection
 from tnxd.transport.connections import Connections
 from tnxd.transport.descriptors import bytes_received
@@ -22,8 +23,8 @@ _MOST_UNREAD_FRAMES = 100_000
 _FRAME_HEAD_BYTES = 9
 _LEAST_FRAME_HEAD_BYTES = 2
 _HANDSHAKE_BYTES = 256
-_UNREAD_FROM_BYTES = 1024 * 1024
-_KERNEL_BYTES = 8 * 1024 * 1024
+_UNREAD_FROM_BYTES = MIB
+_KERNEL_BYTES = 8 * MIB
 
 # Half a millisecond of system calls.
 _CONNECTIONS_PER_CALL = 100

@@ -161,7 +161,7 @@ class Named(Mapping):
 
 
 class Ordered(collections.OrderedDict[str, Any]):
-    """What transformers' models return is such a class: fields by name, some of them None."""
+    """Output as transformers' models return it: fields by name, some of them None."""
 
 
 class ModelOutput(Mapping):

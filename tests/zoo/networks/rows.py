@@ -196,7 +196,7 @@ class Signal(nn.Module):
 
 
 class Difference(Layer):
-    """What changes from row to row."""
+    """Difference from each row to the next."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.diff(self.layer(x), dim=0, prepend=x[:1])

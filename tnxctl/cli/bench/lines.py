@@ -112,7 +112,7 @@ def remarks(steps: Sequence[Step]) -> Iterator[str]:
 
 
 def is_client_bound(step: Step) -> bool:
-    """Whether the client, rather than the daemon, makes what was measured."""
+    """Whether the client limited what was measured, rather than the daemon."""
     late, p99 = step.late_us.get("p99"), step.latency_us.get("p99")
     return UNSENT in step.errors or (late is not None and p99 is not None and late > _MUCH * p99)
 

@@ -36,8 +36,8 @@ T = TypeVar("T")
 _FIRST_ID = 1 << 32  # msgpack writes whole numbers from here on in nine bytes: all headers have the same length
 _STAMP = 314159265.35897932  # stands for the time at which a request is sent
 
-_LOOK_MS = 500  # between two looks whether the connection still stands; no wait is longer, as Ctrl-C needs on Windows
-_LOOK_NS = _LOOK_MS * 1_000_000
+_CHECK_MS = 500  # between two checks that the connection still stands; no wait is longer, as Ctrl-C needs on Windows
+_CHECK_NS = _CHECK_MS * 1_000_000
 _GRACE_NS = 1_000_000_000  # after the end of an open loop, to send what was due in a pause of this machine
 _BURST = 64  # requests or answers in a row
 _CHUNK = 4096  # random numbers drawn at a time
@@ -104,7 +104,7 @@ class Connection:
             self._link.close()
             raise
         self._dealer = self._link.dealer
-        self._dealer.set(zmq.RCVTIMEO, _LOOK_MS)
+        self._dealer.set(zmq.RCVTIMEO, _CHECK_MS)
         self._fd = self._dealer.get(zmq.FD)
         return self
 
@@ -122,7 +122,7 @@ class Connection:
                 link.on_timer(now)
                 continue
             sources = [(socket, _POLLIN) for socket in (link.dealer, link.monitor) if socket is not None]
-            zmq.zmq_poll(sources, math.ceil(min(wait_s * 1e3, _LOOK_MS)))
+            zmq.zmq_poll(sources, math.ceil(min(wait_s * 1e3, _CHECK_MS)))
             if has_input(link.dealer):
                 link.receive()
             link.poll_monitor()
@@ -159,7 +159,7 @@ class Connection:
 
     def wait(self, until_ns: int) -> None:
         """Sleep until an answer may be there, or until then. Only directly after `has_answer` said no."""
-        seconds = min(until_ns - clock_ns(), _LOOK_NS) / 1e9  # zmq's own poll counts in milliseconds
+        seconds = min(until_ns - clock_ns(), _CHECK_NS) / 1e9  # zmq's own poll counts in milliseconds
         if seconds > 0:
             select.select([self._fd], [], [], seconds)
 
@@ -183,19 +183,19 @@ def closed_loop(
     outstanding = recording.outstanding
     with _steady(), recording.running():
         end = recording.began_ns + int(seconds * 1e9)
-        heard = now = recording.began_ns
+        last = now = recording.began_ns
         while True:
             while now < end and len(outstanding) < concurrency and not recording.unavailable:
                 connection.send(requests, recording, now, now)
                 now = clock_ns()
-            if not outstanding or now >= min(end, heard) + timeout_ns:
+            if not outstanding or now >= min(end, last) + timeout_ns:
                 break
             header = connection.receive()
             now = clock_ns()
             if header is None:
                 connection.check()
             else:
-                heard = now
+                last = now
                 recording.take(header, now)
     _finish(connection, recording)
 
@@ -216,7 +216,7 @@ def open_loop(
         dues = _dues(recording.began_ns, rate, seconds, seed)
         end = recording.began_ns + int(seconds * 1e9)
         limit = end + int(connection.timeout * 1e9)
-        look = recording.began_ns + _LOOK_NS
+        check_ns = recording.began_ns + _CHECK_NS
         due = next(dues, None)
         while due is not None or outstanding:
             for _ in range(_BURST):
@@ -241,9 +241,9 @@ def open_loop(
                 header = connection.receive()
                 if header is not None:
                     recording.take(header, clock_ns())
-            if now >= look:
+            if now >= check_ns:
                 connection.check()
-                look = now + _LOOK_NS
+                check_ns = now + _CHECK_NS
             if now >= limit:
                 break
     _finish(connection, recording)
@@ -255,7 +255,7 @@ def _finish(connection: Connection, recording: Recording) -> None:
     recording.outstanding.clear()
     if recording.unavailable:
         raise Unavailable(recording.unavailable)
-    if LOST in recording.errors and not recording.heard:
+    if LOST in recording.errors and not recording.has_answers:
         raise DeadlineExceeded(f"{connection.endpoint} did not answer predict within {within}")
 
 

@@ -13,7 +13,7 @@ _LINES = (("p99", "#D55E00", "-"), ("p50", "#0072B2", "--"))  # colours that col
 
 
 def check(path: str) -> None:
-    """Look whether a picture can be drawn. Raises FileProblem, which says what is missing."""
+    """Check that a picture can be drawn. Raises FileProblem, which says what is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

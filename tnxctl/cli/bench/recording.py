@@ -31,7 +31,7 @@ OUTSIDE = "outside"
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
 
-_LIMITS = wire.Limits(header_bytes=16 * 1024 * 1024, tensors=wire.MAX_TENSORS, rank=wire.MAX_RANK)
+_LIMITS = wire.Limits(header_bytes=16 * wire.MIB, tensors=wire.MAX_TENSORS, rank=wire.MAX_RANK)
 _NOTICEABLE = 0.05  # of the mean latency of the first step: a stage that grew by less has not
 
 clock_ns = time.perf_counter_ns
@@ -185,8 +185,8 @@ class Recording:
             self.messages[code] = message
 
     @property
-    def heard(self) -> bool:
-        """Whether anything was answered."""
+    def has_answers(self) -> bool:
+        """Whether any request was answered."""
         return bool(self._latency_ns) or any(code not in (LOST, UNSENT) for code in self.errors)
 
     def step(self, load: Load, ended: KeyboardInterrupt | TensorNextError | None = None) -> Step:

@@ -46,7 +46,7 @@ def lanes_apart(
 
     def ask(call: Call, item: Item, answer: Sequence[Array]) -> str:
         try:
-            arrays = _asked(call, model, device, item)[1]
+            arrays = answer_of(call, model, device, item)[1]
         except Exception as error:
             return f"it raises {type(error).__name__}"
         found = difference(model.outputs, answer, arrays, allowed)
@@ -64,11 +64,11 @@ def lanes_apart(
 
 def rows_of_a_lane_apart(call: Call, model: Model, device: torch.device, makes: Sequence[Make], allowed: float) -> str:
     """`rows_apart` of a lane's call: the state that it puts back may have kept rows apart in the trial."""
-    return rows_apart(model, partial(_asked, call, model, device), makes, allowed)
+    return rows_apart(model, partial(answer_of, call, model, device), makes, allowed)
 
 
-def _asked(call: Call, model: Model, device: torch.device, item: Item) -> Answer:
-    """The answer of a lane's call. Raises whatever the call raises."""
+def answer_of(call: Call, model: Model, device: torch.device, item: Item) -> Answer:
+    """The answer of a call to an item. Raises whatever the call raises."""
     tensors = [
         to_tensor(array.copy(), spec.datatype).to(device) for array, spec in zip(item, model.inputs, strict=True)
     ]

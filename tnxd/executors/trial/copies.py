@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tnxd.device_kinds import KINDS
 from tnxd.executors.trial.held import memory
 from tnxd.executors.trial.undo import Undo, attributes_of
 from tnxd.models import structures
@@ -81,8 +82,8 @@ class Serial:
             finally:
                 if self._undo is not None:
                     self._undo.put_back()
-                if any(tensor is not None and tensor.is_cuda for tensor in inputs):
-                    torch.cuda.current_stream().synchronize()  # the next lane has a stream of its own
+                if any(tensor is not None and KINDS[tensor.device.type].has_streams for tensor in inputs):
+                    torch.accelerator.current_stream().synchronize()  # the next lane has a stream of its own
 
 
 class Differentiating:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from tnxctl.protocol.frames import STORAGE, Array
+from tnxctl.protocol.frames import STORAGE, Array, dtype_of
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.device_kinds import DeviceKind
 from tnxd.models.model import Model
@@ -130,8 +130,5 @@ def _varied(model: Model, own: Array, rows: int, variant: int, spec: TensorSpec)
 
 def _stored(values: Array, spec: TensorSpec) -> Array:
     """Numbers as an array of the datatype, as on the wire."""
-    if spec.datatype == "BF16":
-        patterns: Array = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-        return patterns
-    stored: Array = values.astype(STORAGE[spec.datatype])
+    stored: Array = values.astype(dtype_of(spec.datatype)).view(STORAGE[spec.datatype])
     return stored

@@ -18,6 +18,7 @@ import torch
 
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.frames import Array
+from tnxd.device_kinds import KINDS
 from tnxd.error_text import sentence
 from tnxd.executors.execution import PURE, SCRATCH
 from tnxd.executors.exhaustion import is_out_of_memory
@@ -254,8 +255,8 @@ def same_chance() -> Iterator[None]:
         random.seed()
         np.random.seed()
         torch.default_generator.seed()
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.seed_all()
+        for device in _devices_with_generators():
+            device.seed_all()
 
 
 def seeded(ask: Ask, item: Item) -> Answer:
@@ -263,6 +264,12 @@ def seeded(ask: Ask, item: Item) -> Answer:
     random.seed(_SEED)
     np.random.seed(_SEED)
     torch.default_generator.manual_seed(_SEED)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else torch would remember each seed until then
-        torch.cuda.manual_seed_all(_SEED)
+    for device in _devices_with_generators():
+        device.manual_seed_all(_SEED)
     return ask(item)
+
+
+def _devices_with_generators() -> list[Any]:
+    """torch's modules of the kinds of devices that have generators and are in use. Others would remember each seed."""
+    modules = [torch.get_device_module(kind.name) for kind in KINDS.values() if kind.has_generator]
+    return [module for module in modules if module.is_initialized()]

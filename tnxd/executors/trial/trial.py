@@ -33,14 +33,10 @@ from tnxd.executors.trial.state import (
 from tnxd.executors.trial.suspects import suspects
 from tnxd.executors.trial.undo import Beside
 from tnxd.executors.trial.verdict import Verdict, about, whole, without_rows
+from tnxd.models.file_formats import PT2, has_signature
 from tnxd.models.model import Model
 from tnxd.models.noise import as_float, difference, tolerance
-from tnxd.models.tensors import TORCH_DTYPES
-
-_DATATYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-_KNOWN = ("pt2", "onnx")
-"""Formats whose files say which axes have one length."""
+from tnxd.models.tensors import DATATYPES
 
 _SHARE = 0.01
 """Share of the numbers that a module holds: a datatype with fewer numbers is not one that it computes in."""
@@ -242,7 +238,7 @@ def _first_that_runs(ask: Asking, model: Model, rows: int = 1) -> tuple[Make | N
         raise FailedPrecondition(told)
     if len({text for _, text in complaints}) == 1 and _OF_A_SHAPE.search(complaint):
         said = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in model.inputs)
-        where = f"{model.name}: the file" if model.format in _KNOWN else f"{model.name}/model.toml: inputs"
+        where = f"{model.name}: the file" if has_signature(model.format) else f"{model.name}/model.toml: inputs"
         raise FailedPrecondition(f"{where} says {said}: {told}")
     return None, told
 
@@ -269,7 +265,7 @@ def _telling(ask: Asking, model: Model) -> list[Make]:
     """
     fine: list[Make] = []
     others: list[Make] = []
-    exported = model.format == "pt2"
+    exported = model.format == PT2.name
     for own in (True, False) if model.example_values else (True,):
         for make in telling_examples(model, KINDS[ask.device.type], own=own):
             told = _told(ask, model, make)
@@ -323,7 +319,7 @@ def _with_rows(verdict: Verdict, ask: Asking, telling: Sequence[Make]) -> Verdic
             blame(error)
     if not telling:
         return whole(verdict, "no batches: no example with values that differ was taken; put some into example.npz")
-    if not model.batching_asked and model.format not in _KNOWN and len(model.inputs) > 1:
+    if not model.batching_asked and not has_signature(model.format) and len(model.inputs) > 1:
         lengths = lengths_apart(model, ask.as_another(model.unbatched()), telling[0])
         if lengths:
             return without_rows(verdict, lengths)
@@ -343,6 +339,6 @@ def _datatypes(module: torch.nn.Module, model: Model) -> list[str]:
     """Datatypes that a model computes in, as far as they show: of its inputs, its outputs and most of its weights."""
     held: Counter[str] = Counter()
     for tensor in (*module.parameters(), *module.buffers()):
-        held[_DATATYPES.get(tensor.dtype, "")] += tensor.numel()
+        held[DATATYPES.get(tensor.dtype, "")] += tensor.numel()
     large = [name for name, count in held.items() if count >= _SHARE * held.total()]
     return [*large, *(spec.datatype for spec in (*model.inputs, *model.outputs))]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tnxctl.protocol.errors import TensorNextError, Unavailable
 from tnxctl.protocol.frames import Array
-from tnxctl.protocol.wire import TensorSpec
+from tnxctl.protocol.wire import MIB, TensorSpec
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item, Make
@@ -19,7 +19,6 @@ from tnxd.models.noise import difference
 
 log = logging.getLogger(__name__)
 
-_MIB = 1024 * 1024
 
 # A batch that takes longer than this is run once for warm-up, a shorter one three times: its second run may differ.
 _LONG_US = 200_000.0
@@ -33,7 +32,7 @@ _MEMORY_SHARE = 0.25
 _LOOKED_AT_S = 0.03
 
 # Less is noise: of what other threads do, and of what the C library takes at a time.
-_SHOWS_FROM = 16 * _MIB
+_SHOWS_FROM = 16 * MIB
 
 
 class Warmed(NamedTuple):
@@ -67,19 +66,19 @@ def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float
         if costs and left and row_bytes * rows > left:
             log.warning(
                 "%s on %s: a batch of %d rows would take %.0f MiB, and may take %.0f: at most %d rows",
-                *(model.key, runner.device, rows, row_bytes * rows / _MIB, left / _MIB, costs[-1][0]),
+                *(model.key, runner.device, rows, row_bytes * rows / MIB, left / MIB, costs[-1][0]),
             )
             return Warmed(costs, most_rows=costs[-1][0])
         with runner.measured() as peak:
             execution = run_example(runner, model, make(rows, 0))
         row_bytes = peak.nbytes / rows if peak.nbytes > _SHOWS_FROM else 0.0
         for _ in range(_ROUNDS - 1):
-            if execution.exhausted or _micros(execution) > _LONG_US:
+            if execution.exhausted or run_micros(execution) > _LONG_US:
                 break
             execution = run_example(runner, model, make(rows, 0))
         if execution.exhausted:  # it ran in pieces
             return Warmed(costs, safe_rows=max(execution.safe_rows, 1))
-        costs.append((rows, _micros(execution)))
+        costs.append((rows, run_micros(execution)))
         if rows > 1 and model.max_batch_size and allowed is not None:
             apart = _unlike_alone(runner, model, make(rows, 0), _answer(execution), allowed)
             if apart:
@@ -133,5 +132,6 @@ def warm_up_sizes(max_batch_size: int) -> Sequence[int]:
     return sizes if max_batch_size <= 1 else [*sizes, max_batch_size]
 
 
-def _micros(execution: Execution) -> float:
+def run_micros(execution: Execution) -> float:
+    """Microseconds that an execution ran."""
     return (execution.finished_ns - execution.started_ns) / 1e3

@@ -6,7 +6,7 @@ import warnings
 
 
 def ignore_warnings_about_torch_itself() -> None:
-    """Nobody who reads the daemon's log can do anything about these. The notes of a model say what matters.
+    """Ignore warnings of torch about itself: nobody who reads the log of a daemon can do anything about them.
 
     They are set for good, and not by `warnings.catch_warnings`: that sets back what other threads change meanwhile.
     """

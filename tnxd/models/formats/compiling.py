@@ -1,48 +1,42 @@
 """inductor: a network as machine code for this computer, compiled by a process of its own.
 
-Tracing and compiling take a minute of Python that would hold the GIL, and change torch's global state: that has no
-place beside lanes that serve. So a child process reads the model, exports it with its variable axes and compiles it;
-the daemon loads the result, which never traces or compiles again, whatever shapes come: there are no guards.
-The code is one C++ function per model (`cpp_wrapper`), which releases the GIL for the whole forward and may run on
-several threads at a time, with as many OpenMP threads as its caller is allowed (`cpp.dynamic_threads`).
-
-Run as a program, this module is that child.
+The daemon loads what `tnxd.models.formats.compiler` made, with the network's variable axes. That never traces or
+compiles again, whatever shapes come: there are no guards.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import functools
 import os
-import pickle
+import platform
 import shutil
-import subprocess
-import sys
 import sysconfig
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
-from tnxd.models.formats import ignore_warnings_about_torch_itself
+from tnxd.models.formats import artifacts, ignore_warnings_about_torch_itself
+from tnxd.models.formats.child import compile_in_child
 from tnxd.models.formats.conditions import Condition, Conditions
-from tnxd.models.formats.exported import describe, export
-from tnxd.models.formats.signature import Opened
+from tnxd.models.repository import RepositorySource
+from tnxd.models.variants import Build, Variant, Workshop
 
-if TYPE_CHECKING:
-    from tnxd.models.repository import RepositorySource
+ARTIFACT = "artifact"
+"""Name of what inductor saves: the code."""
 
-log = logging.getLogger(__name__)
+ORDER = "order.pt"
+"""Name of the file that says how to call it."""
+
+_OWN_CACHE = "cache"
+"""Name of inductor's own cache, beside that."""
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _KEPT = os.environ.get(_CACHE, "")
 """Where the operator wants compiled code to be kept. torch later puts a directory there that anybody may have made."""
-_OPTIONS = {"config_patches": {"cpp_wrapper": True, "cpp.dynamic_threads": True, "compile_threads": 1}}
 
 _loading = threading.Lock()  # torch looks up its cache directory in the environment
 
@@ -57,108 +51,49 @@ def missing() -> str:
     return ""
 
 
-def lazily(source: RepositorySource, opened: Opened) -> Callable[[], torch.nn.Module]:
-    """A factory of modules that are compiled for the device they are on when they are first called."""
-    return lambda: Compiled(opened.build(), source)
+def variant(source: RepositorySource) -> Variant:
+    """The variant of a network that inductor compiles."""
+    return Variant("inductor", ("cpu", "cuda"), missing(), functools.partial(_make, source), last=True)
+
+
+def _make(source: RepositorySource, build: Build, workshop: Workshop) -> torch.nn.Module:
+    def compile_into(folder: Path) -> None:
+        # Whoever sets TORCHINDUCTOR_CACHE_DIR keeps it from run to run.
+        environment = {**os.environ, _CACHE: _KEPT or str(Path(folder, _OWN_CACHE))}
+        compile_in_child(source, "inductor", workshop.device, folder, workshop.seconds, environment)
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    made_for = str(workshop.device), torch.__version__, platform.processor(), capability
+    name = "" if workshop.cache is None else artifacts.key(source, "inductor", *made_for)
+    with artifacts.folder(workshop.cache, name, compile_into) as folder:
+        network = build()
+        return Compiled(network, _load(folder, _KEPT or str(folder / _OWN_CACHE), network, workshop.device))
+
+
+_Run = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
 
 
 class Compiled(torch.nn.Module):
-    """A compiled network. The first call compiles it, and others wait for that.
+    """A compiled network. Args: network: holds its weights. run: the code."""
 
-    Args:
-        network: holds its weights, on the device to run on. source: what the child reads.
-    """
-
-    keeps_layout = True
-    """Its code was made for weights that lie in memory as they do."""
-
-    def __init__(self, network: torch.nn.Module, source: RepositorySource) -> None:
+    def __init__(self, network: torch.nn.Module, run: _Run) -> None:
         super().__init__()
         self.network = network
-        self._source = source
-        self._compiling = threading.Lock()
-        self._run: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]] | None = None
+        self._run = run
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if self._run is None:
-            with self._compiling:
-                if self._run is None:
-                    self._run = self._compile(next(iter(inputs)).device)
         return self._run(inputs)
 
-    def train(self, mode: bool = True) -> Compiled:
-        """Nothing: it was compiled for one mode."""
-        return self
 
-    def to(self, device: torch.device) -> Compiled:  # type: ignore[override]
-        """The same on another device, to be compiled there."""
-        return Compiled(self.network.to(device), self._source)
-
-    def _compile(self, device: torch.device) -> Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]:
-        title = f"{self._source.name}@{self._source.version}"
-        begin = time.monotonic()
-        with _workplace() as (folder, environment):
-            _run_child(self._source, device, folder, environment)
-            compiled = time.monotonic()
-            run = _load(folder, environment[_CACHE], self.network, device)
-        log.info(
-            "%s compiled for %s by inductor in %.1f s, loaded in %.1f s",
-            title,
-            device,
-            compiled - begin,
-            time.monotonic() - compiled,
-        )
-        return run
-
-
-@contextlib.contextmanager
-def _workplace() -> Iterator[tuple[Path, dict[str, str]]]:
-    """A directory that nobody else can write to, for what is compiled, and the child's environment.
-
-    It can go once the code is loaded. Whoever sets TORCHINDUCTOR_CACHE_DIR keeps it from run to run.
-    """
-    with tempfile.TemporaryDirectory(prefix="tnxd-inductor-") as folder:
-        yield Path(folder), {**os.environ, _CACHE: _KEPT or str(Path(folder, "cache"))}
-
-
-def _run_child(source: RepositorySource, device: torch.device, folder: Path, environment: dict[str, str]) -> None:
-    # The input stays open: its end tells the child that the daemon is gone.
-    with subprocess.Popen(
-        [sys.executable, "-m", __name__, str(folder), str(device)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=environment,
-        start_new_session=True,  # an interrupt from the terminal is for the daemon
-    ) as child:
-        assert child.stdin is not None
-        assert child.stderr is not None
-        with contextlib.suppress(BrokenPipeError):
-            child.stdin.write(pickle.dumps(source))  # from a process to its own child: nothing comes from outside
-            child.stdin.flush()
-        said = child.stderr.read().decode("utf-8", "replace").strip()
-        code = child.wait()
-    if code:
-        log.error("the compiler of %s@%s ended with %d:\n%s", source.name, source.version, code, said)
-        if code < 0:
-            last = f"the compiler was ended by signal {-code}"
-        else:
-            last = said.splitlines()[-1] if said else f"the compiler ended with {code}"
-        raise FailedPrecondition(f"{source.guard.label(source.directory)}: compile: {last}")
-
-
-def _load(
-    folder: Path, cache: str, network: torch.nn.Module, device: torch.device
-) -> Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]:
+def _load(folder: Path, cache: str, network: torch.nn.Module, device: torch.device) -> _Run:
     """The code that the child wrote, as a function of the inputs."""
     ignore_warnings_about_torch_itself()
-    # Warm-up calls this within its inference mode, in which tensors would be made that nothing else can use.
     with torch.inference_mode(False), _loading, _environment(_CACHE, cache):
         from torch._inductor import CompiledArtifact  # type: ignore[attr-defined]  # it is exported, but not by __all__
 
-        order: dict[str, Any] = torch.load(folder / "order.pt", weights_only=True, map_location=device)
-        artifact = CompiledArtifact.load(path=str(folder / "artifact"), format="binary")
-    weights = _tensors(network)
+        order: dict[str, Any] = torch.load(folder / ORDER, weights_only=True, map_location=device)
+        artifact = CompiledArtifact.load(path=str(folder / ARTIFACT), format="binary")
+    weights = tensors(network)
     arguments = [weights[name] if name in weights else order["constants"].get(name) for name in order["arguments"]]
     places = [index for index, name in enumerate(order["arguments"]) if not name]
     outputs: list[int] = order["outputs"]
@@ -188,84 +123,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights and buffers by the names that `tnxd.models.formats.exported.export` gives them."""
+def tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and buffers by the names that `tnxd.models.formats.exporting.export` gives them."""
     named = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
     return {f"network.{name}": tensor for name, tensor in named}
-
-
-# --- the child -----------------------------------------------------------------------------------------------
-
-
-def compile_into(source: RepositorySource, device: torch.device, folder: Path) -> None:
-    """Compile a version, and write what `_load` reads.
-
-    Raises:
-        FailedPrecondition: something in it cannot be compiled; the sentence says what.
-    """
-    import torch._inductor
-
-    from tnxd.models.formats.opening import read
-
-    opened = read(source)
-    network = opened.build().to(device)
-    # Exported anew, too: what torch has loaded from a file lacks what inductor needs to know about its axes.
-    program = export(network, opened.signature, device)
-    description = describe(program, "the exported network")
-    for spec, found in zip(opened.signature.inputs, description.found.inputs, strict=True):
-        if spec.shape != found.shape:
-            raise FailedPrecondition(
-                f"input {spec.name!r} would be fixed at {list(found.shape)}, not {list(spec.shape)}"
-            )
-    conditions = description.conditions
-    if opened.signature.max_batch_size:
-        conditions = conditions.without_rows()
-    returned = {spec.name: at for at, spec in zip(description.returned, description.found.outputs, strict=True)}
-    wanted = [spec.name for spec in opened.signature.outputs]
-    named = description.found.named_outputs
-    if not (returned.keys() >= set(wanted) if named else len(returned) == len(wanted)):
-        raise FailedPrecondition(f"the network returns {list(returned)}, its signature has {wanted}")
-    if not named:
-        wanted = list(returned)
-    graph = program.graph_module
-    for node in graph.graph.nodes:
-        if "val" in node.meta:
-            node.meta["example_value"] = node.meta["val"]  # where inductor looks for the axes
-    arguments = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad():
-        artifact = torch._inductor.standalone_compile(
-            graph, [node.meta["val"] for node in arguments], dynamic_shapes="from_graph", options=_OPTIONS
-        )
-    artifact.save(path=str(folder / "artifact"), format="binary")
-    weights = _tensors(network)
-    targets = [spec.target or "" for spec in program.graph_signature.input_specs]
-    constants = {name: program.constants[name] for name in targets if name and name not in weights}
-    order = {
-        "arguments": targets,
-        "constants": constants,
-        "outputs": [returned[name] for name in wanted],
-        "names": [spec.name for spec in opened.signature.inputs],
-        "conditions": [tuple(condition) for condition in conditions.conditions],
-    }
-    torch.save(order, folder / "order.pt")
-
-
-def _end_with_the_daemon() -> None:
-    """Wait for the end of the input, which is the daemon's."""
-    os.read(0, 1)  # not sys.stdin: a thread that waits there holds its lock, and the interpreter could not end
-    os._exit(1)
-
-
-def main() -> None:
-    folder, device = sys.argv[1:]
-    source: RepositorySource = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_the_daemon, daemon=True).start()
-    os.nice(10)  # what is served goes first
-    try:
-        compile_into(source, torch.device(device), Path(folder))
-    except TensorNextError as error:
-        sys.exit(error.message)
-
-
-if __name__ == "__main__":
-    main()

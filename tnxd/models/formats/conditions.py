@@ -33,7 +33,7 @@ class Condition(NamedTuple):
 
 
 class Conditions:
-    """Holds inputs against conditions.
+    """Conditions on the lengths of inputs, with their check.
 
     Args:
         names: of the inputs.

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxctl.protocol.frames import STORAGE, Array
-from tnxctl.protocol.wire import TensorSpec, excerpt
+from tnxctl.protocol.frames import ML_DTYPES, STORAGE, Array, dtype_of
+from tnxctl.protocol.wire import MIB, TensorSpec, excerpt
 from tnxd.error_text import sentence
 from tnxd.models.formats.signature import Opened, Shape, Signature
+from tnxd.models.noise import FLOATING
 from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import Range, Tensor, fits
 from tnxd.models.tensors import to_array
@@ -23,9 +24,9 @@ from tnxd.models.trust import TrustedFiles
 
 # Rows of values that model.toml describes: enough for two that differ, and no more memory than this with more.
 _ROWS = 8
-_ENOUGH_BYTES = 1 << 20
+_ENOUGH_BYTES = MIB
 # More than this is not kept of what a program was exported with.
-_MOST_BYTES = 1 << 26
+_MOST_BYTES = 64 * MIB
 
 
 def add(opened: Opened, source: RepositorySource, files: TrustedFiles) -> Opened:
@@ -140,8 +141,8 @@ def _stored(files: TrustedFiles, signature: Signature, label: str) -> dict[str, 
 
 
 def _fitting(array: Array, spec: TensorSpec, signature: Signature, key: str) -> Array:
-    if spec.datatype == "BF16" and array.dtype == np.float32:  # numpy has no bfloat16 of its own
-        array = to_array(torch.from_numpy(np.ascontiguousarray(array)).to(torch.bfloat16))
+    if spec.datatype in ML_DTYPES and array.dtype == np.float32:  # no .npz can hold it
+        array = typed(array, spec.datatype, key)
     dtype = STORAGE[spec.datatype]
     if array.dtype.newbyteorder("=") != dtype:
         raise FailedPrecondition(f"{key} is {array.dtype}, and the input is {spec.datatype}")
@@ -177,7 +178,7 @@ def _described(tensor: Tensor, spec: TensorSpec, example: Shape, signature: Sign
         return typed(np.full(shape, values), datatype, key)
     bounds = typed(np.array([values.low, values.high]), datatype, key)
     generator = np.random.default_rng(0)
-    if bounds.dtype.kind == "f" or datatype == "BF16":
+    if datatype in FLOATING:
         return typed(generator.uniform(values.low, values.high, shape), datatype, key)
     drawn = generator.integers(
         int(bounds[0]), int(bounds[1]), shape, np.int64 if bounds.dtype.kind != "u" else np.uint64, endpoint=True
@@ -187,14 +188,12 @@ def _described(tensor: Tensor, spec: TensorSpec, example: Shape, signature: Sign
 
 def typed(array: Array, datatype: str, key: str) -> Array:
     """Numbers of model.toml in a datatype that can hold them. Raises InvalidArgument: it cannot; says KEY and why."""
-    dtype = STORAGE[datatype]
+    dtype = dtype_of(datatype)
     if array.dtype.kind not in "biuf":
         raise InvalidArgument(f"{key}: numbers alone can stand there")
-    if datatype == "BF16":
-        return to_array(torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16))
     with np.errstate(all="ignore"):
         result: Array = array.astype(dtype)
-    if dtype.kind != "f" and not np.array_equal(result, array):
+    if datatype not in FLOATING and not np.array_equal(result, array):
         odd = array[result != array].flat[0] if array.ndim else array
         raise InvalidArgument(f"{key}: {odd} is no {datatype}")
-    return result
+    return result.view(STORAGE[datatype])

@@ -16,7 +16,7 @@ from tnxd.models.trust import TrustedFiles
 
 
 class Factory:
-    """Calls "module:function" of one version; the module is executed once, when it is first called.
+    """Caller of the "module:function" of one version. The module is executed once, at the first call.
 
     Args:
         name: of the model and version, for tracebacks.

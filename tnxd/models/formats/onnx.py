@@ -15,6 +15,7 @@ from tnxctl.protocol.wire import TensorSpec, excerpt
 from tnxd.advice import installing
 from tnxd.error_text import first_line
 from tnxd.models import onnxfile
+from tnxd.models.file_formats import ONNX
 from tnxd.models.formats import optional
 from tnxd.models.formats.signature import FileSignature, Opened, resolve
 from tnxd.models.onnxfile import OnnxFile
@@ -22,8 +23,6 @@ from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import Settings, Tensor
 from tnxd.models.tensors import to_array
 from tnxd.models.trust import TrustedFiles
-
-FILE = "model.onnx"
 
 DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -69,7 +68,7 @@ class Session(torch.nn.Module):
 
 def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     """See `tnxd.models.formats.opening.read`."""
-    settings, label = source.settings, files.label(FILE)
+    settings, label = source.settings, files.label(ONNX.file)
     try:
         runtime = importlib.import_module("onnxruntime")
     except ImportError:
@@ -86,16 +85,22 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     def build() -> torch.nn.Module:
         return Session(first.pop() if first else _open(runtime, files, label)[0], outputs, label).eval()
 
-    return Opened(signature, build, devices=("cpu",))
+    return Opened(signature, build)
 
 
-def _open(runtime: Any, files: TrustedFiles, label: str) -> tuple[Any, OnnxFile]:
+def session_options(runtime: Any) -> Any:
+    """Options of a session that shares the cores with lanes. Args: runtime: the module `onnxruntime`."""
     options = runtime.SessionOptions()
     # The lanes share the cores already: each of them runs a batch on its own thread, which its session does not leave.
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; what it warns of are its own optimizations
-    model = _content(files, files.directory / FILE)
+    return options
+
+
+def _open(runtime: Any, files: TrustedFiles, label: str) -> tuple[Any, OnnxFile]:
+    options = session_options(runtime)
+    model = _content(files, files.directory / ONNX.file)
     try:
         said = onnxfile.read(model)
     except (ValueError, RecursionError):
@@ -103,7 +108,7 @@ def _open(runtime: Any, files: TrustedFiles, label: str) -> tuple[Any, OnnxFile]
     # Large models have their tensors in files beside them. By path, onnxruntime would map those, and go on to use what
     # is written over them later; what it gets here, it copies. Given no files at all, it would look for them in the
     # current directory: so the model is among them.
-    read = {FILE: model}
+    read = {ONNX.file: model}
     for name in sorted(said.beside):
         path = Path(os.path.normpath(files.directory / name))
         if not path.is_relative_to(files.directory):

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
+import msgspec
+import torch
+
 from tnxctl.protocol.errors import FailedPrecondition
+from tnxd.models.file_formats import FORMATS, ONNX, PT2, PYTHON, SAFETENSORS, TORCHSCRIPT
 from tnxd.models.formats import (
+    channels,
     compiling,
+    converting,
     examples,
     exported,
     libraries,
@@ -19,15 +27,16 @@ from tnxd.models.formats import (
 from tnxd.models.formats.signature import Opened
 from tnxd.models.model import DEFAULT_AUDIT, Model
 from tnxd.models.process_state.restoration import settings_restored
-from tnxd.models.repository import WITH_MODULES, RepositorySource
+from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
+from tnxd.models.variants import AUTO, NONE, Variant
 
 _READERS: dict[str, Callable[[RepositorySource, TrustedFiles], Opened]] = {
-    "pt2": exported.read,
-    "safetensors": weights.read,
-    "torchscript": torchscript.read,
-    "onnx": onnx.read,
-    "python": python.read,
+    PT2.name: exported.read,
+    SAFETENSORS.name: weights.read,
+    TORCHSCRIPT.name: torchscript.read,
+    ONNX.name: onnx.read,
+    PYTHON.name: python.read,
 }
 
 
@@ -42,7 +51,7 @@ def read(source: RepositorySource) -> Opened:
             source.guard,
             source.directory,
             require_manifest=source.require_manifest,
-            modules=source.format in WITH_MODULES,
+            modules=FORMATS[source.format].has_modules,
         )
         libraries.load(source.settings.imports, source.settings_label)
         return examples.add(_READERS[source.format](source, files), source, files)
@@ -56,24 +65,17 @@ def open_model(source: RepositorySource, generation: int) -> Model:
     with settings_restored("reading it") as changes:
         opened = read(source)
     settings = source.settings
-    build = opened.build
     notes = opened.notes + optional.notes(opened.signature) + changes.note()
-    if settings.compile == "inductor":
-        missing = compiling.missing()
-        if missing:
-            notes += (f"compile: {missing}: runs eager",)
-        else:
-            build = compiling.lazily(source, opened)
     return Model(
         name=source.name,
         version=source.version,
         inputs=opened.signature.inputs,
         outputs=opened.signature.outputs,
         max_batch_size=opened.signature.max_batch_size,
-        factory=build,
+        factory=opened.build,
         format=source.format,
-        devices=opened.devices or settings.devices,
-        replicas=settings.replicas or (1 if source.format == "python" else 0),
+        devices=opened.devices or FORMATS[source.format].kinds or settings.devices,
+        replicas=settings.replicas or int(source.format == PYTHON.name),
         max_delay_us=settings.max_delay_us,
         time_limit_s=settings.time_limit_s,
         deadline_us=settings.deadline_us,
@@ -88,6 +90,26 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         state=settings.state,
         audit=DEFAULT_AUDIT if settings.audit is None else settings.audit,
         batching_asked=bool(settings.max_batch_size),
-        isolation=settings.isolation or ("thread" if source.format == "python" else "none"),
+        isolation=settings.isolation or ("thread" if source.format == PYTHON.name else "none"),
         restarts=opened.restarts,
+        optimize=settings.optimize,
+        variants=_variants(source, opened),
+        reference=functools.partial(_in_own_datatype, source) if settings.dtype else None,
     )
+
+
+def _variants(source: RepositorySource, opened: Opened) -> tuple[Variant, ...]:
+    """The variants of a version that are to be tried, those first that are likely to be the fastest."""
+    wanted = source.settings.optimize
+    if wanted == NONE or not FORMATS[source.format].compiles:
+        return ()
+    if opened.signature.optional:
+        return ()  # an export has all its inputs
+    found = (converting.variant(source), channels.variant(), compiling.variant(source))
+    return tuple(variant for variant in found if wanted in (AUTO, variant.name))
+
+
+def _in_own_datatype(source: RepositorySource) -> torch.nn.Module:
+    """The module of a version in the datatype of its weights."""
+    settings = msgspec.structs.replace(source.settings, dtype="")
+    return read(dataclasses.replace(source, settings=settings)).build()

@@ -13,7 +13,7 @@ from tnxd.models.tensors import TORCH_DTYPES, pick
 
 
 class Precision(torch.nn.Module):
-    """Converts inputs on the way into a network and outputs on the way back; integers and booleans stay.
+    """Network in another datatype: inputs are converted to it, outputs back from it. Integers and booleans stay.
 
     Args:
         network: converted in place.

@@ -1,4 +1,4 @@
-"""model.safetensors.index.json: which of several files has which weight, as the tools of Hugging Face write it."""
+"""model.safetensors.index.json: an index of the weights in several files, as the tools of Hugging Face write it."""
 
 from __future__ import annotations
 

@@ -46,16 +46,16 @@ class Opened:
 
     Attributes:
         build: makes the module, on the CPU, in eval mode and without gradients.
-        notes: what an operator should know. devices: where it may run; empty: everywhere.
+        notes: what an operator should know. devices: as in `tnxd.models.model.Model`; empty: those of the format.
         writes, example_values, restarts: as in `tnxd.models.model.Model`.
     """
 
     signature: Signature
     build: Callable[[], torch.nn.Module]
     notes: tuple[str, ...] = ()
-    devices: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     example_values: Mapping[str, Array] = field(default_factory=dict)
+    devices: tuple[str, ...] = ()
     restarts: Restarts | None = None
 
 

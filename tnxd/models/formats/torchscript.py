@@ -6,6 +6,7 @@ import torch
 
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.error_text import cause
+from tnxd.models.file_formats import PT2, TORCHSCRIPT
 from tnxd.models.formats import ignore_warnings_about_torch_itself, libraries, optional
 from tnxd.models.formats.calling import arranged, check_names, defaults
 from tnxd.models.formats.precision import Precision
@@ -14,20 +15,19 @@ from tnxd.models.formats.writes import written_by_script
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
 
-FILE = "model.pt"
-NOTE = "TorchScript is deprecated by torch: export the model anew with torch.export, as model.pt2"
+NOTE = f"TorchScript is deprecated by torch: export the model anew with torch.export, as {PT2.file}"
 
 
 def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     """See `tnxd.models.formats.opening.read`."""
     settings = source.settings
-    label = files.label(FILE)
+    label = files.label(TORCHSCRIPT.file)
     signature = declared(settings, source.settings_label, label)
     check_names(signature, source.settings_label)
 
     def load() -> torch.jit.ScriptModule:
         ignore_warnings_about_torch_itself()
-        with files.open(files.directory / FILE) as file:
+        with files.open(files.directory / TORCHSCRIPT.file) as file:
             try:
                 # By the path of the open file: of a file object, torch would make a copy.
                 module: torch.jit.ScriptModule = torch.jit.load(  # type: ignore[no-untyped-call]

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from io import BufferedReader
@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.error_text import first_line
+from tnxd.models.file_formats import SAFETENSORS
 from tnxd.models.formats import optional, shards
 from tnxd.models.formats.calling import arranged, check_names, defaults
 from tnxd.models.formats.factories import Factory
@@ -27,12 +28,9 @@ from tnxd.models.formats.signature import Opened, declared
 from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import Weights
 from tnxd.models.trust import TrustedFiles
+from tnxd.models.variants import EXPORTED
 
 log = logging.getLogger(__name__)
-
-FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-"""Says which of several files has which weight."""
 
 _MOST_HEAD = 100_000_000  # bytes, as the library has it
 
@@ -40,7 +38,9 @@ _MOST_HEAD = 100_000_000  # bytes, as the library has it
 def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     """See `tnxd.models.formats.opening.read`."""
     settings = source.settings
-    label = files.label(FILE if files.directory / FILE in files.identities else INDEX)
+    label = files.label(
+        SAFETENSORS.file if files.directory / SAFETENSORS.file in files.identities else SAFETENSORS.index
+    )
     signature = declared(settings, source.settings_label, label)
     check_names(signature, source.settings_label)
     try:
@@ -49,10 +49,13 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
         raise FailedPrecondition(f"{source.settings_label}: {error.message}") from None
 
     first = [factory()]  # for the first build, and held no longer
-    compiled = settings.compile == "inductor"  # for all inputs that there are
-    arguments = None if compiled else defaults(first[0])
+    exported = settings.optimize in EXPORTED  # for all inputs that there are
     signature = optional.resolve(
-        signature, settings, source.settings_label, "compiled code" if compiled else label, arguments
+        signature,
+        settings,
+        source.settings_label,
+        f"optimize: {settings.optimize}" if exported else label,
+        None if exported else defaults(first[0]),
     )
 
     def build() -> torch.nn.Module:
@@ -85,11 +88,11 @@ def stored(files: TrustedFiles, label: str) -> Iterator[dict[str, Stored]]:
     Raises:
         FailedPrecondition: a file is damaged, or the index and the files disagree: the sentence names file and key.
     """
-    index = files.directory / INDEX
+    index = files.directory / SAFETENSORS.index
     found: dict[str, Stored] = {}
     with ExitStack() as stack:
         if index not in files.identities:
-            yield of_file(stack.enter_context(files.open(files.directory / FILE)), label)
+            yield of_file(stack.enter_context(files.open(files.directory / SAFETENSORS.file)), label)
             return
         with files.open(index) as file:
             places = shards.read(file.read(), files, label)
@@ -141,7 +144,7 @@ def fill(
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     missing, unexpected = _without(missing, ignore), _without(unexpected, ignore)
     if missing or unexpected:
-        raise FailedPrecondition(f"{label}: {_difference(missing, unexpected, expected, weights, made_by)}")
+        raise FailedPrecondition(f"{label}: {_difference(missing, unexpected, made_by)}")
     copies: dict[int, torch.Tensor] = {}  # tensors that share memory go on sharing it
     converted = 0
     used: dict[str, torch.Tensor] = {}
@@ -190,9 +193,7 @@ def _without(names: set[str], patterns: Sequence[str]) -> set[str]:
     return {name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def _difference(
-    missing: set[str], unexpected: set[str], expected: Collection[str], weights: Collection[str], made_by: str
-) -> str:
+def _difference(missing: set[str], unexpected: set[str], made_by: str) -> str:
     """Names that are on one side alone, and what to do about it if it is a prefix."""
     parts = []
     if missing:
@@ -251,7 +252,7 @@ def _read(file: BufferedReader, label: str) -> dict[str, torch.Tensor]:
 
 
 def _tie(weights: dict[str, Stored], expected: Mapping[str, torch.Tensor]) -> None:
-    """Weights that a network uses under several names are stored under one: give them to the others, too."""
+    """Give weights that are stored under one name to the other names by which a network uses them."""
     groups: dict[object, list[str]] = {}
     for name, own in expected.items():
         nowhere = is_lazy(own) or own.is_meta or not own.numel()

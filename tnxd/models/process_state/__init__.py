@@ -29,10 +29,10 @@ that were seeded.
 sandbox. Models are built while others serve: from a change until the end of the step that made it, import or build,
 forwards of other models run with it. That cannot be had otherwise, for the code that sets float64 as default may need
 it to build its network. TensorNext's own code on the way of a request says datatype and device of every tensor that it
-makes, and depends on none of this. A setting of a thread (`Scope.THREAD`) is seen only on the thread that the code ran
-on: the thread that loads, that of a trial, or that of the serving loop. Settings in C that have no getter, such as the
-handlers of faulthandler.register, are not seen. A signal handler can be restored on the main thread alone: elsewhere
-its change is found, and the drift monitor restores it.
+makes, and depends on none of this. A setting of a thread, such as the grad mode, is seen only on the thread that the
+code ran on: the thread that loads, that of a trial, or that of the serving loop. Settings in C that have no getter,
+such as the handlers of faulthandler.register, are not seen. A signal handler can be restored on the main thread alone:
+elsewhere its change is found, and the drift monitor restores it.
 
 **Monkey patches**: functions of torch that code replaces are restored, and the step has failed: with the originals, the
 code that replaced them would mean something else.

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tnxd.models.process_state.setting import Scope, Setting, attribute, sequence
+from tnxd.models.process_state.setting import Setting, attribute, sequence
 
 
 def _own_loggers() -> list[logging.Logger]:
@@ -164,7 +164,6 @@ PYTHON_SETTINGS = [
         "the processor affinity of the thread",
         lambda: os.sched_getaffinity(0),
         lambda cores: os.sched_setaffinity(0, cores),
-        Scope.THREAD,
     ),
     sequence("sys.path", sys, "path"),
     sequence("sys.argv", sys, "argv"),
@@ -177,8 +176,8 @@ PYTHON_SETTINGS = [
     attribute("sys.unraisablehook", sys, "unraisablehook"),
     attribute("sys.dont_write_bytecode", sys, "dont_write_bytecode"),
     attribute("threading.excepthook", threading, "excepthook"),
-    Setting("the trace function", sys.gettrace, sys.settrace, Scope.THREAD),
-    Setting("the profile function", sys.getprofile, sys.setprofile, Scope.THREAD),
+    Setting("the trace function", sys.gettrace, sys.settrace),
+    Setting("the profile function", sys.getprofile, sys.setprofile),
     Setting("the stack size of threads", threading.stack_size, threading.stack_size),
     Setting(
         "the locale",
@@ -189,12 +188,11 @@ PYTHON_SETTINGS = [
     Setting("the garbage collector", gc.isenabled, lambda enabled: gc.enable() if enabled else gc.disable()),
     Setting("the thresholds of the garbage collector", gc.get_threshold, lambda values: gc.set_threshold(*values)),
     Setting("the debugging of the garbage collector", gc.get_debug, gc.set_debug),
-    Setting("numpy's handling of floating-point errors", np.geterr, lambda kept: np.seterr(**kept), Scope.THREAD),
+    Setting("numpy's handling of floating-point errors", np.geterr, lambda kept: np.seterr(**kept)),
     Setting(
         "numpy's print options",
         np.get_printoptions,
         lambda kept: np.set_printoptions(**kept),
-        Scope.THREAD,
         harmless=True,
     ),
     Setting(

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-
-class Scope(enum.Enum):
-    """Reach of a setting: all of the process, or the thread that changed it and no other."""
-
-    PROCESS = "process"
-    THREAD = "thread"
 
 
 @dataclass(frozen=True)
@@ -23,7 +15,6 @@ class Setting:
         name: for people, as the object of a sentence.
         read: reads its value, which `==` compares. A setting whose `read` raises is left out.
         write: writes a value back that was read.
-        scope: whom it concerns.
         watched: whether `DriftMonitor` looks at it. Libraries may rightly change some later, at their first use.
         harmless: whether nobody is harmed if a model changes it.
         describe: its name with what has changed of it, given the value before and now.
@@ -32,7 +23,6 @@ class Setting:
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], object]
-    scope: Scope = Scope.PROCESS
     watched: bool = True
     harmless: bool = False
     describe: Callable[[Any, Any], str] | None = None

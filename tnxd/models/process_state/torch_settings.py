@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.nn.modules import module as module_hooks
 
-from tnxd.device_kinds import KINDS
+from tnxd.device_kinds import CHOSEN
 from tnxd.models.process_state.setter_calls import DTYPE
-from tnxd.models.process_state.setting import Scope, Setting, attribute
+from tnxd.models.process_state.setting import Setting, attribute
 
 
 def _optional(library: str, owner: Any, attribute: str) -> Setting:
@@ -52,7 +52,7 @@ def _set_inference_mode(enabled: bool) -> None:
     _inference_guards.append(guard)
 
 
-_AUTOCAST_KINDS = tuple(KINDS)
+_AUTOCAST_KINDS = tuple(kind.name for kind in CHOSEN)
 
 
 def _set_autocast(states: tuple[tuple[bool, torch.dtype], ...]) -> None:
@@ -124,19 +124,18 @@ _MATMUL = torch.backends.cuda.matmul
 
 TORCH_SETTINGS = [
     Setting(DTYPE, torch.get_default_dtype, torch.set_default_dtype),
-    Setting("torch's default device or function modes", _modes, _set_modes, Scope.THREAD),
-    Setting("torch's grad mode", torch.is_grad_enabled, torch.set_grad_enabled, Scope.THREAD, harmless=True),
-    Setting("torch's inference mode", torch.is_inference_mode_enabled, _set_inference_mode, Scope.THREAD),
+    Setting("torch's default device or function modes", _modes, _set_modes),
+    Setting("torch's grad mode", torch.is_grad_enabled, torch.set_grad_enabled, harmless=True),
+    Setting("torch's inference mode", torch.is_inference_mode_enabled, _set_inference_mode),
     Setting(
         "torch's autocast",
         lambda: tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _AUTOCAST_KINDS),
         _set_autocast,
-        Scope.THREAD,
     ),
-    Setting("torch's autocast cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, Scope.THREAD),
+    Setting("torch's autocast cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     # A thread has a number of its own, but to set it sets that of threads to come as well.
     Setting("torch's number of threads", torch.get_num_threads, torch.set_num_threads),
-    Setting("the flushing of denormals", _flushes_denormals, torch.set_flush_denormal, Scope.THREAD),
+    Setting("the flushing of denormals", _flushes_denormals, torch.set_flush_denormal),
     Setting("torch's deterministic algorithms", torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     attribute("torch's filling of uninitialized memory", torch.utils.deterministic, "fill_uninitialized_memory"),
     Setting(
@@ -171,7 +170,7 @@ TORCH_SETTINGS = [
     attribute("oneDNN's determinism", torch.backends.mkldnn, "deterministic"),
     Setting("the choice of attention kernels", _attention, _set_attention),
     attribute("torch's engine of quantized operators", torch.backends.quantized, "engine"),
-    Setting("the current CUDA device", _cuda_device, _set_cuda_device, Scope.THREAD),
+    Setting("the current CUDA device", _cuda_device, _set_cuda_device),
     Setting("the hooks of all modules", _hooks, _set_hooks),
     Setting(
         "torch's way of sharing memory",

@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from test_protocol_page import bare, section, tables
 
 from conftest import Daemon, serving_daemon
 from dealer import Dealer, rows
-from test_protocol_page import bare, section, tables
 from tnxctl.protocol import wire
 
-ODD = (str(Path(__file__).parent / "odd_models.py"),)
+ODD = (str(Path(__file__).parents[1] / "odd_models.py"),)
 
 pack = msgspec.msgpack.encode
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import safetensors.torch
-import torch
 
 from conftest import Daemon, serving_daemon
 from dealer import Dealer
@@ -18,12 +15,12 @@ from model_repositories import Repository
 from tnxctl import Client, FailedPrecondition, InvalidArgument
 from tnxctl.protocol import wire
 from tnxctl.protocol.frames import Array
-from tnxctl.protocol.wire import Limits, TensorSpec
-from tnxd.models.model import Model
-from tnxd.models.sizes import check_message_sizes, row_nbytes
+from tnxctl.protocol.wire import Limits
 
 MIB = 1 << 20
+
 LIMIT = 4 * MIB
+
 CONFIG = f"""
 cpu.workers = 1
 [limits]
@@ -65,7 +62,9 @@ class Deep(torch.nn.Module):
     def forward(self, x):
         return x + 1
 """
+
 X = np.zeros((1, 2), np.float32)
+
 NAMES = [f"input_{number}" for number in range(100)]
 
 
@@ -93,7 +92,6 @@ SIGNATURES = {
     "huge": model_toml("Deep", [tensor("x", -1, LIMIT)], [tensor("y", -1, LIMIT)]),
     "loud": model_toml("Deep", [tensor("x", -1, 2)], [tensor("y", -1, LIMIT)]),
 }
-CANNOT_BE_ASKED = ("wordy", "huge", "loud")
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +131,6 @@ def forwards(limited: tuple[Daemon, Path]) -> Callable[[], list[int]]:
 
 def rows(count: int, value: float = 0.0) -> Array:
     return np.full((count, 2), value, np.float32)
-
-
-def errors_of(tnx: Client) -> int:
-    return tnx.health().errors.get("INVALID_ARGUMENT", 0)
-
-
-# --- answers -------------------------------------------------------------------------------------------------
 
 
 def test_an_answer_that_no_message_may_have_is_not_computed(daemon: Daemon, forwards: Callable[[], list[int]]) -> None:
@@ -192,9 +183,6 @@ def test_the_other_requests_of_a_batch_are_answered(daemon: Daemon) -> None:
                 future.result()
 
 
-# --- requests ------------------------------------------------------------------------------------------------
-
-
 def test_inputs_beyond_what_the_daemon_takes_are_refused_and_harm_no_other_call(daemon: Daemon) -> None:
     with Client(daemon.endpoint, timeout=20.0) as tnx:
         for _ in range(2):  # the knowledge is not kept: another daemon may be there next time
@@ -213,9 +201,6 @@ def test_inputs_that_are_too_large_together_are_refused(daemon: Daemon) -> None:
         inputs = {name: np.zeros((1, LIMIT // 8), np.float32) for name in "abc"}
         with pytest.raises(InvalidArgument, match=f"limit of {LIMIT} bytes for all tensors"):
             tnx.predict(inputs, model="wide")
-
-
-# --- many tensors --------------------------------------------------------------------------------------------
 
 
 def test_a_model_with_a_hundred_inputs_and_outputs_can_be_asked(daemon: Daemon) -> None:
@@ -253,9 +238,6 @@ def test_without_the_model_the_limit_is_as_before(daemon: Daemon) -> None:
         assert len(result.outputs) == len(NAMES)
 
 
-# --- what nobody could ask for -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "why"),
     [
@@ -267,24 +249,3 @@ def test_without_the_model_the_limit_is_as_before(daemon: Daemon) -> None:
 def test_a_model_that_nobody_could_ask_is_not_loaded(daemon: Daemon, name: str, why: str) -> None:
     with Client(daemon.endpoint, timeout=20.0) as tnx, pytest.raises(FailedPrecondition, match=why):
         tnx.predict(X, model=name)
-
-
-def test_a_row_is_known_where_only_the_rows_vary() -> None:
-    specs = (TensorSpec("a", "FP32", (-1, 3)), TensorSpec("b", "INT8", (-1,)))
-    assert row_nbytes(specs, batches=True) == 13
-    assert row_nbytes(specs, batches=False) == 0
-    assert row_nbytes((TensorSpec("a", "FP64", (2, 2)), TensorSpec("s", "BF16", ())), batches=False) == 34
-    assert row_nbytes((*specs, TensorSpec("c", "FP32", (-1, -1))), batches=True) == 0
-
-
-def test_a_model_without_a_batch_axis_is_measured_whole() -> None:
-    spec = TensorSpec("x", "FP32", (300,))
-    model = Model("m", "1", (spec,), (spec,), 0, torch.nn.Identity)
-    limits = Limits(message_bytes=1200)
-    check_message_sizes(model, limits)
-    assert model.reply_row_nbytes == 1200
-    with pytest.raises(FailedPrecondition, match="the inputs of a request would take 1200 bytes"):
-        check_message_sizes(model, msgspec.structs.replace(limits, message_bytes=1199))
-    assert (
-        replace(model, max_batch_size=4, inputs=(), outputs=(TensorSpec("y", "UINT8", (-1, 7)),)).reply_row_nbytes == 7
-    )

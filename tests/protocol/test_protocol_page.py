@@ -21,8 +21,8 @@ from tnxctl.protocol.frames import STORAGE, view_tensors
 from tnxctl.protocol.wire import Limits
 from tnxd.deployment import version
 
-PAGE = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text(encoding="utf-8")
-CLIENT = Path(__file__).parent / "clients" / "minimal.mjs"
+PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
+CLIENT = Path(__file__).parents[1] / "clients" / "minimal.mjs"
 
 Reader = type[wire.Request] | type[wire.Reply]
 

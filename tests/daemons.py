@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
 
 ODD = (str(TESTS / "odd_models.py"),)
 """The program whose models misbehave on command."""

@@ -1,0 +1,191 @@
+"""Variants of modules: taken where they are faster and answer alike, and named where not."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tnxctl.protocol.errors import FailedPrecondition
+from tnxctl.protocol.wire import TensorSpec
+from tnxd.executors.cpu import CpuRunner
+from tnxd.executors.execution import Execution, LoadReport
+from tnxd.executors.optimizer import Optimizer
+from tnxd.executors.pool import LanePool
+from tnxd.models.model import Model
+from tnxd.models.variants import Build, Variant, Workshop
+
+SLOW_S = 0.004
+
+
+class Doubling(torch.nn.Module):
+    """Answers x * factor. Args: seconds: that a forward takes."""
+
+    def __init__(self, seconds: float = 0.0, factor: float = 2.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.factor = factor
+        self.register_buffer("weight", torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return x * self.weight * self.factor
+
+
+class Narrow(Doubling):
+    """Refuses more than three columns."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > 3:
+            raise ValueError("four columns")
+        return x * self.factor
+
+
+class OwnColumns(torch.nn.Module):
+    """The same as `Doubling` for any number of columns."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return x * 2
+
+
+def makes(module: Callable[[], torch.nn.Module]) -> Callable[[Build, Workshop], torch.nn.Module]:
+    return lambda build, workshop: module()
+
+
+def refuses(build: Build, workshop: Workshop) -> torch.nn.Module:
+    raise FailedPrecondition("it is too round")
+
+
+def stumbles(build: Build, workshop: Workshop) -> torch.nn.Module:
+    raise ZeroDivisionError("of its own")
+
+
+def variant(name: str, make: Callable[[Build, Workshop], torch.nn.Module], **other: Any) -> Variant:
+    return Variant(name, ("cpu",), other.pop("missing", ""), make, **other)
+
+
+FASTER = variant("faster", makes(Doubling))
+SLOWER = variant("slower", makes(lambda: Doubling(3 * SLOW_S)))
+WRONG = variant("wrong", makes(lambda: Doubling(factor=2.001)))
+ROUNDED = variant("rounded", makes(lambda: Doubling(factor=2.00001)))
+LAST = variant("last", makes(Doubling), last=True)
+
+
+def model(*variants: Variant, columns: int = 2, seconds: float = SLOW_S, optimize: str = "auto") -> Model:
+    spec = (TensorSpec("x", "FP32", (-1, columns)),)
+    network = (lambda: Doubling(seconds)) if columns != -1 else lambda: OwnColumns(seconds)
+    return Model("m", "1", spec, spec, 16, network, variants=variants, optimize=optimize)
+
+
+@pytest.fixture
+def load() -> Iterator[Callable[..., tuple[LoadReport, torch.nn.Module]]]:
+    """Loads a model on a CPU, and returns the report and what its lanes call."""
+
+    def loaded(served: Model, seconds: float = 60.0) -> tuple[LoadReport, torch.nn.Module]:
+        done: queue.Queue[Execution] = queue.Queue()
+        runners: list[CpuRunner] = []
+
+        def make_runner() -> CpuRunner:
+            runners.append(CpuRunner(1))
+            return runners[-1]
+
+        pool = LanePool(
+            *("cpu", "cpu", ""),
+            make_runner=make_runner,
+            lanes=2,
+            inline=None,
+            memory_mb=lambda: (0.0, 0.0),
+            optimizer=Optimizer("cpu", seconds, 300.0, None),
+            on_done=done.put,
+        )
+        report = pool.load(served)
+        called = {id(runner.calls[served.key]): runner.calls[served.key] for runner in runners}
+        (call,) = called.values()  # all lanes run the same
+        assert isinstance(call, torch.nn.Module)
+        return report, call
+
+    return loaded
+
+
+def test_the_fastest_variant_with_the_same_answers_is_taken(load: Callable[..., Any]) -> None:
+    report, call = load(model(SLOWER, WRONG, FASTER, LAST))
+    assert call.seconds == 0
+    (note,) = report.notes
+    assert note.startswith("optimize: faster runs, in 0.")
+    assert "wrong: it answers otherwise: output 'x'" in note
+    assert "slower" in note
+    assert "too little" in note
+    assert "last: not tried, since another one gains" in note
+    assert report.costs[0][1] < SLOW_S * 1e6  # warmed up anew
+
+
+def test_a_variant_that_takes_long_to_make_is_the_last_resort(load: Callable[..., Any]) -> None:
+    report, call = load(model(SLOWER, LAST))
+    assert call.seconds == 0
+    assert report.notes[0].startswith("optimize: last runs")
+
+
+def test_rounding_is_no_other_answer(load: Callable[..., Any]) -> None:
+    report, call = load(model(ROUNDED))
+    assert call.factor != 2
+    assert report.notes[0].startswith("optimize: rounded runs")
+
+
+@pytest.mark.parametrize(
+    ("tried", "why"),
+    [
+        (variant("none", refuses), "none: it is too round"),
+        (variant("none", stumbles), "none: ZeroDivisionError: of its own"),
+        (variant("none", makes(Doubling), missing="no such thing here"), "none: no such thing here"),
+        (SLOWER, "too little"),
+        (WRONG, "wrong: it answers otherwise"),
+    ],
+)
+def test_a_variant_that_is_of_no_use_is_left_out_and_named(load: Callable[..., Any], tried: Variant, why: str) -> None:
+    report, call = load(model(tried))
+    assert call.seconds == SLOW_S
+    (note,) = report.notes
+    assert note.startswith("optimize: the network runs as it is; tried were ")
+    assert why in note
+
+
+def test_other_lengths_are_tried_too(load: Callable[..., Any]) -> None:
+    report, call = load(model(variant("narrow", makes(Narrow)), columns=-1))
+    assert isinstance(call, OwnColumns)
+    assert "narrow: it raises ValueError: four columns" in report.notes[0]
+
+
+def test_nothing_is_tried_where_a_forward_takes_little(load: Callable[..., Any]) -> None:
+    report, _ = load(model(variant("never", stumbles), seconds=0.0))
+    assert report.notes == ()
+
+
+def test_nothing_is_tried_where_that_is_turned_off(load: Callable[..., Any]) -> None:
+    report, call = load(model(variant("never", stumbles)), seconds=0.0)
+    assert report.notes == ()
+    assert call.seconds == SLOW_S
+
+
+def test_a_variant_that_is_named_is_taken_whatever_it_gains(load: Callable[..., Any]) -> None:
+    _, call = load(model(SLOWER, seconds=0.0, optimize="slower"))
+    assert call.seconds == 3 * SLOW_S
+
+
+def test_a_variant_that_is_named_and_answers_otherwise_is_not_taken(load: Callable[..., Any]) -> None:
+    _, call = load(model(WRONG, optimize="wrong"))
+    assert call.factor == 2
+
+
+def test_a_variant_for_another_kind_of_device_is_not_looked_at(load: Callable[..., Any]) -> None:
+    report, call = load(model(Variant("cuda", ("cuda",), "", stumbles)))
+    assert report.notes == ()
+    assert call.seconds == SLOW_S

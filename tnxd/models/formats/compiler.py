@@ -1,0 +1,159 @@
+"""The compiler: a process of its own that reads a version, exports its network, and has others compile or convert it.
+
+Called as `python -m tnxd.models.formats.compiler NAME FOLDER DEVICE`, with a pickled source as its input; NAME is one
+of COMPILERS.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import torch
+from torch.export import ExportedProgram
+
+from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
+from tnxd.error_text import sentence
+from tnxd.models.formats import ignore_warnings_about_torch_itself
+from tnxd.models.formats.compiling import ARTIFACT, ORDER, tensors
+from tnxd.models.formats.conditions import Conditions
+from tnxd.models.formats.converting import CALLED, CONVERTED, Called
+from tnxd.models.formats.description import describe
+from tnxd.models.formats.exporting import export
+from tnxd.models.formats.opening import read
+from tnxd.models.formats.signature import Signature
+from tnxd.models.repository import RepositorySource
+
+# One C++ function per model (`cpp_wrapper`), which releases the GIL for the whole forward and may run on several
+# threads at a time, with as many OpenMP threads as its caller is allowed (`cpp.dynamic_threads`).
+_OPTIONS = {"config_patches": {"cpp_wrapper": True, "cpp.dynamic_threads": True, "compile_threads": 1}}
+
+
+class _Exported(NamedTuple):
+    """An exported network.
+
+    Attributes:
+        returned: of each output of the signature, its position among all that the program returns.
+        conditions: demands on the lengths of its inputs.
+    """
+
+    network: torch.nn.Module
+    signature: Signature
+    program: ExportedProgram
+    returned: tuple[int, ...]
+    conditions: Conditions
+
+
+def _export(source: RepositorySource, device: torch.device) -> _Exported:
+    opened = read(source)
+    signature = opened.signature
+    network = opened.build().to(device)
+    # Exported anew, too: what torch has loaded from a file lacks what inductor needs to know about its axes.
+    program = export(network, signature, device)
+    description = describe(program, "the exported network")
+    for spec, found in zip(signature.inputs, description.found.inputs, strict=True):
+        if spec.shape != found.shape:
+            raise FailedPrecondition(
+                f"input {spec.name!r} would be fixed at {list(found.shape)}, not {list(spec.shape)}"
+            )
+    conditions = description.conditions
+    if signature.max_batch_size:
+        conditions = conditions.without_rows()
+    conditions = Conditions([spec.name for spec in signature.inputs], conditions.conditions)
+    returned = {spec.name: at for at, spec in zip(description.returned, description.found.outputs, strict=True)}
+    wanted = [spec.name for spec in signature.outputs]
+    named = description.found.named_outputs
+    if not (returned.keys() >= set(wanted) if named else len(returned) == len(wanted)):
+        raise FailedPrecondition(f"the network returns {list(returned)}, its signature has {wanted}")
+    if not named:
+        wanted = list(returned)
+    return _Exported(network, signature, program, tuple([returned[name] for name in wanted]), conditions)
+
+
+def compile_into(source: RepositorySource, device: torch.device, folder: Path) -> None:
+    """Have inductor compile a version. Writes its code and how to call it, for `tnxd.models.formats.compiling`.
+
+    Raises:
+        FailedPrecondition: something in it cannot be compiled; the sentence says what.
+    """
+    import torch._inductor  # late: it sets environment variables
+
+    exported = _export(source, device)
+    graph = exported.program.graph_module
+    for node in graph.graph.nodes:
+        if "val" in node.meta:
+            node.meta["example_value"] = node.meta["val"]  # where inductor looks for the axes
+    arguments = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad():
+        artifact = torch._inductor.standalone_compile(
+            graph, [node.meta["val"] for node in arguments], dynamic_shapes="from_graph", options=_OPTIONS
+        )
+    artifact.save(path=str(folder / ARTIFACT), format="binary")
+    weights = tensors(exported.network)
+    targets = [spec.target or "" for spec in exported.program.graph_signature.input_specs]
+    constants = {name: exported.program.constants[name] for name in targets if name and name not in weights}
+    order = {
+        "arguments": targets,
+        "constants": constants,
+        "outputs": list(exported.returned),
+        "names": list(exported.conditions.names),
+        "conditions": [tuple(condition) for condition in exported.conditions.conditions],
+    }
+    torch.save(order, folder / ORDER)
+
+
+def convert_into(source: RepositorySource, device: torch.device, folder: Path) -> None:
+    """Convert a version to ONNX. Writes it and how to call it, for `tnxd.models.formats.converting`.
+
+    Raises:
+        FailedPrecondition: something in it cannot be converted; the sentence says what.
+    """
+    exported = _export(source, device)
+    ignore_warnings_about_torch_itself()
+    try:
+        with torch.no_grad():
+            converted = torch.onnx.export(exported.program, dynamo=True, verbose=False)
+        assert converted is not None
+        converted.save(folder / CONVERTED, external_data=True)
+    except Exception as error:  # whatever torch or onnxscript stumbles over
+        raise FailedPrecondition(f"torch.onnx cannot convert it: {sentence(error)}") from error
+    inputs = len(converted.model.graph.inputs)
+    if inputs != len(exported.signature.inputs):
+        raise FailedPrecondition(f"converted, it has {inputs} inputs in place of {len(exported.signature.inputs)}")
+    conditions = exported.conditions
+    called = Called(conditions.names, conditions.conditions, exported.returned)
+    Path(folder, CALLED).write_bytes(msgspec.json.encode(called))
+
+
+COMPILERS: dict[str, Callable[[RepositorySource, torch.device, Path], None]] = {
+    "inductor": compile_into,
+    "onnxruntime": convert_into,
+}
+"""What writes an artifact into a folder, by the name of its variant."""
+
+
+def _end_with_the_daemon() -> None:
+    """Wait for the end of the input, which is the daemon's."""
+    os.read(0, 1)  # not sys.stdin: a thread that waits there holds its lock, and the interpreter could not end
+    os._exit(1)
+
+
+def main() -> None:
+    name, folder, device = sys.argv[1:]
+    source: RepositorySource = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_the_daemon, daemon=True).start()
+    os.nice(10)  # what is served goes first
+    try:
+        COMPILERS[name](source, torch.device(device), Path(folder))
+    except TensorNextError as error:
+        sys.exit(error.message)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""onnxruntime for networks of torch: converted by a process of its own, run by a session on the CPU.
+
+onnxruntime takes 0.3 to 0.8 of the time of eager torch for the networks of docs/performance.md: it joins layers, and
+keeps weights in the order that its kernels want.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+
+from tnxctl.protocol.errors import FailedPrecondition
+from tnxd.advice import installing
+from tnxd.error_text import first_line
+from tnxd.models.formats import artifacts
+from tnxd.models.formats.child import compile_in_child
+from tnxd.models.formats.conditions import Condition, Conditions
+from tnxd.models.formats.onnx import Session, session_options
+from tnxd.models.repository import RepositorySource
+from tnxd.models.variants import Build, Variant, Workshop
+
+CONVERTED = "model.onnx"
+"""Name of the converted network."""
+
+CALLED = "called.json"
+"""Name of the file that says how to call it."""
+
+
+class Called(msgspec.Struct, frozen=True):
+    """How a converted network is called.
+
+    Attributes:
+        inputs: names of the signature's inputs, in order. conditions: what it demands of their lengths.
+        outputs: positions of the signature's outputs among those of the converted network.
+    """
+
+    inputs: tuple[str, ...]
+    conditions: tuple[Condition, ...]
+    outputs: tuple[int, ...]
+
+
+def missing() -> str:
+    """Packages that conversion needs and this computer lacks, in words; "" if none."""
+    lacking = [name for name in ("onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(lacking)} not installed: {installing(*lacking)}" if lacking else ""
+
+
+def variant(source: RepositorySource) -> Variant:
+    """The variant of a network that onnxruntime runs."""
+    return Variant("onnxruntime", ("cpu",), missing(), functools.partial(_make, source))
+
+
+def _make(source: RepositorySource, _: Build, workshop: Workshop) -> torch.nn.Module:
+    def compile_into(folder: Path) -> None:
+        compile_in_child(source, "onnxruntime", workshop.device, folder, workshop.seconds)
+
+    name = "" if workshop.cache is None else artifacts.key(source, "onnxruntime", torch.__version__)
+    with artifacts.folder(workshop.cache, name, compile_into) as folder:
+        return _load(folder)
+
+
+def _load(folder: Path) -> torch.nn.Module:
+    runtime = importlib.import_module("onnxruntime")
+    called = msgspec.json.decode(Path(folder, CALLED).read_bytes(), type=Called)
+    try:
+        session = runtime.InferenceSession(
+            str(folder / CONVERTED), session_options(runtime), providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's own classes have no base in common
+        raise FailedPrecondition(f"onnxruntime cannot load it: {first_line(error)}") from None
+    names = [node.name for node in session.get_outputs()]
+    return Converted(
+        Session(session, [names[position] for position in called.outputs], CONVERTED),
+        Conditions(called.inputs, called.conditions),
+    )
+
+
+class Converted(torch.nn.Module):
+    """A converted network. Args: session: runs it. conditions: what it demands of the lengths of its inputs."""
+
+    def __init__(self, session: Session, conditions: Conditions) -> None:
+        super().__init__()
+        self._session = session
+        self._conditions = conditions
+
+    def forward(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        self._conditions.check(inputs)
+        answers: Sequence[torch.Tensor] = self._session(*inputs)
+        return answers
