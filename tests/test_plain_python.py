@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tool
 from conftest import Daemon, serving_daemon
 from python_models import DOUBLES, SIGNATURE, await_end, put, rows
 from test_common_exports import run
@@ -244,6 +245,8 @@ def test_a_process_that_is_lost_costs_its_batch_alone(tnx: Client, value: float,
     assert [tnx.predict(rows(20), model="obeys").output[0, 0] for _ in range(20)] == [40] * 20
     found = info(tnx, "obeys")
     assert found.restarts == before + 1
+    shown = tool.run("health", "--host", tnx.endpoint).stdout
+    assert "obeys@1: its process was started again " in shown
     why = said.removeprefix("its process ")
     assert any("its process was started again" in note and why in note for note in found.notes)
 
