@@ -25,6 +25,15 @@ PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="ut
 ISOLATED = 'isolation = "process"\nmax_batch_size = 8\nwarm_up = [1, 8]\n'
 THREAD = "max_batch_size = 8\nwarm_up = [1, 8]\n"
 
+HANGS = """
+import time
+class Model:
+    def load(self, context): self.folder = context.directory
+    def predict(self, x):
+        while (x == 8).any() and not (self.folder.parent / "go").exists(): time.sleep(0.01)
+        return x * 2
+"""
+
 OBEYS = """
 import os, threading
 class Model:
@@ -148,6 +157,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         put(models, text, name=name, settings=settings)
     put(models, OBEYS, name="obeys", settings=f"{ISOLATED}time_limit_s = 1.0\nreplicas = 2\naudit = 0.0\n")
     put(models, OBEYS, name="thread", settings=THREAD)
+    put(models, HANGS, name="hangs", settings=f"{THREAD}time_limit_s = 0.3\n")
+    put(models, DOUBLES, name="none", settings=f'{THREAD}isolation = "none"\n')
     found = re.search(r"^## Plain Python\n(.*?)^## ", PAGE, re.MULTILINE | re.DOTALL)
     assert found is not None
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -252,7 +263,8 @@ def test_a_process_that_is_lost_costs_its_batch_alone(tnx: Client, value: float,
 
 
 def test_each_request_of_a_lost_batch_has_one_error(tnx: Client) -> None:
-    """And none of the others: a second process answers them, or they wait for the first."""
+    """And none of the others: a second process answers them, or they wait for the first. It is not tried again."""
+    before = info(tnx, "obeys").restarts
     futures = [tnx.submit(rows(7 if place == 20 else 20), model="obeys") for place in range(60)]
     failed = 0
     for future in futures:
@@ -262,6 +274,18 @@ def test_each_request_of_a_lost_batch_has_one_error(tnx: Client) -> None:
             assert "its process ended with exit code 3" in error.message  # noqa: PT017
             failed += 1
     assert 1 <= failed <= 8
+    assert tnx.predict(rows(20), model="obeys").output[0, 0] == 40
+    assert info(tnx, "obeys").restarts == before + 1
+
+
+def test_a_thread_that_hangs_costs_its_lane_and_what_runs_inline_goes_on(daemon: Daemon, tnx: Client) -> None:
+    bad = tnx.submit(rows(8), model="hangs")
+    with pytest.raises(Internal, match=r"ran for over 0.3 s on cpu"):
+        bad.result()
+    assert [tnx.predict(rows(20), model="none").output[0, 0] for _ in range(20)] == [40] * 20
+    assert [tnx.predict(rows(20), model="obeys").output[0, 0] for _ in range(20)] == [40] * 20
+    (daemon.log.parent / "models/hangs/go").touch()
+    assert tnx.predict(rows(20), model="hangs").output[0, 0] == 40
 
 
 @pytest.mark.parametrize("name", ["thread", "obeys"])
