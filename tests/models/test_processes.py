@@ -311,3 +311,39 @@ def test_no_process_outlives_the_daemon(tmp_path: Path, how: str) -> None:
             daemon.stdin.close()
         daemon.wait()
         await_end(pid)
+
+
+def test_torch_computes_without_gradients_there_too(tmp_path: Path) -> None:
+    text = """
+    import torch
+    class Model:
+        framework = "torch"
+        def load(self, context):
+            self.net = torch.nn.Linear(2, 2)
+        def predict(self, x):
+            y = self.net(x)
+            assert not y.requires_grad
+            return y * 0
+    """
+    assert start(tmp_path, text=text).ask(1).tolist() == [[0, 0]]
+
+
+def test_what_is_started_and_prints_on_holds_nobody_up(tmp_path: Path) -> None:
+    text = """
+    import os, subprocess
+    class Model:
+        def load(self, context):
+            self.child = subprocess.Popen(["sh", "-c", "while :; do echo on; done"], start_new_session=True)
+        def predict(self, x):
+            if x[0, 0] == 1: os._exit(3)
+            return x * 0 + self.child.pid
+    """
+    started = start(tmp_path, text=text)
+    pid = int(started.ask(2)[0, 0])
+    try:
+        with pytest.raises(ProcessLost, match="exit code 3"):
+            started.ask(1)
+        other = int(started.again(2)[0, 0])
+        os.kill(other, signal.SIGKILL)
+    finally:
+        os.kill(pid, signal.SIGKILL)

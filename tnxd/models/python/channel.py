@@ -25,8 +25,11 @@ from tnxctl.protocol.wire import TensorSpec
 
 _ALIGNMENT = 64
 _SMALLEST = 1 << 16
-_MOST_MESSAGE = 1 << 28
+_MOST_MESSAGE = 1 << 26
 _LENGTH = struct.Struct("<I")
+
+OUT_OF_MEMORY = 75
+"""Exit code of a process that has run out of memory. It may hold on to it: so it ends."""
 
 Shapes = tuple[tuple[int, ...] | None, ...]
 """Shape of each array, in the order of the signature; None for one that is not there."""

@@ -13,6 +13,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
@@ -23,7 +24,7 @@ from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.error_text import sentence
-from tnxd.models.python.channel import Answer, Ask, Failure, Loaded, Region, receive, send
+from tnxd.models.python.channel import OUT_OF_MEMORY, Answer, Ask, Failure, Loaded, Region, receive, send
 from tnxd.models.python.instance import Code, Instance, Plan
 
 _PR_SET_PDEATHSIG = 1
@@ -54,11 +55,11 @@ def main(arguments: Sequence[str]) -> None:
     except BaseException as error:  # a model's code may raise anything
         traceback.print_exc()
         send(link, _failure(error))
-        return
+        os._exit(1)  # threads of the model need not end first
     send(link, Loaded({name: default is not inspect.Parameter.empty for name, default in instance.optional.items()}))
-    with contextlib.suppress(EOFError, OSError):  # the daemon is gone
+    with contextlib.suppress(EOFError, OSError), _as_in_a_lane(code.framework):  # until the daemon is gone
         _serve(link, plan, code.framework, instance, Region(asked), Region(answered))
-    os._exit(0)  # threads of the model need not end first
+    os._exit(0)
 
 
 def _serve(
@@ -77,11 +78,20 @@ def _serve(
                 traceback.print_exc()
             send(link, failure)
             if failure.full:
-                return
+                os._exit(OUT_OF_MEMORY)
             continue
         finally:
             made = arrays = []
         send(link, Answer(shapes, outputs.size))
+
+
+def _as_in_a_lane(framework: str) -> AbstractContextManager[object]:
+    """Without gradients, as forwards are in the daemon, if the model uses torch."""
+    if framework != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
 
 
 def _failure(error: BaseException) -> Failure:

@@ -30,7 +30,7 @@ import msgspec
 
 from tnxctl.protocol.errors import FailedPrecondition, Internal, TensorNextError
 from tnxctl.protocol.frames import Array
-from tnxd.models.python.channel import Answer, Ask, Failure, Loaded, Region, Reply, receive, send
+from tnxd.models.python.channel import OUT_OF_MEMORY, Answer, Ask, Failure, Loaded, Region, Reply, receive, send
 from tnxd.models.python.failures import ProcessAway, ProcessFull, ProcessLost
 from tnxd.models.python.instance import Plan
 from tnxd.models.time_limits import TimeLimits
@@ -50,6 +50,9 @@ _RETRY_S = 0.2
 _END_S = 5.0
 
 _MOST_LINE = 16 * 1024
+
+# As much as a pipe holds.
+_MOST_PARTS = 64 * 1024 // _MOST_LINE
 
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
@@ -89,6 +92,7 @@ class Worker:
         self.why = ""
         self._link, other = socket.socketpair()
         regions = Region.create(f"{plan.title} inputs"), Region.create(f"{plan.title} outputs")
+        weakref.finalize(self, _close, self._link, *regions).atexit = False
         self._inputs, self._outputs = map(Region, regions)
         passed = (other.fileno(), *regions)
         with other:
@@ -102,8 +106,7 @@ class Worker:
                 start_new_session=True,  # a signal from the terminal is for the daemon; what it starts is its group
             )
         self._pidfd = os.pidfd_open(self._process.pid)
-        weakref.finalize(self, _close, self._link, *regions, self._pidfd).atexit = False
-        self._send(plan)
+        weakref.finalize(self, os.close, self._pidfd).atexit = False
 
     def load(self, limit_s: float) -> None:
         """Wait until the model is loaded.
@@ -112,6 +115,8 @@ class Worker:
             FailedPrecondition: it cannot be; the sentence names the file.
             ProcessLost: the process ended, or had no more time.
         """
+        self._link.settimeout(None if limit_s == math.inf else limit_s)  # a plan may be larger than what it buffers
+        self._send(self.plan)
         reply = self._receive(limit_s, "it was loaded")
         if isinstance(reply, Failure):
             raise FailedPrecondition(reply.text)
@@ -149,22 +154,18 @@ class Worker:
         poll = select.poll()
         poll.register(output, select.POLLIN)
         poll.register(self._pidfd, select.POLLIN)
-        alive = True
-        while alive:
-            events = dict(poll.poll())
-            alive = self._pidfd not in events
-            part = b""
-            with contextlib.suppress(BlockingIOError):
-                while part := os.read(output.fileno(), _MOST_LINE):
-                    lines.add(part)
-            if output.fileno() in events and not part and not events[output.fileno()] & select.POLLIN:
+        while self._pidfd not in (events := dict(poll.poll())):
+            if output.fileno() in events and not lines.read(output.fileno()):
                 poll.unregister(output)  # it has closed it
-        lines.end()
-        output.close()
         with contextlib.suppress(ProcessLookupError):  # what it has started; before its number may be another's
             os.killpg(self._process.pid, signal.SIGKILL)
+        for _ in range(_MOST_PARTS):  # no more: what has left its group may print on
+            if not lines.read(output.fileno()):
+                break
+        lines.end()
+        output.close()
         code = self._process.wait()
-        self.why = self.why or _end(code)
+        self.why = self.why or self._end(code)
         self.ended.set()
 
     def _send(self, message: msgspec.Struct) -> None:
@@ -182,13 +183,22 @@ class Worker:
         self.ended.wait(_END_S)
         raise ProcessLost(f"model {self.plan.name!r}: its process {self.why or 'ended'} while {what}")
 
+    def _end(self, code: int) -> str:
+        """The end of the process in words."""
+        if code == OUT_OF_MEMORY:
+            limit = self.plan.memory_limit_mb
+            return f"ran out of its memory of {limit:g} MiB" if limit else "ran out of memory"
+        if code >= 0:
+            return f"ended with exit code {code}"
+        try:
+            return f"was ended by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"was ended by signal {-code}"
+
     def _error(self, failure: Failure) -> BaseException:
         if failure.full:
-            limit = self.plan.memory_limit_mb
-            allowed = f" of {limit:g} MiB" if limit else ""
-            self.why = f"ran out of its memory{allowed}"
             self.ended.wait(_END_S)
-            return ProcessFull(f"model {self.plan.name!r}: its process {self.why} while a batch ran")
+            return ProcessFull(f"model {self.plan.name!r}: its process {self.why or 'ends'} while a batch ran")
         if not failure.kind:
             return Internal(failure.text)
         return _raised(failure)
@@ -375,7 +385,15 @@ class _Lines:
         self._title = title
         self._begun = b""
 
-    def add(self, part: bytes) -> None:
+    def read(self, descriptor: int) -> bool:
+        """Log what can be read. Returns whether there was anything."""
+        with contextlib.suppress(BlockingIOError):
+            part = os.read(descriptor, _MOST_LINE)
+            self._add(part)
+            return bool(part)
+        return False
+
+    def _add(self, part: bytes) -> None:
         """Log the lines that end within a part."""
         *lines, self._begun = (self._begun + part).split(b"\n")
         if len(self._begun) > _MOST_LINE:
@@ -387,7 +405,7 @@ class _Lines:
     def end(self) -> None:
         """Log what is left."""
         if self._begun:
-            self.add(b"\n")
+            self._add(b"\n")
 
 
 def _raised(failure: Failure) -> BaseException:
@@ -409,13 +427,3 @@ def _close(link: socket.socket, *descriptors: int) -> None:
     link.close()
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-def _end(code: int) -> str:
-    """The end of a process in words."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        return f"was ended by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was ended by signal {-code}"
