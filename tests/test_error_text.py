@@ -111,3 +111,11 @@ def test_an_error_that_cannot_be_shown() -> None:
     assert (
         sentence(raised(ValueError("a"), Unprintable())) == "ValueError: a: Unprintable: (its message cannot be shown)"
     )
+
+
+@pytest.mark.timeout(10)
+def test_of_a_long_text_only_the_begin_and_the_end_are_searched() -> None:
+    """It would hold the GIL for half a minute."""
+    text = "a tensor: " + "0.5, " * 20_000_000
+    assert sentence(RuntimeError(text)) == f"RuntimeError: {text[:200]}"
+    assert sentence(RuntimeError(f"{text}\nUnknown builtin op: mylib::twice.")) == OPERATOR

@@ -121,3 +121,35 @@ def test_only_a_refusal_that_waiting_would_have_spared_says_when_to_come_back(da
     with Dealer(daemon.endpoint) as dealer:
         dealer.predict(rows(64), deadline_us=1.0)
         assert dealer.error().retry_after_us is None
+
+
+def test_a_flood_is_no_reason_to_refuse_another_client_that_does_not_say_when_it_sent(
+    run_daemon: Callable[..., Daemon],
+) -> None:
+    """What waits is the flood's: a connection that sends one request at a time waits for a turn."""
+    daemon = run_daemon("--model", "mlp")
+    part, parts, ahead = 4000, 5, 2
+    flood = message(pack(predict_header(deadline_us=1.0)), ONE_ROW) * part
+    over = threading.Event()
+
+    def send() -> None:
+        try:
+            flooder.write(flood * ahead)
+            for left in range(parts, 0, -1):
+                for _ in range(part):
+                    flooder.read_message()
+                if left > ahead:
+                    flooder.write(flood)
+        finally:
+            over.set()
+
+    with Peer(daemon.endpoint, timeout=30).greet() as flooder, Dealer(daemon.endpoint) as honest:
+        sender = threading.Thread(target=send)
+        sender.start()
+        try:
+            while not over.is_set():
+                honest.predict(rows(1), deadline_us=200_000.0)
+                honest.result()
+        finally:
+            over.wait()
+            sender.join()

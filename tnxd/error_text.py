@@ -8,6 +8,11 @@ from collections.abc import Iterator, Mapping
 from tnxctl.protocol.errors import TensorNextError
 
 _LENGTH = 200
+
+# What is looked at of a message, from its begin and from its end: some show a whole tensor, and to search a megabyte of
+# text holds the GIL for a third of a second.
+_MOST_CHARACTERS = 16 * 1024
+
 _MOST_CAUSES = 20
 
 # Where TorchScript has shown the line at fault; what went wrong comes after it.
@@ -83,9 +88,11 @@ def _after(text: str) -> str:
 
 def _text(error: BaseException) -> str:
     try:
-        return str(error)
+        text = str(error)
     except Exception:
         return "(its message cannot be shown)"
+    half = _MOST_CHARACTERS // 2
+    return text if len(text) <= _MOST_CHARACTERS else text[:half] + text[-half:]
 
 
 def _clean(line: str) -> str:

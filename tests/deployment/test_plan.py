@@ -214,6 +214,12 @@ def test_a_version_that_is_not_there_cannot_be_asked_for() -> None:
         plan_load(made({"1": READY}, "1"), "7")
 
 
+@pytest.mark.parametrize("state", [READY, EVICTED])
+def test_a_version_that_is_gone_from_the_catalog_cannot_be_asked_for(state: str) -> None:
+    with pytest.raises(NotFound, match="no version '2' any more"):
+        plan_load(made({"1": READY, "2": state}, "1", sources={"1": "old"}), "2")
+
+
 def test_an_unload_of_one_version_leaves_the_others() -> None:
     assert plan_unload(made({"1": READY, "2": READY}, "2"), ["1"]) == (Withdraw("1"), Retire("1"), Release())
     assert plan_unload(made({"1": READY, "2": READY}, "2", pinned="1"), ["2"]) == (Withdraw("2"), Retire("2"))

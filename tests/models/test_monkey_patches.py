@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -57,6 +59,8 @@ REPLACED = [
     ("torch.nn.Module.to", put(torch.nn.Module, "to", staticmethod(other))),
     ("torch.nn.Embedding.from_pretrained", put(torch.nn.Embedding, "from_pretrained", classmethod(other))),
     ("torch.nn.LSTM", put(torch.nn, "LSTM", Other)),
+    ("time.perf_counter", put(time, "perf_counter", other)),
+    ("threading.get_ident", put(threading, "get_ident", time.monotonic)),
 ]
 
 
@@ -78,7 +82,17 @@ def _unchanged() -> Iterator[None]:
 
 
 def contents() -> dict[str, dict[str, Any]]:
-    owners = (torch, functional, torch.nn.init, torch.Tensor, torch.nn.Module, torch.nn.Linear, torch.nn.Embedding)
+    owners = (
+        torch,
+        functional,
+        torch.nn.init,
+        torch.Tensor,
+        torch.nn.Module,
+        torch.nn.Linear,
+        torch.nn.Embedding,
+        time,
+        threading,
+    )
     return {str(owner): {name: value for name, value in vars(owner).items() if callable(value)} for owner in owners}
 
 

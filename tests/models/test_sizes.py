@@ -33,3 +33,11 @@ def test_a_model_without_a_batch_axis_is_measured_whole() -> None:
     assert (
         replace(model, max_batch_size=4, inputs=(), outputs=(TensorSpec("y", "UINT8", (-1, 7)),)).reply_row_nbytes == 7
     )
+
+
+def test_an_example_that_no_request_could_have_is_named() -> None:
+    spec = TensorSpec("x", "FP32", (-1, -1))
+    model = Model("m", "1", (spec,), (spec,), 4, torch.nn.Identity, examples=((1, 300),))
+    check_message_sizes(model, Limits(message_bytes=1200))
+    with pytest.raises(FailedPrecondition, match=r"the example of input 'x', \[1, 300\], takes 1200 bytes"):
+        check_message_sizes(model, Limits(message_bytes=1199))

@@ -263,3 +263,14 @@ def test_a_file_that_was_not_there_is_not_loaded(root: Path) -> None:
 def test_no_directory(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="no-such-place"):
         Guard.of(tmp_path / "no-such-place")
+
+
+@pytest.mark.parametrize("what", ["net/1/model.safetensors", "net/1", "net"])
+def test_what_was_taken_away_while_it_was_loaded_has_changed(root: Path, what: str) -> None:
+    files = check(root)
+    (root / what).rename(root.parent / "away")
+    with (
+        pytest.raises(FailedPrecondition, match=r"net/1/model.safetensors changed while it was loaded: load it again"),
+        files.open(files.directory / "model.safetensors"),
+    ):
+        pass

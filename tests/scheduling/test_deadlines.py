@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import pytest
+
 from scheduling_helpers import MODELS, MS, make_scheduler, memory_kept, request, run_one
 from tnxd.scheduling.device import Device
+from tnxd.scheduling.refusals import TooLate
 from tnxd.scheduling.request import NEVER
 
 
@@ -99,3 +104,29 @@ def test_deadlines_are_bounded_by_the_requests_outstanding() -> None:
             one.done = True
 
     assert memory_kept(work) < 200_000  # of requests alone, it would be a million
+
+
+def test_what_was_slow_for_a_while_is_tried_again() -> None:
+    """Where all requests are refused nothing runs, and nothing would be learned any more."""
+    scheduler = make_scheduler()
+    for _ in range(30):  # of a client without deadlines
+        scheduler.add(request(), 0)
+        ((batch,), _) = scheduler.next_batches(0)
+        scheduler.finished(batch, 200_000.0)
+    for second in range(20):
+        now_ns = second * 1000 * MS
+        asked = request(deadline_ns=now_ns + 50 * MS)
+        with contextlib.suppress(TooLate):
+            scheduler.add(asked, now_ns)
+            break
+    (batch,), late = scheduler.next_batches(now_ns)
+    assert (batch.requests, late) == ([asked], [])
+    scheduler.finished(batch, 1000.0)
+    scheduler.add(request(deadline_ns=now_ns + 51 * MS), now_ns + MS)
+
+
+def test_what_never_was_in_time_is_refused_for_good() -> None:
+    scheduler = make_scheduler()
+    for second in range(20):
+        with pytest.raises(TooLate):
+            scheduler.add(request(deadline_ns=second * 1000 * MS + MS // 2), second * 1000 * MS)

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from faults.daemons import Running, running
 
+from daemons import Running, running
 from dealer import Dealer, rows
 from obedient_devices import ANSWER, BREAK, EXHAUST, FAIL, HOLD, RELEASE, VANISH
 from tnxctl.protocol import wire

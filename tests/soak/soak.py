@@ -34,7 +34,8 @@ from daemons import ODD, Running, running  # noqa: E402
 from dealer import Dealer, rows  # noqa: E402
 from model_repositories import ONE_ROW, put  # noqa: E402
 from slopes import BLOCKS, Slope, slope  # noqa: E402
-from tnxctl import Client, wire  # noqa: E402
+from tnxctl import Client  # noqa: E402
+from tnxctl.protocol import wire  # noqa: E402
 from zmtp import Peer, message  # noqa: E402
 
 LEAKING = (str(Path(__file__).with_name("leaking.py")),)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from tnxctl.protocol.errors import NotFound
 from tnxd.deployment.registry import Deployment
 from tnxd.deployment.version import EVICTED, UNLOADED
 
@@ -180,10 +181,18 @@ def plan_load(deployment: Deployment, number: str) -> tuple[Step, ...]:
     """Plan how a version that is in the catalog is loaded because somebody asked for it by number.
 
     It stays whatever the catalog wants, and waits until traffic is routed to it, unless it is the first.
+
+    Raises:
+        NotFound: it is not in the catalog, though what is loaded of it may serve.
     """
     version = deployment.version(number)
+    source = deployment.entry.sources.get(number)
+    if source is None:
+        raise NotFound(
+            f"model {deployment.name!r} has no version {number!r} any more; a reload ends what is loaded of it"
+        )
     steps: list[Step] = []
-    if version.servable and version.source.stamp != deployment.entry.sources[number].stamp:
+    if version.servable and version.source.stamp != source.stamp:
         steps.append(Renew(number))
     elif version.state == EVICTED:
         steps.append(BringBack(number))

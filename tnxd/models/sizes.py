@@ -11,7 +11,8 @@ def check_message_sizes(model: Model, limits: Limits) -> None:
     """Check that one can ask for this model, and be answered. How many tensors it has raises the limit for that.
 
     Raises:
-        FailedPrecondition: the smallest request or answer is larger than a message may be; the sentence has both sizes.
+        FailedPrecondition: the smallest request or answer, or an example, is larger than a message may be; the sentence
+            has both sizes.
     """
     ones = tuple(
         TensorSpec(spec.name, spec.datatype, tuple(max(length, 1) for length in spec.shape)) for spec in model.inputs
@@ -30,6 +31,13 @@ def check_message_sizes(model: Model, limits: Limits) -> None:
             raise FailedPrecondition(
                 f"{what} would take {nbytes} bytes, and limits.message_bytes is {limits.message_bytes}: raise it, "
                 f"in the clients too"
+            )
+    for spec, shape in zip(model.inputs, model.examples, strict=False):
+        nbytes = row_nbytes((TensorSpec(spec.name, spec.datatype, shape),), batches)
+        if nbytes > limits.message_bytes:
+            raise FailedPrecondition(
+                f"the example of input {spec.name!r}, {list(shape)}, takes {nbytes} bytes, and limits.message_bytes is "
+                f"{limits.message_bytes}: no request could have that"
             )
 
 

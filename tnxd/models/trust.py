@@ -205,12 +205,17 @@ class TrustedFiles:
         expected = self.identities.get(path)
         if expected is None:
             raise FailedPrecondition(f"{label} is missing")
-        with open_file(self.guard.resolve(path), label) as file:
+        changed = FailedPrecondition(f"{label} changed while it was loaded: load it again")
+        try:
+            opened = open_file(self.guard.resolve(path), label)
+        except FileNotFoundError:  # another version is being put into its place
+            raise changed from None
+        with opened as file:
             if identity(os.fstat(file.fileno())) != expected:
-                raise FailedPrecondition(f"{label} changed while it was loaded: load it again")
+                raise changed
             yield file
             if identity(os.fstat(file.fileno())) != expected:
-                raise FailedPrecondition(f"{label} changed while it was loaded: load it again")
+                raise changed
 
     def check_unchanged(self) -> None:
         """Check that all files are what was checked: for code that reads them itself. Raises FailedPrecondition."""

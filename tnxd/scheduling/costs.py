@@ -27,13 +27,14 @@ class CostCurve:
     last it grows in proportion.
     """
 
-    __slots__ = ("_deviations", "_means", "_moved", "_points", "_rows", "_times")
+    __slots__ = ("_deviations", "_least", "_means", "_moved", "_points", "_rows", "_times")
 
     def __init__(self) -> None:
         self._points: dict[int, int] = {}  # bucket -> position in the lists, which are ordered by rows
         self._rows: list[float] = []
         self._times: list[float] = []
         self._deviations: list[float] = []
+        self._least: list[float] = []  # the shortest times
         self._means: dict[int, float] = {}  # by rows, as they were worked out last
         self._moved = 0.0  # since then, as a share
 
@@ -48,6 +49,7 @@ class CostCurve:
             self._rows.insert(position, float(rows))
             self._times.insert(position, micros)
             self._deviations.insert(position, micros / 4)
+            self._least.insert(position, micros)
             self._forget_means()
             return
         expected = self._times[position]
@@ -59,6 +61,8 @@ class CostCurve:
         self._rows[position] = mean_rows + _WEIGHT * (rows - mean_rows)
         self._times[position] = expected + _WEIGHT * off
         self._deviations[position] += _WEIGHT * (abs(off) - self._deviations[position])
+        if micros < self._least[position]:
+            self._least[position] = micros
 
     def bound(self, rows: int, micros: float) -> None:
         """Bound the mean of `rows` from above: it comes down to `micros` by and by, and never rises for it."""
@@ -71,6 +75,13 @@ class CostCurve:
         self._rows = list(other._rows)
         self._times = [factor * micros for micros in other._times]
         self._deviations = [factor * micros for micros in other._deviations]
+        self._least = [factor * micros for micros in other._least]
+        self._forget_means()
+
+    def doubt(self) -> None:
+        """Halve what the times are above the shortest ones, and the deviations: the slow spell may be over."""
+        self._times = [(micros + least) / 2 for micros, least in zip(self._times, self._least, strict=True)]
+        self._deviations = [micros / 2 for micros in self._deviations]
         self._forget_means()
 
     def mean(self, rows: int) -> float:
@@ -116,6 +127,10 @@ class CostCurve:
             return 0.0
         position = min(bisect_left(self._rows, rows), len(self._rows) - 1)
         return _DEVIATIONS * self._deviations[position]
+
+    def least(self, rows: int) -> float:
+        """Microseconds of the fastest batch of about as many rows; 0 if there was none."""
+        return self._least[min(bisect_left(self._rows, rows), len(self._rows) - 1)] if self._rows else 0.0
 
     @property
     def known(self) -> bool:

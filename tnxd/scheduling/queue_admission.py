@@ -15,6 +15,10 @@ BEHIND_NS = 200_000
 # each request took more of the caller's time: 20,000 requests of `mlp` per second in place of 28,000.
 _BEHIND_SHARE = 0.5
 
+# Where nothing runs, nothing is learned: what was slow for a while would be refused for good. So if nothing waits, and
+# the fastest batch would have been in time, a refusal casts doubt on the costs, as often as this.
+_DOUBT_NS = 1_000_000_000
+
 
 class AdmissionControl:
     """Limits of what may wait, and the check of deadlines.
@@ -69,7 +73,8 @@ class AdmissionControl:
                 f"{limit}; the predicted wait is {wait_us / 1e3:.3g} ms", retry_after_s=room_s / 1e6
             )
         if request.deadline_ns != NEVER:
-            margin_us = queue.costs.curve(request.rows).spread(request.rows)
+            curve = queue.costs.curve(request.rows)
+            margin_us = curve.spread(request.rows)
             needs_us = wait_us + run_us + margin_us
             came_ns = request.came_ns or now_ns
             allowed_us = (request.deadline_ns - came_ns) / 1e3
@@ -84,8 +89,13 @@ class AdmissionControl:
                 needs_us += reserve_us
             left_us = (request.deadline_ns - now_ns) / 1e3
             if needs_us > left_us:
+                if not wait_us and curve.least(request.rows) <= left_us and now_ns >= queue.doubted_ns + _DOUBT_NS:
+                    queue.doubted_ns = now_ns
+                    curve.doubt()
+                    queue.placement.forecast.extra_us /= 2
+                left = f"{left_us / 1e3:.3g} ms from now" if left_us > 0 else f"past for {-left_us / 1e3:.3g} ms"
                 raise TooLate(
-                    f"it cannot be done within its deadline, {left_us / 1e3:.3g} ms from now: the predicted wait is "
+                    f"it cannot be done within its deadline, {left}: the predicted wait is "
                     f"{wait_us / 1e3:.3g} ms and then {run_us / 1e3:.3g} ms, with a margin of {margin_us / 1e3:.3g} ms",
                     now_ns + int(needs_us * 1e3),
                     # It says nothing about one that would be late though nothing waits, here or in its socket.

@@ -31,9 +31,21 @@ class RequestQueue:
         rows, count: of the requests that wait.
         ready_ns: a batch smaller than the limit waits for company until then; what a full batch left over does not.
         stealable: whether there may be requests that another device may steal; set by the caller.
+        doubted_ns: when the costs were last doubted; set by the caller.
     """
 
-    __slots__ = ("_fifo", "_levels", "costs", "count", "key", "placement", "ready_ns", "rows", "stealable")
+    __slots__ = (
+        "_fifo",
+        "_levels",
+        "costs",
+        "count",
+        "doubted_ns",
+        "key",
+        "placement",
+        "ready_ns",
+        "rows",
+        "stealable",
+    )
 
     def __init__(self, key: tuple[str, tuple[int, ...], bool], costs: BatchCosts, placement: Placement) -> None:
         self.key = key
@@ -43,6 +55,7 @@ class RequestQueue:
         self.count = 0
         self.ready_ns = 0
         self.stealable = False
+        self.doubted_ns = 0
         self._fifo: deque[Request] = deque()
         self._levels: list[LevelQueue] | None = None
 

@@ -37,6 +37,7 @@ from tnxd.serving.replies import report_header
 from tnxd.serving.reports import Inventory
 from tnxd.serving.telemetry import Telemetry
 from tnxd.transport.client_limits import Admission, Connection
+from tnxd.transport.fair_queue import FairQueue
 from tnxd.transport.router import Message, Router
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class Intake:
         self._light_waits = False
         # When the socket was last seen empty, and since when it is not, as far as is known.
         self._empty_ns = self._filled_ns = time.perf_counter_ns()
+        self._fair_queue = FairQueue()
 
     def refresh_limits(self) -> None:
         """Raise the limits of tensors and of axes as signatures ask: what models take, they may be sent."""
@@ -169,15 +171,18 @@ class Intake:
                 break  # a lane has nothing to do
             if self._light_waits and self._scheduler.queued >= ENOUGH * self._admission.active:
                 break  # a client with a single request waits behind what others have sent
+        self._fair_queue.went_on(self._telemetry.requests, clock(), router.peers)
         return True, None
 
     def _age_ns(self, connection: Connection, sent_us: float | None, received_ns: int) -> int:
         """The time that a message waited until it was taken up: since the socket was last seen empty, at the most.
 
-        One that does not say when it was sent has waited for half of the time since there was something to read.
+        One that does not say when it was sent has waited for half of the time since there was something to read, of its
+        connection as far as that is known.
         """
         if sent_us is None:
-            return (received_ns - self._filled_ns) // 2
+            filled_ns = self._fair_queue.filled_ns(connection, self._telemetry.requests)
+            return (received_ns - max(filled_ns, self._filled_ns)) // 2
         return min(connection.clock.waited_ns(sent_us, received_ns), received_ns - self._empty_ns)
 
     def _take(self, message: Message, received_ns: int) -> Batch | None:

@@ -88,6 +88,7 @@ class Connection:
         received, frames: bytes, and frames, of the messages that it has sent and that were received.
         refused_ns: as of its client.
         clock: of the sender.
+        heard, filled_ns: see `FairQueue.filled_ns`.
         closed: whether it has ended, or is being cut off. cut: whether it was cut off.
     """
 
@@ -102,6 +103,8 @@ class Connection:
     frames: int = 0
     refused_ns: int = 0
     clock: SenderClock = field(default_factory=SenderClock)
+    heard: int = 0
+    filled_ns: int = 0
     closed: bool = False
     cut: bool = False
 

@@ -214,6 +214,11 @@ class Router:
             self._recv(_NOBLOCK)
 
     @property
+    def peers(self) -> int:
+        """Open connections of which a message came."""
+        return len(self._by_peer)
+
+    @property
     def undeliverable(self) -> int:
         """Messages given up because the peer was gone or took nothing for too long."""
         return self._outbox.undeliverable

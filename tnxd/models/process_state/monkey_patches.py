@@ -1,5 +1,7 @@
 """Monkey patches: functions and methods of torch that code has replaced, though all models call them.
 
+So are the functions of `time` and `threading`, by which the daemon itself runs: its limits, its lanes, its log.
+
     names = undo()              ["torch.nn.functional.relu"]
     sentence("importing it", names)
 
@@ -14,6 +16,8 @@ Import this before any code of a model: the functions that are there then count 
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
@@ -41,7 +45,7 @@ def sentence(what: str, names: Sequence[str]) -> str:
 
 
 class _Namespace:
-    """Module or class of torch, with its originals.
+    """Module or class, with its originals.
 
     Args:
         path: its name.
@@ -138,6 +142,7 @@ def _classes() -> dict[type, str]:
 _MODULES: tuple[ModuleType, ...] = (
     *(torch, torch.nn, torch.nn.functional, torch.nn.init),
     *(torch.linalg, torch.fft, torch.special),
+    *(time, threading),
 )
 
 _namespaces = [
