@@ -313,6 +313,18 @@ def test_no_process_outlives_the_daemon(tmp_path: Path, how: str) -> None:
         await_end(pid)
 
 
+def test_a_process_that_needs_no_torch_has_none(tmp_path: Path) -> None:
+    text = """
+    import sys
+    class Model:
+        def preprocess(self, x):
+            return {"x": x}
+        def predict(self, x):
+            return x * 0 + ("torch" in sys.modules)
+    """
+    assert start(tmp_path, text=text).ask(1).tolist() == [[0, 0]]
+
+
 def test_torch_computes_without_gradients_there_too(tmp_path: Path) -> None:
     text = """
     import torch

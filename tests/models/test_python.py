@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from pathlib import Path
@@ -88,6 +89,28 @@ def test_rows_are_prepared_and_finished_one_by_one(tmp_path: Path) -> None:
     y, n = ask(tmp_path, text, rows(1, 2, 3), scale, signature=TWO)
     assert y.tolist() == [[2, 2], [21, 21], [301, 301]]
     assert n.tolist() == [2, 2, 2]
+
+
+def test_what_is_raised_for_a_row_is_raised_and_threads_end_with_the_model(tmp_path: Path) -> None:
+    text = """
+    import threading
+    class Model:
+        def preprocess(self, x):
+            if x[0] == 2: raise SystemExit("two")
+            return {"name": len([t for t in threading.enumerate() if t.name == "odd@1"])}
+        def predict(self, name):
+            return name[:, None].astype("float32").repeat(2, 1)
+    """
+    module = opened(tmp_path, text).factory().to("cpu")
+    with pytest.raises(SystemExit, match="two"):
+        module(torch.from_numpy(rows(1, 2, 3)))
+    threads = [thread for thread in threading.enumerate() if thread.name == "odd@1"]
+    assert module(torch.from_numpy(rows(1, 3)))[0][0, 0] == len(threads)
+    assert all(thread.daemon for thread in threads)
+    del module
+    gc.collect()
+    for thread in threads:
+        thread.join()
 
 
 def test_a_request_without_rows_is_prepared_as_it_is(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from tnxctl.protocol.wire import TensorSpec
 from tnxd.error_text import sentence
 from tnxd.models import structures
 from tnxd.models.formats.modules import Modules
+from tnxd.models.python.workers import Workers
 from tnxd.models.trust import Guard, TrustedFiles
 
 MODULE = "model"
@@ -151,9 +151,9 @@ class Instance:
         self._load = self._method("load")
         first = "preprocess" if self._preprocess else "predict"
         self.optional = self._parameters(first)
-        self._threads: ThreadPoolExecutor | None = None
+        self._workers: Workers | None = None
         if (self._preprocess or self._postprocess) and plan.workers > 1 and plan.batches:
-            self._threads = ThreadPoolExecutor(plan.workers, thread_name_prefix=plan.title)
+            self._workers = Workers(plan.workers, plan.title)
 
     def load(self, device: str) -> None:
         """Call `load` of the model, if it has one.
@@ -223,9 +223,9 @@ class Instance:
         return {name: self._stacked(name, [part[at] for part in made]) for at, name in enumerate(wanted)}
 
     def _each(self, function: Callable[[int], Any], rows: int) -> list[Any]:
-        if self._threads is None or rows < 2:
+        if self._workers is None or rows < 2:
             return [function(row) for row in range(rows)]
-        return list(self._threads.map(function, range(rows)))
+        return self._workers.map(function, rows)
 
     def _mapping(self, made: Any) -> Mapping[str, Any]:
         if not isinstance(made, Mapping):

@@ -80,7 +80,7 @@ class _Objects:
                 left = max(self._running.values()) + self._limit_s - time.monotonic()
                 if left <= 0:
                     raise ProcessAway(f"model {self._code.plan.name!r} hangs, in all of its replicas")
-                self._changed.wait(left)
+                self._changed.wait(min(left, threading.TIMEOUT_MAX))
             instance = self._idle.pop(0)
             self._running[instance] = time.monotonic()
             return instance

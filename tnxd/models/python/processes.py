@@ -237,7 +237,7 @@ class _Pool:
                 left = until - time.monotonic()
                 if not self.loaded or left <= 0:
                     raise ProcessAway(f"model {name!r}: its process is being started again", retry_after_s=_RETRY_S)
-                self.changed.wait(None if left == math.inf else left)
+                self.changed.wait(min(left, threading.TIMEOUT_MAX))
             return self.idle.pop(0)
 
     def give_back(self, worker: Worker) -> None:
