@@ -141,7 +141,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         example_shapes: one per input, of one row, for which the model is known to work; (): not known yet.
         max_batch_size: most rows in one batch; 0 for a model that takes no batch axis.
         default: whether requests that name no model go to this name.
-        format: "built-in", "pt2", "safetensors", "torchscript", "onnx" or "pipeline".
+        format: "built-in", "pt2", "safetensors", "torchscript", "onnx", "pipeline" or "python".
         traffic: its share of the requests for this name that name no version, 0 to 1. shadow: whether it gets copies
             of them.
         memory_mb: weights and buffers in MiB, on each of its devices.
@@ -151,6 +151,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
             other request reads; "shared": requests share it, as model.toml says. "": not known yet.
         audited: requests that were computed again, alone. audit_differences: those that got another answer then.
         pipeline: its steps, if it is a pipeline.
+        restarts: how often a process that runs it was started again, since it had ended.
     """
 
     name: str
@@ -174,6 +175,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     audited: int = 0
     audit_differences: int = 0
     pipeline: PipelineInfo | UnsetType = UNSET
+    restarts: int = 0
 
 
 class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="health"):

@@ -19,6 +19,7 @@ from tnxd.deployment.operations import Drained, Operation, OperationRunner, Step
 from tnxd.deployment.registry import Deployment, Registry
 from tnxd.deployment.traffic import signature_difference
 from tnxd.deployment.version import DRAINING, EVICTED, FAILED, READY, UNLOADED, Version
+from tnxd.device_kinds import PROCESS
 from tnxd.error_text import sentence
 from tnxd.executors.execution import SHARED, Executor, LoadReport
 from tnxd.models.model import Model
@@ -41,6 +42,7 @@ class Lifecycle:
         call_soon: has the loop run a function; called from other threads.
         limits: of messages; what cannot be asked for within them is not loaded.
         budget: bytes that the weights of all models may take on a device, by kind of device; no limit without an entry.
+        open_processes: opens the device for models in processes of their own, unless it is open.
 
     Attributes:
         audits: the audit of each version that has one, also while it is not loaded.
@@ -55,12 +57,14 @@ class Lifecycle:
         call_soon: Callable[[Callable[[], None]], None],
         limits: Limits,
         budget: Mapping[str, int],
+        open_processes: Callable[[], None],
     ) -> None:
         self._registry = registry
         self._scheduler = scheduler
         self._executors = executors
         self._runner = runner
         self._call_soon = call_soon
+        self._open_processes = open_processes
         self._limits = limits
         self._budget = budget
         self.audits: dict[Version, Audit] = {}
@@ -84,6 +88,8 @@ class Lifecycle:
                 self._check_room_for_steps(model)
                 model = pipelines.assembled(self._registry, model)
             check_message_sizes(model, self._limits)
+            if model.isolation == PROCESS.name:
+                self._open_processes()
             predecessor = next((version for version, _ in deployment.shares()), None) if takes_over else None
             if predecessor is not None:
                 _check_successor(predecessor, version, model)
@@ -155,6 +161,8 @@ class Lifecycle:
                 most_rows=report.most_rows,
             )
         self._scheduler.set_lane_limit(model.key, model.replicas)
+        if model.isolation != "none":
+            self._scheduler.keep_off_caller(model.key)
         version.model = model
         self._audit(version, model, reports.values())
         version.notes = (

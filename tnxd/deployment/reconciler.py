@@ -61,7 +61,7 @@ class Reconciler:
         scheduler, executors: have the same devices, all of them before `start`, and no model yet.
         scan: looks at what could be served; blocks.
         call_soon: has the loop run a function; called from the thread beside it.
-        limits, budget: see `Lifecycle`.
+        limits, budget, open_processes: see `Lifecycle`.
         load_timeout_s: a step that takes longer has failed.
         on_reload: called with True when a reload begins and with False when it is over.
 
@@ -81,6 +81,7 @@ class Reconciler:
         budget: Mapping[str, int],
         load_timeout_s: float,
         on_reload: Callable[[bool], None],
+        open_processes: Callable[[], None] = lambda: None,
     ) -> None:
         self._registry = registry
         self._scheduler = scheduler
@@ -88,7 +89,9 @@ class Reconciler:
         self._scan = scan
         self._on_reload = on_reload
         self._runner = OperationRunner(scheduler, call_soon, load_timeout_s, self._operation_ended)
-        self._lifecycle = Lifecycle(registry, scheduler, executors, self._runner, call_soon, limits, budget)
+        self._lifecycle = Lifecycle(
+            registry, scheduler, executors, self._runner, call_soon, limits, budget, open_processes
+        )
         self.audits = self._lifecycle.audits
         registry.before_change = partial(pipelines.refresh, registry)
         self._reload_asked: list[Done[Changes]] | None = None  # by whom, while one waits

@@ -28,6 +28,7 @@ from tnxd.executors.optimizer import optimizer_for
 from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
+from tnxd.models.python.module import InThread
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
 from tnxd.process import malloc
 
@@ -74,11 +75,12 @@ class CpuRunner(Runner):
     """Runner of the CPU.
 
     Args:
-        threads: torch threads that one forward may use.
+        threads: torch threads that one forward may use. name: of the device, in errors.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, name: str = CPU.name) -> None:
         super().__init__(CPU.name, Staging(_aligned))
+        self.device = name
         self._threads = threads
 
     def enter_thread(self) -> None:
@@ -129,6 +131,10 @@ def cpu_names() -> list[str]:
     return [CPU.name]
 
 
+def _placed(module: torch.nn.Module) -> torch.nn.Module:
+    return module.to(CPU.name) if isinstance(module, InThread) else module  # which loads it for this device
+
+
 def open_cpu(name: str, config: Config, on_done: OnDone) -> LanePool:
     """The executor of the CPU."""
     cores = available_cores()
@@ -142,6 +148,7 @@ def open_cpu(name: str, config: Config, on_done: OnDone) -> LanePool:
         lanes=workers,
         inline=CpuRunner(1),
         lane_threads=threads,
+        place=_placed,
         arrange=order_weights,
         memory_mb=host_memory_mb,
         give_back=malloc.trim,

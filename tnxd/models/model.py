@@ -13,11 +13,13 @@ import numpy as np
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.frames import STORAGE, Array, python_name
 from tnxctl.protocol.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
-from tnxd.device_kinds import kind_of
+from tnxd.device_kinds import PROCESS, kind_of
 from tnxd.models.variants import AUTO, Variant
 
 if TYPE_CHECKING:
     import torch
+
+    from tnxd.models.python.processes import Restarts
 
 
 Item = tuple[Array | None, ...]
@@ -75,9 +77,12 @@ class Model:
             in all of them, at least one. Inputs that nothing is known about are not in it. They must not be written to.
         writes: names of what its module holds (buffers, parameters, constants, attributes) and may write to in a
             forward, as far as its graph tells; a module of plain Python tells nothing.
-        state: "shared": what the module keeps from one request to the next is meant for all of them.
+        state: "shared": what the module keeps from one request to the next is meant for all of them. "random": its
+            answers are drawn at random, whatever generators the trial sees.
         audit: share of its batches that are computed again in idle time.
         batching_asked: whether model.toml itself says that axis 0 counts rows; else it was derived.
+        isolation: "none": it may run on the serving thread; "thread": only on lanes; "process": in processes.
+        restarts: of the processes; None: it has none.
         variants: of its module, that may be faster. optimize: the one that is wanted, or AUTO, or NONE.
         reference: makes the module in the datatype of its weights, where model.toml has another one run.
         reply_row_nbytes: bytes of the outputs for each row, or of an answer if it has no batch axis; 0: not known
@@ -104,9 +109,11 @@ class Model:
     optional: Mapping[str, Array | None] = field(default_factory=dict, compare=False)
     example_values: Mapping[str, Array] = field(default_factory=dict, repr=False, compare=False)
     writes: tuple[str, ...] = ()
-    state: Literal["", "shared"] = ""
+    state: Literal["", "shared", "random"] = ""
     audit: float = DEFAULT_AUDIT
     batching_asked: bool = False
+    isolation: Literal["none", "thread", "process"] = "none"
+    restarts: Restarts | None = field(default=None, compare=False)
     variants: tuple[Variant, ...] = field(default=(), repr=False, compare=False)
     optimize: str = AUTO
     reference: Callable[[], torch.nn.Module] | None = field(default=None, repr=False, compare=False)
@@ -132,6 +139,8 @@ class Model:
 
     def may_use(self, device: str) -> bool:
         """Whether it may be put on the device of that name."""
+        if kind_of(device) == PROCESS.name or self.isolation == PROCESS.name:
+            return kind_of(device) == self.isolation
         return not self.devices or device in self.devices or kind_of(device) in self.devices
 
     def bind(self, specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> BoundInputs:

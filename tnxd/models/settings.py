@@ -93,9 +93,15 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
         deadline_us, priority: of requests that say nothing about it.
         imports: modules to import before the model file is read.
-        state: "shared": what the module keeps from one request to the next is meant for all of them.
+        state: "shared": what the module keeps from one request to the next is meant for all of them. "random": its
+            answers are drawn at random.
         audit: share of the batches that are computed again in idle time, 0 to 1; None: 0.001.
         factory: "module:function" that makes the network for model.safetensors.
+        isolation: what a batch that hangs or crashes takes with it: "none", the daemon, since it may run on the serving
+            thread; "thread": a lane's thread, or, where it crashes, the daemon; "process": one of the processes that
+            run the model. "": "thread" for model.py, else "none".
+        memory_limit_mb: memory that such a process may take, in MiB; 0: any.
+        config: for model.py to read.
         weights: how the keys of model.safetensors are those of the network.
         inputs, outputs: the signature; (): the model file says it.
     """
@@ -112,9 +118,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] = DEFAULT_PRIORITY
     imports: tuple[str, ...] = ()
-    state: Literal["", "shared"] = ""
+    state: Literal["", "shared", "random"] = ""
     audit: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     factory: str = ""
+    isolation: Literal["", "none", "thread", "process"] = ""
+    memory_limit_mb: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    config: dict[str, Any] = {}
     weights: Weights = Weights()
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()

@@ -21,6 +21,7 @@ class ModelLoad:
         running: requests in batches that run. hung: of these, those in batches that hang.
         max_lanes: lanes of a device that may run the model at a time; 0: all.
         held: by how many the model is needed that have no request of it here yet, see `Scheduler.hold`.
+        inline: whether batches of it may run on the caller's thread.
     """
 
     queued: int = 0
@@ -29,6 +30,7 @@ class ModelLoad:
     hung: int = 0
     max_lanes: int = 0
     held: int = 0
+    inline: bool = True
 
 
 @dataclass(slots=True, eq=False)

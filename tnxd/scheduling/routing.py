@@ -69,12 +69,13 @@ class Routing:
             if len(device.queues) >= device.sweep_at:
                 device.queues = {known: other for known, other in device.queues.items() if other.count}
                 device.sweep_at = max(_MAX_IDLE_QUEUES, 2 * len(device.queues))
+            placement = self.placement(device, model)
             costs = BatchCosts(
                 *[self._costs.curve(device.name, model, group, inline=inline) for inline in (False, True)],
                 lane_threads=device.lane_threads,
-                inline_limit_us=device.inline_limit_us,
+                inline_limit_us=device.inline_limit_us if placement.load.inline else 0.0,
             )
-            queue = device.queues[key] = RequestQueue(key, costs, self.placement(device, model))
+            queue = device.queues[key] = RequestQueue(key, costs, placement)
         return queue
 
     def choose(self, request: Request, now_ns: int) -> tuple[Device, RequestQueue, str, Prediction]:

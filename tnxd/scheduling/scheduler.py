@@ -152,6 +152,10 @@ class Scheduler(Accounts):
             device.queues = {key: queue for key, queue in device.queues.items() if key[0] != model}
         self._costs.forget(model)
 
+    def keep_off_caller(self, model: str) -> None:
+        """Let no batch of a model run on the caller's thread. To be called before its first request."""
+        self._routing.load(model).inline = False
+
     def set_lane_limit(self, model: str, lanes: int) -> None:
         """Limit the lanes of each device, the caller's thread included, that run a model at a time; 0: all may."""
         self._routing.load(model).max_lanes = lanes

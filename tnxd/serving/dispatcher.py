@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from tnxctl.protocol.errors import Internal, ResourceExhausted, TensorNextError
+from tnxctl.protocol.errors import Internal, ResourceExhausted, TensorNextError, Unavailable
 from tnxctl.protocol.frames import Array
 from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.reconciler import Reconciler
@@ -197,7 +197,7 @@ class Dispatcher:
             peer = request.peer
             if not isinstance(outcome, TensorNextError):
                 self._quarantine.succeeded(peer)
-            elif not isinstance(outcome, ResourceExhausted):
+            elif not isinstance(outcome, (ResourceExhausted, Unavailable)):
                 self._quarantine.failed(peer)
                 if request.connection.closed:  # type: ignore[attr-defined]
                     self._quarantine.left(peer, request.connection.client.name)  # type: ignore[attr-defined]

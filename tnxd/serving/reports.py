@@ -226,11 +226,12 @@ def _model_info(deployment: Deployment, version: Version, inventory: Inventory, 
         memory_mb=version.nbytes / MIB if devices else 0.0,
         requests=inventory.traffic.requests(version),
         load_s=version.load_s,
-        notes=version.notes,
+        notes=version.notes + _restarted(model),
         example_shapes=tuple(model.example_shapes(1)) if model else (),
         state=version.kind,
         audited=audit.checked if audit else 0,
         audit_differences=audit.differing if audit else 0,
+        restarts=model.restarts.count if model and model.restarts else 0,
         pipeline=_graph(model) if isinstance(model, Pipeline) else UNSET,
     )
 
@@ -252,3 +253,11 @@ def _graph(pipeline: Pipeline) -> PipelineInfo:
         ),
         outputs=dict(description.outputs),
     )
+
+
+def _restarted(model: Model | None) -> tuple[str, ...]:
+    """A note about processes of a model that had to be started again."""
+    if model is None or model.restarts is None or not model.restarts.count:
+        return ()
+    count, last = model.restarts.count, model.restarts.last
+    return (f"its process was started again {f'{count} times' if count > 1 else 'once'}: {last}",)

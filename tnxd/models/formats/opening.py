@@ -11,7 +11,7 @@ import torch
 
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.models import pipelines
-from tnxd.models.file_formats import FORMATS, ONNX, PIPELINE, PT2, SAFETENSORS, TORCHSCRIPT
+from tnxd.models.file_formats import FORMATS, ONNX, PIPELINE, PT2, PYTHON, SAFETENSORS, TORCHSCRIPT
 from tnxd.models.formats import (
     channels,
     compiling,
@@ -21,6 +21,7 @@ from tnxd.models.formats import (
     libraries,
     onnx,
     optional,
+    python,
     torchscript,
     weights,
 )
@@ -36,6 +37,7 @@ _READERS: dict[str, Callable[[RepositorySource, TrustedFiles], Opened]] = {
     SAFETENSORS.name: weights.read,
     TORCHSCRIPT.name: torchscript.read,
     ONNX.name: onnx.read,
+    PYTHON.name: python.read,
 }
 
 
@@ -50,7 +52,7 @@ def read(source: RepositorySource) -> Opened:
             source.guard,
             source.directory,
             require_manifest=source.require_manifest,
-            modules=FORMATS[source.format].needs_factory,
+            modules=FORMATS[source.format].has_modules,
         )
         libraries.load(source.settings.imports, source.settings_label)
         return examples.add(_READERS[source.format](source, files), source, files)
@@ -75,8 +77,8 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         max_batch_size=opened.signature.max_batch_size,
         factory=opened.build,
         format=source.format,
-        devices=FORMATS[source.format].kinds or settings.devices,
-        replicas=settings.replicas,
+        devices=opened.devices or FORMATS[source.format].kinds or settings.devices,
+        replicas=settings.replicas or int(source.format == PYTHON.name),
         max_delay_us=settings.max_delay_us,
         time_limit_s=settings.time_limit_s,
         deadline_us=settings.deadline_us,
@@ -91,6 +93,8 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         state=settings.state,
         audit=DEFAULT_AUDIT if settings.audit is None else settings.audit,
         batching_asked=bool(settings.max_batch_size),
+        isolation=settings.isolation or ("thread" if source.format == PYTHON.name else "none"),
+        restarts=opened.restarts,
         optimize=settings.optimize,
         variants=_variants(source, opened),
         reference=functools.partial(_in_own_datatype, source) if settings.dtype else None,
