@@ -106,6 +106,18 @@ TEMPLATE = """\
 # [config]
 # threshold = 0.5
 
+# Axes whose lengths differ from request to request, and how requests share a batch all the same: by input the axis, and
+# the number that fills a shorter one up; the input that is 0 where there is padding; by output the axis that is cut
+# back. packed: the network takes all tokens in one row, and their offsets. max_tokens: of one batch. Default: only
+# requests of equal lengths share a batch.
+# [ragged]
+# max_length = 512
+# mask = "mask"
+# inputs = { ids = { axis = 1, pad = 0 }, mask = { axis = 1, pad = 0 } }
+# outputs = { hidden = 1 }
+# max_tokens = 32768
+# packed = false
+
 # Translation of the keys of model.safetensors to those of the network: a prefix that is taken from them, one that is
 # put before them, and patterns of those that need not be on both sides.
 # [weights]

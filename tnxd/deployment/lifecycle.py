@@ -152,13 +152,15 @@ class Lifecycle:
     ) -> None:
         """Route requests to a version that is loaded. Args: began: when its load did, by the monotonic clock."""
         for name, report in reports.items():
+            counted = report.joins == model.joins  # else on this device alone in tokens, or in rows
             self._scheduler.add_model(
                 name,
                 model.key,
                 group=model.example_group,
-                costs=[(rows, micros) for rows, micros in report.costs if model.max_batch_size or rows == 1],
-                safe_rows=report.safe_rows,
-                most_rows=report.most_rows,
+                costs=[(rows, us) for rows, us in report.costs if counted and (model.max_batch_size or rows == 1)],
+                safe_rows=report.safe_rows if counted else 0,
+                most_rows=report.most_rows if counted else 0,
+                padded=report.padded if model.pads else None,
             )
         self._scheduler.set_lane_limit(model.key, model.replicas)
         if model.isolation != "none":
@@ -321,7 +323,9 @@ def _as_tried(model: Model, reports: Collection[LoadReport], *, mixes: bool) -> 
     """A model as all of its devices can serve it. Args: mixes: requests have been seen to change each other."""
     if mixes or not all(report.batches for report in reports):
         examples = next((report.examples for report in reports if report.examples), model.examples)
-        model = replace(model.unbatched(), examples=examples)
+        model = replace(model.singly(), examples=examples)
+    elif model.ragged is not None and not all(report.joins for report in reports):
+        model = replace(model, ragged=model.ragged.apart())
     if any(report.serial for report in reports):
         model = replace(model, replicas=1)
     return model

@@ -100,7 +100,7 @@ class Version:
         if self.model is None or self.model.key != key or not self.model.max_batch_size:
             return
         self.mixes = why
-        self.model = self.model.unbatched()
+        self.model = self.model.singly()
         self.notes = (*self.notes, f"no batches any more: {why}")
         log.error("%s: its requests run alone from now on: %s", self.title, why)
 

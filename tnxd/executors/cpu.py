@@ -101,13 +101,11 @@ class CpuRunner(Runner):
     def forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
         model = execution.model
         begin = time.perf_counter_ns()
-        arrays: Sequence[Array | None] = items[0]
         gather = len(items) > 1
-        if gather:
-            arrays = self.staging.gather(model.key, model.inputs, execution.group, items, rows)
+        arrays = self.staged(execution, items, rows, copy=False) if gather or model.joins else items[0]
         tensors = [
             None if array is None else to_tensor(array, spec.datatype)
-            for array, spec in zip(arrays, model.inputs, strict=True)
+            for array, spec in zip(arrays, model.arguments, strict=True)
         ]
         gathered = time.perf_counter_ns()
         raw = self.calls[model.key](*tensors)

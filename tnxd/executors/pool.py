@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import Held, memory
 from tnxd.executors.trial.isolation import lane_calls, open_with
+from tnxd.executors.trial.lengths import padding_apart, warm_up_lengths
 from tnxd.executors.trial.rounding import largest_difference
 from tnxd.executors.trial.state import same_chance, stateful
 from tnxd.executors.trial.trial import try_out
@@ -29,6 +31,8 @@ from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
 from tnxd.lanes import BACKGROUND
 from tnxd.models.model import Model
 from tnxd.models.process_state.restoration import settings_restored
+
+log = logging.getLogger(__name__)
 
 
 def _as_it_is(module: torch.nn.Module) -> torch.nn.Module:
@@ -114,6 +118,7 @@ class LanePool:
                 verdict = lane.call(lambda runner: self._tried(runner, built[0], model, build))
                 verdict, module = self._ready(lane, built, verdict, build)
                 held = Held(module, model.writes, contents=False) if verdict.pristine else None
+                verdict = self._by_length(lane, verdict)
                 warmed = lane.call(lambda runner: self._grow(runner, verdict))
                 written = held.changed(Held(module, model.writes, contents=False)) if held is not None else []
                 del held, module
@@ -131,6 +136,10 @@ class LanePool:
                     attempts = self._optimizer.attempts(lane, verdict, build, began)
                     warmed, said = self._optimized(lane, verdict, warmed, attempts)
                     notes.extend(said)
+                    again = self._by_length(lane, verdict)
+                    if again is not verdict:  # what runs now is another program
+                        verdict = again
+                        warmed = lane.call(lambda runner: self._grow(runner, verdict))
         except BaseException:
             self.unload(model.key)
             raise
@@ -147,6 +156,8 @@ class LanePool:
             most_rows=warmed.most_rows,
             examples=verdict.model.examples if verdict.model.examples != model.examples else (),
             notes=(*dict.fromkeys(notes), *verdict.notes),
+            joins=verdict.model.joins,
+            padded=warmed.padded,
         )
 
     def _ready(
@@ -260,6 +271,25 @@ class LanePool:
         return lane.call(compare)
 
     @staticmethod
+    def _by_length(lane: Lane, verdict: Verdict) -> Verdict:
+        """The verdict, once it is known whether padding changes an answer. The runner must have the model."""
+        model, make = verdict.model, verdict.make
+        if not model.joins or make is None:
+            return verdict
+        if verdict.state.random:
+            return verdict.by_length("nothing can be compared, since answers are drawn at random")
+
+        def compare(runner: Runner) -> str:
+            with settings_restored("a forward"):
+                return padding_apart(runner, model, make, verdict.tolerance)
+
+        apart = lane.call(compare)
+        if not apart:
+            return verdict
+        log.warning("%s: requests of different lengths do not share batches: %s", model.key, apart)
+        return verdict.by_length(apart)
+
+    @staticmethod
     def _tried(runner: Runner, module: torch.nn.Module, model: Model, build: Callable[[], torch.nn.Module]) -> Verdict:
         with settings_restored("a forward"):  # what a forward changes every time, the trial finds
             return try_out(module, model, runner.torch_device, build)
@@ -268,9 +298,9 @@ class LanePool:
         if verdict.make is None:
             return Warmed([])
         with settings_restored("a forward"):
-            warmed = warm_up(
-                runner, verdict.model, verdict.make, self.lanes, None if verdict.state.random else verdict.tolerance
-            )
+            run = warm_up_lengths if verdict.model.joins and verdict.model.warm_up != () else warm_up
+            allowed = None if verdict.state.random else verdict.tolerance
+            warmed = run(runner, verdict.model, verdict.make, self.lanes, allowed)
         if verdict.model.warm_up != ():
             self._examples[verdict.model.key] = verdict.model, verdict.make(1, 0)
         return warmed

@@ -27,7 +27,7 @@ from tnxd.device_kinds import PROCESS, kind_of
 from tnxd.models import onnxfile, pipelines
 from tnxd.models import settings as model_toml
 from tnxd.models.catalog import Catalog, Entry, Source
-from tnxd.models.file_formats import FILES, FORMATS, ONNX, PIPELINE, PYTHON, FileFormat
+from tnxd.models.file_formats import FILES, FORMATS, ONNX, PIPELINE, PYTHON, SAFETENSORS, FileFormat
 from tnxd.models.model import Model
 from tnxd.models.settings import Settings, Weights
 from tnxd.models.time_limits import TimeLimits
@@ -266,6 +266,11 @@ def _check_combination(kind: FileFormat, file: str, settings: Settings, label: s
         for key, tensors in (("inputs", settings.inputs), ("outputs", settings.outputs)):
             if not tensors:
                 raise InvalidArgument(f"{label}: {key}: have to stand here, since {file} does not say them")
+    packed = kind is SAFETENSORS and settings.ragged is not None and settings.ragged.packed
+    if packed and settings.optimize not in (AUTO, NONE):
+        raise InvalidArgument(
+            f"{label}: optimize: {settings.optimize!r}, but a packed model runs as it is (ragged.packed)"
+        )
     if kind.kinds and settings.devices and not any(kind_of(device) in kind.kinds for device in settings.devices):
         alone = " and ".join([name.upper() for name in kind.kinds])
         raise InvalidArgument(f"{label}: devices: {file} runs on the {alone} alone")

@@ -78,6 +78,32 @@ class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shadow: str = ""
 
 
+class RaggedInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An input with a ragged axis. Attributes: axis: which one. pad: the number that fills a shorter row up."""
+
+    axis: Annotated[int, msgspec.Meta(ge=0)] = 1
+    pad: bool | int | float = 0
+
+
+class Ragged(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Axes whose lengths differ from request to request, see `tnxd.models.ragged.Ragged`.
+
+    Attributes:
+        max_length: longest of them that is taken.
+        inputs: those with such an axis. outputs: those that are as long, and along which axis.
+        mask: the one of these inputs that is 0 where there is padding; "": there is none.
+        max_tokens: most tokens of one batch; 0: as many as its rows may have.
+        packed: whether the model takes all tokens in one row, with their offsets.
+    """
+
+    max_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_DIM)]
+    inputs: dict[str, RaggedInput] = {}
+    outputs: dict[str, Annotated[int, msgspec.Meta(ge=0)]] = {}
+    mask: str = ""
+    max_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
+    packed: bool = False
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The contents of model.toml.
 
@@ -104,6 +130,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         config: for model.py to read.
         weights: how the keys of model.safetensors are those of the network.
         inputs, outputs: the signature; (): the model file says it.
+        ragged: axes of different lengths, and how requests share a batch all the same; None: by equal lengths alone.
     """
 
     versions: Literal["latest", "all"] | Annotated[tuple[_Number, ...], msgspec.Meta(min_length=1)] = "latest"
@@ -127,6 +154,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: Weights = Weights()
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
+    ragged: Ragged | None = None
     traffic: Traffic = Traffic()
 
     @property

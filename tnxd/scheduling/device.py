@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tnxd.device_kinds import KINDS
+from tnxd.scheduling.cost_surface import CostSurface
 from tnxd.scheduling.costs import BatchCosts
 from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.request import LEVELS, Request
@@ -35,6 +36,8 @@ class Batch:
         started_ns: when it was formed.
         run_us: predicted microseconds; 0: nobody knows.
         hung: whether it hangs, see `Scheduler.mark_hung`.
+        length: of its rows, padded to the longest of them; 0: they are not padded. Then `rows` are tokens.
+        surface: learns from how long a batch of that length took.
     """
 
     device: Device
@@ -47,6 +50,8 @@ class Batch:
     started_ns: int = 0
     run_us: float = 0.0
     hung: bool = False
+    length: int = 0
+    surface: CostSurface | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tnxctl.protocol.errors import InvalidArgument, Unavailable
+from tnxd.scheduling.cost_surface import CostSurfaces
 from tnxd.scheduling.costs import BatchCosts, CostModel
 from tnxd.scheduling.device import Device
 from tnxd.scheduling.placement import ModelLoad, Placement
+from tnxd.scheduling.ragged import RaggedQueue
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
 
@@ -30,11 +32,13 @@ class Routing:
 
     Attributes:
         devices: by name. gpus: those that work. loads: of the models, by key.
+        surfaces: of the models whose batches are padded.
     """
 
     def __init__(self, devices: Iterable[Device], costs: CostModel) -> None:
         self.devices = {device.name: device for device in devices}
         self.loads: dict[str, ModelLoad] = {}
+        self.surfaces = CostSurfaces()
         self._costs = costs
         self.refresh()
 
@@ -75,7 +79,12 @@ class Routing:
                 lane_threads=device.lane_threads,
                 inline_limit_us=device.inline_limit_us if placement.load.inline else 0.0,
             )
-            queue = device.queues[key] = RequestQueue(key, costs, placement)
+            surface = self.surfaces.find(device.name, model, group)
+            if surface is None:
+                queue = RequestQueue(key, costs, placement)
+            else:
+                queue = RaggedQueue(key, costs, placement, surface)
+            device.queues[key] = queue
         return queue
 
     def choose(self, request: Request, now_ns: int) -> tuple[Device, RequestQueue, str, Prediction]:
@@ -165,7 +174,7 @@ class Routing:
         _, _, fastest, (wait_us, run_us, share_us, own_us) = candidates[rates.index(most)]
         wait_us -= own_us * (1.0 - most / sum(rates)) / fastest.lanes
         queue = self.queue(fastest, request.model, request.group, request.alone)
-        limit = queue.placement.row_limit(request.max_batch_size)
+        limit = request.most_rows if request.length else queue.placement.row_limit(request.max_batch_size)
         if not limit or queue.count < limit:
             margin_us = queue.costs.curve(request.rows).spread(request.rows)
             if now_ns + (wait_us + run_us + margin_us) * 1e3 > request.deadline_ns:

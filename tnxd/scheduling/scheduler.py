@@ -84,6 +84,7 @@ class Scheduler(Accounts):
         *,
         group: tuple[int, ...] = (),
         costs: Iterable[tuple[int, float]] = (),
+        padded: Iterable[tuple[int, int, float]] | None = None,
         safe_rows: int = 0,
         most_rows: int = 0,
     ) -> None:
@@ -92,11 +93,20 @@ class Scheduler(Accounts):
         Args:
             group: shape group of the examples that it was warmed up with.
             costs: rows of a batch of those, and the microseconds that it took on a lane.
+            padded: rows and length of batches, and the microseconds that they took on a lane, of a model whose batches
+                are padded; None: they are not.
             safe_rows: see `limit_rows`. most_rows: see `bound_rows`. 0: no limit of that kind.
         """
         curve = self._costs.curve(device, model, group)
         for rows, micros in costs:
             curve.observe(rows, micros)
+        if padded is not None:
+            surfaces = self._routing.surfaces
+            surfaces.add(device, model)
+            surface = surfaces.find(device, model, group)
+            assert surface is not None
+            for rows, length, micros in padded:
+                surface.observe(rows, length, micros)
         self.devices[device].models.add(model)
         if safe_rows:
             self.limit_rows(device, model, safe_rows)
@@ -151,6 +161,7 @@ class Scheduler(Accounts):
             device.placements.pop(model, None)
             device.queues = {key: queue for key, queue in device.queues.items() if key[0] != model}
         self._costs.forget(model)
+        self._routing.surfaces.forget(model)
 
     def keep_off_caller(self, model: str) -> None:
         """Let no batch of a model run on the caller's thread. To be called before its first request."""
@@ -323,6 +334,8 @@ class Scheduler(Accounts):
             device.free_lanes.append(batch.lane)
             if micros > 0:
                 batch.costs.observe_lane(batch.rows, micros)
+                if batch.surface is not None:
+                    batch.surface.observe(batch.rows // batch.length, batch.length, micros)
         if placement.max_rows and micros > 0 and batch.requests:
             placement.count_worked(batch.rows, batch.max_rows, batch.requests[0].max_batch_size)
         if now_ns != NEVER and batch.requests:

@@ -43,6 +43,8 @@ def _steal_batch(accounts: Accounts, routing: Routing, thief: Device, victim: De
     if placement.load.max_lanes and placement.has_all_lanes:
         return None
     limit = placement.row_limit(head.max_batch_size)
+    if head.length:  # of one length, and the limit is in tokens
+        limit = min(limit, head.most_rows * head.length)
     most = max(int(_STEAL_FRACTION * limit), min(head.rows, limit), 1)
     rows, most = 0, curve.rows_within(victim.clear_in_us(now_ns), most)
     while rows < most:
@@ -66,7 +68,8 @@ def _steal_batch(accounts: Accounts, routing: Routing, thief: Device, victim: De
     micros = curve.mean(rows)
     thief.wake(level)
     thief.charge(level, micros)
-    return accounts.start_batch(thief, thief.free_lanes.pop(), own, requests, rows, now_ns, micros)
+    lane = thief.free_lanes.pop()
+    return accounts.start_batch(thief, lane, own, requests, rows, now_ns, micros, length=head.length)
 
 
 def _ends_ns(curve: CostCurve, rows: int, now_ns: int) -> int:

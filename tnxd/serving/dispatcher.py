@@ -143,6 +143,7 @@ class Dispatcher:
         answers: list[Answer] = []
         steps: list[tuple[StepRequest, tuple[Array, ...]]] = []
         sizes_known = execution.model.reply_row_nbytes  # and looked at before
+        rows = sum(execution.rows) if execution.model.joins else batch.rows
         for request, outcome in zip(batch.requests, execution.outcomes, strict=False):  # a copy has no requests
             assert isinstance(request, Pending)
             if request.done:
@@ -157,7 +158,7 @@ class Dispatcher:
             ):
                 self._answers.error(request, reply_too_large(nbytes, request.max_reply_bytes, self._message_bytes))
             else:
-                answers.append((request, result_header(request, batch.rows, execution, outcome), outcome))
+                answers.append((request, result_header(request, rows, execution, outcome), outcome))
                 if len(answers) == _SENT_TOGETHER:
                     self._answers.results(answers, execution)
                     answers.clear()

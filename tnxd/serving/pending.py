@@ -10,7 +10,7 @@ from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import VERSION, Predict, Result, TensorSpec, Timing, encode
 from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
-from tnxd.models.model import BoundInputs, Item, Model
+from tnxd.models.model import BoundInputs, Item, Model, row_count
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.transport.client_limits import Connection
@@ -83,8 +83,8 @@ def as_pending(
     delay_us = max_delay_us if model.max_delay_us is None else model.max_delay_us
     return Pending(  # the first ones by position: by name, this would take four times as long
         model.key,
-        model.max_batch_size,
-        bound.rows,
+        model.max_units,
+        bound.units,
         bound.nbytes,
         bound.group,
         message.connection.client.name,
@@ -96,6 +96,8 @@ def as_pending(
         NEVER if deadline_us is None else came_ns + int(deadline_us * 1e3),
         int(delay_us * 1e3),
         came_ns,
+        bound.length,
+        model.max_batch_size,
         connection=message.connection,
         delimited=message.delimited,
         id=request.id,
@@ -114,7 +116,7 @@ def as_execution(batch: Batch) -> Execution:
     first = requests[0]
     assert isinstance(first, Pending)
     items = [request.arrays for request in requests]  # type: ignore[attr-defined]
-    rows = [request.rows for request in requests]
+    rows = [row_count(item) for item in items] if first.served.joins else [request.rows for request in requests]
     return Execution(batch.lane, batch.max_rows, first.served, items, rows, first.group)
 
 

@@ -88,6 +88,8 @@ def _verdict(asking: Asking, build: Callable[[], torch.nn.Module]) -> Verdict:
             differentiates=asking.differentiates,
         )
     if make is None:
+        if model.ragged is not None and model.ragged.packed:
+            raise FailedPrecondition(f"a packed model has to take an example: {complaint}")
         note = (
             f"not warmed up, and served without batches, one request at a time: {complaint.rstrip('.')}. "
             f"Put values that it takes into example.npz beside the model"

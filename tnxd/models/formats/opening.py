@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxd.models import pipelines
+from tnxd.models import pipelines, ragged
 from tnxd.models.file_formats import FORMATS, ONNX, PIPELINE, PT2, PYTHON, SAFETENSORS, TORCHSCRIPT
 from tnxd.models.formats import (
     channels,
@@ -69,12 +69,19 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         opened = read(source)
     settings = source.settings
     notes = opened.notes + optional.notes(opened.signature) + changes.note()
+    signature, said = opened.signature, settings.ragged
+    axes = None
+    if said is not None:
+        if said.packed and source.format != SAFETENSORS.name:
+            said = msgspec.structs.replace(said, packed=False)
+            notes += ("ragged.packed: for what a factory makes; this file says what it is called with, and is padded",)
+        axes = ragged.resolve(said, signature, source.settings_label)
     return Model(
         name=source.name,
         version=source.version,
-        inputs=opened.signature.inputs,
-        outputs=opened.signature.outputs,
-        max_batch_size=opened.signature.max_batch_size,
+        inputs=signature.inputs,
+        outputs=signature.outputs,
+        max_batch_size=signature.max_batch_size,
         factory=opened.build,
         format=source.format,
         devices=opened.devices or FORMATS[source.format].kinds or settings.devices,
@@ -86,15 +93,16 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         warm_up=settings.warm_up,
         generation=generation,
         notes=notes,
-        examples=opened.signature.examples,
-        optional=opened.signature.optional,
+        examples=signature.examples,
+        optional=signature.optional,
         example_values=opened.example_values,
         writes=opened.writes,
         state=settings.state,
         audit=DEFAULT_AUDIT if settings.audit is None else settings.audit,
-        batching_asked=bool(settings.max_batch_size),
+        batching_asked=bool(settings.max_batch_size) or (settings.ragged is not None and settings.ragged.packed),
         isolation=settings.isolation or ("thread" if source.format == PYTHON.name else "none"),
         restarts=opened.restarts,
+        ragged=axes,
         optimize=settings.optimize,
         variants=_variants(source, opened),
         reference=functools.partial(_in_own_datatype, source) if settings.dtype else None,
@@ -108,6 +116,8 @@ def _variants(source: RepositorySource, opened: Opened) -> tuple[Variant, ...]:
         return ()
     if opened.signature.optional:
         return ()  # an export has all its inputs
+    if source.settings.ragged is not None and source.settings.ragged.packed and source.format == SAFETENSORS.name:
+        return ()  # and takes what the signature says
     found = (converting.variant(source), channels.variant(), compiling.variant(source))
     return tuple(variant for variant in found if wanted in (AUTO, variant.name))
 
