@@ -19,6 +19,7 @@ import numpy as np
 from tnxctl.protocol.errors import Internal, ResourceExhausted, Unavailable
 from tnxd.executors import execution as contract
 from tnxd.executors.execution import Execution
+from tnxd.lanes import NO_TEAMS
 from tnxd.models.model import Model
 
 ANSWER, HOLD, RELEASE, FAIL, EXHAUST, BREAK, VANISH = range(7)
@@ -32,7 +33,7 @@ _Inbox = queue.SimpleQueue[tuple[Execution, threading.Event]]
 class ObedientDevice:
     """Implements `tnxd.executors.execution.Executor`."""
 
-    lane_threads = 1
+    teams = NO_TEAMS
     runs_inline = False
     description = "does what it is told"
 

@@ -19,7 +19,7 @@ from tnxd.deployment.version import DRAINING, READY, STARTING
 from tnxd.device_kinds import CHOSEN, PROCESS
 from tnxd.error_text import named
 from tnxd.executors.execution import Executor
-from tnxd.process import logs, signals
+from tnxd.process import logs, openmp, signals
 from tnxd.process.systemd import Notifier
 from tnxd.process.watchdog import Watchdog
 from tnxd.scheduling.costs import CostModel
@@ -125,6 +125,7 @@ class Daemon:
     def _open_devices(self) -> None:
         """Open the devices on a thread of its own: health answers meanwhile."""
         try:
+            openmp.settle_waiting()
             from tnxd.executors.devices import open_devices  # imports torch, which takes seconds
 
             opened = open_devices(self._config, self._server.completed)
@@ -176,7 +177,7 @@ class Daemon:
             set(),
             executor.memory_mb()[0],
             inline_limit_us=self._config.cpu.inline_limit_us if executor.runs_inline else 0.0,
-            lane_threads=executor.lane_threads,
+            teams=executor.teams,
         )
 
     def _loaded(self, outcome: Changes | TensorNextError) -> None:

@@ -42,6 +42,10 @@ TEMPLATE = """\
 # Memory that each process of a model.py may take, in MiB. 0: any.
 # memory_limit_mb = 0.0
 
+# Threads of each batch on a CPU. 1: always one core. More: always so many, however many the batch gains by. 0: one or
+# several for each batch, as was measured to be sooner done.
+# threads = 0
+
 # The datatype to run in: "float32", "bfloat16" or "float16". Inputs are converted to it, and outputs back to what is
 # said below. For model.safetensors and model.pt only. Default: that of the weights.
 # dtype = "bfloat16"

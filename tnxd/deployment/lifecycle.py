@@ -161,6 +161,8 @@ class Lifecycle:
                 safe_rows=report.safe_rows if counted else 0,
                 most_rows=report.most_rows if counted else 0,
                 padded=report.padded if model.pads else None,
+                widths=report.widths if counted else (),
+                threads=report.threads,
             )
         self._scheduler.set_lane_limit(model.key, model.replicas)
         if model.isolation != "none":

@@ -27,7 +27,7 @@ def open_processes(name: str, config: Config, on_done: OnDone) -> LanePool:
         name,
         PROCESS.name,
         "processes of isolated models",
-        make_runner=lambda: CpuRunner(1, name),
+        make_runner=lambda: CpuRunner(name),
         lanes=lanes,
         inline=None,
         memory_mb=host_memory_mb,

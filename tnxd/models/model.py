@@ -68,6 +68,7 @@ class Model:
         devices: names of the devices that it may be put on, or kinds ("cuda"); empty: all.
         replicas: how many batches of it a device may run at a time; 0: as many as the device has lanes. They share one
             copy of the weights.
+        threads: that work on each batch on a CPU; 0: chosen for each batch.
         max_delay_us: how long a batch smaller than the limit waits for company; None: as the daemon is configured.
         time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
         deadline_us, priority: of requests that say nothing about it.
@@ -106,6 +107,7 @@ class Model:
     format: str = "built-in"
     devices: tuple[str, ...] = ()
     replicas: int = 0
+    threads: int = 0
     max_delay_us: float | None = None
     time_limit_s: float | None = None
     deadline_us: float | None = None

@@ -112,6 +112,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_batch_size: most rows in one batch; 0: no axis counts rows; None: derived from the signature.
         max_delay_us: how long a smaller batch waits for company, in microseconds; None: as the daemon is configured.
         devices: where it may run; (): everywhere. replicas: batches at a time per device; 0: one on every lane.
+        threads: that work on each batch on a CPU; 0: chosen for each batch.
         dtype: to run in; "": that of the weights.
         optimize: the variant of the network to run, where it gives the same answers; "auto": the fastest one, "none":
             the network as it is.
@@ -138,6 +139,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_delay_us: Annotated[float, msgspec.Meta(ge=0, le=10_000_000)] | None = None
     devices: tuple[str, ...] = ()
     replicas: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     optimize: Literal["auto", "none", "channels_last", "inductor", "onnxruntime"] = "auto"
     warm_up: tuple[_Number, ...] | None = None

@@ -21,6 +21,7 @@ from tnxd.scheduling.costs import CostModel
 from tnxd.scheduling.deadlines import Deadlines
 from tnxd.scheduling.delays import Delays
 from tnxd.scheduling.device import Batch, Device
+from tnxd.scheduling.lane_choice import give_lane_back, learn, next_curve
 from tnxd.scheduling.paths import Outlook
 from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.queue_admission import AdmissionControl
@@ -87,6 +88,8 @@ class Scheduler(Accounts):
         padded: Iterable[tuple[int, int, float]] | None = None,
         safe_rows: int = 0,
         most_rows: int = 0,
+        widths: Iterable[tuple[int, float, float]] = (),
+        threads: int = 0,
     ) -> None:
         """Route requests for a model to a device too, on which it has been loaded.
 
@@ -96,8 +99,11 @@ class Scheduler(Accounts):
             padded: rows and length of batches, and the microseconds that they took on a lane, of a model whose batches
                 are padded; None: they are not.
             safe_rows: see `limit_rows`. most_rows: see `bound_rows`. 0: no limit of that kind.
+            widths: rows of a batch of those, and the microseconds that it took on one core and with a team.
+            threads: of each batch; 0: chosen for each.
         """
         curve = self._costs.curve(device, model, group)
+        width = self._routing.placement(self.devices[device], model).width
         for rows, micros in costs:
             curve.observe(rows, micros)
         if padded is not None:
@@ -107,6 +113,10 @@ class Scheduler(Accounts):
             assert surface is not None
             for rows, length, micros in padded:
                 surface.observe(rows, length, micros)
+        if width is not None:
+            width.threads = threads
+            for rows, narrow_us, wide_us in widths:
+                width.seed(curve.mean(rows), narrow_us, wide_us)
         self.devices[device].models.add(model)
         if safe_rows:
             self.limit_rows(device, model, safe_rows)
@@ -202,7 +212,10 @@ class Scheduler(Accounts):
         """Prediction for a request if it were added now, which it is not. Raises as `add` does for want of a device."""
         _, queue, _, (wait_us, run_us, _, _) = self._routing.choose(request, now_ns)
         return Outlook(
-            wait_us, run_us, queue.costs.curve(request.rows).spread(request.rows), queue.placement.forecast.reserve
+            wait_us,
+            run_us,
+            next_curve(device, queue, request.rows).spread(request.rows),
+            queue.placement.forecast.reserve,
         )
 
     # --- in ----------------------------------------------------------------------------------------------------
@@ -220,7 +233,7 @@ class Scheduler(Accounts):
         request.due_ns = due_ns if due_ns < request.deadline_ns else request.deadline_ns
         device, queue, reason, (wait_us, run_us, share_us, _) = self._routing.choose(request, now_ns)
         if not request.admitted:
-            self._admission.admit(self, request, queue, wait_us, run_us, now_ns)
+            self._admission.admit(self, request, device, queue, wait_us, run_us, now_ns)
         if request.excluded:
             tried = ", ".join([f"{name} had no memory left for it" for name in sorted(request.excluded)])
             reason = f"{tried}; {reason}"
@@ -265,7 +278,7 @@ class Scheduler(Accounts):
         if (placement.load.max_lanes and placement.has_all_lanes) or not costs.fits_inline(rows):
             return None
         run_us = costs.inline.mean(rows)
-        self._admission.admit(self, request, queue, 0.0, run_us, now_ns)
+        self._admission.admit(self, request, device, queue, 0.0, run_us, now_ns)
         request.device, request.reason, request.predicted_us = device.name, reason, run_us
         device.wake(request.priority)
         device.charge(request.priority, run_us)
@@ -331,10 +344,11 @@ class Scheduler(Accounts):
             device.background_free = True  # how long it took where others go first says nothing about a lane
         else:
             device.busy_until_ns.pop(batch.lane, None)
-            device.free_lanes.append(batch.lane)
+            device.wide.pop(batch.lane, None)
+            give_lane_back(device, batch.lane)
             if micros > 0:
-                batch.costs.observe_lane(batch.rows, micros)
-                if batch.surface is not None:
+                learn(batch, placement.width, micros)
+                if batch.surface is not None and batch.threads == 1:
                     batch.surface.observe(batch.rows // batch.length, batch.length, micros)
         if placement.max_rows and micros > 0 and batch.requests:
             placement.count_worked(batch.rows, batch.max_rows, batch.requests[0].max_batch_size)

@@ -117,7 +117,7 @@ def as_execution(batch: Batch) -> Execution:
     assert isinstance(first, Pending)
     items = [request.arrays for request in requests]  # type: ignore[attr-defined]
     rows = [row_count(item) for item in items] if first.served.joins else [request.rows for request in requests]
-    return Execution(batch.lane, batch.max_rows, first.served, items, rows, first.group)
+    return Execution(batch.lane, batch.max_rows, first.served, items, rows, first.group, batch.threads)
 
 
 def result_header(request: Pending, batch_rows: int, execution: Execution, outputs: tuple[Array, ...]) -> bytes:

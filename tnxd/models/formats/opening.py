@@ -86,6 +86,7 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         format=source.format,
         devices=opened.devices or FORMATS[source.format].kinds or settings.devices,
         replicas=settings.replicas or int(source.format == PYTHON.name),
+        threads=settings.threads,
         max_delay_us=settings.max_delay_us,
         time_limit_s=settings.time_limit_s,
         deadline_us=settings.deadline_us,
