@@ -210,7 +210,7 @@ class Scheduler(Accounts):
 
     def outlook(self, request: Request, now_ns: int) -> Outlook:
         """Prediction for a request if it were added now, which it is not. Raises as `add` does for want of a device."""
-        _, queue, _, (wait_us, run_us, _, _) = self._routing.choose(request, now_ns)
+        device, queue, _, (wait_us, run_us, _, _) = self._routing.choose(request, now_ns)
         return Outlook(
             wait_us,
             run_us,
