@@ -185,6 +185,7 @@ class Scheduler(Accounts):
 
     def outlook(self, request: Request, now_ns: int) -> Outlook:
         """Prediction for a request if it were added now, which it is not. Raises as `add` does for want of a device."""
+        request.due_ns = min(now_ns + _PATIENCE_NS, request.deadline_ns)
         _, queue, _, (wait_us, run_us, _, _) = self._routing.choose(request, now_ns)
         return Outlook(
             wait_us, run_us, queue.costs.curve(request.rows).spread(request.rows), queue.placement.forecast.reserve
