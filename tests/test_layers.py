@@ -248,14 +248,13 @@ def circles(sources: Mapping[str, str]) -> set[frozenset[str]]:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    client = {module: source for module, source in SOURCES.items() if module.startswith("tnxctl")}
-    assert circles(client) == set()
+    assert circles(SOURCES) == set()
 
 
 def test_planted_circle_is_found() -> None:
     first, second = "tnxd.scheduling.scheduler", "tnxd.scheduling.costs"
     source = f"{SOURCES[second]}\n\ndef planted() -> None:\n    from {first} import Scheduler\n"
-    (found,) = circles({**SOURCES, second: source}) - circles(SOURCES)
+    (found,) = circles({**SOURCES, second: source})
     assert {first, second} <= found
 
 

@@ -589,10 +589,11 @@ def test_more_signals_do_not_postpone_the_end(number: signal.Signals) -> None:
 # --- systemd's side of the conversation ----------------------------------------------------------------------
 
 NOTIFYING = {"NOTIFY_SOCKET": "{}/notify", "WATCHDOG_USEC": "300000"}
+PATIENT = 'on_hang = "continue"\n'  # a loop that stands still for 0.2 s is busy, not hung
 
 
 def test_systemd_hears_ready_signs_of_life_and_stopping(tmp_path: Path) -> None:
-    with own(**NOTIFYING)(tmp_path) as running:
+    with own(config=PATIENT, **NOTIFYING)(tmp_path) as running:
         running.systemd.expect("READY=1")
         for _ in range(3):
             running.systemd.expect("WATCHDOG=1")
@@ -602,7 +603,7 @@ def test_systemd_hears_ready_signs_of_life_and_stopping(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_hangs_ends_the_signs_of_life(tmp_path: Path) -> None:
-    config = "stall_timeout_s = 0.5\n[cpu]\nworkers = 1\ninline_limit_us = 0\n"
+    config = f"{PATIENT}stall_timeout_s = 0.5\n[cpu]\nworkers = 1\ninline_limit_us = 0\n"
     with (
         own("--model", "wait", config=config, program=ODD, **NOTIFYING)(tmp_path) as running,
         Dealer(running.endpoint) as dealer,

@@ -299,7 +299,7 @@ def _trouble(event: int, value: int) -> str | None:
         case zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
             return f"the ZeroMQ handshake failed ({os.strerror(value)})"
         case zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH:
-            return "what listens there does not speak ZeroMQ as a TensorNext daemon does"
+            return "the listener there does not speak ZeroMQ as a TensorNext daemon does"
         case zmq.Event.HANDSHAKE_SUCCEEDED:
             return "it closed the connection"  # the next trouble there can be
     return None

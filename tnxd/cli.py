@@ -90,7 +90,7 @@ def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., A
 @_option(
     "--log-level",
     type=click.Choice(configuration.LOG_LEVELS),
-    help="What goes to the log.",
+    help="Least level of messages that go to the log.",
 )
 @click.option(
     "--check",
@@ -181,7 +181,7 @@ def _warn_of_strangers(config: Config, endpoints: list[str]) -> None:
         if endpoint.startswith("tcp://") and not is_loopback(endpoint.removeprefix("tcp://").rpartition(":")[0]):
             commands = ", and load, unload and route them" if control_of(config) == "any" else ""
             log.warning(
-                "%s: the daemon does not ask who its clients are: whoever reaches it can run every model%s, and read "
+                "%s: the daemon does not authenticate clients: anybody who reaches it can run every model%s, and read "
                 "names, signatures and traffic from health",
                 endpoint,
                 commands,

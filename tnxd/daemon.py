@@ -111,9 +111,9 @@ class Daemon:
         threading.Thread(target=self._open_devices, name="devices", daemon=True).start()
         call_soon = self._calls.call_soon
         # The drain, the flush, and as much again before it counts as hung.
-        patience_s = self._config.drain_timeout_s + 2 * _FLUSH_S
+        stop_timeout_s = self._config.drain_timeout_s + 2 * _FLUSH_S
         with signals.handled_signals(
-            lambda: call_soon(self._stop), lambda: call_soon(self._reload), patience_s, _FLUSH_S
+            lambda: call_soon(self._stop), lambda: call_soon(self._reload), stop_timeout_s, _FLUSH_S
         ):
             Watchdog(self._hang_reason, self._report_hang)
             self._router.close(self._server.run(_FLUSH_S))

@@ -196,7 +196,7 @@ def test_metadata_of_one_version(fake: FakeDaemon) -> None:
         "resnet version 3: failed",
         "resnet@3 failed: models/resnet/3/model.pt2 is truncated",
         "",
-        "What it takes and gives is not known before it is loaded.",
+        "Its inputs and outputs are not known before it is loaded.",
     ]
 
 

@@ -174,15 +174,15 @@ def test_the_share_of_a_version_that_has_gone_falls_to_the_others() -> None:
     assert found(made, "net") == "net@3"
 
 
-def test_the_shadow_mirrors_those_that_answer() -> None:
+def test_the_shadow_of_versions_that_answer() -> None:
     net = deployment("net", "1", "2", "3")
     net.weights, net.shadow = {"1": 50.0, "2": 50.0}, "3"
     made = registry(net)
     shadow = net.versions["3"]
-    assert [made.mirrors.get(version) for version in net.versions.values()] == [shadow, shadow, None]
+    assert [made.shadow_of.get(version) for version in net.versions.values()] == [shadow, shadow, None]
     shadow.state = EVICTED
     made.rebuild()
-    assert net.versions["1"] not in made.mirrors
+    assert net.versions["1"] not in made.shadow_of
 
 
 def test_the_newest_version_does_not_answer_while_it_is_the_shadow() -> None:
@@ -190,7 +190,7 @@ def test_the_newest_version_does_not_answer_while_it_is_the_shadow() -> None:
     net.shadow = "2"
     made = registry(net)
     assert found(made, "net") == "net@1"
-    assert made.mirrors[net.versions["1"]] is net.versions["2"]
+    assert made.shadow_of[net.versions["1"]] is net.versions["2"]
 
 
 def test_a_split_is_checked() -> None:

@@ -325,7 +325,10 @@ def ticking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ticking]:
         told.bind(str(folder / "notify"))
         told.settimeout(30)
         environment = {**os.environ, "NOTIFY_SOCKET": str(folder / "notify"), "WATCHDOG_USEC": "300000"}
-        with serving_daemon(folder / "log", "--model-repository", str(root), environment=environment) as daemon:
+        config = folder / "tnxd.toml"
+        config.write_text('on_hang = "continue"\n')  # a loop that stands still for 0.2 s is busy, not hung
+        arguments = ("--config", str(config), "--model-repository", str(root))
+        with serving_daemon(folder / "log", *arguments, environment=environment) as daemon:
             yield Ticking(daemon.endpoint, daemon.process, daemon.log, root, told)
 
 

@@ -53,7 +53,7 @@ def state(info: ModelInfo) -> str:
 def signature(info: ModelInfo) -> Iterator[str]:
     """The inputs and outputs of a version, and what its axes mean."""
     if not info.inputs and not info.outputs:
-        yield "What it takes and gives is not known before it is loaded."
+        yield "Its inputs and outputs are not known before it is loaded."
         return
     rows = [
         (side, text.tensor_name(spec.name), spec.datatype, text.shape(spec.shape))

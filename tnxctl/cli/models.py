@@ -224,7 +224,7 @@ def compare(name: str, baseline: str, candidate: str, endpoint: str, timeout: fl
     type=click.Choice(list(modeltoml.FILES)),
     default="pt2",
     show_default=True,
-    help="What the weights come as. pt2 is torch.export; safetensors needs a factory in Python; torchscript is "
+    help="Format of the weights. pt2 is torch.export; safetensors needs a factory in Python; torchscript is "
     "deprecated.",
 )
 @click.option("--force", is_flag=True, help="Replace a model.toml that is there.")

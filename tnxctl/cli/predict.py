@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 @click.option(
     "--explain",
     is_flag=True,
-    help="Say why each answer came from where it did, and what time was predicted for it against what it took.",
+    help="Show why each request ran where it did, and its predicted time against the real one.",
 )
 @click.pass_context
 def command(

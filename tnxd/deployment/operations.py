@@ -102,7 +102,7 @@ class OperationRunner:
             self._resume(None, None)
         elif self._drained is not None and self._scheduler.is_hung(self._drained.key):
             self._drained = None
-            self._resume(None, DeadlineExceeded("what is left of it hangs"))
+            self._resume(None, DeadlineExceeded("a batch of it hangs"))
         elif self._current is not None and time.monotonic() > self._step_until:
             late = 0
             if self._drained is None and self._inbox is not None:

@@ -130,7 +130,7 @@ class Registry:
     Attributes:
         deployments: by name. default: the name for requests that give none: the configured one, else the first that
             can be served.
-        mirrors: the version that gets copies of its batches, by the version that answers.
+        shadow_of: the version that gets copies of its batches, by the version that answers.
         failures: what could not become a deployment, by name or path, and why.
         before_change, on_change: called after any change, one after the other; the first may still change versions.
     """
@@ -139,7 +139,7 @@ class Registry:
         self.default = default
         self._configured_default = default
         self.deployments: dict[str, Deployment] = {}
-        self.mirrors: dict[Version, Version] = {}
+        self.shadow_of: dict[Version, Version] = {}
         self.failures: dict[str, str] = {}
         self.before_change: Callable[[], None] = lambda: None
         self.on_change: Callable[[], None] = lambda: None
@@ -256,7 +256,7 @@ class Registry:
     def rebuild(self) -> None:
         """Recompute the targets of requests, after any change."""
         self._targets = {}
-        self.mirrors.clear()
+        self.shadow_of.clear()
         for name, deployment in self.deployments.items():
             shares = deployment.shares()
             shadow = deployment.versions.get(deployment.shadow)
@@ -265,7 +265,7 @@ class Registry:
                     self._targets[version.title] = version
             for version, _ in shares:
                 if shadow is not None and shadow is not version and shadow.state == READY:
-                    self.mirrors[version] = shadow
+                    self.shadow_of[version] = shadow
             if shares:
                 self._targets[name] = shares[0][0] if len(shares) == 1 else _Split(shares)
         if not self._configured_default:

@@ -56,8 +56,8 @@ class Shadows:
         tally = self._tallies.get((baseline.key, candidate.key))
         if tally is None:
             raise FailedPrecondition(
-                f"nothing to compare: version {candidate.version} of {baseline.name!r} has had no copies of what "
-                f"version {baseline.version} answered; tnxctl models route {baseline.name} "
+                f"nothing to compare: version {candidate.version} of {baseline.name!r} has had no copies of the "
+                f"requests of version {baseline.version}; tnxctl models route {baseline.name} "
                 f"{baseline.version}=1 --shadow {candidate.version}"
             )
         return tally.report(id_)

@@ -57,13 +57,13 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def handled_signals(
-    on_stop: Callable[[], None], on_reload: Callable[[], None], patience_s: float, linger_s: float
+    on_stop: Callable[[], None], on_reload: Callable[[], None], stop_timeout_s: float, linger_s: float
 ) -> Iterator[None]:
     """Call `on_stop` for each SIGTERM and SIGINT and `on_reload` for SIGHUP, on a thread of its own.
 
     The old handlers are back at the end.
 
-    A loop that hangs in a model's code does not stop: the process ends with 1 when `patience_s` seconds have passed
+    A loop that hangs in a model's code does not stop: the process ends with 1 when `stop_timeout_s` seconds have passed
     since the first signal to stop, or two and `linger_s` since the second. Python's own handlers run on the main thread
     alone, which is the one that may hang. The pipe that signals are written to is read on a thread of its own.
     """
@@ -73,7 +73,7 @@ def handled_signals(
     _Forks.look_after()
     previous = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     previous_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    limits = (patience_s, _REACTION_S + linger_s)
+    limits = (stop_timeout_s, _REACTION_S + linger_s)
     threading.Thread(target=_watch, args=(reader, on_stop, on_reload, limits), name="signals", daemon=True).start()
     try:
         yield

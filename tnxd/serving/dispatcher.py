@@ -66,7 +66,7 @@ class Dispatcher:
         self.inline: Execution | None = None
         self._scheduler = scheduler
         self._inventory = inventory
-        self._mirrors = inventory.registry.mirrors
+        self._shadow_of = inventory.registry.shadow_of
         self._audits = reconciler.audits
         self._answers = answers
         self._background = background
@@ -181,8 +181,8 @@ class Dispatcher:
             version: Version = batch.requests[0].version  # type: ignore[attr-defined]
             if version in self._audits:
                 self._audits[version].offer(execution, self._background)
-            if self._mirrors and version in self._mirrors:
-                self._shadows.offer(execution, self._mirrors[version])
+            if self._shadow_of and version in self._shadow_of:
+                self._shadows.offer(execution, self._shadow_of[version])
         if execution.mixes:
             mixing: Version = execution.version if isinstance(execution, Copy) else batch.requests[0].version  # type: ignore[attr-defined]
             mixing.end_batches(batch.model, execution.mixes)

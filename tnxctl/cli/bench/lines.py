@@ -106,8 +106,8 @@ def remarks(steps: Sequence[Step]) -> Iterator[str]:
     late = list(dict.fromkeys(step.load.title for step in steps if is_client_bound(step)))
     if late:
         yield (
-            f"At {', '.join(late)} this client sent late, or not at all: part of what is shown there is its own doing, "
-            f"or that of what else runs on its machine"
+            f"At {', '.join(late)} this client sent late, or not at all: part of the figures there is its own doing, "
+            f"or that of other programs on its machine"
         )
 
 
