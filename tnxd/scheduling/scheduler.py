@@ -68,7 +68,8 @@ class Scheduler(Accounts):
     @property
     def room(self) -> int:
         """Requests that the queue still has room for."""
-        return max(self._admission.max_requests - self.queued, 0)
+        room = self._admission.max_requests - self.queued
+        return room if room > 0 else 0
 
     # --- models that come and go -------------------------------------------------------------------------------
 
