@@ -69,7 +69,8 @@ class Scheduler(Accounts):
     @property
     def room(self) -> int:
         """Requests that the queue still has room for."""
-        return max(self._admission.max_requests - self.queued, 0)
+        room = self._admission.max_requests - self.queued
+        return room if room > 0 else 0
 
     # --- models that come and go -------------------------------------------------------------------------------
 
@@ -210,6 +211,7 @@ class Scheduler(Accounts):
 
     def outlook(self, request: Request, now_ns: int) -> Outlook:
         """Prediction for a request if it were added now, which it is not. Raises as `add` does for want of a device."""
+        request.due_ns = min(now_ns + _PATIENCE_NS, request.deadline_ns)
         device, queue, _, (wait_us, run_us, _, _) = self._routing.choose(request, now_ns)
         return Outlook(
             wait_us,

@@ -60,11 +60,17 @@ class _Stage(NamedTuple):
 
 
 class _Fitted:
-    """A wiring, and what requests for it have shown. Attributes: groups, rows: of the last request of each step."""
+    """A wiring, and what requests for it have shown.
+
+    Attributes:
+        before, behind: of all nodes. groups, rows: of the last request of each step.
+    """
 
     def __init__(self, pipeline: Pipeline, models: Sequence[Model]) -> None:
         self.pipeline = pipeline  # known by its identity, so it must not go
         self.wiring: Wiring = wire(pipeline.description, pipeline.label, models)
+        self.before = [node.before for node in self.wiring.nodes]
+        self.behind = [node.behind for node in self.wiring.nodes]
         self.groups = [model.example_group for model in models]
         self.rows = [1] * len(models)
 
@@ -239,14 +245,11 @@ class Pipelines:
             )
             request.prefer_gpu, request.min_gpu_memory_mb = whole.prefer_gpu, whole.min_gpu_memory_mb
             request.priority, request.deadline_ns = whole.priority, whole.deadline_ns
-            request.due_ns = min(now_ns + 1_000_000_000, whole.deadline_ns)
             try:
                 outlooks.append(self._scheduler.outlook(request, now_ns))
             except TensorNextError as error:
                 raise _named(node.name, error) from None
-        path = predict_path(
-            wiring.order, [node.before for node in wiring.nodes], [node.behind for node in wiring.nodes], outlooks
-        )
+        path = predict_path(wiring.order, fitted.before, fitted.behind, outlooks)
         left_us = (whole.deadline_ns - now_ns) / 1e3
         needs_us = path.total_us + path.margin_us
         if whole.deadline_ns != NEVER and needs_us > left_us:
