@@ -196,6 +196,7 @@ def test_it_batches_and_each_request_has_its_own_answer(tnx: Client, name: str) 
     assert [future.result().output[0, 0] for future in futures] == [2 * value for value in range(20, 60)]
     found = info(tnx, name)
     assert (found.status, found.format, found.max_batch_size, found.state) == ("ready", "python", 8, "pure")
+    assert "none that shows: no answer depends on" in tool.run("models", "show", name, "--host", tnx.endpoint).stdout
 
 
 def test_where_it_ran_is_told(tnx: Client) -> None:
