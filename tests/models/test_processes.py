@@ -91,13 +91,13 @@ def test_answers_are_those_of_a_thread(tmp_path: Path) -> None:
     [
         (1, ProcessLost, "its process ended with exit code 3 while a batch ran"),
         (2, ProcessLost, "its process was ended by SIGSEGV while a batch ran"),
-        (3, ProcessLost, "its process gave no answer for 0.3 s and was ended while a batch ran"),
+        (3, ProcessLost, "its process gave no answer for 1.5 s and was ended while a batch ran"),
     ],
 )
 def test_a_process_that_is_lost_is_started_again(
     tmp_path: Path, command: float, kind: type[TensorNextError], said: str
 ) -> None:
-    started = start(tmp_path, "time_limit_s = 0.3" if command == 3 else "")
+    started = start(tmp_path, "time_limit_s = 1.5" if command == 3 else "")
     pid = started.pid
     with pytest.raises(kind) as raised:
         started.ask(command)
@@ -250,7 +250,8 @@ def test_a_load_that_fails_leaves_no_process(tmp_path: Path, case: str) -> None:
     limits = TimeLimits(load_s=1.0 if case == "hangs" else 60.0)
     with pytest.raises(FailedPrecondition, match=said):
         replace(found, limits=limits).open(0)
-    await_end(int((tmp_path / "odd/pid").read_text()))
+    if case != "hangs" or (tmp_path / "odd/pid").exists():  # on a busy machine it may not have come so far
+        await_end(int((tmp_path / "odd/pid").read_text()))
 
 
 def test_a_load_that_fails_later_is_tried_again(tmp_path: Path) -> None:
