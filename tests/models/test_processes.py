@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from python_models import DOUBLES, await_end, opened, put, rows, source
+from python_models import DOUBLES, SIGNATURE, await_end, opened, put, rows, source
 from tnxctl.protocol.errors import FailedPrecondition, Internal, TensorNextError
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.frames import STORAGE, Array
 from tnxd.models.model import Model
 from tnxd.models.python.failures import ProcessAway, ProcessFull, ProcessLost
+from tnxd.models.tensors import TORCH_DTYPES, to_array, to_tensor
 from tnxd.models.time_limits import TimeLimits
 
 OBEYS = """
@@ -90,13 +91,13 @@ def test_answers_are_those_of_a_thread(tmp_path: Path) -> None:
     [
         (1, ProcessLost, "its process ended with exit code 3 while a batch ran"),
         (2, ProcessLost, "its process was ended by SIGSEGV while a batch ran"),
-        (3, ProcessLost, "its process gave no answer for 0.3 s and was ended while a batch ran"),
+        (3, ProcessLost, "its process gave no answer for 1.5 s and was ended while a batch ran"),
     ],
 )
 def test_a_process_that_is_lost_is_started_again(
     tmp_path: Path, command: float, kind: type[TensorNextError], said: str
 ) -> None:
-    started = start(tmp_path, "time_limit_s = 0.3" if command == 3 else "")
+    started = start(tmp_path, "time_limit_s = 1.5" if command == 3 else "")
     pid = started.pid
     with pytest.raises(kind) as raised:
         started.ask(command)
@@ -249,7 +250,8 @@ def test_a_load_that_fails_leaves_no_process(tmp_path: Path, case: str) -> None:
     limits = TimeLimits(load_s=1.0 if case == "hangs" else 60.0)
     with pytest.raises(FailedPrecondition, match=said):
         replace(found, limits=limits).open(0)
-    await_end(int((tmp_path / "odd/pid").read_text()))
+    if case != "hangs" or (tmp_path / "odd/pid").exists():  # on a busy machine it may not have come so far
+        await_end(int((tmp_path / "odd/pid").read_text()))
 
 
 def test_a_load_that_fails_later_is_tried_again(tmp_path: Path) -> None:
@@ -359,3 +361,35 @@ def test_what_is_started_and_prints_on_holds_nobody_up(tmp_path: Path) -> None:
         os.kill(other, signal.SIGKILL)
     finally:
         os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_every_datatype_goes_there_and_back(tmp_path: Path, isolation: str, framework: str) -> None:
+    specs = [f'{{ name = "{name.lower()}", datatype = "{name}", shape = [-1, 3] }}' for name in STORAGE]
+    signature = f"inputs = [{', '.join(specs)}]\noutputs = [{', '.join(specs)}]\n"
+    text = f'class Model:\n    framework = "{framework}"\n    def predict(self, **inputs):\n        return inputs\n'
+    model = opened(tmp_path, text, settings=f'isolation = "{isolation}"', signature=signature)
+    module = model.factory()
+    if isolation == "thread":
+        module = module.to("cpu")
+    for rows_ in (1, 2, 5, 0):
+        arrays = [np.arange(3 * rows_).reshape(-1, 3).astype(dtype) for dtype in STORAGE.values()]
+        answer = module(*[to_tensor(array, name) for array, name in zip(arrays, STORAGE, strict=True)])
+        for array, tensor, name in zip(arrays, answer, STORAGE, strict=True):
+            assert tensor.dtype is TORCH_DTYPES[name]
+            assert np.array_equal(to_array(tensor), array)
+
+
+def test_an_argument_with_a_default_makes_an_optional_input_there_too(tmp_path: Path) -> None:
+    signature = SIGNATURE.replace("}]", '}, { name = "by", datatype = "FP32", shape = [-1] }]', 1)
+    text = """
+    class Model:
+        def predict(self, x, by=None):
+            return x if by is None else x * by[:, None]
+    """
+    model = opened(tmp_path, text, settings=ISOLATED, signature=signature)
+    module = model.factory()
+    assert model.optional == {"by": None}
+    assert module(torch.from_numpy(rows(2)), None)[0].tolist() == [[2, 2]]
+    assert module(torch.from_numpy(rows(2)), torch.tensor([3.0]))[0].tolist() == [[6, 6]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tnxctl.protocol.errors import InvalidArgument, Unavailable
+from tnxd.device_kinds import PROCESS
 from tnxd.scheduling.cost_surface import CostSurfaces
 from tnxd.scheduling.costs import BatchCosts, CostModel
 from tnxd.scheduling.device import Device
@@ -191,6 +192,9 @@ class Routing:
         if device.error:
             raise Unavailable(f"device {name} failed: {device.error}")
         if model not in device.models:
+            processes = self.devices.get(PROCESS.name)
+            if processes is not None and model in processes.models and not device.is_gpu:
+                return processes, f"the request asked for {name}, and the model has a process of its own there"
             raise Unavailable(f"device {name} has not loaded {model!r}")
         return device, f"the request asked for {name}"
 
