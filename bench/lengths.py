@@ -32,7 +32,7 @@ _LONGEST = 512
 # Median and spread of the lengths of sentences in tokens: 29 on average, a hundredth of them over 130.
 _MEDIAN, _SPREAD, _LEAST, _MOST = 21.0, 0.8, 3, 160
 
-# Microseconds of all-MiniLM-L6-v2 over the tokens of a batch, one thread of a Xeon: see docs/performance.md.
+# Microseconds of all-MiniLM-L6-v2 over the tokens of a batch, on one thread while nothing else ran.
 _MINILM = {1: 7_500, 8: 8_300, 32: 10_900, 100: 21_000, 160: 34_000, 16_384: 3_400_000}
 
 
