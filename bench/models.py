@@ -28,7 +28,8 @@ _HERE = Path(__file__).resolve().parent
 _OUTSTANDING = 16
 _THREADS = (1, 0)  # of plain torch; 0 is its default, a thread for each core
 _ROWS = (1, 4, 16)
-_PROBE_SECONDS = 0.5
+_PROBE_SECONDS = 0.4
+_PROBES = 2
 _PACE_S = 0.02  # between two requests to the small network beside a large one
 _TIMEOUT_S = 60.0
 
@@ -154,6 +155,14 @@ def main(
     names = list(names or NETWORKS)
     findings: list[Finding] = []
     beside: list[Beside] = []
+
+    def save() -> Report:
+        report = Report(" ".join(sys.argv), _about(), findings, beside)
+        if json_path is not None:
+            report = _completed(report, json_path)
+            json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+        return report
+
     with contextlib.ExitStack() as stack:
         served = names if no_beside else list(dict.fromkeys([*names, "resnet50", "mlp"]))
         try:
@@ -164,16 +173,14 @@ def main(
             for name in () if only_beside else names:
                 findings.append(_examine(name, daemons, rounds, seconds))
                 click.echo(_line(findings[-1]))
+                save()
             if not no_beside:
                 beside = [_beside(label, *daemon, rounds, seconds) for label, daemon in daemons.items()]
                 for one in beside:
                     click.echo(_beside_line(one))
         except BenchError as error:
             raise click.ClickException(str(error)) from None
-    report = Report(" ".join(sys.argv), _about(), findings, beside)
-    if json_path is not None:
-        report = _completed(report, json_path)
-        json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    report = save()
     if plot_path is not None:
         from pictures import draw_models
 
@@ -279,7 +286,7 @@ def _examine(name: str, daemons: dict[str, tuple[str, int]], rounds: int, second
             _ask_daemon(client, daemons[label][1], name, _OUTSTANDING, _PROBE_SECONDS)
         choices = [(threads, rows) for threads in _THREADS for rows in _ROWS]
         speeds: dict[tuple[int, int], list[float]] = {choice: [] for choice in choices}
-        for _ in range(3):
+        for _ in range(_PROBES):
             for choice in choices:
                 speeds[choice].append(_ask_process(process, *choice, _PROBE_SECONDS).per_s)
         best = max(choices, key=lambda choice: statistics.median(speeds[choice]))

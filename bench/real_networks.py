@@ -88,8 +88,27 @@ def _row() -> Mapping[str, Array]:
     return {"input": np.random.default_rng(0).standard_normal((1, 256), np.float32)}
 
 
+def _own(network: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)
+            return network().eval().requires_grad_(False)
+
+    return build
+
+
 def _timm(name: str) -> Callable[[], nn.Module]:
-    return lambda: _module("resnet/export.py").resnet(name)
+    def build() -> nn.Module:
+        export = _module("resnet/export.py")
+        if name.startswith("resnet"):
+            resnet: nn.Module = export.resnet(name)
+            return resnet
+        with export.stand_ins("torchvision", "yaml"):
+            import timm
+        made: nn.Module = timm.create_model(name)
+        return made
+
+    return _own(build)
 
 
 def _sentences() -> nn.Module:
@@ -99,15 +118,6 @@ def _sentences() -> nn.Module:
     finally:
         sys.path.pop(0)
     return encoder
-
-
-def _own(network: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
-            return network().eval().requires_grad_(False)
-
-    return build
 
 
 NETWORKS = {
@@ -168,6 +178,7 @@ def publish(repository: Path, names: list[str], optimize: str) -> None:
         path = str(Path(__file__).resolve())
         (version / "network.py").write_text(_FACTORY.format(name=name, path=path))
         lines = ['factory = "network:build"', f"max_batch_size = {network.max_batch}"]
+        lines += [f"warm_up = {[1, 4, network.max_batch]}"]
         lines += [f'optimize = "{optimize}"'] if optimize else []
         for key, array in network.example().items():
             shape = [-1, *array.shape[1:]]

@@ -66,6 +66,7 @@ class Accounts:
             batch.length, batch.surface = length, queue.surface
         if lane >= 0:
             batch.had_cores = device.has_cores_for_team
+            batch.number = device.begun = device.begun + 1
             device.busy_until_ns[lane] = now_ns + int(run_us * 1e3)
             if threads > 1:
                 batch.threads = device.wide[lane] = threads

@@ -36,7 +36,8 @@ class Batch:
         max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
         started_ns: when it was formed.
         run_us: predicted microseconds; 0: nobody knows.
-        threads: that work on it. had_cores: whether it found cores enough idle to run wide.
+        threads: that work on it. had_cores: whether it found cores enough idle to run wide. number: of the batches that
+            began on lanes of the device until then.
         hung: whether it hangs, see `Scheduler.mark_hung`.
         length: of its rows, padded to the longest of them; 0: they are not padded. Then `rows` are tokens.
         surface: learns from how long a batch of that length took.
@@ -53,6 +54,7 @@ class Batch:
     run_us: float = 0.0
     threads: int = 1
     had_cores: bool = False
+    number: int = 0
     hung: bool = False
     length: int = 0
     surface: CostSurface | None = None
@@ -85,6 +87,7 @@ class Device:
         passes: pass of each priority in stride scheduling: the device's time that it used, divided by its tickets.
         global_pass: pass of the priority that was served last.
         busy_until_ns: per running lane, when its batch should be over. wide: lanes that run wide -> threads.
+        begun: batches that began on lanes.
         backlog_us: predicted cost of what waits, per priority.
         backlog_ns: when the last batch was over, if requests waited then; else 0.
     """
@@ -102,6 +105,7 @@ class Device:
     background_free: bool = field(init=False, default=True)
     busy_until_ns: dict[int, int] = field(init=False, default_factory=dict)
     wide: dict[int, int] = field(init=False, default_factory=dict)
+    begun: int = field(init=False, default=0)
     placements: dict[str, Placement] = field(init=False, default_factory=dict)
     queues: dict[tuple[str, tuple[int, ...], bool], RequestQueue] = field(init=False, default_factory=dict)
     sweep_at: int = field(init=False, default=0)

@@ -112,6 +112,7 @@ def learn(batch: Batch, width: Width | None, micros: float) -> None:
     """Learn from a batch that ran on a lane for so long."""
     costs, rows, wide = batch.costs, batch.rows, batch.threads > 1
     if width is not None and batch.had_cores and not width.threads:
-        width.observe(costs.lane.mean(rows), micros, wide)
+        company = batch.device.begun != batch.number
+        width.observe(costs.lane.mean(rows), micros, wide=wide, company=company)
     if not wide or (width is not None and width.threads):
         costs.observe_lane(rows, micros)

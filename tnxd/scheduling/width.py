@@ -19,13 +19,14 @@ from tnxd.scheduling.costs import CostCurve
 _ENTER = 1.2
 _KEEP = 1.0
 
-# Weight of the newest observation in the moving averages, and of a try of what was given up: it has to tell by itself.
+# Weight of the newest observation in the moving averages; of one of a batch that other batches came to, which are what
+# has made it longer; and of a try of what was given up: that has to tell by itself.
 _WEIGHT = 0.2
-_TRY_WEIGHT = 0.5
+_WEIGHT_IN_COMPANY = 0.05
+_TRY_WEIGHT = 0.7
 
-# An observation counts for at most so many times what was expected. One that counts for all of it ends wide batches at
-# once, of twice what was expected it takes three.
-_OUTLIER = 4.0
+# An observation counts for at most so many times what was expected. It takes two of them in a row to end wide batches.
+_OUTLIER = 2.5
 
 # Narrow batches until the next try of a wide one, after the first one that was too slow. From one failed try to the
 # next they double, so that one stall costs little, and a busy neighbour costs hardly more: up to _LONGEST with a model
@@ -66,15 +67,15 @@ class Width:
         """Whether a batch that is expected to take so long on a lane is to be wide, if nothing else is to be done."""
         return self.threads != 1 and lane_us > 0.0 and self._gain(lane_us).goes_wide
 
-    def observe(self, lane_us: float, micros: float, wide: bool) -> None:
-        """Record what a batch took that began while nothing else ran.
+    def observe(self, lane_us: float, micros: float, *, wide: bool, company: bool = False) -> None:
+        """Record what a batch took that began while cores enough were idle.
 
         Args:
-            lane_us: expected of it on a lane.
+            lane_us: expected of it on a lane. company: whether others began before it was over.
         """
         if lane_us > 0.0:
             gain = self._gain(lane_us)
-            (gain.observe_wide if wide else gain.observe_narrow)(micros / lane_us)
+            (gain.observe_wide if wide else gain.observe_narrow)(micros / lane_us, company)
 
     def of_narrow(self, lane_us: float) -> tuple[float, float]:
         """Expected time of a wide batch, and its mean deviation, as parts of what is expected on a lane."""
@@ -118,15 +119,17 @@ class _Gain:
     def goes_wide(self) -> bool:
         return self._since_narrow < _CHECK_NARROW if self.is_wide else self._until_try <= 0
 
-    def observe_narrow(self, ratio: float) -> None:
+    def observe_narrow(self, ratio: float, company: bool) -> None:
         self._since_narrow = 0
         self._until_try -= 1
-        self.narrow += _WEIGHT * (min(ratio, _OUTLIER * self.narrow) - self.narrow)
+        weight = _WEIGHT_IN_COMPANY if company else _WEIGHT
+        self.narrow += weight * (min(ratio, _OUTLIER * self.narrow) - self.narrow)
 
-    def observe_wide(self, ratio: float) -> None:
+    def observe_wide(self, ratio: float, company: bool) -> None:
         off = min(ratio, _OUTLIER * self.wide) - self.wide
-        self.wide += (_WEIGHT if self.is_wide else _TRY_WEIGHT) * off
-        self.deviation += _WEIGHT * (abs(off) - self.deviation)
+        weight = _WEIGHT_IN_COMPANY if company else _WEIGHT if self.is_wide else _TRY_WEIGHT
+        self.wide += weight * off
+        self.deviation += min(weight, _WEIGHT) * (abs(off) - self.deviation)
         self._since_narrow += 1
         if self.is_wide:
             if self.narrow < _KEEP * self.wide:
