@@ -39,6 +39,20 @@ def test_cheap_batches_run_inline_and_only_one_at_a_time() -> None:
     assert scheduler.queued == 1
 
 
+def test_a_model_that_is_kept_off_the_caller_goes_to_a_lane_however_cheap_it_is() -> None:
+    costs = CostModel()
+    for model in MODELS:
+        costs.curve("cpu", model).observe(1, 5.0)
+        costs.curve("cpu", model, inline=True).observe(1, 5.0)
+    scheduler = untried_scheduler(cpu(lanes=1, inline_limit_us=100.0), costs=costs)
+    scheduler.keep_off_caller("other")
+    assert scheduler.start(Request("other", max_batch_size=8), 0) is None
+    for model in ("other", "mlp"):
+        scheduler.add(Request(model, max_batch_size=8), 0)
+    lanes = {batch.model: batch.lane for batch in scheduler.next_batches(0)[0]}
+    assert lanes == {"other": 0, "mlp": INLINE}
+
+
 def busy_with(flood: int, inline_us: float) -> Scheduler:
     """One lane, which is busy, and so many requests of one client that wait. Eight rows inline take so long."""
     costs = CostModel()

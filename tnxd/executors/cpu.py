@@ -28,6 +28,7 @@ from tnxd.executors.optimizer import optimizer_for
 from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
+from tnxd.models.python.module import InThread
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
 from tnxd.process import malloc
 
@@ -71,10 +72,15 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 class CpuRunner(Runner):
-    """Runner of the CPU. A forward has as many torch threads as its execution says."""
+    """Runner of the CPU. A forward has as many torch threads as its execution says.
 
-    def __init__(self) -> None:
+    Args:
+        name: of the device, in errors.
+    """
+
+    def __init__(self, name: str = CPU.name) -> None:
         super().__init__(CPU.name, Staging(_aligned))
+        self.device = name
         self._threads = 1
 
     def enter_thread(self) -> None:
@@ -98,13 +104,11 @@ class CpuRunner(Runner):
         if execution.threads != self._threads:
             torch.set_num_threads(execution.threads)  # 0.2 us, and the forward after it is none the slower
             self._threads = execution.threads
-        arrays: Sequence[Array | None] = items[0]
         gather = len(items) > 1
-        if gather:
-            arrays = self.staging.gather(model.key, model.inputs, execution.group, items, rows)
+        arrays = self.staged(execution, items, rows, copy=False) if gather or model.joins else items[0]
         tensors = [
             None if array is None else to_tensor(array, spec.datatype)
-            for array, spec in zip(arrays, model.inputs, strict=True)
+            for array, spec in zip(arrays, model.arguments, strict=True)
         ]
         gathered = time.perf_counter_ns()
         raw = self.calls[model.key](*tensors)
@@ -128,6 +132,10 @@ def cpu_names() -> list[str]:
     return [CPU.name]
 
 
+def _placed(module: torch.nn.Module) -> torch.nn.Module:
+    return module.to(CPU.name) if isinstance(module, InThread) else module  # which loads it for this device
+
+
 def open_cpu(name: str, config: Config, on_done: OnDone) -> LanePool:
     """The executor of the CPU."""
     cores = available_cores()
@@ -144,6 +152,7 @@ def open_cpu(name: str, config: Config, on_done: OnDone) -> LanePool:
         inline=CpuRunner(),
         teams=teams,
         scheduling=config.cpu.scheduling,
+        place=_placed,
         arrange=order_weights,
         memory_mb=host_memory_mb,
         give_back=malloc.trim,

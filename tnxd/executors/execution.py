@@ -74,12 +74,15 @@ class LoadReport(NamedTuple):
     """Findings of loading a model on a device.
 
     Attributes:
-        costs: (rows, microseconds) of the warm-up's batches, for the cost model.
+        costs: (rows, microseconds) of the warm-up's batches, for the cost model; (tokens, microseconds) where requests
+            of different lengths share batches.
+        padded: (rows, length, microseconds) of the same batches where they are padded.
         widths: (rows, microseconds on one core, microseconds with a team) of batches that were run both ways.
         threads: that each batch must have, by the model's own wish or since it answers otherwise with more; 0: any.
         nbytes: bytes of the weights and buffers on the device.
         warmed: whether the model could be run at all.
-        batches: whether axis 0 was found to count rows. serial: whether one request at a time may use the model.
+        batches: whether axis 0 was found to count rows. joins: whether requests of different lengths may share a batch.
+        serial: whether one request at a time may use the model.
         state: one of STATES.
         random: whether answers are drawn by chance.
         tolerance: largest difference between two computations of an answer that is rounding, relative to the largest
@@ -105,6 +108,8 @@ class LoadReport(NamedTuple):
     widths: tuple[tuple[int, float, float], ...] = ()
     threads: int = 0
     notes: tuple[str, ...] = ()
+    joins: bool = False
+    padded: Sequence[tuple[int, int, float]] = ()
 
 
 class Executor(Protocol):

@@ -24,6 +24,7 @@ from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import Held, memory
 from tnxd.executors.trial.isolation import lane_calls, open_with
+from tnxd.executors.trial.lengths import padding_apart, warm_up_lengths
 from tnxd.executors.trial.rounding import largest_difference
 from tnxd.executors.trial.state import same_chance, stateful
 from tnxd.executors.trial.trial import try_out
@@ -126,6 +127,7 @@ class LanePool:
                 verdict = lane.call(lambda runner: self._tried(runner, built[0], model, build))
                 verdict, module = self._ready(lane, built, verdict, build)
                 held = Held(module, model.writes, contents=False) if verdict.pristine else None
+                verdict = self._by_length(lane, verdict)
                 warmed = lane.call(lambda runner: self._grow(runner, verdict))
                 written = held.changed(Held(module, model.writes, contents=False)) if held is not None else []
                 del held, module
@@ -143,6 +145,10 @@ class LanePool:
                     attempts = self._optimizer.attempts(lane, verdict, build, began)
                     warmed, said = self._optimized(lane, verdict, warmed, attempts)
                     notes.extend(said)
+                    again = self._by_length(lane, verdict)
+                    if again is not verdict:  # what runs now is another program
+                        verdict = again
+                        warmed = lane.call(lambda runner: self._grow(runner, verdict))
                 widths = self._widths(verdict, warmed)
         except BaseException:
             self.unload(model.key)
@@ -165,6 +171,8 @@ class LanePool:
             widths=widths.costs,
             threads=threads,
             notes=(*dict.fromkeys(notes), *verdict.notes),
+            joins=verdict.model.joins,
+            padded=warmed.padded,
         )
 
     def _ready(
@@ -278,6 +286,25 @@ class LanePool:
         return lane.call(compare)
 
     @staticmethod
+    def _by_length(lane: Lane, verdict: Verdict) -> Verdict:
+        """The verdict, once it is known whether padding changes an answer. The runner must have the model."""
+        model, make = verdict.model, verdict.make
+        if not model.joins or make is None:
+            return verdict
+        if verdict.state.random:
+            return verdict.by_length("nothing can be compared, since answers are drawn at random")
+
+        def compare(runner: Runner) -> str:
+            with settings_restored("a forward"):
+                return padding_apart(runner, model, make, verdict.tolerance)
+
+        apart = lane.call(compare)
+        if not apart:
+            return verdict
+        log.warning("%s: requests of different lengths do not share batches: %s", model.key, apart)
+        return verdict.by_length(apart)
+
+    @staticmethod
     def _tried(runner: Runner, module: torch.nn.Module, model: Model, build: Callable[[], torch.nn.Module]) -> Verdict:
         with settings_restored("a forward"):  # what a forward changes every time, the trial finds
             return try_out(module, model, runner.torch_device, build)
@@ -286,9 +313,9 @@ class LanePool:
         if verdict.make is None:
             return Warmed([])
         with settings_restored("a forward"):
-            warmed = warm_up(
-                runner, verdict.model, verdict.make, self.lanes, None if verdict.state.random else verdict.tolerance
-            )
+            run = warm_up_lengths if verdict.model.joins and verdict.model.warm_up != () else warm_up
+            allowed = None if verdict.state.random else verdict.tolerance
+            warmed = run(runner, verdict.model, verdict.make, self.lanes, allowed)
         if verdict.model.warm_up != ():
             self._examples[verdict.model.key] = verdict.model, verdict.make(1, 0)
         return warmed

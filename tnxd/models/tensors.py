@@ -9,7 +9,7 @@ import torch
 
 from tnxctl.protocol.errors import FailedPrecondition, Internal
 from tnxctl.protocol.frames import ML_DTYPES, STORAGE, Array
-from tnxctl.protocol.wire import excerpt
+from tnxctl.protocol.wire import TensorSpec, excerpt
 from tnxd.models import structures
 from tnxd.models.model import Model
 
@@ -55,6 +55,13 @@ def to_array(tensor: torch.Tensor) -> Array:
         tensor = tensor.view(_PATTERNS[tensor.dtype])
     array: Array = tensor.numpy()
     return array
+
+
+def array_of(tensor: torch.Tensor, spec: TensorSpec) -> Array:
+    """`to_array` of an output, on any device. Raises Internal: it is of another datatype than its signature says."""
+    if tensor.dtype is not TORCH_DTYPES[spec.datatype]:
+        raise Internal(f"output {spec.name!r} is {tensor.dtype}, its signature says {spec.datatype}")
+    return to_array(tensor.detach().cpu())
 
 
 def empty_outputs(model: Model) -> list[Array] | None:

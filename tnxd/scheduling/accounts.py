@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tnxd.scheduling.device import Batch, Device
+from tnxd.scheduling.ragged import RaggedQueue
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.request_queue import RequestQueue
 
@@ -50,14 +51,19 @@ class Accounts:
         now_ns: int,
         run_us: float,
         threads: int = 1,
+        *,
+        length: int = 0,
     ) -> Batch:
         """Make a batch, and count it as running.
 
         Args:
             run_us: predicted microseconds that it takes the lane; 0: nobody knows. threads: that work on it.
+            length: see `Batch`.
         """
         placement = queue.placement
         batch = Batch(device, lane, queue.key[0], requests, rows, queue.costs, placement.max_rows, now_ns, run_us)
+        if length and isinstance(queue, RaggedQueue):
+            batch.length, batch.surface = length, queue.surface
         if lane >= 0:
             batch.had_cores = device.has_cores_for_team
             device.busy_until_ns[lane] = now_ns + int(run_us * 1e3)

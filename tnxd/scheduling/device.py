@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tnxd.device_kinds import KINDS
 from tnxd.lanes import NO_TEAMS, Teams
+from tnxd.scheduling.cost_surface import CostSurface
 from tnxd.scheduling.costs import BatchCosts
 from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.request import LEVELS, Request
@@ -37,6 +38,8 @@ class Batch:
         run_us: predicted microseconds; 0: nobody knows.
         threads: that work on it. had_cores: whether it found cores enough idle to run wide.
         hung: whether it hangs, see `Scheduler.mark_hung`.
+        length: of its rows, padded to the longest of them; 0: they are not padded. Then `rows` are tokens.
+        surface: learns from how long a batch of that length took.
     """
 
     device: Device
@@ -51,6 +54,8 @@ class Batch:
     threads: int = 1
     had_cores: bool = False
     hung: bool = False
+    length: int = 0
+    surface: CostSurface | None = None
 
 
 @dataclass(slots=True, eq=False)

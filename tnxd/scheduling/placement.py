@@ -21,6 +21,8 @@ class ModelLoad:
         queued, queued_bytes: requests that wait, and their inputs.
         running: requests in batches that run. hung: of these, those in batches that hang.
         max_lanes: lanes of a device that may run the model at a time; 0: all.
+        held: by how many the model is needed that have no request of it here yet, see `Scheduler.hold`.
+        inline: whether batches of it may run on the caller's thread.
     """
 
     queued: int = 0
@@ -28,6 +30,8 @@ class ModelLoad:
     running: int = 0
     hung: int = 0
     max_lanes: int = 0
+    held: int = 0
+    inline: bool = True
 
 
 @dataclass(slots=True, eq=False)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tnxctl.protocol.errors import InvalidArgument, Unavailable
+from tnxd.device_kinds import PROCESS
+from tnxd.scheduling.cost_surface import CostSurfaces
 from tnxd.scheduling.costs import BatchCosts, CostModel
 from tnxd.scheduling.device import Device
 from tnxd.scheduling.lane_choice import next_curve
 from tnxd.scheduling.placement import ModelLoad, Placement
+from tnxd.scheduling.ragged import RaggedQueue
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
 from tnxd.scheduling.width import Width
@@ -32,11 +35,13 @@ class Routing:
 
     Attributes:
         devices: by name. gpus: those that work. loads: of the models, by key.
+        surfaces: of the models whose batches are padded.
     """
 
     def __init__(self, devices: Iterable[Device], costs: CostModel) -> None:
         self.devices = {device.name: device for device in devices}
         self.loads: dict[str, ModelLoad] = {}
+        self.surfaces = CostSurfaces()
         self._costs = costs
         self.refresh()
 
@@ -76,9 +81,14 @@ class Routing:
             asks_for_team = placement.width is not None and placement.width.threads > 1
             costs = BatchCosts(
                 *[self._costs.curve(device.name, model, group, inline=inline) for inline in (False, True)],
-                inline_limit_us=0.0 if asks_for_team else device.inline_limit_us,
+                inline_limit_us=0.0 if asks_for_team or not placement.load.inline else device.inline_limit_us,
             )
-            queue = device.queues[key] = RequestQueue(key, costs, placement)
+            surface = self.surfaces.find(device.name, model, group)
+            if surface is None:
+                queue = RequestQueue(key, costs, placement)
+            else:
+                queue = RaggedQueue(key, costs, placement, surface)
+            device.queues[key] = queue
         return queue
 
     def choose(self, request: Request, now_ns: int) -> tuple[Device, RequestQueue, str, Prediction]:
@@ -168,7 +178,7 @@ class Routing:
         _, _, fastest, (wait_us, run_us, share_us, own_us) = candidates[rates.index(most)]
         wait_us -= own_us * (1.0 - most / sum(rates)) / fastest.lanes
         queue = self.queue(fastest, request.model, request.group, request.alone)
-        limit = queue.placement.row_limit(request.max_batch_size)
+        limit = request.most_rows if request.length else queue.placement.row_limit(request.max_batch_size)
         if not limit or queue.count < limit:
             margin_us = next_curve(fastest, queue, request.rows).spread(request.rows)
             if now_ns + (wait_us + run_us + margin_us) * 1e3 > request.deadline_ns:
@@ -182,6 +192,9 @@ class Routing:
         if device.error:
             raise Unavailable(f"device {name} failed: {device.error}")
         if model not in device.models:
+            processes = self.devices.get(PROCESS.name)
+            if processes is not None and model in processes.models and not device.is_gpu:
+                return processes, f"the request asked for {name}, and the model has a process of its own there"
             raise Unavailable(f"device {name} has not loaded {model!r}")
         return device, f"the request asked for {name}"
 

@@ -44,6 +44,8 @@ def _steal_batch(accounts: Accounts, routing: Routing, thief: Device, victim: De
     if placement.load.max_lanes and placement.has_all_lanes:
         return None
     limit = placement.row_limit(head.max_batch_size)
+    if head.length:  # of one length, and the limit is in tokens
+        limit = min(limit, head.most_rows * head.length)
     most = max(int(_STEAL_FRACTION * limit), min(head.rows, limit), 1)
     rows, most = 0, curve.rows_within(victim.clear_in_us(now_ns), most)
     while rows < most:
@@ -72,7 +74,7 @@ def _steal_batch(accounts: Accounts, routing: Routing, thief: Device, victim: De
     thief.wake(level)
     lane, threads = taken
     thief.charge(level, micros * threads)
-    return accounts.start_batch(thief, lane, own, requests, rows, now_ns, micros, threads)
+    return accounts.start_batch(thief, lane, own, requests, rows, now_ns, micros, threads, length=head.length)
 
 
 def _ends_ns(curve: CostCurve, rows: int, now_ns: int) -> int:

@@ -7,7 +7,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from tnxctl.protocol.errors import Internal, ResourceExhausted, TensorNextError
+from tnxctl.protocol.errors import Internal, ResourceExhausted, TensorNextError, Unavailable
+from tnxctl.protocol.frames import Array
 from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.shadow import Shadows
@@ -20,7 +21,7 @@ from tnxd.scheduling.refusals import Refusals
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.answers import Answer, Answers
-from tnxd.serving.pending import Pending, as_execution, result_header
+from tnxd.serving.pending import Pending, StepRequest, as_execution, result_header
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.reports import Inventory
 
@@ -140,7 +141,9 @@ class Dispatcher:
         if device.is_gpu:
             self._scheduler.set_free_memory(device.name, execution.memory_free_mb)
         answers: list[Answer] = []
+        steps: list[tuple[StepRequest, tuple[Array, ...]]] = []
         sizes_known = execution.model.reply_row_nbytes  # and looked at before
+        rows = sum(execution.rows) if execution.model.joins else batch.rows
         for request, outcome in zip(batch.requests, execution.outcomes, strict=False):  # a copy has no requests
             assert isinstance(request, Pending)
             if request.done:
@@ -148,12 +151,14 @@ class Dispatcher:
             if isinstance(outcome, TensorNextError):
                 if not (execution.exhausted and self._runs_elsewhere(request, outcome)):
                     self._answers.error(request, outcome)
+            elif request.__class__ is StepRequest:
+                steps.append((request, outcome))
             elif not sizes_known and (nbytes := sum([array.nbytes for array in outcome])) > min(
                 self._message_bytes, request.max_reply_bytes
             ):
                 self._answers.error(request, reply_too_large(nbytes, request.max_reply_bytes, self._message_bytes))
             else:
-                answers.append((request, result_header(request, batch.rows, execution, outcome), outcome))
+                answers.append((request, result_header(request, rows, execution, outcome), outcome))
                 if len(answers) == _SENT_TOGETHER:
                     self._answers.results(answers, execution)
                     answers.clear()
@@ -169,6 +174,8 @@ class Dispatcher:
         self._scheduler.finished(batch, micros, time.perf_counter_ns())
         if self._refusals:
             self._refusals.clear()
+        for step, outputs in steps:  # now that their lane is free again
+            step.owner.succeeded(step, outputs, execution, batch.rows)
         if isinstance(execution, Copy):
             self._background.finished(execution)
         elif failures < len(batch.requests):
@@ -191,7 +198,7 @@ class Dispatcher:
             peer = request.peer
             if not isinstance(outcome, TensorNextError):
                 self._quarantine.succeeded(peer)
-            elif not isinstance(outcome, ResourceExhausted):
+            elif not isinstance(outcome, (ResourceExhausted, Unavailable)):
                 self._quarantine.failed(peer)
                 if request.connection.closed:  # type: ignore[attr-defined]
                     self._quarantine.left(peer, request.connection.client.name)  # type: ignore[attr-defined]
