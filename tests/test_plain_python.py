@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from conftest import Daemon, serving_daemon
 from python_models import DOUBLES, SIGNATURE, await_end, put, rows
 from test_common_exports import run
 from tnxctl import Client
-from tnxctl.protocol.errors import Internal, TensorNextError
+from tnxctl.protocol.errors import Internal, TensorNextError, Unavailable
 from tnxctl.protocol.wire import ModelInfo
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -286,7 +287,11 @@ def test_a_thread_that_hangs_costs_its_lane_and_what_runs_inline_goes_on(daemon:
     assert [tnx.predict(rows(20), model="none").output[0, 0] for _ in range(20)] == [40] * 20
     assert [tnx.predict(rows(20), model="obeys").output[0, 0] for _ in range(20)] == [40] * 20
     (daemon.log.parent / "models/hangs/go").touch()
-    assert tnx.predict(rows(20), model="hangs").output[0, 0] == 40
+    answer = None
+    while answer is None:  # another lane finds its only object taken until the first one is back
+        with contextlib.suppress(Unavailable):
+            answer = tnx.predict(rows(20), model="hangs").output[0, 0]
+    assert answer == 40
 
 
 @pytest.mark.parametrize("name", ["thread", "obeys"])
