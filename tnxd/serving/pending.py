@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from tnxctl.protocol.frames import Array
+from tnxctl.protocol.strings import encode as encode_strings
 from tnxctl.protocol.wire import VERSION, Predict, Result, TensorSpec, Timing, encode
 from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
@@ -92,6 +94,11 @@ def as_execution(batch: Batch) -> Execution:
     items = [request.arrays for request in requests]  # type: ignore[attr-defined]
     rows = [request.rows for request in requests]
     return Execution(batch.lane, batch.max_rows, first.served, items, rows, first.group)
+
+
+def as_frames(outputs: Sequence[Array]) -> tuple[Array, ...]:
+    """Outputs as they go out: strings are put into one buffer each."""
+    return tuple([encode_strings(array) if array.dtype.hasobject else array for array in outputs])
 
 
 def result_header(request: Pending, batch_rows: int, execution: Execution, outputs: tuple[Array, ...]) -> bytes:
