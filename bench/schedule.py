@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 import decisions
+import lengths
 import loops
 import oracle
 import schedule_plot
@@ -72,6 +73,14 @@ class Report(msgspec.Struct, frozen=True):
     decisions: list[Decision]
 
 
+class RaggedReport(msgspec.Struct, frozen=True):
+    """The document that --json writes with --ragged."""
+
+    command: str
+    seed: int
+    texts: list[lengths.Fared]
+
+
 class LoopReport(msgspec.Struct, frozen=True):
     """The document that --json writes with --loop."""
 
@@ -104,6 +113,12 @@ class LoopReport(msgspec.Struct, frozen=True):
     is_flag=True,
     help="Instead of traces, replay rising loads through a serving loop whose work takes time.",
 )
+@click.option(
+    "--ragged",
+    "with_lengths",
+    is_flag=True,
+    help="Instead of traces, keep texts of all lengths outstanding, and compare how they share batches.",
+)
 @click.option("--no-decisions", is_flag=True, help="Do not measure what a decision costs.")
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all results to this file."
@@ -120,6 +135,7 @@ def main(
     names: tuple[str, ...],
     measure: bool,
     with_loop: bool,
+    with_lengths: bool,
     no_decisions: bool,
     json_path: Path | None,
     plot_path: Path | None,
@@ -139,11 +155,22 @@ def main(
     With --loop the thread that takes requests in, asks the scheduler and answers needs time for that, as measured of a
     daemon: the table shows how many deadlines are met the more is offered, two seconds of each load.
 
+    With --ragged texts of all lengths go to a model on a CPU, as measured of all-MiniLM-L6-v2 on one thread, and on an
+    assumed GPU, to which all batches of up to 2,000 tokens are the same.
+
     Everything but the cost of a decision is the same in every run with the same --seed.
     """
+    alone = with_loop + with_lengths
+    if alone and (alone > 1 or names or measure or plot_path is not None):
+        raise click.UsageError(
+            "--loop and --ragged have traces and costs of their own: no --trace, --measure or --plot"
+        )
+    if with_lengths:
+        texts = _texts(seed)
+        if json_path is not None:
+            _write(RaggedReport(" ".join(sys.argv), seed, texts), json_path)
+        return
     if with_loop:
-        if names or measure or plot_path is not None:
-            raise click.UsageError("--loop has a trace and costs of its own: no --trace, --measure or --plot")
         loads = _loads(seed)
         if json_path is not None:
             _write(LoopReport(" ".join(sys.argv), seed, loads), json_path)
@@ -250,8 +277,21 @@ def _all_but(missed: list[str]) -> str:
     return f"all but {', '.join(missed)}" if missed else "all"
 
 
-def _write(report: Report | LoopReport, path: Path) -> None:
+def _write(report: Report | LoopReport | RaggedReport, path: Path) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+
+
+def _texts(seed: int) -> list[lengths.Fared]:
+    """Run, and print, the closed loops of texts of all lengths."""
+    click.echo(lengths.heading())
+    texts = []
+    for machine in lengths.MACHINES:
+        for outstanding in lengths.OUTSTANDING:
+            fared = [lengths.measure(machine, way, outstanding, seed) for way in lengths.WAYS]
+            for one in fared:
+                click.echo(lengths.line(one, fared[0]))
+            texts += fared
+    return texts
 
 
 def _loads(seed: int) -> list[loops.Load]:

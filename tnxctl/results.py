@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.wire import Timing
+from tnxctl.protocol.wire import StepTiming, Timing
 
 if TYPE_CHECKING:
     from tnxctl.protocol.frames import Array
@@ -30,6 +30,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         timing: where the time in the daemon went, in microseconds.
         predicted_us: when the request came, the microseconds until it would be done, as the daemon predicted
             them then; 0 if it made no prediction. `actual_us` tells what they were in fact.
+        steps: of a pipeline, where the time of each step went; () of any other model.
     """
 
     outputs: dict[str, Array]
@@ -42,6 +43,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     gpu_memory_mb: float
     timing: Timing
     predicted_us: float = 0.0
+    steps: tuple[StepTiming, ...] = ()
 
     @property
     def actual_us(self) -> float:

@@ -37,8 +37,11 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(2, WIDTH)
         self.LayerNorm = norm()
 
-    def forward(self, ids: Tensor) -> Tensor:
-        positions = self.position_embeddings.weight[: ids.shape[1]]
+    def forward(self, ids: Tensor, places: Tensor | None = None) -> Tensor:
+        """Args: places: of packed tokens in their sentences."""
+        positions = (
+            self.position_embeddings.weight[: ids.shape[1]] if places is None else self.position_embeddings(places)
+        )
         first_sentence = self.token_type_embeddings.weight[0]  # there is no second one
         embedded: Tensor = self.LayerNorm(self.word_embeddings(ids) + positions + first_sentence)
         return embedded
@@ -82,6 +85,19 @@ class Attention(nn.Module):
         joined: Tensor = self.output(attended.transpose(1, 2).flatten(2), x)
         return joined
 
+    def packed(self, x: Tensor, ends: list[int]) -> Tensor:
+        """The same for tokens [T, WIDTH] of sentences that follow each other; none looks at another's."""
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.view(1, len(x), HEADS, WIDTH // HEADS).transpose(1, 2)
+
+        projected = [
+            heads(project(x)).tensor_split(ends, 2) for project in (self.self.query, self.self.key, self.self.value)
+        ]
+        attended = [functional.scaled_dot_product_attention(*sentence) for sentence in zip(*projected, strict=True)]
+        joined: Tensor = self.output(torch.cat(attended, 2).transpose(1, 2).flatten(2)[0], x)
+        return joined
+
 
 class Intermediate(nn.Module):
     def __init__(self) -> None:
@@ -97,7 +113,12 @@ class Layer(nn.Module):
         self.output = Residual(INNER_WIDTH)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        x = self.attention(x, bias)
+        return self.after(self.attention(x, bias))
+
+    def packed(self, x: Tensor, ends: list[int]) -> Tensor:
+        return self.after(self.attention.packed(x, ends))
+
+    def after(self, x: Tensor) -> Tensor:
         out: Tensor = self.output(functional.gelu(self.intermediate.dense(x)), x)
         return out
 
@@ -133,6 +154,30 @@ class SentenceEncoder(nn.Module):
         total = (x * kept[:, :, None]).sum(1)
         mean = total / kept.sum(1, keepdim=True).clamp(min=1e-9)
         return functional.normalize(mean)
+
+
+class PackedEncoder(SentenceEncoder):
+    """The same network for sentences of all lengths, without padding: their tokens come one after the other.
+
+    Takes int64 ids [T] and int64 offsets [N + 1]: where each sentence begins, and where the last one ends. Gives the
+    same as `SentenceEncoder`.
+    """
+
+    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        lengths = offsets.diff()
+        starts = offsets[:-1].repeat_interleave(lengths)
+        x = self.embeddings(ids, torch.arange(len(ids), device=ids.device) - starts)
+        ends = offsets[1:-1].tolist()
+        for layer in self.encoder.layer:
+            assert isinstance(layer, Layer)
+            x = layer.packed(x, ends)
+        means = [sentence.sum(0) / max(len(sentence), 1) for sentence in x.tensor_split(ends)]
+        return functional.normalize(torch.stack(means))
+
+
+def packed_encoder() -> nn.Module:
+    """The network that takes sentences one after the other, still without its weights."""
+    return PackedEncoder()
 
 
 def encoder() -> nn.Module:

@@ -89,6 +89,8 @@ def page_default(field: msgspec.inspect.Field) -> str:
     if field.required:
         return "required"
     default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+    if default is msgspec.NODEFAULT:  # of a field that may be UNSET
+        return "absent"
     return "nil" if default is None else json.dumps(default)
 
 
@@ -97,10 +99,13 @@ def page_default(field: msgspec.inspect.Field) -> str:
     [
         ("predict", [wire.Predict]),
         ("cancel", [wire.Cancel]),
-        ("result", [wire.Result, wire.Timing]),
+        ("result", [wire.Result, wire.Timing, wire.StepTiming]),
         ("error", [wire.ErrorReply]),
         ("health, the request", [wire.Health]),
-        ("health, the report", [wire.HealthReport, wire.DeviceInfo, wire.ModelInfo]),
+        (
+            "health, the report",
+            [wire.HealthReport, wire.DeviceInfo, wire.ModelInfo, wire.PipelineInfo, wire.PipelineStep],
+        ),
         ("metadata, the request", [wire.Metadata]),
         ("metadata, the report", [wire.MetadataReport]),
         ("models, the request", [wire.Models]),

@@ -226,7 +226,7 @@ def compare(name: str, baseline: str, candidate: str, endpoint: str, timeout: fl
     default="pt2",
     show_default=True,
     help="Format of the weights. pt2 is torch.export; safetensors needs a factory in Python; torchscript is "
-    "deprecated.",
+    "deprecated; python is a class in model.py.",
 )
 @click.option("--force", is_flag=True, help="Replace a model.toml that is there.")
 @as_json

@@ -13,7 +13,7 @@ import msgspec
 
 from tnxctl.cli import text
 from tnxctl.cli.exits import Exit
-from tnxctl.cli.tally import KEPT, Tally
+from tnxctl.cli.tally import KEPT, STEP_TIMES, Tally
 from tnxctl.protocol import strings
 from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.frames import Array, datatype_of
@@ -185,6 +185,19 @@ def summary(tally: Tally, explain: bool = False) -> Iterator[str]:
     yield text.line(
         text.pad(["µs (mean)" if several else "µs", *(f"{mean:.1f}" for mean in means.values())], widths, align)
     )
+    yield from _steps(tally)
+
+
+def _steps(tally: Tally) -> Iterator[str]:
+    """A table of the steps of a pipeline, if it is one."""
+    rows = [
+        (name, title, f"{batch:.1f}", *(f"{mean:.1f}" for mean in means.values()))
+        for name, title, batch, means in tally.step_means()
+    ]
+    if rows:
+        header = ("step", "model", "batch", *STEP_TIMES)
+        yield ""
+        yield from text.table(header, rows, "<<" + ">" * (len(header) - 2), None)
 
 
 def _prediction(tally: Tally) -> Iterator[str]:
@@ -249,6 +262,10 @@ def document(tally: Tally) -> dict[str, Any]:
         "batch_size_mean": tally.batch_mean(),
         "round_trip_ms": tally.percentiles_ms(),
         "stage_means_us": tally.stage_means_us(),
+        "step_means": [
+            {"step": name, "model": title, "batch_size": batch, **{f"{time}_us": mean for time, mean in means.items()}}
+            for name, title, batch, means in tally.step_means()
+        ],
         "prediction_error_us": tally.prediction_errors_us(),
         "answers": [_answer_document(answer) for answer in tally.answers],
     }
@@ -270,6 +287,7 @@ def _answer_document(answer: Answer) -> dict[str, Any]:
         "predicted_us": result.predicted_us,
         "actual_us": result.actual_us,
         "timing": msgspec.to_builtins(result.timing),
+        "steps": msgspec.to_builtins(result.steps),
         "outputs": [_output(name, array) for name, array in result.outputs.items()],
     }
 

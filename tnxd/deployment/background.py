@@ -181,7 +181,8 @@ class Background:
 
 def _fitting(original: Answered, model: Model) -> tuple[list[int], tuple[int, ...]]:
     """Rows of the requests, from the first, that fit into one batch of a model, and its group; one always fits."""
-    if bool(model.max_batch_size) != bool(original.model.max_batch_size):  # then neither is what it was
+    batches = bool(model.max_batch_size) == bool(original.model.max_batch_size)
+    if not batches or model.joins != original.model.joins:  # then neither is what it was
         item = [(spec, array) for spec, array in zip(model.inputs, original.items[0], strict=True) if array is not None]
         specs = [TensorSpec(spec.name, spec.datatype, array.shape) for spec, array in item]
         bound = model.bind(specs, [array for _, array in item])

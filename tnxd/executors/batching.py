@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -60,9 +61,29 @@ class Staging:
                     np.concatenate([item[position] for item in items], out=buffer[:rows])  # type: ignore[misc]
         return [None if buffer is None else buffer[:rows] for buffer in buffers]
 
+    def room(
+        self, model: str, group: tuple[int, ...], position: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> Array:
+        """A buffer of any shape for one input, kept for the next batch whatever shape that has.
+
+        Args:
+            model: key of the model. group: lengths of its variable axes that do not differ within a batch.
+            position: of the input.
+        """
+        key = (f"{model}\0{position}", group)
+        size = math.prod(shape)
+        kept = self._sets.pop(key, None)
+        if kept is not None:
+            self._nbytes -= _nbytes(kept)
+        if kept is None or _capacity(kept) < size:
+            kept = [self._allocate((1 << max(size - 1, 0).bit_length(),), dtype)]
+        self._keep(key, kept)
+        assert kept[0] is not None
+        return kept[0][:size].reshape(shape)
+
     def forget(self, model: str) -> None:
         """Free the buffers of a model. Args: model: its key."""
-        for key in [key for key in self._sets if key[0] == model]:
+        for key in [key for key in self._sets if key[0].partition("\0")[0] == model]:
             self._nbytes -= _nbytes(self._sets.pop(key))
 
     def _buffers(
@@ -85,12 +106,15 @@ class Staging:
             ]
             if any(spec.datatype == BYTES for spec in specs):
                 return buffers  # kept, they would keep the strings of requests that are over
+        self._keep(key, buffers)
+        return buffers
+
+    def _keep(self, key: tuple[str, tuple[int, ...]], buffers: list[Array | None]) -> None:
         self._sets[key] = buffers  # last in the dict: most recently used
         self._nbytes += _nbytes(buffers)
         while self._nbytes > self._max_bytes:
             oldest = next(iter(self._sets))  # in the end the new one itself: too large to be kept
             self._nbytes -= _nbytes(self._sets.pop(oldest))
-        return buffers
 
     def _new(self, shape: tuple[int, ...], datatype: str) -> Array:
         dtype = STORAGE[datatype]

@@ -135,7 +135,7 @@ class CudaRunner(Runner):
         model = execution.model
         begin = time.perf_counter_ns()
         if model.max_batch_size:
-            staged = self.staging.gather(model.key, model.inputs, execution.group, items, rows)
+            staged = self.staged(execution, items, rows, copy=True)
         else:
             staged = []
             for array, spec in zip(items[0], model.inputs, strict=True):
@@ -154,7 +154,7 @@ class CudaRunner(Runner):
             start.record()
             inputs = [
                 None if array is None else self._moved(to_tensor(array, spec.datatype))
-                for array, spec in zip(staged, model.inputs, strict=True)
+                for array, spec in zip(staged, model.arguments, strict=True)
             ]
             copied.record()
             tensors = check_outputs(model, self.calls[model.key](*inputs), rows)

@@ -21,8 +21,10 @@ from tnxd.executors.batching import Staging, split
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.host import Peak
+from tnxd.executors.padding import pad, split_ragged, units
 from tnxd.executors.trial.copies import Call
 from tnxd.models.model import Item, Model
+from tnxd.models.python.failures import ProcessError
 from tnxd.models.tensors import empty_outputs
 
 log = logging.getLogger(__name__)
@@ -112,16 +114,21 @@ class Runner(ABC):
         try:
             if stop - start == 1:
                 return [tuple(self._alone(execution, execution.items[start], rows[0]))]
-            return [*split(self._forward(execution, execution.items[start:stop], sum(rows)), rows)]
+            items = execution.items[start:stop]
+            outputs = self._forward(execution, items, sum(rows))
+            if execution.model.joins:
+                return [*split_ragged(execution.model, outputs, items, rows)]
+            return [*split(outputs, rows)]
         except BaseException as error:  # a model may raise anything, SystemExit too: the daemon goes on
             if isinstance(error, torch.AcceleratorError) and self.is_lost():
                 execution.fatal = first_line(error)
             exhausted = self.is_exhausted(error)
             why = first_line(error)
-            if stop - start == 1 or execution.fatal or exhausted:  # else its halves have more to say
+            whole = stop - start == 1 or bool(execution.fatal) or isinstance(error, ProcessError)
+            if whole or exhausted:  # else its halves have more to say
                 failure = self._failure(execution, error)
         # Out of the except block: the traceback no longer holds the failed batch's tensors while the halves run.
-        if stop - start == 1 or execution.fatal:
+        if whole:
             return [failure] * (stop - start)
         if exhausted:
             self.free_memory()
@@ -136,7 +143,9 @@ class Runner(ABC):
         model = execution.model
         if not model.max_batch_size:
             return self._forward(execution, [item], rows)
-        step = min(model.max_batch_size, execution.max_rows or model.max_batch_size)
+        step = model.max_batch_size
+        if execution.max_rows:
+            step = min(step, max(execution.max_rows * rows // max(units(model, [item], rows), 1), 1))
         pieces: list[list[Array]] = []
         at = 0
         while at < rows or not pieces:
@@ -165,8 +174,28 @@ class Runner(ABC):
             execution.exhausted = execution.exhausted or self.is_exhausted(error)
             raise
         if execution.exhausted:
-            execution.safe_rows = max(execution.safe_rows, rows)
+            execution.safe_rows = max(execution.safe_rows, units(execution.model, items, rows))
         return outputs
+
+    def staged(self, execution: Execution, items: Sequence[Item], rows: int, *, copy: bool) -> list[Array | None]:
+        """Inputs of a forward, one array for each argument of the module.
+
+        Args:
+            copy: whether the inputs of a single request are copied, too.
+
+        Returns:
+            Arrays in staging buffers, which the next batch writes again, or those of the request itself.
+        """
+        model = execution.model
+        if model.joins:
+            assert model.ragged is not None
+            if model.ragged.packed:
+                return model.ragged.pack(items, model.name)
+            if copy or len(items) > 1:
+                return pad(self.staging, model, execution.group, items, rows)
+        elif copy or len(items) > 1:
+            return self.staging.gather(model.key, model.inputs, execution.group, items, rows)
+        return list(items[0])
 
     def _failure(self, execution: Execution, error: BaseException) -> TensorNextError:
         model = execution.model

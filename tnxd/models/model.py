@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import numpy as np
 
-from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 from tnxctl.protocol.frames import STORAGE, Array, python_name
 from tnxctl.protocol.strings import nbytes_of, not_text
 from tnxctl.protocol.wire import BYTES, DEFAULT_PRIORITY, TensorSpec, excerpt
-from tnxd.device_kinds import kind_of
+from tnxd.device_kinds import PROCESS, kind_of
+from tnxd.models.ragged import Ragged
 from tnxd.models.variants import AUTO, Variant
 
 if TYPE_CHECKING:
     import torch
+
+    from tnxd.models.python.processes import Restarts
 
 
 Item = tuple[Array | None, ...]
@@ -35,14 +38,18 @@ class BoundInputs(msgspec.Struct, frozen=True, gc=False):
         arrays: in the signature's order; None for an optional input that did not come.
         rows: length of axis 0; 1 for a model without a batch axis.
         group: lengths of the variable axes, and a negative number that stands for an input that did not come; only
-            requests with equal groups can share a batch.
+            requests with equal groups can share a batch. Of a model whose ragged axes join, without these.
         nbytes: of all arrays.
+        units: what scheduling counts: the rows, or the tokens of a model whose ragged axes join.
+        length: of ragged axes that are padded, at least 1; 0: there are none.
     """
 
     arrays: Item
     rows: int
     group: tuple[int, ...]
     nbytes: int
+    units: int
+    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Model:
         devices: names of the devices that it may be put on, or kinds ("cuda"); empty: all.
         replicas: how many batches of it a device may run at a time; 0: as many as the device has lanes. They share one
             copy of the weights.
+        threads: that work on each batch on a CPU; 0: chosen for each batch.
         max_delay_us: how long a batch smaller than the limit waits for company; None: as the daemon is configured.
         time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
         deadline_us, priority: of requests that say nothing about it.
@@ -76,15 +84,21 @@ class Model:
             in all of them, at least one. Inputs that nothing is known about are not in it. They must not be written to.
         writes: names of what its module holds (buffers, parameters, constants, attributes) and may write to in a
             forward, as far as its graph tells; a module of plain Python tells nothing.
-        state: "shared": what the module keeps from one request to the next is meant for all of them.
+        state: "shared": what the module keeps from one request to the next is meant for all of them. "random": its
+            answers are drawn at random, whatever generators the trial sees.
         audit: share of its batches that are computed again in idle time.
         batching_asked: whether model.toml itself says that axis 0 counts rows; else it was derived.
+        isolation: "none": it may run on the serving thread; "thread": only on lanes; "process": in processes.
+        restarts: of the processes; None: it has none.
+        ragged: axes whose lengths differ from request to request; None: it has none, or only equal ones share a batch.
         variants: of its module, that may be faster. optimize: the one that is wanted, or AUTO, or NONE.
         reference: makes the module in the datatype of its weights, where model.toml has another one run.
         text: names of the BYTES inputs that have to be UTF-8; others may hold any bytes.
         reply_row_nbytes: bytes of the outputs for each row, or of an answer if it has no batch axis; 0: not known
             before they are computed, as of strings.
         takes_strings, returns_strings: whether an input, or an output, is BYTES.
+        arguments: tensors that the module is called with: the inputs, but for a packed model.
+        max_units: most of what scheduling counts in one batch, see `BoundInputs.units`; 0: no batches.
     """
 
     name: str
@@ -96,6 +110,7 @@ class Model:
     format: str = "built-in"
     devices: tuple[str, ...] = ()
     replicas: int = 0
+    threads: int = 0
     max_delay_us: float | None = None
     time_limit_s: float | None = None
     deadline_us: float | None = None
@@ -107,9 +122,12 @@ class Model:
     optional: Mapping[str, Array | None] = field(default_factory=dict, compare=False)
     example_values: Mapping[str, Array] = field(default_factory=dict, repr=False, compare=False)
     writes: tuple[str, ...] = ()
-    state: Literal["", "shared"] = ""
+    state: Literal["", "shared", "random"] = ""
     audit: float = DEFAULT_AUDIT
     batching_asked: bool = False
+    isolation: Literal["none", "thread", "process"] = "none"
+    restarts: Restarts | None = field(default=None, compare=False)
+    ragged: Ragged | None = None
     variants: tuple[Variant, ...] = field(default=(), repr=False, compare=False)
     optimize: str = AUTO
     reference: Callable[[], torch.nn.Module] | None = field(default=None, repr=False, compare=False)
@@ -118,16 +136,50 @@ class Model:
     reply_row_nbytes: int = field(init=False, repr=False, compare=False)
     takes_strings: bool = field(init=False, repr=False, compare=False)
     returns_strings: bool = field(init=False, repr=False, compare=False)
+    arguments: tuple[TensorSpec, ...] = field(init=False, repr=False, compare=False)
+    max_units: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", model_key(self.name, self.version, self.generation))
         object.__setattr__(self, "reply_row_nbytes", row_nbytes(self.outputs, bool(self.max_batch_size)))
         object.__setattr__(self, "takes_strings", any(spec.datatype == BYTES for spec in self.inputs))
         object.__setattr__(self, "returns_strings", any(spec.datatype == BYTES for spec in self.outputs))
+        arguments = self.inputs if self.ragged is None else self.ragged.arguments(self.inputs)
+        object.__setattr__(self, "arguments", arguments)
+        most = self.max_batch_size if self.ragged is None or not self.ragged.joins else self.ragged.max_tokens
+        object.__setattr__(self, "max_units", most)
+
+    @property
+    def joins(self) -> bool:
+        """Whether requests of different lengths may share a batch."""
+        return self.ragged is not None and self.ragged.joins
+
+    def singly(self) -> Model:
+        """The same model, for requests that run alone. One that is packed goes on to be called as it was."""
+        if self.ragged is None or not self.ragged.packed:
+            return self.unbatched()
+        return replace(self, ragged=replace(self.ragged, max_tokens=1))
+
+    @property
+    def pads(self) -> bool:
+        """Whether they do so padded to the longest."""
+        return self.ragged is not None and self.ragged.joins and not self.ragged.packed
 
     def unbatched(self) -> Model:
-        """The same model, for requests that run alone and whole."""
-        return replace(self, max_batch_size=0, warm_up=None if self.warm_up else self.warm_up)
+        """The same model, for requests that run alone and whole.
+
+        Raises:
+            FailedPrecondition: it is packed, and knows nothing but batches.
+        """
+        ragged = self.ragged
+        if ragged is not None:
+            if ragged.packed:
+                raise FailedPrecondition(
+                    f"{self.name}/model.toml: ragged.packed: its requests cannot share a batch, and a packed model "
+                    f"takes nothing else"
+                )
+            ragged = ragged.apart()
+        return replace(self, max_batch_size=0, warm_up=None if self.warm_up else self.warm_up, ragged=ragged)
 
     def with_rows(self, rows: int) -> Model:
         """The same model, whose examples have so many rows along axis 0 where it may have any length."""
@@ -140,6 +192,8 @@ class Model:
 
     def may_use(self, device: str) -> bool:
         """Whether it may be put on the device of that name."""
+        if kind_of(device) == PROCESS.name or self.isolation == PROCESS.name:
+            return kind_of(device) == self.isolation
         return not self.devices or device in self.devices or kind_of(device) in self.devices
 
     def bind(self, specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> BoundInputs:
@@ -214,13 +268,20 @@ class Model:
             nbytes = sum([nbytes_of(array) for array in ordered if array is not None])
         else:
             nbytes = sum([array.nbytes for array in ordered if array is not None])
+        length = self.ragged.length(self.inputs, ordered, self.name) if self.ragged is not None else 0
         if rows is None:
-            return BoundInputs(ordered, 1, lengths, nbytes)
+            return BoundInputs(ordered, 1, lengths, nbytes, 1)
         if rows > self.max_batch_size and not any(array.size for array in ordered if array is not None):
             raise InvalidArgument(
                 f"model {self.name!r}: {rows} rows without an element; it takes {self.max_batch_size}"
             )
-        return BoundInputs(ordered, rows, lengths, nbytes)
+        if self.ragged is None or not self.ragged.joins:
+            return BoundInputs(ordered, rows, lengths, nbytes, rows)
+        group = self.ragged.group(self.inputs, ordered, 1)
+        if self.ragged.packed:
+            return BoundInputs(ordered, rows, group, nbytes, int(self.ragged.lengths(ordered, self.name).sum()))
+        length = max(length, 1)
+        return BoundInputs(ordered, rows, group, nbytes, rows * length, length)
 
     def _check_text(self, ordered: Item) -> None:
         for expected, array in zip(self.inputs, ordered, strict=True):
@@ -285,11 +346,12 @@ class Model:
     def example_group(self) -> tuple[int, ...]:
         """The group of inputs that have the example shapes."""
         start = 1 if self.max_batch_size else 0
+        ragged = self.ragged.axes if self.ragged is not None and self.ragged.joins else [0] * len(self.inputs)
         return tuple(
             length
-            for spec, shape in zip(self.inputs, self.example_shapes(1), strict=True)
-            for wanted, length in zip(spec.shape[start:], shape[start:], strict=True)
-            if wanted == -1
+            for spec, shape, apart in zip(self.inputs, self.example_shapes(1), ragged, strict=True)
+            for axis, (wanted, length) in enumerate(zip(spec.shape, shape, strict=True))
+            if axis >= start and wanted == -1 and (not apart or axis != apart)
         )
 
     @property
@@ -301,6 +363,11 @@ class Model:
         """A shape for every input, `rows` rows long."""
         shapes = self.examples or [tuple(max(length, 1) for length in spec.shape) for spec in self.inputs]
         return [(rows, *shape[1:]) if self.max_batch_size else shape for shape in shapes]
+
+
+def row_count(item: Item) -> int:
+    """Rows of a request to a model with a batch axis."""
+    return next(len(array) for array in item if array is not None)
 
 
 def model_key(name: str, version: str, generation: int) -> str:

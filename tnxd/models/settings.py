@@ -79,6 +79,32 @@ class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shadow: str = ""
 
 
+class RaggedInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An input with a ragged axis. Attributes: axis: which one. pad: the number that fills a shorter row up."""
+
+    axis: Annotated[int, msgspec.Meta(ge=0)] = 1
+    pad: bool | int | float = 0
+
+
+class Ragged(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Axes whose lengths differ from request to request, see `tnxd.models.ragged.Ragged`.
+
+    Attributes:
+        max_length: longest of them that is taken.
+        inputs: those with such an axis. outputs: those that are as long, and along which axis.
+        mask: the one of these inputs that is 0 where there is padding; "": there is none.
+        max_tokens: most tokens of one batch; 0: as many as its rows may have.
+        packed: whether the model takes all tokens in one row, with their offsets.
+    """
+
+    max_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_DIM)]
+    inputs: dict[str, RaggedInput] = {}
+    outputs: dict[str, Annotated[int, msgspec.Meta(ge=0)]] = {}
+    mask: str = ""
+    max_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
+    packed: bool = False
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The contents of model.toml.
 
@@ -87,6 +113,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_batch_size: most rows in one batch; 0: no axis counts rows; None: derived from the signature.
         max_delay_us: how long a smaller batch waits for company, in microseconds; None: as the daemon is configured.
         devices: where it may run; (): everywhere. replicas: batches at a time per device; 0: one on every lane.
+        threads: that work on each batch on a CPU; 0: chosen for each batch.
         dtype: to run in; "": that of the weights.
         optimize: the variant of the network to run, where it gives the same answers; "auto": the fastest one, "none":
             the network as it is.
@@ -94,11 +121,18 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
         deadline_us, priority: of requests that say nothing about it.
         imports: modules to import before the model file is read.
-        state: "shared": what the module keeps from one request to the next is meant for all of them.
+        state: "shared": what the module keeps from one request to the next is meant for all of them. "random": its
+            answers are drawn at random.
         audit: share of the batches that are computed again in idle time, 0 to 1; None: 0.001.
         factory: "module:function" that makes the network for model.safetensors.
+        isolation: what a batch that hangs or crashes takes with it: "none", the daemon, since it may run on the serving
+            thread; "thread": a lane's thread, or, where it crashes, the daemon; "process": one of the processes that
+            run the model. "": "thread" for model.py, else "none".
+        memory_limit_mb: memory that such a process may take, in MiB; 0: any.
+        config: for model.py to read.
         weights: how the keys of model.safetensors are those of the network.
         inputs, outputs: the signature; (): the model file says it.
+        ragged: axes of different lengths, and how requests share a batch all the same; None: by equal lengths alone.
     """
 
     versions: Literal["latest", "all"] | Annotated[tuple[_Number, ...], msgspec.Meta(min_length=1)] = "latest"
@@ -106,6 +140,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_delay_us: Annotated[float, msgspec.Meta(ge=0, le=10_000_000)] | None = None
     devices: tuple[str, ...] = ()
     replicas: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     optimize: Literal["auto", "none", "channels_last", "inductor", "onnxruntime"] = "auto"
     warm_up: tuple[_Number, ...] | None = None
@@ -113,12 +148,16 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] = DEFAULT_PRIORITY
     imports: tuple[str, ...] = ()
-    state: Literal["", "shared"] = ""
+    state: Literal["", "shared", "random"] = ""
     audit: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     factory: str = ""
+    isolation: Literal["", "none", "thread", "process"] = ""
+    memory_limit_mb: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    config: dict[str, Any] = {}
     weights: Weights = Weights()
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
+    ragged: Ragged | None = None
     traffic: Traffic = Traffic()
 
     @property

@@ -91,6 +91,13 @@ def copied(value: Value) -> Array:
     return to_array(value.cpu() if isinstance(value, torch.Tensor) else value).copy()
 
 
+def array_of(tensor: torch.Tensor, spec: TensorSpec) -> Array:
+    """`to_array` of an output, on any device. Raises Internal: it is of another datatype than its signature says."""
+    if tensor.dtype is not TORCH_DTYPES.get(spec.datatype):
+        raise Internal(f"output {spec.name!r} is {tensor.dtype}, its signature says {spec.datatype}")
+    return to_array(tensor.detach().cpu())
+
+
 def empty_outputs(model: Model) -> list[Array] | None:
     """The outputs of a model that batches for no rows; None where only the model knows the length of an axis."""
     if any(-1 in spec.shape[1:] for spec in model.outputs):

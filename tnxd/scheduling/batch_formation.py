@@ -6,6 +6,8 @@ from tnxd.lanes import INLINE
 from tnxd.scheduling.accounts import Accounts
 from tnxd.scheduling.costs import CostCurve
 from tnxd.scheduling.device import Batch, Device
+from tnxd.scheduling.lane_choice import give_lane_back, take_lane
+from tnxd.scheduling.ragged import RaggedQueue, padded
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
 
@@ -42,33 +44,44 @@ def fill_lanes(accounts: Accounts, device: Device, now_ns: int, batches: list[Ba
         limit = head.max_batch_size
         if placement.max_rows:
             limit = placement.row_limit(limit)
-        rows = max(head.rows, min(limit, queue.rows))
+        ragged = queue if head.length and isinstance(queue, RaggedQueue) else None
+        part = ragged.part(head, limit) if ragged is not None else None
+        rows = max(head.rows, min(limit, queue.rows)) if part is None else part.units
         fits = inline_free and costs.fits_inline(rows)
-        if inline_free and not fits and queue.has_light_connection(level):
+        if inline_free and not fits and part is None and queue.has_light_connection(level):
             # A light connection does not wait until a lane is done with what others have sent.
             within = costs.rows_inline(rows)
             if within >= head.rows > 0:
                 limit, rows, fits = within, within, True
         if fits:
-            lane, curve, inline_free = INLINE, costs.inline, False
-        elif device.free_lanes:
-            lane, curve = device.free_lanes.pop(), costs.lane
+            lane, threads, curve, inline_free = INLINE, 1, costs.inline, False
+        elif device.free_lanes and (way := take_lane(device, queue, rows, limit)) is not None:
+            lane, threads, curve, limit = way
+            if part is None and 0 < limit < rows:
+                rows = max(limit, head.rows)
         elif len(passed_over) == _MAX_PASSED_OVER:
             break
         else:  # no lane for this one; perhaps there is a cheap one behind it
             device.turns[level].withdraw(queue)
             passed_over.append((queue, level))
             continue
-        planned, run_us = rows, curve.mean(rows)
+        narrow_us = part.micros if part is not None and threads == 1 else 0.0
+        planned, run_us = rows, narrow_us or curve.mean(rows)
         if now_ns + run_us * 1e3 > head.deadline_ns:
-            limit, run_us = shrink_for_deadline(queue, curve, level, head, limit, run_us, now_ns)
+            if ragged is not None and part is not None:
+                part, run_us = ragged.shrink(head, part, curve, now_ns)
+            else:
+                limit, run_us = shrink_for_deadline(queue, curve, level, head, limit, run_us, now_ns)
         ends_ns = now_ns + int(run_us * 1e3)
         if head.deadline_ns != NEVER:
             close_ns = ends_ns + int(_CLOSE * curve.spread(rows) * 1e3)
             if head.deadline_ns < close_ns and queue.rows - queue.rows_due(level, close_ns) >= (limit or 1):
                 ends_ns = close_ns
         first_late = len(late)
-        in_time = queue.take(level, limit, ends_ns, late)
+        if ragged is not None and part is not None:
+            in_time = ragged.take_part(level, head, part, ends_ns, late)
+        else:
+            in_time = queue.take(level, limit, ends_ns, late)
         accounts.dequeue(device, queue, in_time)
         if len(late) > first_late:
             accounts.dequeue(device, queue, late[first_late:])
@@ -78,11 +91,16 @@ def fill_lanes(accounts: Accounts, device: Device, now_ns: int, batches: list[Ba
         if not in_time:
             inline_free = inline_free or lane == INLINE
             if lane != INLINE:
-                device.free_lanes.append(lane)
+                give_lane_back(device, lane)
             continue
+        length = 0
+        if ragged is not None:
+            rows, length = padded(in_time)
+            if rows != planned and threads == 1:
+                run_us, planned = ragged.surface.mean(rows // length, length) or curve.mean(rows), rows
         micros = run_us if rows == planned else curve.mean(rows)
-        device.charge(level, micros)
-        batches.append(accounts.start_batch(device, lane, queue, in_time, rows, now_ns, micros))
+        device.charge(level, micros * threads)
+        batches.append(accounts.start_batch(device, lane, queue, in_time, rows, now_ns, micros, threads, length=length))
     for queue, level in passed_over:
         device.offer(queue, level)
 

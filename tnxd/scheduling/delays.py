@@ -26,6 +26,8 @@ class Delays:
         """Whether a queue goes on waiting for company, now that it has a new request, which asks for a delay."""
         if queue.rows >= queue.placement.row_limit(request.max_batch_size):
             return False
+        if request.length and queue.count >= request.most_rows:  # that limit is in tokens
+            return False
         if queue.count == 1:
             queue.ready_ns = now_ns + request.max_delay_ns
             heappush(self._heap, (queue.ready_ns, request.serial, device, queue))

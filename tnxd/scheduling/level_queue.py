@@ -20,6 +20,9 @@ _LIGHT_FACTOR = 4
 # Connections that are looked at for that.
 _MAX_LOOKED_AT = 8
 
+# Requests of a connection that are looked at for a batch of several lengths.
+_MAX_PICKED_FROM = 256
+
 
 class LevelQueue:
     """Requests of one priority. Within the turn of a connection, its earliest due request goes first.
@@ -123,6 +126,38 @@ class LevelQueue:
             if full:
                 return rows, True
         return rows, False
+
+    def pick(self, batch: list[Request], room: int, fits: Callable[[Request], bool]) -> int:
+        """Move requests of different lengths that fit into a batch, which is padded, by the turns of their connections.
+
+        Args:
+            room: rows that the batch has room for. Its first request may have more.
+
+        Returns:
+            Rows that are still free.
+        """
+        passed_over: list[Callable[[], None]] = []
+        while (room > 0 or not batch) and (first := self.first()) is not None:
+            connection, _ = first
+            before, tokens = len(batch), 0
+            for _, _, request in connection.entries[connection.start : connection.start + _MAX_PICKED_FROM]:
+                rows = request.rows // request.length
+                if not request.waiting or (batch and rows > room) or not fits(request):
+                    continue
+                request.waiting = False
+                self.remove(request)
+                batch.append(request)
+                room -= rows
+                tokens += request.rows
+                if tokens >= QUANTUM_ROWS or room <= 0:
+                    break
+            if len(batch) > before:
+                self._end_turn(connection, tokens)
+            else:
+                passed_over.append(self.turns.pass_over(connection.client, connection.peer))
+        for restore in reversed(passed_over):
+            restore()
+        return room
 
     def steal(
         self, batch: list[Request], rows: int, now_ns: int, ends_ns: int, eligible: Callable[[Request], bool]

@@ -20,7 +20,7 @@ class Request(msgspec.Struct, eq=False, gc=False):
         model: key of the model. max_batch_size: its row limit, 0 if it cannot be batched. max_delay_ns: how long a
             smaller batch may wait for company.
         group: requests share a batch only if model and group are equal.
-        rows, nbytes: size of the inputs.
+        rows, nbytes: size of the inputs. Where requests of different lengths share batches, rows are tokens.
         client, peer: whose it is, and the connection it came by; clients share a device fairly, and so do the
             connections of one.
         wanted: "" to go by prefer_gpu and min_gpu_memory_mb, "auto" for the device that is done first, or a device
@@ -28,8 +28,11 @@ class Request(msgspec.Struct, eq=False, gc=False):
         excluded: devices that had no memory left for it: it goes to others, unless it names one.
         alone: whether it shares no batch, though others of its model and group wait (`tnxd.serving.quarantine`).
         priority: 0 to LEVELS - 1, 0 first.
+        admitted: whether it is part of something that was taken in before: no limit and no prediction refuses it.
         deadline_ns: when it is worthless; NEVER. came_ns: when it came, from which its deadline
             was counted; 0: when it is added.
+        length: of its rows, which are padded to the longest of the batch; 0: they are not. `rows` is a multiple of it.
+        most_rows: most rows of such a batch, where `max_batch_size` is in tokens.
         device, reason, predicted_us: filled by `Scheduler.add`: where it will run, why there, and the microseconds
             until it will be done. So are wait_us, of these the wait; cost_us, its share of a full batch; due_ns, its
             place in the order; added_ns, when that was; serial, which grows with every request.
@@ -50,8 +53,11 @@ class Request(msgspec.Struct, eq=False, gc=False):
     deadline_ns: int = NEVER
     max_delay_ns: int = 0
     came_ns: int = 0
+    length: int = 0
+    most_rows: int = 0
     excluded: frozenset[str] = frozenset()
     alone: bool = False
+    admitted: bool = False
     device: str = ""
     reason: str = ""
     predicted_us: float = 0.0

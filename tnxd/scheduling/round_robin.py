@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Generic, TypeVar
 
@@ -50,6 +51,21 @@ class DeadlineRoundRobin(Generic[M]):
     def withdraw(self, member: M) -> None:
         """Let a member take no turns: it has nothing to do any more."""
         self.members.pop(member, None)
+
+    def pass_over(self, member: M) -> tuple[int, int, int, M]:
+        """Withdraw a member for a moment: `restore` takes what is returned, and gives it its turn back."""
+        return self.members.pop(member)
+
+    def restore(self, entry: tuple[int, int, int, M]) -> None:
+        """Let a member that was passed over take its turn. The rounds that others had meanwhile come again.
+
+        Without that, who can be passed over would get less than the others, who went through many rounds in its stead.
+        """
+        self.members[entry[3]] = entry
+        heappush(self._heap, entry)
+        if entry[0] < self._round:
+            self._round = entry[0]
+            self._served = 0
 
     def first(self) -> M | None:
         """Member whose turn it is; None if none has something to do."""
@@ -105,6 +121,19 @@ class ClientRoundRobin:
         connections.withdraw(connection)
         if not connections.members:
             self._clients.withdraw(client)
+
+    def pass_over(self, client: str, connection: bytes) -> Callable[[], None]:
+        """Withdraw a connection for a moment. Returns a function that gives it its turn back."""
+        connections = self._connections[client]
+        entry = connections.pass_over(connection)
+        whole = None if connections.members else self._clients.pass_over(client)
+
+        def restore() -> None:
+            connections.restore(entry)
+            if whole is not None:
+                self._clients.restore(whole)
+
+        return restore
 
     def first(self) -> tuple[str, bytes] | None:
         """Client and connection whose turn it is; None if none has something to do."""

@@ -7,7 +7,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from tnxctl.protocol.errors import Internal, ResourceExhausted, TensorNextError
+from tnxctl.protocol.errors import Internal, ResourceExhausted, TensorNextError, Unavailable
+from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import Limits
 from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.reconciler import Reconciler
@@ -21,7 +22,7 @@ from tnxd.scheduling.refusals import Refusals
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.answers import Answer, Answers
-from tnxd.serving.pending import Pending, as_execution, as_frames, result_header
+from tnxd.serving.pending import Pending, StepRequest, as_execution, as_frames, result_header
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.reports import Inventory
 
@@ -141,8 +142,10 @@ class Dispatcher:
         if device.is_gpu:
             self._scheduler.set_free_memory(device.name, execution.memory_free_mb)
         answers: list[Answer] = []
+        steps: list[tuple[StepRequest, tuple[Array, ...]]] = []
         model = execution.model
         sizes_known = model.reply_row_nbytes  # and looked at before
+        rows = sum(execution.rows) if model.joins else batch.rows
         for request, outcome in zip(batch.requests, execution.outcomes, strict=False):  # a copy has no requests
             assert isinstance(request, Pending)
             if request.done:
@@ -150,6 +153,9 @@ class Dispatcher:
             if isinstance(outcome, TensorNextError):
                 if not (execution.exhausted and self._runs_elsewhere(request, outcome)):
                     self._answers.error(request, outcome)
+                continue
+            if request.__class__ is StepRequest:
+                steps.append((request, outcome))
                 continue
             frames = outcome
             if not sizes_known:
@@ -164,7 +170,7 @@ class Dispatcher:
                     most = self._limits.message_bytes
                     self._answers.error(request, reply_too_large(nbytes, request.max_reply_bytes, most))
                     continue
-            answers.append((request, result_header(request, batch.rows, execution, outcome), frames))
+            answers.append((request, result_header(request, rows, execution, outcome), frames))
             if len(answers) == _SENT_TOGETHER:
                 self._answers.results(answers, execution)
                 answers.clear()
@@ -180,6 +186,8 @@ class Dispatcher:
         self._scheduler.finished(batch, micros, time.perf_counter_ns())
         if self._refusals:
             self._refusals.clear()
+        for step, outputs in steps:  # now that their lane is free again
+            step.owner.succeeded(step, outputs, execution, batch.rows)
         if isinstance(execution, Copy):
             self._background.finished(execution)
         elif failures < len(batch.requests):
@@ -202,7 +210,7 @@ class Dispatcher:
             peer = request.peer
             if not isinstance(outcome, TensorNextError):
                 self._quarantine.succeeded(peer)
-            elif not isinstance(outcome, ResourceExhausted):
+            elif not isinstance(outcome, (ResourceExhausted, Unavailable)):
                 self._quarantine.failed(peer)
                 if request.connection.closed:  # type: ignore[attr-defined]
                     self._quarantine.left(peer, request.connection.client.name)  # type: ignore[attr-defined]

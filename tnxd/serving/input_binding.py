@@ -30,7 +30,7 @@ class _Layout(msgspec.Struct, frozen=True, gc=False):
         model, specs: for whom, and what was announced.
         tensors: in the signature's order, which frame is one, its shape, datatype and length in bytes.
         others: of inputs that did not come, the place in the signature, and what stands there.
-        rows, group, nbytes: as in `BoundInputs`.
+        rows, group, nbytes, units, length: as in `BoundInputs`.
     """
 
     model: Model
@@ -40,6 +40,8 @@ class _Layout(msgspec.Struct, frozen=True, gc=False):
     rows: int
     group: tuple[int, ...]
     nbytes: int
+    units: int
+    length: int
 
 
 class InputBinder:
@@ -71,10 +73,11 @@ class InputBinder:
                     for place, array in layout.others:
                         # A copy: the model may write to what it gets.
                         arrays.insert(place, None if array is None else array.copy())
-                return BoundInputs(tuple(arrays), layout.rows, layout.group, layout.nbytes)
+                return BoundInputs(tuple(arrays), layout.rows, layout.group, layout.nbytes, layout.units, layout.length)
         views = view_tensors(specs, frames, limits)
         bound = model.bind(specs, views)
-        if not any(spec.datatype in _LOOKED_INTO for spec in specs):
+        looked_at = model.ragged is not None and model.ragged.packed  # the mask, which has another sum in each request
+        if not looked_at and not any(spec.datatype in _LOOKED_INTO for spec in specs):
             positions = {id(array): position for position, array in enumerate(views)}
             tensors = [
                 (positions[id(array)], array.shape, array.dtype, array.nbytes)
@@ -86,5 +89,7 @@ class InputBinder:
                 for place, array in enumerate(bound.arrays)
                 if id(array) not in positions
             ]
-            self._layout = _Layout(model, specs, tensors, others, bound.rows, bound.group, bound.nbytes)
+            self._layout = _Layout(
+                model, specs, tensors, others, bound.rows, bound.group, bound.nbytes, bound.units, bound.length
+            )
         return bound

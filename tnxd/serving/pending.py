@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
+from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.frames import Array
 from tnxctl.protocol.strings import encode as encode_strings
 from tnxctl.protocol.wire import VERSION, Predict, Result, TensorSpec, Timing, encode
 from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
-from tnxd.models.model import BoundInputs, Item, Model
+from tnxd.models.model import BoundInputs, Item, Model, row_count
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.transport.client_limits import Connection
@@ -40,6 +42,28 @@ class Pending(Request, kw_only=True):
     queued_ns: int
 
 
+class Owner(Protocol):
+    """Whoever made a `StepRequest`, and hears of its end, instead of a client."""
+
+    def succeeded(self, request: StepRequest, outputs: tuple[Array, ...], execution: Execution, rows: int) -> None:
+        """The request has been computed. Args: rows: of its batch."""
+
+    def failed(self, request: StepRequest, error: TensorNextError) -> None:
+        """The request will not be computed."""
+
+
+class StepRequest(Pending, kw_only=True):
+    """A request that belongs to a larger one, whose client it does not answer.
+
+    Attributes:
+        owner: hears of its end. whole: the request that it belongs to. place: of it among the parts of that one.
+    """
+
+    owner: Owner
+    whole: Pending
+    place: int
+
+
 def as_pending(
     message: Message,
     request: Predict,
@@ -61,8 +85,8 @@ def as_pending(
     delay_us = max_delay_us if model.max_delay_us is None else model.max_delay_us
     return Pending(  # the first ones by position: by name, this would take four times as long
         model.key,
-        model.max_batch_size,
-        bound.rows,
+        model.max_units,
+        bound.units,
         bound.nbytes,
         bound.group,
         message.connection.client.name,
@@ -74,6 +98,8 @@ def as_pending(
         NEVER if deadline_us is None else came_ns + int(deadline_us * 1e3),
         int(delay_us * 1e3),
         came_ns,
+        bound.length,
+        model.max_batch_size,
         connection=message.connection,
         delimited=message.delimited,
         id=request.id,
@@ -92,8 +118,8 @@ def as_execution(batch: Batch) -> Execution:
     first = requests[0]
     assert isinstance(first, Pending)
     items = [request.arrays for request in requests]  # type: ignore[attr-defined]
-    rows = [request.rows for request in requests]
-    return Execution(batch.lane, batch.max_rows, first.served, items, rows, first.group)
+    rows = [row_count(item) for item in items] if first.served.joins else [request.rows for request in requests]
+    return Execution(batch.lane, batch.max_rows, first.served, items, rows, first.group, batch.threads)
 
 
 def as_frames(outputs: Sequence[Array]) -> tuple[Array, ...]:
@@ -110,7 +136,7 @@ def result_header(request: Pending, batch_rows: int, execution: Execution, outpu
         id=request.id,
         model=model.name,
         version=model.version,
-        outputs=_described(model.outputs, outputs),
+        outputs=described(model.outputs, outputs),
         device=request.device,
         reason=request.reason,
         batch_size=batch_rows,
@@ -131,7 +157,8 @@ def result_header(request: Pending, batch_rows: int, execution: Execution, outpu
     return encode(result)
 
 
-def _described(expected: tuple[TensorSpec, ...], outputs: tuple[Array, ...]) -> tuple[TensorSpec, ...]:
+def described(expected: tuple[TensorSpec, ...], outputs: tuple[Array, ...]) -> tuple[TensorSpec, ...]:
+    """Outputs as a header describes them. Args: expected: as the signature does."""
     if len(outputs) == 1:  # most models; a fifth of the time that a comprehension takes
         spec = expected[0]
         return (TensorSpec(spec.name, spec.datatype, outputs[0].shape),)

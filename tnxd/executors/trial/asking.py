@@ -8,7 +8,7 @@ import copy
 import torch
 
 from tnxd.executors.trial.copies import Call, Differentiating
-from tnxd.executors.trial.examples import Item
+from tnxd.executors.trial.examples import Item, arguments
 from tnxd.executors.trial.state import Answer
 from tnxd.models.model import Model
 from tnxd.models.process_state.side_effects import SideEffectDetector
@@ -57,7 +57,10 @@ class Asking:
 
     def __call__(self, item: Item) -> Answer:
         model = self.model
-        tensors = [on_device(array, spec.datatype, self.device) for array, spec in zip(item, model.inputs, strict=True)]
+        given = arguments(model, item)
+        tensors = [
+            on_device(array, spec.datatype, self.device) for array, spec in zip(given, model.arguments, strict=True)
+        ]
         rows = len(item[0]) if model.max_batch_size else 1
         self._calls += 1
         call: Call = Differentiating(self.module) if self.differentiates else self.module
@@ -65,7 +68,7 @@ class Asking:
             raw = call(*tensors)
         outputs = check_outputs(model, raw, rows)
         answer = [copied(output) for output in outputs]
-        for position, (tensor, array) in enumerate(zip(tensors, item, strict=True)):
+        for position, (tensor, array) in enumerate(zip(tensors, given, strict=True)):
             if copied(tensor).tobytes() != array.tobytes():  # of BYTES: other objects
                 self.written_inputs.add(position)
         return outputs, answer

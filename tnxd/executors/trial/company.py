@@ -17,7 +17,7 @@ import torch
 from tnxctl.protocol.frames import Array
 from tnxd.device_kinds import KINDS
 from tnxd.executors.trial.copies import Call
-from tnxd.executors.trial.examples import Item, Make
+from tnxd.executors.trial.examples import Item, Make, arguments
 from tnxd.executors.trial.rows import rows_apart
 from tnxd.executors.trial.state import Answer
 from tnxd.models.model import Model
@@ -69,7 +69,10 @@ def rows_of_a_lane_apart(call: Call, model: Model, device: torch.device, makes: 
 
 def answer_of(call: Call, model: Model, device: torch.device, item: Item) -> Answer:
     """The answer of a call to an item. Raises whatever the call raises."""
-    tensors = [on_device(array, spec.datatype, device) for array, spec in zip(item, model.inputs, strict=True)]
+    tensors = [
+        on_device(array, spec.datatype, device)
+        for array, spec in zip(arguments(model, item), model.arguments, strict=True)
+    ]
     outputs = check_outputs(model, call(*tensors), len(item[0]) if model.max_batch_size else 1)
     return outputs, [copied(output) for output in outputs]
 

@@ -19,6 +19,14 @@ Item = tuple[Array, ...]
 Make = Callable[[int, int], Item]
 """Maker of an item, given its number of rows and a variant: another variant has other values where it can."""
 
+
+def arguments(model: Model, item: Item) -> Item:
+    """Arrays that the module is called with for one request."""
+    if model.ragged is None or not model.ragged.packed:
+        return item
+    return tuple([array for array in model.ragged.pack([item], model.name) if array is not None])
+
+
 _FRACTIONS = ((0.1, 1.0), (-3.0, 3.0), (0.0, 300.0))
 """Bounds of made-up fractions: probabilities, standardised values, and values of 8 bits."""
 
@@ -116,7 +124,9 @@ def _maker(model: Model, draw: Draw, *, telling: bool = False, own: bool = True,
             generator = np.random.default_rng(seed)
             given = model.example_values.get(spec.name)
             tells = given is not None and (spec.datatype not in FLOATING or (own and _varies(given)))
-            if given is None or (telling and not tells):
+            if given is None and model.ragged is not None and position == model.ragged.mask:
+                item.append(np.ones(shape, STORAGE[spec.datatype]))  # all of what is made up is there
+            elif given is None or (telling and not tells):
                 item.append(_stored(draw(spec, shape, generator, variant), spec))
             else:
                 value = given + 1 if moved and variant % 2 and _is_constant(given) else given

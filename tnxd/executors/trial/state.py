@@ -119,6 +119,8 @@ def find_state(module: torch.nn.Module, model: Model, ask: Ask, first: Item, sec
         seeded(ask, second)  # so that what an input left behind is not what was there before
         after = Held(module, model.writes)
         changed = before.changed(after)
+        if model.state == "random":
+            apart = None
         if apart is not None and (changed or not (after.draws or _draws(ask, first))):
             raise stateful([place.name for place in changed] or model.writes, apart.text)
         check_graph(model, changed)

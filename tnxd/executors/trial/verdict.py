@@ -66,6 +66,21 @@ class Verdict:
         note = f"one lane at a time calls it: with a lane each, two requests had other answers than alone: {why}"
         return replace(self, serial=True, notes=(*self.notes, note))
 
+    def by_length(self, why: str) -> Verdict:
+        """This verdict, for a model whose answers change when rows are padded. Args: why: a difference, in words.
+
+        Raises:
+            FailedPrecondition: it is not padded, but packed.
+        """
+        ragged = self.model.ragged
+        assert ragged is not None
+        if ragged.packed:
+            raise FailedPrecondition(
+                f"{self.model.name}/model.toml: ragged.packed: a row alone and among others, {why}"
+            )
+        note = f"not padded, so that only requests of equal lengths share a batch: alone and padded, {why}"
+        return replace(self, model=replace(self.model, ragged=ragged.apart()), notes=(*self.notes, note))
+
     @property
     def pristine(self) -> bool:
         """Whether the module is after the trial as it was built."""

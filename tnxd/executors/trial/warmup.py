@@ -26,7 +26,7 @@ _ROUNDS = 3
 
 # A batch may take this share of the free memory, divided by the lanes, which may all run one: else larger ones are not
 # tried. Other models and the requests themselves need memory, too.
-_MEMORY_SHARE = 0.25
+MEMORY_SHARE = 0.25
 
 # So long the rows of a batch are looked at one by one.
 _LOOKED_AT_S = 0.03
@@ -41,12 +41,14 @@ class Warmed(NamedTuple):
     Attributes:
         costs, safe_rows, most_rows: as in `tnxd.executors.execution.LoadReport`.
         mixes: the difference between a row's answer in a batch and alone, in words; "": there was none.
+        padded: as in `LoadReport`.
     """
 
     costs: list[tuple[int, float]]
     safe_rows: int = 0
     most_rows: int = 0
     mixes: str = ""
+    padded: Sequence[tuple[int, int, float]] = ()
 
 
 def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float | None) -> Warmed:
@@ -62,7 +64,7 @@ def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float
     costs: list[tuple[int, float]] = []
     row_bytes = 0.0
     for rows in warm_up_sizes(model.max_batch_size) if model.warm_up is None else model.warm_up:
-        left = runner.memory_left() * _MEMORY_SHARE / lanes
+        left = runner.memory_left() * MEMORY_SHARE / lanes
         if costs and left and row_bytes * rows > left:
             log.warning(
                 "%s on %s: a batch of %d rows would take %.0f MiB, and may take %.0f: at most %d rows",
@@ -80,13 +82,13 @@ def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float
             return Warmed(costs, safe_rows=max(execution.safe_rows, 1))
         costs.append((rows, run_micros(execution)))
         if rows > 1 and model.max_batch_size and allowed is not None:
-            apart = _unlike_alone(runner, model, make(rows, 0), _answer(execution), allowed)
+            apart = unlike_alone(runner, model, make(rows, 0), answer(execution), allowed)
             if apart:
                 return Warmed(costs, mixes=f"alone and in a batch of {rows}, {apart}")
     return Warmed(costs)
 
 
-def _unlike_alone(runner: Runner, model: Model, item: Item, together: Sequence[Array], allowed: float) -> str:
+def unlike_alone(runner: Runner, model: Model, item: Item, together: Sequence[Array], allowed: float) -> str:
     """The difference between a row's answer in a batch and alone, in words; "": none was found.
 
     The first and the last row are compared, and others in between for a while: an expert of limited capacity turns down
@@ -95,7 +97,7 @@ def _unlike_alone(runner: Runner, model: Model, item: Item, together: Sequence[A
     rows = len(item[0])
     began = time.perf_counter()
     for row in dict.fromkeys((0, rows - 1, *range(rows // 2, rows), *range(rows // 2))):
-        alone = _answer(run_example(runner, model, tuple([array[row : row + 1] for array in item])))
+        alone = answer(run_example(runner, model, tuple([array[row : row + 1] for array in item])))
         apart = difference(model.outputs, alone, [output[row : row + 1] for output in together], allowed)
         if apart is not None and not apart.counted:
             return apart.text
@@ -104,17 +106,18 @@ def _unlike_alone(runner: Runner, model: Model, item: Item, together: Sequence[A
     return ""
 
 
-def _answer(execution: Execution) -> Sequence[Array]:
+def answer(execution: Execution) -> Sequence[Array]:
+    """Outputs of the only request of an execution that went well."""
     outputs = execution.outcomes[0]
     assert not isinstance(outputs, TensorNextError)
     return outputs
 
 
-def run_example(runner: Runner, model: Model, item: Item) -> Execution:
-    """Run one request on the calling thread. Raises TensorNextError: the request failed."""
+def run_example(runner: Runner, model: Model, item: Item, threads: int = 1) -> Execution:
+    """Run one request on the calling thread, with a team of so many. Raises TensorNextError: the request failed."""
     specs = [TensorSpec(spec.name, spec.datatype, array.shape) for spec, array in zip(model.inputs, item, strict=True)]
     bound = model.bind(specs, item)
-    execution = Execution(INLINE, 0, model, [bound.arrays], [bound.rows], bound.group)
+    execution = Execution(INLINE, 0, model, [bound.arrays], [bound.rows], bound.group, threads)
     runner.run(execution)
     if execution.fatal:
         raise Unavailable(execution.fatal)

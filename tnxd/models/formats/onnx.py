@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,25 +49,41 @@ class Session(torch.nn.Module):
     """An onnxruntime session that is called like a network. It has no parameters that torch knows of.
 
     Args:
-        session: an `onnxruntime.InferenceSession`.
+        session: an `onnxruntime.InferenceSession` of one thread.
+        widen: makes one of so many threads, for callers that torch allows as many.
         outputs: names of those to compute.
         file: what to call it in errors.
     """
 
-    def __init__(self, session: Any, outputs: Sequence[str], file: str) -> None:
+    def __init__(self, session: Any, widen: Callable[[int], Any], outputs: Sequence[str], file: str) -> None:
         super().__init__()
         self._session = session
+        self._widen = widen
+        self._wide: dict[int, Any] = {}
+        self._widening = threading.Lock()
         self._outputs = list(outputs)
         self._file = file
         self._inputs = [node.name for node in session.get_inputs()]
         self._refused = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state").InvalidArgument
 
     def forward(self, *inputs: Value) -> tuple[Value, ...]:
+        threads = torch.get_num_threads()
+        session = self._session if threads == 1 else self._of(threads)
         feed = dict(zip(self._inputs, map(_fed, inputs), strict=True))
         try:
-            return tuple([_returned(output) for output in self._session.run(self._outputs, feed)])
+            return tuple([_returned(output) for output in session.run(self._outputs, feed)])
         except self._refused as error:
             raise InvalidArgument(f"{self._file} does not take these inputs: {error}") from None
+
+    def _of(self, threads: int) -> Any:
+        """The session of so many threads, which is made when it is first wanted: in warm-up, if at all."""
+        session = self._wide.get(threads)
+        if session is None:
+            with self._widening:
+                session = self._wide.get(threads)
+                if session is None:
+                    session = self._wide[threads] = self._widen(threads)
+        return session
 
 
 def _fed(value: Value) -> Array:
@@ -98,24 +115,27 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     del session
 
     def build() -> torch.nn.Module:
-        return Session(first.pop() if first else _open(runtime, files, label)[0], outputs, label).eval()
+        session = first.pop() if first else _open(runtime, files, label)[0]
+        return Session(session, lambda threads: _open(runtime, files, label, threads)[0], outputs, label).eval()
 
     text = tuple(spec.name for spec in signature.inputs if spec.datatype == BYTES)
     return Opened(signature, build, text=text)
 
 
-def session_options(runtime: Any) -> Any:
+def session_options(runtime: Any, threads: int = 1) -> Any:
     """Options of a session that shares the cores with lanes. Args: runtime: the module `onnxruntime`."""
     options = runtime.SessionOptions()
-    # The lanes share the cores already: each of them runs a batch on its own thread, which its session does not leave.
-    options.intra_op_num_threads = 1
+    # With one thread a session does not leave that of the lane. Others of a team, which wait for work by polling, would
+    # take the cores from other lanes, and from the thread that serves.
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors; what it warns of are its own optimizations
     return options
 
 
-def _open(runtime: Any, files: TrustedFiles, label: str) -> tuple[Any, OnnxFile]:
-    options = session_options(runtime)
+def _open(runtime: Any, files: TrustedFiles, label: str, threads: int = 1) -> tuple[Any, OnnxFile]:
+    options = session_options(runtime, threads)
     model = _content(files, files.directory / ONNX.file)
     try:
         said = onnxfile.read(model)

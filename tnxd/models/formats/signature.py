@@ -14,6 +14,8 @@ from tnxd.models.settings import Settings, Tensor, fits
 if TYPE_CHECKING:
     import torch
 
+    from tnxd.models.python.processes import Restarts
+
 DEFAULT_MAX_BATCH_SIZE = 64
 
 Shape = tuple[int, ...]
@@ -44,8 +46,8 @@ class Opened:
 
     Attributes:
         build: makes the module, on the CPU, in eval mode and without gradients.
-        notes: what an operator should know.
-        writes, example_values, text: as in `tnxd.models.model.Model`.
+        notes: what an operator should know. devices: as in `tnxd.models.model.Model`; empty: those of the format.
+        writes, example_values, restarts, text: as in `tnxd.models.model.Model`.
     """
 
     signature: Signature
@@ -54,6 +56,8 @@ class Opened:
     writes: tuple[str, ...] = ()
     example_values: Mapping[str, Array] = field(default_factory=dict)
     text: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    restarts: Restarts | None = None
 
 
 @dataclass(frozen=True)

@@ -51,19 +51,21 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
 
     first = [factory()]  # for the first build, and held no longer
     exported = settings.optimize in EXPORTED  # for all inputs that there are
+    packed = settings.ragged is not None and settings.ragged.packed
     signature = optional.resolve(
         signature,
         settings,
         source.settings_label,
         f"optimize: {settings.optimize}" if exported else label,
-        None if exported else defaults(first[0]),
+        None if exported or packed else defaults(first[0]),
     )
 
     def build() -> torch.nn.Module:
         network = first.pop() if first else factory()
         with stored(files, label) as weights:
             fill(network, renamed(weights, settings.weights), label, factory.label, settings.weights.ignore)
-        network = arranged(network, [spec.name for spec in signature.inputs], signature.optional)
+        if not packed:  # what that is called with are no longer the inputs
+            network = arranged(network, [spec.name for spec in signature.inputs], signature.optional)
         if settings.dtype:
             network = Precision(network, getattr(torch, settings.dtype), signature.outputs)
         return network.requires_grad_(False).eval()
