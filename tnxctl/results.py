@@ -20,7 +20,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     Attributes:
         outputs: name -> array, in the model's order. They look into the received message, which is nobody else's: they
-            may be written to. BF16 comes as `ml_dtypes.bfloat16`.
+            may be written to. BF16 comes as `ml_dtypes.bfloat16`, BYTES as objects, each a `bytes`: see `text`.
         model, version: what ran.
         device: where it ran: "cpu", "cuda:0", ...
         reason: why there, in words.
@@ -64,3 +64,28 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         raise InvalidArgument(
             f"model {self.model!r} has {len(self.outputs)} outputs ({names}): take one with .outputs[name]"
         )
+
+    def text(self, name: str | None = None) -> Array:
+        """A BYTES output as text: an object array of `str`, of the same shape.
+
+        Args:
+            name: of the output; None: the only one.
+
+        Raises:
+            InvalidArgument: there is no such output, it has another datatype, or an element is not UTF-8; the sentence
+                names it.
+        """
+        from tnxctl.protocol import strings
+
+        if name is None:
+            called, array = "the output", self.output
+        elif name in self.outputs:
+            called, array = f"output {name!r}", self.outputs[name]
+        else:
+            raise InvalidArgument(f"model {self.model!r} has no output {name!r}, only {[*self.outputs]}")
+        if not array.dtype.hasobject:
+            raise InvalidArgument(f"{called} is {array.dtype}, and only BYTES can be text")
+        fault = strings.not_text(array)
+        if fault:
+            raise InvalidArgument(f"{called}: {fault}")
+        return strings.as_text(array)

@@ -86,7 +86,7 @@ TEMPLATE = """\
 # factory = "model:build"
 
 # Inputs and outputs, in order, one block for each tensor. The datatypes are BOOL, UINT8 to UINT64, INT8 to INT64,
-# FP16, FP32, FP64 and BF16. -1 is an axis of any length; for a model that batches, axis 0 of every tensor is -1.
+# FP16, FP32, FP64, BF16 and BYTES (strings). -1 is an axis of any length; if the model batches, axis 0 of all is -1.
 # model.pt2 and model.onnx say it themselves, and what stands here narrows it: -1 to a length. The example of an input
 # is a shape that fits, for the warm-up; without one, the lengths that the program was exported with, else 1. Its values
 # are what stands in a tensor of that shape: one number, lists of them, or random ones, as here. A file example.npz, in

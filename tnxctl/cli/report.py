@@ -14,6 +14,7 @@ import msgspec
 from tnxctl.cli import text
 from tnxctl.cli.exits import Exit
 from tnxctl.cli.tally import KEPT, STEP_TIMES, Tally
+from tnxctl.protocol import strings
 from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.frames import Array, datatype_of
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 DATA_UP_TO = 4096
 """Elements of an output that a JSON document shows; of a larger one it gives datatype and shape alone."""
+
+STRINGS_UP_TO = 1 << 20
+"""Bytes of strings that it shows."""
 
 _HEADER = ("#", "DEVICE", "BATCH", "TRIP ms", "DAEMON µs", "COMPUTE µs", "OUTPUT", "VALUES")
 _ALIGN = "><>>>><<"
@@ -136,6 +140,8 @@ def preview(array: Array | None, room: int | None) -> str:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, bytes):
+        return text.string(value)
     return str(value) if value.dtype.kind in "biu" else f"{float(value):.3g}"
 
 
@@ -288,4 +294,12 @@ def _answer_document(answer: Answer) -> dict[str, Any]:
 
 def _output(name: str, array: Array) -> dict[str, Any]:
     described = {"name": name, "datatype": datatype_of(array.dtype), "shape": array.shape}
-    return {**described, "data": array.tolist()} if array.size <= DATA_UP_TO else described
+    if array.size > DATA_UP_TO:
+        return described
+    if not array.dtype.hasobject:
+        return {**described, "data": array.tolist()}
+    if strings.nbytes_of(array) > STRINGS_UP_TO:
+        return described
+    if strings.not_text(array):
+        return {**described, "encoding": "base64", "data": array.tolist()}  # as msgspec writes bytes
+    return {**described, "data": strings.as_text(array).tolist()}

@@ -262,7 +262,8 @@ class OutputDifference(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: of the output. elements: compared so far.
-        max_abs, mean_abs: absolute difference, over all elements that are finite in both.
+        max_abs, mean_abs: absolute difference, over all elements that are finite in both. Strings are 0 apart if they
+            are equal, else 1.
         argmax_agreement: share of the rows whose largest element along the last axis is at the same place; None if
             that axis has one element or none.
         misfits: times that shape or datatype differed, or only one of the two was finite.

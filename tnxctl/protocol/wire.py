@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from tnxctl.protocol.errors import InvalidArgument, Unimplemented
-from tnxctl.protocol.fields import Id, TensorSpec
+from tnxctl.protocol.fields import BYTES, Id, TensorSpec
 from tnxctl.protocol.limits import (
     DEFAULT_PORT,
     DEFAULT_PRIORITY,
@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = [
+    "BYTES",
     "DEFAULT_PORT",
     "DEFAULT_PRIORITY",
     "LOWEST_PRIORITY",

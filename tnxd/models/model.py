@@ -12,7 +12,8 @@ import numpy as np
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 from tnxctl.protocol.frames import STORAGE, Array, python_name
-from tnxctl.protocol.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
+from tnxctl.protocol.strings import nbytes_of, not_text
+from tnxctl.protocol.wire import BYTES, DEFAULT_PRIORITY, TensorSpec, excerpt
 from tnxd.device_kinds import PROCESS, kind_of
 from tnxd.models.ragged import Ragged
 from tnxd.models.variants import AUTO, Variant
@@ -92,8 +93,10 @@ class Model:
         ragged: axes whose lengths differ from request to request; None: it has none, or only equal ones share a batch.
         variants: of its module, that may be faster. optimize: the one that is wanted, or AUTO, or NONE.
         reference: makes the module in the datatype of its weights, where model.toml has another one run.
+        text: names of the BYTES inputs that have to be UTF-8; others may hold any bytes.
         reply_row_nbytes: bytes of the outputs for each row, or of an answer if it has no batch axis; 0: not known
-            before they are computed.
+            before they are computed, as of strings.
+        takes_strings, returns_strings: whether an input, or an output, is BYTES.
         arguments: tensors that the module is called with: the inputs, but for a packed model.
         max_units: most of what scheduling counts in one batch, see `BoundInputs.units`; 0: no batches.
     """
@@ -128,14 +131,19 @@ class Model:
     variants: tuple[Variant, ...] = field(default=(), repr=False, compare=False)
     optimize: str = AUTO
     reference: Callable[[], torch.nn.Module] | None = field(default=None, repr=False, compare=False)
+    text: tuple[str, ...] = ()
     key: str = field(init=False)
     reply_row_nbytes: int = field(init=False, repr=False, compare=False)
+    takes_strings: bool = field(init=False, repr=False, compare=False)
+    returns_strings: bool = field(init=False, repr=False, compare=False)
     arguments: tuple[TensorSpec, ...] = field(init=False, repr=False, compare=False)
     max_units: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", model_key(self.name, self.version, self.generation))
         object.__setattr__(self, "reply_row_nbytes", row_nbytes(self.outputs, bool(self.max_batch_size)))
+        object.__setattr__(self, "takes_strings", any(spec.datatype == BYTES for spec in self.inputs))
+        object.__setattr__(self, "returns_strings", any(spec.datatype == BYTES for spec in self.outputs))
         arguments = self.inputs if self.ragged is None else self.ragged.arguments(self.inputs)
         object.__setattr__(self, "arguments", arguments)
         most = self.max_batch_size if self.ragged is None or not self.ragged.joins else self.ragged.max_tokens
@@ -255,7 +263,11 @@ class Model:
         return tuple(shape)
 
     def _bound(self, ordered: Item, rows: int | None, lengths: tuple[int, ...]) -> BoundInputs:
-        nbytes = sum([array.nbytes for array in ordered if array is not None])
+        if self.takes_strings:
+            self._check_text(ordered)
+            nbytes = sum([nbytes_of(array) for array in ordered if array is not None])
+        else:
+            nbytes = sum([array.nbytes for array in ordered if array is not None])
         length = self.ragged.length(self.inputs, ordered, self.name) if self.ragged is not None else 0
         if rows is None:
             return BoundInputs(ordered, 1, lengths, nbytes, 1)
@@ -270,6 +282,13 @@ class Model:
             return BoundInputs(ordered, rows, group, nbytes, int(self.ragged.lengths(ordered, self.name).sum()))
         length = max(length, 1)
         return BoundInputs(ordered, rows, group, nbytes, rows * length, length)
+
+    def _check_text(self, ordered: Item) -> None:
+        for expected, array in zip(self.inputs, ordered, strict=True):
+            if array is not None and expected.name in self.text:
+                fault = not_text(array)
+                if fault:
+                    raise self._misfit(expected, f"takes text: {fault}")
 
     def _positions(self, specs: Sequence[TensorSpec]) -> dict[str, int]:
         positions = {spec.name: position for position, spec in enumerate(specs)}
@@ -297,6 +316,8 @@ class Model:
         """Check one tensor; return the rows it fixes and the lengths of its other variable axes."""
         if got.datatype != expected.datatype:
             hint = f"with numpy, .astype({python_name(expected.datatype)}) converts it"
+            if BYTES in (got.datatype, expected.datatype):
+                hint = "BYTES are strings, the other datatypes numbers"
             raise self._misfit(expected, f"takes {expected.datatype}, got {got.datatype}: {hint}")
         shape, wanted = got.shape, expected.shape
         if len(shape) != len(wanted):
@@ -358,8 +379,8 @@ def model_key(name: str, version: str, generation: int) -> str:
 
 
 def row_nbytes(specs: Sequence[TensorSpec], batches: bool) -> int:
-    """Bytes of all these tensors for one row, or in all if axis 0 counts none; 0 if other axes have any length."""
+    """Bytes of all these tensors for one row, or in all if axis 0 counts none; 0 if other axes or strings vary."""
     shapes = [spec.shape[1:] if batches else spec.shape for spec in specs]
-    if any(-1 in shape for shape in shapes):
+    if any(-1 in shape for shape in shapes) or any(spec.datatype == BYTES for spec in specs):
         return 0
     return sum(math.prod(shape) * STORAGE[spec.datatype].itemsize for shape, spec in zip(shapes, specs, strict=True))

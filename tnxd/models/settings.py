@@ -37,19 +37,20 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         datatype: a name of the Open Inference Protocol v2. shape: -1 is an axis of any length.
         example: of an input, a shape that fits, to warm up with; (): the lengths of the export, else 1.
-        values: of an input, what to warm up with: one number everywhere, nested lists of them, or random ones.
+        values: of an input, what to warm up with: one number everywhere, nested lists of them, or random ones; of BYTES
+            one string, or nested lists of strings.
         optional: of an input, whether a request may leave it out; None: if the network's `forward` has a default there.
-        default: of an input, the number that fills it then, which makes it optional; None: the network gets None, or
-            the default of its `forward`.
+        default: of an input, the number or string that fills it then, which makes it optional; None: the network gets
+            None, or the default of its `forward`.
     """
 
     name: _Name
     datatype: str
     shape: tuple[_Axis, ...]
     example: tuple[_Length, ...] = ()
-    values: bool | int | float | tuple[Any, ...] | Range | None = None
+    values: bool | int | float | str | tuple[Any, ...] | Range | None = None
     optional: bool | None = None
-    default: bool | int | float | None = None
+    default: bool | int | float | str | None = None
 
     @property
     def spec(self) -> TensorSpec:

@@ -15,7 +15,7 @@ from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
 
 Answer = tuple[Pending, bytes, tuple[Array, ...]]
-"""A request, the header of its result, and the outputs."""
+"""A request, the header of its result, and the frames of the outputs."""
 
 
 class Answers:

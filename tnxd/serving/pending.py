@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.frames import Array
+from tnxctl.protocol.strings import encode as encode_strings
 from tnxctl.protocol.wire import VERSION, Predict, Result, TensorSpec, Timing, encode
 from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
@@ -118,6 +120,11 @@ def as_execution(batch: Batch) -> Execution:
     items = [request.arrays for request in requests]  # type: ignore[attr-defined]
     rows = [row_count(item) for item in items] if first.served.joins else [request.rows for request in requests]
     return Execution(batch.lane, batch.max_rows, first.served, items, rows, first.group, batch.threads)
+
+
+def as_frames(outputs: Sequence[Array]) -> tuple[Array, ...]:
+    """Outputs as they go out: strings are put into one buffer each."""
+    return tuple([encode_strings(array) if array.dtype.hasobject else array for array in outputs])
 
 
 def result_header(request: Pending, batch_rows: int, execution: Execution, outputs: tuple[Array, ...]) -> bytes:

@@ -35,7 +35,7 @@ from tnxd.scheduling.refusals import TooLate
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.answers import Answers
-from tnxd.serving.pending import Pending, StepRequest, described
+from tnxd.serving.pending import Pending, StepRequest, as_frames, described
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.reports import Inventory
 
@@ -394,13 +394,14 @@ class Pipelines:
         """All steps are done. Args: place, execution: of the last one."""
         whole, wiring = run.whole, run.fitted.wiring
         outputs = tuple([run.results[source.step][source.place] for source in wiring.outputs])
-        nbytes = sum([array.nbytes for array in outputs])
+        frames = as_frames(outputs)
+        nbytes = sum([array.nbytes for array in frames])
         if nbytes > min(self._message_bytes, whole.max_reply_bytes):
             self._fail(run, reply_too_large(nbytes, whole.max_reply_bytes, self._message_bytes))
             return
         header = _result_header(run, place, execution.memory_free_mb, outputs)
         self._end(run)
-        self._answers.results([(whole, header, outputs)], execution)
+        self._answers.results([(whole, header, frames)], execution)
 
     def _fail(self, run: _Run, error: TensorNextError) -> None:
         self._end(run)

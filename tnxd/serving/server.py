@@ -148,7 +148,7 @@ class Server:
             self._shadows,
             self._refusals,
             self._quarantine,
-            message_bytes=limits.message_bytes,
+            limits=limits,
             stall_timeout_s=stall_timeout_s,
             on_device_lost=on_device_lost,
         )

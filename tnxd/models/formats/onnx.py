@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxctl.protocol.wire import TensorSpec, excerpt
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.strings import array_of, as_text, elements_of
+from tnxctl.protocol.wire import BYTES, TensorSpec, excerpt
 from tnxd.advice import installing
 from tnxd.error_text import first_line
 from tnxd.models import onnxfile
@@ -22,7 +24,7 @@ from tnxd.models.formats.signature import FileSignature, Opened, resolve
 from tnxd.models.onnxfile import OnnxFile
 from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import Settings, Tensor
-from tnxd.models.tensors import to_array
+from tnxd.models.tensors import Value, to_array
 from tnxd.models.trust import TrustedFiles
 
 DATATYPES = {
@@ -38,6 +40,7 @@ DATATYPES = {
     "tensor(float16)": "FP16",
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",
+    "tensor(string)": BYTES,
 }
 """What onnxruntime calls them -> datatype. Its bfloat16 has no numpy array."""
 
@@ -63,12 +66,12 @@ class Session(torch.nn.Module):
         self._inputs = [node.name for node in session.get_inputs()]
         self._refused = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state").InvalidArgument
 
-    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, *inputs: Value) -> tuple[Value, ...]:
         threads = torch.get_num_threads()
         session = self._session if threads == 1 else self._of(threads)
-        feed = dict(zip(self._inputs, map(to_array, inputs), strict=True))
+        feed = dict(zip(self._inputs, map(_fed, inputs), strict=True))
         try:
-            return tuple([torch.from_numpy(output) for output in session.run(self._outputs, feed)])
+            return tuple([_returned(output) for output in session.run(self._outputs, feed)])
         except self._refused as error:
             raise InvalidArgument(f"{self._file} does not take these inputs: {error}") from None
 
@@ -81,6 +84,18 @@ class Session(torch.nn.Module):
                 if session is None:
                     session = self._wide[threads] = self._widen(threads)
         return session
+
+
+def _fed(value: Value) -> Array:
+    """An input as onnxruntime takes it: a BYTES tensor as `str`, of which it takes objects alone."""
+    return to_array(value) if isinstance(value, torch.Tensor) else as_text(value)
+
+
+def _returned(output: Array) -> Value:
+    """An output of onnxruntime, which returns strings as `str`."""
+    if not output.dtype.hasobject:
+        return torch.from_numpy(output)
+    return array_of([element.encode() for element in elements_of(output)], output.shape)
 
 
 def read(source: RepositorySource, files: TrustedFiles) -> Opened:
@@ -103,7 +118,8 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
         session = first.pop() if first else _open(runtime, files, label)[0]
         return Session(session, lambda threads: _open(runtime, files, label, threads)[0], outputs, label).eval()
 
-    return Opened(signature, build)
+    text = tuple(spec.name for spec in signature.inputs if spec.datatype == BYTES)
+    return Opened(signature, build, text=text)
 
 
 def session_options(runtime: Any, threads: int = 1) -> Any:

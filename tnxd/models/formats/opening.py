@@ -107,6 +107,7 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         optimize=settings.optimize,
         variants=_variants(source, opened),
         reference=functools.partial(_in_own_datatype, source) if settings.dtype else None,
+        text=opened.text,
     )
 
 

@@ -16,7 +16,7 @@ from tnxd.models.process_state import monkey_patches
 from tnxd.models.python.failures import ProcessAway
 from tnxd.models.python.instance import Code, Instance, Values
 from tnxd.models.python.processes import Processes
-from tnxd.models.tensors import to_array, to_tensor
+from tnxd.models.tensors import Value, to_array, to_tensor
 
 
 class InThread(torch.nn.Module):
@@ -38,7 +38,7 @@ class InThread(torch.nn.Module):
         self._made.load(str(device))
         return self
 
-    def forward(self, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def forward(self, *inputs: Value | None) -> tuple[Value, ...]:
         return self._made.call(inputs)
 
 
@@ -60,7 +60,7 @@ class _Objects:
         if replaced:
             raise FailedPrecondition(f"{self._code.label}: {monkey_patches.sentence('loading it', replaced)}")
 
-    def call(self, inputs: Values) -> tuple[torch.Tensor, ...]:
+    def call(self, inputs: Values) -> tuple[Value, ...]:
         instance = self._take()
         try:
             if self._code.framework == "numpy":
@@ -94,13 +94,13 @@ class InProcess(torch.nn.Module):
         self._processes = processes
         self._outputs = outputs
 
-    def forward(self, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def forward(self, *inputs: Value | None) -> tuple[Value, ...]:
         made = self._processes([None if tensor is None else to_array(tensor) for tensor in inputs])
         return tuple([to_tensor(array, spec.datatype) for array, spec in zip(made, self._outputs, strict=True)])
 
 
-def _tensor(value: Any, spec: TensorSpec) -> torch.Tensor:
-    """A copy of an output as a tensor."""
+def _tensor(value: Any, spec: TensorSpec) -> Value:
+    """A copy of an output as a tensor, or as an array if it is BYTES."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     return to_tensor(np.array(value, order="C"), spec.datatype)
