@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import Settings, Tensor
 from tnxd.models.tensors import Value, to_array
 from tnxd.models.trust import TrustedFiles
+
+log = logging.getLogger(__name__)
 
 DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -76,13 +79,21 @@ class Session(torch.nn.Module):
             raise InvalidArgument(f"{self._file} does not take these inputs: {error}") from None
 
     def _of(self, threads: int) -> Any:
-        """The session of so many threads, which is made when it is first wanted: in warm-up, if at all."""
+        """The session of so many threads, which is made when it is first wanted: in warm-up, if at all.
+
+        It is the one of one thread if the files are no longer those that were read.
+        """
         session = self._wide.get(threads)
         if session is None:
             with self._widening:
                 session = self._wide.get(threads)
                 if session is None:
-                    session = self._wide[threads] = self._widen(threads)
+                    try:
+                        session = self._widen(threads)
+                    except (FailedPrecondition, OSError) as error:
+                        log.warning("%s runs on one thread: %s", self._file, error)
+                        session = self._session
+                    self._wide[threads] = session
         return session
 
 
