@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from tnxctl.protocol.errors import DeadlineExceeded, ResourceExhausted
 from tnxd.executors.trial.warmup import warm_up_sizes
-from tnxd.lanes import INLINE
+from tnxd.lanes import INLINE, NO_TEAMS, Teams
 from tnxd.scheduling.costs import CostModel
 from tnxd.scheduling.device import Batch, Device
 from tnxd.scheduling.forecast import Forecast
@@ -22,7 +22,7 @@ class Run(NamedTuple):
     """A batch that starts: the numbers of its jobs.
 
     Attributes:
-        token: the policy's own. inline: whether it runs on the serving thread.
+        token: the policy's own. inline: whether it runs on the serving thread. threads: that work on it.
     """
 
     device: str
@@ -31,6 +31,7 @@ class Run(NamedTuple):
     jobs: list[int]
     token: object
     inline: bool = False
+    threads: int = 1
 
 
 class Policy(Protocol):
@@ -82,6 +83,8 @@ class Scheduled:
         measure: what one batch takes, in microseconds: the warm-up asks it for each size once.
         inline_limit_us: CPU batches that are expected to take no longer run on the serving thread; 0: none does.
         corrects: whether predictions are corrected by how requests fared, as the daemon's are.
+        teams: of the CPU. part: time of a wide batch relative to a narrow one.
+        threads: that each batch is to have; 0: chosen for each.
     """
 
     def __init__(
@@ -92,6 +95,9 @@ class Scheduled:
         *,
         inline_limit_us: float = 0.0,
         corrects: bool = True,
+        teams: Teams = NO_TEAMS,
+        part: float = 1.0,
+        threads: int = 0,
     ) -> None:
         self.given_up = 0
         self._machine = machine
@@ -100,7 +106,8 @@ class Scheduled:
         for device in machine.lanes:
             for model, limit in machine.limits.items():
                 for rows in warm_up_sizes(limit):
-                    costs.curve(device, model).observe(rows, measure(device, model, rows))
+                    micros = measure(device, model, rows)
+                    costs.curve(device, model).observe(rows, part * micros if device == CPU and threads > 1 else micros)
         devices = [
             Device(
                 name,
@@ -109,10 +116,17 @@ class Scheduled:
                 set(machine.limits),
                 memory_free_mb=1e6,
                 inline_limit_us=inline_limit_us if name == CPU else 0.0,
+                teams=teams if name == CPU else NO_TEAMS,
             )
             for name, lanes in machine.lanes.items()
         ]
         self.scheduler = Scheduler(devices, costs, max_requests=16384, max_bytes=1 << 30)
+        if teams.lanes:
+            for model, limit in machine.limits.items():
+                narrow = [(rows, measure(CPU, model, rows)) for rows in warm_up_sizes(limit)]
+                self.scheduler.add_model(
+                    CPU, model, widths=[(rows, micros, part * micros) for rows, micros in narrow], threads=threads
+                )
         if not corrects:
             for one, model in product(devices, machine.limits):
                 self.scheduler._routing.placement(one, model).forecast = _Uncorrected()
@@ -148,6 +162,7 @@ class Scheduled:
                 [_number(request) for request in batch.requests],
                 batch,
                 batch.lane == INLINE,
+                batch.threads,
             )
             for batch in batches
         ]

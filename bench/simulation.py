@@ -50,6 +50,9 @@ class Loop:
         lane_share: of its speed that a lane keeps while the loop is at work.
         from_arrival: whether a deadline counts from when its message arrived; else from when the loop took it up.
         lanes_first: whether a lane that is done gets its next batch before more messages are taken in.
+        serial: part of a batch that only one thread of a team can do.
+        short_share: of its speed that a team keeps which gets less than a core for each of its threads: they wait for
+            each other.
     """
 
     receive_us: float = 0.0
@@ -65,6 +68,12 @@ class Loop:
     lane_share: float = 1.0
     from_arrival: bool = True
     lanes_first: bool = False
+    serial: float = 0.25
+    short_share: float = 0.4
+
+    def part(self, threads: int) -> float:
+        """The time of a batch with so many threads, relative to one (Amdahl, 1967)."""
+        return self.serial + (1.0 - self.serial) / threads
 
 
 IDEAL = Loop()
@@ -147,6 +156,14 @@ class _Replay:
 
     # --- time --------------------------------------------------------------------------------------------------
 
+    def _threads(self) -> int:
+        """Those of all batches that run."""
+        return sum(running.run.threads for running in self._running)
+
+    def _own_speed(self, running: _Running, speed: float) -> float:
+        """That of a batch, where a thread has this speed."""
+        return speed * self._loop.short_share if running.run.threads > 1 and speed < 1.0 else speed
+
     def _speed(self, threads: int) -> float:
         """That of each of so many threads."""
         cores = self._loop.cores
@@ -157,7 +174,7 @@ class _Replay:
     def _work(self, micros: float) -> None:
         """The loop does something."""
         if micros:
-            speed = self._speed(1 + len(self._running))
+            speed = self._speed(1 + self._threads())
             self._pass(math.ceil(micros * 1e3 / speed), speed * self._loop.lane_share)
 
     def _pass(self, ns: int, lane_speed: float) -> None:
@@ -165,9 +182,10 @@ class _Replay:
         self._now_ns += ns
         ended = []
         for running in self._running:
-            done_ns = min(ns * lane_speed, running.work_ns)
+            own_speed = self._own_speed(running, lane_speed)
+            done_ns = min(ns * own_speed, running.work_ns)
             running.work_ns -= done_ns
-            longer_us = (done_ns / lane_speed - done_ns) / 1e3
+            longer_us = (done_ns / own_speed - done_ns) / 1e3
             running.micros += longer_us
             self._used[running.run.device] += longer_us
             if running.work_ns <= 0:
@@ -182,11 +200,12 @@ class _Replay:
         if self._completed:
             return True
         events = []
-        speed = self._speed(len(self._running) or 1)
+        speed = self._speed(self._threads() or 1)
         if received < len(arrivals):
             events.append(arrivals[received])
         if self._running:
-            events.append(self._now_ns + math.ceil(min(one.work_ns for one in self._running) / speed))
+            left_ns = min(one.work_ns / self._own_speed(one, speed) for one in self._running)
+            events.append(self._now_ns + math.ceil(left_ns))
         if not events:
             return False  # what the policy may still wait for concerns none of the jobs
         event_ns = self._policy.next_event_ns()
@@ -221,7 +240,7 @@ class _Replay:
         self._work((self._policy.given_up - before) * self._loop.give_up_us)
         inline = None
         for run in runs:
-            micros = self._measure(run.device, run.model, run.rows)
+            micros = self._measure(run.device, run.model, run.rows) * self._loop.part(run.threads)
             self._batches += 1
             self._rows += run.rows
             self._used[run.device] += micros

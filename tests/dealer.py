@@ -10,7 +10,8 @@ import numpy as np
 import zmq
 
 from tnxctl.protocol import wire
-from tnxctl.protocol.frames import DATATYPES, Array, view_tensors
+from tnxctl.protocol.frames import Array, datatype_of, view_tensors
+from tnxctl.protocol.strings import encode
 from tnxctl.protocol.wire import Limits, TensorSpec
 
 LIMITS = Limits(header_bytes=1 << 20)
@@ -41,10 +42,12 @@ class Dealer:
         fields.setdefault("id", self._next_id)
         self._next_id = fields["id"] + 1
         specs = tuple(
-            TensorSpec(name, DATATYPES[array.dtype], array.shape) for name, array in zip(names, arrays, strict=True)
+            TensorSpec(name, str(datatype_of(array.dtype)), array.shape)
+            for name, array in zip(names, arrays, strict=True)
         )
         header = wire.encode(wire.Predict(v=wire.VERSION, inputs=specs, **fields))
-        self.socket.send_multipart([header, *arrays])
+        frames = [encode(array) if array.dtype.hasobject else array for array in arrays]
+        self.socket.send_multipart([header, *frames])
         return int(fields["id"])
 
     def receive(self, seconds: float = 20.0) -> tuple[wire.Reply, tuple[Array, ...]]:

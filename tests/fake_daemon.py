@@ -15,7 +15,8 @@ import zmq
 
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import InvalidArgument, NotFound, TensorNextError
-from tnxctl.protocol.frames import DATATYPES, view_tensors
+from tnxctl.protocol.frames import datatype_of, view_tensors
+from tnxctl.protocol.strings import encode
 
 MLP = wire.ModelInfo(
     name="mlp",
@@ -311,7 +312,9 @@ class FakeDaemon:
                 raise InvalidArgument(f"input {spec.name!r}: shape {list(spec.shape)} does not fit {model.name}")
         outputs = self._behaviour.compute(request, inputs)
         version_of = self._behaviour.version_of
-        specs = tuple(wire.TensorSpec(name, _datatype(array), array.shape) for name, array in outputs.items())
+        specs = tuple(
+            wire.TensorSpec(name, str(datatype_of(array.dtype)), array.shape) for name, array in outputs.items()
+        )
         header = wire.Result(
             v=1,
             id=request.id,
@@ -326,7 +329,8 @@ class FakeDaemon:
             timing=TIMING,
             predicted_us=self._behaviour.predicted_us,
         )
-        return [wire.encode(header), *(array.tobytes() for array in outputs.values())]
+        frames = [encode(array) if array.dtype.hasobject else array for array in outputs.values()]
+        return [wire.encode(header), *(frame.tobytes() for frame in frames)]
 
     def _health(self, request_id: int) -> wire.HealthReport:
         return wire.HealthReport(
@@ -349,7 +353,3 @@ class FakeDaemon:
             abandoned=self._behaviour.abandoned,
             prediction_error_us=self._behaviour.prediction_error_us,
         )
-
-
-def _datatype(array: np.ndarray) -> str:
-    return "BF16" if array.dtype.name == "bfloat16" else DATATYPES[array.dtype]

@@ -1,8 +1,8 @@
 """A daemon whose devices do what requests tell them: `python obedient_devices.py LANES OPTION...`, options as for tnxd.
 
-`cuda:0` and `cpu` have as many lanes each. The first number of a request to the model `mlp` is what happens to the
-batch that it is in: see the constants. There is no torch in it. The loop, the scheduler, the reconciler and the
-protocol are the daemon's own.
+`cuda:0` and `cpu` have as many lanes each. The first number of the first input of a request is what happens to the
+batch that it is in, see the constants; the outputs are full of it. No network is built. The loop, the scheduler, the
+reconciler and the protocol are the daemon's own.
 """
 
 from __future__ import annotations
@@ -12,22 +12,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 
 from tnxctl.protocol.errors import Internal, ResourceExhausted, Unavailable
 from tnxd.executors import execution as contract
 from tnxd.executors.execution import Execution
+from tnxd.lanes import NO_TEAMS
 from tnxd.models.model import Model
 
 ANSWER, HOLD, RELEASE, FAIL, EXHAUST, BREAK, VANISH = range(7)
 """Answer at once; wait for RELEASE; end such waits, and answer; raise; have no memory; lose the device; never end."""
 
 
+_Inbox = queue.SimpleQueue[tuple[Execution, threading.Event]]
+"""What a lane has to run, and the signal that ends its wait."""
+
+
 class ObedientDevice:
     """Implements `tnxd.executors.execution.Executor`."""
 
-    lane_threads = 1
+    teams = NO_TEAMS
     runs_inline = False
     description = "does what it is told"
 
@@ -36,12 +42,12 @@ class ObedientDevice:
         self.kind = name.partition(":")[0]
         self.lanes = lanes
         self._on_done = on_done
-        self._inboxes: list[queue.SimpleQueue[Execution]] = [queue.SimpleQueue() for _ in range(lanes + 1)]
+        self._inboxes: list[_Inbox] = [queue.SimpleQueue() for _ in range(lanes + 1)]
         for inbox in self._inboxes:
             threading.Thread(target=self._work, args=(inbox,), daemon=True).start()
 
-    _released = threading.Event()
-    """The signal that ends all waits, of all devices."""
+    _release: ClassVar[list[threading.Event]] = [threading.Event()]
+    """The signal that ends the waits of what has been submitted so far, to all devices."""
 
     def load(self, model: Model) -> contract.LoadReport:
         return contract.LoadReport([(1, 1e4), (64, 1e4)], 1024)
@@ -57,18 +63,19 @@ class ObedientDevice:
         return 8000.0, 8000.0
 
     def submit(self, execution: Execution) -> None:
-        self._inboxes[execution.lane].put(execution)
+        self._inboxes[execution.lane if execution.lane >= 0 else self.lanes].put((execution, self._release[0]))
 
-    def _work(self, inbox: queue.SimpleQueue[Execution]) -> None:
+    def _work(self, inbox: _Inbox) -> None:
         while True:
-            execution = inbox.get()
+            execution, release = inbox.get()
             execution.started_ns = time.perf_counter_ns()
             execution.memory_free_mb = 8000.0
             commands = [int(item[0].flat[0]) for item in execution.items if item[0] is not None]
-            if HOLD in commands:
-                self._released.wait()
+            if HOLD in commands and execution.lane >= 0:  # what is computed again in idle time does not wait
+                release.wait()
             if RELEASE in commands:
-                self._released.set()
+                self._release[0].set()
+                self._release[0] = threading.Event()
             if VANISH in commands:
                 return
             for command, rows in zip(commands, execution.rows, strict=True):
@@ -85,7 +92,7 @@ class ObedientDevice:
         if command == BREAK and self.kind == "cuda":
             execution.fatal = "it fell out of its slot"
             return Unavailable(f"{self.name} is lost")
-        return (np.full((rows, 128), command, np.float32),)
+        return tuple(np.full((rows, *spec.shape[1:]), command, np.float32) for spec in execution.model.outputs)
 
 
 def main() -> None:

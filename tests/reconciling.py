@@ -14,6 +14,7 @@ from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.registry import Registry
 from tnxd.deployment.version import READY
 from tnxd.executors.execution import Execution, LoadReport
+from tnxd.lanes import NO_TEAMS, Teams
 from tnxd.models.catalog import Catalog, Entry
 from tnxd.models.model import Model
 from tnxd.scheduling.costs import CostModel
@@ -59,7 +60,7 @@ class FakeExecutor:
     kind: str = "cpu"
     description: str = ""
     lanes: int = 1
-    lane_threads: int = 1
+    teams: Teams = NO_TEAMS
     held: set[str] = field(default_factory=set)
     sizes: dict[str, int] = field(default_factory=dict)
     broken: dict[str, BaseException] = field(default_factory=dict)

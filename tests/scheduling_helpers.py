@@ -68,13 +68,13 @@ def scheduler_with_lanes(count: int, **options: Any) -> Scheduler:
     return make_scheduler(Device("cpu", "cpu", count, set(MODELS), **options), costs=costs)
 
 
-def scheduler_with_inline(lane_us: float, inline_us: float = 0.0, threads: int = 1) -> Scheduler:
+def scheduler_with_inline(lane_us: float, inline_us: float = 0.0) -> Scheduler:
     """A CPU that runs batches of up to a millisecond inline. Eight rows take so long on a lane, and inline."""
     costs = CostModel()
     costs.curve("cpu", "mlp").observe(8, lane_us)
     if inline_us:
         costs.curve("cpu", "mlp", inline=True).observe(8, inline_us)
-    device = Device("cpu", "cpu", 1, set(MODELS), inline_limit_us=1000.0, lane_threads=threads)
+    device = Device("cpu", "cpu", 1, set(MODELS), inline_limit_us=1000.0)
     return make_scheduler(device, costs=costs)
 
 

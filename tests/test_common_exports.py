@@ -29,6 +29,7 @@ PACKAGES = {
     "sequences": ("safetensors",),
     "detector": (),
     "iris": ("skl2onnx", "sklearn", "onnxruntime"),
+    "wine": ("sklearn", "joblib"),
     "force": ("safetensors",),
 }
 """Packages that each model needs to be made and served, by its name in the repository."""
@@ -114,6 +115,7 @@ INPUTS: dict[str, list[dict[str, Array]]] = {
     ],
     "detector": [{"picture": floats(3, 64, 64)}, {"picture": floats(3, 16, 24)}],
     "iris": [{"X": np.abs(floats(5, 4))}],
+    "wine": [{"x": np.abs(floats(5, 13))}],
     "force": [{"positions": floats(4, 3)}],
 }
 
@@ -122,6 +124,8 @@ def plain(name: str, net: Any, inputs: dict[str, Array]) -> list[Array]:
     """The answers of the network itself, in the order of the outputs."""
     if name == "iris":
         return [net.predict(inputs["X"]), net.predict_proba(inputs["X"])]
+    if name == "wine":
+        return [net.predict_proba(inputs["x"])]
     answer = net(*map(torch.from_numpy, inputs.values()))
     tensors = answer.values() if isinstance(answer, dict) else (answer,)
     return [to_array(tensor.detach()) for tensor in tensors]

@@ -219,7 +219,7 @@ def alone(root: Path, x: Array) -> Array:
 def lanes_of(done: queue.Queue[Execution]) -> LanePool:
     return LanePool(
         *("cpu", "cpu", ""),
-        make_runner=lambda: CpuRunner(1),
+        make_runner=CpuRunner,
         lanes=2,
         inline=None,
         arrange=order_weights,

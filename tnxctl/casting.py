@@ -11,7 +11,8 @@ import numpy as np
 from tnxctl.protocol import frames
 from tnxctl.protocol.errors import InvalidArgument, Unimplemented
 from tnxctl.protocol.frames import STORAGE, Array
-from tnxctl.protocol.wire import ModelInfo
+from tnxctl.protocol.wire import BYTES, ModelInfo
+from tnxctl.strings import is_string_dtype, to_bytes
 from tnxctl.tensors import called, is_array, to_numpy
 
 
@@ -19,12 +20,13 @@ def cast(inputs: object, model: ModelInfo, *, exact: bool = False) -> dict[str, 
     """The inputs as arrays of the datatypes in the model's signature. Inputs that it does not name stay as they are.
 
     Args:
-        inputs: one value, or a mapping of input names to values: arrays, tensors, DataFrames, lists and numbers.
+        inputs: one value, or a mapping of input names to values: arrays, tensors, DataFrames, lists, numbers, strings.
         exact: refuse what a datatype cannot hold. Otherwise it becomes what numpy makes of it: fractions are cut, large
             integers wrap. Floating-point numbers are rounded in any case.
 
     Raises:
-        InvalidArgument: a value is no array of numbers; the sentence names the input.
+        InvalidArgument: a value is no array of numbers, or of strings where the model takes BYTES; the sentence names
+            the input.
         Unimplemented: the signature has a datatype from the future.
     """
     named = inputs if isinstance(inputs, Mapping) else {"": inputs}
@@ -42,10 +44,16 @@ def dtype_of(datatype: str) -> np.dtype[Any]:
 
 
 def _cast(name: str, value: object, datatype: str | None, exact: bool) -> Array:
+    if datatype == BYTES and not is_array(value):  # numpy would pad lists of strings to one length
+        return to_bytes(called(name), value)
     array = to_numpy(name, value) if is_array(value) else _array_of_lists(name, value)
     if datatype is None:
         return array
-    if array.dtype.kind in "USM":  # numpy would read numbers out of text, and make them of dates
+    if datatype == BYTES:
+        if array.size and not is_string_dtype(array.dtype):
+            raise InvalidArgument(f"{called(name)}: dtype {array.dtype} holds no strings, and the model takes BYTES")
+        return to_bytes(called(name), array)
+    if array.dtype.kind in "USTM":  # numpy would read numbers out of text, and make them of dates
         raise InvalidArgument(f"{called(name)}: dtype {array.dtype} holds no numbers, and the model takes {datatype}")
     dtype = dtype_of(datatype)
     try:

@@ -97,8 +97,8 @@ class Client:
 
         Args:
             inputs: one array for a model with one input, else a mapping of input names to arrays. An array is
-                anything with `__array__` or `__dlpack__`, see `tnxctl.tensors.to_wire`. No other thread may
-                change it until the call is over.
+                anything with `__array__` or `__dlpack__`, a string, or lists of strings: see
+                `tnxctl.tensors.to_wire`. No other thread may change it until the call is over.
             model: name of the model, or NAME@VERSION for that version alone; "" is the daemon's default model.
             prefer_gpu: run on a GPU if one qualifies, else on the CPU. False: run on the CPU.
             min_gpu_memory_mb: free memory in MiB that a GPU needs to qualify.
@@ -184,12 +184,12 @@ class Client:
 
         Args:
             inputs: one value for a model with one input, else a mapping of input names to values. A value is an array,
-                a tensor, a DataFrame, lists or a number. Numbers that a datatype cannot hold become what numpy makes
-                of them: fractions are cut, large integers wrap.
+                a tensor, a DataFrame, lists, a number or a string. Numbers that a datatype cannot hold become what
+                numpy makes of them: fractions are cut, large integers wrap.
             model: NAME, NAME@VERSION, or "" for the daemon's default model.
 
         Raises:
-            InvalidArgument: a value is no array of numbers.
+            InvalidArgument: a value is no array of numbers, or of strings where the model takes BYTES.
             NotFound: there is no such model or version.
         """
         from tnxctl.casting import cast

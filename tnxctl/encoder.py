@@ -217,6 +217,7 @@ def _read_result(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> 
         gpu_memory_mb=reply.gpu_memory_mb,
         timing=reply.timing,
         predicted_us=reply.predicted_us,
+        steps=reply.steps or (),
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.wire import Timing
+from tnxctl.protocol.wire import StepTiming, Timing
 
 if TYPE_CHECKING:
     from tnxctl.protocol.frames import Array
@@ -20,7 +20,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     Attributes:
         outputs: name -> array, in the model's order. They look into the received message, which is nobody else's: they
-            may be written to. BF16 comes as `ml_dtypes.bfloat16`.
+            may be written to. BF16 comes as `ml_dtypes.bfloat16`, BYTES as objects, each a `bytes`: see `text`.
         model, version: what ran.
         device: where it ran: "cpu", "cuda:0", ...
         reason: why there, in words.
@@ -30,6 +30,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         timing: where the time in the daemon went, in microseconds.
         predicted_us: when the request came, the microseconds until it would be done, as the daemon predicted
             them then; 0 if it made no prediction. `actual_us` tells what they were in fact.
+        steps: of a pipeline, where the time of each step went; () of any other model.
     """
 
     outputs: dict[str, Array]
@@ -42,6 +43,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     gpu_memory_mb: float
     timing: Timing
     predicted_us: float = 0.0
+    steps: tuple[StepTiming, ...] = ()
 
     @property
     def actual_us(self) -> float:
@@ -62,3 +64,28 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         raise InvalidArgument(
             f"model {self.model!r} has {len(self.outputs)} outputs ({names}): take one with .outputs[name]"
         )
+
+    def text(self, name: str | None = None) -> Array:
+        """A BYTES output as text: an object array of `str`, of the same shape.
+
+        Args:
+            name: of the output; None: the only one.
+
+        Raises:
+            InvalidArgument: there is no such output, it has another datatype, or an element is not UTF-8; the sentence
+                names it.
+        """
+        from tnxctl.protocol import strings
+
+        if name is None:
+            called, array = "the output", self.output
+        elif name in self.outputs:
+            called, array = f"output {name!r}", self.outputs[name]
+        else:
+            raise InvalidArgument(f"model {self.model!r} has no output {name!r}, only {[*self.outputs]}")
+        if not array.dtype.hasobject:
+            raise InvalidArgument(f"{called} is {array.dtype}, and only BYTES can be text")
+        fault = strings.not_text(array)
+        if fault:
+            raise InvalidArgument(f"{called}: {fault}")
+        return strings.as_text(array)

@@ -13,7 +13,9 @@ import numpy as np
 
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.frames import DATATYPES, ML_DTYPES, STORAGE, Array, datatype_of, dtype_of, view_tensors
-from tnxctl.protocol.wire import Limits, TensorSpec
+from tnxctl.protocol.strings import encode
+from tnxctl.protocol.wire import BYTES, Limits, TensorSpec
+from tnxctl.strings import holds_strings, is_string_dtype, to_bytes
 
 
 def to_wire(name: str, value: object) -> tuple[str, Array]:
@@ -22,7 +24,8 @@ def to_wire(name: str, value: object) -> tuple[str, Array]:
     Taken are numpy arrays and scalars, torch tensors (from a GPU: copied to the host) and everything else
     with `__array__` or `__dlpack__`, of any shape. bfloat16 is taken as an `ml_dtypes` array or a torch
     tensor. The array shares the memory of `value` where that is contiguous host memory already.
-    Lists and Python numbers are refused, because numpy would make FP64 or INT64 of them, which is seldom meant.
+    Arrays of strings (dtype object, `S`, `U`, `StringDType`), `str`, `bytes` and lists of them become BYTES.
+    Other lists and Python numbers are refused, because numpy would make FP64 or INT64 of them, which is seldom meant.
 
     Raises:
         InvalidArgument: no array, or a dtype that has no datatype; the sentence names the input and the dtype.
@@ -30,6 +33,8 @@ def to_wire(name: str, value: object) -> tuple[str, Array]:
     array = value if type(value) is np.ndarray else to_numpy(name, value)
     datatype = DATATYPES.get(array.dtype)
     if datatype is None:
+        if is_string_dtype(array.dtype):
+            return BYTES, to_bytes(called(name), array)
         datatype = datatype_of(array.dtype)
         if datatype is None:
             raise _dtype_error(name, array.dtype)
@@ -61,6 +66,8 @@ def to_numpy(name: str, value: object) -> Array:
             return np.asarray(value)
         if hasattr(value, "__dlpack__"):
             return np.from_dlpack(value)
+        if holds_strings(value):
+            return to_bytes(called(name), value)
     except InvalidArgument:
         raise
     except Exception as error:  # whatever a foreign library raises for what it cannot export
@@ -86,11 +93,6 @@ def _dtype_error(name: str, dtype: np.dtype[Any]) -> InvalidArgument:
         return InvalidArgument(
             f"{called(name)}: dtype {dtype.str} is big-endian, use .astype({dtype.newbyteorder('<').str!r})"
         )
-    if dtype.hasobject:
-        return InvalidArgument(
-            f"{called(name)}: dtype {dtype} holds Python objects, as a DataFrame of mixed columns does: "
-            f".astype(np.float32) makes numbers of them, of the datatype that the model takes"
-        )
     return InvalidArgument(f"{called(name)}: dtype {dtype} has no datatype on the wire; known are {', '.join(STORAGE)}")
 
 
@@ -104,11 +106,11 @@ def _type_name(value: object) -> str:
 
 
 def pack(inputs: object, limits: Limits, copy: bool) -> tuple[tuple[TensorSpec, ...], list[Array], int]:
-    """Specs, arrays and total bytes of the inputs that a user gave to `predict`.
+    """Specs, frames and total bytes of the inputs that a user gave to `predict`.
 
     Args:
         inputs: one array, or a mapping of names to arrays.
-        copy: whether the arrays must not share memory with what was given.
+        copy: whether the frames must not share memory with what was given.
 
     Raises:
         InvalidArgument: an array that cannot be sent, or more bytes than the limits allow.
@@ -118,17 +120,31 @@ def pack(inputs: object, limits: Limits, copy: bool) -> tuple[tuple[TensorSpec, 
         raise InvalidArgument("0 inputs, expected at least 1")  # and the daemon says if that is too many for the model
     specs = []
     arrays = []
-    nbytes = 0
+    nbytes = elements = 0
     for name, value in named.items():
         if not isinstance(name, str):
             raise InvalidArgument(f"input name {name!r} is not a string")
         datatype, array = to_wire(name, value)
         specs.append(TensorSpec(name, datatype, array.shape))
-        arrays.append(array.copy() if copy else array)
+        if datatype == BYTES:
+            elements += array.size
+            array = _encoded(name, array)
+        elif copy:
+            array = array.copy()
+        arrays.append(array)
         nbytes += array.nbytes
+    if elements and elements > limits.strings:
+        raise InvalidArgument(f"the inputs have {elements} strings, more than the limit of {limits.strings}")
     if nbytes > limits.message_bytes:
         raise InvalidArgument(f"the inputs have {nbytes} bytes, more than the limit of {limits.message_bytes}")
     return tuple(specs), arrays, nbytes
+
+
+def _encoded(name: str, array: Array) -> Array:
+    try:
+        return encode(array)
+    except ValueError as error:
+        raise InvalidArgument(f"{called(name)}: {error}") from None
 
 
 def unpack(specs: Sequence[TensorSpec], frames: Sequence[bytes], limits: Limits) -> dict[str, Array]:

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from tnxd import tomlfile
 from tnxd.config import Config
 from tnxd.error_text import named
-from tnxd.models.catalog import Catalog
+from tnxd.models.catalog import Catalog, missing_steps
 
 _WIDTH = 60
 
@@ -63,7 +63,7 @@ def models(catalog: Catalog) -> Iterator[str]:
 
 def problems(catalog: Catalog) -> Iterator[str]:
     """Sentences about models and versions that would not be served."""
-    yield from named(catalog.failures)
+    yield from named({**catalog.failures, **missing_steps(catalog)})
     if catalog.failures and not any(entry.wanted for entry in catalog.entries.values()):
         yield "there is no model to serve"
 

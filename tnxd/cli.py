@@ -85,7 +85,7 @@ def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., A
     "--cpu-threads",
     type=int,
     metavar="N",
-    help="torch threads per CPU lane; 0 chooses from the cores.",
+    help="Most torch threads of one batch; 0 chooses from the cores.",
 )
 @_option(
     "--log-level",

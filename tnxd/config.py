@@ -26,14 +26,17 @@ class Cpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of the pool of CPU lanes.
 
     Attributes:
-        workers: lanes, each a thread; 0 chooses from the cores.
-        threads: torch threads per lane; 0 chooses so that workers x threads leave one core free.
+        workers: lanes, each a thread that runs one batch at a time; 0: as many as cores.
+        threads: most torch threads of one batch; 0: up to eight, as there are cores. 1: each batch has one.
+        scheduling: of the lanes' threads. "idle": they run only where nothing else of this machine wants a core, which
+            keeps the serving thread quick; "normal": as all others.
         inline_limit_us: batches that are predicted to take no longer run on the serving thread itself, in microseconds.
             0 hands every batch to a worker.
     """
 
     workers: _Count = 0
     threads: _Count = 0
+    scheduling: Literal["normal", "idle"] = "normal"
     inline_limit_us: Annotated[float, msgspec.Meta(ge=0)] = 1000.0
 
 

@@ -16,10 +16,10 @@ from tnxd.config import Config, control_of
 from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.registry import Registry
 from tnxd.deployment.version import DRAINING, READY, STARTING
-from tnxd.device_kinds import KINDS
+from tnxd.device_kinds import CHOSEN, PROCESS
 from tnxd.error_text import named
 from tnxd.executors.execution import Executor
-from tnxd.process import logs, signals
+from tnxd.process import logs, openmp, signals
 from tnxd.process.systemd import Notifier
 from tnxd.process.watchdog import Watchdog
 from tnxd.scheduling.costs import CostModel
@@ -80,9 +80,10 @@ class Daemon:
             lambda: offer.catalog(config),
             self._calls.call_soon,
             limits=config.limits,
-            budget={kind: config.memory.nbytes(kind) for kind in KINDS},
+            budget={kind.name: config.memory.nbytes(kind.name) for kind in CHOSEN},
             load_timeout_s=config.load_timeout_s,
             on_reload=self._announce_reload,
+            open_processes=self._open_processes,
         )
         self._inventory = Inventory(registry, self._reconciler.audits, self._executors)
         self._server = Server(
@@ -124,6 +125,7 @@ class Daemon:
     def _open_devices(self) -> None:
         """Open the devices on a thread of its own: health answers meanwhile."""
         try:
+            openmp.settle_waiting()
             from tnxd.executors.devices import open_devices  # imports torch, which takes seconds
 
             opened = open_devices(self._config, self._server.completed)
@@ -148,14 +150,24 @@ class Daemon:
         for name, failure in failures.items():
             log.error("device %s is left out: %s", name, failure)
         self._inventory.device_failures.update(failures)
-        for name, executor in executors.items():
+        for executor in executors.values():
             executor.adopt_thread()
-            self._scheduler.add_device(self._device(executor))
-            self._executors[name] = executor
+            self._add(executor)
         from tnxd.models.process_state.drift import DriftMonitor  # imports torch, which is here by now
 
         self._watch = DriftMonitor()
         self._reconciler.start(self._loaded)
+
+    def _open_processes(self) -> None:
+        """Add the device for models in processes of their own, once one is there that asks for it."""
+        if PROCESS.name not in self._executors:
+            from tnxd.executors.processes import open_processes  # imports torch, which is here by now
+
+            self._add(open_processes(PROCESS.name, self._config, self._server.completed))
+
+    def _add(self, executor: Executor) -> None:
+        self._scheduler.add_device(self._device(executor))
+        self._executors[executor.name] = executor
 
     def _device(self, executor: Executor) -> Device:
         return Device(
@@ -165,7 +177,7 @@ class Daemon:
             set(),
             executor.memory_mb()[0],
             inline_limit_us=self._config.cpu.inline_limit_us if executor.runs_inline else 0.0,
-            lane_threads=executor.lane_threads,
+            teams=executor.teams,
         )
 
     def _loaded(self, outcome: Changes | TensorNextError) -> None:

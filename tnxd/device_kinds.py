@@ -53,13 +53,28 @@ CUDA = DeviceKind(
     has_tf32=True,
 )
 
-KINDS = {kind.name: kind for kind in (CPU, CUDA)}
+PROCESS = DeviceKind(
+    "process",
+    numbered=False,
+    is_gpu=False,
+    has_streams=False,
+    survives_bad_index=True,
+    has_generator=False,
+    has_tf32=False,
+)
+"""Processes beside the daemon, each of which runs one model: a device for models that ask for them, and for no others.
+There is one as soon as a model does."""
+
+KINDS = {kind.name: kind for kind in (CPU, CUDA, PROCESS)}
 """All kinds, by name."""
 
-DEVICE = re.compile("|".join([rf"{kind.name}(:\d+)?" if kind.numbered else kind.name for kind in KINDS.values()]))
+CHOSEN = (CPU, CUDA)
+"""Kinds that a configuration, or a model, chooses from."""
+
+DEVICE = re.compile("|".join([rf"{kind.name}(:\d+)?" if kind.numbered else kind.name for kind in CHOSEN]))
 """Matches the name of a device, or of a numbered kind."""
 
-DEVICES = ", ".join([f"{kind.name}, {kind.name}:N" if kind.numbered else kind.name for kind in KINDS.values()])
+DEVICES = ", ".join([f"{kind.name}, {kind.name}:N" if kind.numbered else kind.name for kind in CHOSEN])
 """Names that `DEVICE` matches, for an error message."""
 
 

@@ -8,9 +8,10 @@ from tnxctl.protocol.errors import InvalidArgument
 from tnxd.config import Config
 from tnxd.models import repository
 from tnxd.models.builtin import STANDARD, builtin_entries
-from tnxd.models.catalog import Catalog
+from tnxd.models.catalog import Catalog, with_steps
 from tnxd.models.model import Model
 from tnxd.models.repository import RepositorySource
+from tnxd.models.time_limits import TimeLimits
 
 
 def catalog(config: Config) -> Catalog:
@@ -22,11 +23,16 @@ def catalog(config: Config) -> Catalog:
     entries = builtin_entries(config.models or (() if config.model_repository else STANDARD))
     if not config.model_repository:
         return Catalog(entries)
-    found = repository.scan(Path(config.model_repository), _open, require_manifest=config.require_manifest)
+    found = repository.scan(
+        Path(config.model_repository),
+        _open,
+        require_manifest=config.require_manifest,
+        limits=TimeLimits(config.load_timeout_s, config.stall_timeout_s),
+    )
     failures = dict(found.failures)
     for name in found.entries.keys() & entries.keys():
         failures[f"{config.model_repository}/{name}"] = f"two models are called {name!r}: the built-in one is served"
-    return Catalog({**entries, **found.entries, **entries}, failures)
+    return with_steps(Catalog({**entries, **found.entries, **entries}, failures))
 
 
 def _open(source: RepositorySource, generation: int) -> Model:

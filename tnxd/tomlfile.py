@@ -54,7 +54,7 @@ def convert(settings: Mapping[str, Any], kind: type[T], label: str) -> T:
         raise InvalidArgument(f"{label}: {_in_words(error, settings, kind)}") from None
 
 
-_PLACE = re.compile(r" - at `(?:key in )?\$(?P<path>[^`]*)`$")
+_PLACE = re.compile(r" - at (?:`key` in )?`(?:key in )?\$(?P<path>[^`]*)`$")
 _ODD_KEY = re.compile(r"Object (?P<what>contains unknown|missing required) field `(?P<key>[^`]*)`")
 _STEP = re.compile(r"\.(?P<key>[^.\[]+)|\[(?P<index>\d+)\]")
 

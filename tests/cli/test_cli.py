@@ -88,7 +88,7 @@ def test_completion_script(shell: str) -> None:
         ("predict", "--priority", "first"),
         ("predict", "--input", "x.npy", "--batch-size", "2"),
         ("predict", "--input", "x.npy", "--input-dim", "2"),
-        ("predict", "--output", "x.txt"),
+        ("predict", "--output", "x.csv"),
         ("predict", "--output", "x.npy", "--count", "2"),
         ("predict", "--output", "-", "--json"),
         ("predict", "--cast"),
@@ -403,11 +403,11 @@ def test_an_output_that_leads_to_a_full_device(fake: FakeDaemon, tmp_path: Path)
 
 
 def test_a_dtype_that_cannot_travel(fake: FakeDaemon, tmp_path: Path) -> None:
-    words = npy(tmp_path / "words.npy", np.array(["a", "b"]))
+    days = npy(tmp_path / "days.npy", np.array(["2026-11-29"], "M8[D]"))
     for count in (1, 3, KEPT + 1):
-        result = ask(fake, "predict", "--input", words, "--count", count, "--concurrency", count)
+        result = ask(fake, "predict", "--input", days, "--count", count, "--concurrency", count)
         assert result.exit_code == exits.Exit.REFUSED
-        assert "<U1" in result.stderr
+        assert "datetime64[D]" in result.stderr
 
 
 # --- predict: what is shown ----------------------------------------------------------------------------------

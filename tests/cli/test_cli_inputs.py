@@ -1,4 +1,4 @@
-"""Inputs of `tnxctl predict --input` beside files of numpy's: JSON, CSV and images."""
+"""Inputs of `tnxctl predict --input` beside files of numpy's: JSON, CSV, text and images."""
 
 from __future__ import annotations
 
@@ -162,6 +162,95 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     assert "none of .npy, .npz, .json, .csv and images" in refused(tmp_path / "x.csv", FLOATS)[1]
 
 
+# --- strings -------------------------------------------------------------------------------------------------
+
+TEXTS = model(wire.TensorSpec("text", "BYTES", (-1,)))
+COLUMN = model(wire.TensorSpec("text", "BYTES", (-1, 1)))
+CELLS = model(wire.TensorSpec("cells", "BYTES", (-1, -1)))
+JOBS = model(wire.TensorSpec("job", "BYTES", (-1, 1)), wire.TensorSpec("age", "INT64", (-1,)))
+
+
+def only(argument: object, info: wire.ModelInfo, stdin: bytes | None = None) -> Any:
+    """The elements of the only tensor that reaches the daemon."""
+    (array,) = sent(argument, info, stdin=stdin).values()
+    return array.tolist()
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", ["", "\n"])
+def test_each_line_of_a_text_is_a_string(tmp_path: Path, ending: str, last: str) -> None:
+    content = ending.join(["\ufeff[one, two]", "", "wölf\u2028x"]) + last
+    (tmp_path / "x.txt").write_bytes(content.encode())
+    expected = [b"[one, two]", b"", "wölf\u2028x".encode()]
+    assert only(tmp_path / "x.txt", TEXTS) == expected
+    assert only(tmp_path / "x.txt", COLUMN) == [[line] for line in expected]
+    assert only("-", TEXTS, stdin=b"one, two\nthree") == [b"one, two", b"three"]
+
+
+def test_json_of_strings() -> None:
+    assert only('["a", "é"]', TEXTS) == [b"a", "é".encode()]
+    assert only('["a", "é"]', COLUMN) == [[b"a"], ["é".encode()]]
+    assert only('[["a"], ["b"]]', COLUMN) == [[b"a"], [b"b"]]
+    assert only('[["a", "b"]]', CELLS) == [[b"a", b"b"]]
+    assert only("-", TEXTS, stdin=b'["a"]') == [b"a"]
+    inputs = sent('{"job": [["nurse"]], "age": [30]}', JOBS)
+    assert inputs["job"].tolist() == [[b"nurse"]]
+    assert same(inputs["age"], [30], "i8")
+
+
+@pytest.mark.parametrize("text", ['["a", 1]', '["a", ["b"]]', "[1]", '["\\ud800"]', "[null]"])
+def test_json_that_is_no_strings(text: str) -> None:
+    code, sentence = refused(text, TEXTS)
+    assert code == exits.Exit.FILE
+    assert (
+        sentence == "cannot read --input: 'text' takes strings, and it holds something else, or lists of other lengths"
+    )
+
+
+def test_a_table_has_a_column_for_each_input(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text('age, job\n30, "nurse, night"\n41,\n')
+    inputs = sent(tmp_path / "x.csv", JOBS)
+    assert inputs["job"].tolist() == [[b"nurse, night"], [b""]]
+    assert same(inputs["age"], [30, 41], "i8")
+    (tmp_path / "x.csv").write_text("a,b\nc,d\n")
+    assert only(tmp_path / "x.csv", CELLS) == [[b"a", b"b"], [b"c", b"d"]]
+    (tmp_path / "x.csv").write_text("a\nb\n")
+    assert only(tmp_path / "x.csv", TEXTS) == [b"a", b"b"]
+    assert only(tmp_path / "x.csv", COLUMN) == [[b"a"], [b"b"]]
+    (tmp_path / "x.csv").write_text("text\na\n")
+    assert only(tmp_path / "x.csv", COLUMN) == [[b"a"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "info", "why"),
+    [
+        ("30,nurse\n", JOBS, "its first line has to name inputs of the model: job, age"),
+        ("age,job\nold,nurse\n", JOBS, "line 2, column 1: 'old' is no number"),
+        ("age,job\n30\n", JOBS, "line 2 has 1 cells, the first has 2"),
+        ("age,job\n", JOBS, "it holds a heading alone"),
+        ("\n\n", CELLS, "it holds no text"),
+    ],
+)
+def test_a_table_that_does_not_fit(tmp_path: Path, text: str, info: wire.ModelInfo, why: str) -> None:
+    (tmp_path / "x.csv").write_text(text)
+    code, sentence = refused(tmp_path / "x.csv", info)
+    assert (code, sentence) == (exits.Exit.FILE, f"cannot read {tmp_path}/x.csv: {why}")
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\0\xff", b"%PDF-\xff\n[1]", b"\0\n\0"])
+def test_any_other_file_is_one_string(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    (tmp_path / "x.bin").write_bytes(content)
+    assert only(tmp_path / "x.bin", TEXTS) == [content]
+    assert only(tmp_path / "x.bin", COLUMN) == [[content]]
+    assert refused(tmp_path / "x.bin", FLOATS)[0] == exits.Exit.FILE
+
+
+def test_a_text_without_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("\n")
+    assert refused(tmp_path / "x.txt", TEXTS)[1] == f"cannot read {tmp_path}/x.txt: it holds no text"
+
+
 # --- images --------------------------------------------------------------------------------------------------
 
 GREY = np.arange(30, dtype=np.uint8).reshape(5, 6)
@@ -281,4 +370,4 @@ def test_without_pillow_the_sentence_names_it(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(exits.FileProblem, match=re.escape(f"{shlex.quote(sys.executable)} -m pip install pillow")):
-        sources.read(str(tmp_path / "x.png"))
+        sources.read(str(tmp_path / "x.png")).fitted(image_model(-1, 5, 6), cast=False)

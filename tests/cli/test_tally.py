@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from tnxctl.cli import exits, report
 from tnxctl.cli.tally import Tally
 from tnxctl.cli.workload import Answer
 from tnxctl.protocol import errors
+from tnxctl.protocol.strings import array_of
 from tnxctl.results import Result
 
 
@@ -76,3 +78,16 @@ def test_percentiles_are_nearest_ranks(count: int, p99: float) -> None:
 )
 def test_exit_code_of_several_requests(answered: int, failures: list[errors.TensorNextError], code: int) -> None:
     assert exits.of_run(answered, failures) == code
+
+
+def test_strings_for_machines() -> None:
+    def outputs(array: np.ndarray) -> dict[str, object]:
+        tally = Tally(1, 1)
+        tally.add(Answer(1, 1.0, result(y=array)))
+        document = msgspec.json.decode(msgspec.json.encode(report.document(tally)))
+        (found,) = document["answers"][0]["outputs"]
+        return {key: value for key, value in found.items() if key not in ("name", "shape")}
+
+    assert outputs(array_of(["é".encode(), b""], (2,))) == {"datatype": "BYTES", "data": ["é", ""]}
+    assert outputs(array_of([b"\xff"], (1,))) == {"datatype": "BYTES", "encoding": "base64", "data": ["/w=="]}
+    assert outputs(array_of([bytes(1 << 20)], (1,))) == {"datatype": "BYTES"}

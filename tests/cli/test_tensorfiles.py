@@ -13,6 +13,7 @@ import pytest
 
 from tnxctl.cli import exits, sources, tensorfiles
 from tnxctl.protocol import errors
+from tnxctl.protocol.strings import array_of
 
 
 def read(path: str) -> dict[str, np.ndarray]:
@@ -166,3 +167,41 @@ def test_a_path_that_cannot_be_read_or_written(tmp_path: Path, name: str) -> Non
         read(str(tmp_path / name))
     with pytest.raises(exits.FileProblem, match="cannot write"):
         write(str(tmp_path / "no such folder" / "x.npy"), {"y": np.zeros(1)})
+
+
+# --- strings -------------------------------------------------------------------------------------------------
+
+
+def words(*elements: bytes) -> np.ndarray:
+    return array_of(elements, (len(elements),))
+
+
+def test_strings_in_files(tmp_path: Path) -> None:
+    write(str(tmp_path / "y.npy"), {"y": words(b"a", "wölf".encode(), b"")})
+    assert read(str(tmp_path / "y.npy"))[""].tolist() == [b"a", "wölf".encode(), b""]
+    write(str(tmp_path / "y.npz"), {"y": words(b""), "z": np.ones(1)})
+    assert read(str(tmp_path / "y.npz"))["y"].tolist() == [b""]
+    write(str(tmp_path / "y.txt"), {"y": words(b"a", b"", "wölf".encode())})
+    assert (tmp_path / "y.txt").read_bytes() == "a\n\nwölf\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "why"),
+    [
+        ("y.npy", {"y": words(b"a\0")}, "in y, a string ends with a zero byte, which numpy would drop"),
+        ("y.txt", {"y": words(b"a\nb")}, "a string has a line break in it: use .npy"),
+        ("y.txt", {"y": np.ones(1)}, "a .txt file holds one output of strings: use .npz"),
+        ("y.txt", {"y": words(b"a"), "z": words(b"b")}, "a .txt file holds one output of strings: use .npz"),
+        ("y.txt", {"y": words(b"a", b"b").reshape(1, 2)}, "a line holds one string, and shape [1, 2] has more"),
+    ],
+)
+def test_strings_that_a_file_cannot_hold(tmp_path: Path, name: str, tensors: dict[str, np.ndarray], why: str) -> None:
+    with pytest.raises(exits.FileProblem) as problem:
+        write(str(tmp_path / name), tensors)
+    assert why in str(problem.value)
+    assert not (tmp_path / name).exists()
+
+
+def test_one_long_string_among_many_short_ones_is_no_file_of_gigabytes(tmp_path: Path) -> None:
+    with pytest.raises(exits.FileProblem, match="70000 strings would take 20000 bytes each"):
+        write(str(tmp_path / "y.npy"), {"y": words(b"x" * 20_000, *[b"a"] * 69_999)})

@@ -9,6 +9,7 @@ import pytest
 
 from tnxctl.cli import report, text
 from tnxctl.protocol import wire
+from tnxctl.protocol.strings import array_of
 
 
 @pytest.mark.parametrize(
@@ -77,3 +78,17 @@ def test_a_tensor_without_a_name_is_called_so() -> None:
 def test_a_peer_cannot_steer_the_terminal() -> None:
     assert text.clean("a\x1b[2Jb\n") == "a\\x1b[2Jb\\n"
     assert text.clean("grün µs") == "grün µs"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (b"a", "'a'"),
+        ("wölf\x1b[0m\n".encode(), r"'wölf\x1b[0m\n'"),
+        (b"\xff\0", r"b'\xff\x00'"),
+        (b"x" * 100, "'" + "x" * 38 + "…"),
+    ],
+)
+def test_a_string_for_people(value: bytes, shown: str) -> None:
+    assert text.string(value) == shown
+    assert report.preview(array_of([value, b""], (2,)), None) == f"{shown} ''"

@@ -34,7 +34,7 @@ def taking(*datatypes: str) -> wire.ModelInfo:
     return msgspec.structs.replace(MLP, inputs=specs)
 
 
-@pytest.mark.parametrize("datatype", STORAGE)
+@pytest.mark.parametrize("datatype", sorted(STORAGE.keys() - {wire.BYTES}))
 @pytest.mark.parametrize(
     "value",
     [[[1, 0]], ((1.0, 0.0),), np.array([[1, 0]]), Frame(np.array([[1, 0.0]], object)), [[True, False]]],
@@ -100,5 +100,7 @@ def test_the_clients_go_by_the_signature() -> None:
             tnx.cast([[0]], "nope")
         with pytest.raises(InvalidArgument, match=r"np\.asarray\(x, dtype=np\.float32\).*Client\.cast"):
             tnx.predict([[0] * 64], model="digits")
-        with pytest.raises(InvalidArgument, match=r"the input: dtype object .*DataFrame.*\.astype\(np\.float32\)"):
+        with pytest.raises(
+            InvalidArgument, match=r"the input: element \[0, 1\] of row 0 is int, .*DataFrame.*\.astype\(np\.float32\)"
+        ):
             tnx.predict(Frame(np.array([["a", 1]], object)), model="digits")

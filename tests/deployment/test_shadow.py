@@ -161,6 +161,19 @@ def test_bfloat16_is_compared_by_value() -> None:
     assert shadows.report(0, old, new).outputs[0].max_abs == 0.5
 
 
+def test_strings_are_equal_or_one_apart() -> None:
+    outputs = (TensorSpec("y", "BYTES", (-1, 2)),)
+    old, new = model("1", outputs=outputs), model("2", outputs=outputs)
+    first, second = (np.array([values], object) for values in ((b"a", b"b"), (b"a", b"c")))
+    shadows = Shadowing()
+    compared(shadows, new, answered((first,), model=old), (first.copy(),))
+    assert shadows.report(0, old, new).outputs[0].max_abs == 0.0
+    compared(shadows, new, answered((first,), model=old), (second,))
+    output = shadows.report(0, old, new).outputs[0]
+    assert (output.elements, output.max_abs, output.mean_abs, output.misfits) == (4, 1.0, 0.25, 0)
+    assert output.argmax_agreement is None
+
+
 def test_a_copy_runs_only_where_nothing_waits_and_never_inline() -> None:
     shadows = Shadowing()
     shadows.offer(answered(row(1, 2, 3)), version(NEW))

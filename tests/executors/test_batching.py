@@ -106,3 +106,18 @@ def test_unaligned_inputs_are_gathered_right() -> None:
     (gathered,) = Staging(Allocator()).gather("m", SPECS[:1], (), [(unaligned,)], 2)
     np.testing.assert_array_equal(gathered, np.arange(6).reshape(2, 3))
     assert gathered.flags.aligned
+
+
+def test_strings_of_requests_that_are_over_are_not_kept() -> None:
+    specs = (TensorSpec("text", "BYTES", (-1, 1)), TensorSpec("b", "INT64", (-1,)))
+    staging = Staging(Allocator())
+    items = [(np.array([[text]], object), np.array([1], np.int64)) for text in (b"one", b"another")]
+    texts, numbers = staging.gather("m", specs, (), items, 2)
+    assert texts is not None
+    assert numbers is not None
+    assert texts.tolist() == [[b"one"], [b"another"]]
+    assert numbers.tolist() == [1, 1]
+    (later, _) = staging.gather("m", specs, (), [(np.array([[b"third"]], object), items[0][1])], 1)
+    assert later is not None
+    assert later.base is not texts.base
+    assert texts.tolist() == [[b"one"], [b"another"]]

@@ -47,7 +47,7 @@ class Apart(torch.nn.Module):
 
 @pytest.mark.parametrize("take", [lambda weight: weight.view(-1), lambda weight: weight.as_strided((4,), (1,))])
 def test_a_weight_that_a_forward_takes_apart_keeps_its_layout(take: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    lanes, done = pool(1, lambda: CpuRunner(1), order_weights)
+    lanes, done = pool(1, CpuRunner, order_weights)
     model = served(lambda: Apart(take))
     report = lanes.load(model)
     assert (report.warmed, report.batches, report.notes) == (True, True, ())

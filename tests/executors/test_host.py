@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tnxd.executors import host
-from tnxd.executors.host import available_cores, choose_threads, free_memory, host_memory_mb, peak_memory
+from tnxd.executors.host import available_cores, free_memory, host_memory_mb, peak_memory, plan_lanes
+from tnxd.lanes import NO_TEAMS, Teams
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -66,17 +67,24 @@ def service(machine: Machine) -> Machine:
 
 
 @pytest.mark.parametrize(
-    ("cores", "workers", "threads"), [(1, 1, 1), (2, 1, 1), (4, 3, 1), (8, 2, 3), (16, 3, 4), (64, 15, 4)]
+    ("cores", "wide", "threads"),
+    [(2, 1, 2), (4, 1, 4), (8, 1, 8), (9, 2, 4), (12, 2, 6), (16, 2, 8), (20, 3, 6), (64, 8, 8)],
 )
-def test_workers_and_threads_fill_the_cores_but_one(cores: int, workers: int, threads: int) -> None:
-    assert choose_threads(cores) == (workers, threads)
-    assert workers * threads <= max(cores - 1, 1)
+def test_every_core_has_a_lane_and_teams_fill_the_cores(cores: int, wide: int, threads: int) -> None:
+    assert plan_lanes(cores) == (cores, Teams(wide, threads, cores))
+    assert wide * threads <= cores
 
 
-def test_what_is_given_stays() -> None:
-    assert choose_threads(16, workers=5) == (5, 3)
-    assert choose_threads(16, threads=2) == (7, 2)
-    assert choose_threads(2, workers=4, threads=4) == (4, 4)
+def test_one_core_has_no_team() -> None:
+    assert plan_lanes(1) == (1, NO_TEAMS)
+    assert plan_lanes(1, workers=3, threads=4) == (3, NO_TEAMS)
+
+
+def test_what_is_given_is_a_ceiling() -> None:
+    assert plan_lanes(16, workers=1) == (1, Teams(1, 8, 16))
+    assert plan_lanes(16, threads=1) == (16, NO_TEAMS)
+    assert plan_lanes(16, threads=4) == (16, Teams(4, 4, 16))
+    assert plan_lanes(2, workers=4, threads=4) == (4, Teams(1, 2, 2))
 
 
 def test_without_control_groups_it_is_the_affinity_and_all_memory(machine: Machine) -> None:

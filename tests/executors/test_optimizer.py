@@ -95,7 +95,7 @@ def load() -> Iterator[Callable[..., tuple[LoadReport, torch.nn.Module]]]:
         runners: list[CpuRunner] = []
 
         def make_runner() -> CpuRunner:
-            runners.append(CpuRunner(1))
+            runners.append(CpuRunner())
             return runners[-1]
 
         pool = LanePool(

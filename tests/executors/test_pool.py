@@ -28,10 +28,10 @@ class Probe(torch.nn.Module):
         return x + 1
 
 
-def test_every_lane_runs_in_inference_mode_with_its_share_of_threads() -> None:
+def test_every_lane_runs_in_inference_mode_on_one_thread() -> None:
     probe = Probe()
     model = served(lambda: probe)
-    lanes, done = pool(3, lambda: CpuRunner(2))
+    lanes, done = pool(3, CpuRunner)
     costs = lanes.load(model).costs
     assert [rows for rows, _ in costs] == [1, 2, 4]
     assert all(micros > 0 for _, micros in costs)
@@ -48,7 +48,7 @@ def test_every_lane_runs_in_inference_mode_with_its_share_of_threads() -> None:
         total = finished.gather_us + finished.h2d_us + finished.compute_us + finished.d2h_us
         assert total == pytest.approx((finished.finished_ns - finished.started_ns) / 1e3)
     assert outputs == {0: 1.0, 1: 2.0, 2: 3.0}
-    assert sorted(drain(probe.seen)) == [(f"cpu/{lane}", True, 2) for lane in range(3)]
+    assert sorted(drain(probe.seen)) == [(f"cpu/{lane}", True, 1) for lane in range(3)]
 
 
 def test_a_lane_that_cannot_start_answers_all_the_same() -> None:
@@ -56,7 +56,7 @@ def test_a_lane_that_cannot_start_answers_all_the_same() -> None:
         def enter_thread(self) -> None:
             raise RuntimeError("the device is gone")
 
-    lanes, done = pool(1, lambda: Vanished(1))
+    lanes, done = pool(1, lambda: Vanished())
     model = served(torch.nn.Identity)
     with pytest.raises(Unavailable, match="the device is gone"):
         lanes.load(model)
@@ -77,7 +77,7 @@ def test_a_device_error_is_fatal_and_not_bisected() -> None:
                 raise torch.AcceleratorError("an illegal memory access was encountered")
             return x
 
-    lanes, done = pool(1, lambda: CpuRunner(1))
+    lanes, done = pool(1, CpuRunner)
     model = served(Broken)
     lanes.load(model)
     drain(calls)
@@ -148,7 +148,7 @@ class Context(torch.nn.Module):
 def test_lanes_that_are_not_as_separate_as_they_look_take_turns(
     make: type[torch.nn.Module], factor: float | None, serial: bool
 ) -> None:
-    lanes, done = pool(2, lambda: CpuRunner(1))
+    lanes, done = pool(2, CpuRunner)
     model = served(make)
     report = lanes.load(model)
     assert report.serial is serial
@@ -167,7 +167,7 @@ def test_a_model_that_fails_to_warm_up_is_not_kept() -> None:
     made: list[CpuRunner] = []
 
     def runner() -> CpuRunner:
-        made.append(CpuRunner(1))
+        made.append(CpuRunner())
         return made[-1]
 
     lanes, _ = pool(1, runner)

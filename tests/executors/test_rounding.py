@@ -29,7 +29,7 @@ def notes(factory: Callable[[], torch.nn.Module], reference: Callable[[], torch.
     done: queue.Queue[Execution] = queue.Queue()
     pool = LanePool(
         *("cpu", "cpu", ""),
-        make_runner=lambda: CpuRunner(1),
+        make_runner=CpuRunner,
         lanes=1,
         inline=None,
         memory_mb=lambda: (0.0, 0.0),

@@ -20,7 +20,7 @@ class Thrifty(CpuRunner):
     """Counts how often memory is freed, and looks whether what failed still holds some."""
 
     def __init__(self, small: Small) -> None:
-        super().__init__(1)
+        super().__init__()
         self.small = small
         self.freed = 0
 
@@ -132,7 +132,7 @@ def test_an_input_alone_reaches_the_model_without_a_copy_if_it_is_aligned() -> N
 
     spec = (TensorSpec("x", "FP32", (-1, -1)),)
     model = Model("m", "1", spec, (TensorSpec("y", "FP32", (-1,)),), 4, Address)
-    lanes, done = pool(1, lambda: CpuRunner(1))
+    lanes, done = pool(1, CpuRunner)
     lanes.load(model)
     raw = np.zeros(4 * 10 + 1, np.uint8)
     for x, same in ((np.ones((1, 100_000), np.float32), True), (raw[1:].view(np.float32).reshape(1, 10), False)):
@@ -147,7 +147,7 @@ def test_no_rows_need_no_forward() -> None:
         raise AssertionError("not called")
 
     model = served(fails)
-    lanes, done = pool(1, lambda: CpuRunner(1))
+    lanes, done = pool(1, CpuRunner)
     none = execution(model, 0, 0.0)
     none.items, none.rows = [(np.zeros((0, 2), np.float32),)] * 2, [0, 0]
     lanes.submit(none)

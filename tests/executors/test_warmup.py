@@ -28,7 +28,7 @@ class Frugal(CpuRunner):
     """Has 1,024 MiB of memory left, and sees each row take 20."""
 
     def __init__(self, small: Small) -> None:
-        super().__init__(1)
+        super().__init__()
         self.small = small
 
     def memory_left(self) -> int:
@@ -54,7 +54,7 @@ def test_a_warm_up_ends_where_a_batch_would_take_too_much_of_the_memory(lanes: i
 
 @pytest.mark.parametrize(("sizes", "run"), [(None, [1, 2, 4]), ((1, 3), [1, 3]), ((), [])])
 def test_a_warm_up_runs_the_configured_sizes(sizes: tuple[int, ...] | None, run: list[int]) -> None:
-    made, _ = pool(1, lambda: CpuRunner(1))
+    made, _ = pool(1, CpuRunner)
     spec = (TensorSpec("x", "FP32", (-1, 2)),)
     report = made.load(Model("m", "1", spec, spec, 4, torch.nn.Identity, warm_up=sizes))
     assert report.warmed
@@ -86,7 +86,7 @@ class LastHalf(torch.nn.Module):
 def test_rows_that_mix_in_large_batches_alone_are_found_by_the_warm_up(
     network: type[torch.nn.Module], asked: bool
 ) -> None:
-    made, _ = pool(1, lambda: CpuRunner(1))
+    made, _ = pool(1, CpuRunner)
     spec = (TensorSpec("x", "FP32", (-1, 2)),)
     served = Model("m", "1", spec, spec, 64, network, batching_asked=asked)
     if asked:

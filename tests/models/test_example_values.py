@@ -162,7 +162,8 @@ def test_random_values_stay_between_their_bounds(tmp_path: Path) -> None:
         ('[["a"]]', "net/model.toml: inputs[0].values: numbers alone can stand there"),
         ("{ low = 3, high = 2.0 }", "net/model.toml: inputs[0].values: low is 3, above high, 2.0"),
         ("{ low = 0.5, high = 2.0 }", "net/model.toml: inputs[0].values: 0.5 is no INT64"),
-        ('"a"', "net/model.toml: inputs[0].values: expected"),
+        ('"a"', "net/model.toml: inputs[0].values: numbers alone can stand there"),
+        ("1979-05-27", "net/model.toml: inputs[0].values: expected"),
         ("{ low = 3 }", "net/model.toml: inputs[0].values.high: is missing"),
     ],
 )

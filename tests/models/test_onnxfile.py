@@ -155,3 +155,32 @@ def test_a_damaged_file_counts_as_it_is(tmp_path: Path, keep: int) -> None:
     with pytest.raises(ValueError, match=r"does not end|longer than"):
         onnxfile.read(path.read_bytes())
     assert onnxfile.size(path) == path.stat().st_size
+
+
+def test_callers_with_several_threads_have_a_session_of_as_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them polls: that would take cores from others."""
+    import onnxruntime
+    import torch
+
+    made: list[tuple[int, int, str]] = []
+    actual = onnxruntime.InferenceSession
+
+    def record(content: object, options: Any, **more: Any) -> object:
+        spinning = options.get_session_config_entry("session.intra_op.allow_spinning")
+        made.append((options.intra_op_num_threads, options.inter_op_num_threads, spinning))
+        return actual(content, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", record)
+    save(tmp_path)
+    network = open_model(tmp_path, Y).factory()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1, 2):
+            torch.set_num_threads(threads)
+            (y,) = network(torch.from_numpy(X))
+            assert y.tolist() == [[1.0, 2.0, 3.0, 4.0]] * 2
+    finally:
+        torch.set_num_threads(before)
+    assert made == [(1, 1, "0"), (2, 1, "0")]

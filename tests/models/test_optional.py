@@ -214,7 +214,7 @@ def test_a_batch_without_an_input(inputs: dict[str, float], rows: list[int]) -> 
         "cpu",
         "cpu",
         "",
-        make_runner=lambda: CpuRunner(1),
+        make_runner=CpuRunner,
         lanes=1,
         inline=None,
         place=lambda module: module,

@@ -18,6 +18,7 @@ from conftest import Daemon
 from dealer import Dealer
 from tnxctl.protocol import errors, wire
 from tnxctl.protocol.frames import STORAGE, view_tensors
+from tnxctl.protocol.strings import LENGTH_BYTES, encode
 from tnxctl.protocol.wire import Limits
 from tnxd.deployment import version
 
@@ -88,6 +89,8 @@ def page_default(field: msgspec.inspect.Field) -> str:
     if field.required:
         return "required"
     default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+    if default is msgspec.NODEFAULT:  # of a field that may be UNSET
+        return "absent"
     return "nil" if default is None else json.dumps(default)
 
 
@@ -96,10 +99,13 @@ def page_default(field: msgspec.inspect.Field) -> str:
     [
         ("predict", [wire.Predict]),
         ("cancel", [wire.Cancel]),
-        ("result", [wire.Result, wire.Timing]),
+        ("result", [wire.Result, wire.Timing, wire.StepTiming]),
         ("error", [wire.ErrorReply]),
         ("health, the request", [wire.Health]),
-        ("health, the report", [wire.HealthReport, wire.DeviceInfo, wire.ModelInfo]),
+        (
+            "health, the report",
+            [wire.HealthReport, wire.DeviceInfo, wire.ModelInfo, wire.PipelineInfo, wire.PipelineStep],
+        ),
         ("metadata, the request", [wire.Metadata]),
         ("metadata, the report", [wire.MetadataReport]),
         ("models, the request", [wire.Models]),
@@ -131,9 +137,18 @@ def test_fields(title: str, headers: list[type[msgspec.Struct]]) -> None:
 
 def test_datatypes() -> None:
     _, datatypes = tables(section("Tensors"))
-    assert {bare(name): int(size) for name, size, _ in datatypes} == {
-        name: dtype.itemsize for name, dtype in STORAGE.items()
+    assert {bare(name): size for name, size, _ in datatypes} == {
+        name: f"{LENGTH_BYTES} and more" if name == wire.BYTES else str(dtype.itemsize)
+        for name, dtype in STORAGE.items()
     }
+
+
+def test_the_example_of_strings() -> None:
+    (block,) = blocks(section("Strings"), "hex")
+    frame = unhex(block)
+    (array,) = view_tensors([wire.TensorSpec("t", wire.BYTES, (2,))], [frame], Limits())
+    assert array.tolist() == [b"hi", b""]
+    assert encode(array).tobytes() == frame
 
 
 def test_error_codes() -> None:

@@ -39,6 +39,20 @@ def test_cheap_batches_run_inline_and_only_one_at_a_time() -> None:
     assert scheduler.queued == 1
 
 
+def test_a_model_that_is_kept_off_the_caller_goes_to_a_lane_however_cheap_it_is() -> None:
+    costs = CostModel()
+    for model in MODELS:
+        costs.curve("cpu", model).observe(1, 5.0)
+        costs.curve("cpu", model, inline=True).observe(1, 5.0)
+    scheduler = untried_scheduler(cpu(lanes=1, inline_limit_us=100.0), costs=costs)
+    scheduler.keep_off_caller("other")
+    assert scheduler.start(Request("other", max_batch_size=8), 0) is None
+    for model in ("other", "mlp"):
+        scheduler.add(Request(model, max_batch_size=8), 0)
+    lanes = {batch.model: batch.lane for batch in scheduler.next_batches(0)[0]}
+    assert lanes == {"other": 0, "mlp": INLINE}
+
+
 def busy_with(flood: int, inline_us: float) -> Scheduler:
     """One lane, which is busy, and so many requests of one client that wait. Eight rows inline take so long."""
     costs = CostModel()
@@ -89,13 +103,13 @@ def run_for(scheduler: Scheduler, micros: float, **options: Any) -> Batch:
     return batch
 
 
-def test_inline_costs_are_those_of_lanes_times_their_threads_until_a_batch_ran_inline() -> None:
-    scheduler = scheduler_with_inline(lane_us=100.0, threads=3)
+def test_inline_costs_are_those_of_lanes_until_a_batch_ran_inline() -> None:
+    scheduler = scheduler_with_inline(lane_us=300.0)
     assert run_for(scheduler, 50.0).lane == INLINE
     first = request(rows=8)
     scheduler.add(first, 0)
     assert first.predicted_us == pytest.approx(300 + 0.1 * (50 - 300))
-    assert run_for(scheduler_with_inline(lane_us=400.0, threads=3), 50.0).lane == 0
+    assert run_for(scheduler_with_inline(lane_us=1200.0), 50.0).lane == 0
 
 
 def test_dear_batch_is_predicted_by_the_lane_that_it_goes_to() -> None:
@@ -117,11 +131,11 @@ def test_inline_batch_is_held_against_deadlines_as_it_was_decided() -> None:
     assert run_one(scheduler).lane == INLINE
 
 
-@pytest.mark.parametrize(("threads", "lane"), [(1, INLINE), (4, 0)])
-def test_slow_spell_does_not_keep_a_model_from_running_inline(threads: int, lane: int) -> None:
-    scheduler = scheduler_with_inline(lane_us=500.0, inline_us=5000.0, threads=threads)
-    assert run_for(scheduler, 500.0).lane == 0
-    lanes = [run_for(scheduler, 500.0).lane for _ in range(60)]
+@pytest.mark.parametrize(("micros", "lane"), [(500.0, INLINE), (2000.0, 0)])
+def test_slow_spell_does_not_keep_a_model_from_running_inline(micros: float, lane: int) -> None:
+    scheduler = scheduler_with_inline(lane_us=micros, inline_us=5000.0)
+    assert run_for(scheduler, micros).lane == 0
+    lanes = [run_for(scheduler, micros).lane for _ in range(60)]
     assert lanes[-1] == lane
 
 

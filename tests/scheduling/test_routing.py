@@ -163,3 +163,16 @@ def test_empty_queues_are_swept_but_not_looked_for_at_every_new_shape() -> None:
         scheduler.add(request(group=(length,)), 0)
         run_one(scheduler)
     assert len(device.queues) < 10_000
+
+
+def test_a_model_in_a_process_runs_there_for_whoever_asks_for_the_cpu_too() -> None:
+    processes = Device("process", "process", 8, {"isolated"})
+    scheduler = untried_scheduler(gpu(models=frozenset()), cpu(), processes)
+    for wanted in ("", "auto", "cpu", "process"):
+        one = request("isolated", wanted=wanted)
+        scheduler.add(one, 0)
+        assert one.device == "process"
+    with pytest.raises(Unavailable, match="cuda:0 has not loaded 'isolated'"):
+        scheduler.add(request("isolated", wanted="cuda:0"), 0)
+    with pytest.raises(Unavailable, match="process has not loaded 'mlp'"):
+        scheduler.add(request("mlp", wanted="process"), 0)

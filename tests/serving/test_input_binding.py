@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -57,6 +59,31 @@ _SPECS = st.sampled_from(
         (),
     ]
 )
+
+
+TEXTS = served(TensorSpec("text", "BYTES", (-1,)), TensorSpec("x", "FP32", (-1, 1)))
+
+
+def test_every_string_is_looked_at_every_time() -> None:
+    """The layout of a request tells nothing about the lengths of strings in the next one."""
+    binder = InputBinder()
+    specs = (TensorSpec("text", "BYTES", (2,)), TensorSpec("x", "FP32", (2, 1)))
+    for first, second in ((b"four", b"four"), (b"three", b"3 b"), (b"", b"8 of them")):
+        frame = struct.pack("<I", len(first)) + first + struct.pack("<I", len(second)) + second
+        bound = binder.bind(TEXTS, specs, [frame, bytes(8)], LIMITS)
+        assert bound.arrays[0] is not None
+        assert bound.arrays[0].tolist() == [first, second]
+        assert bound.nbytes >= sys.getsizeof(first) + sys.getsizeof(second) + 16 + 8
+    with pytest.raises(InvalidArgument, match="element 0 of 2"):
+        binder.bind(TEXTS, specs, [b"\xff\0\0\0" + bytes(6), bytes(8)], LIMITS)
+
+
+def test_text_is_held_against_utf8_where_the_model_wants_it() -> None:
+    specs = (TensorSpec("text", "BYTES", (2,)), TensorSpec("x", "FP32", (2, 1)))
+    frame = struct.pack("<I", 1) + b"a" + struct.pack("<I", 1) + b"\xff"
+    assert InputBinder().bind(TEXTS, specs, [frame, bytes(8)], LIMITS).rows == 2
+    with pytest.raises(InvalidArgument, match=r"input 'text' takes text: row 1 is not UTF-8: byte 0xff at 0"):
+        InputBinder().bind(replace(TEXTS, text=("text",)), specs, [frame, bytes(8)], LIMITS)
 
 
 @st.composite

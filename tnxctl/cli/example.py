@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tnxctl.cli import inputs
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
 from tnxctl.protocol.frames import ML_DTYPES, STORAGE, python_name
-from tnxctl.protocol.wire import ModelInfo
+from tnxctl.protocol.wire import BYTES, ModelInfo
 
 
 class Calls(NamedTuple):
@@ -20,7 +20,7 @@ class Calls(NamedTuple):
 
 
 def calls(info: ModelInfo, model: str, endpoint: str) -> Calls | None:
-    """Calls that fit the signature. The Python one sends one row of zeros, the shell one a random input of one row.
+    """Calls that fit the signature, with one row each: zeros or strings in Python, random values in a shell.
 
     Args:
         model: what the user calls it. endpoint: where the daemon is.
@@ -43,12 +43,17 @@ def _program(info: ModelInfo, model: str, endpoint: str) -> Iterator[str]:
     yield ""
     yield "inputs = {"
     for spec, shape in zip(info.inputs, inputs.example_shapes(info), strict=True):
-        yield f"    {_literal(spec.name)}: np.zeros({shape}, {python_name(spec.datatype)}),"
+        yield f"    {_literal(spec.name)}: {_made(spec.datatype, shape)},"
     yield "}"
     yield f"with Client({endpoint}) as tnx:"
     yield f"    result = tnx.predict(inputs, model={_literal(model)})"
     yield "for name, array in result.outputs.items():"
     yield "    print(name, array.dtype, array.shape)"
+
+
+def _made(datatype: str, shape: tuple[int, ...]) -> str:
+    """An expression of Python that makes an input."""
+    return f'np.full({shape}, "text")' if datatype == BYTES else f"np.zeros({shape}, {python_name(datatype)})"
 
 
 def _literal(value: str) -> str:

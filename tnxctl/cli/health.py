@@ -136,5 +136,9 @@ def _models(models: tuple[ModelInfo, ...], width: int | None) -> Iterator[str]:
         rows.extend(("", "", "", "", *more, *("",) * split) for more in signature[1:])
     yield from text.table(header, rows, "<<<><<" + ">" * split, width, ("INPUTS", "OUTPUTS"))
     yield from text.failures(shown)
+    for model in shown:
+        if model.restarts:
+            times = "once" if model.restarts == 1 else f"{model.restarts} times"
+            yield f"{text.title(model)}: its process was started again {times}: tnxctl models says why"
     if len(shown) < len(models):
         yield f"Not loaded: {', '.join(text.title(model) for model in models if model.status == 'unloaded')}"

@@ -11,9 +11,14 @@ from tnxctl.casting import dtype_of
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import FailedPrecondition, Unavailable
 from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import BYTES
 
 if TYPE_CHECKING:
     from numpy.random import Generator
+
+
+_WORDS = ("a", "the", "one", "of", "in", "time", "light", "river", "stone", "letter", "morning", "seven")
+_MOST_WORDS = 8
 
 
 def known(model: wire.ModelInfo) -> wire.ModelInfo:
@@ -44,7 +49,7 @@ def random_inputs(
     """One array per input of the model.
 
     Floating-point values come from the standard normal distribution. Integers and booleans are 0 or 1: larger ones
-    could be out of range for a model that looks them up in a table.
+    could be out of range for a model that looks them up in a table. Strings are a few words each.
 
     Args:
         batch_size: rows, for a model that batches; None is 1.
@@ -70,6 +75,9 @@ def random_inputs(
     limit = wire.Limits().message_bytes
     if size > limit:
         raise click.UsageError(f"inputs of {size} bytes are too large: a message may have {limit}")
+    elements = sum(math.prod(spec.shape) for spec in specs if spec.datatype == BYTES)
+    if elements > wire.Limits().strings:
+        raise click.UsageError(f"inputs of {elements} strings are too many: a message may have {wire.Limits().strings}")
     generator = np.random.default_rng(seed)
     return {spec.name: _draw(spec, generator) for spec in specs}
 
@@ -102,7 +110,17 @@ def _has_features(spec: wire.TensorSpec, model: wire.ModelInfo) -> bool:
 
 
 def _draw(spec: wire.TensorSpec, generator: Generator) -> Array:
+    if spec.datatype == BYTES:
+        return _words(spec.shape, generator)
     dtype = dtype_of(spec.datatype)
     if spec.datatype == "BOOL" or "INT" in spec.datatype:
         return generator.integers(0, 2, spec.shape).astype(dtype)
     return generator.standard_normal(spec.shape).astype(dtype)
+
+
+def _words(shape: tuple[int, ...], generator: Generator) -> Array:
+    from tnxctl.protocol.strings import array_of
+
+    counts = generator.integers(1, _MOST_WORDS, math.prod(shape), endpoint=True)
+    texts = [" ".join(generator.choice(_WORDS, count)).encode() for count in counts]
+    return array_of(texts, shape)

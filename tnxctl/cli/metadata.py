@@ -62,7 +62,9 @@ def signature(info: ModelInfo) -> Iterator[str]:
     ]
     yield from text.table(("", "NAME", "DATATYPE", "SHAPE"), rows, "<<<<", text.terminal_width(sys.stdout))
     yield ""
-    if info.max_batch_size:
+    if info.pipeline and not info.max_batch_size:
+        yield "-1: any length. Not all steps count rows; those that do share batches with others that use their models."
+    elif info.max_batch_size:
         yield f"-1: any length. Axis 0 counts rows; small requests share batches of up to {info.max_batch_size}."
     else:
         yield "-1: any length. There is no batch axis: each request runs alone."

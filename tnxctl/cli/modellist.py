@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import metadata, text
+from tnxctl.cli import graph, metadata, text
 
 if TYPE_CHECKING:
     from tnxctl.protocol.wire import ModelInfo
@@ -63,11 +64,20 @@ def details(info: ModelInfo, others: Sequence[ModelInfo]) -> Iterator[str]:
         "traffic": text.traffic(info),
         "memory": text.memory(info.memory_mb) + (" on each device" if info.memory_mb and len(info.devices) > 1 else ""),
         "requests": str(info.requests),
-        "state": _STATES.get(info.state, text.clean(info.state)),
+        "state": _state_in_words(info),
         "audit": f"{info.audited} computed again, {info.audit_differences} differed" if info.audited else "",
         "loading": f"took {text.duration(info.load_s)}" if info.load_s else "",
         "versions": ", ".join(f"{text.title(other)} {text.clean(other.status)}" for other in others),
     }
     yield from (f"{key:10}{value}" for key, value in settings.items() if value)
     yield ""
+    if info.pipeline:
+        yield from graph.lines(info, info.pipeline, text.terminal_width(sys.stdout))
+        yield ""
     yield from metadata.signature(info)
+
+
+def _state_in_words(info: ModelInfo) -> str:
+    if info.format == "python" and info.state == "pure":  # nobody looks into the objects of a model.py
+        return "none that shows: no answer depends on earlier requests"
+    return _STATES.get(info.state, text.clean(info.state))

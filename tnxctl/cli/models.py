@@ -196,8 +196,9 @@ def compare(name: str, baseline: str, candidate: str, endpoint: str, timeout: fl
     """Compare the answers of version CANDIDATE, a shadow, with those of BASELINE, the version that answers, and the
     time that both take for the same batches.
 
-    ARG-MAX AGREES is the part of the rows whose largest element is at the same place in both. MISFITS are outputs of
-    another shape or datatype, or with NaN or infinity in one of the two alone.
+    Strings are 0 apart if they are equal, else 1: the mean is the part of them that differ. ARG-MAX AGREES is the
+    part of the rows whose largest element is at the same place in both. MISFITS are outputs of another shape or
+    datatype, or with NaN or infinity in one of the two alone.
 
     \b
     Examples:
@@ -225,7 +226,7 @@ def compare(name: str, baseline: str, candidate: str, endpoint: str, timeout: fl
     default="pt2",
     show_default=True,
     help="Format of the weights. pt2 is torch.export; safetensors needs a factory in Python; torchscript is "
-    "deprecated.",
+    "deprecated; python is a class in model.py.",
 )
 @click.option("--force", is_flag=True, help="Replace a model.toml that is there.")
 @as_json

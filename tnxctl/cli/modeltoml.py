@@ -11,7 +11,7 @@ from tnxctl.cli.exits import FileProblem
 
 TEMPLATE = """\
 # Settings of a model. The folder of this file is called like the model; beside the file is a folder for each
-# version, 1, 2, 3, ..., with one of model.pt2, model.safetensors, model.pt and model.onnx in it.
+# version, 1, 2, 3, ..., with one of model.pt2, model.safetensors, model.pt, model.onnx and model.py in it.
 #
 # Every key stands here, commented out, with its default, or with an example where the default is no value of its own.
 # Facts that the weights tell need not be written. tnxd refuses a key that it does not know. After a change:
@@ -30,8 +30,21 @@ TEMPLATE = """\
 # Where it may run: "cpu"; "cuda", which is any GPU; "cuda:1", which is that one. Default: on every device.
 # devices = ["cpu", "cuda"]
 
-# Batches of it that a device may run at a time, over one copy of its weights. 0: as many as the device has lanes.
+# Batches of it that a device may run at a time, over one copy of its weights. 0: as many as the device has lanes. For
+# model.py: objects of its class, or processes; 0 is one.
 # replicas = 0
+
+# What a batch that hangs or crashes takes with it. "none": the daemon, since a short one may run on the thread that
+# serves. "thread": the thread that it runs on, or, where it crashes, the daemon. "process", for model.py: one of the
+# processes that run it, which is started again. Default: "thread" for model.py, else "none".
+# isolation = "process"
+
+# Memory that each process of a model.py may take, in MiB. 0: any.
+# memory_limit_mb = 0.0
+
+# Threads of each batch on a CPU. 1: always one core. More: always so many, however many the batch gains by. 0: one or
+# several for each batch, as was measured to be sooner done.
+# threads = 0
 
 # The datatype to run in: "float32", "bfloat16" or "float16". Inputs are converted to it, and outputs back to what is
 # said below. For model.safetensors and model.pt only. Default: that of the weights.
@@ -61,7 +74,8 @@ TEMPLATE = """\
 # imports = ["torchvision"]
 
 # "shared": the model keeps something from one request to the next, and that is meant for all of them. Then one request
-# runs at a time. "": a model that does so is refused.
+# runs at a time. "random": it draws its answers, from generators that the daemon does not see. "": a model is refused
+# if its answers depend on earlier requests.
 # state = ""
 
 # Share of the batches that are computed again in idle time, one request alone, and compared. 0.0: none.
@@ -72,7 +86,7 @@ TEMPLATE = """\
 # factory = "model:build"
 
 # Inputs and outputs, in order, one block for each tensor. The datatypes are BOOL, UINT8 to UINT64, INT8 to INT64,
-# FP16, FP32, FP64 and BF16. -1 is an axis of any length; for a model that batches, axis 0 of every tensor is -1.
+# FP16, FP32, FP64, BF16 and BYTES (strings). -1 is an axis of any length; if the model batches, axis 0 of all is -1.
 # model.pt2 and model.onnx say it themselves, and what stands here narrows it: -1 to a length. The example of an input
 # is a shape that fits, for the warm-up; without one, the lengths that the program was exported with, else 1. Its values
 # are what stands in a tensor of that shape: one number, lists of them, or random ones, as here. A file example.npz, in
@@ -91,6 +105,10 @@ TEMPLATE = """\
 # name = "y"
 # datatype = "FP32"
 # shape = [-1, 10]
+
+# Whatever model.py is to read, as context.config.
+# [config]
+# threshold = 0.5
 
 # Axes whose lengths differ from request to request, and how requests share a batch all the same: by input the axis, and
 # the number that fills a shorter one up; the input that is 0 where there is padding; by output the axis that is cut
@@ -123,6 +141,7 @@ FILES = {
     "safetensors": "model.safetensors",
     "torchscript": "model.pt",
     "onnx": "model.onnx",
+    "python": "model.py",
 }
 """Format -> name of the file with the weights."""
 
@@ -130,6 +149,7 @@ FILES = {
 _NEEDED = {
     "safetensors": ("# factory", "# [[inputs]]", "# [[outputs]]"),
     "torchscript": ("# [[inputs]]", "# [[outputs]]"),
+    "python": ("# [[inputs]]", "# [[outputs]]"),
 }
 
 

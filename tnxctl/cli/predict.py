@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 @options.request(
     no_device="as --prefer-gpu says",
     missed="A request that cannot make it is refused.",
-    tensors="Tensors to send: .npy, .npz with one array per input of the model, .json, .csv, an image (with Pillow), - "
-    "for standard input, or JSON itself: '[[1, 2, 3]]', or '{\"ids\": [[1, 2]]}' with the names of inputs.",
+    tensors="Tensors to send: .npy, .npz with one array per input of the model, .json, .csv, .txt, an image (with "
+    "Pillow), - for standard input, or JSON itself: '[[1, 2, 3]]', or '{\"ids\": [[1, 2]]}' with the names of inputs.",
     cast="Convert the tensors of --input to the datatypes of the model (numpy makes FP64 by default), even where they "
     "cannot hold the values. Text and images are converted in any case, if their values allow.",
 )
@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     "--output",
     "output_path",
     type=click.Path(allow_dash=True),
-    help="Where the outputs go: .npy for one, .npz for several, - for standard output (.npy, or .npz for several).",
+    help="Where the outputs go: .npy for one, .npz for several, .txt for one of strings, - for standard output (.npy, "
+    "or .npz for several).",
 )
 @click.option("--batch-size", type=click.IntRange(min=0), help="Rows of the random input.  [default: 1]")
 @click.option("--input-dim", type=click.IntRange(min=0), help="Length of the last axis of the random input.")
@@ -103,6 +104,9 @@ def command(
     and perhaps a heading. An image is decoded into the layout of the model's input, with the values of the file, as a
     rule 0 to 255; one of another size is refused, and none is scaled or turned.
 
+    A model whose only input is BYTES gets each line of a .txt file, or of standard input, as a string; any other file,
+    such as an image, it gets as it is. A CSV file whose first line names inputs has a column for each.
+
     \b
     Examples:
       tnxctl predict --host 192.168.1.100 --count 5
@@ -113,6 +117,7 @@ def command(
       tnxctl predict --model digits --input scans.npy --output scores.npy
       tnxctl predict --model resnet@2 --input cat.npy
       tnxctl predict --model iris --input '[[5.1, 3.5, 1.4, 0.2]]'
+      tnxctl predict --model languages --input texts.txt
       tnxctl predict --model digits --input - --output - < scans.npy > scores.npy
       tnxctl predict --count 1000 --concurrency 16
       tnxctl predict --json | jq .round_trip_ms.p50
@@ -201,7 +206,7 @@ def _check_use(
         raise click.UsageError("--output holds one answer: it does not go with --count")
     if output_path != tensorfiles.STANDARD:
         if not output_path.endswith(tensorfiles.SUFFIXES):
-            raise click.UsageError(f"--output {output_path}: the name ends neither in .npy nor in .npz")
+            raise click.UsageError(f"--output {output_path}: the name does not end in .npy, .npz or .txt")
     elif as_json:
         raise click.UsageError("--json and --output - both want standard output")
     elif sys.stdout is not None and sys.stdout.isatty():

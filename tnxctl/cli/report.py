@@ -13,7 +13,8 @@ import msgspec
 
 from tnxctl.cli import text
 from tnxctl.cli.exits import Exit
-from tnxctl.cli.tally import KEPT, Tally
+from tnxctl.cli.tally import KEPT, STEP_TIMES, Tally
+from tnxctl.protocol import strings
 from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.frames import Array, datatype_of
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 DATA_UP_TO = 4096
 """Elements of an output that a JSON document shows; of a larger one it gives datatype and shape alone."""
+
+STRINGS_UP_TO = 1 << 20
+"""Bytes of strings that it shows."""
 
 _HEADER = ("#", "DEVICE", "BATCH", "TRIP ms", "DAEMON µs", "COMPUTE µs", "OUTPUT", "VALUES")
 _ALIGN = "><>>>><<"
@@ -136,6 +140,8 @@ def preview(array: Array | None, room: int | None) -> str:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, bytes):
+        return text.string(value)
     return str(value) if value.dtype.kind in "biu" else f"{float(value):.3g}"
 
 
@@ -179,6 +185,19 @@ def summary(tally: Tally, explain: bool = False) -> Iterator[str]:
     yield text.line(
         text.pad(["µs (mean)" if several else "µs", *(f"{mean:.1f}" for mean in means.values())], widths, align)
     )
+    yield from _steps(tally)
+
+
+def _steps(tally: Tally) -> Iterator[str]:
+    """A table of the steps of a pipeline, if it is one."""
+    rows = [
+        (name, title, f"{batch:.1f}", *(f"{mean:.1f}" for mean in means.values()))
+        for name, title, batch, means in tally.step_means()
+    ]
+    if rows:
+        header = ("step", "model", "batch", *STEP_TIMES)
+        yield ""
+        yield from text.table(header, rows, "<<" + ">" * (len(header) - 2), None)
 
 
 def _prediction(tally: Tally) -> Iterator[str]:
@@ -243,6 +262,10 @@ def document(tally: Tally) -> dict[str, Any]:
         "batch_size_mean": tally.batch_mean(),
         "round_trip_ms": tally.percentiles_ms(),
         "stage_means_us": tally.stage_means_us(),
+        "step_means": [
+            {"step": name, "model": title, "batch_size": batch, **{f"{time}_us": mean for time, mean in means.items()}}
+            for name, title, batch, means in tally.step_means()
+        ],
         "prediction_error_us": tally.prediction_errors_us(),
         "answers": [_answer_document(answer) for answer in tally.answers],
     }
@@ -264,10 +287,19 @@ def _answer_document(answer: Answer) -> dict[str, Any]:
         "predicted_us": result.predicted_us,
         "actual_us": result.actual_us,
         "timing": msgspec.to_builtins(result.timing),
+        "steps": msgspec.to_builtins(result.steps),
         "outputs": [_output(name, array) for name, array in result.outputs.items()],
     }
 
 
 def _output(name: str, array: Array) -> dict[str, Any]:
     described = {"name": name, "datatype": datatype_of(array.dtype), "shape": array.shape}
-    return {**described, "data": array.tolist()} if array.size <= DATA_UP_TO else described
+    if array.size > DATA_UP_TO:
+        return described
+    if not array.dtype.hasobject:
+        return {**described, "data": array.tolist()}
+    if strings.nbytes_of(array) > STRINGS_UP_TO:
+        return described
+    if strings.not_text(array):
+        return {**described, "encoding": "base64", "data": array.tolist()}  # as msgspec writes bytes
+    return {**described, "data": strings.as_text(array).tolist()}

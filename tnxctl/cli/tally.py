@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 STAGES = ("receive", "queue", "gather", "h2d", "compute", "d2h", "reply", "total")
 """The fields of `wire.Timing` without their unit, in order."""
 
+STEP_TIMES = ("start", "queue", "gather", "h2d", "compute", "d2h")
+"""The times of `wire.StepTiming` without their unit, in order."""
+
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
 
 
@@ -54,6 +57,7 @@ class Tally:
         self._predicted_sum_us = self._actual_sum_us = 0.0
         self._stage_sums_us = dict.fromkeys(STAGES, 0.0)
         self._rows = 0
+        self._step_sums: dict[tuple[str, str], list[float]] = {}
 
     def add(self, answer: Answer) -> None:
         if self.planned <= KEPT:
@@ -72,6 +76,11 @@ class Tally:
         self._rows += result.batch_size
         for stage in STAGES:
             self._stage_sums_us[stage] += getattr(result.timing, f"{stage}_us")
+        for step in result.steps:
+            key = step.name, f"{step.model}@{step.version}"
+            values = (1.0, step.batch_size, *(getattr(step, f"{time}_us") for time in STEP_TIMES))
+            sums = self._step_sums.get(key, [0.0] * len(values))
+            self._step_sums[key] = [total + value for total, value in zip(sums, values, strict=True)]
         if result.predicted_us > 0:
             self._prediction_errors_us.append(abs(result.actual_us - result.predicted_us))
             self._predicted_sum_us += result.predicted_us
@@ -113,6 +122,16 @@ class Tally:
     def stage_means_us(self) -> dict[str, float]:
         """Mean time in each stage of the daemon, and in all of them together. Empty without a result."""
         return {stage: time / self.answered for stage, time in self._stage_sums_us.items()} if self.answered else {}
+
+    def step_means(self) -> list[tuple[str, str, float, dict[str, float]]]:
+        """For each step of a pipeline and version that ran: name, NAME@VERSION, mean rows of its batches, mean times.
+
+        The times are in microseconds. Empty without a pipeline.
+        """
+        return [
+            (name, title, rows / count, {time: total / count for time, total in zip(STEP_TIMES, sums, strict=True)})
+            for (name, title), (count, rows, *sums) in self._step_sums.items()
+        ]
 
     def batch_mean(self) -> float:
         """Mean number of rows in the batches that the requests rode in; 0 without a result."""

@@ -1,4 +1,4 @@
-"""Tensors in files: .npy (one), .npz (several, named), and "-" for standard input and output.
+"""Tensors in files: .npy (one), .npz (several, named), and "-" for standard input and output; strings also in .txt.
 
 Nothing is ever unpickled. Any fault of a file becomes a FileProblem: one sentence with its name.
 """
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from tnxctl.protocol.frames import Array
 
 STANDARD = "-"
-SUFFIXES = (".npy", ".npz")
+ARRAYS = (".npy", ".npz")
+LINES = ".txt"
+SUFFIXES = (*ARRAYS, LINES)
 
 MOST_BYTES = 1 << 30
 """Most bytes of a file: four times the default limit of a message, since `--cast` may make it smaller."""
@@ -65,7 +67,8 @@ def destination(path: str | None) -> Iterator[Callable[[Mapping[str, Array]], No
     They go to a .npz file, or a single one to a .npy file. "-", standard output, takes either, as the number says. The
     old content of the file stays until they come, and a file that was made for them goes again if they do not.
 
-    A bfloat16 tensor is widened to float32, which holds its values exactly: the .npy format has no bfloat16.
+    A bfloat16 tensor is widened to float32, which holds its values exactly: the .npy format has no bfloat16. Strings
+    get numpy's dtype `S`; in a .txt file, each has a line.
 
     Args:
         path: None: there is nothing to write, and nothing is done.
@@ -154,8 +157,14 @@ def _content_of(tensors: Mapping[str, Array], path: str) -> memoryview:
 
     from tnxctl.protocol.frames import ML_DTYPES, datatype_of
 
+    if path.endswith(LINES):
+        return memoryview(_lines_of(tensors, path))
     tensors = {
-        key: array.astype(np.float32) if datatype_of(array.dtype) in ML_DTYPES else array
+        key: _storable(key, array, path)
+        if array.dtype.hasobject
+        else array.astype(np.float32)
+        if datatype_of(array.dtype) in ML_DTYPES
+        else array
         for key, array in tensors.items()
     }
     if path.endswith(".npy") and len(tensors) != 1:
@@ -170,6 +179,37 @@ def _content_of(tensors: Mapping[str, Array], path: str) -> memoryview:
         (array,) = tensors.values()
         np.lib.format.write_array(content, array, allow_pickle=False)
     return content.getbuffer()
+
+
+def _lines_of(tensors: Mapping[str, Array], path: str) -> bytes:
+    """The lines of a text file: a string for each row."""
+    (array, *others) = tensors.values()
+    if others or not array.dtype.hasobject:
+        raise FileProblem(f"cannot write {path}: a .txt file holds one output of strings: use .npz")
+    if array.size != (len(array) if array.ndim else 1):
+        raise FileProblem(
+            f"cannot write {path}: a line holds one string, and shape {list(array.shape)} has more: use .npy"
+        )
+    elements: list[bytes] = array.ravel().tolist()
+    if any(b"\n" in element for element in elements):
+        raise FileProblem(f"cannot write {path}: a string has a line break in it: use .npy")
+    return b"".join(element + b"\n" for element in elements)
+
+
+def _storable(key: str, array: Array, path: str) -> Array:
+    """Strings in numpy's dtype `S`, which has one length for all: objects would have to be pickled."""
+    elements: list[bytes] = array.ravel().tolist()
+    longest = max(map(len, elements), default=0)
+    if any(element.endswith(b"\0") for element in elements):
+        raise FileProblem(
+            f"cannot write {path}: in {tensor_name(key)}, a string ends with a zero byte, which numpy would drop"
+        )
+    if longest * len(elements) > MOST_BYTES:
+        raise FileProblem(
+            f"cannot write {path}: in {tensor_name(key)}, {len(elements)} strings would take {longest} bytes each, as "
+            f"the longest of them: use .txt"
+        )
+    return array.astype(f"S{max(longest, 1)}")
 
 
 def _content(path: str, name: str) -> bytes:

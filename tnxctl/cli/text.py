@@ -30,6 +30,15 @@ def clean(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def string(value: bytes, length: int = 40) -> str:
+    """An element of a BYTES tensor, in quotes and with escapes, cut to that length; a blob as Python writes bytes."""
+    try:
+        shown = repr(value.decode()[: length + 1])
+    except UnicodeDecodeError:
+        shown = repr(value[: length + 1])
+    return shorten(shown, length)
+
+
 def heading(line: str) -> str:
     return click.style(line, bold=True)
 

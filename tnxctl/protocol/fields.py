@@ -13,6 +13,10 @@ Title = Annotated[str, msgspec.Meta(max_length=256)]
 Word = Annotated[str, msgspec.Meta(max_length=64)]
 
 
+BYTES = "BYTES"
+"""Datatype of strings and blobs, see `tnxctl.protocol.strings`: the one whose elements have no fixed size."""
+
+
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Name, datatype and shape of one tensor, on the wire as `[name, datatype, [d0, d1, ...]]`.
 

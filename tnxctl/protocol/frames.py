@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tnxctl.protocol import strings
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.fields import TensorSpec
+from tnxctl.protocol.fields import BYTES, TensorSpec
 from tnxctl.protocol.limits import MAX_DIM, Limits, excerpt
 
 if TYPE_CHECKING:
@@ -34,18 +35,24 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
     "BF16": np.dtype("<u2"),
+    BYTES: strings.OBJECT,
 }
-"""Datatype name of the Open Inference Protocol v2 -> the numpy dtype that holds its bytes."""
+"""Datatype name of the Open Inference Protocol v2 -> the numpy dtype that holds its values.
+
+BYTES is the one datatype whose elements have no fixed size: `tnxctl.protocol.strings` says how it is kept and travels.
+"""
 
 ML_DTYPES: dict[str, str] = {"BF16": "bfloat16"}
 """Datatype that numpy lacks -> its name in ml_dtypes and torch. `STORAGE` has the dtype of its bit patterns."""
 
 _BOOL = STORAGE["BOOL"]
 
-DATATYPES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in STORAGE.items() if name not in ML_DTYPES}
-"""numpy dtype -> datatype name, for every dtype that numpy itself has."""
+DATATYPES: dict[np.dtype[Any], str] = {
+    dtype: name for name, dtype in STORAGE.items() if name not in (*ML_DTYPES, BYTES)
+}
+"""numpy dtype -> datatype name, for every dtype that numpy itself has and that tells what an array holds."""
 
-_NAMES = {name: datatype for datatype, name in ML_DTYPES.items()}
+_NAMES = {name: datatype for datatype, name in ML_DTYPES.items()} | {strings.OBJECT.name: BYTES}
 
 
 def dtype_of(datatype: str) -> np.dtype[Any]:
@@ -74,7 +81,7 @@ def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: 
     """Tensor frames as arrays of the declared shapes, without a copy: each array keeps its frame alive.
 
     Their dtypes are those of `STORAGE`: what numpy lacks comes as bit patterns. The arrays may be unaligned and must
-    not be written.
+    not be written. BYTES alone is copied, see `tnxctl.protocol.strings`.
 
     Raises:
         InvalidArgument: a count, datatype, rank, dimension, length or limit does not hold; the sentence names it.
@@ -83,7 +90,7 @@ def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: 
         raise InvalidArgument(f"the header announces {len(specs)} tensors, {len(frames)} tensor frames came")
     if len(specs) > limits.tensors:
         raise InvalidArgument(f"{len(specs)} tensors in one message, more than the limit of {limits.tensors}")
-    room = limits.message_bytes
+    room, elements = limits.message_bytes, limits.strings
     arrays = []
     for position, spec in enumerate(specs):
         dtype = STORAGE.get(spec.datatype)
@@ -96,6 +103,11 @@ def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: 
             raise InvalidArgument(f"{_called(spec.name)}: rank {len(shape)} is more than the limit of {limits.rank}")
         size = dtype.itemsize * math.prod(shape)  # Python integers: no overflow, whatever the dimensions
         view = memoryview(frames[position])
+        if dtype.hasobject:  # over a frame, such an array would take its bytes for pointers
+            arrays.append(_strings(spec, view, room, elements, limits))
+            room -= view.nbytes
+            elements -= arrays[-1].size
+            continue
         if size != view.nbytes or size > room:
             raise _tensor_error(spec, size, view.nbytes, room, limits)
         room -= size
@@ -112,6 +124,22 @@ def view_tensors(specs: Sequence[TensorSpec], frames: Sequence[Buffer], limits: 
             )
         arrays.append(array)
     return tuple(arrays)
+
+
+def _strings(spec: TensorSpec, view: memoryview, room: int, most: int, limits: Limits) -> Array:
+    """The array of a BYTES frame. Args: room: bytes left for the message. most: elements left for it."""
+    count = math.prod(spec.shape)
+    if min(spec.shape, default=0) < 0 or view.nbytes > room:
+        raise _tensor_error(spec, view.nbytes, view.nbytes, room, limits)
+    if count > most:
+        raise InvalidArgument(
+            f"{_called(spec.name)}: {count} elements (BYTES {excerpt(list(spec.shape))}) are more than the {most} that "
+            f"are left of the limit of {limits.strings} strings for all tensors of a message"
+        )
+    try:
+        return strings.decode(view, spec.shape)
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise InvalidArgument(f"{_called(spec.name)}: BYTES {excerpt(list(spec.shape))}: {error}") from None
 
 
 def _tensor_error(spec: TensorSpec, size: int, received: int, room: int, limits: Limits) -> InvalidArgument:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from tnxctl.protocol.fields import Id, TensorSpec, Version
 
@@ -30,8 +31,34 @@ class Timing(msgspec.Struct, frozen=True, gc=False):
     total_us: float
 
 
+class StepTiming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One step of a pipeline: what ran, where, and the microseconds that it took. Steps may run at the same time.
+
+    Attributes:
+        name: of the step. model, version: what ran. device: where.
+        batch_size: rows in the batch that it rode in, its own included.
+        start_us: from when the request was taken up to when the step was queued.
+        queue_us, gather_us, h2d_us, compute_us, d2h_us: as in `Timing`.
+    """
+
+    name: str
+    model: str
+    version: str
+    device: str
+    batch_size: int
+    start_us: float
+    queue_us: float
+    gather_us: float
+    h2d_us: float
+    compute_us: float
+    d2h_us: float
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="result", gc=False):
     """Answer to `Predict`; one tensor frame follows per entry of `outputs`, in order.
+
+    Of a pipeline, `device` and `reason` are those of all steps, `batch_size` and `gpu_memory_mb` those of the step that
+    ended last; `timing` and `latency_ms` sum up the steps that led to it, each of which waited for the one before.
 
     Attributes:
         model, version: what ran.
@@ -42,6 +69,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="r
         gpu_memory_mb: free memory of that GPU in MiB when the batch was done; 0 on a CPU.
         predicted_us: when the request came, the microseconds until it would be done, as predicted then; what they
             were in fact is queue to d2h of the timing.
+        steps: of a pipeline, in the order of its description. Other models have none.
     """
 
     v: Version
@@ -56,6 +84,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="r
     gpu_memory_mb: float
     timing: Timing
     predicted_us: float = 0.0
+    steps: tuple[StepTiming, ...] | UnsetType = UNSET
 
 
 class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +110,26 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
+class PipelineStep(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of a pipeline, as its description says.
+
+    Attributes:
+        name: of the step. model: NAME, whose traffic it follows, or NAME@VERSION for that version alone.
+        inputs: input of the model -> what feeds it: an input of the pipeline, or "STEP.OUTPUT".
+    """
+
+    name: str
+    model: str
+    inputs: dict[str, str]
+
+
+class PipelineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The graph of a pipeline. Attributes: outputs: output of the pipeline -> what it is, "STEP.OUTPUT"."""
+
+    steps: tuple[PipelineStep, ...]
+    outputs: dict[str, str]
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One version of one model: its signature, where it is loaded, how it is.
 
@@ -92,7 +141,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         example_shapes: one per input, of one row, for which the model is known to work; (): not known yet.
         max_batch_size: most rows in one batch; 0 for a model that takes no batch axis.
         default: whether requests that name no model go to this name.
-        format: "built-in", "pt2", "safetensors", "torchscript" or "onnx".
+        format: "built-in", "pt2", "safetensors", "torchscript", "onnx", "pipeline" or "python".
         traffic: its share of the requests for this name that name no version, 0 to 1. shadow: whether it gets copies
             of them.
         memory_mb: weights and buffers in MiB, on each of its devices.
@@ -101,6 +150,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         state: of the module, between requests: "pure": it holds nothing that changes; "scratch": it writes what no
             other request reads; "shared": requests share it, as model.toml says. "": not known yet.
         audited: requests that were computed again, alone. audit_differences: those that got another answer then.
+        pipeline: its steps, if it is a pipeline.
+        restarts: how often a process that runs it was started again, since it had ended.
     """
 
     name: str
@@ -123,6 +174,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     state: str = ""
     audited: int = 0
     audit_differences: int = 0
+    pipeline: PipelineInfo | UnsetType = UNSET
+    restarts: int = 0
 
 
 class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="health"):
@@ -209,7 +262,8 @@ class OutputDifference(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: of the output. elements: compared so far.
-        max_abs, mean_abs: absolute difference, over all elements that are finite in both.
+        max_abs, mean_abs: absolute difference, over all elements that are finite in both. Strings are 0 apart if they
+            are equal, else 1.
         argmax_agreement: share of the rows whose largest element along the last axis is at the same place; None if
             that axis has one element or none.
         misfits: times that shape or datatype differed, or only one of the two was finite.

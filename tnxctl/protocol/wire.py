@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from tnxctl.protocol.errors import InvalidArgument, Unimplemented
-from tnxctl.protocol.fields import Id, TensorSpec
+from tnxctl.protocol.fields import BYTES, Id, TensorSpec
 from tnxctl.protocol.limits import (
     DEFAULT_PORT,
     DEFAULT_PRIORITY,
@@ -54,9 +54,12 @@ from tnxctl.protocol.replies import (
     ModelsReport,
     OutputDifference,
     Percentiles,
+    PipelineInfo,
+    PipelineStep,
     ReloadReport,
     Reply,
     Result,
+    StepTiming,
     Timing,
 )
 from tnxctl.protocol.requests import (
@@ -77,6 +80,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = [
+    "BYTES",
     "DEFAULT_PORT",
     "DEFAULT_PRIORITY",
     "LOWEST_PRIORITY",
@@ -107,6 +111,8 @@ __all__ = [
     "ModelsReport",
     "OutputDifference",
     "Percentiles",
+    "PipelineInfo",
+    "PipelineStep",
     "Predict",
     "Reload",
     "ReloadReport",
@@ -114,6 +120,7 @@ __all__ = [
     "Request",
     "Result",
     "Route",
+    "StepTiming",
     "TensorSpec",
     "Timing",
     "Unload",

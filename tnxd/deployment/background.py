@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from tnxctl.protocol.strings import nbytes_of
 from tnxctl.protocol.wire import MIB, TensorSpec
 from tnxd.deployment.version import READY, Version
 from tnxd.executors.execution import Execution, Outcome
@@ -58,8 +59,10 @@ class Answered:
     @property
     def nbytes(self) -> int:
         """Bytes of inputs and outputs."""
-        inputs = sum([array.nbytes for item in self.items for array in item if array is not None])
-        return inputs + sum([array.nbytes for answer in self.outcomes if isinstance(answer, tuple) for array in answer])
+        inputs = sum([nbytes_of(array) for item in self.items for array in item if array is not None])
+        return inputs + sum(
+            [nbytes_of(array) for answer in self.outcomes if isinstance(answer, tuple) for array in answer]
+        )
 
 
 class Copy(Execution):

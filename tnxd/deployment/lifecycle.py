@@ -13,14 +13,17 @@ from functools import partial
 
 from tnxctl.protocol.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted, TensorNextError
 from tnxctl.protocol.wire import MIB, Limits
+from tnxd.deployment import pipelines
 from tnxd.deployment.audit import Audit
 from tnxd.deployment.operations import Drained, Operation, OperationRunner, StepTimeout
 from tnxd.deployment.registry import Deployment, Registry
 from tnxd.deployment.traffic import signature_difference
 from tnxd.deployment.version import DRAINING, EVICTED, FAILED, READY, UNLOADED, Version
+from tnxd.device_kinds import PROCESS
 from tnxd.error_text import sentence
 from tnxd.executors.execution import SHARED, Executor, LoadReport
 from tnxd.models.model import Model
+from tnxd.models.pipelines import Pipeline
 from tnxd.models.sizes import check_message_sizes
 from tnxd.scheduling.scheduler import Scheduler
 
@@ -39,6 +42,7 @@ class Lifecycle:
         call_soon: has the loop run a function; called from other threads.
         limits: of messages; what cannot be asked for within them is not loaded.
         budget: bytes that the weights of all models may take on a device, by kind of device; no limit without an entry.
+        open_processes: opens the device for models in processes of their own, unless it is open.
 
     Attributes:
         audits: the audit of each version that has one, also while it is not loaded.
@@ -53,12 +57,14 @@ class Lifecycle:
         call_soon: Callable[[Callable[[], None]], None],
         limits: Limits,
         budget: Mapping[str, int],
+        open_processes: Callable[[], None],
     ) -> None:
         self._registry = registry
         self._scheduler = scheduler
         self._executors = executors
         self._runner = runner
         self._call_soon = call_soon
+        self._open_processes = open_processes
         self._limits = limits
         self._budget = budget
         self.audits: dict[Version, Audit] = {}
@@ -78,11 +84,17 @@ class Lifecycle:
         failures: dict[str, str] = {}
         try:
             model: Model = yield partial(version.source.open, version.generation)
+            if isinstance(model, Pipeline):
+                self._check_room_for_steps(model)
+                model = pipelines.assembled(self._registry, model)
             check_message_sizes(model, self._limits)
+            if model.isolation == PROCESS.name:
+                self._open_processes()
             predecessor = next((version for version, _ in deployment.shares()), None) if takes_over else None
             if predecessor is not None:
                 _check_successor(predecessor, version, model)
-            yield from self._load(version, model, reports, failures)
+            if not isinstance(model, Pipeline):
+                yield from self._load(version, model, reports, failures)
             if predecessor is not None and not all(report.warmed for report in reports.values()):
                 raise FailedPrecondition(
                     f"it could not be warmed up, and version {predecessor.number} serves: {_notes(reports)[0]}"
@@ -149,8 +161,12 @@ class Lifecycle:
                 safe_rows=report.safe_rows if counted else 0,
                 most_rows=report.most_rows if counted else 0,
                 padded=report.padded if model.pads else None,
+                widths=report.widths if counted else (),
+                threads=report.threads,
             )
         self._scheduler.set_lane_limit(model.key, model.replicas)
+        if model.isolation != "none":
+            self._scheduler.keep_off_caller(model.key)
         version.model = model
         self._audit(version, model, reports.values())
         version.notes = (
@@ -167,7 +183,8 @@ class Lifecycle:
             version.came_back = time.monotonic()
         version.state = READY
         self._registry.rebuild()
-        log.info("%s is loaded on %s, %.1f s", version.title, ", ".join(reports), version.load_s)
+        place = f"on {', '.join(reports)}" if reports else f"as a pipeline of {len(version.source.steps)} steps"
+        log.info("%s is loaded %s, %.1f s", version.title, place, version.load_s)
 
     def retire(self, version: Version, state: str = UNLOADED) -> Operation[bool]:
         """Send nothing more to a version, let it finish what it has, free it.
@@ -250,6 +267,21 @@ class Lifecycle:
                 yield partial(time.sleep, stay_s)
             log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title)
             yield from self.retire(victim, EVICTED)
+
+    def _check_room_for_steps(self, pipeline: Pipeline) -> None:
+        """Check that all models of a pipeline find room at a time. Raises FailedPrecondition: they would evict others.
+
+        What is evicted is loaded for the next request: of a pipeline, each would find another one missing, for ever.
+        """
+        versions = dict(pipelines.step_versions(self._registry, pipeline))
+        for executor in self._executors.values():
+            budget = self._budget.get(executor.kind, 0)
+            nbytes = sum(version.nbytes for version, model in versions.items() if model.may_use(executor.name))
+            if 0 < budget < nbytes:
+                raise FailedPrecondition(
+                    f"{pipeline.label}: steps: their models take {nbytes / MIB:.0f} MiB together, and {executor.name} "
+                    f"may hold {budget / MIB:.0f} MiB in all"
+                )
 
     def _audit(self, version: Version, model: Model, reports: Collection[LoadReport]) -> None:
         """Audit a version that can be audited. What was begun before it was unloaded goes on."""

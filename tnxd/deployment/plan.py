@@ -111,7 +111,13 @@ class Reconciliation:
     wanted: frozenset[str]
     serving: frozenset[str]
 
-    def rest(self, deployment: Deployment, failed: Collection[str], broken: Collection[str]) -> tuple[Step, ...]:
+    def rest(
+        self,
+        deployment: Deployment,
+        failed: Collection[str],
+        broken: Collection[str],
+        held: frozenset[str] = frozenset(),
+    ) -> tuple[Step, ...]:
         """The steps after the loads.
 
         Args:
@@ -119,6 +125,7 @@ class Reconciliation:
             failed: numbers of the versions whose load failed.
             broken: NAME@VERSION of versions with mistakes that keep them out of the catalog. What serves goes on: a
                 mistake in what is there is no reason to stop.
+            held: numbers of versions that a pipeline needs which serves. They stay if they serve.
         """
         steps: list[Step] = []
         sources = deployment.entry.sources.keys()
@@ -129,7 +136,7 @@ class Reconciliation:
         kept = self.wanted | (self.serving if failed else frozenset()) | (routed & sources)
         for number, version in deployment.versions.items():
             state = version.state
-            stays = number in kept or (version.servable and version.title in broken)
+            stays = number in kept or (version.servable and (version.title in broken or number in held))
             if not stays and state != UNLOADED:
                 steps.append(Retire(number))
                 state = UNLOADED

@@ -13,6 +13,7 @@ from functools import partial
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, TensorNextError
 from tnxctl.protocol.wire import Limits, excerpt, split_title
+from tnxd.deployment import pipelines
 from tnxd.deployment.lifecycle import Lifecycle
 from tnxd.deployment.operations import Done, Operation, OperationRunner
 from tnxd.deployment.plan import (
@@ -60,7 +61,7 @@ class Reconciler:
         scheduler, executors: have the same devices, all of them before `start`, and no model yet.
         scan: looks at what could be served; blocks.
         call_soon: has the loop run a function; called from the thread beside it.
-        limits, budget: see `Lifecycle`.
+        limits, budget, open_processes: see `Lifecycle`.
         load_timeout_s: a step that takes longer has failed.
         on_reload: called with True when a reload begins and with False when it is over.
 
@@ -80,6 +81,7 @@ class Reconciler:
         budget: Mapping[str, int],
         load_timeout_s: float,
         on_reload: Callable[[bool], None],
+        open_processes: Callable[[], None] = lambda: None,
     ) -> None:
         self._registry = registry
         self._scheduler = scheduler
@@ -87,8 +89,11 @@ class Reconciler:
         self._scan = scan
         self._on_reload = on_reload
         self._runner = OperationRunner(scheduler, call_soon, load_timeout_s, self._operation_ended)
-        self._lifecycle = Lifecycle(registry, scheduler, executors, self._runner, call_soon, limits, budget)
+        self._lifecycle = Lifecycle(
+            registry, scheduler, executors, self._runner, call_soon, limits, budget, open_processes
+        )
         self.audits = self._lifecycle.audits
+        registry.before_change = partial(pipelines.refresh, registry)
         self._reload_asked: list[Done[Changes]] | None = None  # by whom, while one waits
 
     @property
@@ -179,7 +184,9 @@ class Reconciler:
         changes = Changes(failed=dict(catalog.failures))
         registry = self._registry
         registry.failures = dict(catalog.failures)
-        for deployment in [registry.register(entry) for entry in catalog.entries.values()]:
+        deployments = [registry.register(entry) for entry in catalog.entries.values()]
+        held = {deployment: pipelines.held(registry, deployment.name) for deployment in deployments}
+        for deployment in deployments:
             yield from self._reconcile(deployment, catalog, changes)
         for name, deployment in list(registry.deployments.items()):
             if name not in catalog.entries and name not in catalog.failures:
@@ -187,6 +194,9 @@ class Reconciler:
                     yield from self._carry_out(step, deployment, changes)
                 if not deployment.versions:
                     del registry.deployments[name]
+        for deployment, before in held.items():
+            if before - pipelines.held(registry, deployment.name):  # a pipeline has gone, and needs them no more
+                yield from self._reconcile(deployment, catalog, changes)
         for what, why in catalog.failures.items():
             log.error("%s cannot be served: %s", what, why)
         return changes
@@ -246,7 +256,7 @@ class Reconciler:
             except TensorNextError as error:
                 changes.failed[deployment.versions[load.number].title] = error.message
                 failed.append(load.number)
-        for step in plan.rest(deployment, failed, catalog.failures):
+        for step in plan.rest(deployment, failed, catalog.failures, pipelines.held(self._registry, deployment.name)):
             yield from self._carry_out(step, deployment, changes)
 
     def _carry_out(self, step: Step, deployment: Deployment, changes: Changes) -> Operation[None]:

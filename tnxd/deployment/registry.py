@@ -132,7 +132,7 @@ class Registry:
             can be served.
         shadow_of: the version that gets copies of its batches, by the version that answers.
         failures: what could not become a deployment, by name or path, and why.
-        on_change: called after any change.
+        before_change, on_change: called after any change, one after the other; the first may still change versions.
     """
 
     def __init__(self, default: str = "") -> None:
@@ -141,6 +141,7 @@ class Registry:
         self.deployments: dict[str, Deployment] = {}
         self.shadow_of: dict[Version, Version] = {}
         self.failures: dict[str, str] = {}
+        self.before_change: Callable[[], None] = lambda: None
         self.on_change: Callable[[], None] = lambda: None
         self._targets: dict[str, Version | _Split] = {}
         self._clock = 0
@@ -177,6 +178,10 @@ class Registry:
         for deployment in self.deployments.values():
             for version in deployment.versions.values():
                 yield deployment, version
+
+    def __contains__(self, model: str) -> bool:
+        """Whether `find` finds a version for NAME or NAME@VERSION."""
+        return model in self._targets
 
     def find(self, model: str, client: bytes, route_key: str) -> Version:
         """The version for a request.
@@ -236,7 +241,9 @@ class Registry:
         known = self.deployments.get(name)
         if known is None:
             check_name(name)
-            failure = self.failures.get(name)
+            failure = self.failures.get(name) or next(
+                (why for what, why in self.failures.items() if what.startswith(f"{name}@")), None
+            )
             if failure is not None:
                 raise FailedPrecondition(f"model {name!r} cannot be served: {failure}")
             raise NotFound(f"no model {excerpt(name)}; there are {', '.join(self.deployments) or 'none'}")
@@ -266,6 +273,7 @@ class Registry:
             self.default = next((name for name in self.deployments if name in self._targets), first)
         if self.default in self._targets:
             self._targets[""] = self._targets[self.default]
+        self.before_change()
         self.on_change()
 
     def needs(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxctl.protocol.frames import Array
-from tnxctl.protocol.wire import VERSION, Comparison, OutputDifference, Percentiles, TensorSpec
+from tnxctl.protocol.wire import BYTES, VERSION, Comparison, OutputDifference, Percentiles, TensorSpec
 from tnxd.deployment.background import Answered, Background, Copy
 from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
@@ -91,20 +91,25 @@ class _Difference:
         if baseline.shape != candidate.shape or baseline.dtype != candidate.dtype:
             self.misfits += 1
             return
+        self.elements += baseline.size
+        if self.spec.datatype == BYTES:  # equal elements are 0 apart, others 1
+            self._add_apart(np.not_equal(baseline, candidate).astype(np.float64))
+            return
         first, second = as_float(baseline, self.spec.datatype), as_float(candidate, self.spec.datatype)
         finite = np.isfinite(first) & np.isfinite(second)
         if not np.array_equal(np.isfinite(first), np.isfinite(second)):
             self.misfits += 1
-        self.elements += first.size
-        apart = np.abs(first[finite] - second[finite])
-        if apart.size:
-            self.max_abs = max(self.max_abs, float(apart.max()))
-            self.sum_abs += float(apart.sum())
-            self.finite += apart.size
+        self._add_apart(np.abs(first[finite] - second[finite]))
         if first.ndim > 1 and first.shape[-1] > 1 and first.size:
             agreeing = first.argmax(axis=-1) == second.argmax(axis=-1)
             self.rows += agreeing.size
             self.agreeing += int(agreeing.sum())
+
+    def _add_apart(self, apart: Array) -> None:
+        if apart.size:
+            self.max_abs = max(self.max_abs, float(apart.max()))
+            self.sum_abs += float(apart.sum())
+            self.finite += apart.size
 
     def report(self) -> OutputDifference:
         return OutputDifference(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 from tnxd.deployment.registry import Deployment
 from tnxd.models.model import Model
+from tnxd.models.pipelines import Pipeline
 
 
 def check_weights(deployment: Deployment, weights: Mapping[str, float], shadow: str) -> None:
@@ -29,6 +30,11 @@ def check_weights(deployment: Deployment, weights: Mapping[str, float], shadow: 
     for version in versions:
         if not version.servable:
             raise FailedPrecondition(f"model {version.title!r} is {version.state}: load it first")
+    if shadow and isinstance(deployment.version(shadow).model, Pipeline):
+        raise FailedPrecondition(
+            f"version {shadow} of {deployment.name!r} is a pipeline and runs no batches to be copied: "
+            "the models of its steps can have shadows"
+        )
     models = [version.model for version in versions if version.model is not None]
     for model in models[1:]:
         difference = signature_difference(models[0], model)

@@ -35,6 +35,7 @@ class Version:
         came_back: when it was last loaded for a request after it had been evicted, by the monotonic clock.
         notes: what an operator should know. trials: what loading it showed, by device.
         mixes: why its requests run alone, though loading it did not show that they must; else "".
+        unserved: why a pipeline that is READY cannot be served now: a step is not there; else "".
     """
 
     __slots__ = (
@@ -51,6 +52,7 @@ class Version:
         "source",
         "state",
         "trials",
+        "unserved",
     )
 
     def __init__(self, source: Source, generation: int = 0) -> None:
@@ -66,6 +68,7 @@ class Version:
         self.notes: tuple[str, ...] = ()
         self.trials: Mapping[str, LoadReport] = {}
         self.mixes = ""
+        self.unserved = ""
         self.came_back = float("-inf")
 
     @property

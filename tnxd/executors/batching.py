@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tnxctl.protocol.frames import STORAGE, Array
-from tnxctl.protocol.wire import MIB, TensorSpec
+from tnxctl.protocol.wire import BYTES, MIB, TensorSpec
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], Array]
 
@@ -101,9 +101,11 @@ class Staging:
         if buffers is None or _capacity(buffers) < rows:
             capacity = 1 << max(rows - 1, 0).bit_length()
             buffers = [
-                None if array is None else self._allocate((capacity, *array.shape[1:]), STORAGE[spec.datatype])
+                None if array is None else self._new((capacity, *array.shape[1:]), spec.datatype)
                 for spec, array in zip(specs, example, strict=True)
             ]
+            if any(spec.datatype == BYTES for spec in specs):
+                return buffers  # kept, they would keep the strings of requests that are over
         self._keep(key, buffers)
         return buffers
 
@@ -113,6 +115,10 @@ class Staging:
         while self._nbytes > self._max_bytes:
             oldest = next(iter(self._sets))  # in the end the new one itself: too large to be kept
             self._nbytes -= _nbytes(self._sets.pop(oldest))
+
+    def _new(self, shape: tuple[int, ...], datatype: str) -> Array:
+        dtype = STORAGE[datatype]
+        return np.empty(shape, dtype) if dtype.hasobject else self._allocate(shape, dtype)
 
 
 def _capacity(buffers: Sequence[Array | None]) -> int:

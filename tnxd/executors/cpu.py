@@ -1,4 +1,4 @@
-"""Executor of the CPU: each lane is a thread with its own share of the cores."""
+"""Executor of the CPU: each lane is a thread for one core, and some have a team of threads for wide batches."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from tnxd.executors.execution import Execution
 from tnxd.executors.host import (
     Peak,
     available_cores,
-    choose_threads,
     free_memory,
     host_memory_mb,
     peak_memory,
+    plan_lanes,
 )
 from tnxd.executors.lane import OnDone
 from tnxd.executors.optimizer import optimizer_for
 from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
+from tnxd.models.python.module import InThread
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
 from tnxd.process import malloc
 
@@ -71,15 +72,16 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 class CpuRunner(Runner):
-    """Runner of the CPU.
+    """Runner of the CPU. A forward has as many torch threads as its execution says.
 
     Args:
-        threads: torch threads that one forward may use.
+        name: of the device, in errors.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, name: str = CPU.name) -> None:
         super().__init__(CPU.name, Staging(_aligned))
-        self._threads = threads
+        self.device = name
+        self._threads = 1
 
     def enter_thread(self) -> None:
         super().enter_thread()
@@ -99,6 +101,9 @@ class CpuRunner(Runner):
     def forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
         model = execution.model
         begin = time.perf_counter_ns()
+        if execution.threads != self._threads:
+            torch.set_num_threads(execution.threads)  # 0.2 us, and the forward after it is none the slower
+            self._threads = execution.threads
         gather = len(items) > 1
         arrays = self.staged(execution, items, rows, copy=False) if gather or model.joins else items[0]
         tensors = [
@@ -127,22 +132,30 @@ def cpu_names() -> list[str]:
     return [CPU.name]
 
 
+def _placed(module: torch.nn.Module) -> torch.nn.Module:
+    return module.to(CPU.name) if isinstance(module, InThread) else module  # which loads it for this device
+
+
 def open_cpu(name: str, config: Config, on_done: OnDone) -> LanePool:
     """The executor of the CPU."""
     cores = available_cores()
-    workers, threads = choose_threads(cores, config.cpu.workers, config.cpu.threads)
-    torch.set_num_threads(min(torch.get_num_threads(), cores))  # where no lane runs, in loading: it knows no quota
+    lanes, teams = plan_lanes(cores, config.cpu.workers, config.cpu.threads)
+    # What threads that come later begin with, those that load models too: only lanes with a team have more than one.
+    torch.set_num_threads(1)
+    wide = f", up to {teams.threads} on one batch" if teams.lanes else ""
     return LanePool(
         name,
         CPU.name,
-        f"{cores} core{'s' if cores > 1 else ''}, {threads} per lane",
-        make_runner=lambda: CpuRunner(threads),
-        lanes=workers,
-        inline=CpuRunner(1),
-        lane_threads=threads,
+        f"{cores} core{'s' if cores > 1 else ''}{wide}",
+        make_runner=CpuRunner,
+        lanes=lanes,
+        inline=CpuRunner(),
+        teams=teams,
+        scheduling=config.cpu.scheduling,
+        place=_placed,
         arrange=order_weights,
         memory_mb=host_memory_mb,
         give_back=malloc.trim,
-        optimizer=optimizer_for(CPU.name, config),
+        optimizer=optimizer_for(CPU.name, config, teams.threads),
         on_done=on_done,
     )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tnxctl.protocol.frames import STORAGE, Array
-from tnxctl.protocol.wire import MIB
+from tnxctl.protocol.wire import BYTES, MIB
 from tnxd.config import Config
 from tnxd.device_kinds import CUDA
 from tnxd.executors.batching import Staging
@@ -26,7 +26,7 @@ from tnxd.executors.optimizer import optimizer_for
 from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
-from tnxd.models.tensors import check_outputs, to_array, to_tensor
+from tnxd.models.tensors import Value, check_outputs, to_array, to_tensor
 
 _MEMORY_PERIOD_S = 1.0
 _CUDA_ERROR_MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation
@@ -123,6 +123,10 @@ class CudaRunner(Runner):
         finally:
             peak.nbytes = max(torch.cuda.max_memory_allocated(self._device) - before, 0)
 
+    def _moved(self, value: Value) -> Value:
+        """An input on the device. Strings stay on the host."""
+        return value.to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
     def run(self, execution: Execution) -> None:
         super().run(execution)
         execution.memory_free_mb = self._memory.free_mb
@@ -138,6 +142,9 @@ class CudaRunner(Runner):
                 if array is None:
                     staged.append(None)
                     continue
+                if spec.datatype == BYTES:
+                    staged.append(array)
+                    continue
                 buffer = _pinned(array.shape, STORAGE[spec.datatype])
                 np.copyto(buffer, array)
                 staged.append(buffer)
@@ -146,16 +153,13 @@ class CudaRunner(Runner):
         try:
             start.record()
             inputs = [
-                None if array is None else to_tensor(array, spec.datatype).to(self._device, non_blocking=True)
+                None if array is None else self._moved(to_tensor(array, spec.datatype))
                 for array, spec in zip(staged, model.arguments, strict=True)
             ]
             copied.record()
             tensors = check_outputs(model, self.calls[model.key](*inputs), rows)
             computed.record()
-            # Fresh from torch's pinned-memory cache, not a buffer of ours: a reply may still be reading the last one.
-            hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True) for tensor in tensors]
-            for host, tensor in zip(hosts, tensors, strict=True):
-                host.copy_(tensor)  # blocking: pinned memory would remember the stream, and ask a lost device on free
+            hosts = [_returned(tensor) for tensor in tensors]
             returned.record()
         finally:
             # Also after a failure: the staging buffers may not be written while a copy still reads them.
@@ -165,6 +169,16 @@ class CudaRunner(Runner):
         execution.latency_us += copied.elapsed_time(computed) * 1e3
         execution.d2h_us += computed.elapsed_time(returned) * 1e3
         return [to_array(host) for host in hosts]
+
+
+def _returned(value: Value) -> Value:
+    """An output on the host."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    # Fresh from torch's pinned-memory cache, not a buffer of ours: a reply may still be reading the last one.
+    host = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
+    host.copy_(value)  # blocking: pinned memory would remember the stream, and ask a lost device on free
+    return host
 
 
 def cuda_names() -> list[str]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tnxd.config import Config
-from tnxd.device_kinds import CPU, CUDA, KINDS, kind_of
+from tnxd.device_kinds import CPU, CUDA, KINDS, PROCESS, kind_of
 from tnxd.executors.cpu import cpu_names, open_cpu
 from tnxd.executors.cuda import cuda_names, open_cuda
 from tnxd.executors.lane import OnDone
 from tnxd.executors.pool import LanePool
+from tnxd.executors.processes import open_processes, process_names
 
 
 class _Opener(NamedTuple):
@@ -21,7 +22,11 @@ class _Opener(NamedTuple):
     open: Callable[[str, Config, OnDone], LanePool]
 
 
-_OPENERS = {CUDA.name: _Opener(cuda_names, open_cuda), CPU.name: _Opener(cpu_names, open_cpu)}
+_OPENERS = {
+    CUDA.name: _Opener(cuda_names, open_cuda),
+    CPU.name: _Opener(cpu_names, open_cpu),
+    PROCESS.name: _Opener(process_names, open_processes),
+}
 """Kind -> how it is opened. "auto" is all kinds in this order, which scheduling prefers among equals."""
 
 

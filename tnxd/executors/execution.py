@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.frames import Array
+from tnxd.lanes import Teams
 from tnxd.models.model import Item, Model
 
 PURE = "pure"
@@ -35,6 +36,7 @@ class Execution:
         items: inputs per request, in the order of the model's signature, None for those that did not come, the same
             in all items. rows: their lengths along axis 0.
         group: lengths of the variable axes, the same for all items.
+        threads: that work on it, on a CPU.
         outcomes: per request, filled by the executor.
         started_ns, finished_ns: of the monotonic clock (`time.perf_counter_ns`), in nanoseconds.
         gather_us, h2d_us, compute_us, d2h_us: stages in microseconds; they sum to finished - started.
@@ -52,6 +54,7 @@ class Execution:
     items: Sequence[Item]
     rows: Sequence[int]
     group: tuple[int, ...]
+    threads: int = 1
     outcomes: list[Outcome] = field(default_factory=list)
     started_ns: int = 0
     finished_ns: int = 0
@@ -74,6 +77,8 @@ class LoadReport(NamedTuple):
         costs: (rows, microseconds) of the warm-up's batches, for the cost model; (tokens, microseconds) where requests
             of different lengths share batches.
         padded: (rows, length, microseconds) of the same batches where they are padded.
+        widths: (rows, microseconds on one core, microseconds with a team) of batches that were run both ways.
+        threads: that each batch must have, by the model's own wish or since it answers otherwise with more; 0: any.
         nbytes: bytes of the weights and buffers on the device.
         warmed: whether the model could be run at all.
         batches: whether axis 0 was found to count rows. joins: whether requests of different lengths may share a batch.
@@ -100,6 +105,8 @@ class LoadReport(NamedTuple):
     safe_rows: int = 0
     most_rows: int = 0
     examples: tuple[tuple[int, ...], ...] = ()
+    widths: tuple[tuple[int, float, float], ...] = ()
+    threads: int = 0
     notes: tuple[str, ...] = ()
     joins: bool = False
     padded: Sequence[tuple[int, int, float]] = ()
@@ -110,7 +117,7 @@ class Executor(Protocol):
 
     Attributes:
         name: of the device, as torch has it. kind: key of `tnxd.device_kinds.KINDS`. description: for an operator.
-        lanes: how many batches at a time. lane_threads: threads that work on one batch of a lane.
+        lanes: how many batches at a time. teams: of threads, for batches that run wide.
         runs_inline: whether `run_inline` may be called.
     """
 
@@ -118,7 +125,7 @@ class Executor(Protocol):
     kind: str
     description: str
     lanes: int
-    lane_threads: int
+    teams: Teams
     runs_inline: bool
 
     def load(self, model: Model) -> LoadReport:

@@ -21,8 +21,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from tnxctl.protocol.wire import MIB
+from tnxd.lanes import NO_TEAMS, Teams
 
 _PROC = Path("/proc")
+
+# Threads of one batch: where cores are more, several batches at a time can be wide.
+_LARGEST_TEAM = 8
 
 _MEMINFO = re.compile(r"^(MemAvailable|MemTotal):\s*(\d+) kB", re.M)
 _INACTIVE = re.compile(r"^((?:total_)?inactive_file) (\d+)", re.M)
@@ -44,26 +48,29 @@ def available_cores(proc: Path = _PROC) -> int:
 
     A quota is rounded up, as the JVM and Go 1.25 do: with 2.5 cores three threads are throttled for a sixth of the
     time, two would leave a fifth of what is allowed unused. Go takes no less than 2; here one core is one core, since
-    `choose_threads` makes a lane beside the serving thread in any case.
+    the serving thread sleeps while a lane works.
     """
     quota = min((_cpu_quota(group) for group in _groups("cpu", proc)), default=math.inf)
     cores = _affinity()
     return max(math.ceil(min(quota, cores)), 1)
 
 
-def choose_threads(cores: int, workers: int = 0, threads: int = 0) -> tuple[int, int]:
-    """Number of workers and of torch threads in each, so that together they fill the cores but one.
+def plan_lanes(cores: int, workers: int = 0, threads: int = 0) -> tuple[int, Teams]:
+    """Number of lanes, each of one thread, and the teams of threads that some of them have beside.
 
-    One core is left to the thread that serves the socket. Up to four threads work on one batch: beyond that small
-    models gain little, and several batches at a time hide each other's serial parts. A number that is given (not 0)
-    stays.
+    As many lanes as cores: the thread that serves the socket works little beside a model that takes long, and one that
+    does not runs on that thread itself. Up to eight threads work on one batch, since more gain little; on more cores
+    several lanes have a team, of four to eight, and all teams together no more threads than there are cores.
+
+    Args:
+        workers, threads: most lanes, and most threads of one batch; 0: as many as the cores are for.
     """
-    spare = max(cores - 1, 1)
-    if not threads:
-        threads = max(spare // workers, 1) if workers else max(min(4, spare // 2), 1)
-    if not workers:
-        workers = max(spare // threads, 1)
-    return workers, threads
+    lanes = workers or cores
+    groups = -(-cores // _LARGEST_TEAM)
+    team = min(threads or cores // groups, cores)
+    if team < 2:
+        return lanes, NO_TEAMS
+    return lanes, Teams(min(cores // team, lanes), team, cores)
 
 
 def _affinity() -> int:

@@ -26,14 +26,23 @@ _NICEST = 19
 
 
 class _Job:
-    """A function that a lane's thread is to call with its runner. Attributes: done: its result, or what it raised."""
+    """A function that a lane's thread is to call with its runner.
+
+    Attributes:
+        done: its result, or what it raised. begun: set when its turn has come. withdrawn: nobody waits for it.
+    """
 
     def __init__(self, function: Callable[[Runner], Any]) -> None:
         self._function = function
         self.done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self.begun = threading.Event()
+        self.withdrawn = False
 
     def run(self, runner: Runner, broken: str) -> None:
+        self.begun.set()
         try:
+            if self.withdrawn:
+                return
             if broken:
                 raise Unavailable(broken)
             self.done.put((self._function(runner), None))
@@ -53,43 +62,56 @@ class Lane:
     Args:
         name: of the thread.
         on_done: called on the thread with every execution that is over.
-        yields: whether the operating system is to let the thread run last, where it can.
+        yields: whether the operating system is to let the thread run last, where it can. idles: whether it is to let
+            the thread, and the team that comes with it, run only where nothing else wants a core (SCHED_IDLE).
 
     Attributes:
         runner: used by the thread alone, but for its `calls`.
         submit: hands an execution over; any thread may call it.
     """
 
-    def __init__(self, name: str, runner: Runner, on_done: OnDone, *, yields: bool = False) -> None:
+    def __init__(
+        self, name: str, runner: Runner, on_done: OnDone, *, yields: bool = False, idles: bool = False
+    ) -> None:
         self.runner = runner
         self._inbox: _Inbox = queue.SimpleQueue()
         self.submit: Callable[[Execution], None] = self._inbox.put
         # Daemon threads: a model that hangs must not keep the process from ending.
-        threading.Thread(target=_work, args=(runner, self._inbox, on_done, yields), name=name, daemon=True).start()
+        arguments = (runner, self._inbox, on_done, yields, idles)
+        threading.Thread(target=_work, args=arguments, name=name, daemon=True).start()
 
     def forget(self, key: str) -> None:
         """Have the thread free what its runner keeps for the next batch of the model of that key."""
         self._inbox.put(key)
 
-    def call(self, function: Callable[[Runner], T]) -> T:
+    def call(self, function: Callable[[Runner], T], within_s: float | None = None) -> T:
         """Have the thread call a function with its runner, and wait for the result.
 
+        Args:
+            within_s: how long to wait for the lane's turn; None: as long as it takes.
+
         Raises:
-            Unavailable: the lane is broken.
+            Unavailable: the lane is broken, or was busy for so long.
             BaseException: whatever the function raised.
         """
         job = _Job(function)
         self._inbox.put(job)
+        if not job.begun.wait(within_s):
+            job.withdrawn = True
+            raise Unavailable(f"the lane has been busy for {within_s:g} s")
         result, error = job.done.get()
         if error is not None:
             raise error
         return result  # type: ignore[no-any-return]
 
 
-def _work(runner: Runner, inbox: _Inbox, on_done: OnDone, yields: bool) -> None:
+def _work(runner: Runner, inbox: _Inbox, on_done: OnDone, yields: bool, idles: bool) -> None:
     if yields:
         with contextlib.suppress(OSError, AttributeError):  # where threads have no priorities of their own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
+    if idles:
+        with contextlib.suppress(OSError, AttributeError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     broken = ""
     try:
         runner.enter_thread()

@@ -55,13 +55,15 @@ class Optimizer:
         seconds: that it may take for a model, in all; 0: nothing is tried.
         load_seconds: that a load may take with all that belongs to it.
         cache: directory for what was compiled; None: nothing is kept.
+        threads: of a team that batches may have on the device; 1: there are none.
     """
 
-    def __init__(self, kind: str, seconds: float, load_seconds: float, cache: Path | None) -> None:
+    def __init__(self, kind: str, seconds: float, load_seconds: float, cache: Path | None, threads: int = 1) -> None:
         self._kind = kind
         self._seconds = seconds
         self._load_seconds = load_seconds
         self._cache = cache
+        self._threads = threads
 
     def is_worth_it(self, verdict: Verdict, warmed: Warmed) -> bool:
         """Whether variants of a module are to be tried, which has been warmed up."""
@@ -118,7 +120,7 @@ class Optimizer:
 
     def _made(self, variant: Variant, build: Build, device: torch.device, seconds: float) -> torch.nn.Module:
         with settings_restored("making a variant of it"), torch.no_grad():
-            module = variant.make(build, Workshop(device, self._cache, seconds))
+            module = variant.make(build, Workshop(device, self._cache, seconds, self._threads))
         return module.requires_grad_(False).eval()
 
 
@@ -151,7 +153,7 @@ def notes(attempts: Sequence[Attempt], taken: Attempt | None) -> tuple[str, ...]
     return (f"{first}; tried were {'; '.join(map(str, attempts))}",)
 
 
-def optimizer_for(kind: str, config: Config) -> Optimizer:
-    """The optimizer of a device of a kind."""
+def optimizer_for(kind: str, config: Config, threads: int = 1) -> Optimizer:
+    """The optimizer of a device of a kind. Args: threads: see `Optimizer`."""
     cache = artifacts.directory(config.cache_directory)
-    return Optimizer(kind, config.optimize_s, config.load_timeout_s, cache)
+    return Optimizer(kind, config.optimize_s, config.load_timeout_s, cache, threads)

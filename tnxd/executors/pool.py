@@ -8,10 +8,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
-from tnxd.error_text import sentence
+from tnxctl.protocol.errors import TensorNextError, Unavailable
+from tnxd.error_text import first_line, sentence
 from tnxd.executors.execution import SHARED, Execution, LoadReport
 from tnxd.executors.lane import Lane, OnDone
 from tnxd.executors.optimizer import Attempt, Optimizer
@@ -28,11 +30,15 @@ from tnxd.executors.trial.state import same_chance, stateful
 from tnxd.executors.trial.trial import try_out
 from tnxd.executors.trial.verdict import Verdict, without_rows
 from tnxd.executors.trial.warmup import Warmed, run_example, warm_up
-from tnxd.lanes import BACKGROUND
+from tnxd.executors.trial.widths import Widths, measure_widths, wide_costs
+from tnxd.lanes import BACKGROUND, NO_TEAMS, Teams
 from tnxd.models.model import Model
 from tnxd.models.process_state.restoration import settings_restored
 
 log = logging.getLogger(__name__)
+
+# So long a model that is being loaded waits for a lane that serves, to be tried there on several cores.
+_TURN_S = 5.0
 
 
 def _as_it_is(module: torch.nn.Module) -> torch.nn.Module:
@@ -47,7 +53,8 @@ class LanePool:
         make_runner: makes the runner of a lane; two more lanes warm models up and run what nobody waits for.
         lanes: how many batches run at a time.
         inline: a runner for the caller's thread; None: the device does not allow that.
-        lane_threads: threads that work on one batch of a lane.
+        teams: of threads, for batches that run wide.
+        scheduling: "idle": threads run only where nothing else wants a core; "normal": as others do.
         place: puts a freshly built module on the device. arrange: orders its weights in memory for the device.
         memory_mb: free and total memory of the device in MiB, without blocking.
         give_back: returns unused memory to the system; may block.
@@ -64,7 +71,8 @@ class LanePool:
         make_runner: Callable[[], Runner],
         lanes: int,
         inline: Runner | None,
-        lane_threads: int = 1,
+        teams: Teams = NO_TEAMS,
+        scheduling: str = "normal",
         place: Callable[[torch.nn.Module], torch.nn.Module] = _as_it_is,
         arrange: Callable[[torch.nn.Module], torch.nn.Module] = _as_it_is,
         memory_mb: Callable[[], tuple[float, float]],
@@ -76,7 +84,7 @@ class LanePool:
         self.kind = kind
         self.description = description
         self.lanes = lanes
-        self.lane_threads = lane_threads
+        self.teams = teams
         self.runs_inline = inline is not None
         self.memory_mb = memory_mb
         self._make_runner = make_runner
@@ -89,6 +97,7 @@ class LanePool:
         self._give_back = give_back
         self._optimizer = optimizer
         self._on_done = on_done
+        self._idles = scheduling == "idle"
         self._lanes = [self._start_lane(str(lane)) for lane in range(lanes)]
         self._warm_up = self._start_lane("warm-up"), threading.Lock()
         self._background = self._start_lane("background", yields=True)
@@ -99,7 +108,7 @@ class LanePool:
         self._runners.append(runner)
         for key, call in list(self._calls.items()):
             runner.calls[key] = call()
-        return Lane(f"{self.name}/{label}", runner, self._on_done, yields=yields)
+        return Lane(f"{self.name}/{label}", runner, self._on_done, yields=yields, idles=self._idles)
 
     def load(self, model: Model) -> LoadReport:
         began = time.monotonic()
@@ -140,11 +149,15 @@ class LanePool:
                     if again is not verdict:  # what runs now is another program
                         verdict = again
                         warmed = lane.call(lambda runner: self._grow(runner, verdict))
+                widths = self._widths(verdict, warmed)
         except BaseException:
             self.unload(model.key)
             raise
+        threads = 1 if widths.apart else min(model.threads, self.teams.threads)
+        if widths.apart:
+            notes.append(f"on one core only: on one and on {self.teams.threads}, {widths.apart}")
         return LoadReport(
-            warmed.costs,
+            wide_costs(warmed.costs, widths.costs) if threads > 1 else warmed.costs,
             nbytes,
             warmed=verdict.make is not None or verdict.kind == SHARED,
             batches=bool(verdict.model.max_batch_size),
@@ -155,6 +168,8 @@ class LanePool:
             safe_rows=warmed.safe_rows,
             most_rows=warmed.most_rows,
             examples=verdict.model.examples if verdict.model.examples != model.examples else (),
+            widths=widths.costs,
+            threads=threads,
             notes=(*dict.fromkeys(notes), *verdict.notes),
             joins=verdict.model.joins,
             padded=warmed.padded,
@@ -305,6 +320,21 @@ class LanePool:
             self._examples[verdict.model.key] = verdict.model, verdict.make(1, 0)
         return warmed
 
+    def _widths(self, verdict: Verdict, warmed: Warmed) -> Widths:
+        """Measure what wide batches gain, on a lane that may run them; nothing where none may, or none is free."""
+        model, make, threads = verdict.model, verdict.make, self.teams.threads
+        if not self.teams.lanes or make is None or model.threads == 1:
+            return Widths()
+        allowed = None if verdict.state.random else verdict.tolerance
+        call = partial(self._lanes[0].call, within_s=_TURN_S)
+        try:
+            return measure_widths(call, model, make, warmed.costs, min(model.threads or threads, threads), allowed)
+        except Unavailable as error:  # what serves hangs there: batches that run will tell
+            log.warning("%s on %s: not tried on several cores: %s", model.key, self.name, error)
+            return Widths()
+        except TensorNextError as error:
+            return Widths(apart=f"it does not fail, and fails: {first_line(error)}")
+
     def _install(self, key: str, call: Callable[[], Call]) -> None:
         """Give every lane its call for a model."""
         self._calls[key] = call
@@ -327,7 +357,9 @@ class LanePool:
     def touch(self, model: Model) -> None:
         if model.key in self._examples:
             served, item = self._examples[model.key]
-            for lane in self._lanes:
+            for number, lane in enumerate(self._lanes):
+                if number < self.teams.lanes and model.threads != 1:
+                    lane.call(lambda runner: run_example(runner, served, item, self.teams.threads))
                 lane.call(lambda runner: run_example(runner, served, item))
 
     def unload(self, key: str) -> None:

@@ -24,6 +24,7 @@ from tnxd.executors.host import Peak
 from tnxd.executors.padding import pad, split_ragged, units
 from tnxd.executors.trial.copies import Call
 from tnxd.models.model import Item, Model
+from tnxd.models.python.failures import ProcessError
 from tnxd.models.tensors import empty_outputs
 
 log = logging.getLogger(__name__)
@@ -123,10 +124,11 @@ class Runner(ABC):
                 execution.fatal = first_line(error)
             exhausted = self.is_exhausted(error)
             why = first_line(error)
-            if stop - start == 1 or execution.fatal or exhausted:  # else its halves have more to say
+            whole = stop - start == 1 or bool(execution.fatal) or isinstance(error, ProcessError)
+            if whole or exhausted:  # else its halves have more to say
                 failure = self._failure(execution, error)
         # Out of the except block: the traceback no longer holds the failed batch's tensors while the halves run.
-        if stop - start == 1 or execution.fatal:
+        if whole:
             return [failure] * (stop - start)
         if exhausted:
             self.free_memory()

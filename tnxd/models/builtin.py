@@ -66,6 +66,7 @@ class BuiltinSource:
     format: str = "built-in"
     stamp: str = ""
     nbytes: int = 0
+    steps: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tnxd.models.model import Model
@@ -14,9 +14,10 @@ class Source(Protocol):
 
     Attributes:
         name, version: what it will be called.
-        format: "built-in", "pt2", "safetensors", "torchscript" or "onnx".
+        format: "built-in", "pt2", "safetensors", "torchscript", "onnx" or "pipeline".
         stamp: equal as long as nothing has changed that a load would read.
         nbytes: of its weights, as far as known before loading them; 0 if unknown.
+        steps: of a pipeline, NAME or NAME@VERSION of each step's model; else empty.
     """
 
     @property
@@ -29,6 +30,8 @@ class Source(Protocol):
     def stamp(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def steps(self) -> tuple[str, ...]: ...
 
     def open(self, generation: int) -> Model:
         """Open a version: read as much as its signature takes. Slow, and may run the model's own code.
@@ -66,3 +69,50 @@ class Catalog:
 
     entries: Mapping[str, Entry]
     failures: Mapping[str, str] = field(default_factory=dict)
+
+
+def with_steps(catalog: Catalog) -> Catalog:
+    """The catalog whose pipelines find their steps: they stand behind these, and versions that they name are wanted.
+
+    A version that only a pipeline wants gets none of its name's traffic: where it is the newest, the newest of the
+    others is given all.
+    """
+    named: dict[str, set[str]] = {}
+    for entry in catalog.entries.values():
+        for title in [title for number in entry.wanted for title in entry.sources[number].steps]:
+            name, _, number = title.partition("@")
+            named.setdefault(name, set()).add(number)
+    entries = {name: _with_versions(entry, named.get(name, set())) for name, entry in catalog.entries.items()}
+    return replace(catalog, entries=dict(sorted(entries.items(), key=lambda item: has_steps(item[1]))))
+
+
+def has_steps(entry: Entry) -> bool:
+    """Whether a version that is wanted is a pipeline."""
+    return any(entry.sources[number].steps for number in entry.wanted)
+
+
+def _with_versions(entry: Entry, named: set[str]) -> Entry:
+    wanted = tuple(number for number in entry.sources if number in named or number in entry.wanted)
+    weights = entry.weights
+    answering = [number for number in entry.wanted if number != entry.shadow] or list(entry.wanted)
+    if not weights and answering and wanted[-1] not in entry.wanted:
+        weights = {answering[-1]: 1.0}
+    return replace(entry, wanted=wanted, weights=weights)
+
+
+def missing_steps(catalog: Catalog) -> dict[str, str]:
+    """What is wrong with the models that pipelines name, by NAME@VERSION of the pipeline: those that there are not."""
+    missing: dict[str, str] = {}
+    for entry in catalog.entries.values():
+        for source in entry.sources.values():
+            for index, title in enumerate(source.steps):
+                name, _, number = title.partition("@")
+                known = catalog.entries.get(name)
+                if title in catalog.failures or name in catalog.failures:
+                    continue  # told there
+                if known is None or (number and number not in known.sources):
+                    there = ", ".join(catalog.entries if known is None else known.sources)
+                    what = f"no model {name!r}" if known is None else f"no version {number} of {name!r}"
+                    where = f"{entry.name}/{source.version}/pipeline.toml: steps[{index}].model"
+                    missing[f"{entry.name}@{source.version}"] = f"{where}: there is {what}, only {there}"
+    return missing

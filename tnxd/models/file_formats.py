@@ -18,6 +18,7 @@ class FileFormat:
         name: as `tnxctl models` shows it.
         file: name of the file with the model.
         index: name of the file that lists several files where the model is in them; "": it is in one.
+        has_modules: whether Python modules belong to it.
         needs_factory: whether the file has weights alone, and a function in Python makes the network.
         has_signature: whether the file says inputs and outputs. Else model.toml has to.
         fixes_dtype: whether the model runs in no other datatypes than those that it was saved with.
@@ -28,6 +29,7 @@ class FileFormat:
     name: str
     file: str
     index: str = ""
+    has_modules: bool = False
     needs_factory: bool = False
     has_signature: bool = False
     fixes_dtype: bool = False
@@ -42,12 +44,21 @@ class FileFormat:
 
 PT2 = FileFormat("pt2", "model.pt2", has_signature=True, fixes_dtype=True, compiles=True)
 SAFETENSORS = FileFormat(
-    "safetensors", "model.safetensors", index="model.safetensors.index.json", needs_factory=True, compiles=True
+    "safetensors",
+    "model.safetensors",
+    index="model.safetensors.index.json",
+    has_modules=True,
+    needs_factory=True,
+    compiles=True,
 )
 TORCHSCRIPT = FileFormat("torchscript", "model.pt")
 ONNX = FileFormat("onnx", "model.onnx", has_signature=True, fixes_dtype=True, kinds=(CPU.name,))
+PIPELINE = FileFormat("pipeline", "pipeline.toml", has_signature=True, fixes_dtype=True)
+"""Steps that are models themselves, see `tnxd.models.pipelines`."""
 
-FORMATS = {each.name: each for each in (PT2, SAFETENSORS, TORCHSCRIPT, ONNX)}
+PYTHON = FileFormat("python", "model.py", has_modules=True, fixes_dtype=True)
+
+FORMATS = {each.name: each for each in (PT2, SAFETENSORS, TORCHSCRIPT, ONNX, PIPELINE, PYTHON)}
 """All formats, by name."""
 
 FILES = {file: each for each in FORMATS.values() for file in each.files}

@@ -12,13 +12,16 @@ import numpy as np
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 from tnxctl.protocol.frames import STORAGE, Array, python_name
-from tnxctl.protocol.wire import DEFAULT_PRIORITY, TensorSpec, excerpt
-from tnxd.device_kinds import kind_of
+from tnxctl.protocol.strings import nbytes_of, not_text
+from tnxctl.protocol.wire import BYTES, DEFAULT_PRIORITY, TensorSpec, excerpt
+from tnxd.device_kinds import PROCESS, kind_of
 from tnxd.models.ragged import Ragged
 from tnxd.models.variants import AUTO, Variant
 
 if TYPE_CHECKING:
     import torch
+
+    from tnxd.models.python.processes import Restarts
 
 
 Item = tuple[Array | None, ...]
@@ -66,6 +69,7 @@ class Model:
         devices: names of the devices that it may be put on, or kinds ("cuda"); empty: all.
         replicas: how many batches of it a device may run at a time; 0: as many as the device has lanes. They share one
             copy of the weights.
+        threads: that work on each batch on a CPU; 0: chosen for each batch.
         max_delay_us: how long a batch smaller than the limit waits for company; None: as the daemon is configured.
         time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
         deadline_us, priority: of requests that say nothing about it.
@@ -80,14 +84,19 @@ class Model:
             in all of them, at least one. Inputs that nothing is known about are not in it. They must not be written to.
         writes: names of what its module holds (buffers, parameters, constants, attributes) and may write to in a
             forward, as far as its graph tells; a module of plain Python tells nothing.
-        state: "shared": what the module keeps from one request to the next is meant for all of them.
+        state: "shared": what the module keeps from one request to the next is meant for all of them. "random": its
+            answers are drawn at random, whatever generators the trial sees.
         audit: share of its batches that are computed again in idle time.
         batching_asked: whether model.toml itself says that axis 0 counts rows; else it was derived.
+        isolation: "none": it may run on the serving thread; "thread": only on lanes; "process": in processes.
+        restarts: of the processes; None: it has none.
         ragged: axes whose lengths differ from request to request; None: it has none, or only equal ones share a batch.
         variants: of its module, that may be faster. optimize: the one that is wanted, or AUTO, or NONE.
         reference: makes the module in the datatype of its weights, where model.toml has another one run.
+        text: names of the BYTES inputs that have to be UTF-8; others may hold any bytes.
         reply_row_nbytes: bytes of the outputs for each row, or of an answer if it has no batch axis; 0: not known
-            before they are computed.
+            before they are computed, as of strings.
+        takes_strings, returns_strings: whether an input, or an output, is BYTES.
         arguments: tensors that the module is called with: the inputs, but for a packed model.
         max_units: most of what scheduling counts in one batch, see `BoundInputs.units`; 0: no batches.
     """
@@ -101,6 +110,7 @@ class Model:
     format: str = "built-in"
     devices: tuple[str, ...] = ()
     replicas: int = 0
+    threads: int = 0
     max_delay_us: float | None = None
     time_limit_s: float | None = None
     deadline_us: float | None = None
@@ -112,21 +122,28 @@ class Model:
     optional: Mapping[str, Array | None] = field(default_factory=dict, compare=False)
     example_values: Mapping[str, Array] = field(default_factory=dict, repr=False, compare=False)
     writes: tuple[str, ...] = ()
-    state: Literal["", "shared"] = ""
+    state: Literal["", "shared", "random"] = ""
     audit: float = DEFAULT_AUDIT
     batching_asked: bool = False
+    isolation: Literal["none", "thread", "process"] = "none"
+    restarts: Restarts | None = field(default=None, compare=False)
     ragged: Ragged | None = None
     variants: tuple[Variant, ...] = field(default=(), repr=False, compare=False)
     optimize: str = AUTO
     reference: Callable[[], torch.nn.Module] | None = field(default=None, repr=False, compare=False)
+    text: tuple[str, ...] = ()
     key: str = field(init=False)
     reply_row_nbytes: int = field(init=False, repr=False, compare=False)
+    takes_strings: bool = field(init=False, repr=False, compare=False)
+    returns_strings: bool = field(init=False, repr=False, compare=False)
     arguments: tuple[TensorSpec, ...] = field(init=False, repr=False, compare=False)
     max_units: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", model_key(self.name, self.version, self.generation))
         object.__setattr__(self, "reply_row_nbytes", row_nbytes(self.outputs, bool(self.max_batch_size)))
+        object.__setattr__(self, "takes_strings", any(spec.datatype == BYTES for spec in self.inputs))
+        object.__setattr__(self, "returns_strings", any(spec.datatype == BYTES for spec in self.outputs))
         arguments = self.inputs if self.ragged is None else self.ragged.arguments(self.inputs)
         object.__setattr__(self, "arguments", arguments)
         most = self.max_batch_size if self.ragged is None or not self.ragged.joins else self.ragged.max_tokens
@@ -175,6 +192,8 @@ class Model:
 
     def may_use(self, device: str) -> bool:
         """Whether it may be put on the device of that name."""
+        if kind_of(device) == PROCESS.name or self.isolation == PROCESS.name:
+            return kind_of(device) == self.isolation
         return not self.devices or device in self.devices or kind_of(device) in self.devices
 
     def bind(self, specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> BoundInputs:
@@ -244,7 +263,11 @@ class Model:
         return tuple(shape)
 
     def _bound(self, ordered: Item, rows: int | None, lengths: tuple[int, ...]) -> BoundInputs:
-        nbytes = sum([array.nbytes for array in ordered if array is not None])
+        if self.takes_strings:
+            self._check_text(ordered)
+            nbytes = sum([nbytes_of(array) for array in ordered if array is not None])
+        else:
+            nbytes = sum([array.nbytes for array in ordered if array is not None])
         length = self.ragged.length(self.inputs, ordered, self.name) if self.ragged is not None else 0
         if rows is None:
             return BoundInputs(ordered, 1, lengths, nbytes, 1)
@@ -259,6 +282,13 @@ class Model:
             return BoundInputs(ordered, rows, group, nbytes, int(self.ragged.lengths(ordered, self.name).sum()))
         length = max(length, 1)
         return BoundInputs(ordered, rows, group, nbytes, rows * length, length)
+
+    def _check_text(self, ordered: Item) -> None:
+        for expected, array in zip(self.inputs, ordered, strict=True):
+            if array is not None and expected.name in self.text:
+                fault = not_text(array)
+                if fault:
+                    raise self._misfit(expected, f"takes text: {fault}")
 
     def _positions(self, specs: Sequence[TensorSpec]) -> dict[str, int]:
         positions = {spec.name: position for position, spec in enumerate(specs)}
@@ -286,6 +316,8 @@ class Model:
         """Check one tensor; return the rows it fixes and the lengths of its other variable axes."""
         if got.datatype != expected.datatype:
             hint = f"with numpy, .astype({python_name(expected.datatype)}) converts it"
+            if BYTES in (got.datatype, expected.datatype):
+                hint = "BYTES are strings, the other datatypes numbers"
             raise self._misfit(expected, f"takes {expected.datatype}, got {got.datatype}: {hint}")
         shape, wanted = got.shape, expected.shape
         if len(shape) != len(wanted):
@@ -347,8 +379,8 @@ def model_key(name: str, version: str, generation: int) -> str:
 
 
 def row_nbytes(specs: Sequence[TensorSpec], batches: bool) -> int:
-    """Bytes of all these tensors for one row, or in all if axis 0 counts none; 0 if other axes have any length."""
+    """Bytes of all these tensors for one row, or in all if axis 0 counts none; 0 if other axes or strings vary."""
     shapes = [spec.shape[1:] if batches else spec.shape for spec in specs]
-    if any(-1 in shape for shape in shapes):
+    if any(-1 in shape for shape in shapes) or any(spec.datatype == BYTES for spec in specs):
         return 0
     return sum(math.prod(shape) * STORAGE[spec.datatype].itemsize for shape, spec in zip(shapes, specs, strict=True))

@@ -7,6 +7,8 @@ REPOSITORY/NAME/VERSION/            a positive number; in it exactly one of
     model.safetensors.index.json
     model.pt                        TorchScript
     model.onnx
+    pipeline.toml                   steps that are models themselves, see tnxd.models.pipelines
+    model.py                        a class in Python; beside one of the others, it is that one's code
 """
 
 from __future__ import annotations
@@ -17,19 +19,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
 from tnxctl.protocol.wire import MODEL_NAME, MODEL_VERSION
-from tnxd.device_kinds import kind_of
-from tnxd.models import onnxfile
+from tnxd.device_kinds import PROCESS, kind_of
+from tnxd.models import onnxfile, pipelines
 from tnxd.models import settings as model_toml
 from tnxd.models.catalog import Catalog, Entry, Source
-from tnxd.models.file_formats import FILES, FORMATS, ONNX, SAFETENSORS, FileFormat
+from tnxd.models.file_formats import FILES, FORMATS, ONNX, PIPELINE, PYTHON, SAFETENSORS, FileFormat
 from tnxd.models.model import Model
 from tnxd.models.settings import Settings, Weights
+from tnxd.models.time_limits import TimeLimits
 from tnxd.models.trust import Guard, contents, hidden, identity
 from tnxd.models.variants import AUTO, NONE
 
+_OF_A_PIPELINE = ("versions", "deadline_us", "priority", "traffic")
+"""Keys of model.toml that say something about a pipeline; the others are about what runs a forward."""
+
 SETTINGS = "model.toml"
+
+CODE = PYTHON.file
+"""The model, if there is none beside it. Else it is code that belongs to that one, which its factory may name."""
 
 _SHARD = ".safetensors"
 _GONE = "a link that leads nowhere, or a file that went away: reload"
@@ -41,8 +52,10 @@ class RepositorySource:
 
     Attributes:
         directory: of the version. settings: of the model. guard: whom the repository trusts.
+        steps: NAME or NAME@VERSION of each step of a pipeline.
         require_manifest: whether a version without SHA256SUMS is refused.
         opener: reads it for `open`; None: nothing of this repository is to be opened.
+        limits: of the daemon.
     """
 
     name: str
@@ -55,6 +68,8 @@ class RepositorySource:
     guard: Guard = field(repr=False)
     require_manifest: bool = field(repr=False)
     opener: Opener | None = field(repr=False, compare=False)
+    limits: TimeLimits = field(default=TimeLimits(), repr=False, compare=False)
+    steps: tuple[str, ...] = ()
 
     def open(self, generation: int) -> Model:
         assert self.opener is not None
@@ -74,12 +89,19 @@ for the processes that compile them.
 """
 
 
-def scan(root: Path, opener: Opener | None = None, *, require_manifest: bool = False) -> Catalog:
+def scan(
+    root: Path,
+    opener: Opener | None = None,
+    *,
+    require_manifest: bool = False,
+    limits: TimeLimits = TimeLimits(),  # noqa: B008 - it is frozen
+) -> Catalog:
     """Scan a repository. Mistakes in one model are reported and do not hide the others.
 
     Args:
         opener: opens the sources; None: they cannot be opened.
         require_manifest: refuse versions without SHA256SUMS.
+        limits: of the daemon.
 
     Raises:
         InvalidArgument: there is no such directory.
@@ -94,7 +116,7 @@ def scan(root: Path, opener: Opener | None = None, *, require_manifest: bool = F
     failures: dict[str, str] = {}
     for directory in directories:
         try:
-            entry, problems = _inspect(directory, guard, opener, require_manifest)
+            entry, problems = _inspect(directory, _Scan(guard, opener, require_manifest, limits))
             entries[entry.name] = entry
             failures.update(problems)
         except _Unservable as error:
@@ -117,10 +139,19 @@ class _Unservable(Exception):
         self.failures = failures
 
 
-def _inspect(
-    directory: Path, guard: Guard, opener: Opener | None, require_manifest: bool
-) -> tuple[Entry, dict[str, str]]:
+@dataclass(frozen=True)
+class _Scan:
+    """What all sources of a repository have in common. Attributes: as in `RepositorySource`."""
+
+    guard: Guard
+    opener: Opener | None
+    require_manifest: bool
+    limits: TimeLimits
+
+
+def _inspect(directory: Path, scan: _Scan) -> tuple[Entry, dict[str, str]]:
     """The entry of one model, and the mistakes in some of its versions."""
+    guard = scan.guard
     name = directory.name
     if not MODEL_NAME.fullmatch(name):
         raise InvalidArgument(
@@ -138,7 +169,7 @@ def _inspect(
     for number, place in _versions(directory, failures):
         title = f"{name}@{number}"
         try:
-            sources[number] = _source(name, number, place, settings, guard, opener, require_manifest)
+            sources[number] = _source(name, number, place, settings, scan)
         except TensorNextError as error:
             failures[title] = error.message
         except FileNotFoundError:
@@ -169,36 +200,47 @@ def _versions(directory: Path, failures: dict[str, str]) -> list[tuple[str, Path
     return sorted(versions, key=lambda version: int(version[0]))
 
 
-def _source(
-    name: str,
-    number: str,
-    place: Path,
-    settings: Settings,
-    guard: Guard,
-    opener: Opener | None,
-    require_manifest: bool,
-) -> RepositorySource:
+def _source(name: str, number: str, place: Path, settings: Settings, scan: _Scan) -> RepositorySource:
+    guard, require_manifest = scan.guard, scan.require_manifest
     label = guard.label(place)
     inside = guard.resolve(place)
     present = [file for file in FILES if os.path.lexists(inside / file)]
+    if len(present) > 1 and present[-1] == CODE:
+        present.pop()  # that of the other one
     if len(present) != 1:
         found = " and ".join(present) if present else "none"
         raise InvalidArgument(f"{label}: exactly one of {', '.join(FILES)} has to be there, and {found} is")
     file, kind = present[0], FILES[present[0]]
-    _, _, files = contents(guard, place, require_manifest=require_manifest, modules=kind.needs_factory)
+    _, _, files = contents(guard, place, require_manifest=require_manifest, modules=kind.has_modules)
     if inside / file not in files:
         raise InvalidArgument(f"{label}/{file} is not a file")
     _check_combination(kind, f"{label}/{file}", settings, f"{name}/{SETTINGS}")
+    steps: tuple[str, ...] = ()
     nbytes = onnxfile.size(inside / file) if kind is ONNX else files[inside / file].st_size
+    if kind is PIPELINE:
+        steps = pipelines.load(guard.resolve(inside / file), f"{label}/{file}").models
+        nbytes = 0  # it has no weights
+    if kind is PYTHON:
+        nbytes = sum(info.st_size for path, info in files.items() if path.is_relative_to(inside))
     if file == kind.index:
         nbytes += sum(info.st_size for path, info in files.items() if path.suffix == _SHARD)
     state = [(str(path), *identity(info)) for path, info in sorted(files.items())]
     stamp = hashlib.sha256(settings.served + repr((state, require_manifest)).encode()).hexdigest()
-    return RepositorySource(name, number, kind.name, stamp, nbytes, place, settings, guard, require_manifest, opener)
+    return RepositorySource(
+        *(name, number, kind.name, stamp, nbytes, place, settings, guard, require_manifest),
+        *(scan.opener, scan.limits, steps),
+    )
 
 
 def _check_combination(kind: FileFormat, file: str, settings: Settings, label: str) -> None:
     """Refuse settings that a format cannot follow, and a lack of those that it needs."""
+    if kind is PIPELINE:
+        for key, value in msgspec.structs.asdict(settings).items():
+            if key not in _OF_A_PIPELINE and value != getattr(Settings(), key):
+                raise InvalidArgument(f"{label}: {key}: {file} has models for its steps, and theirs is what says that")
+        if settings.traffic.shadow:
+            raise InvalidArgument(f"{label}: traffic.shadow: {file} runs no batches to be copied; its steps' models do")
+        return
 
     def files(*kinds: FileFormat) -> str:
         return " and ".join([kind.file for kind in kinds])
@@ -216,7 +258,10 @@ def _check_combination(kind: FileFormat, file: str, settings: Settings, label: s
         others = files(*[each for each in formats if each.needs_factory])
         raise InvalidArgument(f"{label}: weights: {file} has a network of its own; they are for {others}")
     if kind.needs_factory and not settings.factory:
-        raise InvalidArgument(f'{label}: factory: "module:function" has to name what makes the network for {file}')
+        raise InvalidArgument(
+            f'{label}: factory: "module:function" has to name what makes the network for {file}; for a {CODE} that '
+            f"reads the weights itself, call them otherwise"
+        )
     if not kind.has_signature:
         for key, tensors in (("inputs", settings.inputs), ("outputs", settings.outputs)):
             if not tensors:
@@ -229,6 +274,21 @@ def _check_combination(kind: FileFormat, file: str, settings: Settings, label: s
     if kind.kinds and settings.devices and not any(kind_of(device) in kind.kinds for device in settings.devices):
         alone = " and ".join([name.upper() for name in kind.kinds])
         raise InvalidArgument(f"{label}: devices: {file} runs on the {alone} alone")
+    _check_isolation(kind, file, settings, label)
+
+
+def _check_isolation(kind: FileFormat, file: str, settings: Settings, label: str) -> None:
+    """The same for settings about where plain Python runs."""
+    if kind is PYTHON and settings.state == "shared" and settings.replicas > 1:
+        raise InvalidArgument(f'{label}: replicas: state = "shared" is kept in one object')
+    if settings.isolation == PROCESS.name:
+        if kind is not PYTHON:
+            raise InvalidArgument(f'{label}: isolation: "process" is for {CODE}, and the model is {file}')
+        for key, given in (("devices", settings.devices), ("imports", settings.imports)):
+            if given:
+                raise InvalidArgument(f'{label}: {key}: isolation = "process" has {file} run in a process of its own')
+    elif settings.memory_limit_mb:
+        raise InvalidArgument(f'{label}: memory_limit_mb: it is for isolation = "process"')
 
 
 def _entry(name: str, sources: Mapping[str, Source], settings: Settings, label: str, failures: dict[str, str]) -> Entry:

@@ -37,19 +37,20 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         datatype: a name of the Open Inference Protocol v2. shape: -1 is an axis of any length.
         example: of an input, a shape that fits, to warm up with; (): the lengths of the export, else 1.
-        values: of an input, what to warm up with: one number everywhere, nested lists of them, or random ones.
+        values: of an input, what to warm up with: one number everywhere, nested lists of them, or random ones; of BYTES
+            one string, or nested lists of strings.
         optional: of an input, whether a request may leave it out; None: if the network's `forward` has a default there.
-        default: of an input, the number that fills it then, which makes it optional; None: the network gets None, or
-            the default of its `forward`.
+        default: of an input, the number or string that fills it then, which makes it optional; None: the network gets
+            None, or the default of its `forward`.
     """
 
     name: _Name
     datatype: str
     shape: tuple[_Axis, ...]
     example: tuple[_Length, ...] = ()
-    values: bool | int | float | tuple[Any, ...] | Range | None = None
+    values: bool | int | float | str | tuple[Any, ...] | Range | None = None
     optional: bool | None = None
-    default: bool | int | float | None = None
+    default: bool | int | float | str | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -112,6 +113,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_batch_size: most rows in one batch; 0: no axis counts rows; None: derived from the signature.
         max_delay_us: how long a smaller batch waits for company, in microseconds; None: as the daemon is configured.
         devices: where it may run; (): everywhere. replicas: batches at a time per device; 0: one on every lane.
+        threads: that work on each batch on a CPU; 0: chosen for each batch.
         dtype: to run in; "": that of the weights.
         optimize: the variant of the network to run, where it gives the same answers; "auto": the fastest one, "none":
             the network as it is.
@@ -119,9 +121,15 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
         deadline_us, priority: of requests that say nothing about it.
         imports: modules to import before the model file is read.
-        state: "shared": what the module keeps from one request to the next is meant for all of them.
+        state: "shared": what the module keeps from one request to the next is meant for all of them. "random": its
+            answers are drawn at random.
         audit: share of the batches that are computed again in idle time, 0 to 1; None: 0.001.
         factory: "module:function" that makes the network for model.safetensors.
+        isolation: what a batch that hangs or crashes takes with it: "none", the daemon, since it may run on the serving
+            thread; "thread": a lane's thread, or, where it crashes, the daemon; "process": one of the processes that
+            run the model. "": "thread" for model.py, else "none".
+        memory_limit_mb: memory that such a process may take, in MiB; 0: any.
+        config: for model.py to read.
         weights: how the keys of model.safetensors are those of the network.
         inputs, outputs: the signature; (): the model file says it.
         ragged: axes of different lengths, and how requests share a batch all the same; None: by equal lengths alone.
@@ -132,6 +140,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_delay_us: Annotated[float, msgspec.Meta(ge=0, le=10_000_000)] | None = None
     devices: tuple[str, ...] = ()
     replicas: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     optimize: Literal["auto", "none", "channels_last", "inductor", "onnxruntime"] = "auto"
     warm_up: tuple[_Number, ...] | None = None
@@ -139,9 +148,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] = DEFAULT_PRIORITY
     imports: tuple[str, ...] = ()
-    state: Literal["", "shared"] = ""
+    state: Literal["", "shared", "random"] = ""
     audit: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     factory: str = ""
+    isolation: Literal["", "none", "thread", "process"] = ""
+    memory_limit_mb: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    config: dict[str, Any] = {}
     weights: Weights = Weights()
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()

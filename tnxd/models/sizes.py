@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxctl.protocol.wire import MAX_ID, VERSION, Limits, Predict, TensorSpec, encode
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import BYTES, MAX_ID, VERSION, Limits, Predict, TensorSpec, encode
 from tnxd.models.model import Model, row_nbytes
 
 
@@ -32,6 +36,16 @@ def check_message_sizes(model: Model, limits: Limits) -> None:
                 f"{what} would take {nbytes} bytes, and limits.message_bytes is {limits.message_bytes}: raise it, "
                 f"in the clients too"
             )
+        strings = sum(
+            math.prod(max(length, 1) for length in (spec.shape[1:] if batches else spec.shape))
+            for spec in specs
+            if spec.datatype == BYTES
+        )
+        if strings > limits.strings:
+            raise FailedPrecondition(
+                f"{what} would take {strings} strings, and limits.strings is {limits.strings}: raise it, in the "
+                f"clients too"
+            )
     for spec, shape in zip(model.inputs, model.examples, strict=False):
         nbytes = row_nbytes((TensorSpec(spec.name, spec.datatype, shape),), batches)
         if nbytes > limits.message_bytes:
@@ -39,6 +53,18 @@ def check_message_sizes(model: Model, limits: Limits) -> None:
                 f"the example of input {spec.name!r}, {list(shape)}, takes {nbytes} bytes, and limits.message_bytes is "
                 f"{limits.message_bytes}: no request could have that"
             )
+
+
+def count_strings(outputs: Sequence[Array]) -> int:
+    """Elements of the BYTES tensors among these."""
+    return sum([array.size for array in outputs if array.dtype.hasobject])
+
+
+def too_many_strings(count: int, limits: Limits) -> InvalidArgument:
+    """The refusal of an answer with so many strings."""
+    return InvalidArgument(
+        f"the answer has {count} strings, more than the limit of {limits.strings} in a message: ask for less at a time"
+    )
 
 
 def reply_too_large(nbytes: int, client_limit: int, daemon_limit: int) -> InvalidArgument:

@@ -217,6 +217,16 @@ class TrustedFiles:
             if identity(os.fstat(file.fileno())) != expected:
                 raise changed
 
+    def check_unchanged(self) -> None:
+        """Check that all files are what was checked: for code that reads them itself. Raises FailedPrecondition."""
+        for path, expected in self.identities.items():
+            try:
+                same = identity(self.guard.resolve(path).stat()) == expected
+            except OSError:
+                same = False
+            if not same:
+                raise FailedPrecondition(f"{self.guard.label(path)} changed while it was loaded: load it again")
+
     def _hold_against(self, sums: Path) -> None:
         """Compare every file with the manifest, both ways."""
         label = self.guard.label(sums)

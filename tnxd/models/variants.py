@@ -24,11 +24,13 @@ class Workshop(NamedTuple):
         device: to run on, as torch has it.
         cache: directory that what was compiled is kept in; None: it is not kept.
         seconds: time that it may take.
+        threads: of a team that batches may have on the device; 1: there are none.
     """
 
     device: torch.device
     cache: Path | None
     seconds: float
+    threads: int = 1
 
 
 Build = Callable[[], "torch.nn.Module"]

@@ -50,13 +50,14 @@ class Accounts:
         rows: int,
         now_ns: int,
         run_us: float,
+        threads: int = 1,
         *,
         length: int = 0,
     ) -> Batch:
         """Make a batch, and count it as running.
 
         Args:
-            run_us: predicted microseconds that it takes the lane; 0: nobody knows.
+            run_us: predicted microseconds that it takes the lane; 0: nobody knows. threads: that work on it.
             length: see `Batch`.
         """
         placement = queue.placement
@@ -64,7 +65,10 @@ class Accounts:
         if length and isinstance(queue, RaggedQueue):
             batch.length, batch.surface = length, queue.surface
         if lane >= 0:
+            batch.had_cores = device.has_cores_for_team
             device.busy_until_ns[lane] = now_ns + int(run_us * 1e3)
+            if threads > 1:
+                batch.threads = device.wide[lane] = threads
         device.running_rows += rows
         placement.lanes.append(lane)
         weight = len(requests) or 1

@@ -6,6 +6,7 @@ from tnxd.lanes import INLINE
 from tnxd.scheduling.accounts import Accounts
 from tnxd.scheduling.costs import CostCurve
 from tnxd.scheduling.device import Batch, Device
+from tnxd.scheduling.lane_choice import give_lane_back, take_lane
 from tnxd.scheduling.ragged import RaggedQueue, padded
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
@@ -53,16 +54,19 @@ def fill_lanes(accounts: Accounts, device: Device, now_ns: int, batches: list[Ba
             if within >= head.rows > 0:
                 limit, rows, fits = within, within, True
         if fits:
-            lane, curve, inline_free = INLINE, costs.inline, False
-        elif device.free_lanes:
-            lane, curve = device.free_lanes.pop(), costs.lane
+            lane, threads, curve, inline_free = INLINE, 1, costs.inline, False
+        elif device.free_lanes and (way := take_lane(device, queue, rows, limit)) is not None:
+            lane, threads, curve, limit = way
+            if part is None and 0 < limit < rows:
+                rows = max(limit, head.rows)
         elif len(passed_over) == _MAX_PASSED_OVER:
             break
         else:  # no lane for this one; perhaps there is a cheap one behind it
             device.turns[level].withdraw(queue)
             passed_over.append((queue, level))
             continue
-        planned, run_us = rows, part.micros if part is not None and part.micros else curve.mean(rows)
+        narrow_us = part.micros if part is not None and threads == 1 else 0.0
+        planned, run_us = rows, narrow_us or curve.mean(rows)
         if now_ns + run_us * 1e3 > head.deadline_ns:
             if ragged is not None and part is not None:
                 part, run_us = ragged.shrink(head, part, curve, now_ns)
@@ -87,16 +91,16 @@ def fill_lanes(accounts: Accounts, device: Device, now_ns: int, batches: list[Ba
         if not in_time:
             inline_free = inline_free or lane == INLINE
             if lane != INLINE:
-                device.free_lanes.append(lane)
+                give_lane_back(device, lane)
             continue
         length = 0
         if ragged is not None:
             rows, length = padded(in_time)
-            if rows != planned:
+            if rows != planned and threads == 1:
                 run_us, planned = ragged.surface.mean(rows // length, length) or curve.mean(rows), rows
         micros = run_us if rows == planned else curve.mean(rows)
-        device.charge(level, micros)
-        batches.append(accounts.start_batch(device, lane, queue, in_time, rows, now_ns, micros, length=length))
+        device.charge(level, micros * threads)
+        batches.append(accounts.start_batch(device, lane, queue, in_time, rows, now_ns, micros, threads, length=length))
     for queue, level in passed_over:
         device.offer(queue, level)
 

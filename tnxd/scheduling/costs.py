@@ -69,13 +69,13 @@ class CostCurve:
         if not self._rows or self.mean(rows) > micros:
             self.observe(rows, micros)
 
-    def borrow(self, other: CostCurve, factor: float) -> None:
-        """Copy the points of another curve, with their times multiplied by a factor."""
+    def borrow(self, other: CostCurve) -> None:
+        """Copy the points of another curve."""
         self._points = dict(other._points)
         self._rows = list(other._rows)
-        self._times = [factor * micros for micros in other._times]
-        self._deviations = [factor * micros for micros in other._deviations]
-        self._least = [factor * micros for micros in other._least]
+        self._times = list(other._times)
+        self._deviations = list(other._deviations)
+        self._least = list(other._least)
         self._forget_means()
 
     def doubt(self) -> None:
@@ -142,32 +142,29 @@ class BatchCosts:
     """Cost curves of one model and shape group on one device: of its lanes, and of the caller's own thread.
 
     A batch is meant for the caller's thread if it is expected to take no longer than `inline_limit_us` there. What is
-    expected there starts with what the lanes took, times their threads, and learns from the batches that ran there.
-    Lanes go on to bound it from above: a slow spell of the machine must not keep batches on lanes for good, where
-    nothing is learned about the caller's thread.
+    expected there starts with what lanes took on one thread, and learns from the batches that ran there. Lanes go on to
+    bound it from above: a slow spell of the machine must not keep batches on lanes for good, where nothing is learned
+    about the caller's thread.
 
     Args:
         lane, inline: what was learned so far.
-        lane_threads: threads that work on one batch of a lane.
         inline_limit_us: 0: nothing runs on the caller's thread.
     """
 
-    __slots__ = ("_inline_limit_us", "_lane_threads", "inline", "lane")
+    __slots__ = ("_inline_limit_us", "inline", "lane")
 
     def __init__(
         self,
         lane: CostCurve | None = None,
         inline: CostCurve | None = None,
         *,
-        lane_threads: int = 1,
         inline_limit_us: float = 0.0,
     ) -> None:
         self.lane = CostCurve() if lane is None else lane
         self.inline = CostCurve() if inline is None else inline
-        self._lane_threads = lane_threads
         self._inline_limit_us = inline_limit_us
         if inline_limit_us and self.lane.known and not self.inline.known:
-            self.inline.borrow(self.lane, lane_threads)
+            self.inline.borrow(self.lane)
 
     def fits_inline(self, rows: int) -> bool:
         """Whether a batch of `rows` is meant for the caller's thread. What was never measured is not."""
@@ -190,10 +187,10 @@ class BatchCosts:
         return self.lane.mean(rows)
 
     def observe_lane(self, rows: int, micros: float) -> None:
-        """Record how long a batch of `rows` took on a lane, in microseconds."""
+        """Record how long a batch of `rows` took on a lane, where it was not wide, in microseconds."""
         self.lane.observe(rows, micros)
         if self._inline_limit_us:
-            self.inline.bound(rows, self._lane_threads * self.lane.mean(rows))
+            self.inline.bound(rows, self.lane.mean(rows))
 
 
 class CostModel:

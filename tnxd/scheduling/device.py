@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tnxd.device_kinds import KINDS
+from tnxd.lanes import NO_TEAMS, Teams
 from tnxd.scheduling.cost_surface import CostSurface
 from tnxd.scheduling.costs import BatchCosts
 from tnxd.scheduling.placement import Placement
@@ -35,6 +36,7 @@ class Batch:
         max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
         started_ns: when it was formed.
         run_us: predicted microseconds; 0: nobody knows.
+        threads: that work on it. had_cores: whether it found cores enough idle to run wide.
         hung: whether it hangs, see `Scheduler.mark_hung`.
         length: of its rows, padded to the longest of them; 0: they are not padded. Then `rows` are tokens.
         surface: learns from how long a batch of that length took.
@@ -49,6 +51,8 @@ class Batch:
     max_rows: int = 0
     started_ns: int = 0
     run_us: float = 0.0
+    threads: int = 1
+    had_cores: bool = False
     hung: bool = False
     length: int = 0
     surface: CostSurface | None = None
@@ -65,7 +69,7 @@ class Device:
         memory_free_mb: in MiB, as last reported; used for GPUs.
         inline_limit_us: a batch predicted to take no longer runs on the caller's own thread, since handing it to
             another would cost more than it saves. 0: never.
-        lane_threads: threads that work on one batch of a lane.
+        teams: of threads, for batches that run wide.
         error: why the device failed; empty while it works.
         free_lanes: indices of lanes that have nothing to do.
         background_free: whether the BACKGROUND lane has nothing to do.
@@ -80,7 +84,7 @@ class Device:
             until one of these lanes is free.
         passes: pass of each priority in stride scheduling: the device's time that it used, divided by its tickets.
         global_pass: pass of the priority that was served last.
-        busy_until_ns: per running lane, when its batch should be over.
+        busy_until_ns: per running lane, when its batch should be over. wide: lanes that run wide -> threads.
         backlog_us: predicted cost of what waits, per priority.
         backlog_ns: when the last batch was over, if requests waited then; else 0.
     """
@@ -91,12 +95,13 @@ class Device:
     models: set[str]
     memory_free_mb: float = 0.0
     inline_limit_us: float = 0.0
-    lane_threads: int = 1
+    teams: Teams = NO_TEAMS
     error: str = ""
     is_gpu: bool = field(init=False)
     free_lanes: list[int] = field(init=False)
     background_free: bool = field(init=False, default=True)
     busy_until_ns: dict[int, int] = field(init=False, default_factory=dict)
+    wide: dict[int, int] = field(init=False, default_factory=dict)
     placements: dict[str, Placement] = field(init=False, default_factory=dict)
     queues: dict[tuple[str, tuple[int, ...], bool], RequestQueue] = field(init=False, default_factory=dict)
     sweep_at: int = field(init=False, default=0)
@@ -134,8 +139,21 @@ class Device:
 
     def clear_in_us(self, now_ns: int) -> float:
         """Predicted microseconds until all that runs and waits here is done."""
-        running_ns = sum([until_ns - now_ns for until_ns in self.busy_until_ns.values() if until_ns > now_ns])
-        return (sum(self.backlog_us) + running_ns / 1e3) / self.lanes
+        return (sum(self.backlog_us) + self.running_us(now_ns)) / self.lanes
+
+    def running_us(self, now_ns: int) -> float:
+        """Predicted microseconds of a lane that are left of what runs here; a wide batch uses those of several."""
+        left_ns = sum([until_ns - now_ns for until_ns in self.busy_until_ns.values() if until_ns > now_ns])
+        if self.wide:
+            for lane, threads in self.wide.items():
+                left_ns += (threads - 1) * max(self.busy_until_ns[lane] - now_ns, 0)
+        return left_ns / 1e3
+
+    @property
+    def has_cores_for_team(self) -> bool:
+        """Whether so many cores have nothing to do that a batch may run wide."""
+        used = len(self.busy_until_ns) + sum([threads - 1 for threads in self.wide.values()])
+        return self.teams.cores - used >= self.teams.threads
 
     # --- which level: stride scheduling (Waldspurger and Weihl, 1995) --------------------------------------------
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tnxd.scheduling.forecast import Forecast
 from tnxd.scheduling.request import LEVELS
+from tnxd.scheduling.width import Width
 
 # Batches that have to work at a ceiling before twice as many rows are tried. A try that fails costs about three of
 # them: the forward that ran out of memory, and both halves.
@@ -20,6 +21,8 @@ class ModelLoad:
         queued, queued_bytes: requests that wait, and their inputs.
         running: requests in batches that run. hung: of these, those in batches that hang.
         max_lanes: lanes of a device that may run the model at a time; 0: all.
+        held: by how many the model is needed that have no request of it here yet, see `Scheduler.hold`.
+        inline: whether batches of it may run on the caller's thread.
     """
 
     queued: int = 0
@@ -27,6 +30,8 @@ class ModelLoad:
     running: int = 0
     hung: int = 0
     max_lanes: int = 0
+    held: int = 0
+    inline: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +40,7 @@ class Placement:
 
     Attributes:
         load: of the model on all devices.
+        width: what is known about narrow and wide batches of the model here; None: the device has no teams.
         forecast: corrects the predictions for the model here.
         lanes: those that run the model now, INLINE and BACKGROUND too, without those that hang.
         queued: requests that wait for the model here. backlog_us: their predicted cost, per priority.
@@ -45,6 +51,7 @@ class Placement:
     """
 
     load: ModelLoad
+    width: Width | None = None
     forecast: Forecast = field(init=False, default_factory=Forecast)
     lanes: list[int] = field(init=False, default_factory=list)
     queued: int = field(init=False, default=0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tnxctl.protocol.errors import ResourceExhausted
 from tnxd.scheduling.accounts import Accounts
+from tnxd.scheduling.device import Device
+from tnxd.scheduling.lane_choice import next_curve
 from tnxd.scheduling.refusals import TooLate
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
@@ -39,9 +41,16 @@ class AdmissionControl:
         self._max_bytes_per_model = max_bytes_per_model or max_bytes
 
     def admit(
-        self, accounts: Accounts, request: Request, queue: RequestQueue, wait_us: float, run_us: float, now_ns: int
+        self,
+        accounts: Accounts,
+        request: Request,
+        device: Device,
+        queue: RequestQueue,
+        wait_us: float,
+        run_us: float,
+        now_ns: int,
     ) -> None:
-        """Refuse a request that may not wait in that queue, or would be late.
+        """Refuse a request that may not wait in that queue of a device, or would be late.
 
         Args:
             wait_us, run_us: predicted microseconds until its batch starts, and of that batch.
@@ -73,7 +82,7 @@ class AdmissionControl:
                 f"{limit}; the predicted wait is {wait_us / 1e3:.3g} ms", retry_after_s=room_s / 1e6
             )
         if request.deadline_ns != NEVER:
-            curve = queue.costs.curve(request.rows)
+            curve = next_curve(device, queue, request.rows)
             margin_us = curve.spread(request.rows)
             needs_us = wait_us + run_us + margin_us
             came_ns = request.came_ns or now_ns

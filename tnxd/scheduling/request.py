@@ -28,6 +28,7 @@ class Request(msgspec.Struct, eq=False, gc=False):
         excluded: devices that had no memory left for it: it goes to others, unless it names one.
         alone: whether it shares no batch, though others of its model and group wait (`tnxd.serving.quarantine`).
         priority: 0 to LEVELS - 1, 0 first.
+        admitted: whether it is part of something that was taken in before: no limit and no prediction refuses it.
         deadline_ns: when it is worthless; NEVER. came_ns: when it came, from which its deadline
             was counted; 0: when it is added.
         length: of its rows, which are padded to the longest of the batch; 0: they are not. `rows` is a multiple of it.
@@ -56,6 +57,7 @@ class Request(msgspec.Struct, eq=False, gc=False):
     most_rows: int = 0
     excluded: frozenset[str] = frozenset()
     alone: bool = False
+    admitted: bool = False
     device: str = ""
     reason: str = ""
     predicted_us: float = 0.0

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tnxctl.protocol.errors import InvalidArgument, Unavailable
+from tnxd.device_kinds import PROCESS
 from tnxd.scheduling.cost_surface import CostSurfaces
 from tnxd.scheduling.costs import BatchCosts, CostModel
 from tnxd.scheduling.device import Device
+from tnxd.scheduling.lane_choice import next_curve
 from tnxd.scheduling.placement import ModelLoad, Placement
 from tnxd.scheduling.ragged import RaggedQueue
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
+from tnxd.scheduling.width import Width
 
 # Queues that are kept though nothing waits in them: sequence models bring a new shape group with every length.
 _MAX_IDLE_QUEUES = 256
@@ -62,7 +65,8 @@ class Routing:
         """Placement of a model on a device, an empty one at first."""
         placement = device.placements.get(model)
         if placement is None:
-            placement = device.placements[model] = Placement(self.load(model))
+            width = Width() if device.teams.lanes else None
+            placement = device.placements[model] = Placement(self.load(model), width)
         return placement
 
     def queue(self, device: Device, model: str, group: tuple[int, ...], alone: bool = False) -> RequestQueue:
@@ -73,12 +77,13 @@ class Routing:
             if len(device.queues) >= device.sweep_at:
                 device.queues = {known: other for known, other in device.queues.items() if other.count}
                 device.sweep_at = max(_MAX_IDLE_QUEUES, 2 * len(device.queues))
+            placement = self.placement(device, model)
+            asks_for_team = placement.width is not None and placement.width.threads > 1
             costs = BatchCosts(
                 *[self._costs.curve(device.name, model, group, inline=inline) for inline in (False, True)],
-                lane_threads=device.lane_threads,
-                inline_limit_us=device.inline_limit_us,
+                inline_limit_us=0.0 if asks_for_team or not placement.load.inline else device.inline_limit_us,
             )
-            placement, surface = self.placement(device, model), self.surfaces.find(device.name, model, group)
+            surface = self.surfaces.find(device.name, model, group)
             if surface is None:
                 queue = RequestQueue(key, costs, placement)
             else:
@@ -175,7 +180,7 @@ class Routing:
         queue = self.queue(fastest, request.model, request.group, request.alone)
         limit = request.most_rows if request.length else queue.placement.row_limit(request.max_batch_size)
         if not limit or queue.count < limit:
-            margin_us = queue.costs.curve(request.rows).spread(request.rows)
+            margin_us = next_curve(fastest, queue, request.rows).spread(request.rows)
             if now_ns + (wait_us + run_us + margin_us) * 1e3 > request.deadline_ns:
                 return None
         return fastest, (wait_us, run_us, share_us, own_us)
@@ -187,6 +192,9 @@ class Routing:
         if device.error:
             raise Unavailable(f"device {name} failed: {device.error}")
         if model not in device.models:
+            processes = self.devices.get(PROCESS.name)
+            if processes is not None and model in processes.models and not device.is_gpu:
+                return processes, f"the request asked for {name}, and the model has a process of its own there"
             raise Unavailable(f"device {name} has not loaded {model!r}")
         return device, f"the request asked for {name}"
 
@@ -194,7 +202,8 @@ class Routing:
         """Predict when a request would be done on a device.
 
         The wait counts lanes that run and what waits before the request, without models that wait for lanes of their
-        own, and is corrected by `Forecast.factor`. What the request adds to the work is its share of a full batch.
+        own, and is corrected by `Forecast.factor`. Where nothing runs and nothing waits, the batch may run wide. What
+        the request adds to the work is its share of a full batch.
         """
         placement = queue.placement
         mean = queue.costs.mean if device.inline_limit_us else queue.costs.lane.mean
@@ -218,17 +227,21 @@ class Routing:
                 wait_us = others_us + own_us if others_us > 0.0 else own_us
                 if rest + rows <= limit:
                     rows += rest
+        run_us, width, max_lanes = mean(rows), placement.width, placement.load.max_lanes
         if device.busy_until_ns:
-            for until_ns in device.busy_until_ns.values():
-                if until_ns > now_ns:
-                    wait_us += (until_ns - now_ns) / 1e3
+            # Where a core is free, too, a batch begins at once; next to a wide one it would not get a whole core.
+            if device.queued or device.wide or width is None or not device.free_lanes:
+                wait_us += device.running_us(now_ns)
+        elif width is not None and not device.queued:
+            run_us = next_curve(device, queue, rows).mean(rows)
         wait_us /= device.lanes
-        max_lanes = placement.load.max_lanes
+        if width is not None and width.threads > 1:
+            max_lanes = min(max_lanes or device.teams.lanes, device.teams.lanes)
         if max_lanes:
             for lane in placement.lanes:
                 own_us += max(device.busy_until_ns.get(lane, 0) - now_ns, 0) / 1e3
             wait_us = max(wait_us, own_us / max_lanes)
-        return wait_us * placement.forecast.factor, mean(rows), share_us, queue_us
+        return wait_us * placement.forecast.factor, run_us, share_us, queue_us
 
     def _cpu_for(self, model: str) -> Device:
         for cpu in self._cpus:

@@ -21,6 +21,8 @@ from tnxd.scheduling.costs import CostModel
 from tnxd.scheduling.deadlines import Deadlines
 from tnxd.scheduling.delays import Delays
 from tnxd.scheduling.device import Batch, Device
+from tnxd.scheduling.lane_choice import give_lane_back, learn, next_curve
+from tnxd.scheduling.paths import Outlook
 from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.queue_admission import AdmissionControl
 from tnxd.scheduling.request import NEVER, Request
@@ -67,7 +69,8 @@ class Scheduler(Accounts):
     @property
     def room(self) -> int:
         """Requests that the queue still has room for."""
-        return self._admission.max_requests - self.queued
+        room = self._admission.max_requests - self.queued
+        return room if room > 0 else 0
 
     # --- models that come and go -------------------------------------------------------------------------------
 
@@ -86,6 +89,8 @@ class Scheduler(Accounts):
         padded: Iterable[tuple[int, int, float]] | None = None,
         safe_rows: int = 0,
         most_rows: int = 0,
+        widths: Iterable[tuple[int, float, float]] = (),
+        threads: int = 0,
     ) -> None:
         """Route requests for a model to a device too, on which it has been loaded.
 
@@ -95,8 +100,11 @@ class Scheduler(Accounts):
             padded: rows and length of batches, and the microseconds that they took on a lane, of a model whose batches
                 are padded; None: they are not.
             safe_rows: see `limit_rows`. most_rows: see `bound_rows`. 0: no limit of that kind.
+            widths: rows of a batch of those, and the microseconds that it took on one core and with a team.
+            threads: of each batch; 0: chosen for each.
         """
         curve = self._costs.curve(device, model, group)
+        width = self._routing.placement(self.devices[device], model).width
         for rows, micros in costs:
             curve.observe(rows, micros)
         if padded is not None:
@@ -106,6 +114,10 @@ class Scheduler(Accounts):
             assert surface is not None
             for rows, length, micros in padded:
                 surface.observe(rows, length, micros)
+        if width is not None:
+            width.threads = threads
+            for rows, narrow_us, wide_us in widths:
+                width.seed(curve.mean(rows), narrow_us, wide_us)
         self.devices[device].models.add(model)
         if safe_rows:
             self.limit_rows(device, model, safe_rows)
@@ -126,9 +138,22 @@ class Scheduler(Accounts):
         self.devices[device].memory_free_mb = free_mb
 
     def outstanding(self, model: str) -> int:
-        """Requests of a model that wait or run, on all devices; a background batch of it counts as one."""
+        """Requests of a model that wait or run, on all devices, or are to come; a background batch of it counts as one.
+
+        What is to come is what `hold` says.
+        """
         load = self._routing.loads.get(model)
-        return load.queued + load.running if load is not None else 0
+        return load.queued + load.running + load.held if load is not None else 0
+
+    def hold(self, model: str) -> None:
+        """Count a model as outstanding until it is released: requests for it will come, and are promised."""
+        self._routing.load(model).held += 1
+
+    def release(self, model: str) -> None:
+        """Undo one `hold` of a model, which may have been forgotten meanwhile."""
+        load = self._routing.loads.get(model)
+        if load is not None and load.held:
+            load.held -= 1
 
     def is_hung(self, model: str) -> bool:
         """Whether something of a model is outstanding, and all of that hangs."""
@@ -148,6 +173,10 @@ class Scheduler(Accounts):
             device.queues = {key: queue for key, queue in device.queues.items() if key[0] != model}
         self._costs.forget(model)
         self._routing.surfaces.forget(model)
+
+    def keep_off_caller(self, model: str) -> None:
+        """Let no batch of a model run on the caller's thread. To be called before its first request."""
+        self._routing.load(model).inline = False
 
     def set_lane_limit(self, model: str, lanes: int) -> None:
         """Limit the lanes of each device, the caller's thread included, that run a model at a time; 0: all may."""
@@ -180,6 +209,17 @@ class Scheduler(Accounts):
         """Device where a request would run now, and the reason in words. Raises as `add` does."""
         return self._routing.route(request, now_ns)
 
+    def outlook(self, request: Request, now_ns: int) -> Outlook:
+        """Prediction for a request if it were added now, which it is not. Raises as `add` does for want of a device."""
+        request.due_ns = min(now_ns + _PATIENCE_NS, request.deadline_ns)
+        device, queue, _, (wait_us, run_us, _, _) = self._routing.choose(request, now_ns)
+        return Outlook(
+            wait_us,
+            run_us,
+            next_curve(device, queue, request.rows).spread(request.rows),
+            queue.placement.forecast.reserve,
+        )
+
     # --- in ----------------------------------------------------------------------------------------------------
 
     def add(self, request: Request, now_ns: int) -> None:
@@ -194,7 +234,8 @@ class Scheduler(Accounts):
         due_ns = now_ns + _PATIENCE_NS
         request.due_ns = due_ns if due_ns < request.deadline_ns else request.deadline_ns
         device, queue, reason, (wait_us, run_us, share_us, _) = self._routing.choose(request, now_ns)
-        self._admission.admit(self, request, queue, wait_us, run_us, now_ns)
+        if not request.admitted:
+            self._admission.admit(self, request, device, queue, wait_us, run_us, now_ns)
         if request.excluded:
             tried = ", ".join([f"{name} had no memory left for it" for name in sorted(request.excluded)])
             reason = f"{tried}; {reason}"
@@ -239,7 +280,7 @@ class Scheduler(Accounts):
         if (placement.load.max_lanes and placement.has_all_lanes) or not costs.fits_inline(rows):
             return None
         run_us = costs.inline.mean(rows)
-        self._admission.admit(self, request, queue, 0.0, run_us, now_ns)
+        self._admission.admit(self, request, device, queue, 0.0, run_us, now_ns)
         request.device, request.reason, request.predicted_us = device.name, reason, run_us
         device.wake(request.priority)
         device.charge(request.priority, run_us)
@@ -305,10 +346,11 @@ class Scheduler(Accounts):
             device.background_free = True  # how long it took where others go first says nothing about a lane
         else:
             device.busy_until_ns.pop(batch.lane, None)
-            device.free_lanes.append(batch.lane)
+            device.wide.pop(batch.lane, None)
+            give_lane_back(device, batch.lane)
             if micros > 0:
-                batch.costs.observe_lane(batch.rows, micros)
-                if batch.surface is not None:
+                learn(batch, placement.width, micros)
+                if batch.surface is not None and batch.threads == 1:
                     batch.surface.observe(batch.rows // batch.length, batch.length, micros)
         if placement.max_rows and micros > 0 and batch.requests:
             placement.count_worked(batch.rows, batch.max_rows, batch.requests[0].max_batch_size)

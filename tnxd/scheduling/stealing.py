@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from tnxd.scheduling.accounts import Accounts
 from tnxd.scheduling.costs import CostCurve
 from tnxd.scheduling.device import Batch, Device
+from tnxd.scheduling.lane_choice import give_lane_back, take_any_lane
 from tnxd.scheduling.routing import Routing
 
 # Work stealing: an idle device takes at most this fraction of its own batch limit. It may be slower than the owner, and
@@ -55,8 +56,12 @@ def _steal_batch(accounts: Accounts, routing: Routing, thief: Device, victim: De
             most = middle - 1
     if not rows:
         return None
+    taken = take_any_lane(thief, placement.width)
+    if taken is None:
+        return None
     requests = queue.steal(level, rows, now_ns, _ends_ns(curve, rows, now_ns), thief.may_steal)
     if not requests:
+        give_lane_back(thief, taken[0])
         return None
     accounts.dequeue(victim, queue, requests)
     victim.withdraw_empty_levels(queue)
@@ -67,9 +72,9 @@ def _steal_batch(accounts: Accounts, routing: Routing, thief: Device, victim: De
         rows += request.rows
     micros = curve.mean(rows)
     thief.wake(level)
-    thief.charge(level, micros)
-    lane = thief.free_lanes.pop()
-    return accounts.start_batch(thief, lane, own, requests, rows, now_ns, micros, length=head.length)
+    lane, threads = taken
+    thief.charge(level, micros * threads)
+    return accounts.start_batch(thief, lane, own, requests, rows, now_ns, micros, threads, length=head.length)
 
 
 def _ends_ns(curve: CostCurve, rows: int, now_ns: int) -> int:

@@ -8,14 +8,14 @@ from tnxctl.protocol.errors import DeadlineExceeded, ResourceExhausted, TensorNe
 from tnxctl.protocol.frames import Array
 from tnxd.executors.execution import Execution
 from tnxd.scheduling.request import Request
-from tnxd.serving.pending import Pending
+from tnxd.serving.pending import Pending, StepRequest
 from tnxd.serving.replies import error_header
 from tnxd.serving.telemetry import Telemetry
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
 
 Answer = tuple[Pending, bytes, tuple[Array, ...]]
-"""A request, the header of its result, and the outputs."""
+"""A request, the header of its result, and the frames of the outputs."""
 
 
 class Answers:
@@ -45,8 +45,11 @@ class Answers:
                 self.send_error(request.peer, request.delimited, request.id, error, request.model)
 
     def error(self, request: Request, error: TensorNextError) -> None:
-        """Answer a request with an error."""
+        """Answer a request with an error; of a part of another one, its owner hears instead of a client."""
         assert isinstance(request, Pending)
+        if isinstance(request, StepRequest):
+            request.owner.failed(request, error)
+            return
         self.close(request)
         self.send_error(request.peer, request.delimited, request.id, error, request.model)
 

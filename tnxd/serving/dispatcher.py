@@ -7,20 +7,22 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from tnxctl.protocol.errors import Internal, ResourceExhausted, TensorNextError
+from tnxctl.protocol.errors import Internal, ResourceExhausted, TensorNextError, Unavailable
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.wire import Limits
 from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution, Executor
 from tnxd.lanes import BACKGROUND, INLINE
-from tnxd.models.sizes import reply_too_large
+from tnxd.models.sizes import count_strings, reply_too_large, too_many_strings
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.refusals import Refusals
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.answers import Answer, Answers
-from tnxd.serving.pending import Pending, as_execution, result_header
+from tnxd.serving.pending import Pending, StepRequest, as_execution, as_frames, result_header
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.reports import Inventory
 
@@ -39,7 +41,7 @@ class Dispatcher:
         reconciler: whose audits look at what was computed.
         background: batches that nobody waits for. shadows: what they are copies for.
         refusals: forgotten whenever requests leave the queue.
-        message_bytes: most bytes of the tensors of an answer.
+        limits: of the tensors of an answer.
         stall_timeout_s: a batch that runs longer is given up, and its lane counts as hung until it ends after all.
         on_device_lost: called when a device has failed for good.
 
@@ -58,7 +60,7 @@ class Dispatcher:
         refusals: Refusals,
         quarantine: Quarantine,
         *,
-        message_bytes: int,
+        limits: Limits,
         stall_timeout_s: float,
         on_device_lost: Callable[[], None],
     ) -> None:
@@ -72,7 +74,7 @@ class Dispatcher:
         self._shadows = shadows
         self._refusals = refusals
         self._quarantine = quarantine
-        self._message_bytes = message_bytes
+        self._limits = limits
         self._stall_timeout_s = stall_timeout_s
         self._on_device_lost = on_device_lost
         self._on_lanes: dict[Execution, Batch] = {}
@@ -140,8 +142,10 @@ class Dispatcher:
         if device.is_gpu:
             self._scheduler.set_free_memory(device.name, execution.memory_free_mb)
         answers: list[Answer] = []
-        sizes_known = execution.model.reply_row_nbytes  # and looked at before
-        rows = sum(execution.rows) if execution.model.joins else batch.rows
+        steps: list[tuple[StepRequest, tuple[Array, ...]]] = []
+        model = execution.model
+        sizes_known = model.reply_row_nbytes  # and looked at before
+        rows = sum(execution.rows) if model.joins else batch.rows
         for request, outcome in zip(batch.requests, execution.outcomes, strict=False):  # a copy has no requests
             assert isinstance(request, Pending)
             if request.done:
@@ -149,15 +153,27 @@ class Dispatcher:
             if isinstance(outcome, TensorNextError):
                 if not (execution.exhausted and self._runs_elsewhere(request, outcome)):
                     self._answers.error(request, outcome)
-            elif not sizes_known and (nbytes := sum([array.nbytes for array in outcome])) > min(
-                self._message_bytes, request.max_reply_bytes
-            ):
-                self._answers.error(request, reply_too_large(nbytes, request.max_reply_bytes, self._message_bytes))
-            else:
-                answers.append((request, result_header(request, rows, execution, outcome), outcome))
-                if len(answers) == _SENT_TOGETHER:
-                    self._answers.results(answers, execution)
-                    answers.clear()
+                continue
+            if request.__class__ is StepRequest:
+                steps.append((request, outcome))
+                continue
+            frames = outcome
+            if not sizes_known:
+                if model.returns_strings:
+                    strings = count_strings(outcome)
+                    if strings > self._limits.strings:
+                        self._answers.error(request, too_many_strings(strings, self._limits))
+                        continue
+                    frames = as_frames(outcome)
+                nbytes = sum([array.nbytes for array in frames])
+                if nbytes > self._limits.message_bytes or nbytes > request.max_reply_bytes:
+                    most = self._limits.message_bytes
+                    self._answers.error(request, reply_too_large(nbytes, request.max_reply_bytes, most))
+                    continue
+            answers.append((request, result_header(request, rows, execution, outcome), frames))
+            if len(answers) == _SENT_TOGETHER:
+                self._answers.results(answers, execution)
+                answers.clear()
         self._answers.results(answers, execution)
         if execution.exhausted:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
@@ -170,6 +186,8 @@ class Dispatcher:
         self._scheduler.finished(batch, micros, time.perf_counter_ns())
         if self._refusals:
             self._refusals.clear()
+        for step, outputs in steps:  # now that their lane is free again
+            step.owner.succeeded(step, outputs, execution, batch.rows)
         if isinstance(execution, Copy):
             self._background.finished(execution)
         elif failures < len(batch.requests):
@@ -192,7 +210,7 @@ class Dispatcher:
             peer = request.peer
             if not isinstance(outcome, TensorNextError):
                 self._quarantine.succeeded(peer)
-            elif not isinstance(outcome, ResourceExhausted):
+            elif not isinstance(outcome, (ResourceExhausted, Unavailable)):
                 self._quarantine.failed(peer)
                 if request.connection.closed:  # type: ignore[attr-defined]
                     self._quarantine.left(peer, request.connection.client.name)  # type: ignore[attr-defined]

@@ -9,11 +9,18 @@ import msgspec
 import numpy as np
 
 from tnxctl.protocol.frames import Array, view_tensors
-from tnxctl.protocol.wire import Limits, TensorSpec
+from tnxctl.protocol.wire import BYTES, Limits, TensorSpec
 from tnxd.models.model import BoundInputs, Model
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+
+_LOOKED_INTO = frozenset({"BOOL", BYTES})
+"""Datatypes whose frames may hold what is no value of them: all of it has to be looked at, every time.
+
+An array of objects over a frame would even take its bytes for pointers.
+"""
 
 
 class _Layout(msgspec.Struct, frozen=True, gc=False):
@@ -70,7 +77,7 @@ class InputBinder:
         views = view_tensors(specs, frames, limits)
         bound = model.bind(specs, views)
         looked_at = model.ragged is not None and model.ragged.packed  # the mask, which has another sum in each request
-        if not looked_at and not any(spec.datatype == "BOOL" for spec in specs):  # as every byte of these has to be
+        if not looked_at and not any(spec.datatype in _LOOKED_INTO for spec in specs):
             positions = {id(array): position for position, array in enumerate(views)}
             tensors = [
                 (positions[id(array)], array.shape, array.dtype, array.nbytes)

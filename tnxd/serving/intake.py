@@ -24,6 +24,7 @@ from tnxctl.protocol.wire import Cancel, Limits, Predict, decode_request, reques
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.registry import LOADING_RETRY_S
 from tnxd.deployment.version import READY, STARTING, Version
+from tnxd.models.pipelines import Pipeline
 from tnxd.models.sizes import reply_too_large
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.refusals import Refusals, TooLate
@@ -32,6 +33,7 @@ from tnxd.serving import reports
 from tnxd.serving.answers import Answers
 from tnxd.serving.control_plane import ControlPlane
 from tnxd.serving.pending import as_pending
+from tnxd.serving.pipelines import Pipelines
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.replies import report_header
 from tnxd.serving.reports import Inventory
@@ -67,6 +69,7 @@ class Intake:
         answers: for what is refused.
         refusals: of requests for want of time, to be forgotten when requests leave the queue.
         quarantine: clients that ride alone.
+        pipelines: requests that are made of others.
         completed: executions that are over: while a lane is free, little is taken in.
         limits: of a message.
         max_delay_us: how long a batch smaller than its model's limit waits for company, in microseconds.
@@ -87,6 +90,7 @@ class Intake:
         admission: Admission,
         refusals: Refusals,
         quarantine: Quarantine,
+        pipelines: Pipelines,
         telemetry: Telemetry,
         completed: Sized,
         *,
@@ -104,6 +108,7 @@ class Intake:
         self._admission = admission
         self._refusals = refusals
         self._quarantine = quarantine
+        self._pipelines = pipelines
         self._telemetry = telemetry
         self._completed = completed
         self._configured_limits = self._limits = limits
@@ -281,11 +286,15 @@ class Intake:
         scheduler = self._scheduler
         started: Batch | None = None
         pending.queued_ns = now_ns = time.perf_counter_ns()
-        if not scheduler.queued and not self._router.readable():  # else others may share its batch
+        piped = model.__class__ is Pipeline
+        if not piped and not scheduler.queued and not self._router.readable():  # else others may share its batch
             started = scheduler.start(pending, now_ns)
         if started is None:
             try:
-                scheduler.add(pending, now_ns)
+                if piped:
+                    self._pipelines.start(pending, request.route_key, now_ns)
+                else:
+                    scheduler.add(pending, now_ns)
             except TooLate as refusal:
                 if refusal.retry_after_s is not None:
                     self._refusals.add(message.peer, request, refusal)
@@ -306,5 +315,5 @@ class Intake:
 
     def _cancel(self, connection: Connection, id_: int) -> None:
         request = connection.requests.get(id_)
-        if request is not None and self._scheduler.cancel(request):
+        if request is not None and (self._scheduler.cancel(request) or self._pipelines.withdraw(request)):
             self._answers.error(request, Cancelled("the request was withdrawn by its client"))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Protocol
 
+from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.frames import Array
+from tnxctl.protocol.strings import encode as encode_strings
 from tnxctl.protocol.wire import VERSION, Predict, Result, TensorSpec, Timing, encode
 from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
@@ -36,6 +40,28 @@ class Pending(Request, kw_only=True):
     max_reply_bytes: int
     received_ns: int
     queued_ns: int
+
+
+class Owner(Protocol):
+    """Whoever made a `StepRequest`, and hears of its end, instead of a client."""
+
+    def succeeded(self, request: StepRequest, outputs: tuple[Array, ...], execution: Execution, rows: int) -> None:
+        """The request has been computed. Args: rows: of its batch."""
+
+    def failed(self, request: StepRequest, error: TensorNextError) -> None:
+        """The request will not be computed."""
+
+
+class StepRequest(Pending, kw_only=True):
+    """A request that belongs to a larger one, whose client it does not answer.
+
+    Attributes:
+        owner: hears of its end. whole: the request that it belongs to. place: of it among the parts of that one.
+    """
+
+    owner: Owner
+    whole: Pending
+    place: int
 
 
 def as_pending(
@@ -93,7 +119,12 @@ def as_execution(batch: Batch) -> Execution:
     assert isinstance(first, Pending)
     items = [request.arrays for request in requests]  # type: ignore[attr-defined]
     rows = [row_count(item) for item in items] if first.served.joins else [request.rows for request in requests]
-    return Execution(batch.lane, batch.max_rows, first.served, items, rows, first.group)
+    return Execution(batch.lane, batch.max_rows, first.served, items, rows, first.group, batch.threads)
+
+
+def as_frames(outputs: Sequence[Array]) -> tuple[Array, ...]:
+    """Outputs as they go out: strings are put into one buffer each."""
+    return tuple([encode_strings(array) if array.dtype.hasobject else array for array in outputs])
 
 
 def result_header(request: Pending, batch_rows: int, execution: Execution, outputs: tuple[Array, ...]) -> bytes:
@@ -105,7 +136,7 @@ def result_header(request: Pending, batch_rows: int, execution: Execution, outpu
         id=request.id,
         model=model.name,
         version=model.version,
-        outputs=_described(model.outputs, outputs),
+        outputs=described(model.outputs, outputs),
         device=request.device,
         reason=request.reason,
         batch_size=batch_rows,
@@ -126,7 +157,8 @@ def result_header(request: Pending, batch_rows: int, execution: Execution, outpu
     return encode(result)
 
 
-def _described(expected: tuple[TensorSpec, ...], outputs: tuple[Array, ...]) -> tuple[TensorSpec, ...]:
+def described(expected: tuple[TensorSpec, ...], outputs: tuple[Array, ...]) -> tuple[TensorSpec, ...]:
+    """Outputs as a header describes them. Args: expected: as the signature does."""
     if len(outputs) == 1:  # most models; a fifth of the time that a comprehension takes
         spec = expected[0]
         return (TensorSpec(spec.name, spec.datatype, outputs[0].shape),)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from msgspec import UNSET
+
 from tnxctl import __version__
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError, Unavailable
 from tnxctl.protocol.wire import (
@@ -19,15 +21,19 @@ from tnxctl.protocol.wire import (
     MetadataReport,
     ModelInfo,
     ModelsReport,
+    PipelineInfo,
+    PipelineStep,
     ReloadReport,
 )
 from tnxd.deployment.audit import Audit
 from tnxd.deployment.reconciler import Changes
 from tnxd.deployment.registry import Deployment, Registry
 from tnxd.deployment.shadow import Shadows
-from tnxd.deployment.version import READY, STARTING, Version
+from tnxd.deployment.version import FAILED, READY, STARTING, Version
 from tnxd.device_kinds import CUDA
 from tnxd.executors.execution import Executor
+from tnxd.models.model import Model
+from tnxd.models.pipelines import Pipeline
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.telemetry import Telemetry
@@ -69,6 +75,8 @@ def health(
     devices = tuple(_device_info(name, inventory, scheduler) for name in _device_names(inventory, scheduler))
     try:
         version = inventory.registry.describe("")[1]
+        if isinstance(version.model, Pipeline):  # where its first step would run
+            version = inventory.registry.describe(version.model.description.models[0])[1]
         current = scheduler.route(Request(version.key, max_batch_size=0), 0)[0]
     except TensorNextError:
         current = None
@@ -197,15 +205,11 @@ def _device_info(name: str, inventory: Inventory, scheduler: Scheduler) -> Devic
 def _model_info(deployment: Deployment, version: Version, inventory: Inventory, scheduler: Scheduler) -> ModelInfo:
     registry, model = inventory.registry, version.model
     audit = inventory.audits.get(version)
-    devices = (
-        ()
-        if model is None
-        else tuple(
-            device.name for device in scheduler.devices.values() if model.key in device.models and not device.error
-        )
-    )
+    devices = () if model is None else _devices(model, registry, scheduler)
     traffic = deployment.traffic(version)
     state = STARTING if version.loading and version.state != READY else version.state
+    if state == READY and version.unserved:
+        state = FAILED
     return ModelInfo(
         name=deployment.name,
         version=version.number,
@@ -215,16 +219,45 @@ def _model_info(deployment: Deployment, version: Version, inventory: Inventory, 
         outputs=model.outputs if model else (),
         max_batch_size=model.max_batch_size if model else 0,
         devices=devices,
-        error=version.error or registry.failures.get(version.title, ""),
+        error=version.unserved or version.error or registry.failures.get(version.title, ""),
         format=version.source.format,
         traffic=traffic,
         shadow=deployment.shadow == version.number and not traffic,
         memory_mb=version.nbytes / MIB if devices else 0.0,
         requests=inventory.traffic.requests(version),
         load_s=version.load_s,
-        notes=version.notes,
+        notes=version.notes + _restarted(model),
         example_shapes=tuple(model.example_shapes(1)) if model else (),
         state=version.kind,
         audited=audit.checked if audit else 0,
         audit_differences=audit.differing if audit else 0,
+        restarts=model.restarts.count if model and model.restarts else 0,
+        pipeline=_graph(model) if isinstance(model, Pipeline) else UNSET,
     )
+
+
+def _devices(model: Model, registry: Registry, scheduler: Scheduler) -> tuple[str, ...]:
+    """Devices that a model is on; those that the steps of a pipeline are on."""
+    keys = {model.key}
+    if isinstance(model, Pipeline):
+        titles = [title for title in model.description.models if title in registry]
+        keys = {registry.describe(title)[1].key for title in titles}
+    return tuple(device.name for device in scheduler.devices.values() if keys & device.models and not device.error)
+
+
+def _graph(pipeline: Pipeline) -> PipelineInfo:
+    description = pipeline.description
+    return PipelineInfo(
+        steps=tuple(
+            PipelineStep(name=step.name, model=step.model, inputs=dict(step.inputs)) for step in description.steps
+        ),
+        outputs=dict(description.outputs),
+    )
+
+
+def _restarted(model: Model | None) -> tuple[str, ...]:
+    """A note about processes of a model that had to be started again."""
+    if model is None or model.restarts is None or not model.restarts.count:
+        return ()
+    count, last = model.restarts.count, model.restarts.last
+    return (f"its process was started again {f'{count} times' if count > 1 else 'once'}: {last}",)

@@ -27,6 +27,7 @@ from tnxd.serving.call_queue import CallQueue
 from tnxd.serving.control_plane import ControlPlane
 from tnxd.serving.dispatcher import Dispatcher
 from tnxd.serving.intake import ENOUGH, Intake
+from tnxd.serving.pipelines import Pipelines
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.replies import report_header
 from tnxd.serving.reports import Inventory
@@ -113,6 +114,15 @@ class Server:
             message_bytes=limits.message_bytes,
         )
         self._commands_done = self._control.commands_done
+        self._pipelines = Pipelines(
+            scheduler,
+            inventory,
+            reconciler,
+            self._answers,
+            self._quarantine,
+            message_bytes=limits.message_bytes,
+            max_delay_us=max_delay_us,
+        )
         self._intake = Intake(
             router,
             scheduler,
@@ -123,6 +133,7 @@ class Server:
             admission,
             self._refusals,
             self._quarantine,
+            self._pipelines,
             telemetry,
             self._completed,
             limits=limits,
@@ -137,7 +148,7 @@ class Server:
             self._shadows,
             self._refusals,
             self._quarantine,
-            message_bytes=limits.message_bytes,
+            limits=limits,
             stall_timeout_s=stall_timeout_s,
             on_device_lost=on_device_lost,
         )
@@ -157,6 +168,7 @@ class Server:
     def _models_changed(self) -> None:
         """Forget versions that are gone, and raise limits as the signatures of new ones ask."""
         self._inventory.traffic.keep({version for _, version in self._inventory.registry})
+        self._pipelines.forget_wirings()
         self._intake.refresh_limits()
 
     # --- called from other threads ---------------------------------------------------------------------------
@@ -283,7 +295,7 @@ class Server:
             if self._quarantine.active:
                 self._quarantine.left(connection.peer, connection.client.name)
             for request in list(connection.requests.values()):
-                if self._scheduler.cancel(request):
+                if self._scheduler.cancel(request) or self._pipelines.withdraw(request):
                     self._telemetry.abandoned += 1
                     self._answers.close(request)
 

@@ -12,7 +12,7 @@ from tnxd.executors.trial.examples import Item, arguments
 from tnxd.executors.trial.state import Answer
 from tnxd.models.model import Model
 from tnxd.models.process_state.side_effects import SideEffectDetector
-from tnxd.models.tensors import check_outputs, to_array, to_tensor
+from tnxd.models.tensors import check_outputs, copied, on_device
 
 _WITNESSED = 6
 """Calls whose changes of the process are looked for: each look costs some milliseconds."""
@@ -59,8 +59,7 @@ class Asking:
         model = self.model
         given = arguments(model, item)
         tensors = [
-            to_tensor(array.copy(), spec.datatype).to(self.device)
-            for array, spec in zip(given, model.arguments, strict=True)
+            on_device(array, spec.datatype, self.device) for array, spec in zip(given, model.arguments, strict=True)
         ]
         rows = len(item[0]) if model.max_batch_size else 1
         self._calls += 1
@@ -68,8 +67,8 @@ class Asking:
         with self.witness if self._calls <= _WITNESSED else contextlib.nullcontext():
             raw = call(*tensors)
         outputs = check_outputs(model, raw, rows)
-        answer = [to_array(output.cpu()).copy() for output in outputs]
+        answer = [copied(output) for output in outputs]
         for position, (tensor, array) in enumerate(zip(tensors, given, strict=True)):
-            if to_array(tensor.cpu()).tobytes() != array.tobytes():
+            if copied(tensor).tobytes() != array.tobytes():  # of BYTES: other objects
                 self.written_inputs.add(position)
         return outputs, answer

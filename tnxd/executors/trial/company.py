@@ -22,7 +22,7 @@ from tnxd.executors.trial.rows import rows_apart
 from tnxd.executors.trial.state import Answer
 from tnxd.models.model import Model
 from tnxd.models.noise import difference
-from tnxd.models.tensors import check_outputs, to_array, to_tensor
+from tnxd.models.tensors import check_outputs, copied, on_device
 
 _ROUNDS = 500
 _SECONDS = 0.2
@@ -70,11 +70,11 @@ def rows_of_a_lane_apart(call: Call, model: Model, device: torch.device, makes: 
 def answer_of(call: Call, model: Model, device: torch.device, item: Item) -> Answer:
     """The answer of a call to an item. Raises whatever the call raises."""
     tensors = [
-        to_tensor(array.copy(), spec.datatype).to(device)
+        on_device(array, spec.datatype, device)
         for array, spec in zip(arguments(model, item), model.arguments, strict=True)
     ]
     outputs = check_outputs(model, call(*tensors), len(item[0]) if model.max_batch_size else 1)
-    return outputs, [to_array(output.cpu()).copy() for output in outputs]
+    return outputs, [copied(output) for output in outputs]
 
 
 def _at_once(asks: Sequence[Callable[[], str]]) -> str:

@@ -12,12 +12,14 @@ import threading
 from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
 import torch
 
 from tnxd.device_kinds import KINDS
 from tnxd.executors.trial.held import memory
 from tnxd.executors.trial.undo import Undo, attributes_of
 from tnxd.models import structures
+from tnxd.models.tensors import Value
 
 Call = Callable[..., Any]
 """A module, or an object that stands before one: takes the inputs in order, None for one that did not come."""
@@ -37,7 +39,7 @@ class Own:
         self._module = module
         self._undo = undo
 
-    def __call__(self, *inputs: torch.Tensor | None) -> Any:
+    def __call__(self, *inputs: Value | None) -> Any:
         try:
             return cloned(self._module(*inputs))
         finally:
@@ -55,9 +57,9 @@ class Sparing:
         self._call = call
         self._positions = positions
 
-    def __call__(self, *inputs: torch.Tensor | None) -> Any:
+    def __call__(self, *inputs: Value | None) -> Any:
         own = [
-            tensor.clone() if tensor is not None and position in self._positions else tensor
+            _clone(tensor) if tensor is not None and position in self._positions else tensor
             for position, tensor in enumerate(inputs)
         ]
         return self._call(*own)
@@ -75,14 +77,14 @@ class Serial:
         self._undo = undo
         self._lock = threading.Lock()
 
-    def __call__(self, *inputs: torch.Tensor | None) -> Any:
+    def __call__(self, *inputs: Value | None) -> Any:
         with self._lock:
             try:
                 return cloned(self._module(*inputs))
             finally:
                 if self._undo is not None:
                     self._undo.put_back()
-                if any(tensor is not None and KINDS[tensor.device.type].has_streams for tensor in inputs):
+                if any(isinstance(each, torch.Tensor) and KINDS[each.device.type].has_streams for each in inputs):
                     torch.accelerator.current_stream().synchronize()  # the next lane has a stream of its own
 
 
@@ -92,10 +94,10 @@ class Differentiating:
     def __init__(self, call: Call) -> None:
         self._call = call
 
-    def __call__(self, *inputs: torch.Tensor | None) -> Any:
+    def __call__(self, *inputs: Value | None) -> Any:
         with torch.inference_mode(False), torch.enable_grad():
             # Tensors that were made in inference mode take no part in autograd, their copies do.
-            own = [None if tensor is None else tensor.clone() for tensor in inputs]
+            own = [None if tensor is None else _clone(tensor) for tensor in inputs]
             return _changed(self._call(*own), torch.Tensor.detach)
 
 
@@ -104,10 +106,16 @@ def cloned(raw: Any) -> Any:
     return _changed(raw, torch.Tensor.clone)
 
 
+def _clone(value: Value) -> Value:
+    return value.clone() if isinstance(value, torch.Tensor) else value.copy()
+
+
 def _changed(raw: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A module's result, of any structure, with its tensors changed and their names the same."""
+    """A module's result, of any structure, with its tensors changed, its arrays copied and their names the same."""
     if isinstance(raw, torch.Tensor):
         return change(raw)
+    if isinstance(raw, np.ndarray):
+        return raw.copy()
     parts = structures.children(raw)
     if parts is None:
         return raw

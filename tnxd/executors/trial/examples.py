@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from tnxctl.protocol.frames import STORAGE, Array, dtype_of
-from tnxctl.protocol.wire import TensorSpec
+from tnxctl.protocol.strings import array_of, elements_of
+from tnxctl.protocol.wire import BYTES, TensorSpec
 from tnxd.device_kinds import DeviceKind
 from tnxd.models.model import Model
 from tnxd.models.noise import FLOATING
@@ -34,6 +35,9 @@ _INTEGERS = ((1, 3), (0, 1), (1, 1), (0, 0))
 
 _SMALLEST_INTEGERS = ((0, 1), (0, 0))
 """The same where an index out of range would end the device's context: as small as they can be."""
+
+_STRINGS = (b"0", b"1", b"a few words", b"Another text, and some more words in it.")
+"""Made-up strings, by the made-up integer. The first two can be read as numbers."""
 
 Draw = Callable[[TensorSpec, tuple[int, ...], np.random.Generator, int], Array]
 """Maker of the values of a shape, for a variant."""
@@ -72,7 +76,7 @@ def telling_examples(model: Model, kind: DeviceKind, *, own: bool = True) -> Ite
         for least, most in integers if counts else integers[:1]:
             if most > least or measures:
                 yield _maker(model, _drawing(least, most, smallest, largest), telling=True, own=own)
-    if own and any(np.ptp(value) for value in model.example_values.values() if value.size):
+    if own and any(_varies(value) for value in model.example_values.values()):
         yield _maker(model, _drawing(*integers[0]))
 
 
@@ -91,6 +95,11 @@ def _drawing(least: int, most: int, smallest: float = 0.1, largest: float = 1.0)
         return low + (generator.integers(0, high - low, shape, endpoint=True) + variant) % (high - low + 1)
 
     return draw
+
+
+def _varies(value: Array) -> bool:
+    """Whether not all elements are the same."""
+    return bool(value.size) and bool(np.any(value != value.flat[0]))
 
 
 def _is_constant(value: Array) -> bool:
@@ -114,7 +123,7 @@ def _maker(model: Model, draw: Draw, *, telling: bool = False, own: bool = True,
             seed = (0 if spec.datatype not in FLOATING else variant, position)
             generator = np.random.default_rng(seed)
             given = model.example_values.get(spec.name)
-            tells = given is not None and ((own and given.size and np.ptp(given)) or spec.datatype not in FLOATING)
+            tells = given is not None and (spec.datatype not in FLOATING or (own and _varies(given)))
             if given is None and model.ragged is not None and position == model.ragged.mask:
                 item.append(np.ones(shape, STORAGE[spec.datatype]))  # all of what is made up is there
             elif given is None or (telling and not tells):
@@ -139,6 +148,8 @@ def _varied(model: Model, own: Array, rows: int, variant: int, spec: TensorSpec)
 
 
 def _stored(values: Array, spec: TensorSpec) -> Array:
-    """Numbers as an array of the datatype, as on the wire."""
+    """Numbers as an array of the datatype, as on the wire; whole ones stand for made-up strings."""
+    if spec.datatype == BYTES:
+        return array_of([_STRINGS[int(value)] for value in elements_of(values)], values.shape)
     stored: Array = values.astype(dtype_of(spec.datatype)).view(STORAGE[spec.datatype])
     return stored

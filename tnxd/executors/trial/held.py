@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnxd.models.formats.factories import is_private
+from tnxd.models.formats.modules import is_private
 from tnxd.models.formats.program import Program
 
 _MOST_ITEMS = 200_000  # a model of a thousand layers has a tenth of that

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tnxd.executors.trial.held import is_state
-from tnxd.models.formats.factories import is_private
+from tnxd.models.formats.modules import is_private
 
 _GLOBAL = "::"
 """Before the name of a global, so that it is no attribute of `self`."""

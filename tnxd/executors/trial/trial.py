@@ -312,6 +312,13 @@ def _with_rows(verdict: Verdict, ask: Asking, telling: Sequence[Make]) -> Verdic
         FailedPrecondition: model.toml asks for batches, and rows depend on each other.
     """
     model = verdict.model
+    if not telling and model.batching_asked and verdict.make is not None:
+        try:
+            ask(verdict.make(2, 0))
+        except TensorNextError as error:  # the outputs do not fit
+            return without_rows(verdict, error.message)
+        except Exception as error:
+            blame(error)
     if not telling:
         return whole(verdict, "no batches: no example with values that differ was taken; put some into example.npz")
     if not model.batching_asked and not has_signature(model.format) and len(model.inputs) > 1:

@@ -113,11 +113,11 @@ def answer(execution: Execution) -> Sequence[Array]:
     return outputs
 
 
-def run_example(runner: Runner, model: Model, item: Item) -> Execution:
-    """Run one request on the calling thread. Raises TensorNextError: the request failed."""
+def run_example(runner: Runner, model: Model, item: Item, threads: int = 1) -> Execution:
+    """Run one request on the calling thread, with a team of so many. Raises TensorNextError: the request failed."""
     specs = [TensorSpec(spec.name, spec.datatype, array.shape) for spec, array in zip(model.inputs, item, strict=True)]
     bound = model.bind(specs, item)
-    execution = Execution(INLINE, 0, model, [bound.arrays], [bound.rows], bound.group)
+    execution = Execution(INLINE, 0, model, [bound.arrays], [bound.rows], bound.group, threads)
     runner.run(execution)
     if execution.fatal:
         raise Unavailable(execution.fatal)

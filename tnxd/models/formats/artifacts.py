@@ -37,7 +37,7 @@ def key(source: RepositorySource, *parts: str) -> str:
         TensorNextError, OSError: the files cannot be read.
     """
     files = TrustedFiles.check(
-        source.guard, source.directory, require_manifest=False, modules=FORMATS[source.format].needs_factory
+        source.guard, source.directory, require_manifest=False, modules=FORMATS[source.format].has_modules
     )
     digest = hashlib.sha256(source.settings.served)
     for path in sorted(files.identities):

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -62,21 +63,25 @@ def _make(source: RepositorySource, _: Build, workshop: Workshop) -> torch.nn.Mo
 
     name = "" if workshop.cache is None else artifacts.key(source, "onnxruntime", torch.__version__)
     with artifacts.folder(workshop.cache, name, compile_into) as folder:
-        return _load(folder)
+        return _load(folder, workshop.threads)
 
 
-def _load(folder: Path) -> torch.nn.Module:
+def _load(folder: Path, threads: int) -> torch.nn.Module:
     runtime = importlib.import_module("onnxruntime")
     called = msgspec.json.decode(Path(folder, CALLED).read_bytes(), type=Called)
+
+    def opened(count: int) -> Any:
+        options = session_options(runtime, count)
+        return runtime.InferenceSession(str(folder / CONVERTED), options, providers=["CPUExecutionProvider"])
+
     try:
-        session = runtime.InferenceSession(
-            str(folder / CONVERTED), session_options(runtime), providers=["CPUExecutionProvider"]
-        )
+        session = opened(1)
+        wide = session if threads == 1 else opened(threads)  # now, since the folder may go
     except Exception as error:  # onnxruntime's own classes have no base in common
         raise FailedPrecondition(f"onnxruntime cannot load it: {first_line(error)}") from None
     names = [node.name for node in session.get_outputs()]
     return Converted(
-        Session(session, [names[position] for position in called.outputs], CONVERTED),
+        Session(session, lambda _: wide, [names[position] for position in called.outputs], CONVERTED),
         Conditions(called.inputs, called.conditions),
     )
 

@@ -13,7 +13,8 @@ import torch
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 from tnxctl.protocol.frames import ML_DTYPES, STORAGE, Array, dtype_of
-from tnxctl.protocol.wire import MIB, TensorSpec, excerpt
+from tnxctl.protocol.strings import array_of, elements_of
+from tnxctl.protocol.wire import BYTES, MIB, TensorSpec, excerpt
 from tnxd.error_text import sentence
 from tnxd.models.formats.signature import Opened, Shape, Signature
 from tnxd.models.noise import FLOATING
@@ -143,6 +144,8 @@ def _stored(files: TrustedFiles, signature: Signature, label: str) -> dict[str, 
 def _fitting(array: Array, spec: TensorSpec, signature: Signature, key: str) -> Array:
     if spec.datatype in ML_DTYPES and array.dtype == np.float32:  # no .npz can hold it
         array = typed(array, spec.datatype, key)
+    if spec.datatype == BYTES and array.dtype.kind in "SU":  # of objects, which would be pickled, there are none
+        array = typed(array, spec.datatype, key)
     dtype = STORAGE[spec.datatype]
     if array.dtype.newbyteorder("=") != dtype:
         raise FailedPrecondition(f"{key} is {array.dtype}, and the input is {spec.datatype}")
@@ -162,7 +165,7 @@ def _described(tensor: Tensor, spec: TensorSpec, example: Shape, signature: Sign
     values, datatype = tensor.values, spec.datatype
     if isinstance(values, tuple):
         try:
-            array = np.array(values)
+            array = np.array(values, object if datatype == BYTES else None)
         except ValueError:
             raise InvalidArgument(f"{key}: the lists in it differ in length") from None
         if not array.size or not fits(array.shape, spec.shape):
@@ -176,6 +179,8 @@ def _described(tensor: Tensor, spec: TensorSpec, example: Shape, signature: Sign
         shape = (rows or min(several, signature.max_batch_size), *example[1:])
     if not isinstance(values, Range):
         return typed(np.full(shape, values), datatype, key)
+    if datatype == BYTES:
+        raise InvalidArgument(f"{key}: low and high are for numbers, and {tensor.name!r} is BYTES")
     bounds = typed(np.array([values.low, values.high]), datatype, key)
     generator = np.random.default_rng(0)
     if datatype in FLOATING:
@@ -187,7 +192,13 @@ def _described(tensor: Tensor, spec: TensorSpec, example: Shape, signature: Sign
 
 
 def typed(array: Array, datatype: str, key: str) -> Array:
-    """Numbers of model.toml in a datatype that can hold them. Raises InvalidArgument: it cannot; says KEY and why."""
+    """Numbers or strings of model.toml in a datatype that can hold them.
+
+    Raises:
+        InvalidArgument: it cannot; the sentence has the key and says why.
+    """
+    if datatype == BYTES:
+        return _strings(array, key)
     dtype = dtype_of(datatype)
     if array.dtype.kind not in "biuf":
         raise InvalidArgument(f"{key}: numbers alone can stand there")
@@ -197,3 +208,12 @@ def typed(array: Array, datatype: str, key: str) -> Array:
         odd = array[result != array].flat[0] if array.ndim else array
         raise InvalidArgument(f"{key}: {odd} is no {datatype}")
     return result.view(STORAGE[datatype])
+
+
+def _strings(array: Array, key: str) -> Array:
+    elements = [each.encode() if isinstance(each, str) else each for each in elements_of(array)]
+    odd = next((each for each in elements if not isinstance(each, bytes)), None)
+    if odd is not None:
+        what = "the lists in it differ in length" if isinstance(odd, (tuple, list)) else "strings alone can stand there"
+        raise InvalidArgument(f"{key}: {what}")
+    return array_of([bytes(each) for each in elements], array.shape)

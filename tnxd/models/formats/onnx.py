@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxctl.protocol.wire import TensorSpec, excerpt
+from tnxctl.protocol.frames import Array
+from tnxctl.protocol.strings import array_of, as_text, elements_of
+from tnxctl.protocol.wire import BYTES, TensorSpec, excerpt
 from tnxd.advice import installing
 from tnxd.error_text import first_line
 from tnxd.models import onnxfile
@@ -21,8 +25,10 @@ from tnxd.models.formats.signature import FileSignature, Opened, resolve
 from tnxd.models.onnxfile import OnnxFile
 from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import Settings, Tensor
-from tnxd.models.tensors import to_array
+from tnxd.models.tensors import Value, to_array
 from tnxd.models.trust import TrustedFiles
+
+log = logging.getLogger(__name__)
 
 DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -37,6 +43,7 @@ DATATYPES = {
     "tensor(float16)": "FP16",
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",
+    "tensor(string)": BYTES,
 }
 """What onnxruntime calls them -> datatype. Its bfloat16 has no numpy array."""
 
@@ -45,25 +52,61 @@ class Session(torch.nn.Module):
     """An onnxruntime session that is called like a network. It has no parameters that torch knows of.
 
     Args:
-        session: an `onnxruntime.InferenceSession`.
+        session: an `onnxruntime.InferenceSession` of one thread.
+        widen: makes one of so many threads, for callers that torch allows as many.
         outputs: names of those to compute.
         file: what to call it in errors.
     """
 
-    def __init__(self, session: Any, outputs: Sequence[str], file: str) -> None:
+    def __init__(self, session: Any, widen: Callable[[int], Any], outputs: Sequence[str], file: str) -> None:
         super().__init__()
         self._session = session
+        self._widen = widen
+        self._wide: dict[int, Any] = {}
+        self._widening = threading.Lock()
         self._outputs = list(outputs)
         self._file = file
         self._inputs = [node.name for node in session.get_inputs()]
         self._refused = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state").InvalidArgument
 
-    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        feed = dict(zip(self._inputs, map(to_array, inputs), strict=True))
+    def forward(self, *inputs: Value) -> tuple[Value, ...]:
+        threads = torch.get_num_threads()
+        session = self._session if threads == 1 else self._of(threads)
+        feed = dict(zip(self._inputs, map(_fed, inputs), strict=True))
         try:
-            return tuple([torch.from_numpy(output) for output in self._session.run(self._outputs, feed)])
+            return tuple([_returned(output) for output in session.run(self._outputs, feed)])
         except self._refused as error:
             raise InvalidArgument(f"{self._file} does not take these inputs: {error}") from None
+
+    def _of(self, threads: int) -> Any:
+        """The session of so many threads, which is made when it is first wanted: in warm-up, if at all.
+
+        It is the one of one thread if the files are no longer those that were read.
+        """
+        session = self._wide.get(threads)
+        if session is None:
+            with self._widening:
+                session = self._wide.get(threads)
+                if session is None:
+                    try:
+                        session = self._widen(threads)
+                    except (FailedPrecondition, OSError) as error:
+                        log.warning("%s runs on one thread: %s", self._file, error)
+                        session = self._session
+                    self._wide[threads] = session
+        return session
+
+
+def _fed(value: Value) -> Array:
+    """An input as onnxruntime takes it: a BYTES tensor as `str`, of which it takes objects alone."""
+    return to_array(value) if isinstance(value, torch.Tensor) else as_text(value)
+
+
+def _returned(output: Array) -> Value:
+    """An output of onnxruntime, which returns strings as `str`."""
+    if not output.dtype.hasobject:
+        return torch.from_numpy(output)
+    return array_of([element.encode() for element in elements_of(output)], output.shape)
 
 
 def read(source: RepositorySource, files: TrustedFiles) -> Opened:
@@ -83,23 +126,27 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     del session
 
     def build() -> torch.nn.Module:
-        return Session(first.pop() if first else _open(runtime, files, label)[0], outputs, label).eval()
+        session = first.pop() if first else _open(runtime, files, label)[0]
+        return Session(session, lambda threads: _open(runtime, files, label, threads)[0], outputs, label).eval()
 
-    return Opened(signature, build)
+    text = tuple(spec.name for spec in signature.inputs if spec.datatype == BYTES)
+    return Opened(signature, build, text=text)
 
 
-def session_options(runtime: Any) -> Any:
+def session_options(runtime: Any, threads: int = 1) -> Any:
     """Options of a session that shares the cores with lanes. Args: runtime: the module `onnxruntime`."""
     options = runtime.SessionOptions()
-    # The lanes share the cores already: each of them runs a batch on its own thread, which its session does not leave.
-    options.intra_op_num_threads = 1
+    # With one thread a session does not leave that of the lane. Others of a team, which wait for work by polling, would
+    # take the cores from other lanes, and from the thread that serves.
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors; what it warns of are its own optimizations
     return options
 
 
-def _open(runtime: Any, files: TrustedFiles, label: str) -> tuple[Any, OnnxFile]:
-    options = session_options(runtime)
+def _open(runtime: Any, files: TrustedFiles, label: str, threads: int = 1) -> tuple[Any, OnnxFile]:
+    options = session_options(runtime, threads)
     model = _content(files, files.directory / ONNX.file)
     try:
         said = onnxfile.read(model)

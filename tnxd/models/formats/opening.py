@@ -10,8 +10,8 @@ import msgspec
 import torch
 
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxd.models import ragged
-from tnxd.models.file_formats import FORMATS, ONNX, PT2, SAFETENSORS, TORCHSCRIPT
+from tnxd.models import pipelines, ragged
+from tnxd.models.file_formats import FORMATS, ONNX, PIPELINE, PT2, PYTHON, SAFETENSORS, TORCHSCRIPT
 from tnxd.models.formats import (
     channels,
     compiling,
@@ -21,6 +21,7 @@ from tnxd.models.formats import (
     libraries,
     onnx,
     optional,
+    python,
     torchscript,
     weights,
 )
@@ -36,6 +37,7 @@ _READERS: dict[str, Callable[[RepositorySource, TrustedFiles], Opened]] = {
     SAFETENSORS.name: weights.read,
     TORCHSCRIPT.name: torchscript.read,
     ONNX.name: onnx.read,
+    PYTHON.name: python.read,
 }
 
 
@@ -50,7 +52,7 @@ def read(source: RepositorySource) -> Opened:
             source.guard,
             source.directory,
             require_manifest=source.require_manifest,
-            modules=FORMATS[source.format].needs_factory,
+            modules=FORMATS[source.format].has_modules,
         )
         libraries.load(source.settings.imports, source.settings_label)
         return examples.add(_READERS[source.format](source, files), source, files)
@@ -61,6 +63,8 @@ def read(source: RepositorySource) -> Opened:
 
 def open_model(source: RepositorySource, generation: int) -> Model:
     """Open a version, as `tnxd.models.catalog.Source.open` promises."""
+    if source.format == PIPELINE.name:
+        return _open_pipeline(source, generation)
     with settings_restored("reading it") as changes:
         opened = read(source)
     settings = source.settings
@@ -80,8 +84,9 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         max_batch_size=signature.max_batch_size,
         factory=opened.build,
         format=source.format,
-        devices=FORMATS[source.format].kinds or settings.devices,
-        replicas=settings.replicas,
+        devices=opened.devices or FORMATS[source.format].kinds or settings.devices,
+        replicas=settings.replicas or int(source.format == PYTHON.name),
+        threads=settings.threads,
         max_delay_us=settings.max_delay_us,
         time_limit_s=settings.time_limit_s,
         deadline_us=settings.deadline_us,
@@ -96,10 +101,13 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         state=settings.state,
         audit=DEFAULT_AUDIT if settings.audit is None else settings.audit,
         batching_asked=bool(settings.max_batch_size) or (settings.ragged is not None and settings.ragged.packed),
+        isolation=settings.isolation or ("thread" if source.format == PYTHON.name else "none"),
+        restarts=opened.restarts,
         ragged=axes,
         optimize=settings.optimize,
         variants=_variants(source, opened),
         reference=functools.partial(_in_own_datatype, source) if settings.dtype else None,
+        text=opened.text,
     )
 
 
@@ -120,3 +128,31 @@ def _in_own_datatype(source: RepositorySource) -> torch.nn.Module:
     """The module of a version in the datatype of its weights."""
     settings = msgspec.structs.replace(source.settings, dtype="")
     return read(dataclasses.replace(source, settings=settings)).build()
+
+
+def _open_pipeline(source: RepositorySource, generation: int) -> Model:
+    """A pipeline. It has no signature yet: that is what its steps' models make it."""
+    try:
+        files = TrustedFiles.check(
+            source.guard, source.directory, require_manifest=source.require_manifest, modules=False
+        )
+        path, label = files.directory / PIPELINE.file, files.label(PIPELINE.file)
+        with files.open(path):  # which compares before and after it is read
+            description = pipelines.load(source.guard.resolve(path), label)
+    except OSError as error:
+        raise FailedPrecondition(f"{source.guard.label(source.directory)}: {error.strerror or error}") from error
+    return pipelines.Pipeline(
+        name=source.name,
+        version=source.version,
+        inputs=(),
+        outputs=(),
+        max_batch_size=0,
+        factory=pipelines.no_module,
+        format=source.format,
+        deadline_us=source.settings.deadline_us,
+        priority=source.settings.priority,
+        generation=generation,
+        audit=0.0,
+        description=description,
+        label=label,
+    )

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.frames import Array
-from tnxctl.protocol.wire import TensorSpec
+from tnxctl.protocol.wire import BYTES, TensorSpec
 from tnxd.models.settings import Settings, Tensor, fits
 
 if TYPE_CHECKING:
     import torch
+
+    from tnxd.models.python.processes import Restarts
 
 DEFAULT_MAX_BATCH_SIZE = 64
 
@@ -44,8 +46,8 @@ class Opened:
 
     Attributes:
         build: makes the module, on the CPU, in eval mode and without gradients.
-        notes: what an operator should know.
-        writes, example_values: as in `tnxd.models.model.Model`.
+        notes: what an operator should know. devices: as in `tnxd.models.model.Model`; empty: those of the format.
+        writes, example_values, restarts, text: as in `tnxd.models.model.Model`.
     """
 
     signature: Signature
@@ -53,6 +55,9 @@ class Opened:
     notes: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     example_values: Mapping[str, Array] = field(default_factory=dict)
+    text: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    restarts: Restarts | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,24 @@ def declared(settings: Settings, label: str, file: str) -> Signature:
     inputs = tuple(tensor.spec for tensor in settings.inputs)
     outputs = tuple(tensor.spec for tensor in settings.outputs)
     return resolve(FileSignature(inputs, outputs), settings, label, file)
+
+
+def check_for_torch(signature: Signature, label: str) -> None:
+    """Check that a torch module can have such inputs and outputs: torch has no strings.
+
+    Args:
+        label: what to call model.toml in errors.
+
+    Raises:
+        InvalidArgument: it cannot; the sentence names the key.
+    """
+    for key, specs in (("inputs", signature.inputs), ("outputs", signature.outputs)):
+        for spec in specs:
+            if spec.datatype == BYTES:
+                raise InvalidArgument(
+                    f"{label}: {key}: {spec.name!r} is BYTES, and torch has no strings: a model with strings is an "
+                    f"ONNX file, or its strings become numbers before they are sent"
+                )
 
 
 def resolve(found: FileSignature, settings: Settings, label: str, file: str) -> Signature:

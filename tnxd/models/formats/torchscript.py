@@ -10,7 +10,7 @@ from tnxd.models.file_formats import PT2, TORCHSCRIPT
 from tnxd.models.formats import ignore_warnings_about_torch_itself, libraries, optional
 from tnxd.models.formats.calling import arranged, check_names, defaults
 from tnxd.models.formats.precision import Precision
-from tnxd.models.formats.signature import Opened, declared
+from tnxd.models.formats.signature import Opened, check_for_torch, declared
 from tnxd.models.formats.writes import written_by_script
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import TrustedFiles
@@ -24,6 +24,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     label = files.label(TORCHSCRIPT.file)
     signature = declared(settings, source.settings_label, label)
     check_names(signature, source.settings_label)
+    check_for_torch(signature, source.settings_label)
 
     def load() -> torch.jit.ScriptModule:
         ignore_warnings_about_torch_itself()

@@ -24,7 +24,7 @@ from tnxd.models.formats import optional, shards
 from tnxd.models.formats.calling import arranged, check_names, defaults
 from tnxd.models.formats.factories import Factory
 from tnxd.models.formats.precision import Precision
-from tnxd.models.formats.signature import Opened, declared
+from tnxd.models.formats.signature import Opened, check_for_torch, declared
 from tnxd.models.repository import RepositorySource
 from tnxd.models.settings import Weights
 from tnxd.models.trust import TrustedFiles
@@ -43,6 +43,7 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     )
     signature = declared(settings, source.settings_label, label)
     check_names(signature, source.settings_label)
+    check_for_torch(signature, source.settings_label)
     try:
         factory = Factory(files, settings.factory, f"{source.name}@{source.version}")
     except FailedPrecondition as error:

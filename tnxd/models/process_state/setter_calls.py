@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnxd.models.formats.factories import is_private
+from tnxd.models.formats.modules import is_private
 
 DTYPE = "torch's default dtype"
 SEED = "torch's random seed"

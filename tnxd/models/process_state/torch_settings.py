@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as module_hooks
 
-from tnxd.device_kinds import KINDS
+from tnxd.device_kinds import CHOSEN
 from tnxd.models.process_state.setter_calls import DTYPE
 from tnxd.models.process_state.setting import Setting, attribute
 
@@ -52,7 +52,7 @@ def _set_inference_mode(enabled: bool) -> None:
     _inference_guards.append(guard)
 
 
-_AUTOCAST_KINDS = tuple(KINDS)
+_AUTOCAST_KINDS = tuple(kind.name for kind in CHOSEN)
 
 
 def _set_autocast(states: tuple[tuple[bool, torch.dtype], ...]) -> None:
