@@ -366,7 +366,7 @@ def test_what_is_started_and_prints_on_holds_nobody_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("isolation", ["thread", "process"])
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
 def test_every_datatype_goes_there_and_back(tmp_path: Path, isolation: str, framework: str) -> None:
-    specs = [f'{{ name = "{name.lower()}", datatype = "{name}", shape = [-1, 3] }}' for name in STORAGE]
+    specs = [f'{{ name = "{name.lower()}", datatype = "{name}", shape = [-1, 3] }}' for name in TORCH_DTYPES]
     signature = f"inputs = [{', '.join(specs)}]\noutputs = [{', '.join(specs)}]\n"
     text = f'class Model:\n    framework = "{framework}"\n    def predict(self, **inputs):\n        return inputs\n'
     model = opened(tmp_path, text, settings=f'isolation = "{isolation}"', signature=signature)
@@ -374,9 +374,9 @@ def test_every_datatype_goes_there_and_back(tmp_path: Path, isolation: str, fram
     if isolation == "thread":
         module = module.to("cpu")
     for rows_ in (1, 2, 5, 0):
-        arrays = [np.arange(3 * rows_).reshape(-1, 3).astype(dtype) for dtype in STORAGE.values()]
-        answer = module(*[to_tensor(array, name) for array, name in zip(arrays, STORAGE, strict=True)])
-        for array, tensor, name in zip(arrays, answer, STORAGE, strict=True):
+        arrays = [np.arange(3 * rows_).reshape(-1, 3).astype(STORAGE[name]) for name in TORCH_DTYPES]
+        answer = module(*[to_tensor(array, name) for array, name in zip(arrays, TORCH_DTYPES, strict=True)])
+        for array, tensor, name in zip(arrays, answer, TORCH_DTYPES, strict=True):
             assert tensor.dtype is TORCH_DTYPES[name]
             assert np.array_equal(to_array(tensor), array)
 
