@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from python_models import DOUBLES, SIGNATURE, await_end, opened, put, rows, source
+from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.errors import FailedPrecondition, Internal, TensorNextError
-from tnxctl.protocol.frames import STORAGE, Array
 from tnxd.models.model import Model
 from tnxd.models.python.failures import ProcessAway, ProcessFull, ProcessLost
 from tnxd.models.tensors import TORCH_DTYPES, to_array, to_tensor

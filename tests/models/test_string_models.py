@@ -12,8 +12,8 @@ import torch
 
 import string_models
 from format_tools import ask, open_model, refused, tensors
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, Internal, InvalidArgument
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.strings import array_of
 from tnxctl.protocol.wire import Limits, TensorSpec
 from tnxd.executors.cpu import CpuRunner

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import BYTES, VERSION, Comparison, OutputDifference, Percentiles, TensorSpec
 from tnxd.deployment.background import Answered, Background, Copy
 from tnxd.deployment.version import Version

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 from tnxd.device_kinds import KINDS
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item, Make, arguments

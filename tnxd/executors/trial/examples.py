@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from tnxctl.protocol.frames import STORAGE, Array, dtype_of
+from tnxctl.protocol.datatypes import STORAGE, Array, dtype_of
 from tnxctl.protocol.strings import array_of, elements_of
 from tnxctl.protocol.wire import BYTES, TensorSpec
 from tnxd.device_kinds import DeviceKind

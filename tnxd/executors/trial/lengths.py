@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, ResourceExhausted, TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxd.executors.execution import Execution
 from tnxd.executors.padding import units
 from tnxd.executors.runner import Runner

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxctl.protocol.frames import Array
 from tnxd.device_kinds import KINDS
 from tnxd.error_text import sentence
 from tnxd.executors.execution import PURE, SCRATCH

@@ -12,8 +12,8 @@ from functools import partial
 import numpy as np
 import torch
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxd.device_kinds import KINDS
 from tnxd.error_text import sentence
 from tnxd.executors.execution import SCRATCH, SHARED

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import TensorNextError, Unavailable
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import MIB, TensorSpec
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner

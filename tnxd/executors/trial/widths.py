@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item, Make

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tnxctl.protocol.datatypes import ML_DTYPES, STORAGE, Array, dtype_of
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxctl.protocol.frames import ML_DTYPES, STORAGE, Array, dtype_of
 from tnxctl.protocol.strings import array_of, elements_of
 from tnxctl.protocol.wire import BYTES, MIB, TensorSpec, excerpt
 from tnxd.error_text import sentence

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tnxctl.protocol.frames import STORAGE, Array
+from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.wire import TensorSpec
 
 _ALIGNMENT = 64
