@@ -19,7 +19,7 @@ from tnxd.deployment.background import Answered, Background, Copy
 from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
 from tnxd.models.model import Model
-from tnxd.models.noise import as_float
+from tnxd.models.rounding import as_float
 
 # Forwards that the percentiles are taken from.
 _LATENCIES = 1000

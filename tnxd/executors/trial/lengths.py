@@ -19,7 +19,7 @@ from tnxd.executors.trial.examples import Item, Make
 from tnxd.executors.trial.warmup import MEMORY_SHARE, Warmed, answer, run_example, unlike_alone
 from tnxd.lanes import INLINE
 from tnxd.models.model import Model
-from tnxd.models.noise import difference
+from tnxd.models.rounding import difference
 
 _STRICTER = 0.05
 """Times what rounding may change between batches: 1e-5 in float32. Padding that is masked changes 1e-7."""

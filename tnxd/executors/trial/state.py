@@ -26,7 +26,7 @@ from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import HOOKS, Held, Place, memory, short
 from tnxd.executors.trial.suspects import suspects, suspects_beside
 from tnxd.models.model import Model
-from tnxd.models.noise import Difference, difference
+from tnxd.models.rounding import Difference, difference
 from tnxd.models.tensors import Value, copied
 
 Answer = tuple[list[Value], list[Array]]

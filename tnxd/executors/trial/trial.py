@@ -35,7 +35,7 @@ from tnxd.executors.trial.undo import Beside
 from tnxd.executors.trial.verdict import Verdict, about, whole, without_rows
 from tnxd.models.file_formats import PT2, has_signature
 from tnxd.models.model import Model
-from tnxd.models.noise import as_float, difference, tolerance
+from tnxd.models.rounding import as_float, difference, tolerance
 from tnxd.models.tensors import DATATYPES
 
 _SHARE = 0.01

@@ -15,7 +15,7 @@ from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item, Make
 from tnxd.lanes import INLINE
 from tnxd.models.model import Model
-from tnxd.models.noise import difference
+from tnxd.models.rounding import difference
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from tnxctl.protocol.strings import array_of, elements_of
 from tnxctl.protocol.wire import BYTES, MIB, TensorSpec, excerpt
 from tnxd.error_text import sentence
 from tnxd.models.formats.signature import Opened, Shape, Signature
-from tnxd.models.noise import FLOATING
 from tnxd.models.repository import RepositorySource
+from tnxd.models.rounding import FLOATING
 from tnxd.models.settings import Range, Tensor, fits
 from tnxd.models.tensors import to_array
 from tnxd.models.trust import TrustedFiles

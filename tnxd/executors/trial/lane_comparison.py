@@ -21,7 +21,7 @@ from tnxd.executors.trial.examples import Item, Make, arguments
 from tnxd.executors.trial.rows import rows_apart
 from tnxd.executors.trial.state import Answer
 from tnxd.models.model import Model
-from tnxd.models.noise import difference
+from tnxd.models.rounding import difference
 from tnxd.models.tensors import check_outputs, copied, on_device
 
 _ROUNDS = 500
