@@ -9,10 +9,11 @@ import pytest
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 from tnxctl.protocol.wire import TensorSpec
-from tnxd.models import pipelines
+from tnxd.models import pipeline_file
 from tnxd.models.catalog import Catalog, Entry, missing_steps, with_steps
 from tnxd.models.model import Model
-from tnxd.models.pipelines import Description, Pipeline, Source, no_module, wire
+from tnxd.models.pipeline_file import Description
+from tnxd.models.pipelines import Pipeline, Source, no_module, wire
 from tnxd.models.repository import scan
 
 LABEL = "pipe/1/pipeline.toml"
@@ -43,7 +44,7 @@ embeddings = "normalize.y"
 def described(text: str, tmp_path: Path) -> Description:
     file = tmp_path / "pipeline.toml"
     file.write_text(text)
-    return pipelines.load(file, LABEL)
+    return pipeline_file.load(file, LABEL)
 
 
 # --- the file by itself --------------------------------------------------------------------------------------

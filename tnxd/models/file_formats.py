@@ -54,7 +54,7 @@ SAFETENSORS = FileFormat(
 TORCHSCRIPT = FileFormat("torchscript", "model.pt")
 ONNX = FileFormat("onnx", "model.onnx", has_signature=True, fixes_dtype=True, kinds=(CPU.name,))
 PIPELINE = FileFormat("pipeline", "pipeline.toml", has_signature=True, fixes_dtype=True)
-"""Steps that are models themselves, see `tnxd.models.pipelines`."""
+"""Steps that are models themselves, see `tnxd.models.pipeline_file`."""
 
 PYTHON = FileFormat("python", "model.py", has_modules=True, fixes_dtype=True)
 

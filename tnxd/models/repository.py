@@ -7,7 +7,7 @@ REPOSITORY/NAME/VERSION/            a positive number; in it exactly one of
     model.safetensors.index.json
     model.pt                        TorchScript
     model.onnx
-    pipeline.toml                   steps that are models themselves, see tnxd.models.pipelines
+    pipeline.toml                   steps that are models themselves, see tnxd.models.pipeline_file
     model.py                        a class in Python; beside one of the others, it is that one's code
 """
 
@@ -24,7 +24,7 @@ import msgspec
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
 from tnxctl.protocol.wire import MODEL_NAME, MODEL_VERSION
 from tnxd.device_kinds import PROCESS, kind_of
-from tnxd.models import onnxfile, pipelines
+from tnxd.models import onnxfile, pipeline_file
 from tnxd.models import settings as model_toml
 from tnxd.models.catalog import Catalog, Entry, Source
 from tnxd.models.file_formats import FILES, FORMATS, ONNX, PIPELINE, PYTHON, SAFETENSORS, FileFormat
@@ -218,7 +218,7 @@ def _source(name: str, number: str, place: Path, settings: Settings, scan: _Scan
     steps: tuple[str, ...] = ()
     nbytes = onnxfile.size(inside / file) if kind is ONNX else files[inside / file].st_size
     if kind is PIPELINE:
-        steps = pipelines.load(guard.resolve(inside / file), f"{label}/{file}").models
+        steps = pipeline_file.load(guard.resolve(inside / file), f"{label}/{file}").models
         nbytes = 0  # it has no weights
     if kind is PYTHON:
         nbytes = sum(info.st_size for path, info in files.items() if path.is_relative_to(inside))

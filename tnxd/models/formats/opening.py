@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxd.models import pipelines, ragged
+from tnxd.models import pipeline_file, pipelines, ragged
 from tnxd.models.file_formats import FORMATS, ONNX, PIPELINE, PT2, PYTHON, SAFETENSORS, TORCHSCRIPT
 from tnxd.models.formats import (
     channels_last,
@@ -138,7 +138,7 @@ def _open_pipeline(source: RepositorySource, generation: int) -> Model:
         )
         path, label = files.directory / PIPELINE.file, files.label(PIPELINE.file)
         with files.open(path):  # which compares before and after it is read
-            description = pipelines.load(source.guard.resolve(path), label)
+            description = pipeline_file.load(source.guard.resolve(path), label)
     except OSError as error:
         raise FailedPrecondition(f"{source.guard.label(source.directory)}: {error.strerror or error}") from error
     return pipelines.Pipeline(
