@@ -1,24 +1,12 @@
-"""Processes of a version whose model.py runs isolated: started, asked, ended, and started again.
+"""Processes of a version whose model.py runs isolated: as many as it has replicas, and started again when they end.
 
-A process is started by exec and shares nothing with the daemon but a socket, two regions of memory and a pipe for what
-it prints. A thread looks after each: it writes what is printed to the log, and starts another process when this one has
-ended. To the requests of the batch that it ran, its end is an error, and to others only a wait.
+A thread looks after each: it writes what is printed to the log, and starts another process when this one has ended.
 """
 
 from __future__ import annotations
 
-import builtins
-import contextlib
-import json
 import logging
-import math
-import os
 import queue
-import select
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -26,13 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import msgspec
-
 from tnxctl.protocol.datatypes import Array
-from tnxctl.protocol.errors import FailedPrecondition, Internal, TensorNextError
-from tnxd.models.python.channel import OUT_OF_MEMORY, Answer, Ask, Failure, Loaded, Region, Reply, receive, send
-from tnxd.models.python.failures import ProcessAway, ProcessFull, ProcessLost
+from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
+from tnxd.models.python.failures import ProcessAway
 from tnxd.models.python.instance import Plan
+from tnxd.models.python.process import Worker
 from tnxd.models.time_limits import TimeLimits
 
 log = logging.getLogger(__name__)
@@ -46,27 +32,6 @@ _LONG_RUN_S = 10.0
 # When to ask again while no process is there.
 _RETRY_S = 0.2
 
-# A process that is killed has ended by then, unless the kernel holds it.
-_END_S = 5.0
-
-_MOST_LINE = 16 * 1024
-
-# As much as a pipe holds.
-_MOST_PARTS = 64 * 1024 // _MOST_LINE
-
-_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
-
-_BEGIN = """\
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
-from tnxd.models.python.child import main
-main(sys.argv[2:])
-"""
-"""The program of a process. It finds what the daemon finds, and nothing in the directory that this was started in."""
-
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-"""Environment variables by which numerical libraries are told how many threads to use."""
-
 
 @dataclass
 class Restarts:
@@ -74,134 +39,6 @@ class Restarts:
 
     count: int = 0
     last: str = ""
-
-
-class Worker:
-    """A process that has been started.
-
-    Attributes:
-        defaults: as in `Loaded`, once `load` is done.
-        ended: set when the process is gone; `why` says how then.
-    """
-
-    def __init__(self, plan: Plan, replicas: int) -> None:
-        """Start it. The process ends with the thread that calls this."""
-        self.plan = plan
-        self.defaults: dict[str, bool] = {}
-        self.ended = threading.Event()
-        self.why = ""
-        self._link, other = socket.socketpair()
-        regions = Region.create(f"{plan.title} inputs"), Region.create(f"{plan.title} outputs")
-        weakref.finalize(self, _close, self._link, *regions).atexit = False
-        self._inputs, self._outputs = map(Region, regions)
-        passed = (other.fileno(), *regions)
-        with other:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-u", "-c", _BEGIN, json.dumps(sys.path), *map(str, passed), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=passed,
-                env=_environment(replicas),
-                start_new_session=True,  # a signal from the terminal is for the daemon; what it starts is its group
-            )
-        self._pidfd = os.pidfd_open(self._process.pid)
-        weakref.finalize(self, os.close, self._pidfd).atexit = False
-
-    def load(self, limit_s: float) -> None:
-        """Wait until the model is loaded.
-
-        Raises:
-            FailedPrecondition: it cannot be; the sentence names the file.
-            ProcessLost: the process ended, or had no more time.
-        """
-        self._link.settimeout(None if limit_s == math.inf else limit_s)  # a plan may be larger than what it buffers
-        self._send(self.plan)
-        reply = self._receive(limit_s, "it was loaded")
-        if isinstance(reply, Failure):
-            raise FailedPrecondition(reply.text)
-        assert isinstance(reply, Loaded)
-        self.defaults = reply.defaults
-
-    def ask(self, arrays: Sequence[Array | None], limit_s: float) -> list[Array]:
-        """Run a batch. The outputs are copies.
-
-        Raises:
-            ProcessError: the process ended meanwhile, or had no more time or memory.
-            Internal: the outputs are not what the signature promises.
-            Exception: whatever the model raised, of a class of the same name.
-        """
-        self._send(Ask(self._inputs.write(arrays), self._inputs.size))
-        reply = self._receive(limit_s, "a batch ran")
-        if isinstance(reply, Failure):
-            raise self._error(reply)
-        assert isinstance(reply, Answer)
-        self._outputs.map(reply.size)
-        found = list(self._outputs.read(self.plan.outputs, reply.shapes))
-        return [array.copy() for array in found if array is not None]
-
-    def kill(self) -> None:
-        """End the process."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-
-    def look_after(self) -> None:
-        """Write what the process prints to the log until it has ended."""
-        assert self._process.stdout is not None
-        output = self._process.stdout
-        os.set_blocking(output.fileno(), False)
-        lines = _Lines(self.plan.title)
-        poll = select.poll()
-        poll.register(output, select.POLLIN)
-        poll.register(self._pidfd, select.POLLIN)
-        while self._pidfd not in (events := dict(poll.poll())):
-            if output.fileno() in events and not lines.read(output.fileno()):
-                poll.unregister(output)  # it has closed it
-        with contextlib.suppress(ProcessLookupError):  # what it has started; before its number may be another's
-            os.killpg(self._process.pid, signal.SIGKILL)
-        for _ in range(_MOST_PARTS):  # no more: what has left its group may print on
-            if not lines.read(output.fileno()):
-                break
-        lines.end()
-        output.close()
-        code = self._process.wait()
-        self.why = self.why or self._end(code)
-        self.ended.set()
-
-    def _send(self, message: msgspec.Struct) -> None:
-        with contextlib.suppress(OSError):  # it is gone, which `_receive` says
-            send(self._link, message)
-
-    def _receive(self, limit_s: float, what: str) -> Reply:
-        try:
-            return _replies.decode(receive(self._link, self._pidfd, limit_s))
-        except TimeoutError:
-            self.why = f"gave no answer for {limit_s:g} s and was ended"
-            self.kill()
-        except (EOFError, msgspec.DecodeError):
-            self.kill()  # it has closed the socket, or is gone
-        self.ended.wait(_END_S)
-        raise ProcessLost(f"model {self.plan.name!r}: its process {self.why or 'ended'} while {what}")
-
-    def _end(self, code: int) -> str:
-        """The end of the process in words."""
-        if code == OUT_OF_MEMORY:
-            limit = self.plan.memory_limit_mb
-            return f"ran out of its memory of {limit:g} MiB" if limit else "ran out of memory"
-        if code >= 0:
-            return f"ended with exit code {code}"
-        try:
-            return f"was ended by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"was ended by signal {-code}"
-
-    def _error(self, failure: Failure) -> BaseException:
-        if failure.full:
-            self.ended.wait(_END_S)
-            return ProcessFull(f"model {self.plan.name!r}: its process {self.why or 'ends'} while a batch ran")
-        if not failure.kind:
-            return Internal(failure.text)
-        return _raised(failure)
 
 
 class _Pool:
@@ -376,54 +213,3 @@ def _run(pool: _Pool, plan: Plan, replicas: int, limits: TimeLimits, results: _R
     pool.has_ended(worker)
     loading.join()
     return not failures, failures[0].message if failures else worker.why
-
-
-class _Lines:
-    """Lines that a process prints, on their way to the log."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._begun = b""
-
-    def read(self, descriptor: int) -> bool:
-        """Log what can be read. Returns whether there was anything."""
-        with contextlib.suppress(BlockingIOError):
-            part = os.read(descriptor, _MOST_LINE)
-            self._add(part)
-            return bool(part)
-        return False
-
-    def _add(self, part: bytes) -> None:
-        """Log the lines that end within a part."""
-        *lines, self._begun = (self._begun + part).split(b"\n")
-        if len(self._begun) > _MOST_LINE:
-            lines.append(self._begun)
-            self._begun = b""
-        for line in lines:
-            log.info("%s: %s", self._title, line[:_MOST_LINE].decode("utf-8", "replace"))
-
-    def end(self) -> None:
-        """Log what is left."""
-        if self._begun:
-            self._add(b"\n")
-
-
-def _raised(failure: Failure) -> BaseException:
-    """An exception like that which the model raised: of the class of that name, if Python itself has it."""
-    known = getattr(builtins, failure.kind, None)
-    base = known if isinstance(known, type) and issubclass(known, Exception) else Exception
-    kind = type(failure.kind, (base,), {"__str__": lambda _: failure.text, "__init__": lambda *_: None})
-    error: BaseException = kind()
-    return error
-
-
-def _environment(replicas: int) -> dict[str, str]:
-    """Environment of a process: libraries are to use its share of the cores."""
-    share = str(max(len(os.sched_getaffinity(0)) // replicas, 1))
-    return {**dict.fromkeys(_THREADS, share), **os.environ}
-
-
-def _close(link: socket.socket, *descriptors: int) -> None:
-    link.close()
-    for descriptor in descriptors:
-        os.close(descriptor)
