@@ -18,14 +18,14 @@ MECHANISMS: dict[str, dict[str, Callable[..., Any]]] = {
     # the lanes would notice it: so it is left out, too.
     "copies": {
         "tnxd.executors.trial.isolation:_kept_apart": lambda module, verdict: lambda: module,
-        "tnxd.executors.pool:lanes_apart": lambda *_: "",
+        "tnxd.executors.loading:lanes_apart": lambda *_: "",
     },
     # No network is looked at when it is loaded: all are taken for pure.
     "classes": {
         "tnxd.executors.trial.trial:find_state": lambda *_: State(PURE),
         "tnxd.executors.trial.trial:_check_openings": lambda *_: None,
         "tnxd.executors.trial.trial:_written_since": lambda *_: [],
-        "tnxd.executors.pool:lanes_apart": lambda *_: "",
+        "tnxd.executors.loading:lanes_apart": lambda *_: "",
     },
     # No two examples are run together and apart when a version is loaded: axis 0 counts rows wherever it varies.
     "proof": {
