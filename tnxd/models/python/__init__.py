@@ -1,6 +1,7 @@
 """Models in plain Python: the class `Model` of a model.py, in a thread of the daemon or in processes of its own.
 
 instance.py        an object of the class: what it has to be, and how it is called
+methods.py         what its methods have to be
 workers.py         threads for what is done with each row
 module.py          the torch modules that stand before it, for executors
 processes.py       the processes of a version: one for each replica, started again when it ends

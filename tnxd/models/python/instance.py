@@ -18,6 +18,7 @@ from tnxctl.protocol.wire import TensorSpec
 from tnxd.error_text import sentence
 from tnxd.models import structures
 from tnxd.models.formats.modules import Modules
+from tnxd.models.python.methods import method_of, parameters_of
 from tnxd.models.python.workers import Workers
 from tnxd.models.trust import Guard, TrustedFiles
 
@@ -150,10 +151,16 @@ class Instance:
         self._postprocess = self._method("postprocess")
         self._load = self._method("load")
         first = "preprocess" if self._preprocess else "predict"
-        self.optional = self._parameters(first)
+        self.optional = parameters_of(self._preprocess or predict, self._inputs, self._called(first))
         self._workers: Workers | None = None
         if (self._preprocess or self._postprocess) and plan.workers > 1 and plan.batches:
             self._workers = Workers(plan.workers, plan.title)
+
+    def _called(self, name: str) -> str:
+        return f"{self._code.label}: {CLASS}.{name}"
+
+    def _method(self, name: str, *, needed: bool = False) -> Callable[..., Any] | None:
+        return method_of(self._object, name, self._called(name), needed=needed)
 
     def load(self, device: str) -> None:
         """Call `load` of the model, if it has one.
@@ -266,53 +273,6 @@ class Instance:
                 f"{whose} is {value.dtype}, its signature says {spec.datatype}: .astype(np.{wanted.name}) converts it"
             )
         return np.asarray(value)
-
-    # --- what the class has to be ------------------------------------------------------------------------------
-
-    def _method(self, name: str, *, needed: bool = False) -> Callable[..., Any] | None:
-        method = getattr(self._object, name, None)
-        whose = f"{self._code.label}: {CLASS}.{name}"
-        if method is None and not needed:
-            return None
-        if not callable(method):
-            raise FailedPrecondition(f"{whose} is not there: it gets the inputs by name, and returns the outputs")
-        if inspect.iscoroutinefunction(method):
-            raise FailedPrecondition(f"{whose} is async: nobody awaits it; a lane's thread may block")
-        if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
-            raise FailedPrecondition(f"{whose} yields: answers are returned whole")
-        if name == "load":
-            self._fits(method, whose, [object()], {}, "takes one argument, the context: def load(self, context)")
-        return method  # type: ignore[no-any-return]
-
-    def _parameters(self, name: str) -> dict[str, Any]:
-        """Parameters of the method that gets the inputs, which have to be among them."""
-        method = getattr(self._object, name)
-        whose = f"{self._code.label}: {CLASS}.{name}"
-        parameters = self._fits(
-            method, whose, [], dict.fromkeys(self._inputs), f"does not take the inputs of model.toml, {self._inputs}"
-        )
-        return {
-            parameter.name: parameter.default
-            for parameter in parameters
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        }
-
-    @staticmethod
-    def _fits(
-        method: Callable[..., Any], whose: str, given: Sequence[Any], named: Mapping[str, Any], what: str
-    ) -> list[inspect.Parameter]:
-        """Parameters of a method. Raises FailedPrecondition: it cannot be called so."""
-        try:
-            signature = inspect.signature(method)
-        except (TypeError, ValueError) as error:
-            if inspect.ismethod(method):
-                raise FailedPrecondition(f"{whose} {what}: {error}") from None
-            return []  # of a callable that is not made in Python
-        try:
-            signature.bind(*given, **named)
-        except TypeError as error:
-            raise FailedPrecondition(f"{whose}{signature} {what}: {error}") from None
-        return list(signature.parameters.values())
 
 
 def _row(named: Mapping[str, Any], row: int) -> dict[str, Any]:
