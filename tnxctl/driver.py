@@ -16,6 +16,9 @@ of a `with` block (python/cpython#148874). So that an interrupted call harms no 
 - A post to the outbox wakes the I/O thread. A release of the lock owes nobody anything.
 - Threads wait for each other at plain locks. A `Condition`, and with it `Event` and `Future`, takes its lock in a
   function in Python, which can be interrupted before it returns.
+
+These rules are kept line by line, and whether they are shows only where all the lines that take the lock stand
+together: so this is one module.
 """
 
 from __future__ import annotations

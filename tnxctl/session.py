@@ -28,6 +28,9 @@ waits for a connection no longer than other calls do.
 Large inputs: a daemon ends a connection when a frame is longer than it takes, which would happen again on every new
 one. So large inputs under which a connection broke are held until the daemon has answered a probe, which says how much
 it takes.
+
+Every call under way is pending, and some of these are held or to be tried again. All events that change it are here,
+together, so that a reader can see that no call is lost and none is finished twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""A model as the daemon sees it: a signature that requests are held against, and a factory of torch modules."""
+"""A model as the daemon sees it: a signature that requests are held against, and a factory of torch modules.
+
+Holding a request against the signature is a method of `Model` and no module beside it: every request goes through it,
+and one more call would cost each of them.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,9 @@ A request is routed to a device when it arrives (`routing`) and waits there with
 (`batch_formation`): nothing waits for company, unless the model asks for a delay. A device with nothing to do steals
 from others (`stealing`).
 
+Each decision is a module of its own. Whatever moves a request or a batch is here, in one class, because all of it moves
+the same counts, and these have to agree after every step.
+
 One caller owns a Scheduler and tells it the time, in nanoseconds of a monotonic clock; it returns what to do and does
 nothing itself.
 """

@@ -2,7 +2,8 @@
 
 One thread runs it and owns the router, the scheduler and every request, so nothing is locked. Other threads reach it
 through a `CallQueue` and `completed` alone. What happens to a message is in `intake`, to a batch in `dispatcher`, and
-to an answer in `answers`; here is when.
+to an answer in `answers`; here is when. These parts are put together here too, since the order of their turns is all
+that they have in common.
 """
 
 from __future__ import annotations
