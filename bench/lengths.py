@@ -100,7 +100,7 @@ def _summary(
             break
     p50, p99 = np.percentile(latencies, (50, 99))
     rate = len(latencies) / (now - began) * 1e6
-    return Fared(machine, way, outstanding, rate, p50 / 1e3, p99 / 1e3, float(np.mean(sizes)))
+    return Fared(machine, way, outstanding, float(rate), float(p50) / 1e3, float(p99) / 1e3, float(np.mean(sizes)))
 
 
 def _to_the_longest(cost: Callable[[int], float], outstanding: int, seed: int) -> Iterator[tuple[float, list[float]]]:

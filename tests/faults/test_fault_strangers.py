@@ -43,7 +43,7 @@ def test_orders_come_from_the_same_host_unless_configured_otherwise(
         assert "remote_control" in error.message
         local.socket.send(ORDER)
         assert isinstance(local.receive()[0], wire.ReloadReport)
-    said = "whoever reaches it can run every model, and read"
+    said = "anybody who reaches it can run every model, and read"
     log = daemon.logged(said)
     assert log.count(said) == 1, log
 

@@ -33,7 +33,7 @@ MECHANISMS: dict[str, dict[str, Callable[..., Any]]] = {
         "tnxd.executors.trial.warmup:difference": lambda *_: None,
     },
     # No batch is recomputed.
-    "audit": {"tnxd.deployment.audit:Audit.look": lambda *_: None},
+    "audit": {"tnxd.deployment.audit:Audit.offer": lambda *_: None},
     # What an import, a build or a forward does to the process stays.
     "process": {
         "tnxd.models.process_state.snapshot:Snapshot.restore": lambda self: iter(()),
