@@ -29,7 +29,7 @@ _ALIGNMENT = 64
 _SMALLEST = 1 << 16
 _MOST_MESSAGE = 1 << 26
 _LENGTH = struct.Struct("<I")
-_SIZE = np.dtype(np.int64)
+_SIZE, _BYTE = np.dtype(np.int64), np.dtype(np.uint8)
 
 OUT_OF_MEMORY = 75
 """Exit code of a process that has run out of memory. It may hold on to it: so it ends."""
@@ -99,24 +99,29 @@ class Region:
     def write(self, arrays: Sequence[Array | None]) -> Shapes:
         """Copy arrays into the region, which grows if it has to. Returns their shapes.
 
-        A BYTES array lies there as its frame, see `tnxctl.protocol.strings`, behind the size of that.
+        A BYTES array lies there as two: the size of its frame, see `tnxctl.protocol.strings`, and that.
 
         Raises:
             ValueError: an element of a BYTES array has 4 GiB or more.
         """
-        shapes = tuple([None if array is None else array.shape for array in arrays])
-        arrays = [_flat(array) if array is not None and array.dtype.hasobject else array for array in arrays]
-        needed = sum([_aligned(array.nbytes) for array in arrays if array is not None])
+        plain: list[Array] = []
+        for array in arrays:
+            if array is not None and array.dtype.hasobject:
+                frame = strings.encode(array)
+                plain += np.array([frame.nbytes], _SIZE), frame
+            elif array is not None:
+                plain.append(array)
+        needed = sum([_aligned(array.nbytes) for array in plain])
         if needed > self.size:
             size = max(1 << (needed - 1).bit_length(), _SMALLEST)
             os.ftruncate(self._descriptor, size)
             self.map(size)
         at = 0
-        for array in arrays:
-            if array is not None and array.nbytes:
+        for array in plain:
+            if array.nbytes:
                 np.copyto(self._view(array.shape, array.dtype, at), array)
                 at += _aligned(array.nbytes)
-        return shapes
+        return tuple([None if array is None else array.shape for array in arrays])
 
     def read(self, specs: Sequence[TensorSpec], shapes: Shapes) -> Iterator[Array | None]:
         """Arrays in the region, as views of it; of BYTES, copies.
@@ -132,9 +137,9 @@ class Region:
             dtype = STORAGE[spec.datatype]
             if dtype.hasobject:
                 size = int(self._view((1,), _SIZE, at)[0])
-                frame = self._view((size,), np.dtype(np.uint8), at + _SIZE.itemsize)
-                yield strings.decode(frame.data, shape)
-                at += _aligned(_SIZE.itemsize + size)
+                at += _aligned(_SIZE.itemsize)
+                yield strings.decode(self._view((size,), _BYTE, at).data, shape)
+                at += _aligned(size)
                 continue
             yield self._view(shape, dtype, at)
             at += _aligned(math.prod(shape) * dtype.itemsize)
@@ -152,12 +157,6 @@ class Region:
         if self._memory is None:
             raise ValueError("nothing was written")
         return np.frombuffer(self._memory, dtype, count, at).reshape(shape)
-
-
-def _flat(array: Array) -> Array:
-    """The frame of a BYTES array behind its size."""
-    frame = strings.encode(array)
-    return np.concatenate([np.array([frame.nbytes], _SIZE).view(np.uint8), frame])
 
 
 def _aligned(nbytes: int) -> int:
