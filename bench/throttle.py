@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tnxctl.windows import Window
+from tnxctl.request_windows import Window
 from workload import FIRST_ID
 from zmtpsocket import Messages
 

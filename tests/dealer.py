@@ -10,7 +10,8 @@ import numpy as np
 import zmq
 
 from tnxctl.protocol import wire
-from tnxctl.protocol.frames import Array, datatype_of, view_tensors
+from tnxctl.protocol.datatypes import Array, datatype_of
+from tnxctl.protocol.frames import view_tensors
 from tnxctl.protocol.strings import encode
 from tnxctl.protocol.wire import Limits, TensorSpec
 

@@ -14,8 +14,9 @@ import numpy as np
 import zmq
 
 from tnxctl.protocol import wire
+from tnxctl.protocol.datatypes import datatype_of
 from tnxctl.protocol.errors import InvalidArgument, NotFound, TensorNextError
-from tnxctl.protocol.frames import datatype_of, view_tensors
+from tnxctl.protocol.frames import view_tensors
 from tnxctl.protocol.strings import encode
 
 MLP = wire.ModelInfo(

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.models import repository
 from tnxd.models.formats import opening

@@ -14,7 +14,7 @@ import torch
 
 from format_tools import save_program
 from tnxctl import Client
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 from tnxd.models import repository
 from tnxd.models.model import Model
 from tnxd.models.time_limits import TimeLimits

@@ -8,7 +8,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 
 NETWORKS = """\
 import time

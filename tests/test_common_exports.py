@@ -18,7 +18,7 @@ import torch
 from conftest import serving_daemon
 from model_repositories import load_example
 from tnxctl import Client
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 from tnxd.models.tensors import to_array
 
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")

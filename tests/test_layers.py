@@ -48,7 +48,8 @@ def rule(*may: str, never: tuple[str, ...] = ()) -> Rule:
 VERSION = "tnxctl:__version__"
 
 SANS_IO = tuple(
-    f"tnxctl.{module}" for module in ("call", "connection", "encoder", "failures", "session", "throttling", "windows")
+    f"tnxctl.{module}"
+    for module in ("call", "connection", "encoder", "failures", "session", "throttling", "request_windows")
 )
 """Modules of the client that are pure: what they do depends on their arguments alone."""
 

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 from format_tools import ask, open_model
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxd.executors.cpu import CpuRunner, order_weights
 from tnxd.executors.execution import Execution
 from tnxd.executors.pool import LanePool

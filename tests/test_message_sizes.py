@@ -14,7 +14,7 @@ from dealer import Dealer
 from model_repositories import Repository
 from tnxctl import Client, FailedPrecondition, InvalidArgument
 from tnxctl.protocol import wire
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.wire import Limits
 
 MIB = 1 << 20

@@ -11,7 +11,7 @@ import pytest
 from conftest import Daemon, serving_daemon
 from dealer import Dealer, rows
 from tnxctl.protocol import wire
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 
 ODD = Path(__file__).parent / "odd_models.py"
 MODELS = ("odd", "wide", "whole", "in-place", "twice", "broken")

@@ -20,8 +20,8 @@ import torch
 from conftest import Daemon, serving_daemon
 from model_repositories import SAYS_TOML, Repository
 from tnxctl import AsyncClient, Client
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, Internal, TensorNextError, Unavailable
-from tnxctl.protocol.frames import Array
 from tool import run
 
 TIMES = """

@@ -15,8 +15,8 @@ import torch
 from conftest import Daemon, serving_daemon
 from model_repositories import EXAMPLES, load_example
 from tnxctl import Client
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.frames import Array
 from tnxd.models import networks
 
 # Loading looks for faster variants of the larger ones, with all that belongs to that.

@@ -15,8 +15,8 @@ from torch.export import Dim
 from conftest import Daemon, serving_daemon
 from format_tools import save_program, tensors
 from tnxctl import Client
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import Internal
-from tnxctl.protocol.frames import Array
 from tnxd.models.formats import ignore_warnings_about_torch_itself
 
 NETWORK = """

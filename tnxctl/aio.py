@@ -23,7 +23,7 @@ from tnxctl.results import Result
 from tnxctl.session import Session
 
 if TYPE_CHECKING:
-    from tnxctl.protocol.frames import Array
+    from tnxctl.protocol.datatypes import Array
 else:
     Array = Any  # see `tnxctl.results`
 

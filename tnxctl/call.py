@@ -13,7 +13,7 @@ import msgspec
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError, Unavailable
 from tnxctl.protocol.wire import Limits
-from tnxctl.windows import Kind, Window, kind_of
+from tnxctl.request_windows import Kind, Window, kind_of
 
 T = TypeVar("T")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tnxctl.protocol import frames
+from tnxctl.protocol import datatypes
+from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.errors import InvalidArgument, Unimplemented
-from tnxctl.protocol.frames import STORAGE, Array
 from tnxctl.protocol.wire import BYTES, ModelInfo
 from tnxctl.strings import is_string_dtype, to_bytes
 from tnxctl.tensors import called, is_array, to_numpy
@@ -30,17 +30,17 @@ def cast(inputs: object, model: ModelInfo, *, exact: bool = False) -> dict[str, 
         Unimplemented: the signature has a datatype from the future.
     """
     named = inputs if isinstance(inputs, Mapping) else {"": inputs}
-    datatypes = {spec.name: spec.datatype for spec in model.inputs}
+    wanted = {spec.name: spec.datatype for spec in model.inputs}
     if len(model.inputs) == 1:
-        datatypes[""] = model.inputs[0].datatype
-    return {name: _cast(name, value, datatypes.get(name), exact) for name, value in named.items()}
+        wanted[""] = model.inputs[0].datatype
+    return {name: _cast(name, value, wanted.get(name), exact) for name, value in named.items()}
 
 
 def dtype_of(datatype: str) -> np.dtype[Any]:
     """The numpy dtype of a datatype's values. Raises Unimplemented: a datatype from the future."""
     if datatype not in STORAGE:
         raise Unimplemented(f"the model wants datatype {datatype}, known here are {', '.join(STORAGE)}")
-    return frames.dtype_of(datatype)
+    return datatypes.dtype_of(datatype)
 
 
 def _cast(name: str, value: object, datatype: str | None, exact: bool) -> Array:

@@ -17,7 +17,7 @@ from tnxctl.results import Result
 from tnxctl.session import Session
 
 if TYPE_CHECKING:
-    from tnxctl.protocol.frames import Array
+    from tnxctl.protocol.datatypes import Array
 else:
     Array = Any  # see `tnxctl.results`
 
@@ -108,7 +108,7 @@ class Client:
                 configuration says, which usually is none. The daemon refuses at once what it cannot make, and
                 the call fails with DeadlineExceeded at the deadline at the latest, connected or not. Once it has
                 refused some, no more calls like them are sent than it takes, and the others fail at once
-                (`tnxctl.windows`). The timeout counts as well: the earlier of the two is kept.
+                (`tnxctl.request_windows`). The timeout counts as well: the earlier of the two is kept.
             priority: 0 (first) to 3 (last); None: what the model's configuration says.
             route_key: requests with the same key go to the same version while the traffic of a model is split; "":
                 those of one connection do.

@@ -28,7 +28,7 @@ from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, Re
 from tnxctl.results import Result
 
 if TYPE_CHECKING:
-    from tnxctl.protocol.frames import Array
+    from tnxctl.protocol.datatypes import Array
 
 T = TypeVar("T")
 

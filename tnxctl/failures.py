@@ -16,7 +16,7 @@ from tnxctl.protocol.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from tnxctl.windows import Window
+from tnxctl.request_windows import Window
 
 
 def timed_out(call: Call[Any], connection: Connection) -> DeadlineExceeded | Unavailable | InvalidArgument:

@@ -10,7 +10,7 @@ from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.wire import StepTiming, Timing
 
 if TYPE_CHECKING:
-    from tnxctl.protocol.frames import Array
+    from tnxctl.protocol.datatypes import Array
 else:
     Array = Any  # numpy takes long to import, and whoever looks at signatures at run time needs a name here
 

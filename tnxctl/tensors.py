@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from tnxctl.protocol.datatypes import DATATYPES, ML_DTYPES, STORAGE, Array, datatype_of, dtype_of
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.frames import DATATYPES, ML_DTYPES, STORAGE, Array, datatype_of, dtype_of, view_tensors
+from tnxctl.protocol.frames import view_tensors
 from tnxctl.protocol.strings import encode
 from tnxctl.protocol.wire import BYTES, Limits, TensorSpec
 from tnxctl.strings import holds_strings, is_string_dtype, to_bytes

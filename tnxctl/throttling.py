@@ -10,7 +10,7 @@ from typing import Any
 
 from tnxctl import failures
 from tnxctl.call import Call
-from tnxctl.windows import Windows
+from tnxctl.request_windows import Windows
 
 
 class Throttle:

@@ -18,7 +18,7 @@ from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxctl.protocol.wire import MIB
 from tnxd import check as checking
 from tnxd import config as configuration
-from tnxd import offer
+from tnxd import offered_models
 from tnxd.advice import installing
 from tnxd.config import Config, control_of
 from tnxd.daemon import LAST_WORDS_S, Daemon
@@ -140,8 +140,8 @@ def main(
         config = configuration.load(path, overrides)
         if check:
             click.echo("\n".join(checking.settings(config, checking.origins(ctx, path))))
-        catalog = offer.catalog(config)
-        offer.check_default(config, catalog)
+        catalog = offered_models.catalog(config)
+        offered_models.check_default(config, catalog)
     except TensorNextError as error:
         _exit(2, error)
     if check:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tnxctl import __version__
 from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.wire import MIB
-from tnxd import offer
+from tnxd import offered_models
 from tnxd.config import Config, control_of
 from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.registry import Registry
@@ -77,7 +77,7 @@ class Daemon:
             registry,
             self._scheduler,
             self._executors,
-            lambda: offer.catalog(config),
+            lambda: offered_models.catalog(config),
             self._calls.call_soon,
             limits=config.limits,
             budget={kind.name: config.memory.nbytes(kind.name) for kind in CHOSEN},

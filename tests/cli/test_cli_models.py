@@ -23,7 +23,7 @@ import peers
 from fake_daemon import DIGITS, MLP, RESNET, RESNETS, Change, FakeDaemon, Outputs
 from tnxctl.cli import comparison, example, exits, inputs, modellist, models, modeltoml, text
 from tnxctl.protocol import errors, wire
-from tnxctl.protocol.frames import STORAGE
+from tnxctl.protocol.datatypes import STORAGE
 from tool import ask, fields, run
 
 TOOL = [sys.executable, "-m", "tnxctl.cli"]

@@ -11,7 +11,7 @@ from fake_daemon import DIGITS, MLP
 from tnxctl import casting
 from tnxctl.cli import inputs
 from tnxctl.protocol import errors, wire
-from tnxctl.protocol.frames import STORAGE
+from tnxctl.protocol.datatypes import STORAGE
 
 
 def model(*specs: wire.TensorSpec, max_batch_size: int = 8) -> wire.ModelInfo:

@@ -14,8 +14,8 @@ from fake_daemon import MLP, FakeDaemon
 from tnxctl import AsyncClient, Client
 from tnxctl.casting import cast
 from tnxctl.protocol import wire
+from tnxctl.protocol.datatypes import STORAGE
 from tnxctl.protocol.errors import InvalidArgument, NotFound, Unimplemented
-from tnxctl.protocol.frames import STORAGE
 from tnxctl.tensors import to_wire
 
 

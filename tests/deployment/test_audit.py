@@ -11,8 +11,8 @@ from conftest import Daemon, serving_daemon
 from dealer import Dealer
 from model_repositories import put
 from tnxctl import Client
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import Internal, ResourceExhausted, Unavailable
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import ModelInfo, TensorSpec
 from tnxd.deployment.audit import Audit
 from tnxd.deployment.background import Background, Copy

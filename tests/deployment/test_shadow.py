@@ -17,8 +17,8 @@ import pytest
 from conftest import Daemon, serving_daemon
 from model_repositories import HANGS_AT_7, ONE_ROW, put
 from tnxctl import Client
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, Internal
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.shadow import Shadows

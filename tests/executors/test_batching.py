@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.executors.batching import Staging, split
 

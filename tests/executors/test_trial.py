@@ -22,17 +22,17 @@ from format_tools import open_model, save_program
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.device_kinds import CPU, CUDA
-from tnxd.executors.trial.company import rows_of_a_lane_apart
 from tnxd.executors.trial.copies import Call, Own, Serial, Sparing
 from tnxd.executors.trial.examples import telling_examples
 from tnxd.executors.trial.held import Held, checksum
 from tnxd.executors.trial.isolation import lane_calls
+from tnxd.executors.trial.lane_comparison import rows_of_a_lane_apart
 from tnxd.executors.trial.suspects import suspects
 from tnxd.executors.trial.trial import try_out
 from tnxd.executors.trial.undo import Undo
 from tnxd.executors.trial.verdict import Verdict
 from tnxd.models.model import Model
-from tnxd.models.noise import difference, tolerance
+from tnxd.models.rounding import difference, tolerance
 from tnxd.models.tensors import check_outputs
 
 WIDTH = 4

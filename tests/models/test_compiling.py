@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 
 from format_tools import ask, open_model, save_program, source, tensors
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, Unavailable
-from tnxctl.protocol.frames import Array
 from tnxd.models.formats import compiler, compiling
 from tnxd.models.formats.compiling import Compiled
 from tnxd.models.model import Model

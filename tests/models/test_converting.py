@@ -85,6 +85,7 @@ def test_a_converted_network_answers_and_refuses_as_before_and_is_kept(
     assert len(list(cache.iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_damaged_artifact_is_made_again(tmp_path: Path) -> None:
     save(tmp_path / "models")
@@ -100,6 +101,7 @@ def test_a_damaged_artifact_is_made_again(tmp_path: Path) -> None:
     assert isinstance(make(model, cache), Converted)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_what_cannot_be_converted_is_named_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models/net/1").mkdir(parents=True)

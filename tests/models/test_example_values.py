@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from format_tools import open_model, refused, save_program, source
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 from tnxd.models import repository
 
 ROWS = Dim("rows", min=1, max=32)

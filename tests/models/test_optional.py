@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from format_tools import ask, open_model, refused, save_program, tensors
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.deployment.traffic import signature_difference
 from tnxd.executors.batching import Staging

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from python_models import DOUBLES, SIGNATURE, await_end, opened, put, rows, source
+from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.errors import FailedPrecondition, Internal, InvalidArgument, TensorNextError
-from tnxctl.protocol.frames import STORAGE, Array
 from tnxctl.protocol.strings import array_of
 from tnxctl.protocol.wire import BYTES, TensorSpec
 from tnxd.models.model import Model

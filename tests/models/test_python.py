@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from python_models import DOUBLES, SIGNATURE, opened, put, rows, source
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, Internal, InvalidArgument, TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.strings import array_of
 from tnxd.models import repository
 from tnxd.models.formats.modules import is_private

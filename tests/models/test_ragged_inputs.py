@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.models import settings
 from tnxd.models.formats.signature import Signature

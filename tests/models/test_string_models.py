@@ -12,8 +12,8 @@ import torch
 
 import string_models
 from format_tools import ask, open_model, refused, tensors
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, Internal, InvalidArgument
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.strings import array_of
 from tnxctl.protocol.wire import Limits, TensorSpec
 from tnxd.executors.cpu import CpuRunner
@@ -22,7 +22,7 @@ from tnxd.executors.pool import LanePool
 from tnxd.executors.trial.copies import cloned
 from tnxd.models.formats import ignore_warnings_about_torch_itself
 from tnxd.models.model import Model
-from tnxd.models.noise import difference
+from tnxd.models.rounding import difference
 from tnxd.models.sizes import check_message_sizes, row_nbytes
 from tnxd.models.tensors import check_outputs, empty_outputs
 

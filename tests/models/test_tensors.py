@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tnxctl.protocol.datatypes import DATATYPES, STORAGE
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.frames import DATATYPES, STORAGE
 from tnxctl.tensors import from_wire, to_wire
 
 

@@ -17,7 +17,8 @@ import zmtp
 from conftest import Daemon
 from dealer import Dealer
 from tnxctl.protocol import errors, wire
-from tnxctl.protocol.frames import STORAGE, view_tensors
+from tnxctl.protocol.datatypes import STORAGE
+from tnxctl.protocol.frames import view_tensors
 from tnxctl.protocol.strings import LENGTH_BYTES, encode
 from tnxctl.protocol.wire import Limits
 from tnxd.deployment import version

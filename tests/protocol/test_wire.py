@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from headers import pack, predict_header, route_header
 from tnxctl.protocol import wire
+from tnxctl.protocol.datatypes import STORAGE
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError, Unimplemented
-from tnxctl.protocol.frames import STORAGE, view_tensors
+from tnxctl.protocol.frames import view_tensors
 from tnxctl.protocol.strings import encode
 from tnxctl.protocol.wire import BYTES, Limits, TensorSpec
 

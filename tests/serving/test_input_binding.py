@@ -15,8 +15,9 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tnxctl.protocol.datatypes import STORAGE
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
-from tnxctl.protocol.frames import STORAGE, view_tensors
+from tnxctl.protocol.frames import view_tensors
 from tnxctl.protocol.wire import Limits, TensorSpec
 from tnxd.models.model import BoundInputs, Model
 from tnxd.serving.input_binding import InputBinder

@@ -17,7 +17,7 @@ from dealer import Dealer
 from model_repositories import SAYS_TOML, Repository, put
 from obedient_devices import ANSWER, FAIL, HOLD, RELEASE, VANISH
 from tnxctl.protocol import wire
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 
 PROGRAM = str(Path(__file__).parents[1] / "obedient_devices.py")
 

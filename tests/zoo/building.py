@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 from tnxd.models.tensors import TORCH_DTYPES
 from zoo.case import CORE, FACTORY, ONNX, PT2, SCRIPT, Case, Exhibit
 

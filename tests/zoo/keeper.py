@@ -17,8 +17,8 @@ import torch
 
 from conftest import Daemon, serving_daemon
 from tnxctl import Client
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import ModelInfo
 from tnxctl.results import Result
 from zoo import building

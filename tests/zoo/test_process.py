@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 
 from tnxctl import Client
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import TensorNextError
-from tnxctl.protocol.frames import Array
 from zoo import keeper
 from zoo.case import NETWORKS
 from zoo.networks.switches import SWITCHES

@@ -16,8 +16,8 @@ import zoo_operators
 from conftest import Daemon
 from format_tools import tensors
 from tnxctl import Client
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import Limits, ModelInfo
 from zoo import building, keeper
 from zoo.case import NETWORKS, Exhibit, exhibits

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tnxctl.cli import inputs
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
-from tnxctl.protocol.frames import ML_DTYPES, STORAGE, python_name
+from tnxctl.protocol.datatypes import ML_DTYPES, STORAGE, python_name
 from tnxctl.protocol.wire import BYTES, ModelInfo
 
 

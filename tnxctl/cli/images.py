@@ -14,7 +14,7 @@ from tnxctl.cli.exits import FileProblem
 from tnxctl.protocol.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from tnxctl.protocol.frames import Array
+    from tnxctl.protocol.datatypes import Array
     from tnxctl.protocol.wire import ModelInfo, TensorSpec
 
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")

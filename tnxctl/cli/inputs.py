@@ -9,8 +9,8 @@ import click
 
 from tnxctl.casting import dtype_of
 from tnxctl.protocol import wire
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, Unavailable
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import BYTES
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from tnxctl.cli import text
 from tnxctl.cli.exits import Exit
 from tnxctl.cli.tally import KEPT, STEP_TIMES, Tally
 from tnxctl.protocol import strings
+from tnxctl.protocol.datatypes import Array, datatype_of
 from tnxctl.protocol.errors import TensorNextError
-from tnxctl.protocol.frames import Array, datatype_of
 
 if TYPE_CHECKING:
     from tnxctl.cli.workload import Answer

@@ -10,7 +10,7 @@ from tnxctl.cli import images, tensorfiles, textfiles
 from tnxctl.cli.exits import FileProblem
 
 if TYPE_CHECKING:
-    from tnxctl.protocol.frames import Array
+    from tnxctl.protocol.datatypes import Array
     from tnxctl.protocol.wire import ModelInfo, TensorSpec
 
 _FORMATS = ".npy, .npz, .json, .csv and images"

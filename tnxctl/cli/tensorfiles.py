@@ -20,7 +20,7 @@ from tnxctl.cli.exits import FileProblem
 from tnxctl.cli.text import tensor_name
 
 if TYPE_CHECKING:
-    from tnxctl.protocol.frames import Array
+    from tnxctl.protocol.datatypes import Array
 
 STANDARD = "-"
 ARRAYS = (".npy", ".npz")
@@ -155,7 +155,7 @@ def _content_of(tensors: Mapping[str, Array], path: str) -> memoryview:
     """The bytes of a file with these tensors."""
     import numpy as np
 
-    from tnxctl.protocol.frames import ML_DTYPES, datatype_of
+    from tnxctl.protocol.datatypes import ML_DTYPES, datatype_of
 
     if path.endswith(LINES):
         return memoryview(_lines_of(tensors, path))

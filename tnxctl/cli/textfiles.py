@@ -13,7 +13,7 @@ from tnxctl.cli.exits import FileProblem
 from tnxctl.protocol.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from tnxctl.protocol.frames import Array
+    from tnxctl.protocol.datatypes import Array
     from tnxctl.protocol.wire import TensorSpec
 
 

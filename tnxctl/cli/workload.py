@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from tnxctl.client import Client
-    from tnxctl.protocol.frames import Array
+    from tnxctl.protocol.datatypes import Array
     from tnxctl.results import Result
 
 _Done: TypeAlias = "queue.SimpleQueue[tuple[int, float, Future[Result]]]"

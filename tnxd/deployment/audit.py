@@ -13,7 +13,7 @@ from tnxctl.protocol.errors import ResourceExhausted, TensorNextError, Unavailab
 from tnxd.deployment.background import Answered, Background, Copy
 from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
-from tnxd.models.noise import Difference, difference
+from tnxd.models.rounding import Difference, difference
 
 log = logging.getLogger(__name__)
 

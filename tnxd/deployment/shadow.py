@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import BYTES, VERSION, Comparison, OutputDifference, Percentiles, TensorSpec
 from tnxd.deployment.background import Answered, Background, Copy
 from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
 from tnxd.models.model import Model
-from tnxd.models.noise import as_float
+from tnxd.models.rounding import as_float
 
 # Forwards that the percentiles are taken from.
 _LATENCIES = 1000

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tnxctl.protocol.frames import STORAGE, Array
+from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.wire import BYTES, MIB, TensorSpec
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], Array]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 from tnxd.config import Config
 from tnxd.device_kinds import CPU
 from tnxd.executors.batching import Staging

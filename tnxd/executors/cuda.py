@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnxctl.protocol.frames import STORAGE, Array
+from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.wire import BYTES, MIB
 from tnxd.config import Config
 from tnxd.device_kinds import CUDA

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxd.lanes import Teams
 from tnxd.models.model import Item, Model
 

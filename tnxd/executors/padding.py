@@ -7,8 +7,8 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
+from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.errors import Internal
-from tnxctl.protocol.frames import STORAGE, Array
 from tnxd.executors.batching import Staging, split
 from tnxd.models.model import Item, Model
 from tnxd.models.ragged import stored_pad

@@ -19,13 +19,13 @@ from tnxd.executors.lane import Lane, OnDone
 from tnxd.executors.optimizer import Attempt, Optimizer
 from tnxd.executors.optimizer import notes as optimization_notes
 from tnxd.executors.runner import Runner
-from tnxd.executors.trial.company import lanes_apart, rows_of_a_lane_apart
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import Held, memory
 from tnxd.executors.trial.isolation import lane_calls, open_with
+from tnxd.executors.trial.lane_comparison import lanes_apart, rows_of_a_lane_apart
 from tnxd.executors.trial.lengths import padding_apart, warm_up_lengths
-from tnxd.executors.trial.rounding import largest_difference
+from tnxd.executors.trial.precision_loss import largest_difference
 from tnxd.executors.trial.state import same_chance, stateful
 from tnxd.executors.trial.trial import try_out
 from tnxd.executors.trial.verdict import Verdict, without_rows

@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager
 import numpy as np
 import torch
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, Internal, ResourceExhausted, TensorNextError, Unavailable
-from tnxctl.protocol.frames import Array
 from tnxd.error_text import first_line, sentence
 from tnxd.executors.batching import Staging, split
 from tnxd.executors.execution import Execution, Outcome

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import numpy as np
 
+from tnxctl.protocol.datatypes import STORAGE, Array, python_name
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxctl.protocol.frames import STORAGE, Array, python_name
 from tnxctl.protocol.strings import nbytes_of, not_text
 from tnxctl.protocol.wire import BYTES, DEFAULT_PRIORITY, TensorSpec, excerpt
 from tnxd.device_kinds import PROCESS, kind_of
@@ -80,7 +80,7 @@ class Model:
         notes: what an operator should know about it.
         examples: a shape for every input, to warm up with; empty: axes of any length have length 1.
         example_values: input -> an array to warm up with, as a client would send it: of the input's datatype (as
-            `tnxctl.protocol.frames.STORAGE` keeps it), of its shape. If the model batches, axis 0 has as many rows
+            `tnxctl.protocol.datatypes.STORAGE` keeps it), of its shape. If the model batches, axis 0 has as many rows
             in all of them, at least one. Inputs that nothing is known about are not in it. They must not be written to.
         writes: names of what its module holds (buffers, parameters, constants, attributes) and may write to in a
             forward, as far as its graph tells; a module of plain Python tells nothing.

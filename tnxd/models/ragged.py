@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.frames import STORAGE, Array
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.models import settings
 

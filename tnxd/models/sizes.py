@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import BYTES, MAX_ID, VERSION, Limits, Predict, TensorSpec, encode
 from tnxd.models.model import Model, row_nbytes
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from tnxctl.protocol.datatypes import ML_DTYPES, STORAGE, Array
 from tnxctl.protocol.errors import FailedPrecondition, Internal
-from tnxctl.protocol.frames import ML_DTYPES, STORAGE, Array
 from tnxctl.protocol.strings import OBJECT, odd_type
 from tnxctl.protocol.wire import BYTES, TensorSpec, excerpt
 from tnxd.models import structures
@@ -61,7 +61,7 @@ def to_tensor(array: Array, datatype: str) -> Value:
     """A tensor over the memory of the array, or of a copy if that is not aligned, as small received frames may be.
 
     Args:
-        array: of the dtype that `tnxctl.protocol.frames.STORAGE` has for the datatype. BYTES stays an array.
+        array: of the dtype that `tnxctl.protocol.datatypes.STORAGE` has for the datatype. BYTES stays an array.
     """
     if datatype in _ONE_SIDED:
         if datatype == BYTES:

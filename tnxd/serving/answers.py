@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import DeadlineExceeded, ResourceExhausted, TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxd.executors.execution import Execution
 from tnxd.scheduling.request import Request
 from tnxd.serving.pending import Pending, StepRequest

@@ -7,8 +7,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import Internal, ResourceExhausted, TensorNextError, Unavailable
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import Limits
 from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.reconciler import Reconciler

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from tnxctl.protocol.frames import Array, view_tensors
+from tnxctl.protocol.datatypes import Array
+from tnxctl.protocol.frames import view_tensors
 from tnxctl.protocol.wire import BYTES, Limits, TensorSpec
 from tnxd.models.model import BoundInputs, Model
 

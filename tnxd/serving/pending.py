@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.strings import encode as encode_strings
 from tnxctl.protocol.wire import VERSION, Predict, Result, TensorSpec, Timing, encode
 from tnxd.deployment.version import Version

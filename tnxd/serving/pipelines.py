@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -21,7 +22,6 @@ from tnxctl.protocol.errors import (
     Unavailable,
     from_code,
 )
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import VERSION, Limits, Result, StepTiming, TensorSpec, Timing, encode
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.registry import LOADING_RETRY_S

@@ -13,7 +13,7 @@ from typing import Any
 
 import zmq
 
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.wire import MIB
 from tnxd.transport.client_limits import Admission, Connection
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tnxctl.cli.bench.lines import Table
     from tnxctl.cli.bench.recording import Step
     from tnxctl.cli.bench.runs import Search, Sweep
-    from tnxctl.protocol.frames import Array
+    from tnxctl.protocol.datatypes import Array
 
 DEFAULT_SWEEP = (1, 2, 4, 8, 16, 32, 64)
 

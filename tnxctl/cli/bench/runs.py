@@ -13,7 +13,7 @@ from tnxctl.protocol.errors import TensorNextError
 
 if TYPE_CHECKING:
     from tnxctl.cli.workload import Options
-    from tnxctl.protocol.frames import Array
+    from tnxctl.protocol.datatypes import Array
     from tnxctl.results import Result
 
 HIGHEST_RATE = 1_000_000.0

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from tnxctl.protocol.frames import STORAGE, Array, dtype_of
+from tnxctl.protocol.datatypes import STORAGE, Array, dtype_of
 from tnxctl.protocol.strings import array_of, elements_of
 from tnxctl.protocol.wire import BYTES, TensorSpec
 from tnxd.device_kinds import DeviceKind
 from tnxd.models.model import Model
-from tnxd.models.noise import FLOATING
+from tnxd.models.rounding import FLOATING
 
 Item = tuple[Array, ...]
 """The inputs of one request, in the order of the signature."""

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, ResourceExhausted, TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxd.executors.execution import Execution
 from tnxd.executors.padding import units
 from tnxd.executors.runner import Runner
@@ -19,7 +19,7 @@ from tnxd.executors.trial.examples import Item, Make
 from tnxd.executors.trial.warmup import MEMORY_SHARE, Warmed, answer, run_example, unlike_alone
 from tnxd.lanes import INLINE
 from tnxd.models.model import Model
-from tnxd.models.noise import difference
+from tnxd.models.rounding import difference
 
 _STRICTER = 0.05
 """Times what rounding may change between batches: 1e-5 in float32. Padding that is masked changes 1e-7."""

@@ -18,12 +18,12 @@ import torch
 
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.device_kinds import KINDS
-from tnxd.executors.trial.company import answer_of
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item, telling_examples
+from tnxd.executors.trial.lane_comparison import answer_of
 from tnxd.executors.trial.verdict import Verdict
 from tnxd.models.model import Model
-from tnxd.models.noise import difference
+from tnxd.models.rounding import difference
 
 WORTH_US = 2000.0
 """A module whose smallest batch takes less, in microseconds, is left as it is, unless model.toml names a variant."""

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 from tnxd.executors.trial.examples import Item, Make
 from tnxd.executors.trial.state import Ask, blame, seeded
 from tnxd.models.model import Model
-from tnxd.models.noise import FLOATING, Difference, difference
+from tnxd.models.rounding import FLOATING, Difference, difference
 
 _TRIES = 4
 _COUNTED = 2

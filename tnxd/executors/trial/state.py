@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxctl.protocol.frames import Array
 from tnxd.device_kinds import KINDS
 from tnxd.error_text import sentence
 from tnxd.executors.execution import PURE, SCRATCH
@@ -26,7 +26,7 @@ from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import HOOKS, Held, Place, memory, short
 from tnxd.executors.trial.suspects import suspects, suspects_beside
 from tnxd.models.model import Model
-from tnxd.models.noise import Difference, difference
+from tnxd.models.rounding import Difference, difference
 from tnxd.models.tensors import Value, copied
 
 Answer = tuple[list[Value], list[Array]]

@@ -12,8 +12,8 @@ from functools import partial
 import numpy as np
 import torch
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxd.device_kinds import KINDS
 from tnxd.error_text import sentence
 from tnxd.executors.execution import SCRATCH, SHARED
@@ -35,7 +35,7 @@ from tnxd.executors.trial.undo import Beside
 from tnxd.executors.trial.verdict import Verdict, about, whole, without_rows
 from tnxd.models.file_formats import PT2, has_signature
 from tnxd.models.model import Model
-from tnxd.models.noise import as_float, difference, tolerance
+from tnxd.models.rounding import as_float, difference, tolerance
 from tnxd.models.tensors import DATATYPES
 
 _SHARE = 0.01

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxctl.protocol.frames import Array
 from tnxd.executors.execution import PURE, SHARED
 from tnxd.executors.trial.examples import Item, Make
 from tnxd.executors.trial.held import Place

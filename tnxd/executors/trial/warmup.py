@@ -7,15 +7,15 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import TensorNextError, Unavailable
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import MIB, TensorSpec
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item, Make
 from tnxd.lanes import INLINE
 from tnxd.models.model import Model
-from tnxd.models.noise import difference
+from tnxd.models.rounding import difference
 
 log = logging.getLogger(__name__)
 

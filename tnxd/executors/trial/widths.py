@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item, Make
 from tnxd.executors.trial.warmup import run_example
 from tnxd.models.model import Model
-from tnxd.models.noise import difference
 from tnxd.models.process_state.restoration import settings_restored
+from tnxd.models.rounding import difference
 
 # Each way is tried so often, by turns, and the best try counts: of three, ResNet-50 gained anything from 1.09 to 1.81.
 _TRIES = 5

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tnxd.models.formats import artifacts, ignore_warnings_about_torch_itself
-from tnxd.models.formats.child import compile_in_child
+from tnxd.models.formats.compiler_process import compile_in_child
 from tnxd.models.formats.conditions import Condition, Conditions
 from tnxd.models.repository import RepositorySource
 from tnxd.models.variants import Build, Variant, Workshop

@@ -20,7 +20,7 @@ from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.advice import installing
 from tnxd.error_text import first_line
 from tnxd.models.formats import artifacts
-from tnxd.models.formats.child import compile_in_child
+from tnxd.models.formats.compiler_process import compile_in_child
 from tnxd.models.formats.conditions import Condition, Conditions
 from tnxd.models.formats.onnx import Session, session_options
 from tnxd.models.repository import RepositorySource

@@ -17,8 +17,8 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import TensorSpec, excerpt
 from tnxd.error_text import cause
 from tnxd.models import structures

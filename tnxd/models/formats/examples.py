@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from tnxctl.protocol.datatypes import ML_DTYPES, STORAGE, Array, dtype_of
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxctl.protocol.frames import ML_DTYPES, STORAGE, Array, dtype_of
 from tnxctl.protocol.strings import array_of, elements_of
 from tnxctl.protocol.wire import BYTES, MIB, TensorSpec, excerpt
 from tnxd.error_text import sentence
 from tnxd.models.formats.signature import Opened, Shape, Signature
-from tnxd.models.noise import FLOATING
 from tnxd.models.repository import RepositorySource
+from tnxd.models.rounding import FLOATING
 from tnxd.models.settings import Range, Tensor, fits
 from tnxd.models.tensors import to_array
 from tnxd.models.trust import TrustedFiles

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.strings import array_of, as_text, elements_of
 from tnxctl.protocol.wire import BYTES, TensorSpec, excerpt
 from tnxd.advice import installing

@@ -13,7 +13,7 @@ from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.models import pipelines, ragged
 from tnxd.models.file_formats import FORMATS, ONNX, PIPELINE, PT2, PYTHON, SAFETENSORS, TORCHSCRIPT
 from tnxd.models.formats import (
-    channels,
+    channels_last,
     compiling,
     converting,
     examples,
@@ -120,7 +120,7 @@ def _variants(source: RepositorySource, opened: Opened) -> tuple[Variant, ...]:
         return ()  # an export has all its inputs
     if source.settings.ragged is not None and source.settings.ragged.packed and source.format == SAFETENSORS.name:
         return ()  # and takes what the signature says
-    found = (converting.variant(source), channels.variant(), compiling.variant(source))
+    found = (converting.variant(source), channels_last.variant(), compiling.variant(source))
     return tuple(variant for variant in found if wanted in (AUTO, variant.name))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.frames import Array
 from tnxd.models import structures
 from tnxd.models.formats.examples import typed
 from tnxd.models.formats.signature import Signature

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import BYTES, TensorSpec
 from tnxd.models.settings import Settings, Tensor, fits
 

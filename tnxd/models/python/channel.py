@@ -21,8 +21,8 @@ import msgspec
 import numpy as np
 
 from tnxctl.protocol import strings
+from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.errors import Internal
-from tnxctl.protocol.frames import STORAGE, Array
 from tnxctl.protocol.wire import TensorSpec
 
 _ALIGNMENT = 64

@@ -21,8 +21,8 @@ import msgspec
 import numpy as np
 
 from tnxctl.protocol import strings
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import Internal, TensorNextError
-from tnxctl.protocol.frames import Array
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.error_text import sentence
 from tnxd.models.python.channel import OUT_OF_MEMORY, Answer, Ask, Failure, Loaded, Region, receive, send

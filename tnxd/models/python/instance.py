@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from tnxctl.protocol.datatypes import STORAGE
 from tnxctl.protocol.errors import FailedPrecondition, Internal, TensorNextError
-from tnxctl.protocol.frames import STORAGE
 from tnxctl.protocol.strings import array_of
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.error_text import sentence

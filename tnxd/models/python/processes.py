@@ -28,8 +28,8 @@ from functools import partial
 
 import msgspec
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError, from_code
-from tnxctl.protocol.frames import Array
 from tnxd.models.python.channel import OUT_OF_MEMORY, Answer, Ask, Failure, Loaded, Region, Reply, receive, send
 from tnxd.models.python.failures import ProcessAway, ProcessFull, ProcessLost
 from tnxd.models.python.instance import Plan

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from tnxctl.protocol import wire
-from tnxctl.windows import Window, Windows, kind_of
+from tnxctl.request_windows import Window, Windows, kind_of
 
 
 def simulated(capacity: int, offered: int, rounds: int, window: Window, now: float = 0.0) -> tuple[float, float]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tnxd.executors.trial.company import answer_of
 from tnxd.executors.trial.copies import Call
+from tnxd.executors.trial.lane_comparison import answer_of
 from tnxd.executors.trial.verdict import Verdict
-from tnxd.models.noise import FLOATING, as_float
+from tnxd.models.rounding import FLOATING, as_float
 
 _VARIANTS = 3
 

@@ -14,14 +14,14 @@ from functools import partial
 
 import torch
 
-from tnxctl.protocol.frames import Array
+from tnxctl.protocol.datatypes import Array
 from tnxd.device_kinds import KINDS
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item, Make, arguments
 from tnxd.executors.trial.rows import rows_apart
 from tnxd.executors.trial.state import Answer
 from tnxd.models.model import Model
-from tnxd.models.noise import difference
+from tnxd.models.rounding import difference
 from tnxd.models.tensors import check_outputs, copied, on_device
 
 _ROUNDS = 500

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tnxctl.protocol.frames import Array, dtype_of
+from tnxctl.protocol.datatypes import Array, dtype_of
 from tnxctl.protocol.wire import BYTES, TensorSpec, excerpt
 from tnxd.device_kinds import DeviceKind
 
@@ -68,7 +68,7 @@ def difference(
     """The first output in which two answers differ by more than rounding; None if there is none.
 
     Args:
-        specs: the outputs. first, second: arrays as on the wire (see `tnxctl.protocol.frames.STORAGE`).
+        specs: the outputs. first, second: arrays as on the wire (see `tnxctl.protocol.datatypes.STORAGE`).
         allowed: relative to the largest value of the output.
     """
     for spec, one, other in zip(specs, first, second, strict=True):
