@@ -22,14 +22,14 @@ from tnxctl.protocol.errors import (
     Unavailable,
     from_code,
 )
-from tnxctl.protocol.wire import VERSION, Result, StepTiming, TensorSpec, Timing, encode
+from tnxctl.protocol.wire import VERSION, Limits, Result, StepTiming, TensorSpec, Timing, encode
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.registry import LOADING_RETRY_S
 from tnxd.deployment.version import READY, Version
 from tnxd.executors.execution import Execution
 from tnxd.models.model import Model
 from tnxd.models.pipelines import Node, Pipeline, Source, Wiring, wire
-from tnxd.models.sizes import reply_too_large
+from tnxd.models.sizes import count_strings, reply_too_large, too_many_strings
 from tnxd.scheduling.paths import PathPrediction, predict_path
 from tnxd.scheduling.refusals import TooLate
 from tnxd.scheduling.request import NEVER, Request
@@ -132,7 +132,7 @@ class Pipelines:
     Args:
         reconciler: loads versions again that had to make room.
         answers: of the whole requests.
-        message_bytes: most bytes of the tensors of an answer.
+        limits: of the messages.
         max_delay_us: longest wait for company, in microseconds, where a model has no limit of its own.
     """
 
@@ -144,7 +144,7 @@ class Pipelines:
         answers: Answers,
         quarantine: Quarantine,
         *,
-        message_bytes: int,
+        limits: Limits,
         max_delay_us: float,
     ) -> None:
         self._scheduler = scheduler
@@ -153,7 +153,7 @@ class Pipelines:
         self._reconciler = reconciler
         self._answers = answers
         self._quarantine = quarantine
-        self._message_bytes = message_bytes
+        self._limits = limits
         self._max_delay_us = max_delay_us
         self._runs: dict[Pending, _Run] = {}
         self._fitted: dict[tuple[int, ...], _Fitted] = {}
@@ -394,10 +394,14 @@ class Pipelines:
         """All steps are done. Args: place, execution: of the last one."""
         whole, wiring = run.whole, run.fitted.wiring
         outputs = tuple([run.results[source.step][source.place] for source in wiring.outputs])
+        strings = count_strings(outputs)
+        if strings > self._limits.strings:
+            self._fail(run, too_many_strings(strings, self._limits))
+            return
         frames = as_frames(outputs)
         nbytes = sum([array.nbytes for array in frames])
-        if nbytes > min(self._message_bytes, whole.max_reply_bytes):
-            self._fail(run, reply_too_large(nbytes, whole.max_reply_bytes, self._message_bytes))
+        if nbytes > min(self._limits.message_bytes, whole.max_reply_bytes):
+            self._fail(run, reply_too_large(nbytes, whole.max_reply_bytes, self._limits.message_bytes))
             return
         header = _result_header(run, place, execution.memory_free_mb, outputs)
         self._end(run)
