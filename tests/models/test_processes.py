@@ -19,8 +19,11 @@ import torch
 
 from python_models import DOUBLES, SIGNATURE, await_end, opened, put, rows, source
 from tnxctl.protocol.datatypes import STORAGE, Array
-from tnxctl.protocol.errors import FailedPrecondition, Internal, TensorNextError
+from tnxctl.protocol.errors import FailedPrecondition, Internal, InvalidArgument, TensorNextError
+from tnxctl.protocol.strings import array_of
+from tnxctl.protocol.wire import BYTES, TensorSpec
 from tnxd.models.model import Model
+from tnxd.models.python.channel import Region
 from tnxd.models.python.failures import ProcessAway, ProcessFull, ProcessLost
 from tnxd.models.tensors import TORCH_DTYPES, to_array, to_tensor
 from tnxd.models.time_limits import TimeLimits
@@ -84,6 +87,67 @@ def test_answers_are_those_of_a_thread(tmp_path: Path) -> None:
     assert started.model.devices == ("process",)
     assert started.model.may_use("process")
     assert not started.model.may_use("cpu")
+
+
+STRINGS = """
+inputs = [{ name = "x", datatype = "BYTES", shape = [-1, -1] }, { name = "n", datatype = "INT64", shape = [-1] }]
+outputs = [{ name = "m", datatype = "INT64", shape = [-1] }, { name = "y", datatype = "BYTES", shape = [-1, -1] }]
+"""
+
+ECHOES = """
+import numpy as np
+from tnxctl.protocol.errors import InvalidArgument
+class Model:
+    def predict(self, x, n):
+        assert all(type(element) is bytes for element in x.ravel())
+        if 1 in n: return n, np.array([["a"]], object)
+        if 2 in n: return n, np.array([["a"]])
+        if 3 in n: raise InvalidArgument("not three")
+        return n + 1, x[:, ::-1]
+"""
+
+
+def test_strings_go_there_and_back(tmp_path: Path) -> None:
+    module = opened(tmp_path, ECHOES, settings=ISOLATED, signature=STRINGS).factory()
+    large = [b"", b"\0", b"a\0\0", bytes(100_000), "w\xf6rter".encode(), b"x" * 63]
+    for elements, shape in ((large, (3, 2)), (large, (2, 3)), ([b"a"], (1, 1)), ([], (0, 2)), ([], (2, 0))):
+        x = array_of(elements, shape)
+        m, y = module(x, torch.full(shape[:1], 6))
+        assert m.tolist() == [7] * shape[0]
+        assert y.dtype == object
+        assert y.shape == shape
+        assert y.tolist() == x[:, ::-1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "said"),
+    [
+        (1, Internal, "output 'y' is BYTES, and has an element that is str"),
+        (2, Internal, "output 'y' is <U1, its signature says BYTES: np.array([text.encode() for text in texts], obj"),
+        (3, InvalidArgument, "not three"),
+    ],
+)
+def test_strings_are_checked_there(tmp_path: Path, command: int, kind: type[TensorNextError], said: str) -> None:
+    module = opened(tmp_path, ECHOES, settings=ISOLATED, signature=STRINGS).factory()
+    with pytest.raises(kind) as raised:
+        module(array_of([b"a"], (1, 1)), torch.tensor([command]))
+    assert said in raised.value.message
+    assert raised.value.code == kind.code
+
+
+@pytest.mark.parametrize("size", [-8, 0, 3, 8, 1 << 40, (1 << 63) - 1])
+def test_a_region_whose_strings_lie_is_refused(size: int) -> None:
+    descriptor = Region.create("lies")
+    try:
+        region = Region(descriptor)
+        specs = (TensorSpec("x", "BYTES", (-1,)),)
+        shapes = region.write([array_of([b"abc"], (1,))])
+        assert [array.tolist() for array in region.read(specs, shapes) if array is not None] == [[b"abc"]]
+        region.write([np.array([size])])
+        with pytest.raises(ValueError, match=r"."):
+            list(region.read(specs, shapes))
+    finally:
+        os.close(descriptor)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +430,7 @@ def test_what_is_started_and_prints_on_holds_nobody_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("isolation", ["thread", "process"])
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
 def test_every_datatype_goes_there_and_back(tmp_path: Path, isolation: str, framework: str) -> None:
-    specs = [f'{{ name = "{name.lower()}", datatype = "{name}", shape = [-1, 3] }}' for name in TORCH_DTYPES]
+    specs = [f'{{ name = "{name.lower()}", datatype = "{name}", shape = [-1, 3] }}' for name in STORAGE]
     signature = f"inputs = [{', '.join(specs)}]\noutputs = [{', '.join(specs)}]\n"
     text = f'class Model:\n    framework = "{framework}"\n    def predict(self, **inputs):\n        return inputs\n'
     model = opened(tmp_path, text, settings=f'isolation = "{isolation}"', signature=signature)
@@ -374,10 +438,16 @@ def test_every_datatype_goes_there_and_back(tmp_path: Path, isolation: str, fram
     if isolation == "thread":
         module = module.to("cpu")
     for rows_ in (1, 2, 5, 0):
-        arrays = [np.arange(3 * rows_).reshape(-1, 3).astype(STORAGE[name]) for name in TORCH_DTYPES]
-        answer = module(*[to_tensor(array, name) for array, name in zip(arrays, TORCH_DTYPES, strict=True)])
-        for array, tensor, name in zip(arrays, answer, TORCH_DTYPES, strict=True):
-            assert tensor.dtype is TORCH_DTYPES[name]
+        numbers = np.arange(3 * rows_).reshape(-1, 3)
+        arrays = [
+            array_of([b"%d" % number for number in numbers.flat], numbers.shape)
+            if name == BYTES
+            else numbers.astype(dtype)
+            for name, dtype in STORAGE.items()
+        ]
+        answer = module(*[to_tensor(array, name) for array, name in zip(arrays, STORAGE, strict=True)])
+        for array, tensor, name in zip(arrays, answer, STORAGE, strict=True):
+            assert tensor.dtype is (np.dtype(object) if name == BYTES else TORCH_DTYPES[name])
             assert np.array_equal(to_array(tensor), array)
 
 

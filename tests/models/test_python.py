@@ -14,6 +14,7 @@ import torch
 from python_models import DOUBLES, SIGNATURE, opened, put, rows, source
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, Internal, InvalidArgument, TensorNextError
+from tnxctl.protocol.strings import array_of
 from tnxd.models import repository
 from tnxd.models.formats.modules import is_private
 from tnxd.models.python.failures import ProcessAway
@@ -69,6 +70,29 @@ def test_load_is_told_where_the_files_are_and_what_model_toml_says(tmp_path: Pat
     (place / "helper.py").write_text("def one():\n    return 1\n")
     config = "config = { add = 5 }"
     assert ask(tmp_path, text, settings=config)[0].tolist() == [[17.0, 17.0], [18.0, 18.0]]
+
+
+def test_strings_are_prepared_and_finished_one_by_one(tmp_path: Path) -> None:
+    text = """
+    class Model:
+        def preprocess(self, x):
+            assert type(x) is bytes
+            return {"texts": x.decode(), "raw": x}
+        def predict(self, texts, raw):
+            assert [text.encode() for text in texts] == raw.tolist()
+            return raw
+        def postprocess(self, raw):
+            assert type(raw) is bytes
+            return raw + b"!\\0"
+    """
+    signature = """
+    inputs = [{ name = "x", datatype = "BYTES", shape = [-1] }]
+    outputs = [{ name = "y", datatype = "BYTES", shape = [-1] }]
+    """
+    module = opened(tmp_path, text, signature=signature).factory().to("cpu")
+    for elements in ([b"a"], [b"a\0", b"", "\xf6".encode() * 9]):
+        (answer,) = module(array_of(elements, (len(elements),)))
+        assert answer.tolist() == [element + b"!\0" for element in elements]
 
 
 def test_rows_are_prepared_and_finished_one_by_one(tmp_path: Path) -> None:

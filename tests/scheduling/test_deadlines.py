@@ -7,6 +7,8 @@ import contextlib
 import pytest
 
 from scheduling_helpers import MODELS, MS, make_scheduler, memory_kept, request, run_one
+from tnxd.lanes import INLINE
+from tnxd.scheduling.costs import CostModel
 from tnxd.scheduling.device import Device
 from tnxd.scheduling.refusals import TooLate
 from tnxd.scheduling.request import NEVER
@@ -130,3 +132,24 @@ def test_what_never_was_in_time_is_refused_for_good() -> None:
     for second in range(20):
         with pytest.raises(TooLate):
             scheduler.add(request(deadline_ns=second * 1000 * MS + MS // 2), second * 1000 * MS)
+
+
+def test_a_cheap_request_does_not_wait_for_lanes_that_it_does_not_need() -> None:
+    """Every lane is busy for long, and more waits for them; the caller's own thread is free."""
+    costs = CostModel()
+    for _ in range(100):
+        costs.curve("cpu", "other").observe(1, 100_000.0)
+        costs.curve("cpu", "mlp").observe(1, 200.0)
+        costs.curve("cpu", "mlp", inline=True).observe(1, 200.0)
+    scheduler = make_scheduler(Device("cpu", "cpu", 2, set(MODELS), inline_limit_us=1000.0), costs=costs)
+    for _ in range(4):
+        scheduler.add(request("other", max_batch_size=1), 0)
+    assert len(scheduler.next_batches(0)[0]) == 2
+    cheap = [request(deadline_ns=20 * MS, max_batch_size=1) for _ in range(3)]
+    for one in cheap:
+        scheduler.add(one, MS)
+    (batch,), late = scheduler.next_batches(MS)
+    assert (batch.lane, batch.requests, late) == (INLINE, cheap[:1], [])
+    assert cheap[2].predicted_us == pytest.approx(600.0, rel=0.1)
+    with pytest.raises(TooLate):  # a batch that is not for the caller's thread does wait
+        scheduler.add(request("other", deadline_ns=150 * MS, max_batch_size=1), MS)

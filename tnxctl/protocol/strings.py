@@ -122,6 +122,12 @@ def nbytes_of(array: Array) -> int:
     return sum(map(len, elements)) + _OVERHEAD * len(elements)
 
 
+def odd_type(array: Array) -> str:
+    """The name of a type among the elements of an object array that is not `bytes`; "": there is none."""
+    odd = set(map(type, elements_of(array))) - {bytes}
+    return odd.pop().__name__ if odd else ""
+
+
 def not_text(array: Array) -> str:
     """The first element of a BYTES tensor that is not UTF-8, in words; "": all are."""
     elements = elements_of(array)

@@ -12,7 +12,7 @@ import torch
 
 from tnxctl.protocol.datatypes import ML_DTYPES, STORAGE, Array
 from tnxctl.protocol.errors import FailedPrecondition, Internal
-from tnxctl.protocol.strings import OBJECT, elements_of
+from tnxctl.protocol.strings import OBJECT, odd_type
 from tnxctl.protocol.wire import BYTES, TensorSpec, excerpt
 from tnxd.models import structures
 from tnxd.models.model import Model
@@ -143,9 +143,9 @@ def _strings(model: Model, spec: TensorSpec, value: object) -> Array:
     if not isinstance(value, np.ndarray) or not value.dtype.hasobject:
         kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
         raise Internal(f"{called} is {kind}, its signature says BYTES: a numpy array of objects, each a bytes")
-    odd = set(map(type, elements_of(value))) - {bytes}
+    odd = odd_type(value)
     if odd:
-        raise Internal(f"{called} is BYTES, and has an element that is {odd.pop().__name__}")
+        raise Internal(f"{called} is BYTES, and has an element that is {odd}")
     return value
 
 

@@ -228,6 +228,9 @@ class Routing:
                 if rest + rows <= limit:
                     rows += rest
         run_us, width, max_lanes = mean(rows), placement.width, placement.load.max_lanes
+        if device.busy_until_ns and not device.free_lanes and not max_lanes and queue.costs.fits_inline(rows):
+            # The caller's own thread is not taken by what keeps the lanes, and passes over what waits for them.
+            return own_us * placement.forecast.factor, run_us, share_us, queue_us
         if device.busy_until_ns:
             # Where a core is free, too, a batch begins at once; next to a wide one it would not get a whole core.
             if device.queued or device.wide or width is None or not device.free_lanes:

@@ -11,11 +11,11 @@ import time
 
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import DeadlineExceeded, Internal, TensorNextError
-from tnxctl.protocol.wire import TensorSpec
+from tnxctl.protocol.wire import Limits, TensorSpec
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.executors.execution import Execution
 from tnxd.models.pipelines import Node, Pipeline
-from tnxd.models.sizes import reply_too_large
+from tnxd.models.sizes import count_strings, reply_too_large, too_many_strings
 from tnxd.scheduling.refusals import TooLate
 from tnxd.scheduling.request import NEVER
 from tnxd.scheduling.scheduler import Scheduler
@@ -40,7 +40,7 @@ class Pipelines:
     Args:
         reconciler: loads versions again that had to make room.
         answers: of the whole requests.
-        message_bytes: most bytes of the tensors of an answer.
+        limits: of the messages.
         max_delay_us: longest wait for company, in microseconds, where a model has no limit of its own.
     """
 
@@ -52,7 +52,7 @@ class Pipelines:
         answers: Answers,
         quarantine: Quarantine,
         *,
-        message_bytes: int,
+        limits: Limits,
         max_delay_us: float,
     ) -> None:
         self._scheduler = scheduler
@@ -60,7 +60,7 @@ class Pipelines:
         self._preparation = Preparation(scheduler, inventory.registry, reconciler)
         self._answers = answers
         self._quarantine = quarantine
-        self._message_bytes = message_bytes
+        self._limits = limits
         self._max_delay_us = max_delay_us
         self._runs: dict[Pending, Run] = {}
 
@@ -232,10 +232,14 @@ class Pipelines:
         """All steps are done. Args: place, execution: of the last one."""
         whole, wiring = run.whole, run.fitted.wiring
         outputs = tuple([run.results[source.step][source.place] for source in wiring.outputs])
+        strings = count_strings(outputs)
+        if strings > self._limits.strings:
+            self._fail(run, too_many_strings(strings, self._limits))
+            return
         frames = as_frames(outputs)
         nbytes = sum([array.nbytes for array in frames])
-        if nbytes > min(self._message_bytes, whole.max_reply_bytes):
-            self._fail(run, reply_too_large(nbytes, whole.max_reply_bytes, self._message_bytes))
+        if nbytes > min(self._limits.message_bytes, whole.max_reply_bytes):
+            self._fail(run, reply_too_large(nbytes, whole.max_reply_bytes, self._limits.message_bytes))
             return
         header = result_header(run, place, execution.memory_free_mb, outputs)
         self._end(run)

@@ -121,7 +121,7 @@ class Server:
             reconciler,
             self._answers,
             self._quarantine,
-            message_bytes=limits.message_bytes,
+            limits=limits,
             max_delay_us=max_delay_us,
         )
         self._intake = Intake(

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxctl.protocol.wire import BYTES
 from tnxd.device_kinds import CPU, PROCESS
 from tnxd.models import structures
 from tnxd.models.formats import optional
@@ -31,12 +30,6 @@ def read(source: RepositorySource, files: TrustedFiles) -> Opened:
     signature = declared(source.settings, source.settings_label, label)
     plan = _plan(source, files, signature)
     if source.settings.isolation == PROCESS.name:
-        for spec in (*signature.inputs, *signature.outputs):
-            if spec.datatype == BYTES:
-                raise InvalidArgument(
-                    f"{source.settings_label}: {spec.name!r} is BYTES, which does not go through shared memory: "
-                    f'isolation = "thread" takes it'
-                )
         return _in_processes(source, plan, signature, label)
     return _in_threads(source, plan, signature, label)
 

@@ -20,13 +20,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from tnxctl.protocol import strings
 from tnxctl.protocol.datatypes import STORAGE, Array
+from tnxctl.protocol.errors import Internal
 from tnxctl.protocol.wire import TensorSpec
 
 _ALIGNMENT = 64
 _SMALLEST = 1 << 16
 _MOST_MESSAGE = 1 << 26
 _LENGTH = struct.Struct("<I")
+_SIZE, _BYTE = np.dtype(np.int64), np.dtype(np.uint8)
 
 OUT_OF_MEMORY = 75
 """Exit code of a process that has run out of memory. It may hold on to it: so it ends."""
@@ -59,13 +62,16 @@ class Failure(msgspec.Struct, frozen=True, tag=True):
     """The model raised.
 
     Attributes:
-        kind: name of the class of the exception; "": the outputs, or the class Model, are not what they have to be.
+        kind: name of the class of the exception; "": it is one of `tnxctl.protocol.errors`, as where the outputs, or
+            the class Model, are not what they have to be.
         text: its message. full: whether memory ran out: the process ends.
+        code: of an error of `tnxctl.protocol.errors`.
     """
 
     kind: str
     text: str
     full: bool = False
+    code: str = Internal.code
 
 
 Reply = Loaded | Answer | Failure
@@ -93,28 +99,48 @@ class Region:
     def write(self, arrays: Sequence[Array | None]) -> Shapes:
         """Copy arrays into the region, which grows if it has to. Returns their shapes.
 
-        Arrays of BYTES would be written here, and read in `read`: the only two places that know how arrays lie.
+        A BYTES array lies there as two: the size of its frame, see `tnxctl.protocol.strings`, and that.
+
+        Raises:
+            ValueError: an element of a BYTES array has 4 GiB or more.
         """
-        needed = sum([_aligned(array.nbytes) for array in arrays if array is not None])
+        plain: list[Array] = []
+        for array in arrays:
+            if array is not None and array.dtype.hasobject:
+                frame = strings.encode(array)
+                plain += np.array([frame.nbytes], _SIZE), frame
+            elif array is not None:
+                plain.append(array)
+        needed = sum([_aligned(array.nbytes) for array in plain])
         if needed > self.size:
             size = max(1 << (needed - 1).bit_length(), _SMALLEST)
             os.ftruncate(self._descriptor, size)
             self.map(size)
         at = 0
-        for array in arrays:
-            if array is not None and array.nbytes:
+        for array in plain:
+            if array.nbytes:
                 np.copyto(self._view(array.shape, array.dtype, at), array)
                 at += _aligned(array.nbytes)
         return tuple([None if array is None else array.shape for array in arrays])
 
     def read(self, specs: Sequence[TensorSpec], shapes: Shapes) -> Iterator[Array | None]:
-        """Arrays in the region, as views of it. Raises ValueError: they would not lie within it."""
+        """Arrays in the region, as views of it; of BYTES, copies.
+
+        Raises:
+            ValueError: they would not lie within it, or the lengths of strings do not add up.
+        """
         at = 0
         for spec, shape in zip(specs, shapes, strict=True):
             if shape is None:
                 yield None
                 continue
             dtype = STORAGE[spec.datatype]
+            if dtype.hasobject:
+                size = int(self._view((1,), _SIZE, at)[0])
+                at += _aligned(_SIZE.itemsize)
+                yield strings.decode(self._view((size,), _BYTE, at).data, shape)
+                at += _aligned(size)
+                continue
             yield self._view(shape, dtype, at)
             at += _aligned(math.prod(shape) * dtype.itemsize)
 

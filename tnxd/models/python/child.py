@@ -20,8 +20,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from tnxctl.protocol import strings
 from tnxctl.protocol.datatypes import Array
-from tnxctl.protocol.errors import TensorNextError
+from tnxctl.protocol.errors import Internal, TensorNextError
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.error_text import sentence
 from tnxd.models.python.channel import OUT_OF_MEMORY, Answer, Ask, Failure, Loaded, Region, receive, send
@@ -96,7 +97,7 @@ def _as_in_a_lane(framework: str) -> AbstractContextManager[object]:
 
 def _failure(error: BaseException) -> Failure:
     if isinstance(error, TensorNextError):
-        return Failure("", error.message, full=isinstance(error.__cause__, MemoryError))
+        return Failure("", error.message, isinstance(error.__cause__, MemoryError), error.code)
     kind = type(error).__name__
     return Failure(kind, sentence(error).removeprefix(f"{kind}: "), full=isinstance(error, MemoryError))
 
@@ -112,6 +113,9 @@ def _tensors(arrays: Sequence[Array | None], specs: Sequence[TensorSpec]) -> lis
 def _array(value: Any, spec: TensorSpec) -> Array:
     """An output as an array of its datatype. Raises Internal: it is of another one."""
     if isinstance(value, np.ndarray):
+        odd = strings.odd_type(value) if value.dtype.hasobject else ""
+        if odd:
+            raise Internal(f"output {spec.name!r} is BYTES, and has an element that is {odd}")
         return value
     from tnxd.models.tensors import array_of
 

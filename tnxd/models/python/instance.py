@@ -14,6 +14,7 @@ import numpy as np
 
 from tnxctl.protocol.datatypes import STORAGE
 from tnxctl.protocol.errors import FailedPrecondition, Internal, TensorNextError
+from tnxctl.protocol.strings import array_of
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.error_text import sentence
 from tnxd.models import structures
@@ -259,6 +260,8 @@ class Instance:
             import torch
 
             return torch.stack(list(parts))
+        if isinstance(parts[0], (bytes, str)):
+            return array_of(parts, (len(parts),))  # numpy by itself would cut off zeros at the end
         return np.stack(parts)
 
     def _checked(self, value: Any, spec: TensorSpec) -> Any:
@@ -269,9 +272,10 @@ class Instance:
             raise Internal(f"{whose} is {type(value).__name__}, not an array")
         wanted = STORAGE[spec.datatype]
         if value.dtype != wanted:
-            raise Internal(
-                f"{whose} is {value.dtype}, its signature says {spec.datatype}: .astype(np.{wanted.name}) converts it"
-            )
+            how = f".astype(np.{wanted.name}) converts it"
+            if wanted.hasobject:
+                how = "np.array([text.encode() for text in texts], object) makes it of a list of str"
+            raise Internal(f"{whose} is {value.dtype}, its signature says {spec.datatype}: {how}")
         return np.asarray(value)
 
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import msgspec
 
 from tnxctl.protocol.datatypes import Array
-from tnxctl.protocol.errors import FailedPrecondition, Internal
+from tnxctl.protocol.errors import FailedPrecondition, from_code
 from tnxd.models.python.channel import OUT_OF_MEMORY, Answer, Ask, Failure, Loaded, Region, Reply, receive, send
 from tnxd.models.python.failures import ProcessFull, ProcessLost
 from tnxd.models.python.instance import Plan
@@ -102,7 +102,8 @@ class Worker:
         Raises:
             ProcessError: the process ended meanwhile, or had no more time or memory.
             Internal: the outputs are not what the signature promises.
-            Exception: whatever the model raised, of a class of the same name.
+            TensorNextError: the model raised one.
+            Exception: whatever else the model raised, of a class of the same name.
         """
         self._send(Ask(self._inputs.write(arrays), self._inputs.size))
         reply = self._receive(limit_s, "a batch ran")
@@ -173,7 +174,7 @@ class Worker:
             self.ended.wait(_END_S)
             return ProcessFull(f"model {self.plan.name!r}: its process {self.why or 'ends'} while a batch ran")
         if not failure.kind:
-            return Internal(failure.text)
+            return from_code(failure.code, failure.text)
         return _raised(failure)
 
 
