@@ -37,6 +37,7 @@ factory = "net:Net"
 max_batch_size = 4
 optimize = "none"
 threads = {threads}
+audit = 0.0
 [[inputs]]
 name = "x"
 datatype = "FP32"
