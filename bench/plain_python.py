@@ -42,7 +42,7 @@ ISOLATIONS = ("none", "thread", "process")
 
 
 class Contender(NamedTuple):
-    """What is measured. Attributes: size: of a row. name: what computes it, and where."""
+    """Case to measure. Attributes: size: of a row. name: what computes it, and where."""
 
     size: str
     name: str

@@ -126,7 +126,7 @@ def test_only_a_refusal_that_waiting_would_have_spared_says_when_to_come_back(da
 def test_a_flood_is_no_reason_to_refuse_another_client_that_does_not_say_when_it_sent(
     run_daemon: Callable[..., Daemon],
 ) -> None:
-    """What waits is the flood's: a connection that sends one request at a time waits for a turn."""
+    """A connection that sends one request at a time waits for a turn: all that waits is the flood's."""
     daemon = run_daemon("--model", "mlp")
     part, parts, ahead = 4000, 5, 2
     flood = message(pack(predict_header(deadline_us=1.0)), ONE_ROW) * part

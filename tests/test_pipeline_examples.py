@@ -57,7 +57,7 @@ class Served:
     tnx: Client
 
     def told(self, title: str) -> str:
-        """What the command `tnxctl` of a section prints."""
+        """Output of the command `tnxctl` of a section."""
         (words,) = [words for words in commands(title) if words[0] == "tnxctl"]
         with chdir(self.folder):
             done = run(*words[1:], "--host", self.daemon.endpoint)

@@ -1,4 +1,4 @@
-"""What a pipeline.toml may say, and which models fit together: files and signatures, no daemon."""
+"""Files of pipelines, and the models that fit together: signatures alone, no daemon."""
 
 from __future__ import annotations
 

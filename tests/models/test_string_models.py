@@ -34,7 +34,7 @@ def strings(*elements: bytes) -> Array:
 
 
 def loaded(model: Model) -> LoadReport:
-    """What a device finds out about a model."""
+    """Findings of a device about a model."""
     done: queue.SimpleQueue[object] = queue.SimpleQueue()
     pool = LanePool(
         *("cpu", "cpu", ""),

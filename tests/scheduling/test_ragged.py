@@ -270,7 +270,7 @@ def test_rows_enough_for_a_batch_wait_for_no_more_company() -> None:
 
 
 def test_a_thief_takes_one_length() -> None:
-    """What it is predicted to take is that of tokens without padding."""
+    """The predicted time is that of tokens without padding."""
     made = scheduler(devices=("cpu", "other"))
     made.add(text(400, wanted="auto"), 0)
     made.add(text(400, wanted="auto"), 0)

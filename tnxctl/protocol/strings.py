@@ -101,7 +101,7 @@ def decode(frame: memoryview, shape: tuple[int, ...]) -> Array:
 
 
 def _fault(frame: memoryview, count: int) -> str:
-    """What is wrong with the lengths in a frame, in words."""
+    """Mistake in the lengths in a frame, in words."""
     at = 0
     for index in range(count):
         left = frame.nbytes - at - LENGTH_BYTES

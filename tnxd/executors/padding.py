@@ -24,7 +24,7 @@ def lengths(model: Model, items: Sequence[Item]) -> list[int]:
 
 
 def units(model: Model, items: Sequence[Item], rows: int) -> int:
-    """What scheduling counts of a forward, see `tnxd.models.model.BoundInputs.units`. Args: rows: of all items."""
+    """Units of a forward, as scheduling counts them: see `tnxd.models.model.BoundInputs`. Args: rows: of all items."""
     ragged = model.ragged
     if ragged is None or not ragged.joins:
         return rows

@@ -33,7 +33,7 @@ class RunnerCalls:
             runner.calls[key] = call()
 
     def installed(self, key: str) -> Callable[[], Call]:
-        """What makes the calls for a model."""
+        """Maker of the calls for a model."""
         return self._calls[key]
 
     def forget(self, key: str) -> None:

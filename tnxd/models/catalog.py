@@ -101,7 +101,7 @@ def _with_versions(entry: Entry, named: set[str]) -> Entry:
 
 
 def missing_steps(catalog: Catalog) -> dict[str, str]:
-    """What is wrong with the models that pipelines name, by NAME@VERSION of the pipeline: those that there are not."""
+    """Models that pipelines name and that there are not, in words, by NAME@VERSION of the pipeline."""
     missing: dict[str, str] = {}
     for entry in catalog.entries.values():
         for source in entry.sources.values():

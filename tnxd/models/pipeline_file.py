@@ -92,7 +92,7 @@ def load(path: Path, label: str) -> Description:
 
 
 def _problems(description: Description) -> Iterator[str]:
-    """What is wrong with a description by itself, in words that begin with the key."""
+    """Mistake in a description by itself, in words that begin with the key."""
     inputs, steps = description.inputs, description.steps
     names = [step.name for step in steps]
     keyed = [(f"inputs[{index}]", name, inputs[:index]) for index, name in enumerate(inputs)]

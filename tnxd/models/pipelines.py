@@ -14,7 +14,7 @@ from tnxd.models.pipeline_file import Description, key_of
 
 
 class Source(NamedTuple):
-    """What feeds an input: an output of a step, or an input of the pipeline.
+    """Source of an input: an output of a step, or an input of the pipeline.
 
     Attributes:
         step: its place among the steps; -1: the pipeline itself. place: of the tensor among its outputs, or inputs.
@@ -163,7 +163,7 @@ class _Fitting:
         return f"step {self._description.steps[index].name!r} ({model.name}@{model.version})"
 
     def _source(self, key: str, source: str) -> Source:
-        """What a description names, which has been looked at already but for the outputs of models."""
+        """Source that a description names. All but the outputs of models has been checked already."""
         step_name, dot, output = source.partition(".")
         if not dot:
             return Source(-1, self._description.inputs.index(source))
@@ -178,7 +178,7 @@ class _Fitting:
         return self._models[source.step].outputs[source.place]
 
     def _fed(self, index: int) -> tuple[Source | None, ...]:
-        """What feeds each input of a step's model."""
+        """Source of each input of a step's model."""
         step, model = self._description.steps[index], self._models[index]
         known = [spec.name for spec in model.inputs]
         for name in step.inputs:

@@ -141,7 +141,7 @@ class _Unservable(Exception):
 
 @dataclass(frozen=True)
 class _Scan:
-    """What all sources of a repository have in common. Attributes: as in `RepositorySource`."""
+    """Parts that all sources of a repository have in common. Attributes: as in `RepositorySource`."""
 
     guard: Guard
     opener: Opener | None

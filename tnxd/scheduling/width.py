@@ -41,7 +41,7 @@ _DEVIATIONS = 4.0
 
 
 class Width:
-    """What is known about narrow and wide batches of one model on one device.
+    """Times of narrow and wide batches of one model on one device, as far as they are known.
 
     All times are relative to what is expected on a lane (`BatchCosts.lane`), so that batches of all sizes and shapes
     that take about as long, within a factor of two, are known together.

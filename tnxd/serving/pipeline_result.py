@@ -13,7 +13,7 @@ from tnxd.serving.step_errors import of_step
 
 
 def stage_of(run: Run, request: StepRequest, execution: Execution, rows: int) -> Stage:
-    """What is told of a step that is done. Args: rows: of its batch."""
+    """Report about a step that is done. Args: rows: of its batch."""
     timing = StepTiming(
         name=run.fitted.wiring.nodes[request.place].name,
         model=request.served.name,

@@ -16,7 +16,7 @@ from tnxd.serving.step_errors import of_step
 
 
 class Stage(NamedTuple):
-    """What is told of a step that is done. An execution would keep the tensors of all requests of its batch alive.
+    """Report about a step that is done. An execution would keep the tensors of all requests of its batch alive.
 
     Attributes:
         timing: as the reply has it. reason: why it ran where it did.
@@ -67,7 +67,7 @@ class Run:
         self.stages: list[Stage | None] = [None] * len(versions)
 
     def tensor(self, source: Source) -> Array:
-        """What a source stands for."""
+        """Array that a source stands for."""
         array = self.inputs[source.place] if source.step < 0 else self.results[source.step][source.place]
         assert array is not None  # a pipeline has no input that may be left out
         return array

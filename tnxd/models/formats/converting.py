@@ -34,7 +34,7 @@ CALLED = "called.json"
 
 
 class Called(msgspec.Struct, frozen=True):
-    """How a converted network is called.
+    """Call of a converted network.
 
     Attributes:
         inputs: names of the signature's inputs, in order. conditions: what it demands of their lengths.

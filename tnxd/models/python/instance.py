@@ -80,7 +80,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Context:
-    """What a model is told when it is loaded.
+    """Surroundings that a model is told when it is loaded.
 
     Attributes:
         directory: of the version, with model.py and what lies beside it.
@@ -210,7 +210,7 @@ class Instance:
         return {name: self._stacked(name, [part[name] for part in made]) for name in self._names(made)}
 
     def _finished(self, postprocess: Callable[..., Any], raw: Any, rows: int) -> Any:
-        """What `postprocess` makes of each row that `predict` returned."""
+        """Outputs that `postprocess` makes of each row that `predict` returned."""
         in_order = type(raw) in (tuple, list)
         named = {} if in_order else dict(structures.children(raw) or ())
         values = raw if in_order else () if named else (raw,)

@@ -42,7 +42,7 @@ class Restarts:
 
 
 class _Pool:
-    """What the threads of the processes and their callers share.
+    """State that the threads of the processes and their callers share.
 
     Attributes:
         changed: held while the rest is looked at. stopped: whether all processes are to end.
