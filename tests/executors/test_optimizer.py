@@ -185,6 +185,17 @@ def test_a_variant_that_is_named_and_answers_otherwise_is_not_taken(load: Callab
     assert call.factor == 2
 
 
+def test_nothing_is_tried_where_copies_of_the_weights_do_not_fit(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tnxd.executors.optimizer.free_memory", lambda: 31)  # there are eight bytes of weights
+    report, call = load(model(variant("never", stumbles)))
+    assert call.seconds == SLOW_S
+    assert report.notes[0].endswith("tried were all: 0 MiB of weights, 0 MiB of memory are free")
+    monkeypatch.setattr("tnxd.executors.optimizer.free_memory", lambda: 32)
+    assert load(model(FASTER))[1].seconds == 0
+
+
 def test_a_variant_for_another_kind_of_device_is_not_looked_at(load: Callable[..., Any]) -> None:
     report, call = load(model(Variant("cuda", ("cuda",), "", stumbles)))
     assert report.notes == ()

@@ -138,6 +138,23 @@ def test_a_conversion_that_takes_too_long_is_ended_and_tried_again_another_time(
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.parametrize("code", ["raise OSError(28, 'No space left on device')", "os._exit(7)"])
+def test_a_compiler_without_room_is_tried_again_another_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    """Its disk is full where it writes what it made: the child alone runs that code, which a module of torch holds."""
+    root, cache = tmp_path / "models", tmp_path / "cache"
+    save(root)
+    cache.mkdir()
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import pathlib, os\ndef full(self, *args, **kwargs):\n    {code}\npathlib.Path.write_bytes = full\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(Unavailable, match=r"ended with 1: .*No space left|ended with 7"):
+        make(open_model(root, TOML), cache)
+    assert list(cache.iterdir()) == []
+
+
 def test_a_directory_that_others_may_write_to_keeps_nothing(tmp_path: Path) -> None:
     own, shared = tmp_path / "own", tmp_path / "shared"
     shared.mkdir()

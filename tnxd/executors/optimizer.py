@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 
 from tnxctl.protocol.errors import TensorNextError, Unavailable
+from tnxctl.protocol.wire import MIB
 from tnxd.config import Config
 from tnxd.error_text import sentence
+from tnxd.executors.host import free_memory
 from tnxd.executors.lane import Lane
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.optimization import GAIN, WORTH_US, Outcome, compare
@@ -26,6 +28,10 @@ _OF_A_LOAD = 0.7
 
 
 _LOOKS = 5
+
+_COPIES = 4
+"""Times the weights that a conversion may take: built, exported and converted in the child, and once more here. Where
+that is more than the free memory, the kernel would end the child, or the daemon."""
 
 
 class Attempt(NamedTuple):
@@ -76,10 +82,11 @@ class Optimizer:
             and (model.optimize != AUTO or warmed.costs[0][1] >= WORTH_US)  # and looked at again in `attempts`
         )
 
-    def attempts(self, lane: Lane, verdict: Verdict, build: Build, began: float) -> list[Attempt]:
+    def attempts(self, lane: Lane, verdict: Verdict, build: Build, nbytes: int, began: float) -> list[Attempt]:
         """Try the variants of a module that the lane has a call for. Blocks, for `seconds` at most.
 
         Args:
+            nbytes: of the weights.
             began: when the load began, of `time.monotonic`: no attempt makes it too long.
 
         Returns:
@@ -88,14 +95,15 @@ class Optimizer:
         if verdict.model.optimize == AUTO and not lane.call(lambda runner: _takes_long(runner, verdict)):
             return []
         found: list[Attempt] = []
+        free = free_memory()
+        if free and _COPIES * nbytes > free:
+            return [Attempt("all", why=f"{nbytes // MIB} MiB of weights, {free // MIB} MiB of memory are free")]
         until = min(time.monotonic() + self._seconds, began + _OF_A_LOAD * self._load_seconds)
         for variant in verdict.model.variants:
             if self._kind in variant.kinds:
                 done = any(attempt.module is not None for attempt in found)
                 found.append(self._attempt(variant, lane, verdict, build, until, done=done))
-        return sorted(
-            found, key=lambda attempt: (attempt.module is None, attempt.outcome.part if attempt.outcome else 0)
-        )
+        return sorted(found, key=_order)
 
     def _attempt(
         self, variant: Variant, lane: Lane, verdict: Verdict, build: Build, until: float, *, done: bool

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxd.error_text import sentence
 from tnxd.models.formats import ignore_warnings_about_torch_itself
+from tnxd.models.formats.compiler_process import REFUSED
 from tnxd.models.formats.compiling import ARTIFACT, ORDER, tensors
 from tnxd.models.formats.conditions import Conditions
 from tnxd.models.formats.converting import CALLED, CONVERTED, Called
@@ -119,10 +120,12 @@ def convert_into(source: RepositorySource, device: torch.device, folder: Path) -
     try:
         with torch.no_grad():
             converted = torch.onnx.export(exported.program, dynamo=True, verbose=False)
-        assert converted is not None
-        converted.save(folder / CONVERTED, external_data=True)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever torch or onnxscript stumbles over
         raise FailedPrecondition(f"torch.onnx cannot convert it: {sentence(error)}") from error
+    assert converted is not None
+    converted.save(folder / CONVERTED, external_data=True)  # a full disk says nothing about the network
     inputs = len(converted.model.graph.inputs)
     if inputs != len(exported.signature.inputs):
         raise FailedPrecondition(f"converted, it has {inputs} inputs in place of {len(exported.signature.inputs)}")
@@ -152,7 +155,8 @@ def main() -> None:
     try:
         COMPILERS[name](source, torch.device(device), Path(folder))
     except TensorNextError as error:
-        sys.exit(error.message)
+        print(error.message, file=sys.stderr)
+        sys.exit(REFUSED)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ import torch
 from tnxctl.protocol.errors import FailedPrecondition, Unavailable
 from tnxd.models.repository import RepositorySource
 
+REFUSED = 41
+"""Exit code of a child for a version that cannot be compiled, however often it is tried."""
+
 _PROGRAM = "tnxd.models.formats.compiler"  # not imported: it opens models, and to start it is a part of that
 
 
@@ -39,7 +42,7 @@ def compile_in_child(
 
     Raises:
         FailedPrecondition: it cannot be done; the sentence says why.
-        Unavailable: it took too long, or was ended: at another time it may be done.
+        Unavailable: it took too long, was ended, or found no room: at another time it may be done.
     """
     with subprocess.Popen(
         [sys.executable, "-m", _PROGRAM, compiler, str(folder), str(device)],
@@ -61,7 +64,10 @@ def compile_in_child(
     if code < 0:
         raise Unavailable(f"the compiler was ended by signal {-code}")
     if code:
-        raise FailedPrecondition(said.splitlines()[-1] if said else f"the compiler ended with {code}")
+        last = said.splitlines()[-1] if said else ""
+        if code == REFUSED:
+            raise FailedPrecondition(last)
+        raise Unavailable(f"the compiler ended with {code}{last and f': {last}'}")
 
 
 def _read(child: subprocess.Popen[bytes], timeout_s: float) -> tuple[str, bool]:

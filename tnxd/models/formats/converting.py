@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,9 +62,14 @@ def _make(source: RepositorySource, _: Build, workshop: Workshop) -> torch.nn.Mo
     def compile_into(folder: Path) -> None:
         compile_in_child(source, "onnxruntime", workshop.device, folder, workshop.seconds)
 
-    name = "" if workshop.cache is None else artifacts.key(source, "onnxruntime", torch.__version__)
+    name = "" if workshop.cache is None else artifacts.key(source, *_made_by())
     with artifacts.folder(workshop.cache, name, compile_into) as folder:
         return _load(folder, workshop.threads)
+
+
+def _made_by() -> list[str]:
+    """Names and versions of what an artifact comes from: others may do what these cannot."""
+    return [f"{name} {importlib.metadata.version(name)}" for name in ("onnxruntime", "onnxscript", "torch")]
 
 
 def _load(folder: Path, threads: int) -> torch.nn.Module:

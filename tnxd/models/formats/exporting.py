@@ -63,5 +63,7 @@ def export(network: torch.nn.Module, signature: Signature, device: torch.device)
             dynamic_shapes=(tuple(dimensions),),
             strict=False,
         )
+    except MemoryError:
+        raise  # another time there may be more
     except Exception as error:
         raise FailedPrecondition(f"torch.export cannot follow the network: {sentence(error)}") from error
