@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -194,6 +195,23 @@ def test_nothing_is_tried_where_copies_of_the_weights_do_not_fit(
     assert report.notes[0].endswith("tried were all: 0 MiB of weights, 0 MiB of memory are free")
     monkeypatch.setattr("tnxd.executors.optimizer.free_memory", lambda: 32)
     assert load(model(FASTER))[1].seconds == 0
+
+
+class Large(Doubling):
+    """Runs out of memory with more than four rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 4:
+            raise MemoryError("no room for five rows")
+        return super().forward(x)
+
+
+def test_batches_that_memory_does_not_allow_are_not_tried_for_a_variant(load: Callable[..., Any]) -> None:
+    served = replace(model(variant("also large", makes(Large))), factory=lambda: Large(SLOW_S))
+    report, call = load(served)
+    assert call.seconds == 0
+    assert report.notes[0].startswith("optimize: also large runs")
+    assert report.safe_rows == 4
 
 
 def test_a_variant_for_another_kind_of_device_is_not_looked_at(load: Callable[..., Any]) -> None:

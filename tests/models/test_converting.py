@@ -165,6 +165,8 @@ def test_a_directory_that_others_may_write_to_keeps_nothing(tmp_path: Path) -> N
     assert artifacts.directory(str(shared)) is None
     assert artifacts.directory(str(tmp_path / "file")) is None
     assert artifacts.directory("") is None
+    (shared / "below").mkdir(mode=0o700)
+    assert artifacts.directory(str(shared / "below")) is None  # who may write above it may put another there
 
 
 def test_the_service_has_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ class Loading:
         if model.reference is not None and verdict.telling:
             notes.append(self._rounding(lane, verdict, model.reference))
         if self._optimizer is not None and self._optimizer.is_worth_it(verdict, warmed):
-            attempts = self._optimizer.attempts(lane, verdict, self._build, self._nbytes, self._began)
+            attempts = self._optimizer.attempts(lane, verdict, warmed, self._build, self._nbytes, self._began)
             warmed, said = self._optimized(lane, verdict, warmed, attempts)
             notes.extend(said)
             again = self._by_length(lane, verdict)

@@ -82,11 +82,13 @@ class Optimizer:
             and (model.optimize != AUTO or warmed.costs[0][1] >= WORTH_US)  # and looked at again in `attempts`
         )
 
-    def attempts(self, lane: Lane, verdict: Verdict, build: Build, nbytes: int, began: float) -> list[Attempt]:
+    def attempts(
+        self, lane: Lane, verdict: Verdict, warmed: Warmed, build: Build, nbytes: int, began: float
+    ) -> list[Attempt]:
         """Try the variants of a module that the lane has a call for. Blocks, for `seconds` at most.
 
         Args:
-            nbytes: of the weights.
+            warmed: what the warm-up found about the module. nbytes: of the weights.
             began: when the load began, of `time.monotonic`: no attempt makes it too long.
 
         Returns:
@@ -102,11 +104,19 @@ class Optimizer:
         for variant in verdict.model.variants:
             if self._kind in variant.kinds:
                 done = any(attempt.module is not None for attempt in found)
-                found.append(self._attempt(variant, lane, verdict, build, until, done=done))
+                found.append(self._attempt(variant, lane, verdict, warmed, build, until, done=done))
         return sorted(found, key=_order)
 
     def _attempt(
-        self, variant: Variant, lane: Lane, verdict: Verdict, build: Build, until: float, *, done: bool
+        self,
+        variant: Variant,
+        lane: Lane,
+        verdict: Verdict,
+        warmed: Warmed,
+        build: Build,
+        until: float,
+        *,
+        done: bool,
     ) -> Attempt:
         forced = verdict.model.optimize == variant.name
         if variant.missing:
@@ -118,7 +128,7 @@ class Optimizer:
             if left <= 0:
                 raise Unavailable("no time was left for it")
             module = self._made(variant, build, lane.runner.torch_device, left)
-            outcome = lane.call(lambda runner: _compare(runner, module, verdict))
+            outcome = lane.call(lambda runner: _compare(runner, module, verdict, warmed))
         except TensorNextError as error:
             return Attempt(variant.name, why=error.message)
         except Exception as error:  # whatever others' compilers stumble over
@@ -144,9 +154,10 @@ def _takes_long(runner: Runner, verdict: Verdict) -> bool:
         return all(run_micros(run_example(runner, verdict.model, item)) >= WORTH_US for _ in range(_LOOKS))
 
 
-def _compare(runner: Runner, module: torch.nn.Module, verdict: Verdict) -> Outcome:
+def _compare(runner: Runner, module: torch.nn.Module, verdict: Verdict, warmed: Warmed) -> Outcome:
+    most_rows = warmed.safe_rows or warmed.most_rows or verdict.model.max_batch_size
     with settings_restored("a forward"):
-        return compare(runner.calls[verdict.model.key], module, verdict, runner.torch_device)
+        return compare(runner.calls[verdict.model.key], module, verdict, runner.torch_device, most_rows)
 
 
 def notes(attempts: Sequence[Attempt], taken: Attempt | None) -> tuple[str, ...]:

@@ -58,15 +58,19 @@ class Outcome(NamedTuple):
         return math.exp(sum(math.log(part) for part in self.parts.values()) / len(self.parts))
 
 
-def compare(module: Call, variant: Call, verdict: Verdict, device: torch.device) -> Outcome:
+def compare(module: Call, variant: Call, verdict: Verdict, device: torch.device, most_rows: int) -> Outcome:
     """Hold a variant against the module, on the calling thread.
+
+    Args:
+        most_rows: of a batch: with more, memory may end.
 
     Raises:
         FailedPrecondition: it answers otherwise, or raises; the sentence says how.
     """
     model = verdict.model
+    sizes = [rows for rows in _SIZES if rows <= max(min(model.max_batch_size, most_rows), 1)]
     allowed = min(verdict.tolerance, _ALLOWED) if verdict.tolerance < _FULL_PRECISION else verdict.tolerance
-    for described, item in _items(model, verdict, device):
+    for described, item in _items(model, verdict, device, sizes):
         try:
             expected = answer_of(module, described, device, item)[1]
         except Exception as error:  # a length, for one, that the network does not take
@@ -81,14 +85,10 @@ def compare(module: Call, variant: Call, verdict: Verdict, device: torch.device)
         if apart is not None:
             raise FailedPrecondition(f"it answers otherwise: {apart.text}")
     assert verdict.make is not None
-    return Outcome({rows: _part(module, variant, model, device, verdict.make(rows, 0)) for rows in _sizes(model)})
+    return Outcome({rows: _part(module, variant, model, device, verdict.make(rows, 0)) for rows in sizes})
 
 
-def _sizes(model: Model) -> Sequence[int]:
-    return [rows for rows in _SIZES if rows <= max(model.max_batch_size, 1)]
-
-
-def _items(model: Model, verdict: Verdict, device: torch.device) -> Iterator[tuple[Model, Item]]:
+def _items(model: Model, verdict: Verdict, device: torch.device, sizes: Sequence[int]) -> Iterator[tuple[Model, Item]]:
     """Inputs to compare answers on, each with the model that takes it."""
     assert verdict.make is not None
     known = verdict.telling[:_MAKERS] or (verdict.make,)
@@ -96,7 +96,7 @@ def _items(model: Model, verdict: Verdict, device: torch.device) -> Iterator[tup
     made = [] if longer is None else list(islice(telling_examples(longer, KINDS[device.type]), _MAKERS))
     for described, makes in ((model, known), (longer or model, made)):
         for make in makes:
-            for rows in _sizes(model):
+            for rows in sizes:
                 for number in range(_VARIANTS):
                     yield described, make(rows, number)
 

@@ -8,16 +8,15 @@ import hashlib
 import logging
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tnxctl.protocol.errors import FailedPrecondition
+from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxctl.protocol.wire import MIB
 from tnxd.models.file_formats import FORMATS
 from tnxd.models.repository import RepositorySource
-from tnxd.models.trust import TrustedFiles
+from tnxd.models.trust import Guard, TrustedFiles
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,8 @@ def key(source: RepositorySource, *parts: str) -> str:
 def directory(setting: str) -> Path | None:
     """The directory that keeps artifacts, by the setting `cache_directory`; None: there is none. It is made.
 
-    An artifact is code that this process will run, so the directory must belong to this user, and to no others.
+    An artifact is code that this process will run, so the directory is held to what holds for models, and has to be
+    this user's own.
     """
     if not setting:
         return None
@@ -62,13 +62,13 @@ def directory(setting: str) -> Path | None:
         cache = Path(service or os.path.join(home, "tensornext"), "variants")
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = cache.stat()
-        if info.st_uid not in (os.geteuid(), 0) or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PermissionError(errno.EPERM, "it belongs to somebody else, or others may write to it")
+        Guard.of(cache)
+        if cache.stat().st_uid not in (os.geteuid(), 0):
+            raise PermissionError(errno.EPERM, "it belongs to somebody else", str(cache))
         if not os.access(cache, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        log.warning("what is compiled is not kept: %s: %s", cache, error.strerror)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(cache))
+    except (OSError, TensorNextError) as error:
+        log.warning("what is compiled is not kept: %s", error)
         return None
     return cache
 
