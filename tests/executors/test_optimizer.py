@@ -197,6 +197,20 @@ def test_nothing_is_tried_where_copies_of_the_weights_do_not_fit(
     assert load(model(FASTER))[1].seconds == 0
 
 
+class Hidden(Doubling):
+    """Answers no number."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 0 * 0
+
+
+def test_nothing_is_tried_where_no_answer_tells_a_variant_from_another(load: Callable[..., Any]) -> None:
+    served = replace(model(variant("any", makes(Hidden))), factory=lambda: Hidden(SLOW_S))
+    report, call = load(served)
+    assert call.seconds == SLOW_S
+    assert not any(note.startswith("optimize") for note in report.notes)
+
+
 class Large(Doubling):
     """Runs out of memory with more than four rows."""
 

@@ -78,7 +78,7 @@ class Optimizer:
             bool(self._seconds)
             and any(self._kind in variant.kinds for variant in model.variants)
             and verdict.pristine
-            and bool(verdict.known and warmed.costs)
+            and bool(verdict.known and verdict.telling and warmed.costs)  # else no answer tells a variant from another
             and (model.optimize != AUTO or warmed.costs[0][1] >= WORTH_US)  # and looked at again in `attempts`
         )
 

@@ -90,8 +90,7 @@ def compare(module: Call, variant: Call, verdict: Verdict, device: torch.device,
 
 def _items(model: Model, verdict: Verdict, device: torch.device, sizes: Sequence[int]) -> Iterator[tuple[Model, Item]]:
     """Inputs to compare answers on, each with the model that takes it."""
-    assert verdict.make is not None
-    known = verdict.telling[:_MAKERS] or (verdict.make,)
+    known = verdict.telling[:_MAKERS]
     longer = _longer(model)
     made = [] if longer is None else list(islice(telling_examples(longer, KINDS[device.type]), _MAKERS))
     for described, makes in ((model, known), (longer or model, made)):
