@@ -61,6 +61,17 @@ mask = "mask"
 inputs = { ids = {}, mask = {} }
 """
 
+SLOW_SUMS = SUMS.replace("import torch\n", "import time\nimport torch\n").replace(
+    "        return", "        time.sleep(0.05)\n        return"
+)
+MOST_TOKENS = 6
+
+SLOWLY = """
+inputs = ["ids", "mask"]
+steps = [{ name = "sums", model = "slow-sums", inputs = { ids = "ids", mask = "mask" } }]
+outputs = { sum = "sums.sum" }
+"""
+
 SPELLS = """
 import numpy as np
 class Model:
@@ -133,11 +144,15 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     put(models, SPELLS, name="spells", settings=ISOLATED, signature=SPELLS_TOML)
     put(models, REPEATS, name="repeats", settings=ISOLATED, signature=REPEATS_TOML)
     put(models, FIRST, name="first", signature=FIRST_TOML)
-    (models / "sums/1").mkdir(parents=True)
-    (models / "sums/model.toml").write_text(SUMS_TOML)
-    (models / "sums/1/sums.py").write_text(SUMS)
-    safetensors.torch.save_file({}, models / "sums/1/model.safetensors")
+    short = SUMS_TOML.replace("max_length = 64", f"max_length = {MOST_TOKENS}\nmax_tokens = {MOST_TOKENS}")
+    networks = {"sums": (SUMS, SUMS_TOML), "slow-sums": (SLOW_SUMS, short)}
+    for name, (code, settings) in networks.items():
+        (models / name / "1").mkdir(parents=True)
+        (models / name / "model.toml").write_text(settings)
+        (models / name / "1/sums.py").write_text(code)
+        safetensors.torch.save_file({}, models / name / "1/model.safetensors")
     pipelines = {"letters": LETTERS.format("words"), "together": LETTERS.format("batched"), "many": MANY, "few": FEW}
+    pipelines["slowly"] = SLOWLY
     for name, text in pipelines.items():
         (models / name / "1").mkdir(parents=True)
         (models / name / "1/pipeline.toml").write_text(text)
@@ -171,6 +186,14 @@ def test_texts_of_all_lengths_find_their_numbers(tnx: Client, model: str) -> Non
         result = future.result()
         assert result.outputs["number"].tolist() == [b"%d letters\0" % (4 * len(line.split())) for line in text]
         assert result.outputs["twice"].tolist() == [8.0 * len(line.split()) for line in text]
+
+
+def test_a_step_counts_its_tokens_as_its_model_does_for_others(tnx: Client) -> None:
+    """What waits for the lanes shares batches of `max_tokens` at most, in rows of two tokens."""
+    ids = np.ones((1, 2), np.int64)
+    futures = [tnx.submit({"ids": ids, "mask": ids}, model="slowly") for _ in range(24)]
+    sizes = [future.result().steps[0].batch_size for future in futures]
+    assert max(sizes) == MOST_TOKENS // 2
 
 
 @pytest.mark.parametrize("model", ["letters", "together"])

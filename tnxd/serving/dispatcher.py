@@ -187,7 +187,7 @@ class Dispatcher:
         if self._refusals:
             self._refusals.clear()
         for step, outputs in steps:  # now that their lane is free again
-            step.owner.succeeded(step, outputs, execution, batch.rows)
+            step.owner.succeeded(step, outputs, execution, rows)
         if isinstance(execution, Copy):
             self._background.finished(execution)
         elif failures < len(batch.requests):

@@ -100,9 +100,9 @@ class Preparation:
         outlooks = []
         for place, node in enumerate(wiring.nodes):
             model = node.model
-            rows = whole.rows if wiring.max_batch_size else fitted.rows[place]
+            rows = whole.rows if wiring.max_batch_size and not model.joins else fitted.rows[place]
             request = Request(
-                model.key, model.max_batch_size, rows, 0, fitted.groups[place], whole.client, whole.peer, whole.wanted
+                model.key, model.max_units, rows, 0, fitted.groups[place], whole.client, whole.peer, whole.wanted
             )
             request.prefer_gpu, request.min_gpu_memory_mb = whole.prefer_gpu, whole.min_gpu_memory_mb
             request.priority, request.deadline_ns = whole.priority, whole.deadline_ns

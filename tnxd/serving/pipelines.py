@@ -134,8 +134,8 @@ class Pipelines:
         deadline_ns = whole.deadline_ns
         return StepRequest(
             model.key,
-            1 if alone else model.max_batch_size,
-            bound.rows,
+            1 if alone else model.max_units,
+            bound.units,
             bound.nbytes,
             bound.group,
             whole.client,
@@ -148,6 +148,8 @@ class Pipelines:
             deadline_ns if deadline_ns == NEVER else deadline_ns - int(run.after_us[place] * 1e3),
             int(delay_us * 1e3),
             now_ns if admitted else whole.came_ns,
+            bound.length,
+            model.max_batch_size,
             alone=alone,
             admitted=admitted,
             connection=whole.connection,
