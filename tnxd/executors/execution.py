@@ -69,6 +69,11 @@ class Execution:
     mixes: str = ""
     fatal: str = ""
 
+    @property
+    def run_us(self) -> float:
+        """Microseconds that it ran."""
+        return (self.finished_ns - self.started_ns) / 1e3
+
 
 class LoadReport(NamedTuple):
     """Findings of loading a model on a device.

@@ -18,7 +18,7 @@ from tnxd.executors.lane import Lane
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.optimization import GAIN, WORTH_US, Outcome, compare
 from tnxd.executors.trial.verdict import Verdict
-from tnxd.executors.trial.warmup import Warmed, run_example, run_micros
+from tnxd.executors.trial.warmup import Warmed, run_example
 from tnxd.models.formats import artifacts
 from tnxd.models.process_state.restoration import settings_restored
 from tnxd.models.variants import AUTO, Build, Variant, Workshop
@@ -151,7 +151,7 @@ def _takes_long(runner: Runner, verdict: Verdict) -> bool:
     assert verdict.make is not None
     item = verdict.make(1, 0)
     with settings_restored("a forward"):
-        return all(run_micros(run_example(runner, verdict.model, item)) >= WORTH_US for _ in range(_LOOKS))
+        return all(run_example(runner, verdict.model, item).run_us >= WORTH_US for _ in range(_LOOKS))
 
 
 def _compare(runner: Runner, module: torch.nn.Module, verdict: Verdict, warmed: Warmed) -> Outcome:

@@ -93,12 +93,7 @@ class Runner(ABC):
         execution.started_ns = time.perf_counter_ns()
         execution.outcomes = self._attempt(execution, 0, len(execution.items))
         execution.finished_ns = time.perf_counter_ns()
-        execution.compute_us = (
-            (execution.finished_ns - execution.started_ns) / 1e3
-            - execution.gather_us
-            - execution.h2d_us
-            - execution.d2h_us
-        )
+        execution.compute_us = execution.run_us - execution.gather_us - execution.h2d_us - execution.d2h_us
 
     def _attempt(self, execution: Execution, start: int, stop: int) -> list[Outcome]:
         """Outcomes of the items from start up to stop."""

@@ -182,7 +182,7 @@ class Dispatcher:
             self._judge(execution, batch)
         # How long a failure took says nothing about the next success.
         succeeded = not execution.exhausted and not failures
-        micros = (execution.finished_ns - execution.started_ns) / 1e3 if succeeded else 0.0
+        micros = execution.run_us if succeeded else 0.0
         self._scheduler.finished(batch, micros, time.perf_counter_ns())
         if self._refusals:
             self._refusals.clear()

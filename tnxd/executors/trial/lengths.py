@@ -16,7 +16,7 @@ from tnxd.executors.execution import Execution
 from tnxd.executors.padding import units
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item, Make
-from tnxd.executors.trial.warmup import MEMORY_SHARE, Warmed, answer, run_example, unlike_alone
+from tnxd.executors.trial.warmup import MEMORY_SHARE, SHOWS_FROM, Warmed, answer, run_example, unlike_alone
 from tnxd.lanes import INLINE
 from tnxd.models.model import Model
 from tnxd.models.rounding import difference
@@ -154,12 +154,12 @@ def warm_up_lengths(runner: Runner, model: Model, make: Make, lanes: int, allowe
         try:
             with runner.measured() as peak:
                 execution = run_example(runner, model, item)
-            micros = _micros(execution)
+            micros = execution.run_us
             for _ in range(_ROUNDS - 1):
                 if micros > _SHORT_US:
                     break
                 execution = run_example(runner, model, item)
-                micros = min(micros, _micros(execution))
+                micros = min(micros, execution.run_us)
             if execution.exhausted:  # it ran in pieces
                 safe = max(execution.safe_rows, 1)
                 break
@@ -171,7 +171,7 @@ def warm_up_lengths(runner: Runner, model: Model, make: Make, lanes: int, allowe
                 f"{model.name}/model.toml: ragged.max_length: {model.ragged.max_length}, but "
                 f"{rows} row{'s' * (rows > 1)} of length {length}: {error.message}"
             ) from None
-        if peak.nbytes > 16 << 20:
+        if peak.nbytes > SHOWS_FROM:
             token_bytes = peak.nbytes / tokens
         if rows > 1 and length == min(_PROOF_LENGTH, model.ragged.max_length) and allowed is not None:
             apart = unlike_alone(runner, model, item, answer(execution), allowed)
@@ -201,7 +201,3 @@ def _sizes(model: Model) -> Iterator[tuple[int, int]]:
     while rows * length <= ragged.max_tokens and rows <= model.max_batch_size:
         yield rows, length
         rows *= 2
-
-
-def _micros(execution: Execution) -> float:
-    return (execution.finished_ns - execution.started_ns) / 1e3

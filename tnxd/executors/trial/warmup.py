@@ -32,7 +32,7 @@ MEMORY_SHARE = 0.25
 _LOOKED_AT_S = 0.03
 
 # Less is noise: of what other threads do, and of what the C library takes at a time.
-_SHOWS_FROM = 16 * MIB
+SHOWS_FROM = 16 * MIB
 
 
 class Warmed(NamedTuple):
@@ -73,14 +73,14 @@ def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float
             return Warmed(costs, most_rows=costs[-1][0])
         with runner.measured() as peak:
             execution = run_example(runner, model, make(rows, 0))
-        row_bytes = peak.nbytes / rows if peak.nbytes > _SHOWS_FROM else 0.0
+        row_bytes = peak.nbytes / rows if peak.nbytes > SHOWS_FROM else 0.0
         for _ in range(_ROUNDS - 1):
-            if execution.exhausted or run_micros(execution) > _LONG_US:
+            if execution.exhausted or execution.run_us > _LONG_US:
                 break
             execution = run_example(runner, model, make(rows, 0))
         if execution.exhausted:  # it ran in pieces
             return Warmed(costs, safe_rows=max(execution.safe_rows, 1))
-        costs.append((rows, run_micros(execution)))
+        costs.append((rows, execution.run_us))
         if rows > 1 and model.max_batch_size and allowed is not None:
             apart = unlike_alone(runner, model, make(rows, 0), answer(execution), allowed)
             if apart:
@@ -133,8 +133,3 @@ def warm_up_sizes(max_batch_size: int) -> Sequence[int]:
     while sizes[-1] * 2 < max_batch_size:
         sizes.append(sizes[-1] * 2)
     return sizes if max_batch_size <= 1 else [*sizes, max_batch_size]
-
-
-def run_micros(execution: Execution) -> float:
-    """Microseconds that an execution ran."""
-    return (execution.finished_ns - execution.started_ns) / 1e3

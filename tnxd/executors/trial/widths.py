@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from tnxctl.protocol.datatypes import Array
-from tnxctl.protocol.errors import TensorNextError
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item, Make
-from tnxd.executors.trial.warmup import run_example
+from tnxd.executors.trial.warmup import answer, run_example
 from tnxd.models.model import Model
 from tnxd.models.process_state.restoration import settings_restored
 from tnxd.models.rounding import difference
@@ -68,13 +66,13 @@ def measure_widths(
         while len(tries) < _TRIES:
             tries.append(call(partial(_run_both, model, make(rows, 0), threads)))
             if len(tries) == 1 and allowed is not None:
-                narrow, wide = map(_answer, tries[0])
+                narrow, wide = map(answer, tries[0])
                 apart = difference(model.outputs, narrow, wide, allowed)
                 if apart is not None and not apart.counted:
                     return Widths(apart=apart.text)
             if time.perf_counter() > until:
                 break
-        narrow_us, wide_us = (min(map(_micros, each)) for each in zip(*tries, strict=True))
+        narrow_us, wide_us = (min([run.run_us for run in each]) for each in zip(*tries, strict=True))
         measured.append((rows, narrow_us, wide_us))
     return Widths(tuple(measured))
 
@@ -83,16 +81,6 @@ def _run_both(model: Model, item: Item, threads: int, runner: Runner) -> _Pair:
     with settings_restored("a forward"):
         wide = run_example(runner, model, item, threads)
         return run_example(runner, model, item), wide  # narrow at last: it leaves the thread as it was
-
-
-def _answer(execution: Execution) -> Sequence[Array]:
-    outputs = execution.outcomes[0]
-    assert not isinstance(outputs, TensorNextError)
-    return outputs
-
-
-def _micros(execution: Execution) -> float:
-    return (execution.finished_ns - execution.started_ns) / 1e3
 
 
 def wide_costs(

@@ -23,7 +23,7 @@ import numpy as np
 from tnxctl.protocol import strings
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import Internal, TensorNextError
-from tnxctl.protocol.wire import TensorSpec
+from tnxctl.protocol.wire import MIB, TensorSpec
 from tnxd.error_text import sentence
 from tnxd.models.python.channel import OUT_OF_MEMORY, Answer, Ask, Failure, Loaded, Region, receive, send
 from tnxd.models.python.instance import Code, Instance, Plan
@@ -31,7 +31,6 @@ from tnxd.models.python.instance import Code, Instance, Plan
 _PR_SET_PDEATHSIG = 1
 _DEVICE = "cpu"
 _FIRST_TO_GO = "900"
-_MIB = 1024 * 1024
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
         os.set_inheritable(number, False)
     plan = msgspec.msgpack.decode(receive(link), type=Plan)
     if plan.memory_limit_mb:
-        limit = int(plan.memory_limit_mb * _MIB)
+        limit = int(plan.memory_limit_mb * MIB)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
         code = Code(plan)
