@@ -13,15 +13,14 @@ It is taken whole or not at all: one mistake in it, and nobody is let in by the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
-from tnxctl.files import tomledit, tomlfile, writing
-from tnxctl.keys import guards, lines
-from tnxctl.protocol.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from tnxctl.files import tomledit, tomlfile
+from tnxctl.keys import editing, guards, lines
+from tnxctl.protocol.errors import AlreadyExists, InvalidArgument, NotFound
 from tnxctl.protocol.wire import MIB
 
 Role = Literal["observe", "predict", "admin"]
@@ -30,6 +29,7 @@ ROLES: tuple[Role, ...] = ("observe", "predict", "admin")
 """What a client may do, each role all of those before it, too."""
 
 _TABLE = "keys"
+_HEADERS = f"[{_TABLE}.NAME]"
 
 _HEAD = """\
 # Whom the daemon lets in: tnxctl keys allow and revoke write this file, and keep what people write into it.
@@ -118,6 +118,7 @@ def allow(path: Path, line: str, role: Role) -> AuthorizedKey:
 
     Raises:
         InvalidArgument: the line, or the file as it is, has a mistake.
+        FailedPrecondition: the file is written in another style of TOML, and has to be changed by hand.
         AlreadyExists: the key or the name stands there already.
         OSError: the file cannot be written. It is as it was then.
     """
@@ -136,7 +137,7 @@ def allow(path: Path, line: str, role: Role) -> AuthorizedKey:
         text = tomledit.append_table(text or _HEAD, (_TABLE, name), {"key": key, "role": role})
         return text, {**found, public: new}
 
-    _edit(path, change)
+    editing.edit(path, guards.read_list, parse, change, _HEADERS)
     return new
 
 
@@ -145,6 +146,7 @@ def revoke(path: Path, name: str) -> AuthorizedKey:
 
     Raises:
         InvalidArgument: the file has a mistake.
+        FailedPrecondition: it is written in another style of TOML, and has to be changed by hand.
         NotFound: nobody there has that name.
         OSError: the file cannot be written. It is as it was then.
     """
@@ -158,24 +160,5 @@ def revoke(path: Path, name: str) -> AuthorizedKey:
         left = {public: each for public, each in found.items() if each.name != name}
         return tomledit.remove_table(text, (_TABLE, name)), left
 
-    _edit(path, change)
+    editing.edit(path, guards.read_list, parse, change, _HEADERS)
     return gone[0]
-
-
-_Change = Callable[[str, dict[bytes, AuthorizedKey]], tuple[str, dict[bytes, AuthorizedKey]]]
-
-
-def _edit(path: Path, change: _Change) -> None:
-    """Rewrite the file by a change of its text, which says whom it lets in afterwards."""
-    path = path.resolve()  # a link stays one
-    with writing.locked(path):
-        exists = path.exists()
-        text = guards.read_list(path) if exists else ""
-        edited, meant = change(text, parse(text, str(path)))
-        try:
-            right = parse(edited, str(path)) == meant
-        except InvalidArgument:
-            right = False
-        if not right:  # a table that is written in one line, for one
-            raise FailedPrecondition(f"{path}: its tables are not headed [{_TABLE}.NAME]: change it by hand")
-        writing.write(path, edited, path.stat().st_mode & 0o777 if exists else 0o644, replace=True)

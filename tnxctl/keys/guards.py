@@ -1,7 +1,7 @@
 """Guards of key files: who else than their owner could read or change them. Windows has rights of another kind.
 
-A secret belongs to its owner alone. A list of keys may be read by anybody, but nobody else may write to it, nor to a
-directory above, where a sticky bit is enough (as /tmp has it).
+A secret belongs to its owner alone. A list of keys may be read by anybody, but nobody else may write to it, nor, where
+strangers are let in by it, to a directory above, where a sticky bit is enough (as /tmp has it).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tnxctl.files import reading
@@ -43,21 +44,26 @@ def read_secret(path: Path) -> str:
     return _read(path, check, _MOST)
 
 
-def read_list(path: Path) -> str:
+def read_settings(path: Path) -> str:
     """Content of a file that nobody but its owner can change.
 
     Raises:
         InvalidArgument: it cannot be read, belongs to somebody else than root and this user, or others could change it.
     """
+    return _read(path, partial(_check_unwritable, path), MOST_KEYS)
+
+
+def read_list(path: Path) -> str:
+    """Content of a file that nobody but its owner can change, nor put another one into its place.
+
+    Raises:
+        InvalidArgument: as `read_settings`, or for a directory above.
+    """
 
     def check(info: os.stat_result) -> None:
-        _check_owner(path, info)
         _check_unwritable(path, info)
         for above in {*path.absolute().parents, *path.resolve().parents}:
-            outer = above.stat()
-            _check_owner(above, outer)
-            if not outer.st_mode & stat.S_ISVTX:
-                _check_unwritable(above, outer)
+            _check_unwritable(above, above.stat(), sticky=True)
 
     return _read(path, check, MOST_KEYS)
 
@@ -84,11 +90,12 @@ def _check_owner(path: Path, info: os.stat_result) -> None:
         )
 
 
-def _check_unwritable(path: Path, info: os.stat_result) -> None:
-    if info.st_mode & _OTHERS_MAY_WRITE:
+def _check_unwritable(path: Path, info: os.stat_result, *, sticky: bool = False) -> None:
+    _check_owner(path, info)
+    if info.st_mode & _OTHERS_MAY_WRITE and not (sticky and info.st_mode & stat.S_ISVTX):
         raise InvalidArgument(
             f"{path} is writable by others than its owner (mode {stat.S_IMODE(info.st_mode):o}), "
-            f"who could let anybody in: chmod go-w {path}"
+            f"who could put keys into it: chmod go-w {path}"
         )
 
 
