@@ -53,7 +53,7 @@ SANS_IO = tuple(
 )
 """Modules of the client that are pure: what they do depends on their arguments alone."""
 
-MOVERS = tuple(f"tnxctl.{module}" for module in ("driver", "link", "process", "wakeups"))
+MOVERS = tuple(f"tnxctl.{module}" for module in ("driver", "handshakes", "link", "process", "wakeups"))
 """Modules of the client that move messages or wait."""
 
 IO = ("asyncio", "os", "select", "socket", "threading", "time", "zmq")
@@ -121,7 +121,9 @@ ROOMS = {
 """Rules by room. A room is a folder, without what has a rule of its own: loops.py alone uses parts of the client."""
 
 MODULES = {
-    **{module: rule("tnxctl", "tnxctl.protocol", never=(*IO, *MOVERS)) for module in SANS_IO},
+    **{
+        module: rule("tnxctl", "tnxctl.protocol", "tnxctl.keys.credentials", never=(*IO, *MOVERS)) for module in SANS_IO
+    },
     **{module: rule("tnxctl.protocol", *FLOOR) for module in FLOOR},
     "tnxd.deployment.plan": rule("tnxctl.protocol", "tnxd.deployment.registry", "tnxd.deployment.version"),
     "tnxd.executors.execution": rule("tnxctl.protocol", *FLOOR, "tnxd.models", never=("torch",)),

@@ -1,4 +1,4 @@
-"""Editing of the TOML files with keys, by one writer at a time. What comes out is parsed and compared with what is meant."""
+"""Editing of the TOML files with keys, by one writer at a time: what comes out is compared with what is meant."""
 
 from __future__ import annotations
 

@@ -65,42 +65,34 @@ def read(path: Path) -> dict[str, KnownHost]:
     return parse(guards.read_settings(path), str(path)) if os.path.lexists(path) else {}
 
 
-def find(endpoint: str) -> Credentials | None:
-    """What this user shows to a daemon, and expects of it; None if it is not known: then no keys are used.
-
-    Raises:
-        InvalidArgument: the file of known hosts, or that of the pair, has a mistake, or cannot be read.
-    """
-    path = places.known_hosts()
-    if not os.path.lexists(path):  # the common case: costs a microsecond
-        return None
-    host = read(path).get(endpoint)
-    if host is None:
-        return None
-    return _credentials(pairs.read(places.pair_file(host.pair)), host.server_key, str(path))
-
-
-def given(endpoint: str, key: str | os.PathLike[str] | None, server_key: str | None) -> Credentials | None:
-    """Credentials of which a program gives one part or both; the other is that of `find`.
+def find(endpoint: str, key: str | os.PathLike[str] | None = None, server_key: str | None = None) -> Credentials | None:
+    """What a client shows to a daemon, and expects of it; None if it is not known: then no keys are used.
 
     Args:
         key: file with a secret, or the name of a pair of the user's; None: the pair that is shown to this host.
         server_key: line of `tnxctl keys server`, or the key alone; None: the one that is known of this host.
 
     Raises:
-        InvalidArgument: one of them is none, or is needed and not known.
+        InvalidArgument: a file has a mistake, cannot be read, or is not its owner's alone; or one of the two is given,
+            and the other is not known.
     """
-    if key is None and server_key is None:
-        return find(endpoint)
-    host = read(places.known_hosts()).get(endpoint)
-    if server_key is None and host is None:
-        raise InvalidArgument(f"{endpoint}: a key is of use only with server_key, or with a host that is known")
-    if key is None and host is None:
-        raise InvalidArgument(f"{endpoint}: server_key is of use only with a key, or with a host that is known")
-    pair = pairs.read(_pair_path(key if key is not None else host.pair))  # type: ignore[union-attr]
+    path = places.known_hosts()
+    host = read(path).get(endpoint) if key is None or server_key is None else None
+    if host is None and (key is None or server_key is None):
+        if key is None and server_key is None:
+            return None
+        needed = "server_key" if server_key is None else "key"
+        raise InvalidArgument(f"{needed} is missing: {endpoint} is not among the known hosts, which would tell it")
+    if key is None:
+        assert host is not None
+        key = host.pair
     if server_key is None:
-        return _credentials(pair, host.server_key, str(places.known_hosts()))  # type: ignore[union-attr]
-    return _credentials(pair, _server_key(server_key), "server_key")
+        assert host is not None
+        server, origin = host.server_key, str(path)
+    else:
+        server, origin = _server_key(server_key), "server_key"
+    pair = pairs.read(_pair_path(key))
+    return Credentials(pair.name, pair.public, pair.secret, server, origin)
 
 
 def trust(path: Path, endpoint: str, line: str, pair: str, *, replace: bool) -> KnownHost:
@@ -150,10 +142,6 @@ def forget(path: Path, endpoint: str) -> None:
         return tomledit.remove_table(text, (endpoint,)), left
 
     editing.edit(path, guards.read_settings, parse, change, '["ENDPOINT"]')
-
-
-def _credentials(pair: pairs.Pair, server_key: str, origin: str) -> Credentials:
-    return Credentials(pair.name, pair.public, pair.secret, server_key, origin)
 
 
 def _pair_path(key: str | os.PathLike[str]) -> Path:
