@@ -11,17 +11,22 @@ from typing import IO
 import zmq
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
+from tnxd.transport import zap
 
 
 class Listeners:
-    """Endpoints of one socket.
+    """Endpoints of one socket. A listener keeps the options that the socket has when it begins to listen.
+
+    Args:
+        secret: secret key of the daemon, in Z85: then every tcp:// endpoint asks its peers for a key; "": none does.
 
     Attributes:
         endpoints: the bound ones, wildcards resolved.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], secret: str = "") -> None:
         self.endpoints: list[str] = []
+        self._secret = secret
         self._socket = socket
         self._locks: list[IO[str]] = []
 
@@ -35,6 +40,7 @@ class Listeners:
         if endpoint.startswith("ipc://"):
             self._lock_path(endpoint)
         self._socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+        self._ask_for_key(bool(self._secret) and not endpoint.startswith("ipc://"))
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -42,6 +48,15 @@ class Listeners:
                 raise FailedPrecondition(f"{endpoint} is in use by another process") from None
             raise InvalidArgument(f"cannot listen on {endpoint}: {os.strerror(error.errno or 0)}") from None
         self.endpoints.append(self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
+
+    def _ask_for_key(self, asks: bool) -> None:
+        """Have the next endpoint ask its peers for a key (CURVE), or not; what asks here is in a domain of its own."""
+        self._socket.setsockopt(zmq.CURVE_SERVER, int(asks))
+        if asks:
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret.encode())
+        # Else libzmq lets in whom nobody has been asked about.
+        self._socket.setsockopt(zmq.ZAP_DOMAIN, zap.KEYS_DOMAIN if asks else zap.LOCAL_DOMAIN)
+        self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
     def _lock_path(self, endpoint: str) -> None:
         """Lock the path of an ipc:// endpoint: ZeroMQ's bind takes over that of a live daemon without an error."""
