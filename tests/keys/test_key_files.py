@@ -269,6 +269,7 @@ def test_nobody_is_let_in_twice(listed: Path) -> None:
             authorized.allow(listed, line, "admin")
     with pytest.raises(NotFound, match=r"lets no 'eve' in; it has alice, bob@laptop"):
         authorized.revoke(listed, "eve")
+    authorized.allow(listed, pairs.client_line(ALICE), "predict")
     assert listed.read_text() == LISTED
 
 

@@ -12,7 +12,7 @@ from tnxctl.protocol.errors import InvalidArgument, NotFound
 SERVICE_DIRECTORY = Path("/etc/tensornext")
 """Directory of the installed service, with the two files below."""
 
-SERVER_KEY = "server.key"
+SERVER_KEY = "tnxd.key"
 AUTHORIZED_KEYS = "authorized_keys.toml"
 
 
@@ -65,8 +65,3 @@ def only_pair() -> str:
     if len(names) > 1:
         raise InvalidArgument(f"which pair of keys shall it be: {', '.join(names)}?")
     return names[0]
-
-
-def make_directory(path: Path) -> None:
-    """Make a directory for the user alone, and those above, where there are none."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
