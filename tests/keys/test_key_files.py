@@ -72,6 +72,27 @@ def test_a_secret_is_never_replaced(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["alice.key"]
 
 
+def test_a_secret_needs_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(writing.os, "link", refuse)
+    path = tmp_path / "alice.key"
+    pairs.write(path, ALICE)
+    with pytest.raises(FileExistsError):
+        pairs.write(path, pairs.new("alice"))
+    assert pairs.read(path) == ALICE
+    assert os.listdir(tmp_path) == ["alice.key"]
+
+
+def test_a_library_without_curve_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs.write(tmp_path / "alice.key", ALICE)
+    monkeypatch.setattr(zmq, "has", lambda capability: False)
+    for use in (lambda: pairs.new("alice"), lambda: pairs.read(tmp_path / "alice.key")):
+        with pytest.raises(FailedPrecondition, match="built without CURVE"):
+            use()
+
+
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     """A limit of the size of files stands for the disk: the write fails after some of it, as there."""
     program = (

@@ -99,7 +99,7 @@ def allow(line: tuple[str, ...], role: Any, directory: Path, as_json: bool) -> N
     """Let the client in whose public LINE this is, as tnxctl keys new printed it.
 
     It is added to authorized_keys.toml, where its limits can be set as well. A daemon that runs reads the file again at
-    tnxctl reload.
+    systemctl reload tensornext, or tnxctl reload.
 
     \b
     Examples:
@@ -116,7 +116,7 @@ def allow(line: tuple[str, ...], role: Any, directory: Path, as_json: bool) -> N
         output.write_json({"path": str(path), **_authorized_document(added)})
         return
     click.echo(f"{added.name} has the role {added.role}, by {path}")
-    _hint("A daemon that runs takes it at: tnxctl reload")
+    _hint("A daemon that runs takes it at: systemctl reload tensornext, or tnxctl reload")
 
 
 @command.command("revoke", short_help="Let a client in no more, on the daemon's host.")
@@ -126,11 +126,11 @@ def allow(line: tuple[str, ...], role: Any, directory: Path, as_json: bool) -> N
 def revoke(name: str, directory: Path, as_json: bool) -> None:
     """Take the client NAME off authorized_keys.toml.
 
-    At tnxctl reload, a daemon that runs ends its connections and lets it in no more.
+    At systemctl reload tensornext, or tnxctl reload, a daemon that runs ends its connections and lets it in no more.
 
     \b
     Example:
-      sudo tnxctl keys revoke alice && tnxctl reload
+      sudo tnxctl keys revoke alice && sudo systemctl reload tensornext
     """
     from tnxctl.keys import authorized, places
 
@@ -143,7 +143,7 @@ def revoke(name: str, directory: Path, as_json: bool) -> None:
         output.write_json({"path": str(path), **_authorized_document(gone)})
         return
     click.echo(f"{gone.name} is gone from {path}")
-    _hint("A daemon that runs cuts it off at: tnxctl reload")
+    _hint("A daemon that runs cuts it off at: systemctl reload tensornext, or tnxctl reload")
 
 
 @command.command("server", short_help="Show the daemon's own key, on its host; make one if there is none.")

@@ -7,6 +7,7 @@ was, and nothing else.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -42,16 +43,22 @@ def write(path: Path, content: str, mode: int, *, replace: bool) -> None:
             os.fsync(descriptor)
         if replace:
             os.replace(beside, path)
-        elif os.name == "posix":
-            os.link(beside, path)  # unlike a rename, it fails where there is one
         else:
-            os.rename(beside, path)  # fails there as well
-    except FileExistsError as error:
-        raise FileExistsError(error.errno, error.strerror, str(path)) from None
+            _name(beside, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(beside)
     _sync_directory(path.parent)
+
+
+def _name(beside: Path, path: Path) -> None:
+    """Give a file its name. Raises FileExistsError if there is one of that name."""
+    with contextlib.suppress(OSError):  # there is one, or the file system has no hard links
+        os.link(beside, path)
+        return
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    os.rename(beside, path)
 
 
 def _keep_owner(path: Path, descriptor: int) -> None:
