@@ -147,7 +147,7 @@ def forget(path: Path, endpoint: str) -> None:
 def _pair_path(key: str | os.PathLike[str]) -> Path:
     """The file of a pair: a name has no separator and no suffix."""
     text = os.fspath(key)
-    plain = isinstance(key, str) and os.path.basename(text) == text and not text.endswith(pairs.SUFFIX)
+    plain = isinstance(key, str) and os.path.basename(text) == text and not text.endswith(places.PAIR_SUFFIX)
     return places.pair_file(text) if plain else Path(text)
 
 

@@ -10,8 +10,6 @@ from tnxctl.files import writing
 from tnxctl.keys import guards, lines
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 
-SUFFIX = ".key"
-
 
 class Pair(NamedTuple):
     """A pair of keys in Z85, and the name of whose it is."""
