@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import zmq
+from zmq.utils import z85
 
 from tnxctl.files import tomledit, writing
 from tnxctl.keys import authorized, guards, lines, pairs
@@ -225,7 +226,7 @@ def test_the_list_is_by_the_bytes_of_the_keys(listed: Path) -> None:
         (ALICE.public, "#" * 40, r":4: keys\.alice\.key: not a key"),
         (BOB.public, ALICE.public, r":14: bob@laptop has the key of alice: one key, one name$"),
         ('[keys."bob@laptop"]', "[keys.alice]", r": not TOML: Cannot declare .*alice.* twice \(at line 13"),
-        ('[keys."bob@laptop"]', "[keys.10-0-0-1]", r":13: '10-0-0-1' is not a name"),
+        ('[keys."bob@laptop"]', "[keys.10-0-0-1]", r":13: keys: '10-0-0-1' is not a name"),
         ('[keys."bob@laptop"]', "[key.bob]", r":13: key: unknown key, did you mean keys\?$"),
         ("share = 2", "share = 2 2", r": not TOML: .*at line 10"),
     ],
@@ -238,6 +239,15 @@ def test_one_mistake_lets_nobody_in_and_is_named_with_its_line(
     with pytest.raises(InvalidArgument, match=sentence) as found:
         authorized.read(listed)
     assert found.value.message.startswith(f"{listed}:")
+
+
+def test_ten_thousand_keys_are_no_burden() -> None:
+    """Lines are looked for where there is a mistake, and not for each key."""
+    tables = [
+        f'[keys.client{number}]\nkey = "{z85.encode(number.to_bytes(32)).decode()}"\nrole = "predict"\n'
+        for number in range(10_000)
+    ]
+    assert len(authorized.parse("\n".join(tables), "file")) == 10_000
 
 
 @pytest.mark.parametrize("mode", [0o664, 0o646])

@@ -69,9 +69,9 @@ def test_what_people_wrote_stays() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
     [
-        (DAEMON.public, DAEMON.public[:-1], r":4: a key has 40 characters"),
+        (DAEMON.public, DAEMON.public[:-1], r":4: server_key: a key has 40 characters"),
         ('pair = "alice"', "", r":3: .*\.pair: is missing$"),
-        ('pair = "alice"', 'pair = "../alice"', r":5: '\.\./alice' is not a name"),
+        ('pair = "alice"', 'pair = "../alice"', r":5: pair: '\.\./alice' is not a name"),
         ("pair =", "pairs =", r":5: .*\.pairs: unknown key, did you mean pair\?$"),
     ],
 )

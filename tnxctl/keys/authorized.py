@@ -88,12 +88,13 @@ def parse(text: str, label: str) -> dict[bytes, AuthorizedKey]:
     found: dict[bytes, AuthorizedKey] = {}
     for name, table in tables.items():
         at = (_TABLE, name)
-        lines.check_name(name, tomlfile.where(label, text, at))
+        with tomlfile.placed(label, text, at):
+            lines.check_name(name, _TABLE)
         entry = tomlfile.convert(table, _Entry, label, text=text, at=at)
-        place = tomlfile.where(label, text, (*at, "key"))
-        public = lines.decode(entry.key, f"{place}: {'.'.join(at)}.key")
-        if public in found:
-            raise InvalidArgument(f"{place}: {name} has the key of {found[public].name}: one key, one name")
+        with tomlfile.placed(label, text, (*at, "key")):
+            public = lines.decode(entry.key, f"{'.'.join(at)}.key")
+            if public in found:
+                raise InvalidArgument(f"{name} has the key of {found[public].name}: one key, one name")
         max_bytes = None if entry.max_mb is None else int(entry.max_mb * MIB)
         found[public] = AuthorizedKey(
             name, entry.key, entry.role, entry.max_requests, max_bytes, entry.rate, entry.share
