@@ -84,6 +84,14 @@ SILENT = wire.ClientInfo(
     in_flight=0,
     received_bytes=0,
 )
+KEY = wire.KeyInfo(
+    name="alice",
+    role="predict",
+    key="rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7",
+    connections=3,
+    max_requests=256,
+    max_mb=64.0,
+)
 IDENTITY = wire.Identity(
     v=1,
     id=0,
@@ -179,7 +187,8 @@ class Behaviour:
         device, reason, predicted_us: what results say.
         version_of: the version that the result of the nth predict request says; None: the model's.
         abandoned, prediction_error_us: what health reports say.
-        identity: what whoami reports say. clients: that are connected. more_clients: that no report has room for.
+        identity: what whoami reports say. clients: that are connected. keys: that may connect.
+        more_clients, more_keys: that no report has room for.
     """
 
     status: str = "ready"
@@ -202,6 +211,8 @@ class Behaviour:
     identity: wire.Identity = IDENTITY
     clients: tuple[wire.ClientInfo, ...] = (ALICE, SILENT)
     more_clients: int = 0
+    keys: tuple[wire.KeyInfo, ...] = (KEY,)
+    more_keys: int = 0
 
 
 class FakeDaemon:
@@ -317,7 +328,7 @@ class FakeDaemon:
             if isinstance(request, wire.Compare):
                 self._model(request.model)
                 return [wire.encode(comparison(request))]
-            if isinstance(request, wire.WhoAmI | wire.Clients | wire.Kick):
+            if isinstance(request, wire.WhoAmI | wire.Clients | wire.Kick | wire.Keys):
                 return [wire.encode(self._about_clients(request))]
             if isinstance(request, wire.Models):
                 return [wire.encode(wire.ModelsReport(v=1, id=request.id, models=self.models))]
@@ -325,10 +336,12 @@ class FakeDaemon:
         except TensorNextError as error:
             return [wire.encode(wire.ErrorReply(v=1, id=request.id, code=error.code, message=error.message))]
 
-    def _about_clients(self, request: wire.WhoAmI | wire.Clients | wire.Kick) -> wire.Reply:
+    def _about_clients(self, request: wire.WhoAmI | wire.Clients | wire.Kick | wire.Keys) -> wire.Reply:
         if isinstance(request, wire.WhoAmI):
             return msgspec.structs.replace(self._behaviour.identity, id=request.id)
-        clients = self._behaviour.clients
+        clients, keys = self._behaviour.clients, self._behaviour.keys
+        if isinstance(request, wire.Keys):
+            return wire.KeysReport(v=1, id=request.id, keys=keys, total=len(keys) + self._behaviour.more_keys)
         if isinstance(request, wire.Clients):
             total = len(clients) + self._behaviour.more_clients
             return wire.ClientsReport(v=1, id=request.id, clients=clients, total=total)

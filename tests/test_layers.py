@@ -75,7 +75,9 @@ ROOMS = {
     "tnxctl.cli.bench": rule(
         "tnxctl.protocol", "tnxctl", "tnxctl.cli", "tnxctl.cli.bench.loops", never=("torch", *SANS_IO, *MOVERS)
     ),
-    "tnxctl.cli.bench.loops": rule("tnxctl.protocol", "tnxctl", "tnxctl.cli", "tnxctl.cli.bench", never=("torch",)),
+    "tnxctl.cli.bench.loops": rule(
+        "tnxctl.protocol", "tnxctl.keys", "tnxctl", "tnxctl.cli", "tnxctl.cli.bench", never=("torch",)
+    ),
     "tnxd.process": rule(never=("torch", "zmq")),
     "tnxd.models": rule("tnxctl.protocol", "tnxctl.files", *FLOOR, never=("zmq",)),
     "tnxd.executors": rule("tnxctl.protocol", *FLOOR, "tnxd.config", "tnxd.models", "tnxd.process", never=("zmq",)),

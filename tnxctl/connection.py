@@ -133,7 +133,6 @@ class Connection:
 
     def opened(self) -> None:
         """Note that the attempt has succeeded."""
-        self._failed_handshakes, self._handshake_begun = 0, math.inf
         self.is_connecting = self._attempt_failed = False
         self.is_open = True
 

@@ -8,8 +8,8 @@ What libzmq 4.3.5 tells a client, by what the daemon does:
     no ZAP handler, where keys are used              the same
     the handler is hung, or answers 300              HANDSHAKE_FAILED_NO_DETAIL after HANDSHAKE_IVL: silence
 
-400 is the daemon's word that this client may not come in, and 500 that it has no room for it now: see
-docs/protocol.md, "Keys". A DEALER that was refused tries no more, so each attempt is a socket of its own.
+400 is the daemon's word that this client may not come in, and 500 that it has no room for it now: docs/protocol.md,
+"Who is not let in". A DEALER that was refused tries no more, so each attempt is a socket of its own.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ def test_help_names_the_verbs_and_every_exit_code(flag: str) -> None:
         "reload",
         "whoami",
         "clients",
+        "keys",
         "completion",
         "Examples:",
     ):
@@ -57,7 +58,7 @@ def test_help_names_the_verbs_and_every_exit_code(flag: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["health", "models", "metadata", "predict", "bench", "reload", "whoami", "clients", "completion"]
+    "verb", ["health", "models", "metadata", "predict", "bench", "reload", "whoami", "clients", "keys", "completion"]
 )
 def test_each_verb_has_help(verb: str) -> None:
     result = run(verb, "-h")

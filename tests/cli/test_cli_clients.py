@@ -6,7 +6,7 @@ import json
 
 import msgspec
 
-from fake_daemon import ALICE, IDENTITY, FakeDaemon
+from fake_daemon import ALICE, IDENTITY, KEY, FakeDaemon
 from tnxctl.cli import exits
 from tool import ask
 
@@ -69,12 +69,26 @@ def test_kick_tells_how_many_connections_were_ended() -> None:
     assert "'bob'" in unknown.stderr
 
 
+def test_keys_that_a_daemon_lets_in_are_a_table_and_a_document() -> None:
+    with FakeDaemon(more_keys=2) as fake, FakeDaemon(keys=()) as empty:
+        title, header, row, gap, more = ask(fake, "keys", "list").stdout.splitlines()
+        document = json.loads(ask(fake, "keys", "list", "--json").stdout)
+        none = ask(empty, "keys", "list").stdout
+    assert title == f"Let in by {fake.endpoint}"
+    assert " ".join(header.split()) == "NAME ROLE CONNECTIONS PUBLIC KEY"
+    assert " ".join(row.split()) == f"alice predict 3 {KEY.key}"
+    assert (gap, more) == ("", "and 2 more")
+    assert (document["total"], document["keys"][0]["name"]) == (3, "alice")
+    assert none == "It lets nobody in by a key.\n"
+
+
 def test_what_a_daemon_says_cannot_steer_the_terminal() -> None:
     evil = "\x1b[2Jgone\r\n\u202e"
     identity = msgspec.structs.replace(IDENTITY, name=evil, by=evil, role=evil, address=evil)
     client = msgspec.structs.replace(ALICE, name=evil, role=evil, addresses=(evil,))
-    with FakeDaemon(identity=identity, clients=(client,)) as fake:
-        for verb in (("whoami",), ("clients",), ("clients", "kick", evil)):
+    key = msgspec.structs.replace(KEY, name=evil, role=evil, key=evil)
+    with FakeDaemon(identity=identity, clients=(client,), keys=(key,)) as fake:
+        for verb in (("whoami",), ("clients",), ("clients", "kick", evil), ("keys", "list")):
             shown = ask(fake, *verb).output
             assert "gone" in shown, verb
             assert not {"\x1b", "\r", "\u202e"} & set(shown), verb

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import zmq
+from zmq.utils import z85
 
 from tnxctl.files import tomledit, writing
 from tnxctl.keys import authorized, guards, lines, pairs
@@ -72,6 +73,27 @@ def test_a_secret_is_never_replaced(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["alice.key"]
 
 
+def test_a_secret_needs_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(writing.os, "link", refuse)
+    path = tmp_path / "alice.key"
+    pairs.write(path, ALICE)
+    with pytest.raises(FileExistsError):
+        pairs.write(path, pairs.new("alice"))
+    assert pairs.read(path) == ALICE
+    assert os.listdir(tmp_path) == ["alice.key"]
+
+
+def test_a_library_without_curve_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs.write(tmp_path / "alice.key", ALICE)
+    monkeypatch.setattr(zmq, "has", lambda capability: False)
+    for use in (lambda: pairs.new("alice"), lambda: pairs.read(tmp_path / "alice.key")):
+        with pytest.raises(FailedPrecondition, match="built without CURVE"):
+            use()
+
+
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     """A limit of the size of files stands for the disk: the write fails after some of it, as there."""
     program = (
@@ -114,7 +136,7 @@ def test_a_credential_of_systemd_may_show_its_acl(tmp_path: Path, monkeypatch: p
         pairs.read(path)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="needs root")
 def test_a_file_of_somebody_else_is_refused(tmp_path: Path, listed: Path) -> None:
     path = tmp_path / "alice.key"
     pairs.write(path, ALICE)
@@ -204,7 +226,7 @@ def test_the_list_is_by_the_bytes_of_the_keys(listed: Path) -> None:
         (ALICE.public, "#" * 40, r":4: keys\.alice\.key: not a key"),
         (BOB.public, ALICE.public, r":14: bob@laptop has the key of alice: one key, one name$"),
         ('[keys."bob@laptop"]', "[keys.alice]", r": not TOML: Cannot declare .*alice.* twice \(at line 13"),
-        ('[keys."bob@laptop"]', "[keys.10-0-0-1]", r":13: '10-0-0-1' is not a name"),
+        ('[keys."bob@laptop"]', "[keys.10-0-0-1]", r":13: keys: '10-0-0-1' is not a name"),
         ('[keys."bob@laptop"]', "[key.bob]", r":13: key: unknown key, did you mean keys\?$"),
         ("share = 2", "share = 2 2", r": not TOML: .*at line 10"),
     ],
@@ -217,6 +239,15 @@ def test_one_mistake_lets_nobody_in_and_is_named_with_its_line(
     with pytest.raises(InvalidArgument, match=sentence) as found:
         authorized.read(listed)
     assert found.value.message.startswith(f"{listed}:")
+
+
+def test_ten_thousand_keys_are_no_burden() -> None:
+    """Lines are looked for where there is a mistake, and not for each key."""
+    tables = [
+        f'[keys.client{number}]\nkey = "{z85.encode(number.to_bytes(32)).decode()}"\nrole = "predict"\n'
+        for number in range(10_000)
+    ]
+    assert len(authorized.parse("\n".join(tables), "file")) == 10_000
 
 
 @pytest.mark.parametrize("mode", [0o664, 0o646])
@@ -269,6 +300,7 @@ def test_nobody_is_let_in_twice(listed: Path) -> None:
             authorized.allow(listed, line, "admin")
     with pytest.raises(NotFound, match=r"lets no 'eve' in; it has alice, bob@laptop"):
         authorized.revoke(listed, "eve")
+    authorized.allow(listed, pairs.client_line(ALICE), "predict")
     assert listed.read_text() == LISTED
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,6 +70,15 @@ def convert(settings: object, kind: type[T], label: str, *, text: str = "", at: 
         steps = (*at, *map(str, _steps(f".{key}")))
         name = ".".join(filter(None, (*at, key)))
         raise InvalidArgument(f"{where(label, text, steps)}: {name}{': ' if name else ''}{what}") from None
+
+
+@contextlib.contextmanager
+def placed(label: str, text: str, steps: Sequence[str]) -> Iterator[None]:
+    """Add the place of a key to errors about its value."""
+    try:
+        yield
+    except InvalidArgument as error:  # only now: to find a line takes as long as the text
+        raise InvalidArgument(f"{where(label, text, steps)}: {error.message}") from None
 
 
 def where(label: str, text: str, steps: Sequence[str]) -> str:

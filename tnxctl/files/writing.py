@@ -7,8 +7,8 @@ was, and nothing else.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def write(path: Path, content: str, mode: int, *, replace: bool) -> None:
         FileExistsError: there is one, and it is not to be replaced.
         OSError: it cannot be written. What was there still is.
     """
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    beside = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
         with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
@@ -42,16 +42,22 @@ def write(path: Path, content: str, mode: int, *, replace: bool) -> None:
             os.fsync(descriptor)
         if replace:
             os.replace(beside, path)
-        elif os.name == "posix":
-            os.link(beside, path)  # unlike a rename, it fails where there is one
         else:
-            os.rename(beside, path)  # fails there as well
-    except FileExistsError as error:
-        raise FileExistsError(error.errno, error.strerror, str(path)) from None
+            _name(beside, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(beside)
     _sync_directory(path.parent)
+
+
+def _name(beside: Path, path: Path) -> None:
+    """Give a file its name. Raises FileExistsError if there is one of that name."""
+    with contextlib.suppress(OSError):  # there is one, or the file system has no hard links
+        os.link(beside, path)
+        return
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    os.rename(beside, path)
 
 
 def _keep_owner(path: Path, descriptor: int) -> None:

@@ -88,12 +88,13 @@ def parse(text: str, label: str) -> dict[bytes, AuthorizedKey]:
     found: dict[bytes, AuthorizedKey] = {}
     for name, table in tables.items():
         at = (_TABLE, name)
-        lines.check_name(name, tomlfile.where(label, text, at))
+        with tomlfile.placed(label, text, at):
+            lines.check_name(name, _TABLE)
         entry = tomlfile.convert(table, _Entry, label, text=text, at=at)
-        place = tomlfile.where(label, text, (*at, "key"))
-        public = lines.decode(entry.key, f"{place}: {'.'.join(at)}.key")
-        if public in found:
-            raise InvalidArgument(f"{place}: {name} has the key of {found[public].name}: one key, one name")
+        with tomlfile.placed(label, text, (*at, "key")):
+            public = lines.decode(entry.key, f"{'.'.join(at)}.key")
+            if public in found:
+                raise InvalidArgument(f"{name} has the key of {found[public].name}: one key, one name")
         max_bytes = None if entry.max_mb is None else int(entry.max_mb * MIB)
         found[public] = AuthorizedKey(
             name, entry.key, entry.role, entry.max_requests, max_bytes, entry.rate, entry.share
@@ -111,7 +112,7 @@ def read(path: Path) -> dict[bytes, AuthorizedKey]:
 
 
 def allow(path: Path, line: str, role: Role) -> AuthorizedKey:
-    """Add a client to the file, which is made where there is none.
+    """Add a client to the file, which is made where there is none. One that is there with that role stays as it is.
 
     Args:
         line: the public line of the client, see `tnxctl.keys.lines`.
@@ -119,7 +120,7 @@ def allow(path: Path, line: str, role: Role) -> AuthorizedKey:
     Raises:
         InvalidArgument: the line, or the file as it is, has a mistake.
         FailedPrecondition: the file is written in another style of TOML, and has to be changed by hand.
-        AlreadyExists: the key or the name stands there already.
+        AlreadyExists: the key or the name stands there already, for somebody else or with another role.
         OSError: the file cannot be written. It is as it was then.
     """
     name, key = lines.parse(line, lines.CLIENT, "line")
@@ -128,7 +129,9 @@ def allow(path: Path, line: str, role: Role) -> AuthorizedKey:
 
     def change(text: str, found: dict[bytes, AuthorizedKey]) -> tuple[str, dict[bytes, AuthorizedKey]]:
         for other in found.values():
-            if other.key == key and other.name == name:
+            if (other.name, other.key, other.role) == (name, key, role):
+                return text, found
+            if (other.name, other.key) == (name, key):
                 raise AlreadyExists(f"{path}: {name} is let in already, with the role {other.role}: change it there")
             if other.key == key:
                 raise AlreadyExists(f"{path}: this is the key of {other.name}, who is let in already")

@@ -85,8 +85,7 @@ def _read(path: Path, check: Callable[[os.stat_result], None], most: int) -> str
 def _check_owner(path: Path, info: os.stat_result) -> None:
     if info.st_uid not in (0, os.geteuid()):
         raise InvalidArgument(
-            f"{path} belongs to user {info.st_uid}, who is neither root nor the user of this process ({os.geteuid()}): "
-            f"chown it"
+            f"{path} belongs to user {info.st_uid}, who is neither root nor the user of this process ({os.geteuid()})"
         )
 
 

@@ -50,8 +50,10 @@ def parse(text: str, label: str) -> dict[str, KnownHost]:
     found = {}
     for endpoint, table in tomlfile.parse(text, label).items():
         entry = tomlfile.convert(table, _Entry, label, text=text, at=(endpoint,))
-        lines.decode(entry.server_key, tomlfile.where(label, text, (endpoint, "server_key")))
-        lines.check_name(entry.pair, tomlfile.where(label, text, (endpoint, "pair")))
+        with tomlfile.placed(label, text, (endpoint, "server_key")):
+            lines.decode(entry.server_key, "server_key")
+        with tomlfile.placed(label, text, (endpoint, "pair")):
+            lines.check_name(entry.pair, "pair")
         found[endpoint] = KnownHost(entry.server_key, entry.pair)
     return found
 
@@ -147,7 +149,7 @@ def forget(path: Path, endpoint: str) -> None:
 def _pair_path(key: str | os.PathLike[str]) -> Path:
     """The file of a pair: a name has no separator and no suffix."""
     text = os.fspath(key)
-    plain = isinstance(key, str) and os.path.basename(text) == text and not text.endswith(pairs.SUFFIX)
+    plain = isinstance(key, str) and os.path.basename(text) == text and not text.endswith(places.PAIR_SUFFIX)
     return places.pair_file(text) if plain else Path(text)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from tnxctl.files import writing
 from tnxctl.keys import guards, lines
-from tnxctl.protocol.errors import InvalidArgument
-
-SUFFIX = ".key"
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 
 
 class Pair(NamedTuple):
@@ -28,11 +27,10 @@ def new(name: str) -> Pair:
 
     Raises:
         InvalidArgument: the name is none, see `tnxctl.keys.lines`.
+        FailedPrecondition: the ZeroMQ library here has no CURVE.
     """
-    import zmq
-
     lines.check_name(name, "name")
-    public, secret = zmq.curve_keypair()
+    public, secret = _zmq_with_curve().curve_keypair()
     return Pair(name, public.decode(), secret.decode())
 
 
@@ -53,9 +51,8 @@ def read(path: Path) -> Pair:
 
     Raises:
         InvalidArgument: it cannot be read, belongs to somebody else, can be read by others, or holds no secret.
+        FailedPrecondition: the ZeroMQ library here has no CURVE.
     """
-    import zmq
-
     text = guards.read_secret(path)
     found = [
         (number, line)
@@ -67,7 +64,7 @@ def read(path: Path) -> Pair:
         raise InvalidArgument(f"{path}: expected one line, {lines.SECRET} NAME KEY, and found {what}")
     number, line = found[0]
     name, secret = lines.parse(line, lines.SECRET, f"{path}:{number}")
-    return Pair(name, zmq.curve_public(secret.encode()).decode(), secret)
+    return Pair(name, _zmq_with_curve().curve_public(secret.encode()).decode(), secret)
 
 
 def client_line(pair: Pair) -> str:
@@ -78,3 +75,11 @@ def client_line(pair: Pair) -> str:
 def server_line(pair: Pair) -> str:
     """The public line of a daemon, for its clients."""
     return lines.spell(lines.SERVER, pair.name, pair.public)
+
+
+def _zmq_with_curve() -> ModuleType:
+    import zmq
+
+    if not zmq.has("curve"):
+        raise FailedPrecondition("the ZeroMQ library here was built without CURVE: install pyzmq from PyPI")
+    return zmq

@@ -6,14 +6,16 @@ import os
 import sys
 from pathlib import Path
 
-from tnxctl.keys import pairs
 from tnxctl.protocol.errors import InvalidArgument, NotFound
 
 SERVICE_DIRECTORY = Path("/etc/tensornext")
 """Directory of the installed service, with the two files below."""
 
-SERVER_KEY = "server.key"
+SERVER_KEY = "tnxd.key"
 AUTHORIZED_KEYS = "authorized_keys.toml"
+
+PAIR_SUFFIX = ".key"
+"""End of the name of a file with a secret."""
 
 
 def user_directory() -> Path:
@@ -40,7 +42,7 @@ def known_hosts() -> Path:
 
 def pair_file(name: str) -> Path:
     """The file of a pair of the user's."""
-    return user_directory() / "keys" / f"{name}{pairs.SUFFIX}"
+    return user_directory() / "keys" / f"{name}{PAIR_SUFFIX}"
 
 
 def pair_names() -> list[str]:
@@ -49,7 +51,7 @@ def pair_names() -> list[str]:
         found = os.listdir(user_directory() / "keys")
     except OSError:
         return []
-    return sorted(name.removesuffix(pairs.SUFFIX) for name in found if name.endswith(pairs.SUFFIX))
+    return sorted(name.removesuffix(PAIR_SUFFIX) for name in found if name.endswith(PAIR_SUFFIX))
 
 
 def only_pair() -> str:
@@ -65,8 +67,3 @@ def only_pair() -> str:
     if len(names) > 1:
         raise InvalidArgument(f"which pair of keys shall it be: {', '.join(names)}?")
     return names[0]
-
-
-def make_directory(path: Path) -> None:
-    """Make a directory for the user alone, and those above, where there are none."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
