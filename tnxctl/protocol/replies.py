@@ -193,8 +193,9 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
             the queue because their client was gone.
         prediction_error_us: how far the predictions of the last requests were off, on average.
         max_message_bytes: most bytes that all tensors of a request may have together; 0: not told.
-        connections: now. connections_refused: not let in, since their client had too many. connections_cut: ended by
-            the daemon, since they took too much of what is everybody's.
+        connections: now. connections_refused: not let in, since their client had too many, or no key that may connect.
+            connections_cut: ended by the daemon, since they took too much of what is everybody's, their key was taken
+            back, or an admin wanted it.
         traffic_mb: memory in MiB of what is received, in flight and owed. traffic_limit_mb: the most that it may be.
         traffic_owed_mb: of this, replies that clients have not taken yet.
     """

@@ -34,7 +34,7 @@ def refusal(connection: Connection, request: Request, access: Access) -> Permiss
     least = LEAST_ROLES.get(type(request))
     name, role = connection.client.name, connection.role.title
     asks = f"{_verb(request)} is for the role {least.title}" if least else f"{_verb(request)} is for nobody"
-    why = access.limit(least or Role.ADMIN)
+    why = access.limit(least or Role.ADMIN, connection.address)
     # Subject of the line is who asked for what: the log tells of each once in a while.
     audit.warning("%s refused, having the role %s", f"{_who(connection)}: {_what(request)}", role)
     return PermissionDenied(f"{asks}, and {name} has {role}{': ' * bool(why)}{why}")

@@ -82,13 +82,13 @@ class Access:
             return Role.ADMIN
         return Role.PREDICT
 
-    def limit(self, role: Role) -> str:
-        """Words for the setting that keeps a peer from a role; "" if it is not a setting but its own role."""
+    def limit(self, role: Role, address: str) -> str:
+        """Words for the setting that keeps a peer without a key from a role; "" if there is none."""
         if role <= Role.PREDICT:
             return ""
         if self._control == "off":
             return 'remote_control is "off"'
-        return 'remote_control is "local"' if self.ring is None and self._control == "local" else ""
+        return 'remote_control is "local"' if self.ring is None and not is_ipc(address) else ""
 
 
 def is_ipc(address: str) -> bool:

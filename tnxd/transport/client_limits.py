@@ -65,7 +65,7 @@ class Client:
         max_requests, max_bytes: limits of its requests in flight, and of the bytes of their inputs.
         rate: limit of its requests a second; None sets no limit.
         share: of the turns of its requests, relative to those of other clients.
-        checked: whether limits of its own have to be looked at for each request.
+        checked: whether each of its requests needs a closer look: it has a rate, or may have fewer bytes than others.
         taken: number of requests that were taken in. received: bytes of messages of connections that have ended.
         connections: number of open ones.
         requests, nbytes: requests in flight, and the bytes of their inputs.
@@ -150,7 +150,8 @@ class Admission:
         active: number of clients that have requests in flight.
         unsent: bytes of replies that clients have not taken yet.
         unread: bytes that ZeroMQ has received and not handed over, as last measured.
-        refused: number of connections that were not let in. cut: number of those that were ended by the daemon.
+        refused: number of connections that were not let in, for want of room or of a key. cut: number of those that the
+            daemon ended.
     """
 
     def __init__(self, limits: Clients, *, max_requests: int, max_bytes: int) -> None:
@@ -226,7 +227,7 @@ class Admission:
     def _set_rate(self, client: Client, rate: float) -> None:
         if rate != (client.rate.rate if client.rate else 0.0):
             client.rate = RateLimit(rate, time.monotonic()) if rate else None
-        client.checked = client.has_key or client.rate is not None
+        client.checked = client.rate is not None or client.max_bytes < self._max_bytes
 
     def connected(self, client: Client) -> None:
         """Count a connection that was accepted."""
@@ -244,9 +245,9 @@ class Admission:
         left = max(self.max_traffic_bytes - self.traffic_bytes, 0) // (2 * len(self._clients) + 2)
         self._unchecked_bytes = min(self._max_bytes, left)
         for key, client in list(self._clients.items()):
-            left = client.connections <= 0 and not (client.requests or client.unsent or client.commands)
+            gone = client.connections <= 0 and not (client.requests or client.unsent or client.commands)
             # Who leaves and comes back must not have a fresh rate by that.
-            if left and (client.rate is None or client.rate.is_full(time.monotonic())):
+            if gone and (client.rate is None or client.rate.is_full(time.monotonic())):
                 del self._clients[key]
 
     def refusal(self, address: str, entry: AuthorizedKey | None = None) -> str:
@@ -276,7 +277,7 @@ class Admission:
             ResourceExhausted: the client has too much in flight, or all together have.
         """
         client = connection.client
-        if client.checked or client.requests >= self._max_requests or client.nbytes + nbytes > self._unchecked_bytes:
+        if client.requests >= client.max_requests or client.checked or client.nbytes + nbytes > self._unchecked_bytes:
             self._check_closely(connection, nbytes)
 
     def _check_closely(self, connection: Connection, nbytes: int) -> None:

@@ -300,6 +300,7 @@ def _judge(access: Access, admission: Admission, address: str, key: str) -> tupl
     """Status and reason with which a peer is let in or refused."""
     why = access.refusal(address, key)
     if why:
+        admission.refused += 1
         log.warning("%s may not connect: %s", in_words(address), why)  # its subject is the address, so each is told of
         return zap.REFUSED, why
     why = admission.refusal(address, access.authorized(key))
