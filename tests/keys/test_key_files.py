@@ -14,11 +14,12 @@ import pytest
 import zmq
 from zmq.utils import z85
 
+from fixed_pairs import fixed_pair
 from tnxctl.files import tomledit, writing
 from tnxctl.keys import authorized, guards, lines, pairs
 from tnxctl.protocol.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
-ALICE, BOB = pairs.new("alice"), pairs.new("bob@laptop")
+ALICE, BOB = fixed_pair("alice"), fixed_pair("bob@laptop")
 
 LISTED = f"""\
 # Who may use the big machine.
@@ -294,7 +295,7 @@ def test_nobody_is_let_in_twice(listed: Path) -> None:
     for line, sentence in (
         (pairs.client_line(ALICE), "alice is let in already, with the role predict"),
         (pairs.client_line(ALICE._replace(name="eve")), "this is the key of alice"),
-        (pairs.client_line(pairs.new("alice")), "alice has another key there: tnxctl keys revoke alice first"),
+        (pairs.client_line(fixed_pair("alice", 2)), "alice has another key there: tnxctl keys revoke alice first"),
     ):
         with pytest.raises(AlreadyExists, match=sentence):
             authorized.allow(listed, line, "admin")

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from fixed_pairs import fixed_pair
 from tnxctl import Client
 from tnxctl.keys import known_hosts, lookup, pairs, places
 from tnxctl.protocol.errors import AlreadyExists, InvalidArgument, NotFound
 
-ALICE, BOB, DAEMON, OTHER = map(pairs.new, ("alice", "bob", "gpu-box", "gpu-box"))
+ALICE, BOB, DAEMON, OTHER = map(fixed_pair, ("alice", "bob", "gpu-box", "gpu-box"), (1, 1, 1, 2))
 BOX, OTHER_BOX = "tcp://gpu-box:5555", "tcp://gpu-box:6000"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fixed_pairs import fixed_pair
 from guarded import GuardedDaemon
 from peers import FakeDaemon as OpenDaemon
 from peers import X, echo, equal, free_endpoint
@@ -22,7 +23,7 @@ from tool import run
 
 PATIENCE_S = 40.0  # far more than any refusal takes: only so that a client that hangs fails its test
 
-ALICE, DAEMON, OTHER = map(pairs.new, ("alice", "gpu-box", "gpu-box"))
+ALICE, DAEMON, OTHER = map(fixed_pair, ("alice", "gpu-box", "gpu-box"), (1, 1, 2))
 
 
 @pytest.fixture(autouse=True)
