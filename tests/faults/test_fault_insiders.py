@@ -1,6 +1,6 @@
 """An attacker with a key of the role predict, beside an honest client: what it can do is bounded as for anybody.
 
-What it can do by single bytes, below ZeroMQ, is the same as without a key (`tests/faults`), before it has shown one.
+What it can do by single bytes, below ZeroMQ, it can do before it has shown a key: the other files here.
 """
 
 from __future__ import annotations
