@@ -298,6 +298,16 @@ def restart(endpoints: Sequence[str], ways: Sequence[Callable[[], object]], time
     return load.report
 
 
+def ask_until(endpoints: Sequence[str], path: Path) -> Report:
+    """Ask until a file is there, and for a round more. Ends with the first error of a client, too."""
+    with Load(endpoints) as load:
+        load.await_round()
+        while not (path.exists() or load.report.errors):
+            time.sleep(0.1)  # between two looks: nothing tells of a file
+        load.await_round()
+    return load.report
+
+
 def by_systemd() -> None:
     """Restart the installed service."""
     subprocess.run(["systemctl", "reset-failed", "tensornext"], check=False)  # its limit of starts is not for this
@@ -311,18 +321,23 @@ def main() -> int:
     parser.add_argument("--alone", action="store_true", help="nobody holds the listening sockets")
     parser.add_argument("--systemd", action="store_true", help="systemctl restart of the installed service")
     parser.add_argument("--host", action="append", help="with --systemd: an endpoint of the service")
+    parser.add_argument("--until", type=Path, help="with --systemd: restart nothing, and ask until this file is there")
     parser.add_argument("--json", type=Path, help="file for the report")
     arguments = parser.parse_args()
     begun = time.monotonic()
     if arguments.systemd:
         hosts = arguments.host or ["tcp://127.0.0.1:5555", "ipc:///run/tensornext.sock"]
-        report = restart(hosts, [by_systemd], arguments.times, tell=True)
+        if arguments.until:
+            report = ask_until(hosts, arguments.until)
+        else:
+            report = restart(hosts, [by_systemd], arguments.times, tell=True)
     else:
         holds = not arguments.alone
         with tempfile.TemporaryDirectory() as folder, started(Path(folder), holds=holds) as starter:
             ways = [starter.terminate, starter.kill, *([starter.replace] if holds else [])]
             report = restart(starter.endpoints, ways, arguments.times, tell=True)
-    document = {"restarts": arguments.times, "seconds": round(time.monotonic() - begun, 1), **asdict(report)}
+    times = 0 if arguments.until else arguments.times
+    document = {"restarts": times, "seconds": round(time.monotonic() - begun, 1), **asdict(report)}
     text = json.dumps(document, indent=2)
     print(text)
     if arguments.json:
