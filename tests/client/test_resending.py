@@ -174,6 +174,22 @@ def test_only_calls_in_flight_are_to_blame_for_a_connection_that_breaks(connecte
     assert waiting.losses == 0
 
 
+def test_an_answer_to_an_earlier_attempt_is_taken_once(connected: Session) -> None:
+    call = started(connected)
+    assert connected.receive(put_off(call), 1.0) is None
+    assert connected.receive(result(call), 1.1) is call
+    assert connected.take_retries(2.0) == []
+    assert connected.receive(result(call), 2.1) is None
+
+
+def test_a_call_that_is_refused_twice_is_sent_once(connected: Session) -> None:
+    call = started(connected)
+    for _ in range(2):
+        assert connected.receive(put_off(call), 1.0) is None
+    assert connected.take_retries(2.0) == [call]
+    assert connected.take_retries(4.0) == []
+
+
 def test_a_header_says_which_attempt_it_is(connected: Session) -> None:
     call, question = started(connected, timeout=1e6), connected.encoder.models(timeout=1e6, now=0.0)
     connected.start(question)
