@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
+from tnxctl.keys import lookup
 from tnxctl.link import Link, Socket, has_input
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
@@ -49,8 +51,12 @@ class AsyncClient:
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         limits: Limits | None = None,
+        key: str | os.PathLike[str] | None = None,
+        server_key: str | None = None,
     ) -> None:
-        self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
+        address = parse_endpoint(endpoint)
+        credentials = lookup.find(address, key, server_key)
+        self._session = Session(address, timeout, limits or Limits(), credentials)
         self._encoder = self._session.encoder
         self._driver: _LoopDriver | _OtherThreadDriver | None = None
         self._generation = process.forks

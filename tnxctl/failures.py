@@ -14,16 +14,18 @@ from tnxctl.protocol.errors import (
     Internal,
     InvalidArgument,
     ResourceExhausted,
+    TensorNextError,
+    Unauthenticated,
     Unavailable,
 )
 from tnxctl.request_windows import Window
 
 
-def timed_out(call: Call[Any], connection: Connection) -> DeadlineExceeded | Unavailable | InvalidArgument:
+def timed_out(call: Call[Any], connection: Connection) -> TensorNextError:
     """The error of a call whose time is over, with the reason. May be asked for in any thread."""
     if connection.is_open and call.refusal is not None and not call.may_have_changed_daemon:
         return call.refusal
-    kind = DeadlineExceeded if call.firm_deadline else Unavailable
+    kind: type[TensorNextError] = DeadlineExceeded if call.firm_deadline else Unavailable
     within = f"within {'its deadline of ' if call.firm_deadline else ''}{spell(call.timeout)}"
     if connection.is_open and call.attempts and not call.in_flight:
         return kind(
@@ -36,7 +38,14 @@ def timed_out(call: Call[Any], connection: Connection) -> DeadlineExceeded | Una
     if call.connect_timeout < call.timeout:
         within = f"within {spell(call.connect_timeout)}"
     state = "lost the connection and got none again" if call.attempts else "no connection"
+    if not call.firm_deadline and connection.is_silent(call.next_timeout):
+        kind = Unauthenticated
     return kind(f"{connection.endpoint}: {state} {within}: {connection.trouble}")
+
+
+def not_let_in(connection: Connection) -> Unauthenticated:
+    """The error of a call to a daemon that does not let this client in, or only by another key than it expects."""
+    return Unauthenticated(f"{connection.endpoint}: {connection.trouble}")
 
 
 def connection_lost(call: Call[Any], connection: Connection, max_frame_bytes: int) -> Unavailable:
