@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import math
 
+from tnxctl.backoff import spread
+
 FIRST_PROBE_TIMEOUT_S = 1.0
 LAST_PROBE_TIMEOUT_S = 600.0
 _PROBE_TIMEOUT_S = 5.0
@@ -40,7 +42,8 @@ SILENCE_S = 1.0
 
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 1.0
-"""Interval between two attempts to connect: doubles from the first to the last, until a reply comes."""
+"""Interval between two attempts to connect: doubles from the first to the last, until a reply comes. A random time is
+added to each."""
 
 
 class Connection:
@@ -101,7 +104,7 @@ class Connection:
         self.is_connecting = True
         self.is_refused = self._handshake_failed = False
         self._handshake_begun = math.inf
-        self.retry_at = now + self.retry_s
+        self.retry_at = now + spread(self.retry_s)
         self.retry_s = min(2 * self.retry_s, LAST_RETRY_S)
 
     def note_trouble(self, trouble: str, *, begun: bool = False) -> None:
