@@ -280,7 +280,9 @@ def keys(service: Machine) -> Iterator[dict[str, pairs.Pair]]:
         pairs.write(directory / f"{name}.key", pair)
     authorized = directory / "authorized_keys.toml"
     authorized.write_text(f'[keys.alice]\nkey = "{made["alice"].public}"\nrole = "predict"\n')
-    (service.root / CONFIG).write_text('[keys]\nauthorized = "/etc/tensornext/authorized_keys.toml"\n')
+    (service.root / CONFIG).write_text(
+        f'bind = ["{TCP}", "ipc:///run/tensornext/tnxd"]\n[keys]\nauthorized = "/etc/tensornext/authorized_keys.toml"\n'
+    )
     yield made
     for path in (directory / "tnxd.key", directory / "alice.key", authorized):
         path.unlink(missing_ok=True)
@@ -302,7 +304,9 @@ def test_the_secret_of_the_daemon_comes_from_systemd(service: Machine, keys: dic
     service.run("systemctl", "restart", "tensornext", check=False)
     assert show(service, "ExecMainStatus") == "2"
     assert "LoadCredential=tnxd.key:PATH" in journal(service)
-    override(service, f"LoadCredential=tnxd.key:/etc/tensornext/tnxd.key\nEnvironment=TNX_HOST={IPC}")
+    override(
+        service, "LoadCredential=tnxd.key:/etc/tensornext/tnxd.key\nEnvironment=TNX_HOST=ipc:///run/tensornext/tnxd"
+    )
     service.run("systemctl", "restart", "tensornext")
     pid = show(service, "MainPID")
     user = str((service.root / "proc" / pid).stat().st_uid)

@@ -95,11 +95,10 @@ def test_peers_without_the_keys_of_this_daemon_get_nothing_and_others_go_on(keye
         else Dealer(keyed.endpoint, prepare=watch)
     ) as stranger:
         stranger.socket.send(wire.encode(wire.Health(v=wire.VERSION, id=1)))
-        for _ in range(3):  # it tries again, and again
-            ended = (zmq.EVENT_DISCONNECTED, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
-            assert next_event(events[0], zmq.EVENT_HANDSHAKE_SUCCEEDED, *ended)[0] in ended
-            with keyed.dealer("alice") as alice:
-                assert whoami(alice).name == "alice"
+        ended = (zmq.EVENT_DISCONNECTED, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+        assert next_event(events[0], zmq.EVENT_HANDSHAKE_SUCCEEDED, *ended)[0] in ended
+        with keyed.dealer("alice") as alice:
+            assert whoami(alice).name == "alice"
         assert not stranger.socket.poll(0)
         events[0].close(0)
 
