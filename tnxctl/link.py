@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import struct
 import time
@@ -99,6 +100,7 @@ class Link:
         self.dealer: Socket | None = None
         self.monitor: Socket | None = None
         self._is_large = False  # the last tensor that came
+        self._met_at = math.inf  # when the other side accepted the connection, and the handshake began
 
     def start(self, call: Call[Any]) -> None:
         """Take a call under way; it may be `done` at once."""
@@ -161,11 +163,15 @@ class Link:
     def _note(self, event: int, value: int) -> None:
         """Tell the connection what an event says of it."""
         connection, shown = self._session.connection, self._session.credentials
-        trouble = handshakes.trouble(event, value, shown)
+        now = time.monotonic()
+        if event == zmq.Event.CONNECTED:
+            self._met_at = now
+            if shown is not None:
+                connection.handshake_begun(now)
+        timed_out = now - self._met_at >= _CONNECT_TIMEOUT_MS / 2e3  # half of it: this thread may have slept
+        trouble = handshakes.trouble(event, value, shown, timed_out=timed_out)
         if trouble is not None:
             connection.note_trouble(trouble, begun=event == zmq.Event.CONNECT_DELAYED)
-        if event == zmq.Event.CONNECTED and shown is not None:
-            connection.handshake_begun(time.monotonic())
         if handshakes.is_failure(event, value, shown):
             connection.handshake_failed(refused=handshakes.is_refusal(event, value))
 
