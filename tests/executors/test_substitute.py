@@ -49,6 +49,17 @@ def test_the_network_answers_values_that_are_no_numbers(value: float) -> None:
     assert answered(x) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint32])
+def test_the_network_answers_whole_numbers_that_fp32_cannot_hold(dtype: torch.dtype) -> None:
+    x = torch.zeros(4, 3, dtype=dtype)
+    x[2] = 1 << 24
+    assert answered(x) == 1
+    x[2] = (1 << 24) + 1
+    assert answered(x) == 2
+    if dtype.is_signed:
+        assert answered(-x) == 2
+
+
 def test_the_network_answers_where_there_is_nothing_in_an_input() -> None:
     calls: list[str] = []
 

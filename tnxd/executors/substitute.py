@@ -16,13 +16,19 @@ from tnxctl.protocol.errors import InvalidArgument
 from tnxd.device_kinds import KINDS
 from tnxd.executors.trial.copies import Call
 
+_MOST_WHOLE = 1 << 24
+"""Most that FP32 holds, with all whole numbers below."""
+
+_SMALL = frozenset({torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16})
+"""Datatypes that are usual whatever is in them."""
+
 
 class Substitute(torch.nn.Module):
     """A variant in the place of a network.
 
     Args:
         variant: answers first. network: the network as it is, for inputs that are empty or of lengths that the variant
-            does not take; on a CPU also for those that are not finite, and where the variant raises.
+            does not take; on a CPU also for unusual values, and where the variant raises.
         device: of both.
     """
 
@@ -34,7 +40,7 @@ class Substitute(torch.nn.Module):
         self._careful = KINDS[device.type].survives_bad_index
 
     def forward(self, *inputs: torch.Tensor | None) -> Any:
-        if all(tensor is None or (tensor.numel() and self._is_finite(tensor)) for tensor in inputs):
+        if all(tensor is None or (tensor.numel() and self._is_usual(tensor)) for tensor in inputs):
             try:
                 return self.variant(*inputs)
             except InvalidArgument:  # lengths that it was not made for
@@ -46,9 +52,16 @@ class Substitute(torch.nn.Module):
                     raise
         return self.network(*inputs)
 
-    def _is_finite(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor has neither infinity nor NaN in it, nor such large values that their sum is no number."""
-        if not self._careful or not tensor.is_floating_point():
+    def _is_usual(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has values that programs treat alike.
+
+        There is neither infinity nor NaN in it, nor such large values that their sum is no number, nor a whole number
+        that FP32 cannot hold: onnxruntime divides and sums up integers by way of it.
+        """
+        if not self._careful or tensor.dtype in _SMALL:
             return True
-        wide = tensor.dtype if tensor.dtype is torch.float64 else torch.float32
-        return math.isfinite(tensor.sum(dtype=wide).item())
+        if tensor.is_floating_point():
+            wide = tensor.dtype if tensor.dtype is torch.float64 else torch.float32
+            return math.isfinite(tensor.sum(dtype=wide).item())
+        least, most = (tensor if tensor.dtype.is_signed else tensor.to(torch.int64)).aminmax()  # which torch lacks
+        return least.item() >= -_MOST_WHOLE and most.item() <= _MOST_WHOLE
