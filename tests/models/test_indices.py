@@ -82,7 +82,27 @@ def test_what_no_request_can_change_costs_nothing() -> None:
     assert len(program.graph_module.graph.nodes) == before
 
 
-def test_an_operator_whose_bounds_are_not_known_is_refused() -> None:
-    program = exported(lambda net, x, k: net.table.take(k))
-    with pytest.raises(FailedPrecondition, match="it uses take"):
-        keep_within(program)
+@pytest.mark.parametrize(
+    ("look", "why"),
+    [
+        (lambda net, x, k: net.table.take(k), "it uses take"),
+        (lambda net, x, k: torch.div(k, k - 5, rounding_mode="trunc"), "a division by 0"),
+        (lambda net, x, k: torch.cond(x.sum() > 1, lambda z: z.gather(1, z.long()), torch.sin, (x,)), "in a branch"),
+    ],
+)
+def test_an_operator_of_which_nobody_would_notice_bad_values_is_refused(look: Any, why: str) -> None:
+    with pytest.raises(FailedPrecondition, match=why):
+        keep_within(exported(look))
+
+
+def test_divisions_that_no_0_ends_are_taken() -> None:
+    look: Any = (
+        lambda net, x, k: (
+            torch.div(k, 3, rounding_mode="trunc")
+            + k // (k - 5)
+            + torch.div(  # noqa: E731
+                x[:, :1], x[:, 1:2], rounding_mode="trunc"
+            )
+        )
+    )
+    assert not keep_within(exported(look))

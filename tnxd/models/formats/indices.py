@@ -80,7 +80,8 @@ def keep_within(program: ExportedProgram) -> bool:
         none where no request could put an index out of range.
 
     Raises:
-        FailedPrecondition: it has an operator whose bounds are not known.
+        FailedPrecondition: it has an operator whose bounds are not known, or another for which torch raises and what
+            is compiled of it ends the process.
     """
     graph = program.graph_module
     _check_known(graph)
@@ -120,6 +121,8 @@ def _check_known(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         if _name(node) in _REFUSED:
             raise FailedPrecondition(f"it uses {_name(node)}, and nobody would notice an index out of range")
+        if _divides_integers(node):
+            raise FailedPrecondition("it divides integers by others, and nobody would notice a division by 0")
     for part in graph.modules():
         if part is not graph and isinstance(part, GraphModule):  # of a branch, or of a loop
             for node in part.graph.nodes:
@@ -127,6 +130,13 @@ def _check_known(graph: GraphModule) -> None:
                     raise FailedPrecondition(
                         f"it uses {_name(node)} in a branch, and nobody would notice an index out of range"
                     )
+
+
+def _divides_integers(node: Node) -> bool:
+    """Whether an operator divides integers by a tensor, as C does: by 0, compiled code ends the process (SIGFPE)."""
+    if _name(node) != "div" or node.kwargs.get("rounding_mode") != "trunc" or not isinstance(node.args[1], Node):
+        return False
+    return not _tensor(node).is_floating_point()
 
 
 def _fixed(program: ExportedProgram) -> set[Node]:
