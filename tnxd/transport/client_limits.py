@@ -41,7 +41,8 @@ class AdmittedRequest(Protocol):
     """Request as admission control counts it.
 
     Attributes:
-        id: of its connection. nbytes: of its inputs. connection: the one that it came by.
+        id: of its connection. nbytes: of its inputs, and of what is made on its way. connection: the one that it came
+            by.
     """
 
     id: int
@@ -56,7 +57,7 @@ class Client:
     Attributes:
         name: its address, or `uid:` and a number. local: whether it is on this host.
         connections: number of open ones.
-        requests, nbytes: requests in flight, and the bytes of their inputs.
+        requests, nbytes: requests in flight, and their bytes.
         unsent: bytes of replies that it has not taken yet.
         commands: number of admin commands that wait or run.
         refused_ns: time of the loop that its refused messages took since `take_flooding`, in nanoseconds.
@@ -83,7 +84,7 @@ class Connection:
     Attributes:
         peer: its routing id. descriptor: its file descriptor, -1 if unknown. client: whose it is.
         requests: requests in flight by id, of the class that the caller of `take` has (`AdmittedRequest`).
-        nbytes: bytes of their inputs. commands: number of admin commands that wait or run.
+        nbytes: bytes of these. commands: number of admin commands that wait or run.
         unsent: bytes of replies that it has not taken yet.
         received, frames: bytes, and frames, of the messages that it has sent and that were received.
         refused_ns: as of its client.
@@ -154,7 +155,7 @@ class Admission:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of inputs in flight, of all."""
+        """Bytes of requests in flight, of all."""
         return sum(client.nbytes for client in self._clients.values())
 
     @property
@@ -212,17 +213,22 @@ class Admission:
         """
         client = connection.client
         if client.requests >= self._max_requests or client.nbytes + nbytes > self._unchecked_bytes:
-            self._check_closely(connection, nbytes)
+            self._check_number(connection)
+            self._check_bytes(connection, nbytes, 0)
 
-    def _check_closely(self, connection: Connection, nbytes: int) -> None:
+    def _check_number(self, connection: Connection) -> None:
         client = connection.client
         if client.requests >= self._max_requests and (
             len(connection.requests) * client.connections >= self._max_requests
             or client.requests >= 2 * self._max_requests
         ):
             raise _full(client, f"{client.requests} requests of {client.name} are in flight", self._max_requests)
+
+    def _check_bytes(self, connection: Connection, nbytes: int, own: int) -> None:
+        """Check that a request may have so many bytes more. Args: own: that it has already."""
+        client = connection.client
         if client.nbytes + nbytes > self._max_bytes and (
-            connection.nbytes and (connection.nbytes + nbytes) * client.connections > self._max_bytes
+            connection.nbytes > own and (connection.nbytes + nbytes) * client.connections > self._max_bytes
         ):
             raise _full(client, f"{client.nbytes} bytes of {client.name} are in flight", self._max_bytes)
         if (
@@ -239,6 +245,20 @@ class Admission:
         if not client.requests:
             self.active += 1
         client.requests += 1
+        client.nbytes += nbytes
+
+    def grow(self, request: AdmittedRequest, nbytes: int) -> None:
+        """Count so many bytes more for a request in flight: what is made on its way takes memory, too.
+
+        Raises:
+            ResourceExhausted: the client has too much in flight besides, or all together have.
+        """
+        connection = request.connection
+        client = connection.client
+        if client.nbytes + nbytes > self._unchecked_bytes:
+            self._check_bytes(connection, nbytes, request.nbytes)
+        request.nbytes += nbytes
+        connection.nbytes += nbytes
         client.nbytes += nbytes
 
     def release(self, request: AdmittedRequest) -> None:
