@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -16,9 +17,19 @@ from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
+from tnxctl.keys import lookup
 from tnxctl.link import Link, Socket, has_input
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
+from tnxctl.protocol.wire import (
+    ClientsReport,
+    Comparison,
+    HealthReport,
+    Identity,
+    KeysReport,
+    Limits,
+    ModelInfo,
+    ReloadReport,
+)
 from tnxctl.results import Result
 from tnxctl.session import Session
 
@@ -49,8 +60,12 @@ class AsyncClient:
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         limits: Limits | None = None,
+        key: str | os.PathLike[str] | None = None,
+        server_key: str | None = None,
     ) -> None:
-        self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
+        address = parse_endpoint(endpoint)
+        credentials = lookup.find(address, key, server_key)
+        self._session = Session(address, timeout, limits or Limits(), credentials)
         self._encoder = self._session.encoder
         self._driver: _LoopDriver | _OtherThreadDriver | None = None
         self._generation = process.forks
@@ -139,6 +154,23 @@ class AsyncClient:
         """The differences of a shadow version's answers, see `Client.compare`."""
         call = self._encoder.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())
         return await self._here().run(call)
+
+    async def whoami(self, *, timeout: float | None = None) -> Identity:
+        """The name that the daemon knows this client by, its role and its limits."""
+        return await self._here().run(self._encoder.whoami(timeout=timeout, now=time.monotonic()))
+
+    async def clients(self, *, timeout: float | None = None) -> ClientsReport:
+        """The clients that are connected to the daemon, see `Client.clients`."""
+        return await self._here().run(self._encoder.clients(timeout=timeout, now=time.monotonic()))
+
+    async def kick(self, client: str, *, timeout: float | None = None) -> int:
+        """End all connections of a client but this one, see `Client.kick`."""
+        call = self._encoder.kick(client, timeout=timeout, now=time.monotonic())
+        return (await self._here().run(call)).connections
+
+    async def keys(self, *, timeout: float | None = None) -> KeysReport:
+        """The keys that may connect, see `Client.keys`."""
+        return await self._here().run(self._encoder.keys(timeout=timeout, now=time.monotonic()))
 
     async def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -12,7 +13,17 @@ from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
 from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
-from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
+from tnxctl.keys import lookup
+from tnxctl.protocol.wire import (
+    ClientsReport,
+    Comparison,
+    HealthReport,
+    Identity,
+    KeysReport,
+    Limits,
+    ModelInfo,
+    ReloadReport,
+)
 from tnxctl.results import Result
 from tnxctl.session import Session
 
@@ -30,13 +41,16 @@ class Client:
             result.output, result.device, result.timing.total_us
 
     Thread-safe: any number of threads may use one client at once, over its one connection. It connects when the
-    first call needs it, and again when the daemon comes back: a call succeeds if its timeout allows for that.
+    first call needs it, and again when the daemon comes back: a call succeeds if its timeout allows for that. What was
+    under way is sent again then, so a prediction may be computed more than once; it is answered once
+    (docs/protocol.md, "Resending").
     After a fork, the child needs a client of its own; one that has been used before answers every call with
     FailedPrecondition there.
 
     Every call takes a `timeout` in seconds, the client's own where it is None, and raises one of
     `tnxctl.protocol.errors`:
     InvalidArgument before anything is sent, Unavailable if the daemon could not be reached in time,
+    Unauthenticated, at once, if the daemon does not let this client in or is not the one that is known,
     DeadlineExceeded if it could but did not answer, or if a deadline passed, Cancelled if the client was closed
     meanwhile, FailedPrecondition if it was closed before, ResourceExhausted if too much is under way already,
     Internal for a malformed answer, and whatever error the daemon answers. The daemon is told of a prediction that was
@@ -44,8 +58,9 @@ class Client:
 
     `load`, `unload`, `route` and `reload` change what the daemon serves, for everybody, and write it to no file. The
     daemon goes on with them when nobody waits any more, after a timeout or Ctrl-C. They are not sent again on a new
-    connection, as the others are: a connection that breaks under them is an Unavailable error, `models` tells what
-    has become of them, and to ask for the same once more does no harm. `load`, `unload` and `reload` take long, so
+    connection, as the others are, unless the daemon says that it stops and has not done them: a connection that breaks
+    under them is an Unavailable error, `models` tells what has become of them, and to ask for the same once more does
+    no harm. `load`, `unload` and `reload` take long, so
     their timeout is `tnxctl.encoder.LOAD_TIMEOUT_S`, ten minutes, unless the client's own is longer; to reach
     the daemon, they take no longer than the client's own. A daemon that lets no client change what it serves answers
     them with PermissionDenied.
@@ -56,9 +71,15 @@ class Client:
         limits: most that a message may hold. A larger request is refused here, a larger answer by the daemon, before it
             computes it if it can. The number of tensors and axes is bounded by the models of the
             daemon.
+        key: file with the secret that this client shows to the daemon, or the name of a pair that `tnxctl keys new` has
+            made; None: as `tnxctl keys trust` was told of this endpoint.
+        server_key: the line that `tnxctl keys server` prints on the daemon's host, or the 40 characters of the key in
+            it: nothing else is let answer; None: as `tnxctl keys trust` was told. Where neither is given or known, no
+            keys are used.
 
     Raises:
-        InvalidArgument: the endpoint or the timeout is not one.
+        InvalidArgument: the endpoint or the timeout is not one; or a file with keys has a mistake, cannot be read, or
+            is not its owner's alone.
     """
 
     def __init__(
@@ -67,8 +88,12 @@ class Client:
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         limits: Limits | None = None,
+        key: str | os.PathLike[str] | None = None,
+        server_key: str | None = None,
     ) -> None:
-        self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
+        address = parse_endpoint(endpoint)
+        credentials = lookup.find(address, key, server_key)
+        self._session = Session(address, timeout, limits or Limits(), credentials)
         self._encoder = self._session.encoder
         self._driver = ThreadDriver(self._session)
 
@@ -289,6 +314,38 @@ class Client:
         return self._driver.run(
             self._encoder.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())
         )
+
+    def whoami(self, *, timeout: float | None = None) -> Identity:
+        """The name that the daemon knows this client by, its role and its limits."""
+        return self._driver.run(self._encoder.whoami(timeout=timeout, now=time.monotonic()))
+
+    def clients(self, *, timeout: float | None = None) -> ClientsReport:
+        """The clients that are connected to the daemon. For the role admin, else PermissionDenied."""
+        return self._driver.run(self._encoder.clients(timeout=timeout, now=time.monotonic()))
+
+    def kick(self, client: str, *, timeout: float | None = None) -> int:
+        """End all connections of a client but this one. For the role admin, else PermissionDenied.
+
+        It may come back at once. To keep it out, take its key off the daemon's list.
+
+        Args:
+            client: its name, as in `clients`.
+
+        Returns:
+            Number of connections that were ended.
+
+        Raises:
+            NotFound: no such client is connected.
+        """
+        return self._driver.run(self._encoder.kick(client, timeout=timeout, now=time.monotonic())).connections
+
+    def keys(self, *, timeout: float | None = None) -> KeysReport:
+        """The keys that may connect, with their roles. For the role admin, else PermissionDenied.
+
+        Raises:
+            FailedPrecondition: the daemon asks for no keys.
+        """
+        return self._driver.run(self._encoder.keys(timeout=timeout, now=time.monotonic()))
 
     def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""

@@ -93,7 +93,7 @@ class Pipelines:
         path = self._preparation.predict(whole, fitted, now_ns)
         run = Run(whole, fitted, versions, path.after_us)
         if run.counted:
-            self._admission.check(whole.connection, whole.nbytes + run.counted)
+            self._admission.check_bytes(whole.connection, whole.nbytes + run.counted)
             whole.nbytes += run.counted
         whole.predicted_us = path.total_us
         first = [place for place in wiring.order if not run.missing[place]]
@@ -160,6 +160,7 @@ class Pipelines:
             model.max_batch_size,
             alone=alone,
             admitted=admitted,
+            share=whole.share,
             connection=whole.connection,
             delimited=whole.delimited,
             id=whole.id,
