@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from tnxctl import process
 from tnxctl.call import Call
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 _REPLIES_PER_TURN = 64  # then other tasks get the loop
 _MAX_WAIT_S = 86_400.0
+_GRACE_S = 0.5  # for a loop in another thread, when the interpreter ends
 
 
 class AsyncClient:
@@ -57,6 +59,9 @@ class AsyncClient:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.endpoint}, timeout {spell(self._session.timeout)}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise process.pickle_error(self, f"{self.endpoint!r}, timeout={self._session.timeout:g}")
 
     @property
     def endpoint(self) -> str:
@@ -186,6 +191,8 @@ class _LoopDriver:
         self._link = Link(session, watch=self._watch, unwatch=self._unwatch)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = math.inf
+        self._ended = threading.Event()
+        process.register(self)
 
     async def run(self, call: Call[T]) -> T:
         future: asyncio.Future[T] = self.loop.create_future()
@@ -211,11 +218,30 @@ class _LoopDriver:
         self._cancel_timer()
 
     def forget(self) -> None:
-        """Close after the client has gone: the loop may be over, or run in another thread than this one."""
+        """Close after the client has gone: the loop may be over, or run in another thread than this one.
+
+        Whoever may have waited has gone, too, as he had the client.
+        """
         if self.loop.is_running():
-            self.loop.call_soon_threadsafe(self.close)
+            self.loop.call_soon_threadsafe(self._end)
         else:
-            self.close()
+            self._end()
+
+    def at_exit(self) -> None:
+        """Give everything up, since the interpreter ends: nobody waits for it any more."""
+        self.forget()
+        self._ended.wait(_GRACE_S)  # another thread may run the loop, and a callback may keep it
+
+    def after_fork(self) -> None:
+        """Leave all to the parent, in a forked child: the loop's poller is the parent's as well."""
+        self._link.abandon()
+
+    def _end(self) -> None:
+        """Close without a word to those who wait."""
+        self._session.close()
+        self._link.close()
+        self._cancel_timer()
+        self._ended.set()
 
     def _check_again(self) -> None:
         """Check for messages once more after sending one, which may have cleared the event of one that came."""

@@ -6,8 +6,9 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from tnxctl import process
 from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
@@ -32,7 +33,7 @@ class Client:
     Thread-safe: any number of threads may use one client at once, over its one connection. It connects when the
     first call needs it, and again when the daemon comes back: a call succeeds if its timeout allows for that.
     After a fork, the child needs a client of its own; one that has been used before answers every call with
-    FailedPrecondition there.
+    FailedPrecondition there, as do futures that were not done. A client cannot be pickled or copied: pass its address.
 
     Every call takes a `timeout` in seconds, the client's own where it is None, and raises one of
     `tnxctl.protocol.errors`:
@@ -74,6 +75,9 @@ class Client:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.endpoint}, timeout {spell(self._session.timeout)}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise process.pickle_error(self, f"{self.endpoint!r}, timeout={self._session.timeout:g}")
 
     @property
     def endpoint(self) -> str:

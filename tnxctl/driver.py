@@ -162,12 +162,24 @@ class ThreadDriver:
             thread.join(_GRACE_S)
 
     def after_fork(self) -> None:
-        """Decide, in a forked child, whose driver this is: the child's if nobody has used it, else the parent's."""
+        """Decide, in a forked child, whose driver this is: the child's if nobody has used it, else the parent's.
+
+        The child has a copy of the parent's calls. Nothing of them goes on here, not even where the fork came in the
+        middle of one, from a callback of a future.
+        """
+        self._lock = threading.RLock()  # who held the old one may not be here
+        self._wakeup.close()
         if not (self._used or self._closing):
             self._generation = process.forks
-            self._lock = threading.RLock()
-            self._wakeup.close()
             self._wakeup = Wakeup()  # one of its own: bytes in the old one would reach the parent
+            return
+        self._link.abandon()
+        left = [*self._session.close(), *(call for _, call in self._outbox)]
+        self._outbox.clear()
+        self._closing = self._closed = True
+        for call in left:
+            if isinstance(call.waiter, Future):
+                process.fail_copied(call.waiter, process.fork_error(self._session.endpoint))
 
     # --- a call alone ----------------------------------------------------------------------------------------
 

@@ -210,6 +210,14 @@ class Link:
         """Close the sockets at once, whatever they have still to send. Idempotent."""
         self._close_sockets()
 
+    def abandon(self) -> None:
+        """Forget the sockets, in a forked child: they are the parent's, and pyzmq leaves them open here."""
+        for socket in (self.dealer, self.monitor):
+            if socket is not None:
+                with contextlib.suppress(AttributeError):
+                    socket._shadow = True  # another's: pyzmq does not warn that it was never closed
+        self.dealer = self.monitor = None
+
     def _connect(self, now: float) -> None:
         session = self._session
         session.connection.connecting(now)
