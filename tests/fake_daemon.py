@@ -143,7 +143,7 @@ class Behaviour:
         mute: no verb is ever answered.
         device, reason, predicted_us: what results say.
         version_of: the version that the result of the nth predict request says; None: the model's.
-        abandoned, prediction_error_us: what health reports say.
+        abandoned, prediction_error_us, resent: what health reports say.
     """
 
     status: str = "ready"
@@ -162,6 +162,7 @@ class Behaviour:
     predicted_us: float = 110.0
     version_of: Callable[[int], str] | None = None
     abandoned: int = 0
+    resent: int = 0
     prediction_error_us: float = 0.0
 
 
@@ -353,4 +354,5 @@ class FakeDaemon:
             undeliverable=0,
             abandoned=self._behaviour.abandoned,
             prediction_error_us=self._behaviour.prediction_error_us,
+            resent=self._behaviour.resent,
         )

@@ -49,9 +49,19 @@ VERSION = "tnxctl:__version__"
 
 SANS_IO = tuple(
     f"tnxctl.{module}"
-    for module in ("call", "connection", "encoder", "failures", "session", "throttling", "request_windows")
+    for module in (
+        "backoff",
+        "call",
+        "connection",
+        "encoder",
+        "failures",
+        "request_windows",
+        "resending",
+        "session",
+        "throttling",
+    )
 )
-"""Modules of the client that are pure: what they do depends on their arguments alone."""
+"""Modules of the client that are pure: but for the random part of waits, all depends on their arguments alone."""
 
 MOVERS = tuple(f"tnxctl.{module}" for module in ("driver", "link", "process", "wakeups"))
 """Modules of the client that move messages or wait."""

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,15 @@ SOURCE = Path(__file__).parent.parent
 COPY = "/usr/src/tensornext"
 CONFIG = "etc/tensornext/tnxd.toml"
 DROP_IN = "run/systemd/system/tensornext.service.d/test.conf"
+UNITS = ("tensornext.socket", "tensornext")
+TCP, IPC = "tcp://127.0.0.1:5555", "ipc:///run/tensornext.sock"
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
 
 INSTALL_TIMEOUT = 500.0
 """Seconds for `make install`: it downloads torch where pip has not got it yet."""
+
+RESTARTS_TIMEOUT = 30.0
+"""Seconds for a restart under load, on a busy machine."""
 
 pytestmark = pytest.mark.timeout(INSTALL_TIMEOUT + 60)
 
@@ -49,6 +55,16 @@ def journal(machine: Machine) -> str:
     """All that the service has written, and what systemd wrote of it."""
     machine.run("journalctl", "--sync")
     return machine.run("journalctl", "--output=cat", "--unit=tensornext")
+
+
+def under_load(machine: Machine, *arguments: str, timeout: float) -> None:
+    """Run clients that check all answers, while the service is restarted. Fails if any of them notices.
+
+    They run from the source tree, since an upgrade replaces what is installed.
+    """
+    program = f"{COPY}/tests/restart/restarts.py"
+    command = ("/opt/tensornext/bin/python", program, "--systemd", *arguments)
+    machine.run(*command, timeout=timeout, environment={"PYTHONPATH": COPY})
 
 
 def restarted(machine: Machine, before: str) -> bool:
@@ -115,32 +131,62 @@ def restored(installed: Machine) -> Iterator[Machine]:
 @pytest.fixture
 def service(restored: Machine) -> Machine:
     """The same with the service running, for most tests with the settings it was installed with."""
-    restored.run("systemctl", "start", "tensornext")
+    restored.run("systemctl", "start", *UNITS)
     return restored
 
 
 def test_it_runs_at_once_and_after_a_boot(service: Machine) -> None:
-    assert service.run("systemctl", "is-active", "tensornext") == "active"
-    assert service.run("systemctl", "is-enabled", "tensornext") == "enabled"
+    for unit in UNITS:
+        assert service.run("systemctl", "is-active", unit) == "active"
+        assert service.run("systemctl", "is-enabled", unit) == "enabled"
     said = journal(service)
-    assert re.search(r"^tnxd \S+ ready on tcp://127\.0\.0\.1:5555; devices: .*; models: mlp", said, re.M)
+    assert re.search(rf"^tnxd \S+ ready on {TCP}, {IPC}; devices: .*; models: mlp", said, re.M)
     assert "is not kept" not in said  # the cache is the service's own
 
 
 def test_it_is_active_only_when_it_is_ready_on_tcp_and_ipc(service: Machine) -> None:
-    endpoints = ("tcp://127.0.0.1:5555", "ipc:///run/tensornext/tnxd")
+    endpoints = (TCP, "ipc:///run/tensornext/tnxd")
     (service.root / CONFIG).write_text(f"bind = {list(endpoints)}\n")
     service.run("systemctl", "restart", "tensornext")
     invocation = f"_SYSTEMD_INVOCATION_ID={show(service, 'InvocationID')}"
-    said = f" ready on {', '.join(endpoints)};"
+    said = f" ready on {', '.join(endpoints)}, {IPC};"
     while said not in service.run("journalctl", "--output=cat", invocation):  # the journal takes its time
         assert show(service, "ActiveState") == "active"
-    for endpoint in endpoints:
+    for endpoint in (*endpoints, IPC):
         service.run("tnxctl", "health", "--host", endpoint)
 
 
-def test_systemd_finds_no_fault_in_the_unit(service: Machine) -> None:
-    assert service.run("systemd-analyze", "verify", "tensornext.service") == ""
+def test_nobody_notices_that_it_is_restarted(service: Machine) -> None:
+    under_load(service, "--times", "3", timeout=3 * RESTARTS_TIMEOUT)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_nobody_notices_that_it_is_restarted_a_hundred_times(service: Machine) -> None:
+    under_load(service, "--times", "100", timeout=100 * RESTARTS_TIMEOUT)
+
+
+def test_without_the_socket_unit_a_restart_is_a_pause(service: Machine) -> None:
+    service.run("systemctl", "disable", "--now", "tensornext.socket")
+    try:
+        service.run("systemctl", "restart", "tensornext")
+        under_load(service, "--times", "1", "--host", TCP, timeout=2 * RESTARTS_TIMEOUT)
+    finally:
+        service.run("systemctl", "stop", "tensornext")
+        service.run("systemctl", "enable", "--now", "tensornext.socket")
+
+
+def test_who_connects_starts_it_unless_both_units_are_stopped(service: Machine) -> None:
+    service.run("systemctl", "stop", "tensornext")
+    service.run("tnxctl", "predict", "--timeout", "60")
+    assert show(service, "ActiveState") == "active"
+    service.run("systemctl", "stop", *UNITS)
+    assert "nobody listens there" in service.run("tnxctl", "health", check=False)
+    assert show(service, "ActiveState") == "inactive"
+
+
+def test_systemd_finds_no_fault_in_the_units(service: Machine) -> None:
+    assert service.run("systemd-analyze", "verify", "tensornext.service", "tensornext.socket") == ""
 
 
 def test_it_is_not_root_and_sees_no_home(service: Machine) -> None:
@@ -186,7 +232,14 @@ def test_an_upgrade_restarts_the_service_and_keeps_the_configuration(service: Ma
         module.write("\n# newer, of the same version\n")
     with (service.root / CONFIG).open("a") as config:
         config.write("\n# mine\n")
-    make(service, "install")
+    done = "/run/upgraded"
+    with ThreadPoolExecutor() as pool:
+        load = pool.submit(under_load, service, "--until", done, timeout=INSTALL_TIMEOUT)
+        try:
+            make(service, "install")
+        finally:
+            service.run("touch", done)
+        load.result()
     assert restarted(service, before)
     assert (service.root / CONFIG).read_text().endswith("\n# mine\n")
     service.run("grep", "-r", "--include=__init__.py", "newer, of the same version", "/opt/tensornext/lib")
@@ -225,7 +278,16 @@ def test_a_wrong_configuration_is_named_and_not_tried_again(restored: Machine) -
     assert "lains" in journal(restored)
 
 
+def test_an_address_that_only_systemd_has_is_named_and_not_tried_again(restored: Machine) -> None:
+    (restored.root / CONFIG).write_text('bind = ["tcp://127.0.0.1:7777"]\n')
+    restored.run("systemctl", "start", "tensornext.socket")
+    restored.run("systemctl", "restart", "tensornext", check=False)
+    assert (show(restored, "ActiveState"), show(restored, "ExecMainStatus")) == ("failed", "2")
+    assert f"systemd holds {TCP} for the daemon, and bind has tcp://127.0.0.1:7777" in journal(restored)
+
+
 def test_the_removal_leaves_the_configuration_only(service: Machine, before_install: set[str]) -> None:
     make(service, "uninstall")
     assert installed_files(service) - before_install == {f"/{CONFIG}"}
     assert show(service, "LoadState") == "not-found"
+    assert not (service.root / "run/tensornext.sock").exists()

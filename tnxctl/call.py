@@ -35,8 +35,9 @@ class Call(Generic[T]):
         firm_deadline: whether `expires` is a deadline: an answer that comes later is worthless.
         connect_timeout: seconds within which it must be sent; for most calls the same as `timeout`.
         next_timeout: time at which it fails unless it is sent, and once it is, unless it is answered.
-        losses: connections that broke while it was under way.
-        deferred: whether the daemon has refused it for now, and so has changed nothing.
+        attempts: number of times that it was sent. in_flight: whether the daemon may have it now: it was sent on the
+            connection that stands, and not refused.
+        losses: connections that broke while it was in flight.
         refusal: the daemon's reason for that, or the reason why the call is not sent again.
         window: the window that it counts in, if any.
         waiter: whatever the shell has to tell of the outcome, if anything. The session never looks at it.
@@ -47,13 +48,14 @@ class Call(Generic[T]):
         "_read",
         "_request",
         "_result",
+        "attempts",
         "connect_timeout",
-        "deferred",
         "done",
         "expires",
         "firm_deadline",
         "frames",
         "id",
+        "in_flight",
         "losses",
         "nbytes",
         "next_timeout",
@@ -82,8 +84,9 @@ class Call(Generic[T]):
         self.expires = now + timeout
         self.connect_timeout = connect_timeout
         self.next_timeout = now + connect_timeout
+        self.attempts = 0
+        self.in_flight = False
         self.losses = 0
-        self.deferred = False
         self.refusal: Unavailable | InvalidArgument | None = None
         self.done = False
         self.waiter: Any = None
@@ -121,19 +124,27 @@ class Call(Generic[T]):
     @property
     def may_have_changed_daemon(self) -> bool:
         """Whether it has been sent and may have changed the daemon, though no answer has come."""
-        return self.changes_daemon and not self.deferred
+        return self.changes_daemon and self.in_flight
 
     def mark_sent(self) -> None:
         """Note that the request was sent: from now on the call waits for its answer."""
         self.next_timeout = self.expires
-        self.deferred = False
+        self.attempts += 1
+        self.in_flight = True
 
-    def renew_deadline(self, now: float) -> None:
-        """Write the time that is left of the deadline, if there is one, into the header."""
+    def renew(self, now: float) -> None:
+        """Write into the header what has changed since it was encoded: the attempt, and what is left of a deadline."""
         request = self._request
-        if isinstance(request, wire.Predict) and request.deadline_us is not None:
-            left_us = min((self.expires - now) * 1e6, wire.MAX_DEADLINE_US)
-            self.frames[0] = wire.encode(msgspec.structs.replace(request, deadline_us=left_us, sent_us=now * 1e6))
+        if not isinstance(request, wire.Predict):
+            return
+        changes: dict[str, Any] = {}
+        if self.attempts:
+            changes["attempt"] = self.attempts + 1
+        if request.deadline_us is not None:
+            changes["deadline_us"] = min((self.expires - now) * 1e6, wire.MAX_DEADLINE_US)
+            changes["sent_us"] = now * 1e6
+        if changes:
+            self.frames[0] = wire.encode(msgspec.structs.replace(request, **changes))
 
     def take(self) -> T:
         """The result, or its error raised. Call it once, when `done`."""

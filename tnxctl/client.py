@@ -31,7 +31,9 @@ class Client:
             result.output, result.device, result.timing.total_us
 
     Thread-safe: any number of threads may use one client at once, over its one connection. It connects when the
-    first call needs it, and again when the daemon comes back: a call succeeds if its timeout allows for that.
+    first call needs it, and again when the daemon comes back: a call succeeds if its timeout allows for that. What was
+    under way is sent again then, so a prediction may be computed more than once; it is answered once
+    (docs/protocol.md, "Resending").
     After a fork, the child needs a client of its own; one that has been used before answers every call with
     FailedPrecondition there, as do futures that were not done. A client cannot be pickled or copied: pass its address.
 
@@ -45,8 +47,9 @@ class Client:
 
     `load`, `unload`, `route` and `reload` change what the daemon serves, for everybody, and write it to no file. The
     daemon goes on with them when nobody waits any more, after a timeout or Ctrl-C. They are not sent again on a new
-    connection, as the others are: a connection that breaks under them is an Unavailable error, `models` tells what
-    has become of them, and to ask for the same once more does no harm. `load`, `unload` and `reload` take long, so
+    connection, as the others are, unless the daemon says that it stops and has not done them: a connection that breaks
+    under them is an Unavailable error, `models` tells what has become of them, and to ask for the same once more does
+    no harm. `load`, `unload` and `reload` take long, so
     their timeout is `tnxctl.encoder.LOAD_TIMEOUT_S`, ten minutes, unless the client's own is longer; to reach
     the daemon, they take no longer than the client's own. A daemon that lets no client change what it serves answers
     them with PermissionDenied.

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import math
 
+from tnxctl.backoff import spread
+
 FIRST_PROBE_TIMEOUT_S = 1.0
 LAST_PROBE_TIMEOUT_S = 600.0
 _PROBE_TIMEOUT_S = 5.0
@@ -30,7 +32,8 @@ slow line takes for them. The last one bounds that as well: a wait of any length
 
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 1.0
-"""Interval between two attempts to connect: doubles from the first to the last, until a reply comes."""
+"""Interval between two attempts to connect: doubles from the first to the last, until a reply comes. A random time is
+added to each."""
 
 
 class Connection:
@@ -80,7 +83,7 @@ class Connection:
     def connecting(self, now: float) -> None:
         """Note that an attempt to connect begins."""
         self.is_connecting = True
-        self.retry_at = now + self.retry_s
+        self.retry_at = now + spread(self.retry_s)
         self.retry_s = min(2 * self.retry_s, LAST_RETRY_S)
 
     def note_trouble(self, trouble: str, *, begun: bool = False) -> None:

@@ -21,16 +21,21 @@ from tnxctl.request_windows import Window
 
 def timed_out(call: Call[Any], connection: Connection) -> DeadlineExceeded | Unavailable | InvalidArgument:
     """The error of a call whose time is over, with the reason. May be asked for in any thread."""
-    if connection.is_open and call.refusal is not None and (call.deferred or not call.changes_daemon):
+    if connection.is_open and call.refusal is not None and not call.may_have_changed_daemon:
         return call.refusal
+    kind = DeadlineExceeded if call.firm_deadline else Unavailable
     within = f"within {'its deadline of ' if call.firm_deadline else ''}{spell(call.timeout)}"
+    if connection.is_open and call.attempts and not call.in_flight:
+        return kind(
+            f"{connection.endpoint}: the connection broke while {call.verb} was under way, and it was not sent again "
+            f"{within}: others were before it"
+        )
     if connection.is_open:
         goes_on = "; it may still be at work on it" if call.changes_daemon else ""
         return DeadlineExceeded(f"{connection.endpoint} did not answer {call.verb} {within}{goes_on}")
     if call.connect_timeout < call.timeout:
         within = f"within {spell(call.connect_timeout)}"
-    state = "lost the connection and got none again" if call.losses else "no connection"
-    kind = DeadlineExceeded if call.firm_deadline else Unavailable
+    state = "lost the connection and got none again" if call.attempts else "no connection"
     return kind(f"{connection.endpoint}: {state} {within}: {connection.trouble}")
 
 

@@ -14,23 +14,25 @@ Times come in as arguments, in seconds of any monotonic clock. `tnxctl.encoder` 
 `tnxctl.connection` is the state of the connection. The shells (`tnxctl.client`, `tnxctl.aio`) only wait, and hand
 finished calls to their callers.
 
-A call is sent when a connection stands and again on each new one, until it is answered: `predict` is pure, so
-running it twice does no harm, and a call outlives a restart of the daemon if its timeout allows. Each connection
-is a new peer to the daemon, so a repeated id never meets its first use. A deadline travels as a duration, so
-a call with one goes out on a new connection with what is left of it, and not at all when nothing is.
+A call is sent when a connection stands and again on each new one, until it is answered, and likewise after a refusal
+that says when to come back. `predict` is pure, so running it twice does no harm, and a call outlives a restart of the
+daemon if its timeout allows. Each connection is a new peer to the daemon, so a repeated id never meets its first use,
+and an answer to an earlier attempt has no way to come. A deadline travels as a duration, so a call with one goes out
+again with what is left of it, and not at all when nothing is. `tnxctl.resending` says how many go out again at a time.
 
-`load`, `unload`, `route` and `reload` change what the daemon serves, and are never sent twice. To ask for the same
-again would be harmless in itself. But a load may be what killed the daemon, and must not kill the next one; and what
-somebody else has changed since must not be undone by a message from before. So such a call fails when the connection
-breaks under it, and its caller decides. Since it may take minutes, it also fails early while nobody is there: it
-waits for a connection no longer than other calls do.
+`load`, `unload`, `route` and `reload` change what the daemon serves, and are not sent again on a new connection. To ask
+for the same again would be harmless in itself. But a load may be what killed the daemon, and must not kill the next
+one; and what somebody else has changed since must not be undone by a message from before. So such a call fails when the
+connection breaks under it, and its caller decides. A daemon that refuses it, or that stops in good order before it is
+done, says so: then it is sent again. Since it may take minutes, it also fails early while nobody is there: it waits for
+a connection no longer than other calls do.
 
 Large inputs: a daemon ends a connection when a frame is longer than it takes, which would happen again on every new
 one. So large inputs under which a connection broke are held until the daemon has answered a probe, which says how much
 it takes.
 
-Every call under way is pending, and some of these are held or to be tried again. All events that change it are here,
-together, so that a reader can see that no call is lost and none is finished twice.
+Every call under way is pending, and is in flight, held, or waits to be sent, for the first time or again. All events
+that change it are here, together, so that a reader can see that no call is lost and none is finished twice.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from heapq import heappop, heappush
 from typing import Any
 
 import msgspec
 
 from tnxctl import failures
+from tnxctl.backoff import growing, spread
 from tnxctl.call import Call
 from tnxctl.connection import FIRST_RETRY_S, Connection
 from tnxctl.encoder import RequestEncoder
@@ -57,6 +59,7 @@ from tnxctl.protocol.errors import (
     from_code,
 )
 from tnxctl.protocol.wire import Limits
+from tnxctl.resending import Resends
 from tnxctl.throttling import Throttle
 
 MAX_PENDING_CALLS = 65_536
@@ -69,6 +72,10 @@ MAX_LOSSES = 3
 
 LARGE_BYTES = 64 * 1024
 """Least size of inputs that a connection may have broken of: no sane limit of a daemon is below it."""
+
+LAST_DEFERRAL_S = 0.3
+"""Longest interval between two attempts of a call that the daemon refuses for now, unless it names a longer one: a
+model that comes back after it had made room stays for half a second at least, so that its clients find it."""
 
 # Reports about many devices and models outgrow the header limit that protects a daemon from its clients.
 _REPLY_HEADER_BYTES = 16 * wire.MIB
@@ -106,7 +113,7 @@ class Session:
         self._closed = False
         # No pending call expires earlier; it may lie too early, then a look at the calls sets it right.
         self._expiry = math.inf
-        self._retries: list[tuple[float, int]] = []  # a heap of times and ids
+        self._resends = Resends()
         self._probe_id: int | None = None
         self._held: list[Call[Any]] = []  # until the daemon has answered the probe
 
@@ -128,8 +135,8 @@ class Session:
         if connection.is_open:
             if connection.half_open_at < timer:
                 timer = connection.half_open_at
-            if self._retries and self._retries[0][0] < timer:
-                timer = self._retries[0][0]
+            if self._resends.next_at < timer:
+                timer = self._resends.next_at
         elif not connection.is_connecting and self._pending and connection.retry_at < timer:
             timer = connection.retry_at
         return timer
@@ -193,6 +200,9 @@ class Session:
             return call
         if call.window is not None:
             call.window.served(now)
+        if call.attempts > 1:
+            self._resends.refund()
+        self._resends.succeeded()
         try:
             call.succeed(reply, frames, self._reply_limits)
         except InvalidArgument as error:
@@ -211,30 +221,39 @@ class Session:
         """Defer a call, if it has the time: a daemon that is starting or draining says when to ask again."""
         if not isinstance(error, Unavailable) or error.retry_after_s is None:
             return False
-        retry_at = now + max(error.retry_after_s, FIRST_RETRY_S)
-        if retry_at >= call.expires:
+        after_s = max(error.retry_after_s, FIRST_RETRY_S)
+        if now + after_s >= call.expires:
             return False
+        retry_at = now + spread(max(after_s, growing(FIRST_RETRY_S, LAST_DEFERRAL_S, call.attempts)))
+        if retry_at >= call.expires:
+            retry_at = now + after_s
+        if call.attempts > 1:
+            self._resends.refund()
         call.refusal = error
-        call.deferred = True
+        call.in_flight = False
         call.next_timeout = min(call.expires, retry_at + call.connect_timeout)  # the daemon may be gone by then
         self._expiry = min(self._expiry, call.next_timeout)
         self._pending[call.id] = call
         self._pending_bytes += call.nbytes
         if call.window is not None:
             call.window.outstanding += 1
-        heappush(self._retries, (retry_at, call.id))
+        self._resends.wait(call.id, retry_at)
         return True
 
     def take_retries(self, now: float) -> list[Call[Any]]:
-        """The deferred calls that are to be sent now, once more."""
+        """The calls that are to be sent now, once more."""
         calls = []
-        while self._retries and self._retries[0][0] <= now:
-            call = self._pending.get(heappop(self._retries)[1])
+        while (call_id := self._resends.take(now)) is not None:
+            call = self._pending.get(call_id)
             if call is not None:
-                call.renew_deadline(now)
-                call.mark_sent()
+                self._send_again(call, now)
                 calls.append(call)
         return calls
+
+    def _send_again(self, call: Call[Any], now: float) -> None:
+        call.renew(now)
+        call.mark_sent()
+        self._resends.began()
 
     # --- calls that end without a reply ----------------------------------------------------------------------
 
@@ -289,6 +308,8 @@ class Session:
             self._pending_bytes -= call.nbytes
             if call.window is not None:
                 call.window.outstanding -= 1
+            if call.attempts > 1 and call.in_flight:
+                self._resends.ended()
         return call
 
     # --- the connection --------------------------------------------------------------------------------------
@@ -300,25 +321,33 @@ class Session:
     def connected(self, now: float) -> list[Call[Any]]:
         """Open the connection: the attempt has succeeded. Returns the calls to send now, in order.
 
-        That is all but the calls whose time is over, and those that may be what the last connection broke of.
+        That is all but the calls whose time is over, those that may be what the last connection broke of, and those
+        that have to wait for others to be sent again.
         """
         self.connection.opened()
-        calls = [call for call in self._pending.values() if call.expires > now]
-        self._held = [call for call in calls if call.losses and call.nbytes >= LARGE_BYTES]
-        if self._held:
-            self.connection.wants_probe = True
-            held = {call.id for call in self._held}
-            calls = [call for call in calls if call.id not in held]
-        for call in calls:
-            call.renew_deadline(now)
-            call.mark_sent()
+        calls = []
+        for call in self._pending.values():
+            if call.expires <= now:
+                continue
+            if call.losses and call.nbytes >= LARGE_BYTES:
+                self._held.append(call)
+            elif not call.attempts:
+                call.renew(now)
+                call.mark_sent()
+                calls.append(call)
+            elif self._resends.has_room:
+                self._send_again(call, now)
+                calls.append(call)
+            else:
+                self._resends.wait(call.id, now)
+        self.connection.wants_probe = bool(self._held)
         return calls
 
     def lost(self) -> list[Call[Any]]:
         """Close the connection: the attempt failed or it broke. Returns the calls that fail now; the others wait."""
         failed = []
         if self.connection.is_open:
-            for call in list(self._pending.values()):
+            for call in [call for call in self._pending.values() if call.in_flight]:
                 call.losses += 1
                 if call.losses >= MAX_LOSSES:
                     self._fail_lost(call)
@@ -335,9 +364,13 @@ class Session:
             unsure = [call for call in self._pending.values() if call.may_have_changed_daemon]
         for call in unsure:
             self._fail_lost(call)
+        for call in self._pending.values():
+            if call.attempts > 1 and call.in_flight:
+                self._resends.ended()
+            call.in_flight = False
         self.connection.closed()
         self._probe_id, self._held = None, []
-        self._retries.clear()  # everything goes out on the next connection
+        self._resends.clear()  # everything goes out on the next connection
         return unsure
 
     def give_up(self) -> list[Call[Any]]:
@@ -367,8 +400,8 @@ class Session:
                 continue
             if 0 < limit < call.nbytes:
                 call.refusal = failures.inputs_too_large(call, self.endpoint, limit)
-                call.deferred, call.next_timeout = True, now
+                call.next_timeout = now
                 self._expiry = min(self._expiry, now)
             else:
-                heappush(self._retries, (now, call.id))
+                self._resends.wait(call.id, now)
         self._held, self._probe_id = [], None

@@ -23,8 +23,9 @@ from tnxd.advice import installing
 from tnxd.config import Config, control_of
 from tnxd.daemon import LAST_WORDS_S, Daemon
 from tnxd.deployment.registry import Registry
-from tnxd.process import logs, signals
+from tnxd.process import activation, logs, signals
 from tnxd.process.systemd import raise_file_limit
+from tnxd.transport import inherited
 from tnxd.transport.client_limits import Admission, is_loopback
 from tnxd.transport.router import Router
 
@@ -155,10 +156,14 @@ def main(
     raise_file_limit()
     queue = config.queue
     admission = Admission(config.clients, max_requests=queue.max_requests, max_bytes=int(queue.max_mb * MIB))
+    try:
+        endpoints = _endpoints(config)
+    except TensorNextError as error:
+        _exit(2, error)
     router = Router(config.limits, admission)
     try:
-        for endpoint in config.bind:
-            router.bind(endpoint)
+        for endpoint, listener in endpoints.items():
+            router.bind(endpoint, listener)
     except TensorNextError as error:
         router.close(0)
         _exit(1, error)
@@ -173,6 +178,24 @@ def main(
     logs.flush(LAST_WORDS_S)
     # Lanes may be inside torch, and the interpreter cannot end under them: it would abort.
     os._exit(code)
+
+
+def _endpoints(config: Config) -> dict[str, inherited.Listener | None]:
+    """Endpoints to listen on, with the listeners that systemd holds for them.
+
+    Raises:
+        InvalidArgument: what it holds does not fit the configuration.
+    """
+    held = inherited.listeners(activation.take_descriptors())
+    endpoints = inherited.assign(config.bind, held)
+    for endpoint, listener in endpoints.items():
+        if held and listener is None:
+            log.warning(
+                "%s is not among what systemd holds for the daemon: nobody can connect there during a restart, unless "
+                "tensornext.socket has it as a ListenStream=, too",
+                endpoint,
+            )
+    return endpoints
 
 
 def _warn_of_strangers(config: Config, endpoints: list[str]) -> None:

@@ -173,6 +173,7 @@ BUSY = {
     ),
     "errors": (("NOT_FOUND", 1), ("INVALID_ARGUMENT", 4)),
     "abandoned": 7,
+    "resent": 3,
     "prediction_error_us": 41.4,
 }
 
@@ -188,7 +189,7 @@ def test_health_for_people() -> None:
     assert "cuda:1 failed: out of memory" in lines
     assert "mlp (default) 1 ready 64 input FP32 [-1,256] output FP32 [-1,128]" in lines
     assert "digits 3 ready 64 image FP32 [-1,64] scores FP32 [-1,10]" in lines
-    assert "1205 requests, 1200 replies, 5 errors, 0 undeliverable, 7 abandoned" in lines
+    assert "1205 requests, 1200 replies, 5 errors, 0 undeliverable, 7 abandoned, 3 sent again" in lines
     assert "1 waiting, 2 running; predicted times are off by 41 µs" in lines
     assert "errors: INVALID_ARGUMENT 4, NOT_FOUND 1" in lines
 

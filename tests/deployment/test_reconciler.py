@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -332,3 +332,32 @@ def test_an_exception_that_cannot_say_what_it_is(bench: Bench) -> None:
     bench.add("net", "2", opens=raising(Unprintable()))
     assert "Unprintable" in bench.run(bench.reconciler.reload).failed["net@2"]
     assert not bench.registry.deployments["net"].versions["2"].loading
+
+
+def test_an_order_that_comes_twice_leaves_what_it_has_left_the_first_time(bench: Bench) -> None:
+    bench.add("net", "2")
+    reconciler = bench.reconciler
+
+    def state() -> tuple[object, ...]:
+        deployment = bench.registry.deployments["net"]
+        return bench.states(), bench.shares("net"), deployment.shadow, set(deployment.pinned), set(bench.executor.held)
+
+    def route(done: Callable[[Any], None]) -> None:
+        reconciler.route("net", {"1": 3, "2": 1}, "")
+        done("net")
+
+    orders: list[Callable[[Callable[[Any], None]], None]] = [
+        lambda done: reconciler.load("net@2", done),
+        route,
+        lambda done: reconciler.unload("net@1", done),
+        lambda done: reconciler.unload("net", done),
+        lambda done: reconciler.load("net", done),
+        lambda done: bench.add("net", "3") and reconciler.reload(done),
+    ]
+    for order in orders:
+        before = state()
+        assert not isinstance(bench.run(order), TensorNextError)
+        after = state()
+        assert after != before
+        assert not isinstance(bench.run(order), TensorNextError)
+        assert state() == after

@@ -16,6 +16,7 @@ import pytest
 import zmtp
 from conftest import Daemon
 from dealer import Dealer
+from tnxctl import connection, resending, session
 from tnxctl.protocol import errors, wire
 from tnxctl.protocol.datatypes import STORAGE
 from tnxctl.protocol.frames import view_tensors
@@ -240,6 +241,17 @@ def test_the_largest_deadline_and_the_levels() -> None:
     meanings = {bare(name): meaning for name, _, _, meaning in fields}
     assert f"at most {wire.MAX_DEADLINE_US:.0f}, a day" in meanings["deadline_us"]
     assert meanings["priority"].startswith(f"0 to {wire.LOWEST_PRIORITY}.")
+
+
+def test_the_budget_of_resends() -> None:
+    text = " ".join(section("Resending").split())
+    every = round(1 / resending.TOKENS_PER_SUCCESS)
+    assert every == 10
+    first, most = resending.FIRST_TOKENS, resending.MOST_TOKENS
+    assert f"There are {first:.0f} at first and one more for every ten results, up to {most:.0f}." in text
+    assert f"the next after {connection.FIRST_RETRY_S * 1e3:.0f} ms" in text
+    assert session.MAX_LOSSES == 3
+    assert "unless that was the third one that ended under it" in text
 
 
 def test_the_largest_weight() -> None:

@@ -92,7 +92,7 @@ def _lines(report: HealthReport, endpoint: str, round_trip_ms: float) -> Iterato
     yield ""
     yield (
         f"{report.requests} requests, {report.replies} replies, {sum(report.errors.values())} errors, "
-        f"{report.undeliverable} undeliverable, {report.abandoned} abandoned"
+        f"{report.undeliverable} undeliverable, {report.abandoned} abandoned, {report.resent} sent again"
     )
     predictions = f"; predicted times are off by {report.prediction_error_us:.0f} µs" if report.replies else ""
     yield f"{report.queued} waiting, {report.running} running{predictions}"

@@ -197,6 +197,7 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
             the daemon, since they took too much of what is everybody's.
         traffic_mb: memory in MiB of what is received, in flight and owed. traffic_limit_mb: the most that it may be.
         traffic_owed_mb: of this, replies that clients have not taken yet.
+        resent: predict requests, of all `requests`, that had been sent before, as their headers say.
     """
 
     v: Version
@@ -224,6 +225,7 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
     traffic_mb: float = 0.0
     traffic_limit_mb: float = 0.0
     traffic_owed_mb: float = 0.0
+    resent: int = 0
 
 
 class MetadataReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata"):

@@ -36,6 +36,7 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
         route_key: requests with the same key go to the same version while traffic is split; "": those of one
             connection do.
         max_reply_bytes: most bytes that all tensors of the answer may have together.
+        attempt: 1 for a request that is sent for the first time, one more with each time that it is sent again.
     """
 
     v: Version
@@ -50,6 +51,7 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] | None = None
     route_key: Name = ""
     max_reply_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = MESSAGE_BYTES
+    attempt: Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)] = 1
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="cancel", gc=False):

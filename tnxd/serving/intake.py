@@ -201,8 +201,11 @@ class Intake:
         except TensorNextError as error:
             self._refuse(message, request_id(header, self._limits), error, received_ns)
             return None
-        if self._refusals and isinstance(request, Predict) and self._is_hopeless(message, request, received_ns):
-            return None
+        if isinstance(request, Predict):
+            if request.attempt > 1:
+                self._telemetry.resent += 1
+            if self._refusals and self._is_hopeless(message, request, received_ns):
+                return None
         try:
             if message.tensor_count > len(tensors):
                 raise InvalidArgument(

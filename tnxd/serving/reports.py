@@ -106,12 +106,18 @@ def health(
         traffic_mb=admission.traffic_bytes / MIB,
         traffic_limit_mb=admission.max_traffic_bytes / MIB,
         traffic_owed_mb=admission.unsent / MIB,
+        resent=telemetry.resent,
     )
 
 
 def unavailable(state: str) -> Unavailable:
     """The refusal of a request that only a ready daemon serves."""
     return Unavailable(f"the daemon is {state}", retry_after_s=_RETRY_AFTER_S)
+
+
+def stopped(what: str) -> Unavailable:
+    """The error of what a daemon that stops in good order leaves undone: it can be asked of the next one."""
+    return Unavailable(f"the daemon stopped before {what} was done", retry_after_s=_RETRY_AFTER_S)
 
 
 def refusal(model: str, state: str, registry: Registry) -> TensorNextError:

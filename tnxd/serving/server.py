@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from tnxctl.protocol.errors import TensorNextError, Unavailable
+from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.wire import Limits
 from tnxd.deployment.background import Background
 from tnxd.deployment.reconciler import Reconciler
@@ -23,6 +23,7 @@ from tnxd.executors.execution import Execution
 from tnxd.scheduling.refusals import Refusals
 from tnxd.scheduling.request import NEVER
 from tnxd.scheduling.scheduler import Scheduler
+from tnxd.serving import reports
 from tnxd.serving.answers import Answers
 from tnxd.serving.call_queue import CallQueue
 from tnxd.serving.control_plane import ControlPlane
@@ -348,7 +349,7 @@ class Server:
     def _abandon(self) -> None:
         """Answer what will never be finished."""
         for request in [*self._scheduler.drop_all(), *self._dispatcher.unanswered()]:
-            self._answers.error(request, Unavailable("the daemon stopped before this request was done"))
+            self._answers.error(request, reports.stopped("this request"))
         self._control.abandon()
         self._answer_commands()
 

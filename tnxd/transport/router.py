@@ -17,6 +17,7 @@ from tnxctl.protocol.wire import Limits
 from tnxd.transport import routing_ids, zap
 from tnxd.transport.client_limits import Admission, Connection
 from tnxd.transport.connections import Connections
+from tnxd.transport.inherited import Listener
 from tnxd.transport.listeners import Listeners
 from tnxd.transport.monitor import Monitor
 from tnxd.transport.outbox import PEER_HWM, Outbox
@@ -94,14 +95,14 @@ class Router:
         self._recv: Any = socket.recv  # its stubs do not know that frames are buffers
         self._get: Any = socket.get
 
-    def bind(self, endpoint: str) -> None:
-        """Listen on a tcp:// or ipc:// endpoint.
+    def bind(self, endpoint: str, inherited: Listener | None = None) -> None:
+        """Listen on a tcp:// or ipc:// endpoint, by the socket that listens there already or else by one of its own.
 
         Raises:
             FailedPrecondition: it is in use.
             InvalidArgument: it is no address of this machine.
         """
-        self._listeners.bind(endpoint)
+        self._listeners.bind(endpoint, inherited)
 
     def watch(self, wakeup: Wakeup) -> None:
         """Let `wait` return when the wake-up is set, too."""
