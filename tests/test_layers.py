@@ -51,10 +51,13 @@ SANS_IO = tuple(
     f"tnxctl.{module}"
     for module in (
         "backoff",
+        "balancer",
         "call",
         "connection",
         "encoder",
+        "endpoints",
         "failures",
+        "hedging",
         "request_windows",
         "resending",
         "session",
@@ -63,7 +66,7 @@ SANS_IO = tuple(
 )
 """Modules of the client that are pure: but for the random part of waits, all depends on their arguments alone."""
 
-MOVERS = tuple(f"tnxctl.{module}" for module in ("driver", "link", "process", "wakeups"))
+MOVERS = tuple(f"tnxctl.{module}" for module in ("driver", "link", "links", "process", "wakeups"))
 """Modules of the client that move messages or wait."""
 
 IO = ("asyncio", "os", "select", "socket", "threading", "time", "zmq")

@@ -7,20 +7,22 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from tnxctl import process
+from tnxctl.balancer import Balancer, session_of
 from tnxctl.call import Call
 from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
-from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
-from tnxctl.link import Link, Socket, has_input
+from tnxctl.endpoint import DEFAULT_ENDPOINT
+from tnxctl.link import Socket
+from tnxctl.links import link_of
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
-from tnxctl.results import Result
+from tnxctl.results import Result, Traffic
 from tnxctl.session import Session
 
 if TYPE_CHECKING:
@@ -47,12 +49,14 @@ class AsyncClient:
 
     def __init__(
         self,
-        endpoint: str = DEFAULT_ENDPOINT,
+        endpoint: str | Sequence[str] = DEFAULT_ENDPOINT,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         limits: Limits | None = None,
+        hedge: bool | float = False,
     ) -> None:
-        self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
+        self._given = endpoint
+        self._session = session_of(endpoint, timeout, limits or Limits(), hedge)
         self._encoder = self._session.encoder
         self._driver: _LoopDriver | _OtherThreadDriver | None = None
         self._generation = process.forks
@@ -61,12 +65,17 @@ class AsyncClient:
         return f"<{type(self).__name__} of {self.endpoint}, timeout {spell(self._session.timeout)}>"
 
     def __reduce__(self) -> NoReturn:
-        raise process.pickle_error(self, f"{self.endpoint!r}, timeout={self._session.timeout:g}")
+        raise process.pickle_error(self, f"{self._given!r}, timeout={self._session.timeout:g}")
 
     @property
     def endpoint(self) -> str:
-        """The daemon's address, as ZeroMQ spells it."""
+        """The daemon's address, as ZeroMQ spells it; of several, with commas between them."""
         return self._session.endpoint
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """The numbers of what was sent to each of several daemons, moved and hedged; with one daemon None."""
+        return self._session.traffic if isinstance(self._session, Balancer) else None
 
     async def predict(
         self,
@@ -185,10 +194,10 @@ class _LoopDriver:
     it. So each use of a socket is followed by a look at its events.
     """
 
-    def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, session: Session | Balancer, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._session = session
-        self._link = Link(session, watch=self._watch, unwatch=self._unwatch)
+        self._link = link_of(session, watch=self._watch, unwatch=self._unwatch)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = math.inf
         self._ended = threading.Event()
@@ -245,7 +254,7 @@ class _LoopDriver:
 
     def _check_again(self) -> None:
         """Check for messages once more after sending one, which may have cleared the event of one that came."""
-        if has_input(self._link.dealer):
+        if self._link.has_input():
             self.loop.call_soon(self._turn)
 
     def _turn(self) -> None:
@@ -253,7 +262,7 @@ class _LoopDriver:
         link = self._link
         _settle_all(link.poll_monitor())
         for _ in range(_REPLIES_PER_TURN):
-            if not has_input(link.dealer):
+            if not link.has_input():
                 break
             call = link.receive()
             if call is not None:
@@ -290,7 +299,7 @@ class _LoopDriver:
 class _OtherThreadDriver:
     """A driver for loops that cannot watch a file descriptor, as the default one of Windows: an I/O thread does it."""
 
-    def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, session: Session | Balancer, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._driver = ThreadDriver(session)
 

@@ -84,6 +84,7 @@ class Link:
 
     Attributes:
         dealer, monitor: both None, or both open.
+        sources: both, as zmq_poll takes them.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Link:
         self._unwatch = unwatch or _ignore
         self.dealer: Socket | None = None
         self.monitor: Socket | None = None
+        self.sources: list[tuple[Any, int]] = []
         self._is_large = False  # the last tensor that came
 
     def start(self, call: Call[Any]) -> None:
@@ -125,6 +127,10 @@ class Link:
             if len(frames) < self._session.max_frames:
                 frames.append(frame)
         return self._session.receive(frames, time.monotonic())
+
+    def has_input(self) -> bool:
+        """Whether a message waits. The look also re-arms the edge-triggered file descriptor of the socket."""
+        return has_input(self.dealer)
 
     def _receive_tensor(self, dealer: Socket) -> bytearray | zmq.Frame:
         """Take the next frame, as memory that can be written to.
@@ -176,7 +182,7 @@ class Link:
         finished += expired
         self._send_probe()
         if self._session.must_connect(now):
-            self._connect(now)
+            self.connect(now)
         for call in self._session.take_retries(now):
             self._send(call)
         return finished
@@ -184,7 +190,7 @@ class Link:
     def _receive_all(self) -> list[Call[Any]]:
         """Take all messages that wait. Returns the calls that they finished."""
         finished: list[Call[Any]] = []
-        while has_input(self.dealer):
+        while self.has_input():
             call = self.receive()
             if call is not None:
                 finished.append(call)
@@ -216,9 +222,10 @@ class Link:
             if socket is not None:
                 with contextlib.suppress(AttributeError):
                     socket._shadow = True  # another's: pyzmq does not warn that it was never closed
-        self.dealer = self.monitor = None
+        self.dealer, self.monitor, self.sources = None, None, []
 
-    def _connect(self, now: float) -> None:
+    def connect(self, now: float) -> None:
+        """Attempt to connect."""
         session = self._session
         session.connection.connecting(now)
         try:
@@ -249,6 +256,7 @@ class Link:
         # pyzmq's own address comes from a file descriptor, whose number the last socket may have had just now.
         self.monitor = dealer.get_monitor_socket(_EVENTS, f"inproc://tnx-monitor-{next(_monitor_ids)}")
         self._watch(self.monitor)
+        self.sources = [(dealer, _POLLIN), (self.monitor, _POLLIN)]
         dealer.connect(self._session.endpoint)
 
     def _close_sockets(self) -> None:
@@ -262,7 +270,7 @@ class Link:
         if dealer is not None and not dealer.closed:
             self._unwatch(dealer)
             dealer.close(0)
-        self.dealer = self.monitor = None
+        self.dealer, self.monitor, self.sources = None, None, []
 
     def _send_cancel(self, call: Call[Any]) -> None:
         """Spare the daemon a computation that nobody waits for, if that is possible at once."""

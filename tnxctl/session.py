@@ -59,7 +59,7 @@ from tnxctl.protocol.errors import (
     from_code,
 )
 from tnxctl.protocol.wire import Limits
-from tnxctl.resending import Resends
+from tnxctl.resending import Budget, Resends
 from tnxctl.throttling import Throttle
 
 MAX_PENDING_CALLS = 65_536
@@ -87,6 +87,9 @@ _log = logging.getLogger("tnxctl")
 class Session:
     """All calls of one client to one endpoint. Used from one thread at a time.
 
+    Args:
+        budget: that of all resends of the client, if it has more than this session.
+
     Attributes:
         encoder: makes the calls; may be used from any thread.
         connection: the state of the connection that they go out on.
@@ -94,7 +97,7 @@ class Session:
         max_frame_bytes: most bytes that one of them may have.
     """
 
-    def __init__(self, endpoint: str, timeout: float, limits: Limits) -> None:
+    def __init__(self, endpoint: str, timeout: float, limits: Limits, budget: Budget | None = None) -> None:
         self.endpoint = endpoint
         self.encoder = RequestEncoder(timeout, limits)
         self.connection = Connection(endpoint)
@@ -113,7 +116,8 @@ class Session:
         self._closed = False
         # No pending call expires earlier; it may lie too early, then a look at the calls sets it right.
         self._expiry = math.inf
-        self._resends = Resends()
+        self._budget = budget or Budget()
+        self._resends = Resends(self._budget)
         self._probe_id: int | None = None
         self._held: list[Call[Any]] = []  # until the daemon has answered the probe
 
@@ -126,6 +130,11 @@ class Session:
     def idle(self) -> bool:
         """Whether nothing is under way."""
         return not self._pending
+
+    @property
+    def outstanding(self) -> int:
+        """Number of calls under way."""
+        return len(self._pending)
 
     @property
     def next_timer(self) -> float:
@@ -201,8 +210,8 @@ class Session:
         if call.window is not None:
             call.window.served(now)
         if call.attempts > 1:
-            self._resends.refund()
-        self._resends.succeeded()
+            self._budget.refund()
+        self._budget.succeeded()
         try:
             call.succeed(reply, frames, self._reply_limits)
         except InvalidArgument as error:
@@ -219,7 +228,7 @@ class Session:
 
     def _defer(self, call: Call[Any], error: TensorNextError, now: float) -> bool:
         """Defer a call, if it has the time: a daemon that is starting or draining says when to ask again."""
-        if not isinstance(error, Unavailable) or error.retry_after_s is None:
+        if not isinstance(error, Unavailable) or error.retry_after_s is None or call.moves:
             return False
         after_s = max(error.retry_after_s, FIRST_RETRY_S)
         if now + after_s >= call.expires:
@@ -228,7 +237,7 @@ class Session:
         if retry_at >= call.expires:
             retry_at = now + after_s
         if call.attempts > 1:
-            self._resends.refund()
+            self._budget.refund()
         call.refusal = error
         call.in_flight = False
         call.next_timeout = min(call.expires, retry_at + call.connect_timeout)  # the daemon may be gone by then
@@ -253,7 +262,7 @@ class Session:
     def _send_again(self, call: Call[Any], now: float) -> None:
         call.renew(now)
         call.mark_sent()
-        self._resends.began()
+        self._budget.began()
 
     # --- calls that end without a reply ----------------------------------------------------------------------
 
@@ -309,7 +318,7 @@ class Session:
             if call.window is not None:
                 call.window.outstanding -= 1
             if call.attempts > 1 and call.in_flight:
-                self._resends.ended()
+                self._budget.ended()
         return call
 
     # --- the connection --------------------------------------------------------------------------------------
@@ -335,7 +344,7 @@ class Session:
                 call.renew(now)
                 call.mark_sent()
                 calls.append(call)
-            elif self._resends.has_room:
+            elif self._budget.has_room:
                 self._send_again(call, now)
                 calls.append(call)
             else:
@@ -357,16 +366,17 @@ class Session:
     def disconnected(self) -> list[Call[Any]]:
         """Close the connection: this side has ended it, so no call is to blame.
 
-        Returns the changes that were under way: they fail, since they are not sent twice.
+        Returns the changes that were under way, which fail, since they are not sent twice, and the attempts of calls
+        that may go to another daemon.
         """
         unsure = []
         if self.connection.is_open:
-            unsure = [call for call in self._pending.values() if call.may_have_changed_daemon]
+            unsure = [call for call in self._pending.values() if call.may_have_changed_daemon or call.moves]
         for call in unsure:
             self._fail_lost(call)
         for call in self._pending.values():
             if call.attempts > 1 and call.in_flight:
-                self._resends.ended()
+                self._budget.ended()
             call.in_flight = False
         self.connection.closed()
         self._probe_id, self._held = None, []
@@ -381,6 +391,7 @@ class Session:
 
     def _fail_lost(self, call: Call[Any]) -> None:
         self._pop(call.id)
+        call.in_flight = False
         call.fail(failures.connection_lost(call, self.connection, self.max_frame_bytes))
 
     def probe_message(self) -> bytes | None:

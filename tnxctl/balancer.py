@@ -1,0 +1,416 @@
+"""Balancer: the calls of a client of several daemons, each as attempts in the session of one or another. No socket.
+
+    Balancer.begin(call, now)                   registers it; it may be `done` at once
+    Balancer.place(call, now) / due(now)        -> attempts to start now, each with the index of its session
+    Balancer.started(index, attempt)            it is in the hands of its session
+    Balancer.finished(index, attempt, now)      its outcome: the call's, if that is finished with it
+    Balancer.expire(now)                        -> calls that have failed
+    Balancer.reconnects(now)                    -> sessions that should try to connect
+    Balancer.next_timer                         time of the next look
+
+To a driver it looks like a `Session`, and `tnxctl.links` like a `Link`; where there is one daemon, neither is there.
+
+An attempt is a call of its own, with the same id, header and inputs. It is started on open connections alone, and what
+its session would do again itself (after a lost connection, after a refusal for now) ends it here: the next attempt may
+be for another daemon. So `predict` and `metadata` move; all other verbs are about one daemon, and are refused.
+
+| the attempt ended with | then |
+|---|---|
+| a result, or an error that another daemon would repeat | so does the call |
+| a lost connection | again, on any open one; the third time that is what the call ends with |
+| UNAVAILABLE | again; that daemon is passed over |
+| RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED because of others | once at each other that is there, if the budget allows |
+| NOT_FOUND, FAILED_PRECONDITION | once at each other daemon, and those that are away are waited for |
+
+What is sent again has the budget of `tnxctl.resending`, one for all daemons, and so waits for its turn in that queue.
+What was never sent waits beside it, for a connection or until the daemons that refuse are asked again.
+
+Copies for daemons that keep a call waiting: see `tnxctl.hedging`. The first outcome that is not to be moved is the
+call's, and the other attempt is withdrawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from heapq import heappop, heappush
+from typing import Any
+
+from tnxctl import failures
+from tnxctl.arguments import check_hedge
+from tnxctl.call import Call
+from tnxctl.endpoint import parse_endpoints
+from tnxctl.endpoints import Endpoints
+from tnxctl.hedging import Hedging
+from tnxctl.protocol.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+    TensorNextError,
+    Unavailable,
+)
+from tnxctl.protocol.wire import Limits
+from tnxctl.resending import Budget, Resends
+from tnxctl.results import Traffic
+from tnxctl.session import MAX_LOSSES, MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session
+
+Placement = tuple[int, Call[Any]]
+"""An attempt, and the index of the session that it is for."""
+
+
+def session_of(
+    endpoint: str | Sequence[str], timeout: float, limits: Limits, hedge: bool | float
+) -> Session | Balancer:
+    """The calls of a client of one daemon, or of several.
+
+    Raises:
+        InvalidArgument: an argument that can never work; the sentence names it.
+    """
+    addresses = parse_endpoints(endpoint)
+    percentile = check_hedge(hedge, len(addresses))
+    if len(addresses) == 1:
+        return Session(addresses[0], timeout, limits)
+    return Balancer(addresses, timeout, limits, None if percentile is None else Hedging(percentile))
+
+
+class _Entry:
+    """A call under way.
+
+    Attributes:
+        attempts: those in the hands of sessions, one or two.
+        sent: how often it was sent. began: when it was for the first time.
+        tried: the sessions that it does not return to. errors: what each said last.
+        losses: connections that broke under it. copy: its copy for a second daemon, once there is one.
+    """
+
+    __slots__ = ("attempts", "began", "call", "copy", "errors", "losses", "sent", "tried")
+
+    def __init__(self, call: Call[Any]) -> None:
+        self.call = call
+        self.attempts: list[Placement] = []
+        self.sent = 0
+        self.began = 0.0
+        self.tried: set[int] = set()
+        self.errors: dict[int, TensorNextError] = {}
+        self.losses = 0
+        self.copy: Call[Any] | None = None
+
+
+class Balancer:
+    """All calls of one client to several daemons. Used from one thread at a time.
+
+    Args:
+        addresses: the endpoints, as ZeroMQ spells them.
+        hedging: when to send copies; None: never.
+
+    Attributes:
+        sessions: one per daemon.
+        encoder: makes the calls of all of them; may be used from any thread.
+    """
+
+    def __init__(self, addresses: Sequence[str], timeout: float, limits: Limits, hedging: Hedging | None) -> None:
+        self._budget = Budget()
+        self.sessions = [Session(address, timeout, limits, self._budget) for address in addresses]
+        self.encoder = self.sessions[0].encoder
+        for session in self.sessions:
+            session.encoder = self.encoder  # one row of ids: those of probes are not those of attempts
+        self.endpoint = ",".join(addresses)
+        self._endpoints = Endpoints(len(addresses))
+        self._hedging = hedging
+        self._entries: dict[int, _Entry] = {}
+        self._bytes = 0
+        self._resends = Resends(self._budget)  # those that were sent before and wait
+        self._first_sends: list[tuple[float, int]] = []  # a heap of times and ids: those that were never sent and wait
+        self._parked: dict[int, _Entry] = {}  # those that wait for a connection
+        self._copies: list[tuple[float, int]] = []  # a heap of times and ids: those that may be worth a copy then
+        self._usable: set[int] = set()  # the sessions that calls could be placed at, at the last look
+        self._hurry = False  # whether a daemon serves again, so that what waits is to be looked at
+        self._expiry = math.inf  # no waiting call expires earlier
+        self._closed = False
+        self._requests = [0] * len(addresses)
+        self._moved = self._copies_won = 0
+
+    @property
+    def timeout(self) -> float:
+        """Seconds allowed to a call that names no timeout of its own."""
+        return self.encoder.timeout
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._entries
+
+    @property
+    def traffic(self) -> Traffic:
+        """The numbers of what was sent so far."""
+        return Traffic(
+            endpoints={session.endpoint: sent for session, sent in zip(self.sessions, self._requests, strict=True)},
+            moved=self._moved,
+            hedged=0 if self._hedging is None else self._hedging.copies,
+            hedges_won=self._copies_won,
+        )
+
+    @property
+    def next_timer(self) -> float:
+        """Time from which on `expire`, `due`, `reconnects` or a session may have news."""
+        timer = min(session.next_timer for session in self.sessions)
+        if not self._entries:
+            return timer
+        timer = min(timer, self._expiry, self._resends.next_at)
+        for heap in (self._first_sends, self._copies):
+            if heap and heap[0][0] < timer:
+                timer = heap[0][0]
+        for session in self.sessions:
+            connection = session.connection
+            if not (connection.is_open or connection.is_connecting) and connection.retry_at < timer:
+                timer = connection.retry_at
+        return timer
+
+    # --- calls that begin ------------------------------------------------------------------------------------
+
+    def begin(self, call: Call[Any], now: float) -> None:
+        """Take a call under way. It may be `done` at once, with the reason as its error."""
+        if self._closed:
+            call.fail(failures.already_closed(self.endpoint))
+            return
+        if not call.may_move:
+            call.fail(failures.about_one_daemon(call, [session.endpoint for session in self.sessions]))
+            return
+        full = len(self._entries) >= MAX_PENDING_CALLS or self._bytes + call.nbytes > MAX_PENDING_BYTES
+        if full and self._entries:  # as in a session
+            limits = f"{MAX_PENDING_CALLS} and {MAX_PENDING_BYTES}"
+            call.fail(failures.too_many_pending(self.endpoint, len(self._entries), self._bytes, limits))
+            return
+        if not self._entries and not any(session.connection.is_open for session in self.sessions):
+            for session in self.sessions:  # nobody has been waiting: the new caller shall not wait for a retry
+                session.connection.retry_at_once()
+        self._entries[call.id] = _Entry(call)
+        self._bytes += call.nbytes
+
+    def place(self, call: Call[Any], now: float) -> Placement | None:
+        """The attempt to start of a call that has just begun; None: it waits."""
+        return self._place(self._entries[call.id], now)
+
+    def due(self, now: float) -> list[Placement]:
+        """The attempts to start now: of calls that waited, and copies."""
+        usable = {index for index, _ in self._open_sessions()}
+        if usable - self._usable or self._hurry:
+            self._hurry = False
+            self._hasten(now)
+        self._usable = usable
+        placements = []
+        while self._first_sends and self._first_sends[0][0] <= now:
+            placements.append(self._place_again(heappop(self._first_sends)[1], now))
+        while (call_id := self._resends.take(now)) is not None:
+            placements.append(self._place_again(call_id, now))
+            if placements[-1] is not None:
+                break  # it takes a token, once it is started
+        while self._copies and self._copies[0][0] <= now:
+            placements.append(self._place_copy(heappop(self._copies)[1], now))
+        return [placement for placement in placements if placement is not None]
+
+    def started(self, index: int, attempt: Call[Any], now: float) -> None:
+        """Note that an attempt was sent."""
+        entry: _Entry = attempt.waiter
+        self._requests[index] += 1
+        if attempt.attempts > 1:
+            self._budget.began()
+        if attempt is not entry.copy and entry.sent:
+            self._moved += 1
+        hedging = self._hedging
+        if hedging is not None and attempt is entry.copy:
+            hedging.copies += 1
+        elif hedging is not None:
+            if not entry.sent:
+                hedging.requests += 1
+                entry.began = now
+            delay_s = hedging.delay_s(entry.call.model)
+            if delay_s is not None and entry.copy is None:
+                heappush(self._copies, (now + delay_s, entry.call.id))
+        entry.sent = attempt.attempts
+
+    def _open_sessions(self) -> list[tuple[int, int]]:
+        """The sessions that have a connection without doubts about it, and the calls in the hands of each."""
+        return [
+            (index, session.outstanding)
+            for index, session in enumerate(self.sessions)
+            if session.connection.is_open and session.connection.half_open_at == math.inf
+        ]
+
+    def _place(self, entry: _Entry, now: float) -> Placement | None:
+        """The next attempt of a call; without one, the call waits."""
+        model = entry.call.model
+        among = [each for each in self._open_sessions() if each[0] not in entry.tried]
+        index = self._endpoints.choose(model, among, now) if among else None
+        if index is None:
+            self._wait(entry, self._endpoints.back_at(model, [index for index, _ in among]))
+            return None
+        return self._attempt(entry, index, now)
+
+    def _place_again(self, call_id: int, now: float) -> Placement | None:
+        entry = self._entries.get(call_id)
+        if entry is None or entry.attempts or call_id in self._parked:  # it has ended, or was looked at meanwhile
+            return None
+        return self._place(entry, now)
+
+    def _place_copy(self, call_id: int, now: float) -> Placement | None:
+        """A second attempt of a call that has waited long for its first, if there is a daemon for it."""
+        entry, hedging = self._entries.get(call_id), self._hedging
+        if entry is None or hedging is None or entry.copy is not None or len(entry.attempts) != 1:
+            return None
+        if not (hedging.has_room and self._budget.has_token):
+            return None
+        first = entry.attempts[0][0]
+        among = [each for each in self._open_sessions() if each[0] not in entry.tried and each[0] != first]
+        index = self._endpoints.choose(entry.call.model, among, now) if among else None
+        if index is None:
+            return None
+        placement = self._attempt(entry, index, now)
+        entry.copy = placement[1]
+        return placement
+
+    def _attempt(self, entry: _Entry, index: int, now: float) -> Placement:
+        attempt = entry.call.attempt(entry.sent, now)
+        attempt.waiter = entry
+        entry.attempts.append((index, attempt))
+        return index, attempt
+
+    def _wait(self, entry: _Entry, at: float) -> None:
+        call = entry.call
+        self._expiry = min(self._expiry, call.expires)
+        if at == math.inf:
+            self._parked[call.id] = entry
+        elif entry.sent:
+            self._resends.wait(call.id, at)
+        else:
+            heappush(self._first_sends, (at, call.id))
+
+    def _hasten(self, now: float) -> None:
+        """Have all that waits looked at: there is one more daemon to go to."""
+        self._resends.hasten(now)
+        self._first_sends = [(now, call_id) for _, call_id in sorted(self._first_sends)]
+        parked, self._parked = self._parked, {}
+        for entry in parked.values():
+            self._wait(entry, now)
+
+    # --- outcomes --------------------------------------------------------------------------------------------
+
+    def finished(self, index: int, attempt: Call[Any], now: float) -> Call[Any] | None:
+        """Take the outcome of an attempt. Returns the call that is finished with it, if it is.
+
+        `withdrawn` tells then which attempts nobody waits for any more.
+        """
+        entry: _Entry = attempt.waiter
+        entry.attempts.remove((index, attempt))
+        call = entry.call
+        error = attempt.error
+        if error is None:
+            if self._endpoints.served(index, call.model, attempt.predicted_s, now):
+                self._hurry = True
+            if self._hedging is not None:
+                self._hedging.took(call.model, now - entry.began)
+            self._copies_won += attempt is entry.copy
+        else:
+            entry.errors[index] = error
+            if now < call.expires and self._moves(entry, index, attempt, error, now):
+                if not entry.attempts:  # else the other one decides
+                    self._wait(entry, now)
+                return None
+        self._remove(call)
+        call.adopt(attempt)
+        return call
+
+    def withdrawn(self, attempt: Call[Any]) -> list[Placement]:
+        """The attempts that are left of the call that this one has finished."""
+        entry: _Entry = attempt.waiter
+        left, entry.attempts = entry.attempts, []
+        return left
+
+    def _moves(self, entry: _Entry, index: int, attempt: Call[Any], error: TensorNextError, now: float) -> bool:
+        """Whether another attempt may do better than one that ended with this error."""
+        model, retry_after_s = entry.call.model, error.retry_after_s
+        if isinstance(error, Unavailable):
+            if not attempt.in_flight:  # its connection is lost
+                entry.losses += attempt.losses
+                return entry.losses < MAX_LOSSES
+            self._endpoints.refused(index, model, retry_after_s, now, shut=True)
+            if retry_after_s is None:
+                entry.tried.add(index)
+            elif attempt.attempts > 1:
+                self._budget.refund()
+        elif isinstance(error, ResourceExhausted) or (
+            isinstance(error, DeadlineExceeded) and retry_after_s is not None
+        ):
+            if isinstance(error, ResourceExhausted):
+                self._endpoints.refused(index, model, retry_after_s, now, shut=False)
+            entry.tried.add(index)
+            others = any(other not in entry.tried for other, _ in self._open_sessions())
+            return bool(entry.attempts) or (others and (not entry.sent or self._budget.has_token))
+        elif isinstance(error, NotFound | FailedPrecondition):
+            self._endpoints.refused(index, model, retry_after_s, now, shut=False)
+            entry.tried.add(index)
+        else:
+            return False
+        return bool(entry.attempts) or len(entry.tried) < len(self.sessions)
+
+    # --- calls that end without an answer --------------------------------------------------------------------
+
+    def attempts_of(self, call: Call[Any]) -> list[Placement]:
+        """The attempts of a call in the hands of sessions."""
+        entry = self._entries.get(call.id)
+        return [] if entry is None else list(entry.attempts)
+
+    def forget(self, call: Call[Any]) -> bool:
+        """Drop a call and its attempts. False: it was not under way."""
+        for index, attempt in self.attempts_of(call):
+            self.sessions[index].forget(attempt)
+        return self._remove(call)
+
+    def expire(self, now: float) -> list[Call[Any]]:
+        """Fail the calls whose time is over while they wait; sessions do that with attempts."""
+        if now < self._expiry:
+            return []
+        waiting = [entry.call for entry in self._entries.values() if not entry.attempts]
+        expired = [call for call in waiting if call.expires <= now]
+        for call in expired:
+            error = self.timeout_error(call)
+            self._remove(call)
+            call.fail(error)
+        self._expiry = min((call.expires for call in waiting if call.expires > now), default=math.inf)
+        return expired
+
+    def timeout_error(self, call: Call[Any]) -> TensorNextError:
+        """The error of a call whose time is over, with the reasons. May be asked for in any thread."""
+        entry = self._entries.get(call.id)
+        errors = {} if entry is None else dict(entry.errors)
+        whys = {}
+        for index, session in enumerate(self.sessions):
+            error = errors.get(index)
+            whys[session.endpoint] = session.connection.trouble if error is None else error.message
+        return failures.none_answered(call, whys)
+
+    def close(self) -> list[Call[Any]]:
+        """Fail everything that is under way, and every later call. Idempotent."""
+        self._closed = True
+        for session in self.sessions:
+            session.close()
+        calls = [entry.call for entry in self._entries.values()]
+        for call in calls:
+            self._remove(call)
+            call.fail(failures.closed_before(call, self.endpoint))
+        return calls
+
+    def reconnects(self, now: float) -> list[int]:
+        """The sessions that are to try to connect now: with calls under way, all without a connection, at intervals."""
+        if not self._entries:
+            return []
+        return [index for index, session in enumerate(self.sessions) if session.connection.may_connect(now)]
+
+    def _remove(self, call: Call[Any]) -> bool:
+        entry = self._entries.pop(call.id, None)
+        if entry is None:
+            return False
+        self._bytes -= call.nbytes
+        self._parked.pop(call.id, None)
+        return True
