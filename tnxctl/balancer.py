@@ -19,7 +19,7 @@ be for another daemon. So `predict` and `metadata` move; all other verbs are abo
 | a result, or an error that another daemon would repeat | so does the call |
 | a lost connection | again, on any open one; the third time that is what the call ends with |
 | UNAVAILABLE | again; that daemon is passed over |
-| RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED because of others | once at each other that is there, if the budget allows |
+| RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED because of others | once at each other that is there, within the budget |
 | NOT_FOUND, FAILED_PRECONDITION | once at each other daemon, and those that are away are waited for |
 
 What is sent again has the budget of `tnxctl.resending`, one for all daemons, and so waits for its turn in that queue.
@@ -55,6 +55,8 @@ from tnxctl.resending import Budget, Resends
 from tnxctl.results import Traffic
 from tnxctl.session import MAX_LOSSES, MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session
 
+_LEAST_DELAY_S = 0.001  # between two looks whether a call can have a copy
+
 Placement = tuple[int, Call[Any]]
 """An attempt, and the index of the session that it is for."""
 
@@ -81,10 +83,11 @@ class _Entry:
         attempts: those in the hands of sessions, one or two.
         sent: how often it was sent. began: when it was for the first time.
         tried: the sessions that it does not return to. errors: what each said last.
+        refusal: the last one for want of room, which is not waited out.
         losses: connections that broke under it. copy: its copy for a second daemon, once there is one.
     """
 
-    __slots__ = ("attempts", "began", "call", "copy", "errors", "losses", "sent", "tried")
+    __slots__ = ("attempts", "began", "call", "copy", "errors", "losses", "refusal", "sent", "tried")
 
     def __init__(self, call: Call[Any]) -> None:
         self.call = call
@@ -93,6 +96,7 @@ class _Entry:
         self.began = 0.0
         self.tried: set[int] = set()
         self.errors: dict[int, TensorNextError] = {}
+        self.refusal: ResourceExhausted | DeadlineExceeded | None = None
         self.losses = 0
         self.copy: Call[Any] | None = None
 
@@ -125,6 +129,7 @@ class Balancer:
         self._parked: dict[int, _Entry] = {}  # those that wait for a connection
         self._copies: list[tuple[float, int]] = []  # a heap of times and ids: those that may be worth a copy then
         self._usable: set[int] = set()  # the sessions that calls could be placed at, at the last look
+        self._hoped: list[bool] = []  # by session, whether it had a connection then or was about to have one
         self._hurry = False  # whether a daemon serves again, so that what waits is to be looked at
         self._expiry = math.inf  # no waiting call expires earlier
         self._closed = False
@@ -199,15 +204,21 @@ class Balancer:
             self._hurry = False
             self._hasten(now)
         self._usable = usable
-        placements = []
+        hoped = [session.connection.is_open or session.connection.is_connecting for session in self.sessions]
+        if self._parked and hoped != self._hoped:
+            self._expiry = -math.inf  # what was parked in a hope that is no more ends now
+        self._hoped = hoped
+        placements: list[Placement | None] = []
         while self._first_sends and self._first_sends[0][0] <= now:
             placements.append(self._place_again(heappop(self._first_sends)[1], now))
         while (call_id := self._resends.take(now)) is not None:
             placements.append(self._place_again(call_id, now))
             if placements[-1] is not None:
-                break  # it takes a token, once it is started
+                break  # it takes a token, once it is started; the next one has another look at what is left
         while self._copies and self._copies[0][0] <= now:
             placements.append(self._place_copy(heappop(self._copies)[1], now))
+            if placements[-1] is not None:
+                break  # likewise
         return [placement for placement in placements if placement is not None]
 
     def started(self, index: int, attempt: Call[Any], now: float) -> None:
@@ -226,7 +237,7 @@ class Balancer:
                 hedging.requests += 1
                 entry.began = now
             delay_s = hedging.delay_s(entry.call.model)
-            if delay_s is not None and entry.copy is None:
+            if delay_s is not None and not entry.sent:
                 heappush(self._copies, (now + delay_s, entry.call.id))
         entry.sent = attempt.attempts
 
@@ -257,14 +268,16 @@ class Balancer:
     def _place_copy(self, call_id: int, now: float) -> Placement | None:
         """A second attempt of a call that has waited long for its first, if there is a daemon for it."""
         entry, hedging = self._entries.get(call_id), self._hedging
-        if entry is None or hedging is None or entry.copy is not None or len(entry.attempts) != 1:
+        if entry is None or hedging is None or entry.copy is not None:
             return None
-        if not (hedging.has_room and self._budget.has_token):
-            return None
-        first = entry.attempts[0][0]
-        among = [each for each in self._open_sessions() if each[0] not in entry.tried and each[0] != first]
-        index = self._endpoints.choose(entry.call.model, among, now) if among else None
-        if index is None:
+        delay_s = hedging.delay_s(entry.call.model) or _LEAST_DELAY_S
+        index = None
+        if len(entry.attempts) == 1 and hedging.has_room(now - entry.began, delay_s) and self._budget.has_token:
+            first = entry.attempts[0][0]
+            among = [each for each in self._open_sessions() if each[0] not in entry.tried and each[0] != first]
+            index = self._endpoints.choose(entry.call.model, among, now) if among else None
+        if index is None:  # there may be one the next time
+            heappush(self._copies, (now + max(delay_s, _LEAST_DELAY_S), call_id))
             return None
         placement = self._attempt(entry, index, now)
         entry.copy = placement[1]
@@ -345,14 +358,22 @@ class Balancer:
             if isinstance(error, ResourceExhausted):
                 self._endpoints.refused(index, model, retry_after_s, now, shut=False)
             entry.tried.add(index)
-            others = any(other not in entry.tried for other, _ in self._open_sessions())
-            return bool(entry.attempts) or (others and (not entry.sent or self._budget.has_token))
+            entry.refusal = error
+            return bool(entry.attempts) or (self._has_others(entry) and (not entry.sent or self._budget.has_token))
         elif isinstance(error, NotFound | FailedPrecondition):
             self._endpoints.refused(index, model, retry_after_s, now, shut=False)
             entry.tried.add(index)
         else:
             return False
         return bool(entry.attempts) or len(entry.tried) < len(self.sessions)
+
+    def _has_others(self, entry: _Entry) -> bool:
+        """Whether a daemon that a call has not been to is there, or may be there in a moment."""
+        return any(
+            session.connection.is_open or session.connection.is_connecting
+            for index, session in enumerate(self.sessions)
+            if index not in entry.tried
+        )
 
     # --- calls that end without an answer --------------------------------------------------------------------
 
@@ -368,16 +389,25 @@ class Balancer:
         return self._remove(call)
 
     def expire(self, now: float) -> list[Call[Any]]:
-        """Fail the calls whose time is over while they wait; sessions do that with attempts."""
+        """Fail the calls whose time is over while they wait; sessions do that with attempts.
+
+        So are those for which there was no room, as soon as no daemon is left that may have some.
+        """
         if now < self._expiry:
             return []
-        waiting = [entry.call for entry in self._entries.values() if not entry.attempts]
-        expired = [call for call in waiting if call.expires <= now]
-        for call in expired:
-            error = self.timeout_error(call)
-            self._remove(call)
-            call.fail(error)
-        self._expiry = min((call.expires for call in waiting if call.expires > now), default=math.inf)
+        expired, self._expiry = [], math.inf
+        for entry in [entry for entry in self._entries.values() if not entry.attempts]:
+            call, error = entry.call, None
+            if call.expires <= now:
+                error = self.timeout_error(call)
+            elif entry.refusal is not None and not self._has_others(entry):
+                error = entry.refusal
+            if error is None:
+                self._expiry = min(self._expiry, call.expires)
+            else:
+                self._remove(call)
+                call.fail(error)
+                expired.append(call)
         return expired
 
     def timeout_error(self, call: Call[Any]) -> TensorNextError:

@@ -56,10 +56,14 @@ class Hedging:
         self.requests = 0
         self.copies = 0
 
-    @property
-    def has_room(self) -> bool:
-        """Whether one more copy keeps to their share of the requests."""
-        return self.copies + 1 <= MAX_SHARE * self.requests
+    def has_room(self, waited_s: float, delay_s: float) -> bool:
+        """Whether one more copy keeps to their share of the requests.
+
+        The last fifth is for those that have waited twice as long as the others: by what the percentile means, there
+        are always some that are a little late, and they shall not use up what the few need that are really stuck.
+        """
+        share = MAX_SHARE if waited_s >= 2 * delay_s else 0.8 * MAX_SHARE
+        return self.copies + 1 <= share * self.requests
 
     def delay_s(self, model: str) -> float | None:
         """Seconds after which a request to a model is worth a copy; None while too little is known of it."""

@@ -15,7 +15,7 @@ from tnxctl.call import Call
 from tnxctl.hedging import Hedging
 from tnxctl.protocol import errors, wire
 from tnxctl.protocol.wire import Limits
-from tnxctl.resending import FIRST_TOKENS
+from tnxctl.resending import FIRST_TOKENS, MOST_TOKENS
 from tnxctl.results import Result
 from tnxctl.session import MAX_LOSSES, Session
 
@@ -336,6 +336,22 @@ def test_a_refusal_for_want_of_room_is_not_waited_out() -> None:
         call.take()
 
 
+def test_it_is_waited_for_a_daemon_that_is_about_to_be_there() -> None:
+    daemons = Daemons(is_open=False)
+    daemons.balancer.sessions[1].connection.connecting(0.0)
+    daemons.open(0)
+    refused = daemons.ask(), daemons.ask()
+    for number in range(2):
+        daemons.refuse(*daemons.sent[number], "RESOURCE_EXHAUSTED", 1000.0)
+    assert not any(call.done for call in refused)
+    assert daemons.balancer.forget(refused[0])
+    daemons.lose(1, 0.1)
+    daemons.tick(0.1)
+    with pytest.raises(errors.ResourceExhausted):
+        refused[1].take()
+    assert daemons.balancer.idle
+
+
 def test_a_deadline_that_others_stand_in_the_way_of_may_be_met_elsewhere() -> None:
     daemons = Daemons()
     call = daemons.ask(deadline=1.0)
@@ -516,6 +532,26 @@ def test_copies_are_one_in_twenty_at_most() -> None:
                 daemons.answer(index, attempt, now + 0.01 * (number % 5))
     assert daemons.balancer.traffic.hedged == 20
     assert sum(daemons.balancer.traffic.endpoints.values()) == 420
+
+
+def test_many_that_are_slow_at_once_get_no_more_copies() -> None:
+    daemons = Daemons(2, learned())
+    daemons.balancer._budget._tokens = MOST_TOKENS
+    for _ in range(100):
+        daemons.ask()
+    daemons.tick(1.0)
+    assert daemons.balancer.traffic.hedged == 0.05 * 200  # 100 of them before these
+
+
+def test_one_that_could_have_no_copy_at_first_gets_one_later() -> None:
+    daemons = Daemons(2, learned())
+    daemons.lose(0)
+    call = daemons.ask()
+    daemons.tick(0.011)
+    assert daemons.where(call) == [1]
+    daemons.open(0, 0.015)
+    daemons.tick(0.022)
+    assert daemons.where(call) == [1, 0]
 
 
 # --- withdrawal ----------------------------------------------------------------------------------------------

@@ -40,9 +40,19 @@ def test_copies_are_one_in_twenty_at_most() -> None:
     hedging = Hedging(0.5)
     for _ in range(10_000):
         hedging.requests += 1
-        if hedging.has_room:
+        if hedging.has_room(2.0, 1.0):
             hedging.copies += 1
     assert hedging.copies == MAX_SHARE * hedging.requests == 500
+
+
+def test_some_are_kept_for_those_that_wait_longest() -> None:
+    hedging = Hedging(0.95)
+    for _ in range(1000):
+        hedging.requests += 1
+        if hedging.has_room(1.9, 1.0):
+            hedging.copies += 1
+    assert hedging.copies == 40
+    assert hedging.has_room(2.0, 1.0)
 
 
 def test_many_models_are_not_remembered_for_ever() -> None:
