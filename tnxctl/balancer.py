@@ -229,7 +229,7 @@ class Balancer:
             self._budget.began()
         if attempt is not entry.copy and entry.sent:
             self._moved += 1
-        hedging = self._hedging
+        hedging = self._hedging if entry.call.is_cancellable else None
         if hedging is not None and attempt is entry.copy:
             hedging.copies += 1
         elif hedging is not None:
@@ -284,7 +284,7 @@ class Balancer:
         return placement
 
     def _attempt(self, entry: _Entry, index: int, now: float) -> Placement:
-        attempt = entry.call.attempt(entry.sent, now)
+        attempt = entry.call.attempt(entry.sent, entry.losses, now)
         attempt.waiter = entry
         entry.attempts.append((index, attempt))
         return index, attempt
@@ -321,7 +321,7 @@ class Balancer:
         if error is None:
             if self._endpoints.served(index, call.model, attempt.predicted_s, now):
                 self._hurry = True
-            if self._hedging is not None:
+            if self._hedging is not None and call.is_cancellable:
                 self._hedging.took(call.model, now - entry.began)
             self._copies_won += attempt is entry.copy
         else:
@@ -345,7 +345,7 @@ class Balancer:
         model, retry_after_s = entry.call.model, error.retry_after_s
         if isinstance(error, Unavailable):
             if not attempt.in_flight:  # its connection is lost
-                entry.losses += attempt.losses
+                entry.losses = max(entry.losses, attempt.losses)
                 return entry.losses < MAX_LOSSES
             self._endpoints.refused(index, model, retry_after_s, now, shut=True)
             if retry_after_s is None:

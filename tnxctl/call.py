@@ -165,17 +165,18 @@ class Call(Generic[T]):
         if changes:
             self.frames[0] = wire.encode(msgspec.structs.replace(request, **changes))
 
-    def attempt(self, sent: int, now: float) -> Call[T]:
+    def attempt(self, sent: int, losses: int, now: float) -> Call[T]:
         """A copy of this call for one of several daemons.
 
         Args:
             sent: how often the call has been sent before.
+            losses: connections that have broken under it.
         """
         attempt = Call(
             self._request, [*self.frames], self.nbytes, self._read, self.timeout, self.timeout, self.firm_deadline, now
         )
         attempt.expires = attempt.next_timeout = self.expires
-        attempt.attempts = sent
+        attempt.attempts, attempt.losses = sent, losses
         attempt.moves = True
         attempt.renew(now)
         return attempt

@@ -71,14 +71,13 @@ class Links:
         return bool(self._finished) or any(waiting)
 
     def receive(self) -> Call[Any] | None:
-        """Take one message, if one waits. Returns a finished call, if there is any."""
+        """Take one message of each daemon, if any waits. Returns a finished call, if there is one."""
         if not self._finished:
             now = time.monotonic()
             for index, link in enumerate(self._links):
                 attempt = link.receive() if link.has_input() else None
                 if attempt is not None:
                     self._finished += self._take(index, [attempt], now)
-                    break
             self._finished += self._send_due(now)
         return self._finished.popleft() if self._finished else None
 
