@@ -1,7 +1,7 @@
 """Balancer: the calls of a client of several daemons, each as attempts in the session of one or another. No socket.
 
     Balancer.begin(call, now)                   registers it; it may be `done` at once
-    Balancer.place(call, now) / due(now)        -> attempts to start now, each with the index of its session
+    Balancer.place(call, now) / due(now)        -> an attempt to start now, with the index of its session
     Balancer.started(index, attempt)            it is in the hands of its session
     Balancer.finished(index, attempt, now)      its outcome: the call's, if that is finished with it
     Balancer.expire(now)                        -> calls that have failed
@@ -197,8 +197,8 @@ class Balancer:
         """The attempt to start of a call that has just begun; None: it waits."""
         return self._place(self._entries[call.id], now)
 
-    def due(self, now: float) -> list[Placement]:
-        """The attempts to start now: of calls that waited, and copies."""
+    def due(self, now: float) -> Placement | None:
+        """The attempt to start now, of a call that waited, or a copy. Start it, then ask for the next."""
         usable = {index for index, _ in self._open_sessions()}
         if usable - self._usable or self._hurry:
             self._hurry = False
@@ -208,18 +208,14 @@ class Balancer:
         if self._parked and hoped != self._hoped:
             self._expiry = -math.inf  # what was parked in a hope that is no more ends now
         self._hoped = hoped
-        placements: list[Placement | None] = []
-        while self._first_sends and self._first_sends[0][0] <= now:
-            placements.append(self._place_again(heappop(self._first_sends)[1], now))
-        while (call_id := self._resends.take(now)) is not None:
-            placements.append(self._place_again(call_id, now))
-            if placements[-1] is not None:
-                break  # it takes a token, once it is started; the next one has another look at what is left
-        while self._copies and self._copies[0][0] <= now:
-            placements.append(self._place_copy(heappop(self._copies)[1], now))
-            if placements[-1] is not None:
-                break  # likewise
-        return [placement for placement in placements if placement is not None]
+        placement = None
+        while placement is None and self._first_sends and self._first_sends[0][0] <= now:
+            placement = self._place_again(heappop(self._first_sends)[1], now)
+        while placement is None and (call_id := self._resends.take(now)) is not None:
+            placement = self._place_again(call_id, now)
+        while placement is None and self._copies and self._copies[0][0] <= now:
+            placement = self._place_copy(heappop(self._copies)[1], now)
+        return placement
 
     def started(self, index: int, attempt: Call[Any], now: float) -> None:
         """Note that an attempt was sent."""

@@ -147,13 +147,13 @@ class Links:
     def _send_due(self, now: float) -> list[Call[Any]]:
         """Start the attempts that are to be started now. Returns calls that this has finished."""
         finished: list[Call[Any]] = []
-        while placements := self._balancer.due(now):
-            for index, attempt in placements:
-                self._links[index].start(attempt)
-                if attempt.done:
-                    finished += self._take(index, [attempt], now)
-                else:
-                    self._balancer.started(index, attempt, now)
+        while placement := self._balancer.due(now):
+            index, attempt = placement
+            self._links[index].start(attempt)
+            if attempt.done:
+                finished += self._take(index, [attempt], now)
+            else:
+                self._balancer.started(index, attempt, now)
         return finished
 
 

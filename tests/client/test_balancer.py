@@ -57,15 +57,16 @@ class Daemons:
         self.balancer.begin(call, now)
         if not call.done:
             placement = self.balancer.place(call, now)
-            self._start([] if placement is None else [placement], now)
+            if placement is not None:
+                self._start(placement, now)
         return call
 
     def tick(self, now: float) -> None:
         for index, session in enumerate(self.balancer.sessions):
             self._over(index, session.expire(now), now)
         self.finished += self.balancer.expire(now)
-        while placements := self.balancer.due(now):
-            self._start(placements, now)
+        while placement := self.balancer.due(now):
+            self._start(placement, now)
 
     def answer(self, index: int, attempt: Call[Any], now: float = 0.0, **changes: Any) -> None:
         self._receive(index, result(attempt, **changes), now)
@@ -91,17 +92,17 @@ class Daemons:
                     assert self.balancer.sessions[other].forget(left)
                     self.withdrawn.append((other, left))
                 self.finished.append(call)
-        while placements := self.balancer.due(now):
-            self._start(placements, now)
+        while placement := self.balancer.due(now):
+            self._start(placement, now)
 
-    def _start(self, placements: list[tuple[int, Call[Any]]], now: float) -> None:
-        for index, attempt in placements:
-            assert self.balancer.sessions[index].start(attempt) or attempt.done
-            if attempt.done:
-                self._over(index, [attempt], now)
-            else:
-                self.sent.append((index, attempt))
-                self.balancer.started(index, attempt, now)
+    def _start(self, placement: tuple[int, Call[Any]], now: float) -> None:
+        index, attempt = placement
+        assert self.balancer.sessions[index].start(attempt) or attempt.done
+        if attempt.done:
+            self._over(index, [attempt], now)
+        else:
+            self.sent.append(placement)
+            self.balancer.started(index, attempt, now)
 
 
 def other(index: int) -> int:
@@ -150,6 +151,17 @@ def test_a_call_waits_for_the_first_connection() -> None:
     assert (header(attempt).deadline_us, header(attempt).attempt) == (3e6, 1)
     daemons.answer(1, attempt, 11.0)
     assert call.done
+
+
+def test_what_waited_is_spread_as_well() -> None:
+    daemons = Daemons(is_open=False)
+    for _ in range(20):
+        daemons.ask()
+    for session in daemons.balancer.sessions:
+        session.connection.connecting(0.1)
+        session.connected(0.1)
+    daemons.tick(0.1)
+    assert sorted(index for index, _ in daemons.sent) == [0] * 10 + [1] * 10
 
 
 def test_it_fails_when_its_time_is_over_with_all_reasons() -> None:
