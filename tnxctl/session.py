@@ -254,7 +254,7 @@ class Session:
         calls = []
         while (call_id := self._resends.take(now)) is not None:
             call = self._pending.get(call_id)
-            if call is not None:
+            if call is not None and not call.in_flight:  # it waits twice if it was refused twice
                 self._send_again(call, now)
                 calls.append(call)
         return calls

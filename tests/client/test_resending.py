@@ -139,6 +139,24 @@ def test_connections_that_go_on_to_break_use_the_tokens_up(connected: Session) -
     assert sent == WINDOW + 19, "the tokens, and then one at a time"
 
 
+@pytest.mark.parametrize("served", [0, 5, 20])
+def test_resends_in_vain_are_a_tenth_of_the_successes(connected: Session, served: int) -> None:
+    """A daemon that breaks down under each burst of 40 calls, after it has answered some, those sent again first."""
+    connections, in_vain, successes = 200, 0, 0
+    for number in range(connections):
+        fresh = [started(connected, timeout=1e6) for _ in range(40)]
+        again = [call for call in connected._pending.values() if call.in_flight and call.attempts > 1]
+        for call in [*again, *fresh][:served]:
+            successes += connected.receive(result(call), float(number)) is not None
+        in_vain += sum(not call.done for call in again)
+        connected.lost()
+        reconnect(connected, float(number))
+        while len(connected._pending) > 1000:  # callers lose patience
+            connected.forget(next(iter(connected._pending.values())))
+    assert successes == served * connections
+    assert 0 < in_vain <= WINDOW + TOKENS_PER_SUCCESS * successes + connections
+
+
 def test_a_refusal_takes_no_token(connected: Session) -> None:
     ids = lost_under(connected, WINDOW)
     assert reconnect(connected) == ids
@@ -176,6 +194,22 @@ def test_only_calls_in_flight_are_to_blame_for_a_connection_that_breaks(connecte
         assert connected.lost() == []
         assert reconnect(connected) == [waiting.id]
     assert waiting.losses == 0
+
+
+def test_an_answer_to_an_earlier_attempt_is_taken_once(connected: Session) -> None:
+    call = started(connected)
+    assert connected.receive(put_off(call), 1.0) is None
+    assert connected.receive(result(call), 1.1) is call
+    assert connected.take_retries(2.0) == []
+    assert connected.receive(result(call), 2.1) is None
+
+
+def test_a_call_that_is_refused_twice_is_sent_once(connected: Session) -> None:
+    call = started(connected)
+    for _ in range(2):
+        assert connected.receive(put_off(call), 1.0) is None
+    assert connected.take_retries(2.0) == [call]
+    assert connected.take_retries(4.0) == []
 
 
 def test_a_header_says_which_attempt_it_is(connected: Session) -> None:
