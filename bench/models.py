@@ -239,9 +239,13 @@ def _ask_daemon(client: Client, pid: int, name: str, outstanding: int, seconds: 
             raise BenchError(f"a request to {name} failed")
         times_ms.append(millis)
 
+    for _ in range(outstanding):
+        send()
+    for _ in range(outstanding):  # from nothing at all to batches on all lanes takes as long as a batch or two
+        receive()
+        send()
+    times_ms.clear()
     with _others(pid) as others:
-        for _ in range(outstanding):
-            send()
         began = time.perf_counter()
         while (elapsed := time.perf_counter() - began) < seconds or not times_ms:
             receive()

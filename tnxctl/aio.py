@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
 from tnxctl.endpoint import DEFAULT_ENDPOINT
+from tnxctl.keys import lookup
 from tnxctl.link import Socket
 from tnxctl.links import link_of
 from tnxctl.protocol.errors import FailedPrecondition
@@ -54,9 +56,13 @@ class AsyncClient:
         timeout: float = DEFAULT_TIMEOUT_S,
         limits: Limits | None = None,
         hedge: bool | float = False,
+        key: str | os.PathLike[str] | None = None,
+        server_key: str | None = None,
     ) -> None:
         self._given = endpoint
-        self._session = session_of(endpoint, timeout, limits or Limits(), hedge)
+        self._session = session_of(
+            endpoint, timeout, limits or Limits(), hedge, lambda address: lookup.find(address, key, server_key)
+        )
         self._encoder = self._session.encoder
         self._driver: _LoopDriver | _OtherThreadDriver | None = None
         self._generation = process.forks

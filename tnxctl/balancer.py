@@ -32,7 +32,7 @@ call's, and the other attempt is withdrawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from typing import Any
 
@@ -42,6 +42,7 @@ from tnxctl.call import Call
 from tnxctl.endpoint import parse_endpoints
 from tnxctl.endpoints import Endpoints
 from tnxctl.hedging import Hedging
+from tnxctl.keys.credentials import Credentials
 from tnxctl.protocol.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -62,9 +63,17 @@ Placement = tuple[int, Call[Any]]
 
 
 def session_of(
-    endpoint: str | Sequence[str], timeout: float, limits: Limits, hedge: bool | float
+    endpoint: str | Sequence[str],
+    timeout: float,
+    limits: Limits,
+    hedge: bool | float,
+    find: Callable[[str], Credentials | None],
 ) -> Session | Balancer:
     """The calls of a client of one daemon, or of several.
+
+    Args:
+        endpoint, timeout, limits, hedge: as `Client` takes them.
+        find: finds what to show to the daemon at an address.
 
     Raises:
         InvalidArgument: an argument that can never work; the sentence names it.
@@ -72,8 +81,10 @@ def session_of(
     addresses = parse_endpoints(endpoint)
     percentile = check_hedge(hedge, len(addresses))
     if len(addresses) == 1:
-        return Session(addresses[0], timeout, limits)
-    return Balancer(addresses, timeout, limits, None if percentile is None else Hedging(percentile))
+        return Session(addresses[0], timeout, limits, find(addresses[0]))
+    budget = Budget()
+    sessions = [Session(address, timeout, limits, find(address), budget) for address in addresses]
+    return Balancer(sessions, budget, None if percentile is None else Hedging(percentile))
 
 
 class _Entry:
@@ -105,22 +116,23 @@ class Balancer:
     """All calls of one client to several daemons. Used from one thread at a time.
 
     Args:
-        addresses: the endpoints, as ZeroMQ spells them.
+        sessions: one per daemon.
+        budget: of the resends of them all.
         hedging: when to send copies; None: never.
 
     Attributes:
-        sessions: one per daemon.
+        sessions: as given.
         encoder: makes the calls of all of them; may be used from any thread.
     """
 
-    def __init__(self, addresses: Sequence[str], timeout: float, limits: Limits, hedging: Hedging | None) -> None:
-        self._budget = Budget()
-        self.sessions = [Session(address, timeout, limits, self._budget) for address in addresses]
+    def __init__(self, sessions: Sequence[Session], budget: Budget, hedging: Hedging | None) -> None:
+        self.sessions = sessions
+        self._budget = budget
         self.encoder = self.sessions[0].encoder
         for session in self.sessions:
             session.encoder = self.encoder  # one row of ids: those of probes are not those of attempts
-        self.endpoint = ",".join(addresses)
-        self._endpoints = Endpoints(len(addresses))
+        self.endpoint = ",".join(session.endpoint for session in sessions)
+        self._endpoints = Endpoints(len(sessions))
         self._hedging = hedging
         self._entries: dict[int, _Entry] = {}
         self._bytes = 0
@@ -130,10 +142,11 @@ class Balancer:
         self._copies: list[tuple[float, int]] = []  # a heap of times and ids: those that may be worth a copy then
         self._usable: set[int] = set()  # the sessions that calls could be placed at, at the last look
         self._hoped: list[bool] = []  # by session, whether it had a connection then or was about to have one
+        self._refusals: dict[int, str] = {}  # by session, why its daemon does not let this client in
         self._hurry = False  # whether a daemon serves again, so that what waits is to be looked at
         self._expiry = math.inf  # no waiting call expires earlier
         self._closed = False
-        self._requests = [0] * len(addresses)
+        self._requests = [0] * len(sessions)
         self._moved = self._copies_won = 0
 
     @property
@@ -188,8 +201,10 @@ class Balancer:
             call.fail(failures.too_many_pending(self.endpoint, len(self._entries), self._bytes, limits))
             return
         if not self._entries and not any(session.connection.is_open for session in self.sessions):
+            self._refusals.clear()
             for session in self.sessions:  # nobody has been waiting: the new caller shall not wait for a retry
                 session.connection.retry_at_once()
+                session.connection.is_refused = False  # that was the last attempt
         self._entries[call.id] = _Entry(call)
         self._bytes += call.nbytes
 
@@ -205,7 +220,12 @@ class Balancer:
             self._hasten(now)
         self._usable = usable
         hoped = [session.connection.is_open or session.connection.is_connecting for session in self.sessions]
-        if self._parked and hoped != self._hoped:
+        for index, session in enumerate(self.sessions):
+            if session.connection.is_refused:
+                self._refusals[index] = session.connection.trouble
+            elif session.connection.is_open:
+                self._refusals.pop(index, None)
+        if self._parked and (hoped != self._hoped or len(self._refusals) == len(self.sessions)):
             self._expiry = -math.inf  # what was parked in a hope that is no more ends now
         self._hoped = hoped
         placement = None
@@ -387,17 +407,23 @@ class Balancer:
     def expire(self, now: float) -> list[Call[Any]]:
         """Fail the calls whose time is over while they wait; sessions do that with attempts.
 
-        So are those for which there was no room, as soon as no daemon is left that may have some.
+        So are those for which there was no room, as soon as no daemon is left that may have some, and all if no daemon
+        lets this client in.
         """
         if now < self._expiry:
             return []
         expired, self._expiry = [], math.inf
         for entry in [entry for entry in self._entries.values() if not entry.attempts]:
-            call, error = entry.call, None
+            call = entry.call
+            error: TensorNextError | None = None
             if call.expires <= now:
                 error = self.timeout_error(call)
             elif entry.refusal is not None and not self._has_others(entry):
                 error = entry.refusal
+            elif len(self._refusals) == len(self.sessions):
+                error = failures.none_lets_in(
+                    {session.endpoint: self._refusals[index] for index, session in enumerate(self.sessions)}
+                )
             if error is None:
                 self._expiry = min(self._expiry, call.expires)
             else:
@@ -414,7 +440,8 @@ class Balancer:
         for index, session in enumerate(self.sessions):
             error = errors.get(index)
             whys[session.endpoint] = session.connection.trouble if error is None else error.message
-        return failures.none_answered(call, whys)
+        is_silent = all(session.connection.is_silent(call.expires) for session in self.sessions)
+        return failures.none_answered(call, whys, is_silent)
 
     def close(self) -> list[Call[Any]]:
         """Fail everything that is under way, and every later call. Idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
 from tnxctl.endpoint import DEFAULT_ENDPOINT
+from tnxctl.keys import lookup
 from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
 from tnxctl.results import Result, Traffic
 
@@ -40,6 +42,7 @@ class Client:
     Every call takes a `timeout` in seconds, the client's own where it is None, and raises one of
     `tnxctl.protocol.errors`:
     InvalidArgument before anything is sent, Unavailable if the daemon could not be reached in time,
+    Unauthenticated, at once, if the daemon does not let this client in or is not the one that is known,
     DeadlineExceeded if it could but did not answer, or if a deadline passed, Cancelled if the client was closed
     meanwhile, FailedPrecondition if it was closed before, ResourceExhausted if too much is under way already,
     Internal for a malformed answer, and whatever error the daemon answers. The daemon is told of a prediction that was
@@ -68,9 +71,15 @@ class Client:
         hedge: with several endpoints, whether a request that takes longer than 95 % of those before it is sent to a
             second daemon as well, and the earlier answer taken. At most 5 % of all requests are; `traffic` counts them.
             A number, 0.99 for instance, is another share.
+        key: file with the secret that this client shows to the daemon, or the name of a pair that `tnxctl keys new` has
+            made; None: as `tnxctl keys trust` was told of this endpoint.
+        server_key: the line that `tnxctl keys server` prints on the daemon's host, or the 40 characters of the key in
+            it: nothing else is let answer; None: as `tnxctl keys trust` was told. Where neither is given or known, no
+            keys are used.
 
     Raises:
-        InvalidArgument: the endpoint, the timeout or the share is not one.
+        InvalidArgument: the endpoint, the timeout or the share is not one; or a file with keys has a mistake, cannot be
+            read, or is not its owner's alone.
     """
 
     def __init__(
@@ -80,9 +89,13 @@ class Client:
         timeout: float = DEFAULT_TIMEOUT_S,
         limits: Limits | None = None,
         hedge: bool | float = False,
+        key: str | os.PathLike[str] | None = None,
+        server_key: str | None = None,
     ) -> None:
         self._given = endpoint
-        self._session = session_of(endpoint, timeout, limits or Limits(), hedge)
+        self._session = session_of(
+            endpoint, timeout, limits or Limits(), hedge, lambda address: lookup.find(address, key, server_key)
+        )
         self._encoder = self._session.encoder
         self._driver = ThreadDriver(self._session)
 

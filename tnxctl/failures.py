@@ -15,16 +15,18 @@ from tnxctl.protocol.errors import (
     Internal,
     InvalidArgument,
     ResourceExhausted,
+    TensorNextError,
+    Unauthenticated,
     Unavailable,
 )
 from tnxctl.request_windows import Window
 
 
-def timed_out(call: Call[Any], connection: Connection) -> DeadlineExceeded | Unavailable | InvalidArgument:
+def timed_out(call: Call[Any], connection: Connection) -> TensorNextError:
     """The error of a call whose time is over, with the reason. May be asked for in any thread."""
     if connection.is_open and call.refusal is not None and not call.may_have_changed_daemon:
         return call.refusal
-    kind = DeadlineExceeded if call.firm_deadline else Unavailable
+    kind: type[TensorNextError] = DeadlineExceeded if call.firm_deadline else Unavailable
     within = f"within {'its deadline of ' if call.firm_deadline else ''}{spell(call.timeout)}"
     if connection.is_open and call.attempts and not call.in_flight:
         return kind(
@@ -37,7 +39,14 @@ def timed_out(call: Call[Any], connection: Connection) -> DeadlineExceeded | Una
     if call.connect_timeout < call.timeout:
         within = f"within {spell(call.connect_timeout)}"
     state = "lost the connection and got none again" if call.attempts else "no connection"
+    if not call.firm_deadline and connection.is_silent(call.next_timeout):
+        kind = Unauthenticated
     return kind(f"{connection.endpoint}: {state} {within}: {connection.trouble}")
+
+
+def not_let_in(connection: Connection) -> Unauthenticated:
+    """The error of a call to a daemon that does not let this client in, or only by another key than it expects."""
+    return Unauthenticated(f"{connection.endpoint}: {connection.trouble}")
 
 
 def connection_lost(call: Call[Any], connection: Connection, max_frame_bytes: int) -> Unavailable:
@@ -70,16 +79,31 @@ def inputs_too_large(call: Call[Any], endpoint: str, limit: int) -> InvalidArgum
     )
 
 
-def none_answered(call: Call[Any], whys: Mapping[str, str]) -> DeadlineExceeded | Unavailable:
+def none_answered(call: Call[Any], whys: Mapping[str, str], is_silent: bool) -> TensorNextError:
     """The error of a call that none of several daemons has answered in time.
 
     Args:
         whys: endpoint -> the reason, a clause.
+        is_silent: whether none of them has finished a handshake with keys.
     """
-    kind = DeadlineExceeded if call.firm_deadline else Unavailable
+    kind: type[TensorNextError] = Unauthenticated if is_silent else Unavailable
+    if call.firm_deadline:
+        kind = DeadlineExceeded
     within = f"within {'its deadline of ' if call.firm_deadline else ''}{spell(call.timeout)}"
-    each = "; ".join(f"{endpoint}: {why.removeprefix(f'{endpoint}: ')}" for endpoint, why in whys.items())
-    return kind(f"none of {len(whys)} daemons answered {call.verb} {within}: {each}")
+    return kind(f"none of {len(whys)} daemons answered {call.verb} {within}: {_each(whys)}")
+
+
+def none_lets_in(whys: Mapping[str, str]) -> Unauthenticated:
+    """The error of a call if none of several daemons lets this client in.
+
+    Args:
+        whys: endpoint -> the reason, a clause.
+    """
+    return Unauthenticated(f"none of {len(whys)} daemons lets this client in: {_each(whys)}")
+
+
+def _each(whys: Mapping[str, str]) -> str:
+    return "; ".join(f"{endpoint}: {why.removeprefix(f'{endpoint}: ')}" for endpoint, why in whys.items())
 
 
 def about_one_daemon(call: Call[Any], endpoints: Sequence[str]) -> InvalidArgument:

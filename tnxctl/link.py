@@ -18,6 +18,7 @@ from typing import Any
 
 import zmq
 
+from tnxctl import handshakes
 from tnxctl.call import Call
 from tnxctl.session import Session
 
@@ -152,9 +153,7 @@ class Link:
         while has_input(self.monitor):
             assert self.monitor is not None
             event, value = _EVENT.unpack(self.monitor.recv_multipart(zmq.NOBLOCK)[0])
-            trouble = _trouble(event, value)
-            if trouble is not None:
-                self._session.connection.note_trouble(trouble, begun=event == zmq.Event.CONNECT_DELAYED)
+            self._note(event, value)
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 for call in self._session.connected(time.monotonic()):
                     self._send(call)
@@ -164,6 +163,17 @@ class Link:
                 self._close_sockets()
                 finished += self._session.lost()
         return finished
+
+    def _note(self, event: int, value: int) -> None:
+        """Tell the connection what an event says of it."""
+        connection, shown = self._session.connection, self._session.credentials
+        trouble = handshakes.trouble(event, value, shown)
+        if trouble is not None:
+            connection.note_trouble(trouble, begun=event == zmq.Event.CONNECT_DELAYED)
+        if event == zmq.Event.CONNECTED and shown is not None:
+            connection.handshake_begun(time.monotonic())
+        if handshakes.is_failure(event, value, shown):
+            connection.handshake_failed(refused=handshakes.is_refusal(event, value))
 
     def on_timer(self, now: float) -> list[Call[Any]]:
         """Fail late calls, close a half-open connection, connect, send deferred calls: whatever the time has come for.
@@ -248,6 +258,11 @@ class Link:
         dealer.set(zmq.RECONNECT_IVL, _NEVER_MS)
         dealer.set(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
         dealer.set(zmq.HANDSHAKE_IVL, _CONNECT_TIMEOUT_MS)
+        shown = self._session.credentials
+        if shown is not None:  # then libzmq connects by CURVE or not at all
+            dealer.set(zmq.CURVE_SERVERKEY, shown.server.encode())
+            dealer.set(zmq.CURVE_PUBLICKEY, shown.public.encode())
+            dealer.set(zmq.CURVE_SECRETKEY, shown.secret.encode())
         dealer.set(zmq.TCP_MAXRT, _TCP_MAXRT_MS)
         dealer.set(zmq.TCP_KEEPALIVE, 1)
         dealer.set(zmq.TCP_KEEPALIVE_IDLE, 30)
@@ -299,23 +314,3 @@ def _ignore(_: Socket) -> None:
 def has_input(socket: Socket | None) -> bool:
     """Whether a message waits. The look also re-arms the edge-triggered file descriptor of the socket."""
     return socket is not None and bool(int(socket.get(_EVENTS_OPTION)) & _POLLIN)
-
-
-def _trouble(event: int, value: int) -> str | None:
-    """A clause for error messages about an attempt to connect, from an event of the monitor; None: it has no news."""
-    match event:
-        case zmq.Event.CONNECT_DELAYED:
-            return "nothing answers at that address"
-        case zmq.Event.CONNECT_RETRIED:
-            return "the host name does not resolve"
-        case zmq.Event.CLOSED:
-            return "nobody listens there, or it cannot be reached"
-        case zmq.Event.CONNECTED:
-            return "it accepts connections, but did not finish the ZeroMQ handshake"
-        case zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
-            return f"the ZeroMQ handshake failed ({os.strerror(value)})"
-        case zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH:
-            return "the listener there does not speak ZeroMQ as a TensorNext daemon does"
-        case zmq.Event.HANDSHAKE_SUCCEEDED:
-            return "it closed the connection"  # the next trouble there can be
-    return None

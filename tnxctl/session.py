@@ -3,7 +3,7 @@
     Session.start(call)                     registers it; says whether it can be sent now
     Session.connected(now) -> calls to send a connection stands: everything pending goes out on it
     Session.receive(frames, now) -> Call    the call that this reply finishes
-    Session.lost() / expire(now)            -> calls that have failed
+    Session.lost() / expire(now)            -> calls that have failed; all of them, if the daemon lets nobody in
     Session.disconnected()                  likewise, when this side has closed the connection
     Session.cancel_message(call)            tells the daemon that nobody waits for the answer any more
     Session.probe_message()                 asks the daemon for its health, when there is doubt about it
@@ -49,6 +49,7 @@ from tnxctl.backoff import growing, spread
 from tnxctl.call import Call
 from tnxctl.connection import FIRST_RETRY_S, Connection
 from tnxctl.encoder import RequestEncoder
+from tnxctl.keys.credentials import Credentials
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import (
     DeadlineExceeded,
@@ -88,17 +89,27 @@ class Session:
     """All calls of one client to one endpoint. Used from one thread at a time.
 
     Args:
+        credentials: what to show to the daemon, and to expect of it; None: no keys are used.
         budget: that of all resends of the client, if it has more than this session.
 
     Attributes:
+        credentials: as given.
         encoder: makes the calls; may be used from any thread.
         connection: the state of the connection that they go out on.
         max_frames: most frames of a reply that are looked at.
         max_frame_bytes: most bytes that one of them may have.
     """
 
-    def __init__(self, endpoint: str, timeout: float, limits: Limits, budget: Budget | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        timeout: float,
+        limits: Limits,
+        credentials: Credentials | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         self.endpoint = endpoint
+        self.credentials = credentials
         self.encoder = RequestEncoder(timeout, limits)
         self.connection = Connection(endpoint)
         # A model may have any number of outputs and axes: a header of the daemon bounds it well enough.
@@ -298,7 +309,7 @@ class Session:
         self._expiry = min((call.next_timeout for call in self._pending.values()), default=math.inf)
         return expired
 
-    def timeout_error(self, call: Call[Any]) -> DeadlineExceeded | Unavailable | InvalidArgument:
+    def timeout_error(self, call: Call[Any]) -> TensorNextError:
         """The error of a call whose time is over, with the reason. May be asked for in any thread."""
         return failures.timed_out(call, self.connection)
 
@@ -353,9 +364,17 @@ class Session:
         return calls
 
     def lost(self) -> list[Call[Any]]:
-        """Close the connection: the attempt failed or it broke. Returns the calls that fail now; the others wait."""
+        """Close the connection: the attempt failed or it broke. Returns the calls that fail now; the others wait.
+
+        A daemon that does not let this client in will not do so for any of them: then all fail.
+        """
         failed = []
-        if self.connection.is_open:
+        if self.connection.is_refused:
+            failed = list(self._pending.values())
+            for call in failed:
+                self._pop(call.id)
+                call.fail(failures.not_let_in(self.connection))
+        elif self.connection.is_open:
             for call in [call for call in self._pending.values() if call.in_flight]:
                 call.losses += 1
                 if call.losses >= MAX_LOSSES:

@@ -1,11 +1,12 @@
-"""Command `tnxd`, and `python -m tnxd`: installs signal handlers before it imports anything that takes long."""
+"""Command `tnxd`, and `python -m tnxd`: settles signals and memory before it imports anything that takes long."""
 
-from tnxd.process import signals
+from tnxd.process import malloc, signals
 
 
 def main() -> None:
     """Run the daemon."""
     signals.prepare()
+    malloc.keep_freed()
     from tnxd.cli import main as command
 
     command(prog_name="tnxd")

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
+from tnxctl.files import tomlfile
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.wire import DEFAULT_PORT, MIB, Limits
-from tnxd import tomlfile
 from tnxd.device_kinds import DEVICE, DEVICES
 
 LogLevel = Literal["debug", "info", "warning", "error"]

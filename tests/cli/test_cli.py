@@ -37,7 +37,7 @@ def npy(path: Path, array: np.ndarray) -> Path:
 def test_help_names_the_verbs_and_every_exit_code(flag: str) -> None:
     result = run(flag)
     assert result.exit_code == 0
-    for word in ("health", "models", "metadata", "predict", "bench", "reload", "completion", "Examples:"):
+    for word in ("health", "models", "metadata", "predict", "bench", "reload", "keys", "completion", "Examples:"):
         assert word in result.output
     for code, meaning in exits.MEANINGS.items():
         assert f"{code.value:>3}  {meaning}\n" in result.output
@@ -45,7 +45,7 @@ def test_help_names_the_verbs_and_every_exit_code(flag: str) -> None:
     assert all(len(line) <= 80 for line in result.output.splitlines())
 
 
-@pytest.mark.parametrize("verb", ["health", "models", "metadata", "predict", "bench", "reload", "completion"])
+@pytest.mark.parametrize("verb", ["health", "models", "metadata", "predict", "bench", "reload", "keys", "completion"])
 def test_each_verb_has_help(verb: str) -> None:
     result = run(verb, "-h")
     assert result.exit_code == 0

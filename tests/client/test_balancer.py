@@ -15,7 +15,7 @@ from tnxctl.call import Call
 from tnxctl.hedging import Hedging
 from tnxctl.protocol import errors, wire
 from tnxctl.protocol.wire import Limits
-from tnxctl.resending import FIRST_TOKENS, MOST_TOKENS
+from tnxctl.resending import FIRST_TOKENS, MOST_TOKENS, Budget
 from tnxctl.results import Result
 from tnxctl.session import MAX_LOSSES, Session
 
@@ -36,7 +36,10 @@ class Daemons:
     """
 
     def __init__(self, count: int = 2, hedging: Hedging | None = None, is_open: bool = True) -> None:
-        self.balancer = Balancer(ADDRESSES[:count], 5.0, Limits(), hedging)
+        budget = Budget()
+        self.balancer = Balancer(
+            [Session(address, 5.0, Limits(), None, budget) for address in ADDRESSES[:count]], budget, hedging
+        )
         self.sent: list[tuple[int, Call[Any]]] = []
         self.withdrawn: list[tuple[int, Call[Any]]] = []
         self.finished: list[Call[Any]] = []
@@ -422,6 +425,33 @@ def test_a_connection_in_doubt_gets_nothing_until_it_is_heard_of() -> None:
     assert daemons.where(daemons.ask()) == [0]
 
 
+def test_all_daemons_do_not_let_this_client_in() -> None:
+    daemons = Daemons(is_open=False)
+    sessions = daemons.balancer.sessions
+
+    def refuse(index: int, now: float) -> None:
+        sessions[index].connection.connecting(now)
+        sessions[index].connection.trouble = f"not {index}"
+        sessions[index].connection.handshake_failed(refused=True)
+        daemons.lose(index, now)
+        daemons.tick(now)
+
+    for now in (0.0, 1.0):  # each time, they are asked again
+        call = daemons.ask(now)
+        refuse(0, now)
+        assert not call.done
+        refuse(1, now)
+        with pytest.raises(errors.Unauthenticated) as caught:
+            call.take()
+        assert caught.value.message == (
+            "none of 2 daemons lets this client in: tcp://10.0.0.1:5555: not 0; tcp://10.0.0.2:5555: not 1"
+        )
+    call = daemons.ask(2.0)
+    refuse(0, 2.0)
+    daemons.open(1, 2.0)
+    assert daemons.where(call) == [1]
+
+
 # --- the budget ----------------------------------------------------------------------------------------------
 
 
@@ -635,7 +665,7 @@ def test_every_call_has_one_outcome_whatever_happens(seed: int) -> None:
 
 def test_one_endpoint_needs_no_balancer() -> None:
     for endpoint in ("gpu-box", ["gpu-box"]):
-        session = session_of(endpoint, 5.0, Limits(), False)
+        session = session_of(endpoint, 5.0, Limits(), False, lambda _: None)
         assert isinstance(session, Session)
         assert session.endpoint == "tcp://gpu-box:5555"
 
@@ -656,4 +686,4 @@ def test_one_endpoint_needs_no_balancer() -> None:
 )
 def test_arguments_that_can_never_work(endpoint: Any, hedge: Any, why: str) -> None:
     with pytest.raises(errors.InvalidArgument, match=why):
-        session_of(endpoint, 5.0, Limits(), hedge)
+        session_of(endpoint, 5.0, Limits(), hedge, lambda _: None)

@@ -75,11 +75,13 @@ def look(process: Process, admission: Admission) -> Callable[[float], None]:
 
 
 def test_memory_beyond_that_of_a_quiet_daemon_is_given_back_each_second(
-    process: Process, look: Callable[[float], None]
+    process: Process, admission: Admission, look: Callable[[float], None]
 ) -> None:
+    admission.unread = 100 * MIB
+    process.resident_mib += 100
     look(1.0)
     assert not process.trimmed()
-    process.resident_mib += 100
+    admission.unread = 0
     for now in (2.0, 3.0):
         look(now)
         assert process.trimmed()
@@ -87,13 +89,48 @@ def test_memory_beyond_that_of_a_quiet_daemon_is_given_back_each_second(
     assert not process.trimmed()
 
 
-def test_memory_that_does_not_come_back_is_none_of_the_traffic(process: Process, look: Callable[[float], None]) -> None:
+def test_memory_that_does_not_come_back_is_none_of_the_traffic(
+    process: Process, admission: Admission, look: Callable[[float], None]
+) -> None:
+    admission.unread = 100 * MIB
     process.resident_mib += 100
-    for now in range(1, 11):
+    look(1)
+    admission.unread = 0
+    for now in range(2, 12):
         look(now)
         assert process.trimmed()
-    look(11)
+    look(12)
     assert not process.trimmed()
+
+
+def test_memory_that_forwards_take_again_is_left_to_them(process: Process, look: Callable[[float], None]) -> None:
+    trims = 0
+    for now in range(1, 100):
+        process.resident_mib = QUIET_MIB + 200 * (now % 3 > 0)  # it is seen given back, and taken again
+        look(now)
+        trims += process.trimmed()
+    assert trims == 2
+
+
+def test_message_that_nobody_saw_is_given_back(process: Process, look: Callable[[float], None]) -> None:
+    """It came and was answered between two looks."""
+    for now in range(1, 9, 2):
+        process.resident_mib = QUIET_MIB
+        look(now)
+        process.resident_mib = 100 * now + QUIET_MIB
+        look(now + 1)
+        assert process.trimmed()
+
+
+def test_daemon_that_has_less_for_half_a_minute_is_quiet_with_less(
+    process: Process, look: Callable[[float], None]
+) -> None:
+    process.resident_mib = 100
+    for now in range(1, 31):
+        look(now)
+    process.resident_mib = 200
+    look(31)
+    assert process.trimmed()
 
 
 def test_memory_is_given_back_however_long_a_flood_is_dropped(process: Process, look: Callable[[float], None]) -> None:
@@ -103,7 +140,7 @@ def test_memory_is_given_back_however_long_a_flood_is_dropped(process: Process, 
         process.dropped += 1000
         look(now)
         assert process.trimmed()
-    for now in range(40, 50):
+    for now in range(40, 49):
         look(now)
         assert process.trimmed()
     look(50)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+PROCESS_END_S = 5.0
+"""Seconds after which a process that was killed has ended, unless the kernel holds it."""
+
 
 @dataclass(frozen=True)
 class TimeLimits:

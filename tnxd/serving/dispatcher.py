@@ -14,9 +14,11 @@ from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import Version
+from tnxd.device_kinds import PROCESS
 from tnxd.executors.execution import Execution, Executor
 from tnxd.lanes import BACKGROUND, INLINE
 from tnxd.models.sizes import count_strings, reply_too_large, too_many_strings
+from tnxd.models.time_limits import PROCESS_END_S
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.refusals import Refusals
 from tnxd.scheduling.request import Request
@@ -241,8 +243,13 @@ class Dispatcher:
     # --- what does not come back -------------------------------------------------------------------------------
 
     def limit_s(self, execution: Execution) -> float:
-        """Seconds that an execution may run before it is given up."""
-        return execution.model.time_limit_s or self._stall_timeout_s
+        """Seconds that an execution may run before it is given up.
+
+        A process of an isolated model is ended at the limit by whoever waits for it, which may have waited as long for
+        its turn. That says more, and costs no lane, so only a wait that does not end is given up here.
+        """
+        limit_s = execution.model.time_limit_s or self._stall_timeout_s
+        return 2 * limit_s + PROCESS_END_S if execution.model.isolation == PROCESS.name else limit_s
 
     def give_up_hung(self) -> Counter[str]:
         """Give up batches that run for too long. Returns the number of hung lanes, by device."""

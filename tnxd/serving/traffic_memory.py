@@ -13,7 +13,14 @@ from tnxd.transport.router import Router
 _TRIM_BYTES = 48 * MIB
 _QUIET_BYTES = 16 * MIB
 _TRIM_EVERY_S = 1.0
+
+# Times that it is sought: what traffic had is freed late on a busy machine. Where there was no traffic to speak of, the
+# memory is that of forwards: they take it again, page by page, and are slower for each time that it was given back.
 _TRIMS = 10
+_TRIMS_OF_FORWARDS = 2
+
+# A daemon that has had less for so many looks is quiet with less.
+_LOOKS = 30
 
 # Connections that end before memory is given back: libzmq takes 23 KiB for each, which glibc keeps, in ever new places.
 _TRIM_AFTER_CONNECTIONS = 256
@@ -26,8 +33,10 @@ class TrafficMemory:
         self._router = router
         self._admission = admission
         self._quiet_bytes = 0
-        self._trims = 0
+        self._trims_left = _TRIMS_OF_FORWARDS
         self._next_trim = 0.0
+        self._most_lately = 0
+        self._looks_below = 0
         self._closed = 0
         self._dropped = 0
 
@@ -46,6 +55,7 @@ class TrafficMemory:
         if not settled or not self._quiet_bytes:
             self._quiet_bytes = resident
             return
+        self._fall(resident)
         if (
             resident - self._quiet_bytes > admission.max_traffic_bytes
             or admission.traffic_bytes > admission.max_traffic_bytes
@@ -53,20 +63,31 @@ class TrafficMemory:
             router.measure_unread(everywhere=True)
             if router.cut_worst():
                 return
-        if resident <= self._quiet_bytes + _TRIM_BYTES:
-            self._quiet_bytes = min(self._quiet_bytes, resident)
-            self._trims = 0
-        elif admission.traffic_bytes >= _QUIET_BYTES:
-            self._trims = 0
-        elif now >= self._next_trim:
-            self._next_trim = now + _TRIM_EVERY_S
-            _trim()
+        if router.dropped != self._dropped or admission.traffic_bytes >= _QUIET_BYTES:
             # What connections that were cut off had sent is freed as the router drops it: until all is dropped, on a
             # busy machine for a minute, the process has what traffic took.
-            self._trims = self._trims + 1 if router.dropped == self._dropped else 0
             self._dropped = router.dropped
-            if self._trims == _TRIMS:
+            self._trims_left = _TRIMS
+        if resident <= self._quiet_bytes + _TRIM_BYTES:
+            self._trims_left = min(self._trims_left, _TRIMS_OF_FORWARDS)
+        elif admission.traffic_bytes < _QUIET_BYTES and now >= self._next_trim:
+            self._next_trim = now + _TRIM_EVERY_S
+            _trim()
+            self._trims_left -= 1
+            if self._trims_left == 0:
                 self._quiet_bytes = resident  # whatever has it, it is no traffic
+                self._trims_left = _TRIMS_OF_FORWARDS
+
+    def _fall(self, resident: int) -> None:
+        """Lower what a quiet daemon has to the most that it has had lately, once that is less."""
+        if resident >= self._quiet_bytes:
+            self._looks_below = self._most_lately = 0
+            return
+        self._most_lately = max(self._most_lately, resident)
+        self._looks_below += 1
+        if self._looks_below == _LOOKS:
+            self._quiet_bytes = self._most_lately
+            self._looks_below = self._most_lately = 0
 
     def look_at_connections(self) -> None:
         """Give memory back where many connections have ended."""

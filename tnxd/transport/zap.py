@@ -44,7 +44,8 @@ class ZapHandler:
             return
         envelope, _, version, id_, _, address = request[:6]
         why = self._refusal(address.decode("utf-8", "replace"))
-        status, text = (b"400", why.encode()) if why else (b"200", b"OK")
+        # 500 has a client try again: there was no room. 400 would tell it that it may not come in at all.
+        status, text = (b"500", why.encode()) if why else (b"200", b"OK")
         self.socket.send_multipart([envelope, b"", version, id_, status, text, b"", b""])
 
     def close(self) -> None:

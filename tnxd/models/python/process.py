@@ -28,9 +28,7 @@ from tnxd.models.python.channel import OUT_OF_MEMORY, Answer, Ask, Failure, Load
 from tnxd.models.python.failures import ProcessFull, ProcessLost
 from tnxd.models.python.instance import Plan
 from tnxd.models.python.printed_lines import MOST_LINE, PrintedLines
-
-# A process that is killed has ended by then, unless the kernel holds it.
-_END_S = 5.0
+from tnxd.models.time_limits import PROCESS_END_S
 
 # As much as a pipe holds.
 _MOST_PARTS = 64 * 1024 // MOST_LINE
@@ -154,7 +152,7 @@ class Worker:
             self.kill()
         except (EOFError, msgspec.DecodeError):
             self.kill()  # it has closed the socket, or is gone
-        self.ended.wait(_END_S)
+        self.ended.wait(PROCESS_END_S)
         raise ProcessLost(f"model {self.plan.name!r}: its process {self.why or 'ended'} while {what}")
 
     def _end(self, code: int) -> str:
@@ -171,7 +169,7 @@ class Worker:
 
     def _error(self, failure: Failure) -> BaseException:
         if failure.full:
-            self.ended.wait(_END_S)
+            self.ended.wait(PROCESS_END_S)
             return ProcessFull(f"model {self.plan.name!r}: its process {self.why or 'ends'} while a batch ran")
         if not failure.kind:
             return from_code(failure.code, failure.text)
