@@ -90,7 +90,7 @@ class Budget:
 
     def ended(self) -> None:
         """Note that a resend is not under way any more, for whatever reason."""
-        self._under_way -= 1
+        self._under_way = max(self._under_way - 1, 0)  # Ctrl-C may have come before it had begun
 
     def refund(self) -> None:
         """Give back the token of a resend."""

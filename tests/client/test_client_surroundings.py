@@ -46,6 +46,7 @@ def python(code: str, *arguments: str) -> str:
 USED = {
     "alone": "tnx.predict(X)",
     "by futures": "[future.result() for future in [tnx.submit(X) for _ in range(20)]]",
+    "of several": "tnx.close(); tnx = Client([sys.argv[1], '127.0.0.1:1'], timeout=60); tnx.predict(X)",
     "still": "threading.Thread(target=ask_in_vain, args=(silent,)).start(); sent.wait(); tnx = silent",
 }
 
@@ -348,6 +349,7 @@ LEFT_ALIVE = {
         "from concurrent.futures import ThreadPoolExecutor\ntnx.predict(X); kill()\n"
         "left = [ThreadPoolExecutor(2).submit(tnx.predict, X, timeout=0.2) for _ in range(4)]"
     ),
+    "several": "tnx = Client([endpoint, '127.0.0.1:1'], timeout=60); tnx.predict(X); kill(); left = tnx.submit(X)",
     "with": "with Client(endpoint, timeout=60) as other:\n    other.predict(X); kill(); left = other.submit(X)",
 }
 
