@@ -17,7 +17,7 @@ be for another daemon. So `predict` and `metadata` move; all other verbs are abo
 | the attempt ended with | then |
 |---|---|
 | a result, or an error that another daemon would repeat | so does the call |
-| a lost connection | again, on any open one; the third time that is what the call ends with |
+| a lost connection | again, on any open one, large inputs where they are known to be taken; the third time it ends |
 | UNAVAILABLE | again; that daemon is passed over |
 | RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED because of others | once at each other that is there, within the budget |
 | NOT_FOUND, FAILED_PRECONDITION | once at each other daemon, and those that are away are waited for |
@@ -54,7 +54,7 @@ from tnxctl.protocol.errors import (
 from tnxctl.protocol.wire import Limits
 from tnxctl.resending import Budget, Resends
 from tnxctl.results import Traffic
-from tnxctl.session import MAX_LOSSES, MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session
+from tnxctl.session import LARGE_BYTES, MAX_LOSSES, MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session
 
 _LEAST_DELAY_S = 0.001  # between two looks whether a call can have a copy
 
@@ -94,7 +94,7 @@ class _Entry:
         attempts: those in the hands of sessions, one or two.
         sent: how often it was sent. began: when it was for the first time.
         tried: the sessions that it does not return to. errors: what each said last.
-        refusal: the last one for want of room, which is not waited out.
+        refusal: the last one for want of room, or of inputs that are too large, which is not waited out.
         losses: connections that broke under it. copy: its copy for a second daemon, once there is one.
     """
 
@@ -107,7 +107,7 @@ class _Entry:
         self.began = 0.0
         self.tried: set[int] = set()
         self.errors: dict[int, TensorNextError] = {}
-        self.refusal: ResourceExhausted | DeadlineExceeded | None = None
+        self.refusal: TensorNextError | None = None
         self.losses = 0
         self.copy: Call[Any] | None = None
 
@@ -140,7 +140,7 @@ class Balancer:
         self._first_sends: list[tuple[float, int]] = []  # a heap of times and ids: those that were never sent and wait
         self._parked: dict[int, _Entry] = {}  # those that wait for a connection
         self._copies: list[tuple[float, int]] = []  # a heap of times and ids: those that may be worth a copy then
-        self._usable: set[int] = set()  # the sessions that calls could be placed at, at the last look
+        self._usable: set[tuple[int, float | None]] = set()  # where calls could be placed at the last look, and limits
         self._hoped: list[bool] = []  # by session, whether it had a connection then or was about to have one
         self._refusals: dict[int, str] = {}  # by session, why its daemon does not let this client in
         self._hurry = False  # whether a daemon serves again, so that what waits is to be looked at
@@ -214,7 +214,7 @@ class Balancer:
 
     def due(self, now: float) -> Placement | None:
         """The attempt to start now, of a call that waited, or a copy. Start it, then ask for the next."""
-        usable = {index for index, _ in self._open_sessions()}
+        usable = {(index, self.sessions[index].message_limit) for index, _ in self._open_sessions()}
         if usable - self._usable or self._hurry:
             self._hurry = False
             self._hasten(now)
@@ -269,11 +269,25 @@ class Balancer:
         """The next attempt of a call; without one, the call waits."""
         model = entry.call.model
         among = [each for each in self._open_sessions() if each[0] not in entry.tried]
+        if entry.losses and entry.call.nbytes >= LARGE_BYTES:
+            among = [each for each in among if self._takes(each[0], entry)]
         index = self._endpoints.choose(model, among, now) if among else None
         if index is None:
             self._wait(entry, self._endpoints.back_at(model, [index for index, _ in among]))
             return None
         return self._attempt(entry, index, now)
+
+    def _takes(self, index: int, entry: _Entry) -> bool:
+        """Whether a daemon takes inputs of which a connection may have broken. It is asked, if that is not known."""
+        session, call = self.sessions[index], entry.call
+        limit = session.message_limit
+        if limit is None:
+            session.ask_limit()
+        elif limit < call.nbytes:
+            entry.tried.add(index)
+            entry.refusal = entry.errors[index] = failures.inputs_too_large(call, session.endpoint, int(limit))
+            self._expiry = -math.inf
+        return limit is not None and limit >= call.nbytes
 
     def _place_again(self, call_id: int, now: float) -> Placement | None:
         entry = self._entries.get(call_id)
@@ -407,8 +421,8 @@ class Balancer:
     def expire(self, now: float) -> list[Call[Any]]:
         """Fail the calls whose time is over while they wait; sessions do that with attempts.
 
-        So are those for which there was no room, as soon as no daemon is left that may have some, and all if no daemon
-        lets this client in.
+        So are those that were refused for their size or for want of room, as soon as no daemon is left that may take
+        them, and all if no daemon lets this client in.
         """
         if now < self._expiry:
             return []

@@ -157,7 +157,7 @@ class Link:
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 for call in self._session.connected(time.monotonic()):
                     self._send(call)
-                self._send_probe()
+                self.send_probe()
             elif event in _OVER:
                 finished += self._receive_all()  # answers that came before the end still count
                 self._close_sockets()
@@ -190,7 +190,7 @@ class Link:
         for call in expired:
             self._send_cancel(call)
         finished += expired
-        self._send_probe()
+        self.send_probe()
         if self._session.must_connect(now):
             self.connect(now)
         for call in self._session.take_retries(now):
@@ -206,7 +206,7 @@ class Link:
                 finished.append(call)
         return finished
 
-    def _send_probe(self) -> None:
+    def send_probe(self) -> None:
         """Ask the daemon for its health, where the session wants to know."""
         message = self._session.probe_message()
         if message is not None and self.dealer is not None:

@@ -154,6 +154,8 @@ class Links:
                 finished += self._take(index, [attempt], now)
             else:
                 self._balancer.started(index, attempt, now)
+        for link in self._links:
+            link.send_probe()
         return finished
 
 

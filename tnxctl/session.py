@@ -95,6 +95,8 @@ class Session:
     Attributes:
         credentials: as given.
         encoder: makes the calls; may be used from any thread.
+        message_limit: most bytes of inputs that the daemon takes, as it has told on this connection; infinite if it has
+            told none, None if it was not asked.
         connection: the state of the connection that they go out on.
         max_frames: most frames of a reply that are looked at.
         max_frame_bytes: most bytes that one of them may have.
@@ -129,6 +131,7 @@ class Session:
         self._expiry = math.inf
         self._budget = budget or Budget()
         self._resends = Resends(self._budget)
+        self.message_limit: float | None = None
         self._probe_id: int | None = None
         self._held: list[Call[Any]] = []  # until the daemon has answered the probe
 
@@ -398,7 +401,7 @@ class Session:
                 self._budget.ended()
             call.in_flight = False
         self.connection.closed()
-        self._probe_id, self._held = None, []
+        self._probe_id, self._held, self.message_limit = None, [], None
         self._resends.clear()  # everything goes out on the next connection
         return unsure
 
@@ -422,9 +425,15 @@ class Session:
         self._probe_id = next(self.encoder.ids)
         return wire.encode(wire.Health(v=wire.VERSION, id=self._probe_id))
 
+    def ask_limit(self) -> None:
+        """Have the daemon asked for `message_limit`, unless it has been."""
+        if self._probe_id is None:
+            self.connection.wants_probe = True
+
     def _receive_probe_reply(self, reply: wire.Reply, now: float) -> None:
         """Send again the held calls that the daemon, by its answer, takes; have the others fail."""
         limit = reply.max_message_bytes if isinstance(reply, wire.HealthReport) else 0
+        self.message_limit = limit or math.inf
         for call in self._held:
             if call.id not in self._pending:
                 continue

@@ -6,8 +6,11 @@ import math
 from random import Random
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
+from peers import health_report
 from sessions import header, predict, put_off, result
 from tnxctl import backoff, balancer
 from tnxctl.balancer import Balancer, session_of
@@ -17,7 +20,7 @@ from tnxctl.protocol import errors, wire
 from tnxctl.protocol.wire import Limits
 from tnxctl.resending import FIRST_TOKENS, MOST_TOKENS, Budget
 from tnxctl.results import Result
-from tnxctl.session import MAX_LOSSES, Session
+from tnxctl.session import LARGE_BYTES, MAX_LOSSES, Session
 
 ADDRESSES = ("tcp://10.0.0.1:5555", "tcp://10.0.0.2:5555", "tcp://10.0.0.3:5555")
 
@@ -262,6 +265,47 @@ def test_what_breaks_three_connections_is_given_up() -> None:
     assert len(daemons.sent) == MAX_LOSSES
     with pytest.raises(errors.Unavailable, match=r"5555: the connection broke 3 times while predict was under way"):
         call.take()
+
+
+LARGE = np.zeros(LARGE_BYTES, "u1")
+
+
+def test_large_inputs_that_broke_a_connection_go_where_they_are_taken() -> None:
+    daemons = Daemons(3, is_open=False)
+    daemons.open(0)
+    large, small = daemons.ask(inputs=LARGE), daemons.ask()
+    daemons.open(1)
+    daemons.lose(0)
+    daemons.open(0)
+    assert (daemons.where(large), daemons.where(small)) == ([0], [0, 1])
+    sessions = daemons.balancer.sessions
+    for index, limit in ((1, LARGE_BYTES - 1), (0, LARGE_BYTES)):
+        probe = sessions[index].probe_message()
+        assert probe is not None
+        assert sessions[index].probe_message() is None, "it is asked once"
+        assert not large.done
+        report = msgspec.structs.replace(health_report(wire.request_id(probe, Limits())), max_message_bytes=limit)
+        sessions[index].receive([wire.encode(report)], 0.0)
+        daemons.tick(0.0)
+    assert daemons.where(large) == [0, 0]
+
+
+def test_large_inputs_that_no_daemon_takes_are_refused_in_words() -> None:
+    daemons = Daemons(1 + 1)
+    large = daemons.ask(inputs=LARGE)
+    broken = daemons.sent[0][0]
+    daemons.lose(broken)
+    daemons.open(broken)
+    for session in daemons.balancer.sessions:
+        probe = session.probe_message()
+        assert probe is not None
+        report = msgspec.structs.replace(health_report(wire.request_id(probe, Limits())), max_message_bytes=1000)
+        session.receive([wire.encode(report)], 0.0)
+        daemons.tick(0.0)
+    daemons.tick(0.0)
+    with pytest.raises(errors.InvalidArgument, match=r"the inputs have 65536 bytes, and tcp://10.* takes 1000"):
+        large.take()
+    assert len(daemons.sent) == 1
 
 
 def test_a_daemon_that_drains_is_passed_over_and_tried_again_later() -> None:
