@@ -56,6 +56,11 @@ from tnxctl.resending import Budget, Resends
 from tnxctl.results import Traffic
 from tnxctl.session import LARGE_BYTES, MAX_LOSSES, MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session
 
+PATIENCE_S = 0.2
+"""Time at the beginning in which other connections may come to stand beside the first one, which would else get all."""
+
+_FIRST_FEW = 16  # calls that the first daemon gets at once
+
 _LEAST_DELAY_S = 0.001  # between two looks whether a call can have a copy
 
 Placement = tuple[int, Call[Any]]
@@ -143,6 +148,7 @@ class Balancer:
         self._usable: set[tuple[int, float | None]] = set()  # where calls could be placed at the last look, and limits
         self._hoped: list[bool] = []  # by session, whether it had a connection then or was about to have one
         self._refusals: dict[int, str] = {}  # by session, why its daemon does not let this client in
+        self._patient_until = -math.inf  # end of that time
         self._hurry = False  # whether a daemon serves again, so that what waits is to be looked at
         self._expiry = math.inf  # no waiting call expires earlier
         self._closed = False
@@ -176,6 +182,8 @@ class Balancer:
         if not self._entries:
             return timer
         timer = min(timer, self._expiry, self._resends.next_at)
+        if self._parked and -math.inf < self._patient_until < timer:
+            timer = self._patient_until
         for heap in (self._first_sends, self._copies):
             if heap and heap[0][0] < timer:
                 timer = heap[0][0]
@@ -202,6 +210,7 @@ class Balancer:
             return
         if not self._entries and not any(session.connection.is_open for session in self.sessions):
             self._refusals.clear()
+            self._patient_until = now + PATIENCE_S
             for session in self.sessions:  # nobody has been waiting: the new caller shall not wait for a retry
                 session.connection.retry_at_once()
                 session.connection.is_refused = False  # that was the last attempt
@@ -215,10 +224,6 @@ class Balancer:
     def due(self, now: float) -> Placement | None:
         """The attempt to start now, of a call that waited, or a copy. Start it, then ask for the next."""
         usable = {(index, self.sessions[index].message_limit) for index, _ in self._open_sessions()}
-        if usable - self._usable or self._hurry:
-            self._hurry = False
-            self._hasten(now)
-        self._usable = usable
         hoped = [session.connection.is_open or session.connection.is_connecting for session in self.sessions]
         for index, session in enumerate(self.sessions):
             if session.connection.is_refused:
@@ -227,7 +232,13 @@ class Balancer:
                 self._refusals.pop(index, None)
         if self._parked and (hoped != self._hoped or len(self._refusals) == len(self.sessions)):
             self._expiry = -math.inf  # what was parked in a hope that is no more ends now
-        self._hoped = hoped
+        if -math.inf < self._patient_until <= now:
+            self._patient_until = -math.inf
+            self._hurry = True
+        if usable - self._usable or hoped != self._hoped or self._hurry:
+            self._hurry = False
+            self._hasten(now)
+        self._usable, self._hoped = usable, hoped
         placement = None
         while placement is None and self._first_sends and self._first_sends[0][0] <= now:
             placement = self._place_again(heappop(self._first_sends)[1], now)
@@ -271,6 +282,8 @@ class Balancer:
         among = [each for each in self._open_sessions() if each[0] not in entry.tried]
         if entry.losses and entry.call.nbytes >= LARGE_BYTES:
             among = [each for each in among if self._takes(each[0], entry)]
+        if now < self._patient_until and any(session.connection.is_connecting for session in self.sessions):
+            among = [each for each in among if each[1] < _FIRST_FEW]
         index = self._endpoints.choose(model, among, now) if among else None
         if index is None:
             self._wait(entry, self._endpoints.back_at(model, [index for index, _ in among]))

@@ -170,6 +170,35 @@ def test_what_waited_is_spread_as_well() -> None:
     assert sorted(index for index, _ in daemons.sent) == [0] * 10 + [1] * 10
 
 
+def test_the_first_connection_does_not_get_all_while_others_are_about_to_stand() -> None:
+    daemons = Daemons(3, is_open=False)
+    for _ in range(100):
+        daemons.ask()
+    for session in daemons.balancer.sessions:
+        session.connection.connecting(0.0)
+    daemons.balancer.sessions[0].connected(0.01)
+    daemons.tick(0.01)
+    assert len(daemons.sent) == 16
+    assert daemons.balancer.next_timer == balancer.PATIENCE_S
+    daemons.balancer.sessions[1].connected(0.02)
+    daemons.tick(0.02)
+    assert len(daemons.sent) == 32
+    daemons.tick(balancer.PATIENCE_S)
+    assert sorted(index for index, _ in daemons.sent) == [0] * 50 + [1] * 50
+
+
+def test_it_is_not_waited_for_what_cannot_be_reached() -> None:
+    daemons = Daemons(is_open=False)
+    for _ in range(20):
+        daemons.ask()
+    for session in daemons.balancer.sessions:
+        session.connection.connecting(0.0)
+    daemons.balancer.sessions[0].connected(0.01)
+    daemons.tick(0.01)
+    daemons.lose(1, 0.02)
+    assert [index for index, _ in daemons.sent] == [0] * 20
+
+
 def test_it_fails_when_its_time_is_over_with_all_reasons() -> None:
     daemons = Daemons(is_open=False)
     for session, trouble in zip(

@@ -85,7 +85,7 @@ def drains(after_us: float) -> Any:
 
 def test_calls_are_spread(connect: Connect, daemons: list[FakeDaemon]) -> None:
     tnx = connect(endpoints(daemons))
-    while not all(counts(daemons)):  # the first go where a connection stands first
+    while not all(counts(daemons)):  # until both connections stand
         gather(tnx, 4)
     before = counts(daemons)
     assert all(equal(result, X) for result in gather(tnx, 100))
