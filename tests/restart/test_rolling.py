@@ -57,14 +57,15 @@ def test_forty_rolling_restarts_are_not_noticed(tmp_path: Path, holds: bool) -> 
 @pytest.mark.parametrize("holds", [False, True], ids=["each by itself", "by systemd"])
 def test_the_other_daemon_answers_meanwhile(tmp_path: Path, holds: bool) -> None:
     """Where systemd holds the listeners, a connection to nobody succeeds, and no handshake follows."""
-    with pair(tmp_path, holds=holds) as (first, second):
-        with Client([first.endpoints[0], second.endpoints[0]], timeout=60) as tnx:
-            x = np.zeros((1, 256), "f4")
-            while not all(tnx.traffic.endpoints.values()):
-                tnx.predict(x, model="mlp")
-            first.stop()
-            before = tnx.traffic.endpoints[second.endpoints[0]]
-            for _ in range(20):
-                tnx.predict(x, model="mlp", timeout=20)
-            assert tnx.traffic.endpoints[second.endpoints[0]] - before == 20
-            first.begin()
+    with (
+        pair(tmp_path, holds=holds) as (first, second),
+        Client([first.endpoints[0], second.endpoints[0]], timeout=60) as tnx,
+    ):
+        x = np.zeros((1, 256), "f4")
+        while not all(tnx.traffic.endpoints.values()):
+            tnx.predict(x, model="mlp")
+        first.stop()
+        before = tnx.traffic.endpoints[second.endpoints[0]]
+        for _ in range(20):
+            tnx.predict(x, model="mlp", timeout=20)
+        assert tnx.traffic.endpoints[second.endpoints[0]] - before == 20
