@@ -413,8 +413,9 @@ class Session:
 
     def _fail_lost(self, call: Call[Any]) -> None:
         self._pop(call.id)
+        error = failures.connection_lost(call, self.connection, self.max_frame_bytes)
         call.in_flight = False
-        call.fail(failures.connection_lost(call, self.connection, self.max_frame_bytes))
+        call.fail(error)
 
     def probe_message(self) -> bytes | None:
         """The message that asks the daemon for its health; None if there is no doubt, or it has been asked."""
