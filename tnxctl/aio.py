@@ -23,7 +23,16 @@ from tnxctl.keys import lookup
 from tnxctl.link import Socket
 from tnxctl.links import link_of
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
+from tnxctl.protocol.wire import (
+    ClientsReport,
+    Comparison,
+    HealthReport,
+    Identity,
+    KeysReport,
+    Limits,
+    ModelInfo,
+    ReloadReport,
+)
 from tnxctl.results import Result, Traffic
 from tnxctl.session import Session
 
@@ -159,6 +168,23 @@ class AsyncClient:
         """The differences of a shadow version's answers, see `Client.compare`."""
         call = self._encoder.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())
         return await self._here().run(call)
+
+    async def whoami(self, *, timeout: float | None = None) -> Identity:
+        """The name that the daemon knows this client by, its role and its limits."""
+        return await self._here().run(self._encoder.whoami(timeout=timeout, now=time.monotonic()))
+
+    async def clients(self, *, timeout: float | None = None) -> ClientsReport:
+        """The clients that are connected to the daemon, see `Client.clients`."""
+        return await self._here().run(self._encoder.clients(timeout=timeout, now=time.monotonic()))
+
+    async def kick(self, client: str, *, timeout: float | None = None) -> int:
+        """End all connections of a client but this one, see `Client.kick`."""
+        call = self._encoder.kick(client, timeout=timeout, now=time.monotonic())
+        return (await self._here().run(call)).connections
+
+    async def keys(self, *, timeout: float | None = None) -> KeysReport:
+        """The keys that may connect, see `Client.keys`."""
+        return await self._here().run(self._encoder.keys(timeout=timeout, now=time.monotonic()))
 
     async def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""

@@ -16,7 +16,16 @@ from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
 from tnxctl.endpoint import DEFAULT_ENDPOINT
 from tnxctl.keys import lookup
-from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
+from tnxctl.protocol.wire import (
+    ClientsReport,
+    Comparison,
+    HealthReport,
+    Identity,
+    KeysReport,
+    Limits,
+    ModelInfo,
+    ReloadReport,
+)
 from tnxctl.results import Result, Traffic
 
 if TYPE_CHECKING:
@@ -324,6 +333,38 @@ class Client:
         return self._driver.run(
             self._encoder.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())
         )
+
+    def whoami(self, *, timeout: float | None = None) -> Identity:
+        """The name that the daemon knows this client by, its role and its limits."""
+        return self._driver.run(self._encoder.whoami(timeout=timeout, now=time.monotonic()))
+
+    def clients(self, *, timeout: float | None = None) -> ClientsReport:
+        """The clients that are connected to the daemon. For the role admin, else PermissionDenied."""
+        return self._driver.run(self._encoder.clients(timeout=timeout, now=time.monotonic()))
+
+    def kick(self, client: str, *, timeout: float | None = None) -> int:
+        """End all connections of a client but this one. For the role admin, else PermissionDenied.
+
+        It may come back at once. To keep it out, take its key off the daemon's list.
+
+        Args:
+            client: its name, as in `clients`.
+
+        Returns:
+            Number of connections that were ended.
+
+        Raises:
+            NotFound: no such client is connected.
+        """
+        return self._driver.run(self._encoder.kick(client, timeout=timeout, now=time.monotonic())).connections
+
+    def keys(self, *, timeout: float | None = None) -> KeysReport:
+        """The keys that may connect, with their roles. For the role admin, else PermissionDenied.
+
+        Raises:
+            FailedPrecondition: the daemon asks for no keys.
+        """
+        return self._driver.run(self._encoder.keys(timeout=timeout, now=time.monotonic()))
 
     def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""

@@ -203,6 +203,10 @@ def test_metadata_may_come_from_any(connect: Connect, daemons: list[FakeDaemon])
         ("route", ("m", {})),
         ("reload", ()),
         ("compare", ("m", 1, 2)),
+        ("whoami", ()),
+        ("clients", ()),
+        ("kick", ("name",)),
+        ("keys", ()),
     ],
 )
 def test_a_verb_about_one_daemon_is_refused(connect: Connect, verb: str, arguments: tuple[Any, ...]) -> None:

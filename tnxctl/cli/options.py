@@ -88,7 +88,7 @@ def _endpoint(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return None if found is None else found[0]
 
 
-def host(*, several: bool, **settings: Any) -> Callable[[_Command], _Command]:
+def host(*, several: bool = False, **settings: Any) -> Callable[[_Command], _Command]:
     """--host, with further settings of an option of click's.
 
     Args:

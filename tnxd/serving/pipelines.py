@@ -152,6 +152,7 @@ class Pipelines:
             model.max_batch_size,
             alone=alone,
             admitted=admitted,
+            share=whole.share,
             connection=whole.connection,
             delimited=whole.delimited,
             id=whole.id,
