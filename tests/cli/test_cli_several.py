@@ -47,7 +47,17 @@ def test_hedging(pair: tuple[FakeDaemon, FakeDaemon]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["health", "models", "models show m", "models load m", "models route m 1=1", "reload", "bench", "whoami", "clients"],
+    [
+        "health",
+        "models",
+        "models show m",
+        "models load m",
+        "models route m 1=1",
+        "reload",
+        "bench",
+        "whoami",
+        "clients",
+    ],
 )
 def test_what_is_about_one_daemon_takes_one(command: str) -> None:
     for done in (
