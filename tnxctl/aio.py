@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import socket
@@ -264,7 +265,8 @@ class _LoopDriver:
         Whoever may have waited has gone, too, as he had the client.
         """
         if self.loop.is_running():
-            self.loop.call_soon_threadsafe(self._end)
+            with contextlib.suppress(RuntimeError):  # it was closed just now
+                self.loop.call_soon_threadsafe(self._end)
         else:
             self._end()
 
