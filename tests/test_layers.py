@@ -62,6 +62,7 @@ SANS_IO = tuple(
         "resending",
         "session",
         "throttling",
+        "waiting",
     )
 )
 """Modules of the client that are pure: but for the random part of waits, all depends on their arguments alone."""

@@ -22,8 +22,8 @@ be for another daemon. So `predict` and `metadata` move; all other verbs are abo
 | RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED because of others | once at each other that is there, within the budget |
 | NOT_FOUND, FAILED_PRECONDITION | once at each other daemon, and those that are away are waited for |
 
-What is sent again has the budget of `tnxctl.resending`, one for all daemons, and so waits for its turn in that queue.
-What was never sent waits beside it, for a connection or until the daemons that refuse are asked again.
+What is sent again has the budget of `tnxctl.resending`, one for all daemons. What cannot be placed waits, see
+`tnxctl.waiting`: for a token, for a connection, or until the daemons that refuse are asked again.
 
 Copies for daemons that keep a call waiting: see `tnxctl.hedging`. The first outcome that is not to be moved is the
 call's, and the other attempt is withdrawn.
@@ -52,9 +52,10 @@ from tnxctl.protocol.errors import (
     Unavailable,
 )
 from tnxctl.protocol.wire import Limits
-from tnxctl.resending import Budget, Resends
+from tnxctl.resending import Budget
 from tnxctl.results import Traffic
 from tnxctl.session import LARGE_BYTES, MAX_LOSSES, MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session
+from tnxctl.waiting import Waiting
 
 PATIENCE_S = 0.2
 """Time at the beginning in which other connections may come to stand beside the first one, which would else get all."""
@@ -141,9 +142,7 @@ class Balancer:
         self._hedging = hedging
         self._entries: dict[int, _Entry] = {}
         self._bytes = 0
-        self._resends = Resends(self._budget)  # those that were sent before and wait
-        self._first_sends: list[tuple[float, int]] = []  # a heap of times and ids: those that were never sent and wait
-        self._parked: dict[int, _Entry] = {}  # those that wait for a connection
+        self._waiting = Waiting(self._budget)
         self._copies: list[tuple[float, int]] = []  # a heap of times and ids: those that may be worth a copy then
         self._usable: set[tuple[int, float | None]] = set()  # where calls could be placed at the last look, and limits
         self._hoped: list[bool] = []  # by session, whether it had a connection then or was about to have one
@@ -181,12 +180,11 @@ class Balancer:
         timer = min(session.next_timer for session in self.sessions)
         if not self._entries:
             return timer
-        timer = min(timer, self._expiry, self._resends.next_at)
-        if self._parked and -math.inf < self._patient_until < timer:
+        timer = min(timer, self._expiry, self._waiting.next_at)
+        if self._waiting.has_parked and -math.inf < self._patient_until < timer:
             timer = self._patient_until
-        for heap in (self._first_sends, self._copies):
-            if heap and heap[0][0] < timer:
-                timer = heap[0][0]
+        if self._copies and self._copies[0][0] < timer:
+            timer = self._copies[0][0]
         for session in self.sessions:
             connection = session.connection
             if not (connection.is_open or connection.is_connecting) and connection.retry_at < timer:
@@ -230,19 +228,17 @@ class Balancer:
                 self._refusals[index] = session.connection.trouble
             elif session.connection.is_open:
                 self._refusals.pop(index, None)
-        if self._parked and (hoped != self._hoped or len(self._refusals) == len(self.sessions)):
+        if self._waiting.has_parked and (hoped != self._hoped or len(self._refusals) == len(self.sessions)):
             self._expiry = -math.inf  # what was parked in a hope that is no more ends now
         if -math.inf < self._patient_until <= now:
             self._patient_until = -math.inf
             self._hurry = True
         if usable - self._usable or hoped != self._hoped or self._hurry:
             self._hurry = False
-            self._hasten(now)
+            self._waiting.hasten(now)
         self._usable, self._hoped = usable, hoped
         placement = None
-        while placement is None and self._first_sends and self._first_sends[0][0] <= now:
-            placement = self._place_again(heappop(self._first_sends)[1], now)
-        while placement is None and (call_id := self._resends.take(now)) is not None:
+        while placement is None and (call_id := self._waiting.take(now)) is not None:
             placement = self._place_again(call_id, now)
         while placement is None and self._copies and self._copies[0][0] <= now:
             placement = self._place_copy(heappop(self._copies)[1], now)
@@ -304,7 +300,7 @@ class Balancer:
 
     def _place_again(self, call_id: int, now: float) -> Placement | None:
         entry = self._entries.get(call_id)
-        if entry is None or entry.attempts or call_id in self._parked:  # it has ended, or was looked at meanwhile
+        if entry is None or entry.attempts:  # it has ended, or was placed meanwhile
             return None
         return self._place(entry, now)
 
@@ -333,22 +329,8 @@ class Balancer:
         return index, attempt
 
     def _wait(self, entry: _Entry, at: float) -> None:
-        call = entry.call
-        self._expiry = min(self._expiry, call.expires)
-        if at == math.inf:
-            self._parked[call.id] = entry
-        elif entry.sent:
-            self._resends.wait(call.id, at)
-        else:
-            heappush(self._first_sends, (at, call.id))
-
-    def _hasten(self, now: float) -> None:
-        """Have all that waits looked at: there is one more daemon to go to."""
-        self._resends.hasten(now)
-        self._first_sends = [(now, call_id) for _, call_id in sorted(self._first_sends)]
-        parked, self._parked = self._parked, {}
-        for entry in parked.values():
-            self._wait(entry, now)
+        self._expiry = min(self._expiry, entry.call.expires)
+        self._waiting.wait(entry.call.id, at, was_sent=bool(entry.sent))
 
     # --- outcomes --------------------------------------------------------------------------------------------
 
@@ -492,5 +474,5 @@ class Balancer:
         if entry is None:
             return False
         self._bytes -= call.nbytes
-        self._parked.pop(call.id, None)
+        self._waiting.drop(call.id)
         return True
