@@ -123,6 +123,7 @@ class Server:
             reconciler,
             self._answers,
             self._quarantine,
+            admission,
             limits=limits,
             max_delay_us=max_delay_us,
         )

@@ -47,7 +47,8 @@ class AdmittedRequest(Protocol):
     """Request as admission control counts it.
 
     Attributes:
-        id: of its connection. nbytes: of its inputs. connection: the one that it came by.
+        id: of its connection. nbytes: of its inputs, and of what is made on its way. connection: the one that it came
+            by.
     """
 
     id: int
@@ -68,7 +69,7 @@ class Client:
         checked: whether each of its requests needs a closer look: it has a rate, or may have fewer bytes than others.
         taken: number of requests that were taken in. received: bytes of messages of connections that have ended.
         connections: number of open ones.
-        requests, nbytes: requests in flight, and the bytes of their inputs.
+        requests, nbytes: requests in flight, and their bytes.
         unsent: bytes of replies that it has not taken yet.
         commands: number of admin commands that wait or run.
         refused_ns: time of the loop that its refused messages took since `take_flooding`, in nanoseconds.
@@ -106,7 +107,7 @@ class Connection:
         role: what it may do. since: when its first message came, by the monotonic clock in seconds.
         frame_bytes: most bytes that encryption adds to each of its frames on the way.
         requests: requests in flight by id, of the class that the caller of `take` has (`AdmittedRequest`).
-        nbytes: bytes of their inputs. commands: number of admin commands that wait or run.
+        nbytes: bytes of these. commands: number of admin commands that wait or run.
         unsent: bytes of replies that it has not taken yet.
         received, frames: bytes, and frames, of the messages that it has sent and that were received.
         refused_ns: as of its client.
@@ -182,7 +183,7 @@ class Admission:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of inputs in flight, of all."""
+        """Bytes of requests in flight, of all."""
         return sum(client.nbytes for client in self._clients.values())
 
     @property
@@ -281,15 +282,36 @@ class Admission:
             self._check_closely(connection, nbytes)
 
     def _check_closely(self, connection: Connection, nbytes: int) -> None:
-        client, most, most_bytes = connection.client, connection.client.max_requests, connection.client.max_bytes
+        client, most = connection.client, connection.client.max_requests
         if client.requests >= most and (
             client.has_key or len(connection.requests) * client.connections >= most or client.requests >= 2 * most
         ):
             raise _full(client, f"{client.requests} requests of {client.name} are in flight", most)
+        self._check_bytes(connection, nbytes, 0)
+        if client.rate is not None:
+            wait_s = client.rate.take(time.monotonic())
+            if wait_s:
+                raise _over(f"{client.name} asks more often than it may", f"{client.rate.rate:g} a second", wait_s)
+
+    def check_bytes(self, connection: Connection, nbytes: int, own: int = 0) -> None:
+        """Check that a request may have so many bytes, without a look at the number of requests, and at their rate.
+
+        Args:
+            own: bytes that it has already, beside those.
+
+        Raises:
+            ResourceExhausted: the client has too much in flight besides, or all together have.
+        """
+        client = connection.client
+        if client.checked or client.nbytes + nbytes > self._unchecked_bytes:
+            self._check_bytes(connection, nbytes, own)
+
+    def _check_bytes(self, connection: Connection, nbytes: int, own: int) -> None:
+        client, most_bytes = connection.client, connection.client.max_bytes
         if client.nbytes + nbytes > most_bytes and (
-            client.nbytes
+            client.nbytes > own
             if client.has_key
-            else connection.nbytes and (connection.nbytes + nbytes) * client.connections > most_bytes
+            else connection.nbytes > own and (connection.nbytes + nbytes) * client.connections > most_bytes
         ):
             raise _full(client, f"{client.nbytes} bytes of {client.name} are in flight", most_bytes)
         if (
@@ -298,10 +320,6 @@ class Admission:
             and connection.nbytes + connection.unsent + nbytes > _ALWAYS_ADMITTED_BYTES
         ):
             raise _full(client, f"{self.traffic_bytes} bytes are received, in flight or owed", self.max_traffic_bytes)
-        if client.rate is not None:
-            wait_s = client.rate.take(time.monotonic())
-            if wait_s:
-                raise _over(f"{client.name} asks more often than it may", f"{client.rate.rate:g} a second", wait_s)
 
     def take(self, connection: Connection, request: AdmittedRequest) -> None:
         """Count a request as in flight."""
@@ -313,6 +331,18 @@ class Admission:
         client.requests += 1
         client.taken += 1
         client.nbytes += nbytes
+
+    def grow(self, request: AdmittedRequest, nbytes: int) -> None:
+        """Count so many bytes more for a request in flight: what is made on its way takes memory, too.
+
+        Raises:
+            ResourceExhausted: as `check_bytes` does.
+        """
+        connection = request.connection
+        self.check_bytes(connection, nbytes, request.nbytes)
+        request.nbytes += nbytes
+        connection.nbytes += nbytes
+        connection.client.nbytes += nbytes
 
     def release(self, request: AdmittedRequest) -> None:
         """Count a request as done: answered, or nobody waits for it any more."""
