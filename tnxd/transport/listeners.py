@@ -59,10 +59,17 @@ class Listeners:
             self._paths.append(endpoint.removeprefix("ipc://"))
 
     def _ask_for_key(self, asks: bool) -> None:
-        """Have the next endpoint ask its peers for a key (CURVE), or not; what asks here is in a domain of its own."""
-        self._socket.setsockopt(zmq.CURVE_SERVER, int(asks))
-        if asks:
-            self._socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret.encode())
+        """Have the next endpoint ask its peers for a key (CURVE), or not; what asks here is in a domain of its own.
+
+        Raises:
+            FailedPrecondition: libzmq was built without CURVE.
+        """
+        if self._secret:  # else the options are not touched: not every build has them
+            if not zmq.has("curve"):
+                raise FailedPrecondition("keys need a libzmq that was built with CURVE, as the wheels of pyzmq have it")
+            self._socket.setsockopt(zmq.CURVE_SERVER, int(asks))
+            if asks:
+                self._socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret.encode())
         # Else libzmq lets in whom nobody has been asked about.
         self._socket.setsockopt(zmq.ZAP_DOMAIN, zap.KEYS_DOMAIN if asks else zap.LOCAL_DOMAIN)
         self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
