@@ -11,6 +11,7 @@ import pytest
 from conftest import Daemon
 from dealer import Dealer
 from headers import pack
+from keyed import ask, whoami
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import InvalidArgument
 from tnxd.config import Clients, load
@@ -42,9 +43,15 @@ def test_orders_come_from_the_same_host_unless_configured_otherwise(
         error = stranger.error()
         assert error.code == "PERMISSION_DENIED"
         assert "remote_control" in error.message
+        assert (whoami(stranger).by, whoami(stranger).role) == ("address", "predict")
         local.socket.send(ORDER)
         assert isinstance(local.receive()[0], wire.ReloadReport)
-    said = "anybody who reaches it can run every model, and read"
+        none = ask(local, wire.Keys(v=wire.VERSION, id=4))
+        assert isinstance(none, wire.ErrorReply)
+        assert none.code == "FAILED_PRECONDITION"
+    said = (
+        "insecure = true, so the daemon does not authenticate clients: anybody who reaches it can run every model, and"
+    )
     log = daemon.logged(said)
     assert log.count(said) == 1, log
 

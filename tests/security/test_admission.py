@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,10 +22,14 @@ from tnxctl.protocol.errors import TensorNextError, Unauthenticated, Unavailable
 from tnxd.transport import zap
 from tnxd.transport.zap import ZapHandler
 
+MOST_CONNECTIONS = 12
+
 
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
-    with keyed_daemon(tmp_path_factory.mktemp("keyed"), {"alice": "predict", "olga": "observe"}) as running:
+    config = f"[clients]\nmax_connections = {MOST_CONNECTIONS}\n"
+    people = {"alice": "predict", "bob": "predict", "olga": "observe"}
+    with keyed_daemon(tmp_path_factory.mktemp("keyed"), people, "--model", "mlp", config=config) as running:
         yield running
 
 
@@ -133,20 +138,16 @@ def test_a_user_id_that_a_peer_claims_counts_for_nothing(keyed: Keyed) -> None:
     assert found.address.startswith("process ")
 
 
-def test_connections_of_a_name_are_limited(tmp_path: Path) -> None:
-    config = "[clients]\nmax_connections = 3\n"
-    with keyed_daemon(tmp_path, {"alice": "predict", "bob": "predict"}, "--model", "mlp", config=config) as few:
-        peers = [few.dealer("alice") for _ in range(3)]
-        for peer in peers:
-            assert whoami(peer).name == "alice"
+def test_connections_of_a_name_are_limited(keyed: Keyed) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(MOST_CONNECTIONS):
+            assert whoami(stack.enter_context(keyed.dealer("alice"))).name == "alice"
         events: list[zmq.Socket[bytes]] = []
-        with dealer(few.endpoint, few.pair.public, few.people["alice"], events), few.dealer("bob") as bob:
-            failed = next_event(events[0], zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_SUCCEEDED)
-            assert failed == (zmq.EVENT_HANDSHAKE_FAILED_AUTH, 500)  # there is no room: it may come again
-            assert whoami(bob).name == "bob"
-            events[0].close(0)
-        for peer in peers:
-            peer.context.destroy(0)
+        stack.enter_context(dealer(keyed.endpoint, keyed.pair.public, keyed.people["alice"], events))
+        failed = next_event(events[0], zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        assert failed == (zmq.EVENT_HANDSHAKE_FAILED_AUTH, 500)  # there is no room: it may come again
+        assert whoami(stack.enter_context(keyed.dealer("bob"))).name == "bob"
+        events[0].close(0)
 
 
 # --- the handler itself: what libzmq would have to get wrong for it ----------------------------------------------

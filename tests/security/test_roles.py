@@ -13,7 +13,6 @@ import pytest
 import zmq
 
 import zmtp
-from conftest import Daemon, serving_daemon
 from dealer import Dealer, rows
 from keyed import Keyed, ask, keyed_daemon, whoami
 from tnxctl.protocol import wire
@@ -43,9 +42,11 @@ ROLES = {"olga": "observe", "paul": "predict", "ada": "admin"}
 
 
 @pytest.fixture(scope="module")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
-    with keyed_daemon(tmp_path_factory.mktemp("keyed"), ROLES, "--model", "mlp") as running:
-        yield running
+def keyed() -> Iterator[Keyed]:
+    with tempfile.TemporaryDirectory(prefix="keyed-") as folder:
+        os.chmod(folder, 0o755)  # other users may come to its ipc:// path
+        with keyed_daemon(Path(folder), ROLES, "--model", "mlp") as running:
+            yield running
 
 
 def test_every_verb_has_a_least_role() -> None:
@@ -155,15 +156,6 @@ def test_a_kick_ends_all_connections_of_a_name_but_the_one_that_asks(keyed: Keye
             end.close(0)
 
 
-def test_without_keys_loopback_is_admin_and_there_are_no_keys_to_list(daemon: Daemon) -> None:
-    with Dealer(daemon.endpoint) as peer:
-        found = whoami(peer)
-        assert (found.name, found.by, found.role) == ("127.0.0.1", "address", "admin")
-        none = ask(peer, wire.Keys(v=V, id=1))
-        assert isinstance(none, wire.ErrorReply)
-        assert none.code == "FAILED_PRECONDITION"
-
-
 # --- users on ipc:// -----------------------------------------------------------------------------------------
 
 SOMEBODY, SOME_GROUP = 12345, 12345
@@ -185,17 +177,6 @@ def being(user: int, group: int, *groups: int) -> Iterator[None]:
         os.setgroups(before)
 
 
-@pytest.fixture(scope="module")
-def shared_path() -> Iterator[str]:
-    """Endpoint of a daemon at a path that everybody may connect to, as far as files say."""
-    with tempfile.TemporaryDirectory(prefix="keysd-") as folder:
-        os.chmod(folder, 0o755)
-        path = Path(folder, "tnx")
-        with serving_daemon(Path(folder, "log"), "--bind", f"ipc://{path}", "--model", "mlp"):
-            path.chmod(0o777)
-            yield f"ipc://{path}"
-
-
 def role_on(endpoint: str) -> str:
     """Role of this user on ipc://; "": it is not let in."""
     with zmtp.Peer(endpoint) as peer:
@@ -211,23 +192,23 @@ def role_on(endpoint: str) -> str:
 
 
 @needs_root
-def test_users_on_ipc_have_roles(shared_path: str) -> None:
+def test_users_on_ipc_have_roles(keyed: Keyed) -> None:
     """The daemon's user and group are root's here."""
-    assert role_on(shared_path) == "admin"
-    with being(SOMEBODY, SOME_GROUP):
-        assert role_on(shared_path) == ""
-    path = Path(shared_path.removeprefix("ipc://"))
+    path = Path(keyed.local.removeprefix("ipc://"))
+    assert role_on(keyed.local) == "admin"
     os.chown(path, 0, SOME_GROUP)
     path.chmod(0o770)
     with being(SOMEBODY, SOME_GROUP):
-        assert role_on(shared_path) == "predict"
+        assert role_on(keyed.local) == "predict"
     with being(SOMEBODY, 4711), pytest.raises(PermissionError):
-        role_on(shared_path)
-    path.chmod(0o777)
+        role_on(keyed.local)
+    path.chmod(0o777)  # now its permissions say nothing
+    with being(SOMEBODY, SOME_GROUP):
+        assert role_on(keyed.local) == ""
     with being(SOMEBODY, 0):
-        assert role_on(shared_path) == "predict"
+        assert role_on(keyed.local) == "predict"
     with being(SOMEBODY, SOME_GROUP, 4711, 0):
-        assert role_on(shared_path) == "predict"
+        assert role_on(keyed.local) == "predict"
     with being(SOMEBODY, SOME_GROUP, 4711):
-        assert role_on(shared_path) == ""
-    assert role_on(shared_path) == "admin"
+        assert role_on(keyed.local) == ""
+    assert role_on(keyed.local) == "admin"

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Daemon
-from dealer import Dealer
-from keyed import listed, whoami
+from keyed import listed
 from tnxctl.keys import pairs
 from tnxctl.protocol.errors import InvalidArgument
 from tnxd import keys
@@ -78,13 +76,10 @@ def test_a_start_without_keys_is_refused_in_one_sentence(more: tuple[str, ...]) 
         assert words in said
 
 
-def test_an_insecure_daemon_says_so_at_each_start(run_daemon: Callable[..., Daemon]) -> None:
-    daemon = run_daemon("--bind", "0.0.0.0:*", "--model", "mlp", environment={**os.environ, "TNXD_INSECURE": "1"})
-    port = daemon.endpoint.rpartition(":")[2]
-    with Dealer(f"tcp://127.0.0.1:{port}") as local:
-        assert whoami(local).role == "admin"
-    log = daemon.logged("insecure = true, so the daemon does not authenticate clients: anybody who reaches it can run")
-    assert log.count("insecure") == 1
+def test_the_word_may_be_a_flag_or_a_variable() -> None:
+    """What such a daemon says at its start: `tests/faults/test_fault_strangers.py`."""
+    for arguments, variables in ((["--insecure"], {}), ([], {"TNXD_INSECURE": "1"})):
+        assert tnxd("--bind", "0.0.0.0:5555", "--check", *arguments, **variables) == (0, "")
 
 
 # --- keys that are not as they should be -------------------------------------------------------------------------
