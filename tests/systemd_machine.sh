@@ -51,6 +51,7 @@ mkdir run/outside
 pivot_root . run/outside
 umount -l /run/outside
 rmdir /run/outside
+mount --make-rshared /  # as systemd has it where it is in no container: credentials reach services by that
 # The kernel is shared: nothing in here loads a module or sets the clock.
 container=test exec setpriv --bounding-set=-sys_module,-sys_time \
     /lib/systemd/systemd --system --unit=basic.target --show-status=no </dev/null

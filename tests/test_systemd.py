@@ -6,6 +6,7 @@ would take longer than all they do.
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import pytest
 import systemd_machine
 from model_repositories import put
 from systemd_machine import Machine, eventually
+from tnxctl.keys import pairs
 
 SOURCE = Path(__file__).parent.parent
 COPY = "/usr/src/tensornext"
@@ -269,6 +271,73 @@ def test_a_reload_serves_what_is_new_and_tells_what_failed(service: Machine) -> 
     assert "net/3" in journal(service)
     assert "net version 2 (default): ready" in service.run("tnxctl", "metadata", "net")
     assert (show(service, "ActiveState"), show(service, "MainPID")) == ("active", before)
+
+
+@pytest.fixture
+def keys(service: Machine) -> Iterator[dict[str, pairs.Pair]]:
+    """Pairs of the daemon and of alice, whose key may connect, in files of root's; the service asks for keys."""
+    made = {name: pairs.new(name) for name in ("tnxd", "alice")}
+    directory = service.root / "etc/tensornext"
+    for name, pair in made.items():
+        pairs.write(directory / f"{name}.key", pair)
+    authorized = directory / "authorized_keys.toml"
+    authorized.write_text(f'[keys.alice]\nkey = "{made["alice"].public}"\nrole = "predict"\n')
+    (service.root / CONFIG).write_text('[keys]\nauthorized = "/etc/tensornext/authorized_keys.toml"\n')
+    yield made
+    for path in (directory / "tnxd.key", directory / "alice.key", authorized):
+        path.unlink(missing_ok=True)
+
+
+def ask_with_key(machine: Machine, server: str, verb: str) -> str:
+    """What a client inside gets over tcp with alice's key: the role of whoami, say, or the name of an error."""
+    program = (
+        "import sys; from tnxctl import Client, TensorNextError\n"
+        "with Client('127.0.0.1', key='/etc/tensornext/alice.key', server_key=sys.argv[1], timeout=20) as client:\n"
+        "    try: print(getattr(client, sys.argv[2])())\n"
+        "    except TensorNextError as error: print(error.code)\n"
+    )
+    return machine.run("/opt/tensornext/bin/python", "-c", program, server, verb)
+
+
+def test_the_secret_of_the_daemon_comes_from_systemd(service: Machine, keys: dict[str, pairs.Pair]) -> None:
+    """Its user cannot read the file. Root is admin on ipc, and what is revoked is cut off by `systemctl reload`."""
+    service.run("systemctl", "restart", "tensornext", check=False)
+    assert show(service, "ExecMainStatus") == "2"
+    assert "LoadCredential=tnxd.key:PATH" in journal(service)
+    override(service, f"LoadCredential=tnxd.key:/etc/tensornext/tnxd.key\nEnvironment=TNX_HOST={IPC}")
+    service.run("systemctl", "restart", "tensornext")
+    pid = show(service, "MainPID")
+    user = str((service.root / "proc" / pid).stat().st_uid)
+    refused = service.run(
+        "setpriv", f"--reuid={user}", "--clear-groups", "cat", "/etc/tensornext/tnxd.key", check=False
+    )
+    assert "Permission denied" in refused
+    assert json.loads(service.run("tnxctl", "whoami", "--host", IPC, "--json"))["role"] == "admin"
+    assert "name='alice', by='key', role='predict'" in ask_with_key(service, keys["tnxd"].public, "whoami")
+    assert ask_with_key(service, keys["tnxd"].public, "reload") == "PERMISSION_DENIED"
+    (service.root / "etc/tensornext/authorized_keys.toml").write_text("")
+    service.run("systemctl", "reload", "tensornext")
+    assert ask_with_key(service, keys["tnxd"].public, "health") == "UNAUTHENTICATED"
+    (service.root / "etc/tensornext/authorized_keys.toml").write_text("[keys.alice]\n")
+    assert "failed" in service.run("systemctl", "reload", "tensornext", check=False)
+    assert "authorized_keys.toml" in journal(service)
+    assert show(service, "MainPID") == pid
+
+
+def test_members_of_the_sockets_group_may_predict(service: Machine) -> None:
+    """The service is in a user namespace of its own, where it sees these users as nobody."""
+    path = service.root / IPC.removeprefix("ipc:///")
+    users = grp.getgrnam("users").gr_gid
+    os.chown(path, 0, users)  # as SocketGroup= does
+
+    def whoami(*groups: str) -> str:
+        tool = ("/usr/local/bin/tnxctl", "whoami", "--host", IPC, "--timeout", "5", "--json")
+        return service.run("setpriv", "--reuid=4711", "--regid=4711", *groups, *tool, check=False)
+
+    assert json.loads(whoami(f"--groups={users}"))["role"] == "predict"
+    path.chmod(0o666)  # as a careless administrator might do
+    assert '"UNAUTHENTICATED"' in whoami("--clear-groups")
+    path.chmod(0o660)
 
 
 def test_a_wrong_configuration_is_named_and_not_tried_again(restored: Machine) -> None:

@@ -119,6 +119,14 @@ def page_default(field: msgspec.inspect.Field) -> str:
         ("reload, the report", [wire.ReloadReport]),
         ("compare, the request", [wire.Compare]),
         ("compare, the report", [wire.Comparison, wire.OutputDifference, wire.Percentiles]),
+        ("whoami, the request", [wire.WhoAmI]),
+        ("whoami, the report", [wire.Identity]),
+        ("clients, the request", [wire.Clients]),
+        ("clients, the report", [wire.ClientsReport, wire.ClientInfo]),
+        ("kick, the request", [wire.Kick]),
+        ("kick, the report", [wire.KickReport]),
+        ("keys, the request", [wire.Keys]),
+        ("keys, the report", [wire.KeysReport, wire.KeyInfo]),
     ],
 )
 def test_fields(title: str, headers: list[type[msgspec.Struct]]) -> None:
@@ -160,6 +168,13 @@ def test_error_codes() -> None:
     assert sorted(names) == sorted(set(known))
 
 
+def test_roles() -> None:
+    (roles,) = tables(section("Roles"))
+    on_page = {verb: bare(role) for role, verbs in roles for verb in re.findall(r"`(\w+)`", verbs)}
+    tags = {kind: msgspec.inspect.type_info(kind).tag for kind in get_args(wire.Request)}  # type: ignore[attr-defined]
+    assert on_page == {tags[kind]: role.title for kind, role in wire.LEAST_ROLES.items()}
+
+
 def test_limits() -> None:
     (limits,) = tables(section("Limits"))
     assert {bare(name): int(default) for name, default, _ in limits} == msgspec.structs.asdict(Limits())
@@ -196,6 +211,14 @@ EXAMPLES: dict[str, Any] = {
     "reload report": wire.ReloadReport,
     "compare request": wire.Compare,
     "compare report": wire.Comparison,
+    "whoami request": wire.WhoAmI,
+    "whoami report": wire.Identity,
+    "clients request": wire.Clients,
+    "clients report": wire.ClientsReport,
+    "kick request": wire.Kick,
+    "kick report": wire.KickReport,
+    "keys request": wire.Keys,
+    "keys report": wire.KeysReport,
 }
 
 

@@ -14,7 +14,7 @@ import click
 
 from tnxctl.cli import exits, output, text
 from tnxctl.cli.groups import Group
-from tnxctl.cli.options import as_json
+from tnxctl.cli.options import DEFAULT_TIMEOUT_S, as_json, host
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -235,19 +235,25 @@ def forget(host: str, as_json: bool) -> None:
 
 
 @command.command("list", short_help="List pairs, daemons that are known, and whom the daemon here lets in.")
+@host()
 @_directory
 @as_json
 @click.pass_context
-def list_(ctx: click.Context, directory: Path, as_json: bool) -> None:
+def list_(ctx: click.Context, endpoint: str | None, directory: Path, as_json: bool) -> None:
     """List this user's pairs, the daemons that this user knows, and whom the daemon on this host lets in.
 
-    A file with a mistake is told of, and the others are listed; the exit code is 5 then.
+    A file with a mistake is told of, and the others are listed; the exit code is 5 then. With --host: ask the daemon
+    there whom it lets in, and who of them is connected. For the role admin.
 
     \b
     Examples:
       tnxctl keys list
+      tnxctl keys list --host gpu-box
       tnxctl keys list --json | jq -r '.authorized[] | select(.role == "admin").name'
     """
+    if endpoint is not None:
+        _list_remote(endpoint, as_json)
+        return
     from tnxctl.keys import authorized, known_hosts, pairs, places
 
     mistakes: list[TensorNextError] = []
@@ -280,6 +286,23 @@ def list_(ctx: click.Context, directory: Path, as_json: bool) -> None:
     for mistake in mistakes:
         output.complain(str(mistake))
     ctx.exit(exits.of_error(mistakes[0]) if mistakes else exits.Exit.OK)
+
+
+def _list_remote(endpoint: str, as_json: bool) -> None:
+    """List whom the daemon at an endpoint lets in."""
+    from tnxctl.client import Client
+
+    with Client(endpoint, timeout=DEFAULT_TIMEOUT_S) as client:
+        report = client.keys()
+    if as_json:
+        output.write_json({"endpoint": endpoint, **output.report_document(report)})
+        return
+    rows = [(info.name, info.role, str(info.connections), info.key) for info in report.keys]
+    _section(f"Let in by {endpoint}", ("NAME", "ROLE", "CONNECTIONS", "PUBLIC KEY"), rows)
+    if report.total > len(rows):
+        click.echo(f"and {report.total - len(rows)} more")
+    elif not rows:
+        click.echo("It lets nobody in by a key.")
 
 
 _Found = TypeVar("_Found")

@@ -151,4 +151,54 @@ class Compare(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     candidate: Title
 
 
-Request = Predict | Cancel | Health | Metadata | Models | Load | Unload | Route | Reload | Compare
+class WhoAmI(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="whoami", gc=False):
+    """Ask who the daemon takes this peer for, and what it may do. Answered with `Identity`."""
+
+    v: Version
+    id: Id
+
+
+class Clients(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="clients", gc=False):
+    """Ask who is connected. Answered with `ClientsReport`."""
+
+    v: Version
+    id: Id
+
+
+class Kick(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="kick", gc=False):
+    """End all connections of a client but the one that asks. Answered with `KickReport`.
+
+    It may come back at once; to keep it out, take its key off the list.
+
+    Attributes:
+        client: its name, as in `ClientsReport`.
+    """
+
+    v: Version
+    id: Id
+    client: Name
+
+
+class Keys(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="keys", gc=False):
+    """Ask which keys may connect. Answered with `KeysReport`."""
+
+    v: Version
+    id: Id
+
+
+Request = (
+    Predict
+    | Cancel
+    | Health
+    | Metadata
+    | Models
+    | Load
+    | Unload
+    | Route
+    | Reload
+    | Compare
+    | WhoAmI
+    | Clients
+    | Kick
+    | Keys
+)

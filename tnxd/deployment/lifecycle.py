@@ -288,11 +288,21 @@ class Lifecycle:
         if not model.audit or any(report.serial or report.random for report in reports):
             self.audits.pop(version, None)
         elif version not in self.audits:
-            self.audits[version] = Audit(version, model.audit, self._end_batches)
+            self.audits[version] = Audit(version, model.audit, self._end_batches, self._give_up_variant)
 
     def _end_batches(self, version: Version, key: str, why: str) -> None:
         """Called by an audit, on another thread."""
         self._call_soon(partial(version.end_batches, key, why))
+
+    def _give_up_variant(self, version: Version, key: str, why: str) -> None:
+        """Called by an audit, on another thread."""
+
+        def give_up() -> None:
+            if version.give_up_variant(key, why):
+                for executor in self._executors.values():
+                    executor.give_up_variant(key)
+
+        self._call_soon(give_up)
 
 
 def _check_successor(serving: Version, version: Version, model: Model) -> None:

@@ -105,6 +105,27 @@ class Version:
         log.error("%s: its requests run alone from now on: %s", self.title, why)
 
     @property
+    def variant(self) -> str:
+        """Name of the variant of the network that runs, on one device at least; "" if there is none."""
+        return next((trial.variant for trial in self.trials.values() if trial.variant), "")
+
+    def give_up_variant(self, key: str, why: str) -> bool:
+        """Note that the network runs as it is from now on, if it is still the model of that key that serves.
+
+        Args:
+            why: how the variant answered otherwise.
+
+        Returns:
+            Whether there was a variant.
+        """
+        if self.model is None or self.model.key != key or not self.variant:
+            return False
+        self.trials = {name: trial._replace(variant="") for name, trial in self.trials.items()}
+        self.notes = (*self.notes, f"optimize: the network runs as it is now, since {why}")
+        log.error("%s: the network runs as it is from now on: %s", self.title, why)
+        return True
+
+    @property
     def servable(self) -> bool:
         """Whether requests may be sent to it; an evicted version is loaded for them."""
         return self.state in (READY, EVICTED)

@@ -164,10 +164,14 @@ def comparison(request: Compare, state: str, inventory: Inventory, shadows: Shad
     return shadows.report(request.id, baseline, candidate)
 
 
-def reload_report(id_: int, changes: Changes) -> ReloadReport:
-    """The report on a reload."""
+def reload_report(id_: int, changes: Changes, key_failures: Mapping[str, str]) -> ReloadReport:
+    """The report on a reload. Args: key_failures: why the file of authorized keys was not taken, by its path."""
     return ReloadReport(
-        v=VERSION, id=id_, loaded=tuple(changes.loaded), unloaded=tuple(changes.unloaded), failed=changes.failed
+        v=VERSION,
+        id=id_,
+        loaded=tuple(changes.loaded),
+        unloaded=tuple(changes.unloaded),
+        failed={**key_failures, **changes.failed},
     )
 
 

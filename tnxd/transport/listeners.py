@@ -11,18 +11,23 @@ from typing import IO
 import zmq
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
+from tnxd.transport import zap
 from tnxd.transport.inherited import Listener
 
 
 class Listeners:
-    """Endpoints of one socket.
+    """Endpoints of one socket. A listener keeps the options that the socket has when it begins to listen.
+
+    Args:
+        secret: secret key of the daemon, in Z85: then every tcp:// endpoint asks its peers for a key; "": none does.
 
     Attributes:
         endpoints: the bound ones, wildcards resolved.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], secret: str = "") -> None:
         self.endpoints: list[str] = []
+        self._secret = secret
         self._socket = socket
         self._locks: list[IO[str]] = []
         self._paths: list[str] = []
@@ -40,6 +45,7 @@ class Listeners:
         if endpoint.startswith("ipc://") and inherited is None:
             self._lock_path(endpoint)
         self._socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+        self._ask_for_key(bool(self._secret) and not endpoint.startswith("ipc://"))
         # ZeroMQ's own from here on: it ends the process over a descriptor that is closed twice, or used for two binds.
         self._socket.setsockopt(zmq.USE_FD, -1 if inherited is None else inherited.detach())
         try:
@@ -51,6 +57,15 @@ class Listeners:
         self.endpoints.append(self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
         if endpoint.startswith("ipc://") and inherited is None:
             self._paths.append(endpoint.removeprefix("ipc://"))
+
+    def _ask_for_key(self, asks: bool) -> None:
+        """Have the next endpoint ask its peers for a key (CURVE), or not; what asks here is in a domain of its own."""
+        self._socket.setsockopt(zmq.CURVE_SERVER, int(asks))
+        if asks:
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret.encode())
+        # Else libzmq lets in whom nobody has been asked about.
+        self._socket.setsockopt(zmq.ZAP_DOMAIN, zap.KEYS_DOMAIN if asks else zap.LOCAL_DOMAIN)
+        self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
     def _lock_path(self, endpoint: str) -> None:
         """Lock the path of an ipc:// endpoint: ZeroMQ's bind takes over that of a live daemon without an error."""
