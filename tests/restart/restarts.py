@@ -57,7 +57,8 @@ class Report:
     """What the clients met.
 
     Attributes:
-        restarts: of the daemon. asked, answered: calls, and those that got a result. answered_again: results beyond the first of a call.
+        restarts: of the daemon. asked, answered: calls, and those that got a result.
+        answered_again: results beyond the first of a call.
         wrong: results that are not those of the inputs. errors: by their words.
         longest_s: the longest that a call took.
     """
