@@ -51,19 +51,23 @@ SANS_IO = tuple(
     f"tnxctl.{module}"
     for module in (
         "backoff",
+        "balancer",
         "call",
         "connection",
         "encoder",
+        "endpoints",
         "failures",
+        "hedging",
         "request_windows",
         "resending",
         "session",
         "throttling",
+        "waiting",
     )
 )
 """Modules of the client that are pure: but for the random part of waits, all depends on their arguments alone."""
 
-MOVERS = tuple(f"tnxctl.{module}" for module in ("driver", "handshakes", "link", "process", "wakeups"))
+MOVERS = tuple(f"tnxctl.{module}" for module in ("driver", "handshakes", "link", "links", "process", "wakeups"))
 """Modules of the client that move messages or wait."""
 
 IO = ("asyncio", "os", "select", "socket", "threading", "time", "zmq")

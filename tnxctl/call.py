@@ -38,6 +38,8 @@ class Call(Generic[T]):
         attempts: number of times that it was sent. in_flight: whether the daemon may have it now: it was sent on the
             connection that stands, and not refused.
         losses: connections that broke while it was in flight.
+        moves: whether it is an attempt of another call, which may go on at another daemon: the session ends it where it
+            would send any other call again.
         refusal: the daemon's reason for that, or the reason why the call is not sent again.
         window: the window that it counts in, if any.
         waiter: whatever the shell has to tell of the outcome, if anything. The session never looks at it.
@@ -57,6 +59,7 @@ class Call(Generic[T]):
         "id",
         "in_flight",
         "losses",
+        "moves",
         "nbytes",
         "next_timeout",
         "refusal",
@@ -87,6 +90,7 @@ class Call(Generic[T]):
         self.attempts = 0
         self.in_flight = False
         self.losses = 0
+        self.moves = False
         self.refusal: Unavailable | InvalidArgument | None = None
         self.done = False
         self.waiter: Any = None
@@ -117,6 +121,21 @@ class Call(Generic[T]):
         return isinstance(self._request, wire.Predict)
 
     @property
+    def may_move(self) -> bool:
+        """Whether any daemon may answer it, if the client has several."""
+        return isinstance(self._request, wire.Predict | wire.Metadata)
+
+    @property
+    def model(self) -> str:
+        """The model that it asks for, if it is about one."""
+        return getattr(self._request, "model", "")
+
+    @property
+    def predicted_s(self) -> float:
+        """The seconds that the daemon predicted for it when it came, as its result says; 0: nothing."""
+        return getattr(self._result, "predicted_us", 0.0) / 1e6
+
+    @property
     def changes_daemon(self) -> bool:
         """Whether it changes the state of the daemon."""
         return isinstance(self._request, _CHANGES)
@@ -145,6 +164,27 @@ class Call(Generic[T]):
             changes["sent_us"] = now * 1e6
         if changes:
             self.frames[0] = wire.encode(msgspec.structs.replace(request, **changes))
+
+    def attempt(self, sent: int, losses: int, now: float) -> Call[T]:
+        """A copy of this call for one of several daemons.
+
+        Args:
+            sent: how often the call has been sent before.
+            losses: connections that have broken under it.
+        """
+        attempt = Call(
+            self._request, [*self.frames], self.nbytes, self._read, self.timeout, self.timeout, self.firm_deadline, now
+        )
+        attempt.expires = attempt.next_timeout = self.expires
+        attempt.attempts, attempt.losses = sent, losses
+        attempt.moves = True
+        attempt.renew(now)
+        return attempt
+
+    def adopt(self, attempt: Call[T]) -> None:
+        """Finish with the outcome of an attempt."""
+        self._result, self._error = attempt._result, attempt._error
+        self._finish()
 
     def take(self) -> T:
         """The result, or its error raised. Call it once, when `done`."""

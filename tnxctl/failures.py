@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tnxctl.call import Call
@@ -75,6 +76,41 @@ def inputs_too_large(call: Call[Any], endpoint: str, limit: int) -> InvalidArgum
     """The error of a call whose inputs have ended a connection: the daemon takes no more bytes than its limit."""
     return InvalidArgument(
         f"the inputs have {call.nbytes} bytes, and {endpoint} takes {limit} in a message: it ended the connection"
+    )
+
+
+def none_answered(call: Call[Any], whys: Mapping[str, str], is_silent: bool) -> TensorNextError:
+    """The error of a call that none of several daemons has answered in time.
+
+    Args:
+        whys: endpoint -> the reason, a clause.
+        is_silent: whether none of them has finished a handshake with keys.
+    """
+    kind: type[TensorNextError] = Unauthenticated if is_silent else Unavailable
+    if call.firm_deadline:
+        kind = DeadlineExceeded
+    within = f"within {'its deadline of ' if call.firm_deadline else ''}{spell(call.timeout)}"
+    return kind(f"none of {len(whys)} daemons answered {call.verb} {within}: {_each(whys)}")
+
+
+def none_lets_in(whys: Mapping[str, str]) -> Unauthenticated:
+    """The error of a call if none of several daemons lets this client in.
+
+    Args:
+        whys: endpoint -> the reason, a clause.
+    """
+    return Unauthenticated(f"none of {len(whys)} daemons lets this client in: {_each(whys)}")
+
+
+def _each(whys: Mapping[str, str]) -> str:
+    return "; ".join(f"{endpoint}: {why.removeprefix(f'{endpoint}: ')}" for endpoint, why in whys.items())
+
+
+def about_one_daemon(call: Call[Any], endpoints: Sequence[str]) -> InvalidArgument:
+    """The error of a call that is about one daemon, to a client of several."""
+    return InvalidArgument(
+        f"{call.verb} is about one daemon, and this client is of {len(endpoints)}: make one for the daemon that you "
+        f"mean, such as Client({endpoints[0]!r})"
     )
 
 

@@ -3,7 +3,8 @@
 What libzmq 4.3.5 tells a client, by what the daemon does:
 
     a ZAP handler answers 400, or 500                HANDSHAKE_FAILED_AUTH with that number
-    one side uses keys, the other none               HANDSHAKE_FAILED_PROTOCOL, mechanism mismatch
+    one side uses keys, the other none               HANDSHAKE_FAILED_PROTOCOL, mechanism mismatch, or, where the
+                                                     daemon's end is seen first, as the next
     the daemon has another key than is expected      HANDSHAKE_FAILED_NO_DETAIL: it ends the connection without a word
     no ZAP handler, where keys are used              the same
     the handler is hung, or answers 300              HANDSHAKE_FAILED_NO_DETAIL after HANDSHAKE_IVL: silence
@@ -14,7 +15,6 @@ What libzmq 4.3.5 tells a client, by what the daemon does:
 
 from __future__ import annotations
 
-import errno
 import os
 
 import zmq
@@ -26,11 +26,12 @@ _NO_ROOM = 500
 _MISMATCH = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
 
 
-def trouble(event: int, value: int, shown: Credentials | None) -> str | None:
+def trouble(event: int, value: int, shown: Credentials | None, *, timed_out: bool = False) -> str | None:
     """A clause for error messages about an attempt to connect; None: the event has no news.
 
     Args:
         shown: credentials of this client; None: it uses no keys.
+        timed_out: the handshake has taken its longest time. libzmq tells it with whatever was last in errno.
     """
     match event:
         case zmq.Event.CONNECT_DELAYED:
@@ -42,7 +43,7 @@ def trouble(event: int, value: int, shown: Credentials | None) -> str | None:
         case zmq.Event.CONNECTED:
             return _silent(shown)
         case zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
-            if value == errno.EAGAIN:
+            if timed_out:
                 return _silent(shown)
             return f"the ZeroMQ handshake failed ({os.strerror(value)}){'' if shown is None else _other_key(shown)}"
         case zmq.Event.HANDSHAKE_FAILED_AUTH:
@@ -82,7 +83,7 @@ def _silent(shown: Credentials | None) -> str:
 
 def _other_key(shown: Credentials) -> str:
     return (
-        f": it has not the key that {shown.origin} expects there, {shown.server}, or lets nobody in. "
+        f": it has not the key that {shown.origin} expects there, {shown.server}, or uses none, or lets nobody in. "
         f"If the daemon was given a new key: tnxctl keys trust HOST LINE --replace"
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import struct
 import time
@@ -85,6 +86,7 @@ class Link:
 
     Attributes:
         dealer, monitor: both None, or both open.
+        sources: both, as zmq_poll takes them.
     """
 
     def __init__(
@@ -98,7 +100,9 @@ class Link:
         self._unwatch = unwatch or _ignore
         self.dealer: Socket | None = None
         self.monitor: Socket | None = None
+        self.sources: list[tuple[Any, int]] = []
         self._is_large = False  # the last tensor that came
+        self._met_at = math.inf  # when the other side accepted the connection, and the handshake began
 
     def start(self, call: Call[Any]) -> None:
         """Take a call under way; it may be `done` at once."""
@@ -127,6 +131,10 @@ class Link:
                 frames.append(frame)
         return self._session.receive(frames, time.monotonic())
 
+    def has_input(self) -> bool:
+        """Whether a message waits. The look also re-arms the edge-triggered file descriptor of the socket."""
+        return has_input(self.dealer)
+
     def _receive_tensor(self, dealer: Socket) -> bytearray | zmq.Frame:
         """Take the next frame, as memory that can be written to.
 
@@ -151,7 +159,7 @@ class Link:
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 for call in self._session.connected(time.monotonic()):
                     self._send(call)
-                self._send_probe()
+                self.send_probe()
             elif event in _OVER:
                 finished += self._receive_all()  # answers that came before the end still count
                 self._close_sockets()
@@ -161,11 +169,15 @@ class Link:
     def _note(self, event: int, value: int) -> None:
         """Tell the connection what an event says of it."""
         connection, shown = self._session.connection, self._session.credentials
-        trouble = handshakes.trouble(event, value, shown)
+        now = time.monotonic()
+        if event == zmq.Event.CONNECTED:
+            self._met_at = now
+            if shown is not None:
+                connection.handshake_begun(now)
+        timed_out = now - self._met_at >= _CONNECT_TIMEOUT_MS / 2e3  # half of it: this thread may have slept
+        trouble = handshakes.trouble(event, value, shown, timed_out=timed_out)
         if trouble is not None:
             connection.note_trouble(trouble, begun=event == zmq.Event.CONNECT_DELAYED)
-        if event == zmq.Event.CONNECTED and shown is not None:
-            connection.handshake_begun(time.monotonic())
         if handshakes.is_failure(event, value, shown):
             connection.handshake_failed(refused=handshakes.is_refusal(event, value))
 
@@ -184,9 +196,9 @@ class Link:
         for call in expired:
             self._send_cancel(call)
         finished += expired
-        self._send_probe()
+        self.send_probe()
         if self._session.must_connect(now):
-            self._connect(now)
+            self.connect(now)
         for call in self._session.take_retries(now):
             self._send(call)
         return finished
@@ -194,13 +206,13 @@ class Link:
     def _receive_all(self) -> list[Call[Any]]:
         """Take all messages that wait. Returns the calls that they finished."""
         finished: list[Call[Any]] = []
-        while has_input(self.dealer):
+        while self.has_input():
             call = self.receive()
             if call is not None:
                 finished.append(call)
         return finished
 
-    def _send_probe(self) -> None:
+    def send_probe(self) -> None:
         """Ask the daemon for its health, where the session wants to know."""
         message = self._session.probe_message()
         if message is not None and self.dealer is not None:
@@ -220,7 +232,16 @@ class Link:
         """Close the sockets at once, whatever they have still to send. Idempotent."""
         self._close_sockets()
 
-    def _connect(self, now: float) -> None:
+    def abandon(self) -> None:
+        """Forget the sockets, in a forked child: they are the parent's, and pyzmq leaves them open here."""
+        for socket in (self.dealer, self.monitor):
+            if socket is not None:
+                with contextlib.suppress(AttributeError):
+                    socket._shadow = True  # another's: pyzmq does not warn that it was never closed
+        self.dealer, self.monitor, self.sources = None, None, []
+
+    def connect(self, now: float) -> None:
+        """Attempt to connect."""
         session = self._session
         session.connection.connecting(now)
         try:
@@ -256,6 +277,7 @@ class Link:
         # pyzmq's own address comes from a file descriptor, whose number the last socket may have had just now.
         self.monitor = dealer.get_monitor_socket(_EVENTS, f"inproc://tnx-monitor-{next(_monitor_ids)}")
         self._watch(self.monitor)
+        self.sources = [(dealer, _POLLIN), (self.monitor, _POLLIN)]
         dealer.connect(self._session.endpoint)
 
     def _close_sockets(self) -> None:
@@ -269,7 +291,7 @@ class Link:
         if dealer is not None and not dealer.closed:
             self._unwatch(dealer)
             dealer.close(0)
-        self.dealer = self.monitor = None
+        self.dealer, self.monitor, self.sources = None, None, []
 
     def _send_cancel(self, call: Call[Any]) -> None:
         """Spare the daemon a computation that nobody waits for, if that is possible at once."""

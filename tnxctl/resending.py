@@ -3,8 +3,8 @@
     Resends.wait(call_id, at)       it is to be sent again, not before that time
     Resends.next_at                 when the next one may go; infinite while none waits or none may go
     Resends.take(now)               its id, if one may go now
-    Resends.began() / ended()       one goes out / is answered, refused, lost or given up
-    Resends.refund() / succeeded()  the daemon has refused it for now / has answered any call with a result
+    Budget.began() / ended()        one goes out / is answered, refused, lost or given up
+    Budget.refund() / succeeded()   the daemon has refused it for now / has answered any call with a result
 
 A resend is work that a daemon may have done already. Where answers fail to come because there is too much to do, each
 client that sends again what it misses makes it worse. So resends have a **budget**, as those of Finagle and of gRPC do:
@@ -30,24 +30,22 @@ TOKENS_PER_SUCCESS = 0.1
 
 
 class Resends:
-    """Resends of one client."""
+    """Resends of one client that wait, in the order of their times.
 
-    __slots__ = ("_tokens", "_under_way", "_waiting")
+    Args:
+        budget: says how many may go.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_waiting", "budget")
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
         self._waiting: list[tuple[float, int]] = []  # a heap of times and ids
-        self._tokens = FIRST_TOKENS
-        self._under_way = 0
 
     @property
     def next_at(self) -> float:
         """Time from which on `take` has something; infinite while none waits, or while none may go."""
-        return self._waiting[0][0] if self._waiting and self.has_room else math.inf
-
-    @property
-    def has_room(self) -> bool:
-        """Whether one more may be under way."""
-        return self._tokens >= 1.0 or not self._under_way
+        return self._waiting[0][0] if self._waiting and self.budget.has_room else math.inf
 
     def wait(self, call_id: int, at: float) -> None:
         """Let a call wait for its turn, which is not before a time."""
@@ -57,9 +55,33 @@ class Resends:
         """The call whose turn it is; None if there is none yet. It may have ended meanwhile."""
         return heappop(self._waiting)[1] if self.next_at <= now else None
 
+    def hasten(self, now: float) -> None:
+        """Let the turn of all that wait come now."""
+        self._waiting = [(now, call_id) for _, call_id in sorted(self._waiting)]
+
     def clear(self) -> None:
         """Let none wait any more."""
         self._waiting.clear()
+
+
+class Budget:
+    """Budget of resends, for all daemons of one client."""
+
+    __slots__ = ("_tokens", "_under_way")
+
+    def __init__(self) -> None:
+        self._tokens = FIRST_TOKENS
+        self._under_way = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more may be under way."""
+        return self._tokens >= 1.0 or not self._under_way
+
+    @property
+    def has_token(self) -> bool:
+        """Whether one more may be under way that nobody waits for: without it, there would be an answer or an error."""
+        return self._tokens >= 1.0
 
     def began(self) -> None:
         """Note that a resend goes out."""
@@ -68,7 +90,7 @@ class Resends:
 
     def ended(self) -> None:
         """Note that a resend is not under way any more, for whatever reason."""
-        self._under_way -= 1
+        self._under_way = max(self._under_way - 1, 0)  # Ctrl-C may have come before it had begun
 
     def refund(self) -> None:
         """Give back the token of a resend."""

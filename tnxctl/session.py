@@ -60,7 +60,7 @@ from tnxctl.protocol.errors import (
     from_code,
 )
 from tnxctl.protocol.wire import Limits
-from tnxctl.resending import Resends
+from tnxctl.resending import Budget, Resends
 from tnxctl.throttling import Throttle
 
 MAX_PENDING_CALLS = 65_536
@@ -90,16 +90,26 @@ class Session:
 
     Args:
         credentials: what to show to the daemon, and to expect of it; None: no keys are used.
+        budget: that of all resends of the client, if it has more than this session.
 
     Attributes:
         credentials: as given.
         encoder: makes the calls; may be used from any thread.
+        message_limit: most bytes of inputs that the daemon takes, as it has told on this connection; infinite if it has
+            told none, None if it was not asked.
         connection: the state of the connection that they go out on.
         max_frames: most frames of a reply that are looked at.
         max_frame_bytes: most bytes that one of them may have.
     """
 
-    def __init__(self, endpoint: str, timeout: float, limits: Limits, credentials: Credentials | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        timeout: float,
+        limits: Limits,
+        credentials: Credentials | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         self.endpoint = endpoint
         self.credentials = credentials
         self.encoder = RequestEncoder(timeout, limits)
@@ -119,7 +129,9 @@ class Session:
         self._closed = False
         # No pending call expires earlier; it may lie too early, then a look at the calls sets it right.
         self._expiry = math.inf
-        self._resends = Resends()
+        self._budget = budget or Budget()
+        self._resends = Resends(self._budget)
+        self.message_limit: float | None = None
         self._probe_id: int | None = None
         self._held: list[Call[Any]] = []  # until the daemon has answered the probe
 
@@ -132,6 +144,11 @@ class Session:
     def idle(self) -> bool:
         """Whether nothing is under way."""
         return not self._pending
+
+    @property
+    def outstanding(self) -> int:
+        """Number of calls under way."""
+        return len(self._pending)
 
     @property
     def next_timer(self) -> float:
@@ -207,8 +224,8 @@ class Session:
         if call.window is not None:
             call.window.served(now)
         if call.attempts > 1:
-            self._resends.refund()
-        self._resends.succeeded()
+            self._budget.refund()
+        self._budget.succeeded()
         try:
             call.succeed(reply, frames, self._reply_limits)
         except InvalidArgument as error:
@@ -225,7 +242,7 @@ class Session:
 
     def _defer(self, call: Call[Any], error: TensorNextError, now: float) -> bool:
         """Defer a call, if it has the time: a daemon that is starting or draining says when to ask again."""
-        if not isinstance(error, Unavailable) or error.retry_after_s is None:
+        if not isinstance(error, Unavailable) or error.retry_after_s is None or call.moves:
             return False
         after_s = max(error.retry_after_s, FIRST_RETRY_S)
         if now + after_s >= call.expires:
@@ -234,7 +251,7 @@ class Session:
         if retry_at >= call.expires:
             retry_at = now + after_s
         if call.attempts > 1:
-            self._resends.refund()
+            self._budget.refund()
         call.refusal = error
         call.in_flight = False
         call.next_timeout = min(call.expires, retry_at + call.connect_timeout)  # the daemon may be gone by then
@@ -259,7 +276,7 @@ class Session:
     def _send_again(self, call: Call[Any], now: float) -> None:
         call.renew(now)
         call.mark_sent()
-        self._resends.began()
+        self._budget.began()
 
     # --- calls that end without a reply ----------------------------------------------------------------------
 
@@ -315,7 +332,7 @@ class Session:
             if call.window is not None:
                 call.window.outstanding -= 1
             if call.attempts > 1 and call.in_flight:
-                self._resends.ended()
+                self._budget.ended()
         return call
 
     # --- the connection --------------------------------------------------------------------------------------
@@ -341,7 +358,7 @@ class Session:
                 call.renew(now)
                 call.mark_sent()
                 calls.append(call)
-            elif self._resends.has_room:
+            elif self._budget.has_room:
                 self._send_again(call, now)
                 calls.append(call)
             else:
@@ -371,19 +388,20 @@ class Session:
     def disconnected(self) -> list[Call[Any]]:
         """Close the connection: this side has ended it, so no call is to blame.
 
-        Returns the changes that were under way: they fail, since they are not sent twice.
+        Returns the changes that were under way, which fail, since they are not sent twice, and the attempts of calls
+        that may go to another daemon.
         """
         unsure = []
         if self.connection.is_open:
-            unsure = [call for call in self._pending.values() if call.may_have_changed_daemon]
+            unsure = [call for call in self._pending.values() if call.may_have_changed_daemon or call.moves]
         for call in unsure:
             self._fail_lost(call)
         for call in self._pending.values():
             if call.attempts > 1 and call.in_flight:
-                self._resends.ended()
+                self._budget.ended()
             call.in_flight = False
         self.connection.closed()
-        self._probe_id, self._held = None, []
+        self._probe_id, self._held, self.message_limit = None, [], None
         self._resends.clear()  # everything goes out on the next connection
         return unsure
 
@@ -395,7 +413,9 @@ class Session:
 
     def _fail_lost(self, call: Call[Any]) -> None:
         self._pop(call.id)
-        call.fail(failures.connection_lost(call, self.connection, self.max_frame_bytes))
+        error = failures.connection_lost(call, self.connection, self.max_frame_bytes)
+        call.in_flight = False
+        call.fail(error)
 
     def probe_message(self) -> bytes | None:
         """The message that asks the daemon for its health; None if there is no doubt, or it has been asked."""
@@ -406,9 +426,15 @@ class Session:
         self._probe_id = next(self.encoder.ids)
         return wire.encode(wire.Health(v=wire.VERSION, id=self._probe_id))
 
+    def ask_limit(self) -> None:
+        """Have the daemon asked for `message_limit`, unless it has been."""
+        if self._probe_id is None:
+            self.connection.wants_probe = True
+
     def _receive_probe_reply(self, reply: wire.Reply, now: float) -> None:
         """Send again the held calls that the daemon, by its answer, takes; have the others fail."""
         limit = reply.max_message_bytes if isinstance(reply, wire.HealthReport) else 0
+        self.message_limit = limit or math.inf
         for call in self._held:
             if call.id not in self._pending:
                 continue

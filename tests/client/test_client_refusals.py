@@ -126,3 +126,12 @@ def test_what_an_event_says(event: int, value: int, shown: Credentials | None, f
     assert handshakes.is_failure(event, value, shown) is failure
     assert handshakes.is_refusal(event, value) is refusal
     assert "SECRET" not in str(handshakes.trouble(event, value, shown))
+
+
+def test_silence_is_told_by_its_length() -> None:
+    """With a handshake that takes too long, libzmq tells whatever number was last in errno."""
+    event = zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+    for value in (errno.EAGAIN, errno.EPIPE):
+        assert "did not finish the handshake with keys" in str(handshakes.trouble(event, value, SHOWN, timed_out=True))
+        assert "did not finish the ZeroMQ handshake" in str(handshakes.trouble(event, value, None, timed_out=True))
+        assert "expects there, SERVER, or uses none" in str(handshakes.trouble(event, value, SHOWN))

@@ -9,7 +9,7 @@ import pytest
 from sessions import connected_session, header, put_off, result, started
 from tnxctl import backoff, session
 from tnxctl.protocol import errors, wire
-from tnxctl.resending import FIRST_TOKENS, MOST_TOKENS, TOKENS_PER_SUCCESS, Resends
+from tnxctl.resending import FIRST_TOKENS, MOST_TOKENS, TOKENS_PER_SUCCESS, Budget, Resends
 from tnxctl.session import MAX_LOSSES, Session
 
 WINDOW = int(FIRST_TOKENS)
@@ -33,11 +33,11 @@ def lost_under(session: Session, count: int) -> list[int]:
     return [call.id for call in calls]
 
 
-def began(resends: Resends) -> int:
+def began(budget: Budget) -> int:
     """Resends that go out until there is no room for another one."""
     count = 0
-    while resends.has_room and count < 10_000:
-        resends.began()
+    while budget.has_room and count < 10_000:
+        budget.began()
         count += 1
     return count
 
@@ -46,51 +46,55 @@ def began(resends: Resends) -> int:
 
 
 def test_a_budget_begins_with_a_few_resends() -> None:
-    assert began(Resends()) == WINDOW
+    assert began(Budget()) == WINDOW
 
 
 def test_one_resend_is_always_possible_and_no_more_without_a_success() -> None:
-    resends = Resends()
-    for _ in range(began(resends)):
-        resends.ended()
+    budget = Budget()
+    for _ in range(began(budget)):
+        budget.ended()
     for _ in range(100):
-        assert began(resends) == 1
-        resends.ended()
+        assert began(budget) == 1
+        budget.ended()
 
 
 def test_a_tenth_of_the_successes_can_be_sent_again() -> None:
-    resends = Resends()
-    for _ in range(began(resends)):
-        resends.ended()
+    budget = Budget()
+    for _ in range(began(budget)):
+        budget.ended()
     for _ in range(500):
-        resends.succeeded()
-    assert began(resends) == pytest.approx(500 * TOKENS_PER_SUCCESS, abs=1)
+        budget.succeeded()
+    assert began(budget) == pytest.approx(500 * TOKENS_PER_SUCCESS, abs=1)
 
 
 def test_tokens_of_good_times_are_not_hoarded() -> None:
-    resends = Resends()
+    budget = Budget()
     for _ in range(100_000):
-        resends.succeeded()
-    assert began(resends) == MOST_TOKENS
+        budget.succeeded()
+    assert began(budget) == MOST_TOKENS
 
 
 def test_a_refund_is_the_token_of_one_resend() -> None:
-    resends = Resends()
-    count = began(resends)
-    resends.ended()
-    resends.refund()
-    assert began(resends) == 1
+    budget = Budget()
+    count = began(budget)
+    budget.ended()
+    budget.refund()
+    assert began(budget) == 1
     for _ in range(count):
-        resends.ended()
+        budget.ended()
 
 
 def test_those_wait_in_the_order_of_their_times() -> None:
-    resends = Resends()
+    resends = Resends(Budget())
     assert resends.next_at == math.inf
     for call_id, at in ((1, 3.0), (2, 1.0), (3, 2.0)):
         resends.wait(call_id, at)
     assert resends.next_at == 1.0
     assert [resends.take(2.5) for _ in range(3)] == [2, 3, None]
+    resends.wait(4, 9.0)
+    resends.hasten(2.6)
+    assert [resends.take(2.6) for _ in range(3)] == [1, 4, None]
+    resends.wait(5, 1.0)
     resends.clear()
     assert resends.next_at == math.inf
 

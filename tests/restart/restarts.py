@@ -76,9 +76,9 @@ class Report:
 
 
 class Load:
-    """Clients that ask from `with` on, by turns at each of the endpoints."""
+    """Clients that ask from `with` on, by turns at each of the endpoints, or at several of them."""
 
-    def __init__(self, endpoints: Sequence[str], clients: int = CLIENTS) -> None:
+    def __init__(self, endpoints: Sequence[str | Sequence[str]], clients: int = CLIENTS) -> None:
         self.report = Report()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -119,7 +119,10 @@ class Load:
         assert passed, f"rounds of the clients: {before}, then {self._rounds} after {timeout_s:g} s"
 
     def _run(
-        self, ask: Callable[[str, Callable[[], Any], Callable[[Any], bool]], None], index: int, endpoint: str
+        self,
+        ask: Callable[[str | Sequence[str], Callable[[], Any], Callable[[Any], bool]], None],
+        index: int,
+        endpoint: str | Sequence[str],
     ) -> None:
         inputs = np.full((1, 256), (index + 1) / 10, dtype=np.float32)
         expected: list[Any] = []
@@ -158,7 +161,7 @@ class Load:
         return judge
 
 
-def _ask(endpoint: str, begin: Callable[[], Any], next_round: Callable[[Any], bool]) -> None:
+def _ask(endpoint: str | Sequence[str], begin: Callable[[], Any], next_round: Callable[[Any], bool]) -> None:
     """Ask by `Client`, from threads."""
     with Client(endpoint, timeout=TIMEOUT_S) as tnx:
         first = True
@@ -174,7 +177,7 @@ def _ask(endpoint: str, begin: Callable[[], Any], next_round: Callable[[Any], bo
                 future.exception()
 
 
-def _ask_by_aio(endpoint: str, begin: Callable[[], Any], next_round: Callable[[Any], bool]) -> None:
+def _ask_by_aio(endpoint: str | Sequence[str], begin: Callable[[], Any], next_round: Callable[[Any], bool]) -> None:
     """Ask by `AsyncClient`, from an event loop."""
 
     async def call(tnx: AsyncClient) -> None:
@@ -284,7 +287,9 @@ def started(folder: Path, *, holds: bool) -> Iterator[Starter]:
         starter.close()
 
 
-def restart(endpoints: Sequence[str], ways: Sequence[Callable[[], object]], times: int, tell: bool = False) -> Report:
+def restart(
+    endpoints: Sequence[str | Sequence[str]], ways: Sequence[Callable[[], object]], times: int, tell: bool = False
+) -> Report:
     """Restart so many times under load, in each of the ways by turns. Ends with the first error of a client."""
     with Load(endpoints) as load:
         load.await_round()

@@ -17,7 +17,7 @@ from keyed import Keyed, dealer, keyed_daemon, next_event, whoami
 from tnxctl import AsyncClient, Client
 from tnxctl.keys import pairs
 from tnxctl.protocol import wire
-from tnxctl.protocol.errors import TensorNextError, Unauthenticated
+from tnxctl.protocol.errors import TensorNextError, Unauthenticated, Unavailable
 from tnxd.transport import zap
 from tnxd.transport.zap import ZapHandler
 
@@ -104,19 +104,22 @@ def test_peers_without_the_keys_of_this_daemon_get_nothing_and_others_go_on(keye
         events[0].close(0)
 
 
-def test_the_client_fails_at_once_without_a_key_and_with_a_wrong_one_of_the_daemon(
-    keyed: Keyed, client: Callable[..., Client]
-) -> None:
-    async def ask_without_a_key() -> None:
-        async with AsyncClient(keyed.endpoint, timeout=20.0) as nobody:
-            await nobody.health()
-
-    with Client(keyed.endpoint, timeout=20.0) as nobody, pytest.raises(Unauthenticated):
-        nobody.health()
-    with pytest.raises(Unauthenticated):
-        asyncio.run(ask_without_a_key())
+def test_the_client_fails_at_once_with_a_wrong_key_of_the_daemon(client: Callable[..., Client]) -> None:
     with client("alice", server=pairs.new("other").public) as misled, pytest.raises(Unauthenticated):
         misled.health()
+
+
+def test_the_client_gets_nothing_without_a_key(keyed: Keyed) -> None:
+    """Which of the two errors is libzmq's affair: the daemon may hang up before it has said what it asks for."""
+
+    async def ask_without_a_key() -> None:
+        async with AsyncClient(keyed.endpoint, timeout=1.0) as nobody:
+            await nobody.health()
+
+    with Client(keyed.endpoint, timeout=1.0) as nobody, pytest.raises((Unauthenticated, Unavailable)):
+        nobody.health()
+    with pytest.raises((Unauthenticated, Unavailable)):
+        asyncio.run(ask_without_a_key())
 
 
 def test_a_user_id_that_a_peer_claims_counts_for_nothing(keyed: Keyed) -> None:

@@ -216,6 +216,14 @@ def test_users_on_ipc_have_roles(shared_path: str) -> None:
     assert role_on(shared_path) == "admin"
     with being(SOMEBODY, SOME_GROUP):
         assert role_on(shared_path) == ""
+    path = Path(shared_path.removeprefix("ipc://"))
+    os.chown(path, 0, SOME_GROUP)
+    path.chmod(0o770)
+    with being(SOMEBODY, SOME_GROUP):
+        assert role_on(shared_path) == "predict"
+    with being(SOMEBODY, 4711), pytest.raises(PermissionError):
+        role_on(shared_path)
+    path.chmod(0o777)
     with being(SOMEBODY, 0):
         assert role_on(shared_path) == "predict"
     with being(SOMEBODY, SOME_GROUP, 4711, 0):

@@ -64,16 +64,18 @@ def test_members_of_the_group_are_known_while_they_are_connected() -> None:
     for address, groups in ((OTHER, (9, os.getegid())), (MEMBER, ())):
         assert access.role(address, "") is None
         assert "its user 4711 is neither root" in access.refusal(address, "")
-        access.joined(address, groups)
-        access.joined(address, groups)
+        access.joined(address, groups, True)
+        access.joined(address, groups, True)
         assert access.role(address, "") == Role.PREDICT
         access.left(address)
         assert access.refusal(address, "") == ""
         access.left(address)
         assert access.role(address, "") is None
         access.left(address)
-    access.joined(OTHER, (9, 10))
+    access.joined(OTHER, (9, 10), True)
     assert access.role(OTHER, "") is None
+    access.joined(OTHER, (9, 10), False)  # by a path that lets in its own group alone
+    assert access.role(OTHER, "") == Role.PREDICT
 
 
 def test_what_keeps_a_peer_from_a_role_is_named() -> None:

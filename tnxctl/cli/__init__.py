@@ -94,7 +94,7 @@ Shell completion: tnxctl completion --help
 @click.group(
     cls=_Tool, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
-@options.host(expose_value=False)
+@options.host(several=True, expose_value=False)
 @click.version_option(tnxctl.__version__, prog_name="tnxctl", message="%(prog)s %(version)s")
 @click.pass_context
 def main(ctx: click.Context) -> None:

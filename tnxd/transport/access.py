@@ -35,13 +35,16 @@ class Access:
 
     # --- peers on ipc:// ---------------------------------------------------------------------------------------
 
-    def joined(self, address: str, groups: Iterable[int]) -> None:
-        """Note a connection on ipc://, with the groups of the process at its other end.
+    def joined(self, address: str, groups: Iterable[int], is_open: bool) -> None:
+        """Note a connection on ipc://, and whether a member of the group made it.
 
-        The kernel tells them by the connection alone; whether the user is in the daemon's group could not be looked up
-        where a service sees all other users as nobody.
+        The kernel tells the groups by the connection alone: in the user namespace of a service all other users look
+        like nobody. A path that is closed to others has let in none but members of its own group.
+
+        Args:
+            groups: of the process at the other end. is_open: whether everybody may connect to the path.
         """
-        if self._own_group in groups or self._own_group == _credentials(address)[1]:
+        if not is_open or self._own_group in groups or self._own_group == _credentials(address)[1]:
             self._members[address] = self._members.get(address, 0) + 1
 
     def left(self, address: str) -> None:
@@ -64,7 +67,10 @@ class Access:
         if key:
             return "its key is not authorized"
         if is_ipc(address):
-            return f"its user {_credentials(address)[0]} is neither root nor the daemon's, nor in the daemon's group"
+            return (
+                f"its user {_credentials(address)[0]} is neither root nor the daemon's, nor in its group, and the path "
+                "is open to all"
+            )
         return "it shows no key"
 
     def role(self, address: str, key: str) -> Role | None:

@@ -80,7 +80,8 @@ class Connections:
                 admission.connected(client)
                 if is_ipc(address):
                     self._local[descriptor] = address
-                    self._access.joined(address, descriptors.peer_groups(descriptor))
+                    groups, is_open = descriptors.peer_groups(descriptor), descriptors.is_open_to_all(descriptor)
+                    self._access.joined(address, groups, is_open)
                 continue
             self.ended += 1
             ended = self.clients.pop(descriptor, None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import stat
 import struct
 from collections.abc import Iterator
 
@@ -40,6 +42,16 @@ def peer_groups(descriptor: int) -> tuple[int, ...]:
     except (OSError, AttributeError):
         return ()
     return struct.unpack(f"{len(groups) // 4}I", groups)
+
+
+def is_open_to_all(descriptor: int) -> bool:
+    """Whether everybody may connect to the path that an ipc:// connection came by. One without permissions is open."""
+    try:
+        with _borrowed(descriptor) as connection:
+            path = connection.getsockname()
+        return bool(os.stat(path).st_mode & stat.S_IWOTH)
+    except (OSError, ValueError):
+        return True
 
 
 def bytes_received(descriptor: int) -> int:
