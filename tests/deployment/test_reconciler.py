@@ -11,6 +11,7 @@ from reconciling import MIB, Bench, loaded_bench, one_evicted, raising
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, TensorNextError
 from tnxd.deployment.reconciler import Changes
 from tnxd.deployment.version import EVICTED, FAILED, READY, UNLOADED
+from tnxd.models.variants import Variant
 from unprintable import Unprintable
 
 
@@ -152,6 +153,27 @@ def test_what_an_audit_has_ended_stays_ended_when_a_version_comes_back() -> None
     assert version.model is not None
     assert version.model.max_batch_size == 0
     assert version.notes == ("no batches: they mix",)
+
+
+def test_a_variant_that_an_audit_has_ended_stays_ended_when_a_version_comes_back() -> None:
+    bench = Bench(budget_mb=1)
+    bench.add("net", "1").variants = (Variant("faster", ("cpu",), "", lambda build, workshop: build()),)
+    bench.executor.trials["net@1"] = {"variant": "faster"}
+    bench.run(bench.reconciler.start)
+    version = bench.registry.find("net", b"c", "")
+    assert not version.give_up_variant("another", "it answered otherwise")
+    assert version.give_up_variant(version.key, "it answered otherwise")
+    assert not version.give_up_variant(version.key, "again")
+    bench.add("other", "1")
+    bench.run(bench.reconciler.reload)
+    assert version.state == EVICTED
+    bench.executor.trials.clear()
+    bench.reconciler.request_load(version)
+    bench.run_until_idle()
+    assert version.state == READY
+    assert version.model is not None
+    assert version.model.variants == ()
+    assert version.notes == ("optimize: the network runs as it is, since it answered otherwise",)
 
 
 def test_a_warm_up_that_fails_leaves_nothing_behind(bench: Bench) -> None:

@@ -86,6 +86,10 @@ def test_what_no_request_can_change_costs_nothing() -> None:
     ("look", "why"),
     [
         (lambda net, x, k: net.table.take(k), "it uses take"),
+        (
+            lambda net, x, k: net.table[:2].repeat_interleave(net.places + 1, 0, output_size=6),
+            "it uses repeat_interleave",
+        ),
         (lambda net, x, k: torch.div(k, k - 5, rounding_mode="trunc"), "a division by 0"),
         (lambda net, x, k: torch.cond(x.sum() > 1, lambda z: z.gather(1, z.long()), torch.sin, (x,)), "in a branch"),
     ],
@@ -93,6 +97,10 @@ def test_what_no_request_can_change_costs_nothing() -> None:
 def test_an_operator_of_which_nobody_would_notice_bad_values_is_refused(look: Any, why: str) -> None:
     with pytest.raises(FailedPrecondition, match=why):
         keep_within(exported(look))
+
+
+def test_the_same_operator_without_indices_is_taken() -> None:
+    assert not keep_within(exported(lambda net, x, k: x.repeat_interleave(2, 1) + k.sum()))
 
 
 def divides(net: Any, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

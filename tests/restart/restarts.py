@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,13 @@ class Report:
     """What the clients met.
 
     Attributes:
-        asked, answered: calls, and those that got a result. answered_again: results beyond the first of a call.
+        restarts: of the daemon. asked, answered: calls, and those that got a result.
+        answered_again: results beyond the first of a call.
         wrong: results that are not those of the inputs. errors: by their words.
         longest_s: the longest that a call took.
     """
 
+    restarts: int = 0
     asked: int = 0
     answered: int = 0
     answered_again: int = 0
@@ -295,6 +297,7 @@ def restart(
         load.await_round()
         for number in range(times):
             ways[number % len(ways)]()
+            load.report.restarts += 1
             load.await_round()
             if tell and (number + 1) % 10 == 0:
                 print(f"{number + 1} restarts, {load.report.answered} answers", flush=True)
@@ -341,8 +344,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder, started(Path(folder), holds=holds) as starter:
             ways = [starter.terminate, starter.kill, *([starter.replace] if holds else [])]
             report = restart(starter.endpoints, ways, arguments.times, tell=True)
-    times = 0 if arguments.until else arguments.times
-    document = {"restarts": times, "seconds": round(time.monotonic() - begun, 1), **asdict(report)}
+    document = {"seconds": round(time.monotonic() - begun, 1), **vars(report)}
     text = json.dumps(document, indent=2)
     print(text)
     if arguments.json:

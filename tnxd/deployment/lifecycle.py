@@ -84,6 +84,8 @@ class Lifecycle:
         failures: dict[str, str] = {}
         try:
             model: Model = yield partial(version.source.open, version.generation)
+            if version.given_up:
+                model = replace(model, variants=())
             if isinstance(model, Pipeline):
                 self._check_room_for_steps(model)
                 model = pipelines.assembled(self._registry, model)
@@ -173,6 +175,7 @@ class Lifecycle:
             *model.notes,
             *_notes(reports),
             *((f"no batches: {version.mixes}",) if version.mixes else ()),
+            *((f"optimize: the network runs as it is, since {version.given_up}",) if version.given_up else ()),
             *(f"not on {name}: {why}" for name, why in failures.items()),
         )
         version.trials = reports

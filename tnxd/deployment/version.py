@@ -35,6 +35,7 @@ class Version:
         came_back: when it was last loaded for a request after it had been evicted, by the monotonic clock.
         notes: what an operator should know. trials: what loading it showed, by device.
         mixes: why its requests run alone, though loading it did not show that they must; else "".
+        given_up: why no variant of its network runs, though loading it found one; else "".
         unserved: why a pipeline that is READY cannot be served now: a step is not there; else "".
     """
 
@@ -42,6 +43,7 @@ class Version:
         "came_back",
         "error",
         "generation",
+        "given_up",
         "last_used",
         "load_s",
         "loading",
@@ -68,6 +70,7 @@ class Version:
         self.notes: tuple[str, ...] = ()
         self.trials: Mapping[str, LoadReport] = {}
         self.mixes = ""
+        self.given_up = ""
         self.unserved = ""
         self.came_back = float("-inf")
 
@@ -120,6 +123,7 @@ class Version:
         """
         if self.model is None or self.model.key != key or not self.variant:
             return False
+        self.given_up = why
         self.trials = {name: trial._replace(variant="") for name, trial in self.trials.items()}
         self.notes = (*self.notes, f"optimize: the network runs as it is now, since {why}")
         log.error("%s: the network runs as it is from now on: %s", self.title, why)
