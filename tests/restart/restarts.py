@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from tnxctl import AsyncClient, Client
+from tnxctl.keys import pairs
 from tnxctl.results import Result
 
 CLIENTS = 10
@@ -78,10 +79,17 @@ class Report:
 
 
 class Load:
-    """Clients that ask from `with` on, by turns at each of the endpoints, or at several of them."""
+    """Clients that ask from `with` on, by turns at each of the endpoints, or at several of them.
 
-    def __init__(self, endpoints: Sequence[str | Sequence[str]], clients: int = CLIENTS) -> None:
+    Args:
+        options: of each client, such as its key.
+    """
+
+    def __init__(
+        self, endpoints: Sequence[str | Sequence[str]], clients: int = CLIENTS, options: Mapping[str, Any] | None = None
+    ) -> None:
         self.report = Report()
+        self._options = {"timeout": TIMEOUT_S, **(options or {})}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._rounds = [0] * clients
@@ -122,7 +130,7 @@ class Load:
 
     def _run(
         self,
-        ask: Callable[[str | Sequence[str], Callable[[], Any], Callable[[Any], bool]], None],
+        ask: Callable[[Any, Callable[[], Any], Callable[[Any], bool]], None],
         index: int,
         endpoint: str | Sequence[str],
     ) -> None:
@@ -140,7 +148,8 @@ class Load:
                 self._progress.notify_all()
             return not self._stop.wait(PAUSE_S)
 
-        ask(endpoint, begin, next_round)
+        kind = AsyncClient if ask is _ask_by_aio else Client
+        ask(kind(endpoint, **self._options), begin, next_round)
 
     def _judge(self, expected: list[Any]) -> Callable[[Result | BaseException], None]:
         begun, answers = time.monotonic(), 0
@@ -163,9 +172,9 @@ class Load:
         return judge
 
 
-def _ask(endpoint: str | Sequence[str], begin: Callable[[], Any], next_round: Callable[[Any], bool]) -> None:
+def _ask(client: Client, begin: Callable[[], Any], next_round: Callable[[Any], bool]) -> None:
     """Ask by `Client`, from threads."""
-    with Client(endpoint, timeout=TIMEOUT_S) as tnx:
+    with client as tnx:
         first = True
         while next_round(first):
             first = False
@@ -179,7 +188,7 @@ def _ask(endpoint: str | Sequence[str], begin: Callable[[], Any], next_round: Ca
                 future.exception()
 
 
-def _ask_by_aio(endpoint: str | Sequence[str], begin: Callable[[], Any], next_round: Callable[[Any], bool]) -> None:
+def _ask_by_aio(client: AsyncClient, begin: Callable[[], Any], next_round: Callable[[Any], bool]) -> None:
     """Ask by `AsyncClient`, from an event loop."""
 
     async def call(tnx: AsyncClient) -> None:
@@ -190,7 +199,7 @@ def _ask_by_aio(endpoint: str | Sequence[str], begin: Callable[[], Any], next_ro
             judge(error)
 
     async def run() -> None:
-        async with AsyncClient(endpoint, timeout=TIMEOUT_S) as tnx:
+        async with client as tnx:
             first = True
             while await asyncio.to_thread(next_round, first):
                 first = False
@@ -207,14 +216,22 @@ class Starter:
 
     Args:
         holds: whether it holds their listening sockets, as systemd does.
+        keyed: whether the daemons ask for keys on tcp.
+
+    Attributes:
+        options: of clients: the key that is let in, and the daemons' own.
     """
 
-    def __init__(self, folder: Path, *, holds: bool) -> None:
+    def __init__(self, folder: Path, *, holds: bool, keyed: bool = False) -> None:
         path = folder / "tnx"
         self._listeners = [socket.create_server(("127.0.0.1", 0))]
         self.endpoints = [f"tcp://127.0.0.1:{self._listeners[0].getsockname()[1]}", f"ipc://{path}"]
         self._log = (folder / "log").open("ab")
         self.daemon: subprocess.Popen[bytes] | None = None
+        self.options: dict[str, Any] = {}
+        self._config: list[str] = []
+        if keyed:
+            self._ask_for_keys(folder)
         if holds:
             self._listeners.append(socket.socket(socket.AF_UNIX))
             self._listeners[1].bind(str(path))
@@ -222,11 +239,22 @@ class Starter:
         else:
             self._listeners.pop().close()
 
+    def _ask_for_keys(self, folder: Path) -> None:
+        daemon, client = pairs.new("daemon"), pairs.new("client")
+        for pair in (daemon, client):
+            pairs.write(folder / f"{pair.name}.key", pair)
+        authorized = folder / "authorized_keys.toml"
+        authorized.write_text(f'[keys.client]\nkey = "{client.public}"\nrole = "predict"\n')
+        config = folder / "tnxd.toml"
+        config.write_text(f'[keys]\nauthorized = "{authorized}"\nsecret = "{folder}/daemon.key"\n')
+        self._config = ["--config", str(config)]
+        self.options = {"key": folder / "client.key", "server_key": pairs.server_line(daemon)}
+
     def start(self) -> subprocess.Popen[bytes]:
         """Start a daemon, which may still load when this returns."""
         held = [listener.fileno() for listener in self._listeners]
         binds = [part for endpoint in self.endpoints for part in ("--bind", endpoint)]
-        command = ["-m", "tnxd", *binds, "--model", "mlp", "--devices", "cpu"]
+        command = ["-m", "tnxd", *self._config, *binds, "--model", "mlp", "--devices", "cpu"]
         if held:
             command = ["-c", LAUNCH, ",".join(map(str, held)), ":".join(["tnxd"] * len(held)), *command]
         return subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=self._log, pass_fds=held)
@@ -279,9 +307,9 @@ def ready(daemon: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
 
 
 @contextlib.contextmanager
-def started(folder: Path, *, holds: bool) -> Iterator[Starter]:
+def started(folder: Path, *, holds: bool, keyed: bool = False) -> Iterator[Starter]:
     """A starter whose first daemon is ready."""
-    starter = Starter(folder, holds=holds)
+    starter = Starter(folder, holds=holds, keyed=keyed)
     try:
         starter.begin()
         yield starter
@@ -290,10 +318,14 @@ def started(folder: Path, *, holds: bool) -> Iterator[Starter]:
 
 
 def restart(
-    endpoints: Sequence[str | Sequence[str]], ways: Sequence[Callable[[], object]], times: int, tell: bool = False
+    endpoints: Sequence[str | Sequence[str]],
+    ways: Sequence[Callable[[], object]],
+    times: int,
+    tell: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Report:
     """Restart so many times under load, in each of the ways by turns. Ends with the first error of a client."""
-    with Load(endpoints) as load:
+    with Load(endpoints, options=options) as load:
         load.await_round()
         for number in range(times):
             ways[number % len(ways)]()
@@ -327,6 +359,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--times", type=int, default=1000)
     parser.add_argument("--alone", action="store_true", help="nobody holds the listening sockets")
+    parser.add_argument("--keys", action="store_true", help="tcp alone, with keys")
     parser.add_argument("--systemd", action="store_true", help="systemctl restart of the installed service")
     parser.add_argument("--host", action="append", help="with --systemd: an endpoint of the service")
     parser.add_argument("--until", type=Path, help="with --systemd: restart nothing, and ask until this file is there")
@@ -341,9 +374,13 @@ def main() -> int:
             report = restart(hosts, [by_systemd], arguments.times, tell=True)
     else:
         holds = not arguments.alone
-        with tempfile.TemporaryDirectory() as folder, started(Path(folder), holds=holds) as starter:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            started(Path(folder), holds=holds, keyed=arguments.keys) as starter,
+        ):
             ways = [starter.terminate, starter.kill, *([starter.replace] if holds else [])]
-            report = restart(starter.endpoints, ways, arguments.times, tell=True)
+            endpoints = starter.endpoints[:1] if arguments.keys else starter.endpoints
+            report = restart(endpoints, ways, arguments.times, tell=True, options=starter.options)
     document = {"seconds": round(time.monotonic() - begun, 1), **vars(report)}
     text = json.dumps(document, indent=2)
     print(text)

@@ -29,11 +29,12 @@ def test_without_a_holder_a_restart_is_a_pause(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("holds", [True, False])
-def test_nobody_notices_a_hundred_restarts(tmp_path: Path, holds: bool) -> None:
-    with started(tmp_path, holds=holds) as starter:
+@pytest.mark.parametrize(("holds", "keyed"), [(True, False), (True, True), (False, False)])
+def test_nobody_notices_a_hundred_restarts(tmp_path: Path, holds: bool, keyed: bool) -> None:
+    with started(tmp_path, holds=holds, keyed=keyed) as starter:
         kinds = [starter.terminate, starter.kill, *([starter.replace] if holds else [])]
-        report = restart(starter.endpoints, kinds, MANY)
+        endpoints = starter.endpoints[:1] if keyed else starter.endpoints
+        report = restart(endpoints, kinds, MANY, options=starter.options)
         assert report.is_good, report
 
 
