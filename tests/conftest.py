@@ -92,8 +92,8 @@ def start_daemon(
     """Start tnxd, or a program that calls its main, and wait for its ready line.
 
     Args:
-        anew: start it as users do, where a test looks at what happens before it is ready, or at its memory. Without
-            that, it is forked from a process that has imported torch, if it can be.
+        anew: start an interpreter, as users do, where a test looks at what happens before it is ready. Without that,
+            the daemon is forked from a process that has imported torch, if it can be; see `prepared`.
 
     Raises:
         AssertionError: it ended before; says what it logged.
@@ -107,7 +107,14 @@ def start_daemon(
             process = prepared.start(program, arguments, variables, stdout=None, stderr=stderr.fileno())
         else:
             command = [sys.executable, *program, *arguments]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=variables)
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=variables,
+                preexec_fn=prepared.end_with_parent,
+            )
     assert process.stdout is not None
     line = process.stdout.readline()  # ends with the process, at the latest: the test's own timeout covers a hang
     found = READY.search(line)

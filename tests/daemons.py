@@ -79,13 +79,19 @@ def running(
     variables = {**os.environ, **(environment or {})}
     forks = not anew and before is None and stdout == subprocess.DEVNULL and prepared.can_run(program, variables)
     process: subprocess.Popen[bytes] | prepared.Process
+
+    def prepare() -> None:
+        prepared.end_with_parent()
+        if before is not None:
+            before()
+
     with (folder / "log").open("wb") as log, open(os.devnull, "wb") as nowhere:
         errors = log.fileno() if stderr is None else stderr
         if forks:
             process = prepared.start(program, arguments, variables, stdout=nowhere.fileno(), stderr=errors)
         else:
             command = [sys.executable, *program, *arguments]
-            process = subprocess.Popen(command, stdout=stdout, stderr=errors, preexec_fn=before, env=variables)
+            process = subprocess.Popen(command, stdout=stdout, stderr=errors, preexec_fn=prepare, env=variables)
     try:
         # At intervals, since there is nothing to wait on for a file that appears or else a process that ends, and a
         # connection that waits for its server would be one more in the daemon. The test's own time limit ends this.

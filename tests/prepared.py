@@ -1,8 +1,8 @@
 """Daemons that begin with torch imported: each is forked from one process, which has spent the time on that once.
 
 To import torch takes more than a second of a core, and what a daemon does before it is ready else takes a fraction of
-that. Tests of what a daemon does once it serves need not pay for it anew with each daemon. Those of how it starts, of
-its memory and of its libraries' settings start an interpreter as users do; see `conftest.start_daemon`.
+that. Tests of what a daemon does once it serves need not pay for it anew with each daemon. Those of how it starts, and
+of the settings of its libraries, start an interpreter as users do; see `conftest.start_daemon`.
 
 What is forked runs `tnxd/__main__.py`, or another program that calls its main, from its first line on, with the
 arguments, environment, streams and working directory of its own. It differs in that modules are there already.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import functools
 import importlib
 import json
 import os
@@ -38,11 +37,23 @@ LIBRARIES = ("GLIBC_", "GOMP_", "KMP_", "LD_", "MALLOC_", "MKL_", "NUMEXPR_", "O
 """Beginnings of the names of variables that the interpreter and the libraries read as they are loaded."""
 
 
+BY_ITSELF = "TORCHINDUCTOR_CACHE_DIR"
+"""A variable that torch sets where it is not, in the process of the tests too, as it exports."""
+
+
 def _of_libraries(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(LIBRARIES)}
+    return {name: value for name, value in environment.items() if name.startswith(LIBRARIES) and name != BY_ITSELF}
 
 
 _ENVIRONMENT = dict(os.environ)  # of the process that forks
+
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)
+
+
+def end_with_parent() -> None:
+    """Have this process killed when the thread that started it ends: no daemon outlives tests that are killed."""
+    if _prctl is not None:
+        _prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def can_run(program: tuple[str, ...], environment: Mapping[str, str]) -> bool:
@@ -71,11 +82,15 @@ class Process:
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit status, as `subprocess.Popen.wait` says it."""
-        with contextlib.suppress(OSError, ValueError):  # another thread has waited, too, and closed it
-            if self.returncode is None and not select.select([self._life], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired("tnxd", timeout or 0)
+        ended = select.poll()  # unlike select.select, it takes descriptors above 1023
         with self._lock:
-            if self.returncode is None:
+            if self.returncode is not None:
+                return self.returncode
+            ended.register(self._life, select.POLLIN)
+        if not ended.poll(None if timeout is None else timeout * 1e3):
+            raise subprocess.TimeoutExpired("tnxd", timeout or 0)
+        with self._lock:
+            if self.returncode is None:  # else another thread has waited, too
                 self.returncode = int(self._life.recv(MESSAGE_BYTES))
                 self._life.close()
                 os.close(self._handle)
@@ -121,20 +136,22 @@ def start(
     return Process(ours, None if reader is None else open(reader))
 
 
-@functools.cache
+_starting = threading.Lock()
+_forkers: list[socket.socket] = []
+
+
 def _forker() -> socket.socket:
-    """Start the process that forks. It ends with this one, or when this one closes its end of the socket pair."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        command = [sys.executable, __file__, str(theirs.fileno())]
-        process = subprocess.Popen(command, env=_ENVIRONMENT, pass_fds=[theirs.fileno()])
-
-    def end() -> None:
-        ours.close()
-        process.wait()
-
-    atexit.register(end)
-    return ours
+    """Start the process that forks, unless it has been. It ends when this one ends, or closes its end of the pair."""
+    with _starting:
+        if not _forkers:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                command = [sys.executable, __file__, str(theirs.fileno())]
+                process = subprocess.Popen(command, env=_ENVIRONMENT, pass_fds=[theirs.fileno()])
+            _forkers.append(ours)
+            atexit.register(process.wait)
+            atexit.register(ours.close)  # before that
+        return _forkers[0]
 
 
 # --- the process that forks ----------------------------------------------------------------------------------
@@ -210,6 +227,5 @@ if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         request = _serve(requests)
     if request is not None:
-        # No daemon outlives the tests, even where they are killed: this process ends with them, and it with that.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        end_with_parent()
         _become(**request)
