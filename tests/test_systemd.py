@@ -97,7 +97,8 @@ def before_install(machine: Machine) -> set[str]:
 @pytest.fixture(scope="module")
 def installed(machine: Machine, before_install: set[str]) -> Machine:
     make(machine, "install")
-    machine.run("/opt/tensornext/bin/python", "-c", "import torch.fx.experimental.symbolic_shapes")  # keeps bytecode
+    imports = "import torch.fx.experimental.symbolic_shapes"  # keeps the bytecode of what the daemon imports
+    machine.run("/opt/tensornext/bin/python", "-c", imports, timeout=INSTALL_TIMEOUT)
     return machine
 
 
