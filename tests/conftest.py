@@ -92,8 +92,9 @@ def start_daemon(
     """Start tnxd, or a program that calls its main, and wait for its ready line.
 
     Args:
-        anew: start an interpreter, as users do, where a test looks at what happens before it is ready. Without that,
-            the daemon is forked from a process that has imported torch, if it can be; see `prepared`.
+        anew: start an interpreter, as users do, where a test looks at what happens before it is ready, or needs it to
+            be a child of this process. Without that, the daemon is forked from a process that has imported torch, if
+            it can be; see `prepared`.
 
     Raises:
         AssertionError: it ended before; says what it logged.
