@@ -37,12 +37,14 @@ LIBRARIES = ("GLIBC_", "GOMP_", "KMP_", "LD_", "MALLOC_", "MKL_", "NUMEXPR_", "O
 """Beginnings of the names of variables that the interpreter and the libraries read as they are loaded."""
 
 
-BY_ITSELF = "TORCHINDUCTOR_CACHE_DIR"
-"""A variable that torch sets where it is not, in the process of the tests too, as it exports."""
+BY_THEMSELVES = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR")
+"""Those that scikit-learn and torch set in the process of the tests, where they are imported or export."""
 
 
 def _of_libraries(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(LIBRARIES) and name != BY_ITSELF}
+    return {
+        name: value for name, value in environment.items() if name.startswith(LIBRARIES) and name not in BY_THEMSELVES
+    }
 
 
 _ENVIRONMENT = dict(os.environ)  # of the process that forks
