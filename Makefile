@@ -23,6 +23,7 @@ help:
 	@echo 'make faults           every kind of fault against real daemons, the slow ones too'
 	@echo 'make zoo              all of the zoo of models, of which make test runs the quick part'
 	@echo 'make soak MINUTES=30  mixed load on one daemon, whether it grows, and whether a planted leak is found'
+	@echo 'make restarts         restart a daemon under load, COUNT=1000 times, and whether a client notices'
 	@echo 'make fuzz             damaged messages against a live daemon; COUNT=1000000 of them'
 	@echo 'make check            ruff and mypy'
 	@echo 'make bench            measure latency; BENCH="--help" shows what can be asked'
@@ -104,6 +105,13 @@ COUNT ?= 20000
 .PHONY: fuzz
 fuzz: $(VENV)/for-test
 	$(RUN) tests/faults/fuzz.py --count $(COUNT)
+
+# ALONE=--alone: with nobody to hold its listening sockets.
+.PHONY: restarts
+restarts: COUNT = 1000
+restarts: $(VENV)/for-test
+	@mkdir -p build
+	$(RUN) tests/restart/restarts.py --times $(COUNT) --json build/restarts.json $(ALONE)
 
 .PHONY: check
 check: $(VENV)/for-check

@@ -45,6 +45,7 @@ class Contender:
         path: of its URL.
         packages: whose versions count.
         client: the program of its natural Python client.
+        program: in the name of its server's file, `peers/PEER_PROGRAM.py`.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Contender:
     path: str
     packages: tuple[str, ...]
     client: str = "http_client.py"
+    program: str = "server"
 
     def python(self, environments: Path) -> Path | None:
         """The interpreter of its environment; None if `make bench-peers` has not built it."""
@@ -121,7 +123,7 @@ class PeerServer:
         self.url = f"http://127.0.0.1:{port}{contender.path}"
         self.grpc = f"127.0.0.1:{second_port}"
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `stop`
-        server = PEERS / f"{contender.peer}_server.py"
+        server = PEERS / f"{contender.peer}_{contender.program}.py"
         self._process = subprocess.Popen(
             [str(python), str(server), contender.configuration, str(port), str(second_port)],
             stdin=subprocess.PIPE,  # its end is the server's end, even if this program is killed

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -51,7 +51,7 @@ class Answers:
         latency_us: of every answer with status 200.
         seconds: from the first request to the last answer.
         errors: other statuses, counted.
-        kept: the last few answers: number of the request, headers with names in lower case, body.
+        kept: the last answers: number of the request, headers with names in lower case, body.
     """
 
     latency_us: list[float]
@@ -80,11 +80,21 @@ class _Connection:
         self.wanted = 0  # bytes of the answer, once its head is here
 
 
-def closed_loop(url: str, requests: Sequence[bytes], outstanding: int, seconds: float) -> Answers:
+def closed_loop(
+    url: str,
+    requests: Sequence[bytes],
+    outstanding: int,
+    seconds: float,
+    *,
+    goes_on: Callable[[int], bool] | None = None,
+    kept: int | None = CHECKED,
+) -> Answers:
     """Keep so many requests in flight for so long, each on a connection of its own.
 
     Args:
         requests: as `request_bytes` makes them; they take turns, and the number of one is its position.
+        goes_on: told when each answer came, in nanoseconds, says in place of `seconds` whether to send another request.
+        kept: most answers that are kept; None for all.
 
     Raises:
         BenchError: the server hung up, stopped answering, or sends no Content-Length.
@@ -100,7 +110,7 @@ def closed_loop(url: str, requests: Sequence[bytes], outstanding: int, seconds: 
             connection = _Connection(parts.hostname, parts.port)
             connections[connection.socket.fileno()] = connection
             epoll.register(connection.socket, select.EPOLLIN)
-        return _exchange(url, connections, epoll, requests, seconds)
+        return _exchange(url, connections, epoll, requests, seconds, goes_on, kept)
     except OSError as error:
         raise BenchError(f"{url}: {error}") from None
     finally:
@@ -111,12 +121,18 @@ def closed_loop(url: str, requests: Sequence[bytes], outstanding: int, seconds: 
 
 
 def _exchange(
-    url: str, connections: dict[int, _Connection], epoll: select.epoll, requests: Sequence[bytes], seconds: float
+    url: str,
+    connections: dict[int, _Connection],
+    epoll: select.epoll,
+    requests: Sequence[bytes],
+    seconds: float,
+    goes_on: Callable[[int], bool] | None,
+    most_kept: int | None,
 ) -> Answers:
     clock, variants = time.perf_counter_ns, len(requests)
     result = Answers([])
     latency_us = result.latency_us
-    kept: deque[tuple[int, bytes]] = deque(maxlen=CHECKED)
+    kept: deque[tuple[int, bytes]] = deque(maxlen=most_kept)
     begin = now = clock()
     end = begin + int(seconds * 1e9)
     sent = 0
@@ -149,12 +165,13 @@ def _exchange(
             else:
                 result.errors[received[9:12].decode("latin-1")] += 1
             connection.received, connection.wanted = b"", 0
-            if now < end:
+            if now < end if goes_on is None else goes_on(now):
                 connection.number, connection.sent_ns = sent % variants, clock()
                 connection.socket.sendall(requests[connection.number])
                 sent += 1
             else:
                 waiting -= 1
+                epoll.unregister(connection.socket)  # the server may end it before the others have their answers
     result.seconds = (now - begin) / 1e9
     result.kept = [(number, *_split(received)) for number, received in kept]
     return result

@@ -11,95 +11,49 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import click
 import msgspec
 
+import leanload
+import network_peers
 import real_networks
+from contenders import ENVIRONMENTS, versions
+from models_report import (
+    BEFORE,
+    BEST,
+    DAEMON,
+    LEAN,
+    MOMENT_MS,
+    OUTSTANDING,
+    PROCESS,
+    Ahead,
+    Beside,
+    Cell,
+    Finding,
+    Ratio,
+    Report,
+    beside_line,
+    completed,
+    heading,
+    lines,
+)
+from network_peers import CONTENDERS, NetworkPeer, Setup
 from processes import BenchError, ChildProcess, cpu_ns, machine_cpu_ns
 from real_networks import NETWORKS
 from rounds import in_turns
-from tnxctl import Client
-
-DAEMON, BEFORE, PROCESS, BEST = "daemon", "before", "process", "best process"
+from steady import Steady
+from tnxctl import Client, Result
 
 _HERE = Path(__file__).resolve().parent
-_OUTSTANDING = 16
 _THREADS = (1, 0)  # of plain torch; 0 is its default, a thread for each core
 _ROWS = (1, 4, 16)
 _PROBE_SECONDS = 0.4
 _PROBES = 2
 _PACE_S = 0.02  # between two requests to the small network beside a large one
 _TIMEOUT_S = 60.0
-
-# Goals: latency of one request to that of a process, plus a moment for the way there and back; requests per second to
-# those of the best process, where two lanes were found to win, and elsewhere.
-_LATENCY, _MOMENT_MS = 1.05, 0.3
-_RATE, _RATE_ELSEWHERE = 1.1, 0.97
-_BESIDE = 1.2
-
-
-class Cell(msgspec.Struct, frozen=True):
-    """One contender with one network and load: medians of rounds.
-
-    Attributes:
-        p50_ms, p99_ms: of a request; p99 of all rounds together. per_s: rows per second.
-        others: cores that programs outside of this benchmark used meanwhile.
-        threads, rows: of the best process.
-    """
-
-    p50_ms: float
-    p99_ms: float
-    per_s: float
-    others: float
-    threads: int = 0
-    rows: int = 1
-
-
-class Ratio(msgspec.Struct, frozen=True):
-    """A ratio of two contenders, taken in each round: the median, and the least and the greatest."""
-
-    median: float
-    least: float
-    most: float
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """One network. one, many: with 1 and 16 requests outstanding, by contender.
-
-    Attributes:
-        latency: of the daemon with one outstanding, less 0.3 ms, relative to a process with default threads.
-        rate: of the daemon with 16 outstanding, relative to the best process. faster: relative to the daemon before.
-    """
-
-    network: str
-    one: dict[str, Cell]
-    many: dict[str, Cell]
-    latency: Ratio
-    rate: Ratio
-    sooner: Ratio | None
-    faster: Ratio | None
-
-
-class Beside(msgspec.Struct, frozen=True):
-    """The small network alone, and beside a large one that is always asked for more, in milliseconds."""
-
-    contender: str
-    alone_p50: float
-    beside_p50: float
-    alone_p99: float
-    beside_p99: float
-    ratio: Ratio
-
-
-class Report(msgspec.Struct, frozen=True):
-    """The document that --json writes."""
-
-    command: str
-    about: str
-    findings: list[Finding]
-    beside: list[Beside]
 
 
 class _Sample(msgspec.Struct, frozen=True):
@@ -127,6 +81,13 @@ class _Sample(msgspec.Struct, frozen=True):
 @click.option(
     "--option", "options", multiple=True, help="Line for the daemon's tnxd.toml, as 'cpu.scheduling = \"idle\"'."
 )
+@click.option("--no-peers", is_flag=True, help="Leave out mosec and LitServe even where they are built.")
+@click.option(
+    "--environments",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=ENVIRONMENTS,
+    help="Where the environments of the peers are.  [default: build/peers]",
+)
 @click.option("--no-beside", is_flag=True, help="Leave out the small network beside a large one.")
 @click.option("--only-beside", is_flag=True, help="Measure only that.")
 @click.option(
@@ -140,6 +101,8 @@ def main(
     tree: Path | None,
     optimize: str,
     options: Sequence[str],
+    no_peers: bool,
+    environments: Path,
     no_beside: bool,
     only_beside: bool,
     json_path: Path | None,
@@ -148,18 +111,23 @@ def main(
     """Ask networks of real size for one row at a time, with 1 and 16 requests outstanding.
 
     Contenders take turns in every round: the daemon, the one of another tree, and plain torch in a process, with its
-    default threads; and, of all numbers of threads and batch sizes, those with the most rows per second. Ratios are
-    taken within a round, since the machine drifts. Then the small network is asked 50 times a second, alone and while
-    ResNet-50 has 8 requests outstanding.
+    default threads; and, of all numbers of threads and batch sizes, those with the most rows per second. So do mosec
+    and LitServe where `make bench-peers` has built them, each in the setups that were tried and found the fastest, one
+    for each number outstanding. Ratios are taken within a round, since the machine drifts. Then the small network is
+    asked 50 times a second, alone and while ResNet-50 has 8 requests outstanding.
     """
     names = list(names or NETWORKS)
     findings: list[Finding] = []
     beside: list[Beside] = []
+    peers, missing = network_peers.built(environments)
+    if no_peers or only_beside:
+        peers, missing = {}, {}
+    found_versions = {label: versions(CONTENDERS[label], python) for label, python in peers.items()}
 
     def save() -> Report:
-        report = Report(" ".join(sys.argv), _about(), findings, beside)
+        report = Report(" ".join(sys.argv), _about(), findings, beside, found_versions, missing)
         if json_path is not None:
-            report = _completed(report, json_path)
+            report = completed(report, json_path)
             json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
         return report
 
@@ -169,32 +137,25 @@ def main(
             daemons = {DAEMON: _daemon(stack, _HERE.parent, served, optimize, options)}
             if tree is not None:
                 daemons[BEFORE] = _daemon(stack, tree.resolve(), served, optimize, ())
-            click.echo(_heading(tree is not None))
+            click.echo(heading(tree is not None))
             for name in () if only_beside else names:
-                findings.append(_examine(name, daemons, rounds, seconds))
-                click.echo(_line(findings[-1]))
+                findings.append(_examine(name, daemons, peers, missing, rounds, seconds))
+                for line in lines(findings[-1]):
+                    click.echo(line)
                 save()
+            for label, reason in missing.items():
+                click.echo(f"{label}: not measured, {reason}")
             if not no_beside:
                 beside = [_beside(label, *daemon, rounds, seconds) for label, daemon in daemons.items()]
                 for one in beside:
-                    click.echo(_beside_line(one))
+                    click.echo(beside_line(one))
         except BenchError as error:
             raise click.ClickException(str(error)) from None
     report = save()
     if plot_path is not None:
-        from pictures import draw_models
+        from network_pictures import draw_models
 
         draw_models(report.findings, report.about, plot_path)
-
-
-def _completed(report: Report, path: Path) -> Report:
-    """The report, with what the file has of other networks, in the order of NETWORKS."""
-    if not path.exists():
-        return report
-    before = msgspec.json.decode(path.read_bytes(), type=Report)
-    found = {finding.network: finding for finding in (*before.findings, *report.findings)}
-    findings = [found[network.title] for network in NETWORKS.values() if network.title in found]
-    return Report(report.command, report.about, findings, report.beside or before.beside)
 
 
 # --- contenders ----------------------------------------------------------------------------------------------
@@ -215,53 +176,88 @@ def _daemon(
     return child.ready().split("ready on ", 1)[1].split(";")[0], child.pid
 
 
+def _start_peers(
+    stack: contextlib.ExitStack, label: str, python: Path, name: str, output: network_peers.Array
+) -> dict[int, NetworkPeer]:
+    """The fastest servers of a peer, by the number of requests outstanding.
+
+    Args:
+        output: the right answer to the network's example.
+    """
+    body = network_peers.body(NETWORKS[name].example())
+    packages = network_peers.packages()
+
+    def start(workers: int, threads: int, rows: int) -> NetworkPeer:
+        setup = Setup(name, workers, threads, rows, packages=packages)
+        return NetworkPeer(CONTENDERS[label], python, setup, [body], [output])
+
+    cores, most_rows = len(os.sched_getaffinity(0)), NETWORKS[name].max_batch
+    one, many = network_peers.fastest(stack, start, cores, OUTSTANDING, most_rows, _PROBE_SECONDS)
+    return {1: one, OUTSTANDING: many}
+
+
 def _ask_process(process: ChildProcess, threads: int, rows: int, seconds: float) -> _Sample:
     asked = json.dumps({"threads": threads, "rows": rows, "seconds": seconds}) + "\n"
-    with _others(process.pid) as others:
+    with _others(lambda: cpu_ns(process.pid)) as others:
         times_ms: list[float] = json.loads(process.ask(asked.encode(), seconds + _TIMEOUT_S))
     return _Sample(times_ms, 1e3 * rows * len(times_ms) / sum(times_ms), others())
 
 
+def _ask_peer(peer: NetworkPeer, outstanding: int, seconds: float) -> _Sample:
+    with _others(peer.cpu_ns) as others:
+        loop = peer.ask(outstanding, seconds)
+    return _Sample(loop.latencies_ms, loop.per_s, others())
+
+
 def _ask_daemon(client: Client, pid: int, name: str, outstanding: int, seconds: float) -> _Sample:
     inputs = NETWORKS[name].example()
-    done: queue.SimpleQueue[float] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
     times_ms: list[float] = []
+    steady = Steady(outstanding, seconds)
 
     def send() -> None:
-        began = time.perf_counter()
-        client.submit(inputs, model=name).add_done_callback(
-            lambda future: done.put(1e3 * (time.perf_counter() - began) if future.exception() is None else -1.0)
-        )
+        began = time.perf_counter_ns()
 
-    def receive() -> None:
-        millis = done.get(timeout=_TIMEOUT_S)
+        def answered(future: Future[Result]) -> None:
+            now = time.perf_counter_ns()
+            done.put((now, (now - began) / 1e6 if future.exception() is None else -1.0))
+
+        client.submit(inputs, model=name).add_done_callback(answered)
+
+    def receive() -> int:
+        now, millis = done.get(timeout=_TIMEOUT_S)
         if millis < 0:
             raise BenchError(f"a request to {name} failed")
         times_ms.append(millis)
+        return now
 
-    for _ in range(outstanding):
-        send()
-    for _ in range(outstanding):  # from nothing at all to batches on all lanes takes as long as a batch or two
-        receive()
-        send()
-    times_ms.clear()
-    with _others(pid) as others:
-        began = time.perf_counter()
-        while (elapsed := time.perf_counter() - began) < seconds or not times_ms:
-            receive()
+    with _others(lambda: cpu_ns(pid)) as others:
+        for _ in range(outstanding):
             send()
-        counted = len(times_ms)
-    for _ in range(outstanding):
-        receive()
-    return _Sample(times_ms[:counted], counted / elapsed, others())
+        while steady.answered(receive()):
+            send()
+        for _ in range(outstanding - 1):
+            receive()
+    counted = times_ms[steady.counted]
+    return _Sample(counted, len(counted) / steady.seconds, others())
+
+
+def _ask_leanly(endpoint: str, pid: int, name: str, outstanding: int, seconds: float) -> _Sample:
+    with _others(lambda: cpu_ns(pid)) as others:
+        times_ms, lasted = leanload.closed_loop(endpoint, name, NETWORKS[name].example(), outstanding, seconds)
+    return _Sample(times_ms, len(times_ms) / lasted, others())
 
 
 @contextlib.contextmanager
-def _others(pid: int) -> Iterator[Callable[[], float]]:
-    """Cores that others than this process and another one use in the block, known when it is over."""
+def _others(asked_ns: Callable[[], int | None]) -> Iterator[Callable[[], float]]:
+    """Cores that others than this process and the one that is asked use in the block, known when it is over.
+
+    Args:
+        asked_ns: CPU time of that one so far.
+    """
 
     def used() -> tuple[float, float]:
-        own = time.process_time_ns() + (cpu_ns(pid) or 0)
+        own = time.process_time_ns() + (asked_ns() or 0)
         return time.perf_counter(), ((machine_cpu_ns() or own) - own) / 1e9
 
     began, before = used()
@@ -274,11 +270,23 @@ def _others(pid: int) -> Iterator[Callable[[], float]]:
 # --- measurements --------------------------------------------------------------------------------------------
 
 
-def _examine(name: str, daemons: dict[str, tuple[str, int]], rounds: int, seconds: float) -> Finding:
-    """Measure one network with all contenders, in turns."""
+def _examine(
+    name: str,
+    daemons: dict[str, tuple[str, int]],
+    pythons: dict[str, Path],
+    missing: dict[str, str],
+    rounds: int,
+    seconds: float,
+) -> Finding:
+    """Measure one network with all contenders, in turns.
+
+    Args:
+        pythons: of the peers that are to take part. missing: gets those that cannot, and why.
+    """
     network = NETWORKS[name]
     one: dict[str, list[_Sample]] = {label: [] for label in (*daemons, PROCESS)}
     many: dict[str, list[_Sample]] = {label: [] for label in (*daemons, BEST)}
+    peers: dict[str, dict[int, NetworkPeer]] = {}
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(ChildProcess("plain torch", [str(_HERE / "inprocess.py"), name]))
         process.ready()
@@ -287,47 +295,85 @@ def _examine(name: str, daemons: dict[str, tuple[str, int]], rounds: int, second
         }
         for label, client in clients.items():
             _ask_daemon(client, daemons[label][1], name, 1, _PROBE_SECONDS)
-            _ask_daemon(client, daemons[label][1], name, _OUTSTANDING, _PROBE_SECONDS)
+            _ask_daemon(client, daemons[label][1], name, OUTSTANDING, _PROBE_SECONDS)
         choices = [(threads, rows) for threads in _THREADS for rows in _ROWS]
         speeds: dict[tuple[int, int], list[float]] = {choice: [] for choice in choices}
         for _ in range(_PROBES):
             for choice in choices:
                 speeds[choice].append(_ask_process(process, *choice, _PROBE_SECONDS).per_s)
         best = max(choices, key=lambda choice: statistics.median(speeds[choice]))
+        output = clients[DAEMON].predict(network.example(), model=name).output
+        for label, python in pythons.items():
+            try:
+                peers[label] = _start_peers(stack, label, python, name, output)
+            except BenchError as error:
+                missing[f"{label}, {network.title}"] = str(error)
 
-        def measure(label: str) -> None:
+        def measure(label: str) -> tuple[_Sample, _Sample]:
             if label == PROCESS:
-                one[PROCESS].append(_ask_process(process, 0, 1, seconds))
-                many[BEST].append(_ask_process(process, *best, seconds))
-            else:
-                pid = daemons[label][1]
-                one[label].append(_ask_daemon(clients[label], pid, name, 1, seconds))
-                many[label].append(_ask_daemon(clients[label], pid, name, _OUTSTANDING, seconds))
+                return _ask_process(process, 0, 1, seconds), _ask_process(process, *best, seconds)
+            if label in peers:
+                first, last = (_ask_peer(peer, outstanding, seconds) for outstanding, peer in peers[label].items())
+                return first, last
+            if label == LEAN:
+                first, last = (_ask_leanly(*daemons[DAEMON], name, each, seconds) for each in (1, OUTSTANDING))
+                return first, last
+            client, pid = clients[label], daemons[label][1]
+            return _ask_daemon(client, pid, name, 1, seconds), _ask_daemon(client, pid, name, OUTSTANDING, seconds)
 
-        for _, label in in_turns([*daemons, PROCESS], rounds):
-            measure(label)
+        for _, label in in_turns([*daemons, PROCESS, *([LEAN] if peers else []), *peers], rounds):
+            if f"{label}, {network.title}" in missing:
+                continue
+            try:
+                samples = measure(label)
+            except BenchError as error:
+                if label not in peers:
+                    raise
+                missing[f"{label}, {network.title}"] = str(error)
+                one.pop(label, None)
+                many.pop(label, None)
+                continue
+            one.setdefault(label, []).append(samples[0])
+            many.setdefault(BEST if label == PROCESS else label, []).append(samples[1])
+    setups = {label: [peer.setup for peer in each.values()] for label, each in peers.items() if label in one}
+    of_one = {label: setup for label, (setup, _) in setups.items()}
+    of_many = {label: setup for label, (_, setup) in setups.items()} | {BEST: Setup(name, 1, *best)}
     before = BEFORE in daemons
     return Finding(
         network.title,
-        {label: _cell(samples, 0, 1) for label, samples in one.items()},
-        {label: _cell(samples, *(best if label == BEST else (0, 1))) for label, samples in many.items()},
-        latency=_ratio(one[DAEMON], one[PROCESS], lambda mine, other: (mine.p50_ms - _MOMENT_MS) / other.p50_ms),
-        rate=_ratio(many[DAEMON], many[BEST], lambda mine, other: mine.per_s / other.per_s),
-        sooner=_ratio(one[DAEMON], one[BEFORE], lambda mine, other: mine.p50_ms / other.p50_ms) if before else None,
-        faster=_ratio(many[DAEMON], many[BEFORE], lambda mine, other: mine.per_s / other.per_s) if before else None,
+        {label: _cell(samples, of_one.get(label)) for label, samples in one.items()},
+        {label: _cell(samples, of_many.get(label)) for label, samples in many.items()},
+        latency=_ratio(one[DAEMON], one[PROCESS], lambda mine, other: (mine.p50_ms - MOMENT_MS) / other.p50_ms),
+        rate=_ratio(many[DAEMON], many[BEST], _rates),
+        sooner=_ratio(one[DAEMON], one[BEFORE], _latencies) if before else None,
+        faster=_ratio(many[DAEMON], many[BEFORE], _rates) if before else None,
+        ahead={
+            label: Ahead(
+                _ratio(one[LEAN], one[label], _latencies),
+                _ratio(many[LEAN], many[label], _rates),
+            )
+            for label in setups
+        },
     )
 
 
-def _cell(samples: Sequence[_Sample], threads: int, rows: int) -> Cell:
+def _cell(samples: Sequence[_Sample], setup: Setup | None = None) -> Cell:
     times_ms = sorted(millis for sample in samples for millis in sample.times_ms)
     return Cell(
         statistics.median(sample.p50_ms for sample in samples),
         times_ms[int(0.99 * len(times_ms))],
         statistics.median(sample.per_s for sample in samples),
         statistics.median(sample.others for sample in samples),
-        threads,
-        rows,
+        *((setup.threads, setup.rows, setup.workers) if setup is not None else ()),
     )
+
+
+def _latencies(mine: _Sample, other: _Sample) -> float:
+    return mine.p50_ms / other.p50_ms
+
+
+def _rates(mine: _Sample, other: _Sample) -> float:
+    return mine.per_s / other.per_s
 
 
 def _ratio(mine: Sequence[_Sample], other: Sequence[_Sample], how: Callable[[_Sample, _Sample], float]) -> Ratio:
@@ -346,14 +392,14 @@ def _beside(label: str, endpoint: str, pid: int, rounds: int, seconds: float) ->
             with load:
                 load.ready()
                 beside.append(_ask_at_pace(client, seconds))
-    cells = _cell(alone, 0, 1), _cell(beside, 0, 1)
+    cells = _cell(alone), _cell(beside)
     return Beside(
         label,
         cells[0].p50_ms,
         cells[1].p50_ms,
         cells[0].p99_ms,
         cells[1].p99_ms,
-        _ratio(beside, alone, lambda mine, other: mine.p50_ms / other.p50_ms),
+        _ratio(beside, alone, _latencies),
     )
 
 
@@ -372,9 +418,6 @@ def _ask_at_pace(client: Client, seconds: float) -> _Sample:
     return _Sample(times_ms, len(times_ms) / seconds, 0.0)
 
 
-# --- words ---------------------------------------------------------------------------------------------------
-
-
 def _about() -> str:
     import torch
 
@@ -382,49 +425,6 @@ def _about() -> str:
         model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "a CPU")
     return (
         f"{len(os.sched_getaffinity(0))} cores of {model}, torch {torch.__version__}, Python {sys.version.split()[0]}"
-    )
-
-
-def _heading(before: bool) -> str:
-    columns = f"{'p50 ms':>9}{'process':>9}{'ratio':>7}{'':>14}{'per s':>9}{'best':>9}{'ratio':>7}{'':>14}"
-    if before:
-        columns += f"{'before ms':>11}{'before/s':>10}{'sooner':>8}{'faster':>8}"
-    return f"{'':<20}{'one outstanding':^39}{f'{_OUTSTANDING} outstanding':^39}\n{'network':<20}{columns}{'others':>8}"
-
-
-def _line(found: Finding) -> str:
-    one, many = found.one, found.many
-    text = (
-        f"{found.network:<20}{one[DAEMON].p50_ms:>9.2f}{one[PROCESS].p50_ms:>9.2f}{_told(found.latency)}"
-        f"{many[DAEMON].per_s:>9.1f}{many[BEST].per_s:>9.1f}{_told(found.rate)}"
-    )
-    if found.sooner is not None and found.faster is not None:
-        text += f"{one[BEFORE].p50_ms:>11.2f}{many[BEFORE].per_s:>10.1f}"
-        text += f"{found.sooner.median:>8.2f}{found.faster.median:>8.2f}"
-    return f"{text}{max(cell.others for cell in (*one.values(), *many.values())):>8.2f}  {_verdict(found)}"
-
-
-def _told(ratio: Ratio) -> str:
-    return f"{ratio.median:>7.2f}{f'({ratio.least:.2f}-{ratio.most:.2f})':>14}"
-
-
-def _verdict(found: Finding) -> str:
-    wanted = next(
-        _RATE if each.lanes_win else _RATE_ELSEWHERE for each in NETWORKS.values() if each.title == found.network
-    )
-    missed = ["latency"] * (found.latency.median > _LATENCY) + ["rate"] * (found.rate.median < wanted)
-    best = found.many[BEST]
-    return f"best: {best.threads or 'default'} threads, {best.rows} rows" + "".join(
-        f"; missed: {goal}" for goal in missed
-    )
-
-
-def _beside_line(found: Beside) -> str:
-    missed = "; missed" if found.ratio.median > _BESIDE else ""
-    return (
-        f"MLP, {found.contender}: p50 {found.alone_p50:.2f} ms alone, {found.beside_p50:.2f} beside ResNet-50, "
-        f"{found.ratio.median:.2f} ({found.ratio.least:.2f}-{found.ratio.most:.2f}){missed}; "
-        f"p99 {found.alone_p99:.2f} and {found.beside_p99:.2f}"
     )
 
 

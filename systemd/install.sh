@@ -13,7 +13,9 @@ LINKS=/usr/local/bin
 CONFIG=/etc/tensornext/tnxd.toml
 # Where systemd looks for what the administrator installed. /etc/systemd/system, which goes before it, stays free for
 # changes made with `systemctl edit`, and /usr/lib/systemd/system belongs to the distribution's packages.
-UNIT=/usr/local/lib/systemd/system/tensornext.service
+UNITS=/usr/local/lib/systemd/system
+UNIT=$UNITS/tensornext.service
+SOCKET=$UNITS/tensornext.socket  # holds the addresses while the service is replaced
 
 SOURCE=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -96,22 +98,40 @@ install_configuration() {
     fi
 }
 
+# Whether the configuration has the address that tensornext.socket holds. A daemon that finds another one does not start.
+fits_socket() {
+    "$HOME_DIR/bin/tnxd" --config "$CONFIG" --check 2>/dev/null | grep -q '^bind = .*"tcp://127\.0\.0\.1:5555"'
+}
+
 # $1: the state of an earlier installation's service, or nothing on the first installation. A service that somebody
-# has stopped stays stopped.
+# has stopped stays stopped. $2: whether that installation had the socket, which then stays enabled or disabled.
 start() {
     systemctl daemon-reload
+    if [ "$2" = no ] && fits_socket; then
+        systemctl --quiet enable tensornext.socket
+    elif [ "$2" = no ]; then
+        say "tensornext.socket is not enabled, since $CONFIG binds other addresses: see docs/operations.md, Restarts"
+    fi
     case $1 in
     '')
         systemctl --quiet enable tensornext
         ;;
     inactive)
-        say 'upgraded; the service was stopped and stays so: systemctl start tensornext'
+        units=tensornext
+        if systemctl --quiet is-enabled tensornext.socket; then
+            units='tensornext.socket tensornext'
+        fi
+        say "upgraded; the service was stopped and stays so: systemctl start $units"
         return
         ;;
     *)
         systemctl reset-failed tensornext
         ;;
     esac
+    if systemctl --quiet is-enabled tensornext.socket && ! systemctl --quiet is-active tensornext.socket; then
+        systemctl stop tensornext  # which has bound its addresses itself
+        systemctl restart tensornext.socket || fail 'tensornext.socket cannot listen; systemctl status tensornext.socket'
+    fi
     systemctl restart tensornext || fail 'the service does not start; journalctl -u tensornext says why'
     say 'the service runs: systemctl status tensornext, journalctl -u tensornext, tnxctl health'
 }
@@ -121,32 +141,38 @@ install_all() {
         is_ours "$name" || [ ! -e "$LINKS/$name" ] || fail "$LINKS/$name belongs to something else; move it away first"
     done
     python=$(choose_python)
-    previous=
+    previous= had_socket=no
     if [ -e "$UNIT" ] && systemd_runs; then
         previous=$(service_state)
+        [ ! -e "$SOCKET" ] || had_socket=yes
     fi
     install_environment "$python"
     install_configuration
-    install -D -m 644 "$SOURCE/systemd/tensornext.service" "$UNIT"
+    install -D -m 644 -t "$UNITS" "$SOURCE/systemd/tensornext.service" "$SOURCE/systemd/tensornext.socket"
     if systemd_runs; then
-        start "$previous"
+        start "$previous" "$had_socket"
     else
-        say 'installed; systemd does not run here, so nothing was started: systemctl enable --now tensornext'
+        say 'installed; systemd does not run here, so nothing was started:' \
+            'systemctl enable --now tensornext.socket tensornext'
     fi
 }
 
 uninstall_all() {
     if [ -e "$UNIT" ]; then
         if systemd_runs; then
+            if [ -e "$SOCKET" ]; then
+                systemctl --quiet disable --now tensornext.socket  # first: it would start the service again
+            fi
             systemctl --quiet disable --now tensornext
         else
-            rm -f /etc/systemd/system/multi-user.target.wants/tensornext.service  # as much as that would do
+            rm -f /etc/systemd/system/multi-user.target.wants/tensornext.service \
+                /etc/systemd/system/sockets.target.wants/tensornext.socket  # as much as that would do
         fi
-        rm "$UNIT"
-        rmdir -p "$(dirname "$UNIT")" 2>/dev/null || true  # only what is empty
+        rm -f "$UNIT" "$SOCKET"
+        rmdir -p "$UNITS" 2>/dev/null || true  # only what is empty
         if systemd_runs; then
             systemctl daemon-reload
-            systemctl reset-failed tensornext 2>/dev/null || true  # it forgets a failed unit only when told to
+            systemctl reset-failed tensornext.socket tensornext 2>/dev/null || true  # it forgets a failed unit only when told to
         fi
         rm -rf /var/cache/tensornext /var/cache/private/tensornext  # CacheDirectory= of a service without a user
     fi

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,14 +19,24 @@ LIMITS = Limits(header_bytes=1 << 20)
 
 
 class Dealer:
-    """One connection. Every receive has a time limit and fails the test when it passes."""
+    """One connection. Every receive has a time limit and fails the test when it passes.
 
-    def __init__(self, endpoint: str, kind: int = zmq.DEALER) -> None:
+    Args:
+        prepare: sets options of the socket before it connects.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        kind: int = zmq.DEALER,
+        prepare: Callable[[zmq.Socket[bytes]], None] = lambda socket: None,
+    ) -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(kind)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.setsockopt(zmq.RCVHWM, 0)
+        prepare(self.socket)
         self.socket.connect(endpoint)
         self._next_id = 0
 

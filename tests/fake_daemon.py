@@ -62,6 +62,49 @@ CPU = wire.DeviceInfo(
     memory_free_mb=900.0,
     memory_total_mb=15974.0,
 )
+ALICE = wire.ClientInfo(
+    name="alice",
+    by="key",
+    role="predict",
+    addresses=("10.0.0.7", "10.0.0.8"),
+    connections=3,
+    connected_s=7509.0,
+    requests=1200,
+    in_flight=4,
+    received_bytes=3 * wire.MIB,
+)
+SILENT = wire.ClientInfo(
+    name="10.0.0.9",
+    by="address",
+    role="",
+    addresses=(),
+    connections=1,
+    connected_s=0.0,
+    requests=0,
+    in_flight=0,
+    received_bytes=0,
+)
+KEY = wire.KeyInfo(
+    name="alice",
+    role="predict",
+    key="rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7",
+    connections=3,
+    max_requests=256,
+    max_mb=64.0,
+)
+IDENTITY = wire.Identity(
+    v=1,
+    id=0,
+    name="alice",
+    by="key",
+    role="predict",
+    address="10.0.0.7",
+    connections=3,
+    max_requests=256,
+    max_mb=64.0,
+    rate=500.0,
+    share=2.0,
+)
 TIMING = wire.Timing(
     receive_us=10.0,
     queue_us=20.0,
@@ -143,7 +186,9 @@ class Behaviour:
         mute: no verb is ever answered.
         device, reason, predicted_us: what results say.
         version_of: the version that the result of the nth predict request says; None: the model's.
-        abandoned, prediction_error_us: what health reports say.
+        abandoned, prediction_error_us, resent: what health reports say.
+        identity: what whoami reports say. clients: that are connected. keys: that may connect.
+        more_clients, more_keys: that no report has room for.
     """
 
     status: str = "ready"
@@ -162,7 +207,13 @@ class Behaviour:
     predicted_us: float = 110.0
     version_of: Callable[[int], str] | None = None
     abandoned: int = 0
+    resent: int = 0
     prediction_error_us: float = 0.0
+    identity: wire.Identity = IDENTITY
+    clients: tuple[wire.ClientInfo, ...] = (ALICE, SILENT)
+    more_clients: int = 0
+    keys: tuple[wire.KeyInfo, ...] = (KEY,)
+    more_keys: int = 0
 
 
 class FakeDaemon:
@@ -278,11 +329,27 @@ class FakeDaemon:
             if isinstance(request, wire.Compare):
                 self._model(request.model)
                 return [wire.encode(comparison(request))]
+            if isinstance(request, wire.WhoAmI | wire.Clients | wire.Kick | wire.Keys):
+                return [wire.encode(self._about_clients(request))]
             if isinstance(request, wire.Models):
                 return [wire.encode(wire.ModelsReport(v=1, id=request.id, models=self.models))]
             return [wire.encode(self._health(request.id))]
         except TensorNextError as error:
             return [wire.encode(wire.ErrorReply(v=1, id=request.id, code=error.code, message=error.message))]
+
+    def _about_clients(self, request: wire.WhoAmI | wire.Clients | wire.Kick | wire.Keys) -> wire.Reply:
+        if isinstance(request, wire.WhoAmI):
+            return msgspec.structs.replace(self._behaviour.identity, id=request.id)
+        clients, keys = self._behaviour.clients, self._behaviour.keys
+        if isinstance(request, wire.Keys):
+            return wire.KeysReport(v=1, id=request.id, keys=keys, total=len(keys) + self._behaviour.more_keys)
+        if isinstance(request, wire.Clients):
+            total = len(clients) + self._behaviour.more_clients
+            return wire.ClientsReport(v=1, id=request.id, clients=clients, total=total)
+        count = sum(client.connections for client in clients if client.name == request.client)
+        if not count:
+            raise NotFound(f"no other connection is of a client {request.client!r}")
+        return wire.KickReport(v=1, id=request.id, connections=count)
 
     def _model(self, title: str) -> wire.ModelInfo:
         name, version = wire.split_title(title) if title else ("", "")
@@ -353,4 +420,5 @@ class FakeDaemon:
             undeliverable=0,
             abandoned=self._behaviour.abandoned,
             prediction_error_us=self._behaviour.prediction_error_us,
+            resent=self._behaviour.resent,
         )

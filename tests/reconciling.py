@@ -17,6 +17,7 @@ from tnxd.executors.execution import Execution, LoadReport
 from tnxd.lanes import NO_TEAMS, Teams
 from tnxd.models.catalog import Catalog, Entry
 from tnxd.models.model import Model
+from tnxd.models.variants import Variant
 from tnxd.scheduling.costs import CostModel
 from tnxd.scheduling.device import Device
 from tnxd.scheduling.request import Request
@@ -36,6 +37,7 @@ class FakeSource:
     format: str = "pt2"
     width: int = 4
     state: str = ""
+    variants: tuple[Variant, ...] = ()
     opens: Callable[[], None] = lambda: None
 
     def open(self, generation: int) -> Model:
@@ -49,6 +51,7 @@ class FakeSource:
             factory=object,  # type: ignore[arg-type]
             generation=generation,
             state=self.state,  # type: ignore[arg-type]
+            variants=self.variants,
         )
 
 
@@ -81,6 +84,7 @@ class FakeExecutor:
         self.held.discard(key)
 
     def forget_inline(self, key: str) -> None: ...
+    def give_up_variant(self, key: str) -> None: ...
     def submit(self, execution: Execution) -> None: ...
     def run_inline(self, execution: Execution) -> None: ...
     def adopt_thread(self) -> None: ...

@@ -44,13 +44,14 @@ mount -t tmpfs -o mode=1777 tmpfs tmp
 # This computer's own services, file systems and installation of TensorNext are not wanted.
 : > etc/fstab
 rm -rf etc/systemd/system/*.wants
-rm -rf etc/tensornext etc/systemd/system/tensornext.service.d usr/local/lib/systemd/system/tensornext.service
+rm -rf etc/tensornext etc/systemd/system/tensornext.*.d usr/local/lib/systemd/system/tensornext.*
 rm -rf opt/tensornext usr/local/bin/tnxd usr/local/bin/tnxctl
 
 mkdir run/outside
 pivot_root . run/outside
 umount -l /run/outside
 rmdir /run/outside
+mount --make-rshared /  # as systemd has it where it is in no container: credentials reach services by that
 # The kernel is shared: nothing in here loads a module or sets the clock.
 container=test exec setpriv --bounding-set=-sys_module,-sys_time \
     /lib/systemd/systemd --system --unit=basic.target --show-status=no </dev/null

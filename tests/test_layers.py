@@ -49,33 +49,56 @@ VERSION = "tnxctl:__version__"
 
 SANS_IO = tuple(
     f"tnxctl.{module}"
-    for module in ("call", "connection", "encoder", "failures", "session", "throttling", "request_windows")
+    for module in (
+        "backoff",
+        "balancer",
+        "call",
+        "connection",
+        "encoder",
+        "endpoints",
+        "failures",
+        "hedging",
+        "request_windows",
+        "resending",
+        "session",
+        "throttling",
+        "waiting",
+    )
 )
-"""Modules of the client that are pure: what they do depends on their arguments alone."""
+"""Modules of the client that are pure: but for the random part of waits, all depends on their arguments alone."""
 
-MOVERS = tuple(f"tnxctl.{module}" for module in ("driver", "link", "process", "wakeups"))
+MOVERS = tuple(f"tnxctl.{module}" for module in ("driver", "handshakes", "link", "links", "process", "wakeups"))
 """Modules of the client that move messages or wait."""
 
 IO = ("asyncio", "os", "select", "socket", "threading", "time", "zmq")
 
-FLOOR = tuple(f"tnxd.{module}" for module in ("advice", "device_kinds", "error_text", "files", "lanes", "tomlfile"))
+NETWORK = frozenset({"asyncio", "select", "socket", "zmq"})
+"""Modules that reach other processes. ZeroMQ is also what makes keys."""
+
+FLOOR = tuple(f"tnxd.{module}" for module in ("advice", "device_kinds", "error_text", "lanes"))
 """Modules of the daemon that stand below every room, and know none."""
 
 ROOMS = {
     "tnxctl.protocol": rule(never=("torch", *IO)),
-    "tnxctl": rule("tnxctl.protocol", never=("click", "torch")),
-    "tnxctl.cli": rule("tnxctl.protocol", "tnxctl", "tnxctl.cli.bench", never=("torch", *SANS_IO, *MOVERS)),
+    "tnxctl.files": rule("tnxctl.protocol", never=("torch", *NETWORK)),
+    "tnxctl.keys": rule("tnxctl.protocol", "tnxctl.files", never=("torch", *(NETWORK - {"zmq"}))),
+    "tnxctl": rule("tnxctl.protocol", "tnxctl.keys", never=("click", "torch")),
+    "tnxctl.cli": rule(
+        "tnxctl.protocol", "tnxctl.keys", "tnxctl", "tnxctl.cli.bench", never=("torch", *SANS_IO, *MOVERS)
+    ),
     "tnxctl.cli.bench": rule(
         "tnxctl.protocol", "tnxctl", "tnxctl.cli", "tnxctl.cli.bench.loops", never=("torch", *SANS_IO, *MOVERS)
     ),
-    "tnxctl.cli.bench.loops": rule("tnxctl.protocol", "tnxctl", "tnxctl.cli", "tnxctl.cli.bench", never=("torch",)),
+    "tnxctl.cli.bench.loops": rule(
+        "tnxctl.protocol", "tnxctl.keys", "tnxctl", "tnxctl.cli", "tnxctl.cli.bench", never=("torch",)
+    ),
     "tnxd.process": rule(never=("torch", "zmq")),
-    "tnxd.models": rule("tnxctl.protocol", *FLOOR, never=("zmq",)),
+    "tnxd.models": rule("tnxctl.protocol", "tnxctl.files", *FLOOR, never=("zmq",)),
     "tnxd.executors": rule("tnxctl.protocol", *FLOOR, "tnxd.config", "tnxd.models", "tnxd.process", never=("zmq",)),
     "tnxd.scheduling": rule(
         "tnxctl.protocol", "tnxd.device_kinds", "tnxd.lanes", never=("logging", "numpy", "torch", *IO)
     ),
-    "tnxd.transport": rule("tnxctl.protocol", "tnxd.config", never=("torch",)),
+    "tnxd.transport": rule("tnxctl.protocol", "tnxctl.keys", "tnxd.config", never=("torch",)),
     "tnxd.deployment": rule(
         "tnxctl.protocol",
         *FLOOR,
@@ -98,6 +121,8 @@ ROOMS = {
     ),
     "tnxd": rule(
         "tnxctl.protocol",
+        "tnxctl.files",
+        "tnxctl.keys",
         VERSION,
         "tnxd.process",
         "tnxd.models",
@@ -112,7 +137,9 @@ ROOMS = {
 """Rules by room. A room is a folder, without what has a rule of its own: loops.py alone uses parts of the client."""
 
 MODULES = {
-    **{module: rule("tnxctl", "tnxctl.protocol", never=(*IO, *MOVERS)) for module in SANS_IO},
+    **{
+        module: rule("tnxctl", "tnxctl.protocol", "tnxctl.keys.credentials", never=(*IO, *MOVERS)) for module in SANS_IO
+    },
     **{module: rule("tnxctl.protocol", *FLOOR) for module in FLOOR},
     "tnxd.deployment.plan": rule("tnxctl.protocol", "tnxd.deployment.registry", "tnxd.deployment.version"),
     "tnxd.executors.execution": rule("tnxctl.protocol", *FLOOR, "tnxd.models", never=("torch",)),
@@ -123,6 +150,10 @@ MODULES = {
 PLANTED = [
     ("tnxctl.protocol", "tnxctl.protocol.wire", "import tnxctl.endpoint"),
     ("tnxctl.protocol", "tnxctl.protocol.frames", "import socket"),
+    ("tnxctl.files", "tnxctl.files.writing", "from tnxctl.keys import pairs"),
+    ("tnxctl.files", "tnxctl.files.reading", "import zmq"),
+    ("tnxctl.keys", "tnxctl.keys.authorized", "from tnxctl import endpoint"),
+    ("tnxctl.keys", "tnxctl.keys.pairs", "import socket"),
     ("tnxctl", "tnxctl.client", "from tnxctl.cli import output"),
     ("tnxctl", "tnxctl.driver", "from tnxd import config"),
     ("tnxctl", "tnxctl.results", "import torch"),
@@ -130,7 +161,7 @@ PLANTED = [
     ("tnxctl.cli", "tnxctl.cli.models", "import tnxd.models.repository"),
     ("tnxctl.cli.bench", "tnxctl.cli.bench.runs", "from tnxctl import driver"),
     ("tnxctl.cli.bench.loops", "tnxctl.cli.bench.loops", "import torch"),
-    ("tnxd.process", "tnxd.process.logs", "from tnxd import files"),
+    ("tnxd.process", "tnxd.process.logs", "from tnxctl.files import reading"),
     ("tnxd.models", "tnxd.models.formats.onnx", "from tnxd.executors.execution import Execution"),
     ("tnxd.models", "tnxd.models.model", "import tnxd.config"),
     ("tnxd.executors", "tnxd.executors.trial.rows", "from tnxd.scheduling.costs import CostModel"),
@@ -277,6 +308,7 @@ def test_planted_circle_is_found() -> None:
             ("torch", "zmq", "tnxd.scheduling", "tnxd.serving", "tnxd.deployment", "tnxd.transport"),
         ),
         ("tnxctl.protocol.wire", ("zmq", "torch", "asyncio", "tnxctl.protocol.frames")),
+        ("tnxctl.keys.authorized", ("zmq", "torch", "asyncio", "tnxctl.protocol.frames")),
         ("tnxctl.client", ("torch", "asyncio", "tnxctl.protocol.frames")),
         ("tnxctl.session", ("zmq", "torch", "asyncio", "tnxctl.protocol.frames")),
     ],

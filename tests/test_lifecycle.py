@@ -227,10 +227,11 @@ def test_a_stop_while_loading_is_clean(made: Own) -> None:
     [
         (["--config", "/nonexistent.toml"], 2, "/nonexistent.toml: No such file"),
         (["--bind", "udp://127.0.0.1:1"], 2, "'udp://127.0.0.1:1'"),
-        (["--bind", "tcp://203.0.113.1:1"], 1, "tcp://203.0.113.1:1"),
+        (["--bind", "tcp://203.0.113.1:1"], 2, "insecure = true"),
+        (["--bind", "tcp://203.0.113.1:1", "--insecure"], 1, "tcp://203.0.113.1:1"),
         (["--bind", "ipc:///nonexistent/tnx"], 1, "/nonexistent/tnx"),
         (["--bind", "127.0.0.1"], 2, "tcp://127.0.0.1:5555"),
-        (["--bind", "203.0.113.1:1"], 1, "tcp://203.0.113.1:1"),
+        (["--bind", "203.0.113.1:1", "--insecure"], 1, "tcp://203.0.113.1:1"),
         (["--model", "mlp", "--model", "mlp"], 2, "'mlp' stands there twice"),
         (["--model", "resnet"], 2, "no built-in model 'resnet'"),
         (["--default-model", "resnet"], 2, "'resnet' is not among the models"),

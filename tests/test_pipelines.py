@@ -21,7 +21,7 @@ from conftest import Daemon, serving_daemon
 from model_repositories import SAYS_TOML, Repository
 from tnxctl import AsyncClient, Client
 from tnxctl.protocol.datatypes import Array
-from tnxctl.protocol.errors import FailedPrecondition, Internal, TensorNextError, Unavailable
+from tnxctl.protocol.errors import FailedPrecondition, Internal, ResourceExhausted, TensorNextError, Unavailable
 from tool import run
 
 TIMES = """
@@ -425,6 +425,68 @@ def test_a_step_that_had_to_make_room_comes_back(tmp_path: Path, run_daemon: Cal
         models.pipeline("wide", LINE.format("double", "triple", "other"))
         failed = client.reload().failed
         assert "steps: their models take 3 MiB together, and cpu may hold 2 MiB in all" in failed["wide@1"]
+    assert daemon.stop() == 0
+
+
+WIDENS = """
+import numpy as np
+
+class Model:
+    def predict(self, x):
+        return {"y": np.repeat(x[:, :1], 1 << 18, axis=1)}
+"""
+"""A model.py that makes a MiB of four bytes."""
+
+SUMS = """
+import threading
+
+class Model:
+    def predict(self, x):
+        threading.Event().wait(0.01 * len(x))
+        return {"y": x[:, :1]}
+"""
+"""A model.py that takes longer than that."""
+
+PLAIN_TOML = """
+max_batch_size = 8
+inputs = [{{ name = "x", datatype = "FP32", shape = [-1, {0}] }}]
+outputs = [{{ name = "y", datatype = "FP32", shape = [-1, {1}] }}]
+"""
+
+WIDEN = """
+inputs = ["x"]
+steps = [
+    { name = "widen", model = "widens", inputs = { x = "x" } },
+    { name = "sum", model = "sums", inputs = { x = "widen.y" } },
+]
+outputs = { y = "sum.y" }
+"""
+
+
+def test_what_steps_give_each_other_counts_among_what_a_client_has_in_flight(
+    tmp_path: Path, run_daemon: Callable[..., Daemon]
+) -> None:
+    """The first step of many small requests would fill the memory before the second is through with them."""
+    models = Repository(tmp_path / "models")
+    for name, source, shape in (("widens", WIDENS, (1, 1 << 18)), ("sums", SUMS, (1 << 18, 1))):
+        models.settings(name, PLAIN_TOML.format(*shape))
+        models.publish(name, 1, {"model.py": source.encode()})
+    models.publish("pipe", 1, {"pipeline.toml": WIDEN.encode()})
+    config = tmp_path / "tnxd.toml"
+    config.write_text("[limits]\nmessage_bytes = 4194304\n[clients]\nmax_mb = 20\n")
+    daemon = run_daemon("--model-repository", str(models.root), "--config", str(config))
+    with Client(daemon.endpoint, timeout=60.0) as client:
+        one = np.ones((1, 1), np.float32)
+        for _ in range(2):  # first nobody knows what is to come, then it is refused on arrival
+            futures = [client.submit(one, model="pipe") for _ in range(200)]
+            errors = [future.exception() for future in futures]
+            refused = [error for error in errors if error is not None]
+            assert {type(error) for error in refused} == {ResourceExhausted}
+            assert "bytes of 127.0.0.1 are in flight, the limit is 20971520" in str(refused[0])
+            assert len(refused) < len(futures)
+            np.testing.assert_array_equal(client.predict(one, model="pipe").output, one)
+        many = np.ones((30, 1), np.float32)  # more than the limit, but alone
+        np.testing.assert_array_equal(client.predict(many, model="pipe").output, many)
     assert daemon.stop() == 0
 
 

@@ -6,12 +6,14 @@ would take longer than all they do.
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,15 +21,21 @@ import pytest
 import systemd_machine
 from model_repositories import put
 from systemd_machine import Machine, eventually
+from tnxctl.keys import pairs
 
 SOURCE = Path(__file__).parent.parent
 COPY = "/usr/src/tensornext"
 CONFIG = "etc/tensornext/tnxd.toml"
 DROP_IN = "run/systemd/system/tensornext.service.d/test.conf"
+UNITS = ("tensornext.socket", "tensornext")
+TCP, IPC = "tcp://127.0.0.1:5555", "ipc:///run/tensornext.sock"
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
 
 INSTALL_TIMEOUT = 500.0
 """Seconds for `make install`: it downloads torch where pip has not got it yet."""
+
+RESTARTS_TIMEOUT = 30.0
+"""Seconds for a restart under load, on a busy machine."""
 
 pytestmark = pytest.mark.timeout(INSTALL_TIMEOUT + 60)
 
@@ -50,6 +58,16 @@ def journal(machine: Machine) -> str:
     """All that the service has written, and what systemd wrote of it."""
     machine.run("journalctl", "--sync")
     return machine.run("journalctl", "--output=cat", "--unit=tensornext")
+
+
+def under_load(machine: Machine, *arguments: str, timeout: float) -> None:
+    """Run clients that check all answers, while the service is restarted. Fails if any of them notices.
+
+    They run from the source tree, since an upgrade replaces what is installed.
+    """
+    program = f"{COPY}/tests/restart/restarts.py"
+    command = ("/opt/tensornext/bin/python", program, "--systemd", *arguments)
+    machine.run(*command, timeout=timeout, environment={"PYTHONPATH": COPY})
 
 
 def restarted(machine: Machine, before: str) -> bool:
@@ -118,32 +136,64 @@ def restored(installed: Machine) -> Iterator[Machine]:
 @pytest.fixture
 def service(restored: Machine) -> Machine:
     """The same with the service running, for most tests with the settings it was installed with."""
-    restored.run("systemctl", "start", "tensornext")
+    restored.run("systemctl", "start", *UNITS)
     return restored
 
 
 def test_it_runs_at_once_and_after_a_boot(service: Machine) -> None:
-    assert service.run("systemctl", "is-active", "tensornext") == "active"
-    assert service.run("systemctl", "is-enabled", "tensornext") == "enabled"
+    for unit in UNITS:
+        assert service.run("systemctl", "is-active", unit) == "active"
+        assert service.run("systemctl", "is-enabled", unit) == "enabled"
     said = journal(service)
-    assert re.search(r"^tnxd \S+ ready on tcp://127\.0\.0\.1:5555; devices: .*; models: mlp", said, re.M)
+    assert re.search(rf"^tnxd \S+ ready on {TCP}, {IPC}; devices: .*; models: mlp", said, re.M)
     assert "is not kept" not in said  # the cache is the service's own
 
 
 def test_it_is_active_only_when_it_is_ready_on_tcp_and_ipc(service: Machine) -> None:
-    endpoints = ("tcp://127.0.0.1:5555", "ipc:///run/tensornext/tnxd")
+    endpoints = (TCP, "ipc:///run/tensornext/tnxd")
     (service.root / CONFIG).write_text(f"bind = {list(endpoints)}\n")
     service.run("systemctl", "restart", "tensornext")
     invocation = f"_SYSTEMD_INVOCATION_ID={show(service, 'InvocationID')}"
-    said = f" ready on {', '.join(endpoints)};"
+    said = f" ready on {', '.join(endpoints)}, {IPC};"
     while said not in service.run("journalctl", "--output=cat", invocation):  # the journal takes its time
         assert show(service, "ActiveState") == "active"
-    for endpoint in endpoints:
+    for endpoint in (*endpoints, IPC):
         service.run("tnxctl", "health", "--host", endpoint)
 
 
-def test_systemd_finds_no_fault_in_the_unit(service: Machine) -> None:
-    assert service.run("systemd-analyze", "verify", "tensornext.service") == ""
+def test_nobody_notices_that_it_is_restarted(service: Machine) -> None:
+    under_load(service, "--times", "2", timeout=3 * RESTARTS_TIMEOUT)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_nobody_notices_that_it_is_restarted_a_hundred_times(service: Machine) -> None:
+    under_load(service, "--times", "100", timeout=100 * RESTARTS_TIMEOUT)
+
+
+@pytest.mark.slow
+def test_without_the_socket_unit_a_restart_is_a_pause(service: Machine) -> None:
+    service.run("systemctl", "disable", "--now", "tensornext.socket")
+    try:
+        service.run("systemctl", "restart", "tensornext")
+        under_load(service, "--times", "1", "--host", TCP, timeout=2 * RESTARTS_TIMEOUT)
+    finally:
+        service.run("systemctl", "stop", "tensornext")
+        service.run("systemctl", "enable", "--now", "tensornext.socket")
+
+
+@pytest.mark.slow
+def test_who_connects_starts_it_unless_both_units_are_stopped(service: Machine) -> None:
+    service.run("systemctl", "stop", "tensornext")
+    service.run("tnxctl", "predict", "--timeout", "60")
+    assert show(service, "ActiveState") == "active"
+    service.run("systemctl", "stop", *UNITS)
+    assert "nobody listens there" in service.run("tnxctl", "health", check=False)
+    assert show(service, "ActiveState") == "inactive"
+
+
+def test_systemd_finds_no_fault_in_the_units(service: Machine) -> None:
+    assert service.run("systemd-analyze", "verify", "tensornext.service", "tensornext.socket") == ""
 
 
 def test_it_is_not_root_and_sees_no_home(service: Machine) -> None:
@@ -189,7 +239,14 @@ def test_an_upgrade_restarts_the_service_and_keeps_the_configuration(service: Ma
         module.write("\n# newer, of the same version\n")
     with (service.root / CONFIG).open("a") as config:
         config.write("\n# mine\n")
-    make(service, "install")
+    done = "/run/upgraded"
+    with ThreadPoolExecutor() as pool:
+        load = pool.submit(under_load, service, "--until", done, timeout=INSTALL_TIMEOUT)
+        try:
+            make(service, "install")
+        finally:
+            service.run("touch", done)
+        load.result()
     assert restarted(service, before)
     assert (service.root / CONFIG).read_text().endswith("\n# mine\n")
     service.run("grep", "-r", "--include=__init__.py", "newer, of the same version", "/opt/tensornext/lib")
@@ -219,6 +276,77 @@ def test_a_reload_serves_what_is_new_and_tells_what_failed(service: Machine) -> 
     assert (show(service, "ActiveState"), show(service, "MainPID")) == ("active", before)
 
 
+@pytest.fixture
+def keys(service: Machine) -> Iterator[dict[str, pairs.Pair]]:
+    """Pairs of the daemon and of alice, whose key may connect, in files of root's; the service asks for keys."""
+    made = {name: pairs.new(name) for name in ("tnxd", "alice")}
+    directory = service.root / "etc/tensornext"
+    for name, pair in made.items():
+        pairs.write(directory / f"{name}.key", pair)
+    authorized = directory / "authorized_keys.toml"
+    authorized.write_text(f'[keys.alice]\nkey = "{made["alice"].public}"\nrole = "predict"\n')
+    (service.root / CONFIG).write_text(
+        f'bind = ["{TCP}", "ipc:///run/tensornext/tnxd"]\n[keys]\nauthorized = "/etc/tensornext/authorized_keys.toml"\n'
+    )
+    yield made
+    for path in (directory / "tnxd.key", directory / "alice.key", authorized):
+        path.unlink(missing_ok=True)
+
+
+def ask_with_key(machine: Machine, server: str, verb: str) -> str:
+    """What a client inside gets over tcp with alice's key: the role of whoami, say, or the name of an error."""
+    program = (
+        "import sys; from tnxctl import Client, TensorNextError\n"
+        "with Client('127.0.0.1', key='/etc/tensornext/alice.key', server_key=sys.argv[1], timeout=20) as client:\n"
+        "    try: print(getattr(client, sys.argv[2])())\n"
+        "    except TensorNextError as error: print(error.code)\n"
+    )
+    return machine.run("/opt/tensornext/bin/python", "-c", program, server, verb)
+
+
+def test_the_secret_of_the_daemon_comes_from_systemd(service: Machine, keys: dict[str, pairs.Pair]) -> None:
+    """Its user cannot read the file. Root is admin on ipc, and what is revoked is cut off by `systemctl reload`."""
+    service.run("systemctl", "restart", "tensornext", check=False)
+    assert show(service, "ExecMainStatus") == "2"
+    assert "LoadCredential=tnxd.key:PATH" in journal(service)
+    override(
+        service, "LoadCredential=tnxd.key:/etc/tensornext/tnxd.key\nEnvironment=TNX_HOST=ipc:///run/tensornext/tnxd"
+    )
+    service.run("systemctl", "restart", "tensornext")
+    pid = show(service, "MainPID")
+    user = str((service.root / "proc" / pid).stat().st_uid)
+    refused = service.run(
+        "setpriv", f"--reuid={user}", "--clear-groups", "cat", "/etc/tensornext/tnxd.key", check=False
+    )
+    assert "Permission denied" in refused
+    assert json.loads(service.run("tnxctl", "whoami", "--host", IPC, "--json"))["role"] == "admin"
+    assert "name='alice', by='key', role='predict'" in ask_with_key(service, keys["tnxd"].public, "whoami")
+    assert ask_with_key(service, keys["tnxd"].public, "reload") == "PERMISSION_DENIED"
+    (service.root / "etc/tensornext/authorized_keys.toml").write_text("")
+    service.run("systemctl", "reload", "tensornext")
+    assert ask_with_key(service, keys["tnxd"].public, "health") == "UNAUTHENTICATED"
+    (service.root / "etc/tensornext/authorized_keys.toml").write_text("[keys.alice]\n")
+    assert "failed" in service.run("systemctl", "reload", "tensornext", check=False)
+    assert "authorized_keys.toml" in journal(service)
+    assert show(service, "MainPID") == pid
+
+
+def test_members_of_the_sockets_group_may_predict(service: Machine) -> None:
+    """The service is in a user namespace of its own, where it sees these users as nobody."""
+    path = service.root / IPC.removeprefix("ipc:///")
+    users = grp.getgrnam("users").gr_gid
+    os.chown(path, 0, users)  # as SocketGroup= does
+
+    def whoami(*groups: str) -> str:
+        tool = ("/usr/local/bin/tnxctl", "whoami", "--host", IPC, "--timeout", "5", "--json")
+        return service.run("setpriv", "--reuid=4711", "--regid=4711", *groups, *tool, check=False)
+
+    assert json.loads(whoami(f"--groups={users}"))["role"] == "predict"
+    path.chmod(0o666)  # as a careless administrator might do
+    assert '"UNAUTHENTICATED"' in whoami("--clear-groups")
+    path.chmod(0o660)
+
+
 def test_a_wrong_configuration_is_named_and_not_tried_again(restored: Machine) -> None:
     with (restored.root / CONFIG).open("a") as config:
         config.write("\nlains = 3\n")
@@ -228,7 +356,16 @@ def test_a_wrong_configuration_is_named_and_not_tried_again(restored: Machine) -
     assert "lains" in journal(restored)
 
 
+def test_an_address_that_only_systemd_has_is_named_and_not_tried_again(restored: Machine) -> None:
+    (restored.root / CONFIG).write_text('bind = ["tcp://127.0.0.1:7777"]\n')
+    restored.run("systemctl", "start", "tensornext.socket")
+    restored.run("systemctl", "restart", "tensornext", check=False)
+    assert (show(restored, "ActiveState"), show(restored, "ExecMainStatus")) == ("failed", "2")
+    assert f"systemd holds {TCP} for the daemon, and bind has tcp://127.0.0.1:7777" in journal(restored)
+
+
 def test_the_removal_leaves_the_configuration_only(service: Machine, before_install: set[str]) -> None:
     make(service, "uninstall")
     assert installed_files(service) - before_install == {f"/{CONFIG}"}
     assert show(service, "LoadState") == "not-found"
+    assert not (service.root / "run/tensornext.sock").exists()

@@ -57,8 +57,12 @@ class Peer:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def greet(self, identity: bytes | None = None) -> Self:
-        """Do the whole handshake: greeting and READY, both ways. `identity` is a routing id to claim."""
+    def greet(self, identity: bytes | None = None, **claims: bytes) -> Self:
+        """Do the whole handshake: greeting and READY, both ways.
+
+        Args:
+            identity: a routing id to claim. claims: more properties, with _ for - in their names.
+        """
         self.write(GREETING)
         greeting = self._read(64)
         if greeting[0] != 0xFF or greeting[9] != 0x7F or greeting[10] < 3:
@@ -66,6 +70,8 @@ class Peer:
         properties = b"\x0bSocket-Type\x00\x00\x00\x06DEALER"
         if identity is not None:
             properties += b"\x08Identity" + struct.pack(">I", len(identity)) + identity
+        for name, value in claims.items():
+            properties += bytes([len(name)]) + name.replace("_", "-").encode() + struct.pack(">I", len(value)) + value
         self.write(frame(b"\x05READY" + properties, command=True))
         ready, flags = self._read_frame()
         if not flags & COMMAND or not ready.startswith(b"\x05READY"):

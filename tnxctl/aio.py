@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import os
 import socket
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from tnxctl import process
+from tnxctl.balancer import Balancer, session_of
 from tnxctl.call import Call
 from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
-from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
-from tnxctl.link import Link, Socket, has_input
+from tnxctl.endpoint import DEFAULT_ENDPOINT
+from tnxctl.keys import lookup
+from tnxctl.link import Socket
+from tnxctl.links import link_of
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
-from tnxctl.results import Result
+from tnxctl.protocol.wire import (
+    ClientsReport,
+    Comparison,
+    HealthReport,
+    Identity,
+    KeysReport,
+    Limits,
+    ModelInfo,
+    ReloadReport,
+)
+from tnxctl.results import Result, Traffic
 from tnxctl.session import Session
 
 if TYPE_CHECKING:
@@ -31,6 +46,7 @@ T = TypeVar("T")
 
 _REPLIES_PER_TURN = 64  # then other tasks get the loop
 _MAX_WAIT_S = 86_400.0
+_GRACE_S = 0.5  # for a loop in another thread, when the interpreter ends
 
 
 class AsyncClient:
@@ -45,12 +61,18 @@ class AsyncClient:
 
     def __init__(
         self,
-        endpoint: str = DEFAULT_ENDPOINT,
+        endpoint: str | Sequence[str] = DEFAULT_ENDPOINT,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         limits: Limits | None = None,
+        hedge: bool | float = False,
+        key: str | os.PathLike[str] | None = None,
+        server_key: str | None = None,
     ) -> None:
-        self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
+        self._given = endpoint
+        self._session = session_of(
+            endpoint, timeout, limits or Limits(), hedge, lambda address: lookup.find(address, key, server_key)
+        )
         self._encoder = self._session.encoder
         self._driver: _LoopDriver | _OtherThreadDriver | None = None
         self._generation = process.forks
@@ -58,10 +80,18 @@ class AsyncClient:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.endpoint}, timeout {spell(self._session.timeout)}>"
 
+    def __reduce__(self) -> NoReturn:
+        raise process.pickle_error(self, f"{self._given!r}, timeout={self._session.timeout:g}")
+
     @property
     def endpoint(self) -> str:
-        """The daemon's address, as ZeroMQ spells it."""
+        """The daemon's address, as ZeroMQ spells it; of several, with commas between them."""
         return self._session.endpoint
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """The numbers of what was sent to each of several daemons, moved and hedged; with one daemon None."""
+        return self._session.traffic if isinstance(self._session, Balancer) else None
 
     async def predict(
         self,
@@ -140,6 +170,23 @@ class AsyncClient:
         call = self._encoder.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())
         return await self._here().run(call)
 
+    async def whoami(self, *, timeout: float | None = None) -> Identity:
+        """The name that the daemon knows this client by, its role and its limits."""
+        return await self._here().run(self._encoder.whoami(timeout=timeout, now=time.monotonic()))
+
+    async def clients(self, *, timeout: float | None = None) -> ClientsReport:
+        """The clients that are connected to the daemon, see `Client.clients`."""
+        return await self._here().run(self._encoder.clients(timeout=timeout, now=time.monotonic()))
+
+    async def kick(self, client: str, *, timeout: float | None = None) -> int:
+        """End all connections of a client but this one, see `Client.kick`."""
+        call = self._encoder.kick(client, timeout=timeout, now=time.monotonic())
+        return (await self._here().run(call)).connections
+
+    async def keys(self, *, timeout: float | None = None) -> KeysReport:
+        """The keys that may connect, see `Client.keys`."""
+        return await self._here().run(self._encoder.keys(timeout=timeout, now=time.monotonic()))
+
     async def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""
         if self._generation == process.forks:  # else it is a parent's
@@ -180,12 +227,14 @@ class _LoopDriver:
     it. So each use of a socket is followed by a look at its events.
     """
 
-    def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, session: Session | Balancer, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._session = session
-        self._link = Link(session, watch=self._watch, unwatch=self._unwatch)
+        self._link = link_of(session, watch=self._watch, unwatch=self._unwatch)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = math.inf
+        self._ended = threading.Event()
+        process.register(self)
 
     async def run(self, call: Call[T]) -> T:
         future: asyncio.Future[T] = self.loop.create_future()
@@ -211,15 +260,35 @@ class _LoopDriver:
         self._cancel_timer()
 
     def forget(self) -> None:
-        """Close after the client has gone: the loop may be over, or run in another thread than this one."""
+        """Close after the client has gone: the loop may be over, or run in another thread than this one.
+
+        Whoever may have waited has gone, too, as he had the client.
+        """
         if self.loop.is_running():
-            self.loop.call_soon_threadsafe(self.close)
+            with contextlib.suppress(RuntimeError):  # it was closed just now
+                self.loop.call_soon_threadsafe(self._end)
         else:
-            self.close()
+            self._end()
+
+    def at_exit(self) -> None:
+        """Give everything up, since the interpreter ends: nobody waits for it any more."""
+        self.forget()
+        self._ended.wait(_GRACE_S)  # another thread may run the loop, and a callback may keep it
+
+    def after_fork(self) -> None:
+        """Leave all to the parent, in a forked child: the loop's poller is the parent's as well."""
+        self._link.abandon()
+
+    def _end(self) -> None:
+        """Close without a word to those who wait."""
+        self._session.close()
+        self._link.close()
+        self._cancel_timer()
+        self._ended.set()
 
     def _check_again(self) -> None:
         """Check for messages once more after sending one, which may have cleared the event of one that came."""
-        if has_input(self._link.dealer):
+        if self._link.has_input():
             self.loop.call_soon(self._turn)
 
     def _turn(self) -> None:
@@ -227,7 +296,7 @@ class _LoopDriver:
         link = self._link
         _settle_all(link.poll_monitor())
         for _ in range(_REPLIES_PER_TURN):
-            if not has_input(link.dealer):
+            if not link.has_input():
                 break
             call = link.receive()
             if call is not None:
@@ -264,7 +333,7 @@ class _LoopDriver:
 class _OtherThreadDriver:
     """A driver for loops that cannot watch a file descriptor, as the default one of Windows: an I/O thread does it."""
 
-    def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, session: Session | Balancer, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._driver = ThreadDriver(session)
 

@@ -6,10 +6,23 @@ import math
 import operator
 from collections.abc import Mapping
 
+from tnxctl.hedging import DEFAULT_PERCENTILE
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import InvalidArgument
 
 MAX_DEADLINE_S = wire.MAX_DEADLINE_US / 1e6
+
+
+def check_hedge(hedge: object, endpoints: int) -> float | None:
+    """The share of requests that get no copy for another daemon; None: there are no copies."""
+    if hedge is False:
+        return None
+    percentile = DEFAULT_PERCENTILE if hedge is True else hedge
+    if not isinstance(percentile, float) or not 0 < percentile < 1:
+        raise InvalidArgument(f"hedge={hedge!r}: expected True, False, or a share above 0 and below 1, such as 0.95")
+    if endpoints < 2:
+        raise InvalidArgument(f"hedge={hedge!r}: a copy goes to another daemon, and there is one endpoint")
+    return percentile
 
 
 def check_timeout(value: float) -> float:

@@ -35,8 +35,11 @@ class Call(Generic[T]):
         firm_deadline: whether `expires` is a deadline: an answer that comes later is worthless.
         connect_timeout: seconds within which it must be sent; for most calls the same as `timeout`.
         next_timeout: time at which it fails unless it is sent, and once it is, unless it is answered.
-        losses: connections that broke while it was under way.
-        deferred: whether the daemon has refused it for now, and so has changed nothing.
+        attempts: number of times that it was sent. in_flight: whether the daemon may have it now: it was sent on the
+            connection that stands, and not refused.
+        losses: connections that broke while it was in flight.
+        moves: whether it is an attempt of another call, which may go on at another daemon: the session ends it where it
+            would send any other call again.
         refusal: the daemon's reason for that, or the reason why the call is not sent again.
         window: the window that it counts in, if any.
         waiter: whatever the shell has to tell of the outcome, if anything. The session never looks at it.
@@ -47,14 +50,16 @@ class Call(Generic[T]):
         "_read",
         "_request",
         "_result",
+        "attempts",
         "connect_timeout",
-        "deferred",
         "done",
         "expires",
         "firm_deadline",
         "frames",
         "id",
+        "in_flight",
         "losses",
+        "moves",
         "nbytes",
         "next_timeout",
         "refusal",
@@ -82,8 +87,10 @@ class Call(Generic[T]):
         self.expires = now + timeout
         self.connect_timeout = connect_timeout
         self.next_timeout = now + connect_timeout
+        self.attempts = 0
+        self.in_flight = False
         self.losses = 0
-        self.deferred = False
+        self.moves = False
         self.refusal: Unavailable | InvalidArgument | None = None
         self.done = False
         self.waiter: Any = None
@@ -114,6 +121,21 @@ class Call(Generic[T]):
         return isinstance(self._request, wire.Predict)
 
     @property
+    def may_move(self) -> bool:
+        """Whether any daemon may answer it, if the client has several."""
+        return isinstance(self._request, wire.Predict | wire.Metadata)
+
+    @property
+    def model(self) -> str:
+        """The model that it asks for, if it is about one."""
+        return getattr(self._request, "model", "")
+
+    @property
+    def predicted_s(self) -> float:
+        """The seconds that the daemon predicted for it when it came, as its result says; 0: nothing."""
+        return getattr(self._result, "predicted_us", 0.0) / 1e6
+
+    @property
     def changes_daemon(self) -> bool:
         """Whether it changes the state of the daemon."""
         return isinstance(self._request, _CHANGES)
@@ -121,19 +143,48 @@ class Call(Generic[T]):
     @property
     def may_have_changed_daemon(self) -> bool:
         """Whether it has been sent and may have changed the daemon, though no answer has come."""
-        return self.changes_daemon and not self.deferred
+        return self.changes_daemon and self.in_flight
 
     def mark_sent(self) -> None:
         """Note that the request was sent: from now on the call waits for its answer."""
         self.next_timeout = self.expires
-        self.deferred = False
+        self.attempts += 1
+        self.in_flight = True
 
-    def renew_deadline(self, now: float) -> None:
-        """Write the time that is left of the deadline, if there is one, into the header."""
+    def renew(self, now: float) -> None:
+        """Write into the header what has changed since it was encoded: the attempt, and what is left of a deadline."""
         request = self._request
-        if isinstance(request, wire.Predict) and request.deadline_us is not None:
-            left_us = min((self.expires - now) * 1e6, wire.MAX_DEADLINE_US)
-            self.frames[0] = wire.encode(msgspec.structs.replace(request, deadline_us=left_us, sent_us=now * 1e6))
+        if not isinstance(request, wire.Predict):
+            return
+        changes: dict[str, Any] = {}
+        if self.attempts:
+            changes["attempt"] = self.attempts + 1
+        if request.deadline_us is not None:
+            changes["deadline_us"] = min((self.expires - now) * 1e6, wire.MAX_DEADLINE_US)
+            changes["sent_us"] = now * 1e6
+        if changes:
+            self.frames[0] = wire.encode(msgspec.structs.replace(request, **changes))
+
+    def attempt(self, sent: int, losses: int, now: float) -> Call[T]:
+        """A copy of this call for one of several daemons.
+
+        Args:
+            sent: how often the call has been sent before.
+            losses: connections that have broken under it.
+        """
+        attempt = Call(
+            self._request, [*self.frames], self.nbytes, self._read, self.timeout, self.timeout, self.firm_deadline, now
+        )
+        attempt.expires = attempt.next_timeout = self.expires
+        attempt.attempts, attempt.losses = sent, losses
+        attempt.moves = True
+        attempt.renew(now)
+        return attempt
+
+    def adopt(self, attempt: Call[T]) -> None:
+        """Finish with the outcome of an attempt."""
+        self._result, self._error = attempt._result, attempt._error
+        self._finish()
 
     def take(self) -> T:
         """The result, or its error raised. Call it once, when `done`."""

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from tnxctl import process
+from tnxctl.balancer import Balancer, session_of
 from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
-from tnxctl.endpoint import DEFAULT_ENDPOINT, parse_endpoint
-from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
-from tnxctl.results import Result
-from tnxctl.session import Session
+from tnxctl.endpoint import DEFAULT_ENDPOINT
+from tnxctl.keys import lookup
+from tnxctl.protocol.wire import (
+    ClientsReport,
+    Comparison,
+    HealthReport,
+    Identity,
+    KeysReport,
+    Limits,
+    ModelInfo,
+    ReloadReport,
+)
+from tnxctl.results import Result, Traffic
 
 if TYPE_CHECKING:
     from tnxctl.protocol.datatypes import Array
@@ -23,20 +35,23 @@ else:
 
 
 class Client:
-    """A client of one daemon.
+    """A client of one daemon, or of several that serve the same models.
 
         with Client("192.168.1.100", timeout=5.0) as tnx:
             result = tnx.predict(x, model="digits")
             result.output, result.device, result.timing.total_us
 
     Thread-safe: any number of threads may use one client at once, over its one connection. It connects when the
-    first call needs it, and again when the daemon comes back: a call succeeds if its timeout allows for that.
+    first call needs it, and again when the daemon comes back: a call succeeds if its timeout allows for that. What was
+    under way is sent again then, so a prediction may be computed more than once; it is answered once
+    (docs/protocol.md, "Resending").
     After a fork, the child needs a client of its own; one that has been used before answers every call with
-    FailedPrecondition there.
+    FailedPrecondition there, as do futures that were not done. A client cannot be pickled or copied: pass its address.
 
     Every call takes a `timeout` in seconds, the client's own where it is None, and raises one of
     `tnxctl.protocol.errors`:
     InvalidArgument before anything is sent, Unavailable if the daemon could not be reached in time,
+    Unauthenticated, at once, if the daemon does not let this client in or is not the one that is known,
     DeadlineExceeded if it could but did not answer, or if a deadline passed, Cancelled if the client was closed
     meanwhile, FailedPrecondition if it was closed before, ResourceExhausted if too much is under way already,
     Internal for a malformed answer, and whatever error the daemon answers. The daemon is told of a prediction that was
@@ -44,41 +59,70 @@ class Client:
 
     `load`, `unload`, `route` and `reload` change what the daemon serves, for everybody, and write it to no file. The
     daemon goes on with them when nobody waits any more, after a timeout or Ctrl-C. They are not sent again on a new
-    connection, as the others are: a connection that breaks under them is an Unavailable error, `models` tells what
-    has become of them, and to ask for the same once more does no harm. `load`, `unload` and `reload` take long, so
+    connection, as the others are, unless the daemon says that it stops and has not done them: a connection that breaks
+    under them is an Unavailable error, `models` tells what has become of them, and to ask for the same once more does
+    no harm. `load`, `unload` and `reload` take long, so
     their timeout is `tnxctl.encoder.LOAD_TIMEOUT_S`, ten minutes, unless the client's own is longer; to reach
     the daemon, they take no longer than the client's own. A daemon that lets no client change what it serves answers
     them with PermissionDenied.
 
+    With several endpoints, `predict`, `submit`, `metadata` and `cast` go to any of the daemons, the least busy first,
+    and move on to another one within their time, see `tnxctl.balancer`. All other calls are about one daemon, and raise
+    InvalidArgument: make a client for that one. Each daemon splits traffic for itself.
+
     Args:
-        endpoint: an address, a host name, tcp://... or ipc://..., see `tnxctl.endpoint.parse_endpoint`.
+        endpoint: an address, a host name, tcp://... or ipc://..., see `tnxctl.endpoint.parse_endpoint`; or a list of
+            them.
         timeout: seconds allowed to a call that names no timeout of its own.
         limits: most that a message may hold. A larger request is refused here, a larger answer by the daemon, before it
             computes it if it can. The number of tensors and axes is bounded by the models of the
             daemon.
+        hedge: with several endpoints, whether a request that takes longer than 95 % of those before it is sent to a
+            second daemon as well, and the earlier answer taken. At most 5 % of all requests are; `traffic` counts them.
+            A number, 0.99 for instance, is another share.
+        key: file with the secret that this client shows to the daemon, or the name of a pair that `tnxctl keys new` has
+            made; None: as `tnxctl keys trust` was told of this endpoint.
+        server_key: the line that `tnxctl keys server` prints on the daemon's host, or the 40 characters of the key in
+            it: nothing else is let answer; None: as `tnxctl keys trust` was told. Where neither is given or known, no
+            keys are used.
 
     Raises:
-        InvalidArgument: the endpoint or the timeout is not one.
+        InvalidArgument: the endpoint, the timeout or the share is not one; or a file with keys has a mistake, cannot be
+            read, or is not its owner's alone.
     """
 
     def __init__(
         self,
-        endpoint: str = DEFAULT_ENDPOINT,
+        endpoint: str | Sequence[str] = DEFAULT_ENDPOINT,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         limits: Limits | None = None,
+        hedge: bool | float = False,
+        key: str | os.PathLike[str] | None = None,
+        server_key: str | None = None,
     ) -> None:
-        self._session = Session(parse_endpoint(endpoint), timeout, limits or Limits())
+        self._given = endpoint
+        self._session = session_of(
+            endpoint, timeout, limits or Limits(), hedge, lambda address: lookup.find(address, key, server_key)
+        )
         self._encoder = self._session.encoder
         self._driver = ThreadDriver(self._session)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.endpoint}, timeout {spell(self._session.timeout)}>"
 
+    def __reduce__(self) -> NoReturn:
+        raise process.pickle_error(self, f"{self._given!r}, timeout={self._session.timeout:g}")
+
     @property
     def endpoint(self) -> str:
-        """The daemon's address, as ZeroMQ spells it."""
+        """The daemon's address, as ZeroMQ spells it; of several, with commas between them."""
         return self._session.endpoint
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """The numbers of what was sent to each of several daemons, moved and hedged; with one daemon None."""
+        return self._session.traffic if isinstance(self._session, Balancer) else None
 
     def predict(
         self,
@@ -289,6 +333,38 @@ class Client:
         return self._driver.run(
             self._encoder.compare(model, baseline, candidate, timeout=timeout, now=time.monotonic())
         )
+
+    def whoami(self, *, timeout: float | None = None) -> Identity:
+        """The name that the daemon knows this client by, its role and its limits."""
+        return self._driver.run(self._encoder.whoami(timeout=timeout, now=time.monotonic()))
+
+    def clients(self, *, timeout: float | None = None) -> ClientsReport:
+        """The clients that are connected to the daemon. For the role admin, else PermissionDenied."""
+        return self._driver.run(self._encoder.clients(timeout=timeout, now=time.monotonic()))
+
+    def kick(self, client: str, *, timeout: float | None = None) -> int:
+        """End all connections of a client but this one. For the role admin, else PermissionDenied.
+
+        It may come back at once. To keep it out, take its key off the daemon's list.
+
+        Args:
+            client: its name, as in `clients`.
+
+        Returns:
+            Number of connections that were ended.
+
+        Raises:
+            NotFound: no such client is connected.
+        """
+        return self._driver.run(self._encoder.kick(client, timeout=timeout, now=time.monotonic())).connections
+
+    def keys(self, *, timeout: float | None = None) -> KeysReport:
+        """The keys that may connect, with their roles. For the role admin, else PermissionDenied.
+
+        Raises:
+            FailedPrecondition: the daemon asks for no keys.
+        """
+        return self._driver.run(self._encoder.keys(timeout=timeout, now=time.monotonic()))
 
     def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""

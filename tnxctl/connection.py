@@ -3,6 +3,8 @@
     may_connect(now)        whether it is time for an attempt: the interval between two grows exponentially
     connecting(now)         closed -> connecting
     opened()                connecting -> open
+    handshake_begun(now)    the attempt has met somebody, whom keys are exchanged with
+    handshake_failed(...)   who does not let this client in, or may not
     closed()                connecting or open -> closed
     heard(now)              a message came
     suspect(now, ...)       nothing came for too long: a probe is to be sent
@@ -20,6 +22,8 @@ from __future__ import annotations
 
 import math
 
+from tnxctl.backoff import spread
+
 FIRST_PROBE_TIMEOUT_S = 1.0
 LAST_PROBE_TIMEOUT_S = 600.0
 _PROBE_TIMEOUT_S = 5.0
@@ -28,9 +32,18 @@ _SLOW_BYTES_PER_S = 1e6
 with each connection that is given up, up to the last, until something comes. Inputs under way get as long on top as a
 slow line takes for them. The last one bounds that as well: a wait of any length must have an end."""
 
+MAX_FAILED_HANDSHAKES = 3
+"""Handshakes with keys that may fail in a row without a reason, each in an attempt of its own. A daemon that does not
+have the key which is expected of it gives none, and neither does one that ends during a handshake. One that is silent
+counts as well."""
+
+SILENCE_S = 1.0
+"""Time after which somebody who has not finished a handshake with keys is silent."""
+
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 1.0
-"""Interval between two attempts to connect: doubles from the first to the last, until a reply comes."""
+"""Interval between two attempts to connect: doubles from the first to the last, until a reply comes. A random time is
+added to each."""
 
 
 class Connection:
@@ -39,6 +52,7 @@ class Connection:
     Attributes:
         is_open: whether the handshake is done and nothing has ended it since.
         is_connecting: whether an attempt is under way.
+        is_refused: whether the last attempt showed that this client is not let in, or only by another than it expects.
         trouble: how far the last attempt came, or why it failed: a clause for error messages.
         retry_at: time before which no attempt begins.
         retry_s: interval from the next attempt to the one after it: the first again as soon as the daemon replies.
@@ -48,12 +62,16 @@ class Connection:
 
     __slots__ = (
         "_attempt_failed",
+        "_failed_handshakes",
         "_given_up",
+        "_handshake_begun",
+        "_handshake_failed",
         "_received_at",
         "endpoint",
         "half_open_at",
         "is_connecting",
         "is_open",
+        "is_refused",
         "retry_at",
         "retry_s",
         "trouble",
@@ -64,11 +82,15 @@ class Connection:
         self.endpoint = endpoint
         self.is_open = False
         self.is_connecting = False
+        self.is_refused = False
         self.trouble = "the attempt to connect is still under way"
         self.retry_at = -math.inf
         self.half_open_at = math.inf
         self.wants_probe = False
         self._attempt_failed = False  # the last one
+        self._handshake_begun = math.inf  # in the attempt under way
+        self._handshake_failed = False  # likewise
+        self._failed_handshakes = 0  # in a row
         self.retry_s = FIRST_RETRY_S
         self._received_at = -math.inf
         self._given_up = 0  # connections in a row, since something last came
@@ -80,7 +102,9 @@ class Connection:
     def connecting(self, now: float) -> None:
         """Note that an attempt to connect begins."""
         self.is_connecting = True
-        self.retry_at = now + self.retry_s
+        self.is_refused = self._handshake_failed = False
+        self._handshake_begun = math.inf
+        self.retry_at = now + spread(self.retry_s)
         self.retry_s = min(2 * self.retry_s, LAST_RETRY_S)
 
     def note_trouble(self, trouble: str, *, begun: bool = False) -> None:
@@ -92,6 +116,24 @@ class Connection:
         if not (begun and self._attempt_failed):
             self.trouble = trouble
 
+    def handshake_begun(self, now: float) -> None:
+        """Note that the attempt has met somebody, whom keys are exchanged with."""
+        self._handshake_begun = now
+
+    def handshake_failed(self, *, refused: bool) -> None:
+        """Note that the handshake has failed, which the end of the attempt is to follow.
+
+        Args:
+            refused: the other side has said that it lets this client not in, or not so. Else it may only have ended.
+        """
+        self._handshake_failed = True
+        self._failed_handshakes += 1
+        self.is_refused = refused or self._failed_handshakes >= MAX_FAILED_HANDSHAKES
+
+    def is_silent(self, now: float) -> bool:
+        """Whether the last that is known of the other side is that it has not finished a handshake with keys."""
+        return self._failed_handshakes > 0 or now - self._handshake_begun >= SILENCE_S
+
     def opened(self) -> None:
         """Note that the attempt has succeeded."""
         self.is_connecting = self._attempt_failed = False
@@ -100,6 +142,8 @@ class Connection:
     def closed(self) -> None:
         """Note that the attempt has failed, or that the connection is no more."""
         self._attempt_failed = not self.is_open
+        if not self._handshake_failed:  # nobody was there
+            self._failed_handshakes, self._handshake_begun = 0, math.inf
         self.is_open = self.is_connecting = False
         self._received_at, self.half_open_at = -math.inf, math.inf
         self.wants_probe = False

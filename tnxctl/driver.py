@@ -1,4 +1,5 @@
-"""The driver of a client for threads: sends, waits and receives for any number of them, over one `Link`.
+"""The driver of a client for threads: sends, waits and receives for any number of them, over one `Link`, or
+one `Links`.
 
 The lock guards the link. A call that finds no other under way takes the lock, sends, waits and reads in the caller's
 own thread, without a hand-over to any other. As soon as a second call comes, all calls are the I/O thread's until none
@@ -39,9 +40,10 @@ from typing import Any, TypeVar
 from zmq import POLLIN, zmq_poll
 
 from tnxctl import process
+from tnxctl.balancer import Balancer
 from tnxctl.call import Call
 from tnxctl.durations import spell
-from tnxctl.link import Link
+from tnxctl.links import Links, link_of
 from tnxctl.protocol.errors import DeadlineExceeded
 from tnxctl.session import Session
 from tnxctl.wakeups import Signal, Wakeup
@@ -57,13 +59,13 @@ _log = logging.getLogger("tnxctl")
 
 
 class ThreadDriver:
-    """Driver of the calls of one session. `run`, `submit` and `close` may be used from any thread at once."""
+    """Driver of the calls of one client. `run`, `submit` and `close` may be used from any thread at once."""
 
     _is_open = False  # until __init__ is through: __del__ runs in any case
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session | Balancer) -> None:
         self._session = session
-        self._link = Link(session)  # each step polls what the link has open
+        self._link = link_of(session)  # each step polls what the link has open
         self._wakeup = Wakeup()
         self._lock = threading.RLock()
         self._outbox: deque[tuple[Callable[[Call[Any]], None], Call[Any]]] = deque()
@@ -162,12 +164,24 @@ class ThreadDriver:
             thread.join(_GRACE_S)
 
     def after_fork(self) -> None:
-        """Decide, in a forked child, whose driver this is: the child's if nobody has used it, else the parent's."""
+        """Decide, in a forked child, whose driver this is: the child's if nobody has used it, else the parent's.
+
+        The child has a copy of the parent's calls. Nothing of them goes on here, not even where the fork came in the
+        middle of one, from a callback of a future.
+        """
+        self._lock = threading.RLock()  # who held the old one may not be here
+        self._wakeup.close()
         if not (self._used or self._closing):
             self._generation = process.forks
-            self._lock = threading.RLock()
-            self._wakeup.close()
             self._wakeup = Wakeup()  # one of its own: bytes in the old one would reach the parent
+            return
+        self._link.abandon()
+        left = [*self._session.close(), *(call for _, call in self._outbox)]
+        self._outbox.clear()
+        self._closing = self._closed = True
+        for call in left:
+            if isinstance(call.waiter, Future):
+                process.fail_copied(call.waiter, process.fork_error(self._session.endpoint))
 
     # --- a call alone ----------------------------------------------------------------------------------------
 
@@ -309,9 +323,7 @@ class ThreadDriver:
             _settle_all(self._link.on_timer(now))
             return
         link = self._link
-        sources: list[tuple[Any, int]] = [(self._wakeup.fd, _POLLIN)]
-        if link.dealer is not None:
-            sources += [(link.dealer, _POLLIN), (link.monitor, _POLLIN)]
+        sources: list[tuple[Any, int]] = [(self._wakeup.fd, _POLLIN), *link.sources]
         self._polling = True
         events = zmq_poll(sources, math.ceil(min(wait_ms, _MAX_WAIT_MS)))
         self._polling = False
@@ -324,6 +336,8 @@ class ThreadDriver:
                 _settle_all(link.poll_monitor())
             elif source == self._wakeup.fd:
                 self._wakeup.clear()
+            elif isinstance(link, Links):
+                _settle_all(link.poll_source(source))
 
     def _end(self) -> None:
         """Fail the calls under way and every later one, and close the sockets. Idempotent."""

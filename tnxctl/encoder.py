@@ -24,7 +24,17 @@ from tnxctl.arguments import (
 from tnxctl.call import Call, ReplyReader
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.wire import Comparison, HealthReport, Limits, ModelInfo, ReloadReport
+from tnxctl.protocol.wire import (
+    ClientsReport,
+    Comparison,
+    HealthReport,
+    Identity,
+    KeysReport,
+    KickReport,
+    Limits,
+    ModelInfo,
+    ReloadReport,
+)
 from tnxctl.results import Result
 
 if TYPE_CHECKING:
@@ -169,6 +179,26 @@ class RequestEncoder:
             candidate=check_version("candidate", candidate),
         )
         return self._call(request, [], 0, _reader(Comparison), self._timeout_s(timeout), now)
+
+    def whoami(self, *, timeout: float | None, now: float) -> Call[Identity]:
+        """Encode a whoami request."""
+        request = wire.WhoAmI(v=wire.VERSION, id=next(self.ids))
+        return self._call(request, [], 0, _reader(Identity), self._timeout_s(timeout), now)
+
+    def clients(self, *, timeout: float | None, now: float) -> Call[ClientsReport]:
+        """Encode a request for all clients."""
+        request = wire.Clients(v=wire.VERSION, id=next(self.ids))
+        return self._call(request, [], 0, _reader(ClientsReport), self._timeout_s(timeout), now)
+
+    def kick(self, client: str, *, timeout: float | None, now: float) -> Call[KickReport]:
+        """Encode a request to end a client's connections. Raises InvalidArgument; the sentence names the argument."""
+        request = wire.Kick(v=wire.VERSION, id=next(self.ids), client=check_string("client", client))
+        return self._call(request, [], 0, _reader(KickReport), self._timeout_s(timeout), now)
+
+    def keys(self, *, timeout: float | None, now: float) -> Call[KeysReport]:
+        """Encode a request for the keys that may connect."""
+        request = wire.Keys(v=wire.VERSION, id=next(self.ids))
+        return self._call(request, [], 0, _reader(KeysReport), self._timeout_s(timeout), now)
 
     def _timeout_s(self, timeout: float | None) -> float:
         return self.timeout if timeout is None else check_timeout(timeout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Sequence
 
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.wire import DEFAULT_PORT
@@ -45,6 +46,23 @@ def parse_endpoint(text: str) -> str:
     if transport == "ipc":
         return f"ipc://{_ipc_path(text, rest)}"
     raise InvalidArgument(f"endpoint {text!r}: unknown transport {transport!r}, use tcp:// or ipc://")
+
+
+def parse_endpoints(endpoint: str | Sequence[str]) -> list[str]:
+    """The ZeroMQ endpoints that one or several texts mean, see `parse_endpoint`.
+
+    Raises:
+        InvalidArgument: there is none, or one comes twice, or is none.
+    """
+    if isinstance(endpoint, str) or not isinstance(endpoint, Sequence):
+        return [parse_endpoint(endpoint)]
+    endpoints = [parse_endpoint(text) for text in endpoint]
+    if not endpoints:
+        raise InvalidArgument("endpoint: expected an address or several, got an empty list")
+    for each in endpoints:
+        if endpoints.count(each) > 1:
+            raise InvalidArgument(f"endpoint {each!r} comes twice: each daemon is one")
+    return endpoints
 
 
 def _split_port(text: str, rest: str) -> tuple[str, str]:

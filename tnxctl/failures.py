@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tnxctl.call import Call
@@ -14,24 +15,38 @@ from tnxctl.protocol.errors import (
     Internal,
     InvalidArgument,
     ResourceExhausted,
+    TensorNextError,
+    Unauthenticated,
     Unavailable,
 )
 from tnxctl.request_windows import Window
 
 
-def timed_out(call: Call[Any], connection: Connection) -> DeadlineExceeded | Unavailable | InvalidArgument:
+def timed_out(call: Call[Any], connection: Connection) -> TensorNextError:
     """The error of a call whose time is over, with the reason. May be asked for in any thread."""
-    if connection.is_open and call.refusal is not None and (call.deferred or not call.changes_daemon):
+    if connection.is_open and call.refusal is not None and not call.may_have_changed_daemon:
         return call.refusal
+    kind: type[TensorNextError] = DeadlineExceeded if call.firm_deadline else Unavailable
     within = f"within {'its deadline of ' if call.firm_deadline else ''}{spell(call.timeout)}"
+    if connection.is_open and call.attempts and not call.in_flight:
+        return kind(
+            f"{connection.endpoint}: the connection broke while {call.verb} was under way, and it was not sent again "
+            f"{within}: others were before it"
+        )
     if connection.is_open:
         goes_on = "; it may still be at work on it" if call.changes_daemon else ""
         return DeadlineExceeded(f"{connection.endpoint} did not answer {call.verb} {within}{goes_on}")
     if call.connect_timeout < call.timeout:
         within = f"within {spell(call.connect_timeout)}"
-    state = "lost the connection and got none again" if call.losses else "no connection"
-    kind = DeadlineExceeded if call.firm_deadline else Unavailable
+    state = "lost the connection and got none again" if call.attempts else "no connection"
+    if not call.firm_deadline and connection.is_silent(call.next_timeout):
+        kind = Unauthenticated
     return kind(f"{connection.endpoint}: {state} {within}: {connection.trouble}")
+
+
+def not_let_in(connection: Connection) -> Unauthenticated:
+    """The error of a call to a daemon that does not let this client in, or only by another key than it expects."""
+    return Unauthenticated(f"{connection.endpoint}: {connection.trouble}")
 
 
 def connection_lost(call: Call[Any], connection: Connection, max_frame_bytes: int) -> Unavailable:
@@ -61,6 +76,41 @@ def inputs_too_large(call: Call[Any], endpoint: str, limit: int) -> InvalidArgum
     """The error of a call whose inputs have ended a connection: the daemon takes no more bytes than its limit."""
     return InvalidArgument(
         f"the inputs have {call.nbytes} bytes, and {endpoint} takes {limit} in a message: it ended the connection"
+    )
+
+
+def none_answered(call: Call[Any], whys: Mapping[str, str], is_silent: bool) -> TensorNextError:
+    """The error of a call that none of several daemons has answered in time.
+
+    Args:
+        whys: endpoint -> the reason, a clause.
+        is_silent: whether none of them has finished a handshake with keys.
+    """
+    kind: type[TensorNextError] = Unauthenticated if is_silent else Unavailable
+    if call.firm_deadline:
+        kind = DeadlineExceeded
+    within = f"within {'its deadline of ' if call.firm_deadline else ''}{spell(call.timeout)}"
+    return kind(f"none of {len(whys)} daemons answered {call.verb} {within}: {_each(whys)}")
+
+
+def none_lets_in(whys: Mapping[str, str]) -> Unauthenticated:
+    """The error of a call if none of several daemons lets this client in.
+
+    Args:
+        whys: endpoint -> the reason, a clause.
+    """
+    return Unauthenticated(f"none of {len(whys)} daemons lets this client in: {_each(whys)}")
+
+
+def _each(whys: Mapping[str, str]) -> str:
+    return "; ".join(f"{endpoint}: {why.removeprefix(f'{endpoint}: ')}" for endpoint, why in whys.items())
+
+
+def about_one_daemon(call: Call[Any], endpoints: Sequence[str]) -> InvalidArgument:
+    """The error of a call that is about one daemon, to a client of several."""
+    return InvalidArgument(
+        f"{call.verb} is about one daemon, and this client is of {len(endpoints)}: make one for the daemon that you "
+        f"mean, such as Client({endpoints[0]!r})"
     )
 
 

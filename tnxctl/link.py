@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import struct
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import zmq
 
+from tnxctl import handshakes
 from tnxctl.call import Call
 from tnxctl.session import Session
 
@@ -84,6 +86,7 @@ class Link:
 
     Attributes:
         dealer, monitor: both None, or both open.
+        sources: both, as zmq_poll takes them.
     """
 
     def __init__(
@@ -97,7 +100,9 @@ class Link:
         self._unwatch = unwatch or _ignore
         self.dealer: Socket | None = None
         self.monitor: Socket | None = None
+        self.sources: list[tuple[Any, int]] = []
         self._is_large = False  # the last tensor that came
+        self._met_at = math.inf  # when the other side accepted the connection, and the handshake began
 
     def start(self, call: Call[Any]) -> None:
         """Take a call under way; it may be `done` at once."""
@@ -126,6 +131,10 @@ class Link:
                 frames.append(frame)
         return self._session.receive(frames, time.monotonic())
 
+    def has_input(self) -> bool:
+        """Whether a message waits. The look also re-arms the edge-triggered file descriptor of the socket."""
+        return has_input(self.dealer)
+
     def _receive_tensor(self, dealer: Socket) -> bytearray | zmq.Frame:
         """Take the next frame, as memory that can be written to.
 
@@ -146,18 +155,31 @@ class Link:
         while has_input(self.monitor):
             assert self.monitor is not None
             event, value = _EVENT.unpack(self.monitor.recv_multipart(zmq.NOBLOCK)[0])
-            trouble = _trouble(event, value)
-            if trouble is not None:
-                self._session.connection.note_trouble(trouble, begun=event == zmq.Event.CONNECT_DELAYED)
+            self._note(event, value)
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 for call in self._session.connected(time.monotonic()):
                     self._send(call)
-                self._send_probe()
+                self.send_probe()
             elif event in _OVER:
                 finished += self._receive_all()  # answers that came before the end still count
                 self._close_sockets()
                 finished += self._session.lost()
         return finished
+
+    def _note(self, event: int, value: int) -> None:
+        """Tell the connection what an event says of it."""
+        connection, shown = self._session.connection, self._session.credentials
+        now = time.monotonic()
+        if event == zmq.Event.CONNECTED:
+            self._met_at = now
+            if shown is not None:
+                connection.handshake_begun(now)
+        timed_out = now - self._met_at >= _CONNECT_TIMEOUT_MS / 2e3  # half of it: this thread may have slept
+        trouble = handshakes.trouble(event, value, shown, timed_out=timed_out)
+        if trouble is not None:
+            connection.note_trouble(trouble, begun=event == zmq.Event.CONNECT_DELAYED)
+        if handshakes.is_failure(event, value, shown):
+            connection.handshake_failed(refused=handshakes.is_refusal(event, value))
 
     def on_timer(self, now: float) -> list[Call[Any]]:
         """Fail late calls, close a half-open connection, connect, send deferred calls: whatever the time has come for.
@@ -174,9 +196,9 @@ class Link:
         for call in expired:
             self._send_cancel(call)
         finished += expired
-        self._send_probe()
+        self.send_probe()
         if self._session.must_connect(now):
-            self._connect(now)
+            self.connect(now)
         for call in self._session.take_retries(now):
             self._send(call)
         return finished
@@ -184,13 +206,13 @@ class Link:
     def _receive_all(self) -> list[Call[Any]]:
         """Take all messages that wait. Returns the calls that they finished."""
         finished: list[Call[Any]] = []
-        while has_input(self.dealer):
+        while self.has_input():
             call = self.receive()
             if call is not None:
                 finished.append(call)
         return finished
 
-    def _send_probe(self) -> None:
+    def send_probe(self) -> None:
         """Ask the daemon for its health, where the session wants to know."""
         message = self._session.probe_message()
         if message is not None and self.dealer is not None:
@@ -210,7 +232,16 @@ class Link:
         """Close the sockets at once, whatever they have still to send. Idempotent."""
         self._close_sockets()
 
-    def _connect(self, now: float) -> None:
+    def abandon(self) -> None:
+        """Forget the sockets, in a forked child: they are the parent's, and pyzmq leaves them open here."""
+        for socket in (self.dealer, self.monitor):
+            if socket is not None:
+                with contextlib.suppress(AttributeError):
+                    socket._shadow = True  # another's: pyzmq does not warn that it was never closed
+        self.dealer, self.monitor, self.sources = None, None, []
+
+    def connect(self, now: float) -> None:
+        """Attempt to connect."""
         session = self._session
         session.connection.connecting(now)
         try:
@@ -233,6 +264,11 @@ class Link:
         dealer.set(zmq.RECONNECT_IVL, _NEVER_MS)
         dealer.set(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
         dealer.set(zmq.HANDSHAKE_IVL, _CONNECT_TIMEOUT_MS)
+        shown = self._session.credentials
+        if shown is not None:  # then libzmq connects by CURVE or not at all
+            dealer.set(zmq.CURVE_SERVERKEY, shown.server.encode())
+            dealer.set(zmq.CURVE_PUBLICKEY, shown.public.encode())
+            dealer.set(zmq.CURVE_SECRETKEY, shown.secret.encode())
         dealer.set(zmq.TCP_MAXRT, _TCP_MAXRT_MS)
         dealer.set(zmq.TCP_KEEPALIVE, 1)
         dealer.set(zmq.TCP_KEEPALIVE_IDLE, 30)
@@ -241,6 +277,7 @@ class Link:
         # pyzmq's own address comes from a file descriptor, whose number the last socket may have had just now.
         self.monitor = dealer.get_monitor_socket(_EVENTS, f"inproc://tnx-monitor-{next(_monitor_ids)}")
         self._watch(self.monitor)
+        self.sources = [(dealer, _POLLIN), (self.monitor, _POLLIN)]
         dealer.connect(self._session.endpoint)
 
     def _close_sockets(self) -> None:
@@ -254,7 +291,7 @@ class Link:
         if dealer is not None and not dealer.closed:
             self._unwatch(dealer)
             dealer.close(0)
-        self.dealer = self.monitor = None
+        self.dealer, self.monitor, self.sources = None, None, []
 
     def _send_cancel(self, call: Call[Any]) -> None:
         """Spare the daemon a computation that nobody waits for, if that is possible at once."""
@@ -283,23 +320,3 @@ def _ignore(_: Socket) -> None:
 def has_input(socket: Socket | None) -> bool:
     """Whether a message waits. The look also re-arms the edge-triggered file descriptor of the socket."""
     return socket is not None and bool(int(socket.get(_EVENTS_OPTION)) & _POLLIN)
-
-
-def _trouble(event: int, value: int) -> str | None:
-    """A clause for error messages about an attempt to connect, from an event of the monitor; None: it has no news."""
-    match event:
-        case zmq.Event.CONNECT_DELAYED:
-            return "nothing answers at that address"
-        case zmq.Event.CONNECT_RETRIED:
-            return "the host name does not resolve"
-        case zmq.Event.CLOSED:
-            return "nobody listens there, or it cannot be reached"
-        case zmq.Event.CONNECTED:
-            return "it accepts connections, but did not finish the ZeroMQ handshake"
-        case zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
-            return f"the ZeroMQ handshake failed ({os.strerror(value)})"
-        case zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH:
-            return "the listener there does not speak ZeroMQ as a TensorNext daemon does"
-        case zmq.Event.HANDSHAKE_SUCCEEDED:
-            return "it closed the connection"  # the next trouble there can be
-    return None

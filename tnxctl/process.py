@@ -1,15 +1,18 @@
 """Forks and the exit of this process: its drivers are told of both.
 
 After a fork, threads, locks and connections of a client are its parent's. At exit, threads go on while the interpreter
-ends, and pyzmq refuses to send large frames then.
+ends, and pyzmq refuses to send large frames then. No other process can get a client at all: it is not pickled.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import threading
 import weakref
-from typing import Protocol
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import Any, Protocol
 
 import zmq.utils.garbage  # noqa: F401 - before the registration at the end of this file
 
@@ -24,7 +27,7 @@ exiting = False
 
 
 class Driver(Protocol):
-    """Driver of the calls of a client, in threads of its own."""
+    """Driver of the calls of a client."""
 
     def after_fork(self) -> None:
         """Called in a child process, before anything else there."""
@@ -45,6 +48,31 @@ def fork_error(endpoint: str) -> FailedPrecondition:
     """The error of a client that a fork has copied."""
     return FailedPrecondition(
         f"the client of {endpoint} is another process's, and came here by a fork: make a new one after the fork"
+    )
+
+
+def fail_copied(future: Future[Any], error: FailedPrecondition) -> None:
+    """Fail a future that a fork has copied, so that nobody in the child waits for it in vain.
+
+    Its lock may be held by a thread that the child does not have. Its callbacks and whoever waits are the parent's.
+    """
+    future._condition = threading.Condition()
+    future._waiters = []
+    future._done_callbacks = []  # type: ignore[attr-defined]  # there since Python 3.2
+    with suppress(InvalidStateError):  # it is done, or cancelled
+        future.set_exception(error)
+
+
+def pickle_error(client: object, arguments: str) -> TypeError:
+    """The error of whoever pickles or copies a client: the one that Python expects of what cannot be pickled.
+
+    Args:
+        arguments: those that make such a client.
+    """
+    name = type(client).__name__
+    return TypeError(
+        f"a tnxctl.{name} holds a connection of this process, and cannot be pickled or copied: pass on the address, "
+        f"and make a client where it is used, {name}({arguments})"
     )
 
 

@@ -1,4 +1,4 @@
-"""The result of `predict`."""
+"""The result of `predict`, and what a client counts."""
 
 from __future__ import annotations
 
@@ -89,3 +89,19 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         if fault:
             raise InvalidArgument(f"{called}: {fault}")
         return strings.as_text(array)
+
+
+class Traffic(msgspec.Struct, frozen=True, kw_only=True):
+    """Numbers of what a client of several daemons has sent.
+
+    Attributes:
+        endpoints: requests that were sent to each daemon, copies included.
+        moved: requests that were sent again, to another daemon or to the same, since one had refused or was lost.
+        hedged: requests that were sent to a second daemon as well, since the first took long.
+        hedges_won: those of them that the second one answered first.
+    """
+
+    endpoints: dict[str, int]
+    moved: int
+    hedged: int
+    hedges_won: int

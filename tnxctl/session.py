@@ -3,7 +3,7 @@
     Session.start(call)                     registers it; says whether it can be sent now
     Session.connected(now) -> calls to send a connection stands: everything pending goes out on it
     Session.receive(frames, now) -> Call    the call that this reply finishes
-    Session.lost() / expire(now)            -> calls that have failed
+    Session.lost() / expire(now)            -> calls that have failed; all of them, if the daemon lets nobody in
     Session.disconnected()                  likewise, when this side has closed the connection
     Session.cancel_message(call)            tells the daemon that nobody waits for the answer any more
     Session.probe_message()                 asks the daemon for its health, when there is doubt about it
@@ -14,23 +14,25 @@ Times come in as arguments, in seconds of any monotonic clock. `tnxctl.encoder` 
 `tnxctl.connection` is the state of the connection. The shells (`tnxctl.client`, `tnxctl.aio`) only wait, and hand
 finished calls to their callers.
 
-A call is sent when a connection stands and again on each new one, until it is answered: `predict` is pure, so
-running it twice does no harm, and a call outlives a restart of the daemon if its timeout allows. Each connection
-is a new peer to the daemon, so a repeated id never meets its first use. A deadline travels as a duration, so
-a call with one goes out on a new connection with what is left of it, and not at all when nothing is.
+A call is sent when a connection stands and again on each new one, until it is answered, and likewise after a refusal
+that says when to come back. `predict` is pure, so running it twice does no harm, and a call outlives a restart of the
+daemon if its timeout allows. Each connection is a new peer to the daemon, so a repeated id never meets its first use,
+and an answer to an earlier attempt has no way to come. A deadline travels as a duration, so a call with one goes out
+again with what is left of it, and not at all when nothing is. `tnxctl.resending` says how many go out again at a time.
 
-`load`, `unload`, `route` and `reload` change what the daemon serves, and are never sent twice. To ask for the same
-again would be harmless in itself. But a load may be what killed the daemon, and must not kill the next one; and what
-somebody else has changed since must not be undone by a message from before. So such a call fails when the connection
-breaks under it, and its caller decides. Since it may take minutes, it also fails early while nobody is there: it
-waits for a connection no longer than other calls do.
+`load`, `unload`, `route` and `reload` change what the daemon serves, and are not sent again on a new connection. To ask
+for the same again would be harmless in itself. But a load may be what killed the daemon, and must not kill the next
+one; and what somebody else has changed since must not be undone by a message from before. So such a call fails when the
+connection breaks under it, and its caller decides. A daemon that refuses it, or that stops in good order before it is
+done, says so: then it is sent again. Since it may take minutes, it also fails early while nobody is there: it waits for
+a connection no longer than other calls do.
 
 Large inputs: a daemon ends a connection when a frame is longer than it takes, which would happen again on every new
 one. So large inputs under which a connection broke are held until the daemon has answered a probe, which says how much
 it takes.
 
-Every call under way is pending, and some of these are held or to be tried again. All events that change it are here,
-together, so that a reader can see that no call is lost and none is finished twice.
+Every call under way is pending, and is in flight, held, or waits to be sent, for the first time or again. All events
+that change it are here, together, so that a reader can see that no call is lost and none is finished twice.
 """
 
 from __future__ import annotations
@@ -38,15 +40,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from heapq import heappop, heappush
 from typing import Any
 
 import msgspec
 
 from tnxctl import failures
+from tnxctl.backoff import growing, spread
 from tnxctl.call import Call
 from tnxctl.connection import FIRST_RETRY_S, Connection
 from tnxctl.encoder import RequestEncoder
+from tnxctl.keys.credentials import Credentials
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import (
     DeadlineExceeded,
@@ -57,6 +60,7 @@ from tnxctl.protocol.errors import (
     from_code,
 )
 from tnxctl.protocol.wire import Limits
+from tnxctl.resending import Budget, Resends
 from tnxctl.throttling import Throttle
 
 MAX_PENDING_CALLS = 65_536
@@ -70,6 +74,10 @@ MAX_LOSSES = 3
 LARGE_BYTES = 64 * 1024
 """Least size of inputs that a connection may have broken of: no sane limit of a daemon is below it."""
 
+LAST_DEFERRAL_S = 0.3
+"""Longest interval between two attempts of a call that the daemon refuses for now, unless it names a longer one: a
+model that comes back after it had made room stays for half a second at least, so that its clients find it."""
+
 # Reports about many devices and models outgrow the header limit that protects a daemon from its clients.
 _REPLY_HEADER_BYTES = 16 * wire.MIB
 _REPLY_TENSORS = 65_536
@@ -80,15 +88,30 @@ _log = logging.getLogger("tnxctl")
 class Session:
     """All calls of one client to one endpoint. Used from one thread at a time.
 
+    Args:
+        credentials: what to show to the daemon, and to expect of it; None: no keys are used.
+        budget: that of all resends of the client, if it has more than this session.
+
     Attributes:
+        credentials: as given.
         encoder: makes the calls; may be used from any thread.
+        message_limit: most bytes of inputs that the daemon takes, as it has told on this connection; infinite if it has
+            told none, None if it was not asked.
         connection: the state of the connection that they go out on.
         max_frames: most frames of a reply that are looked at.
         max_frame_bytes: most bytes that one of them may have.
     """
 
-    def __init__(self, endpoint: str, timeout: float, limits: Limits) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        timeout: float,
+        limits: Limits,
+        credentials: Credentials | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         self.endpoint = endpoint
+        self.credentials = credentials
         self.encoder = RequestEncoder(timeout, limits)
         self.connection = Connection(endpoint)
         # A model may have any number of outputs and axes: a header of the daemon bounds it well enough.
@@ -106,7 +129,9 @@ class Session:
         self._closed = False
         # No pending call expires earlier; it may lie too early, then a look at the calls sets it right.
         self._expiry = math.inf
-        self._retries: list[tuple[float, int]] = []  # a heap of times and ids
+        self._budget = budget or Budget()
+        self._resends = Resends(self._budget)
+        self.message_limit: float | None = None
         self._probe_id: int | None = None
         self._held: list[Call[Any]] = []  # until the daemon has answered the probe
 
@@ -121,6 +146,11 @@ class Session:
         return not self._pending
 
     @property
+    def outstanding(self) -> int:
+        """Number of calls under way."""
+        return len(self._pending)
+
+    @property
     def next_timer(self) -> float:
         """Time from which on `expire`, `take_retries`, `must_connect` or the connection may have news."""
         timer = self._expiry
@@ -128,8 +158,8 @@ class Session:
         if connection.is_open:
             if connection.half_open_at < timer:
                 timer = connection.half_open_at
-            if self._retries and self._retries[0][0] < timer:
-                timer = self._retries[0][0]
+            if self._resends.next_at < timer:
+                timer = self._resends.next_at
         elif not connection.is_connecting and self._pending and connection.retry_at < timer:
             timer = connection.retry_at
         return timer
@@ -193,6 +223,9 @@ class Session:
             return call
         if call.window is not None:
             call.window.served(now)
+        if call.attempts > 1:
+            self._budget.refund()
+        self._budget.succeeded()
         try:
             call.succeed(reply, frames, self._reply_limits)
         except InvalidArgument as error:
@@ -209,32 +242,41 @@ class Session:
 
     def _defer(self, call: Call[Any], error: TensorNextError, now: float) -> bool:
         """Defer a call, if it has the time: a daemon that is starting or draining says when to ask again."""
-        if not isinstance(error, Unavailable) or error.retry_after_s is None:
+        if not isinstance(error, Unavailable) or error.retry_after_s is None or call.moves:
             return False
-        retry_at = now + max(error.retry_after_s, FIRST_RETRY_S)
+        after_s = max(error.retry_after_s, FIRST_RETRY_S)
+        if now + after_s >= call.expires:
+            return False
+        retry_at = now + spread(max(after_s, growing(FIRST_RETRY_S, LAST_DEFERRAL_S, call.attempts)))
         if retry_at >= call.expires:
-            return False
+            retry_at = now + after_s
+        if call.attempts > 1:
+            self._budget.refund()
         call.refusal = error
-        call.deferred = True
+        call.in_flight = False
         call.next_timeout = min(call.expires, retry_at + call.connect_timeout)  # the daemon may be gone by then
         self._expiry = min(self._expiry, call.next_timeout)
         self._pending[call.id] = call
         self._pending_bytes += call.nbytes
         if call.window is not None:
             call.window.outstanding += 1
-        heappush(self._retries, (retry_at, call.id))
+        self._resends.wait(call.id, retry_at)
         return True
 
     def take_retries(self, now: float) -> list[Call[Any]]:
-        """The deferred calls that are to be sent now, once more."""
+        """The calls that are to be sent now, once more."""
         calls = []
-        while self._retries and self._retries[0][0] <= now:
-            call = self._pending.get(heappop(self._retries)[1])
-            if call is not None:
-                call.renew_deadline(now)
-                call.mark_sent()
+        while (call_id := self._resends.take(now)) is not None:
+            call = self._pending.get(call_id)
+            if call is not None and not call.in_flight:  # it waits twice if it was refused twice
+                self._send_again(call, now)
                 calls.append(call)
         return calls
+
+    def _send_again(self, call: Call[Any], now: float) -> None:
+        call.renew(now)
+        call.mark_sent()
+        self._budget.began()
 
     # --- calls that end without a reply ----------------------------------------------------------------------
 
@@ -270,7 +312,7 @@ class Session:
         self._expiry = min((call.next_timeout for call in self._pending.values()), default=math.inf)
         return expired
 
-    def timeout_error(self, call: Call[Any]) -> DeadlineExceeded | Unavailable | InvalidArgument:
+    def timeout_error(self, call: Call[Any]) -> TensorNextError:
         """The error of a call whose time is over, with the reason. May be asked for in any thread."""
         return failures.timed_out(call, self.connection)
 
@@ -289,6 +331,8 @@ class Session:
             self._pending_bytes -= call.nbytes
             if call.window is not None:
                 call.window.outstanding -= 1
+            if call.attempts > 1 and call.in_flight:
+                self._budget.ended()
         return call
 
     # --- the connection --------------------------------------------------------------------------------------
@@ -300,25 +344,41 @@ class Session:
     def connected(self, now: float) -> list[Call[Any]]:
         """Open the connection: the attempt has succeeded. Returns the calls to send now, in order.
 
-        That is all but the calls whose time is over, and those that may be what the last connection broke of.
+        That is all but the calls whose time is over, those that may be what the last connection broke of, and those
+        that have to wait for others to be sent again.
         """
         self.connection.opened()
-        calls = [call for call in self._pending.values() if call.expires > now]
-        self._held = [call for call in calls if call.losses and call.nbytes >= LARGE_BYTES]
-        if self._held:
-            self.connection.wants_probe = True
-            held = {call.id for call in self._held}
-            calls = [call for call in calls if call.id not in held]
-        for call in calls:
-            call.renew_deadline(now)
-            call.mark_sent()
+        calls = []
+        for call in self._pending.values():
+            if call.expires <= now:
+                continue
+            if call.losses and call.nbytes >= LARGE_BYTES:
+                self._held.append(call)
+            elif not call.attempts:
+                call.renew(now)
+                call.mark_sent()
+                calls.append(call)
+            elif self._budget.has_room:
+                self._send_again(call, now)
+                calls.append(call)
+            else:
+                self._resends.wait(call.id, now)
+        self.connection.wants_probe = bool(self._held)
         return calls
 
     def lost(self) -> list[Call[Any]]:
-        """Close the connection: the attempt failed or it broke. Returns the calls that fail now; the others wait."""
+        """Close the connection: the attempt failed or it broke. Returns the calls that fail now; the others wait.
+
+        A daemon that does not let this client in will not do so for any of them: then all fail.
+        """
         failed = []
-        if self.connection.is_open:
-            for call in list(self._pending.values()):
+        if self.connection.is_refused:
+            failed = list(self._pending.values())
+            for call in failed:
+                self._pop(call.id)
+                call.fail(failures.not_let_in(self.connection))
+        elif self.connection.is_open:
+            for call in [call for call in self._pending.values() if call.in_flight]:
                 call.losses += 1
                 if call.losses >= MAX_LOSSES:
                     self._fail_lost(call)
@@ -328,16 +388,21 @@ class Session:
     def disconnected(self) -> list[Call[Any]]:
         """Close the connection: this side has ended it, so no call is to blame.
 
-        Returns the changes that were under way: they fail, since they are not sent twice.
+        Returns the changes that were under way, which fail, since they are not sent twice, and the attempts of calls
+        that may go to another daemon.
         """
         unsure = []
         if self.connection.is_open:
-            unsure = [call for call in self._pending.values() if call.may_have_changed_daemon]
+            unsure = [call for call in self._pending.values() if call.may_have_changed_daemon or call.moves]
         for call in unsure:
             self._fail_lost(call)
+        for call in self._pending.values():
+            if call.attempts > 1 and call.in_flight:
+                self._budget.ended()
+            call.in_flight = False
         self.connection.closed()
-        self._probe_id, self._held = None, []
-        self._retries.clear()  # everything goes out on the next connection
+        self._probe_id, self._held, self.message_limit = None, [], None
+        self._resends.clear()  # everything goes out on the next connection
         return unsure
 
     def give_up(self) -> list[Call[Any]]:
@@ -348,7 +413,9 @@ class Session:
 
     def _fail_lost(self, call: Call[Any]) -> None:
         self._pop(call.id)
-        call.fail(failures.connection_lost(call, self.connection, self.max_frame_bytes))
+        error = failures.connection_lost(call, self.connection, self.max_frame_bytes)
+        call.in_flight = False
+        call.fail(error)
 
     def probe_message(self) -> bytes | None:
         """The message that asks the daemon for its health; None if there is no doubt, or it has been asked."""
@@ -359,16 +426,22 @@ class Session:
         self._probe_id = next(self.encoder.ids)
         return wire.encode(wire.Health(v=wire.VERSION, id=self._probe_id))
 
+    def ask_limit(self) -> None:
+        """Have the daemon asked for `message_limit`, unless it has been."""
+        if self._probe_id is None:
+            self.connection.wants_probe = True
+
     def _receive_probe_reply(self, reply: wire.Reply, now: float) -> None:
         """Send again the held calls that the daemon, by its answer, takes; have the others fail."""
         limit = reply.max_message_bytes if isinstance(reply, wire.HealthReport) else 0
+        self.message_limit = limit or math.inf
         for call in self._held:
             if call.id not in self._pending:
                 continue
             if 0 < limit < call.nbytes:
                 call.refusal = failures.inputs_too_large(call, self.endpoint, limit)
-                call.deferred, call.next_timeout = True, now
+                call.next_timeout = now
                 self._expiry = min(self._expiry, now)
             else:
-                heappush(self._retries, (now, call.id))
+                self._resends.wait(call.id, now)
         self._held, self._probe_id = [], None

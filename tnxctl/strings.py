@@ -14,10 +14,15 @@ from tnxctl.protocol.strings import OBJECT, Array, array_of, elements_of, place_
 
 _PLAIN = {bytes}
 
+_MOST_AXES = 64
+"""Of an array of numpy."""
+
 
 def holds_strings(value: object) -> bool:
     """Whether a value is a string or a blob, or lists that begin with one."""
-    while isinstance(value, list | tuple) and value:
+    for _ in range(_MOST_AXES):  # a list may be its own first element
+        if not isinstance(value, list | tuple) or not value:
+            break
         value = value[0]
     return isinstance(value, str | bytes)
 

@@ -13,7 +13,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from tnxd import tomlfile
+from tnxctl.files import tomlfile
 from tnxd.config import Config
 from tnxd.error_text import named
 from tnxd.models.catalog import Catalog, missing_steps

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -18,18 +18,17 @@ from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxctl.protocol.wire import MIB
 from tnxd import check as checking
 from tnxd import config as configuration
-from tnxd import offered_models
+from tnxd import keys, offered_models
 from tnxd.advice import installing
 from tnxd.config import Config, control_of
 from tnxd.daemon import LAST_WORDS_S, Daemon
 from tnxd.deployment.registry import Registry
-from tnxd.process import logs, signals
+from tnxd.process import activation, logs, signals
 from tnxd.process.systemd import raise_file_limit
-from tnxd.transport.client_limits import Admission, is_loopback
+from tnxd.transport import inherited
+from tnxd.transport.access import Access
+from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("tnxd")
 
@@ -52,6 +51,12 @@ def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., A
     multiple=True,
     metavar="ENDPOINT",
     help="Where to listen: HOST:PORT, tcp://HOST:PORT (port * picks one) or ipc://PATH.",
+)
+@_option(
+    "--insecure",
+    is_flag=True,
+    default=None,
+    help="Listen on other addresses than loopback without asking for keys: whoever reaches them is let in.",
 )
 @_option(
     "--model",
@@ -103,6 +108,7 @@ def main(
     ctx: click.Context,
     path: Path | None,
     bind: tuple[str, ...],
+    insecure: bool | None,
     models: tuple[str, ...],
     model_repository: str | None,
     default_model: str | None,
@@ -129,6 +135,7 @@ def main(
     signals.prepare()  # `tnxd.__main__` has done so long before; other programs call this function
     overrides: dict[str, Any] = {
         "bind": list(bind) or None,
+        "insecure": insecure,
         "models": list(models) or None,
         "model_repository": model_repository,
         "default_model": default_model,
@@ -140,6 +147,8 @@ def main(
         config = configuration.load(path, overrides)
         if check:
             click.echo("\n".join(checking.settings(config, checking.origins(ctx, path))))
+        keys.check_exposure(config, config.bind)
+        ring, secret = keys.load(config)
         catalog = offered_models.catalog(config)
         offered_models.check_default(config, catalog)
     except TensorNextError as error:
@@ -155,18 +164,25 @@ def main(
     raise_file_limit()
     queue = config.queue
     admission = Admission(config.clients, max_requests=queue.max_requests, max_bytes=int(queue.max_mb * MIB))
-    router = Router(config.limits, admission)
     try:
-        for endpoint in config.bind:
-            router.bind(endpoint)
+        endpoints = _endpoints(config)
+    except TensorNextError as error:
+        _exit(2, error)
+    access = Access(ring, control_of(config))
+    router = Router(config.limits, admission, access, secret)
+    try:
+        for endpoint, listener in endpoints.items():
+            router.bind(endpoint, listener)
+        keys.check_exposure(config, router.endpoints)
     except TensorNextError as error:
         router.close(0)
         _exit(1, error)
-    _warn_of_strangers(config, router.endpoints)
+    for sentence in keys.warnings(config, router.endpoints):
+        log.warning("%s", sentence)
     try:
         registry = Registry(config.default_model)
         registry.announce(catalog)
-        code = Daemon(config, registry, router, admission).run()
+        code = Daemon(config, registry, router, admission, access).run()
     except BaseException:
         log.exception("the daemon has failed, and ends with 1")
         code = 1
@@ -175,17 +191,22 @@ def main(
     os._exit(code)
 
 
-def _warn_of_strangers(config: Config, endpoints: list[str]) -> None:
-    """Warn of what any peer that reaches the daemon could do there."""
-    for endpoint in endpoints:
-        if endpoint.startswith("tcp://") and not is_loopback(endpoint.removeprefix("tcp://").rpartition(":")[0]):
-            commands = ", and load, unload and route them" if control_of(config) == "any" else ""
+def _endpoints(config: Config) -> dict[str, inherited.Listener | None]:
+    """Endpoints to listen on, with the listeners that systemd holds for them.
+
+    Raises:
+        InvalidArgument: what it holds does not fit the configuration.
+    """
+    held = inherited.listeners(activation.take_descriptors())
+    endpoints = inherited.assign(config.bind, held)
+    for endpoint, listener in endpoints.items():
+        if held and listener is None:
             log.warning(
-                "%s: the daemon does not authenticate clients: anybody who reaches it can run every model%s, and read "
-                "names, signatures and traffic from health",
+                "%s is not among what systemd holds for the daemon: nobody can connect there during a restart, unless "
+                "tensornext.socket has it as a ListenStream=, too",
                 endpoint,
-                commands,
             )
+    return endpoints
 
 
 def _odd_variables() -> Iterator[str]:

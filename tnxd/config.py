@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
+from tnxctl.files import tomlfile
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.wire import DEFAULT_PORT, MIB, Limits
-from tnxd import tomlfile
 from tnxd.device_kinds import DEVICE, DEVICES
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -67,11 +67,12 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Limits of one client, which is an address, or a user on ipc://; and of the memory of all traffic.
+    """Limits of one client, which is who has a key, an address, or a user on ipc://; and of the memory of all traffic.
 
     Attributes:
         max_connections: connections.
         max_requests: requests in flight. max_mb: their inputs, in MiB. Never more than three quarters of the queue.
+        rate: requests a second; 0 sets no limit. These three may stand beside a key as well, for its holder alone.
         max_owed_mb: replies that one connection has not taken yet, in MiB; all of a client's may have four times that.
         memory_mb: most that all traffic may take, in MiB: what is received, waits, runs, and is owed.
     """
@@ -79,8 +80,25 @@ class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_connections: Annotated[int, msgspec.Meta(ge=1)] = 16384
     max_requests: Annotated[int, msgspec.Meta(ge=1)] = 12288
     max_mb: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 768.0
+    rate: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
     max_owed_mb: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 64.0
     memory_mb: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 4096.0
+
+
+class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Keys (CURVE) that every tcp:// endpoint asks its peers for.
+
+    Attributes:
+        authorized: file of the keys that may connect, see `tnxctl.keys.authorized`; "": no keys are asked for.
+        secret: file of the daemon's own pair; "": the credential `CREDENTIAL` that systemd passes.
+    """
+
+    authorized: str = ""
+    secret: str = ""
+
+
+CREDENTIAL = "tnxd.key"
+"""Name of the systemd credential that holds the daemon's own pair of keys."""
 
 
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -106,13 +124,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         bind: endpoints to listen on, tcp:// or ipc://; ADDRESS:PORT alone is tcp://; port * picks a free one.
+        insecure: listen on addresses other than loopback without asking anybody for a key.
         models: built-in models to serve; empty: all of them, or none where there is a repository.
         model_repository: directory of models, see docs/models.md; "": none.
         require_manifest: refuse a version without SHA256SUMS.
         default_model: for requests that name none; "" is the first one that can be served: built-in ones first, then
             by name.
-        remote_control: which clients may load, unload, route and reload: those on this host ("local": loopback or
-            ipc), "any", or none ("off"). true is "any" and false is "off".
+        remote_control: which clients have the role admin: by "local" those on this host, on loopback or as root or the
+            daemon's user on ipc, and those whose key says so; by "any", also all on tcp that are asked for no key; by
+            "off", nobody. true is "any" and false is "off".
         devices: "auto", "cpu", "cuda", "cuda:N".
         spin_us: longest time in microseconds that the loop polls before it blocks; 0 blocks at once.
         drain_timeout_s: how long SIGTERM waits for running requests.
@@ -129,6 +149,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     bind: _Names = (f"tcp://127.0.0.1:{DEFAULT_PORT}",)
+    insecure: bool = False
     models: tuple[str, ...] = ()
     model_repository: str = ""
     require_manifest: bool = False
@@ -148,6 +169,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cuda: Cuda = Cuda()
     queue: Queue = Queue()
     clients: Clients = Clients()
+    keys: Keys = Keys()
     memory: Memory = Memory()
     limits: Limits = Limits()
 

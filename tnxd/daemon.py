@@ -12,7 +12,7 @@ from tnxctl import __version__
 from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.wire import MIB
 from tnxd import offered_models
-from tnxd.config import Config, control_of
+from tnxd.config import Config
 from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.registry import Registry
 from tnxd.deployment.version import DRAINING, READY, STARTING
@@ -29,6 +29,7 @@ from tnxd.serving.call_queue import CallQueue
 from tnxd.serving.reports import Inventory
 from tnxd.serving.server import Server
 from tnxd.serving.telemetry import Telemetry
+from tnxd.transport.access import Access
 from tnxd.transport.busy_poller import BusyPoller
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
@@ -51,10 +52,12 @@ class Daemon:
     """The parts of a daemon, wired.
 
     Args:
-        registry: announced. router: bound.
+        registry: announced. router: bound. access: that of the router.
     """
 
-    def __init__(self, config: Config, registry: Registry, router: Router, admission: Admission) -> None:
+    def __init__(
+        self, config: Config, registry: Registry, router: Router, admission: Admission, access: Access
+    ) -> None:
         self._config = config
         self._router = router
         self._notifier = Notifier()
@@ -102,7 +105,7 @@ class Daemon:
             stall_timeout_s=config.stall_timeout_s,
             max_delay_us=config.queue.max_delay_us,
             admission=admission,
-            remote_control=control_of(config),
+            access=access,
             on_device_lost=self._device_lost,
         )
 
@@ -214,13 +217,17 @@ class Daemon:
         return f"ready on {', '.join(self._router.endpoints)}; devices: {devices}; models: {models}"
 
     def _reload(self) -> None:
-        """Reload, after a SIGHUP. During the first load it waits: the changed files may have been read already."""
+        """Reload, after a SIGHUP: the keys at once, the models once the first load is over.
+
+        Files of models that have changed meanwhile may have been read already.
+        """
+        self._server.reload_keys()
         if self._server.state == STARTING:
             self._reload_waits = True
         elif self._server.state != READY:
             log.warning("SIGHUP is ignored: the daemon is %s", self._server.state)
         else:
-            if not self._config.model_repository:
+            if not (self._config.model_repository or self._config.keys.authorized):
                 log.warning("SIGHUP changes nothing: there is no model repository to scan, see --model-repository")
             self._reconciler.reload()
 

@@ -12,9 +12,9 @@ import benchmarks  # noqa: F401 - puts bench/ on the path
 
 # isort: split
 import cores
-import models
+import models_report
 import real_networks
-from models import BEST, DAEMON, PROCESS, Beside, Cell, Finding, Ratio
+from models_report import BEST, DAEMON, PROCESS, Beside, Cell, Finding, Ratio
 from tnxd.models import settings
 from tnxd.models.builtin import builtin
 
@@ -59,8 +59,8 @@ def test_a_file_is_completed_with_other_networks(tmp_path: Path) -> None:
 
     beside = [Beside(DAEMON, 1, 1, 1, 1, Ratio(1, 1, 1))]
     path = tmp_path / "models.json"
-    path.write_bytes(msgspec.json.encode(models.Report("", "", [found("LSTM", 1), found("MLP", 1)], beside)))
-    report = models._completed(models.Report("", "", [found("MLP", 2), found("ResNet-50", 3)], []), path)
+    path.write_bytes(msgspec.json.encode(models_report.Report("", "", [found("LSTM", 1), found("MLP", 1)], beside)))
+    report = models_report.completed(models_report.Report("", "", [found("MLP", 2), found("ResNet-50", 3)], []), path)
     told = [(each.network, each.one[DAEMON].p50_ms) for each in report.findings]
     assert told == [("ResNet-50", 3), ("LSTM", 1), ("MLP", 2)]
     assert report.beside == beside

@@ -37,7 +37,19 @@ def npy(path: Path, array: np.ndarray) -> Path:
 def test_help_names_the_verbs_and_every_exit_code(flag: str) -> None:
     result = run(flag)
     assert result.exit_code == 0
-    for word in ("health", "models", "metadata", "predict", "bench", "reload", "completion", "Examples:"):
+    for word in (
+        "health",
+        "models",
+        "metadata",
+        "predict",
+        "bench",
+        "reload",
+        "whoami",
+        "clients",
+        "keys",
+        "completion",
+        "Examples:",
+    ):
         assert word in result.output
     for code, meaning in exits.MEANINGS.items():
         assert f"{code.value:>3}  {meaning}\n" in result.output
@@ -45,7 +57,9 @@ def test_help_names_the_verbs_and_every_exit_code(flag: str) -> None:
     assert all(len(line) <= 80 for line in result.output.splitlines())
 
 
-@pytest.mark.parametrize("verb", ["health", "models", "metadata", "predict", "bench", "reload", "completion"])
+@pytest.mark.parametrize(
+    "verb", ["health", "models", "metadata", "predict", "bench", "reload", "whoami", "clients", "keys", "completion"]
+)
 def test_each_verb_has_help(verb: str) -> None:
     result = run(verb, "-h")
     assert result.exit_code == 0
@@ -113,7 +127,10 @@ def test_the_environment_says_where_the_daemon_is_and_the_flag_wins(fake: FakeDa
     assert run("health", TNX_HOST="udp://nonsense").exit_code == exits.Exit.USAGE
 
 
-@pytest.mark.parametrize("verb", ["health", "models", "models ls", "models show mlp", "metadata", "predict", "reload"])
+@pytest.mark.parametrize(
+    "verb",
+    ["health", "models", "models ls", "models show mlp", "metadata", "predict", "reload", "whoami", "clients"],
+)
 def test_the_daemon_may_be_named_before_the_verb_and_after_it_wins(fake: FakeDaemon, verb: str) -> None:
     assert run("--host", fake.endpoint, *verb.split(), TNX_HOST="ipc:///nobody").exit_code == 0
     assert run("--host", "ipc:///nobody", *verb.split(), "--host", fake.endpoint).exit_code == 0
@@ -146,7 +163,7 @@ def test_over_ipc(tmp_path: Path) -> None:
         assert ask(fake, "health").exit_code == 0
 
 
-@pytest.mark.parametrize("verb", ["health", "models", "metadata", "predict", "reload"])
+@pytest.mark.parametrize("verb", ["health", "models", "metadata", "predict", "reload", "whoami", "clients"])
 def test_nobody_there(tmp_path: Path, verb: str) -> None:
     result = run(verb, "--host", f"ipc://{tmp_path}/nobody", "--timeout", "0.2")
     assert result.exit_code == exits.Exit.UNREACHABLE
@@ -155,7 +172,7 @@ def test_nobody_there(tmp_path: Path, verb: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", ["health", "models", "metadata", "predict", "reload"])
+@pytest.mark.parametrize("verb", ["health", "models", "metadata", "predict", "reload", "whoami", "clients"])
 def test_no_answer(verb: str) -> None:
     with FakeDaemon(mute=True) as fake:
         result = ask(fake, verb, "--timeout", "0.2")
@@ -173,6 +190,7 @@ BUSY = {
     ),
     "errors": (("NOT_FOUND", 1), ("INVALID_ARGUMENT", 4)),
     "abandoned": 7,
+    "resent": 3,
     "prediction_error_us": 41.4,
 }
 
@@ -188,7 +206,7 @@ def test_health_for_people() -> None:
     assert "cuda:1 failed: out of memory" in lines
     assert "mlp (default) 1 ready 64 input FP32 [-1,256] output FP32 [-1,128]" in lines
     assert "digits 3 ready 64 image FP32 [-1,64] scores FP32 [-1,10]" in lines
-    assert "1205 requests, 1200 replies, 5 errors, 0 undeliverable, 7 abandoned" in lines
+    assert "1205 requests, 1200 replies, 5 errors, 0 undeliverable, 7 abandoned, 3 sent again" in lines
     assert "1 waiting, 2 running; predicted times are off by 41 µs" in lines
     assert "errors: INVALID_ARGUMENT 4, NOT_FOUND 1" in lines
 

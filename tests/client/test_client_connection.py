@@ -23,12 +23,17 @@ from sessions import (
     result,
     started,
 )
-from tnxctl import connection, session
+from tnxctl import backoff, connection, session
 from tnxctl.call import Call
 from tnxctl.protocol import errors, wire
 from tnxctl.protocol.wire import Limits
 from tnxctl.results import Result
 from tnxctl.session import Session
+
+
+@pytest.fixture(autouse=True)
+def without_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backoff, "random", lambda: 0.0)
 
 
 @pytest.fixture

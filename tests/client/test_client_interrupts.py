@@ -21,6 +21,7 @@ from peers import (
     X,
     echo,
     equal,
+    error,
     in_turn,
     silence,
 )
@@ -126,6 +127,24 @@ def test_a_lone_call_may_be_interrupted_anywhere(elsewhere: concurrent.futures.T
             interrupt(tnx.predict, X)
             assert equal(elsewhere.submit(tnx.predict, X + 1).result(PATIENCE_S), X + 1), interrupt.place
         assert tnx._session.idle
+
+
+@may_meet_finalizers
+@pytest.mark.parametrize("code", ["", "UNAVAILABLE"])
+def test_a_call_to_one_of_several_daemons_may_be_interrupted_anywhere(
+    elsewhere: concurrent.futures.ThreadPoolExecutor, code: str
+) -> None:
+    with (
+        FakeDaemon(error(code, "not now") if code else echo) as first,
+        FakeDaemon(echo) as second,
+        Client([first.endpoint, second.endpoint], timeout=PATIENCE_S) as tnx,
+    ):
+        for interrupt in interrupts():
+            assert equal(tnx.predict(X), X)
+            interrupt(tnx.predict, X)
+            assert equal(elsewhere.submit(tnx.predict, X + 1).result(PATIENCE_S), X + 1), interrupt.place
+        assert tnx._session.idle
+        assert all(session.idle for session in tnx._session.sessions)
 
 
 @may_meet_finalizers

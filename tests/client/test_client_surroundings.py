@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
+import pickle
 import pydoc
 import subprocess
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,7 @@ def python(code: str, *arguments: str) -> str:
 USED = {
     "alone": "tnx.predict(X)",
     "by futures": "[future.result() for future in [tnx.submit(X) for _ in range(20)]]",
+    "of several": "tnx.close(); tnx = Client([sys.argv[1], '127.0.0.1:1'], timeout=60); tnx.predict(X)",
     "still": "threading.Thread(target=ask_in_vain, args=(silent,)).start(); sent.wait(); tnx = silent",
 }
 
@@ -136,6 +139,181 @@ def test_an_asyncio_client_that_a_fork_has_copied_says_so_and_leaves_its_parents
         assert "came here by a fork" in python(code, daemon.endpoint)
 
 
+EVERY_CALL = {
+    "predict": "X", "submit": "X", "health": "", "metadata": "", "cast": "X", "models": "", "load": "'m'",
+    "unload": "'m'", "route": "'m', {}", "reload": "", "compare": "'m', 1, 2", "whoami": "", "clients": "",
+    "kick": "'name'", "keys": "",
+}  # fmt: skip
+
+
+@needs_fork
+@pytest.mark.parametrize("kind", ["Client", "AsyncClient"])
+def test_every_call_of_a_client_that_a_fork_has_copied_fails_at_once_and_the_parent_goes_on(kind: str) -> None:
+    client = getattr(tnxctl, kind)
+    calls = [name for name in vars(client) if not name.startswith("_") and inspect.isfunction(vars(client)[name])]
+    arguments = {name: EVERY_CALL[name] for name in calls if name != "close"}
+    asks = "\n".join(f"    lambda: tnx.{name}({each})," for name, each in arguments.items())
+    code = f"""
+import asyncio
+from tnxctl import {kind}, FailedPrecondition
+
+ASKS = (
+{asks}
+)
+
+async def do(call):
+    done = call()
+    return await done if asyncio.iscoroutine(done) else done
+
+async def ask(tnx):
+    return bool(((await do(lambda: tnx.predict(X))).output == X).all())
+
+async def in_the_child(tnx):
+    failed = 0
+    for call in ASKS:
+        try:
+            await do(call)
+        except FailedPrecondition as error:
+            failed += "came here by a fork" in error.message
+    await do(tnx.close)
+    if hasattr(tnx, "__exit__"):
+        tnx.__exit__(None, None, None)
+    else:
+        await tnx.__aexit__(None, None, None)
+    return failed
+
+loop = asyncio.new_event_loop()
+tnx = {kind}(sys.argv[1], timeout=60)
+loop.run_until_complete(ask(tnx))
+child = os.fork()
+if not child:
+    print(asyncio.new_event_loop().run_until_complete(in_the_child(tnx)), flush=True)
+    del tnx
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print(loop.run_until_complete(ask(tnx)))
+loop.run_until_complete(do(tnx.close))
+loop.close()
+"""
+    with FakeDaemon(echo) as daemon:
+        assert python(code, daemon.endpoint).split() == [str(len(arguments)), "True"]
+
+
+@needs_fork
+def test_a_future_that_a_fork_has_copied_fails_at_once_and_calls_nobody() -> None:
+    code = """
+        import threading
+        from concurrent.futures import wait
+        from tnxctl import Client, FailedPrecondition
+        from peers import FakeDaemon, silence
+
+        sent = threading.Event()
+        with FakeDaemon(lambda request: sent.set() or silence(request)) as mute:
+            tnx = Client(mute.endpoint, timeout=60)
+            future = tnx.submit(X)
+            future.add_done_callback(lambda future: print("called", flush=True))
+            sent.wait()
+            with future._condition:  # as if another thread were in the middle of it
+                child = os.fork()
+            if not child:
+                wait([future])
+                print("came here by a fork" in future.exception().message, future.cancel(), flush=True)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            assert not future.done()
+            tnx.close()
+    """
+    assert python(code).split() == ["True", "False", "called"]
+
+
+@needs_fork
+def test_a_fork_in_a_callback_ends_what_was_under_way_in_the_child_alone() -> None:
+    code = """
+        import threading
+        from tnxctl import Client
+        from peers import FakeDaemon, echo
+
+        ready = threading.Event()
+        with (
+            FakeDaemon(lambda request: ready.wait() and echo(request)) as daemon,
+            Client(daemon.endpoint, timeout=60) as tnx,
+        ):
+            def split(_):
+                global child
+                child = os.fork()
+                if not child:  # its thread ends, and as it is the only one, so does the process
+                    print("the child goes on", threading.current_thread().name, flush=True)
+
+            first, second = tnx.submit(X), tnx.submit(X + 1)
+            first.add_done_callback(split)
+            ready.set()
+            assert (second.result().output == X + 1).all()
+            assert (tnx.predict(X).output == X).all()
+            print(os.waitpid(child, 0)[1])
+    """
+    assert python(code).splitlines() == ["the child goes on tnxctl-io", "0"]
+
+
+PROCESSES = """
+import multiprocessing, sys
+sys.path[:0] = {path!r}
+from tnxctl import Client, FailedPrecondition
+
+def use(client, said):
+    try:
+        client.health()
+    except FailedPrecondition as error:
+        said.put(error.message)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[2])
+    said = context.SimpleQueue()
+    with Client(sys.argv[1], timeout=60) as client:
+        client.health()
+        child = context.Process(target=use, args=(client, said))
+        try:
+            child.start()
+        except TypeError as error:
+            print(error)
+        else:
+            print(said.get())
+            child.join()
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        pytest.param("fork", "came here by a fork: make a new one after the fork", marks=needs_fork),
+        pytest.param("forkserver", "make a client where it is used", marks=needs_fork),
+        ("spawn", "make a client where it is used"),
+    ],
+)
+def test_a_client_handed_to_another_process_says_what_to_do_instead(method: str, said: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"  # a file: children that are spawned import it
+    program.write_text(PROCESSES.format(path=[str(_TESTS.parent)]))
+    with FakeDaemon(echo) as daemon:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore::DeprecationWarning", program, daemon.endpoint, method],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert said in done.stdout
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("kind", [tnxctl.Client, tnxctl.AsyncClient])
+def test_a_client_is_neither_pickled_nor_copied(kind: type, copied: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError) as caught:
+        copied(kind("gpu-box", timeout=2.5))
+    assert str(caught.value) == (
+        f"a tnxctl.{kind.__name__} holds a connection of this process, and cannot be pickled or copied: pass on the "
+        f"address, and make a client where it is used, {kind.__name__}('gpu-box', timeout=2.5)"
+    )
+
+
 # --- the end of the interpreter ------------------------------------------------------------------------------
 
 LEFT_ALIVE = {
@@ -156,6 +334,24 @@ LEFT_ALIVE = {
         "import asyncio\ntnx = AsyncClient(endpoint, timeout=60)\nasync def ask():\n    await tnx.predict(X)\n"
         "asyncio.run(ask()); kill()"
     ),
+    "asyncio, under way, its loop closed": (
+        "import asyncio\ntnx = AsyncClient(endpoint, timeout=60)\nloop = asyncio.new_event_loop()\n"
+        "loop.run_until_complete(tnx.predict(X)); kill()\nleft = loop.create_task(tnx.predict(X))\n"
+        "loop.run_until_complete(asyncio.sleep(0)); loop.close()\n"
+        "left._log_destroy_pending = False  # asyncio's own word"
+    ),
+    "asyncio, under way, its loop in a thread": (
+        "import asyncio\nbegun = threading.Event()\nasync def ask():\n"
+        "    async with AsyncClient(endpoint, timeout=60) as tnx:\n        await tnx.predict(X)\n"
+        "        kill(); begun.set()\n        await tnx.predict(X)\n"
+        "threading.Thread(target=asyncio.run, args=(ask(),), daemon=True).start(); begun.wait()"
+    ),
+    "a pool of threads": (
+        "from concurrent.futures import ThreadPoolExecutor\ntnx.predict(X); kill()\n"
+        "left = [ThreadPoolExecutor(2).submit(tnx.predict, X, timeout=0.2) for _ in range(4)]"
+    ),
+    "several": "tnx = Client([endpoint, '127.0.0.1:1'], timeout=60); tnx.predict(X); kill(); left = tnx.submit(X)",
+    "with": "with Client(endpoint, timeout=60) as other:\n    other.predict(X); kill(); left = other.submit(X)",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 
 from sessions import (
@@ -18,9 +19,15 @@ from sessions import (
     result,
     started,
 )
+from tnxctl import backoff
 from tnxctl.protocol import errors, wire
 from tnxctl.protocol.wire import Limits
 from tnxctl.session import Session
+
+
+@pytest.fixture(autouse=True)
+def without_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backoff, "random", lambda: 0.0)
 
 
 @pytest.fixture
@@ -162,15 +169,15 @@ def test_a_late_error_keeps_its_reason(connected: Session) -> None:
 
 def test_the_rest_of_a_deadline_is_sent(connected: Session) -> None:
     call, plain = started(connected, deadline=4.0, device="cpu", now=10.0), started(connected, now=10.0)
-    before = plain.frames[0]
-    for now, left_us in ((11.0, 3e6), (13.75, 250_000.0)):
+    before = header(plain)
+    for attempt, now, left_us in ((2, 11.0, 3e6), (3, 13.75, 250_000.0)):
         connected.lost()
         connected.connection.connecting(now)
         assert connected.connected(now) == [call, plain]
-        assert header(call).deadline_us == left_us
+        assert (header(call).deadline_us, header(call).attempt) == (left_us, attempt)
+        assert header(plain) == msgspec.structs.replace(before, attempt=attempt)
     assert header(call).device == "cpu"
     assert call.frames[1] is X
-    assert plain.frames[0] is before
 
 
 def test_a_connection_that_took_time_took_it_from_the_deadline(idle: Session) -> None:

@@ -171,6 +171,14 @@ def test_what_is_no_string_is_named(value: Any, why: str) -> None:
     assert why in caught.value.message
 
 
+@pytest.mark.timeout(20)
+def test_a_list_in_itself_is_no_string() -> None:
+    value: list[Any] = []
+    value.append(value)
+    with pytest.raises(InvalidArgument, match="list is not an array"):
+        to_wire("x", value)
+
+
 def test_numbers_are_not_made_strings_nor_strings_numbers() -> None:
     signature = wire.ModelInfo(
         name="m", version="1", status="ready", inputs=(TensorSpec("x", BYTES, (-1,)), TensorSpec("y", "FP32", (-1,)))

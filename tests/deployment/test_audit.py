@@ -42,7 +42,13 @@ class Bench:
         self.version.state, self.version.model = READY, self.served
         self.version.trials = {"cpu": LoadReport([], 0, tolerance=1e-4)}
         self.mixing: list[str] = []
-        self.audit = Audit(self.version, share, lambda version, key, why: self.mixing.append(why))
+        self.given_up: list[str] = []
+        self.audit = Audit(
+            self.version,
+            share,
+            lambda version, key, why: self.mixing.append(why),
+            lambda version, key, why: self.given_up.append(why),
+        )
         self.background = Background()
 
     def answered(self, *outcomes: Outcome) -> Copy | None:
@@ -89,6 +95,37 @@ def test_a_request_that_rode_alone_ends_no_batches() -> None:
     bench = Bench()
     bench.checked(row(5, 5), row(1, 2))
     assert (bench.audit.differing, bench.mixing) == (1, [])
+
+
+def runs_variant(bench: Bench, name: str) -> None:
+    bench.version.trials = {"cpu": LoadReport([], 0, tolerance=1e-4, variant=name)}
+
+
+@pytest.mark.parametrize("company", [1, 2])
+def test_a_variant_that_answers_otherwise_is_given_up_and_batches_go_on(company: int) -> None:
+    bench = Bench()
+    runs_variant(bench, "onnxruntime")
+    bench.checked(row(1, 2.5), *[row(1, 2)] * company)
+    assert bench.mixing == []
+    (why,) = bench.given_up
+    assert why == "onnxruntime answered otherwise: output 'x'[0, 1] is 2 and 2.5"
+    runs_variant(bench, "")
+    bench.checked(row(1, 2.5), row(1, 2), row(1, 2))
+    assert len(bench.given_up) == len(bench.mixing) == 1
+
+
+def test_near_ties_of_a_variant_are_forgiven_twice() -> None:
+    bench = Bench(datatype="INT64")
+    runs_variant(bench, "inductor")
+    for expected in (0, 0, 1):
+        bench.checked(row(1, 3, dtype="i8"), row(1, 2, dtype="i8"))
+        assert len(bench.given_up) == expected
+
+
+def test_it_is_the_network_as_it_is_that_computes_again() -> None:
+    copy = Bench().answered(row(1, 2))
+    assert copy is not None
+    assert copy.plain
 
 
 @pytest.mark.parametrize("datatype", ["INT64", "FP32"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from reconciling import MIB, Bench, loaded_bench, one_evicted, raising
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, TensorNextError
 from tnxd.deployment.reconciler import Changes
 from tnxd.deployment.version import EVICTED, FAILED, READY, UNLOADED
+from tnxd.models.variants import Variant
 from unprintable import Unprintable
 
 
@@ -152,6 +153,27 @@ def test_what_an_audit_has_ended_stays_ended_when_a_version_comes_back() -> None
     assert version.model is not None
     assert version.model.max_batch_size == 0
     assert version.notes == ("no batches: they mix",)
+
+
+def test_a_variant_that_an_audit_has_ended_stays_ended_when_a_version_comes_back() -> None:
+    bench = Bench(budget_mb=1)
+    bench.add("net", "1").variants = (Variant("faster", ("cpu",), "", lambda build, workshop: build()),)
+    bench.executor.trials["net@1"] = {"variant": "faster"}
+    bench.run(bench.reconciler.start)
+    version = bench.registry.find("net", b"c", "")
+    assert not version.give_up_variant("another", "it answered otherwise")
+    assert version.give_up_variant(version.key, "it answered otherwise")
+    assert not version.give_up_variant(version.key, "again")
+    bench.add("other", "1")
+    bench.run(bench.reconciler.reload)
+    assert version.state == EVICTED
+    bench.executor.trials.clear()
+    bench.reconciler.request_load(version)
+    bench.run_until_idle()
+    assert version.state == READY
+    assert version.model is not None
+    assert version.model.variants == ()
+    assert version.notes == ("optimize: the network runs as it is, since it answered otherwise",)
 
 
 def test_a_warm_up_that_fails_leaves_nothing_behind(bench: Bench) -> None:
@@ -332,3 +354,32 @@ def test_an_exception_that_cannot_say_what_it_is(bench: Bench) -> None:
     bench.add("net", "2", opens=raising(Unprintable()))
     assert "Unprintable" in bench.run(bench.reconciler.reload).failed["net@2"]
     assert not bench.registry.deployments["net"].versions["2"].loading
+
+
+def test_an_order_that_comes_twice_leaves_what_it_has_left_the_first_time(bench: Bench) -> None:
+    bench.add("net", "2")
+    reconciler = bench.reconciler
+
+    def state() -> tuple[object, ...]:
+        deployment = bench.registry.deployments["net"]
+        return bench.states(), bench.shares("net"), deployment.shadow, set(deployment.pinned), set(bench.executor.held)
+
+    def route(done: Callable[[Any], None]) -> None:
+        reconciler.route("net", {"1": 3, "2": 1}, "")
+        done("net")
+
+    orders: list[Callable[[Callable[[Any], None]], None]] = [
+        lambda done: reconciler.load("net@2", done),
+        route,
+        lambda done: reconciler.unload("net@1", done),
+        lambda done: reconciler.unload("net", done),
+        lambda done: reconciler.load("net", done),
+        lambda done: bench.add("net", "3") and reconciler.reload(done),
+    ]
+    for order in orders:
+        before = state()
+        assert not isinstance(bench.run(order), TensorNextError)
+        after = state()
+        assert after != before
+        assert not isinstance(bench.run(order), TensorNextError)
+        assert state() == after

@@ -17,6 +17,7 @@ from tnxd.executors.cpu import CpuRunner
 from tnxd.executors.execution import Execution, LoadReport
 from tnxd.executors.optimizer import Optimizer
 from tnxd.executors.pool import LanePool
+from tnxd.executors.substitute import Substitute
 from tnxd.models.model import Model
 from tnxd.models.variants import Build, Variant, Workshop
 
@@ -112,7 +113,7 @@ def load() -> Iterator[Callable[..., tuple[LoadReport, torch.nn.Module]]]:
         called = {id(runner.calls[served.key]): runner.calls[served.key] for runner in runners}
         (call,) = called.values()  # all lanes run the same
         assert isinstance(call, torch.nn.Module)
-        return report, call
+        return report, call.variant if isinstance(call, Substitute) else call
 
     return loaded
 

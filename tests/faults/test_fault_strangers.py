@@ -14,7 +14,8 @@ from headers import pack
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import InvalidArgument
 from tnxd.config import Clients, load
-from tnxd.transport.client_limits import Admission, is_loopback
+from tnxd.transport.addresses import is_loopback
+from tnxd.transport.client_limits import Admission
 
 ORDER = pack({"type": "reload", "v": 1, "id": 3})
 
@@ -35,7 +36,7 @@ def test_orders_come_from_the_same_host_unless_configured_otherwise(
     path, address = tmp_path / "tnxd", own_address()
     if is_loopback(address):
         pytest.skip("this machine has no address but loopback")
-    daemon = run_daemon("--bind", f"tcp://{address}:*", "--bind", f"ipc://{path}", "--model", "mlp")
+    daemon = run_daemon("--bind", f"tcp://{address}:*", "--bind", f"ipc://{path}", "--insecure", "--model", "mlp")
     with Dealer(daemon.endpoint) as stranger, Dealer(f"ipc://{path}") as local:
         stranger.socket.send(ORDER)
         error = stranger.error()

@@ -18,8 +18,8 @@ from dealer import Dealer
 from model_repositories import Repository, scaled
 from tnxctl.cli import tensorfiles
 from tnxctl.cli.exits import FileProblem
+from tnxctl.files import reading
 from tnxctl.protocol.errors import FailedPrecondition
-from tnxd import files
 from tnxd.models.formats import weights
 
 GIB = 1 << 30
@@ -90,9 +90,9 @@ def test_file_that_is_replaced_between_check_and_opening_is_refused(
     file.write_text("text")
     os.mkfifo(fifo)
     seen = os.stat(file)
-    monkeypatch.setattr(files.os, "stat", lambda path: seen)
+    monkeypatch.setattr(reading.os, "stat", lambda path: seen)
     with pytest.raises(FailedPrecondition, match="it is a named pipe, not a file"):
-        files.open_file(fifo, "it")
+        reading.open_file(fifo, "it")
 
 
 # --- files that shrink ---------------------------------------------------------------------------------------

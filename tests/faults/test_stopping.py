@@ -44,6 +44,7 @@ def test_stop_with_more_replies_than_the_sending_queue_holds(how: str, tmp_path:
             answers = [dealer.error() for _ in range(MANY)]
             assert sorted(answer.id or 0 for answer in answers) == list(range(MANY))
             assert {answer.code for answer in answers} == {"UNAVAILABLE"}
+            assert all(answer.retry_after_us for answer in answers), "the next daemon can do it"
         assert daemon.process.wait(30) == 0
 
 
@@ -96,4 +97,5 @@ def test_stop_answers_orders(tmp_path: Path) -> None:
             daemon.process.send_signal(signal.SIGTERM)
             answers = [dealer.error() for _ in sent]
             assert daemon.process.wait(30) == 0
+        assert all(answer.retry_after_us for answer in answers)
         assert sorted((answer.id, answer.code) for answer in answers) == [(order.id, "UNAVAILABLE") for order in sent]

@@ -100,11 +100,10 @@ def test_a_damaged_artifact_is_made_again(tmp_path: Path) -> None:
     model = open_model(tmp_path / "models", TOML)
     make(model, cache)
     (kept,) = cache.iterdir()
-    (kept / converting.CONVERTED).write_bytes(b"cut off")
-    with pytest.raises(FailedPrecondition, match="onnxruntime cannot load it"):
-        make(model, cache)
-    assert not kept.exists()
+    whole = (kept / converting.CONVERTED).read_bytes()
+    (kept / converting.CONVERTED).write_bytes(whole[:-1])
     assert isinstance(make(model, cache), Converted)
+    assert len((kept / converting.CONVERTED).read_bytes()) == len(whole)
 
 
 @pytest.mark.slow
@@ -161,6 +160,21 @@ def test_a_compiler_without_room_is_tried_again_another_time(
     with pytest.raises(Unavailable, match=r"ended with 1: .*No space left|ended with 7"):
         make(open_model(root, TOML), cache)
     assert list(cache.iterdir()) == []
+
+
+def test_what_a_compiler_that_takes_too_long_has_started_is_ended_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a C++ compiler, which holds the pipe that the daemon reads to its end."""
+    save(tmp_path / "models")
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import subprocess\nsubprocess.Popen(['sleep', '300']).pid\nopen({str(tmp_path / 'began')!r}, 'w').close()\n"
+        "import signal\nsignal.pause()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(Unavailable, match="longer than"):
+        make(open_model(tmp_path / "models", TOML), seconds=2)
+    assert (tmp_path / "began").exists()
 
 
 def test_a_directory_that_others_may_write_to_keeps_nothing(tmp_path: Path) -> None:

@@ -46,7 +46,10 @@ class Model:
         if command == 7: print("seven", flush=True)
         if command == 8: return x[:, :1].astype(np.float64)
         if command == 9: raise KeyError("nine")
+        if command == 10: os.closerange(3, 100)
         if command == 11: x += os.getpid() - 11
+        if command == 12: raise ExceptionGroup("twelve", [ValueError("one"), ValueError("two")])
+        if command == 13: raise StopIteration
         return x * 2
 """
 ISOLATED = 'isolation = "process"'
@@ -156,6 +159,7 @@ def test_a_region_whose_strings_lie_is_refused(size: int) -> None:
         (1, ProcessLost, "its process ended with exit code 3 while a batch ran"),
         (2, ProcessLost, "its process was ended by SIGSEGV while a batch ran"),
         (3, ProcessLost, "its process gave no answer for 1.5 s and was ended while a batch ran"),
+        (10, ProcessLost, "its process closed its connection to the daemon while a batch ran"),
     ],
 )
 def test_a_process_that_is_lost_is_started_again(
@@ -188,6 +192,8 @@ def test_memory_is_limited(tmp_path: Path) -> None:
         (5, ValueError, "no fives"),
         (6, Exception, "gone"),
         (9, KeyError, "'nine'"),
+        (12, Exception, "twelve (2 sub-exceptions)"),
+        (13, StopIteration, ""),
     ],
 )
 def test_what_a_model_raises_ends_no_process(tmp_path: Path, command: float, kind: type[Exception], said: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 import zmtp
 from conftest import Daemon
 from dealer import Dealer
+from tnxctl import connection, resending, session
 from tnxctl.protocol import errors, wire
 from tnxctl.protocol.datatypes import STORAGE
 from tnxctl.protocol.frames import view_tensors
@@ -118,6 +119,14 @@ def page_default(field: msgspec.inspect.Field) -> str:
         ("reload, the report", [wire.ReloadReport]),
         ("compare, the request", [wire.Compare]),
         ("compare, the report", [wire.Comparison, wire.OutputDifference, wire.Percentiles]),
+        ("whoami, the request", [wire.WhoAmI]),
+        ("whoami, the report", [wire.Identity]),
+        ("clients, the request", [wire.Clients]),
+        ("clients, the report", [wire.ClientsReport, wire.ClientInfo]),
+        ("kick, the request", [wire.Kick]),
+        ("kick, the report", [wire.KickReport]),
+        ("keys, the request", [wire.Keys]),
+        ("keys, the report", [wire.KeysReport, wire.KeyInfo]),
     ],
 )
 def test_fields(title: str, headers: list[type[msgspec.Struct]]) -> None:
@@ -159,6 +168,13 @@ def test_error_codes() -> None:
     assert sorted(names) == sorted(set(known))
 
 
+def test_roles() -> None:
+    (roles,) = tables(section("Roles"))
+    on_page = {verb: bare(role) for role, verbs in roles for verb in re.findall(r"`(\w+)`", verbs)}
+    tags = {kind: msgspec.inspect.type_info(kind).tag for kind in get_args(wire.Request)}  # type: ignore[attr-defined]
+    assert on_page == {tags[kind]: role.title for kind, role in wire.LEAST_ROLES.items()}
+
+
 def test_limits() -> None:
     (limits,) = tables(section("Limits"))
     assert {bare(name): int(default) for name, default, _ in limits} == msgspec.structs.asdict(Limits())
@@ -195,6 +211,14 @@ EXAMPLES: dict[str, Any] = {
     "reload report": wire.ReloadReport,
     "compare request": wire.Compare,
     "compare report": wire.Comparison,
+    "whoami request": wire.WhoAmI,
+    "whoami report": wire.Identity,
+    "clients request": wire.Clients,
+    "clients report": wire.ClientsReport,
+    "kick request": wire.Kick,
+    "kick report": wire.KickReport,
+    "keys request": wire.Keys,
+    "keys report": wire.KeysReport,
 }
 
 
@@ -240,6 +264,17 @@ def test_the_largest_deadline_and_the_levels() -> None:
     meanings = {bare(name): meaning for name, _, _, meaning in fields}
     assert f"at most {wire.MAX_DEADLINE_US:.0f}, a day" in meanings["deadline_us"]
     assert meanings["priority"].startswith(f"0 to {wire.LOWEST_PRIORITY}.")
+
+
+def test_the_budget_of_resends() -> None:
+    text = " ".join(section("Resending").split())
+    every = round(1 / resending.TOKENS_PER_SUCCESS)
+    assert every == 10
+    first, most = resending.FIRST_TOKENS, resending.MOST_TOKENS
+    assert f"There are {first:.0f} at first and one more for every ten results, up to {most:.0f}." in text
+    assert f"the next after {connection.FIRST_RETRY_S * 1e3:.0f} ms" in text
+    assert session.MAX_LOSSES == 3
+    assert "unless that was the third one that ended under it" in text
 
 
 def test_the_largest_weight() -> None:

@@ -57,3 +57,18 @@ def test_predicted_wait_of_a_light_client_knows_of_turns() -> None:
     scheduler.add(heavy, 0)
     assert light.predicted_us < 10_000
     assert heavy.predicted_us > 1_000_000
+
+
+def test_clients_get_rows_by_their_shares_however_many_connections_they_have() -> None:
+    scheduler = make_scheduler()
+    for number in range(600):
+        scheduler.add(request(rows=4, client="half", peer=b"%d" % (number % 30), share=0.5), 0)
+        scheduler.add(request(rows=4, client="one", peer=b"one"), 0)
+        scheduler.add(request(rows=4, client="three", peer=b"%d" % (number % 2), share=3.0), 0)
+    rows = {"half": 0, "one": 0, "three": 0}
+    while sum(rows.values()) < 900:
+        for one in run_one(scheduler).requests:
+            rows[one.client] += one.rows
+    assert rows["one"] == pytest.approx(200, abs=64)
+    assert rows["half"] == pytest.approx(100, abs=64)
+    assert rows["three"] == pytest.approx(600, abs=100)

@@ -8,7 +8,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnxd.scheduling.round_robin import DeadlineRoundRobin
+from tnxd.scheduling.round_robin import ClientRoundRobin, DeadlineRoundRobin
 
 
 def order(turns: DeadlineRoundRobin[str], again: dict[str, int], steps: int) -> str:
@@ -123,3 +123,43 @@ def test_others_have_at_most_two_turns_each_between_two_of_one_member(amounts: l
         for start, stop in itertools.pairwise(positions):
             between = served[start + 1 : stop]
             assert all(between.count(other) <= 2 for other in set(between))
+
+
+def turns_of(shares: dict[str, float], steps: int) -> dict[str, int]:
+    """Number of turns of clients who always have more to do."""
+    turns = ClientRoundRobin()
+    serials = itertools.count()
+    for client, share in shares.items():
+        turns.set_share(client, share)
+        turns.offer(client, b"its connection", 0, next(serials))
+    served = dict.fromkeys(shares, 0)
+    for _ in range(steps):
+        client, connection = turns.first() or ("", b"")
+        served[client] += 1
+        turns.served(client, connection, 1)
+        turns.offer(client, connection, 0, next(serials))
+    return served
+
+
+def test_turns_go_by_shares() -> None:
+    assert turns_of({"one": 1.0, "other": 1.0}, 400) == {"one": 200, "other": 200}
+    assert turns_of({"three": 3.0, "one": 1.0}, 400) == {"three": 300, "one": 100}
+    served = turns_of({"half": 0.5, "one": 1.0, "two and a half": 2.5}, 800)
+    assert {client: round(count, -1) for client, count in served.items()} == {
+        "half": 100,
+        "one": 200,
+        "two and a half": 500,
+    }
+
+
+def test_a_large_share_leaves_nobody_out() -> None:
+    assert turns_of({"huge": 100.0, "one": 1.0}, 700)["one"] >= 7
+
+
+def test_larger_shares_of_others_are_turns_to_wait_for() -> None:
+    turns = ClientRoundRobin()
+    turns.offer("me", b"", 0, 0)
+    turns.offer("other", b"", 0, 1)
+    before = turns.before("me", b"")
+    turns.set_share("other", 5.0)
+    assert turns.before("me", b"") > before

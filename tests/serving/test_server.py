@@ -72,6 +72,15 @@ def test_a_request_that_fails_takes_no_other_of_its_batch_with_it(start: Start) 
             assert reply.batch_size == 3
 
 
+def test_requests_that_were_sent_before_are_counted_also_where_they_are_refused(start: Start) -> None:
+    _, dealer = start()
+    for attempt, model in ((1, "mlp"), (2, "mlp"), (3, "nobody"), (1, "mlp")):
+        dealer.predict(rows(1, fill=ANSWER), model=model, attempt=attempt)
+        dealer.receive()
+    report = dealer.health()
+    assert (report.requests, report.resent) == (4, 2)
+
+
 def test_requests_of_a_lost_device_that_wait_run_elsewhere(start: Start) -> None:
     _, dealer = start()
     held = dealer.predict(rows(1, fill=HOLD), model="mlp")

@@ -1,7 +1,7 @@
 """`tnxctl`: asks a TensorNext daemon, from a shell.
 
-health.py, models.py, metadata.py, predict.py, bench/, reload.py, completion.py
-                one sub-command each, imported when it is called
+health.py, models.py, metadata.py, predict.py, bench/, reload.py, whoami.py, clients.py, keys.py,
+completion.py   one sub-command each, imported when it is called
 options.py      options that they share         exits.py        exit codes
 sources.py      what --input may be             inputs.py       random inputs
 tensorfiles.py  .npy and .npz                   textfiles.py    JSON and CSV
@@ -30,7 +30,7 @@ from tnxctl.cli.groups import Group
 from tnxctl.cli.interrupts import heed_sigterm
 from tnxctl.protocol.errors import TensorNextError
 
-_COMMANDS = ("health", "models", "metadata", "predict", "bench", "reload", "completion")
+_COMMANDS = ("health", "models", "metadata", "predict", "bench", "reload", "whoami", "clients", "keys", "completion")
 
 
 class _Tool(Group):
@@ -94,7 +94,7 @@ Shell completion: tnxctl completion --help
 @click.group(
     cls=_Tool, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
-@options.host(expose_value=False)
+@options.host(several=True, expose_value=False)
 @click.version_option(tnxctl.__version__, prog_name="tnxctl", message="%(prog)s %(version)s")
 @click.pass_context
 def main(ctx: click.Context) -> None:

@@ -90,9 +90,10 @@ def _lines(report: HealthReport, endpoint: str, round_trip_ms: float) -> Iterato
     yield ""
     yield from _models(report.models, width)
     yield ""
+    again = f", {report.resent} sent again" if report.resent else ""
     yield (
         f"{report.requests} requests, {report.replies} replies, {sum(report.errors.values())} errors, "
-        f"{report.undeliverable} undeliverable, {report.abandoned} abandoned"
+        f"{report.undeliverable} undeliverable, {report.abandoned} abandoned{again}"
     )
     predictions = f"; predicted times are off by {report.prediction_error_us:.0f} µs" if report.replies else ""
     yield f"{report.queued} waiting, {report.running} running{predictions}"

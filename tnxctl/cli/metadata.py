@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tnxctl.cli import output, suggestions, text
-from tnxctl.cli.options import common
+from tnxctl.cli.options import common_of_several
 
 if TYPE_CHECKING:
     from tnxctl.protocol.wire import ModelInfo
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @click.command("metadata", short_help="Show the inputs and outputs of a model.")
 @click.argument("model", default="", metavar="[NAME[@VERSION]]", shell_complete=suggestions.models)
-@common
-def command(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
+@common_of_several
+def command(model: str, endpoints: list[str], timeout: float, as_json: bool) -> None:
     """Show the inputs and outputs of a model: names, datatypes and shapes. Without NAME: the default model. Without
     VERSION: the version that gets most of the requests.
 
@@ -32,10 +32,10 @@ def command(model: str, endpoint: str, timeout: float, as_json: bool) -> None:
     """
     from tnxctl.client import Client
 
-    with Client(endpoint, timeout=timeout) as client:
+    with Client(endpoints, timeout=timeout) as client:
         info = client.metadata(model)
     if as_json:
-        output.write_json({"endpoint": endpoint, **output.model_document(info)})
+        output.write_json({"endpoint": client.endpoint, **output.model_document(info)})
     else:
         click.echo("\n".join((state(info), *text.remarks([info]), "", *signature(info))))
 

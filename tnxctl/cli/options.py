@@ -59,33 +59,48 @@ def inherited(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
     tnxctl models --host 192.168.1.100 show resnet
     """
-    key = f"tnxctl.{param.name}"
+    key = f"tnxctl.{param.opts[0]}"
     if ctx.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE:
         ctx.meta[key] = value
     return ctx.meta.get(key, value)
 
 
-def _endpoint(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """The endpoint that ZeroMQ connects to, made of what --host takes; None where no host is given."""
+def _endpoints(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
+    """The endpoints that ZeroMQ connects to, made of what --host takes; None where no host is given."""
     given = inherited(ctx, param, value)
     if given is None:
         return None
-    from tnxctl.endpoint import parse_endpoint
+    from tnxctl.endpoint import parse_endpoints
 
     try:
-        return parse_endpoint(given)
+        return parse_endpoints(given.split(","))
     except InvalidArgument as error:
         raise click.BadParameter(error.message, param=param) from None
 
 
-def host(**settings: Any) -> Callable[[_Command], _Command]:
-    """--host, with further settings of an option of click's."""
+def _endpoint(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """The same for a command that is about one daemon."""
+    found = _endpoints(ctx, param, value)
+    if found is not None and len(found) > 1:
+        raise click.BadParameter(
+            f"{ctx.command_path} is about one daemon, and these are {len(found)}: ask each by itself.", param=param
+        )
+    return None if found is None else found[0]
+
+
+def host(*, several: bool = False, **settings: Any) -> Callable[[_Command], _Command]:
+    """--host, with further settings of an option of click's.
+
+    Args:
+        several: whether it takes several addresses; the command gets a list of them then.
+    """
     return click.option(
         "--host",
-        "endpoint",
-        callback=_endpoint,
-        metavar="HOST",
-        help="Where the daemon is: ip, ip:port, hostname, tcp://... or ipc://...",
+        "endpoints" if several else "endpoint",
+        callback=_endpoints if several else _endpoint,
+        metavar="HOST[,HOST...]" if several else "HOST",
+        help="Where the daemon is: ip, ip:port, hostname, tcp://... or ipc://..."
+        + ("; or several daemons that serve the same models, of which any may answer." if several else ""),
         **settings,
     )
 
@@ -95,13 +110,18 @@ def common(command: _Command) -> _Command:
     return _daemon(command, DEFAULT_TIMEOUT_S, "Longest wait for the answer to a request.")
 
 
+def common_of_several(command: _Command) -> _Command:
+    """The same for a command that any of several daemons may serve."""
+    return _daemon(command, DEFAULT_TIMEOUT_S, "Longest wait for the answer to a request.", several=True)
+
+
 def slow(command: _Command) -> _Command:
     """The same for a command that waits for a daemon's work."""
     what = f"Longest wait until the daemon is done, at most {DEFAULT_TIMEOUT_S:g} of it until it is reached."
     return _daemon(command, LOAD_TIMEOUT_S, what)
 
 
-def _daemon(command: _Command, timeout: float, what: str) -> _Command:
+def _daemon(command: _Command, timeout: float, what: str, several: bool = False) -> _Command:
     command = click.option(
         "--timeout",
         type=Duration(),
@@ -111,7 +131,7 @@ def _daemon(command: _Command, timeout: float, what: str) -> _Command:
         metavar="DURATION",
         help=what,
     )(as_json(command))
-    return host(envvar="TNX_HOST", show_envvar=True, default="127.0.0.1", show_default=True)(command)
+    return host(several=several, envvar="TNX_HOST", show_envvar=True, default="127.0.0.1", show_default=True)(command)
 
 
 def as_json(command: _Command) -> _Command:

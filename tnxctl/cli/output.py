@@ -50,11 +50,17 @@ def model_document(model: ModelInfo) -> dict[str, Any]:
     }
 
 
-def report_document(report: Struct) -> dict[str, Any]:
-    """A report for --json, without what only the protocol needs."""
+def plain(struct: Struct) -> dict[str, Any]:
+    """A struct for --json."""
     import msgspec
 
-    document: dict[str, Any] = msgspec.to_builtins(report)
+    document: dict[str, Any] = msgspec.to_builtins(struct)
+    return document
+
+
+def report_document(report: Struct) -> dict[str, Any]:
+    """A report for --json, without what only the protocol needs."""
+    document = plain(report)
     for frame_field in ("type", "v", "id"):
         del document[frame_field]
     return document

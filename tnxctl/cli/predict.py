@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("predict", short_help="Ask a model for predictions.")
-@options.common
+@options.common_of_several
 @options.request(
     no_device="as --prefer-gpu says",
     missed="A request that cannot make it is refused.",
@@ -67,6 +67,12 @@ if TYPE_CHECKING:
     help="Requests outstanding at a time.",
 )
 @click.option(
+    "--hedge",
+    is_flag=True,
+    help="With several daemons: send a request that takes longer than 95 % of those before it to a second one as well, "
+    "and take the earlier answer. At most 5 % of the requests are.",
+)
+@click.option(
     "--explain",
     is_flag=True,
     help="Show why each request ran where it did, and its predicted time against the real one.",
@@ -74,7 +80,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(
     ctx: click.Context,
-    endpoint: str,
+    endpoints: list[str],
     timeout: float,
     as_json: bool,
     model: str,
@@ -92,6 +98,7 @@ def command(
     seed: int,
     count: int,
     concurrency: int,
+    hedge: bool,
     explain: bool,
 ) -> None:
     """Ask a model for predictions and show where and how fast they ran.
@@ -110,6 +117,7 @@ def command(
     \b
     Examples:
       tnxctl predict --host 192.168.1.100 --count 5
+      tnxctl predict --host gpu-1,gpu-2 --count 1000 --concurrency 16 --hedge
       tnxctl predict --no-prefer-gpu
       tnxctl predict --prefer-gpu --min-gpu-memory 10000.0
       tnxctl predict --device auto --deadline 50ms --explain
@@ -122,6 +130,8 @@ def command(
       tnxctl predict --count 1000 --concurrency 16
       tnxctl predict --json | jq .round_trip_ms.p50
     """
+    if hedge and len(endpoints) < 2:
+        raise click.UsageError("--hedge sends copies to another daemon: --host names one")
     _check_use(as_json, input_path, cast, output_path, batch_size, input_dim, count)
     source = None if input_path is None else sources.read(input_path)
 
@@ -132,7 +142,7 @@ def command(
     tally = Tally(count, concurrency)
     people = sys.stderr if output_path == tensorfiles.STANDARD else sys.stdout
     with tensorfiles.destination(output_path) as write:
-        with Client(endpoint, timeout=timeout) as client:
+        with Client(endpoints, timeout=timeout, hedge=hedge) as client:
             if source is None:
                 signature = inputs.known(client.metadata(model))
                 tensors = inputs.random_inputs(signature, batch_size=batch_size, input_dim=input_dim, seed=seed)
@@ -156,7 +166,8 @@ def command(
             if not isinstance(answer.outcome, TensorNextError):
                 write(answer.outcome.outputs)
     if as_json:
-        output.write_json({"endpoint": endpoint, **report.document(tally)})
+        sent = {} if client.traffic is None else {"traffic": output.plain(client.traffic)}
+        output.write_json({"endpoint": client.endpoint, **sent, **report.document(tally)})
     else:
         click.echo("\n".join(report.summary(tally, explain)), people)
     if tally.interrupt is not None or tally.failed or tally.unknown:

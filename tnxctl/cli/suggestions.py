@@ -7,7 +7,7 @@ are no suggestions, and no error: a shell waits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -66,7 +66,8 @@ def _ask(ctx: click.Context, question: Callable[[Client], tuple[T, ...]]) -> tup
     from tnxctl.endpoint import DEFAULT_ENDPOINT
     from tnxctl.protocol.errors import TensorNextError
 
-    endpoint: Any = ctx.params.get("endpoint") or ctx.meta.get("tnxctl.endpoint") or DEFAULT_ENDPOINT
+    several: list[str] = ctx.params.get("endpoints") or ctx.meta.get("tnxctl.--host", "").split(",")
+    endpoint: str = ctx.params.get("endpoint") or several[0] or DEFAULT_ENDPOINT
     try:
         with Client(endpoint, timeout=_TIMEOUT_S) as client:
             return question(client)

@@ -193,10 +193,12 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
             the queue because their client was gone.
         prediction_error_us: how far the predictions of the last requests were off, on average.
         max_message_bytes: most bytes that all tensors of a request may have together; 0: not told.
-        connections: now. connections_refused: not let in, since their client had too many. connections_cut: ended by
-            the daemon, since they took too much of what is everybody's.
+        connections: now. connections_refused: not let in, since their client had too many, or no key that may connect.
+            connections_cut: ended by the daemon, since they took too much of what is everybody's, their key was taken
+            back, or an admin wanted it.
         traffic_mb: memory in MiB of what is received, in flight and owed. traffic_limit_mb: the most that it may be.
         traffic_owed_mb: of this, replies that clients have not taken yet.
+        resent: predict requests, of all `requests`, that had been sent before, as their headers say.
     """
 
     v: Version
@@ -224,6 +226,7 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
     traffic_mb: float = 0.0
     traffic_limit_mb: float = 0.0
     traffic_owed_mb: float = 0.0
+    resent: int = 0
 
 
 class MetadataReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata"):
@@ -311,6 +314,107 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
     last_error: str = ""
 
 
+class Identity(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="whoami"):
+    """Answer to `WhoAmI`.
+
+    Attributes:
+        name: of the client: that of its key, `uid:` and a number on ipc://, or else its address.
+        by: what the name was told by: "key", "user" or "address".
+        role: "observe", "predict" or "admin".
+        address: where this connection comes from. connections: of this client, this one among them.
+        max_requests: most requests in flight. max_mb: of their inputs, in MiB. rate: requests a second; 0: no limit.
+        share: of the lanes while others want them too, relative to theirs.
+    """
+
+    v: Version
+    id: Id
+    name: str
+    by: str
+    role: str
+    address: str
+    connections: int
+    max_requests: int
+    max_mb: float
+    rate: float = 0.0
+    share: float = 1.0
+
+
+class ClientInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One client that is connected.
+
+    Attributes:
+        name, by: as in `Identity`.
+        role: the highest of its connections; "" while nothing came of them.
+        addresses: of its connections, eight at most.
+        connections: open ones. connected_s: seconds since the first of them said something.
+        requests: predict requests taken in, since the daemon knows the client. in_flight: of these, not answered yet.
+        received_bytes: of its messages.
+    """
+
+    name: str
+    by: str
+    role: str
+    addresses: tuple[str, ...]
+    connections: int
+    connected_s: float
+    requests: int
+    in_flight: int
+    received_bytes: int
+
+
+class ClientsReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="clients"):
+    """Answer to `Clients`.
+
+    Attributes:
+        clients: those with most requests first, 1,000 at most. total: how many there are.
+    """
+
+    v: Version
+    id: Id
+    clients: tuple[ClientInfo, ...]
+    total: int
+
+
+class KickReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="kick"):
+    """Answer to `Kick`. Attributes: connections: number of those that were ended."""
+
+    v: Version
+    id: Id
+    connections: int
+
+
+class KeyInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One key that may connect.
+
+    Attributes:
+        name, role: as the file says. key: the public key, 40 characters of Z85.
+        connections: open ones of this key that have said something.
+        max_requests, max_mb, rate, share: as in `Identity`.
+    """
+
+    name: str
+    role: str
+    key: str
+    connections: int
+    max_requests: int
+    max_mb: float
+    rate: float = 0.0
+    share: float = 1.0
+
+
+class KeysReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="keys"):
+    """Answer to `Keys`.
+
+    Attributes:
+        keys: in the order of the file, 1,000 at most. total: how many there are.
+    """
+
+    v: Version
+    id: Id
+    keys: tuple[KeyInfo, ...]
+    total: int
+
+
 class ErrorReply(
     msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="error", omit_defaults=True, gc=False
 ):
@@ -330,4 +434,16 @@ class ErrorReply(
     retry_after_us: float | None = None
 
 
-Reply = Result | HealthReport | MetadataReport | ModelsReport | ReloadReport | Comparison | ErrorReply
+Reply = (
+    Result
+    | HealthReport
+    | MetadataReport
+    | ModelsReport
+    | ReloadReport
+    | Comparison
+    | Identity
+    | ClientsReport
+    | KickReport
+    | KeysReport
+    | ErrorReply
+)

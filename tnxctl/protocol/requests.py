@@ -36,6 +36,7 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
         route_key: requests with the same key go to the same version while traffic is split; "": those of one
             connection do.
         max_reply_bytes: most bytes that all tensors of the answer may have together.
+        attempt: 1 for a request that is sent for the first time, one more with each time that it is sent again.
     """
 
     v: Version
@@ -50,6 +51,7 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     priority: Annotated[int, msgspec.Meta(ge=0, le=LOWEST_PRIORITY)] | None = None
     route_key: Name = ""
     max_reply_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = MESSAGE_BYTES
+    attempt: Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)] = 1
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="cancel", gc=False):
@@ -149,4 +151,54 @@ class Compare(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     candidate: Title
 
 
-Request = Predict | Cancel | Health | Metadata | Models | Load | Unload | Route | Reload | Compare
+class WhoAmI(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="whoami", gc=False):
+    """Ask who the daemon takes this peer for, and what it may do. Answered with `Identity`."""
+
+    v: Version
+    id: Id
+
+
+class Clients(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="clients", gc=False):
+    """Ask who is connected. Answered with `ClientsReport`."""
+
+    v: Version
+    id: Id
+
+
+class Kick(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="kick", gc=False):
+    """End all connections of a client but the one that asks. Answered with `KickReport`.
+
+    It may come back at once; to keep it out, take its key off the list.
+
+    Attributes:
+        client: its name, as in `ClientsReport`.
+    """
+
+    v: Version
+    id: Id
+    client: Name
+
+
+class Keys(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="keys", gc=False):
+    """Ask which keys may connect. Answered with `KeysReport`."""
+
+    v: Version
+    id: Id
+
+
+Request = (
+    Predict
+    | Cancel
+    | Health
+    | Metadata
+    | Models
+    | Load
+    | Unload
+    | Route
+    | Reload
+    | Compare
+    | WhoAmI
+    | Clients
+    | Kick
+    | Keys
+)

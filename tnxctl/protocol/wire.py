@@ -7,6 +7,7 @@ A message is one msgpack header followed by one raw frame per tensor, little-end
     fields      types of fields
     requests    headers of requests
     replies     headers of replies
+    roles       who may ask for what
 
 `frames` is about the tensors. Both halves of TensorNext import this module, `tnxctl health` too, so it stays light.
 
@@ -45,10 +46,16 @@ from tnxctl.protocol.limits import (
     split_title,
 )
 from tnxctl.protocol.replies import (
+    ClientInfo,
+    ClientsReport,
     Comparison,
     DeviceInfo,
     ErrorReply,
     HealthReport,
+    Identity,
+    KeyInfo,
+    KeysReport,
+    KickReport,
     MetadataReport,
     ModelInfo,
     ModelsReport,
@@ -64,8 +71,11 @@ from tnxctl.protocol.replies import (
 )
 from tnxctl.protocol.requests import (
     Cancel,
+    Clients,
     Compare,
     Health,
+    Keys,
+    Kick,
     Load,
     Metadata,
     Models,
@@ -74,7 +84,9 @@ from tnxctl.protocol.requests import (
     Request,
     Route,
     Unload,
+    WhoAmI,
 )
+from tnxctl.protocol.roles import LEAST_ROLES, Role
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -83,6 +95,7 @@ __all__ = [
     "BYTES",
     "DEFAULT_PORT",
     "DEFAULT_PRIORITY",
+    "LEAST_ROLES",
     "LOWEST_PRIORITY",
     "MAX_CLOCK_US",
     "MAX_DEADLINE_US",
@@ -96,12 +109,21 @@ __all__ = [
     "MODEL_VERSION",
     "VERSION",
     "Cancel",
+    "ClientInfo",
+    "Clients",
+    "ClientsReport",
     "Compare",
     "Comparison",
     "DeviceInfo",
     "ErrorReply",
     "Health",
     "HealthReport",
+    "Identity",
+    "KeyInfo",
+    "Keys",
+    "KeysReport",
+    "Kick",
+    "KickReport",
     "Limits",
     "Load",
     "Metadata",
@@ -119,11 +141,13 @@ __all__ = [
     "Reply",
     "Request",
     "Result",
+    "Role",
     "Route",
     "StepTiming",
     "TensorSpec",
     "Timing",
     "Unload",
+    "WhoAmI",
     "check_name",
     "check_version",
     "decode_reply",

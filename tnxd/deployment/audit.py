@@ -1,7 +1,8 @@
 """Audit: one request of a batch now and then is computed again, alone, and compared with what it was answered.
 
 Loading a version proves on two examples that a batch gives each request what it would have got alone, and that no
-request leaves anything behind. The audit goes on looking, at real traffic, in idle time.
+request leaves anything behind; of a variant, on a few more, that it answers as the network does. The audit goes on
+looking, at real traffic, in idle time: it is the network as it is that computes again.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _PATIENCE = 3
 _FORGETS_AFTER = 100
 
 
-OnMixing = Callable[[Version, str, str], None]
-"""Called with a version, the key of the model that was asked, and how its requests change each other's answers."""
+OnDifference = Callable[[Version, str, str], None]
+"""Called with a version, the key of the model that was asked, and how an answer of it is another than it should be."""
 
 
 class Audit:
@@ -37,8 +38,13 @@ class Audit:
         skipped: those that found no moment.
     """
 
-    def __init__(self, version: Version, share: float, on_mixing: OnMixing) -> None:
-        """Args: share: of the batches, more than 0. on_mixing: called when batches have to end, with the reason."""
+    plain = True
+
+    def __init__(self, version: Version, share: float, on_mixing: OnDifference, on_variant: OnDifference) -> None:
+        """Args:
+        share: of the batches, more than 0.
+        on_mixing: called when batches have to end. on_variant: called when a variant has to go.
+        """
         self.version = version
         self.checked = 0
         self.differing = 0
@@ -46,6 +52,7 @@ class Audit:
         self._every = max(round(1 / share), 1)
         self._left = [0, 0]  # batches of one request until the next one is checked; those of several
         self._on_mixing = on_mixing
+        self._on_variant = on_variant
         self._doubts = 0
 
     def offer(self, execution: Execution, background: Background) -> None:
@@ -58,7 +65,8 @@ class Audit:
         self._left[several] = self._every - 1
         answered = [place for place, outcome in enumerate(execution.outcomes) if isinstance(outcome, tuple)]
         if answered:
-            background.offer(_one(execution, answered[self.checked % len(answered)]), self.version, self)
+            one = _one(execution, answered[self.checked % len(answered)], self.version.variant)
+            background.offer(one, self.version, self)
 
     def skip(self, requests: int) -> None:
         self.skipped += requests
@@ -85,17 +93,26 @@ class Audit:
         self._doubts += 1 if found.counted else _PATIENCE
         company = original.company
         log.error(
-            "audit of %s: a request %swas computed again, and has another answer: %s",
-            *(self.version.title, f"from a batch of {company} " if company > 1 else "", found.text),
+            "audit of %s: a request %s%swas computed again, and has another answer: %s",
+            *(self.version.title, f"from a batch of {company} " if company > 1 else "", _by(original), found.text),
         )
-        if company > 1 and self._doubts >= _PATIENCE:
+        if self._doubts < _PATIENCE:
+            return
+        if original.variant:  # if it was for the company, later ones will tell
+            self._doubts = 0
+            self._on_variant(self.version, model.key, f"{original.variant} answered otherwise: {found.text}")
+        elif company > 1:
             self._on_mixing(
                 self.version, model.key, f"a request in a batch was answered otherwise than alone: {found.text}"
             )
 
 
-def _one(execution: Execution, place: int) -> Answered:
-    """One request of a batch, without the memory of the others."""
+def _by(original: Answered) -> str:
+    return f"that {original.variant} answered " if original.variant else ""
+
+
+def _one(execution: Execution, place: int, variant: str) -> Answered:
+    """One request of a batch, without the memory of the others. Args: variant: that answered, see `Answered`."""
     outcome = execution.outcomes[place]
     assert isinstance(outcome, tuple)
     if len(execution.items) > 1:  # its outputs are views of those of all
@@ -108,4 +125,5 @@ def _one(execution: Execution, place: int) -> Answered:
         [outcome],
         len(execution.items),
         execution.latency_us,
+        variant,
     )

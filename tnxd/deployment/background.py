@@ -30,7 +30,13 @@ _MAX_WAITING_BYTES = 64 * MIB
 
 
 class Purpose(Protocol):
-    """A reason to compute batches again."""
+    """A reason to compute batches again.
+
+    Attributes:
+        plain: whether that is for the network as it is, whatever variant of it serves.
+    """
+
+    plain: bool
 
     def compare(self, copy: Copy) -> None:
         """Compare the outcome of a copy with the answers that were sent. Called on a thread of its own."""
@@ -46,6 +52,7 @@ class Answered:
     Attributes:
         model: the model that answered. items, rows, group, outcomes: as in `Execution`, of these requests alone.
         company: number of requests in the batch. latency_us: of its forward, in microseconds.
+        variant: name of the variant of the network that answered; "": the network as it is, or that does not matter.
     """
 
     model: Model
@@ -55,6 +62,7 @@ class Answered:
     outcomes: Sequence[Outcome]
     company: int
     latency_us: float
+    variant: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +85,7 @@ class Copy(Execution):
 
     def __init__(self, batch: Batch, waiting: _Waiting, rows: Sequence[int], group: tuple[int, ...]) -> None:
         items = waiting.original.items[: len(rows)]
-        super().__init__(batch.lane, batch.max_rows, waiting.model, items, rows, group)
+        super().__init__(batch.lane, batch.max_rows, waiting.model, items, rows, group, plain=waiting.purpose.plain)
         self.original = waiting.original
         self.version = waiting.version
         self.purpose = waiting.purpose

@@ -84,6 +84,8 @@ class Lifecycle:
         failures: dict[str, str] = {}
         try:
             model: Model = yield partial(version.source.open, version.generation)
+            if version.given_up:
+                model = replace(model, variants=())
             if isinstance(model, Pipeline):
                 self._check_room_for_steps(model)
                 model = pipelines.assembled(self._registry, model)
@@ -173,6 +175,7 @@ class Lifecycle:
             *model.notes,
             *_notes(reports),
             *((f"no batches: {version.mixes}",) if version.mixes else ()),
+            *((f"optimize: the network runs as it is, since {version.given_up}",) if version.given_up else ()),
             *(f"not on {name}: {why}" for name, why in failures.items()),
         )
         version.trials = reports
@@ -288,11 +291,21 @@ class Lifecycle:
         if not model.audit or any(report.serial or report.random for report in reports):
             self.audits.pop(version, None)
         elif version not in self.audits:
-            self.audits[version] = Audit(version, model.audit, self._end_batches)
+            self.audits[version] = Audit(version, model.audit, self._end_batches, self._give_up_variant)
 
     def _end_batches(self, version: Version, key: str, why: str) -> None:
         """Called by an audit, on another thread."""
         self._call_soon(partial(version.end_batches, key, why))
+
+    def _give_up_variant(self, version: Version, key: str, why: str) -> None:
+        """Called by an audit, on another thread."""
+
+        def give_up() -> None:
+            if version.give_up_variant(key, why):
+                for executor in self._executors.values():
+                    executor.give_up_variant(key)
+
+        self._call_soon(give_up)
 
 
 def _check_successor(serving: Version, version: Version, model: Model) -> None:

@@ -228,8 +228,11 @@ class Reconciler:
     def _unload_title(self, title: str) -> Operation[str]:
         name, number = split_title(title)
         deployment = self._registry.deployment(name)
-        if number and (state := deployment.version(number).state) in (UNLOADED, FAILED):
+        state = deployment.version(number).state if number else ""
+        if state == FAILED:
             raise FailedPrecondition(f"model {title!r} is {state}")
+        if state == UNLOADED:  # asked for a second time, perhaps, by somebody who has not heard of the first
+            return name
         for step in plan_unload(deployment, [number] if number else deployment.versions):
             yield from self._carry_out(step, deployment, Changes())
         return name

@@ -128,6 +128,8 @@ class _Tally:
     `skipped` is the loop's; the rest is written by the thread that compares, and read by the loop.
     """
 
+    plain = False
+
     def __init__(self, baseline: Model, candidate: Model) -> None:
         self._baseline = baseline
         self._candidate = candidate

@@ -35,6 +35,7 @@ class Version:
         came_back: when it was last loaded for a request after it had been evicted, by the monotonic clock.
         notes: what an operator should know. trials: what loading it showed, by device.
         mixes: why its requests run alone, though loading it did not show that they must; else "".
+        given_up: why no variant of its network runs, though loading it found one; else "".
         unserved: why a pipeline that is READY cannot be served now: a step is not there; else "".
     """
 
@@ -42,6 +43,7 @@ class Version:
         "came_back",
         "error",
         "generation",
+        "given_up",
         "last_used",
         "load_s",
         "loading",
@@ -68,6 +70,7 @@ class Version:
         self.notes: tuple[str, ...] = ()
         self.trials: Mapping[str, LoadReport] = {}
         self.mixes = ""
+        self.given_up = ""
         self.unserved = ""
         self.came_back = float("-inf")
 
@@ -103,6 +106,28 @@ class Version:
         self.model = self.model.singly()
         self.notes = (*self.notes, f"no batches any more: {why}")
         log.error("%s: its requests run alone from now on: %s", self.title, why)
+
+    @property
+    def variant(self) -> str:
+        """Name of the variant of the network that runs, on one device at least; "" if there is none."""
+        return next((trial.variant for trial in self.trials.values() if trial.variant), "")
+
+    def give_up_variant(self, key: str, why: str) -> bool:
+        """Note that the network runs as it is from now on, if it is still the model of that key that serves.
+
+        Args:
+            why: how the variant answered otherwise.
+
+        Returns:
+            Whether there was a variant.
+        """
+        if self.model is None or self.model.key != key or not self.variant:
+            return False
+        self.given_up = why
+        self.trials = {name: trial._replace(variant="") for name, trial in self.trials.items()}
+        self.notes = (*self.notes, f"optimize: the network runs as it is now, since {why}")
+        log.error("%s: the network runs as it is from now on: %s", self.title, why)
+        return True
 
     @property
     def servable(self) -> bool:

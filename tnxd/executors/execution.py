@@ -37,6 +37,7 @@ class Execution:
             in all items. rows: their lengths along axis 0.
         group: lengths of the variable axes, the same for all items.
         threads: that work on it, on a CPU.
+        plain: whether the network runs as it is, whatever variant of it serves.
         outcomes: per request, filled by the executor.
         started_ns, finished_ns: of the monotonic clock (`time.perf_counter_ns`), in nanoseconds.
         gather_us, h2d_us, compute_us, d2h_us: stages in microseconds; they sum to finished - started.
@@ -55,6 +56,7 @@ class Execution:
     rows: Sequence[int]
     group: tuple[int, ...]
     threads: int = 1
+    plain: bool = False
     outcomes: list[Outcome] = field(default_factory=list)
     started_ns: int = 0
     finished_ns: int = 0
@@ -97,6 +99,7 @@ class LoadReport(NamedTuple):
             all were tried.
         examples: shapes of the inputs that were tried, where these are not those of the model.
         notes: sentences for an operator.
+        variant: name of the variant of the network that runs; "": it runs as it is.
     """
 
     costs: list[tuple[int, float]]
@@ -115,6 +118,7 @@ class LoadReport(NamedTuple):
     notes: tuple[str, ...] = ()
     joins: bool = False
     padded: Sequence[tuple[int, int, float]] = ()
+    variant: str = ""
 
 
 class Executor(Protocol):
@@ -145,6 +149,9 @@ class Executor(Protocol):
 
     def unload(self, key: str) -> None:
         """Free the memory of the model of that key. None of its batches may be waiting or running. Blocks."""
+
+    def give_up_variant(self, key: str) -> None:
+        """Have the network of the model of that key run as it is from now on, where a variant of it does."""
 
     def forget_inline(self, key: str) -> None:
         """Free the buffers that the calling thread keeps for `run_inline` of the model of that key."""

@@ -17,6 +17,7 @@ from tnxd.executors.optimizer import Attempt, Optimizer
 from tnxd.executors.optimizer import notes as optimization_notes
 from tnxd.executors.runner import Runner
 from tnxd.executors.runner_calls import RunnerCalls
+from tnxd.executors.substitute import Substitute
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.held import Held, memory
@@ -85,6 +86,7 @@ class Loading:
         self._arrange = arrange
         self._optimizer = optimizer
         self._notes: list[str] = []
+        self._variant = ""
         self._built = [self._build()]
         self._nbytes = _nbytes(self._built[0])
 
@@ -148,6 +150,7 @@ class Loading:
             notes=(*dict.fromkeys(notes), *verdict.notes),
             joins=verdict.model.joins,
             padded=warmed.padded,
+            variant=self._variant,
         )
 
     def _ready(self, lane: Lane, built: list[torch.nn.Module], verdict: Verdict) -> tuple[Verdict, torch.nn.Module]:
@@ -219,12 +222,17 @@ class Loading:
         taken = attempts[0] if attempts and attempts[0].module is not None else None
         if taken is not None:
             assert taken.module is not None
-            calls = lane_calls(taken.module, verdict)
+            # A variant of torch holds the network, over its own weights; one of another runtime does not.
+            own = getattr(taken.module, "network", None)
+            plain = before if own is None else lane_calls(own, verdict)
+            device = lane.runner.torch_device
+            calls = lane_calls(Substitute(taken.module, before() if own is None else own, device), verdict)
             apart = self._apart(lane, calls, verdict)
             if not apart:
-                self._calls.install(key, calls)
+                self._calls.install(key, calls, plain)
                 faster = lane.call(lambda runner: self._grow(runner, verdict))
                 if not faster.mixes:
+                    self._variant = taken.name
                     return faster, optimization_notes(attempts, taken)
                 self._calls.install(key, before)
                 apart = faster.mixes

@@ -127,6 +127,9 @@ class LanePool:
                     lane.call(lambda runner: run_example(runner, served, item, self.teams.threads))
                 lane.call(lambda runner: run_example(runner, served, item))
 
+    def give_up_variant(self, key: str) -> None:
+        self._calls.give_up_variant(key)
+
     def unload(self, key: str) -> None:
         self._calls.forget(key)
         self._examples.pop(key, None)

@@ -40,12 +40,14 @@ class Runner(ABC):
 
     Attributes:
         calls: key of a model -> its call, see `tnxd.executors.trial.copies`. Other threads change it.
+        plain_calls: the same of the network as it is, where a variant of it runs.
     """
 
     def __init__(self, device: str, staging: Staging) -> None:
         self.device = device
         self.torch_device = torch.device(device)
         self.calls: dict[str, Call] = {}
+        self.plain_calls: dict[str, Call] = {}
         self.staging = staging
         self._inference_mode = torch.inference_mode()
 
@@ -63,6 +65,15 @@ class Runner(ABC):
         Returns:
             One C-contiguous array `[rows, ...]` per output, in memory that no later batch writes.
         """
+
+    def call(self, execution: Execution) -> Call:
+        """The call that an execution is for."""
+        key = execution.model.key
+        if execution.plain:
+            plain = self.plain_calls.get(key)
+            if plain is not None:  # else it was given up, or there is none
+                return plain
+        return self.calls[key]
 
     def is_lost(self) -> bool:
         """Whether the device is lost for good. Asked after an accelerator's error."""

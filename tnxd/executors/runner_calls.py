@@ -1,4 +1,8 @@
-"""Calls of the models of a device: one of each for every runner, also for runners and models that come later."""
+"""Calls of the models of a device: one of each for every runner, also for runners and models that come later.
+
+Where a variant runs in the place of a network, there are two: what answers, and the network as it is, by which the
+variant can be judged, and which takes over where the variant is given up.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,17 @@ from collections.abc import Callable
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.copies import Call
 
+Maker = Callable[[], Call]
+"""Maker of the calls of a model, one for each runner."""
+
 
 class RunnerCalls:
     """Calls of the models of a device. Any thread may use it."""
 
     def __init__(self) -> None:
         self._runners: list[Runner] = []
-        self._calls: dict[str, Callable[[], Call]] = {}
+        self._calls: dict[str, Maker] = {}
+        self._plain: dict[str, Maker] = {}
 
     def add(self, runner: Runner) -> None:
         """Give a runner calls of its own for all models, those that come later included."""
@@ -21,23 +29,43 @@ class RunnerCalls:
         self._runners.append(runner)
         for key, call in list(self._calls.items()):
             runner.calls[key] = call()
+        for key, call in list(self._plain.items()):
+            runner.plain_calls[key] = call()
 
     def remove(self, runner: Runner) -> None:
         """Give a runner no more calls."""
         self._runners.remove(runner)
 
-    def install(self, key: str, call: Callable[[], Call]) -> None:
-        """Give every runner its call for a model."""
+    def install(self, key: str, call: Maker, plain: Maker | None = None) -> None:
+        """Give every runner its call for a model. Args: plain: of the network, if `call` is that of a variant."""
         self._calls[key] = call
         for runner in list(self._runners):
             runner.calls[key] = call()
+        if plain is None:
+            self._forget_plain(key)
+            return
+        self._plain[key] = plain
+        for runner in list(self._runners):
+            runner.plain_calls[key] = plain()
 
-    def installed(self, key: str) -> Callable[[], Call]:
+    def installed(self, key: str) -> Maker:
         """Maker of the calls for a model."""
         return self._calls[key]
+
+    def give_up_variant(self, key: str) -> None:
+        """Give every runner the call of the network as it is, where there is a variant."""
+        plain = self._plain.get(key)
+        if plain is not None:
+            self.install(key, plain)
 
     def forget(self, key: str) -> None:
         """Take the calls for a model from all runners."""
         self._calls.pop(key, None)
         for runner in list(self._runners):
             runner.calls.pop(key, None)
+        self._forget_plain(key)
+
+    def _forget_plain(self, key: str) -> None:
+        self._plain.pop(key, None)
+        for runner in list(self._runners):
+            runner.plain_calls.pop(key, None)

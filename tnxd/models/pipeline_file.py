@@ -27,9 +27,9 @@ from typing import Annotated
 
 import msgspec
 
+from tnxctl.files import tomlfile
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.wire import MAX_TENSORS, excerpt, split_title
-from tnxd import tomlfile
 from tnxd.models.settings import MAX_NAME
 
 MAX_STEPS = 64

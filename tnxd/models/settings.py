@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from tnxctl.files import tomlfile
 from tnxctl.protocol.datatypes import STORAGE
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.wire import DEFAULT_PRIORITY, LOWEST_PRIORITY, MAX_DEADLINE_US, MAX_DIM, MAX_WEIGHT, TensorSpec
-from tnxd import tomlfile
 from tnxd.device_kinds import DEVICE, DEVICES
 
 MAX_NAME = 256

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 
+from tnxctl.files.reading import MOST_TEXT, kind, open_file, read_open
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, PermissionDenied
-from tnxd.files import MOST_TEXT, kind, open_file, read_open
 
 MANIFEST = "SHA256SUMS"
 

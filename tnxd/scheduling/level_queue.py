@@ -47,6 +47,7 @@ class LevelQueue:
         connection = self.connections.get(key)
         if connection is None:
             connection = self.connections[key] = ConnectionQueue(*key)
+            self.turns.set_share(request.client, request.share)
         entry = (request.due_ns, request.serial, request)
         if connection.add(entry):
             self.turns.offer(*key, request.due_ns, request.serial)

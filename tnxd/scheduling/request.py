@@ -22,7 +22,7 @@ class Request(msgspec.Struct, eq=False, gc=False):
         group: requests share a batch only if model and group are equal.
         rows, nbytes: size of the inputs. Where requests of different lengths share batches, rows are tokens.
         client, peer: whose it is, and the connection it came by; clients share a device fairly, and so do the
-            connections of one.
+            connections of one. share: of the client's turns, relative to those of others.
         wanted: "" to go by prefer_gpu and min_gpu_memory_mb, "auto" for the device that is done first, or a device
             that it must run on.
         excluded: devices that had no memory left for it: it goes to others, unless it names one.
@@ -58,6 +58,7 @@ class Request(msgspec.Struct, eq=False, gc=False):
     excluded: frozenset[str] = frozenset()
     alone: bool = False
     admitted: bool = False
+    share: float = 1.0
     device: str = ""
     reason: str = ""
     predicted_us: float = 0.0

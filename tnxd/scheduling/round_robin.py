@@ -13,15 +13,17 @@ M = TypeVar("M")
 # keep those waiting for good that have had theirs.
 _ROUND_TURNS = 64
 
+_ROUNDING = 1e-9  # of a round: three thirds are one
+
 
 class DeadlineRoundRobin(Generic[M]):
     """Round robin whose rounds are ordered by due time: earliest first, but nobody twice in a round while others wait.
 
     A member that has had its turn queues for the next round, or for a later one if it took more than a turn's worth
-    (deficit round robin; Shreedhar and Varghese, 1995). A new member joins the current round, unless that has lasted
-    long. So each waits for about two turns of every other at most, however much those others have and however many
-    come. Rounds in which nobody may go are passed over. Every operation costs at most the logarithm of the number of
-    members.
+    (deficit round robin; Shreedhar and Varghese, 1995). With a share of 2 it has two turns in a round, with one of 0.5
+    one in two rounds. A new member joins the current round, unless that has lasted long. So each waits for about two
+    turns of every other at most, however much those others have and however many come; shares aside. Rounds in which
+    nobody may go are passed over. Every operation costs at most the logarithm of the number of members.
 
     Attributes:
         members: those that have something to do; to look at, not to change.
@@ -31,6 +33,7 @@ class DeadlineRoundRobin(Generic[M]):
         self._heap: list[tuple[int, int, int, M]] = []
         self.members: dict[M, tuple[int, int, int, M]] = {}
         self._again: dict[M, int] = {}  # of those who had a turn: the round in which they may have the next one
+        self._unpaid: dict[M, float] = {}  # of those with a share: the part of a round that they owe beside it
         self._sweep_at = _ROUND_TURNS
         self._round = 0
         self._served = 0  # turns in this round
@@ -77,16 +80,25 @@ class DeadlineRoundRobin(Generic[M]):
             heappop(heap)  # moved forward, or withdrawn
         return None
 
-    def served(self, member: M, rounds: int = 1) -> None:
-        """End the turn of the member that is `first`, or its turns of several rounds. It is out until offered again."""
+    def served(self, member: M, rounds: int = 1, share: float = 1.0) -> None:
+        """End the turn of the member that is `first`, or its turns of several rounds. It is out until offered again.
+
+        Args:
+            share: of its turns, relative to those of others.
+        """
         entry = self.members.pop(member)
         if entry[0] > self._round:
             self._round = entry[0]
             self._served = 0
         self._served += 1
+        if share != 1.0:
+            owed = self._unpaid.get(member, 0.0) + rounds / share
+            rounds = int(owed + _ROUNDING)
+            self._unpaid[member] = owed - rounds
         self._again[member] = self._round + rounds
         if len(self._again) > self._sweep_at:
             self._again = {known: again for known, again in self._again.items() if again > self._round}
+            self._unpaid = {known: owed for known, owed in self._unpaid.items() if known in self._again}
             self._sweep_at = max(_ROUND_TURNS, 2 * len(self._again))
 
     def owed(self, member: M) -> int:
@@ -101,9 +113,17 @@ class ClientRoundRobin:
     """
 
     def __init__(self) -> None:
+        self._shares: dict[str, float] = {}  # of clients that have one other than 1, no more than there are keys
         self._clients: DeadlineRoundRobin[str] = DeadlineRoundRobin()
         self._connections: dict[str, DeadlineRoundRobin[bytes]] = {}
         self._sweep_at = _ROUND_TURNS
+
+    def set_share(self, client: str, share: float) -> None:
+        """Set the share of a client's turns, relative to those of others; without that, it is 1."""
+        if share != 1.0:
+            self._shares[client] = share
+        else:
+            self._shares.pop(client, None)
 
     def offer(self, client: str, connection: bytes, due: int, serial: int) -> None:
         """Let a connection take turns, see `DeadlineRoundRobin.offer`."""
@@ -148,7 +168,7 @@ class ClientRoundRobin:
         """End the turns of the connection that is `first`, see `DeadlineRoundRobin.served`."""
         connections = self._connections[client]
         connections.served(connection, rounds)
-        self._clients.served(client, rounds)
+        self._clients.served(client, rounds, self._shares.get(client, 1.0) if self._shares else 1.0)
         if connections.members:
             _, due, serial, _ = connections.members[connections.first()]  # type: ignore[index]
             self._clients.offer(client, due, serial)
@@ -157,11 +177,20 @@ class ClientRoundRobin:
         """Turns of others before a connection has its next one: about, and at most."""
         connections = self._connections.get(client)
         others = len(self._clients.members) - (client in self._clients.members)
+        if self._shares:
+            others += self._more_turns(client)
         if connections is None:
             return others
         siblings = len(connections.members) - (connection in connections.members)
         mine = siblings * (1 + connections.owed(connection))
         return mine + others * (1 + mine + self._clients.owed(client))
+
+    def _more_turns(self, client: str) -> int:
+        """Turns that others have in a round beside their first ones."""
+        members = self._clients.members
+        return sum(
+            int(share) for name, share in self._shares.items() if share > 1.0 and name != client and name in members
+        )
 
     def _sweep(self) -> None:
         """Drop the clients of whom nothing is left."""

@@ -6,9 +6,10 @@ from collections import deque
 from dataclasses import dataclass
 from functools import partial
 
-from tnxctl.protocol.errors import TensorNextError, Unavailable
+from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.wire import Load, Reload, Route, Unload
 from tnxd.deployment.reconciler import Changes, Reconciler
+from tnxd.serving.reports import stopped
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Message
 
@@ -78,5 +79,5 @@ class AdminCommands:
     def abandon(self) -> None:
         """Fail what will not be carried out any more."""
         for message, id_ in self._waiting.values():
-            self.done.append(CommandDone(message, id_, Unavailable("the daemon stopped before this was done")))
+            self.done.append(CommandDone(message, id_, stopped("this")))
         self._waiting.clear()

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 
-from tnxctl.protocol.errors import PermissionDenied, TensorNextError
-from tnxctl.protocol.wire import Compare, Health, Metadata, Models, Reply
+from tnxctl.protocol.errors import InvalidArgument, TensorNextError
+from tnxctl.protocol.wire import Clients, Compare, Health, Keys, Kick, Metadata, Models, Reload, Reply, WhoAmI
 from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import READY
 from tnxd.scheduling.scheduler import Scheduler
-from tnxd.serving import reports
+from tnxd.serving import client_reports, permissions, reports
 from tnxd.serving.admin_commands import AdminCommand, AdminCommands, CommandDone
 from tnxd.serving.reports import Inventory
 from tnxd.serving.telemetry import Telemetry
+from tnxd.transport.access import Access
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Message, Router
 
-ControlRequest = Health | Metadata | Models | Compare | AdminCommand
-"""A request about the daemon and its models."""
+log = logging.getLogger(__name__)
+
+ControlRequest = Health | Metadata | Models | Compare | WhoAmI | Clients | Kick | Keys | AdminCommand
+"""A request about the daemon, its models or its clients."""
 
 
 class ControlPlane:
     """Answers to requests about the daemon and its models.
 
     Args:
-        remote_control: which clients may change what is served: "local", "any" or "off".
+        access: who may ask for what.
         message_bytes: most bytes of the tensors of a message, as health tells it.
 
     Attributes:
@@ -43,7 +47,7 @@ class ControlPlane:
         router: Router,
         admission: Admission,
         *,
-        remote_control: str,
+        access: Access,
         message_bytes: int,
     ) -> None:
         self._inventory = inventory
@@ -52,7 +56,8 @@ class ControlPlane:
         self._telemetry = telemetry
         self._router = router
         self._admission = admission
-        self._remote_control = remote_control
+        self._access = access
+        self._key_failures: dict[str, str] = {}
         self._message_bytes = message_bytes
         self._commands = AdminCommands(reconciler, admission)
         self.commands_done: deque[CommandDone] = self._commands.done
@@ -61,11 +66,12 @@ class ControlPlane:
         """The answer to a request, in that state of the daemon; None if it comes later, among `answers`.
 
         Raises:
-            PermissionDenied: this client may not change what is served.
+            PermissionDenied: the role of this client is not enough.
             Unavailable: the daemon is not ready.
             TensorNextError: whatever is wrong with the request.
         """
-        inventory, scheduler = self._inventory, self._scheduler
+        inventory, scheduler, connection = self._inventory, self._scheduler, message.connection
+        permissions.check(connection, request, self._access)
         if isinstance(request, Health):
             return reports.health(
                 request,
@@ -83,21 +89,34 @@ class ControlPlane:
             return reports.models(request.id, "", inventory, scheduler)
         if isinstance(request, Compare):
             return reports.comparison(request, state, inventory, self._shadows)
-        self._check_permission(message)
+        if isinstance(request, WhoAmI):
+            return client_reports.identity(request, connection)
+        if isinstance(request, Clients):
+            return client_reports.clients(request, self._router, self._admission)
+        if isinstance(request, Kick):
+            return client_reports.kick(request, self._router, connection)
+        if isinstance(request, Keys):
+            return client_reports.keys(request, self._access, self._admission, self._router.connections())
         if state != READY:
             raise reports.unavailable(state)
+        if isinstance(request, Reload):
+            self.reload_keys()
         self._commands.take(message, request)
         return None
 
-    def _check_permission(self, message: Message) -> None:
-        if self._remote_control == "off":
-            raise PermissionDenied('this daemon takes no orders about its models: remote_control is "off"')
-        client = message.connection.client
-        if self._remote_control == "local" and not client.local:
-            raise PermissionDenied(
-                f"this daemon takes orders about its models from its own host alone, not from {client.name}: "
-                'remote_control is "local"'
-            )
+    def reload_keys(self) -> None:
+        """Read the authorized keys again. What has changed counts at once; a file with a mistake changes nothing."""
+        ring = self._access.ring
+        if ring is None:
+            return
+        try:
+            ring.reload()
+        except InvalidArgument as error:
+            log.error("the keys stay as they were: %s", error.message)
+            self._key_failures = {str(ring.path): error.message}
+            return
+        self._key_failures = {}
+        self._router.reauthorize()
 
     def answers(self) -> Iterator[tuple[Message, int, Reply | TensorNextError]]:
         """The answers to admin commands that are done: the message that each came in, its id, and what came of it."""
@@ -107,7 +126,7 @@ class ControlPlane:
             if isinstance(outcome, TensorNextError):
                 yield command.message, command.id, outcome
             elif isinstance(outcome, Changes):
-                yield command.message, command.id, reports.reload_report(command.id, outcome)
+                yield command.message, command.id, reports.reload_report(command.id, outcome, self._key_failures)
             else:
                 yield command.message, command.id, reports.models(command.id, outcome, self._inventory, self._scheduler)
 

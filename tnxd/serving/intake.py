@@ -20,7 +20,7 @@ from tnxctl.protocol.errors import (
     Unavailable,
 )
 from tnxctl.protocol.frames import view_tensors
-from tnxctl.protocol.wire import Cancel, Limits, Predict, decode_request, request_id
+from tnxctl.protocol.wire import LEAST_ROLES, Cancel, Limits, Predict, decode_request, request_id
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.registry import LOADING_RETRY_S
 from tnxd.deployment.version import READY, STARTING, Version
@@ -29,7 +29,7 @@ from tnxd.models.sizes import reply_too_large
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.refusals import Refusals, TooLate
 from tnxd.scheduling.scheduler import Scheduler
-from tnxd.serving import reports
+from tnxd.serving import permissions, reports
 from tnxd.serving.answers import Answers
 from tnxd.serving.control_plane import ControlPlane
 from tnxd.serving.pending import as_pending
@@ -38,6 +38,7 @@ from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.replies import report_header
 from tnxd.serving.reports import Inventory
 from tnxd.serving.telemetry import Telemetry
+from tnxd.transport.access import Access
 from tnxd.transport.client_limits import Admission, Connection
 from tnxd.transport.fair_queue import FairQueue
 from tnxd.transport.router import Message, Router
@@ -56,6 +57,8 @@ ENOUGH = 64
 # Where the queue is full, so many messages may be refused in a turn.
 _REFUSED_AT_ONCE = 64
 
+_PREDICT = LEAST_ROLES[Predict]
+
 _NOBODYS_FAULT = (DeadlineExceeded, ResourceExhausted, Unavailable)
 """Refusals of requests that would have been served at another time."""
 
@@ -73,6 +76,7 @@ class Intake:
         completed: executions that are over: while a lane is free, little is taken in.
         limits: of a message.
         max_delay_us: how long a batch smaller than its model's limit waits for company, in microseconds.
+        access: who may ask for what.
 
     Attributes:
         state: of the daemon, as in `tnxd.deployment.version`. Requests are taken while it is READY.
@@ -96,8 +100,10 @@ class Intake:
         *,
         limits: Limits,
         max_delay_us: float,
+        access: Access,
     ) -> None:
         self.state = STARTING
+        self._access = access
         self._router = router
         self._scheduler = scheduler
         self._registry = inventory.registry
@@ -201,8 +207,11 @@ class Intake:
         except TensorNextError as error:
             self._refuse(message, request_id(header, self._limits), error, received_ns)
             return None
-        if self._refusals and isinstance(request, Predict) and self._is_hopeless(message, request, received_ns):
-            return None
+        if isinstance(request, Predict):
+            if request.attempt > 1:
+                self._telemetry.resent += 1
+            if self._refusals and self._is_hopeless(message, request, received_ns):
+                return None
         try:
             if message.tensor_count > len(tensors):
                 raise InvalidArgument(
@@ -260,9 +269,11 @@ class Intake:
             self._admission.add_refused(message.connection, time.perf_counter_ns() - received_ns)
 
     def _predict(self, message: Message, request: Predict, tensors: Sequence[Buffer], received_ns: int) -> Batch | None:
+        connection = message.connection
+        if connection.role < _PREDICT:
+            raise permissions.refusal(connection, request, self._access)
         if self.state != READY:
             raise reports.refusal(request.model, self.state, self._registry)
-        connection = message.connection
         if request.id in connection.requests:
             raise AlreadyExists(f"a request with id {request.id} is in flight on this connection")
         version = self._registry.find(request.model, message.peer, request.route_key)

@@ -100,6 +100,7 @@ def as_pending(
         came_ns,
         bound.length,
         model.max_batch_size,
+        share=message.connection.client.share,
         connection=message.connection,
         delimited=message.delimited,
         id=request.id,

@@ -27,6 +27,7 @@ class Fitted:
 
     Attributes:
         before, behind: of all nodes. groups, rows: of the last request of each step.
+        row_nbytes: most bytes that the results of steps of the last request took at a time, for each of its rows.
     """
 
     def __init__(self, pipeline: Pipeline, models: Sequence[Model]) -> None:
@@ -36,6 +37,11 @@ class Fitted:
         self.behind = [node.behind for node in self.wiring.nodes]
         self.groups = [model.example_group for model in models]
         self.rows = [1] * len(models)
+        self.row_nbytes = 0.0
+
+    def expected_nbytes(self, rows: int) -> int:
+        """Bytes that the results between the steps of a request are expected to take at a time."""
+        return int(self.row_nbytes * rows)
 
 
 class Preparation:

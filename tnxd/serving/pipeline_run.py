@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import Internal
+from tnxctl.protocol.strings import nbytes_of
 from tnxctl.protocol.wire import StepTiming
 from tnxd.deployment.version import Version
 from tnxd.models.pipelines import Node, Source
@@ -38,13 +39,17 @@ class Run:
         inputs: of the whole. results: outputs of each step that is done, as long as somebody needs them.
         missing: for each step, how many of those before it are not done. uses: how many may still take its outputs.
         outstanding: steps that wait or run. stages: those that are done.
+        held, most_held: bytes of `results`, now and at most so far. counted: for how many of them room was found.
     """
 
     __slots__ = (
         "after_us",
+        "counted",
         "fitted",
+        "held",
         "inputs",
         "missing",
+        "most_held",
         "outstanding",
         "results",
         "stages",
@@ -65,6 +70,25 @@ class Run:
         self.uses = list(wiring.uses)
         self.outstanding: set[StepRequest] = set()
         self.stages: list[Stage | None] = [None] * len(versions)
+        self.held = self.most_held = 0
+        self.counted = fitted.expected_nbytes(whole.rows)
+
+    def keep(self, place: int, outputs: tuple[Array, ...]) -> None:
+        """Keep the outputs of a step until nobody needs them any more."""
+        self.results[place] = outputs
+        self.held += sum(map(nbytes_of, outputs))
+        self.most_held = max(self.most_held, self.held)
+
+    def expect(self) -> None:
+        """Expect of the next request that its results take as much."""
+        self.fitted.row_nbytes = self.most_held / max(self.whole.rows, 1)
+
+    def used(self, place: int) -> None:
+        """The outputs of a step were taken, once of as often as they are needed."""
+        self.uses[place] -= 1
+        if not self.uses[place]:
+            self.held -= sum(map(nbytes_of, self.results[place]))
+            self.results[place] = ()
 
     def tensor(self, source: Source) -> Array:
         """Array that a source stands for."""

@@ -27,6 +27,7 @@ from tnxd.serving.pipeline_run import Run, check_rows
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.reports import Inventory
 from tnxd.serving.step_errors import error_of_step, of_step
+from tnxd.transport.client_limits import Admission
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,14 @@ log = logging.getLogger(__name__)
 class Pipelines:
     """All requests for pipelines that are under way.
 
-    Limits and fairness see the client: the limits of what is in flight count the whole once, those of the queue are
-    asked once, for its first step, and each step waits among the requests of its client.
+    Limits and fairness see the client: the limits of what is in flight count the whole once, with the most that its
+    steps' results take at a time; those of the queue are asked once, for its first step, and each step waits among the
+    requests of its client.
 
     Args:
         reconciler: loads versions again that had to make room.
         answers: of the whole requests.
+        admission: counts what the steps give, with the inputs of the whole.
         limits: of the messages.
         max_delay_us: longest wait for company, in microseconds, where a model has no limit of its own.
     """
@@ -51,6 +54,7 @@ class Pipelines:
         reconciler: Reconciler,
         answers: Answers,
         quarantine: Quarantine,
+        admission: Admission,
         *,
         limits: Limits,
         max_delay_us: float,
@@ -60,6 +64,7 @@ class Pipelines:
         self._preparation = Preparation(scheduler, inventory.registry, reconciler)
         self._answers = answers
         self._quarantine = quarantine
+        self._admission = admission
         self._limits = limits
         self._max_delay_us = max_delay_us
         self._runs: dict[Pending, Run] = {}
@@ -77,7 +82,7 @@ class Pipelines:
             FailedPrecondition: a step cannot be served, or does not fit the others.
             Unavailable: a step is being loaded, or no device that the request may use has its model.
             InvalidArgument: an input does not fit a step, or the request names a device that does not exist.
-            ResourceExhausted: the queue is full.
+            ResourceExhausted: the queue is full, or the client has too much in flight.
             TooLate: the whole would not be done by its deadline.
         """
         pipeline = whole.served
@@ -87,6 +92,9 @@ class Pipelines:
         wiring = fitted.wiring
         path = self._preparation.predict(whole, fitted, now_ns)
         run = Run(whole, fitted, versions, path.after_us)
+        if run.counted:
+            self._admission.check_bytes(whole.connection, whole.nbytes + run.counted)
+            whole.nbytes += run.counted
         whole.predicted_us = path.total_us
         first = [place for place in wiring.order if not run.missing[place]]
         try:
@@ -152,6 +160,7 @@ class Pipelines:
             model.max_batch_size,
             alone=alone,
             admitted=admitted,
+            share=whole.share,
             connection=whole.connection,
             delimited=whole.delimited,
             id=whole.id,
@@ -189,7 +198,12 @@ class Pipelines:
         if node.keeps:
             check_rows(node, request, outputs)
         run.outstanding.remove(request)
-        run.results[place] = outputs
+        run.keep(place, outputs)
+        if run.held > run.counted:
+            more = run.held - run.counted
+            run.counted = run.held
+            run.expect()  # at once: others like it are about to come
+            self._admission.grow(run.whole, more)
         run.stages[place] = stage_of(run, request, execution, rows)
         _finish(request)
         now_ns = time.perf_counter_ns()
@@ -198,10 +212,9 @@ class Pipelines:
             if not run.missing[other]:
                 self._queue(run, other, now_ns, admitted=True)
                 for before in wiring.nodes[other].before:
-                    run.uses[before] -= 1
-                    if not run.uses[before]:
-                        run.results[before] = ()
+                    run.used(before)
         if not run.outstanding:
+            run.expect()
             self._answer(run, place, execution)
 
     def failed(self, request: StepRequest, error: TensorNextError) -> None:

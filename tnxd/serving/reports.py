@@ -106,12 +106,18 @@ def health(
         traffic_mb=admission.traffic_bytes / MIB,
         traffic_limit_mb=admission.max_traffic_bytes / MIB,
         traffic_owed_mb=admission.unsent / MIB,
+        resent=telemetry.resent,
     )
 
 
 def unavailable(state: str) -> Unavailable:
     """The refusal of a request that only a ready daemon serves."""
     return Unavailable(f"the daemon is {state}", retry_after_s=_RETRY_AFTER_S)
+
+
+def stopped(what: str) -> Unavailable:
+    """The error of what a daemon that stops in good order leaves undone: it can be asked of the next one."""
+    return Unavailable(f"the daemon stopped before {what} was done", retry_after_s=_RETRY_AFTER_S)
 
 
 def refusal(model: str, state: str, registry: Registry) -> TensorNextError:
@@ -158,10 +164,14 @@ def comparison(request: Compare, state: str, inventory: Inventory, shadows: Shad
     return shadows.report(request.id, baseline, candidate)
 
 
-def reload_report(id_: int, changes: Changes) -> ReloadReport:
-    """The report on a reload."""
+def reload_report(id_: int, changes: Changes, key_failures: Mapping[str, str]) -> ReloadReport:
+    """The report on a reload. Args: key_failures: why the file of authorized keys was not taken, by its path."""
     return ReloadReport(
-        v=VERSION, id=id_, loaded=tuple(changes.loaded), unloaded=tuple(changes.unloaded), failed=changes.failed
+        v=VERSION,
+        id=id_,
+        loaded=tuple(changes.loaded),
+        unloaded=tuple(changes.unloaded),
+        failed={**key_failures, **changes.failed},
     )
 
 

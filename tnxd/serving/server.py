@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from tnxctl.protocol.errors import TensorNextError, Unavailable
+from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.wire import Limits
 from tnxd.deployment.background import Background
 from tnxd.deployment.reconciler import Reconciler
@@ -23,6 +23,7 @@ from tnxd.executors.execution import Execution
 from tnxd.scheduling.refusals import Refusals
 from tnxd.scheduling.request import NEVER
 from tnxd.scheduling.scheduler import Scheduler
+from tnxd.serving import reports
 from tnxd.serving.answers import Answers
 from tnxd.serving.call_queue import CallQueue
 from tnxd.serving.control_plane import ControlPlane
@@ -34,6 +35,7 @@ from tnxd.serving.replies import report_header
 from tnxd.serving.reports import Inventory
 from tnxd.serving.telemetry import Telemetry
 from tnxd.serving.traffic_memory import TrafficMemory
+from tnxd.transport.access import Access
 from tnxd.transport.busy_poller import BusyPoller
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
@@ -58,7 +60,7 @@ class Server:
         stall_timeout_s: a batch that runs longer is given up, and its lane counts as hung until it ends after all.
         max_delay_us: how long a batch smaller than its model's limit waits for company, in microseconds.
         admission: who may have how much in flight.
-        remote_control: which clients may change what is served: "local", "any" or "off".
+        access: who may ask for what.
         on_device_lost: called when a device has failed for good.
     """
 
@@ -80,7 +82,7 @@ class Server:
         stall_timeout_s: float,
         max_delay_us: float,
         admission: Admission,
-        remote_control: str,
+        access: Access,
         on_device_lost: Callable[[], None],
     ) -> None:
         self._router = router
@@ -111,7 +113,7 @@ class Server:
             telemetry,
             router,
             admission,
-            remote_control=remote_control,
+            access=access,
             message_bytes=limits.message_bytes,
         )
         self._commands_done = self._control.commands_done
@@ -121,6 +123,7 @@ class Server:
             reconciler,
             self._answers,
             self._quarantine,
+            admission,
             limits=limits,
             max_delay_us=max_delay_us,
         )
@@ -139,6 +142,7 @@ class Server:
             self._completed,
             limits=limits,
             max_delay_us=max_delay_us,
+            access=access,
         )
         self._dispatcher = Dispatcher(
             scheduler,
@@ -199,6 +203,10 @@ class Server:
         """The models are ready: take requests."""
         if self.state == STARTING:
             self._intake.state = READY
+
+    def reload_keys(self) -> None:
+        """Read the authorized keys again. What has changed counts at once; a file with a mistake changes nothing."""
+        self._control.reload_keys()
 
     def drain(self) -> None:
         """Refuse what is new, finish what is here, then stop. A second call waits for nothing more to be finished."""
@@ -348,7 +356,7 @@ class Server:
     def _abandon(self) -> None:
         """Answer what will never be finished."""
         for request in [*self._scheduler.drop_all(), *self._dispatcher.unanswered()]:
-            self._answers.error(request, Unavailable("the daemon stopped before this request was done"))
+            self._answers.error(request, reports.stopped("this request"))
         self._control.abandon()
         self._answer_commands()
 

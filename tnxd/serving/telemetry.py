@@ -20,6 +20,7 @@ class Telemetry:
 
     Attributes:
         requests: predict requests, and other messages that were refused. replies: results sent.
+        resent: predict requests that had been sent before, as their headers say.
         errors: error replies by code. untold: those that the log has not told yet, by code and model.
         abandoned: requests taken out of the queue because their client was gone.
         prediction_error_us: moving average of the distance between predicted and actual time, in microseconds.
@@ -29,6 +30,7 @@ class Telemetry:
         self._started = time.monotonic()
         self.requests = 0
         self.replies = 0
+        self.resent = 0
         self.errors: Counter[str] = Counter()
         self.untold: Counter[tuple[str, str]] = Counter()
         self.abandoned = 0

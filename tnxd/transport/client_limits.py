@@ -1,21 +1,25 @@
 """Limits of clients: connections, requests in flight and memory, for each and for all together.
 
-A client is an address, or a user of this machine on ipc://. It may have many connections. Limits are per client, so
-that nobody gets more by connecting more often. Many may share one address, behind a NAT or on loopback: where a client
-is over a limit, those of its connections are refused that have more than an even share of it, and the others go on.
+A client is whoever has a key, by its name; without keys an address, or a user of this machine on ipc://. It may have
+many connections. Limits are per client, so that nobody gets more by connecting more often. Many may share one address,
+behind a NAT or on loopback: where such a client is over a limit, those of its connections are refused that have more
+than an even share of it, and the others go on. A name is one client, however many connections it has.
 """
 
 from __future__ import annotations
 
-import ipaddress
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tnxctl.protocol.errors import ResourceExhausted
-from tnxctl.protocol.wire import MIB
+from tnxctl.protocol.wire import MIB, Role
 from tnxd.config import Clients
+from tnxd.transport.addresses import identified
+from tnxd.transport.key_ring import AuthorizedKey
+from tnxd.transport.rate_limit import RateLimit
 from tnxd.transport.sender_clock import SenderClock
 
 # The wait that a refused client is told until it is known how long room takes; and the weight of the newest time.
@@ -32,6 +36,8 @@ _SHARED_FROM_BYTES = 64 * MIB
 # A connection that has no more than this is served even where the memory for traffic is full.
 _ALWAYS_ADMITTED_BYTES = 64 * 1024
 
+_KEY = "key:"  # before the names of clients that have a key: an address may look like such a name
+
 # Admin commands of one client: each may take minutes, and they run one after the other.
 _MAX_COMMANDS = 64
 _MAX_COMMANDS_PER_CONNECTION = 16
@@ -41,7 +47,8 @@ class AdmittedRequest(Protocol):
     """Request as admission control counts it.
 
     Attributes:
-        id: of its connection. nbytes: of its inputs. connection: the one that it came by.
+        id: of its connection. nbytes: of its inputs, and of what is made on its way. connection: the one that it came
+            by.
     """
 
     id: int
@@ -51,12 +58,18 @@ class AdmittedRequest(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """Client: one address, or one user on ipc://, with its counts.
+    """Client: the holder of a key, one address, or one user on ipc://, with its counts and its limits.
 
     Attributes:
-        name: its address, or `uid:` and a number. local: whether it is on this host.
+        name: that of its key, its address, or `uid:` and a number. local: whether it is on this host by its address.
+        has_key: whether it was told by a key. Then limits hold for all its connections together.
+        max_requests, max_bytes: limits of its requests in flight, and of the bytes of their inputs.
+        rate: limit of its requests a second; None sets no limit.
+        share: of the turns of its requests, relative to those of other clients.
+        checked: whether each of its requests needs a closer look: it has a rate, or may have fewer bytes than others.
+        taken: number of requests that were taken in. received: bytes of messages of connections that have ended.
         connections: number of open ones.
-        requests, nbytes: requests in flight, and the bytes of their inputs.
+        requests, nbytes: requests in flight, and their bytes.
         unsent: bytes of replies that it has not taken yet.
         commands: number of admin commands that wait or run.
         refused_ns: time of the loop that its refused messages took since `take_flooding`, in nanoseconds.
@@ -66,6 +79,14 @@ class Client:
 
     name: str
     local: bool
+    has_key: bool = False
+    max_requests: int = 0
+    max_bytes: int = 0
+    rate: RateLimit | None = None
+    share: float = 1.0
+    checked: bool = False
+    taken: int = 0
+    received: int = 0
     connections: int = 0
     requests: int = 0
     nbytes: int = 0
@@ -82,8 +103,11 @@ class Connection:
 
     Attributes:
         peer: its routing id. descriptor: its file descriptor, -1 if unknown. client: whose it is.
+        address: of its other end, as ZeroMQ writes it. key: the public key that it showed, in Z85; "": none.
+        role: what it may do. since: when its first message came, by the monotonic clock in seconds.
+        frame_bytes: most bytes that encryption adds to each of its frames on the way.
         requests: requests in flight by id, of the class that the caller of `take` has (`AdmittedRequest`).
-        nbytes: bytes of their inputs. commands: number of admin commands that wait or run.
+        nbytes: bytes of these. commands: number of admin commands that wait or run.
         unsent: bytes of replies that it has not taken yet.
         received, frames: bytes, and frames, of the messages that it has sent and that were received.
         refused_ns: as of its client.
@@ -95,6 +119,11 @@ class Connection:
     peer: bytes
     descriptor: int
     client: Client
+    address: str = ""
+    key: str = ""
+    role: Role = Role.OBSERVE
+    since: float = 0.0
+    frame_bytes: int = 0
     requests: dict[int, Any] = field(default_factory=dict)
     nbytes: int = 0
     commands: int = 0
@@ -122,19 +151,19 @@ class Admission:
         active: number of clients that have requests in flight.
         unsent: bytes of replies that clients have not taken yet.
         unread: bytes that ZeroMQ has received and not handed over, as last measured.
-        refused: number of connections that were not let in. cut: number of those that were ended by the daemon.
+        refused: number of connections that were not let in, for want of room or of a key. cut: number of those that the
+            daemon ended.
     """
 
     def __init__(self, limits: Clients, *, max_requests: int, max_bytes: int) -> None:
         self._max_connections = limits.max_connections
-        self._max_requests = limits.max_requests
-        if max_requests >= _SHARED_FROM:
-            self._max_requests = min(self._max_requests, max_requests * 3 // 4)
-        self._max_bytes = int(limits.max_mb * MIB)
-        if max_bytes >= _SHARED_FROM_BYTES:
-            self._max_bytes = min(self._max_bytes, max_bytes * 3 // 4)
+        self._most_requests = max_requests * 3 // 4 if max_requests >= _SHARED_FROM else sys.maxsize
+        self._max_requests = min(limits.max_requests, self._most_requests)
+        self._most_bytes = max_bytes * 3 // 4 if max_bytes >= _SHARED_FROM_BYTES else sys.maxsize
+        self._max_bytes = min(int(limits.max_mb * MIB), self._most_bytes)
         self.max_unsent_bytes = int(limits.max_owed_mb * MIB)
         self.max_traffic_bytes = int(limits.memory_mb * MIB)
+        self._rate = limits.rate
         self._unchecked_bytes = 0
         self._clients: dict[str, Client] = {}
         self.unsent = 0
@@ -154,7 +183,7 @@ class Admission:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of inputs in flight, of all."""
+        """Bytes of requests in flight, of all."""
         return sum(client.nbytes for client in self._clients.values())
 
     @property
@@ -165,12 +194,41 @@ class Admission:
     # --- connections -------------------------------------------------------------------------------------------
 
     def client(self, address: str) -> Client:
-        """Client at an address as ZeroMQ writes it."""
-        name, local = _identified(address)
+        """Client at an address as ZeroMQ writes it, which has shown no key."""
+        name, local = identified(address)
         client = self._clients.get(name)
         if client is None:
-            client = self._clients[name] = Client(name, local)
+            client = self._clients[name] = Client(
+                name, local, max_requests=self._max_requests, max_bytes=self._max_bytes
+            )
+            self._set_rate(client, self._rate)
         return client
+
+    def holder(self, entry: AuthorizedKey) -> Client:
+        """Client that has a key, with the limits that its entry says now."""
+        client = self._clients.get(_KEY + entry.name)
+        if client is None:
+            client = self._clients[_KEY + entry.name] = Client(entry.name, False, has_key=True)
+        client.max_requests, client.max_bytes = self.limits_of(entry)
+        client.share = entry.share
+        self._set_rate(client, self.rate_of(entry))
+        return client
+
+    def limits_of(self, entry: AuthorizedKey) -> tuple[int, int]:
+        """Most requests in flight of the holder of a key, and most bytes of their inputs."""
+        return (
+            min(entry.max_requests or self._max_requests, self._most_requests),
+            min(entry.max_bytes or self._max_bytes, self._most_bytes),
+        )
+
+    def rate_of(self, entry: AuthorizedKey) -> float:
+        """Most requests a second of the holder of a key; 0: no limit."""
+        return self._rate if entry.rate is None else entry.rate
+
+    def _set_rate(self, client: Client, rate: float) -> None:
+        if rate != (client.rate.rate if client.rate else 0.0):
+            client.rate = RateLimit(rate, time.monotonic()) if rate else None
+        client.checked = client.rate is not None or client.max_bytes < self._max_bytes
 
     def connected(self, client: Client) -> None:
         """Count a connection that was accepted."""
@@ -187,14 +245,23 @@ class Admission:
         """
         left = max(self.max_traffic_bytes - self.traffic_bytes, 0) // (2 * len(self._clients) + 2)
         self._unchecked_bytes = min(self._max_bytes, left)
-        for client in self:
-            if client.connections <= 0 and not (client.requests or client.unsent or client.commands):
-                del self._clients[client.name]
+        for key, client in list(self._clients.items()):
+            gone = client.connections <= 0 and not (client.requests or client.unsent or client.commands)
+            # Who leaves and comes back must not have a fresh rate by that.
+            if gone and (client.rate is None or client.rate.is_full(time.monotonic())):
+                del self._clients[key]
 
-    def refusal(self, address: str) -> str:
-        """Reason why a peer at an address may not connect, which is counted; "" if it may."""
+    def refusal(self, address: str, entry: AuthorizedKey | None = None) -> str:
+        """Reason why a peer may not connect, which is counted; "" if it may.
+
+        Args:
+            entry: of the key that it has shown.
+        """
+        # A connection counts for its address until its first message; for the holder of its key only then.
         client = self.client(address)
-        if client.connections > self._max_connections:
+        if client.connections <= self._max_connections and entry is not None:
+            client = self._clients.get(_KEY + entry.name, client)
+        if client.connections > self._max_connections - client.has_key:
             self.refused += 1
             return f"{client.name} has {self._max_connections} connections, which is the limit"
         return ""
@@ -211,22 +278,45 @@ class Admission:
             ResourceExhausted: the client has too much in flight, or all together have.
         """
         client = connection.client
-        if client.requests >= self._max_requests or client.nbytes + nbytes > self._unchecked_bytes:
+        if client.requests >= client.max_requests or client.checked or client.nbytes + nbytes > self._unchecked_bytes:
             self._check_closely(connection, nbytes)
 
     def _check_closely(self, connection: Connection, nbytes: int) -> None:
+        client, most = connection.client, connection.client.max_requests
+        if client.requests >= most and (
+            client.has_key or len(connection.requests) * client.connections >= most or client.requests >= 2 * most
+        ):
+            raise _full(client, f"{client.requests} requests of {client.name} are in flight", most)
+        self._check_bytes(connection, nbytes, 0)
+        if client.rate is not None:
+            wait_s = client.rate.take(time.monotonic())
+            if wait_s:
+                raise _over(f"{client.name} asks more often than it may", f"{client.rate.rate:g} a second", wait_s)
+
+    def check_bytes(self, connection: Connection, nbytes: int, own: int = 0) -> None:
+        """Check that a request may have so many bytes, without a look at the number of requests, and at their rate.
+
+        Args:
+            own: bytes that it has already, beside those.
+
+        Raises:
+            ResourceExhausted: the client has too much in flight besides, or all together have.
+        """
         client = connection.client
-        if client.requests >= self._max_requests and (
-            len(connection.requests) * client.connections >= self._max_requests
-            or client.requests >= 2 * self._max_requests
+        if client.checked or client.nbytes + nbytes > self._unchecked_bytes:
+            self._check_bytes(connection, nbytes, own)
+
+    def _check_bytes(self, connection: Connection, nbytes: int, own: int) -> None:
+        client, most_bytes = connection.client, connection.client.max_bytes
+        if client.nbytes + nbytes > most_bytes and (
+            client.nbytes > own
+            if client.has_key
+            else connection.nbytes > own and (connection.nbytes + nbytes) * client.connections > most_bytes
         ):
-            raise _full(client, f"{client.requests} requests of {client.name} are in flight", self._max_requests)
-        if client.nbytes + nbytes > self._max_bytes and (
-            connection.nbytes and (connection.nbytes + nbytes) * client.connections > self._max_bytes
-        ):
-            raise _full(client, f"{client.nbytes} bytes of {client.name} are in flight", self._max_bytes)
+            raise _full(client, f"{client.nbytes} bytes of {client.name} are in flight", most_bytes)
         if (
-            self.traffic_bytes + nbytes > self.max_traffic_bytes
+            client.nbytes + nbytes > self._unchecked_bytes
+            and self.traffic_bytes + nbytes > self.max_traffic_bytes
             and connection.nbytes + connection.unsent + nbytes > _ALWAYS_ADMITTED_BYTES
         ):
             raise _full(client, f"{self.traffic_bytes} bytes are received, in flight or owed", self.max_traffic_bytes)
@@ -239,7 +329,20 @@ class Admission:
         if not client.requests:
             self.active += 1
         client.requests += 1
+        client.taken += 1
         client.nbytes += nbytes
+
+    def grow(self, request: AdmittedRequest, nbytes: int) -> None:
+        """Count so many bytes more for a request in flight: what is made on its way takes memory, too.
+
+        Raises:
+            ResourceExhausted: as `check_bytes` does.
+        """
+        connection = request.connection
+        self.check_bytes(connection, nbytes, request.nbytes)
+        request.nbytes += nbytes
+        connection.nbytes += nbytes
+        connection.client.nbytes += nbytes
 
     def release(self, request: AdmittedRequest) -> None:
         """Count a request as done: answered, or nobody waits for it any more."""
@@ -322,25 +425,5 @@ def _full(client: Client, what: str, limit: int) -> ResourceExhausted:
     return _over(what, limit, client.room_s)
 
 
-def _over(what: str, limit: int, retry_after_s: float = _RETRY_AFTER_S) -> ResourceExhausted:
+def _over(what: str, limit: int | str, retry_after_s: float = _RETRY_AFTER_S) -> ResourceExhausted:
     return ResourceExhausted(f"{what}, the limit is {limit}", retry_after_s=retry_after_s)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address, as an endpoint has it, is one that only this host can reach."""
-    return _identified(host.strip("[]"))[1]
-
-
-def _identified(address: str) -> tuple[str, bool]:
-    """Name of a client, and whether it is on this host, from an address as ZeroMQ writes it, ipc:// included."""
-    if address.startswith("localhost:"):
-        return "uid:" + address.split(":")[1], True
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address or "unknown", False
-    if parsed.version == 6:
-        if parsed.ipv4_mapped is None and not parsed.is_loopback:  # a host has as many of these as it likes
-            return str(ipaddress.ip_network((parsed, 64), strict=False)), False
-        parsed = parsed.ipv4_mapped or parsed
-    return str(parsed), parsed.is_loopback

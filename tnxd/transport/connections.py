@@ -10,11 +10,15 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 
 import zmq
 
+from tnxctl.protocol.wire import Role
 from tnxd.transport import descriptors
+from tnxd.transport.access import Access, is_ipc
+from tnxd.transport.addresses import in_words
 from tnxd.transport.client_limits import Admission, Client, Connection
 from tnxd.transport.monitor import Monitor
 from tnxd.transport.routing_ids import AssignedIds
@@ -23,6 +27,9 @@ from tnxd.transport.zap import ZapHandler
 log = logging.getLogger(__name__)
 
 _MOST_ENDED = 4096  # connections
+
+# What CURVE adds to a frame: the name of the command, a nonce, the box around it, and its flags.
+_CURVE_FRAME_BYTES = 8 + 8 + 16 + 1
 
 
 class Connections:
@@ -38,7 +45,9 @@ class Connections:
         on_end: called with each connection that ends, before anybody else learns of it.
     """
 
-    def __init__(self, monitor: Monitor, zap: ZapHandler, ids: AssignedIds, admission: Admission) -> None:
+    def __init__(
+        self, monitor: Monitor, zap: ZapHandler, ids: AssignedIds, admission: Admission, access: Access
+    ) -> None:
         self.by_peer: dict[bytes, Connection] = {}
         self.by_descriptor: dict[int, list[Connection]] = {}
         self.clients: dict[int, Client] = {}
@@ -50,6 +59,8 @@ class Connections:
         self._ids = ids
         self._accepted = 0
         self._admission = admission
+        self._access = access
+        self._local: dict[int, str] = {}  # addresses of connections on ipc://
         self._disconnected: list[Connection] = []
         self._late: dict[bytes, Connection] = {}  # ended, and ZeroMQ may still hand over messages of theirs
 
@@ -64,12 +75,19 @@ class Connections:
         for descriptor, accepted in self._monitor.events():
             if accepted:
                 self._accepted += 1
-                client = self.clients[descriptor] = admission.client(descriptors.peer_address(descriptor))
+                address = descriptors.peer_address(descriptor)
+                client = self.clients[descriptor] = admission.client(address)
                 admission.connected(client)
+                if is_ipc(address):
+                    self._local[descriptor] = address
+                    groups, is_open = descriptors.peer_groups(descriptor), descriptors.is_open_to_all(descriptor)
+                    self._access.joined(address, groups, is_open)
                 continue
             self.ended += 1
             ended = self.clients.pop(descriptor, None)
             self.resetting.discard(descriptor)
+            if descriptor in self._local:
+                self._access.left(self._local.pop(descriptor))
             for connection in self.by_descriptor.pop(descriptor, ()):
                 self._end(connection)
             if ended is not None:
@@ -77,6 +95,7 @@ class Connections:
 
     def _end(self, connection: Connection) -> None:
         connection.closed = True
+        connection.client.received += connection.received
         self.by_peer.pop(connection.peer, None)
         self._disconnected.append(connection)
         self.on_end(connection)
@@ -100,22 +119,77 @@ class Connections:
     def _meet(self, peer: bytes, frame: zmq.Frame) -> Connection:
         """Find out which connection a new peer came by."""
         self.poll_monitor()
-        descriptor, address = -1, ""
+        descriptor, address, key = -1, "", ""
         with contextlib.suppress(zmq.ZMQError, ValueError):  # what is no ZMTP 3 has none of them
             descriptor = int(frame.get(zmq.SRCFD))
             address = str(frame.get("Peer-Address"))
-        connection = Connection(peer, descriptor, self._admission.client(address))
+            key = str(frame.get("User-Id"))  # as the ZAP handler said
+        connection = self._identify(peer, descriptor, address, key)
         if descriptor in self.clients:
+            self._count_for(connection)
             self.by_peer[peer] = connection
             self.by_descriptor.setdefault(descriptor, []).append(connection)
             if self._ids.is_forged(peer, self._accepted):
                 log.warning("%s claims a routing id that begins with a zero byte, and is cut off", address)
+                self.cut(connection)
+            elif self._access.role(address, key) is None:
+                log.warning("%s may not be here any more, and is cut off", in_words(address))
                 self.cut(connection)
         else:  # it sent this and left
             connection.closed = True
             self._disconnected.append(connection)
             self._remember(connection)
         return connection
+
+    def _identify(self, peer: bytes, descriptor: int, address: str, key: str) -> Connection:
+        """Connection of a new peer, with the name and the role that it has."""
+        admission, entry = self._admission, self._access.authorized(key)
+        return Connection(
+            peer,
+            descriptor,
+            admission.client(address) if entry is None else admission.holder(entry),
+            address,
+            key,
+            self._access.role(address, key) or Role.OBSERVE,
+            time.monotonic(),
+            _CURVE_FRAME_BYTES if key else 0,
+        )
+
+    def _count_for(self, connection: Connection) -> None:
+        """Count a connection for its client: until now it counted for its address."""
+        before = self.clients[connection.descriptor]
+        if before is not connection.client:
+            self._admission.disconnected(before)
+            self._admission.connected(connection.client)
+            self.clients[connection.descriptor] = connection.client
+
+    def reauthorize(self) -> None:
+        """Hold all connections against the keys as they are now: roles change, and whose key has gone is cut off."""
+        self.poll_monitor()
+        for connection in list(self.by_peer.values()):
+            entry = self._access.authorized(connection.key)
+            if not connection.key or connection.closed:
+                continue
+            if entry is None or entry.name != connection.client.name:
+                log.warning("%s at %s: its key was removed; cut off", connection.client.name, connection.address)
+                self.cut(connection)
+                continue
+            self._admission.holder(entry)  # its limits
+            connection.role = self._access.role(connection.address, connection.key) or Role.OBSERVE
+
+    def kick(self, name: str, spared: Connection) -> int:
+        """Cut all connections of clients of a name but one, those of which nothing came too. Returns their number."""
+        self.poll_monitor()
+        kicked = 0
+        for connection in list(self.by_peer.values()):
+            if connection.client.name == name and connection is not spared and not connection.closed:
+                self.cut(connection)
+                kicked += 1
+        for descriptor, client in list(self.clients.items()):
+            if client.name == name and descriptor not in self.by_descriptor:
+                self.reset(descriptor, None)
+                kicked += 1
+        return kicked
 
     def _remember(self, connection: Connection) -> None:
         """Keep a connection that has ended, for messages that ZeroMQ has received and not handed over yet."""

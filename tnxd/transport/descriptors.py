@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import stat
 import struct
 from collections.abc import Iterator
 
 _TCP_INFO_BYTES_RECEIVED = 128  # of Linux's struct tcp_info, since 4.1
+_SO_PEERGROUPS = 59  # of Linux, since 4.13
+_MOST_GROUPS = 256  # 1,024 bytes are the most that Python takes of an option
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
 
 
@@ -25,6 +29,29 @@ def peer_address(descriptor: int) -> str:
             return str(connection.getpeername()[0])
     except (OSError, AttributeError):
         return ""
+
+
+def peer_groups(descriptor: int) -> tuple[int, ...]:
+    """Groups of the process at the other end of an ipc:// connection, beside its main one.
+
+    () if they are unknown, or more than 256.
+    """
+    try:
+        with _borrowed(descriptor) as connection:
+            groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
+    except (OSError, AttributeError):
+        return ()
+    return struct.unpack(f"{len(groups) // 4}I", groups)
+
+
+def is_open_to_all(descriptor: int) -> bool:
+    """Whether everybody may connect to the path that an ipc:// connection came by. One without permissions is open."""
+    try:
+        with _borrowed(descriptor) as connection:
+            path = connection.getsockname()
+        return bool(os.stat(path).st_mode & stat.S_IWOTH)
+    except (OSError, ValueError):
+        return True
 
 
 def bytes_received(descriptor: int) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,8 +17,11 @@ import zmq
 
 from tnxctl.protocol.wire import Limits
 from tnxd.transport import routing_ids, zap
+from tnxd.transport.access import Access
+from tnxd.transport.addresses import in_words
 from tnxd.transport.client_limits import Admission, Connection
 from tnxd.transport.connections import Connections
+from tnxd.transport.inherited import Listener
 from tnxd.transport.listeners import Listeners
 from tnxd.transport.monitor import Monitor
 from tnxd.transport.outbox import PEER_HWM, Outbox
@@ -59,7 +64,8 @@ class Router:
     """ROUTER socket, with all that belongs to it.
 
     Args:
-        limits: of one message. admission: who gets in, and what is counted of each client.
+        limits: of one message. admission: what is counted of each client. access: who gets in, and in which role.
+        secret: secret key of the daemon, in Z85, with which tcp:// endpoints ask for keys; "": they ask for none.
 
     Attributes:
         endpoints: where it really listens, wildcards resolved.
@@ -68,22 +74,23 @@ class Router:
         send, flush: those of the `Outbox` itself, so that a reply costs no call more.
     """
 
-    def __init__(self, limits: Limits, admission: Admission) -> None:
+    def __init__(self, limits: Limits, admission: Admission, access: Access | None = None, secret: str = "") -> None:
+        access = access or Access()
         self.max_tensors = limits.tensors
         self._unfinished: Message | None = None
         self._dropping = False
         self.dropped = 0
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 64)
-        self._zap = zap.ZapHandler(self._context, admission.refusal)
+        self._zap = zap.ZapHandler(self._context, partial(_judge, access, admission))
         routing_ids.seed()
         socket = self._socket = self._context.socket(zmq.ROUTER)
         _set_options(socket, limits)
         ids = routing_ids.AssignedIds(self._context, socket)
-        self._listeners = Listeners(socket)
+        self._listeners = Listeners(socket, secret)
         self.endpoints = self._listeners.endpoints
         self._monitor = Monitor(self._context, socket)
-        connections = self._connections = Connections(self._monitor, self._zap, ids, admission)
+        connections = self._connections = Connections(self._monitor, self._zap, ids, admission, access)
         outbox = self._outbox = Outbox(socket, connections.by_peer, connections.cut, admission)
         connections.on_end = outbox.drop
         self._unread = UnreadBytes(connections, admission, limits.message_bytes + limits.header_bytes)
@@ -94,14 +101,14 @@ class Router:
         self._recv: Any = socket.recv  # its stubs do not know that frames are buffers
         self._get: Any = socket.get
 
-    def bind(self, endpoint: str) -> None:
-        """Listen on a tcp:// or ipc:// endpoint.
+    def bind(self, endpoint: str, inherited: Listener | None = None) -> None:
+        """Listen on a tcp:// or ipc:// endpoint, by the socket that listens there already or else by one of its own.
 
         Raises:
             FailedPrecondition: it is in use.
             InvalidArgument: it is no address of this machine.
         """
-        self._listeners.bind(endpoint)
+        self._listeners.bind(endpoint, inherited)
 
     def watch(self, wakeup: Wakeup) -> None:
         """Let `wait` return when the wake-up is set, too."""
@@ -171,7 +178,7 @@ class Router:
                 self._unfinished = Message(connection, peer, delimited, header, tensors, count)
                 return None
         connection.received += nbytes
-        connection.frames += count + 2
+        connection.frames += count + 1 + delimited
         return Message(connection, peer, delimited, header, tensors, count)
 
     def _drop(self, connection: Connection, peer: bytes, frame: zmq.Frame) -> bool:
@@ -240,6 +247,18 @@ class Router:
         """End a connection. What ZeroMQ has received from it is dropped, and so are its replies."""
         self._connections.cut(connection)
 
+    def reauthorize(self) -> None:
+        """Hold all connections against the keys as they are now: roles change, and whose key has gone is cut off."""
+        self._connections.reauthorize()
+
+    def connections(self) -> Iterable[Connection]:
+        """Open connections of which a message came."""
+        return self._by_peer.values()
+
+    def kick(self, name: str, spared: Connection) -> int:
+        """Cut all connections of clients of a name but one. Returns their number."""
+        return self._connections.kick(name, spared)
+
     def measure_unread(self, everywhere: bool) -> None:
         """Measure what ZeroMQ has received and not handed over; cut who has begun a message beyond every limit.
 
@@ -276,5 +295,14 @@ def _set_options(socket: zmq.Socket[bytes], limits: Limits) -> None:
     socket.setsockopt(zmq.BACKLOG, 1024)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.TCP_MAXRT, 30_000)  # cuts a peer that stops reading; heartbeats would cut slow uploads
-    socket.setsockopt(zmq.ZAP_DOMAIN, zap.DOMAIN)
-    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody gets in whom nobody has asked about
+
+
+def _judge(access: Access, admission: Admission, address: str, key: str) -> tuple[bytes, str]:
+    """Status and reason with which a peer is let in or refused."""
+    why = access.refusal(address, key)
+    if why:
+        admission.refused += 1
+        log.warning("%s may not connect: %s", in_words(address), why)  # its subject is the address, so each is told of
+        return zap.REFUSED, why
+    why = admission.refusal(address, access.authorized(key))
+    return (zap.NO_ROOM, why) if why else (zap.ADMITTED, "OK")

@@ -62,7 +62,7 @@ class UnreadBytes:
             connection = self._latest(descriptor)
             unread = bytes_received(descriptor) - _HANDSHAKE_BYTES
             if connection is not None:
-                unread -= connection.received + _FRAME_HEAD_BYTES * connection.frames
+                unread -= connection.received + (_FRAME_HEAD_BYTES + connection.frame_bytes) * connection.frames
             if unread > _UNREAD_FROM_BYTES:
                 self._by_descriptor[descriptor] = unread
                 if descriptor in connections.clients and (
@@ -103,5 +103,5 @@ def _many_frames(connection: Connection | None, unread: int) -> bool:
     """Whether so many bytes are too many frames, if they are as those that were read: each takes 64 bytes and more."""
     if connection is None or not connection.frames:
         return False
-    mean = connection.received / connection.frames + _LEAST_FRAME_HEAD_BYTES
+    mean = connection.received / connection.frames + _LEAST_FRAME_HEAD_BYTES + connection.frame_bytes
     return unread > _MOST_UNREAD_FRAMES * mean

@@ -23,6 +23,7 @@ import zmq
 from tnxctl.call import Call
 from tnxctl.cli.bench.recording import LOST, UNSENT, Recording, clock_ns
 from tnxctl.durations import spell
+from tnxctl.keys import lookup
 from tnxctl.link import KEPT_BYTES, ZERO_COPY_BYTES, Link, has_input
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import DeadlineExceeded, Unavailable
@@ -90,7 +91,7 @@ class Connection:
     def __init__(self, endpoint: str, timeout: float) -> None:
         self.endpoint = endpoint
         self.timeout = timeout
-        self.session = Session(endpoint, timeout, wire.Limits())
+        self.session = Session(endpoint, timeout, wire.Limits(), lookup.find(endpoint))
         self._link = Link(self.session)
         self._dealer: Any = None
         self._fd = 0

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,12 +26,19 @@ _PREFIX = "tnxd-artifact-"
 _FAILED = "failed.txt"
 """Why there is no artifact."""
 
+_SUMS = "SHA256SUMS"
+"""Digests of all files of an artifact. Code that a crash or a full disk cut short would end the process that loads it,
+at every start anew."""
+
+_FORM = "2"
+"""Counted up when artifacts are written or read in another way."""
+
 _MOST_BYTES = 8192 * MIB
 """Size of all artifacts that are kept: beyond it, the least recently used ones go."""
 
 
 def key(source: RepositorySource, *parts: str) -> str:
-    """The name of an artifact: a digest of the files of a version, of its settings, and of `parts`.
+    """The name of an artifact: a digest of the files of a version, of its settings, of this Python, and of `parts`.
 
     Raises:
         TensorNextError, OSError: the files cannot be read.
@@ -43,7 +51,7 @@ def key(source: RepositorySource, *parts: str) -> str:
         with files.open(path) as file:
             digest.update(f"{os.path.relpath(path, files.shared)}\0".encode())
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    digest.update(repr(parts).encode())
+    digest.update(repr((_FORM, sys.implementation.cache_tag, *parts)).encode())
     return digest.hexdigest()
 
 
@@ -87,6 +95,9 @@ def folder(cache: Path | None, name: str, make: Callable[[Path], None]) -> Itera
         FailedPrecondition: it cannot be made, now or when it was tried before.
     """
     kept = None if cache is None else cache / name
+    if kept is not None and kept.is_dir() and not _is_whole(kept):
+        log.warning("%s is damaged, and is made again", kept)
+        shutil.rmtree(kept, ignore_errors=True)
     if kept is not None and kept.is_dir():
         with contextlib.suppress(OSError):
             os.utime(kept)
@@ -118,12 +129,28 @@ def _keep(made: Path, kept: Path) -> None:
     """Copy an artifact into the cache, all of it or nothing."""
     parent = kept.parent
     try:
+        sums = [f"{_digest(path)}  {path.relative_to(made)}\n" for path in sorted(made.rglob("*")) if path.is_file()]
+        Path(made, _SUMS).write_text("".join(sums))
         with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as place:
             shutil.copytree(made, Path(place, "whole"))
             Path(place, "whole").rename(kept)
         _shrink(parent)
     except OSError as error:  # a full disk, or another daemon was faster
         log.info("%s is not kept: %s", kept, error.strerror)
+
+
+def _is_whole(kept: Path) -> bool:
+    """Whether all files of an artifact are there as they were written; others may have been added."""
+    try:
+        lines = [line.partition("  ") for line in Path(kept, _SUMS).read_text().splitlines()]
+        return bool(lines) and all(_digest(kept / name) == digest for digest, _, name in lines)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shrink(cache: Path) -> None:

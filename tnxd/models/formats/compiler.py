@@ -6,8 +6,10 @@ of COMPILERS.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from tnxd.models.formats.conditions import Conditions
 from tnxd.models.formats.converting import CALLED, CONVERTED, Called
 from tnxd.models.formats.description import describe
 from tnxd.models.formats.exporting import export
+from tnxd.models.formats.indices import keep_within
 from tnxd.models.formats.opening import read
 from tnxd.models.formats.signature import Signature
 from tnxd.models.repository import RepositorySource
@@ -42,6 +45,7 @@ class _Exported(NamedTuple):
     Attributes:
         returned: of each output of the signature, its position among all that the program returns.
         conditions: demands on the lengths of its inputs.
+        bounded: whether its last output says if all indices were in range, see `tnxd.models.formats.indices`.
     """
 
     network: torch.nn.Module
@@ -49,6 +53,7 @@ class _Exported(NamedTuple):
     program: ExportedProgram
     returned: tuple[int, ...]
     conditions: Conditions
+    bounded: bool
 
 
 def _export(source: RepositorySource, device: torch.device) -> _Exported:
@@ -74,7 +79,8 @@ def _export(source: RepositorySource, device: torch.device) -> _Exported:
         raise FailedPrecondition(f"the network returns {list(returned)}, its signature has {wanted}")
     if not named:
         wanted = list(returned)
-    return _Exported(network, signature, program, tuple([returned[name] for name in wanted]), conditions)
+    positions = tuple([returned[name] for name in wanted])
+    return _Exported(network, signature, program, positions, conditions, keep_within(program))
 
 
 def compile_into(source: RepositorySource, device: torch.device, folder: Path) -> None:
@@ -103,6 +109,7 @@ def compile_into(source: RepositorySource, device: torch.device, folder: Path) -
         "arguments": targets,
         "constants": constants,
         "outputs": list(exported.returned),
+        "bounded": exported.bounded,
         "names": list(exported.conditions.names),
         "conditions": [tuple(condition) for condition in exported.conditions.conditions],
     }
@@ -130,7 +137,7 @@ def convert_into(source: RepositorySource, device: torch.device, folder: Path) -
     if inputs != len(exported.signature.inputs):
         raise FailedPrecondition(f"converted, it has {inputs} inputs in place of {len(exported.signature.inputs)}")
     conditions = exported.conditions
-    called = Called(conditions.names, conditions.conditions, exported.returned)
+    called = Called(conditions.names, conditions.conditions, exported.returned, exported.bounded)
     Path(folder, CALLED).write_bytes(msgspec.json.encode(called))
 
 
@@ -144,7 +151,7 @@ COMPILERS: dict[str, Callable[[RepositorySource, torch.device, Path], None]] = {
 def _end_with_the_daemon() -> None:
     """Wait for the end of the input, which is the daemon's."""
     os.read(0, 1)  # not sys.stdin: a thread that waits there holds its lock, and the interpreter could not end
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)  # compilers that were started, too: the group is this process's own
 
 
 def main() -> None:
@@ -152,6 +159,8 @@ def main() -> None:
     source: RepositorySource = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_the_daemon, daemon=True).start()
     os.nice(10)  # what is served goes first
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")  # and is the last to go where memory runs out
     try:
         COMPILERS[name](source, torch.device(device), Path(folder))
     except TensorNextError as error:

@@ -7,7 +7,9 @@ state: that has no place beside lanes that serve.
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -77,7 +79,8 @@ def _read(child: subprocess.Popen[bytes], timeout_s: float) -> tuple[str, bool]:
 
     def end() -> None:
         late.set()
-        child.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # what it has started, too: a C++ compiler would hold the pipe open
 
     timer = threading.Timer(timeout_s, end)
     timer.daemon = True

@@ -63,11 +63,24 @@ def _make(source: RepositorySource, build: Build, workshop: Workshop) -> torch.n
         compile_in_child(source, "inductor", workshop.device, folder, workshop.seconds, environment)
 
     capability = torch.backends.cpu.get_cpu_capability()
-    made_for = str(workshop.device), torch.__version__, platform.processor(), capability
+    made_for = str(workshop.device), torch.__version__, platform.processor(), capability, _instructions()
     name = "" if workshop.cache is None else artifacts.key(source, "inductor", *made_for)
     with artifacts.folder(workshop.cache, name, compile_into) as folder:
         network = build()
         return Compiled(network, _load(folder, _KEPT or str(folder / _OWN_CACHE), network, workshop.device))
+
+
+def _instructions() -> str:
+    """Instructions that this processor has, which the compiler is told to use (-march=native); "" if not known.
+
+    A directory of a user may be shared by machines, and what runs on one would end the process on another (SIGILL).
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):  # x86, Arm
+                return " ".join(sorted(value.split()))
+    return ""
 
 
 _Run = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
@@ -97,6 +110,7 @@ def _load(folder: Path, cache: str, network: torch.nn.Module, device: torch.devi
     arguments = [weights[name] if name in weights else order["constants"].get(name) for name in order["arguments"]]
     places = [index for index, name in enumerate(order["arguments"]) if not name]
     outputs: list[int] = order["outputs"]
+    bounded: bool = order["bounded"]
     conditions = Conditions(order["names"], [Condition(*condition) for condition in order["conditions"]])
 
     def run(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -105,6 +119,8 @@ def _load(folder: Path, cache: str, network: torch.nn.Module, device: torch.devi
         for place, tensor in zip(places, inputs, strict=True):
             full[place] = tensor
         results = artifact(*full)
+        if bounded and not results[-1]:
+            raise IndexError("an index is out of range")
         return tuple([results[index] for index in outputs])
 
     return run

@@ -40,11 +40,13 @@ class Called(msgspec.Struct, frozen=True):
     Attributes:
         inputs: names of the signature's inputs, in order. conditions: what it demands of their lengths.
         outputs: positions of the signature's outputs among those of the converted network.
+        bounded: whether the last of those says if all indices were in range.
     """
 
     inputs: tuple[str, ...]
     conditions: tuple[Condition, ...]
     outputs: tuple[int, ...]
+    bounded: bool
 
 
 def missing() -> str:
@@ -86,21 +88,33 @@ def _load(folder: Path, threads: int) -> torch.nn.Module:
     except Exception as error:  # onnxruntime's own classes have no base in common
         raise FailedPrecondition(f"onnxruntime cannot load it: {first_line(error)}") from None
     names = [node.name for node in session.get_outputs()]
+    wanted = [names[position] for position in called.outputs] + names[-1:] * called.bounded
     return Converted(
-        Session(session, lambda _: wide, [names[position] for position in called.outputs], CONVERTED),
+        Session(session, lambda _: wide, wanted, CONVERTED),
         Conditions(called.inputs, called.conditions),
+        bounded=called.bounded,
     )
 
 
 class Converted(torch.nn.Module):
-    """A converted network. Args: session: runs it. conditions: what it demands of the lengths of its inputs."""
+    """A converted network.
 
-    def __init__(self, session: Session, conditions: Conditions) -> None:
+    Args:
+        session: runs it. conditions: what it demands of the lengths of its inputs.
+        bounded: whether the last output of the session says if all indices were in range.
+    """
+
+    def __init__(self, session: Session, conditions: Conditions, *, bounded: bool) -> None:
         super().__init__()
         self._session = session
         self._conditions = conditions
+        self._bounded = bounded
 
     def forward(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         self._conditions.check(inputs)
         answers: Sequence[torch.Tensor] = self._session(*inputs)
-        return answers
+        if not self._bounded:
+            return answers
+        if not answers[-1]:
+            raise IndexError("an index is out of range")
+        return answers[:-1]

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
 
-from tnxd.files import MOST_CODE, read_open
+from tnxctl.files.reading import MOST_CODE, read_open
 from tnxd.models.trust import TrustedFiles
 
 _ROOT = "tnxd_repository"

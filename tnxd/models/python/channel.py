@@ -34,6 +34,9 @@ _SIZE, _BYTE = np.dtype(np.int64), np.dtype(np.uint8)
 OUT_OF_MEMORY = 75
 """Exit code of a process that has run out of memory. It may hold on to it: so it ends."""
 
+CUT_OFF = 76
+"""Exit code of a process that cannot hear the daemon any more: it has closed the socket, or the daemon is gone."""
+
 Shapes = tuple[tuple[int, ...] | None, ...]
 """Shape of each array, in the order of the signature; None for one that is not there."""
 

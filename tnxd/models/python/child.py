@@ -25,7 +25,7 @@ from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import Internal, TensorNextError
 from tnxctl.protocol.wire import MIB, TensorSpec
 from tnxd.error_text import sentence
-from tnxd.models.python.channel import OUT_OF_MEMORY, Answer, Ask, Failure, Loaded, Region, receive, send
+from tnxd.models.python.channel import CUT_OFF, OUT_OF_MEMORY, Answer, Ask, Failure, Loaded, Region, receive, send
 from tnxd.models.python.instance import Code, Instance, Plan
 
 _PR_SET_PDEATHSIG = 1
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     send(link, Loaded({name: default is not inspect.Parameter.empty for name, default in instance.optional.items()}))
     with contextlib.suppress(EOFError, OSError), _as_in_a_lane(code.framework):  # until the daemon is gone
         _serve(link, plan, code.framework, instance, Region(asked), Region(answered))
-    os._exit(0)
+    os._exit(CUT_OFF)
 
 
 def _serve(
@@ -98,7 +98,8 @@ def _failure(error: BaseException) -> Failure:
     if isinstance(error, TensorNextError):
         return Failure("", error.message, isinstance(error.__cause__, MemoryError), error.code)
     kind = type(error).__name__
-    return Failure(kind, sentence(error).removeprefix(f"{kind}: "), full=isinstance(error, MemoryError))
+    text = sentence(error).removeprefix(kind).removeprefix(": ")  # there is the name alone where it has no text
+    return Failure(kind, text, full=isinstance(error, MemoryError))
 
 
 def _tensors(arrays: Sequence[Array | None], specs: Sequence[TensorSpec]) -> list[Any]:

@@ -24,7 +24,18 @@ import msgspec
 
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, from_code
-from tnxd.models.python.channel import OUT_OF_MEMORY, Answer, Ask, Failure, Loaded, Region, Reply, receive, send
+from tnxd.models.python.channel import (
+    CUT_OFF,
+    OUT_OF_MEMORY,
+    Answer,
+    Ask,
+    Failure,
+    Loaded,
+    Region,
+    Reply,
+    receive,
+    send,
+)
 from tnxd.models.python.failures import ProcessFull, ProcessLost
 from tnxd.models.python.instance import Plan
 from tnxd.models.python.printed_lines import MOST_LINE, PrintedLines
@@ -32,6 +43,9 @@ from tnxd.models.time_limits import PROCESS_END_S
 
 # As much as a pipe holds.
 _MOST_PARTS = 64 * 1024 // MOST_LINE
+
+# A process that ends closes its connection before it is gone, so much earlier at most.
+_END_S = 1.0
 
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
@@ -151,7 +165,9 @@ class Worker:
             self.why = f"gave no answer for {limit_s:g} s and was ended"
             self.kill()
         except (EOFError, msgspec.DecodeError):
-            self.kill()  # it has closed the socket, or is gone
+            if not _is_readable(self._pidfd, _END_S):
+                self.why = "closed its connection to the daemon, and was ended"
+                self.kill()
         self.ended.wait(PROCESS_END_S)
         raise ProcessLost(f"model {self.plan.name!r}: its process {self.why or 'ended'} while {what}")
 
@@ -160,6 +176,8 @@ class Worker:
         if code == OUT_OF_MEMORY:
             limit = self.plan.memory_limit_mb
             return f"ran out of its memory of {limit:g} MiB" if limit else "ran out of memory"
+        if code == CUT_OFF:
+            return "closed its connection to the daemon"
         if code >= 0:
             return f"ended with exit code {code}"
         try:
@@ -180,9 +198,17 @@ def _raised(failure: Failure) -> BaseException:
     """An exception like that which the model raised: of the class of that name, if Python itself has it."""
     known = getattr(builtins, failure.kind, None)
     base = known if isinstance(known, type) and issubclass(known, Exception) else Exception
+    if issubclass(base, ExceptionGroup):
+        base = Exception  # it would have to have others in it
     kind = type(failure.kind, (base,), {"__str__": lambda _: failure.text, "__init__": lambda *_: None})
     error: BaseException = kind()
     return error
+
+
+def _is_readable(descriptor: int, limit_s: float) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(limit_s * 1e3))
 
 
 def _environment(replicas: int) -> dict[str, str]:

@@ -1,9 +1,10 @@
-"""TOML files, read into frozen Structs. Errors name file and key, in words."""
+"""TOML files, read into frozen Structs. Errors name file and key, and the line where the text is at hand, in words."""
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,8 +12,8 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import inspect
 
+from tnxctl.files import reading, tomledit
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
-from tnxd import files
 
 T = TypeVar("T")
 
@@ -28,30 +29,62 @@ def read(path: Path, label: str = "") -> dict[str, Any]:
     """
     label = label or str(path)
     try:
-        settings: dict[str, Any] = msgspec.toml.decode(files.read(path, label))
+        content = reading.read(path, label)
     except OSError as error:
         raise InvalidArgument(f"{label}: {error.strerror}") from None
     except FailedPrecondition as error:
         raise InvalidArgument(error.message) from None
+    return parse(content, label)
+
+
+def parse(content: bytes | str, label: str) -> dict[str, Any]:
+    """The settings that a TOML text holds.
+
+    Raises:
+        InvalidArgument: it is not TOML.
+    """
+    try:
+        settings: dict[str, Any] = msgspec.toml.decode(content)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:  # as numbers too long, nested too deep
         raise InvalidArgument(f"{label}: not TOML: {error}") from None
     return settings
 
 
-def convert(settings: Mapping[str, Any], kind: type[T], label: str) -> T:
+def convert(settings: object, kind: type[T], label: str, *, text: str = "", at: Sequence[str] = ()) -> T:
     """Settings as a Struct.
 
     Args:
         kind: class of the Struct.
         label: what to call the file in errors.
+        text: content of the file, for the line.
+        at: keys of the table in the file that the settings are; empty: they are all of it.
 
     Raises:
-        InvalidArgument: a key is unknown or a value is out of range: "LABEL: KEY: what is expected, not VALUE".
+        InvalidArgument: a key is unknown or a value is out of range: "LABEL: KEY: what is expected, not VALUE", or
+            "LABEL:LINE: KEY: ..." with a text.
     """
     try:
         return msgspec.convert(settings, kind)
     except msgspec.ValidationError as error:
-        raise InvalidArgument(f"{label}: {_in_words(error, settings, kind)}") from None
+        key, what = _in_words(error, settings, kind)
+        steps = (*at, *map(str, _steps(f".{key}")))
+        name = ".".join(filter(None, (*at, key)))
+        raise InvalidArgument(f"{where(label, text, steps)}: {name}{': ' if name else ''}{what}") from None
+
+
+@contextlib.contextmanager
+def placed(label: str, text: str, steps: Sequence[str]) -> Iterator[None]:
+    """Add the place of a key to errors about its value."""
+    try:
+        yield
+    except InvalidArgument as error:  # only now: to find a line takes as long as the text
+        raise InvalidArgument(f"{where(label, text, steps)}: {error.message}") from None
+
+
+def where(label: str, text: str, steps: Sequence[str]) -> str:
+    """The place of a key in errors: "LABEL:LINE", or the label alone where the line is not found."""
+    line = tomledit.line_of(text, steps)
+    return f"{label}:{line}" if line else label
 
 
 _PLACE = re.compile(r" - at (?:`key` in )?`(?:key in )?\$(?P<path>[^`]*)`$")
@@ -59,8 +92,8 @@ _ODD_KEY = re.compile(r"Object (?P<what>contains unknown|missing required) field
 _STEP = re.compile(r"\.(?P<key>[^.\[]+)|\[(?P<index>\d+)\]")
 
 
-def _in_words(error: msgspec.ValidationError, settings: Mapping[str, Any], kind: type) -> str:
-    """Error of msgspec in words: the key first, then what is expected there, and the value last."""
+def _in_words(error: msgspec.ValidationError, settings: object, kind: type) -> tuple[str, str]:
+    """Error of msgspec in words: the key, "" for all of it, then what is expected there, and the value last."""
     text = str(error)
     place = _PLACE.search(text)
     path = "" if place is None else place["path"].removesuffix("[...]")
@@ -69,12 +102,12 @@ def _in_words(error: msgspec.ValidationError, settings: Mapping[str, Any], kind:
     if odd is not None:
         whole = f"{key}{'.' if key else ''}{odd['key']}"
         if odd["what"] != "contains unknown":
-            return f"{whole}: is missing"
-        return f"{whole}: unknown key{_meant(odd['key'], inspect.type_info(kind), _steps(path))}"
+            return whole, "is missing"
+        return whole, f"unknown key{_meant(odd['key'], inspect.type_info(kind), _steps(path))}"
     what = (text if place is None else text[: place.start()]).replace("`", "")
     what = what[0].lower() + what[1:]
     if not key:
-        return what
+        return key, what
     steps = _steps(path)
     if "invalid enum value" in what:
         what = f"expected one of {', '.join(map(str, _choices(inspect.type_info(kind), steps)))}"
@@ -83,8 +116,8 @@ def _in_words(error: msgspec.ValidationError, settings: Mapping[str, Any], kind:
         for step in steps:
             value = value[step]
     except (KeyError, IndexError, TypeError):
-        return f"{key}: {what}"
-    return f"{key}: {what}" if isinstance(value, Mapping) else f"{key}: {what}, not {value!r}"
+        return key, what
+    return key, what if isinstance(value, Mapping) else f"{what}, not {value!r}"
 
 
 def _steps(path: str) -> list[str | int]:

@@ -19,6 +19,9 @@ MOST_TEXT = MIB
 MOST_CODE = 16 * MIB
 """Limit of a Python module, in bytes."""
 
+# Windows has none of them.
+_FLAGS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0)
+
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -45,7 +48,7 @@ def open_file(path: Path, label: str, most: int | None = None) -> BufferedReader
         OSError: it cannot be opened.
     """
     _check(os.stat(path), label, most)  # a device may do something as soon as it is opened
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    descriptor = os.open(path, os.O_RDONLY | _FLAGS)
     file = os.fdopen(descriptor, "rb")
     try:
         _check(os.fstat(descriptor), label, most)  # it may be another one by now

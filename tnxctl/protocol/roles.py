@@ -1,0 +1,56 @@
+"""Roles of peers, and the least role that each verb asks for. `docs/protocol.md` has the table in words."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+
+from tnxctl.protocol.requests import (
+    Cancel,
+    Clients,
+    Compare,
+    Health,
+    Keys,
+    Kick,
+    Load,
+    Metadata,
+    Models,
+    Predict,
+    Reload,
+    Request,
+    Route,
+    Unload,
+    WhoAmI,
+)
+
+
+class Role(enum.IntEnum):
+    """Role of a peer. Each may do all that those before it may."""
+
+    OBSERVE = 0
+    PREDICT = 1
+    ADMIN = 2
+
+    @property
+    def title(self) -> str:
+        """Name of the role, as files and reports have it."""
+        return self.name.lower()
+
+
+LEAST_ROLES: Mapping[type[Request], Role] = {
+    WhoAmI: Role.OBSERVE,
+    Health: Role.OBSERVE,
+    Metadata: Role.OBSERVE,
+    Models: Role.OBSERVE,
+    Compare: Role.OBSERVE,
+    Cancel: Role.OBSERVE,  # it withdraws nobody's request but one's own
+    Predict: Role.PREDICT,
+    Load: Role.ADMIN,
+    Unload: Role.ADMIN,
+    Route: Role.ADMIN,
+    Reload: Role.ADMIN,
+    Clients: Role.ADMIN,
+    Kick: Role.ADMIN,
+    Keys: Role.ADMIN,
+}
+"""Least role for each verb: the one table that says what a role may do. A verb without an entry is nobody's."""

@@ -1,0 +1,55 @@
+"""Permissions: requests held against the role of their sender. The log tells who was refused, and who gave orders."""
+
+from __future__ import annotations
+
+import logging
+
+from tnxctl.protocol.errors import PermissionDenied
+from tnxctl.protocol.wire import LEAST_ROLES, Kick, Load, Reload, Request, Role, Route, Unload
+from tnxd.transport.access import Access
+from tnxd.transport.addresses import in_words
+from tnxd.transport.client_limits import Connection
+
+audit = logging.getLogger("tnxd.audit")
+
+_ORDERS = (Load, Unload, Route, Reload, Kick)
+"""Requests that change what others get: the log tells of each."""
+
+
+def check(connection: Connection, request: Request, access: Access) -> None:
+    """Check that a peer may ask for something. An order that it may give goes to the log.
+
+    Raises:
+        PermissionDenied: its role does not do; the log has a line about it.
+    """
+    least = LEAST_ROLES.get(type(request))
+    if least is None or connection.role < least:
+        raise refusal(connection, request, access)
+    if isinstance(request, _ORDERS):
+        audit.info("%s: %s", _who(connection), _what(request))
+
+
+def refusal(connection: Connection, request: Request, access: Access) -> PermissionDenied:
+    """Refusal of a request that the role of a peer is not enough for, which the log has from now on."""
+    least = LEAST_ROLES.get(type(request))
+    name, role = connection.client.name, connection.role.title
+    asks = f"{_verb(request)} is for the role {least.title}" if least else f"{_verb(request)} is for nobody"
+    why = access.limit(least or Role.ADMIN, connection.address)
+    # Subject of the line is who asked for what: the log tells of each once in a while.
+    audit.warning("%s refused, having the role %s", f"{_who(connection)}: {_what(request)}", role)
+    return PermissionDenied(f"{asks}, and {name} has {role}{': ' * bool(why)}{why}")
+
+
+def _who(connection: Connection) -> str:
+    name, address = connection.client.name, in_words(connection.address)
+    return name if name == address else f"{name} at {address}"
+
+
+def _verb(request: Request) -> str:
+    return type(request).__name__.lower()
+
+
+def _what(request: Request) -> str:
+    """Verb of a request, and what it is about, on one line."""
+    about = getattr(request, "model", None) or getattr(request, "client", "")
+    return f"{_verb(request)} {about[:100]!r}" if about else _verb(request)
