@@ -62,6 +62,9 @@ $(VENV)/for-examples: $(VENV)/for-test examples/requirements.txt constraints.txt
 	-$(PIP) install --no-deps --requirement examples/requirements.txt
 	@touch $@
 
+# Tests start hundreds of processes, and each would compile every module anew where it may not keep what it compiled.
+test slow faults zoo: export PYTHONDONTWRITEBYTECODE :=
+
 # Three at a time, since many wait for processes.
 .PHONY: test
 test: $(VENV)/for-test $(VENV)/for-examples

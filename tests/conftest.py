@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import prepared
 
 with contextlib.suppress(ImportError):  # on a machine with a GPU, nothing may be installed for these tests
     import hypothesis
@@ -50,7 +53,7 @@ class Daemon:
     """
 
     endpoint: str
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | prepared.Process
     log: Path
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -80,23 +83,39 @@ class Daemon:
 
 
 def start_daemon(
-    log: Path, *arguments: str, program: tuple[str, ...] = ("-m", "tnxd"), environment: dict[str, str] | None = None
+    log: Path,
+    *arguments: str,
+    program: tuple[str, ...] = ("-m", "tnxd"),
+    environment: dict[str, str] | None = None,
+    anew: bool = False,
 ) -> Daemon:
     """Start tnxd, or a program that calls its main, and wait for its ready line.
+
+    Args:
+        anew: start an interpreter, as users do, where a test looks at what happens before it is ready, or needs it to
+            be a child of this process. Without that, the daemon is forked from a process that has imported torch, if
+            it can be; see `prepared`.
 
     Raises:
         AssertionError: it ended before; says what it logged.
     """
     if "--bind" not in arguments:
         arguments = ("--bind", "tcp://127.0.0.1:*", *arguments)
+    variables = os.environ if environment is None else environment
+    process: subprocess.Popen[str] | prepared.Process
     with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, *program, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=environment,
-        )
+        if not anew and prepared.can_run(program, variables):
+            process = prepared.start(program, arguments, variables, stdout=None, stderr=stderr.fileno())
+        else:
+            command = [sys.executable, *program, *arguments]
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=variables,
+                preexec_fn=prepared.end_with_parent,
+            )
     assert process.stdout is not None
     line = process.stdout.readline()  # ends with the process, at the latest: the test's own timeout covers a hang
     found = READY.search(line)
@@ -107,11 +126,13 @@ def start_daemon(
 
 
 @contextmanager
-def serving_daemon(
-    log: Path, *arguments: str, program: tuple[str, ...] = ("-m", "tnxd"), environment: dict[str, str] | None = None
-) -> Iterator[Daemon]:
-    """A daemon for tests that do it no harm: at the end it has to be alive, and to stop without an error."""
-    daemon = start_daemon(log, *arguments, program=program, environment=environment)
+def serving_daemon(log: Path, *arguments: str, **options: Any) -> Iterator[Daemon]:
+    """A daemon for tests that do it no harm: at the end it has to be alive, and to stop without an error.
+
+    Args:
+        options: of `start_daemon`.
+    """
+    daemon = start_daemon(log, *arguments, **options)
     try:
         yield daemon
         assert daemon.process.poll() is None, f"the daemon died during the tests:\n{log.read_text()[-5000:]}"
@@ -129,14 +150,11 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 @pytest.fixture
 def run_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
-    """Start daemons of a test's own; they are killed at its end if they still run."""
+    """Start daemons of a test's own, as `start_daemon` does; they are killed at its end if they still run."""
     started: list[Daemon] = []
 
-    def run(
-        *arguments: str, program: tuple[str, ...] = ("-m", "tnxd"), environment: dict[str, str] | None = None
-    ) -> Daemon:
-        log = tmp_path / f"log{len(started)}"
-        running = start_daemon(log, *arguments, program=program, environment=environment)
+    def run(*arguments: str, **options: Any) -> Daemon:
+        running = start_daemon(tmp_path / f"log{len(started)}", *arguments, **options)
         started.append(running)
         return running
 

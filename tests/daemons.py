@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import prepared
+
 TESTS = Path(__file__).parent
 
 ODD = (str(TESTS / "odd_models.py"),)
@@ -27,7 +29,7 @@ class Running:
     """Daemon process. Attributes: endpoint: where it listens. folder: of its own."""
 
     endpoint: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | prepared.Process
     folder: Path
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -59,6 +61,7 @@ def running(
     before: Callable[[], None] | None = None,
     environment: dict[str, str] | None = None,
     binds: bool = True,
+    anew: bool = False,
 ) -> Iterator[Running]:
     """Daemon that listens on an ipc path in a folder; it may not be ready yet. Killed at the end if it still runs.
 
@@ -66,20 +69,29 @@ def running(
         binds: whether to wait until it listens, or has ended.
         stderr: a descriptor; None is the file `log` in the folder.
         before: called in the new process before the program is.
+        anew: as for `conftest.start_daemon`; with a program that prepares the process itself, it is always so.
     """
     endpoint = f"ipc://{folder}/tnx"
-    command = [sys.executable, *program, "--bind", endpoint, *arguments]
+    arguments = ("--bind", endpoint, *arguments)
     if config:
         (folder / "tnxd.toml").write_text(config)
-        command += ["--config", str(folder / "tnxd.toml")]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=stdout,
-            stderr=log if stderr is None else stderr,
-            preexec_fn=before,
-            env={**os.environ, **(environment or {})},
-        )
+        arguments = (*arguments, "--config", str(folder / "tnxd.toml"))
+    variables = {**os.environ, **(environment or {})}
+    forks = not anew and before is None and stdout == subprocess.DEVNULL and prepared.can_run(program, variables)
+    process: subprocess.Popen[bytes] | prepared.Process
+
+    def prepare() -> None:
+        prepared.end_with_parent()
+        if before is not None:
+            before()
+
+    with (folder / "log").open("wb") as log, open(os.devnull, "wb") as nowhere:
+        errors = log.fileno() if stderr is None else stderr
+        if forks:
+            process = prepared.start(program, arguments, variables, stdout=nowhere.fileno(), stderr=errors)
+        else:
+            command = [sys.executable, *program, *arguments]
+            process = subprocess.Popen(command, stdout=stdout, stderr=errors, preexec_fn=prepare, env=variables)
     try:
         # At intervals, since there is nothing to wait on for a file that appears or else a process that ends, and a
         # connection that waits for its server would be one more in the daemon. The test's own time limit ends this.

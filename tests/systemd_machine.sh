@@ -4,13 +4,13 @@
 # Becomes a machine of its own whose PID 1 is this computer's systemd. Its file system is a copy-on-write view of /,
 # kept in memory: nothing that happens inside reaches the real one. Its network is loopback alone, and systemd
 # manages only what is below CGROUP, a cgroup v2 made for this machine. WORK is an empty directory to mount things on.
-# Killing this process ends the machine and all that ran in it.
+# Killing this process, or that which started it, ends the machine and all that ran in it.
 set -eu
 work=$1 cgroup=$2
 
 case ${3:-outside} in
 outside)
-    exec unshare --mount --pid --fork --kill-child --net --ipc --uts sh "$0" "$work" "$cgroup" inside
+    exec setpriv --pdeathsig=KILL unshare --mount --pid --fork --kill-child --net --ipc --uts sh "$0" "$work" "$cgroup" inside
     ;;
 inside)
     # Only now, because the new namespace takes the cgroup that this process is in for the root of all.

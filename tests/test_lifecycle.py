@@ -22,6 +22,7 @@ import pytest
 from ahead import Making, makes
 from conftest import Daemon, start_daemon
 from dealer import Dealer, rows
+from prepared import end_with_parent
 from tnxctl import AsyncClient, Client, Result
 from tnxctl.protocol import wire
 from zmtp import Peer, message
@@ -102,6 +103,7 @@ def own(
                     stderr=log,
                     text=True,
                     env=variables,
+                    preexec_fn=end_with_parent,
                 )
             daemon = Daemon(command[command.index("--bind") + 1], process, folder / "log")
         try:

@@ -409,7 +409,7 @@ def test_a_factory_that_never_returns_is_given_up(run_daemon: RunDaemon, tmp_pat
     repository.settings("stuck")
     repository.publish("stuck", 1, scaled(1.0))
     config = tmp_path / "tnxd.toml"
-    config.write_text("load_timeout_s = 8.0\n")
+    config.write_text("load_timeout_s = 5.0\n")
     daemon = run_daemon("--config", str(config), "--model-repository", str(repository.root))
     with Client(daemon.endpoint) as tnx, Load(daemon.endpoint, "stuck", current=1.0) as load:
         repository.publish("stuck", 2, scaled(2.0, before="import threading; threading.Event().wait()"))

@@ -46,7 +46,7 @@ def test_hang_without_a_service_manager_is_waited_for(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_stopped_process_that_continues_has_not_hung(tmp_path: Path) -> None:
     config = 'on_hang = "restart"\nstall_timeout_s = 0.5\n'
-    with running(tmp_path, config=config) as daemon, Dealer(daemon.endpoint) as dealer:
+    with running(tmp_path, config=config, anew=True) as daemon, Dealer(daemon.endpoint) as dealer:
         dealer.await_health(status="ready")
         daemon.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED)

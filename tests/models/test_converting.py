@@ -77,10 +77,16 @@ def test_a_converted_network_answers_and_refuses_as_before_and_is_kept(
             np.testing.assert_allclose(got["hidden"], wanted["hidden"].numpy(), rtol=1e-5, atol=1e-6)
         with pytest.raises(InvalidArgument, match="here axis 1 of 'x' is 2"):
             ask(model, module, np.zeros((2, 2, 4), np.float32), np.ones((2, 1, 1), np.float32))
-    monkeypatch.undo()
-    for content in (tmp_path / "models/net/1", tmp_path / "models/net/model.toml"):  # other contents: another artifact
-        if content.is_dir():
-            (content / "notes.txt").write_text("changed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_other_contents_make_another_artifact(tmp_path: Path) -> None:
+    save(tmp_path / "models")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    make(open_model(tmp_path / "models", TOML), cache)
+    (tmp_path / "models/net/1/notes.txt").write_text("changed")
     make(open_model(tmp_path / "models", TOML), cache)
     assert len(list(cache.iterdir())) == 2
 
@@ -137,7 +143,9 @@ def test_a_conversion_that_takes_too_long_is_ended_and_tried_again_another_time(
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.parametrize("code", ["raise OSError(28, 'No space left on device')", "os._exit(7)"])
+@pytest.mark.parametrize(
+    "code", ["raise OSError(28, 'No space left on device')", pytest.param("os._exit(7)", marks=pytest.mark.slow)]
+)
 def test_a_compiler_without_room_is_tried_again_another_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
