@@ -106,12 +106,12 @@ COUNT ?= 20000
 fuzz: $(VENV)/for-test
 	$(RUN) tests/faults/fuzz.py --count $(COUNT)
 
-# ALONE=--alone: with nobody to hold its listening sockets.
+# HOW=--alone: with nobody to hold its listening sockets. HOW=--keys: with clients that show a key.
 .PHONY: restarts
 restarts: COUNT = 1000
 restarts: $(VENV)/for-test
 	@mkdir -p build
-	$(RUN) tests/restart/restarts.py --times $(COUNT) --json build/restarts.json $(ALONE)
+	$(RUN) tests/restart/restarts.py --times $(COUNT) --json build/restarts.json $(HOW)
 
 .PHONY: check
 check: $(VENV)/for-check
