@@ -3,8 +3,9 @@
 What libzmq 4.3.5 tells a client, by what the daemon does:
 
     a ZAP handler answers 400, or 500                HANDSHAKE_FAILED_AUTH with that number
-    one side uses keys, the other none               HANDSHAKE_FAILED_PROTOCOL, mechanism mismatch, or, where the
-                                                     daemon's end is seen first, as the next
+    one side uses keys, the other none               HANDSHAKE_FAILED_PROTOCOL, mechanism mismatch; where the
+                                                     end of the connection is seen first, as the next,
+                                                     and the greeting tells (`tnxctl.greeting`)
     the daemon has another key than is expected      HANDSHAKE_FAILED_NO_DETAIL: it ends the connection without a word
     no ZAP handler, where keys are used              the same
     the handler is hung, or answers 300              HANDSHAKE_FAILED_NO_DETAIL after HANDSHAKE_IVL: silence
@@ -23,7 +24,8 @@ from tnxctl.keys.credentials import Credentials
 
 _NO_ROOM = 500
 
-_MISMATCH = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
+MISMATCH = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
+"""Value of HANDSHAKE_FAILED_PROTOCOL where one side uses keys and the other none."""
 
 
 def trouble(event: int, value: int, shown: Credentials | None, *, timed_out: bool = False) -> str | None:
@@ -49,7 +51,7 @@ def trouble(event: int, value: int, shown: Credentials | None, *, timed_out: boo
         case zmq.Event.HANDSHAKE_FAILED_AUTH:
             return _refused(value, shown)
         case zmq.Event.HANDSHAKE_FAILED_PROTOCOL:
-            if value == _MISMATCH:
+            if value == MISMATCH:
                 return _mismatch(shown)
             return "the listener there does not speak ZeroMQ as a TensorNext daemon does"
         case zmq.Event.HANDSHAKE_SUCCEEDED:
@@ -69,7 +71,7 @@ def is_refusal(event: int, value: int) -> bool:
     """Whether an event tells that this client is not let in, or not so: to try again changes nothing."""
     if event == zmq.Event.HANDSHAKE_FAILED_AUTH:
         return value != _NO_ROOM
-    return event == zmq.Event.HANDSHAKE_FAILED_PROTOCOL and value == _MISMATCH
+    return event == zmq.Event.HANDSHAKE_FAILED_PROTOCOL and value == MISMATCH
 
 
 def _silent(shown: Credentials | None) -> str:

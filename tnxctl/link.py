@@ -21,6 +21,7 @@ import zmq
 
 from tnxctl import handshakes
 from tnxctl.call import Call
+from tnxctl.greeting import Greeting
 from tnxctl.session import Session
 
 Socket = zmq.Socket[bytes]
@@ -102,6 +103,7 @@ class Link:
         self.monitor: Socket | None = None
         self.sources: list[tuple[Any, int]] = []
         self._is_large = False  # the last tensor that came
+        self._greeting: Greeting | None = None  # of the listener, once a handshake has failed for no reason given
         self._met_at = math.inf  # when the other side accepted the connection, and the handshake began
 
     def start(self, call: Call[Any]) -> None:
@@ -170,6 +172,10 @@ class Link:
         """Tell the connection what an event says of it."""
         connection, shown = self._session.connection, self._session.credentials
         now = time.monotonic()
+        if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+            self._greeting = None
+        elif event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL and self._is_mismatch():
+            event, value = zmq.Event.HANDSHAKE_FAILED_PROTOCOL, handshakes.MISMATCH
         if event == zmq.Event.CONNECTED:
             self._met_at = now
             if shown is not None:
@@ -180,6 +186,14 @@ class Link:
             connection.note_trouble(trouble, begun=event == zmq.Event.CONNECT_DELAYED)
         if handshakes.is_failure(event, value, shown):
             connection.handshake_failed(refused=handshakes.is_refusal(event, value))
+
+    def _is_mismatch(self) -> bool:
+        """Whether one side uses keys and the other none, by the greeting of the listener, which is asked for."""
+        if not self._session.endpoint.startswith("tcp://"):
+            return False  # no keys are used there
+        if self._greeting is None or (self._greeting.is_over and not self._greeting.mechanism):
+            self._greeting = Greeting(self._session.endpoint)
+        return self._greeting.mechanism == ("CURVE" if self._session.credentials is None else "NULL")
 
     def on_timer(self, now: float) -> list[Call[Any]]:
         """Fail late calls, close a half-open connection, connect, send deferred calls: whatever the time has come for.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -137,8 +139,67 @@ REFUSALS = [
     (refusing, r"does not let alice in: its key, .* is not among those that tnxctl keys allow has added there"),
     (impostor, r"has not the key that .*known_hosts\.toml expects there, .* tnxctl keys trust HOST LINE --replace"),
     (without_handler, r"or lets nobody in"),
-    (without_keys, r"the listener there uses no keys, but .*known_hosts\.toml expects one|, or uses none, or"),
+    (without_keys, r"the listener there uses no keys, but .*known_hosts\.toml expects one"),
 ]
+
+
+class HastyListener:
+    """A listener that hangs up on whoever names another mechanism, before it has sent its own, as libzmq may."""
+
+    def __init__(self, mechanism: bytes) -> None:
+        self._greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01" + mechanism.ljust(20, b"\0") + bytes(32)
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"tcp://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                peer, _ = self._socket.accept()
+                threading.Thread(target=self._greet, args=(peer,), daemon=True).start()
+
+    def _greet(self, peer: socket.socket) -> None:
+        with contextlib.suppress(OSError), peer:
+            heard = b""
+            peer.sendall(self._greeting[:10])
+            while len(heard) < 12:
+                heard += peer.recv(64)
+            peer.settimeout(0.2)
+            with contextlib.suppress(TimeoutError):
+                heard += peer.recv(64)
+            if len(heard) == 12:  # it waits for the mechanism
+                peer.sendall(self._greeting[10:])
+                peer.recv(64)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+
+@pytest.mark.parametrize("ask", WAYS)
+@pytest.mark.parametrize(
+    ("mechanism", "knows", "sentence"),
+    [
+        (b"CURVE", False, r"the daemon there asks for a key, and its own is not known by this address"),
+        (b"NULL", True, r"the listener there uses no keys, but .*known_hosts\.toml expects one"),
+    ],
+)
+def test_a_listener_that_hangs_up_at_once_is_asked_for_its_mechanism(
+    mechanism: bytes, knows: bool, sentence: str, ask: Callable[[str], Any]
+) -> None:
+    with HastyListener(mechanism) as listener:
+        if knows:
+            trust(listener.endpoint)
+        with pytest.raises(Unauthenticated, match=sentence):
+            ask(listener.endpoint)
+
+
+def test_a_listener_of_another_kind_is_no_refusal() -> None:
+    """It ends each connection, as a proxy does whose daemon is away."""
+    with HastyListener(b"NULL") as listener, Client(listener.endpoint, timeout=1.0) as tnx, pytest.raises(Unavailable):
+        tnx.health()
 
 
 @pytest.mark.parametrize("ask", WAYS)
