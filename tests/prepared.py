@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -172,6 +173,8 @@ def _import() -> None:
         "torch.fx.experimental.symbolic_shapes",
     ):
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # as the daemon does; the children's collections have little to look at then
 
 
 def _serve(requests: socket.socket) -> dict[str, Any] | None:
@@ -197,6 +200,10 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
             if not pid:
                 os.dup2(stdout, 1)
                 os.dup2(stderr, 2)
+                selector.close()
+                for _, other in running.values():
+                    other.close()
+                life.close()
                 return json.loads(message)
             handle = os.pidfd_open(pid)
             os.close(stdout)
@@ -209,6 +216,7 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
 
 def _become(program: list[str], arguments: list[str], environment: dict[str, str], cwd: str) -> None:
     """Run a program in this process, as `python` does."""
+    gc.collect()  # whatever still has a descriptor closes it now, and not when its number is another's
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     os.chdir(cwd)
     os.environ.clear()

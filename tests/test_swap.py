@@ -430,6 +430,7 @@ def test_a_factory_that_never_returns_is_given_up(run_daemon: RunDaemon, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("kind", ["safetensors", "pt2"])
 def test_memory_comes_back(run_daemon: RunDaemon, tmp_path: Path, kind: str) -> None:
     """A model of 100 MiB, loaded and unloaded ten times."""
