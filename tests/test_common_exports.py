@@ -63,6 +63,9 @@ def run(blocks: list[tuple[str, str]]) -> dict[str, Any]:
     return names
 
 
+pytestmark = pytest.mark.timeout(240)  # the daemon looks for faster variants of all of them
+
+
 @dataclass(frozen=True)
 class Served:
     """A daemon with all that could be made here. Attributes: networks: by the name of the model."""

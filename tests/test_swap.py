@@ -165,7 +165,7 @@ def swap(folder: Path, daemon: Daemon, repository: Repository, *, times: int, be
 def swapped(run_daemon: RunDaemon, tmp_path: Path) -> tuple[Daemon, Repository]:
     """A daemon that serves version 1 of the model "swapped", with scale 1."""
     repository = Repository(tmp_path / "models")
-    repository.settings("swapped")
+    repository.settings("swapped", f'optimize = "none"\n{MODEL_TOML}')  # to compile takes a busy machine a minute
     repository.publish("swapped", 1, scaled(1.0, MIB))
     return run_daemon("--model-repository", str(repository.root)), repository
 

@@ -63,7 +63,7 @@ _EVENT = struct.Struct("=Hi")  # event, value; zmq.utils.monitor knows it too, b
 
 _monitor_ids = itertools.count()
 
-_context: tuple[int, zmq.Context[Socket]] | None = None
+_contexts: dict[int, zmq.Context[Socket]] = {}  # by process
 
 
 def shared_context() -> zmq.Context[Socket]:
@@ -72,10 +72,14 @@ def shared_context() -> zmq.Context[Socket]:
     It is never terminated, because that waits for a host name that is being resolved; the sockets in it are
     closed with their clients. A forked child gets its own.
     """
-    global _context
-    if _context is None or _context[0] != os.getpid():
-        _context = (os.getpid(), zmq.Context())
-    return _context[1]
+    process = os.getpid()
+    shared = _contexts.get(process)
+    if shared is None:
+        made = zmq.Context[Socket]()
+        shared = _contexts.setdefault(process, made)  # threads may come here at once; a lock could be held by a fork
+        if shared is not made:
+            made.term()
+    return shared
 
 
 class Link:

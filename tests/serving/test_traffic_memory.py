@@ -109,7 +109,7 @@ def test_memory_that_forwards_take_again_is_left_to_them(process: Process, look:
         process.resident_mib = QUIET_MIB + 200 * (now % 3 > 0)  # it is seen given back, and taken again
         look(now)
         trims += process.trimmed()
-    assert trims == 2
+    assert trims == 2 + 3  # and once in half a minute
 
 
 def test_message_that_nobody_saw_is_given_back(process: Process, look: Callable[[float], None]) -> None:
@@ -120,6 +120,19 @@ def test_message_that_nobody_saw_is_given_back(process: Process, look: Callable[
         process.resident_mib = 100 * now + QUIET_MIB
         look(now + 1)
         assert process.trimmed()
+
+
+def test_memory_that_is_freed_after_all_have_given_up_is_given_back_later(
+    process: Process, look: Callable[[float], None]
+) -> None:
+    process.dropped += 1000
+    process.resident_mib += 500
+    for now in range(1, 20):
+        look(now)
+    process.trimmed()
+    for now in range(20, 60):
+        look(now)
+    assert process.trimmed()
 
 
 def test_daemon_that_has_less_for_half_a_minute_is_quiet_with_less(

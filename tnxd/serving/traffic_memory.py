@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 from tnxctl.protocol.wire import MIB
@@ -19,6 +20,9 @@ _TRIM_EVERY_S = 1.0
 _TRIMS = 10
 _TRIMS_OF_FORWARDS = 2
 
+# And then once in a while: on a busy machine the last of a flood may be freed later than anybody waits for.
+_LATE_TRIM_EVERY_S = 30.0
+
 # A daemon that has had less for so many looks is quiet with less.
 _LOOKS = 30
 
@@ -33,8 +37,9 @@ class TrafficMemory:
         self._router = router
         self._admission = admission
         self._quiet_bytes = 0
+        self._settled_bytes = 0
         self._trims_left = _TRIMS_OF_FORWARDS
-        self._next_trim = 0.0
+        self._last_trim = -math.inf
         self._most_lately = 0
         self._looks_below = 0
         self._closed = 0
@@ -53,7 +58,7 @@ class TrafficMemory:
         if admission.traffic_bytes > admission.max_traffic_bytes and router.cut_worst():
             return
         if not settled or not self._quiet_bytes:
-            self._quiet_bytes = resident
+            self._quiet_bytes = self._settled_bytes = resident
             return
         self._fall(resident)
         if (
@@ -70,12 +75,16 @@ class TrafficMemory:
             self._trims_left = _TRIMS
         if resident <= self._quiet_bytes + _TRIM_BYTES:
             self._trims_left = min(self._trims_left, _TRIMS_OF_FORWARDS)
-        elif admission.traffic_bytes < _QUIET_BYTES and now >= self._next_trim:
-            self._next_trim = now + _TRIM_EVERY_S
+            if resident <= self._settled_bytes + _TRIM_BYTES or now < self._last_trim + _LATE_TRIM_EVERY_S:
+                return
+        elif now < self._last_trim + _TRIM_EVERY_S:
+            return
+        if admission.traffic_bytes < _QUIET_BYTES:
+            self._last_trim = now
             _trim()
             self._trims_left -= 1
-            if self._trims_left == 0:
-                self._quiet_bytes = resident  # whatever has it, it is no traffic
+            if self._trims_left <= 0:
+                self._quiet_bytes = max(resident, self._quiet_bytes)  # whatever has it, it is no traffic
                 self._trims_left = _TRIMS_OF_FORWARDS
 
     def _fall(self, resident: int) -> None:
