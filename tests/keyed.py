@@ -133,7 +133,7 @@ def ask(peer: Dealer, request: wire.Request) -> wire.Reply:
 
 
 def whoami(peer: Dealer) -> wire.Identity:
-    """Who the daemon takes a peer for."""
+    """Identity of a peer, as the daemon tells it."""
     reply = ask(peer, wire.WhoAmI(v=wire.VERSION, id=7))
     assert isinstance(reply, wire.Identity), reply
     return reply

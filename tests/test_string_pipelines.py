@@ -189,7 +189,7 @@ def test_texts_of_all_lengths_find_their_numbers(tnx: Client, model: str) -> Non
 
 
 def test_a_step_counts_its_tokens_as_its_model_does_for_others(tnx: Client) -> None:
-    """What waits for the lanes shares batches of `max_tokens` at most, in rows of two tokens."""
+    """Requests that wait for the lanes share batches of `max_tokens` at most, in rows of two tokens."""
     ids = np.ones((1, 2), np.int64)
     futures = [tnx.submit({"ids": ids, "mask": ids}, model="slowly") for _ in range(24)]
     sizes = [future.result().steps[0].batch_size for future in futures]

@@ -294,7 +294,7 @@ def keys(service: Machine) -> Iterator[dict[str, pairs.Pair]]:
 
 
 def ask_with_key(machine: Machine, server: str, verb: str) -> str:
-    """What a client inside gets over tcp with alice's key: the role of whoami, say, or the name of an error."""
+    """Answer that a client inside gets over tcp with alice's key: the role of whoami, say, or the name of an error."""
     program = (
         "import sys; from tnxctl import Client, TensorNextError\n"
         "with Client('127.0.0.1', key='/etc/tensornext/alice.key', server_key=sys.argv[1], timeout=20) as client:\n"

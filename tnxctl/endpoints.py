@@ -55,7 +55,7 @@ class _Standing:
         self.is_shut = False
 
     def faded_s(self, now: float) -> float:
-        """What the prediction is still worth."""
+        """Seconds that the prediction still says; they fade with time."""
         return self.wait_s * math.exp((self.told_at - now) / _FADES_IN_S) if self.wait_s else 0.0
 
 

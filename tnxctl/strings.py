@@ -15,7 +15,7 @@ from tnxctl.protocol.strings import OBJECT, Array, array_of, elements_of, place_
 _PLAIN = {bytes}
 
 _MOST_AXES = 64
-"""Of an array of numpy."""
+"""Most axes of an array of numpy."""
 
 
 def holds_strings(value: object) -> bool:

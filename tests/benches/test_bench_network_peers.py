@@ -39,7 +39,7 @@ from steady import Steady
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="these benchmarks work by way of /proc and epoll")
 
 PNG = b"\x89PNG"
-"""How such a file begins."""
+"""Beginning of such a file."""
 
 
 # --- steady loops ------------------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from tnxctl.cli import keys as command
 from tnxctl.cli.exits import Exit
 from tnxctl.keys import authorized, known_hosts, pairs, places
+from tnxctl.protocol.roles import Role
 from tool import fields, run
 
 
@@ -26,7 +28,7 @@ def etc(tmp_path: Path) -> Path:
 
 
 def test_what_the_help_needs_is_as_it_is_elsewhere() -> None:
-    assert command.ROLES == authorized.ROLES
+    assert command.ROLES == get_args(authorized.Role) == tuple(role.title for role in Role)
     assert Path(command.SERVICE_DIRECTORY) == places.SERVICE_DIRECTORY
 
 

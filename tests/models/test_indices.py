@@ -37,7 +37,7 @@ def exported(look: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]) ->
 
 
 def ran(program: ExportedProgram, *k: int) -> tuple[torch.Tensor, ...]:
-    """What the graph returns for one row."""
+    """Outputs of the graph for one row."""
     held = {**program.state_dict, **program.constants}
     own = [held[spec.target] for spec in program.graph_signature.input_specs if spec.target is not None]
     found: tuple[torch.Tensor, ...] = program.graph_module(*own, torch.arange(6.0)[None], torch.tensor([k]))

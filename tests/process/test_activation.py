@@ -10,7 +10,7 @@ from tnxd.process import activation
 
 
 def passed(monkeypatch: pytest.MonkeyPatch, pid: object, count: object, names: str | None) -> list[int]:
-    """What the daemon takes, told so by the environment; the variables are gone then."""
+    """Descriptors that the daemon takes, told so by the environment; the variables are gone then."""
     for name, value in (("LISTEN_PID", pid), ("LISTEN_FDS", count), ("LISTEN_FDNAMES", names)):
         if value is None:
             monkeypatch.delenv(name, raising=False)

@@ -55,7 +55,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
 
 @dataclass
 class Report:
-    """What the clients met.
+    """Report of what the clients met.
 
     Attributes:
         restarts: of the daemon. asked, answered: calls, and those that got a result.

@@ -36,7 +36,7 @@ def keyed(daemon_with_keys: Keyed) -> Iterator[Keyed]:
 
 
 def refusal(monitor: zmq.Socket[bytes]) -> tuple[int, int]:
-    """What comes of a peer that was cut off and tries again: the event, and its value."""
+    """Outcome for a peer that was cut off and tries again: the event, and its value."""
     return next_event(monitor, zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_SUCCEEDED)
 
 

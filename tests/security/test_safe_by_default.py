@@ -77,7 +77,7 @@ def test_a_start_without_keys_is_refused_in_one_sentence(more: tuple[str, ...]) 
 
 
 def test_the_word_may_be_a_flag_or_a_variable() -> None:
-    """What such a daemon says at its start: `tests/faults/test_fault_strangers.py`."""
+    """Warning that such a daemon gives at its start: `tests/faults/test_fault_strangers.py`."""
     for arguments, variables in ((["--insecure"], {}), ([], {"TNXD_INSECURE": "1"})):
         assert tnxd("--bind", "0.0.0.0:5555", "--check", *arguments, **variables) == (0, "")
 

@@ -31,6 +31,6 @@ def test_a_batch_has_the_limit_of_its_model_or_the_daemons() -> None:
 
 
 def test_a_batch_in_a_process_is_first_given_up_by_whoever_waits_for_the_process() -> None:
-    """Who waits for its turn for as long as the limit, and then for the process, ends it and says how it ended."""
+    """The waiting thread may wait for its turn as long, and then ends the process and says how it ended."""
     assert limit_s("process", 2.0) > 2 * 2.0 + 1.0
     assert limit_s("process", None) > 2 * 30.0 + 1.0

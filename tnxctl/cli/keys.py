@@ -19,7 +19,7 @@ from tnxctl.protocol.errors import InvalidArgument, TensorNextError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-# As in tnxctl.keys.authorized and tnxctl.keys.places, whose import would make `tnxctl --help` slow; a test compares.
+# As in tnxctl.protocol.roles and tnxctl.keys.places, whose import would make `tnxctl --help` slow; a test compares.
 ROLES = ("observe", "predict", "admin")
 SERVICE_DIRECTORY = "/etc/tensornext"
 
@@ -309,7 +309,7 @@ _Found = TypeVar("_Found")
 
 
 def _tried(mistakes: list[TensorNextError], read: Callable[[Path], _Found], path: Path) -> tuple[_Found, ...]:
-    """What is in a file, if it can be read; else its mistake is noted."""
+    """Contents of a file, if it can be read; else its mistake is noted."""
     try:
         return (read(path),)
     except TensorNextError as error:

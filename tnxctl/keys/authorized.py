@@ -24,9 +24,7 @@ from tnxctl.protocol.errors import AlreadyExists, InvalidArgument, NotFound
 from tnxctl.protocol.wire import MIB
 
 Role = Literal["observe", "predict", "admin"]
-
-ROLES: tuple[Role, ...] = ("observe", "predict", "admin")
-"""What a client may do, each role all of those before it, too."""
+"""Name of a `tnxctl.protocol.roles.Role`."""
 
 _TABLE = "keys"
 _HEADERS = f"[{_TABLE}.NAME]"

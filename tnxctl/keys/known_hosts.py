@@ -68,7 +68,7 @@ def read(path: Path) -> dict[str, KnownHost]:
 
 
 def find(endpoint: str, key: str | os.PathLike[str] | None = None, server_key: str | None = None) -> Credentials | None:
-    """What a client shows to a daemon, and expects of it; None if it is not known: then no keys are used.
+    """Credentials of a client with the daemon at an endpoint; None if it is not known: then no keys are used.
 
     Args:
         key: file with a secret, or the name of a pair of the user's; None: the pair that is shown to this host.

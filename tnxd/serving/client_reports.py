@@ -31,7 +31,7 @@ _MOST_ADDRESSES = 8  # of one client
 
 
 def identity(request: WhoAmI, connection: Connection) -> Identity:
-    """Who a peer is to the daemon."""
+    """Identity of a peer, as the daemon knows it."""
     client = connection.client
     return Identity(
         v=VERSION,
