@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-import numpy as np
-
 from tnxctl.protocol.histograms import Histogram
 from tnxctl.protocol.wire import MODEL_NAME, excerpt
-from tnxd.serving.histogram_counts import HistogramCounts
+from tnxd.serving.histogram_counts import HistogramCounts, as_array
 
 TOLD_EVERY_S = 10.0
 """Errors are told in the log no more often than this."""
@@ -86,7 +84,7 @@ class Telemetry:
         return self._turn_counts.histogram(0)
 
     def _fold_turns(self) -> None:
-        self._turn_counts.add(np.array(self._turns)[:, None] * 1e6)
+        self._turn_counts.add(as_array(self._turns, 1) * 1e6)
         self._turns.clear()
 
     def uptime_s(self) -> float:
