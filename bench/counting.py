@@ -114,7 +114,9 @@ def main(rounds: int, versions: tuple[int, ...]) -> None:
     click.echo("|---|---|---|---|")
     for number in versions:
         all_counts = [VersionCounts(RecentError()) for _ in range(number)]
-        busy, idle, size = [], [], 0
+        busy: list[float] = []
+        idle: list[float] = []
+        size = 0
         for _ in range(rounds):
             for counts in all_counts:
                 count_batches(counts, [made[:150]], execution)
