@@ -33,6 +33,8 @@ from tnxctl.protocol.wire import (
     Limits,
     ModelInfo,
     ReloadReport,
+    SlowRequest,
+    StatsReport,
 )
 from tnxctl.results import Result, Traffic
 from tnxctl.session import Session
@@ -186,6 +188,17 @@ class AsyncClient:
     async def keys(self, *, timeout: float | None = None) -> KeysReport:
         """The keys that may connect, see `Client.keys`."""
         return await self._here().run(self._encoder.keys(timeout=timeout, now=time.monotonic()))
+
+    async def stats(self, *, timeout: float | None = None) -> StatsReport:
+        """The raw counts of the daemon since its start, see `Client.stats`."""
+        return await self._here().run(self._encoder.stats(timeout=timeout, now=time.monotonic()))
+
+    async def explain(
+        self, request: int | None = None, *, model: str = "", timeout: float | None = None
+    ) -> tuple[SlowRequest, ...]:
+        """The slowest requests of the last minute, see `Client.explain`."""
+        call = self._encoder.explain(request, model, timeout=timeout, now=time.monotonic())
+        return await self._here().run(call)
 
     async def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""

@@ -25,6 +25,8 @@ from tnxctl.protocol.wire import (
     Limits,
     ModelInfo,
     ReloadReport,
+    SlowRequest,
+    StatsReport,
 )
 from tnxctl.results import Result, Traffic
 
@@ -365,6 +367,24 @@ class Client:
             FailedPrecondition: the daemon asks for no keys.
         """
         return self._driver.run(self._encoder.keys(timeout=timeout, now=time.monotonic()))
+
+    def stats(self, *, timeout: float | None = None) -> StatsReport:
+        """The raw counts of the daemon since its start. Rates are differences of two of them."""
+        return self._driver.run(self._encoder.stats(timeout=timeout, now=time.monotonic()))
+
+    def explain(
+        self, request: int | None = None, *, model: str = "", timeout: float | None = None
+    ) -> tuple[SlowRequest, ...]:
+        """The slowest requests of the last minute, the slowest first, with the time that each stage took.
+
+        Args:
+            request: its id, as its client gave it; None: all that are kept.
+            model: NAME or NAME@VERSION; "": all.
+
+        Raises:
+            NotFound: there is no such model.
+        """
+        return self._driver.run(self._encoder.explain(request, model, timeout=timeout, now=time.monotonic()))
 
     def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""

@@ -34,6 +34,8 @@ from tnxctl.protocol.wire import (
     Limits,
     ModelInfo,
     ReloadReport,
+    SlowRequest,
+    StatsReport,
 )
 from tnxctl.results import Result
 
@@ -200,6 +202,20 @@ class RequestEncoder:
         request = wire.Keys(v=wire.VERSION, id=next(self.ids))
         return self._call(request, [], 0, _reader(KeysReport), self._timeout_s(timeout), now)
 
+    def stats(self, *, timeout: float | None, now: float) -> Call[StatsReport]:
+        """Encode a request for the raw counts."""
+        request = wire.Stats(v=wire.VERSION, id=next(self.ids))
+        return self._call(request, [], 0, _reader(StatsReport), self._timeout_s(timeout), now)
+
+    def explain(
+        self, request: int | None, model: str, *, timeout: float | None, now: float
+    ) -> Call[tuple[SlowRequest, ...]]:
+        """Encode a request for the slowest requests. Raises InvalidArgument; the sentence names the argument."""
+        if request is not None and not 0 <= request <= wire.MAX_ID:
+            raise InvalidArgument(f"request is {request!r}, and ids are from 0 to {wire.MAX_ID}")
+        asked = wire.Explain(v=wire.VERSION, id=next(self.ids), request=request, model=check_string("model", model))
+        return self._call(asked, [], 0, _read_explanation, self._timeout_s(timeout), now)
+
     def _timeout_s(self, timeout: float | None) -> float:
         return self.timeout if timeout is None else check_timeout(timeout)
 
@@ -266,6 +282,10 @@ def _reader(kind: type[T]) -> ReplyReader[T]:
 
 def _read_metadata(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> ModelInfo:
     return _reader(wire.MetadataReport)(reply, frames, limits).model
+
+
+def _read_explanation(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> tuple[SlowRequest, ...]:
+    return _reader(wire.Explanation)(reply, frames, limits).requests
 
 
 def _read_models(reply: wire.Reply, frames: Sequence[bytes], limits: Limits) -> tuple[ModelInfo, ...]:

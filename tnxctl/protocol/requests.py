@@ -186,6 +186,27 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="key
     id: Id
 
 
+class Stats(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="stats", gc=False):
+    """Ask for the raw counts since the start. Answered with `StatsReport`."""
+
+    v: Version
+    id: Id
+
+
+class Explain(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="explain", omit_defaults=True, gc=False):
+    """Ask for the slowest requests of the last minute. Answered with `Explanation`.
+
+    Attributes:
+        request: id of the request that is asked about; None: the slowest of each version.
+        model: NAME or NAME@VERSION; "": all.
+    """
+
+    v: Version
+    id: Id
+    request: Id | None = None
+    model: Title = ""
+
+
 Request = (
     Predict
     | Cancel
@@ -201,4 +222,6 @@ Request = (
     | Clients
     | Kick
     | Keys
+    | Stats
+    | Explain
 )

@@ -9,6 +9,7 @@ from tnxctl.protocol.requests import (
     Cancel,
     Clients,
     Compare,
+    Explain,
     Health,
     Keys,
     Kick,
@@ -19,6 +20,7 @@ from tnxctl.protocol.requests import (
     Reload,
     Request,
     Route,
+    Stats,
     Unload,
     WhoAmI,
 )
@@ -43,6 +45,8 @@ LEAST_ROLES: Mapping[type[Request], Role] = {
     Metadata: Role.OBSERVE,
     Models: Role.OBSERVE,
     Compare: Role.OBSERVE,
+    Stats: Role.OBSERVE,
+    Explain: Role.OBSERVE,
     Cancel: Role.OBSERVE,  # it withdraws nobody's request but one's own
     Predict: Role.PREDICT,
     Load: Role.ADMIN,

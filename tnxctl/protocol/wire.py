@@ -6,7 +6,7 @@ A message is one msgpack header followed by one raw frame per tensor, little-end
     limits      constants, limits of a message, names of models
     fields      types of fields
     requests    headers of requests
-    replies     headers of replies
+    replies     headers of replies; timings, statistics: reports that they hold
     roles       who may ask for what
 
 `frames` is about the tensors. Both halves of TensorNext import this module, `tnxctl health` too, so it stays light.
@@ -66,13 +66,12 @@ from tnxctl.protocol.replies import (
     ReloadReport,
     Reply,
     Result,
-    StepTiming,
-    Timing,
 )
 from tnxctl.protocol.requests import (
     Cancel,
     Clients,
     Compare,
+    Explain,
     Health,
     Keys,
     Kick,
@@ -83,10 +82,21 @@ from tnxctl.protocol.requests import (
     Reload,
     Request,
     Route,
+    Stats,
     Unload,
     WhoAmI,
 )
 from tnxctl.protocol.roles import LEAST_ROLES, Role
+from tnxctl.protocol.statistics import (
+    STAGES,
+    ClientStats,
+    DeviceStats,
+    Explanation,
+    SlowRequest,
+    StatsReport,
+    VersionStats,
+)
+from tnxctl.protocol.timings import StepTiming, Timing
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -107,15 +117,20 @@ __all__ = [
     "MIB",
     "MODEL_NAME",
     "MODEL_VERSION",
+    "STAGES",
     "VERSION",
     "Cancel",
     "ClientInfo",
+    "ClientStats",
     "Clients",
     "ClientsReport",
     "Compare",
     "Comparison",
     "DeviceInfo",
+    "DeviceStats",
     "ErrorReply",
+    "Explain",
+    "Explanation",
     "Health",
     "HealthReport",
     "Identity",
@@ -143,10 +158,14 @@ __all__ = [
     "Result",
     "Role",
     "Route",
+    "SlowRequest",
+    "Stats",
+    "StatsReport",
     "StepTiming",
     "TensorSpec",
     "Timing",
     "Unload",
+    "VersionStats",
     "WhoAmI",
     "check_name",
     "check_version",
