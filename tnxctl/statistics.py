@@ -37,6 +37,7 @@ _DAEMON_COUNTERS = (
 _VERSION_COUNTERS = (
     "requests",
     "replies",
+    "abandoned",
     "rows",
     "batches",
     "deadlines_met",
@@ -53,8 +54,8 @@ class VersionInterval:
     Attributes:
         after: its counts at the end; queued rows and the predicted wait are of that moment.
         seconds: length of the interval.
-        requests, replies, rows, batches, deadlines_met, deadlines_missed, steals, splits, evictions, errors: in the
-            interval, as in `VersionStats`.
+        requests, replies, abandoned, rows, batches, deadlines_met, deadlines_missed, steals, splits, evictions, errors:
+            in the interval, as in `VersionStats`.
     """
 
     def __init__(self, before: VersionStats | None, after: VersionStats, seconds: float) -> None:
@@ -65,6 +66,7 @@ class VersionInterval:
         self.seconds = seconds
         self.requests = after.requests - before.requests
         self.replies = after.replies - before.replies
+        self.abandoned = after.abandoned - before.abandoned
         self.rows = after.rows - before.rows
         self.batches = after.batches - before.batches
         self.deadlines_met = after.deadlines_met - before.deadlines_met
@@ -151,16 +153,17 @@ class DeviceInterval:
     """
 
     def __init__(self, before: DeviceStats | None, after: DeviceStats, seconds: float) -> None:
-        if before is None or _fell(before, after, ("busy_us", "inline_us")):
+        if before is None:
             before = DeviceStats(name=after.name, status=after.status)
         self.after = after
-        self.busy_us = after.busy_us - before.busy_us
-        self.inline_us = after.inline_us - before.inline_us
+        # Devices do not begin anew: times that fell are those of a batch that was counted while it ran, and given up.
+        self.busy_us = max(after.busy_us - before.busy_us, 0.0)
+        self.inline_us = max(after.inline_us - before.inline_us, 0.0)
         self._us = seconds * 1e6
 
     @property
     def busy_share(self) -> float:
-        """Part of its lanes' time in which they ran batches, 0 to 1. A batch counts when it ends."""
+        """Part of its lanes' time in which they ran batches, 0 to 1."""
         return _share(self.busy_us, self.after.lanes * self._us)
 
     @property

@@ -259,9 +259,9 @@ def test_the_document(daemon: Daemon) -> None:
     assert 0 < cpu["busy_share"] + cpu["inline_share"] <= 2
     (digits,) = [model for model in document["models"] if model["name"] == "digits"]
     assert {*digits} == {
-        "name", "version", "requests_per_s", "replies_per_s", "errors_per_s", "rows_per_s", "batches_per_s",
-        "rows_per_batch", "lanes", "queued_rows", "predicted_wait_us", "prediction_error_us", "deadlines_met",
-        "deadlines_missed", "steals", "splits", "evictions", "stages_us", "before_stages_us", "grew",
+        "name", "version", "requests_per_s", "replies_per_s", "errors_per_s", "abandoned", "rows_per_s",
+        "batches_per_s", "rows_per_batch", "lanes", "queued_rows", "predicted_wait_us", "prediction_error_us",
+        "deadlines_met", "deadlines_missed", "steals", "splits", "evictions", "stages_us", "before_stages_us", "grew",
     }  # fmt: skip
     assert digits["replies_per_s"] > 0
     assert [*digits["stages_us"]] == ["receive", "queue", "gather", "h2d", "compute", "d2h", "reply", "total"]

@@ -44,7 +44,7 @@ def numbers(interval: Interval) -> dict[str, Any]:
     found |= {("error", code): count for code, count in interval.errors.items()}
     found |= buckets("loop", interval.loop_turns)
     for version in interval.versions:
-        for name in ("requests", "replies", "rows", "batches", "deadlines_met", "deadlines_missed"):
+        for name in ("requests", "replies", "abandoned", "rows", "batches", "deadlines_met", "deadlines_missed"):
             found[version.title, name] = getattr(version, name)
         found |= {(version.title, code): count for code, count in version.errors.items()}
         for stage in STAGES:
@@ -173,6 +173,8 @@ def test_devices_are_busy_by_their_lanes() -> None:
     assert (cpu.busy_share, cpu.inline_share) == (0.5, 0.5)
     (long,) = Interval(busy(1e6, 0.0, 0.0), busy(2e6, 9e6, 3e6)).devices  # batches that began before
     assert (long.busy_share, long.inline_share) == (1.0, 1.0)
+    (given_up,) = Interval(busy(1e6, 9e5, 0.0), busy(2e6, 1e5, 0.0)).devices  # a batch that hung
+    assert (given_up.busy_share, given_up.inline_share) == (0.0, 0.0)
     (none,) = Interval(busy(1e6, 0.0, 0.0, lanes=0), busy(2e6, 0.0, 0.0, lanes=0)).devices
     assert none.busy_share == 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,6 +86,11 @@ def rates(now: Interval) -> str:
     )
 
 
+def wait(version: VersionInterval) -> str:
+    """The time until one more row would be done; "-" where nobody asked lately."""
+    return text.micros(version.after.predicted_wait_us or math.nan)
+
+
 def named(versions: Iterable[VersionStats], model: str) -> set[str]:
     """Titles of the versions that NAME or NAME@VERSION means; "": all.
 
@@ -165,6 +171,7 @@ def _version_document(version: VersionInterval, before: Interval | None, grown: 
         "requests_per_s": version.per_second(version.requests),
         "replies_per_s": version.per_second(version.replies),
         "errors_per_s": {code: version.per_second(count) for code, count in sorted(version.errors.items())},
+        "abandoned": version.abandoned,
         "rows_per_s": version.per_second(version.rows),
         "batches_per_s": version.per_second(version.batches),
         "rows_per_batch": version.rows_per_batch,

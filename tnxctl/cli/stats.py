@@ -129,6 +129,8 @@ def _devices(now: Interval, width: int | None) -> Iterator[str]:
 
 
 def _row(version: VersionInterval) -> tuple[str, ...]:
+    from tnxctl.cli import intervals
+
     return (
         version.title,
         text.rate(version.per_second(version.requests)),
@@ -138,7 +140,7 @@ def _row(version: VersionInterval) -> tuple[str, ...]:
         text.rate(version.rows_per_batch),
         f"{version.lanes:.1f}",
         str(version.after.queued_rows),
-        text.micros(version.after.predicted_wait_us),
+        intervals.wait(version),
         text.percent(version.missed_share),
         text.micros(version.prediction_error.mean()),
     )
@@ -152,6 +154,7 @@ def _errors(version: VersionInterval) -> Iterator[str]:
     parts.extend(
         f"{count} {what}"
         for what, count in (
+            ("requests abandoned by their clients", version.abandoned),
             ("batches taken over by another device", version.steals),
             ("batches split after they ran out of memory", version.splits),
             ("times evicted", version.evictions),

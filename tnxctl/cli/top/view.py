@@ -82,7 +82,7 @@ _COLUMNS = (
     _Column("BATCH", 5, lambda row: text.rate(row.version.rows_per_batch)),
     _Column("LANES", 5, lambda row: f"{row.version.lanes:.1f}", 1),
     _Column("QUEUED", 6, lambda row: text.rate(row.version.after.queued_rows).removesuffix(".0")),
-    _Column("WAIT", 5, lambda row: text.micros(row.version.after.predicted_wait_us)),
+    _Column("WAIT", 5, lambda row: intervals.wait(row.version)),
     _Column("OFF", 5, lambda row: text.micros(row.version.prediction_error.mean()), 2),
     _Column("QUEUE", 5, lambda row: text.micros(row.version.mean_us("queue")), 1),
     _Column("COMPUTE", 7, lambda row: text.micros(row.version.mean_us("compute")), 1),
