@@ -13,13 +13,15 @@ from conftest import Daemon
 from fake_daemon import DIGITS, FakeDaemon
 from statistics_reports import Counts
 from tnxctl import Client
-from tnxctl.cli import explain, text
+from tnxctl.cli import explain, intervals, text
 from tnxctl.cli.exits import Exit
 from tnxctl.protocol import wire
-from tnxctl.protocol.statistics import DeviceStats, StatsReport
+from tnxctl.protocol.statistics import STAGES, DeviceStats, StatsReport
+from tnxctl.statistics import Interval
 from tool import ask, fields, run
 
 STAGES_US = [12.0, 200.0, 5.0, 0.0, 400.0, 0.0, 15.0]
+Event = Callable[[Counts], None]
 SLOW = wire.SlowRequest(
     id=4711,
     model="digits",
@@ -119,6 +121,74 @@ def test_stats_of_a_real_daemon(daemon: Daemon) -> None:
     assert re.search(r"^total +\d", result.stdout, re.MULTILINE)
 
 
+# --- why requests became slower --------------------------------------------------------------------------------
+
+
+def why(before: Callable[[Counts], None], now: Callable[[Counts], None], device: DeviceStats | None = None) -> str:
+    """The sentence about the digits, after a hundred seconds and one more."""
+    counts = Counts()
+    before(counts)
+    counts.passed(100e6)
+    first = counts.report(devices=(msgspec.structs.replace(device, busy_us=0.0),) if device else ())
+    now(counts)
+    counts.passed(1e6)
+    second = counts.report(devices=(device,) if device else ())
+    (found,) = [
+        each.sentence
+        for each in intervals.slower(Interval(first, second), Interval(None, first))
+        if each.title == "digits@3"
+    ]
+    return found
+
+
+def answered(count: int, *, rows: int = 8, batches: int = 0, name: str = "digits", **stages_us: float) -> Event:
+    def happen(counts: Counts) -> None:
+        times = dict(zip(STAGES, STAGES_US, strict=False)) | stages_us
+        counts.replied((name, "3"), list(times.values()), count)
+        counts.ran((name, "3"), rows, batches or count // rows)
+
+    return happen
+
+
+def both(*events: Event) -> Event:
+    def happen(counts: Counts) -> None:
+        for event in events:
+            event(counts)
+
+    return happen
+
+
+def test_more_requests() -> None:
+    cpu = DeviceStats(name="cpu", status="ready", lanes=1, busy_us=0.97e6)
+    assert why(answered(10_000), answered(300, queue=9000.0), cpu) == (
+        "digits@3: p99 10ms, 639µs before; queue +9.0ms: 300 requests/s, 100 before, cpu 97 % busy"
+    )
+
+
+def test_another_model() -> None:
+    vgg = answered(80, name="vgg", compute=90e3, batches=15)
+    sentence = why(answered(10_000), both(answered(100, queue=9000.0), vgg))
+    assert sentence == "digits@3: p90 10ms, 634µs before; queue +8.9ms: vgg@3 takes 1.4 lanes, 0.0 before"
+
+
+def test_larger_batches() -> None:
+    sentence = why(answered(10_000), answered(100, compute=4000.0, rows=32))
+    assert sentence == "digits@3: p90 4.6ms, 634µs before; compute +3.7ms: 32.0 rows per batch, 8.0 before"
+
+
+def test_a_slower_device() -> None:
+    sentence = why(answered(10_000), answered(100, compute=4000.0))
+    assert sentence.endswith("compute +3.7ms: no larger batches: the device is slower, or shared")
+
+
+def test_a_loop_that_is_behind() -> None:
+    def turn(us: float) -> Event:
+        return lambda counts: counts.turned(us)
+
+    sentence = why(both(answered(10_000), turn(100.0)), both(answered(100, receive=8000.0), turn(50e3)))
+    assert sentence.endswith("receive +8.1ms: turns of the loop take 53ms (p99), 104µs before")
+
+
 # --- explain ---------------------------------------------------------------------------------------------------
 
 
@@ -150,10 +220,11 @@ def test_one_request_is_asked_for_by_its_number_or_model() -> None:
 
 
 def test_of_many_a_few_are_told_in_full() -> None:
-    with FakeDaemon(slowest=tuple(msgspec.structs.replace(SLOW, id=i) for i in range(7))) as fake:
+    with FakeDaemon(slowest=tuple(msgspec.structs.replace(SLOW, id=i) for i in range(27))) as fake:
         result = ask(fake, "explain")
     assert result.stdout.count("waiting for a lane took") == 3
-    assert "4 more are in the table" in result.stdout
+    assert "and 7 more, less slow: --json has them all" in result.stdout
+    assert "tnxctl explain ID tells another one." in result.stdout
 
 
 def test_the_slowest_requests_for_machines() -> None:

@@ -19,6 +19,7 @@ MAX_ID = 2**63 - 1
 
 _BAR_WIDTH = 40
 _TOLD = 3  # requests that are told in full, where several are found
+_LISTED = 20
 
 
 @click.command("explain", short_help="Show the slowest requests of the last minute, and where their time went.")
@@ -63,12 +64,14 @@ def _lines(found: Sequence[SlowRequest], request: int | None) -> Iterator[str]:
         yield f"{what} of the last minute is kept: the daemon forgets them."
         return
     if len(found) > 1:
-        yield from _table(found)
+        yield from _table(found[:_LISTED])
+        if len(found) > _LISTED:
+            yield f"and {len(found) - _LISTED} more, less slow: --json has them all"
         yield ""
     for slow in found[:_TOLD]:
         yield from _story(slow)
     if len(found) > _TOLD:
-        yield f"{len(found) - _TOLD} more are in the table: tnxctl explain ID tells one of them."
+        yield "tnxctl explain ID tells another one."
 
 
 def _table(found: Sequence[SlowRequest]) -> list[str]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 """Percentiles that are shown, and the shares of all values below them."""
 
+_CROWDING_LANES = 0.1
+
 _REMARKABLE = ("undeliverable", "abandoned", "resent", "connections_refused", "connections_cut", "log_lines_dropped")
 
 
@@ -54,26 +56,36 @@ def _why(grown: Growth, earlier: VersionInterval, version: VersionInterval, befo
 def _reasons(
     stage: str, earlier: VersionInterval, version: VersionInterval, before: Interval, now: Interval
 ) -> Iterator[str]:
-    """What else changed that has to do with a stage."""
-    asked, usual = version.per_second(version.requests), earlier.per_second(earlier.requests)
+    """What else changed that has to do with a stage, the weightiest first."""
     if stage in ("receive", "reply"):
-        turns = [each.loop_turns.quantile(0.99) for each in (now, before)]
-        yield f"turns of the loop up to {text.micros(turns[0])} (p99), {text.micros(turns[1])} before"
-    elif version.rows_per_batch >= GREW_BY * earlier.rows_per_batch:
+        turns, usual = (text.micros(each.loop_turns.quantile(0.99)) for each in (now, before))
+        yield f"turns of the loop take {turns} (p99), {usual} before"
+    else:
+        yield from _crowding(version, before, now)
+    asked, usual_rate = version.per_second(version.requests), earlier.per_second(earlier.requests)
+    if asked >= GREW_BY * usual_rate:
+        yield f"{text.rate(asked)} requests/s, {text.rate(usual_rate)} before"
+    if version.rows_per_batch >= GREW_BY * earlier.rows_per_batch:
         yield f"{version.rows_per_batch:.1f} rows per batch, {earlier.rows_per_batch:.1f} before"
-    elif stage != "queue":
-        yield "batches are no larger than before, so the device is slower or shared"
-    if asked >= GREW_BY * usual:
-        yield f"{text.rate(asked)} requests/s, {text.rate(usual)} before"
-    if stage == "queue":
-        if version.mean_us("compute") >= GREW_BY * earlier.mean_us("compute"):
-            yield f"compute {text.micros(version.mean_us('compute'))}, {text.micros(earlier.mean_us('compute'))} before"
-        device = max(now.devices, key=lambda each: each.busy_share, default=None)
-        if device is not None:
-            yield f"{device.after.name} {text.percent(device.busy_share)} busy"
-        other = max(now.versions, key=lambda each: each.lanes, default=version)
-        if other is not version and other.lanes > version.lanes:
-            yield f"most of it with {other.title}"
+    elif stage == "compute":
+        yield "no larger batches: the device is slower, or shared"
+    if stage == "queue" and version.mean_us("compute") >= GREW_BY * earlier.mean_us("compute"):
+        yield f"compute {text.micros(version.mean_us('compute'))}, {text.micros(earlier.mean_us('compute'))} before"
+    device = max(now.devices, key=lambda each: each.busy_share, default=None)
+    if stage == "queue" and device is not None:
+        yield f"{device.after.name} {text.percent(device.busy_share)} busy"
+
+
+def _crowding(version: VersionInterval, before: Interval, now: Interval) -> Iterator[str]:
+    """The other version that takes more of the lanes than before, if it takes more of the increase than this one."""
+
+    def more(each: VersionInterval) -> float:
+        earlier = before.version(each.title)
+        return each.lanes - (earlier.lanes if earlier is not None else 0.0)
+
+    most = max(now.versions, key=more)
+    if most is not version and more(most) >= _CROWDING_LANES:
+        yield f"{most.title} takes {most.lanes:.1f} lanes, {most.lanes - more(most):.1f} before"
 
 
 def rates(now: Interval) -> str:
