@@ -268,4 +268,7 @@ def test_the_document(daemon: Daemon) -> None:
     total = digits["stages_us"]["total"]
     assert {*total} == {"count", "mean", "p50", "p90", "p99", "p99.9"}
     assert 0 < total["p50"] <= total["p90"] <= total["p99"] <= total["p99.9"]
-    assert {*document["clients"][0]} == {"name", "requests_per_s", "refused_per_s", "in_flight", "owed_bytes"}
+    client = document["clients"][0]
+    assert {*client} == {"name", "requests_per_s", "refused_per_s", "in_flight", "owed_bytes"}
+    described = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert [name for name in (*document, *cpu, *digits, *total, *client) if f"`{name}`" not in described] == []

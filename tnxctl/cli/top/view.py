@@ -105,6 +105,7 @@ SORTS: dict[str, tuple[str, Callable[[Row], float]]] = {
 _NAME_WIDTH = 14
 _FEWEST_LINES = 4  # of the table of models
 _STAGES_LINES = 5
+_TALL = 22  # lines for models and what is below them
 _STYLES = {"good": {"fg": "green"}, "fair": {"fg": "yellow"}, "bad": {"fg": "red"}}
 
 
@@ -275,7 +276,10 @@ def _lower(look: Look, choice: Choice, width: int, height: int | None) -> list[s
     if height is None:
         return [*models, *_panel(why), *_panel(stages), *_panel(clients)]
     least = min(len(models), _FEWEST_LINES)
-    panels = _panel([*why[:2], *[""] * (2 - len(why))])  # also where there is nothing to say: so nothing jumps
+    told = 2 if height < _TALL else 4
+    if len(why) > told:
+        why = [*why[: told - 1], _styled(click.unstyle(why[told - 1])[: width - 2] + " …", bad=True)]
+    panels = _panel([*why, *[""] * (told - len(why))])  # also where there is nothing to say: so nothing jumps
     if least + len(panels) > height:
         panels = why[: max(height - least, 0)]
     shows_clients = choice.clients and len(clients) > 0
