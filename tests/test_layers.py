@@ -141,6 +141,7 @@ MODULES = {
         module: rule("tnxctl", "tnxctl.protocol", "tnxctl.keys.credentials", never=(*IO, *MOVERS)) for module in SANS_IO
     },
     **{module: rule("tnxctl.protocol", *FLOOR) for module in FLOOR},
+    "tnxctl.statistics": rule("tnxctl.protocol", never=IO),
     "tnxd.deployment.plan": rule("tnxctl.protocol", "tnxd.deployment.registry", "tnxd.deployment.version"),
     "tnxd.executors.execution": rule("tnxctl.protocol", *FLOOR, "tnxd.models", never=("torch",)),
     "tnxd.models.repository": rule("tnxctl.protocol", *FLOOR, "tnxd.models", never=("tnxd.models.formats", "torch")),
@@ -179,6 +180,7 @@ PLANTED = [
     *[(module, module, "import time") for module in SANS_IO],
     *[(module, module, "from tnxctl import link") for module in SANS_IO],
     *[(module, module, "import tnxd.models.model") for module in FLOOR],
+    ("tnxctl.statistics", "tnxctl.statistics", "from time import monotonic"),
     ("tnxd.deployment.plan", "tnxd.deployment.plan", "from tnxd.deployment import reconciler"),
     ("tnxd.executors.execution", "tnxd.executors.execution", "import torch"),
     ("tnxd.models.repository", "tnxd.models.repository", "from tnxd.models.formats import opening"),

@@ -13,10 +13,12 @@ from click.testing import CliRunner
 
 import tnxctl
 from fake_daemon import CPU, DIGITS, MLP, FakeDaemon, row_sums
-from tnxctl.cli import exits, main
+from tnxctl.cli import _COMMANDS, exits, main
 from tnxctl.cli.tally import KEPT
 from tnxctl.protocol import errors, wire
 from tool import ask, fields, run
+
+ASKING = ["health", "top", "stats", "explain", "models", "metadata", "predict", "reload", "whoami", "clients"]
 
 
 @pytest.fixture
@@ -57,9 +59,7 @@ def test_help_names_the_verbs_and_every_exit_code(flag: str) -> None:
     assert all(len(line) <= 80 for line in result.output.splitlines())
 
 
-@pytest.mark.parametrize(
-    "verb", ["health", "models", "metadata", "predict", "bench", "reload", "whoami", "clients", "keys", "completion"]
-)
+@pytest.mark.parametrize("verb", _COMMANDS)
 def test_each_verb_has_help(verb: str) -> None:
     result = run(verb, "-h")
     assert result.exit_code == 0
@@ -163,7 +163,7 @@ def test_over_ipc(tmp_path: Path) -> None:
         assert ask(fake, "health").exit_code == 0
 
 
-@pytest.mark.parametrize("verb", ["health", "models", "metadata", "predict", "reload", "whoami", "clients"])
+@pytest.mark.parametrize("verb", ASKING)
 def test_nobody_there(tmp_path: Path, verb: str) -> None:
     result = run(verb, "--host", f"ipc://{tmp_path}/nobody", "--timeout", "0.2")
     assert result.exit_code == exits.Exit.UNREACHABLE
@@ -172,7 +172,7 @@ def test_nobody_there(tmp_path: Path, verb: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", ["health", "models", "metadata", "predict", "reload", "whoami", "clients"])
+@pytest.mark.parametrize("verb", ASKING)
 def test_no_answer(verb: str) -> None:
     with FakeDaemon(mute=True) as fake:
         result = ask(fake, verb, "--timeout", "0.2")

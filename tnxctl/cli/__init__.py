@@ -1,7 +1,7 @@
 """`tnxctl`: asks a TensorNext daemon, from a shell.
 
-health.py, models.py, metadata.py, predict.py, bench/, reload.py, whoami.py, clients.py, keys.py,
-completion.py   one sub-command each, imported when it is called
+health.py, top/, stats.py, explain.py, models.py, metadata.py, predict.py, bench/, reload.py, whoami.py, clients.py,
+keys.py, completion.py   one sub-command each, imported when it is called
 options.py      options that they share         exits.py        exit codes
 sources.py      what --input may be             inputs.py       random inputs
 tensorfiles.py  .npy and .npz                   textfiles.py    JSON and CSV
@@ -9,6 +9,7 @@ images.py       image files, by Pillow
 workload.py     many requests, some at a time   tally.py        what came of them, in numbers
 example.py      an example call of a model      modeltoml.py    a commented model.toml
 report.py       how answers are shown           comparison.py   how two versions differ
+intervals.py    rates and percentiles, and why requests became slower
 text.py         tables, units, colours          output.py       JSON documents and error sentences
 groups.py       commands, and misspelt ones     interrupts.py   what SIGTERM does
 suggestions.py  models, versions and devices    progress.py     what a daemon is doing
@@ -30,7 +31,21 @@ from tnxctl.cli.groups import Group
 from tnxctl.cli.interrupts import heed_sigterm
 from tnxctl.protocol.errors import TensorNextError
 
-_COMMANDS = ("health", "models", "metadata", "predict", "bench", "reload", "whoami", "clients", "keys", "completion")
+_COMMANDS = (
+    "health",
+    "top",
+    "stats",
+    "explain",
+    "models",
+    "metadata",
+    "predict",
+    "bench",
+    "reload",
+    "whoami",
+    "clients",
+    "keys",
+    "completion",
+)
 
 
 class _Tool(Group):
@@ -78,6 +93,7 @@ Examples:
   tnxctl --host 192.168.1.100 models
   tnxctl predict --model digits --input scans.npy --output scores.npy
   tnxctl bench --concurrency 1,8,64
+  tnxctl top
   tnxctl models
   tnxctl models load resnet@2
   tnxctl COMMAND --help

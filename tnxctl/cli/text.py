@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Sequence
 from typing import IO, TYPE_CHECKING, Any
@@ -109,6 +110,43 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size} {unit} {whole % size // small_size} {small_unit}"
     return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+
+
+def micros(us: float) -> str:
+    """A time in at most five characters: "850µs", "2.1ms", "24ms", "1.2s", "12min"; "-" for NaN.
+
+    What a histogram has below 1 µs may be anything there: it is "0µs".
+    """
+    if math.isnan(us):
+        return "-"
+    if us < 1:
+        return "0µs"
+    for below, unit, size in ((999.5, "µs", 1.0), (999.5e3, "ms", 1e3), (599.5e6, "s", 1e6)):
+        if us < below:
+            number = us / size
+            return f"{number:.1f}{unit}" if size > 1 and number < 9.95 else f"{number:.0f}{unit}"
+    return f"{us / 60e6:.0f}min"
+
+
+def rate(per_second: float) -> str:
+    """A rate in at most six characters: "4.4", "1,234", "<0.1", "123k"; "-" for NaN."""
+    if math.isnan(per_second):
+        return "-"
+    if 0 < per_second < 0.05:
+        return "<0.1"
+    if per_second < 9.95:
+        return f"{per_second:.1f}" if per_second else "0"
+    return f"{per_second:,.0f}" if per_second < 99_999.5 else f"{per_second / 1e3:,.0f}k"
+
+
+def percent(share: float) -> str:
+    """A part of a whole: "62 %"; "-" for NaN."""
+    return "-" if math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def bar(share: float, width: int) -> str:
+    """A part of a whole as a bar of that width."""
+    return ("|" * round(min(max(share, 0.0), 1.0) * width)).ljust(width)
 
 
 def shape(lengths: Sequence[int]) -> str:

@@ -26,11 +26,20 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True, gc=False):
         first: number of the bucket that `counts` begins with; empty buckets before and after are left out.
         counts: values in each bucket.
         sum: of all values.
+
+    Raises:
+        ValueError: there are buckets out of range, or counts below 0.
     """
 
     first: int = 0
     counts: tuple[int, ...] = ()
     sum: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= self.first + len(self.counts) <= BUCKETS or min(self.counts, default=0) < 0:
+            raise ValueError(
+                f"no histogram has {len(self.counts)} counts from bucket {self.first} on, or negative ones"
+            )
 
     @property
     def count(self) -> int:
@@ -38,12 +47,21 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return sum(self.counts)
 
     def __sub__(self, earlier: Histogram) -> Histogram:
-        """The histogram of what came after an earlier state of the same one."""
-        dense = [0] * BUCKETS
-        for sign, part in ((1, self), (-1, earlier)):
-            for bucket, count in enumerate(part.counts, part.first):
-                dense[bucket] += sign * count
-        return trimmed(dense, self.sum - earlier.sum)
+        """The histogram of what came after an earlier state of the same one.
+
+        Raises:
+            ValueError: that is no earlier state, since it has larger counts.
+        """
+        if not earlier.counts:
+            return self
+        skipped = earlier.first - self.first
+        if skipped < 0 or skipped + len(earlier.counts) > len(self.counts):
+            raise ValueError("an earlier state of a histogram has no buckets that are empty later")
+        counts = [*self.counts]
+        for at, count in enumerate(earlier.counts, skipped):
+            counts[at] -= count
+        rest = trimmed(counts, self.sum - earlier.sum)
+        return Histogram(self.first + rest.first, rest.counts, rest.sum) if rest.counts else rest
 
     def quantile(self, share: float) -> float:
         """The value below which that share of all values lies, within its bucket as if they were spread evenly.
