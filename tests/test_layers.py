@@ -75,7 +75,7 @@ IO = ("asyncio", "os", "select", "socket", "threading", "time", "zmq")
 NETWORK = frozenset({"asyncio", "select", "socket", "zmq"})
 """Modules that reach other processes. ZeroMQ is also what makes keys."""
 
-FLOOR = tuple(f"tnxd.{module}" for module in ("advice", "device_kinds", "error_text", "lanes"))
+FLOOR = tuple(f"tnxd.{module}" for module in ("advice", "device_kinds", "error_text", "events", "lanes"))
 """Modules of the daemon that stand below every room, and know none."""
 
 ROOMS = {
@@ -92,13 +92,13 @@ ROOMS = {
     "tnxctl.cli.bench.loops": rule(
         "tnxctl.protocol", "tnxctl.keys", "tnxctl", "tnxctl.cli", "tnxctl.cli.bench", never=("torch",)
     ),
-    "tnxd.process": rule(never=("torch", "zmq")),
+    "tnxd.process": rule("tnxd.events", never=("torch", "zmq")),
     "tnxd.models": rule("tnxctl.protocol", "tnxctl.files", *FLOOR, never=("zmq",)),
     "tnxd.executors": rule("tnxctl.protocol", *FLOOR, "tnxd.config", "tnxd.models", "tnxd.process", never=("zmq",)),
     "tnxd.scheduling": rule(
         "tnxctl.protocol", "tnxd.device_kinds", "tnxd.lanes", never=("logging", "numpy", "torch", *IO)
     ),
-    "tnxd.transport": rule("tnxctl.protocol", "tnxctl.keys", "tnxd.config", never=("torch",)),
+    "tnxd.transport": rule("tnxctl.protocol", "tnxctl.keys", "tnxd.config", "tnxd.events", never=("torch",)),
     "tnxd.deployment": rule(
         "tnxctl.protocol",
         *FLOOR,

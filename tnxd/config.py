@@ -17,6 +17,9 @@ from tnxd.device_kinds import DEVICE, DEVICES
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_LEVELS: tuple[str, ...] = get_args(LogLevel)
 
+LogFormat = Literal["text", "json"]
+LOG_FORMATS: tuple[str, ...] = get_args(LogFormat)
+
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 _Names = Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -146,6 +149,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             systemd started the daemon.
         on_hang: when a batch on the serving thread does not come back, nothing can be served: "restart" exits with 1,
             "continue" waits for it, "auto" restarts if systemd started the daemon.
+        log_format: "text" for people; "json" makes each line of the log and of output an event for machines.
     """
 
     bind: _Names = (f"tcp://127.0.0.1:{DEFAULT_PORT}",)
@@ -165,6 +169,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     on_device_loss: Literal["auto", "restart", "continue"] = "auto"
     on_hang: Literal["auto", "restart", "continue"] = "auto"
     log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
     cpu: Cpu = Cpu()
     cuda: Cuda = Cuda()
     queue: Queue = Queue()

@@ -18,6 +18,7 @@ from tnxd.deployment.registry import Registry
 from tnxd.deployment.version import DRAINING, READY, STARTING
 from tnxd.device_kinds import CHOSEN, PROCESS
 from tnxd.error_text import named
+from tnxd.events import event, machine_event
 from tnxd.executors.execution import Executor
 from tnxd.process import logs, openmp, signals
 from tnxd.process.systemd import Notifier
@@ -121,7 +122,7 @@ class Daemon:
         ):
             Watchdog(self._hang_reason, self._report_hang)
             self._router.close(self._server.run(_FLUSH_S))
-            log.info("stopped")
+            log.info("stopped", extra=event("stopped", code=self._exit_code))
             logs.flush(LAST_WORDS_S)  # while a signal does not end it yet
         return self._exit_code
 
@@ -143,7 +144,8 @@ class Daemon:
             # few hundred.
             gc.set_threshold(_GC_THRESHOLD)
         except BaseException as error:
-            log.error("cannot start: %s", error, exc_info=not isinstance(error, RuntimeError))
+            about = event("cannot_start", code=1)
+            log.error("cannot start: %s", error, exc_info=not isinstance(error, RuntimeError), extra=about)
             self._calls.call_soon(self._fail)
             return
         self._calls.call_soon(lambda: self._load(opened.executors, opened.failures))
@@ -151,7 +153,8 @@ class Daemon:
     def _load(self, executors: Mapping[str, Executor], failures: Mapping[str, str]) -> None:
         """Load the models on the devices, which are open."""
         for name, failure in failures.items():
-            log.error("device %s is left out: %s", name, failure)
+            about = event("device_left_out", device=name, reason=failure)
+            log.error("device %s is left out: %s", name, failure, extra=about)
         self._inventory.device_failures.update(failures)
         for executor in executors.values():
             executor.adopt_thread()
@@ -169,6 +172,8 @@ class Daemon:
             self._add(open_processes(PROCESS.name, self._config, self._server.completed))
 
     def _add(self, executor: Executor) -> None:
+        about = machine_event("device_ready", device=executor.name, lanes=executor.lanes)
+        log.info("device %s is ready: %s", executor.name, executor.description, extra=about)
         self._scheduler.add_device(self._device(executor))
         self._executors[executor.name] = executor
 
@@ -188,13 +193,25 @@ class Daemon:
         if not any(version.servable for _, version in self._inventory.registry):
             why = outcome.message if isinstance(outcome, TensorNextError) else "; ".join(named(outcome.failed))
             if why:
-                log.error("cannot start: no model can be served: %s", why)
+                log.error("cannot start: no model can be served: %s", why, extra=event("cannot_start", code=1))
                 self._fail()
                 return
-            log.warning("%s has no model yet: publish one, then tnxctl reload", self._config.model_repository)
+            log.warning(
+                "%s has no model yet: publish one, then tnxctl reload",
+                self._config.model_repository,
+                extra=event("no_models"),
+            )
         self._server.serve()
         line = self._status()
-        print(f"tnxd {__version__} {line}", flush=True)  # as `tnxd.process.logs` has it: nobody has to read it
+        executors = self._inventory.executors
+        about = event(
+            "ready",
+            release=__version__,
+            endpoints=list(self._router.endpoints),
+            devices={name: executor.lanes for name, executor in executors.items()},
+            models=list(self._inventory.registry.deployments),
+        )
+        logs.say(f"tnxd {__version__} {line}", about)
         self._notifier.send("READY=1", f"STATUS={line}")
         if self._reload_waits:
             self._reload()
@@ -225,10 +242,14 @@ class Daemon:
         if self._server.state == STARTING:
             self._reload_waits = True
         elif self._server.state != READY:
-            log.warning("SIGHUP is ignored: the daemon is %s", self._server.state)
+            about = event("reload_ignored", state=self._server.state)
+            log.warning("SIGHUP is ignored: the daemon is %s", self._server.state, extra=about)
         else:
             if not (self._config.model_repository or self._config.keys.authorized):
-                log.warning("SIGHUP changes nothing: there is no model repository to scan, see --model-repository")
+                log.warning(
+                    "SIGHUP changes nothing: there is no model repository to scan, see --model-repository",
+                    extra=event("reload_ignored", state=self._server.state),
+                )
             self._reconciler.reload()
 
     def _announce_reload(self, begins: bool) -> None:
@@ -239,7 +260,10 @@ class Daemon:
 
     def _device_lost(self) -> None:
         if self._is_to_restart(self._config.on_device_loss):
-            log.error("the daemon finishes what other devices run, and ends for a new start")
+            log.error(
+                "the daemon finishes what other devices run, and ends for a new start",
+                extra=event("restarting", code=1),
+            )
             self._exit_code = 1
             if self._server.state != DRAINING:
                 self._stop()
@@ -250,7 +274,8 @@ class Daemon:
 
     def _report_hang(self, why: str, stack: str) -> None:
         """Log, on the watchdog's thread, that nothing is served, and end the process if it is to restart."""
-        log.error("%s: nothing is served meanwhile\n%s", why, stack)
+        about = event("hang", message=f"{why}: nothing is served meanwhile", stack=stack)
+        log.error("%s: nothing is served meanwhile\n%s", why, stack, extra=about)
         if self._is_to_restart(self._config.on_hang):
             signals.die(f"{why}: the daemon ends for a new start")
 

@@ -11,6 +11,7 @@ from tnxctl.protocol.wire import Clients, Compare, Health, Keys, Kick, Metadata,
 from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import READY
+from tnxd.events import event
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving import client_reports, permissions, reports
 from tnxd.serving.admin_commands import AdminCommand, AdminCommands, CommandDone
@@ -112,7 +113,8 @@ class ControlPlane:
         try:
             ring.reload()
         except InvalidArgument as error:
-            log.error("the keys stay as they were: %s", error.message)
+            about = event("keys_rejected", file=str(ring.path), reason=error.message)
+            log.error("the keys stay as they were: %s", error.message, extra=about)
             self._key_failures = {str(ring.path): error.message}
             return
         self._key_failures = {}

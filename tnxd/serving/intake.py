@@ -24,6 +24,7 @@ from tnxctl.protocol.wire import LEAST_ROLES, Cancel, Limits, Predict, decode_re
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.registry import LOADING_RETRY_S
 from tnxd.deployment.version import READY, STARTING, Version
+from tnxd.events import event
 from tnxd.models.pipelines import Pipeline
 from tnxd.models.sizes import reply_too_large
 from tnxd.scheduling.device import Batch
@@ -169,7 +170,7 @@ class Intake:
                     return router.busy, None
                 started = self._take(message, begin)
             except Exception:  # a defect of ours, or of what is below us: this message is lost, the loop goes on
-                log.exception("a message could not be taken in")
+                log.exception("a message could not be taken in", extra=event("defect"))
                 router.resume()
                 continue
             # At low load the first message is the only one, and to ask costs less than to try in vain.
@@ -232,7 +233,7 @@ class Intake:
         except TensorNextError as error:
             failure = error
         except Exception:  # a defect of ours: this client gets an answer, and the others go on
-            log.exception("the daemon failed at a request")
+            log.exception("the daemon failed at a request", extra=event("defect"))
             failure = Internal("the daemon failed at this request; its log says how")
         self._telemetry.requests -= isinstance(request, Predict)
         id_ = None if isinstance(request, Cancel) else request.id  # that is the id of another request

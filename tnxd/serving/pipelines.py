@@ -13,6 +13,7 @@ from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import DeadlineExceeded, Internal, TensorNextError
 from tnxctl.protocol.wire import Limits, TensorSpec
 from tnxd.deployment.reconciler import Reconciler
+from tnxd.events import event
 from tnxd.executors.execution import Execution
 from tnxd.models.pipelines import Node, Pipeline
 from tnxd.models.sizes import count_strings, reply_too_large, too_many_strings
@@ -187,7 +188,8 @@ class Pipelines:
         except TensorNextError as error:
             self._fail(run, error)
         except Exception:  # a defect of ours: this client gets an answer, and the others go on
-            log.exception("the daemon failed between the steps of %s", run.whole.model)
+            about = event("defect", run.whole.model)
+            log.exception("the daemon failed between the steps of %s", run.whole.model, extra=about)
             self._fail(run, Internal("the daemon failed at this request; its log says how"))
 
     def _go_on(

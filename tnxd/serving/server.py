@@ -19,6 +19,7 @@ from tnxd.deployment.background import Background
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import DRAINING, READY, STARTING
+from tnxd.events import event
 from tnxd.executors.execution import Execution
 from tnxd.scheduling.refusals import Refusals
 from tnxd.scheduling.request import NEVER
@@ -216,7 +217,9 @@ class Server:
         self._intake.state = DRAINING
         self._refusals.clear()
         self._drain_until = time.monotonic() + self._drain_timeout_s
-        log.info("draining: %d requests waiting, %d running", self._scheduler.queued, self._scheduler.running)
+        queued, running = self._scheduler.queued, self._scheduler.running
+        about = event("draining", waiting=queued, running=running)
+        log.info("draining: %d requests waiting, %d running", queued, running, extra=about)
 
     def stop(self) -> None:
         """Leave `run` as soon as everybody has an answer, or the news that there will be none."""
@@ -327,7 +330,11 @@ class Server:
         router, admission = self._router, self._admission
         now_ns = time.perf_counter_ns()
         for connection in admission.take_flooding(now_ns - self._looked_at_ns):
-            log.warning("%s goes on sending what is refused, and is cut off", connection.client.name)
+            log.warning(
+                "%s goes on sending what is refused, and is cut off",
+                connection.client.name,
+                extra=event("peer_cut", client=connection.client.name, address=connection.address, reason="flood"),
+            )
             router.cut(connection)
         self._looked_at_ns = now_ns
 
@@ -348,7 +355,7 @@ class Server:
     def _tell_errors(self, now: float, *, at_once: bool = False) -> None:
         told = self._telemetry.tell_errors(now, at_once=at_once)
         if told:
-            log.info("%s", told)
+            log.info("%s", told, extra=event("errors_sent", **self._telemetry.told))
 
     def _is_drained(self, now: float, flushed: bool) -> bool:
         return (not self._admission.requests and flushed) or now >= self._drain_until
