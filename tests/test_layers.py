@@ -107,6 +107,7 @@ ROOMS = {
         "tnxd.scheduling",
         never=("socket", "torch", "zmq"),
     ),
+    "tnxd.tracing": rule("tnxctl.protocol", VERSION, "tnxd.events", never=("torch", "zmq")),
     "tnxd.serving": rule(
         "tnxctl.protocol",
         VERSION,
@@ -117,6 +118,7 @@ ROOMS = {
         "tnxd.transport",
         "tnxd.deployment",
         "tnxd.process",
+        "tnxd.tracing",
         never=("torch", "zmq"),
     ),
     "tnxd": rule(
@@ -131,6 +133,7 @@ ROOMS = {
         "tnxd.transport",
         "tnxd.deployment",
         "tnxd.serving",
+        "tnxd.tracing",
         never=("torch", "zmq"),
     ),
 }
@@ -174,6 +177,7 @@ PLANTED = [
     ("tnxd.deployment", "tnxd.deployment.shadow", "from tnxd.executors.pool import LanePool"),
     ("tnxd.serving", "tnxd.serving.server", "import torch.cuda"),
     ("tnxd.serving", "tnxd.serving.control_plane", "from tnxd import daemon"),
+    ("tnxd.tracing", "tnxd.tracing.spans", "from tnxd.executors.execution import Execution"),
     ("tnxd", "tnxd.daemon", "import zmq"),
     ("tnxd", "tnxd.cli", "from tnxctl import Client"),
     *[(module, module, "import time") for module in SANS_IO],

@@ -26,12 +26,16 @@ from tnxd.deployment.registry import Registry
 from tnxd.events import event
 from tnxd.process import activation, logs, signals
 from tnxd.process.systemd import raise_file_limit
+from tnxd.tracing import exporter
 from tnxd.transport import inherited
 from tnxd.transport.access import Access
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
 
 log = logging.getLogger("tnxd")
+
+DEFAULT_RECEIVER = "http://127.0.0.1:4318"
+"""Receiver of spans where `--otel` names none: a collector on this host."""
 
 
 def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -103,6 +107,14 @@ def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., A
     type=click.Choice(configuration.LOG_FORMATS),
     help="text: lines for people. json: an event per line, for machines.",
 )
+@_option(
+    "--otel",
+    "traces_endpoint",
+    is_flag=False,
+    flag_value=DEFAULT_RECEIVER,
+    metavar="[URL]",
+    help=f"Send spans of sampled requests to this OTLP/HTTP receiver (alone: {DEFAULT_RECEIVER}).",
+)
 @click.option(
     "--check",
     is_flag=True,
@@ -123,6 +135,7 @@ def main(
     cpu_threads: int | None,
     log_level: str | None,
     log_format: str | None,
+    traces_endpoint: str | None,
     check: bool,
 ) -> None:
     """Serve PyTorch models over ZeroMQ.
@@ -150,6 +163,7 @@ def main(
         "log_level": log_level,
         "log_format": log_format,
         "cpu": {"workers": cpu_workers, "threads": cpu_threads},
+        "traces": {"endpoint": traces_endpoint},
     }
     try:
         config = configuration.load(path, overrides)
@@ -169,6 +183,9 @@ def main(
         _exit(1, FailedPrecondition(f"the daemon needs torch, which is not installed: {advice}"))
     if config.log_format == "json":
         log.info("tnxd %s starts", __version__, extra=event("starting", release=__version__, pid=os.getpid()))
+    if config.traces.endpoint and not exporter.is_installed():
+        advice = installing(*exporter.PACKAGES)
+        _exit(1, FailedPrecondition(f"traces.endpoint needs OpenTelemetry, which is not installed: {advice}"))
     for sentence in _odd_variables():
         log.warning("%s", sentence, extra=event("unknown_variable"))
     raise_file_limit()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -122,6 +123,16 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return int(limit_mb * MIB)
 
 
+class Traces(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Spans of sampled requests (OpenTelemetry).
+
+    Attributes:
+        endpoint: address of a receiver of OTLP over HTTP; without a path, /v1/traces. "": nothing is recorded.
+    """
+
+    endpoint: str = ""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings of the daemon.
 
@@ -176,6 +187,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clients: Clients = Clients()
     keys: Keys = Keys()
     memory: Memory = Memory()
+    traces: Traces = Traces()
     limits: Limits = Limits()
 
 
@@ -233,6 +245,11 @@ def _check(config: Config, origin: str) -> None:
         port = endpoint.rpartition(":")[2]
         if endpoint.startswith("tcp://") and not (port == "*" or (port.isdigit() and int(port) < 65536)):
             raise InvalidArgument(f"{origin}: bind: {endpoint!r} has no port from 1 to 65535, or *")
+    receiver = config.traces.endpoint
+    if receiver and not (receiver.startswith(("http://", "https://")) and urlsplit(receiver).hostname):
+        raise InvalidArgument(
+            f"{origin}: traces.endpoint: {receiver!r} is not an address: http://127.0.0.1:4318 for one"
+        )
     message_mb = (config.limits.message_bytes + config.limits.header_bytes) / MIB
     for key in ("max_mb", "memory_mb"):
         value = getattr(config.clients, key)

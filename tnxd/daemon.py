@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tnxctl import __version__
@@ -30,6 +31,8 @@ from tnxd.serving.call_queue import CallQueue
 from tnxd.serving.reports import Inventory
 from tnxd.serving.server import Server
 from tnxd.serving.telemetry import Telemetry
+from tnxd.tracing.exporter import SpanThread, otlp_sender
+from tnxd.tracing.notes import Notes
 from tnxd.transport.access import Access
 from tnxd.transport.busy_poller import BusyPoller
 from tnxd.transport.client_limits import Admission
@@ -66,6 +69,7 @@ class Daemon:
         self._watch: DriftMonitor | None = None
         self._exit_code = 0
         self._executors: dict[str, Executor] = {}  # filled when they are open
+        self._notes = Notes() if config.traces.endpoint else None
         wakeup = Wakeup()
         self._calls = CallQueue(wakeup)
         queue = config.queue
@@ -108,6 +112,7 @@ class Daemon:
             admission=admission,
             access=access,
             on_device_lost=self._device_lost,
+            notes=self._notes,
         )
 
     def run(self) -> int:
@@ -121,10 +126,19 @@ class Daemon:
             lambda: call_soon(self._stop), lambda: call_soon(self._reload), stop_timeout_s, _FLUSH_S
         ):
             Watchdog(self._hang_reason, self._report_hang)
+            spans = self._span_thread()
             self._router.close(self._server.run(_FLUSH_S))
+            if spans is not None:
+                spans.close(LAST_WORDS_S)
             log.info("stopped", extra=event("stopped", code=self._exit_code))
             logs.flush(LAST_WORDS_S)  # while a signal does not end it yet
         return self._exit_code
+
+    def _span_thread(self) -> SpanThread | None:
+        """The thread that makes spans of what is noted; None if nothing is."""
+        if self._notes is None:
+            return None
+        return SpanThread(self._notes, partial(otlp_sender, self._config.traces.endpoint))
 
     def _open_devices(self) -> None:
         """Open the devices on a thread of its own: health answers meanwhile."""

@@ -155,7 +155,7 @@ class Dispatcher:
                 continue  # its deadline came first, or the batch had been given up
             if isinstance(outcome, TensorNextError):
                 if not (execution.exhausted and self._runs_elsewhere(request, outcome)):
-                    self._answers.error(request, outcome)
+                    self._answers.error(request, outcome, execution)
                 continue
             if request.__class__ is StepRequest:
                 steps.append((request, outcome))

@@ -112,6 +112,7 @@ class Intake:
         self._reconciler = reconciler
         self._control = control
         self._answers = answers
+        self._traces = answers.traces
         self._admission = admission
         self._refusals = refusals
         self._quarantine = quarantine
@@ -236,6 +237,9 @@ class Intake:
             log.exception("the daemon failed at a request", extra=event("defect"))
             failure = Internal("the daemon failed at this request; its log says how")
         self._telemetry.requests -= isinstance(request, Predict)
+        if isinstance(request, Predict) and request.traceparent:
+            client = message.connection.client.name
+            self._traces.refused(request, self._named(request), client, received_ns, failure)
         id_ = None if isinstance(request, Cancel) else request.id  # that is the id of another request
         self._refuse(message, id_, failure, received_ns, self._named(request))
         return None
@@ -250,7 +254,10 @@ class Intake:
         if refusal is None:
             return False
         self._telemetry.requests += 1
-        self._answers.send_error(message.peer, message.delimited, request.id, refusal, self._named(request))
+        named = self._named(request)
+        if request.traceparent:
+            self._traces.refused(request, named, message.connection.client.name, received_ns, refusal)
+        self._answers.send_error(message.peer, message.delimited, request.id, refusal, named)
         return True
 
     def _named(self, request: object) -> str:
@@ -312,6 +319,8 @@ class Intake:
                     self._refusals.add(message.peer, request, refusal)
                 raise
         self._admission.take(connection, pending)
+        if request.traceparent:
+            self._traces.begin(pending, request)
         if connection.client.requests == 1:
             self._light_waits = True
         traffic.requests += 1

@@ -268,6 +268,9 @@ class Pipelines:
 
     def _end(self, run: Run) -> None:
         """Forget a run, and whatever of it waits."""
+        if self._answers.traces.under_way:
+            steps = [stage.timing for stage in run.stages if stage is not None]
+            self._answers.traces.add_steps(run.whole, steps)
         del self._runs[run.whole]
         for key in run.needed():
             self._scheduler.release(key)

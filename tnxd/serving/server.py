@@ -35,7 +35,9 @@ from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.replies import report_header
 from tnxd.serving.reports import Inventory
 from tnxd.serving.telemetry import Telemetry
+from tnxd.serving.traces import Traces
 from tnxd.serving.traffic_memory import TrafficMemory
+from tnxd.tracing.notes import Notes
 from tnxd.transport.access import Access
 from tnxd.transport.busy_poller import BusyPoller
 from tnxd.transport.client_limits import Admission
@@ -63,6 +65,7 @@ class Server:
         admission: who may have how much in flight.
         access: who may ask for what.
         on_device_lost: called when a device has failed for good.
+        notes: takes what is noted of sampled requests; None: nothing is.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Server:
         admission: Admission,
         access: Access,
         on_device_lost: Callable[[], None],
+        notes: Notes | None = None,
     ) -> None:
         self._router = router
         self._wakeup = wakeup
@@ -105,7 +109,7 @@ class Server:
         self._quarantine = Quarantine()
         self._refusals = Refusals()
         self._completed: deque[Execution] = deque()
-        self._answers = Answers(router, admission, telemetry)
+        self._answers = Answers(router, admission, telemetry, Traces(notes))
         self._control = ControlPlane(
             inventory,
             scheduler,
@@ -309,7 +313,7 @@ class Server:
             for request in list(connection.requests.values()):
                 if self._scheduler.cancel(request) or self._pipelines.withdraw(request):
                     self._telemetry.abandoned += 1
-                    self._answers.close(request)
+                    self._answers.abandon(request)
 
     def _expire(self) -> None:
         now_ns = time.perf_counter_ns()
