@@ -50,12 +50,13 @@ class Notes:
     """Bounded queue of notes. One thread puts them, another takes them.
 
     Attributes:
-        dropped: number of those that found no room.
+        noted: number of notes that came. dropped: of those that found no room.
     """
 
     def __init__(self, most: int = MOST_WAITING) -> None:
         self._most = most
         self._waiting: deque[Note] = deque()
+        self.noted = 0
         self.dropped = 0
 
     def __len__(self) -> int:
@@ -63,6 +64,7 @@ class Notes:
 
     def put(self, note: Note) -> None:
         """Queue a note, or count it as dropped."""
+        self.noted += 1
         if len(self._waiting) < self._most:
             self._waiting.append(note)
         else:
