@@ -149,7 +149,7 @@ def test_fields_are_typed(lines: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def test_failures_that_repeat_are_one_event_and_their_number(lines: dict[str, list[dict[str, Any]]]) -> None:
-    """A failed batch is halved, so some are logged once for several requests; the total is that of all records."""
+    """Failed requests are a record each, of which the log has one."""
     [repeated] = [event for event in named(lines, "repeated") if event["repeats"] == "model_raised"]
     assert repeated["count"] == POISONED - 1
     assert (repeated["model"], repeated["device"], repeated["seconds"]) == ("chatty", "cpu", 10)

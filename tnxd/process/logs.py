@@ -11,9 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-import queue
 import re
-import select
 import sys
 import threading
 import time
@@ -24,6 +22,7 @@ from typing import Any, TextIO
 from tnxd import events
 from tnxd.events import event
 from tnxd.process.json_format import FOREIGN, JournalJsonFormatter, JsonFormatter, priority
+from tnxd.process.writer import Writer
 
 INTERVAL_S = 10.0
 """Rate limit: of one kind of warning or error, one line is written in so many seconds."""
@@ -38,95 +37,6 @@ _NUMBER = re.compile(r"\d[\d.]*(?:[eE][-+]?\d+)?")
 
 _MAX_KINDS = 1000
 _MAX_LINE = 16 * 1024  # characters; journald would cut lines of 48 KiB
-_MAX_WAITING = 4096  # entries
-_MAX_WAITING_BYTES = 1024 * 1024
-_RETRY_S = 1.0
-
-
-class Writer:
-    """Queue of text for a descriptor, and the thread that writes it. `put` never blocks.
-
-    Args:
-        on_time: called on that thread before it waits. Returns the seconds after which to call it again at the latest,
-            or None.
-
-    Attributes:
-        dropped: number of entries that found no room, since the descriptor takes too little.
-    """
-
-    def __init__(self, descriptor: int, on_time: Callable[[], float | None] = lambda: None) -> None:
-        self._descriptor = descriptor
-        self._on_time = on_time
-        self._queue: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
-        self._lock = threading.RLock()  # a finalizer may log in the middle of anything
-        # Counters of bytes that were taken and that have gone: each is written by one side alone.
-        self._taken_bytes = 0
-        self._gone_bytes = 0
-        self.dropped = 0
-
-    def start(self) -> Writer:
-        """Start the thread. Returns the writer."""
-        threading.Thread(target=self._run, name=f"writer {self._descriptor}", daemon=True).start()
-        return self
-
-    @property
-    def keeps_up(self) -> bool:
-        """Whether there is room for much more."""
-        return (
-            2 * self._queue.qsize() < _MAX_WAITING and 2 * (self._taken_bytes - self._gone_bytes) < _MAX_WAITING_BYTES
-        )
-
-    def put(self, text: str, *, needed: bool = False) -> None:
-        """Queue a text of whole lines, or count it as dropped.
-
-        An empty text makes the thread call `on_time`.
-
-        Args:
-            needed: queue it even where there is no room.
-        """
-        data = text.encode("utf-8", "backslashreplace")
-        with self._lock:
-            waiting = self._taken_bytes - self._gone_bytes
-            full = self._queue.qsize() >= _MAX_WAITING or waiting + len(data) > _MAX_WAITING_BYTES
-            if full and not needed:
-                self.dropped += bool(data)
-                return
-            self._taken_bytes += len(data)
-        self._queue.put(data)
-
-    def flush(self, seconds: float) -> bool:
-        """Wait until everything that was put is written, up to so many seconds. Returns whether it is."""
-        written = threading.Event()
-        self._queue.put(written)
-        return written.wait(seconds)
-
-    def _run(self) -> None:
-        while True:
-            try:
-                entry = self._queue.get(timeout=self._on_time())
-            except queue.Empty:
-                continue
-            if isinstance(entry, threading.Event):
-                entry.set()
-                continue
-            self._write(entry)
-            self._gone_bytes += len(entry)
-
-    def _write(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            try:
-                left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:  # somebody who shares it has made it so
-                _wait_until_writable(self._descriptor)
-            except OSError:  # closed, broken, the disk is full: a log that cannot be written is no reason to stop
-                return
-
-
-def _wait_until_writable(descriptor: int) -> None:
-    poll = select.poll()
-    poll.register(descriptor, select.POLLOUT)
-    poll.poll(_RETRY_S * 1e3)
 
 
 class _Kind:
