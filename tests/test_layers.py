@@ -75,7 +75,7 @@ IO = ("asyncio", "os", "select", "socket", "threading", "time", "zmq")
 NETWORK = frozenset({"asyncio", "select", "socket", "zmq"})
 """Modules that reach other processes. ZeroMQ is also what makes keys."""
 
-FLOOR = tuple(f"tnxd.{module}" for module in ("advice", "device_kinds", "error_text", "lanes"))
+FLOOR = tuple(f"tnxd.{module}" for module in ("advice", "device_kinds", "error_text", "events", "lanes"))
 """Modules of the daemon that stand below every room, and know none."""
 
 ROOMS = {
@@ -92,13 +92,13 @@ ROOMS = {
     "tnxctl.cli.bench.loops": rule(
         "tnxctl.protocol", "tnxctl.keys", "tnxctl", "tnxctl.cli", "tnxctl.cli.bench", never=("torch",)
     ),
-    "tnxd.process": rule(never=("torch", "zmq")),
+    "tnxd.process": rule("tnxd.events", never=("torch", "zmq")),
     "tnxd.models": rule("tnxctl.protocol", "tnxctl.files", *FLOOR, never=("zmq",)),
     "tnxd.executors": rule("tnxctl.protocol", *FLOOR, "tnxd.config", "tnxd.models", "tnxd.process", never=("zmq",)),
     "tnxd.scheduling": rule(
         "tnxctl.protocol", "tnxd.device_kinds", "tnxd.lanes", never=("logging", "numpy", "torch", *IO)
     ),
-    "tnxd.transport": rule("tnxctl.protocol", "tnxctl.keys", "tnxd.config", never=("torch",)),
+    "tnxd.transport": rule("tnxctl.protocol", "tnxctl.keys", "tnxd.config", "tnxd.events", never=("torch",)),
     "tnxd.deployment": rule(
         "tnxctl.protocol",
         *FLOOR,
@@ -107,6 +107,7 @@ ROOMS = {
         "tnxd.scheduling",
         never=("socket", "torch", "zmq"),
     ),
+    "tnxd.tracing": rule("tnxctl.protocol", VERSION, "tnxd.events", never=("torch", "zmq")),
     "tnxd.serving": rule(
         "tnxctl.protocol",
         VERSION,
@@ -117,6 +118,7 @@ ROOMS = {
         "tnxd.transport",
         "tnxd.deployment",
         "tnxd.process",
+        "tnxd.tracing",
         never=("torch", "zmq"),
     ),
     "tnxd": rule(
@@ -131,6 +133,7 @@ ROOMS = {
         "tnxd.transport",
         "tnxd.deployment",
         "tnxd.serving",
+        "tnxd.tracing",
         never=("torch", "zmq"),
     ),
 }
@@ -175,6 +178,7 @@ PLANTED = [
     ("tnxd.deployment", "tnxd.deployment.shadow", "from tnxd.executors.pool import LanePool"),
     ("tnxd.serving", "tnxd.serving.server", "import torch.cuda"),
     ("tnxd.serving", "tnxd.serving.control_plane", "from tnxd import daemon"),
+    ("tnxd.tracing", "tnxd.tracing.spans", "from tnxd.executors.execution import Execution"),
     ("tnxd", "tnxd.daemon", "import zmq"),
     ("tnxd", "tnxd.cli", "from tnxctl import Client"),
     *[(module, module, "import time") for module in SANS_IO],

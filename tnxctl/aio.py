@@ -38,6 +38,7 @@ from tnxctl.protocol.wire import (
 )
 from tnxctl.results import Result, Traffic
 from tnxctl.session import Session
+from tnxctl.tracing import traceparent_of
 
 if TYPE_CHECKING:
     from tnxctl.protocol.datatypes import Array
@@ -106,6 +107,7 @@ class AsyncClient:
         deadline: float | None = None,
         priority: int | None = None,
         route_key: str = "",
+        traceparent: str | None = None,
         timeout: float | None = None,
     ) -> Result:
         """Run a model once, see `Client.predict`."""
@@ -120,6 +122,7 @@ class AsyncClient:
             route_key=route_key,
             timeout=timeout,
             now=time.monotonic(),
+            traceparent=traceparent_of(traceparent),
         )
         return await self._here().run(call)
 

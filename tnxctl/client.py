@@ -29,6 +29,7 @@ from tnxctl.protocol.wire import (
     StatsReport,
 )
 from tnxctl.results import Result, Traffic
+from tnxctl.tracing import traceparent_of
 
 if TYPE_CHECKING:
     from tnxctl.protocol.datatypes import Array
@@ -137,6 +138,7 @@ class Client:
         deadline: float | None = None,
         priority: int | None = None,
         route_key: str = "",
+        traceparent: str | None = None,
         timeout: float | None = None,
     ) -> Result:
         """Run a model once.
@@ -158,6 +160,9 @@ class Client:
             priority: 0 (first) to 3 (last); None: what the model's configuration says.
             route_key: requests with the same key go to the same version while the traffic of a model is split; "":
                 those of one connection do.
+            traceparent: the span that the request belongs to, as W3C Trace Context has it in an HTTP header; the
+                daemon may record its stages below that one. None: OpenTelemetry's current span, if the application
+                has one. "": none. A malformed one counts as none.
         """
         call = self._encoder.predict(
             inputs,
@@ -170,6 +175,7 @@ class Client:
             route_key=route_key,
             timeout=timeout,
             now=time.monotonic(),
+            traceparent=traceparent_of(traceparent),
         )
         return self._driver.run(call)
 
@@ -184,6 +190,7 @@ class Client:
         deadline: float | None = None,
         priority: int | None = None,
         route_key: str = "",
+        traceparent: str | None = None,
         timeout: float | None = None,
     ) -> Future[Result]:
         """Run a model as `predict` does, but return a future of the result at once.
@@ -203,6 +210,7 @@ class Client:
             route_key=route_key,
             timeout=timeout,
             now=time.monotonic(),
+            traceparent=traceparent_of(traceparent),
             copy=True,
         )
         return self._driver.submit(call)

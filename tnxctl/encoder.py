@@ -82,6 +82,7 @@ class RequestEncoder:
         route_key: str,
         timeout: float | None,
         now: float,
+        traceparent: str = "",
         copy: bool = False,
     ) -> Call[Result]:
         """Encode a predict request.
@@ -89,6 +90,7 @@ class RequestEncoder:
         Args:
             inputs: one array, or a mapping of names to arrays: see `tnxctl.tensors.to_wire`.
             deadline: seconds from `now`; the call fails when it or the timeout is over, whichever is earlier.
+            traceparent: as `tnxctl.tracing.traceparent_of` has it.
             copy: take the inputs as they are now. Otherwise they must stay unchanged until the call is done.
 
         Raises:
@@ -117,6 +119,7 @@ class RequestEncoder:
             priority=None if priority is None else check_priority(priority),
             route_key=check_string("route_key", route_key),
             max_reply_bytes=self.limits.message_bytes,
+            traceparent=traceparent,
         )
         return self._call(request, arrays, nbytes, _read_result, timeout_s, now, firm_deadline)
 

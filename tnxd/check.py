@@ -33,7 +33,7 @@ def origins(ctx: click.Context, path: Path | None) -> dict[str, str]:
         names = [f"{key}.{name}" for name in value] if isinstance(value, Mapping) else [key]
         found.update(dict.fromkeys(names, f"file {path}"))
     for parameter in ctx.command.params:
-        key = str(parameter.name).replace("cpu_", "cpu.")
+        key = str(parameter.name).replace("cpu_", "cpu.").replace("traces_", "traces.")
         source = ctx.get_parameter_source(str(parameter.name))
         if source is ParameterSource.COMMANDLINE:
             found[key] = f"flag {parameter.opts[0]}"

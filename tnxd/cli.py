@@ -23,14 +23,19 @@ from tnxd.advice import installing
 from tnxd.config import Config, control_of
 from tnxd.daemon import LAST_WORDS_S, Daemon
 from tnxd.deployment.registry import Registry
+from tnxd.events import event
 from tnxd.process import activation, logs, signals
 from tnxd.process.systemd import raise_file_limit
+from tnxd.tracing import exporter
 from tnxd.transport import inherited
 from tnxd.transport.access import Access
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
 
 log = logging.getLogger("tnxd")
+
+DEFAULT_RECEIVER = "http://127.0.0.1:4318"
+"""Receiver of spans where `--otel` names none: a collector on this host."""
 
 
 def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -97,6 +102,19 @@ def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., A
     type=click.Choice(configuration.LOG_LEVELS),
     help="Least level of messages that go to the log.",
 )
+@_option(
+    "--log-format",
+    type=click.Choice(configuration.LOG_FORMATS),
+    help="text: lines for people. json: an event per line, for machines.",
+)
+@_option(
+    "--otel",
+    "traces_endpoint",
+    is_flag=False,
+    flag_value=DEFAULT_RECEIVER,
+    metavar="[URL]",
+    help=f"Send spans of sampled requests to this OTLP/HTTP receiver (alone: {DEFAULT_RECEIVER}).",
+)
 @click.option(
     "--check",
     is_flag=True,
@@ -116,6 +134,8 @@ def main(
     cpu_workers: int | None,
     cpu_threads: int | None,
     log_level: str | None,
+    log_format: str | None,
+    traces_endpoint: str | None,
     check: bool,
 ) -> None:
     """Serve PyTorch models over ZeroMQ.
@@ -141,7 +161,9 @@ def main(
         "default_model": default_model,
         "devices": [name.strip() for name in devices.split(",")] if devices else None,
         "log_level": log_level,
+        "log_format": log_format,
         "cpu": {"workers": cpu_workers, "threads": cpu_threads},
+        "traces": {"endpoint": traces_endpoint},
     }
     try:
         config = configuration.load(path, overrides)
@@ -155,12 +177,17 @@ def main(
         _exit(2, error)
     if check:
         sys.exit(checking.finish(catalog, _odd_variables()))
-    logs.install(config.log_level)
+    logs.install(config.log_level, as_json=config.log_format == "json")
     if importlib.util.find_spec("torch") is None:
         advice = installing("torch", "safetensors")
         _exit(1, FailedPrecondition(f"the daemon needs torch, which is not installed: {advice}"))
+    if config.log_format == "json":
+        log.info("tnxd %s starts", __version__, extra=event("starting", release=__version__, pid=os.getpid()))
+    if config.traces.endpoint and not exporter.is_installed():
+        advice = installing(*exporter.PACKAGES)
+        _exit(1, FailedPrecondition(f"traces.endpoint needs OpenTelemetry, which is not installed: {advice}"))
     for sentence in _odd_variables():
-        log.warning("%s", sentence)
+        log.warning("%s", sentence, extra=event("unknown_variable"))
     raise_file_limit()
     queue = config.queue
     admission = Admission(config.clients, max_requests=queue.max_requests, max_bytes=int(queue.max_mb * MIB))
@@ -178,13 +205,13 @@ def main(
         router.close(0)
         _exit(1, error)
     for sentence in keys.warnings(config, router.endpoints):
-        log.warning("%s", sentence)
+        log.warning("%s", sentence, extra=event("insecure"))
     try:
         registry = Registry(config.default_model)
         registry.announce(catalog)
         code = Daemon(config, registry, router, admission, access).run()
     except BaseException:
-        log.exception("the daemon has failed, and ends with 1")
+        log.exception("the daemon has failed, and ends with 1", extra=event("daemon_failed", code=1))
         code = 1
     logs.flush(LAST_WORDS_S)
     # Lanes may be inside torch, and the interpreter cannot end under them: it would abort.
@@ -205,6 +232,7 @@ def _endpoints(config: Config) -> dict[str, inherited.Listener | None]:
                 "%s is not among what systemd holds for the daemon: nobody can connect there during a restart, unless "
                 "tensornext.socket has it as a ListenStream=, too",
                 endpoint,
+                extra=event("address_not_held", address=endpoint),
             )
     return endpoints
 
@@ -220,7 +248,7 @@ def _odd_variables() -> Iterator[str]:
 
 
 def _exit(code: int, error: TensorNextError) -> None:
-    click.echo(f"{'<3>' if logs.to_journal() else ''}tnxd: {error.message}", err=True)
+    logs.say(f"tnxd: {error.message}", event("cannot_start", code=code), error=True)
     logs.flush(LAST_WORDS_S)
     sys.exit(code)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -16,6 +17,9 @@ from tnxd.device_kinds import DEVICE, DEVICES
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_LEVELS: tuple[str, ...] = get_args(LogLevel)
+
+LogFormat = Literal["text", "json"]
+LOG_FORMATS: tuple[str, ...] = get_args(LogFormat)
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 _Names = Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
@@ -119,6 +123,16 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return int(limit_mb * MIB)
 
 
+class Traces(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Spans of sampled requests (OpenTelemetry).
+
+    Attributes:
+        endpoint: address of a receiver of OTLP over HTTP; without a path, /v1/traces. "": nothing is recorded.
+    """
+
+    endpoint: str = ""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings of the daemon.
 
@@ -146,6 +160,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             systemd started the daemon.
         on_hang: when a batch on the serving thread does not come back, nothing can be served: "restart" exits with 1,
             "continue" waits for it, "auto" restarts if systemd started the daemon.
+        log_format: "text" for people; "json" makes each line of the log and of output an event for machines.
     """
 
     bind: _Names = (f"tcp://127.0.0.1:{DEFAULT_PORT}",)
@@ -165,12 +180,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     on_device_loss: Literal["auto", "restart", "continue"] = "auto"
     on_hang: Literal["auto", "restart", "continue"] = "auto"
     log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
     cpu: Cpu = Cpu()
     cuda: Cuda = Cuda()
     queue: Queue = Queue()
     clients: Clients = Clients()
     keys: Keys = Keys()
     memory: Memory = Memory()
+    traces: Traces = Traces()
     limits: Limits = Limits()
 
 
@@ -228,6 +245,11 @@ def _check(config: Config, origin: str) -> None:
         port = endpoint.rpartition(":")[2]
         if endpoint.startswith("tcp://") and not (port == "*" or (port.isdigit() and int(port) < 65536)):
             raise InvalidArgument(f"{origin}: bind: {endpoint!r} has no port from 1 to 65535, or *")
+    receiver = config.traces.endpoint
+    if receiver and not (receiver.startswith(("http://", "https://")) and urlsplit(receiver).hostname):
+        raise InvalidArgument(
+            f"{origin}: traces.endpoint: {receiver!r} is not an address: http://127.0.0.1:4318 for one"
+        )
     message_mb = (config.limits.message_bytes + config.limits.header_bytes) / MIB
     for key in ("max_mb", "memory_mb"):
         value = getattr(config.clients, key)

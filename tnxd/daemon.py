@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tnxctl import __version__
@@ -18,6 +19,7 @@ from tnxd.deployment.registry import Registry
 from tnxd.deployment.version import DRAINING, READY, STARTING
 from tnxd.device_kinds import CHOSEN, PROCESS
 from tnxd.error_text import named
+from tnxd.events import event, machine_event
 from tnxd.executors.execution import Executor
 from tnxd.process import logs, openmp, signals
 from tnxd.process.systemd import Notifier
@@ -29,6 +31,8 @@ from tnxd.serving.call_queue import CallQueue
 from tnxd.serving.reports import Inventory
 from tnxd.serving.server import Server
 from tnxd.serving.telemetry import Telemetry
+from tnxd.tracing.exporter import SpanThread, otlp_sender
+from tnxd.tracing.notes import Notes
 from tnxd.transport.access import Access
 from tnxd.transport.busy_poller import BusyPoller
 from tnxd.transport.client_limits import Admission
@@ -65,6 +69,7 @@ class Daemon:
         self._watch: DriftMonitor | None = None
         self._exit_code = 0
         self._executors: dict[str, Executor] = {}  # filled when they are open
+        self._notes = Notes() if config.traces.endpoint else None
         wakeup = Wakeup()
         self._calls = CallQueue(wakeup)
         queue = config.queue
@@ -107,6 +112,7 @@ class Daemon:
             admission=admission,
             access=access,
             on_device_lost=self._device_lost,
+            notes=self._notes,
         )
 
     def run(self) -> int:
@@ -120,10 +126,19 @@ class Daemon:
             lambda: call_soon(self._stop), lambda: call_soon(self._reload), stop_timeout_s, _FLUSH_S
         ):
             Watchdog(self._hang_reason, self._report_hang)
+            spans = self._span_thread()
             self._router.close(self._server.run(_FLUSH_S))
-            log.info("stopped")
+            if spans is not None:
+                spans.close(LAST_WORDS_S)
+            log.info("stopped", extra=event("stopped", code=self._exit_code))
             logs.flush(LAST_WORDS_S)  # while a signal does not end it yet
         return self._exit_code
+
+    def _span_thread(self) -> SpanThread | None:
+        """The thread that makes spans of what is noted; None if nothing is."""
+        if self._notes is None:
+            return None
+        return SpanThread(self._notes, partial(otlp_sender, self._config.traces.endpoint))
 
     def _open_devices(self) -> None:
         """Open the devices on a thread of its own: health answers meanwhile."""
@@ -143,7 +158,8 @@ class Daemon:
             # few hundred.
             gc.set_threshold(_GC_THRESHOLD)
         except BaseException as error:
-            log.error("cannot start: %s", error, exc_info=not isinstance(error, RuntimeError))
+            about = event("cannot_start", code=1)
+            log.error("cannot start: %s", error, exc_info=not isinstance(error, RuntimeError), extra=about)
             self._calls.call_soon(self._fail)
             return
         self._calls.call_soon(lambda: self._load(opened.executors, opened.failures))
@@ -151,7 +167,8 @@ class Daemon:
     def _load(self, executors: Mapping[str, Executor], failures: Mapping[str, str]) -> None:
         """Load the models on the devices, which are open."""
         for name, failure in failures.items():
-            log.error("device %s is left out: %s", name, failure)
+            about = event("device_left_out", device=name, reason=failure)
+            log.error("device %s is left out: %s", name, failure, extra=about)
         self._inventory.device_failures.update(failures)
         for executor in executors.values():
             executor.adopt_thread()
@@ -169,6 +186,8 @@ class Daemon:
             self._add(open_processes(PROCESS.name, self._config, self._server.completed))
 
     def _add(self, executor: Executor) -> None:
+        about = machine_event("device_ready", device=executor.name, lanes=executor.lanes)
+        log.info("device %s is ready: %s", executor.name, executor.description, extra=about)
         self._scheduler.add_device(self._device(executor))
         self._executors[executor.name] = executor
 
@@ -188,13 +207,25 @@ class Daemon:
         if not any(version.servable for _, version in self._inventory.registry):
             why = outcome.message if isinstance(outcome, TensorNextError) else "; ".join(named(outcome.failed))
             if why:
-                log.error("cannot start: no model can be served: %s", why)
+                log.error("cannot start: no model can be served: %s", why, extra=event("cannot_start", code=1))
                 self._fail()
                 return
-            log.warning("%s has no model yet: publish one, then tnxctl reload", self._config.model_repository)
+            log.warning(
+                "%s has no model yet: publish one, then tnxctl reload",
+                self._config.model_repository,
+                extra=event("no_models"),
+            )
         self._server.serve()
         line = self._status()
-        print(f"tnxd {__version__} {line}", flush=True)  # as `tnxd.process.logs` has it: nobody has to read it
+        executors = self._inventory.executors
+        about = event(
+            "ready",
+            release=__version__,
+            endpoints=list(self._router.endpoints),
+            devices={name: executor.lanes for name, executor in executors.items()},
+            models=list(self._inventory.registry.deployments),
+        )
+        logs.say(f"tnxd {__version__} {line}", about)
         self._notifier.send("READY=1", f"STATUS={line}")
         if self._reload_waits:
             self._reload()
@@ -225,10 +256,14 @@ class Daemon:
         if self._server.state == STARTING:
             self._reload_waits = True
         elif self._server.state != READY:
-            log.warning("SIGHUP is ignored: the daemon is %s", self._server.state)
+            about = event("reload_ignored", state=self._server.state)
+            log.warning("SIGHUP is ignored: the daemon is %s", self._server.state, extra=about)
         else:
             if not (self._config.model_repository or self._config.keys.authorized):
-                log.warning("SIGHUP changes nothing: there is no model repository to scan, see --model-repository")
+                log.warning(
+                    "SIGHUP changes nothing: there is no model repository to scan, see --model-repository",
+                    extra=event("reload_ignored", state=self._server.state),
+                )
             self._reconciler.reload()
 
     def _announce_reload(self, begins: bool) -> None:
@@ -239,7 +274,10 @@ class Daemon:
 
     def _device_lost(self) -> None:
         if self._is_to_restart(self._config.on_device_loss):
-            log.error("the daemon finishes what other devices run, and ends for a new start")
+            log.error(
+                "the daemon finishes what other devices run, and ends for a new start",
+                extra=event("restarting", code=1),
+            )
             self._exit_code = 1
             if self._server.state != DRAINING:
                 self._stop()
@@ -250,7 +288,8 @@ class Daemon:
 
     def _report_hang(self, why: str, stack: str) -> None:
         """Log, on the watchdog's thread, that nothing is served, and end the process if it is to restart."""
-        log.error("%s: nothing is served meanwhile\n%s", why, stack)
+        about = event("hang", message=f"{why}: nothing is served meanwhile", stack=stack)
+        log.error("%s: nothing is served meanwhile\n%s", why, stack, extra=about)
         if self._is_to_restart(self._config.on_hang):
             signals.die(f"{why}: the daemon ends for a new start")
 

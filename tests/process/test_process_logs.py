@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -122,3 +123,33 @@ def test_long_text_is_shortened() -> None:
     assert sum(map(len, read_all(reader))) < 20_000
     os.close(reader)
     os.close(writer)
+
+
+IN_THE_JOURNAL = """
+import logging, sys
+from tnxd.events import event, machine_event
+from tnxd.process import logs
+
+logs.install("info", as_json=len(sys.argv) > 1)
+log = logging.getLogger("x")
+log.error("no %s", "room", extra=event("out_of_memory", "net@2#1", rows=8))
+log.info("seen by %s", "machines", extra=machine_event("device_ready", device="cpu"))
+logs.say("tnxd: it ends", event("cannot_start", code=1), error=True)
+logs.flush(20)
+"""
+
+
+def test_journal_reads_the_priority_before_each_line() -> None:
+    def lines(*arguments: str) -> list[str]:
+        command = [sys.executable, "-c", IN_THE_JOURNAL, *arguments]
+        surroundings = {**os.environ, "JOURNAL_STREAM": "1:1"}
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=50, check=True, env=surroundings)
+        return ended.stderr.splitlines()
+
+    assert lines() == ["<3>x: no room", "<3>tnxd: it ends"]
+    no_room, ready, ends = lines("json")
+    assert [line[:4] for line in (no_room, ready, ends)] == ["<3>{", "<6>{", "<3>{"]
+    fields = json.loads(no_room[3:])
+    assert (fields["model"], fields["version"], fields["rows"]) == ("net", "2", 8)
+    assert json.loads(ready[3:])["event"] == "device_ready"
+    assert json.loads(ends[3:])["code"] == 1

@@ -37,6 +37,8 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
             connection do.
         max_reply_bytes: most bytes that all tensors of the answer may have together.
         attempt: 1 for a request that is sent for the first time, one more with each time that it is sent again.
+        traceparent: the span that it belongs to, as W3C Trace Context has it: the daemon may record what it does below
+            that one. What is malformed, or not sampled, is ignored; "": none.
     """
 
     v: Version
@@ -52,6 +54,7 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     route_key: Name = ""
     max_reply_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = MESSAGE_BYTES
     attempt: Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)] = 1
+    traceparent: Title = ""
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="cancel", gc=False):

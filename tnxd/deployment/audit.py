@@ -13,6 +13,7 @@ from collections.abc import Callable
 from tnxctl.protocol.errors import ResourceExhausted, TensorNextError, Unavailable
 from tnxd.deployment.background import Answered, Background, Copy
 from tnxd.deployment.version import Version
+from tnxd.events import event
 from tnxd.executors.execution import Execution
 from tnxd.models.rounding import Difference, difference
 
@@ -95,6 +96,9 @@ class Audit:
         log.error(
             "audit of %s: a request %s%swas computed again, and has another answer: %s",
             *(self.version.title, f"from a batch of {company} " if company > 1 else "", _by(original), found.text),
+            extra=event(
+                "audit_differs", self.version.title, count=company, variant=original.variant, reason=found.text
+            ),
         )
         if self._doubts < _PATIENCE:
             return

@@ -17,6 +17,7 @@ from typing import Protocol
 from tnxctl.protocol.strings import nbytes_of
 from tnxctl.protocol.wire import MIB, TensorSpec
 from tnxd.deployment.version import READY, Version
+from tnxd.events import event
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.models.model import Item, Model
 from tnxd.scheduling.device import Batch
@@ -182,7 +183,8 @@ class Background:
             try:
                 copy.purpose.compare(copy)
             except Exception:
-                log.exception("comparing %s with %s", copy.original.model.key, copy.model.key)
+                key = copy.model.key
+                log.exception("comparing %s with %s", copy.original.model.key, key, extra=event("defect", key))
             del copy  # hold no request's memory while waiting for the next
             self._compared_nbytes += nbytes
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any, TypeVar
 
 from tnxctl.protocol.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted, TensorNextError
 from tnxctl.protocol.wire import MIB, Limits
@@ -21,6 +22,7 @@ from tnxd.deployment.traffic import signature_difference
 from tnxd.deployment.version import DRAINING, EVICTED, FAILED, READY, UNLOADED, Version
 from tnxd.device_kinds import PROCESS
 from tnxd.error_text import sentence
+from tnxd.events import event, machine_event, speaker
 from tnxd.executors.execution import SHARED, Executor, LoadReport
 from tnxd.models.model import Model
 from tnxd.models.pipelines import Pipeline
@@ -28,6 +30,8 @@ from tnxd.models.sizes import check_message_sizes
 from tnxd.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 # How long a version that came back for a request stays at least. Its clients ask again within a fraction of that.
@@ -83,7 +87,7 @@ class Lifecycle:
         reports: dict[str, LoadReport] = {}
         failures: dict[str, str] = {}
         try:
-            model: Model = yield partial(version.source.open, version.generation)
+            model: Model = yield partial(_speaking, version.title, version.source.open, version.generation)
             if version.given_up:
                 model = replace(model, variants=())
             if isinstance(model, Pipeline):
@@ -110,7 +114,8 @@ class Lifecycle:
                 self._runner.when_ended(error, partial(self._free_everywhere, version.key))
                 version.generation = deployment.next_generation(version.number)
             failure = _failed(version, error)
-            log.error("%s cannot be loaded: %s", version.title, failure.message)
+            about = event("model_failed", version.title, reason=failure.message)
+            log.error("%s cannot be loaded: %s", version.title, failure.message, extra=about)
             raise failure from None
         self._put_in_service(version, model, reports, failures, began)
 
@@ -127,10 +132,11 @@ class Lifecycle:
                 continue
             yield from self._make_room(executor, version)
             try:
-                report: LoadReport = yield partial(executor.load, model)
+                report: LoadReport = yield partial(_speaking, version.title, executor.load, model)
             except BaseException as error:
                 if not isinstance(error, TensorNextError):  # those are logged where they come from
-                    log.error("%s on %s", version.title, name, exc_info=error)
+                    about = event("model_failed_on_device", version.title, device=name)
+                    log.error("%s on %s", version.title, name, exc_info=error, extra=about)
                 failures[name] = sentence(error)
                 if isinstance(error, StepTimeout):
                     raise
@@ -187,7 +193,12 @@ class Lifecycle:
         version.state = READY
         self._registry.rebuild()
         place = f"on {', '.join(reports)}" if reports else f"as a pipeline of {len(version.source.steps)} steps"
-        log.info("%s is loaded %s, %.1f s", version.title, place, version.load_s)
+        about = event("model_loaded", version.title, devices=list(reports), seconds=round(version.load_s, 3))
+        log.info("%s is loaded %s, %.1f s", version.title, place, version.load_s, extra=about)
+        for name, report in reports.items():
+            if report.variant:
+                about = machine_event("model_optimized", version.title, device=name, variant=report.variant)
+                log.info("%s runs as %s on %s", version.title, report.variant, name, extra=about)
 
     def retire(self, version: Version, state: str = UNLOADED) -> Operation[bool]:
         """Send nothing more to a version, let it finish what it has, free it.
@@ -212,7 +223,8 @@ class Lifecycle:
             try:
                 yield Drained(key)
             except DeadlineExceeded:
-                log.error("%s: a batch hangs, its memory is not freed", version.title)
+                about = event("memory_not_freed", version.title, reason="a batch hangs")
+                log.error("%s: a batch hangs, its memory is not freed", version.title, extra=about)
                 held = False
                 # What still runs or waits has the old key: other contents must not answer it.
                 version.generation = self._registry.deployments[version.source.name].next_generation(version.number)
@@ -224,7 +236,8 @@ class Lifecycle:
                 yield from self._free(executor, key)
         version.state = state
         self._registry.rebuild()
-        log.info("%s is %s", version.title, state)
+        about = event("model_evicted" if state == EVICTED else "model_unloaded", version.title)
+        log.info("%s is %s", version.title, state, extra=about)
         return True
 
     def _free(self, executor: Executor, key: str) -> Operation[None]:
@@ -232,7 +245,8 @@ class Lifecycle:
         try:
             yield partial(executor.unload, key)
         except Exception as error:
-            log.error("%s is not freed on %s: %s", key, executor.name, sentence(error))
+            about = event("memory_not_freed", key, device=executor.name, reason=sentence(error))
+            log.error("%s is not freed on %s: %s", key, executor.name, sentence(error), extra=about)
 
     def _free_everywhere(self, key: str) -> Operation[None]:
         for executor in self._executors.values():
@@ -268,7 +282,8 @@ class Lifecycle:
             stay_s = victim.came_back + _STAY_S - time.monotonic()
             if stay_s > 0:  # the clients that it was loaded for are about to ask again
                 yield partial(time.sleep, stay_s)
-            log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title)
+            about = event("model_makes_room", victim.title, device=executor.name, room_for=version.title)
+            log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title, extra=about)
             self._registry.evictions[victim.title] += 1
             yield from self.retire(victim, EVICTED)
 
@@ -307,6 +322,12 @@ class Lifecycle:
                     executor.give_up_variant(key)
 
         self._call_soon(give_up)
+
+
+def _speaking(title: str, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function that runs a model's code: what that prints is known to be of this version."""
+    speaker.model = title
+    return function(*arguments)
 
 
 def _check_successor(serving: Version, version: Version, model: Model) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from tnxctl.protocol.errors import DeadlineExceeded, FailedPrecondition, TensorNextError
 from tnxd.error_text import sentence
+from tnxd.events import event
 from tnxd.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class OperationRunner:
         except TensorNextError as error:
             self._end(done, error)
         except Exception as error:
-            log.exception("loading")
+            log.exception("loading", extra=event("defect"))
             self._end(done, FailedPrecondition(sentence(error)))
         else:
             self._step_until = time.monotonic() + self._timeout_s
@@ -150,7 +151,7 @@ class OperationRunner:
         try:
             done(outcome)
         except Exception:
-            log.exception("answering for an operation")
+            log.exception("answering for an operation", extra=event("defect"))
         self._current = None
         self.active = False
 

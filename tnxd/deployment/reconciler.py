@@ -38,6 +38,7 @@ from tnxd.deployment.registry import Deployment, Registry
 from tnxd.deployment.traffic import check_weights
 from tnxd.deployment.version import EVICTED, FAILED, UNLOADED, Version
 from tnxd.error_text import sentence
+from tnxd.events import event
 from tnxd.executors.execution import Executor
 from tnxd.models.catalog import Catalog
 from tnxd.scheduling.scheduler import Scheduler
@@ -146,7 +147,8 @@ class Reconciler:
         deployment.route({number: weight for number, weight in weights.items() if weight > 0}, shadow)
         self._registry.rebuild()
         split = excerpt(deployment.weights, 200) if weights else "newest"
-        log.info("traffic of %s: %s%s", name, split, f", shadow {shadow}" if shadow else "")
+        about = event("traffic_routed", name, weights=dict(deployment.weights), shadow=shadow)
+        log.info("traffic of %s: %s%s", name, split, f", shadow {shadow}" if shadow else "", extra=about)
 
     def _operation_ended(self) -> None:
         for version in self.audits.keys() - {version for _, version in self._registry}:
@@ -165,7 +167,9 @@ class Reconciler:
                         try:
                             yield partial(executor.touch, version.model)
                         except Exception as error:
-                            log.error("%s on %s: %s", version.title, executor.name, sentence(error))
+                            why = sentence(error)
+                            about = event("model_failed_on_device", version.title, device=executor.name, reason=why)
+                            log.error("%s on %s: %s", version.title, executor.name, why, extra=about)
         return changes
 
     def _announced_reload(self) -> Operation[Changes]:
@@ -174,7 +178,8 @@ class Reconciler:
         try:
             return (yield from self._reload())
         except TensorNextError as error:
-            log.error("nothing was reloaded: %s", error.message)
+            about = event("reload_failed", reason=error.message)
+            log.error("nothing was reloaded: %s", error.message, extra=about)
             raise
         finally:
             self._on_reload(False)
@@ -198,7 +203,7 @@ class Reconciler:
             if before - pipelines.held(registry, deployment.name):  # a pipeline has gone, and needs them no more
                 yield from self._reconcile(deployment, catalog, changes)
         for what, why in catalog.failures.items():
-            log.error("%s cannot be served: %s", what, why)
+            log.error("%s cannot be served: %s", what, why, extra=event("model_failed", what, reason=why))
         return changes
 
     def _load_title(self, title: str) -> Operation[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from tnxd.events import event
 from tnxd.executors.execution import STATES, LoadReport
 from tnxd.models.catalog import Source
 from tnxd.models.model import Model, model_key
@@ -105,7 +106,8 @@ class Version:
         self.mixes = why
         self.model = self.model.singly()
         self.notes = (*self.notes, f"no batches any more: {why}")
-        log.error("%s: its requests run alone from now on: %s", self.title, why)
+        about = event("batches_given_up", self.title, reason=why)
+        log.error("%s: its requests run alone from now on: %s", self.title, why, extra=about)
 
     @property
     def variant(self) -> str:
@@ -126,7 +128,8 @@ class Version:
         self.given_up = why
         self.trials = {name: trial._replace(variant="") for name, trial in self.trials.items()}
         self.notes = (*self.notes, f"optimize: the network runs as it is now, since {why}")
-        log.error("%s: the network runs as it is from now on: %s", self.title, why)
+        about = event("variant_given_up", self.title, reason=why)
+        log.error("%s: the network runs as it is from now on: %s", self.title, why, extra=about)
         return True
 
     @property

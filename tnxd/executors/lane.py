@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from tnxctl.protocol.errors import Internal, Unavailable
 from tnxd.error_text import first_line, sentence
+from tnxd.events import event, speaker
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner
 
@@ -34,12 +35,14 @@ class _Job:
 
     def __init__(self, function: Callable[[Runner], Any]) -> None:
         self._function = function
+        self._speaker = speaker.model
         self.done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self.begun = threading.Event()
         self.withdrawn = False
 
     def run(self, runner: Runner, broken: str) -> None:
         self.begun.set()
+        speaker.model = self._speaker
         try:
             if self.withdrawn:
                 return
@@ -130,7 +133,8 @@ def _work(runner: Runner, inbox: _Inbox, on_done: OnDone, yields: bool, idles: b
         try:
             runner.run(task)
         except BaseException as error:  # a defect of ours: this request must be answered, and the lane go on
-            log.exception("lane %s", threading.current_thread().name)
+            name = threading.current_thread().name
+            log.exception("lane %s", name, extra=event("defect", task.model.key, thread=name))
             task.outcomes = [Internal(f"the executor failed: {first_line(error)}") for _ in task.items]
         on_done(task)
         del task  # hold no request's memory while waiting for the next

@@ -11,6 +11,7 @@ import torch
 
 from tnxctl.protocol.errors import TensorNextError, Unavailable
 from tnxd.error_text import first_line, sentence
+from tnxd.events import event
 from tnxd.executors.execution import SHARED, LoadReport
 from tnxd.executors.lane import Lane
 from tnxd.executors.optimizer import Attempt, Optimizer
@@ -282,7 +283,11 @@ class Loading:
         apart = lane.call(compare)
         if not apart:
             return verdict
-        log.warning("%s: requests of different lengths do not share batches: %s", model.key, apart)
+        log.warning(
+            "%s: requests of different lengths do not share batches: %s",
+            *(model.key, apart),
+            extra=event("lengths_kept_apart", model.key, reason=apart),
+        )
         return verdict.by_length(apart)
 
     @staticmethod
@@ -311,7 +316,11 @@ class Loading:
         try:
             return measure_widths(call, model, make, warmed.costs, min(model.threads or threads, threads), allowed)
         except Unavailable as error:  # what serves hangs there: batches that run will tell
-            log.warning("%s on %s: not tried on several cores: %s", model.key, self._device, error)
+            log.warning(
+                "%s on %s: not tried on several cores: %s",
+                *(model.key, self._device, error),
+                extra=event("not_tried_wide", model.key, device=self._device, reason=error.message),
+            )
             return Widths()
         except TensorNextError as error:
             return Widths(apart=f"it does not fail, and fails: {first_line(error)}")

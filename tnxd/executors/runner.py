@@ -17,6 +17,7 @@ import torch
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, Internal, ResourceExhausted, TensorNextError, Unavailable
 from tnxd.error_text import first_line, sentence
+from tnxd.events import event, speaker
 from tnxd.executors.batching import Staging, split
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.executors.exhaustion import is_out_of_memory
@@ -101,6 +102,7 @@ class Runner(ABC):
 
     def run(self, execution: Execution) -> None:
         """Fill the outcomes and stages of the execution. Never raises: a failure is the outcome of its request."""
+        speaker.model = execution.model.key
         execution.started_ns = time.perf_counter_ns()
         execution.outcomes = self._attempt(execution, 0, len(execution.items))
         execution.finished_ns = time.perf_counter_ns()
@@ -141,7 +143,11 @@ class Runner(ABC):
         middle = (start + stop) // 2
         outcomes = self._attempt(execution, start, middle) + self._attempt(execution, middle, stop)
         if not exhausted and not any(isinstance(outcome, TensorNextError) for outcome in outcomes):
-            log.error("%s on %s: %d requests failed together: %s", execution.model.name, self.device, len(rows), why)
+            log.error(
+                "%s on %s: %d requests failed together: %s",
+                *(execution.model.name, self.device, len(rows), why),
+                extra=event("batch_failed", execution.model.key, device=self.device, count=len(rows), reason=why),
+            )
         return outcomes
 
     def _alone(self, execution: Execution, item: Item, rows: int) -> list[Array]:
@@ -167,7 +173,11 @@ class Runner(ABC):
                 if count <= 1 or not self.is_exhausted(error):
                     raise
             # Out of the except block, as above.
-            log.warning("%s on %s: no memory for %d rows at once", model.key, self.device, count)
+            log.warning(
+                "%s on %s: no memory for %d rows at once",
+                *(model.key, self.device, count),
+                extra=event("out_of_memory", model.key, device=self.device, rows=count),
+            )
             self.free_memory()
             step = count // 2
         return pieces[0] if len(pieces) == 1 else _joined(model, pieces, execution)
@@ -206,12 +216,15 @@ class Runner(ABC):
     def _failure(self, execution: Execution, error: BaseException) -> TensorNextError:
         model = execution.model
         if isinstance(error, TensorNextError):
-            log.error("%s on %s: %s", model.name, self.device, error)
+            about = event("request_failed", model.key, device=self.device, error=error.code)
+            log.error("%s on %s: %s", model.name, self.device, error, extra=about)
             return error.with_traceback(None)  # which would keep the inputs alive
         if self.is_exhausted(error) and not execution.fatal:
-            log.error("%s on %s: out of memory: %s", model.name, self.device, first_line(error))
+            about = event("out_of_memory", model.key, device=self.device, reason=first_line(error))
+            log.error("%s on %s: out of memory: %s", model.name, self.device, first_line(error), extra=about)
             return ResourceExhausted(f"{self.device} has no memory left for this request: {first_line(error)}")
-        log.error("%s on %s raised", model.name, self.device, exc_info=error)
+        about = event("model_raised", model.key, device=self.device)
+        log.error("%s on %s raised", model.name, self.device, exc_info=error, extra=about)
         if execution.fatal:
             return Unavailable(f"{self.device} failed: {execution.fatal}")
         return Internal(f"model {model.name!r} raised {sentence(error)}")

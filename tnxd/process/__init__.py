@@ -1,1 +1,1 @@
-"""The process: signals, log, systemd, memory, watchdog. This room knows nothing else of the daemon."""
+"""The process: signals, log, systemd, memory, watchdog. This room knows nothing else of the daemon but events."""

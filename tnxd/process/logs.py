@@ -11,15 +11,18 @@ from __future__ import annotations
 import io
 import logging
 import os
-import queue
 import re
-import select
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
+
+from tnxd import events
+from tnxd.events import event
+from tnxd.process.json_format import FOREIGN, JournalJsonFormatter, JsonFormatter, priority
+from tnxd.process.writer import Writer
 
 INTERVAL_S = 10.0
 """Rate limit: of one kind of warning or error, one line is written in so many seconds."""
@@ -34,105 +37,18 @@ _NUMBER = re.compile(r"\d[\d.]*(?:[eE][-+]?\d+)?")
 
 _MAX_KINDS = 1000
 _MAX_LINE = 16 * 1024  # characters; journald would cut lines of 48 KiB
-_MAX_WAITING = 4096  # entries
-_MAX_WAITING_BYTES = 1024 * 1024
-_RETRY_S = 1.0
-
-
-class Writer:
-    """Queue of text for a descriptor, and the thread that writes it. `put` never blocks.
-
-    Args:
-        on_time: called on that thread before it waits. Returns the seconds after which to call it again at the latest,
-            or None.
-
-    Attributes:
-        dropped: number of entries that found no room, since the descriptor takes too little.
-    """
-
-    def __init__(self, descriptor: int, on_time: Callable[[], float | None] = lambda: None) -> None:
-        self._descriptor = descriptor
-        self._on_time = on_time
-        self._queue: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
-        self._lock = threading.RLock()  # a finalizer may log in the middle of anything
-        # Counters of bytes that were taken and that have gone: each is written by one side alone.
-        self._taken_bytes = 0
-        self._gone_bytes = 0
-        self.dropped = 0
-
-    def start(self) -> Writer:
-        """Start the thread. Returns the writer."""
-        threading.Thread(target=self._run, name=f"writer {self._descriptor}", daemon=True).start()
-        return self
-
-    @property
-    def keeps_up(self) -> bool:
-        """Whether there is room for much more."""
-        return (
-            2 * self._queue.qsize() < _MAX_WAITING and 2 * (self._taken_bytes - self._gone_bytes) < _MAX_WAITING_BYTES
-        )
-
-    def put(self, text: str, *, needed: bool = False) -> None:
-        """Queue a text of whole lines, or count it as dropped.
-
-        An empty text makes the thread call `on_time`.
-
-        Args:
-            needed: queue it even where there is no room.
-        """
-        data = text.encode("utf-8", "backslashreplace")
-        with self._lock:
-            waiting = self._taken_bytes - self._gone_bytes
-            full = self._queue.qsize() >= _MAX_WAITING or waiting + len(data) > _MAX_WAITING_BYTES
-            if full and not needed:
-                self.dropped += bool(data)
-                return
-            self._taken_bytes += len(data)
-        self._queue.put(data)
-
-    def flush(self, seconds: float) -> bool:
-        """Wait until everything that was put is written, up to so many seconds. Returns whether it is."""
-        written = threading.Event()
-        self._queue.put(written)
-        return written.wait(seconds)
-
-    def _run(self) -> None:
-        while True:
-            try:
-                entry = self._queue.get(timeout=self._on_time())
-            except queue.Empty:
-                continue
-            if isinstance(entry, threading.Event):
-                entry.set()
-                continue
-            self._write(entry)
-            self._gone_bytes += len(entry)
-
-    def _write(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            try:
-                left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:  # somebody who shares it has made it so
-                _wait_until_writable(self._descriptor)
-            except OSError:  # closed, broken, the disk is full: a log that cannot be written is no reason to stop
-                return
-
-
-def _wait_until_writable(descriptor: int) -> None:
-    poll = select.poll()
-    poll.register(descriptor, select.POLLOUT)
-    poll.poll(_RETRY_S * 1e3)
 
 
 class _Kind:
     """Rate limit of one kind of records, within one interval."""
 
-    __slots__ = ("left", "level", "more", "name", "text", "until")
+    __slots__ = ("event", "fields", "left", "level", "more", "name", "text", "until")
 
     def __init__(self, record: logging.LogRecord, text: str, until: float) -> None:
         # Not the record, whose exception would keep the tensors of its frames alive.
         self.name, self.level, self.text = record.name, record.levelno, text
+        self.event: str = getattr(record, events.NAME, FOREIGN)
+        self.fields: Mapping[str, Any] = getattr(record, events.FIELDS, {})
         self.until = until
         self.left = 1 if record.levelno >= logging.WARNING else _INFO_LINES
         self.more = 0
@@ -151,6 +67,7 @@ class Log(logging.Handler):
 
     def __init__(self, descriptor: int, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
+        self.setFormatter(TextFormatter("%(message)s"))
         self._clock = clock
         self._kinds: dict[tuple[Any, ...], _Kind] = {}
         self._kinds_lock = threading.RLock()
@@ -209,7 +126,7 @@ class Log(logging.Handler):
         if dropped and self.writer.keeps_up:
             self._dropped += dropped
             line = f"{dropped} lines of this log were dropped: nobody read them in time"
-            self.writer.put(self._line(logging.WARNING, line), needed=True)
+            self.writer.put(self._line(logging.WARNING, line, event("lines_dropped", count=dropped)), needed=True)
         return self._close_kinds(self._clock())
 
     def _close_kinds(self, now: float) -> float | None:
@@ -225,29 +142,48 @@ class Log(logging.Handler):
 
     def _summary(self, kind: _Kind) -> str:
         text = f"{kind.text} ... and {kind.more:,} more of this kind within {INTERVAL_S:g} s"
-        return self._line(kind.level, text, kind.name)
+        fields = {**kind.fields, "repeats": kind.event, "count": kind.more, "seconds": INTERVAL_S}
+        return self._line(kind.level, text, event("repeated", **fields), kind.name)
 
-    def _line(self, level: int, text: str, name: str = __name__) -> str:
-        return self._text(logging.LogRecord(name, level, "", 0, "%s", (text,), None))
+    def _line(self, level: int, text: str, extra: Mapping[str, Any], name: str = __name__) -> str:
+        return self._text(_record(name, level, text, extra))
 
     def _text(self, record: logging.LogRecord) -> str:
-        text = self.format(record)
+        return self.format(record) + "\n"
+
+
+def _record(name: str, level: int, text: str, extra: Mapping[str, Any]) -> logging.LogRecord:
+    record = logging.LogRecord(name, level, "", 0, "%s", (text,), None)
+    record.__dict__.update(extra)
+    return record
+
+
+class TextFormatter(logging.Formatter):
+    """Format for people. A text that is too long loses its middle."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
         if len(text) > _MAX_LINE:
             half = _MAX_LINE // 2
             text = f"{text[:half]}\n[{len(text) - 2 * half} characters are left out]\n{text[-half:]}"
-        return text + "\n"
+        return text
 
 
 class _Stream(io.TextIOBase):
-    """Substitute for sys.stdout or sys.stderr: output of models goes through a `Writer`, line by line."""
+    """Substitute for sys.stdout or sys.stderr: output of models goes through a `Writer`, line by line.
+
+    Args:
+        formatter: makes an event of each line; None: lines go out as they are.
+    """
 
     encoding = "utf-8"
     errors = "backslashreplace"
 
-    def __init__(self, descriptor: int, writer: Writer) -> None:
+    def __init__(self, descriptor: int, writer: Writer, formatter: JsonFormatter | None = None) -> None:
         super().__init__()
         self._descriptor = descriptor
         self._writer = writer
+        self._formatter = formatter
         self._own = threading.local()  # the line that a thread has begun
 
     def writable(self) -> bool:
@@ -263,17 +199,33 @@ class _Stream(io.TextIOBase):
         begun: str = getattr(self._own, "line", "") + text
         end = len(begun) if len(begun) > _MAX_LINE else begun.rfind("\n") + 1
         if end:
-            self._writer.put(begun[:end])
+            self._put(begun[:end])
         self._own.line = begun[end:]
         return len(text)
 
+    def say(self, sentence: str, level: int, extra: Mapping[str, Any]) -> None:
+        """Write a sentence of the daemon's own. Args: extra: as `tnxd.events.event` makes it."""
+        if self._formatter is None:
+            self._writer.put(_marked(sentence, error=level >= logging.ERROR) + "\n")
+        else:
+            self._writer.put(self._formatter.format(_record("tnxd", level, sentence, extra)) + "\n")
 
-class _JournalFormatter(logging.Formatter):
+    def _put(self, lines: str) -> None:
+        if self._formatter is None:
+            self._writer.put(lines)
+            return
+        extra = event("output", events.speaker.model, stream="stdout" if self._descriptor == 1 else "stderr")
+        for line in lines.split("\n"):
+            if line.strip():
+                self._writer.put(self._formatter.format(_record("tnxd.output", logging.INFO, line, extra)) + "\n")
+
+
+class _JournalFormatter(TextFormatter):
     """Format for journald, which adds the time, and reads a line's priority from the <N> at its beginning."""
 
     def format(self, record: logging.LogRecord) -> str:
-        priority = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
-        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+        level = priority(record.levelno)
+        return "\n".join(f"<{level}>{line}" for line in super().format(record).splitlines())
 
 
 def _log_warning(
@@ -290,7 +242,8 @@ def _log_warning(
         file.write(text)
         return
     kind = (category.__name__, filename, lineno)
-    logging.getLogger("py.warnings").warning(text.rstrip(), extra={_KIND: kind})
+    about = event("python_warning", events.speaker.model, category=category.__name__, file=filename, line=lineno)
+    logging.getLogger("py.warnings").warning(text.rstrip(), extra={_KIND: kind, **about})
 
 
 def to_journal() -> bool:
@@ -301,31 +254,55 @@ def to_journal() -> bool:
 _installed: tuple[Log, Writer] | None = None
 
 
-def install(level: str) -> None:
+def install(level: str, *, as_json: bool = False) -> None:
     """Send the log of this process, and all its output, through writers.
 
     Args:
         level: of the log, such as "info".
+        as_json: make each line, printed ones too, an event in JSON.
     """
     global _installed
     handler, printed = Log(2), Writer(1).start()
-    handler.setFormatter(
-        _JournalFormatter("%(name)s: %(message)s")
-        if to_journal()
-        else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    )
+    events_format = (JournalJsonFormatter if to_journal() else JsonFormatter)() if as_json else None
+    if events_format is not None:
+        handler.setFormatter(events_format)
+    else:
+        handler.addFilter(lambda record: not hasattr(record, events.FOR_MACHINES))
+        handler.setFormatter(
+            _JournalFormatter("%(name)s: %(message)s")
+            if to_journal()
+            else TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        )
     handler.writer.start()
     logging.basicConfig(level=level.upper(), handlers=[handler])
     warnings.showwarning = _log_warning
     logging.raiseExceptions = False  # a text that cannot be made must not become a text of its own
-    sys.stdout = _Stream(1, printed)
-    sys.stderr = _Stream(2, handler.writer)
+    sys.stdout = _Stream(1, printed, events_format)
+    sys.stderr = _Stream(2, handler.writer, events_format)
     _installed = handler, printed
 
 
 def dropped() -> int:
     """Number of texts, of the log and of what is printed, that found no room."""
     return 0 if _installed is None else _installed[0].writer.dropped + _installed[1].dropped
+
+
+def say(sentence: str, extra: Mapping[str, Any], *, error: bool = False) -> None:
+    """Print a line on stdout that is no record of the log: as an event where the log has those.
+
+    Args:
+        extra: as `tnxd.events.event` makes it.
+        error: print it on stderr, as an error.
+    """
+    stream = sys.stderr if error else sys.stdout
+    if isinstance(stream, _Stream):
+        stream.say(sentence, logging.ERROR if error else logging.INFO, extra)
+    else:
+        print(_marked(sentence, error=error), file=stream, flush=True)
+
+
+def _marked(sentence: str, *, error: bool) -> str:
+    return f"<{priority(logging.ERROR)}>{sentence}" if error and to_journal() else sentence
 
 
 def flush(seconds: float) -> None:

@@ -149,6 +149,8 @@ def _watch(
     import logging
     import select
 
+    from tnxd.events import event
+
     log = logging.getLogger(__name__)
     poll = select.poll()
     poll.register(reader, select.POLLIN)
@@ -170,7 +172,11 @@ def _watch(
                     ends = min(ends, time.monotonic() + limits[stops])
                 stops += 1
             elif number in _MEANINGLESS:
-                log.warning("%s is ignored: it means nothing here", _name(number))
+                log.warning(
+                    "%s is ignored: it means nothing here",
+                    _name(number),
+                    extra=event("signal_ignored", signal=_name(number)),
+                )
 
 
 def _name(number: int) -> str:
@@ -197,7 +203,8 @@ def die(sentence: str) -> NoReturn:
 def _say(sentence: str) -> None:
     import logging
 
+    from tnxd.events import event
     from tnxd.process import logs
 
-    logging.getLogger(__name__).error("%s", sentence)
+    logging.getLogger(__name__).error("%s", sentence, extra=event("aborted", code=1))
     logs.flush(_LAST_WORDS_S)

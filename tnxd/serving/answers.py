@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tnxctl.protocol.errors import DeadlineExceeded, ResourceExhausted, TensorNextError
+from tnxctl.protocol.errors import Cancelled, DeadlineExceeded, ResourceExhausted, TensorNextError
+from tnxd.executors.execution import Execution
 from tnxd.scheduling.request import Request
 from tnxd.serving.pending import Answer, Pending, StepRequest
 from tnxd.serving.replies import error_header
 from tnxd.serving.telemetry import Telemetry
+from tnxd.serving.traces import Traces
 from tnxd.serving.version_traffic import TrafficByVersion
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
@@ -19,20 +21,33 @@ class Answers:
 
     Args:
         admission: who has how much in flight. traffic: counts what becomes of requests.
+
+    Attributes:
+        traces: of sampled requests.
     """
 
-    def __init__(self, router: Router, admission: Admission, telemetry: Telemetry, traffic: TrafficByVersion) -> None:
+    def __init__(
+        self, router: Router, admission: Admission, telemetry: Telemetry, traffic: TrafficByVersion, traces: Traces
+    ) -> None:
+        self.traces = traces
+        self._traced = traces.under_way
         self._router = router
         self._admission = admission
         self._telemetry = telemetry
         self._traffic = traffic
 
-    def results(self, answers: Sequence[Answer]) -> int:
-        """Send results of one version, one after the other. Returns how many their clients have room for."""
+    def results(self, answers: Sequence[Answer], execution: Execution) -> int:
+        """Send results of one version, one after the other. Returns how many their clients have room for.
+
+        Args:
+            execution: that they came from.
+        """
         if not answers:
             return 0
         send = self._router.send
         sent = [send(request.peer, request.delimited, (header, outputs)) for request, _, header, outputs in answers]
+        if self._traced:
+            self.traces.answered([request for request, _, _, _ in answers], execution)
         for request, _, _, _ in answers:
             self.close(request)
         if not all(sent):
@@ -46,17 +61,25 @@ class Answers:
             self._traffic[answers[0][0].version].counts.add_results(answers)
         return len(answers)
 
-    def error(self, request: Request, error: TensorNextError) -> None:
-        """Answer a request with an error; of a part of another one, its owner hears instead of a client."""
+    def error(self, request: Request, error: TensorNextError, execution: Execution | None = None) -> None:
+        """Answer a request with an error; of a part of another one, its owner hears instead of a client.
+
+        Args:
+            execution: that it was part of, if it ran.
+        """
         assert isinstance(request, Pending)
         if isinstance(request, StepRequest):
             request.owner.failed(request, error)
             return
+        if self._traced:
+            self.traces.failed(request, error, execution)
         self.close(request)
         self._send_error_to(request, error)
 
     def abandon(self, request: Pending) -> None:
         """End a request whose client is gone."""
+        if self._traced:
+            self.traces.failed(request, Cancelled("the client is gone"), None)
         self._telemetry.abandoned += 1
         self._traffic[request.version].counts.abandoned += 1
         self.close(request)

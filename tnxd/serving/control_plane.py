@@ -24,6 +24,7 @@ from tnxctl.protocol.wire import (
 from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import READY
+from tnxd.events import event
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving import client_reports, permissions, reports, statistics
 from tnxd.serving.admin_commands import AdminCommand, AdminCommands, CommandDone
@@ -138,7 +139,8 @@ class ControlPlane:
         try:
             ring.reload()
         except InvalidArgument as error:
-            log.error("the keys stay as they were: %s", error.message)
+            about = event("keys_rejected", file=str(ring.path), reason=error.message)
+            log.error("the keys stay as they were: %s", error.message, extra=about)
             self._key_failures = {str(ring.path): error.message}
             return
         self._key_failures = {}

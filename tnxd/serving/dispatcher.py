@@ -16,6 +16,7 @@ from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import Version
 from tnxd.device_kinds import PROCESS
+from tnxd.events import event
 from tnxd.executors.execution import Execution, Executor
 from tnxd.lanes import BACKGROUND, INLINE
 from tnxd.models.sizes import count_strings, reply_too_large, too_many_strings
@@ -136,7 +137,7 @@ class Dispatcher:
         try:
             self._settle(execution, batch)
         except Exception:  # a defect of ours: these clients get an answer, and the others go on
-            log.exception("finishing a batch of %s", batch.model)
+            log.exception("finishing a batch of %s", batch.model, extra=event("defect", batch.model))
             for request in batch.requests:
                 if not request.done:
                     self._answers.error(request, Internal("the daemon failed at this request; its log says how"))
@@ -157,7 +158,7 @@ class Dispatcher:
                 continue  # its deadline came first, or the batch had been given up
             if isinstance(outcome, TensorNextError):
                 if not (execution.exhausted and self._runs_elsewhere(request, outcome)):
-                    self._answers.error(request, outcome)
+                    self._answers.error(request, outcome, execution)
                 continue
             if request.__class__ is StepRequest:
                 steps.append((request, outcome))
@@ -178,9 +179,9 @@ class Dispatcher:
             result = as_result(request, rows, execution, outcome)
             answers.append((request, result, encode(result), frames))
             if len(answers) == _SENT_TOGETHER:
-                sent += self._answers.results(answers)
+                sent += self._answers.results(answers, execution)
                 answers.clear()
-        sent += self._answers.results(answers)
+        sent += self._answers.results(answers, execution)
         if execution.exhausted:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
         failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])
@@ -252,7 +253,8 @@ class Dispatcher:
         return True
 
     def _lose_device(self, name: str, why: str) -> None:
-        log.error("device %s failed and is no longer used: %s", name, why)
+        about = event("device_lost", device=name, reason=why)
+        log.error("device %s failed and is no longer used: %s", name, why, extra=about)
         self._inventory.device_failures[name] = why
         for request in self._scheduler.fail_device(name, why):
             try:
@@ -288,13 +290,18 @@ class Dispatcher:
         why = f"model {batch.model!r} ran for over {self.limit_s(execution):g} s on {batch.device.name}"
         held = [request for request in batch.requests if not request.done]
         if held:
-            log.error("%s: %d requests given up, the lane counts as hung", why, len(held))
+            log.error(
+                "%s: %d requests given up, the lane counts as hung",
+                *(why, len(held)),
+                extra=event("batch_hangs", batch.model, device=batch.device.name, count=len(held)),
+            )
         for request in held:
             self._answers.error(request, Internal(why))
         self._scheduler.mark_hung(batch)
         if isinstance(execution, Copy):
             self._background.stop(execution.model)
-            log.error("%s: it gets no more copies", why)
+            about = event("copies_stopped", batch.model, device=batch.device.name)
+            log.error("%s: it gets no more copies", why, extra=about)
 
     def unanswered(self) -> list[Request]:
         """Requests on lanes that nobody has answered yet."""

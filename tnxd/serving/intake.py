@@ -24,6 +24,7 @@ from tnxctl.protocol.wire import LEAST_ROLES, Cancel, Limits, Predict, decode_re
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.registry import LOADING_RETRY_S
 from tnxd.deployment.version import READY, STARTING, Version
+from tnxd.events import event
 from tnxd.models.pipelines import Pipeline
 from tnxd.models.sizes import reply_too_large
 from tnxd.scheduling.device import Batch
@@ -111,6 +112,7 @@ class Intake:
         self._reconciler = reconciler
         self._control = control
         self._answers = answers
+        self._traces = answers.traces
         self._admission = admission
         self._refusals = refusals
         self._quarantine = quarantine
@@ -169,7 +171,7 @@ class Intake:
                     return router.busy, None
                 started = self._take(message, begin)
             except Exception:  # a defect of ours, or of what is below us: this message is lost, the loop goes on
-                log.exception("a message could not be taken in")
+                log.exception("a message could not be taken in", extra=event("defect"))
                 router.resume()
                 continue
             # At low load the first message is the only one, and to ask costs less than to try in vain.
@@ -232,11 +234,11 @@ class Intake:
         except TensorNextError as error:
             failure = error
         except Exception:  # a defect of ours: this client gets an answer, and the others go on
-            log.exception("the daemon failed at a request")
+            log.exception("the daemon failed at a request", extra=event("defect"))
             failure = Internal("the daemon failed at this request; its log says how")
         if isinstance(request, Predict):
             self._telemetry.requests -= 1
-            self._count_refused(message, request, failure)
+            self._count_refused(message, request, failure, received_ns)
         id_ = None if isinstance(request, Cancel) else request.id  # that is the id of another request
         self._refuse(message, id_, failure, received_ns, self._named(request))
         return None
@@ -251,16 +253,19 @@ class Intake:
         if refusal is None:
             return False
         self._telemetry.requests += 1
-        self._count_refused(message, request, refusal)
+        self._count_refused(message, request, refusal, received_ns)
         self._answers.send_error(message.peer, message.delimited, request.id, refusal, self._named(request))
         return True
 
-    def _count_refused(self, message: Message, request: Predict, error: TensorNextError) -> None:
+    def _count_refused(self, message: Message, request: Predict, error: TensorNextError, received_ns: int) -> None:
         """Count a request that is not taken in, where it is for a model that there is: clients choose names."""
         version = self._registry.asked(request.model, message.peer, request.route_key)
         if version is not None:
             self._traffic[version].counts.refuse(error.code)
-        message.connection.client.refused += 1
+        client = message.connection.client
+        client.refused += 1
+        if request.traceparent:
+            self._traces.refused(request, self._named(request), client.name, received_ns, error)
 
     def _named(self, request: object) -> str:
         """The model that a request is about, as its client calls it; "" for one about none."""
@@ -321,6 +326,8 @@ class Intake:
                     self._refusals.add(message.peer, request, refusal)
                 raise
         self._admission.take(connection, pending)
+        if request.traceparent:
+            self._traces.begin(pending, request)
         if connection.client.requests == 1:
             self._light_waits = True
         traffic.counts.requests += 1

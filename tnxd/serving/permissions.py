@@ -6,6 +6,7 @@ import logging
 
 from tnxctl.protocol.errors import PermissionDenied
 from tnxctl.protocol.wire import LEAST_ROLES, Kick, Load, Reload, Request, Role, Route, Unload
+from tnxd.events import event
 from tnxd.transport.access import Access
 from tnxd.transport.addresses import in_words
 from tnxd.transport.client_limits import Connection
@@ -26,7 +27,8 @@ def check(connection: Connection, request: Request, access: Access) -> None:
     if least is None or connection.role < least:
         raise refusal(connection, request, access)
     if isinstance(request, _ORDERS):
-        audit.info("%s: %s", _who(connection), _what(request))
+        about = event("order_given", **_fields(connection, request))
+        audit.info("%s: %s", _who(connection), _what(request), extra=about)
 
 
 def refusal(connection: Connection, request: Request, access: Access) -> PermissionDenied:
@@ -36,7 +38,8 @@ def refusal(connection: Connection, request: Request, access: Access) -> Permiss
     asks = f"{_verb(request)} is for the role {least.title}" if least else f"{_verb(request)} is for nobody"
     why = access.limit(least or Role.ADMIN, connection.address)
     # Subject of the line is who asked for what: the log tells of each once in a while.
-    audit.warning("%s refused, having the role %s", f"{_who(connection)}: {_what(request)}", role)
+    extra = event("permission_denied", **_fields(connection, request))
+    audit.warning("%s refused, having the role %s", f"{_who(connection)}: {_what(request)}", role, extra=extra)
     return PermissionDenied(f"{asks}, and {name} has {role}{': ' * bool(why)}{why}")
 
 
@@ -45,11 +48,27 @@ def _who(connection: Connection) -> str:
     return name if name == address else f"{name} at {address}"
 
 
+def _fields(connection: Connection, request: Request) -> dict[str, str]:
+    """Fields of an event: who asks for what."""
+    return {
+        "client": connection.client.name,
+        "address": connection.address,
+        "role": connection.role.title,
+        "verb": _verb(request),
+        "about": _about(request),
+    }
+
+
+def _about(request: Request) -> str:
+    """What a request is about: the name of a model, or of a client."""
+    return str(getattr(request, "model", "") or getattr(request, "client", ""))
+
+
 def _verb(request: Request) -> str:
     return type(request).__name__.lower()
 
 
 def _what(request: Request) -> str:
     """Verb of a request, and what it is about, on one line."""
-    about = getattr(request, "model", None) or getattr(request, "client", "")
+    about = _about(request)
     return f"{_verb(request)} {about[:100]!r}" if about else _verb(request)

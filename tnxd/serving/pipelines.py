@@ -13,6 +13,7 @@ from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import DeadlineExceeded, Internal, TensorNextError
 from tnxctl.protocol.wire import Limits, TensorSpec, encode
 from tnxd.deployment.reconciler import Reconciler
+from tnxd.events import event
 from tnxd.executors.execution import Execution
 from tnxd.models.pipelines import Node, Pipeline
 from tnxd.models.sizes import count_strings, reply_too_large, too_many_strings
@@ -189,7 +190,8 @@ class Pipelines:
         except TensorNextError as error:
             self._fail(run, error)
         except Exception:  # a defect of ours: this client gets an answer, and the others go on
-            log.exception("the daemon failed between the steps of %s", run.whole.model)
+            about = event("defect", run.whole.model)
+            log.exception("the daemon failed between the steps of %s", run.whole.model, extra=about)
             self._fail(run, Internal("the daemon failed at this request; its log says how"))
         finally:
             _finish(request)
@@ -264,7 +266,7 @@ class Pipelines:
             return
         result = as_result(run, place, execution.memory_free_mb, outputs)
         self._end(run)
-        if self._answers.results([(whole, result, encode(result), frames)]):
+        if self._answers.results([(whole, result, encode(result), frames)], execution):
             self._traffic[whole.version].counts.add_whole(result.timing, whole.rows)
 
     def _fail(self, run: Run, error: TensorNextError) -> None:
@@ -273,6 +275,9 @@ class Pipelines:
 
     def _end(self, run: Run) -> None:
         """Forget a run, and whatever of it waits."""
+        if self._answers.traces.under_way:
+            steps = [stage.timing for stage in run.stages if stage is not None]
+            self._answers.traces.add_steps(run.whole, steps)
         del self._runs[run.whole]
         for key in run.needed():
             self._scheduler.release(key)

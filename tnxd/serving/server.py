@@ -19,6 +19,7 @@ from tnxd.deployment.background import Background
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import DRAINING, READY, STARTING
+from tnxd.events import event
 from tnxd.executors.execution import Execution
 from tnxd.scheduling.refusals import Refusals
 from tnxd.scheduling.request import NEVER
@@ -35,7 +36,9 @@ from tnxd.serving.replies import report_header
 from tnxd.serving.reports import Inventory
 from tnxd.serving.slowest import SLOT_S
 from tnxd.serving.telemetry import Telemetry
+from tnxd.serving.traces import Traces
 from tnxd.serving.traffic_memory import TrafficMemory
+from tnxd.tracing.notes import Notes
 from tnxd.transport.access import Access
 from tnxd.transport.busy_poller import BusyPoller
 from tnxd.transport.client_limits import Admission
@@ -63,6 +66,7 @@ class Server:
         admission: who may have how much in flight.
         access: who may ask for what.
         on_device_lost: called when a device has failed for good.
+        notes: takes what is noted of sampled requests; None: nothing is.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Server:
         admission: Admission,
         access: Access,
         on_device_lost: Callable[[], None],
+        notes: Notes | None = None,
     ) -> None:
         self._router = router
         self._wakeup = wakeup
@@ -105,7 +110,7 @@ class Server:
         self._quarantine = Quarantine()
         self._refusals = Refusals()
         self._completed: deque[Execution] = deque()
-        self._answers = Answers(router, admission, telemetry, inventory.traffic)
+        self._answers = Answers(router, admission, telemetry, inventory.traffic, Traces(notes))
         self._control = ControlPlane(
             inventory,
             scheduler,
@@ -218,7 +223,9 @@ class Server:
         self._intake.state = DRAINING
         self._refusals.clear()
         self._drain_until = time.monotonic() + self._drain_timeout_s
-        log.info("draining: %d requests waiting, %d running", self._scheduler.queued, self._scheduler.running)
+        queued, running = self._scheduler.queued, self._scheduler.running
+        about = event("draining", waiting=queued, running=running)
+        log.info("draining: %d requests waiting, %d running", queued, running, extra=about)
 
     def stop(self) -> None:
         """Leave `run` as soon as everybody has an answer, or the news that there will be none."""
@@ -333,7 +340,11 @@ class Server:
         router, admission = self._router, self._admission
         now_ns = time.perf_counter_ns()
         for connection in admission.take_flooding(now_ns - self._looked_at_ns):
-            log.warning("%s goes on sending what is refused, and is cut off", connection.client.name)
+            log.warning(
+                "%s goes on sending what is refused, and is cut off",
+                connection.client.name,
+                extra=event("peer_cut", client=connection.client.name, address=connection.address, reason="flood"),
+            )
             router.cut(connection)
         self._looked_at_ns = now_ns
 
@@ -357,7 +368,7 @@ class Server:
     def _tell_errors(self, now: float, *, at_once: bool = False) -> None:
         told = self._telemetry.tell_errors(now, at_once=at_once)
         if told:
-            log.info("%s", told)
+            log.info("%s", told, extra=event("errors_sent", **self._telemetry.told))
 
     def _is_drained(self, now: float, flushed: bool) -> bool:
         return (not self._admission.requests and flushed) or now >= self._drain_until

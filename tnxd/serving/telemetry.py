@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import Any
 
 from tnxctl.protocol.histograms import Histogram
 from tnxctl.protocol.wire import MODEL_NAME, excerpt
@@ -25,6 +26,7 @@ class Telemetry:
         requests: predict requests, and other messages that were refused. replies: results sent.
         resent: predict requests that had been sent before, as their headers say.
         errors: error replies by code. untold: those that the log has not told yet, by code and model.
+        told: fields of what `tell_errors` has put into words last, for the log.
         abandoned: requests taken out of the queue because their client was gone.
         started: when it was, in seconds since 1970.
     """
@@ -37,6 +39,7 @@ class Telemetry:
         self.resent = 0
         self.errors: Counter[str] = Counter()
         self.untold: Counter[tuple[str, str]] = Counter()
+        self.told: dict[str, Any] = {}
         self.abandoned = 0
         self._counted_from = self._started
         self._told_at = -TOLD_EVERY_S
@@ -67,6 +70,7 @@ class Telemetry:
             codes.setdefault(code, Counter())[model.translate(_TITLE_MARKS).partition("@")[0]] += count
         told = "; ".join(f"{code} {names.total()}{_by_model(names)}" for code, names in sorted(codes.items()))
         seconds = max(now - self._counted_from, 0.0)
+        self.told = {"seconds": round(seconds, 3), "codes": {code: names.total() for code, names in codes.items()}}
         self.untold.clear()
         self._told_at = self._counted_from = now
         return f"errors sent within {seconds:.1f} s: {told}"

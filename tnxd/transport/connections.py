@@ -16,6 +16,7 @@ from collections.abc import Callable
 import zmq
 
 from tnxctl.protocol.wire import Role
+from tnxd.events import event, machine_event
 from tnxd.transport import descriptors
 from tnxd.transport.access import Access, is_ipc
 from tnxd.transport.addresses import in_words
@@ -130,10 +131,12 @@ class Connections:
             self.by_peer[peer] = connection
             self.by_descriptor.setdefault(descriptor, []).append(connection)
             if self._ids.is_forged(peer, self._accepted):
-                log.warning("%s claims a routing id that begins with a zero byte, and is cut off", address)
+                about = event("peer_cut", client=connection.client.name, address=address, reason="routing_id")
+                log.warning("%s claims a routing id that begins with a zero byte, and is cut off", address, extra=about)
                 self.cut(connection)
             elif self._access.role(address, key) is None:
-                log.warning("%s may not be here any more, and is cut off", in_words(address))
+                about = event("key_revoked", client=connection.client.name, address=address)
+                log.warning("%s may not be here any more, and is cut off", in_words(address), extra=about)
                 self.cut(connection)
         else:  # it sent this and left
             connection.closed = True
@@ -171,7 +174,9 @@ class Connections:
             if not connection.key or connection.closed:
                 continue
             if entry is None or entry.name != connection.client.name:
-                log.warning("%s at %s: its key was removed; cut off", connection.client.name, connection.address)
+                client, address = connection.client.name, connection.address
+                about = event("key_revoked", client=client, address=address)
+                log.warning("%s at %s: its key was removed; cut off", client, address, extra=about)
                 self.cut(connection)
                 continue
             self._admission.holder(entry)  # its limits
@@ -189,6 +194,9 @@ class Connections:
             if client.name == name and descriptor not in self.by_descriptor:
                 self.reset(descriptor, None)
                 kicked += 1
+        log.info(
+            "%s: %d connections are ended", name, kicked, extra=machine_event("peer_kicked", client=name, count=kicked)
+        )
         return kicked
 
     def _remember(self, connection: Connection) -> None:

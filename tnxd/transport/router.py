@@ -16,6 +16,7 @@ import msgspec
 import zmq
 
 from tnxctl.protocol.wire import Limits
+from tnxd.events import event
 from tnxd.transport import routing_ids, zap
 from tnxd.transport.access import Access
 from tnxd.transport.addresses import in_words
@@ -203,7 +204,12 @@ class Router:
                 if message.connection.cut:
                     return None
                 if count > _MOST_PARTS:
-                    log.warning("%s sent a message of %d parts and is cut off", message.connection.client.name, count)
+                    client, address = message.connection.client.name, message.connection.address
+                    log.warning(
+                        "%s sent a message of %d parts and is cut off",
+                        *(client, count),
+                        extra=event("peer_cut", client=client, address=address, reason="parts", count=count),
+                    )
                     self._connections.cut(message.connection)
                 return msgspec.structs.replace(message, tensor_count=count)
         self._unfinished = msgspec.structs.replace(message, tensor_count=count)
@@ -302,7 +308,9 @@ def _judge(access: Access, admission: Admission, address: str, key: str) -> tupl
     why = access.refusal(address, key)
     if why:
         admission.refused += 1
-        log.warning("%s may not connect: %s", in_words(address), why)  # its subject is the address, so each is told of
+        about = event("peer_refused", address=address, reason=why)
+        # Its subject is the address, so each is told of.
+        log.warning("%s may not connect: %s", in_words(address), why, extra=about)
         return zap.REFUSED, why
     why = admission.refusal(address, access.authorized(key))
     return (zap.NO_ROOM, why) if why else (zap.ADMITTED, "OK")

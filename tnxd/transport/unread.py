@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 from tnxctl.protocol.wire import MIB
+from tnxd.events import event
 from tnxd.transport.client_limits import Admission, Connection
 from tnxd.transport.connections import Connections
 from tnxd.transport.descriptors import bytes_received
@@ -92,7 +93,11 @@ class UnreadBytes:
     def _cut(self, descriptor: int, connection: Connection | None, nbytes: int) -> None:
         client = self._connections.clients.get(descriptor)
         if client is not None and descriptor not in self._connections.resetting:
-            log.warning("%s has %d bytes in memory, unread or owed, and is cut off", client.name, nbytes)
+            log.warning(
+                "%s has %d bytes in memory, unread or owed, and is cut off",
+                *(client.name, nbytes),
+                extra=event("peer_cut", client=client.name, reason="memory", bytes=nbytes),
+            )
             if connection is not None:
                 self._connections.cut(connection)
             else:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import zmq
 from zmq.utils import z85
 
+from tnxd.events import event
+
 log = logging.getLogger(__name__)
 
 LOCAL_DOMAIN = b"tnxd"
@@ -69,10 +71,10 @@ class ZapHandler:
             status, why = self._judge(request[5].decode("utf-8", "replace"), key)
         except ValueError as error:
             status, why = REFUSED, str(error)
-            log.warning("a peer is refused: %s", why)
+            log.warning("a peer is refused: %s", why, extra=event("peer_refused", reason=why))
         except Exception:  # a defect of ours: this peer stays outside, and the loop goes on
             status, why = NO_ROOM, "the daemon failed at this"
-            log.exception("the daemon failed at letting a peer in")
+            log.exception("the daemon failed at letting a peer in", extra=event("defect"))
         user = key.encode() if status == ADMITTED else b""
         self.socket.send_multipart([envelope, b"", version, id_, status, why.encode(), user, b""])
 

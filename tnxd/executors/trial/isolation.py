@@ -10,6 +10,7 @@ import torch
 
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.error_text import sentence
+from tnxd.events import event
 from tnxd.executors.execution import SHARED
 from tnxd.executors.trial.asking import Asking
 from tnxd.executors.trial.copies import Call, Differentiating, Own, Serial, Sparing, duplicate
@@ -76,7 +77,12 @@ def _kept_apart(module: torch.nn.Module, verdict: Verdict) -> Callable[[], Call]
                 f"its code may write to {_joined(*suspected[0])!r}, and it cannot be copied for each lane: "
                 f"{sentence(error)}. {REMEDY}"
             ) from None
-        log.info("%s is called by one lane at a time: %s", verdict.model.key, sentence(error))
+        why = sentence(error)
+        log.info(
+            "%s is called by one lane at a time: %s",
+            *(verdict.model.key, why),
+            extra=event("called_serially", verdict.model.key, reason=why),
+        )
         one = Serial(module, _undo(module, verdict.state))
         return lambda: one
     return own

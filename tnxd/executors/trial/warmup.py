@@ -10,6 +10,7 @@ from typing import NamedTuple
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import TensorNextError, Unavailable
 from tnxctl.protocol.wire import MIB, TensorSpec
+from tnxd.events import event
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item, Make
@@ -69,6 +70,7 @@ def warm_up(runner: Runner, model: Model, make: Make, lanes: int, allowed: float
             log.warning(
                 "%s on %s: a batch of %d rows would take %.0f MiB, and may take %.0f: at most %d rows",
                 *(model.key, runner.device, rows, row_bytes * rows / MIB, left / MIB, costs[-1][0]),
+                extra=event("batches_limited", model.key, device=runner.device, rows=costs[-1][0]),
             )
             return Warmed(costs, most_rows=costs[-1][0])
         with runner.measured() as peak:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxctl.protocol.wire import MIB
+from tnxd.events import event
 from tnxd.models.file_formats import FORMATS
 from tnxd.models.repository import RepositorySource
 from tnxd.models.trust import Guard, TrustedFiles
@@ -76,7 +77,7 @@ def directory(setting: str) -> Path | None:
         if not os.access(cache, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(cache))
     except (OSError, TensorNextError) as error:
-        log.warning("what is compiled is not kept: %s", error)
+        log.warning("what is compiled is not kept: %s", error, extra=event("cache_unusable", reason=str(error)))
         return None
     return cache
 
@@ -96,7 +97,7 @@ def folder(cache: Path | None, name: str, make: Callable[[Path], None]) -> Itera
     """
     kept = None if cache is None else cache / name
     if kept is not None and kept.is_dir() and not _is_whole(kept):
-        log.warning("%s is damaged, and is made again", kept)
+        log.warning("%s is damaged, and is made again", kept, extra=event("artifact_damaged", file=str(kept)))
         shutil.rmtree(kept, ignore_errors=True)
     if kept is not None and kept.is_dir():
         with contextlib.suppress(OSError):
@@ -136,7 +137,8 @@ def _keep(made: Path, kept: Path) -> None:
             Path(place, "whole").rename(kept)
         _shrink(parent)
     except OSError as error:  # a full disk, or another daemon was faster
-        log.info("%s is not kept: %s", kept, error.strerror)
+        about = event("artifact_not_kept", file=str(kept), reason=error.strerror)
+        log.info("%s is not kept: %s", kept, error.strerror, extra=about)
 
 
 def _is_whole(kept: Path) -> bool:

@@ -18,6 +18,7 @@ from tnxctl.protocol.strings import array_of, as_text, elements_of
 from tnxctl.protocol.wire import BYTES, TensorSpec, excerpt
 from tnxd.advice import installing
 from tnxd.error_text import first_line
+from tnxd.events import event
 from tnxd.models import onnxfile
 from tnxd.models.file_formats import ONNX
 from tnxd.models.formats import optional
@@ -91,7 +92,8 @@ class Session(torch.nn.Module):
                     try:
                         session = self._widen(threads)
                     except (FailedPrecondition, OSError) as error:
-                        log.warning("%s runs on one thread: %s", self._file, error)
+                        about = event("runs_on_one_thread", file=self._file, reason=str(error))
+                        log.warning("%s runs on one thread: %s", self._file, error, extra=about)
                         session = self._session
                     self._wide[threads] = session
         return session

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.error_text import first_line
+from tnxd.events import event
 from tnxd.models.file_formats import SAFETENSORS
 from tnxd.models.formats import optional, shards
 from tnxd.models.formats.calling import arranged, check_names, defaults
@@ -172,7 +173,11 @@ def fill(
             weight = copies[key]
         used[name] = weight
     if converted:
-        log.warning("%s: %d tensors have another datatype than in the network, and are converted", label, converted)
+        log.warning(
+            "%s: %d tensors have another datatype than in the network, and are converted",
+            *(label, converted),
+            extra=event("weights_converted", file=label, count=converted),
+        )
     _write_over(expected, used)
     network.load_state_dict(used, assign=True)
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from tnxd.events import event
 from tnxd.models.process_state import monkey_patches
 from tnxd.models.process_state.snapshot import SETTINGS, Snapshot
 
@@ -24,10 +25,18 @@ class DriftMonitor:
             drifted.append(name)
             if setting.name not in self._logged:
                 self._logged.add(setting.name)
-                log.warning("a model that serves has changed %s: %s", name, "put back" if restored else "it stays so")
+                log.warning(
+                    "a model that serves has changed %s: %s",
+                    *(name, "put back" if restored else "it stays so"),
+                    extra=event("setting_changed", names=[name], restored=restored),
+                )
         for name in monkey_patches.undo():
             drifted.append(name)
             if name not in self._logged:
                 self._logged.add(name)
-                log.warning("a model that serves has replaced %s, which all models use: put back", name)
+                log.warning(
+                    "a model that serves has replaced %s, which all models use: put back",
+                    name,
+                    extra=event("function_replaced", names=[name]),
+                )
         return drifted

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tnxctl.protocol.errors import FailedPrecondition
+from tnxd.events import event
 from tnxd.models.process_state import monkey_patches
 from tnxd.models.process_state.random_state import RandomState
 from tnxd.models.process_state.setter_calls import SEED
@@ -56,7 +57,11 @@ def settings_restored(what: str = "it") -> Iterator[Changes]:
     changes = Changes(what)
     earlier = monkey_patches.undo()
     if earlier:
-        log.warning("%s: put back", monkey_patches.sentence("a model that serves", earlier))
+        log.warning(
+            "%s: put back",
+            monkey_patches.sentence("a model that serves", earlier),
+            extra=event("function_replaced", names=list(earlier)),
+        )
     snapshot, random_state = Snapshot(), RandomState()
     try:
         yield changes

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 
+from tnxd.events import event
+
 log = logging.getLogger(__name__)
 
 MOST_LINE = 16 * 1024
@@ -34,7 +36,8 @@ class PrintedLines:
             lines.append(self._begun)
             self._begun = b""
         for line in lines:
-            log.info("%s: %s", self._title, line[:MOST_LINE].decode("utf-8", "replace"))
+            text = line[:MOST_LINE].decode("utf-8", "replace")
+            log.info("%s: %s", self._title, text, extra=event("output", self._title, message=text, stream="process"))
 
     def end(self) -> None:
         """Log what is left."""

@@ -16,6 +16,7 @@ from functools import partial
 
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
+from tnxd.events import event
 from tnxd.models.python.failures import ProcessAway
 from tnxd.models.python.instance import Plan
 from tnxd.models.python.process import Worker
@@ -174,7 +175,11 @@ def _keep_one(
             delay_s = 0.0
         restarts.count += 1
         restarts.last = why
-        log.error("%s: its process %s: it is started again%s", plan.title, why, f" in {delay_s:g} s" * bool(delay_s))
+        log.error(
+            "%s: its process %s: it is started again%s",
+            *(plan.title, why, f" in {delay_s:g} s" * bool(delay_s)),
+            extra=event("process_restarted", plan.title, reason=why, count=restarts.count, seconds=delay_s),
+        )
         with pool.changed:
             pool.changed.wait_for(lambda: pool.stopped, delay_s)
         if pool.stopped:
