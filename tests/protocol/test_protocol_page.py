@@ -127,6 +127,10 @@ def page_default(field: msgspec.inspect.Field) -> str:
         ("kick, the report", [wire.KickReport]),
         ("keys, the request", [wire.Keys]),
         ("keys, the report", [wire.KeysReport, wire.KeyInfo]),
+        ("record", [wire.Record]),
+        ("stop_recording", [wire.StopRecording]),
+        ("recording, the request", [wire.Recording]),
+        ("recording, the report", [wire.RecordingReport]),
     ],
 )
 def test_fields(title: str, headers: list[type[msgspec.Struct]]) -> None:
@@ -219,6 +223,10 @@ EXAMPLES: dict[str, Any] = {
     "kick report": wire.KickReport,
     "keys request": wire.Keys,
     "keys report": wire.KeysReport,
+    "record request": wire.Record,
+    "stop_recording request": wire.StopRecording,
+    "recording request": wire.Recording,
+    "recording report": wire.RecordingReport,
 }
 
 

@@ -36,6 +36,9 @@ SAMPLES: dict[type[wire.Request], wire.Request] = {
     wire.Clients: wire.Clients(v=V, id=1),
     wire.Kick: wire.Kick(v=V, id=1, client="nobody"),
     wire.Keys: wire.Keys(v=V, id=1),
+    wire.Record: wire.Record(v=V, id=1, file="refused-since-it-is-off"),
+    wire.StopRecording: wire.StopRecording(v=V, id=1),
+    wire.Recording: wire.Recording(v=V, id=1),
 }
 
 ROLES = {"olga": "observe", "paul": "predict", "ada": "admin"}

@@ -5,15 +5,26 @@ from __future__ import annotations
 import logging
 
 from tnxctl.protocol.errors import PermissionDenied
-from tnxctl.protocol.wire import LEAST_ROLES, Kick, Load, Reload, Request, Role, Route, Unload
+from tnxctl.protocol.wire import (
+    LEAST_ROLES,
+    Kick,
+    Load,
+    Record,
+    Reload,
+    Request,
+    Role,
+    Route,
+    StopRecording,
+    Unload,
+)
 from tnxd.transport.access import Access
 from tnxd.transport.addresses import in_words
 from tnxd.transport.client_limits import Connection
 
 audit = logging.getLogger("tnxd.audit")
 
-_ORDERS = (Load, Unload, Route, Reload, Kick)
-"""Requests that change what others get: the log tells of each."""
+_ORDERS = (Load, Unload, Route, Reload, Kick, Record, StopRecording)
+"""Requests that change what others get, or keep what they sent: the log tells of each."""
 
 
 def check(connection: Connection, request: Request, access: Access) -> None:
@@ -51,5 +62,5 @@ def _verb(request: Request) -> str:
 
 def _what(request: Request) -> str:
     """Verb of a request, and what it is about, on one line."""
-    about = getattr(request, "model", None) or getattr(request, "client", "")
+    about: str = next(filter(None, (getattr(request, name, "") for name in ("file", "model", "client"))), "")
     return f"{_verb(request)} {about[:100]!r}" if about else _verb(request)
