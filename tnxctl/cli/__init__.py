@@ -1,6 +1,6 @@
 """`tnxctl`: asks a TensorNext daemon, from a shell.
 
-health.py, models.py, metadata.py, predict.py, bench/, reload.py, whoami.py, clients.py, keys.py, record.py,
+health.py, models.py, metadata.py, predict.py, bench/, reload.py, whoami.py, clients.py, keys.py, record.py, replay.py,
 completion.py   one sub-command each, imported when it is called
 options.py      options that they share         exits.py        exit codes
 sources.py      what --input may be             inputs.py       random inputs
@@ -37,6 +37,7 @@ _COMMANDS = (
     "predict",
     "bench",
     "record",
+    "replay",
     "reload",
     "whoami",
     "clients",

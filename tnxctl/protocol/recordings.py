@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from tnxctl.protocol import mcap, wire
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
-from tnxctl.protocol.limits import MAX_RANK, MAX_RECORDING_S, MAX_TENSORS, MIB, Limits
+from tnxctl.protocol.limits import MAX_RANK, MAX_RECORDING_S, MAX_TENSORS, MIB, Limits, split_title
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -109,7 +109,7 @@ class RecordingReader:
             for record in mcap.records(self.file, MOST_BYTES):
                 read_any = True
                 if isinstance(record, mcap.Channel):
-                    if record.encoding == ENCODING:
+                    if record.encoding == ENCODING and _is_title(record.topic):
                         titles[record.number] = record.topic
                         self.channels[record.topic] = record.metadata
                 elif isinstance(record, mcap.Metadata):
@@ -135,6 +135,14 @@ class RecordingReader:
             self.ending = record.fields
         elif record.name == CLIENT and record.fields.get("number", "").isdecimal():
             clients[int(record.fields["number"][:10])] = record.fields.get("name", "")
+
+
+def _is_title(topic: str) -> bool:
+    """Whether a topic is NAME@VERSION."""
+    try:
+        return bool(split_title(topic)[1])
+    except InvalidArgument:
+        return False
 
 
 def _request(
