@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.limits import excerpt
 
 MAGIC = b"\x89MCAP0\r\n"
 
@@ -137,13 +138,12 @@ class CutOff(InvalidArgument):
 
 def _chunk(body: bytes, at: int) -> Iterator[Channel | Message | Metadata]:
     """Records of a chunk, which begins with two times, its size and a checksum."""
+    compression = ""
     try:
         compression, begin = _take_text(body, 28)
         (size,) = _U64.unpack_from(body, begin)
         begin += _U64.size
-        if compression:
-            raise InvalidArgument(f"at byte {at}, a chunk is compressed ({compression!r}): mcap decompress, first")
-        if size != len(body) - begin:
+        if compression or size != len(body) - begin:
             raise ValueError
         while begin < len(body):
             kind, length = _RECORD.unpack_from(body, begin)
@@ -154,7 +154,10 @@ def _chunk(body: bytes, at: int) -> Iterator[Channel | Message | Metadata]:
                 yield _read(kind, body[begin : begin + length], at)
             begin += length
     except (struct.error, ValueError):
-        raise InvalidArgument(f"at byte {at}, a chunk is damaged") from None
+        why = (
+            f"compressed ({excerpt(compression)}): mcap decompress makes one that is not" if compression else "damaged"
+        )
+        raise InvalidArgument(f"at byte {at}, a chunk is {why}") from None
 
 
 def _read(kind: int, body: bytes, at: int) -> Channel | Message | Metadata:
