@@ -20,6 +20,7 @@ from dealer import Dealer, rows
 from python_models import put
 from tnxctl import Client
 from tnxctl.cli.exits import Exit
+from tnxctl.protocol import wire
 from tnxctl.protocol.errors import AlreadyExists, InvalidArgument, NotFound
 from tnxctl.protocol.recordings import RecordedRequest, RecordingReader
 from tnxctl.protocol.wire import RecordingReport
@@ -164,6 +165,22 @@ def test_errors_of_a_replay_are_told_and_its_other_requests_sent(recorded: Recor
     assert "1 of 2 requests failed: INVALID_ARGUMENT 1" in told.stderr
     only = run("replay", recorded.folder / "errors.mcap", "--only", "double@1", *arguments, "--json")
     assert fields(only)["requests"] == 1
+
+
+def test_requests_without_tensors_and_with_wrong_ones_are_sent_as_they_are(recorded: Recorded) -> None:
+    with Client(recorded.endpoint) as client, Dealer(recorded.endpoint) as dealer:
+        client.record("wrong.mcap")
+        dealer.predict(model="double", names=())
+        dealer.predict(rows(1, 2), rows(1, 2), model="double", names=("x", "y"))
+        header = wire.encode(wire.Predict(v=1, id=9, inputs=(wire.TensorSpec("x", "FP32", (1, 2)),), model="double"))
+        dealer.socket.send_multipart([header, b"short"])
+        dealer.socket.send(header)
+        codes = [dealer.error().code for _ in range(4)]
+        assert client.stop_recording().requests == 4
+    told = run("replay", recorded.folder / "wrong.mcap", "--host", recorded.endpoint, "--json")
+    (step,) = fields(told)["steps"]
+    assert codes == ["INVALID_ARGUMENT"] * 4
+    assert [(error["code"], error["count"]) for error in step["errors"]] == [("INVALID_ARGUMENT", 4)]
 
 
 def test_what_is_no_request_of_a_model_that_is_there_is_not_recorded(recorded: Recorded) -> None:
