@@ -50,12 +50,12 @@ _POLLIN = int(zmq.POLLIN)
 
 
 class Outgoing(NamedTuple):
-    """Request that goes out now. Attributes: number: its id. copied: whether its tensors are to be copied for that."""
+    """Request that goes out now. Attributes: number: its id. nbytes: of its tensors."""
 
     number: int
     header: bytes
     tensors: Sequence[Any]
-    copied: bool
+    nbytes: int
 
 
 class Source(Protocol):
@@ -87,9 +87,9 @@ class Requests:
     def __init__(self, call: Call[Result]) -> None:
         self.sent = 0
         self.nbytes = call.nbytes
-        self.copied = call.nbytes < ZERO_COPY_BYTES
         header, *tensors = call.frames
-        self.tensors: list[Any] = [tensor.tobytes() if self.copied else tensor for tensor in tensors]
+        copied = call.nbytes < ZERO_COPY_BYTES
+        self.tensors: list[Any] = [tensor.tobytes() if copied else tensor for tensor in tensors]
         request = wire.decode_request(header, wire.Limits())
         assert isinstance(request, wire.Predict)
         self.deadline_ns = math.inf if request.deadline_us is None else request.deadline_us * 1e3
@@ -104,7 +104,7 @@ class Requests:
         self.sent += 1
         stamp = struct.pack(">d", now_ns / 1e3) if self._stamped else b""
         header = b"".join((self._before, number.to_bytes(8, "big"), self._between, stamp, self._after))
-        return Outgoing(number, header, self.tensors, self.copied)
+        return Outgoing(number, header, self.tensors, self.nbytes)
 
 
 class Connection:
@@ -157,9 +157,9 @@ class Connection:
 
     def send(self, requests: Source, recording: Recording, due_ns: int, now_ns: int) -> None:
         """Send the next request."""
-        number, header, tensors, copied = requests.next(now_ns)
+        number, header, tensors, nbytes = requests.next(now_ns)
         recording.send(number, due_ns, now_ns)
-        send = self._dealer.send
+        send, copied = self._dealer.send, nbytes < ZERO_COPY_BYTES
         try:
             send(header, _MORE if tensors else _NOBLOCK)
             for tensor in tensors[:-1]:

@@ -13,7 +13,6 @@ import msgspec
 from tnxctl.cli import exits
 from tnxctl.cli.bench.loops import FIRST_ID, Connection, Outgoing, paced_loop
 from tnxctl.cli.bench.recording import Load, Recording, Step
-from tnxctl.link import ZERO_COPY_BYTES
 from tnxctl.protocol import wire
 from tnxctl.protocol.differences import DifferenceTally
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
@@ -160,8 +159,7 @@ class _Source:
             sent_us=None if recorded.deadline_us is None else now_ns / 1e3,
             attempt=1,
         )
-        frames = self._current.frames
-        return Outgoing(number, wire.encode(request), frames, self._current.nbytes < ZERO_COPY_BYTES)
+        return Outgoing(number, wire.encode(request), self._current.frames, self._current.nbytes)
 
 
 class Outputs:
