@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fake_daemon import FakeDaemon
+from tnxctl.cli.bench.replay import RecordedRequests, Selection
 from tnxctl.cli.exits import Exit
 from tnxctl.protocol import mcap, recordings, wire
 from tool import ask, fields, run
@@ -58,6 +59,14 @@ def test_requests_are_sent_as_they_were_at_their_pace(tmp_path: Path) -> None:
     assert (step["requests"], step["answered"], told["seconds"]) == (2, 2, 0.04)
     assert step["seconds"] >= 0.02
     assert step["name"] == "as recorded"
+
+
+@pytest.mark.parametrize(("speed", "offsets_ms"), [(1.0, [0, 40, 10]), (2.0, [0, 20, 5]), (0.5, [0, 80, 20])])
+def test_times_are_those_of_the_recording_by_its_speed(speed: float, offsets_ms: list[int], tmp_path: Path) -> None:
+    path = recording(tmp_path / "a", request(0), request(40), request(10))
+    selection = Selection(path, "", speed)
+    requests = RecordedRequests(selection, selection.read(1 << 20), 1 << 20, "")
+    assert list(requests.offsets_ns()) == [offset * MS for offset in offsets_ms]
 
 
 def test_what_is_not_sent_is_told(tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ def test_the_time_ends_it(loop: Loop) -> None:
     loop.turn()
     assert loop.recorder.recording is None
     recording.take(time.perf_counter_ns(), "m", "m@1", "alice", HEADER, ())  # the loop may be as late as that
+    assert recording.held_bytes == 0
     report = loop.recorder.report(1)
     assert (report.state, report.requests, report.reason) == ("ended", 1, "")
 

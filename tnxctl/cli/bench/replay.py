@@ -123,7 +123,7 @@ class Contents:
         return (self.last_ns - self.first_ns) / 1e9
 
 
-class _Source:
+class RecordedRequests:
     """Requests of a recording, as the loop sends them.
 
     Args:
@@ -254,7 +254,7 @@ class Replay:
             model: that the requests go to; "": as they say. name: of the step.
             outputs: gets those of the results.
         """
-        source = _Source(self.selection, self.contents, self.most_bytes, model)
+        source = RecordedRequests(self.selection, self.contents, self.most_bytes, model)
         seconds = self.contents.seconds / self.selection.speed
         load = Load(rate=self.contents.requests / seconds if seconds else 1.0, name=name)
         recording = Recording(patient=True)
