@@ -23,8 +23,12 @@ log = logging.getLogger(__name__)
 # So often the thread looks for requests: to wake it for each would cost the loop more than all else.
 _EVERY_S = 0.01
 
-# Memory of a request in the queue beside its frames: these objects, and ZeroMQ's own.
-_OVERHEAD_BYTES = 1024
+# Memory of a request in the queue beside its frames: these objects, and the 8 KiB that libzmq has received at a time,
+# which a small frame of them keeps.
+_OVERHEAD_BYTES = 9 << 10
+
+# What the record of a request has beside its header and its tensors, about.
+_FRAMING_BYTES = 128
 
 _TOGETHER_BYTES = 8 << 20  # written in one go
 
@@ -33,7 +37,7 @@ _GRACE_NS = 50_000_000
 
 
 class _Taken(NamedTuple):
-    """One request in the queue. Attributes: time_ns: of `time.perf_counter_ns`. nbytes: of memory that it holds."""
+    """One request in the queue. Attributes: time_ns: of `time.perf_counter_ns`. nbytes: of its header and tensors."""
 
     time_ns: int
     title: str
@@ -116,14 +120,14 @@ class Recording:
             return
         if order.sample < 1 and random.random() >= order.sample:
             return
-        nbytes = _OVERHEAD_BYTES + memoryview(header).nbytes + sum([memoryview(frame).nbytes for frame in frames])
+        nbytes = memoryview(header).nbytes + sum([memoryview(frame).nbytes for frame in frames])
         held = self._queued_bytes - self._done_bytes
-        if held and held + nbytes > self._queue_bytes:  # a single one may be larger
+        if held and held + nbytes + _OVERHEAD_BYTES > self._queue_bytes:  # a single one may be larger
             self.dropped += 1
             return
         if title not in self._channels:
             self._channels[title] = self._describe(title)
-        self._queued_bytes += nbytes
+        self._queued_bytes += nbytes + _OVERHEAD_BYTES
         self._queue.append(_Taken(time_ns, title, client, header, frames, nbytes))
 
     def stop(self, reason: str) -> None:
@@ -202,21 +206,23 @@ class Recording:
                     self._drop(taken)
                     raise
                 self._file_bytes = file.size
-                self._done_bytes += sum([one.nbytes for one in taken])
+                self._done_bytes += _held(taken)
                 self._requests += len(taken)
 
     def _next(self, room: int) -> list[_Taken]:
         """The requests that are written next, as far as there is room for them in the file."""
         taken: list[_Taken] = []
         nbytes = 0
-        while self._queue and nbytes < _TOGETHER_BYTES and nbytes + self._queue[0].nbytes <= room:
+        while self._queue and nbytes < _TOGETHER_BYTES:
+            nbytes += self._queue[0].nbytes + _FRAMING_BYTES
+            if nbytes > room:
+                break
             taken.append(self._queue.popleft())
-            nbytes += taken[-1].nbytes
         return taken
 
     def _drop(self, taken: list[_Taken]) -> None:
         self.dropped += len(taken)
-        self._done_bytes += sum([one.nbytes for one in taken])
+        self._done_bytes += _held(taken)
 
     def _close(self, file: RecordingFile) -> None:
         self._until_ns = 0  # no more is taken
@@ -237,6 +243,11 @@ class Recording:
             f": {self._reason}" if self._reason else "",
         )
         self._on_end()
+
+
+def _held(taken: Sequence[_Taken]) -> int:
+    """Bytes of memory that requests in the queue hold."""
+    return sum([one.nbytes for one in taken]) + len(taken) * _OVERHEAD_BYTES
 
 
 class _Writer:
