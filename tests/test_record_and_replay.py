@@ -110,7 +110,7 @@ def test_what_several_clients_send_is_recorded_and_sent_again_twice(recorded: Re
         load(recorded.endpoint, clients=4, each=50)
         report = client.stop_recording()
     assert (report.requests, report.dropped) == (200, 0)
-    recorded.daemon.logged("tnxd.audit: 127.0.0.1: record 'load.mcap'", "tnxd.audit: 127.0.0.1: stoprecording")
+    recorded.daemon.logged("tnxd.audit: 127.0.0.1: record 'load.mcap'", "tnxd.audit: 127.0.0.1: stop_recording")
     found, reader = read(recorded.folder / "load.mcap")
     assert {request.request.priority for request in found} == {0, 1, 2, 3}
     assert sorted(reader.channels) == ["digits@1", "double@1"]

@@ -70,7 +70,7 @@ def test_each_role_may_do_what_the_table_says(keyed: Keyed, name: str) -> None:
             refused = isinstance(reply, wire.ErrorReply) and reply.code == "PERMISSION_DENIED"
             assert refused == (role < LEAST_ROLES[kind]), (kind, reply)
             if refused:
-                verb, least = kind.__name__.lower(), LEAST_ROLES[kind].title
+                verb, least = kind.__struct_config__.tag, LEAST_ROLES[kind].title
                 assert reply == wire.ErrorReply(
                     v=V,
                     id=1,

@@ -57,7 +57,7 @@ def _who(connection: Connection) -> str:
 
 
 def _verb(request: Request) -> str:
-    return type(request).__name__.lower()
+    return str(request.__struct_config__.tag)
 
 
 def _what(request: Request) -> str:
