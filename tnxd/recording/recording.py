@@ -62,7 +62,7 @@ class Recording:
         on_end: called on the thread when the file is closed.
 
     Attributes:
-        path: of the file. dropped: requests that found no room.
+        path: of the file.
     """
 
     def __init__(
@@ -79,7 +79,6 @@ class Recording:
     ) -> None:
         self.order = order
         self.path = ""
-        self.dropped = 0
         self._directory = directory
         self._most_bytes = most_bytes
         self._queue_bytes = queue_bytes
@@ -87,10 +86,13 @@ class Recording:
         self._about = about
         self._on_open = on_open
         self._on_end = on_end
+        self._random = random.Random()  # of its own: the daemon watches what models do to that of all
         self._queue: deque[_Taken] = deque()
         self._channels: dict[str, Mapping[str, str]] = {}
         self._queued_bytes = 0  # ever; the loop's
         self._done_bytes = 0  # ever; the thread's
+        self._refused = 0  # for want of room; the loop's
+        self._lost = 0  # the thread's
         self._requests = 0
         self._file_bytes = 0
         self._began_ns = time.perf_counter_ns()
@@ -102,6 +104,11 @@ class Recording:
         self._thread.start()
 
     # --- called by the loop ------------------------------------------------------------------------------------
+
+    @property
+    def dropped(self) -> int:
+        """Requests that found no room, in the queue or on the disk."""
+        return self._refused + self._lost
 
     @property
     def held_bytes(self) -> int:
@@ -118,12 +125,12 @@ class Recording:
         order = self.order
         if time_ns >= self._until_ns or (order.model and order.model not in (name, title)):
             return
-        if order.sample < 1 and random.random() >= order.sample:
+        if order.sample < 1 and self._random.random() >= order.sample:
             return
         nbytes = memoryview(header).nbytes + sum([memoryview(frame).nbytes for frame in frames])
         held = self._queued_bytes - self._done_bytes
         if held and held + nbytes + _OVERHEAD_BYTES > self._queue_bytes:  # a single one may be larger
-            self.dropped += 1
+            self._refused += 1
             return
         if title not in self._channels:
             self._channels[title] = self._describe(title)
@@ -221,7 +228,7 @@ class Recording:
         return taken
 
     def _drop(self, taken: list[_Taken]) -> None:
-        self.dropped += len(taken)
+        self._lost += len(taken)
         self._done_bytes += _held(taken)
 
     def _close(self, file: RecordingFile) -> None:
