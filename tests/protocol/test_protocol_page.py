@@ -117,6 +117,10 @@ def page_default(field: msgspec.inspect.Field) -> str:
         ("route", [wire.Route]),
         ("reload, the request", [wire.Reload]),
         ("reload, the report", [wire.ReloadReport]),
+        ("record", [wire.Record]),
+        ("stop_recording", [wire.StopRecording]),
+        ("recording, the request", [wire.Recording]),
+        ("recording, the report", [wire.RecordingReport]),
         ("compare, the request", [wire.Compare]),
         ("compare, the report", [wire.Comparison, wire.OutputDifference, wire.Percentiles]),
         ("whoami, the request", [wire.WhoAmI]),
@@ -127,10 +131,6 @@ def page_default(field: msgspec.inspect.Field) -> str:
         ("kick, the report", [wire.KickReport]),
         ("keys, the request", [wire.Keys]),
         ("keys, the report", [wire.KeysReport, wire.KeyInfo]),
-        ("record", [wire.Record]),
-        ("stop_recording", [wire.StopRecording]),
-        ("recording, the request", [wire.Recording]),
-        ("recording, the report", [wire.RecordingReport]),
     ],
 )
 def test_fields(title: str, headers: list[type[msgspec.Struct]]) -> None:
@@ -213,6 +213,10 @@ EXAMPLES: dict[str, Any] = {
     "route": wire.Route,
     "reload request": wire.Reload,
     "reload report": wire.ReloadReport,
+    "record request": wire.Record,
+    "stop_recording request": wire.StopRecording,
+    "recording request": wire.Recording,
+    "recording report": wire.RecordingReport,
     "compare request": wire.Compare,
     "compare report": wire.Comparison,
     "whoami request": wire.WhoAmI,
@@ -223,10 +227,6 @@ EXAMPLES: dict[str, Any] = {
     "kick report": wire.KickReport,
     "keys request": wire.Keys,
     "keys report": wire.KeysReport,
-    "record request": wire.Record,
-    "stop_recording request": wire.StopRecording,
-    "recording request": wire.Recording,
-    "recording report": wire.RecordingReport,
 }
 
 
