@@ -304,6 +304,27 @@ def test_a_daemon_that_stops_closes_the_file(run_daemon: Callable[..., Daemon], 
     assert (len(found), reader.damage, reader.ending["reason"]) == (1, "", "the daemon stopped")
 
 
+def test_a_disk_that_is_too_slow_costs_requests_of_the_recording_and_no_others(
+    run_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    (tmp_path / "tnxd.toml").write_text(f'record_directory = "{tmp_path}"\nrecord_queue_mb = 4\n')
+    arguments = ("--model", "mlp", "--config", str(tmp_path / "tnxd.toml"))
+    slow = run_daemon(*arguments, program=(str(Path(__file__).with_name("slow_disk.py")),))
+    with Client(slow.endpoint, timeout=20) as client:
+        client.record("slow.mcap")
+        for _ in range(20):
+            client.predict(rows(1000), model="mlp")
+        report = client.recording()
+        assert (report.state, report.requests) == ("recording", 0)
+        assert 15 <= report.dropped < 20
+        while client.health().traffic_mb < 2:  # what waits for the disk counts; the test's own limit ends this
+            time.sleep(0.01)
+        (tmp_path / "go").touch()
+        ended = client.stop_recording()
+    assert (ended.requests, ended.dropped) == (20 - report.dropped, report.dropped)
+    assert len(read(tmp_path / "slow.mcap")[0]) == ended.requests
+
+
 def test_a_disk_that_is_full_ends_the_recording_and_nothing_else(
     run_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:
