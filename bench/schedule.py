@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -15,13 +16,15 @@ import numpy as np
 import decisions
 import lengths
 import loops
+import options
 import oracle
+import recorded_trace
 import schedule_plot
 import traces
 from decisions import Decision
 from policies import Policy, Scheduled, Threshold
 from simulation import Noise, Outcome, replay
-from traces import Machine, Table, Trace
+from traces import CPU, GPU, Machine, Table, Trace
 
 SCHEDULER, ALWAYS_CPU, ALWAYS_GPU, THRESHOLD = "scheduler", "always CPU", "always GPU", "best threshold"
 
@@ -50,6 +53,22 @@ class PolicyReport(msgspec.Struct, frozen=True):
     busy: dict[str, float]
     rows_per_batch: float
     threshold_rows: int | None = None
+
+
+class _TraceName(click.ParamType):  # type: ignore[type-arg]  # old versions of click have no argument for it
+    """Name of a trace, or a file that `tnxctl record` had written."""
+
+    name = "trace"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
+        if isinstance(value, Path):
+            return value
+        name = str(value)
+        if name in traces.NAMES:
+            return name
+        if not Path(name).is_file():
+            self.fail(f"{name!r} is neither a file nor one of {', '.join(traces.NAMES)}.", param, ctx)
+        return Path(name)
 
 
 class TraceReport(msgspec.Struct, frozen=True):
@@ -102,9 +121,11 @@ class LoopReport(msgspec.Struct, frozen=True):
 @click.option(
     "--trace",
     "names",
-    type=click.Choice(traces.NAMES),
+    type=_TraceName(),
+    metavar="NAME|FILE",
     multiple=True,
-    help="Only this one; may be given several times.",
+    help=f"Only this one, of {', '.join(traces.NAMES)}; or the requests of FILE, which tnxctl record had written. "
+    "May be given several times.",
 )
 @click.option("--measure", is_flag=True, help="Take the CPU costs of the model mlp from this machine, not as given.")
 @click.option(
@@ -132,7 +153,7 @@ class LoopReport(msgspec.Struct, frozen=True):
 def main(
     count: int,
     seed: int,
-    names: tuple[str, ...],
+    names: tuple[str | Path, ...],
     measure: bool,
     with_loop: bool,
     with_lengths: bool,
@@ -158,6 +179,10 @@ def main(
     With --ragged texts of all lengths go to a model on a CPU, as measured of all-MiniLM-L6-v2 on one thread, and on an
     assumed GPU, to which all batches of up to 2,000 tokens are the same.
 
+    A recording is replayed as it arrived: versions, rows, deadlines (a second for requests without one), priorities and
+    clients, with the lanes that its daemon had and the costs that it had learned. What devices requests asked for does
+    not count: the scheduler chooses. Models whose costs depend on the lengths of their inputs are left out.
+
     Everything but the cost of a decision is the same in every run with the same --seed.
     """
     alone = with_loop + with_lengths
@@ -182,26 +207,29 @@ def main(
             raise click.UsageError("--plot needs the package matplotlib, which is not installed") from None
     mlp_cpu = _measured_mlp() if measure else traces.MLP_CPU
     machine = traces.machine(mlp_cpu)
+    with options.measuring():
+        recorded = {name: recorded_trace.read(name, count) for name in names if isinstance(name, Path)}
     click.echo(_heading())
     reports = []
     for name in names or traces.NAMES:
-        trace = traces.make(name, machine, count, seed)
+        trace = recorded[name][0] if isinstance(name, Path) else traces.make(name, machine, count, seed)
         reports.append(examine(trace, seed))
         click.echo(_line(reports[-1]))
-    click.echo("\n" + _verdict(reports))
+    remarks = [remark for _, found in recorded.values() for remark in found]
+    click.echo("\n".join(["", _verdict(reports), *remarks]))
     measured = [] if no_decisions else _decisions(machine)
     if json_path is not None:
         _write(Report(" ".join(sys.argv), seed, dict(mlp_cpu), reports, measured), json_path)
     if plot_path is not None:
         shares = {
-            policy: [report.policies[policy].met for report in reports]
+            policy: [report.policies[policy].met if policy in report.policies else 0.0 for report in reports]
             for policy in (SCHEDULER, ALWAYS_CPU, ALWAYS_GPU, THRESHOLD)
         }
         schedule_plot.draw(
             shares,
             [report.upper_bound for report in reports],
             [report.trace for report in reports],
-            f"simulated: two CPU lanes and a GPU, {count:,} requests per trace, seed {seed}",
+            f"simulated: {'' if recorded else 'two CPU lanes and a GPU, '}{count:,} requests per trace, seed {seed}",
             plot_path,
         )
 
@@ -217,14 +245,19 @@ def examine(trace: Trace, seed: int) -> TraceReport:
     def threshold(rows: float) -> Outcome:
         return run(lambda _: Threshold(machine, jobs, rows))
 
-    simple = {rows: threshold(rows) for rows in _THRESHOLDS}
+    # A daemon whose traffic was recorded may have had one of the two alone.
+    has_cpu, has_gpu = CPU in machine.lanes, GPU in machine.lanes
+    thresholds = [rows for rows in _THRESHOLDS if (has_cpu or rows == 0) and (has_gpu or math.isinf(rows))]
+    simple = {rows: threshold(rows) for rows in thresholds}
     best = max(simple, key=lambda rows: simple[rows].share)
     policies = {
         SCHEDULER: _policy(trace, run(lambda noise: Scheduled(machine, jobs, noise))),
-        ALWAYS_CPU: _policy(trace, simple[math.inf]),
-        ALWAYS_GPU: _policy(trace, simple[0]),
         THRESHOLD: _policy(trace, simple[best], best),
     }
+    if has_cpu:
+        policies[ALWAYS_CPU] = _policy(trace, simple[math.inf])
+    if has_gpu:
+        policies[ALWAYS_GPU] = _policy(trace, simple[0])
     bound = oracle.upper_bound(trace)
     return TraceReport(trace.name, trace.says, len(jobs), jobs[-1].arrival_us / 1e3, policies, bound)
 
@@ -257,11 +290,15 @@ def _line(report: TraceReport) -> str:
     mine, best = report.policies[SCHEDULER], report.policies[THRESHOLD]
     rows = "all" if best.threshold_rows is None else f"{best.threshold_rows}"
     return (
-        f"{report.trace:<13}{100 * mine.met:>10.1f}{100 * report.policies[ALWAYS_CPU].met:>12.1f}"
-        f"{100 * report.policies[ALWAYS_GPU].met:>12.1f}{f'{100 * best.met:.1f} (<= {rows:>3} rows)':>22}"
+        f"{report.trace:<13}{100 * mine.met:>10.1f}{_met(report, ALWAYS_CPU):>12}"
+        f"{_met(report, ALWAYS_GPU):>12}{f'{100 * best.met:.1f} (<= {rows:>3} rows)':>22}"
         f"{100 * report.upper_bound:>13.1f}{100 * mine.met / report.upper_bound:>14.1f}"
         f"{100 * mine.refused:>9.1f}{100 * mine.computed_late:>7.1f}"
     )
+
+
+def _met(report: TraceReport, policy: str) -> str:
+    return f"{100 * report.policies[policy].met:.1f}" if policy in report.policies else "-"
 
 
 def _verdict(reports: list[TraceReport]) -> str:

@@ -188,7 +188,7 @@ class Behaviour:
         mute: no verb is ever answered.
         device, reason, predicted_us: what results say.
         version_of: the version that the result of the nth predict request says; None: the model's.
-        abandoned, prediction_error_us, resent: what health reports say.
+        abandoned, prediction_error_us, resent, max_message_bytes: what health reports say.
         identity: what whoami reports say. clients: that are connected. keys: that may connect.
         more_clients, more_keys: that no report has room for.
         stats: what the nth answer about counts says, the `id` aside. slowest: what explanations say.
@@ -212,6 +212,7 @@ class Behaviour:
     abandoned: int = 0
     resent: int = 0
     prediction_error_us: float = 0.0
+    max_message_bytes: int = 0
     identity: wire.Identity = IDENTITY
     clients: tuple[wire.ClientInfo, ...] = (ALICE, SILENT)
     more_clients: int = 0
@@ -441,4 +442,5 @@ class FakeDaemon:
             abandoned=self._behaviour.abandoned,
             prediction_error_us=self._behaviour.prediction_error_us,
             resent=self._behaviour.resent,
+            max_message_bytes=self._behaviour.max_message_bytes,
         )

@@ -32,6 +32,7 @@ from tnxctl.protocol.wire import (
     KeysReport,
     Limits,
     ModelInfo,
+    RecordingReport,
     ReloadReport,
     SlowRequest,
     StatsReport,
@@ -202,6 +203,27 @@ class AsyncClient:
         """The slowest requests of the last minute, see `Client.explain`."""
         call = self._encoder.explain(request, model, timeout=timeout, now=time.monotonic())
         return await self._here().run(call)
+
+    async def record(
+        self,
+        file: str,
+        *,
+        seconds: float = 60.0,
+        model: str = "",
+        sample: float = 1.0,
+        timeout: float | None = None,
+    ) -> RecordingReport:
+        """Have the daemon write the requests that come to a file on its host, see `Client.record`."""
+        call = self._encoder.record(file, seconds, model, sample, timeout=timeout, now=time.monotonic())
+        return await self._here().run(call)
+
+    async def stop_recording(self, *, timeout: float | None = None) -> RecordingReport:
+        """End the recording that is under way, see `Client.stop_recording`."""
+        return await self._here().run(self._encoder.stop_recording(timeout=timeout, now=time.monotonic()))
+
+    async def recording(self, *, timeout: float | None = None) -> RecordingReport:
+        """The recording that is under way, or else the last one, see `Client.recording`."""
+        return await self._here().run(self._encoder.recording(timeout=timeout, now=time.monotonic()))
 
     async def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""

@@ -21,7 +21,7 @@ ReplyReader = Callable[[Any, Sequence[bytes], Limits], T]
 """Makes the result of a call of the decoded header of its reply and all frames. Raises InvalidArgument if it cannot."""
 
 # Requests that are sent once only, see `tnxctl.session`.
-_CHANGES = (wire.Load, wire.Unload, wire.Route, wire.Reload)
+_CHANGES = (wire.Load, wire.Unload, wire.Route, wire.Reload, wire.Record, wire.StopRecording)
 
 
 class Call(Generic[T]):

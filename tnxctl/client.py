@@ -24,6 +24,7 @@ from tnxctl.protocol.wire import (
     KeysReport,
     Limits,
     ModelInfo,
+    RecordingReport,
     ReloadReport,
     SlowRequest,
     StatsReport,
@@ -393,6 +394,46 @@ class Client:
             NotFound: there is no such model.
         """
         return self._driver.run(self._encoder.explain(request, model, timeout=timeout, now=time.monotonic()))
+
+    def record(
+        self,
+        file: str,
+        *,
+        seconds: float = 60.0,
+        model: str = "",
+        sample: float = 1.0,
+        timeout: float | None = None,
+    ) -> RecordingReport:
+        """Have the daemon write the predict requests that come from now on to a file on its host. For the role admin.
+
+        It goes on whether or not this client stays; `recording` tells how far it is. It is not begun again on a new
+        connection: where this one broke, `recording` tells whether it was.
+
+        Args:
+            file: name of a new file in the daemon's `record_directory`.
+            seconds: length of the recording, a day at most.
+            model: NAME or NAME@VERSION whose requests are written; "": all.
+            sample: share of the requests that is written, chosen at random.
+
+        Raises:
+            FailedPrecondition: the daemon's configuration allows no recordings, another one is under way, or the file
+                cannot be written.
+            AlreadyExists: there is such a file.
+        """
+        call = self._encoder.record(file, seconds, model, sample, timeout=timeout, now=time.monotonic())
+        return self._driver.run(call)
+
+    def stop_recording(self, *, timeout: float | None = None) -> RecordingReport:
+        """End the recording that is under way, and wait until its file is closed. For the role admin.
+
+        Raises:
+            FailedPrecondition: none is under way.
+        """
+        return self._driver.run(self._encoder.stop_recording(timeout=timeout, now=time.monotonic()))
+
+    def recording(self, *, timeout: float | None = None) -> RecordingReport:
+        """The recording that is under way, or else the last one. For the role admin."""
+        return self._driver.run(self._encoder.recording(timeout=timeout, now=time.monotonic()))
 
     def close(self) -> None:
         """Close the connection. Calls under way fail with Cancelled. Idempotent."""

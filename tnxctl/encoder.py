@@ -33,6 +33,7 @@ from tnxctl.protocol.wire import (
     KickReport,
     Limits,
     ModelInfo,
+    RecordingReport,
     ReloadReport,
     SlowRequest,
     StatsReport,
@@ -218,6 +219,34 @@ class RequestEncoder:
             raise InvalidArgument(f"request is {request!r}, and ids are from 0 to {wire.MAX_ID}")
         asked = wire.Explain(v=wire.VERSION, id=next(self.ids), request=request, model=check_string("model", model))
         return self._call(asked, [], 0, _read_explanation, self._timeout_s(timeout), now)
+
+    def record(
+        self, file: str, seconds: float, model: str, sample: float, *, timeout: float | None, now: float
+    ) -> Call[RecordingReport]:
+        """Encode a request to record. Raises InvalidArgument; the sentence names the argument."""
+        if not 0 < seconds <= wire.MAX_RECORDING_S:  # which NaN is not
+            raise InvalidArgument(f"seconds is {seconds!r}, not above 0 and up to {wire.MAX_RECORDING_S:g}")
+        if not 0 < sample <= 1:
+            raise InvalidArgument(f"sample is {sample!r}, not above 0 and up to 1")
+        request = wire.Record(
+            v=wire.VERSION,
+            id=next(self.ids),
+            file=check_string("file", file),
+            seconds=float(seconds),
+            model=check_title(model) if model else "",
+            sample=float(sample),
+        )
+        return self._call(request, [], 0, _reader(RecordingReport), self._timeout_s(timeout), now)
+
+    def stop_recording(self, *, timeout: float | None, now: float) -> Call[RecordingReport]:
+        """Encode a request to end the recording."""
+        request = wire.StopRecording(v=wire.VERSION, id=next(self.ids))
+        return self._call(request, [], 0, _reader(RecordingReport), self._timeout_s(timeout), now)
+
+    def recording(self, *, timeout: float | None, now: float) -> Call[RecordingReport]:
+        """Encode a request about the recording."""
+        request = wire.Recording(v=wire.VERSION, id=next(self.ids))
+        return self._call(request, [], 0, _reader(RecordingReport), self._timeout_s(timeout), now)
 
     def _timeout_s(self, timeout: float | None) -> float:
         return self.timeout if timeout is None else check_timeout(timeout)

@@ -81,6 +81,11 @@ def _option(flag: str, *name: str, **settings: Any) -> Callable[[Callable[..., A
     help="The model for requests that name none.",
 )
 @_option(
+    "--record-directory",
+    metavar="DIRECTORY",
+    help="Let admins record requests into files of this directory: tnxctl record.",
+)
+@_option(
     "--devices",
     metavar="LIST",
     help="Devices to use: auto, or names with commas between: cpu,cuda:0.",
@@ -130,6 +135,7 @@ def main(
     models: tuple[str, ...],
     model_repository: str | None,
     default_model: str | None,
+    record_directory: str | None,
     devices: str | None,
     cpu_workers: int | None,
     cpu_threads: int | None,
@@ -159,6 +165,7 @@ def main(
         "models": list(models) or None,
         "model_repository": model_repository,
         "default_model": default_model,
+        "record_directory": record_directory,
         "devices": [name.strip() for name in devices.split(",")] if devices else None,
         "log_level": log_level,
         "log_format": log_format,

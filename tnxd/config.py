@@ -154,6 +154,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         optimize_s: how long a faster variant of a model's network is looked for when it is loaded; 0: not at all.
         cache_directory: what was compiled for that is kept there; "auto" is the cache directory of the service or, for
             a user, tensornext in $XDG_CACHE_HOME or ~/.cache; "": nothing is kept.
+        record_directory: the directory for recordings of requests, see `tnxd.recording`; "": nothing is recorded.
+        record_max_mb: most MiB of one recording. record_queue_mb: of requests that wait to be written to it.
         stall_timeout_s: a batch that runs longer is given up; a model may have a limit of its own.
         on_device_loss: when a device is lost for good, "restart" finishes what is under way elsewhere and exits with 1,
             for a service manager to start the daemon anew; "continue" goes on without the device; "auto" restarts if
@@ -176,6 +178,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load_timeout_s: _Positive = 300.0
     optimize_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
     cache_directory: str = "auto"
+    record_directory: str = ""
+    record_max_mb: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 1024.0
+    record_queue_mb: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 64.0
     stall_timeout_s: _Positive = 60.0
     on_device_loss: Literal["auto", "restart", "continue"] = "auto"
     on_hang: Literal["auto", "restart", "continue"] = "auto"

@@ -24,9 +24,11 @@ from tnxd.executors.execution import Executor
 from tnxd.process import logs, openmp, signals
 from tnxd.process.systemd import Notifier
 from tnxd.process.watchdog import Watchdog
+from tnxd.recording.recorder import Recorder
 from tnxd.scheduling.costs import CostModel
 from tnxd.scheduling.device import Device
 from tnxd.scheduling.scheduler import Scheduler
+from tnxd.serving import recording_notes
 from tnxd.serving.call_queue import CallQueue
 from tnxd.serving.reports import Inventory
 from tnxd.serving.server import Server
@@ -48,6 +50,7 @@ LAST_WORDS_S = 1.0
 """Seconds that the end of the process waits until the log is written."""
 
 _FLUSH_S = 5.0
+_RECORDED_S = 2.0  # to write what a recording still holds
 _TICK_S = 1.0
 _GC_THRESHOLD = 10_000
 
@@ -94,6 +97,14 @@ class Daemon:
             open_processes=self._open_processes,
         )
         self._inventory = Inventory(registry, self._reconciler.audits, self._executors)
+        self._recorder = Recorder(
+            config.record_directory,
+            most_bytes=int(config.record_max_mb * MIB),
+            queue_bytes=int(config.record_queue_mb * MIB),
+            call_soon=self._calls.call_soon,
+            describe=lambda title: recording_notes.describe(title, registry, self._scheduler),
+            about=lambda: recording_notes.about(self._scheduler),
+        )
         self._server = Server(
             router,
             wakeup,
@@ -111,6 +122,7 @@ class Daemon:
             max_delay_us=config.queue.max_delay_us,
             admission=admission,
             access=access,
+            recorder=self._recorder,
             on_device_lost=self._device_lost,
             notes=self._notes,
         )
@@ -128,6 +140,7 @@ class Daemon:
             Watchdog(self._hang_reason, self._report_hang)
             spans = self._span_thread()
             self._router.close(self._server.run(_FLUSH_S))
+            self._recorder.close(_RECORDED_S)
             if spans is not None:
                 spans.close(LAST_WORDS_S)
             log.info("stopped", extra=event("stopped", code=self._exit_code))

@@ -14,12 +14,14 @@ import pytest
 from click.testing import CliRunner
 
 import benchmarks
+from tnxctl.protocol import mcap, recordings, wire
 
 # isort: split
 # On the path since `benchmarks` was imported.
 import decisions
 import lengths
 import loops
+import recorded_trace
 import schedule
 import traces
 from oracle import cost_by_start, upper_bound
@@ -413,3 +415,80 @@ def test_ragged_and_loop_do_not_go_together() -> None:
     result = CliRunner().invoke(schedule.main, ["--ragged", "--loop"])
     assert result.exit_code == 2
     assert "traces and costs of their own" in result.output
+
+
+# --- recordings ------------------------------------------------------------------------------------------------
+
+
+def recorded(path: Path, *, devices: str = '{"cpu":{"kind":"cpu","lanes":1}}', end: bytes = b"") -> Path:
+    """Recording of two versions, of which only m@1 has costs: two requests of it each millisecond, for 50 ms."""
+    costs = {"cpu": {"1": 110.0, "8": 180.0}, "cuda:0": {"1": 200.0, "8": 210.0}}
+    known = {"max_batch_size": "8", "priority": "2", "costs_us": json.dumps(costs), "deadline_us": "3000"}
+    parts = [
+        mcap.beginning(recordings.PROFILE, "tnxd"),
+        mcap.metadata(recordings.ABOUT, {"devices": devices}),
+        mcap.channel(1, "m@1", recordings.ENCODING, known),
+        mcap.channel(2, "n@1", recordings.ENCODING, {"max_batch_size": "0", "costs_us": "{}"}),
+        mcap.metadata(recordings.CLIENT, {"number": "5", "name": "alice"}),
+    ]
+    for number in range(100):
+        rows = 1 + number % 2
+        spec = wire.TensorSpec("x", "FP32", (rows, 1))
+        deadline_us = 5000.0 if number % 2 else None
+        header = wire.encode(wire.Predict(v=1, id=1, inputs=(spec,), priority=None, deadline_us=deadline_us))
+        at_ns = 10**18 + number // 2 * 1_000_000
+        parts += map(bytes, recordings.message(1, number, at_ns, 5, header, [bytes(4 * rows)]))
+    parts += map(bytes, recordings.message(2, 100, 10**18, 5, header, [b""]))
+    path.write_bytes(b"".join([*parts, end or mcap.end()]))
+    return path
+
+
+def test_a_recording_is_a_trace(tmp_path: Path) -> None:
+    found, remarks = recorded_trace.read(recorded(tmp_path / "day.mcap"), 1000)
+    assert found.name == "day"
+    assert found.machine.lanes == {CPU: 1}
+    assert found.machine.limits == {"m@1": 8}
+    assert found.machine.cost_us(CPU, "m@1", 8) == 180.0
+    assert found.jobs[:3] == [
+        Job(0.0, 3000.0, "m@1", 1, "alice", 2),
+        Job(0.0, 5000.0, "m@1", 2, "alice", 2),
+        Job(1000.0, 4000.0, "m@1", 1, "alice", 2),
+    ]
+    assert remarks == ["day.mcap: 1 requests are left out: no costs of n@1"]
+    assert len(recorded_trace.read(tmp_path / "day.mcap", 10)[0].jobs) == 10
+
+
+def test_a_recording_is_replayed_through_the_policies(tmp_path: Path) -> None:
+    path, json_path = recorded(tmp_path / "day.mcap", end=b"\5"), tmp_path / "report.json"
+    arguments = ["--trace", str(path), "--no-decisions", "--json", str(json_path)]
+    told = CliRunner().invoke(schedule.main, arguments)
+    assert told.exit_code == 0, told.output
+    (report,) = json.loads(json_path.read_text())["traces"]
+    assert (report["trace"], report["requests"]) == ("day", 100)
+    assert {name: one["met"] for name, one in report["policies"].items()} == {
+        SCHEDULER: 1.0, "best threshold": 1.0, "always CPU": 1.0,
+    }  # fmt: skip
+    assert "day.mcap: it was cut off" in told.output
+
+
+def test_a_recording_of_a_daemon_with_a_gpu_is_replayed_on_both(tmp_path: Path) -> None:
+    both = '{"cpu":{"kind":"cpu","lanes":2},"cuda:0":{"kind":"cuda","lanes":2},"process":{"kind":"process","lanes":1}}'
+    found, _ = recorded_trace.read(recorded(tmp_path / "day.mcap", devices=both), 1000)
+    assert found.machine.lanes == {CPU: 2, GPU: 2}
+    assert set(examine(found, 1).policies) == {SCHEDULER, "best threshold", "always CPU", "always GPU"}
+
+
+@pytest.mark.parametrize(
+    "devices", ["{}", "[]", "{", '{"cpu":{"kind":"cpu","lanes":0}}', '{"tpu":{"kind":"x","lanes":1}}']
+)
+def test_a_recording_that_says_too_little_is_a_sentence(devices: str, tmp_path: Path) -> None:
+    told = CliRunner().invoke(schedule.main, ["--trace", str(recorded(tmp_path / "day.mcap", devices=devices))])
+    assert told.exit_code == 1
+    assert "day.mcap" in told.output
+    assert "Traceback" not in told.output
+
+
+def test_a_trace_is_a_name_or_a_file() -> None:
+    told = CliRunner().invoke(schedule.main, ["--trace", "nope"])
+    assert told.exit_code == 2
+    assert "'nope' is neither a file nor one of light, busy" in told.output

@@ -706,7 +706,7 @@ def test_options_may_come_before_the_verb(fake: FakeDaemon) -> None:
     ("words", "expected"),
     [
         ("mo", {"models"}),
-        ("re", {"reload"}),
+        ("re", {"record", "reload", "replay"}),
         ("models ", set(VERBS)),
         ("models lo", {"load"}),
         ("models init --fo", {"--format", "--force"}),

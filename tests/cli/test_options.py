@@ -6,13 +6,14 @@ import click
 import pytest
 
 from tnxctl import arguments, durations, encoder
-from tnxctl.cli import options
+from tnxctl.cli import options, record
 from tnxctl.protocol import wire
 
 
 def test_the_limits_of_the_options_are_those_of_the_client() -> None:
     assert encoder.DEFAULT_TIMEOUT_S == options.DEFAULT_TIMEOUT_S
     assert arguments.MAX_DEADLINE_S == options.MAX_DEADLINE_S
+    assert wire.MAX_RECORDING_S == record.LONGEST_S
     assert encoder.LOAD_TIMEOUT_S == options.LOAD_TIMEOUT_S
     assert wire.LOWEST_PRIORITY == options.LOWEST_PRIORITY
 

@@ -16,6 +16,7 @@ import zmtp
 from dealer import Dealer, rows
 from keyed import Keyed, ask, keyed_daemon, whoami
 from tnxctl.protocol import wire
+from tnxctl.protocol.recordings import RecordingReader
 from tnxctl.protocol.wire import LEAST_ROLES, Role
 
 V = wire.VERSION
@@ -36,6 +37,9 @@ SAMPLES: dict[type[wire.Request], wire.Request] = {
     wire.Clients: wire.Clients(v=V, id=1),
     wire.Kick: wire.Kick(v=V, id=1, client="nobody"),
     wire.Keys: wire.Keys(v=V, id=1),
+    wire.Record: wire.Record(v=V, id=1, file="no/name"),
+    wire.StopRecording: wire.StopRecording(v=V, id=1),
+    wire.Recording: wire.Recording(v=V, id=1),
 }
 
 ROLES = {"olga": "observe", "paul": "predict", "ada": "admin"}
@@ -45,7 +49,8 @@ ROLES = {"olga": "observe", "paul": "predict", "ada": "admin"}
 def keyed() -> Iterator[Keyed]:
     with tempfile.TemporaryDirectory(prefix="keyed-") as folder:
         os.chmod(folder, 0o755)  # other users may come to its ipc:// path
-        with keyed_daemon(Path(folder), ROLES, "--model", "mlp") as running:
+        recordings = ("--record-directory", folder)
+        with keyed_daemon(Path(folder), ROLES, "--model", "mlp", *recordings) as running:
             yield running
 
 
@@ -65,7 +70,7 @@ def test_each_role_may_do_what_the_table_says(keyed: Keyed, name: str) -> None:
             refused = isinstance(reply, wire.ErrorReply) and reply.code == "PERMISSION_DENIED"
             assert refused == (role < LEAST_ROLES[kind]), (kind, reply)
             if refused:
-                verb, least = kind.__name__.lower(), LEAST_ROLES[kind].title
+                verb, least = kind.__struct_config__.tag, LEAST_ROLES[kind].title
                 assert reply == wire.ErrorReply(
                     v=V,
                     id=1,
@@ -83,6 +88,20 @@ def test_the_log_tells_who_was_refused_and_who_gave_orders(keyed: Keyed) -> None
         "INFO tnxd.audit: ada at 127.0.0.1: load 'mlp@7'",
     )
     assert "\nfake line" not in log
+
+
+def test_what_a_client_may_not_ask_is_not_recorded(keyed: Keyed) -> None:
+    with keyed.dealer("ada") as ada, keyed.dealer("olga") as olga, keyed.dealer("paul") as paul:
+        begun = ask(ada, wire.Record(v=V, id=1, file="roles.mcap"))
+        assert isinstance(begun, wire.RecordingReport), begun
+        for peer in (olga, paul):
+            peer.predict(rows(1))
+            peer.receive()
+        assert ask(paul, wire.StopRecording(v=V, id=2)).code == "PERMISSION_DENIED"  # type: ignore[union-attr]
+        ended = ask(ada, wire.StopRecording(v=V, id=2))
+    assert isinstance(ended, wire.RecordingReport), ended
+    with (keyed.folder / "roles.mcap").open("rb") as file:
+        assert [request.client for request in RecordingReader(file)] == ["paul"]
 
 
 def test_a_flood_of_what_is_not_allowed_is_cut_off(keyed: Keyed) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from tnxctl.cli import text
@@ -22,11 +22,16 @@ def lines(found: Comparison, width: int | None) -> Iterator[str]:
         yield "There is nothing to compare yet."
         return
     yield ""
-    header = ("OUTPUT", "ELEMENTS", "MAX ABS DIFF", "MEAN ABS DIFF", "ARG-MAX AGREES", "MISFITS")
-    yield from text.table(header, map(_difference, found.outputs), "<>>>>>", width, ("OUTPUT",))
+    yield from differences(found.outputs, width)
     yield ""
     rows = [_times(baseline, found.baseline_us), _times(candidate, found.candidate_us)]
     yield from text.table(("VERSION", "BATCHES", "P50 ms", "P90 ms", "P99 ms"), rows, "<>>>>", width, ("VERSION",))
+
+
+def differences(outputs: Iterable[OutputDifference], width: int | None) -> Iterator[str]:
+    """A table of how outputs differ."""
+    header = ("OUTPUT", "ELEMENTS", "MAX ABS DIFF", "MEAN ABS DIFF", "ARG-MAX AGREES", "MISFITS")
+    yield from text.table(header, map(_difference, outputs), "<>>>>>", width, ("OUTPUT",))
 
 
 def _difference(output: OutputDifference) -> tuple[str, ...]:

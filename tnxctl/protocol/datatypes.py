@@ -58,6 +58,14 @@ def dtype_of(datatype: str) -> np.dtype[Any]:
     return dtype
 
 
+def as_float(array: Array, datatype: str) -> Array:
+    """The values of an array as on the wire, as FP64; strings, which are equal or not, are all 0."""
+    if datatype == BYTES:
+        return np.zeros(array.shape)
+    floats: Array = array.view(dtype_of(datatype)).astype(np.float64)
+    return floats
+
+
 def datatype_of(dtype: np.dtype[Any]) -> str | None:
     """The datatype whose values have a dtype; None: there is none, or only in another byte order."""
     return DATATYPES.get(dtype) or (_NAMES.get(dtype.name) if dtype.isnative else None)

@@ -21,6 +21,7 @@ DEFAULT_PRIORITY = 1
 LOWEST_PRIORITY = 3
 MAX_WEIGHT = 1e9
 MAX_TENSORS = 1024
+MAX_RECORDING_S = 24 * 3600.0
 
 MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Pattern of the name of a model: the name of a folder, too, on every system, and never one with an "@"."""

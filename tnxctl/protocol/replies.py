@@ -371,6 +371,31 @@ class KeysReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
     total: int
 
 
+class RecordingReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="recording"):
+    """Answer to `Record`, `StopRecording` and `Recording`.
+
+    Attributes:
+        state: "off": there was none since the daemon's start; "recording"; "ended".
+        path: of the file, on the daemon's host. file_bytes: written to it so far.
+        seconds, model, sample: as in `Record`. elapsed_s: seconds since it began, or that it took.
+        requests: written so far. dropped: those that found no room in the queue to the disk.
+        reason: why it ended: "" if its time was over.
+    """
+
+    v: Version
+    id: Id
+    state: str
+    path: str = ""
+    file_bytes: int = 0
+    seconds: float = 0.0
+    model: str = ""
+    sample: float = 1.0
+    elapsed_s: float = 0.0
+    requests: int = 0
+    dropped: int = 0
+    reason: str = ""
+
+
 class ErrorReply(
     msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="error", omit_defaults=True, gc=False
 ):
@@ -403,5 +428,6 @@ Reply = (
     | KeysReport
     | StatsReport
     | Explanation
+    | RecordingReport
     | ErrorReply
 )

@@ -12,6 +12,7 @@ from tnxctl.protocol.limits import (
     MAX_CLOCK_US,
     MAX_DEADLINE_US,
     MAX_ID,
+    MAX_RECORDING_S,
     MAX_TENSORS,
     MAX_WEIGHT,
     MESSAGE_BYTES,
@@ -210,6 +211,40 @@ class Explain(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     model: Title = ""
 
 
+class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="record", omit_defaults=True, gc=False):
+    """Write the predict requests that come from now on to a file of the daemon's. Answered with `RecordingReport`.
+
+    The answer comes when the file is open. One recording is under way at a time.
+
+    Attributes:
+        file: name of a new file in the directory that the daemon's configuration has for recordings.
+        seconds: length of the recording.
+        model: NAME or NAME@VERSION whose requests are written; "": those of all models.
+        sample: share of the requests that is written, chosen at random.
+    """
+
+    v: Version
+    id: Id
+    file: Name
+    seconds: Annotated[float, msgspec.Meta(gt=0, le=MAX_RECORDING_S)] = 60.0
+    model: Title = ""
+    sample: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+
+
+class StopRecording(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="stop_recording", gc=False):
+    """End the recording that is under way. Answered with `RecordingReport` when its file is closed."""
+
+    v: Version
+    id: Id
+
+
+class Recording(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="recording", gc=False):
+    """Ask about the recording that is under way, or else the last one. Answered with `RecordingReport`."""
+
+    v: Version
+    id: Id
+
+
 Request = (
     Predict
     | Cancel
@@ -227,4 +262,7 @@ Request = (
     | Keys
     | Stats
     | Explain
+    | Record
+    | StopRecording
+    | Recording
 )

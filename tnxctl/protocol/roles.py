@@ -17,10 +17,13 @@ from tnxctl.protocol.requests import (
     Metadata,
     Models,
     Predict,
+    Record,
+    Recording,
     Reload,
     Request,
     Route,
     Stats,
+    StopRecording,
     Unload,
     WhoAmI,
 )
@@ -56,5 +59,8 @@ LEAST_ROLES: Mapping[type[Request], Role] = {
     Clients: Role.ADMIN,
     Kick: Role.ADMIN,
     Keys: Role.ADMIN,
+    Record: Role.ADMIN,
+    StopRecording: Role.ADMIN,
+    Recording: Role.ADMIN,
 }
 """Least role for each verb: the one table that says what a role may do. A verb without an entry is nobody's."""

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 
 from tnxctl.protocol.datatypes import Array
+from tnxctl.protocol.differences import DifferenceTally
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
-from tnxctl.protocol.wire import BYTES, VERSION, Comparison, OutputDifference, Percentiles, TensorSpec
+from tnxctl.protocol.wire import VERSION, Comparison, Percentiles
 from tnxd.deployment.background import Answered, Background, Copy
 from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
 from tnxd.models.model import Model
-from tnxd.models.rounding import as_float
 
 # Forwards that the percentiles are taken from.
 _LATENCIES = 1000
@@ -74,54 +73,6 @@ def _joined(outputs: list[tuple[Array, ...]]) -> tuple[Array, ...]:
     return outputs[0] if len(outputs) == 1 else tuple(map(np.concatenate, zip(*outputs, strict=True)))
 
 
-@dataclass
-class _Difference:
-    """Differences in one output."""
-
-    spec: TensorSpec
-    elements: int = 0
-    max_abs: float = 0.0
-    sum_abs: float = 0.0
-    finite: int = 0
-    rows: int = 0
-    agreeing: int = 0
-    misfits: int = 0
-
-    def add(self, baseline: Array, candidate: Array) -> None:
-        if baseline.shape != candidate.shape or baseline.dtype != candidate.dtype:
-            self.misfits += 1
-            return
-        self.elements += baseline.size
-        if self.spec.datatype == BYTES:  # equal elements are 0 apart, others 1
-            self._add_apart(np.not_equal(baseline, candidate).astype(np.float64))
-            return
-        first, second = as_float(baseline, self.spec.datatype), as_float(candidate, self.spec.datatype)
-        finite = np.isfinite(first) & np.isfinite(second)
-        if not np.array_equal(np.isfinite(first), np.isfinite(second)):
-            self.misfits += 1
-        self._add_apart(np.abs(first[finite] - second[finite]))
-        if first.ndim > 1 and first.shape[-1] > 1 and first.size:
-            agreeing = first.argmax(axis=-1) == second.argmax(axis=-1)
-            self.rows += agreeing.size
-            self.agreeing += int(agreeing.sum())
-
-    def _add_apart(self, apart: Array) -> None:
-        if apart.size:
-            self.max_abs = max(self.max_abs, float(apart.max()))
-            self.sum_abs += float(apart.sum())
-            self.finite += apart.size
-
-    def report(self) -> OutputDifference:
-        return OutputDifference(
-            name=self.spec.name,
-            elements=self.elements,
-            max_abs=self.max_abs,
-            mean_abs=self.sum_abs / self.finite if self.finite else 0.0,
-            argmax_agreement=self.agreeing / self.rows if self.rows else None,
-            misfits=self.misfits,
-        )
-
-
 class _Tally:
     """Findings about one pair of versions.
 
@@ -136,7 +87,7 @@ class _Tally:
         self._requests = 0
         self._errors = 0
         self._last_error = ""
-        self._differences = [_Difference(spec) for spec in baseline.outputs]
+        self._differences = [DifferenceTally(spec) for spec in baseline.outputs]
         self._latencies: tuple[deque[float], deque[float]] = (deque(maxlen=_LATENCIES), deque(maxlen=_LATENCIES))
         self.skipped = 0
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tnxctl.protocol.datatypes import Array, dtype_of
-from tnxctl.protocol.wire import BYTES, TensorSpec, excerpt
+from tnxctl.protocol.datatypes import Array, as_float
+from tnxctl.protocol.wire import TensorSpec, excerpt
 from tnxd.device_kinds import DeviceKind
 
 _ROUNDING = {"FP64": 1e-8, "FP32": 2e-4, "FP16": 2e-2, "BF16": 6e-2}
@@ -112,11 +112,3 @@ def _in_output(spec: TensorSpec, one: Array, other: Array, allowed: float) -> Di
 def _told(spec: TensorSpec, place: Sequence[np.intp], one: object, other: object) -> str:
     shown = [excerpt(each) if isinstance(each, bytes) else f"{each:.9g}" for each in (one, other)]
     return f"output {spec.name!r}{[int(axis) for axis in place]} is {shown[0]} and {shown[1]}"
-
-
-def as_float(array: Array, datatype: str) -> Array:
-    """The values of an array as on the wire, as FP64; strings, which are equal or not, are all 0."""
-    if datatype == BYTES:
-        return np.zeros(array.shape)
-    floats: Array = array.view(dtype_of(datatype)).astype(np.float64)
-    return floats

@@ -137,6 +137,10 @@ class CostCurve:
         """Whether anything was observed."""
         return bool(self._rows)
 
+    def points(self) -> dict[int, float]:
+        """Points that the curve goes through: rows -> microseconds."""
+        return {round(rows): micros for rows, micros in zip(self._rows, self._times, strict=True)}
+
 
 class BatchCosts:
     """Cost curves of one model and shape group on one device: of its lanes, and of the caller's own thread.
@@ -214,6 +218,15 @@ class CostModel:
             known = CostCurve()
         self._curves[key] = known  # last in the dict: most recently used
         return known
+
+    def points(self, model: str) -> dict[str, dict[int, float]]:
+        """What is known of a model on the lanes of each device: rows -> microseconds, of the group that most is of."""
+        found: dict[str, dict[int, float]] = {}
+        for (device, key, _, inline), curve in self._curves.items():
+            points = curve.points()
+            if key == model and not inline and len(points) > len(found.get(device, {})):
+                found[device] = points
+        return found
 
     def forget(self, model: str) -> None:
         """Drop all curves of a model."""

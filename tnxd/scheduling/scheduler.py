@@ -130,6 +130,10 @@ class Scheduler(Accounts):
         if most_rows:
             self.bound_rows(device, model, most_rows)
 
+    def known_costs(self, model: str) -> dict[str, dict[int, float]]:
+        """Costs of batches as learned so far: device -> rows -> microseconds on a lane of it."""
+        return self._costs.points(model)
+
     def remove_model(self, model: str) -> None:
         """Route no more requests for a model to any device."""
         for device in self.devices.values():

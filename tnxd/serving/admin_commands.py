@@ -1,4 +1,4 @@
-"""Admin commands: changes of the models that clients ask for. The reconciler carries them out, one after the other."""
+"""Admin commands: what clients ask to be done. The reconciler changes the models, the recorder records."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from tnxctl.protocol.errors import TensorNextError
-from tnxctl.protocol.wire import Load, Reload, Route, Unload
+from tnxctl.protocol.wire import Load, Record, RecordingReport, Reload, Route, StopRecording, Unload
 from tnxd.deployment.reconciler import Changes, Reconciler
+from tnxd.recording.recorder import Recorder
 from tnxd.serving.reports import stopped
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Message
 
-AdminCommand = Load | Unload | Route | Reload
+AdminCommand = Load | Unload | Route | Reload | Record | StopRecording
 
-Outcome = Changes | str | TensorNextError
-"""The changes by a reload; the name of the model that any other command was about; or the reason why it failed."""
+Outcome = Changes | RecordingReport | str | TensorNextError
+"""The changes by a reload; a recording; the name of the model that any other command was about; or why it failed."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class AdminCommands:
         done: commands that are to be answered, the first done first. The caller takes them out.
     """
 
-    def __init__(self, reconciler: Reconciler, admission: Admission) -> None:
+    def __init__(self, reconciler: Reconciler, recorder: Recorder, admission: Admission) -> None:
         self.done: deque[CommandDone] = deque()
         self._reconciler = reconciler
+        self._recorder = recorder
         self._admission = admission
         self._waiting: dict[int, tuple[Message, int]] = {}
         self._serial = 0
@@ -54,7 +56,7 @@ class AdminCommands:
 
         Raises:
             ResourceExhausted: too many commands of this client wait.
-            TensorNextError: traffic cannot be split so, see `check_weights`.
+            TensorNextError: traffic cannot be split so, see `check_weights`; or nothing can be recorded so.
         """
         if isinstance(command, Route):
             self._reconciler.route(command.model, command.weights, command.shadow)
@@ -64,7 +66,15 @@ class AdminCommands:
         self._serial += 1
         self._waiting[self._serial] = message, command.id
         done = partial(self._carried_out, self._serial)
-        if isinstance(command, Reload):
+        if isinstance(command, (Record, StopRecording)):
+            try:
+                if isinstance(command, Record):
+                    self._recorder.start(command, done)
+                else:
+                    self._recorder.stop(done)
+            except TensorNextError as error:
+                done(error)
+        elif isinstance(command, Reload):
             self._reconciler.reload(done)
         elif isinstance(command, Load):
             self._reconciler.load(command.model, done)
@@ -72,6 +82,8 @@ class AdminCommands:
             self._reconciler.unload(command.model, done)
 
     def _carried_out(self, serial: int, outcome: Outcome) -> None:
+        if serial not in self._waiting:  # abandoned, and answered
+            return
         message, id_ = self._waiting.pop(serial)
         self._admission.release_command(message.connection)
         self.done.append(CommandDone(message, id_, outcome))

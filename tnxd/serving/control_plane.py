@@ -6,6 +6,8 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 
+import msgspec
+
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
 from tnxctl.protocol.wire import (
     Clients,
@@ -16,6 +18,9 @@ from tnxctl.protocol.wire import (
     Kick,
     Metadata,
     Models,
+    Record,
+    Recording,
+    RecordingReport,
     Reload,
     Reply,
     Stats,
@@ -25,6 +30,7 @@ from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import READY
 from tnxd.events import event
+from tnxd.recording.recorder import Recorder
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving import client_reports, permissions, reports, statistics
 from tnxd.serving.admin_commands import AdminCommand, AdminCommands, CommandDone
@@ -36,7 +42,9 @@ from tnxd.transport.router import Message, Router
 
 log = logging.getLogger(__name__)
 
-ControlRequest = Health | Metadata | Models | Compare | WhoAmI | Clients | Kick | Keys | Stats | Explain | AdminCommand
+ControlRequest = (
+    Health | Metadata | Models | Compare | WhoAmI | Clients | Kick | Keys | Stats | Explain | Recording | AdminCommand
+)
 """A request about the daemon, its models or its clients."""
 
 
@@ -60,6 +68,7 @@ class ControlPlane:
         telemetry: Telemetry,
         router: Router,
         admission: Admission,
+        recorder: Recorder,
         *,
         access: Access,
         message_bytes: int,
@@ -73,7 +82,8 @@ class ControlPlane:
         self._access = access
         self._key_failures: dict[str, str] = {}
         self._message_bytes = message_bytes
-        self._commands = AdminCommands(reconciler, admission)
+        self._recorder = recorder
+        self._commands = AdminCommands(reconciler, recorder, admission)
         self.commands_done: deque[CommandDone] = self._commands.done
 
     def answer(self, message: Message, request: ControlRequest, state: str) -> Reply | None:
@@ -124,8 +134,12 @@ class ControlPlane:
             )
         if isinstance(request, Explain):
             return statistics.explain(request, inventory, connection)
+        if isinstance(request, Recording):
+            return self._recorder.report(request.id)
         if state != READY:
             raise reports.unavailable(state)
+        if isinstance(request, Record) and request.model:
+            inventory.registry.describe(request.model)  # or else a misspelt name would be waited for
         if isinstance(request, Reload):
             self.reload_keys()
         self._commands.take(message, request)
@@ -153,6 +167,8 @@ class ControlPlane:
             outcome = command.outcome
             if isinstance(outcome, TensorNextError):
                 yield command.message, command.id, outcome
+            elif isinstance(outcome, RecordingReport):
+                yield command.message, command.id, msgspec.structs.replace(outcome, id=command.id)
             elif isinstance(outcome, Changes):
                 yield command.message, command.id, reports.reload_report(command.id, outcome, self._key_failures)
             else:

@@ -27,6 +27,7 @@ from tnxd.deployment.version import READY, STARTING, Version
 from tnxd.events import event
 from tnxd.models.pipelines import Pipeline
 from tnxd.models.sizes import reply_too_large
+from tnxd.recording.recorder import Recorder
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.refusals import Refusals, TooLate
 from tnxd.scheduling.scheduler import Scheduler
@@ -75,6 +76,7 @@ class Intake:
         quarantine: clients that ride alone.
         pipelines: requests that are made of others.
         completed: executions that are over: while a lane is free, little is taken in.
+        recorder: gets the requests, those that are refused too, while there is a recording.
         limits: of a message.
         max_delay_us: how long a batch smaller than its model's limit waits for company, in microseconds.
         access: who may ask for what.
@@ -98,6 +100,7 @@ class Intake:
         pipelines: Pipelines,
         telemetry: Telemetry,
         completed: Sized,
+        recorder: Recorder,
         *,
         limits: Limits,
         max_delay_us: float,
@@ -119,6 +122,7 @@ class Intake:
         self._pipelines = pipelines
         self._telemetry = telemetry
         self._completed = completed
+        self._recorder = recorder
         self._configured_limits = self._limits = limits
         self._message_bytes = limits.message_bytes
         self._max_delay_us = max_delay_us
@@ -210,6 +214,8 @@ class Intake:
             self._refuse(message, request_id(header, self._limits), error, received_ns)
             return None
         if isinstance(request, Predict):
+            if self._recorder.recording is not None:
+                self._record(message, request, received_ns)
             if request.attempt > 1:
                 self._telemetry.resent += 1
             if self._refusals and self._is_hopeless(message, request, received_ns):
@@ -242,6 +248,24 @@ class Intake:
         id_ = None if isinstance(request, Cancel) else request.id  # that is the id of another request
         self._refuse(message, id_, failure, received_ns, self._named(request))
         return None
+
+    def _record(self, message: Message, request: Predict, received_ns: int) -> None:
+        """Hand a request over to the recording, if it is one that its sender may make, for a model that is there."""
+        recording = self._recorder.recording
+        connection, header = message.connection, message.header
+        whole = message.tensor_count == len(message.tensors)
+        if recording is None or header is None or not whole or connection.role < _PREDICT:
+            return
+        try:
+            version = self._registry.find(request.model, message.peer, request.route_key)
+        except TensorNextError:
+            return
+        name, title = version.source.name, version.title
+        try:
+            recording.take(received_ns, name, title, connection.client.name, header, message.tensors)
+        except Exception:  # a defect of ours: the request is served all the same
+            log.exception("a request could not be recorded", extra=event("defect", title))
+            recording.stop("the daemon failed at it; its log says how")
 
     def _is_hopeless(self, message: Message, request: Predict, received_ns: int) -> bool:
         """Answer a request, if one of its kind was refused just now and it has no more time than that one."""

@@ -5,7 +5,18 @@ from __future__ import annotations
 import logging
 
 from tnxctl.protocol.errors import PermissionDenied
-from tnxctl.protocol.wire import LEAST_ROLES, Kick, Load, Reload, Request, Role, Route, Unload
+from tnxctl.protocol.wire import (
+    LEAST_ROLES,
+    Kick,
+    Load,
+    Record,
+    Reload,
+    Request,
+    Role,
+    Route,
+    StopRecording,
+    Unload,
+)
 from tnxd.events import event
 from tnxd.transport.access import Access
 from tnxd.transport.addresses import in_words
@@ -13,8 +24,8 @@ from tnxd.transport.client_limits import Connection
 
 audit = logging.getLogger("tnxd.audit")
 
-_ORDERS = (Load, Unload, Route, Reload, Kick)
-"""Requests that change what others get: the log tells of each."""
+_ORDERS = (Load, Unload, Route, Reload, Kick, Record, StopRecording)
+"""Requests that change what others get, or keep what they sent: the log tells of each."""
 
 
 def check(connection: Connection, request: Request, access: Access) -> None:
@@ -60,12 +71,12 @@ def _fields(connection: Connection, request: Request) -> dict[str, str]:
 
 
 def _about(request: Request) -> str:
-    """What a request is about: the name of a model, or of a client."""
-    return str(getattr(request, "model", "") or getattr(request, "client", ""))
+    """What a request is about: the name of a file, a model or a client."""
+    return next(filter(None, (getattr(request, name, "") for name in ("file", "model", "client"))), "")
 
 
 def _verb(request: Request) -> str:
-    return type(request).__name__.lower()
+    return str(request.__struct_config__.tag)
 
 
 def _what(request: Request) -> str:

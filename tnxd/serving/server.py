@@ -21,6 +21,7 @@ from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import DRAINING, READY, STARTING
 from tnxd.events import event
 from tnxd.executors.execution import Execution
+from tnxd.recording.recorder import Recorder
 from tnxd.scheduling.refusals import Refusals
 from tnxd.scheduling.request import NEVER
 from tnxd.scheduling.scheduler import Scheduler
@@ -65,6 +66,7 @@ class Server:
         max_delay_us: how long a batch smaller than its model's limit waits for company, in microseconds.
         admission: who may have how much in flight.
         access: who may ask for what.
+        recorder: of requests.
         on_device_lost: called when a device has failed for good.
         notes: takes what is noted of sampled requests; None: nothing is.
     """
@@ -88,6 +90,7 @@ class Server:
         max_delay_us: float,
         admission: Admission,
         access: Access,
+        recorder: Recorder,
         on_device_lost: Callable[[], None],
         notes: Notes | None = None,
     ) -> None:
@@ -104,6 +107,7 @@ class Server:
         self._drain_timeout_s = drain_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._admission = admission
+        self._recorder = recorder
         self._memory = TrafficMemory(router, admission)
         self._background = Background()
         self._shadows = Shadows(self._background)
@@ -119,6 +123,7 @@ class Server:
             telemetry,
             router,
             admission,
+            recorder,
             access=access,
             message_bytes=limits.message_bytes,
         )
@@ -146,6 +151,7 @@ class Server:
             self._pipelines,
             telemetry,
             self._completed,
+            recorder,
             limits=limits,
             max_delay_us=max_delay_us,
             access=access,
@@ -333,6 +339,7 @@ class Server:
         self._router.poll_monitor()
         self._forget_vanished()
         self._router.measure_unread(everywhere=False)
+        self._admission.recorded = self._recorder.held_bytes
         self._memory.look(now, settled=self.state != STARTING and not self._reconciler.active)
 
     def _look_at_clients(self) -> None:

@@ -153,6 +153,7 @@ class Admission:
         active: number of clients that have requests in flight.
         unsent: bytes of replies that clients have not taken yet.
         unread: bytes that ZeroMQ has received and not handed over, as last measured.
+        recorded: bytes that a recording has not written yet, as last measured.
         refused: number of connections that were not let in, for want of room or of a key. cut: number of those that the
             daemon ended.
         gone_taken, gone_refused: requests that were taken in, and refused, of clients that are forgotten.
@@ -171,6 +172,7 @@ class Admission:
         self._clients: dict[str, Client] = {}
         self.unsent = 0
         self.unread = 0
+        self.recorded = 0
         self.refused = 0
         self.active = 0
         self.cut = 0
@@ -192,8 +194,8 @@ class Admission:
 
     @property
     def traffic_bytes(self) -> int:
-        """Bytes of all traffic: unread messages, inputs in flight, and unsent replies."""
-        return self.nbytes + self.unsent + self.unread
+        """Bytes of all traffic: unread messages, inputs in flight, unsent replies, and what a recording holds."""
+        return self.nbytes + self.unsent + self.unread + self.recorded
 
     # --- connections -------------------------------------------------------------------------------------------
 

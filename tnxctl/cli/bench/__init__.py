@@ -2,7 +2,7 @@
 
 loops.py      requests, the connection, the loops        recording.py  what a loop saw, and its numbers
 runs.py       a sweep over loads, a search for a rate    lines.py      text and documents
-picture.py    a picture, by matplotlib
+replay.py     a recording sent again                     picture.py    a picture, by matplotlib
 """
 
 from __future__ import annotations

@@ -167,11 +167,8 @@ def document(
         "model": probe.model,
         "version": probe.version,
         "settings": settings,
-        "interrupted": isinstance(end, KeyboardInterrupt),
-        "steps": [_step_document(step, steps[0]) for step in steps],
+        **steps_document(steps, end),
     }
-    if isinstance(end, TensorNextError):
-        found["error"] = {"code": end.code, "message": end.message, "exit_code": exits.of_error(end)}
     if search is not None:
         found["search"] = {
             "p99_under_us": search.bound_us,
@@ -182,9 +179,21 @@ def document(
     return found
 
 
+def steps_document(steps: Sequence[Step], end: BaseException | None) -> dict[str, Any]:
+    """Steps for --json, and what ended them."""
+    found: dict[str, Any] = {
+        "interrupted": isinstance(end, KeyboardInterrupt),
+        "steps": [_step_document(step, steps[0]) for step in steps],
+    }
+    if isinstance(end, TensorNextError):
+        found["error"] = {"code": end.code, "message": end.message, "exit_code": exits.of_error(end)}
+    return found
+
+
 def _step_document(step: Step, first: Step) -> dict[str, Any]:
     growth = grown(step, first)
     return {
+        "name": step.load.title,
         "concurrency": step.load.concurrency or None,
         "rate_per_s": step.load.rate or None,
         "requests": step.requests,

@@ -13,9 +13,9 @@ import select
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
 import msgspec
 import zmq
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_FIRST_ID = 1 << 32  # msgpack writes whole numbers from here on in nine bytes: all headers have the same length
+FIRST_ID = 1 << 32  # msgpack writes whole numbers from here on in nine bytes: all headers have the same length
 _STAMP = 314159265.35897932  # stands for the time at which a request is sent
 
 _CHECK_MS = 500  # between two checks that the connection still stands; no wait is longer, as Ctrl-C needs on Windows
@@ -47,6 +47,31 @@ _MORE = int(zmq.SNDMORE | zmq.NOBLOCK)
 _NOBLOCK = int(zmq.NOBLOCK)
 _RCVMORE = int(zmq.RCVMORE)
 _POLLIN = int(zmq.POLLIN)
+
+
+class Outgoing(NamedTuple):
+    """Request that goes out now. Attributes: number: its id. nbytes: of its tensors."""
+
+    number: int
+    header: bytes
+    tensors: Sequence[Any]
+    nbytes: int
+
+
+class Source(Protocol):
+    """Requests to be sent, one after the other. Attributes: nbytes: of the tensors of one, or of the largest so far."""
+
+    nbytes: int
+
+    def next(self, now_ns: int) -> Outgoing:
+        """The next request."""
+
+
+class Answers(Protocol):
+    """Whoever wants to see the answers."""
+
+    def keep(self, number: int, result: wire.Result, frames: Sequence[bytes]) -> None:
+        """Keep a result, or not. Args: number: id of the request. frames: of its outputs."""
 
 
 class Requests:
@@ -62,23 +87,24 @@ class Requests:
     def __init__(self, call: Call[Result]) -> None:
         self.sent = 0
         self.nbytes = call.nbytes
-        self.copied = call.nbytes < ZERO_COPY_BYTES
         header, *tensors = call.frames
-        self.tensors: list[Any] = [tensor.tobytes() if self.copied else tensor for tensor in tensors]
+        copied = call.nbytes < ZERO_COPY_BYTES
+        self.tensors: list[Any] = [tensor.tobytes() if copied else tensor for tensor in tensors]
         request = wire.decode_request(header, wire.Limits())
         assert isinstance(request, wire.Predict)
         self.deadline_ns = math.inf if request.deadline_us is None else request.deadline_us * 1e3
         stamp = None if request.deadline_us is None else _STAMP
-        header = wire.encode(msgspec.structs.replace(request, id=_FIRST_ID, sent_us=stamp))
-        self._before, after = header.split(_FIRST_ID.to_bytes(8, "big"), 1)
+        header = wire.encode(msgspec.structs.replace(request, id=FIRST_ID, sent_us=stamp))
+        self._before, after = header.split(FIRST_ID.to_bytes(8, "big"), 1)
         self._between, self._stamped, self._after = after.rpartition(struct.pack(">d", _STAMP))
 
-    def next(self, now_ns: int) -> tuple[int, bytes]:
-        """The id and the header of the next request."""
-        number = _FIRST_ID + self.sent
+    def next(self, now_ns: int) -> Outgoing:
+        """The next request."""
+        number = FIRST_ID + self.sent
         self.sent += 1
         stamp = struct.pack(">d", now_ns / 1e3) if self._stamped else b""
-        return number, b"".join((self._before, number.to_bytes(8, "big"), self._between, stamp, self._after))
+        header = b"".join((self._before, number.to_bytes(8, "big"), self._between, stamp, self._after))
+        return Outgoing(number, header, self.tensors, self.nbytes)
 
 
 class Connection:
@@ -129,27 +155,35 @@ class Connection:
             link.poll_monitor()
         return call.take()
 
-    def send(self, requests: Requests, recording: Recording, due_ns: int, now_ns: int) -> None:
+    def send(self, requests: Source, recording: Recording, due_ns: int, now_ns: int) -> None:
         """Send the next request."""
-        number, header = requests.next(now_ns)
+        number, header, tensors, nbytes = requests.next(now_ns)
         recording.send(number, due_ns, now_ns)
-        send, tensors, copied = self._dealer.send, requests.tensors, requests.copied
+        send, copied = self._dealer.send, nbytes < ZERO_COPY_BYTES
         try:
-            send(header, _MORE)
+            send(header, _MORE if tensors else _NOBLOCK)
             for tensor in tensors[:-1]:
                 send(tensor, _MORE, copied)
-            send(tensors[-1], _NOBLOCK, copied)
+            for tensor in tensors[-1:]:
+                send(tensor, _NOBLOCK, copied)
         except zmq.Again:
             self.check()  # the connection is about to be reported as broken
 
-    def receive(self) -> bytes | None:
-        """The header of the next answer; None if none came for a while."""
+    def receive(self, frames: list[bytes] | None = None) -> bytes | None:
+        """The header of the next answer; None if none came for a while.
+
+        Args:
+            frames: gets its tensors.
+        """
         dealer = self._dealer
         try:
             header: bytes = dealer.recv()
         except zmq.Again:
             return None
         while dealer.get(_RCVMORE):
+            if frames is not None:
+                frames.append(dealer.recv(_NOBLOCK))
+                continue
             # Nobody reads it; a small one is dropped faster as a copy. Answers tend to be as large as the last one.
             frame = dealer.recv(_NOBLOCK, not self._is_large)
             self._is_large = len(frame) >= KEPT_BYTES
@@ -211,43 +245,97 @@ def open_loop(
     Raises:
         Unavailable, DeadlineExceeded: see `closed_loop`.
     """
-    outstanding = recording.outstanding
-    most = max(min(MAX_PENDING_CALLS, MAX_PENDING_BYTES // max(requests.nbytes, 1)), 1)
     with _steady(), recording.running():
         dues = _dues(recording.began_ns, rate, seconds, seed)
-        end = recording.began_ns + int(seconds * 1e9)
-        limit = end + int(connection.timeout * 1e9)
-        check_ns = recording.began_ns + _CHECK_NS
-        due = next(dues, None)
-        while due is not None or outstanding:
-            for _ in range(_BURST):
-                now = clock_ns()
-                if due is None or due > now or len(outstanding) >= most:
-                    break
-                if now > end + _GRACE_NS:
-                    unsent = 1 + sum(1 for _ in dues)
-                    recording.give_up(unsent, UNSENT, "this client had not come to send it when the step was over")
-                    due = None
-                    break
-                connection.send(requests, recording, due, now)
-                due = next(dues, None)
-            if recording.unavailable:
-                due = None
-            for _ in range(_BURST):
-                if due is None and not outstanding:
-                    break
-                if not connection.has_answer():
-                    connection.wait(limit if due is None or len(outstanding) >= most else due)
-                    break
-                header = connection.receive()
-                if header is not None:
-                    recording.take(header, clock_ns())
-            if now >= check_ns:
-                connection.check()
-                check_ns = now + _CHECK_NS
-            if now >= limit:
-                break
+        end_ns = recording.began_ns + int(seconds * 1e9)
+        _send_when_due(connection, requests, recording, dues, end_ns=end_ns)
     _finish(connection, recording)
+
+
+def paced_loop(
+    connection: Connection,
+    requests: Source,
+    recording: Recording,
+    offsets_ns: Iterator[int],
+    answers: Answers | None = None,
+) -> None:
+    """Open loop: send each request at its time, whatever became of those before, and all of them.
+
+    Args:
+        offsets_ns: times of the requests, from the beginning; each is asked for when the one before has been sent.
+        answers: sees the results.
+
+    Raises:
+        Unavailable, DeadlineExceeded: see `closed_loop`.
+    """
+    with _steady(), recording.running():
+        dues = (recording.began_ns + offset_ns for offset_ns in offsets_ns)
+        _send_when_due(connection, requests, recording, dues, answers=answers)
+    _finish(connection, recording)
+
+
+def _send_when_due(
+    connection: Connection,
+    requests: Source,
+    recording: Recording,
+    dues: Iterator[int],
+    *,
+    end_ns: int | None = None,
+    answers: Answers | None = None,
+) -> None:
+    """Send requests when they are due, and take the answers.
+
+    Args:
+        end_ns: when the loop is over: what could not be sent by then, and a little later, is not; None: when all is
+            sent. The answers have the timeout, from then on.
+    """
+    outstanding = recording.outstanding
+    timeout_ns = int(connection.timeout * 1e9)
+    due = next(dues, None)
+    now = last = recording.began_ns
+    check_ns = now + _CHECK_NS
+    while due is not None or outstanding:
+        most = max(min(MAX_PENDING_CALLS, MAX_PENDING_BYTES // max(requests.nbytes, 1)), 1)
+        for _ in range(_BURST):
+            now = clock_ns()
+            if due is None or due > now or len(outstanding) >= most:
+                break
+            if end_ns is not None and now > end_ns + _GRACE_NS:
+                _give_up(recording, dues)
+                due = None
+                break
+            connection.send(requests, recording, due, now)
+            last = now
+            due = next(dues, None)
+        if recording.unavailable:
+            due = None
+        is_waiting = due is None or len(outstanding) >= most  # for answers alone
+        limit = (last if end_ns is None else end_ns) + timeout_ns
+        for _ in range(_BURST):
+            if due is None and not outstanding:
+                break
+            if not connection.has_answer():
+                connection.wait(limit if due is None or len(outstanding) >= most else due)
+                break
+            frames: list[bytes] | None = None if answers is None else []
+            header = connection.receive(frames)
+            if header is not None:
+                last = clock_ns()
+                result = recording.take(header, last)
+                if result is not None and answers is not None:
+                    answers.keep(result.id, result, frames or ())
+        if now >= check_ns:
+            connection.check()
+            check_ns = now + _CHECK_NS
+        if now >= limit and (is_waiting or end_ns is not None):
+            break
+    if due is not None:
+        _give_up(recording, dues)
+
+
+def _give_up(recording: Recording, dues: Iterator[int]) -> None:
+    """Give up the request that is due next, and those behind it."""
+    recording.give_up(1 + sum(1 for _ in dues), UNSENT, "this client had not come to send it when the step was over")
 
 
 def _finish(connection: Connection, recording: Recording) -> None:

@@ -39,13 +39,20 @@ clock_ns = time.perf_counter_ns
 
 @dataclass(frozen=True)
 class Load:
-    """A closed loop of so many requests outstanding, or an open loop at a rate in requests per second."""
+    """A closed loop of so many requests outstanding, or an open loop at a rate in requests per second.
+
+    Attributes:
+        name: what people call it; "": by its numbers.
+    """
 
     concurrency: int = 0
     rate: float = 0.0
+    name: str = ""
 
     @property
     def title(self) -> str:
+        if self.name:
+            return self.name
         return f"{self.rate:g}/s" if self.rate else f"{self.concurrency} at a time"
 
 
@@ -99,10 +106,12 @@ class Recording:
     Attributes:
         deadline_ns: a result that comes later than that, from when it was sent, is worthless.
         outstanding: by id, when a request was due and when it was sent.
-        unavailable: what the daemon said if it takes no more requests.
+        patient: whether the loop goes on while the daemon takes no requests.
+        unavailable: what the daemon said if it takes no more requests, and the loop is not patient.
     """
 
     deadline_ns: float = inf
+    patient: bool = False
     outstanding: dict[int, tuple[int, int]] = field(default_factory=dict)
     errors: Counter[str] = field(default_factory=Counter)
     messages: dict[str, str] = field(default_factory=dict)
@@ -131,8 +140,11 @@ class Recording:
         self.outstanding[number] = (due_ns, now_ns)
         self._late_ns.append(now_ns - due_ns)
 
-    def take(self, header: bytes, now_ns: int) -> None:
+    def take(self, header: bytes, now_ns: int) -> wire.Result | None:
         """Note an answer. One to no request of this loop is for one before it, and is left aside.
+
+        Returns:
+            The result, if it is one that counts.
 
         Raises:
             Internal: it is malformed.
@@ -155,12 +167,14 @@ class Recording:
                 self._fail("DEADLINE_EXCEEDED", "an answer came too late", now_ns)
             else:
                 self._succeed(reply, now_ns - due_ns, now_ns)
+                return reply
+        return None
 
     def _fail(self, code: str, message: str, now_ns: int) -> None:
         self._ended_ns = now_ns
         self.errors[code] += 1
         self.messages[code] = message
-        if code == "UNAVAILABLE":
+        if code == "UNAVAILABLE" and not self.patient:
             self.unavailable = message
 
     def _succeed(self, reply: wire.Result, latency_ns: int, now_ns: int) -> None:

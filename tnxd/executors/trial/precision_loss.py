@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from tnxctl.protocol.datatypes import as_float
 from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.lane_comparison import answer_of
 from tnxd.executors.trial.verdict import Verdict
-from tnxd.models.rounding import FLOATING, as_float
+from tnxd.models.rounding import FLOATING
 
 _VARIANTS = 3
 

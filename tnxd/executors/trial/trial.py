@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from tnxctl.protocol.datatypes import Array
+from tnxctl.protocol.datatypes import Array, as_float
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxd.device_kinds import KINDS
 from tnxd.error_text import sentence
@@ -35,7 +35,7 @@ from tnxd.executors.trial.undo import Beside
 from tnxd.executors.trial.verdict import Verdict, about, whole, without_rows
 from tnxd.models.file_formats import PT2, has_signature
 from tnxd.models.model import Model
-from tnxd.models.rounding import as_float, difference, tolerance
+from tnxd.models.rounding import difference, tolerance
 from tnxd.models.tensors import DATATYPES
 
 _SHARE = 0.01
