@@ -44,6 +44,13 @@ if TYPE_CHECKING:
     help="Ask for bearer tokens: the file of tnxctl keys token.",
 )
 @click.option("--triton-names", is_flag=True, help="Have /metrics tell Triton's names as well.")
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    metavar="NAME=NUMBER",
+    help="Another limit of HTTP, such as body_bytes=1048576: docs/http.md has all. May be given several times.",
+)
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -57,6 +64,7 @@ def command(
     insecure: bool,
     tokens: str | None,
     triton_names: bool,
+    limits: tuple[str, ...],
 ) -> None:
     """Serve HTTP in front of a daemon, for whoever has curl, a browser or a client of the Open Inference Protocol.
 
@@ -72,7 +80,7 @@ def command(
       curl http://127.0.0.1:8000/health
     """
     from tnxctl.bridge import addresses
-    from tnxctl.bridge.settings import Settings
+    from tnxctl.bridge.settings import Settings, limits_of
 
     settings = Settings(
         endpoints=tuple(endpoints),
@@ -85,6 +93,7 @@ def command(
         insecure=insecure,
         tokens=tokens,
         triton_names=triton_names,
+        limits=limits_of(limits),
     )
     _check(settings)
     ctx.exit(_serve(settings))
