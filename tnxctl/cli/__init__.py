@@ -1,7 +1,7 @@
 """`tnxctl`: asks a TensorNext daemon, from a shell.
 
 health.py, top/, stats.py, explain.py, models.py, metadata.py, predict.py, bench/, record.py, replay.py, reload.py,
-whoami.py, clients.py, keys.py, completion.py   one sub-command each, imported when it is called
+whoami.py, clients.py, keys.py, bridge.py, completion.py   one sub-command each, imported when it is called
 options.py      options that they share         exits.py        exit codes
 sources.py      what --input may be             inputs.py       random inputs
 tensorfiles.py  .npy and .npz                   textfiles.py    JSON and CSV
@@ -46,6 +46,7 @@ _COMMANDS = (
     "whoami",
     "clients",
     "keys",
+    "bridge",
     "completion",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import threading
@@ -236,10 +237,8 @@ class Recording:
         self._until_ns = 0  # no more is taken
         self.clear()
         counts = {"requests": str(self._requests), "dropped": str(self.dropped), "reason": self._reason}
-        try:
+        with contextlib.suppress(OSError):  # it can be read without
             file.write([[mcap.metadata(recordings.END, counts), mcap.end()]])
-        except OSError:  # it can be read without
-            pass
         file.close()
         self._file_bytes = file.size
         self._ended_ns = time.perf_counter_ns()
