@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-import socket
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bridge_process import ask, ask_json, bridge
 
 import python_models
+from bridges import Bridge, running_bridge
 from conftest import serving_daemon
 from tnxctl import Client
 from tnxctl.protocol.datatypes import STORAGE, Array, dtype_of
@@ -94,15 +93,21 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def url(daemon: str) -> Iterator[str]:
-    with bridge(daemon) as address:
-        yield address
+def bridge(daemon: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bridge]:
+    with running_bridge(tmp_path_factory.mktemp("bridge"), daemon) as running:
+        yield running
 
 
 @pytest.fixture
-def triton(url: str) -> Iterator[Any]:
-    with httpclient.InferenceServerClient(url) as client:
+def triton(bridge: Bridge) -> Iterator[Any]:
+    with httpclient.InferenceServerClient(f"127.0.0.1:{bridge.port}") as client:
         yield client
+
+
+def told(bridge: Bridge, path: str) -> tuple[int, Any]:
+    """Status and JSON document of the answer to a GET."""
+    answer = bridge.ask("GET", path)
+    return answer.status, answer.document
 
 
 def given(name: str, array: Array, datatype: str, binary: bool = True) -> Any:
@@ -152,10 +157,10 @@ def test_health_and_metadata(triton: Any) -> None:
     assert triton.get_model_config("fixed")["max_batch_size"] == 0
 
 
-def test_health_bodies_are_those_of_kserve(url: str) -> None:
-    assert ask_json(url, "GET", "/v2/health/live") == (200, {"live": True})
-    assert ask_json(url, "GET", "/v2/health/ready") == (200, {"ready": True})
-    assert ask_json(url, "GET", "/v2/models/simple/ready") == (200, {"name": "simple", "ready": True})
+def test_health_bodies_are_those_of_kserve(bridge: Bridge) -> None:
+    assert told(bridge, "/v2/health/live") == (200, {"live": True})
+    assert told(bridge, "/v2/health/ready") == (200, {"ready": True})
+    assert told(bridge, "/v2/models/simple/ready") == (200, {"name": "simple", "ready": True})
 
 
 def test_documents_of_the_unknown(triton: Any) -> None:
@@ -206,16 +211,16 @@ def test_every_datatype_comes_back(triton: Any, rows: int, binary: bool) -> None
         assert ("data" in result.get_output(f"{name}_out")) is not binary
 
 
-def test_half_floats_are_taken_as_json_as_well(url: str) -> None:
+def test_half_floats_are_taken_as_json_as_well(bridge: Bridge) -> None:
     inputs = [
         {"name": name, "datatype": name, "shape": [1, 3], "data": ["a", "b", "c"] if name == "BYTES" else [[0, 1, 1]]}
         for name in STORAGE
         if name != "BOOL"
     ]
     inputs.append({"name": "BOOL", "datatype": "BOOL", "shape": [1, 3], "data": [True, False, True]})
-    status, answer = ask_json(url, "POST", "/v2/models/echo/infer", {"inputs": inputs})
-    assert status == 200
-    data = {output["datatype"]: output["data"] for output in answer["outputs"]}
+    answer = bridge.ask("POST", "/v2/models/echo/infer", json.dumps({"inputs": inputs}).encode())
+    assert answer.status == 200
+    data = {output["datatype"]: output["data"] for output in answer.document["outputs"]}
     assert data["FP16"] == data["BF16"] == [0.0, 1.0, 1.0]
 
 
@@ -260,21 +265,21 @@ def test_classes_of_an_output(triton: Any) -> None:
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
 @pytest.mark.parametrize("rows", [1, 8])
-def test_bodies_are_compressed_both_ways(triton: Any, url: str, coding: str, rows: int) -> None:
+def test_bodies_are_compressed_both_ways(triton: Any, bridge: Bridge, coding: str, rows: int) -> None:
     result = triton.infer(
         "simple", addends(rows), request_compression_algorithm=coding, response_compression_algorithm=coding
     )
     assert result.as_numpy("OUTPUT0").tolist() == (np.arange(16 * rows).reshape(rows, 16) + 1).tolist()
-    _, headers, body = ask(url, "POST", "/v2/models/simple/infer", IN_JSON, {"Accept-Encoding": coding})
-    assert headers["content-encoding"] == coding
+    answer = bridge.ask("POST", "/v2/models/simple/infer", IN_JSON, Accept_Encoding=coding)
+    assert answer.headers["content-encoding"] == coding
     unpack = gzip.decompress if coding == "gzip" else zlib.decompress
-    assert json.loads(unpack(body))["model_name"] == "simple"
+    assert json.loads(unpack(answer.body))["model_name"] == "simple"
 
 
-def test_an_answer_is_not_compressed_for_a_library_that_offers_all_that_it_knows(url: str) -> None:
-    headers = {"Accept-Encoding": "gzip, deflate, br"}
-    _, answered, _ = ask(url, "POST", "/v2/models/simple/infer", IN_JSON, headers)
-    assert "content-encoding" not in answered
+def test_an_answer_is_not_compressed_for_a_library_that_offers_all_that_it_knows(bridge: Bridge) -> None:
+    answer = bridge.ask("POST", "/v2/models/simple/infer", IN_JSON, Accept_Encoding="gzip, deflate, br")
+    assert answer.status == 200
+    assert "content-encoding" not in answer.headers
 
 
 def test_parameters_reach_the_daemon(triton: Any) -> None:
@@ -315,20 +320,18 @@ def test_what_the_daemon_refuses(triton: Any) -> None:
     assert caught.value.status() == "404"
 
 
-def test_a_body_without_json_is_one_row(url: str) -> None:
-    headers = {"Inference-Header-Content-Length": "0"}
-    status, answered, body = ask(
-        url, "POST", "/v2/models/double/versions/1/infer", np.float32([3, 4]).tobytes(), headers
-    )
-    assert status == 200
-    length = int(answered["inference-header-content-length"])
-    assert json.loads(body[:length])["outputs"][0]["shape"] == [1, 2]
-    assert np.frombuffer(body[length:], np.float32).tolist() == [6, 8]
+def test_a_body_without_json_is_one_row(bridge: Bridge) -> None:
+    body = np.float32([3, 4]).tobytes()
+    answer = bridge.ask("POST", "/v2/models/double/versions/1/infer", body, Inference_Header_Content_Length="0")
+    assert answer.status == 200
+    length = int(answer.headers["inference-header-content-length"])
+    assert json.loads(answer.body[:length])["outputs"][0]["shape"] == [1, 2]
+    assert np.frombuffer(answer.body[length:], np.float32).tolist() == [6, 8]
 
 
-def test_the_asyncio_client(url: str) -> None:
+def test_the_asyncio_client(bridge: Bridge) -> None:
     async def run() -> None:
-        async with aioclient.InferenceServerClient(url) as client:
+        async with aioclient.InferenceServerClient(f"127.0.0.1:{bridge.port}") as client:
             assert await client.is_server_live()
             assert await client.is_server_ready()
             assert await client.is_model_ready("simple")
@@ -386,16 +389,17 @@ def test_a_load_brings_no_model_of_its_own(triton: Any) -> None:
     assert triton.is_model_ready("simple")
 
 
-def test_the_index_of_what_is_ready(url: str) -> None:
-    assert len(ask_json(url, "POST", "/v2/repository/index", {"ready": True})[1]) == 5
-    assert ask_json(url, "POST", "/v2/repository/index", {"ready": "yes"})[0] == 400
-    assert ask(url, "POST", "/v2/repository/index", b"[" * 100_000)[0] == 400
+def test_the_index_of_what_is_ready(bridge: Bridge) -> None:
+    assert len(bridge.ask("POST", "/v2/repository/index", b'{"ready": true}').document) == 5
+    for body in (b'{"ready": "yes"}', b"[]", b"[" * 100_000, b"\xff"):
+        answer = bridge.ask("POST", "/v2/repository/index", body)
+        assert (answer.status, bool(answer.error)) == (400, True)
 
 
 # --- what is not supported -------------------------------------------------------------------------------------
 
 
-def test_shared_memory_tracing_and_logging_are_answered_as_triton_without_them(triton: Any, url: str) -> None:
+def test_shared_memory_tracing_and_logging_are_answered_as_triton_without_them(triton: Any, bridge: Bridge) -> None:
     assert triton.get_system_shared_memory_status() == []
     assert triton.get_cuda_shared_memory_status() == []
     for call, status in (
@@ -418,8 +422,8 @@ def test_shared_memory_tracing_and_logging_are_answered_as_triton_without_them(t
     with pytest.raises(REFUSED, match="shared memory") as caught:
         triton.infer("simple", [tensor, addends()[1]])
     assert caught.value.status() == "501"
-    assert ask(url, "POST", "/v2/models/simple/generate")[0] == 404
-    assert ask(url, "GET", "/v2/models/simple/infer")[0] == 405
+    assert bridge.ask("POST", "/v2/models/simple/generate").status == 404
+    assert bridge.ask("GET", "/v2/models/simple/infer").status == 405
 
 
 # --- bad input -------------------------------------------------------------------------------------------------
@@ -434,7 +438,7 @@ def bomb(mib: int) -> bytes:
 
 def bad_requests() -> Iterator[tuple[str, int, bytes, dict[str, str]]]:
     body, length = httpclient.InferenceServerClient.generate_request_body(addends())
-    key = "Inference-Header-Content-Length"
+    key = "Inference_Header_Content_Length"
     yield "larger than the body", 400, body, {key: str(len(body) + 1)}
     yield "negative", 400, body, {key: "-1"}
     yield "not a number", 400, body, {key: "many"}
@@ -445,43 +449,31 @@ def bad_requests() -> Iterator[tuple[str, int, bytes, dict[str, str]]]:
     yield "no json", 400, b"\xff\xfe", {}
     yield "empty", 400, b"", {}
     yield "deep", 400, b'{"inputs": [{"data": ' + b"[" * 200_000, {}
-    yield "no such coding", 415, body, {"Content-Encoding": "br"}
-    yield "not gzip", 400, body, {"Content-Encoding": "gzip"}
-    yield "cut gzip", 400, gzip.compress(body)[:-9], {"Content-Encoding": "gzip", key: str(length)}
-    yield "gzip and more", 400, gzip.compress(body) + bytes(100_000), {"Content-Encoding": "gzip", key: str(length)}
-    yield "empty gzip", 400, b"", {"Content-Encoding": "gzip"}
-    yield "bomb", 413, bomb(257), {"Content-Encoding": "gzip"}
+    yield "no such coding", 415, body, {"Content_Encoding": "br"}
+    yield "not gzip", 400, body, {"Content_Encoding": "gzip"}
+    yield "cut gzip", 400, gzip.compress(body)[:-9], {"Content_Encoding": "gzip", key: str(length)}
+    yield "gzip and more", 400, gzip.compress(body) + bytes(100_000), {"Content_Encoding": "gzip", key: str(length)}
+    yield "empty gzip", 400, b"", {"Content_Encoding": "gzip"}
+    yield "bomb", 413, bomb(257), {"Content_Encoding": "gzip"}
     texts = {"name": "x", "datatype": "BYTES", "shape": [1, 1], "parameters": {"binary_data_size": 8}}
     text = json.dumps({"inputs": [texts]}).encode()
     yield "lies", 400, text + b"\xff\xff\xff\xfftext", {key: str(len(text))}
 
 
-def test_bad_requests_are_refused_and_the_next_one_on_the_connection_works(url: str) -> None:
-    host, port = url.split(":")
+def test_bad_requests_are_refused_and_the_next_one_on_the_connection_works(bridge: Bridge) -> None:
     good, length = httpclient.InferenceServerClient.generate_request_body(addends())
-    with socket.create_connection((host, int(port)), timeout=30) as connection, connection.makefile("rb") as reader:
-
-        def post(body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
-            lines = [f"{name}: {value}" for name, value in (headers | {"Content-Length": str(len(body))}).items()]
-            head = "\r\n".join(("POST /v2/models/simple/infer HTTP/1.1", "Host: x", *lines, "", ""))
-            connection.sendall(head.encode() + body)
-            status = int(reader.readline().split()[1])
-            size = 0
-            while (line := reader.readline().strip().lower()) != b"":
-                name, _, value = line.partition(b":")
-                size = int(value) if name == b"content-length" else size
-            return status, reader.read(size)
-
-        for name, expected, body, headers in bad_requests():
-            status, answer = post(body, headers)
-            assert status == expected, (name, answer)
-            assert len(json.loads(answer)["error"]) > 10, name
-            assert post(good, {"Inference-Header-Content-Length": str(length)})[0] == 200, name
+    with bridge.connect() as peer:
+        for name, status, body, headers in bad_requests():
+            answer = peer.ask("POST", "/v2/models/simple/infer", body, **headers)
+            assert (answer.status, len(answer.error) > 10) == (status, True), (name, answer)
+            assert len(answer.error) < 300, name
+            answer = peer.ask("POST", "/v2/models/simple/infer", good, Inference_Header_Content_Length=str(length))
+            assert answer.status == 200, name
 
 
 def test_a_daemon_that_is_not_there(tmp_path: Path) -> None:
-    with bridge(f"ipc://{tmp_path}/nothing", "--timeout", "0.2s") as url:
-        assert ask_json(url, "GET", "/v2/health/live") == (200, {"live": True})
-        assert ask_json(url, "GET", "/v2/health/ready") == (503, {"ready": False})
-        status, answer = ask_json(url, "GET", "/v2/models/simple")
-        assert (status, list(answer)) == (503, ["error"])
+    with running_bridge(tmp_path, f"ipc://{tmp_path}/nothing", "--timeout", "0.2s") as lonely:
+        assert told(lonely, "/v2/health/live") == (200, {"live": True})
+        assert told(lonely, "/v2/health/ready") == (503, {"ready": False})
+        answer = lonely.ask("GET", "/v2/models/simple")
+        assert (answer.status, bool(answer.error)) == (503, True)
