@@ -58,27 +58,126 @@ class Method(NamedTuple):
         answer: makes the response of a request. It raises an error of `tnxctl`.
         verb: what it asks of the daemon, whose role it needs (`tnxctl.protocol.roles`); None: nothing that anybody may
             not know.
-        failure: for a stream, makes the response that tells the error of one request.
+        failure: for a stream, makes the response that tells the error of one of its requests.
     """
 
     answer: Callable[[Call, Any], Awaitable[Any]]
     verb: type[wire.Request] | None
-    failure: Callable[[Any, TensorNextError], Any] | None = None
+    failure: Callable[[TensorNextError], Any] | None = None
+
+
+class Budget:
+    """Bytes of all requests under way. Args: limit: most that they may be together."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+
+    @contextmanager
+    def hold(self, nbytes: int) -> Iterator[None]:
+        """Count the bytes of one request while it is under way. Raises Unavailable: they are too many together."""
+        if self._held + nbytes > self._limit:
+            raise Unavailable(f"the requests under way have more than {self._limit} bytes", retry_after_s=1.0)
+        self._held += nbytes
+        try:
+            yield
+        finally:
+            self._held -= nbytes
 
 
 class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
     """Handler of the RPCs of one service.
 
     Args:
+        budget: that all services of a worker share.
         methods: by name. One of the service that is missing gets UNIMPLEMENTED, as one that gRPC does not know does.
     """
 
-    def __init__(self, bridge: Bridge, service: ServiceDescriptor, methods: Mapping[str, Method]) -> None:
+    def __init__(
+        self, bridge: Bridge, budget: Budget, service: ServiceDescriptor, methods: Mapping[str, Method]
+    ) -> None:
         self._handlers = {
-            f"/{service.full_name}/{name}": _handler(_Method(bridge, service.methods_by_name[name], method))
+            f"/{service.full_name}/{name}": _handler(bridge, budget, service.methods_by_name[name], method)
             for name, method in methods.items()
         }
 
     def service(self, handler_call_details: Any) -> Any:
         """The handler of an RPC, if it is one of these."""
         return self._handlers.get(handler_call_details.method)
+
+
+def _handler(bridge: Bridge, budget: Budget, descriptor: MethodDescriptor, method: Method) -> Any:
+    answerer = _Answerer(bridge, budget, descriptor, method)
+    if descriptor.client_streaming:
+        return grpc.stream_stream_rpc_method_handler(answerer.stream)
+    return grpc.stream_unary_rpc_method_handler(answerer.unary)
+
+
+class _Answerer:
+    """Answers to the RPCs of one method."""
+
+    def __init__(self, bridge: Bridge, budget: Budget, descriptor: MethodDescriptor, method: Method) -> None:
+        self._bridge = bridge
+        self._budget = budget
+        self._request: Any = message_factory.GetMessageClass(descriptor.input_type)
+        self._method = method
+
+    async def unary(self, requests: Any, context: Any) -> bytes:
+        """Answer the only request."""
+        try:
+            data = await _only_message(context)
+            return await self._answer(Call(self._bridge, context), data)
+        except TensorNextError as error:
+            await abort(context, error)
+
+    async def stream(self, requests: Any, context: Any) -> None:
+        """Answer many requests, beside each other and in their order; an error ends none but its own."""
+        call = Call(self._bridge, context)
+        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_WINDOW)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._read(context, call, answers, tasks))
+            while (task := await answers.get()) is not None:
+                await context.write(await task)
+
+    async def _read(
+        self, context: Any, call: Call, answers: asyncio.Queue[asyncio.Task[bytes] | None], tasks: asyncio.TaskGroup
+    ) -> None:
+        while (data := await context.read()) is not grpc.aio.EOF:
+            await answers.put(tasks.create_task(self._answer_or_failure(call, data)))
+        await answers.put(None)
+
+    async def _answer_or_failure(self, call: Call, data: bytes) -> bytes:
+        try:
+            return await self._answer(call, data)
+        except TensorNextError as error:
+            assert self._method.failure is not None
+            return self._method.failure(error).SerializeToString()  # type: ignore[no-any-return]
+
+    async def _answer(self, call: Call, data: bytes) -> bytes:
+        """The response to one request, encoded. Raises errors of `tnxctl` and no others."""
+        with self._budget.hold(len(data)):
+            try:
+                request = self._request.FromString(data)
+            except DecodeError as error:
+                raise InvalidArgument(f"this is no {self._request.DESCRIPTOR.full_name}: {error}") from None
+            del data  # the message has copies of what it needs
+            try:
+                response = await self._method.answer(call, request)
+                return response.SerializeToString()  # type: ignore[no-any-return]
+            except TensorNextError:
+                raise
+            except Exception:
+                _log.exception("a handler failed")
+                raise Internal("the bridge failed; its log says how") from None
+
+
+async def _only_message(context: Any) -> bytes:
+    """The message of a unary RPC. Raises DeadlineExceeded, and InvalidArgument if the client sent none."""
+    try:
+        async with asyncio.timeout(MESSAGE_TIMEOUT_S):
+            data: Any = await context.read()
+    except TimeoutError:
+        raise DeadlineExceeded(f"the request did not come whole within {MESSAGE_TIMEOUT_S:g} s") from None
+    if data is grpc.aio.EOF:
+        raise InvalidArgument("the request has no message")
+    return data  # type: ignore[no-any-return]
