@@ -28,6 +28,8 @@ MESSAGE_TIMEOUT_S = 60.0
 STREAM_WINDOW = 32
 """Requests of one stream that are under way at a time; one more is read when the first of them is answered."""
 
+_LEAST_S = 1e-6  # once it is over, gRPC cancels the call by itself
+
 _log = logging.getLogger("tnxctl.bridge")
 
 
@@ -35,20 +37,21 @@ class Call:
     """One RPC under way.
 
     Attributes:
-        bridge: of the worker.
+        bridge: of the worker. client: asks the daemon.
     """
 
-    __slots__ = ("_context", "bridge")
+    __slots__ = ("_context", "bridge", "client")
 
     def __init__(self, bridge: Bridge, context: Any) -> None:
         self.bridge = bridge
+        self.client = bridge.client
         self._context = context
 
     @property
     def remaining_s(self) -> float | None:
-        """Seconds until its deadline; None: it has none."""
-        seconds: float | None = self._context.time_remaining()
-        return seconds
+        """Seconds until its deadline, above 0 and no more than a deadline may be; None: it has none."""
+        seconds = self._context.time_remaining()
+        return None if seconds is None else min(max(seconds, _LEAST_S), wire.MAX_DEADLINE_US / 1e6)
 
 
 class Method(NamedTuple):

@@ -16,7 +16,7 @@ from importlib import resources
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 
 _TOKEN = re.compile(r"""[A-Za-z_][\w.]*|\d+|"[^"]*"|[{}()<>=;,]""")
 _COMMENT = re.compile(r"//.*")
@@ -30,22 +30,33 @@ class Schema:
 
     Args:
         name: of the file.
+
+    Attributes:
+        file: what protobuf knows of it.
     """
 
     def __init__(self, name: str) -> None:
         pool = descriptor_pool.DescriptorPool()
         text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-        pool.AddSerializedFile(_Parser(name, text).file.SerializeToString())
-        self._file = pool.FindFileByName(name)
+        pool.AddSerializedFile(parse(name, text).SerializeToString())
+        self.file: FileDescriptor = pool.FindFileByName(name)
 
     def message(self, name: str) -> Any:
         """The class of a message, by its name in the package."""
-        return message_factory.GetMessageClass(self._file.message_types_by_name[name])
+        return message_factory.GetMessageClass(self.file.message_types_by_name[name])
 
     @property
     def services(self) -> tuple[ServiceDescriptor, ...]:
         """The services of the file."""
-        return tuple(self._file.services_by_name.values())
+        return tuple(self.file.services_by_name.values())
+
+
+def parse(name: str, text: str) -> Any:
+    """The FileDescriptorProto of a `.proto` file. Raises ValueError: it is none, or has what is not read here."""
+    try:
+        return _Parser(name, text).file
+    except StopIteration:
+        raise ValueError(f"{name} ends in the middle of a declaration") from None
 
 
 class _Parser:
@@ -81,9 +92,9 @@ class _Parser:
     def _until_brace(self) -> Iterator[str]:
         """The first words of what a pair of braces holds."""
         self._expect("{")
-        for word in self._tokens:
-            if word == "}":
-                return
+        while (word := next(self._tokens, "")) != "}":
+            if not word:
+                raise ValueError(f"{self.file.name} ends in the middle of a declaration")
             yield word
 
     def _message(self, message: Any, scope: str) -> None:
