@@ -70,6 +70,7 @@ class App:
                 headers,
                 body,
                 f"{client[0]}:{client[1]}" if client else "",
+                reader.hold,
             )
             return await route.handler(self._bridge, request)
         except HttpError as error:
@@ -122,7 +123,7 @@ class _BodyReader:
         length = 0 if declared is None else int(declared)  # the parser has seen to it that it is a number
         if length > self._limits.body_bytes:
             raise self._too_long(length)
-        self._hold(length)
+        self.hold(length)
         if declared is None and b"transfer-encoding" not in self._headers:
             self.complete = True
             return b""
@@ -154,7 +155,7 @@ class _BodyReader:
                     if end > len(buffer) or not length:
                         if end > limits.body_bytes:
                             raise self._too_long(end)
-                        self._hold(len(part))
+                        self.hold(len(part))
                     buffer[filled:end] = part
                     filled = end
         except TimeoutError:
@@ -185,7 +186,8 @@ class _BodyReader:
             raise ClientGone
         return message
 
-    def _hold(self, nbytes: int) -> None:
+    def hold(self, nbytes: int) -> None:
+        """Count bytes as held until the request is answered. Raises HttpError, as `App.hold` does."""
         self._app.hold(nbytes)
         self.held_bytes += nbytes
 

@@ -13,7 +13,7 @@ from typing import Any
 from tnxctl.protocol.errors import NotFound
 from tnxctl.protocol.fields import BYTES
 from tnxctl.protocol.histograms import Histogram
-from tnxctl.protocol.limits import LOWEST_PRIORITY
+from tnxctl.protocol.limits import LOWEST_PRIORITY, excerpt
 from tnxctl.protocol.statistics import StatsReport, VersionStats
 from tnxctl.protocol.wire import ModelInfo, TensorSpec
 
@@ -119,7 +119,7 @@ def model_statistics(report: StatsReport, name: str = "", version: str = "") -> 
         if (not name or stats.name == name) and (not version or stats.version == version)
     ]
     if name and not found:
-        raise NotFound(f"no statistics of model {model_title(name, version)!r}")
+        raise NotFound(f"no statistics of model {excerpt(model_title(name, version))}")
     return {"model_stats": [_version_statistics(stats) for stats in found]}
 
 
@@ -151,7 +151,7 @@ def serves(models: Iterable[ModelInfo], name: str, version: str = "") -> bool:
     """
     found = [model for model in models if model.name == name and version in ("", model.version)]
     if not found:
-        raise NotFound(f"no model {model_title(name, version)!r}")
+        raise NotFound(f"no model {excerpt(model_title(name, version))}")
     return any(model.status in SERVING for model in found)
 
 
@@ -169,11 +169,10 @@ def _tensor_config(spec: TensorSpec, batches: bool) -> Document:
 
 
 def _instance_group(name: str, device: str) -> Document:
-    kind, _, number = device.partition(":")
-    group: Document = {"name": f"{name}_{device.replace(':', '_')}", "kind": "KIND_CPU", "count": 1}
-    if kind == "cuda":
-        group |= {"kind": "KIND_GPU", "gpus": [int(number)]}
-    return group
+    """A device as Triton describes it. GPUs alone have numbers."""
+    _, _, number = device.partition(":")
+    kind: Document = {"kind": "KIND_GPU", "gpus": [int(number)]} if number else {"kind": "KIND_CPU"}
+    return {"name": f"{name}_{device.replace(':', '_')}", "count": 1, **kind}
 
 
 def _version_statistics(stats: VersionStats) -> Document:
