@@ -1,16 +1,39 @@
-"""The first version's interface: GET /health and POST /predict, in plain JSON."""
+"""The first version's interface, in plain JSON: GET /health and POST /predict. docs/http.md has the fields."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import numpy as np
+
 from tnxctl.bridge.bridge import Bridge
-from tnxctl.bridge.http import Request, Response, json_response
+from tnxctl.bridge.http import Buffer, HttpError, Request, Response, json_response
 from tnxctl.bridge.routes import Routes
+from tnxctl.casting import cast
 from tnxctl.protocol import wire
+from tnxctl.protocol.limits import excerpt
+
+if TYPE_CHECKING:
+    from tnxctl.protocol.datatypes import Array
+
+
+class _Predict(msgspec.Struct):
+    """Body of a request to predict. What else there is in it does not count, as in the first version."""
+
+    input_data: list[list[int | float]]
+    prefer_gpu: bool = True
+    min_gpu_memory_mb: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    model: str = ""
+
+
+_decode = msgspec.json.Decoder(_Predict).decode
 
 
 def add_to(routes: Routes) -> None:
     """Add the routes of this interface."""
     routes.add("GET", "/health", health, wire.Health)
+    routes.add("POST", "/predict", predict, wire.Predict)
 
 
 async def health(bridge: Bridge, request: Request) -> Response:
@@ -24,3 +47,81 @@ async def health(bridge: Bridge, request: Request) -> Response:
             "gpu_memory_free_mb": report.gpu_memory_free_mb,
         }
     )
+
+
+async def predict(bridge: Bridge, request: Request) -> Response:
+    """Run a model once, on a list of rows.
+
+    Raises:
+        HttpError: the body is not what is expected (400), or longer than a JSON document may be (413).
+        TensorNextError: as `AsyncClient.predict` does.
+    """
+    asked = _read(request.body, bridge.settings.limits.json_bytes)
+    array = _array(asked.input_data)
+    signature = await bridge.signatures.get(asked.model)
+    inputs = cast(array, signature, exact=True)[""]
+    result = await bridge.client.predict(
+        inputs, model=asked.model, prefer_gpu=asked.prefer_gpu, min_gpu_memory_mb=asked.min_gpu_memory_mb
+    )
+    outputs = {name: _plain(output) for name, output in result.outputs.items()}
+    return json_response(
+        {
+            "output": next(iter(outputs.values())) if len(outputs) == 1 else outputs,
+            "device": result.device,
+            "latency_ms": result.latency_ms,
+            "gpu_memory_mb": result.gpu_memory_mb,
+        }
+    )
+
+
+def _read(body: Buffer, most: int) -> _Predict:
+    if len(body) > most:
+        raise HttpError(413, f"the body has {len(body)} bytes, and JSON may have {most}")
+    try:
+        asked = _decode(body)
+    except msgspec.ValidationError as error:
+        raise HttpError(400, _misfit(body, error)) from None
+    except msgspec.DecodeError as error:
+        raise HttpError(400, f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise HttpError(400, "the body is nested too deep") from None
+    return asked
+
+
+def _array(rows: list[list[int | float]]) -> Array:
+    """The rows as an array. Raises HttpError if it cannot be."""
+    if not rows or not rows[0]:
+        raise HttpError(400, f"input_data{'' if not rows else '[0]'} is empty")
+    width = len(rows[0])
+    if len(set(map(len, rows))) > 1:
+        at, row = next((at, row) for at, row in enumerate(rows) if len(row) != width)
+        raise HttpError(400, f"input_data[{at}] has {len(row)} values, and input_data[0] has {width}")
+    return np.array(rows)
+
+
+def _misfit(body: Buffer, error: msgspec.ValidationError) -> str:
+    """The sentence of an error, with the place of the first value in the rows that is none: msgspec names no index."""
+    what, _, path = str(error).partition(" - at `$.")
+    what = what[0].lower() + what[1:].replace("`", "")
+    path = path.rstrip("`")
+    if not path.startswith("input_data["):
+        return f"{path}: {what}" if path else f"the body: {what}"
+    rows: Any = msgspec.json.decode(body)["input_data"]
+    for at, row in enumerate(rows):
+        if not isinstance(row, list):
+            return f"input_data[{at}]: expected a list of numbers, not {excerpt(row)}"
+        for column, value in enumerate(row):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                return f"input_data[{at}][{column}]: expected a number, not {excerpt(value)}"
+    return f"{path}: {what}"
+
+
+def _plain(output: Array) -> Any:
+    """An output as lists of numbers, or of strings."""
+    if output.dtype.hasobject:
+        return (
+            np.array([each.decode("utf-8", "backslashreplace") for each in output.flat], object)
+            .reshape(output.shape)
+            .tolist()
+        )
+    return (output if output.dtype.kind in "biuf" else output.astype(np.float32)).tolist()

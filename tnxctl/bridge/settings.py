@@ -14,6 +14,7 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
         connections: open at a time, of each worker; one more is closed at once.
         header_bytes: of the request line and all headers together.
         body_bytes: of one body, after it was unpacked if it came compressed.
+        json_bytes: of a JSON document: its values take many times as much memory, and the loop's time to read.
         bodies_bytes: of all bodies that are being read or answered, of each worker.
         header_timeout_s: seconds for a request line and headers to come, whole.
         body_timeout_s: seconds for a body to come, and one more for each `body_rate` bytes of it.
@@ -24,6 +25,7 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
     connections: int = 1024
     header_bytes: int = 32 * 1024
     body_bytes: int = 256 * MIB
+    json_bytes: int = 16 * MIB
     bodies_bytes: int = 1024 * MIB
     header_timeout_s: float = 10.0
     body_timeout_s: float = 10.0
