@@ -5,24 +5,24 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
-grpc = pytest.importorskip("grpc")
-tritongrpc = pytest.importorskip("tritonclient.grpc")
+pytest.importorskip("grpc")
+pytest.importorskip("tritonclient.grpc")
 
+import grpc
+import grpc_bridges
+import tritonclient.grpc as tritongrpc
 import tritonclient.grpc.aio as aio
+from grpc_bridges import Stub
 from tritonclient.utils import InferenceServerException
 
-import grpc_bridges
 import python_models
 from conftest import Daemon, serving_daemon
-from grpc_bridges import Stub
-from tnxctl.bridge.grpc.messages import ModelInferRequest
+from tnxctl.bridge.grpc.messages import HEALTH, ModelInferRequest, message_of
 from tnxctl.bridge.grpc.tensors import CONTENTS
 from tnxctl.protocol.datatypes import STORAGE, dtype_of
 
@@ -51,18 +51,22 @@ class Model:
 """
 
 
-def signature(prefix: str) -> str:
-    specs = (f'{{ name = "{prefix}{name}", datatype = "{name}", shape = [-1, 2] }}' for name in STORAGE)
-    return f"[{', '.join(specs)}]"
+def signature(*datatypes: str) -> str:
+    """The signature of a model that gives back a tensor of each datatype."""
+
+    def specs(prefix: str) -> str:
+        tables = (f'{{ name = "{prefix}{name}", datatype = "{name}", shape = [-1, 2] }}' for name in datatypes)
+        return f"[{', '.join(tables)}]"
+
+    return f"inputs = {specs('')}\noutputs = {specs('same_')}\n"
 
 
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     root = tmp_path_factory.mktemp("grpc")
     models = root / "models"
-    python_models.put(
-        models, ECHO, name="echo", signature=f"inputs = {signature('')}\noutputs = {signature('same_')}\n"
-    )
+    python_models.put(models, ECHO, name="echo", signature=signature(*STORAGE), settings="max_batch_size = 8")
+    python_models.put(models, ECHO, name="typed", signature=signature(*CONTENTS))
     python_models.put(models, python_models.DOUBLES, name="double")
     python_models.put(models, python_models.DOUBLES, name="other")
     with serving_daemon(root / "log", "--model-repository", str(models)) as daemon:
@@ -70,9 +74,9 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 @pytest.fixture(scope="module")
-def address(serving: Daemon) -> Iterator[str]:
-    with grpc_bridges.serving(serving.endpoint) as address:
-        yield address
+def address(serving: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with grpc_bridges.serving(serving.endpoint, tmp_path_factory.mktemp("bridge") / "log") as bridge:
+        yield bridge.grpc
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +213,7 @@ def test_repository(triton: Any) -> None:
         ("double", "1", "READY"),
         ("echo", "1", "READY"),
         ("other", "1", "READY"),
+        ("typed", "1", "READY"),
     ]
     triton.unload_model("other")
     assert not triton.is_model_ready("other")
@@ -239,7 +244,9 @@ def test_asyncio(address: str) -> None:
 
             streamed = [answer async for answer in client.stream_infer(requests())]
             assert [(result.get_response().id, error) for result, error in streamed] == [
-                ("0", None), ("1", None), ("2", None)
+                ("0", None),
+                ("1", None),
+                ("2", None),
             ]
 
     asyncio.run(ask())
@@ -248,14 +255,191 @@ def test_asyncio(address: str) -> None:
 # --- plain stubs -----------------------------------------------------------------------------------------------
 
 
-def typed_request(**fields: Any) -> Any:
-    """A request with every datatype that contents can hold, and the others as zero rows."""
-    request = ModelInferRequest(model_name="echo", **fields)
+def typed_request(**changes: Any) -> Any:
+    """A request with a tensor of each datatype that contents can hold."""
+    request = ModelInferRequest(model_name="typed")
+    for datatype, field in CONTENTS.items():
+        tensor = request.inputs.add(name=datatype, datatype=datatype, shape=[2, 2])
+        getattr(tensor.contents, field).extend(array(datatype).ravel().tolist())
     return request
 
 
-def test_contents_by_datatype(stub: Stub, serving: Daemon) -> None:
-    request = ModelInferRequest(model_name="typed")
-    del request
-    for datatype, field in CONTENTS.items():
-        del datatype, field
+def test_contents_of_every_datatype(stub: Stub) -> None:
+    request = typed_request()
+    response = stub.call("ModelInfer", request)
+    assert len(response.raw_output_contents) == len(CONTENTS)
+    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+        assert not output.HasField("contents")
+        if output.datatype != "BYTES":
+            got = np.frombuffer(raw, dtype_of(output.datatype)).reshape(output.shape)
+            np.testing.assert_array_equal(got, array(output.datatype))
+    request.parameters["binary_data_output"].bool_param = False
+    response = stub.call("ModelInfer", request)
+    assert not response.raw_output_contents
+    assert [output.contents for output in response.outputs] == [tensor.contents for tensor in request.inputs]
+
+
+def test_outputs_that_contents_cannot_hold_are_raw(stub: Stub) -> None:
+    request = ModelInferRequest(model_name="echo")
+    for name in STORAGE:
+        request.inputs.add(name=name, datatype=name, shape=[0, 2])
+        request.raw_input_contents.append(b"")
+    request.parameters["binary_data_output"].bool_param = False
+    response = stub.call("ModelInfer", request)
+    assert len(response.raw_output_contents) == len(STORAGE)
+
+
+def with_contents(field: str, *values: Any, datatype: str = "FP32", shape: tuple[int, ...] = (1, 2)) -> Any:
+    request = ModelInferRequest(model_name="double")
+    tensor = request.inputs.add(name="x", datatype=datatype, shape=shape)
+    getattr(tensor.contents, field).extend(values)
+    return request
+
+
+def changed(request: Any, **fields: Any) -> Any:
+    """A request whose input has other fields, or that has other raw contents."""
+    raw = fields.pop("raw", None)
+    for name, value in fields.items():
+        if name == "shape":
+            del request.inputs[0].shape[:]
+            request.inputs[0].shape.extend(value)
+        else:
+            setattr(request.inputs[0], name, value)
+    if raw is not None:
+        del request.raw_input_contents[:]
+        request.raw_input_contents.extend(raw)
+    return request
+
+
+def with_parameter(name: str, **value: Any) -> Any:
+    request = raw_request()
+    for choice, content in value.items():
+        setattr(request.parameters[name], choice, content)
+    return request
+
+
+def of_output(name: str, **parameters: str) -> Any:
+    request = raw_request()
+    output = request.outputs.add(name=name)
+    for key, value in parameters.items():
+        output.parameters[key].string_param = value
+    return request
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "sentence"),
+    [
+        (raw_request("nobody"), "NOT_FOUND", "no model 'nobody'"),
+        (raw_request(model_version="7"), "NOT_FOUND", "model 'double' has no version '7'"),
+        (raw_request("../etc"), "INVALID_ARGUMENT", "'../etc' is not a model"),
+        (raw_request("x" * 100_000), "INVALID_ARGUMENT", "header takes"),
+        (changed(raw_request(), raw=[b"1234567"]), "INVALID_ARGUMENT", "'x': FP32 [1, 2] takes 8 bytes"),
+        (changed(raw_request(), raw=[b"123456789"]), "INVALID_ARGUMENT", "its frame has 9"),
+        (changed(raw_request(), raw=[bytes(8), b""]), "INVALID_ARGUMENT", "1 inputs and 2 raw_input_contents"),
+        (changed(raw_request(), raw=[]), "INVALID_ARGUMENT", "input 'x': its data has the shape [0]"),
+        (changed(raw_request(), shape=[2**40, 2**40]), "INVALID_ARGUMENT", "'x'"),
+        (changed(raw_request(), shape=[-1, -2]), "INVALID_ARGUMENT", "dimension -1"),
+        (changed(raw_request(), shape=[1] * 100), "INVALID_ARGUMENT", "rank 100"),
+        (changed(raw_request(), datatype="FP8"), "INVALID_ARGUMENT", "unknown datatype 'FP8'"),
+        (changed(raw_request(), datatype="INT32"), "INVALID_ARGUMENT", "INT32"),
+        (changed(raw_request(), name="z"), "INVALID_ARGUMENT", "'z'"),
+        (
+            changed(raw_request(), datatype="BYTES", shape=[2], raw=[b"\x01\0\0\0a\xff\xff\xff\xff"]),
+            "INVALID_ARGUMENT",
+            "element 1 of 2 says that it has 4294967295 bytes",
+        ),
+        (with_contents("fp32_contents", 1.0), "INVALID_ARGUMENT", "input 'x': its data has the shape [1]"),
+        (with_contents("fp64_contents", 1.0, 2.0), "INVALID_ARGUMENT", "in fp32_contents, not in fp64_contents"),
+        (with_contents("int_contents", 1, 128, datatype="INT8"), "INVALID_ARGUMENT", "no INT8"),
+        (with_contents("uint_contents", 1, 2, datatype="BF16"), "INVALID_ARGUMENT", "contents cannot hold BF16"),
+        (with_contents("bytes_contents", b"a", datatype="BYTES"), "INVALID_ARGUMENT", "has 1 elements"),
+        (with_contents("fp32_contents", 1.0, 2.0, shape=(-1, -2)), "INVALID_ARGUMENT", "each 0 or more"),
+        (with_contents("fp32_contents", 1.0, shape=(1,) * 100), "INVALID_ARGUMENT", "up to 16 lengths"),
+        (ModelInferRequest(model_name="double"), "INVALID_ARGUMENT", "0 inputs"),
+        (of_output("z"), "INVALID_ARGUMENT", "has no output 'z', only ['y']"),
+        (of_output("y", shared_memory_region="r"), "UNIMPLEMENTED", "shared memory"),
+        (with_parameter("priority", uint64_param=5), "INVALID_ARGUMENT", "'priority' is 5"),
+        (with_parameter("timeout", int64_param=-1), "INVALID_ARGUMENT", "'timeout' is -1"),
+        (with_parameter("device", int64_param=1), "INVALID_ARGUMENT", "device 1"),
+        (with_parameter("device", string_param="tpu:0"), "INVALID_ARGUMENT", "tpu:0"),
+        (with_parameter("binary_data_output", string_param="no"), "INVALID_ARGUMENT", "true or false"),
+        (with_parameter("triton_secret", bool_param=True), "INVALID_ARGUMENT", "reserved"),
+        (b"\xff\xff\xff", "INVALID_ARGUMENT", "this is no inference.ModelInferRequest"),
+    ],
+)
+def test_bad_input_is_a_status_and_a_sentence(stub: Stub, request_: Any, code: str, sentence: str) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.call("ModelInfer", request_)
+    assert caught.value.code() is grpc.StatusCode[code], caught.value.details()
+    assert sentence in caught.value.details()
+    assert stub.call("ModelInfer", raw_request()).outputs[0].name == "y"
+
+
+def test_two_forms_of_contents_are_not_mixed(stub: Stub) -> None:
+    request = raw_request()
+    request.inputs[0].contents.fp32_contents.extend([1.0, 2.0])
+    with pytest.raises(grpc.RpcError, match="has contents beside raw_input_contents"):
+        stub.call("ModelInfer", request)
+    request = raw_request()
+    request.inputs.append(request.inputs[0])
+    request.raw_input_contents.append(request.raw_input_contents[0])
+    with pytest.raises(grpc.RpcError, match="two inputs have the name 'x'"):
+        stub.call("ModelInfer", request)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "code", "sentence"),
+    [
+        ("ModelMetadata", {"name": "nobody"}, "NOT_FOUND", "no model 'nobody'"),
+        ("ModelConfig", {"name": "double", "version": "9"}, "NOT_FOUND", "no version '9'"),
+        ("RepositoryIndex", {"repository_name": "mine"}, "UNIMPLEMENTED", "one repository"),
+        ("RepositoryModelLoad", {"model_name": "nobody"}, "NOT_FOUND", "nobody"),
+        ("RepositoryModelLoad", {"model_name": "../up"}, "INVALID_ARGUMENT", "is not a model"),
+        ("RepositoryModelLoad", {"parameters": {"config": {"string_param": "{}"}}}, "UNIMPLEMENTED", "'config'"),
+        ("RepositoryModelUnload", {"parameters": {"unload_dependents": {"bool_param": True}}}, "UNIMPLEMENTED", "True"),
+        ("SystemSharedMemoryStatus", {"name": "r"}, "NOT_FOUND", "region 'r'"),
+        ("SystemSharedMemoryRegister", {"name": "r", "key": "/k"}, "UNIMPLEMENTED", "shared memory"),
+        ("SystemSharedMemoryUnregister", {}, "UNIMPLEMENTED", "shared memory"),
+        ("CudaSharedMemoryRegister", {"name": "r"}, "UNIMPLEMENTED", "shared memory"),
+        ("CudaSharedMemoryUnregister", {}, "UNIMPLEMENTED", "shared memory"),
+        ("TraceSetting", {}, "UNAVAILABLE", "tracing"),
+        ("LogSettings", {}, "UNAVAILABLE", "logging"),
+    ],
+)
+def test_other_calls_fail_with_a_status_and_a_sentence(
+    stub: Stub, name: str, fields: dict[str, Any], code: str, sentence: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.call(name, message_of(f"{name}Request", fields))
+    assert caught.value.code() is grpc.StatusCode[code], caught.value.details()
+    assert sentence in caught.value.details()
+
+
+def test_no_regions_of_shared_memory_are_told(triton: Any) -> None:
+    assert not triton.get_system_shared_memory_status().regions
+    assert not triton.get_cuda_shared_memory_status().regions
+
+
+def test_an_rpc_that_nobody_knows(stub: Stub) -> None:
+    for path in ("/inference.GRPCInferenceService/Nothing", "/no.Service/Check", "/"):
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.channel.unary_unary(path)(b"")
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_health_as_kubernetes_asks_for_it(stub: Stub) -> None:
+    check = stub.channel.unary_unary(
+        "/grpc.health.v1.Health/Check",
+        request_serializer=HEALTH.message("HealthCheckRequest").SerializeToString,
+        response_deserializer=HEALTH.message("HealthCheckResponse").FromString,
+    )
+    for service in ("", "inference.GRPCInferenceService"):
+        assert check(HEALTH.message("HealthCheckRequest")(service=service)).status == 1
+    with pytest.raises(grpc.RpcError, match="no service 'other'"):
+        check(HEALTH.message("HealthCheckRequest")(service="other"))
+
+
+def test_a_long_sentence_is_cut_and_not_lost(stub: Stub) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.call("ModelInfer", changed(raw_request(), name="\u00e9" * 1000))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -10,6 +10,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -22,6 +23,9 @@ from tnxctl.bridge.listening import BACKLOG
 from tnxctl.bridge.notifying import notify
 from tnxctl.bridge.settings import Settings
 from tnxctl.protocol.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from tnxctl.bridge.grpc.server import GrpcServer
 
 _log = logging.getLogger("tnxctl.bridge")
 
@@ -50,11 +54,17 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 class _Server(uvicorn.Server):
-    """Server of uvicorn that leaves signals to its worker, which does not end by one."""
+    """Server of uvicorn that leaves signals to its worker, which does not end by one.
 
-    def __init__(self, config: Config, on_ready: Callable[[], None]) -> None:
+    Args:
+        beside: server of gRPC that begins and ends with it, if any.
+    """
+
+    def __init__(self, config: Config, on_ready: Callable[[], None], beside: GrpcServer | None) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._beside = beside
+        self._hurrying: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -62,13 +72,23 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._beside is not None:
+            await self._beside.start()
         self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._beside is None:
+            await super().shutdown(sockets)
+        else:
+            await asyncio.gather(super().shutdown(sockets), self._beside.stop())
 
     def stop(self) -> None:
         """Take no connections any more, and end once those that are open have their responses."""
         notify("STOPPING=1")
         self.force_exit = self.should_exit
         self.should_exit = True
+        if self.force_exit and self._beside is not None:
+            self._hurrying = asyncio.ensure_future(self._beside.stop(0.0))
 
 
 async def _serve(
@@ -94,12 +114,18 @@ async def _serve(
     config.load()
     if settings.certfile is not None and settings.keyfile is not None:
         config.ssl = tls.context(settings.certfile, settings.keyfile)
-    server = _Server(config, on_ready)
+    server = _Server(config, on_ready, None if settings.grpc is None else _grpc_server(bridge))
     _react(server, bridge, config.ssl, ending)
     try:
         await server.serve([*sockets])
     finally:
         await bridge.close()
+
+
+def _grpc_server(bridge: Bridge) -> GrpcServer:
+    from tnxctl.bridge.grpc.server import GrpcServer  # late: not everybody has gRPC
+
+    return GrpcServer(bridge)
 
 
 def _react(server: _Server, bridge: Bridge, context: ssl.SSLContext | None, ending: int) -> None:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf import message_factory
@@ -53,6 +54,20 @@ class Call:
         seconds = self._context.time_remaining()
         return None if seconds is None else min(max(seconds, _LEAST_S), wire.MAX_DEADLINE_US / 1e6)
 
+    @property
+    def authorization(self) -> str:
+        """Value of the metadata of that name; "" without it."""
+        for name, value in self._context.invocation_metadata():
+            if name == "authorization":
+                return str(value)
+        return ""
+
+    @property
+    def address(self) -> str:
+        """Where it comes from, as HOST:PORT."""
+        _, _, address = unquote(self._context.peer()).partition(":")
+        return address
+
 
 class Method(NamedTuple):
     """The answer to one RPC.
@@ -61,11 +76,13 @@ class Method(NamedTuple):
         answer: makes the response of a request. It raises an error of `tnxctl`.
         verb: what it asks of the daemon, whose role it needs (`tnxctl.protocol.roles`); None: nothing that anybody may
             not know.
+        about: the field of a request with the model that an order is about; "": it is no order.
         failure: for a stream, makes the response that tells the error of one of its requests.
     """
 
     answer: Callable[[Call, Any], Awaitable[Any]]
     verb: type[wire.Request] | None
+    about: str = ""
     failure: Callable[[TensorNextError], Any] | None = None
 
 
@@ -127,15 +144,20 @@ class _Answerer:
 
     async def unary(self, requests: Any, context: Any) -> bytes:
         """Answer the only request."""
+        call = Call(self._bridge, context)
         try:
-            data = await _only_message(context)
-            return await self._answer(Call(self._bridge, context), data)
+            self._check(call)
+            return await self._answer(call, await _only_message(context))
         except TensorNextError as error:
             await abort(context, error)
 
     async def stream(self, requests: Any, context: Any) -> None:
         """Answer many requests, beside each other and in their order; an error ends none but its own."""
         call = Call(self._bridge, context)
+        try:
+            self._check(call)
+        except TensorNextError as error:
+            await abort(context, error)
         answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_WINDOW)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._read(context, call, answers, tasks))
@@ -148,6 +170,10 @@ class _Answerer:
         while (data := await context.read()) is not grpc.aio.EOF:
             await answers.put(tasks.create_task(self._answer_or_failure(call, data)))
         await answers.put(None)
+
+    def _check(self, call: Call) -> None:
+        """Check that this may be asked, before any of it is read. Raises Unauthenticated, PermissionDenied."""
+        self._bridge.access.check(call.authorization, self._method.verb, call.address)
 
     async def _answer_or_failure(self, call: Call, data: bytes) -> bytes:
         try:
@@ -163,7 +189,10 @@ class _Answerer:
                 request = self._request.FromString(data)
             except DecodeError as error:
                 raise InvalidArgument(f"this is no {self._request.DESCRIPTOR.full_name}: {error}") from None
-            del data  # the message has copies of what it needs
+            del data  # the message has a copy of it
+            if self._method.about:
+                about = getattr(request, self._method.about)
+                self._bridge.access.admit(call.authorization, self._method.verb, call.address, about)
             try:
                 response = await self._method.answer(call, request)
                 return response.SerializeToString()  # type: ignore[no-any-return]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -13,7 +12,7 @@ from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.grpc import health, inference
 from tnxctl.bridge.grpc.calls import Budget, Calls
 from tnxctl.bridge.grpc.messages import HEALTH, INFERENCE
-from tnxctl.protocol.errors import Unavailable
+from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.limits import MIB
 
 _MOST_BYTES = 2**31 - 1  # of a message: gRPC counts in 32 bits, protobuf too
@@ -25,11 +24,7 @@ _KEEPALIVE_TIMEOUT_MS = 20_000
 
 
 class GrpcServer:
-    """Server of one worker.
-
-    Attributes:
-        address: host and port that it listens on, once it is started.
-    """
+    """Server of one worker, on the address of the settings, which has a port."""
 
     def __init__(self, bridge: Bridge) -> None:
         self._settings = settings = bridge.settings
@@ -44,35 +39,32 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", min(limits.body_bytes + _NAMES_BYTES, _MOST_BYTES)),
                 ("grpc.max_metadata_size", limits.header_bytes),
                 ("grpc.absolute_max_metadata_size", limits.header_bytes),
-                ("grpc.so_reuseport", int(settings.workers > 1)),
+                ("grpc.so_reuseport", 1),  # with other workers, and with whoever keeps the address for them
                 ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
             ],
             maximum_concurrent_rpcs=limits.connections,
         )
-        self.address = settings.grpc or ("127.0.0.1", 0)
 
     async def start(self) -> None:
-        """Begin to serve. Raises Unavailable: the address cannot be had."""
-        address = addresses.spell(self.address)
+        """Begin to serve. Raises FailedPrecondition: the address cannot be had."""
+        settings = self._settings
+        assert settings.grpc is not None
+        address = addresses.spell(settings.grpc)
         try:
-            if self._credentials is None:
-                port = self._server.add_insecure_port(address)
+            if settings.certfile is None or settings.keyfile is None:
+                self._server.add_insecure_port(address)
             else:
-                port = self._server.add_secure_port(address, self._credentials)
+                pair = Path(settings.keyfile).read_bytes(), Path(settings.certfile).read_bytes()
+                self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
         except RuntimeError as error:
-            raise Unavailable(f"gRPC cannot listen on {address}: {error}") from None
-        self.address = (self.address[0], port)
+            raise FailedPrecondition(f"gRPC cannot listen on {address}: {error}") from None
         await self._server.start()
 
-    async def stop(self) -> None:
-        """Take no more requests, and let those that run finish within the time for that."""
-        await self._server.stop(self._settings.limits.drain_timeout_s)
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Take no more requests, and wait until those that run are answered; a second call may shorten that.
 
-    @property
-    def _credentials(self) -> Any:
-        settings = self._settings
-        if settings.certfile is None or settings.keyfile is None:
-            return None
-        pair = (Path(settings.keyfile).read_bytes(), Path(settings.certfile).read_bytes())
-        return grpc.ssl_server_credentials([pair])
+        Args:
+            grace_s: seconds that they get; None: as the settings say.
+        """
+        await self._server.stop(self._settings.limits.drain_timeout_s if grace_s is None else grace_s)
