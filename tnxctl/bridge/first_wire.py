@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -12,7 +13,6 @@ from tnxctl.bridge.http import Buffer, HttpError, Request, Response, json_respon
 from tnxctl.bridge.routes import Routes
 from tnxctl.casting import cast
 from tnxctl.protocol import wire
-from tnxctl.protocol.limits import excerpt
 
 if TYPE_CHECKING:
     from tnxctl.protocol.datatypes import Array
@@ -80,12 +80,26 @@ def _read(body: Buffer, most: int) -> _Predict:
     try:
         asked = _decode(body)
     except msgspec.ValidationError as error:
-        raise HttpError(400, _misfit(body, error)) from None
+        raise HttpError(400, _misfit(error)) from None
+    except UnicodeDecodeError:
+        raise HttpError(400, "the body is not JSON: it has a text that is not UTF-8") from None
     except msgspec.DecodeError as error:
-        raise HttpError(400, f"the body is not JSON: {error}") from None
+        raise HttpError(400, f"the body is not JSON: {_place(body, error)}") from None
     except RecursionError:
         raise HttpError(400, "the body is nested too deep") from None
     return asked
+
+
+_PLACE = re.compile(r"(?:JSON is malformed: )?(?P<what>.*) \(byte (?P<at>\d+)\)")
+
+
+def _place(body: Buffer, error: msgspec.DecodeError) -> str:
+    """The sentence of an error, with what stands where it is."""
+    found = _PLACE.fullmatch(str(error))
+    if found is None:
+        return str(error)
+    what, at = found["what"], int(found["at"])
+    return f"{what[0].lower()}{what[1:]} at byte {at}: {bytes(body[at : at + 20]).decode('ascii', 'backslashreplace')}"
 
 
 def _array(rows: list[list[int | float]]) -> Array:
@@ -99,21 +113,11 @@ def _array(rows: list[list[int | float]]) -> Array:
     return np.array(rows)
 
 
-def _misfit(body: Buffer, error: msgspec.ValidationError) -> str:
-    """The sentence of an error, with the place of the first value in the rows that is none: msgspec names no index."""
+def _misfit(error: msgspec.ValidationError) -> str:
+    """The sentence of an error about a value, with its place first."""
     what, _, path = str(error).partition(" - at `$.")
-    what = what[0].lower() + what[1:].replace("`", "")
-    path = path.rstrip("`")
-    if not path.startswith("input_data["):
-        return f"{path}: {what}" if path else f"the body: {what}"
-    rows: Any = msgspec.json.decode(body)["input_data"]
-    for at, row in enumerate(rows):
-        if not isinstance(row, list):
-            return f"input_data[{at}]: expected a list of numbers, not {excerpt(row)}"
-        for column, value in enumerate(row):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                return f"input_data[{at}][{column}]: expected a number, not {excerpt(value)}"
-    return f"{path}: {what}"
+    what = what[0].lower() + what[1:].replace("`", "").replace("int | float", "a number")
+    return f"{path.rstrip('`') or 'the body'}: {what}"
 
 
 def _plain(output: Array) -> Any:

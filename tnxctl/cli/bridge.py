@@ -46,6 +46,13 @@ if TYPE_CHECKING:
     help="Ask for bearer tokens: the file of tnxctl keys token.",
 )
 @click.option("--triton-names", is_flag=True, help="Have /metrics tell Triton's names as well.")
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    metavar="NAME=NUMBER",
+    help="Another limit of HTTP, such as body_bytes=1048576: docs/http.md has all. May be given several times.",
+)
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -59,6 +66,7 @@ def command(
     insecure: bool,
     tokens: str | None,
     triton_names: bool,
+    limits: tuple[str, ...],
 ) -> None:
     """Serve HTTP and gRPC in front of a daemon: for curl, browsers and clients of the Open Inference Protocol.
 
@@ -75,7 +83,7 @@ def command(
       curl http://127.0.0.1:8000/health
     """
     from tnxctl.bridge import addresses
-    from tnxctl.bridge.settings import Settings
+    from tnxctl.bridge.settings import Settings, limits_of
 
     settings = Settings(
         endpoints=tuple(endpoints),
@@ -88,6 +96,7 @@ def command(
         insecure=insecure,
         tokens=tokens,
         triton_names=triton_names,
+        limits=limits_of(limits),
     )
     _check(settings)
     ctx.exit(_serve(settings))
