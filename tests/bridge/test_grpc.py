@@ -14,13 +14,13 @@ pytest.importorskip("grpc")
 pytest.importorskip("tritonclient.grpc")
 
 import grpc
-import grpc_bridges
 import tritonclient.grpc as tritongrpc
 import tritonclient.grpc.aio as aio
-from grpc_bridges import Stub
+from grpc_stubs import Stub
 from tritonclient.utils import InferenceServerException
 
 import python_models
+from bridges import running_bridge
 from conftest import Daemon, serving_daemon
 from tnxctl.bridge.grpc.messages import HEALTH, ModelInferRequest, message_of
 from tnxctl.bridge.grpc.tensors import CONTENTS
@@ -75,7 +75,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 @pytest.fixture(scope="module")
 def address(serving: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with grpc_bridges.serving(serving.endpoint, tmp_path_factory.mktemp("bridge") / "log") as bridge:
+    with running_bridge(tmp_path_factory.mktemp("bridge"), serving.endpoint, "--grpc", "127.0.0.1:0") as bridge:
         yield bridge.grpc
 
 
@@ -364,7 +364,8 @@ def of_output(name: str, **parameters: str) -> Any:
         (with_parameter("device", string_param="tpu:0"), "INVALID_ARGUMENT", "tpu:0"),
         (with_parameter("binary_data_output", string_param="no"), "INVALID_ARGUMENT", "true or false"),
         (with_parameter("triton_secret", bool_param=True), "INVALID_ARGUMENT", "reserved"),
-        (b"\xff\xff\xff", "INVALID_ARGUMENT", "this is no inference.ModelInferRequest"),
+        (b"\xff\xff\xff", "INVALID_ARGUMENT", "the message is damaged at byte 0"),
+        (b"\x0a\x01\xff", "INVALID_ARGUMENT", "this is no inference.ModelInferRequest"),
     ],
 )
 def test_bad_input_is_a_status_and_a_sentence(stub: Stub, request_: Any, code: str, sentence: str) -> None:

@@ -1,15 +1,14 @@
 """RPCs of one service: reads messages within limits, has a function answer, and sends what it answers, or its error.
 
-On the wire a unary RPC is a stream of one request. All RPCs are taken as streams here, so that a request is read when
-there is a time limit on it, and what is no message of its kind gets a status of ours.
+On the wire a unary RPC is a stream of one request. All RPCs are taken as streams here: a request is read once it is
+known that it may be asked, and within a time, and what is no message of its kind gets a status like all that is wrong.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -21,10 +20,7 @@ from google.protobuf.message import DecodeError
 from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.grpc.statuses import abort
 from tnxctl.protocol import wire
-from tnxctl.protocol.errors import DeadlineExceeded, Internal, InvalidArgument, TensorNextError, Unavailable
-
-MESSAGE_TIMEOUT_S = 60.0
-"""Seconds for the message of a unary RPC to come whole: gRPC does not tell how much of one has come."""
+from tnxctl.protocol.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, TensorNextError
 
 STREAM_WINDOW = 32
 """Requests of one stream that are under way at a time; one more is read when the first of them is answered."""
@@ -54,6 +50,12 @@ class Call:
         seconds = self._context.time_remaining()
         return None if seconds is None else min(max(seconds, _LEAST_S), wire.MAX_DEADLINE_US / 1e6)
 
+    def check_size(self, nbytes: int) -> None:
+        """Check the size of what protobuf reads. Raises ResourceExhausted."""
+        most = self.bridge.settings.limits.json_bytes
+        if nbytes > most:
+            raise ResourceExhausted(f"the message has {nbytes} bytes beside raw contents, and may have {most}")
+
     @property
     def authorization(self) -> str:
         """Value of the metadata of that name; "" without it."""
@@ -73,51 +75,31 @@ class Method(NamedTuple):
     """The answer to one RPC.
 
     Attributes:
-        answer: makes the response of a request. It raises an error of `tnxctl`.
+        answer: makes the response of a request. It raises an error of `tnxctl`, or DecodeError.
         verb: what it asks of the daemon, whose role it needs (`tnxctl.protocol.roles`); None: nothing that anybody may
             not know.
         about: the field of a request with the model that an order is about; "": it is no order.
         failure: for a stream, makes the response that tells the error of one of its requests.
+        takes_bytes: whether `answer` reads its request, and encodes its response, by itself.
     """
 
     answer: Callable[[Call, Any], Awaitable[Any]]
     verb: type[wire.Request] | None
     about: str = ""
     failure: Callable[[TensorNextError], Any] | None = None
-
-
-class Budget:
-    """Bytes of all requests under way. Args: limit: most that they may be together."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._held = 0
-
-    @contextmanager
-    def hold(self, nbytes: int) -> Iterator[None]:
-        """Count the bytes of one request while it is under way. Raises Unavailable: they are too many together."""
-        if self._held + nbytes > self._limit:
-            raise Unavailable(f"the requests under way have more than {self._limit} bytes", retry_after_s=1.0)
-        self._held += nbytes
-        try:
-            yield
-        finally:
-            self._held -= nbytes
+    takes_bytes: bool = False
 
 
 class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
     """Handler of the RPCs of one service.
 
     Args:
-        budget: that all services of a worker share.
         methods: by name. One of the service that is missing gets UNIMPLEMENTED, as one that gRPC does not know does.
     """
 
-    def __init__(
-        self, bridge: Bridge, budget: Budget, service: ServiceDescriptor, methods: Mapping[str, Method]
-    ) -> None:
+    def __init__(self, bridge: Bridge, service: ServiceDescriptor, methods: Mapping[str, Method]) -> None:
         self._handlers = {
-            f"/{service.full_name}/{name}": _handler(bridge, budget, service.methods_by_name[name], method)
+            f"/{service.full_name}/{name}": _handler(bridge, service.methods_by_name[name], method)
             for name, method in methods.items()
         }
 
@@ -126,8 +108,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         return self._handlers.get(handler_call_details.method)
 
 
-def _handler(bridge: Bridge, budget: Budget, descriptor: MethodDescriptor, method: Method) -> Any:
-    answerer = _Answerer(bridge, budget, descriptor, method)
+def _handler(bridge: Bridge, descriptor: MethodDescriptor, method: Method) -> Any:
+    answerer = _Answerer(bridge, descriptor, method)
     if descriptor.client_streaming:
         return grpc.stream_stream_rpc_method_handler(answerer.stream)
     return grpc.stream_unary_rpc_method_handler(answerer.unary)
@@ -136,9 +118,8 @@ def _handler(bridge: Bridge, budget: Budget, descriptor: MethodDescriptor, metho
 class _Answerer:
     """Answers to the RPCs of one method."""
 
-    def __init__(self, bridge: Bridge, budget: Budget, descriptor: MethodDescriptor, method: Method) -> None:
+    def __init__(self, bridge: Bridge, descriptor: MethodDescriptor, method: Method) -> None:
         self._bridge = bridge
-        self._budget = budget
         self._request: Any = message_factory.GetMessageClass(descriptor.input_type)
         self._method = method
 
@@ -147,7 +128,7 @@ class _Answerer:
         call = Call(self._bridge, context)
         try:
             self._check(call)
-            return await self._answer(call, await _only_message(context))
+            return await self._answer(call, await self._only_message(context))
         except TensorNextError as error:
             await abort(context, error)
 
@@ -171,10 +152,6 @@ class _Answerer:
             await answers.put(tasks.create_task(self._answer_or_failure(call, data)))
         await answers.put(None)
 
-    def _check(self, call: Call) -> None:
-        """Check that this may be asked, before any of it is read. Raises Unauthenticated, PermissionDenied."""
-        self._bridge.access.check(call.authorization, self._method.verb, call.address)
-
     async def _answer_or_failure(self, call: Call, data: bytes) -> bytes:
         try:
             return await self._answer(call, data)
@@ -182,34 +159,42 @@ class _Answerer:
             assert self._method.failure is not None
             return self._method.failure(error).SerializeToString()  # type: ignore[no-any-return]
 
+    def _check(self, call: Call) -> None:
+        """Check that this may be asked, before any of it is read. Raises Unauthenticated, PermissionDenied."""
+        self._bridge.access.check(call.authorization, self._method.verb, call.address)
+
+    async def _only_message(self, context: Any) -> bytes:
+        """The message of a unary RPC. Raises DeadlineExceeded, and InvalidArgument if the client sent none."""
+        seconds = self._bridge.settings.limits.message_timeout_s
+        try:
+            async with asyncio.timeout(seconds):
+                data: Any = await context.read()
+        except TimeoutError:
+            raise DeadlineExceeded(f"the request did not come whole within {seconds:g} s") from None
+        if data is grpc.aio.EOF:
+            raise InvalidArgument("the request has no message")
+        return data  # type: ignore[no-any-return]
+
     async def _answer(self, call: Call, data: bytes) -> bytes:
         """The response to one request, encoded. Raises errors of `tnxctl` and no others."""
-        with self._budget.hold(len(data)):
-            try:
-                request = self._request.FromString(data)
-            except DecodeError as error:
-                raise InvalidArgument(f"this is no {self._request.DESCRIPTOR.full_name}: {error}") from None
-            del data  # the message has a copy of it
+        budget, nbytes = self._bridge.budget, len(data)
+        budget.hold(nbytes)
+        try:
+            if self._method.takes_bytes:
+                return await self._method.answer(call, data)  # type: ignore[no-any-return]
+            call.check_size(nbytes)
+            request = self._request.FromString(data)
             if self._method.about:
                 about = getattr(request, self._method.about)
                 self._bridge.access.admit(call.authorization, self._method.verb, call.address, about)
-            try:
-                response = await self._method.answer(call, request)
-                return response.SerializeToString()  # type: ignore[no-any-return]
-            except TensorNextError:
-                raise
-            except Exception:
-                _log.exception("a handler failed")
-                raise Internal("the bridge failed; its log says how") from None
-
-
-async def _only_message(context: Any) -> bytes:
-    """The message of a unary RPC. Raises DeadlineExceeded, and InvalidArgument if the client sent none."""
-    try:
-        async with asyncio.timeout(MESSAGE_TIMEOUT_S):
-            data: Any = await context.read()
-    except TimeoutError:
-        raise DeadlineExceeded(f"the request did not come whole within {MESSAGE_TIMEOUT_S:g} s") from None
-    if data is grpc.aio.EOF:
-        raise InvalidArgument("the request has no message")
-    return data  # type: ignore[no-any-return]
+            response = await self._method.answer(call, request)
+            return response.SerializeToString()  # type: ignore[no-any-return]
+        except TensorNextError:
+            raise
+        except DecodeError as error:
+            raise InvalidArgument(f"this is no {self._request.DESCRIPTOR.full_name}: {error}") from None
+        except Exception:
+            _log.exception("a handler failed")
+            raise Internal("the bridge failed; its log says how") from None
+        finally:
+            budget.release(nbytes)

@@ -8,25 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from tnxctl.bridge.grpc.calls import Call, Method
-from tnxctl.bridge.grpc.messages import ModelInferResponse, ModelStreamInferResponse, message_of, plain
-from tnxctl.bridge.grpc.tensors import fill, inputs_of
-from tnxctl.bridge.oip import documents, infer, tensors
+from tnxctl.bridge.grpc.messages import message_of, plain
+from tnxctl.bridge.grpc.model_infer import model_infer, model_stream_infer, stream_failure
+from tnxctl.bridge.oip import documents
 from tnxctl.bridge.oip.documents import model_title
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import (
     DeadlineExceeded,
-    InvalidArgument,
     NotFound,
     TensorNextError,
     Unavailable,
     Unimplemented,
 )
 from tnxctl.protocol.limits import excerpt
-
-_FINAL_ASKED = "triton_enable_empty_final_response"
-_FINAL = "triton_final_response"
-"""Triton's parameters about the last response to a request of a stream: here there is one, which is the last."""
-
 
 _READY_TIMEOUT_S = 1.0
 """Longest wait of a readiness check: probes ask every few seconds, and give up after one by default."""
@@ -113,50 +107,6 @@ def _refuse_repository_name(request: Any) -> None:
         raise Unimplemented("there is one repository, and it has no name")
 
 
-async def _model_infer(call: Call, request: Any) -> Any:
-    parameters = plain(request.parameters)
-    parameters.pop(_FINAL_ASKED, None)
-    for tensor in (*request.inputs, *request.outputs):
-        if tensor.parameters:
-            infer.refuse_shared_memory(plain(tensor.parameters), tensor.name)
-    raw = parameters.get("binary_data_output", True)
-    if not isinstance(raw, bool):
-        raise InvalidArgument(f"parameter 'binary_data_output' is {raw!r}: expected true or false")
-    wanted = [infer.Output(output.name, raw, infer.classes_of(plain(output.parameters))) for output in request.outputs]
-    arguments = infer.predict_arguments(parameters)
-    seconds = call.remaining_s
-    if seconds is not None:
-        arguments["deadline"] = arguments["timeout"] = min(seconds, arguments.get("deadline", seconds))
-    title = model_title(request.model_name, request.model_version)
-    inputs = inputs_of(request, call.bridge.settings.message)
-    result = await call.client.predict(inputs, model=title, **arguments)
-    batches = False
-    if any(output.classes for output in wanted):
-        batches = (await call.client.metadata(model_title(result.model, result.version))).max_batch_size > 0
-    response = ModelInferResponse(model_name=result.model, model_version=result.version, id=request.id)
-    outputs = [
-        (output.name, tensors.classified(output.name, array, output.classes, batches) if output.classes else array)
-        for output, array in infer.selected(result, wanted, raw)
-    ]
-    fill(response, outputs, raw)
-    return response
-
-
-async def _model_stream_infer(call: Call, request: Any) -> Any:
-    try:
-        response = await _model_infer(call, request)
-    except TensorNextError as error:
-        failure = _stream_failure(error)
-        failure.infer_response.id = request.id
-        return failure
-    response.parameters[_FINAL].bool_param = True
-    return ModelStreamInferResponse(infer_response=response)
-
-
-def _stream_failure(error: TensorNextError) -> Any:
-    return ModelStreamInferResponse(error_message=error.message)
-
-
 async def _system_regions(call: Call, request: Any) -> Any:
     _refuse_region(request.name)
     return message_of("SystemSharedMemoryStatusResponse", {})
@@ -187,8 +137,8 @@ METHODS: Mapping[str, Method] = {
     "ModelReady": Method(_model_ready, wire.Models),
     "ServerMetadata": Method(_server_metadata, wire.Health),
     "ModelMetadata": Method(_model_metadata, wire.Models),
-    "ModelInfer": Method(_model_infer, wire.Predict),
-    "ModelStreamInfer": Method(_model_stream_infer, wire.Predict, failure=_stream_failure),
+    "ModelInfer": Method(model_infer, wire.Predict, takes_bytes=True),
+    "ModelStreamInfer": Method(model_stream_infer, wire.Predict, failure=stream_failure, takes_bytes=True),
     "ModelConfig": Method(_model_config, wire.Metadata),
     "ModelStatistics": Method(_model_statistics, wire.Stats),
     "RepositoryIndex": Method(_repository_index, wire.Models),

@@ -10,7 +10,7 @@ import grpc.aio
 from tnxctl.bridge import addresses
 from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.grpc import health, inference
-from tnxctl.bridge.grpc.calls import Budget, Calls
+from tnxctl.bridge.grpc.calls import Calls
 from tnxctl.bridge.grpc.messages import HEALTH, INFERENCE
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.limits import MIB
@@ -29,12 +29,9 @@ class GrpcServer:
     def __init__(self, bridge: Bridge) -> None:
         self._settings = settings = bridge.settings
         limits = settings.limits
-        budget = Budget(limits.bodies_bytes)
         services = [(INFERENCE, inference.METHODS), (HEALTH, health.METHODS)]
         self._server = grpc.aio.server(
-            handlers=[
-                Calls(bridge, budget, service, methods) for schema, methods in services for service in schema.services
-            ],
+            handlers=[Calls(bridge, service, methods) for schema, methods in services for service in schema.services],
             options=[
                 ("grpc.max_receive_message_length", min(limits.body_bytes + _NAMES_BYTES, _MOST_BYTES)),
                 ("grpc.max_metadata_size", limits.header_bytes),

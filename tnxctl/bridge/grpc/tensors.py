@@ -1,12 +1,13 @@
-"""Tensors of ModelInfer: messages to arrays, and arrays to messages."""
+"""Inputs of ModelInfer as arrays."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tnxctl.bridge.oip import tensors
 from tnxctl.protocol import strings
-from tnxctl.protocol.datatypes import STORAGE, Array, datatype_of
+from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.fields import BYTES
 from tnxctl.protocol.limits import Limits, excerpt
@@ -28,18 +29,20 @@ CONTENTS = {
 """Datatype -> the field of InferTensorContents that has its elements. What is missing travels raw alone."""
 
 
-def inputs_of(request: Any, limits: Limits) -> dict[str, Array]:
-    """The inputs of a ModelInferRequest, by name; raw ones are views of what came.
+def inputs_of(inputs: Sequence[Any], raw: Sequence[memoryview], limits: Limits) -> dict[str, Array]:
+    """The inputs of a request, by name.
+
+    Args:
+        inputs: of a ModelInferRequest. raw: its raw_input_contents, of which the arrays are views; (): it has none.
 
     Raises:
         InvalidArgument: a tensor is not what it says, a limit does not hold, or raw_input_contents and contents are
             mixed; the sentence names what is wrong.
     """
-    raw = [*request.raw_input_contents]
-    if raw and len(raw) != len(request.inputs):
-        raise InvalidArgument(f"{len(request.inputs)} inputs and {len(raw)} raw_input_contents: expected one for each")
+    if raw and len(raw) != len(inputs):
+        raise InvalidArgument(f"{len(inputs)} inputs and {len(raw)} raw_input_contents: expected one for each")
     arrays: dict[str, Array] = {}
-    for position, tensor in enumerate(request.inputs):
+    for position, tensor in enumerate(inputs):
         name = tensor.name
         if name in arrays:
             raise InvalidArgument(f"two inputs have the name {excerpt(name)}")
@@ -48,7 +51,7 @@ def inputs_of(request: Any, limits: Limits) -> dict[str, Array]:
         elif tensor.HasField("contents"):
             raise InvalidArgument(f"input {excerpt(name)} has contents beside raw_input_contents: expected either")
         else:
-            arrays[name] = tensors.from_binary(name, tensor.datatype, tensor.shape, memoryview(raw[position]), limits)
+            arrays[name] = tensors.from_binary(name, tensor.datatype, tensor.shape, raw[position], limits)
     return arrays
 
 
@@ -76,22 +79,3 @@ def _from_contents(tensor: Any, limits: Limits) -> Array:
         raise InvalidArgument(
             f"input {excerpt(name)}: {field} has {len(elements)} elements, its shape is {excerpt([*shape])}"
         ) from None
-
-
-def fill(response: Any, outputs: list[tuple[str, Array]], raw: bool) -> None:
-    """Add outputs to a ModelInferResponse.
-
-    Args:
-        raw: as raw_output_contents. False: as contents, if these can hold all of them: a response has one or the other.
-
-    Raises:
-        InvalidArgument: an element of a BYTES tensor is too long.
-    """
-    typed = not raw and all(datatype_of(array.dtype) in CONTENTS for _, array in outputs)
-    for name, array in outputs:
-        datatype, shape, chunk = tensors.encoded(name, array)
-        tensor = response.outputs.add(name=name, datatype=datatype, shape=shape)
-        if typed:
-            getattr(tensor.contents, CONTENTS[datatype]).extend(array.ravel().tolist())
-        else:
-            response.raw_output_contents.append(chunk.tobytes())
