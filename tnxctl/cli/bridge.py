@@ -142,18 +142,18 @@ def _serve(settings: Settings) -> int:
     bridge.access_of(settings)
     if settings.certfile is not None and settings.keyfile is not None:
         tls.context(settings.certfile, settings.keyfile)
-    sockets = listening.listen(settings.listen, settings.workers)
-    keeper = None
-    if settings.grpc is not None:
-        address, keeper = listening.reserve(settings.grpc)
-        settings = msgspec.structs.replace(settings, grpc=address)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(each) for each in listening.listen(settings.listen, settings.workers)]
+        if settings.grpc is not None:
+            address, keeper = listening.reserve(settings.grpc)
+            stack.enter_context(keeper or contextlib.nullcontext())
+            settings = msgspec.structs.replace(settings, grpc=address)
 
-    def on_ready() -> None:
-        with contextlib.suppress(OSError):
-            click.echo(_ready_line(settings, sockets[0].getsockname()[:2]))
-        notify("READY=1")
+        def on_ready() -> None:
+            with contextlib.suppress(OSError):
+                click.echo(_ready_line(settings, sockets[0].getsockname()[:2]))
+            notify("READY=1")
 
-    with keeper or contextlib.nullcontext():
         if settings.workers > 1:
             return workers.run(settings, sockets, on_ready)
         server.run(settings, sockets, on_ready)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import grpc
@@ -21,6 +22,9 @@ _NAMES_BYTES = MIB
 
 _KEEPALIVE_MS = 60_000
 _KEEPALIVE_TIMEOUT_MS = 20_000
+
+# It tells of exceptions in handlers. Ours are told by `calls`; those of gRPC are clients that have gone.
+logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
 
 
 class GrpcServer:
