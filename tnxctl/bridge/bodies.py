@@ -114,7 +114,7 @@ class BodyReader:
         return message["body"], message["more_body"]
 
     def hold(self, nbytes: int) -> None:
-        """Count bytes as held until the request is answered. Raises Unavailable, as `Budget.hold` does."""
+        """Count further bytes until `release`. Raises Unavailable, as `Budget.hold` does."""
         self._budget.hold(nbytes)
         self._held_bytes += nbytes
 
