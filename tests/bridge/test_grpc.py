@@ -140,6 +140,18 @@ def test_metadata_and_configuration(triton: Any) -> None:
     assert datatypes == {f"TYPE_{name}" for name in STORAGE if name != "BYTES"} | {"TYPE_STRING"}
 
 
+def test_statistics(triton: Any) -> None:
+    def counts() -> tuple[int, int]:
+        (model,) = triton.get_inference_statistics("double", "1").model_stats
+        assert (model.name, model.version) == ("double", "1")
+        return model.inference_count, model.inference_stats.success.count
+
+    rows_before, requests_before = counts()
+    triton.infer("double", rows(1, 2, 3))
+    assert counts() == (rows_before + 3, requests_before + 1)
+    assert {model.name for model in triton.get_inference_statistics().model_stats} >= {"double", "echo"}
+
+
 def test_every_datatype(triton: Any) -> None:
     result = triton.infer("echo", [given(name, array(name), name) for name in STORAGE], request_id="nr. 7")
     response = result.get_response()
