@@ -85,7 +85,10 @@ class _Server(uvicorn.Server):
     def stop(self) -> None:
         """Take no connections any more, and end once those that are open have their responses."""
         notify("STOPPING=1")
-        self.force_exit = self.should_exit
+        if self.should_exit:
+            self.force_exit = True
+            for task in self.server_state.tasks:
+                task.cancel()
         self.should_exit = True
         if self.force_exit and self._beside is not None:
             self._hurrying = asyncio.ensure_future(self._beside.stop(0.0))
