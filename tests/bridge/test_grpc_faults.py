@@ -365,27 +365,32 @@ def test_tokens(daemon: Daemon, tmp_path: Path) -> None:
     assert "admin at 127.0.0.1:" in log
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Certificate for localhost, and its key."""
+def make_certificate(certfile: Path, keyfile: Path) -> bytes:
+    """Make a certificate for localhost, and its key."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate, and is not installed")
-    folder = tmp_path_factory.mktemp("certificate")
-    certfile, keyfile = folder / "chain.pem", folder / "key.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
          "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", keyfile, "-out", certfile],
         check=True, capture_output=True,
     )  # fmt: skip
-    return certfile, keyfile
+    return certfile.read_bytes()
 
 
-def test_tls(daemon: Daemon, certificate: tuple[Path, Path], tmp_path: Path) -> None:
-    certfile, keyfile = certificate
+def test_tls_and_a_new_certificate(daemon: Daemon, tmp_path: Path) -> None:
+    certfile, keyfile = tmp_path / "chain.pem", tmp_path / "key.pem"
+    first = make_certificate(certfile, keyfile)
     options = (*GRPC, "--certfile", str(certfile), "--keyfile", str(keyfile))
     with running_bridge(tmp_path, daemon.endpoint, *options) as bridge:
         port = bridge.grpc.rpartition(":")[2]
-        with Stub(f"localhost:{port}", grpc.ssl_channel_credentials(certfile.read_bytes())) as stub:
+        with Stub(f"localhost:{port}", grpc.ssl_channel_credentials(first)) as stub:
+            assert stub.call("ModelInfer", request_of(), timeout=PATIENCE_S).model_name == "mlp"
+            second = make_certificate(certfile, keyfile)
+            bridge.process.send_signal(signal.SIGHUP)
+            with Stub(f"localhost:{port}", grpc.ssl_channel_credentials(second)) as other:
+                # It may connect before the bridge has read the signal, and then tries again.
+                request = message_of("ServerLiveRequest", {})
+                assert other.call("ServerLive", request, timeout=PATIENCE_S, wait_for_ready=True).live
             assert stub.call("ModelInfer", request_of(), timeout=PATIENCE_S).model_name == "mlp"
         with Stub(bridge.grpc) as plain:
             error = error_of(lambda: plain.call("ServerLive", message_of("ServerLiveRequest", {})))

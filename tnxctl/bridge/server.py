@@ -10,6 +10,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -117,8 +118,9 @@ async def _serve(
     config.load()
     if settings.certfile is not None and settings.keyfile is not None:
         config.ssl = tls.context(settings.certfile, settings.keyfile)
-    server = _Server(config, on_ready, None if settings.grpc is None else _grpc_server(bridge))
-    _react(server, bridge, config.ssl, ending)
+    beside = None if settings.grpc is None else _grpc_server(bridge)
+    server = _Server(config, on_ready, beside)
+    _react(server, partial(_reload, bridge, config.ssl, beside), ending)
     try:
         await server.serve([*sockets])
     finally:
@@ -131,7 +133,7 @@ def _grpc_server(bridge: Bridge) -> GrpcServer:
     return GrpcServer(bridge)
 
 
-def _react(server: _Server, bridge: Bridge, context: ssl.SSLContext | None, ending: int) -> None:
+def _react(server: _Server, reload: Callable[[], None], ending: int) -> None:
     """React to signals, and to the end of the process that has started this one."""
     if sys.platform == "win32":  # its loop takes no handlers
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK):
@@ -140,7 +142,7 @@ def _react(server: _Server, bridge: Bridge, context: ssl.SSLContext | None, endi
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
-    loop.add_signal_handler(signal.SIGHUP, _reload, bridge, context)
+    loop.add_signal_handler(signal.SIGHUP, reload)
     if ending >= 0:
 
         def stop_once() -> None:
@@ -150,13 +152,15 @@ def _react(server: _Server, bridge: Bridge, context: ssl.SSLContext | None, endi
         loop.add_reader(ending, stop_once)
 
 
-def _reload(bridge: Bridge, context: ssl.SSLContext | None) -> None:
+def _reload(bridge: Bridge, context: ssl.SSLContext | None, beside: GrpcServer | None) -> None:
     """Read again what may have changed: tokens, and the certificate."""
     settings = bridge.settings
     try:
         bridge.access.reload()
         if context is not None and settings.certfile is not None and settings.keyfile is not None:
             tls.load(context, settings.certfile, settings.keyfile)
+            if beside is not None:
+                beside.reload()
     except InvalidArgument as error:
         _log.error("all stays as it was: %s", error.message)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -32,6 +33,7 @@ class GrpcServer:
 
     def __init__(self, bridge: Bridge) -> None:
         self._settings = settings = bridge.settings
+        self._changed: Any = None
         limits = settings.limits
         services = [(INFERENCE, inference.METHODS), (HEALTH, health.METHODS)]
         self._server = grpc.aio.server(
@@ -56,11 +58,28 @@ class GrpcServer:
             if settings.certfile is None or settings.keyfile is None:
                 self._server.add_insecure_port(address)
             else:
-                pair = Path(settings.keyfile).read_bytes(), Path(settings.certfile).read_bytes()
-                self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+                credentials = grpc.dynamic_ssl_server_credentials(self._certificate(), self._changed_certificate)
+                self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise FailedPrecondition(f"gRPC cannot listen on {address}: {error}") from None
         await self._server.start()
+
+    def reload(self) -> None:
+        """Use the certificate as its files are now, for connections to come. They have been found to be right."""
+        self._changed = self._certificate()
+
+    def _certificate(self) -> Any:
+        settings = self._settings
+        assert settings.keyfile is not None
+        assert settings.certfile is not None
+        return grpc.ssl_server_certificate_configuration(
+            [(Path(settings.keyfile).read_bytes(), Path(settings.certfile).read_bytes())]
+        )
+
+    def _changed_certificate(self) -> Any:
+        """The certificate, if it has changed since the last connection, which gRPC asks at each; None: it has not."""
+        changed, self._changed = self._changed, None
+        return changed
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Take no more requests, and wait until those that run are answered; a second call may shorten that.
