@@ -84,7 +84,7 @@ install_environment() {
     torch=$("$HOME_DIR/bin/python" -B "$SOURCE/systemd/torch_build.py") || fail 'nothing was installed'
     PIP_CONSTRAINT=$SOURCE/constraints.txt PIP_BUILD_CONSTRAINT=$SOURCE/constraints.txt \
         PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
-        "$HOME_DIR/bin/python" -m pip install --quiet $torch "${copy}[daemon,http]" ||
+        "$HOME_DIR/bin/python" -m pip install --quiet $torch "${copy}[daemon,http,grpc]" ||
         fail 'pip could not install the packages'
     for name in $COMMANDS; do
         ln -sfn "$HOME_DIR/bin/$name" "$LINKS/$name"

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import prepared
 
-READY = re.compile(r"ready on https?://127\.0\.0\.1:(\d+)")
+READY = re.compile(r"ready on https?://127\.0\.0\.1:(\d+)(?:, gRPC on (\S+);)?")
 
 SECONDS = 30.0
 """Longest wait for anything of a bridge's."""
@@ -105,11 +105,12 @@ class Peer:
 
 @dataclass
 class Bridge:
-    """Running bridge."""
+    """Running bridge. Attributes: port: of HTTP. grpc: address of gRPC, where that is served."""
 
     port: int
     process: subprocess.Popen[str]
     log: Path
+    grpc: str = ""
 
     def connect(self, context: ssl.SSLContext | None = None) -> Peer:
         """Make a connection."""
@@ -140,7 +141,7 @@ def running_bridge(folder: Path, endpoint: str, *arguments: str) -> Iterator[Bri
         line = process.stdout.readline()
         found = READY.search(line)
         assert found is not None, f"the bridge said {line!r} and logged:\n{log.read_text()}"
-        yield Bridge(int(found[1]), process, log)
+        yield Bridge(int(found[1]), process, log, found[2] or "")
         assert process.poll() in (None, 0), f"the bridge ended with {process.poll()}:\n{log.read_text()}"
         process.terminate()
         assert process.wait(SECONDS) == 0, log.read_text()

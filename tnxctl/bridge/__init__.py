@@ -6,6 +6,7 @@ app.py          an ASGI application                 statuses.py     errors as HT
 connections.py  connections within limits           server.py       a worker: the loop, the servers, its end
 bridge.py       what the handlers share             interfaces.py   the interfaces, put together
 first_wire.py   GET /health, POST /predict          oip/            Open Inference Protocol
+grpc/           the same over gRPC
 
-It needs `pip install 'tensornext[http]'`; everything here is imported by `tnxctl bridge` alone.
+It needs `pip install 'tensornext[http]'`, and gRPC `tensornext[http,grpc]`; everything here is imported by `tnxctl bridge` alone.
 """

@@ -44,12 +44,24 @@ class Access:
             self._tokens = tokens.read(self._path)
 
     def admit(self, authorization: str, verb: type[wire.Request] | None, address: str, about: str = "") -> str:
-        """Check that a request may ask for something. An order that it may give goes to the log.
+        """Check that a request may ask for something, as `check` does. An order that it may give goes to the log.
+
+        Args:
+            about: the model that an order is about.
+        """
+        name = self.check(authorization, verb, address)
+        if verb in _ORDERS:
+            who = name if name == address else f"{name} at {address}"
+            audit.info("%s: %s %r", who, _verb(verb), about[:100])
+        return name
+
+    def check(self, authorization: str, verb: type[wire.Request] | None, address: str) -> str:
+        """Check that a request may ask for something.
 
         Args:
             authorization: value of the header of that name: "Bearer TOKEN"; "" without one.
             verb: what it asks of the daemon; None: nothing that anybody may not know.
-            address: where it comes from. about: the model that an order is about.
+            address: where it comes from.
 
         Returns:
             Who asks: the name of the token, or the address where there are none.
@@ -70,9 +82,6 @@ class Access:
             wanted = least.title if least else "nobody"
             hint = "; --tokens gives the role to some" if self._path is None else ""
             raise PermissionDenied(f"{_verb(verb)} is for the role {wanted}, and {name} has {role.title}{hint}")
-        if verb in _ORDERS:
-            who = name if name == address else f"{name} at {address}"
-            audit.info("%s: %s %r", who, _verb(verb), about[:100])
         return name
 
     def _find(self, authorization: str) -> Token:

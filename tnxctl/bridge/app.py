@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from tnxctl.bridge.bodies import BodyReader, Budget, ClientGone
+from tnxctl.bridge.bodies import BodyReader, ClientGone
 from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.http import HttpError, Request, Response, error_response
 from tnxctl.bridge.statuses import response_of
@@ -37,7 +37,7 @@ class App:
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
         self._limits = bridge.settings.limits
-        self._budget = Budget(self._limits.bodies_bytes)
+        self._budget = bridge.budget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -7,6 +7,7 @@ from typing import Any
 
 from tnxctl.bridge.http import Buffer, HttpError
 from tnxctl.bridge.settings import HttpLimits
+from tnxctl.protocol.errors import Unavailable
 
 
 class ClientGone(Exception):
@@ -14,17 +15,17 @@ class ClientGone(Exception):
 
 
 class Budget:
-    """Memory of all bodies that are being read or answered. Args: most_bytes: of all together."""
+    """Memory of all requests that are being read or answered. Args: most_bytes: of all together."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
         self._held_bytes = 0
 
     def hold(self, nbytes: int) -> None:
-        """Count bytes of a body. Raises HttpError (503) if they are too many with all others."""
+        """Count bytes of a request. Raises Unavailable if they are too many with all others."""
         if self._held_bytes + nbytes > self._most_bytes:
             why = f"the bodies of the requests under way fill the {self._most_bytes} bytes that they may have together"
-            raise HttpError(503, why, ((b"retry-after", b"1"),))
+            raise Unavailable(why, retry_after_s=1.0)
         self._held_bytes += nbytes
 
     def release(self, nbytes: int) -> None:
@@ -62,7 +63,8 @@ class BodyReader:
         """The body, in one buffer.
 
         Raises:
-            HttpError: it is longer than it may be (413), or there is no memory for it now (503).
+            HttpError: it is longer than it may be (413).
+            Unavailable: there is no memory for it now.
             ClientGone: it ends too early; one that is too slow, `Connection` ends.
         """
         if self.complete:
@@ -104,7 +106,7 @@ class BodyReader:
         return message["body"], message["more_body"]
 
     def hold(self, nbytes: int) -> None:
-        """Count further bytes until `release`. Raises HttpError, as `Budget.hold` does."""
+        """Count further bytes until `release`. Raises Unavailable, as `Budget.hold` does."""
         self._budget.hold(nbytes)
         self._held_bytes += nbytes
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from tnxctl.aio import AsyncClient
 from tnxctl.bridge.access import Access
 from tnxctl.bridge.addresses import is_loopback
+from tnxctl.bridge.bodies import Budget
 from tnxctl.bridge.routes import Routes
 from tnxctl.bridge.settings import Settings
 from tnxctl.bridge.signatures import Signatures
@@ -25,7 +26,7 @@ class Bridge:
         settings: as given.
         client: asks the daemon. The bridge is one client for it, whoever asks the bridge.
         signatures: of models that were asked for lately.
-        access: what a request may ask for.
+        access: what a request may ask for. budget: of memory for requests.
         routes: those of all interfaces.
     """
 
@@ -33,6 +34,7 @@ class Bridge:
         self.settings = settings
         self.routes = routes
         self.access = access_of(settings)
+        self.budget = Budget(settings.limits.bodies_bytes)
         endpoints = settings.endpoints
         self.client = AsyncClient(
             endpoints[0] if len(endpoints) == 1 else list(endpoints),

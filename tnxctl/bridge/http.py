@@ -27,7 +27,7 @@ class Request:
         headers: by their names in lower case; of several with one name, the last.
         body: the whole of it, in one buffer that is the handler's own; b"" without one.
         client: who asks, for messages: an address, or the name of a token.
-        hold: counts further bytes as held until it is answered; raises HttpError if they are too many.
+        hold: counts further bytes as held until it is answered; raises Unavailable if they are too many.
     """
 
     __slots__ = ("body", "client", "headers", "hold", "method", "params", "path", "query")

@@ -35,5 +35,29 @@ def listen(address: tuple[str, int], count: int) -> list[socket.socket]:
     return sockets
 
 
+def reserve(address: tuple[str, int]) -> tuple[tuple[str, int], socket.socket | None]:
+    """Take an address for servers that bind it themselves: with a port, if that was 0, and a socket that keeps it.
+
+    The socket is bound and does not listen, so the kernel gives it no connections. Where ports cannot be shared there
+    is none.
+
+    Raises:
+        FailedPrecondition: it cannot be had, see `listen`.
+    """
+    (first,) = listen(address, 1)
+    with first:
+        address = first.getsockname()[:2]
+    if not hasattr(socket, "SO_REUSEPORT"):
+        return address, None
+    keeper = socket.socket(_family(address), socket.SOCK_STREAM)
+    try:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        keeper.bind(address)
+    except OSError as error:
+        keeper.close()
+        raise FailedPrecondition(f"cannot listen on {spell(address)}: {error.strerror or error}") from None
+    return address, keeper
+
+
 def _family(address: tuple[str, int]) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address[0] else socket.AF_INET

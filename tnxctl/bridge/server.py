@@ -10,6 +10,8 @@ import socket
 import ssl
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -22,6 +24,9 @@ from tnxctl.bridge.listening import BACKLOG
 from tnxctl.bridge.notifying import notify
 from tnxctl.bridge.settings import Settings
 from tnxctl.protocol.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from tnxctl.bridge.grpc.server import GrpcServer
 
 _log = logging.getLogger("tnxctl.bridge")
 
@@ -50,11 +55,17 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 class _Server(uvicorn.Server):
-    """Server of uvicorn that leaves signals to its worker, which does not end by one."""
+    """Server of uvicorn that leaves signals to its worker, which does not end by one.
 
-    def __init__(self, config: Config, on_ready: Callable[[], None]) -> None:
+    Args:
+        beside: server of gRPC that begins and ends with it, if any.
+    """
+
+    def __init__(self, config: Config, on_ready: Callable[[], None], beside: GrpcServer | None) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._beside = beside
+        self._hurrying: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -62,7 +73,15 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._beside is not None:
+            await self._beside.start()
         self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._beside is None:
+            await super().shutdown(sockets)
+        else:
+            await asyncio.gather(super().shutdown(sockets), self._beside.stop())
 
     def stop(self) -> None:
         """Take no connections any more, and end once those that are open have their responses."""
@@ -72,6 +91,8 @@ class _Server(uvicorn.Server):
             for task in self.server_state.tasks:
                 task.cancel()
         self.should_exit = True
+        if self.force_exit and self._beside is not None:
+            self._hurrying = asyncio.ensure_future(self._beside.stop(0.0))
 
 
 async def _serve(
@@ -97,15 +118,22 @@ async def _serve(
     config.load()
     if settings.certfile is not None and settings.keyfile is not None:
         config.ssl = tls.context(settings.certfile, settings.keyfile)
-    server = _Server(config, on_ready)
-    _react(server, bridge, config.ssl, ending)
+    beside = None if settings.grpc is None else _grpc_server(bridge)
+    server = _Server(config, on_ready, beside)
+    _react(server, partial(_reload, bridge, config.ssl, beside), ending)
     try:
         await server.serve([*sockets])
     finally:
         await bridge.close()
 
 
-def _react(server: _Server, bridge: Bridge, context: ssl.SSLContext | None, ending: int) -> None:
+def _grpc_server(bridge: Bridge) -> GrpcServer:
+    from tnxctl.bridge.grpc.server import GrpcServer  # late: not everybody has gRPC
+
+    return GrpcServer(bridge)
+
+
+def _react(server: _Server, reload: Callable[[], None], ending: int) -> None:
     """React to signals, and to the end of the process that has started this one."""
     if sys.platform == "win32":  # its loop takes no handlers
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK):
@@ -114,7 +142,7 @@ def _react(server: _Server, bridge: Bridge, context: ssl.SSLContext | None, endi
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
-    loop.add_signal_handler(signal.SIGHUP, _reload, bridge, context)
+    loop.add_signal_handler(signal.SIGHUP, reload)
     if ending >= 0:
 
         def stop_once() -> None:
@@ -124,13 +152,15 @@ def _react(server: _Server, bridge: Bridge, context: ssl.SSLContext | None, endi
         loop.add_reader(ending, stop_once)
 
 
-def _reload(bridge: Bridge, context: ssl.SSLContext | None) -> None:
+def _reload(bridge: Bridge, context: ssl.SSLContext | None, beside: GrpcServer | None) -> None:
     """Read again what may have changed: tokens, and the certificate."""
     settings = bridge.settings
     try:
         bridge.access.reload()
         if context is not None and settings.certfile is not None and settings.keyfile is not None:
             tls.load(context, settings.certfile, settings.keyfile)
+            if beside is not None:
+                beside.reload()
     except InvalidArgument as error:
         _log.error("all stays as it was: %s", error.message)
     else:

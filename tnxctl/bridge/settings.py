@@ -15,16 +15,18 @@ _Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 
 
 class HttpLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits of HTTP.
+    """Limits of HTTP, and of gRPC where it has the same.
 
     Attributes:
         connections: open at a time, of each worker; one more is closed at once.
         header_bytes: of the request line and all headers together.
         body_bytes: of one body, after it was unpacked if it came compressed.
-        json_bytes: of a JSON document: its values take many times as much memory, and the loop's time to read.
+        json_bytes: of a JSON document: its values take many times as much memory, and the loop's time to read. Over
+            gRPC, of a request without its raw contents.
         bodies_bytes: of all bodies that are being read or answered, of each worker.
         header_timeout_s: seconds for a request line and headers to come, whole.
         body_timeout_s: seconds for a body to come, and one more for each `body_rate` bytes of it.
+        message_timeout_s: seconds for a request over gRPC to come whole: how much of it has come is not told there.
         idle_timeout_s: seconds that a connection may stay open without a request.
         drain_timeout_s: seconds that running requests get when the bridge ends.
     """
@@ -37,6 +39,7 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     header_timeout_s: _Seconds = 10.0
     body_timeout_s: _Seconds = 10.0
     body_rate: _Count = 256 * 1024
+    message_timeout_s: _Seconds = 60.0
     idle_timeout_s: _Seconds = 75.0
     drain_timeout_s: _Seconds = 30.0
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from tnxctl.cli.options import DEFAULT_TIMEOUT_S, Duration, host
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from tnxctl.bridge.settings import Settings
 
 
-@click.command("bridge", short_help="Serve HTTP in front of a daemon.")
+@click.command("bridge", short_help="Serve HTTP and gRPC in front of a daemon.")
 @click.option("--listen", default="127.0.0.1:8000", show_default=True, metavar="ADDRESS", help="Where to serve HTTP.")
 @click.option("--grpc", metavar="ADDRESS", help="Where to serve gRPC.  [default: nowhere]")
 @host(several=True, envvar="TNX_HOST", show_envvar=True, default="127.0.0.1", show_default=True)
@@ -66,7 +68,7 @@ def command(
     triton_names: bool,
     limits: tuple[str, ...],
 ) -> None:
-    """Serve HTTP in front of a daemon, for whoever has curl, a browser or a client of the Open Inference Protocol.
+    """Serve HTTP and gRPC in front of a daemon: for curl, browsers and clients of the Open Inference Protocol.
 
     Whoever reaches the address may do what this command itself may: it is one client of the daemon. Addresses that
     other hosts reach need TLS, or --insecure; --tokens says who may do what. SIGHUP reads tokens and certificate
@@ -77,6 +79,7 @@ def command(
       tnxctl bridge
       tnxctl bridge --listen 0.0.0.0:8443 --certfile chain.pem --keyfile key.pem --tokens tokens.toml
       tnxctl bridge --host gpu-1,gpu-2 --workers 4
+      tnxctl bridge --grpc 127.0.0.1:8001
       curl http://127.0.0.1:8000/health
     """
     from tnxctl.bridge import addresses
@@ -133,21 +136,41 @@ def _serve(settings: Settings) -> int:
         ) from None
     from tnxctl.bridge.notifying import notify
 
+    if settings.grpc is not None:
+        _check_grpc()
     logs.install()
     bridge.access_of(settings)
     if settings.certfile is not None and settings.keyfile is not None:
         tls.context(settings.certfile, settings.keyfile)
-    sockets = listening.listen(settings.listen, settings.workers)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(each) for each in listening.listen(settings.listen, settings.workers)]
+        if settings.grpc is not None:
+            address, keeper = listening.reserve(settings.grpc)
+            stack.enter_context(keeper or contextlib.nullcontext())
+            settings = msgspec.structs.replace(settings, grpc=address)
 
-    def on_ready() -> None:
-        with contextlib.suppress(OSError):
-            click.echo(_ready_line(settings, sockets[0].getsockname()[:2]))
-        notify("READY=1")
+        def on_ready() -> None:
+            with contextlib.suppress(OSError):
+                click.echo(_ready_line(settings, sockets[0].getsockname()[:2]))
+            notify("READY=1")
 
-    if settings.workers > 1:
-        return workers.run(settings, sockets, on_ready)
-    server.run(settings, sockets, on_ready)
-    return 0
+        if settings.workers > 1:
+            return workers.run(settings, sockets, on_ready)
+        server.run(settings, sockets, on_ready)
+        return 0
+
+
+def _check_grpc() -> None:
+    """Check that what gRPC needs is there, without its import, which takes long. Raises FailedPrecondition."""
+    for module, package in (("grpc", "grpcio"), ("google.protobuf", "protobuf")):
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # not even google
+            found = None
+        if found is None:
+            raise FailedPrecondition(
+                f"--grpc needs {package}, which is not installed: pip install 'tensornext[http,grpc]'"
+            )
 
 
 def _ready_line(settings: Settings, address: tuple[str, int]) -> str:

@@ -1,0 +1,200 @@
+"""RPCs of one service: reads messages within limits, has a function answer, and sends what it answers, or its error.
+
+On the wire a unary RPC is a stream of one request. All RPCs are taken as streams here: a request is read once it is
+known that it may be asked, and within a time, and what is no message of its kind gets a status like all that is wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError
+
+from tnxctl.bridge.bridge import Bridge
+from tnxctl.bridge.grpc.statuses import abort
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, TensorNextError
+
+STREAM_WINDOW = 32
+"""Requests of one stream that are under way at a time; one more is read when the first of them is answered."""
+
+_LEAST_S = 1e-6  # once it is over, gRPC cancels the call by itself
+
+_log = logging.getLogger("tnxctl.bridge")
+
+
+class Call:
+    """One RPC under way.
+
+    Attributes:
+        bridge: of the worker. client: asks the daemon.
+    """
+
+    __slots__ = ("_context", "bridge", "client")
+
+    def __init__(self, bridge: Bridge, context: Any) -> None:
+        self.bridge = bridge
+        self.client = bridge.client
+        self._context = context
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds until its deadline, above 0 and no more than a deadline may be; None: it has none."""
+        seconds = self._context.time_remaining()
+        return None if seconds is None else min(max(seconds, _LEAST_S), wire.MAX_DEADLINE_US / 1e6)
+
+    def check_size(self, nbytes: int) -> None:
+        """Check the size of what protobuf reads. Raises ResourceExhausted."""
+        most = self.bridge.settings.limits.json_bytes
+        if nbytes > most:
+            raise ResourceExhausted(f"the message has {nbytes} bytes beside raw contents, and may have {most}")
+
+    @property
+    def authorization(self) -> str:
+        """Value of the metadata of that name; "" without it."""
+        for name, value in self._context.invocation_metadata():
+            if name == "authorization":
+                return str(value)
+        return ""
+
+    @property
+    def address(self) -> str:
+        """Where it comes from, as HOST:PORT."""
+        _, _, address = unquote(self._context.peer()).partition(":")
+        return address
+
+
+class Method(NamedTuple):
+    """The answer to one RPC.
+
+    Attributes:
+        answer: makes the response of a request. It raises an error of `tnxctl`, or DecodeError.
+        verb: what it asks of the daemon, whose role it needs (`tnxctl.protocol.roles`); None: nothing that anybody may
+            not know.
+        about: the field of a request with the model that an order is about; "": it is no order.
+        failure: for a stream, makes the response that tells the error of one of its requests.
+        takes_bytes: whether `answer` reads its request, and encodes its response, by itself.
+    """
+
+    answer: Callable[[Call, Any], Awaitable[Any]]
+    verb: type[wire.Request] | None
+    about: str = ""
+    failure: Callable[[TensorNextError], Any] | None = None
+    takes_bytes: bool = False
+
+
+class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
+    """Handler of the RPCs of one service.
+
+    Args:
+        methods: by name. One of the service that is missing gets UNIMPLEMENTED, as one that gRPC does not know does.
+    """
+
+    def __init__(self, bridge: Bridge, service: ServiceDescriptor, methods: Mapping[str, Method]) -> None:
+        self._handlers = {
+            f"/{service.full_name}/{name}": _handler(bridge, service.methods_by_name[name], method)
+            for name, method in methods.items()
+        }
+
+    def service(self, handler_call_details: Any) -> Any:
+        """The handler of an RPC, if it is one of these."""
+        return self._handlers.get(handler_call_details.method)
+
+
+def _handler(bridge: Bridge, descriptor: MethodDescriptor, method: Method) -> Any:
+    answerer = _Answerer(bridge, descriptor, method)
+    if descriptor.client_streaming:
+        return grpc.stream_stream_rpc_method_handler(answerer.stream)
+    return grpc.stream_unary_rpc_method_handler(answerer.unary)
+
+
+class _Answerer:
+    """Answers to the RPCs of one method."""
+
+    def __init__(self, bridge: Bridge, descriptor: MethodDescriptor, method: Method) -> None:
+        self._bridge = bridge
+        self._request: Any = message_factory.GetMessageClass(descriptor.input_type)
+        self._method = method
+
+    async def unary(self, requests: Any, context: Any) -> bytes:
+        """Answer the only request."""
+        call = Call(self._bridge, context)
+        try:
+            self._check(call)
+            return await self._answer(call, await self._only_message(context))
+        except TensorNextError as error:
+            await abort(context, error)
+
+    async def stream(self, requests: Any, context: Any) -> None:
+        """Answer many requests, beside each other and in their order; an error ends none but its own."""
+        call = Call(self._bridge, context)
+        try:
+            self._check(call)
+        except TensorNextError as error:
+            await abort(context, error)
+        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_WINDOW)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._read(context, call, answers, tasks))
+            while (task := await answers.get()) is not None:
+                await context.write(await task)
+
+    async def _read(
+        self, context: Any, call: Call, answers: asyncio.Queue[asyncio.Task[bytes] | None], tasks: asyncio.TaskGroup
+    ) -> None:
+        while (data := await context.read()) is not grpc.aio.EOF:
+            await answers.put(tasks.create_task(self._answer_or_failure(call, data)))
+        await answers.put(None)
+
+    async def _answer_or_failure(self, call: Call, data: bytes) -> bytes:
+        try:
+            return await self._answer(call, data)
+        except TensorNextError as error:
+            assert self._method.failure is not None
+            return self._method.failure(error).SerializeToString()  # type: ignore[no-any-return]
+
+    def _check(self, call: Call) -> None:
+        """Check that this may be asked, before any of it is read. Raises Unauthenticated, PermissionDenied."""
+        self._bridge.access.check(call.authorization, self._method.verb, call.address)
+
+    async def _only_message(self, context: Any) -> bytes:
+        """The message of a unary RPC. Raises DeadlineExceeded, and InvalidArgument if the client sent none."""
+        seconds = self._bridge.settings.limits.message_timeout_s
+        try:
+            async with asyncio.timeout(seconds):
+                data: Any = await context.read()
+        except TimeoutError:
+            raise DeadlineExceeded(f"the request did not come whole within {seconds:g} s") from None
+        if data is grpc.aio.EOF:
+            raise InvalidArgument("the request has no message")
+        return data  # type: ignore[no-any-return]
+
+    async def _answer(self, call: Call, data: bytes) -> bytes:
+        """The response to one request, encoded. Raises errors of `tnxctl` and no others."""
+        budget, nbytes = self._bridge.budget, len(data)
+        budget.hold(nbytes)
+        try:
+            if self._method.takes_bytes:
+                return await self._method.answer(call, data)  # type: ignore[no-any-return]
+            call.check_size(nbytes)
+            request = self._request.FromString(data)
+            if self._method.about:
+                about = getattr(request, self._method.about)
+                self._bridge.access.admit(call.authorization, self._method.verb, call.address, about)
+            response = await self._method.answer(call, request)
+            return response.SerializeToString()  # type: ignore[no-any-return]
+        except TensorNextError:
+            raise
+        except DecodeError as error:
+            raise InvalidArgument(f"this is no {self._request.DESCRIPTOR.full_name}: {error}") from None
+        except Exception:
+            _log.exception("a handler failed")
+            raise Internal("the bridge failed; its log says how") from None
+        finally:
+            budget.release(nbytes)

@@ -1,0 +1,156 @@
+"""Service `inference.GRPCInferenceService`: the Open Inference Protocol over gRPC, and Triton's additions to it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tnxctl.bridge.grpc.calls import Call, Method
+from tnxctl.bridge.grpc.messages import message_of, plain
+from tnxctl.bridge.grpc.model_infer import model_infer, model_stream_infer, stream_failure
+from tnxctl.bridge.oip import documents
+from tnxctl.bridge.oip.documents import model_title
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import (
+    DeadlineExceeded,
+    NotFound,
+    TensorNextError,
+    Unavailable,
+    Unimplemented,
+)
+from tnxctl.protocol.limits import excerpt
+
+_READY_TIMEOUT_S = 1.0
+"""Longest wait of a readiness check: probes ask every few seconds, and give up after one by default."""
+
+
+async def is_ready(call: Call) -> bool:
+    """Whether the daemon answers, and serves."""
+    try:
+        report = await call.client.health(timeout=min(call.remaining_s or math.inf, _READY_TIMEOUT_S))
+    except (Unavailable, DeadlineExceeded):
+        return False
+    return report.status == "ready"
+
+
+async def _server_live(call: Call, request: Any) -> Any:
+    return message_of("ServerLiveResponse", documents.live())
+
+
+async def _server_ready(call: Call, request: Any) -> Any:
+    return message_of("ServerReadyResponse", documents.ready(await is_ready(call)))
+
+
+async def _model_ready(call: Call, request: Any) -> Any:
+    """Whether a model serves; one that is not there does not, as Triton says."""
+    try:
+        models = await call.client.models(timeout=min(call.remaining_s or math.inf, _READY_TIMEOUT_S))
+        serves = documents.serves(models, request.name, request.version)
+    except (NotFound, Unavailable, DeadlineExceeded):
+        serves = False
+    return message_of("ModelReadyResponse", documents.ready(serves))
+
+
+async def _server_metadata(call: Call, request: Any) -> Any:
+    report = await call.client.health(timeout=call.remaining_s)
+    return message_of("ServerMetadataResponse", documents.server_metadata(report.version))
+
+
+async def _model_metadata(call: Call, request: Any) -> Any:
+    title, seconds = model_title(request.name, request.version), call.remaining_s
+    model, models = await asyncio.gather(
+        call.client.metadata(title, timeout=seconds), call.client.models(timeout=seconds)
+    )
+    return message_of("ModelMetadataResponse", documents.model_metadata(model, models))
+
+
+async def _model_config(call: Call, request: Any) -> Any:
+    model = await call.client.metadata(model_title(request.name, request.version), timeout=call.remaining_s)
+    return message_of("ModelConfigResponse", {"config": documents.model_config(model)})
+
+
+async def _model_statistics(call: Call, request: Any) -> Any:
+    report = await call.client.stats(timeout=call.remaining_s)
+    return message_of("ModelStatisticsResponse", documents.model_statistics(report, request.name, request.version))
+
+
+async def _repository_index(call: Call, request: Any) -> Any:
+    _refuse_repository_name(request)
+    models = await call.client.models(timeout=call.remaining_s)
+    return message_of("RepositoryIndexResponse", {"models": documents.repository_index(models, ready=request.ready)})
+
+
+async def _repository_model_load(call: Call, request: Any) -> Any:
+    _refuse_repository_name(request)
+    for name in request.parameters:
+        raise Unimplemented(
+            f"parameter {excerpt(name)}: models are loaded from the daemon's model repository, and with the settings "
+            f"that they have there"
+        )
+    await call.client.load(request.model_name, timeout=call.remaining_s)
+    return message_of("RepositoryModelLoadResponse", {})
+
+
+async def _repository_model_unload(call: Call, request: Any) -> Any:
+    _refuse_repository_name(request)
+    for name, value in plain(request.parameters).items():
+        if name != "unload_dependents" or value is not False:
+            raise Unimplemented(f"parameter {excerpt(name)}: {excerpt(value)} is not supported")
+    await call.client.unload(request.model_name, timeout=call.remaining_s)
+    return message_of("RepositoryModelUnloadResponse", {})
+
+
+def _refuse_repository_name(request: Any) -> None:
+    if request.repository_name:
+        raise Unimplemented("there is one repository, and it has no name")
+
+
+async def _system_regions(call: Call, request: Any) -> Any:
+    _refuse_region(request.name)
+    return message_of("SystemSharedMemoryStatusResponse", {})
+
+
+async def _cuda_regions(call: Call, request: Any) -> Any:
+    _refuse_region(request.name)
+    return message_of("CudaSharedMemoryStatusResponse", {})
+
+
+def _refuse_region(name: str) -> None:
+    if name:
+        raise NotFound(f"unable to find shared memory region {excerpt(name)}")
+
+
+def _unsupported(what: str, kind: type[TensorNextError] = Unimplemented) -> Method:
+    """A method that answers as Triton does where it was built without something."""
+
+    async def refuse(call: Call, request: Any) -> Any:
+        raise kind(f"the server does not support {what}")
+
+    return Method(refuse, None)
+
+
+METHODS: Mapping[str, Method] = {
+    "ServerLive": Method(_server_live, None),
+    "ServerReady": Method(_server_ready, None),
+    "ModelReady": Method(_model_ready, wire.Models),
+    "ServerMetadata": Method(_server_metadata, wire.Health),
+    "ModelMetadata": Method(_model_metadata, wire.Models),
+    "ModelInfer": Method(model_infer, wire.Predict, takes_bytes=True),
+    "ModelStreamInfer": Method(model_stream_infer, wire.Predict, failure=stream_failure, takes_bytes=True),
+    "ModelConfig": Method(_model_config, wire.Metadata),
+    "ModelStatistics": Method(_model_statistics, wire.Stats),
+    "RepositoryIndex": Method(_repository_index, wire.Models),
+    "RepositoryModelLoad": Method(_repository_model_load, wire.Load, about="model_name"),
+    "RepositoryModelUnload": Method(_repository_model_unload, wire.Unload, about="model_name"),
+    "SystemSharedMemoryStatus": Method(_system_regions, None),
+    "SystemSharedMemoryRegister": _unsupported("shared memory"),
+    "SystemSharedMemoryUnregister": _unsupported("shared memory"),
+    "CudaSharedMemoryStatus": Method(_cuda_regions, None),
+    "CudaSharedMemoryRegister": _unsupported("shared memory"),
+    "CudaSharedMemoryUnregister": _unsupported("shared memory"),
+    "TraceSetting": _unsupported("tracing", Unavailable),
+    "LogSettings": _unsupported("dynamic logging", Unavailable),
+}
+"""Methods of the service, by name."""

@@ -1,0 +1,112 @@
+"""ModelInfer and ModelStreamInfer: requests in, arguments of `predict` out, and the answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tnxctl.bridge.grpc import framing
+from tnxctl.bridge.grpc.calls import Call
+from tnxctl.bridge.grpc.messages import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse, plain
+from tnxctl.bridge.grpc.tensors import CONTENTS, inputs_of
+from tnxctl.bridge.oip import infer, tensors
+from tnxctl.bridge.oip.documents import model_title
+from tnxctl.protocol.datatypes import Array, datatype_of
+from tnxctl.protocol.errors import InvalidArgument, TensorNextError
+from tnxctl.results import Result
+
+_RAW_INPUTS = ModelInferRequest.DESCRIPTOR.fields_by_name["raw_input_contents"].number
+_RAW_OUTPUTS = ModelInferResponse.DESCRIPTOR.fields_by_name["raw_output_contents"].number
+_ANSWER = ModelStreamInferResponse.DESCRIPTOR.fields_by_name["infer_response"].number
+
+_FINAL_ASKED = "triton_enable_empty_final_response"
+_FINAL = "triton_final_response"
+"""Triton's parameters about the last response to a request of a stream: here there is one, which is the last."""
+
+
+async def model_infer(call: Call, data: bytes) -> bytes:
+    """Run a model once."""
+    request, raw = _parsed(call, data)
+    response, chunks = await _answer(call, request, raw)
+    return framing.joined(response.SerializeToString(), _RAW_OUTPUTS, chunks)
+
+
+async def model_stream_infer(call: Call, data: bytes) -> bytes:
+    """Run a model once for a request of a stream, whose error is an answer, too."""
+    request, raw = _parsed(call, data)
+    try:
+        response, chunks = await _answer(call, request, raw)
+    except TensorNextError as error:
+        failure = stream_failure(error)
+        failure.infer_response.id = request.id
+        return failure.SerializeToString()  # type: ignore[no-any-return]
+    response.parameters[_FINAL].bool_param = True
+    answer = framing.joined(response.SerializeToString(), _RAW_OUTPUTS, chunks)
+    return framing.joined(b"", _ANSWER, [memoryview(answer)])
+
+
+def stream_failure(error: TensorNextError) -> Any:
+    """The response that tells an error about a request of a stream."""
+    return ModelStreamInferResponse(error_message=error.message)
+
+
+def _parsed(call: Call, data: bytes) -> tuple[Any, list[memoryview]]:
+    """A request without its raw contents, and these."""
+    rest, raw = framing.split(data, _RAW_INPUTS)
+    call.check_size(len(rest))
+    return ModelInferRequest.FromString(rest), raw
+
+
+async def _answer(call: Call, request: Any, raw: list[memoryview]) -> tuple[Any, list[memoryview]]:
+    """The response to one request without its raw contents, and these."""
+    parameters = plain(request.parameters)
+    parameters.pop(_FINAL_ASKED, None)
+    for tensor in (*request.inputs, *request.outputs):
+        if tensor.parameters:
+            infer.refuse_shared_memory(plain(tensor.parameters), tensor.name)
+    answers_raw = parameters.get("binary_data_output", True)
+    if not isinstance(answers_raw, bool):
+        raise InvalidArgument(f"parameter 'binary_data_output' is {answers_raw!r}: expected true or false")
+    wanted = [
+        infer.Output(output.name, answers_raw, infer.classes_of(plain(output.parameters))) for output in request.outputs
+    ]
+    arguments = infer.predict_arguments(parameters)
+    seconds = call.remaining_s
+    if seconds is not None:
+        arguments["deadline"] = arguments["timeout"] = min(seconds, arguments.get("deadline", seconds))
+    inputs = inputs_of(request.inputs, raw, call.bridge.settings.message)
+    title = model_title(request.model_name, request.model_version)
+    result = await call.client.predict(inputs, model=title, **arguments)
+    response = ModelInferResponse(model_name=result.model, model_version=result.version, id=request.id)
+    return response, _add_outputs(response, await _outputs(call, result, wanted), answers_raw)
+
+
+async def _outputs(call: Call, result: Result, wanted: list[infer.Output]) -> list[tuple[str, Array]]:
+    """The outputs that are wanted; () are all."""
+    batches = False
+    if any(output.classes for output in wanted):
+        batches = (await call.bridge.signatures.get(model_title(result.model, result.version))).max_batch_size > 0
+    return [
+        (output.name, tensors.classified(output.name, array, output.classes, batches) if output.classes else array)
+        for output, array in infer.selected(result, wanted, True)
+    ]
+
+
+def _add_outputs(response: Any, outputs: list[tuple[str, Array]], raw: bool) -> list[memoryview]:
+    """Add outputs to a response. Returns their raw contents.
+
+    Args:
+        raw: False: they become contents, if these can hold all of them: a response has one or the other.
+
+    Raises:
+        InvalidArgument: an element of a BYTES tensor is too long.
+    """
+    typed = not raw and all(datatype_of(array.dtype) in CONTENTS for _, array in outputs)
+    chunks = []
+    for name, array in outputs:
+        datatype, shape, chunk = tensors.encoded(name, array)
+        tensor = response.outputs.add(name=name, datatype=datatype, shape=shape)
+        if typed:
+            getattr(tensor.contents, CONTENTS[datatype]).extend(array.ravel().tolist())
+        else:
+            chunks.append(chunk)
+    return chunks
