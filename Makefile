@@ -38,8 +38,8 @@ help:
 
 # What each group of targets needs, by the names of the extras in setup.cfg.
 EXTRAS_demo := daemon
-EXTRAS_test := daemon,bench,test
-EXTRAS_check := daemon,bench,test,check
+EXTRAS_test := daemon,http,bench,test
+EXTRAS_check := daemon,http,bench,test,check
 
 $(VENV)/created:
 	@[ -n '$(PYTHON)' ] || { echo 'TensorNext needs Python 3.11 or newer, and there is none on the PATH.' >&2; exit 1; }

@@ -83,8 +83,16 @@ ROOMS = {
     "tnxctl.files": rule("tnxctl.protocol", never=("torch", *NETWORK)),
     "tnxctl.keys": rule("tnxctl.protocol", "tnxctl.files", never=("torch", *(NETWORK - {"zmq"}))),
     "tnxctl": rule("tnxctl.protocol", "tnxctl.keys", never=("click", "torch")),
+    "tnxctl.bridge": rule(
+        "tnxctl.protocol", "tnxctl.files", "tnxctl.keys", "tnxctl", never=("click", "torch", *SANS_IO, *MOVERS)
+    ),
     "tnxctl.cli": rule(
-        "tnxctl.protocol", "tnxctl.keys", "tnxctl", "tnxctl.cli.bench", never=("torch", *SANS_IO, *MOVERS)
+        "tnxctl.protocol",
+        "tnxctl.keys",
+        "tnxctl",
+        "tnxctl.bridge",
+        "tnxctl.cli.bench",
+        never=("torch", *SANS_IO, *MOVERS),
     ),
     "tnxctl.cli.bench": rule(
         "tnxctl.protocol", "tnxctl", "tnxctl.cli", "tnxctl.cli.bench.loops", never=("torch", *SANS_IO, *MOVERS)
@@ -157,6 +165,7 @@ PLANTED = [
     ("tnxctl", "tnxctl.client", "from tnxctl.cli import output"),
     ("tnxctl", "tnxctl.driver", "from tnxd import config"),
     ("tnxctl", "tnxctl.results", "import torch"),
+    ("tnxctl.bridge", "tnxctl.bridge.bridge", "from tnxctl.session import Session"),
     ("tnxctl.cli", "tnxctl.cli.predict", "from tnxctl.session import Session"),
     ("tnxctl.cli", "tnxctl.cli.models", "import tnxd.models.repository"),
     ("tnxctl.cli.bench", "tnxctl.cli.bench.runs", "from tnxctl import driver"),

@@ -81,7 +81,7 @@ def test_the_client_needs_no_torch() -> None:
 
 def test_every_package_that_is_installed_is_pinned() -> None:
     versions = pins()
-    for name, requirements in needed("tensornext", {"daemon", "bench", "test", "check"}).items():
+    for name, requirements in needed("tensornext", {"daemon", "http", "bench", "test", "check"}).items():
         assert name in versions, f"{name} is missing in constraints.txt"
         for requirement in requirements:
             assert requirement.specifier.contains(versions[name]), f"{requirement}, but {versions[name]} is pinned"

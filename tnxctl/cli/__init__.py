@@ -1,6 +1,6 @@
 """`tnxctl`: asks a TensorNext daemon, from a shell.
 
-health.py, models.py, metadata.py, predict.py, bench/, reload.py, whoami.py, clients.py, keys.py,
+health.py, models.py, metadata.py, predict.py, bench/, reload.py, whoami.py, clients.py, keys.py, bridge.py,
 completion.py   one sub-command each, imported when it is called
 options.py      options that they share         exits.py        exit codes
 sources.py      what --input may be             inputs.py       random inputs
@@ -30,7 +30,19 @@ from tnxctl.cli.groups import Group
 from tnxctl.cli.interrupts import heed_sigterm
 from tnxctl.protocol.errors import TensorNextError
 
-_COMMANDS = ("health", "models", "metadata", "predict", "bench", "reload", "whoami", "clients", "keys", "completion")
+_COMMANDS = (
+    "health",
+    "models",
+    "metadata",
+    "predict",
+    "bench",
+    "reload",
+    "whoami",
+    "clients",
+    "keys",
+    "bridge",
+    "completion",
+)
 
 
 class _Tool(Group):

@@ -1,0 +1,11 @@
+"""Bridge: HTTP, and gRPC, in front of a daemon. A process of its own, on `AsyncClient`, without torch.
+
+settings.py     what an operator chooses            addresses.py    addresses to listen on
+http.py         requests, responses, errors         routes.py       which handler a path is for
+app.py          an ASGI application                 statuses.py     errors as HTTP tells them
+connections.py  connections within limits           server.py       a worker: the loop, the servers, its end
+bridge.py       what the handlers share             interfaces.py   the interfaces, put together
+first_wire.py   GET /health, POST /predict
+
+It needs `pip install 'tensornext[http]'`; everything here is imported by `tnxctl bridge` alone.
+"""

@@ -1,0 +1,47 @@
+"""Errors of `tnxctl` as HTTP tells them. Of the codes of gRPC, each has a status of its own here."""
+
+from __future__ import annotations
+
+import math
+
+from tnxctl.bridge.http import Headers, HttpError, Response, error_response
+from tnxctl.protocol.errors import TensorNextError
+
+STATUSES = {
+    "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "ALREADY_EXISTS": 409,
+    "FAILED_PRECONDITION": 409,
+    "RESOURCE_EXHAUSTED": 429,
+    "CANCELLED": 499,
+    "INTERNAL": 500,
+    "UNKNOWN": 500,
+    "UNIMPLEMENTED": 501,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+"""Name of a gRPC code -> HTTP status; those of https://cloud.google.com/apis/design/errors, but for 409."""
+
+_COMES_BACK = (429, 503)
+
+
+def headers_of(error: TensorNextError, status: int) -> Headers:
+    """When to come back, in whole seconds: at least one, since that is the least that the header can say."""
+    if status not in _COMES_BACK:
+        return ()
+    seconds = max(1, math.ceil(error.retry_after_s or 0.0))
+    return ((b"retry-after", b"%d" % seconds),)
+
+
+def http_error(error: TensorNextError) -> HttpError:
+    """The same error for HTTP."""
+    status = STATUSES.get(error.code, 500)
+    return HttpError(status, error.message, headers_of(error, status))
+
+
+def response_of(error: TensorNextError) -> Response:
+    """The response that tells an error of `tnxctl`."""
+    status = STATUSES.get(error.code, 500)
+    return error_response(status, error.message, headers_of(error, status))
