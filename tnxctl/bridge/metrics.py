@@ -215,7 +215,10 @@ METRICS = (
     ),
     # Models.
     _of_version(
-        "tnx_requests_total", "counter", "Predict requests taken in for a model.", lambda version: version.requests
+        "tnx_requests_total",
+        "counter",
+        "Predict requests for a model, those included that were refused.",
+        lambda version: version.requests,
     ),
     _of_version("tnx_replies_total", "counter", "Results of a model that were sent.", lambda version: version.replies),
     Metric(
@@ -225,11 +228,17 @@ METRICS = (
         (*_VERSION, "code"),
         _version_error_samples,
     ),
+    _of_version(
+        "tnx_abandoned_requests_total",
+        "counter",
+        "Requests for a model that were never answered: their client was gone, or another step of a pipeline failed.",
+        lambda version: version.abandoned,
+    ),
     _of_version("tnx_rows_total", "counter", "Rows that a model computed.", lambda version: version.rows),
     _of_version(
         "tnx_batches_total",
         "counter",
-        "Batches that a model computed, each in one forward.",
+        "Batches of a model that gave results.",
         lambda version: version.batches,
     ),
     _of_version("tnx_batch_rows", "histogram", "Rows in a batch.", lambda version: version.batch_rows, ROWS),
@@ -255,13 +264,13 @@ METRICS = (
     _of_version(
         "tnx_deadlines_met_total",
         "counter",
-        "Requests with a deadline whose result went out before it.",
+        "Results that went out before their deadline.",
         lambda version: version.deadlines_met,
     ),
     _of_version(
         "tnx_deadlines_missed_total",
         "counter",
-        "Requests with a deadline that got no result before it.",
+        "Results that went out after their deadline, and errors DEADLINE_EXCEEDED.",
         lambda version: version.deadlines_missed,
     ),
     _of_version(
@@ -282,11 +291,16 @@ METRICS = (
         "Times that a model was unloaded to make room for another.",
         lambda version: version.evictions,
     ),
-    _of_version("tnx_queue_rows", "gauge", "Rows that wait for a model.", lambda version: version.queued_rows),
+    _of_version(
+        "tnx_queue_rows",
+        "gauge",
+        "Rows that wait for a model, or tokens where requests of different lengths share batches.",
+        lambda version: version.queued_rows,
+    ),
     _of_version(
         "tnx_predicted_wait_seconds",
         "gauge",
-        "Time until one more row would be done, if it came now.",
+        "Time until one more row would be done, if it came now; 0 if nothing was asked lately.",
         lambda version: version.predicted_wait_us / 1e6,
     ),
     # Devices.
@@ -305,7 +319,7 @@ METRICS = (
     _of_device(
         "tnx_device_busy_seconds_total",
         "counter",
-        "Time that the lanes of a device ran batches, summed over its lanes.",
+        "Time that the lanes of a device ran batches, summed over its lanes. A batch on several cores counts for each.",
         lambda device: device.busy_us / 1e6,
     ),
     _of_device(
@@ -355,7 +369,7 @@ METRICS = (
         lambda report: report.undeliverable,
     ),
     _of_daemon(
-        "tnx_abandoned_requests_total",
+        "tnx_daemon_abandoned_requests_total",
         "counter",
         "Requests taken out of the queue because their client was gone.",
         lambda report: report.abandoned,
@@ -396,13 +410,13 @@ METRICS = (
     _of_daemon(
         "tnx_loop_turn_seconds",
         "histogram",
-        "Length of the busy turns of the serving loop.",
+        "Length of the turns of the serving loop, without what it waited for work.",
         lambda report: report.loop_turns,
     ),
     _of_daemon(
         "tnx_log_lines_dropped_total",
         "counter",
-        "Lines that found no room in the queue of the log.",
+        "Texts that found no room in the queues of the log and of what is printed.",
         lambda report: report.log_lines_dropped,
     ),
 )
@@ -447,7 +461,7 @@ TRITON_METRICS = (
         _failure_samples,
     ),
     _of_version("nv_inference_count", "counter", "Rows computed.", lambda version: version.rows),
-    _of_version("nv_inference_exec_count", "counter", "Batches computed.", lambda version: version.batches),
+    _of_version("nv_inference_exec_count", "counter", "Batches that gave results.", lambda version: version.batches),
     _of_version(
         "nv_inference_request_duration_us",
         "counter",

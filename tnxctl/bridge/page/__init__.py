@@ -1,7 +1,8 @@
 """Pages for people: GET / shows a daemon live, GET /docs describes the HTTP interface.
 
 index.html, page.js and page.css are sent as they are, and have all that they need: nothing comes from elsewhere. What
-the daemon says reaches the page as JSON and is shown as text; the headers here forbid whatever else a browser might run.
+the daemon says reaches the page as JSON and is shown as text; the headers here forbid a browser whatever else it might
+run.
 """
 
 from __future__ import annotations

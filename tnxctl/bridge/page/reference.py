@@ -23,7 +23,7 @@ def _page(document: dict[str, Any]) -> Iterator[str]:
     info = document["info"]
     yield f"<body><header><h1>HTTP interface</h1><p class=quiet>{escape(info['title'])} {escape(info['version'])}</p>"
     yield '<p class=quiet><a href="./">Overview</a> · <a href="openapi.json">OpenAPI</a></p></header><main>'
-    yield "<p>Whatever goes wrong has a status of HTTP, and a sentence: <code>{&quot;error&quot;: &quot;…&quot;}</code>.</p>"
+    yield "<p>An error has a fitting status, and a sentence: <code>{&quot;error&quot;: &quot;…&quot;}</code>.</p>"
     yield "<section aria-labelledby=paths><h2 id=paths>Paths</h2><div class=operations>"
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
