@@ -148,6 +148,16 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def bridge(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One `bridges.Bridge` of that daemon, with default settings, shared likewise."""
+    pytest.importorskip("uvicorn", reason="the bridge needs tensornext[http]")
+    from bridges import running_bridge
+
+    with running_bridge(tmp_path_factory.mktemp("bridge"), daemon.endpoint) as running:
+        yield running
+
+
 @pytest.fixture
 def run_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
     """Start daemons of a test's own, as `start_daemon` does; they are killed at its end if they still run."""

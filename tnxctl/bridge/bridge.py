@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tnxctl.aio import AsyncClient
+from tnxctl.bridge.access import Access
+from tnxctl.bridge.addresses import is_loopback
 from tnxctl.bridge.routes import Routes
 from tnxctl.bridge.settings import Settings
+from tnxctl.bridge.signatures import Signatures
+from tnxctl.protocol.roles import Role
 
 
 class Bridge:
@@ -12,22 +18,36 @@ class Bridge:
 
     Made within the event loop that it is used in.
 
+    Raises:
+        InvalidArgument: a file with tokens or keys has a mistake.
+
     Attributes:
         settings: as given.
         client: asks the daemon. The bridge is one client for it, whoever asks the bridge.
+        signatures: of models that were asked for lately.
+        access: what a request may ask for.
         routes: those of all interfaces.
     """
 
     def __init__(self, settings: Settings, routes: Routes) -> None:
         self.settings = settings
         self.routes = routes
+        self.access = access_of(settings)
         endpoints = settings.endpoints
         self.client = AsyncClient(
             endpoints[0] if len(endpoints) == 1 else list(endpoints),
             timeout=settings.timeout,
             limits=settings.message,
         )
+        self.signatures = Signatures(self.client)
 
     async def close(self) -> None:
         """Close the connection to the daemon."""
         await self.client.close()
+
+
+def access_of(settings: Settings) -> Access:
+    """The access that settings give. Without tokens, nobody from another host changes what is served."""
+    addresses = [settings.listen, *([settings.grpc] if settings.grpc else [])]
+    default = Role.ADMIN if all(is_loopback(host) for host, _ in addresses) else Role.PREDICT
+    return Access(None if settings.tokens is None else Path(settings.tokens), default)

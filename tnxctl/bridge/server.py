@@ -3,27 +3,82 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import signal
 import socket
-from collections.abc import Sequence
+import ssl
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
 
+from tnxctl.bridge import tls
 from tnxctl.bridge.app import App
 from tnxctl.bridge.bridge import Bridge
+from tnxctl.bridge.connections import Config, Connection
 from tnxctl.bridge.interfaces import routes_of
+from tnxctl.bridge.listening import BACKLOG
+from tnxctl.bridge.notifying import notify
 from tnxctl.bridge.settings import Settings
+from tnxctl.protocol.errors import InvalidArgument
+
+_log = logging.getLogger("tnxctl.bridge")
 
 
-def run(settings: Settings, sockets: Sequence[socket.socket]) -> None:
-    """Serve on listening sockets until SIGTERM or SIGINT."""
-    asyncio.run(_serve(settings, sockets))
+def run(settings: Settings, sockets: Sequence[socket.socket], on_ready: Callable[[], None], ending: int = -1) -> None:
+    """Serve on listening sockets until SIGTERM or SIGINT; a second one waits for no request any more.
+
+    Args:
+        on_ready: called once it serves.
+        ending: descriptor at whose end of file it stops, too; negative: none.
+
+    Raises:
+        InvalidArgument: a file with tokens, keys, or a certificate has a mistake.
+    """
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(settings, sockets, on_ready, ending))
 
 
-async def _serve(settings: Settings, sockets: Sequence[socket.socket]) -> None:
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """The loop of uvloop, if that is installed: it moves large bodies faster."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+class _Server(uvicorn.Server):
+    """Server of uvicorn that leaves signals to its worker, which does not end by one."""
+
+    def __init__(self, config: Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    def stop(self) -> None:
+        """Take no connections any more, and end once those that are open have their responses."""
+        notify("STOPPING=1")
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+async def _serve(
+    settings: Settings, sockets: Sequence[socket.socket], on_ready: Callable[[], None], ending: int
+) -> None:
     bridge = Bridge(settings, routes_of(settings))
-    config = uvicorn.Config(
+    limits = settings.limits
+    config = Config(
         App(bridge),
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -31,10 +86,49 @@ async def _serve(settings: Settings, sockets: Sequence[socket.socket]) -> None:
         log_config=None,
         proxy_headers=False,
         server_header=False,
-        ssl_certfile=settings.certfile,
-        ssl_keyfile=settings.keyfile,
+        backlog=BACKLOG,
+        timeout_keep_alive=limits.idle_timeout_s,  # type: ignore[arg-type]  # it need not be whole
+        timeout_graceful_shutdown=limits.drain_timeout_s,  # type: ignore[arg-type]
     )
+    config.http_limits = limits
+    config.load()
+    if settings.certfile is not None and settings.keyfile is not None:
+        config.ssl = tls.context(settings.certfile, settings.keyfile)
+    server = _Server(config, on_ready)
+    _react(server, bridge, config.ssl, ending)
     try:
-        await uvicorn.Server(config).serve([*sockets])
+        await server.serve([*sockets])
     finally:
         await bridge.close()
+
+
+def _react(server: _Server, bridge: Bridge, context: ssl.SSLContext | None, ending: int) -> None:
+    """React to signals, and to the end of the process that has started this one."""
+    if sys.platform == "win32":  # its loop takes no handlers
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK):
+            signal.signal(number, lambda *_: server.stop())
+        return
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.stop)
+    loop.add_signal_handler(signal.SIGHUP, _reload, bridge, context)
+    if ending >= 0:
+
+        def stop_once() -> None:
+            loop.remove_reader(ending)
+            server.stop()
+
+        loop.add_reader(ending, stop_once)
+
+
+def _reload(bridge: Bridge, context: ssl.SSLContext | None) -> None:
+    """Read again what may have changed: tokens, and the certificate."""
+    settings = bridge.settings
+    try:
+        bridge.access.reload()
+        if context is not None and settings.certfile is not None and settings.keyfile is not None:
+            tls.load(context, settings.certfile, settings.keyfile)
+    except InvalidArgument as error:
+        _log.error("all stays as it was: %s", error.message)
+    else:
+        _log.info("read tokens and certificate again")

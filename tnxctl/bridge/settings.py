@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Annotated
+
 import msgspec
 
-from tnxctl.protocol.limits import MIB, Limits
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.limits import MIB, Limits, excerpt
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 
 
-class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
+class HttpLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Limits of HTTP.
 
     Attributes:
         connections: open at a time, of each worker; one more is closed at once.
         header_bytes: of the request line and all headers together.
         body_bytes: of one body, after it was unpacked if it came compressed.
+        json_bytes: of a JSON document: its values take many times as much memory, and the loop's time to read.
         bodies_bytes: of all bodies that are being read or answered, of each worker.
         header_timeout_s: seconds for a request line and headers to come, whole.
         body_timeout_s: seconds for a body to come, and one more for each `body_rate` bytes of it.
@@ -21,15 +29,16 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
         drain_timeout_s: seconds that running requests get when the bridge ends.
     """
 
-    connections: int = 1024
-    header_bytes: int = 32 * 1024
-    body_bytes: int = 256 * MIB
-    bodies_bytes: int = 1024 * MIB
-    header_timeout_s: float = 10.0
-    body_timeout_s: float = 10.0
-    body_rate: int = 256 * 1024
-    idle_timeout_s: float = 75.0
-    drain_timeout_s: float = 30.0
+    connections: _Count = 1024
+    header_bytes: _Count = 32 * 1024
+    body_bytes: _Count = 256 * MIB
+    json_bytes: _Count = 16 * MIB
+    bodies_bytes: _Count = 1024 * MIB
+    header_timeout_s: _Seconds = 10.0
+    body_timeout_s: _Seconds = 10.0
+    body_rate: _Count = 256 * 1024
+    idle_timeout_s: _Seconds = 75.0
+    drain_timeout_s: _Seconds = 30.0
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,3 +68,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     triton_names: bool = False
     limits: HttpLimits = HttpLimits()
     message: Limits = Limits()
+
+
+def limits_of(texts: Iterable[str]) -> HttpLimits:
+    """Limits of which some are given as "NAME=NUMBER". Raises InvalidArgument: there is none of that name, or such."""
+    given: dict[str, str] = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        if name not in HttpLimits.__struct_fields__:
+            raise InvalidArgument(f"limit {excerpt(name)}: there are {', '.join(HttpLimits.__struct_fields__)}")
+        given[name] = number
+    try:
+        return msgspec.convert(given, HttpLimits, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidArgument(f"limit: {error}") from None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import socket
+import contextlib
+import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from tnxctl.cli.options import DEFAULT_TIMEOUT_S, Duration, host
-from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
+
+if TYPE_CHECKING:
+    from tnxctl.bridge.settings import Settings
 
 
-@click.command("bridge", short_help="Serve HTTP and gRPC in front of a daemon.")
+@click.command("bridge", short_help="Serve HTTP in front of a daemon.")
 @click.option("--listen", default="127.0.0.1:8000", show_default=True, metavar="ADDRESS", help="Where to serve HTTP.")
 @click.option("--grpc", metavar="ADDRESS", help="Where to serve gRPC.  [default: nowhere]")
 @host(several=True, envvar="TNX_HOST", show_envvar=True, default="127.0.0.1", show_default=True)
@@ -27,14 +32,28 @@ from tnxctl.protocol.errors import InvalidArgument
     type=click.IntRange(1, 256),
     default=1,
     show_default=True,
-    help="Processes that share the addresses.",
+    help="Processes that share the address.",
 )
-@click.option("--certfile", type=click.Path(dir_okay=False), metavar="FILE", help="Certificate chain for TLS, PEM.")
-@click.option("--keyfile", type=click.Path(dir_okay=False), metavar="FILE", help="Its private key, PEM.")
-@click.option("--insecure", is_flag=True, help="Listen on other addresses than loopback without TLS.")
-@click.option("--tokens", type=click.Path(dir_okay=False), metavar="FILE", help="Bearer tokens, and what each may do.")
-@click.option("--triton-names", is_flag=True, help="Have /metrics tell the names of Triton's metrics as well.")
+@click.option("--certfile", type=click.Path(), metavar="FILE", help="TLS: the certificate, and those above it, in PEM.")
+@click.option("--keyfile", type=click.Path(), metavar="FILE", help="TLS: its private key, in PEM.")
+@click.option("--insecure", is_flag=True, help="Serve addresses that others reach without TLS.")
+@click.option(
+    "--tokens",
+    type=click.Path(),
+    metavar="FILE",
+    help="Ask for bearer tokens: the file of tnxctl keys token.",
+)
+@click.option("--triton-names", is_flag=True, help="Have /metrics tell Triton's names as well.")
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    metavar="NAME=NUMBER",
+    help="Another limit of HTTP, such as body_bytes=1048576: docs/http.md has all. May be given several times.",
+)
+@click.pass_context
 def command(
+    ctx: click.Context,
     listen: str,
     grpc: str | None,
     endpoints: list[str],
@@ -45,24 +64,23 @@ def command(
     insecure: bool,
     tokens: str | None,
     triton_names: bool,
+    limits: tuple[str, ...],
 ) -> None:
-    """Serve HTTP in front of a daemon, for whoever has curl or a client of the Open Inference Protocol.
+    """Serve HTTP in front of a daemon, for whoever has curl, a browser or a client of the Open Inference Protocol.
+
+    Whoever reaches the address may do what this command itself may: it is one client of the daemon. Addresses that
+    other hosts reach need TLS, or --insecure; --tokens says who may do what. SIGHUP reads tokens and certificate
+    again. SIGTERM ends it once the requests under way are answered.
 
     \b
     Examples:
       tnxctl bridge
-      tnxctl bridge --listen 127.0.0.1:8000 --grpc 127.0.0.1:8001 --host gpu-1,gpu-2
+      tnxctl bridge --listen 0.0.0.0:8443 --certfile chain.pem --keyfile key.pem --tokens tokens.toml
+      tnxctl bridge --host gpu-1,gpu-2 --workers 4
       curl http://127.0.0.1:8000/health
     """
     from tnxctl.bridge import addresses
-    from tnxctl.bridge.settings import Settings
-
-    try:
-        from tnxctl.bridge import server
-    except ModuleNotFoundError as error:
-        raise InvalidArgument(
-            f"the bridge needs {error.name}, which is not installed: pip install 'tensornext[http]'"
-        ) from None
+    from tnxctl.bridge.settings import Settings, limits_of
 
     settings = Settings(
         endpoints=tuple(endpoints),
@@ -75,5 +93,68 @@ def command(
         insecure=insecure,
         tokens=tokens,
         triton_names=triton_names,
+        limits=limits_of(limits),
     )
-    server.run(settings, [socket.create_server(settings.listen)])
+    _check(settings)
+    ctx.exit(_serve(settings))
+
+
+def _check(settings: Settings) -> None:
+    """Check what can be before anything listens. Raises InvalidArgument."""
+    from tnxctl.bridge import addresses
+
+    if settings.workers > 1 and sys.platform == "win32":
+        raise InvalidArgument("--workers above 1 needs Linux or macOS")
+    if (settings.certfile is None) != (settings.keyfile is None):
+        raise InvalidArgument("--certfile and --keyfile go together: one of them is missing")
+    for address in (settings.listen, settings.grpc):
+        if address is None or settings.certfile is not None or settings.insecure or addresses.is_loopback(address[0]):
+            continue
+        raise InvalidArgument(
+            f"{addresses.spell(address)} can be reached by others, who could read and change what is sent: "
+            "give --certfile and --keyfile for TLS, or --insecure if the network keeps them out"
+        )
+
+
+def _serve(settings: Settings) -> int:
+    """Serve until a signal comes. Returns the exit code.
+
+    Raises:
+        InvalidArgument: a file with tokens, keys or a certificate has a mistake.
+        FailedPrecondition: a package is missing, or the address cannot be had.
+    """
+    try:
+        from tnxctl.bridge import bridge, listening, logs, server, tls, workers
+    except ModuleNotFoundError as error:
+        if error.name not in ("httptools", "uvicorn"):
+            raise
+        raise FailedPrecondition(
+            f"the bridge needs {error.name}, which is not installed: pip install 'tensornext[http]'"
+        ) from None
+    from tnxctl.bridge.notifying import notify
+
+    logs.install()
+    bridge.access_of(settings)
+    if settings.certfile is not None and settings.keyfile is not None:
+        tls.context(settings.certfile, settings.keyfile)
+    sockets = listening.listen(settings.listen, settings.workers)
+
+    def on_ready() -> None:
+        with contextlib.suppress(OSError):
+            click.echo(_ready_line(settings, sockets[0].getsockname()[:2]))
+        notify("READY=1")
+
+    if settings.workers > 1:
+        return workers.run(settings, sockets, on_ready)
+    server.run(settings, sockets, on_ready)
+    return 0
+
+
+def _ready_line(settings: Settings, address: tuple[str, int]) -> str:
+    from tnxctl.bridge import addresses
+
+    scheme = "http" if settings.certfile is None else "https"
+    served = [f"{scheme}://{addresses.spell(address)}"]
+    if settings.grpc is not None:
+        served.append(f"gRPC on {addresses.spell(settings.grpc)}")
+    return f"tnxctl bridge ready on {', '.join(served)}; daemon: {', '.join(settings.endpoints)}"
