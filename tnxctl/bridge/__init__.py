@@ -7,7 +7,7 @@ connections.py  connections within limits           server.py       a worker: th
 bridge.py       what the handlers share             interfaces.py   the interfaces, put together
 first_wire.py   GET /health, POST /predict
 reports.py      GET /metrics, /stats, /models   metrics.py      Prometheus text
-asking.py       POST /ask/{model}               openapi.py      the description of all routes
+server_timing.py  where a request's time went   openapi.py      the description of all routes
 page            GET /, /docs: pages for people
 
 It needs `pip install 'tensornext[http]'`; everything here is imported by `tnxctl bridge` alone.

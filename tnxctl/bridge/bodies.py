@@ -71,7 +71,7 @@ class BodyReader:
         length = int(self._headers.get(b"content-length", 0))  # the parser takes digits alone
         if length > self._limits.body_bytes:
             raise self._too_long(length)
-        self._hold(length)
+        self.hold(length)
         loop = asyncio.get_running_loop()
         began, allowed_s = loop.time(), self._limits.body_timeout_s
         try:
@@ -88,7 +88,7 @@ class BodyReader:
                     if not length:  # it comes in chunks, of which nobody knows how many
                         if end > self._limits.body_bytes:
                             raise self._too_long(end)
-                        self._hold(len(part))
+                        self.hold(len(part))
                     buffer[filled:end] = part
                     filled = end
                     if not more:
@@ -97,6 +97,11 @@ class BodyReader:
                     part, more = await self._next()
         except TimeoutError:
             raise HttpError(408, "the body did not come in time", ((b"connection", b"close"),)) from None
+
+    def hold(self, nbytes: int) -> None:
+        """Count further bytes as held. Raises HttpError (503) if they are too many with all others."""
+        self._budget.hold(nbytes)
+        self._held_bytes += nbytes
 
     def release(self) -> None:
         """Hold the memory no more."""
@@ -110,10 +115,6 @@ class BodyReader:
             raise ClientGone
         self.complete = not message["more_body"]
         return message["body"], message["more_body"]
-
-    def _hold(self, nbytes: int) -> None:
-        self._budget.hold(nbytes)
-        self._held_bytes += nbytes
 
     def _too_long(self, length: int) -> HttpError:
         return HttpError(413, f"the body has {length} bytes or more, and may have {self._limits.body_bytes}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import numpy as np
 
+from tnxctl.bridge import server_timing
 from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.http import Buffer, HttpError, Request, Response, json_response
 from tnxctl.bridge.routes import Routes
@@ -70,7 +71,8 @@ async def predict(bridge: Bridge, request: Request) -> Response:
             "device": result.device,
             "latency_ms": result.latency_ms,
             "gpu_memory_mb": result.gpu_memory_mb,
-        }
+        },
+        headers=(server_timing.header(result),),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tnxctl.bridge import asking, first_wire, page, reports
+from tnxctl.bridge import first_wire, page, reports
+from tnxctl.bridge.oip import handlers as oip
 from tnxctl.bridge.routes import Routes
 from tnxctl.bridge.settings import Settings
 
@@ -11,7 +12,7 @@ def routes_of(settings: Settings) -> Routes:
     """The routes of all interfaces."""
     routes = Routes()
     first_wire.add_to(routes)
+    oip.add_to(routes)
     reports.add_to(routes)
-    asking.add_to(routes)
     page.add_to(routes)
     return routes

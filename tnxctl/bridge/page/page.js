@@ -27,6 +27,7 @@ const SAMPLES = 121; // two minutes
 const RECENT = 10; // seconds that tables tell of
 const MODELS_EVERY = 10; // polls
 const MOST_VALUES_SHOWN = 256;
+const MOST_TEXT_SHOWN = 4096;
 
 const $ = (id) => document.getElementById(id);
 
@@ -93,6 +94,8 @@ function age(seconds) {
     return `${count} ${unit}`;
   }).join(" ");
 }
+
+const percent = (share) => `${digits(100 * share, 0)} %`;
 
 function memory(mib) {
   return mib >= 1024 ? `${digits(mib / 1024, 1)} GiB` : `${digits(mib, 0)} MiB`;
@@ -255,7 +258,15 @@ async function ask(path, body) {
     throw new Refused(response.status, `The bridge answered ${response.status}, and not with JSON.`);
   }
   if (!response.ok) throw new Refused(response.status, String(document.error ?? `The bridge answered ${response.status}.`));
-  return document;
+  return [document, response.headers];
+}
+
+/** The entries of a Server-Timing header: times in milliseconds as numbers, descriptions as text. */
+function serverTiming(headers) {
+  const found = {};
+  const entries = (headers.get("Server-Timing") ?? "").matchAll(/(\w+);(?:dur=([\d.]+)|desc="([^"]*)")/g);
+  for (const [, name, time, text] of entries) found[name] = time === undefined ? text : Number(time);
+  return found;
 }
 
 // --- state ------------------------------------------------------------------------------------------------------
@@ -267,7 +278,7 @@ let polls = 0;
 
 async function poll() {
   try {
-    const report = await ask("stats");
+    const [report] = await ask("stats");
     const last = reports.at(-1);
     if (last && (last.started_s !== report.started_s || last.uptime_us > report.uptime_us)) {
       reports.length = 0;
@@ -290,7 +301,7 @@ async function poll() {
 }
 
 async function pollModels() {
-  const found = await ask("models");
+  const [found] = await ask("models");
   const text = JSON.stringify(found.models.map((model) => ({ ...model, requests: 0, memory_mb: 0, audited: 0 })));
   models = found.models;
   if (text !== modelsText) {
@@ -335,17 +346,22 @@ function show() {
 
 function showTiles(steps, recent) {
   const column = (field) => steps.map((step) => step[field]);
-  const tile = (title, number, small, series) => element("div", { class: "tile" },
-    element("div", { class: "quiet" }, title),
-    element("div", { class: "number" }, number, " ", element("small", {}, small)),
-    lines(series, `${title}, last two minutes; now ${number} ${small}`));
+  const tile = (title, number, small, series, spell) => {
+    const peak = spell(Math.max(...series.flat().filter(Number.isFinite), 0));
+    return element("div", { class: "tile" },
+      element("div", { class: "quiet" }, title),
+      element("div", { class: "number" }, number), element("div", { class: "quiet" }, small),
+      lines(series, `${title} over the last two minutes: ${number} ${small} now, ${peak} at most`),
+      element("div", { class: "quiet peak" }, `up to ${peak}`));
+  };
   $("tiles").replaceChildren(
-    tile("Answers", rate(recent.answers), "per second", [column("answers")]),
-    tile("Errors", rate(recent.errors), "per second", [column("errors")]),
-    tile("Time in the daemon", duration(recent.p50), `p50, p99 ${duration(recent.p99)}`, [column("p50"), column("p99")]),
-    tile("Waiting", digits(recent.waiting, 0), $("of").value ? "rows" : `requests, ${digits(recent.running, 0)} running`,
-      [column("waiting")]),
-    tile("Lanes busy", `${digits(100 * recent.busy, 0)} %`, "of all devices", [column("busy")]));
+    tile("Answers", rate(recent.answers), "per second", [column("answers")], rate),
+    tile("Errors", rate(recent.errors), "per second", [column("errors")], rate),
+    tile("Time in the daemon", duration(recent.p50), `half of them; 99 %: ${duration(recent.p99)}`,
+      [column("p50"), column("p99")], duration),
+    tile("Waiting", digits(recent.waiting, 0), $("of").value ? "rows" : `requests; ${digits(recent.running, 0)} running`,
+      [column("waiting")], (value) => digits(value, 0)),
+    tile("Lanes busy", percent(recent.busy), "of all devices", [column("busy")], percent));
 }
 
 function showStages(steps) {
@@ -381,7 +397,7 @@ function showDevices(before, after) {
     const busy = busyShare(before, after, device.name);
     const used = device.memory_total_mb - device.memory_free_mb;
     return row(table, device.name, element("span", { class: device.status === "ready" ? "good" : "bad" }, device.status),
-      digits(device.lanes, 0), gauge(busy, `${digits(100 * busy, 0)} %`), digits(device.queued_rows, 0),
+      digits(device.lanes, 0), gauge(busy, percent(busy)), digits(device.queued_rows, 0),
       device.memory_total_mb ? gauge(used / device.memory_total_mb, `${memory(used)} of ${memory(device.memory_total_mb)}`)
         : "–");
   }));
@@ -412,7 +428,7 @@ function showErrors(before, after) {
 
 function showModels() {
   $("models").replaceChildren(...models.map((model) => {
-    const facts = [["State", model.status + (model.default ? ", the default model" : "")]];
+    const facts = [];
     const share = model.shadow ? "shadow" : `${digits(100 * model.traffic, 1)} % of its name`;
     if (model.version) facts.push(["Traffic", share]);
     if (model.inputs.length) facts.push(["Takes", model.inputs.map(signature).join("; ")]);
@@ -423,7 +439,8 @@ function showModels() {
     for (const note of model.notes) facts.push(["Note", note]);
     const kind = { ready: "good", failed: "bad" }[model.status] ?? "warn";
     return element("article", { class: "card" },
-      element("h3", {}, titleOf(model), " ", element("span", { class: `pill ${kind}` }, model.status)),
+      element("h3", {}, titleOf(model), " ", element("span", { class: `pill ${kind}` }, model.status),
+        ...(model.default ? [" ", element("span", { class: "pill unknown" }, "default")] : [])),
       ...(model.error ? [element("p", { class: "bad" }, model.error)] : []),
       element("dl", {}, ...facts.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)])));
   }));
@@ -494,24 +511,35 @@ async function send(event) {
   event.preventDefault();
   const model = chosen();
   if (!model) return;
-  const form = new FormData($("try"));
   $("try-send").disabled = true;
   try {
-    const inputs = {};
-    model.inputs.forEach(([name, datatype], at) => {
-      const fill = form.get(`fill-${at}`);
-      inputs[name] = fill === "these values" ? parsed(name, form.get(`values-${at}`))
-        : filled(datatype, exampleShape(model, at), fill);
-    });
+    const path = `v2/models/${encodeURIComponent(model.name)}/versions/${encodeURIComponent(model.version)}/infer`;
+    const body = JSON.stringify({ inputs: readInputs(model) });
     const began = performance.now();
-    const answer = await ask(`ask/${encodeURIComponent(model.name)}`, JSON.stringify({ version: model.version, inputs }));
-    showAnswer(answer, performance.now() - began);
+    const [answer, headers] = await ask(path, body);
+    showAnswer(answer, serverTiming(headers), performance.now() - began);
+    showCommand(path, body);
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     $("answer").replaceChildren(element("p", { class: "notice bad" }, error.message));
   } finally {
     $("try-send").disabled = false;
   }
+}
+
+/** The inputs of the form, as the Open Inference Protocol has them. */
+function readInputs(model) {
+  const form = new FormData($("try"));
+  return model.inputs.map(([name, datatype], at) => {
+    const fill = form.get(`fill-${at}`);
+    const data = fill === "these values" ? parsed(name, form.get(`values-${at}`))
+      : filled(datatype, exampleShape(model, at), fill);
+    return { name, datatype, shape: shapeOf(data), data };
+  });
+}
+
+function shapeOf(data) {
+  return Array.isArray(data) ? [data.length, ...(data.length ? shapeOf(data[0]) : [])] : [];
 }
 
 function parsed(name, text) {
@@ -522,20 +550,26 @@ function parsed(name, text) {
   }
 }
 
-function showAnswer(answer, elapsedMs) {
-  const whole = answer.timing.total_us;
-  const words = STAGES.map((stage) => `${stage} ${duration(answer.timing[`${stage}_us`])}`);
+function showAnswer(answer, stages, elapsedMs) {
+  const words = STAGES.map((stage) => `${stage} ${duration(1000 * stages[stage])}`);
   $("answer").replaceChildren(
-    element("p", { class: "notice good" }, `${titleOf({ name: answer.model, version: answer.version })} answered on ` +
-      `${answer.device} (${answer.reason}) in ${duration(whole)}; ${duration(elapsedMs * 1000)} as seen here.`),
-    bar(STAGES.map((stage) => [answer.timing[`${stage}_us`] / whole, stage]), words.join(", ")),
+    element("p", { class: "notice good" }, `${titleOf({ name: answer.model_name, version: answer.model_version })} answered ` +
+      `on ${stages.device} (${stages.reason}) in ${duration(1000 * stages.total)}; ${duration(1000 * elapsedMs)} as seen here.`),
+    bar(STAGES.map((stage) => [stages[stage] / stages.total, stage]), words.join(", ")),
     element("p", { class: "quiet" }, words.join(" · ")),
-    element("p", { class: "quiet" }, `In a batch of ${answer.batch_size}. Predicted ${duration(answer.predicted_us)}, ` +
-      `it took ${duration(answer.actual_us)}, from its queueing to the end of its batch.`),
+    element("p", { class: "quiet" }, `In a batch of ${stages.batch} rows. Predicted ${duration(1000 * stages.predicted)}, ` +
+      `it took ${duration(1000 * stages.actual)}, from its queueing to the end of its batch.`),
     ...answer.outputs.flatMap((output) => [
       element("h3", {}, signature([output.name, output.datatype, output.shape])),
-      element("pre", { tabindex: "0" }, JSON.stringify(output.values) +
-        (output.left_out ? ` and ${digits(output.left_out, 0)} more` : ""))]));
+      element("pre", { tabindex: "0" }, JSON.stringify(output.data.slice(0, MOST_VALUES_SHOWN)) +
+        (output.data.length > MOST_VALUES_SHOWN ? ` and ${digits(output.data.length - MOST_VALUES_SHOWN, 0)} more` : ""))]));
+}
+
+function showCommand(path, body) {
+  if (body.length > MOST_TEXT_SHOWN) return;
+  const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  $("answer").append(element("details", {}, element("summary", {}, "The same with curl"),
+    element("pre", { tabindex: "0" }, `curl ${quoted(new URL(path, document.baseURI).href)} -d ${quoted(body)}`)));
 }
 
 // --- start ------------------------------------------------------------------------------------------------------
