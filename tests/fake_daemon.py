@@ -116,6 +116,8 @@ TIMING = wire.Timing(
     total_us=150.0,
 )
 
+STATS = wire.StatsReport(v=1, id=0, status="ready", version="0.1.0", started_s=1000.0, uptime_us=7509e6)
+
 Outputs = dict[str, np.ndarray]
 Change = wire.Load | wire.Unload | wire.Route | wire.Reload
 Compute = Callable[[wire.Predict, Outputs], Outputs]
@@ -189,6 +191,7 @@ class Behaviour:
         abandoned, prediction_error_us, resent: what health reports say.
         identity: what whoami reports say. clients: that are connected. keys: that may connect.
         more_clients, more_keys: that no report has room for.
+        stats: what the nth answer about counts says, the `id` aside. slowest: what explanations say.
     """
 
     status: str = "ready"
@@ -214,6 +217,8 @@ class Behaviour:
     more_clients: int = 0
     keys: tuple[wire.KeyInfo, ...] = (KEY,)
     more_keys: int = 0
+    stats: Callable[[int], wire.StatsReport] = lambda _: STATS
+    slowest: tuple[wire.SlowRequest, ...] = ()
 
 
 class FakeDaemon:
@@ -224,7 +229,7 @@ class FakeDaemon:
         models: as they are now.
         predicts: the predict requests that came, in order. inputs: their tensors.
         changes: the requests that change the models, in order.
-        requests: how many requests of any verb came.
+        requests: how many requests of any verb came. looks_at_stats: those for counts.
         cancelled: ids of those that their clients withdrew; they are computed all the same.
     """
 
@@ -244,6 +249,7 @@ class FakeDaemon:
         self._stop.bind("inproc://stop")
         self._stopped.connect("inproc://stop")
         self.requests = 0
+        self.looks_at_stats = 0
         self._arrival = threading.Condition()
         self._due: list[tuple[float, int, Sequence[bytes]]] = []
         self._order = itertools.count()
@@ -331,6 +337,11 @@ class FakeDaemon:
                 return [wire.encode(comparison(request))]
             if isinstance(request, wire.WhoAmI | wire.Clients | wire.Kick | wire.Keys):
                 return [wire.encode(self._about_clients(request))]
+            if isinstance(request, wire.Stats):
+                self.looks_at_stats += 1
+                return [wire.encode(msgspec.structs.replace(self._behaviour.stats(self.looks_at_stats), id=request.id))]
+            if isinstance(request, wire.Explain):
+                return [wire.encode(self._explain(request))]
             if isinstance(request, wire.Models):
                 return [wire.encode(wire.ModelsReport(v=1, id=request.id, models=self.models))]
             return [wire.encode(self._health(request.id))]
@@ -350,6 +361,15 @@ class FakeDaemon:
         if not count:
             raise NotFound(f"no other connection is of a client {request.client!r}")
         return wire.KickReport(v=1, id=request.id, connections=count)
+
+    def _explain(self, request: wire.Explain) -> wire.Explanation:
+        model = self._model(request.model) if request.model else None
+        found = tuple(
+            slow
+            for slow in self._behaviour.slowest
+            if request.request in (None, slow.id) and (model is None or model.name == slow.model)
+        )
+        return wire.Explanation(v=1, id=request.id, requests=found)
 
     def _model(self, title: str) -> wire.ModelInfo:
         name, version = wire.split_title(title) if title else ("", "")

@@ -36,7 +36,7 @@ async def prometheus(bridge: Bridge, request: Request) -> Response:
     fails tells of the bridge alone.
     """
     try:
-        report = await bridge.client.stats(timeout=SCRAPE_TIMEOUT_S)
+        report = await bridge.client.stats(timeout=min(bridge.settings.timeout, SCRAPE_TIMEOUT_S))
     except (Unavailable, DeadlineExceeded):
         report = None
     text = metrics.render(report, triton_names=bridge.settings.triton_names)

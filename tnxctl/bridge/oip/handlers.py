@@ -167,14 +167,17 @@ def _unsupported(status: int, what: str) -> Handler:
     async def handler(bridge: Bridge, request: Request) -> Response:
         raise HttpError(status, f"the server does not support {what}")
 
+    handler.__doc__ = f"Not supported: {what}."
     return handler
 
 
 async def _no_regions(bridge: Bridge, request: Request) -> Response:
+    """Regions of shared memory: none."""
     return json_response([])
 
 
 async def _no_such_region(bridge: Bridge, request: Request) -> Response:
+    """A region of shared memory: there is none."""
     raise HttpError(404, f"unable to find shared memory region {excerpt(request.params['region'])}")
 
 

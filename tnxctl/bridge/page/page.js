@@ -357,7 +357,7 @@ function showTiles(steps, recent) {
   $("tiles").replaceChildren(
     tile("Answers", rate(recent.answers), "per second", [column("answers")], rate),
     tile("Errors", rate(recent.errors), "per second", [column("errors")], rate),
-    tile("Time in the daemon", duration(recent.p50), `half of them; 99 %: ${duration(recent.p99)}`,
+    tile("Time in the daemon", duration(recent.p50), `p50; p99 ${duration(recent.p99)}`,
       [column("p50"), column("p99")], duration),
     tile("Waiting", digits(recent.waiting, 0), $("of").value ? "rows" : `requests; ${digits(recent.running, 0)} running`,
       [column("waiting")], (value) => digits(value, 0)),
