@@ -11,7 +11,7 @@ import pytest
 
 from tnxctl.cli import keys as command
 from tnxctl.cli.exits import Exit
-from tnxctl.keys import authorized, known_hosts, pairs, places
+from tnxctl.keys import authorized, known_hosts, pairs, places, tokens
 from tnxctl.protocol.roles import Role
 from tool import fields, run
 
@@ -62,7 +62,12 @@ def test_from_a_new_pair_to_a_trusted_host(home: Path, etc: Path) -> None:
         assert word in listed.stdout
     assert pairs.read(home / "keys" / "alice.key").secret not in listed.stdout
     document = fields(run("keys", "list", "--directory", etc, "--json"))
-    assert {name: len(rows) for name, rows in document.items()} == {"pairs": 1, "known_hosts": 1, "authorized": 1}
+    assert {name: len(rows) for name, rows in document.items()} == {
+        "pairs": 1,
+        "known_hosts": 1,
+        "authorized": 1,
+        "tokens": 0,
+    }
     assert pairs.read(home / "keys" / "alice.key").secret not in str(document)
 
     assert run("keys", "revoke", "alice", "--directory", etc).exit_code == Exit.OK
@@ -92,6 +97,28 @@ def test_mistakes_are_sentences(etc: Path, arguments: tuple[str, ...], code: Exi
     assert done.exit_code == code
     assert sentence in done.stderr
     assert done.stdout == ""
+
+
+def test_tokens_of_the_bridge(etc: Path) -> None:
+    made = fields(run("keys", "token", "alice", "--role", "admin", "--directory", etc, "--json"))
+    printed = run("keys", "token", "bob", "--directory", etc)
+    assert "bob has the role predict at tnxctl bridge --tokens" in printed.stderr
+    found = tokens.read(etc / "tokens.toml")
+    for token, name, role in ((made["token"], "alice", "admin"), (printed.stdout.strip(), "bob", "predict")):
+        assert found[tokens.digest(token)][::2] == (name, role)
+        assert token not in (etc / "tokens.toml").read_text()
+        assert len(token) > 40
+    listed = run("keys", "list", "--directory", etc)
+    assert "alice" in listed.stdout
+    assert made["token"] not in listed.stdout
+
+    again = run("keys", "token", "alice", "--directory", etc)
+    assert again.exit_code == Exit.REFUSED
+    assert "tnxctl keys untoken alice first" in again.stderr
+    assert run("keys", "untoken", "eve", "--directory", etc).exit_code == Exit.REFUSED
+    gone = run("keys", "untoken", "alice", "--directory", etc)
+    assert gone.stdout == f"alice is gone from {etc}/tokens.toml\n"
+    assert [each.name for each in tokens.read(etc / "tokens.toml").values()] == ["bob"]
 
 
 def test_a_changed_key_of_a_host_needs_a_word(etc: Path) -> None:

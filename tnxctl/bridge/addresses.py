@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 
-from tnxctl.endpoint import parse_endpoint
 from tnxctl.protocol.errors import InvalidArgument
+
+_BRACKETED = re.compile(r"\[(?P<host>[0-9A-Fa-f:.%]+)\](?::(?P<port>\d{1,5}))?")
+_PLAIN = re.compile(r"(?P<host>[A-Za-z0-9._-]+)(?::(?P<port>\d{1,5}))?")
 
 
 def parse(text: str, default_port: int) -> tuple[str, int]:
-    """Host and port of "host:port", "host", "[::1]:port" or ":port", all addresses of this host.
+    """Host and port of "host", "host:port", "::1" or "[::1]:port". Port 0 is any that is free.
 
     Raises:
-        InvalidArgument: it is none; the sentence says what is wrong.
+        InvalidArgument: it is none.
     """
-    if "://" in text:
+    found = _BRACKETED.fullmatch(text) or _PLAIN.fullmatch(text)
+    host, port = (text, None) if found is None else found.group("host", "port")
+    looks_numeric = ":" in host or host.rpartition(".")[2].isdecimal()
+    if found is None or looks_numeric:
+        try:
+            host = str(ipaddress.ip_address(host))
+        except ValueError:
+            host = ""
+    if not host or int(port or 0) > 65535:
         raise InvalidArgument(f"address {text!r}: expected a host and a port, such as 127.0.0.1:{default_port}")
-    host, colon, port = text.rpartition(":")
-    if not colon or host.endswith(":") or ("]" in port) or (":" in host and not host.endswith("]")):
-        host, port = text, str(default_port)
-    if port == "0" and host:
-        return parse_endpoint(host)[len("tcp://") :].rpartition(":")[0].strip("[]"), 0
-    endpoint = parse_endpoint(f"{host or '0.0.0.0'}:{port}" if not _is_bare_ipv6(host) else f"[{host}]:{port}")
-    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-    return host.strip("[]"), int(port)
+    return host, default_port if port is None else int(port)
 
 
 def is_loopback(host: str) -> bool:
@@ -40,7 +44,3 @@ def spell(address: tuple[str, int]) -> str:
     """An address as a user types it."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _is_bare_ipv6(host: str) -> bool:
-    return ":" in host and not host.startswith("[")

@@ -8,21 +8,18 @@ to whoever asks, at the cost of a task for each request. All that is different h
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from http import HTTPStatus
 from typing import Any
 
 import msgspec
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tnxctl.bridge.settings import HttpLimits
 
 _MOST_WAITING = 64
 """Most requests that may wait on a connection for the response to another."""
-
-_LINGER_S = 5.0
-"""Seconds for the rest of a body that nobody wants: a client reads no response before it has sent all of its request,
-and would find the connection broken instead."""
 
 
 class Config(uvicorn.Config):
@@ -46,10 +43,12 @@ class Connection(HttpToolsProtocol):
         self.task: asyncio.Task[Any] | None = None
         self.gone = False
         self._limits = self.config.http_limits
+        self._due: deque[RequestResponseCycle] = deque()  # requests without a whole response, the oldest first
         self._messages = 0
         self._between = True  # from the end of a request to the end of the next one's headers
         self._header_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._abort: asyncio.TimerHandle | None = None
         self._fault: tuple[int, str] | None = None  # what ends the connection, once all that came before is answered
         self._why = ""
 
@@ -70,7 +69,7 @@ class Connection(HttpToolsProtocol):
         if self._fault is not None or self.transport.is_closing():
             return
         if not self._between:
-            if self._timer is not None and not self._is_answered:
+            if self._timer is not None and self._due:
                 self._cancel_timer()
             return
         if self._messages == messages:
@@ -78,7 +77,7 @@ class Connection(HttpToolsProtocol):
             if self._header_bytes > self._limits.header_bytes:
                 self._fail(431, f"the headers have more than {self._limits.header_bytes} bytes")
                 return
-        if not self._is_answered:
+        if self._due:
             self._cancel_timer()
         elif self._timer is None or self._messages != messages:
             self._set_timer(self._limits.header_timeout_s)
@@ -87,9 +86,27 @@ class Connection(HttpToolsProtocol):
         self.gone = True
         super().connection_lost(exc)
         self._cancel_timer()
+        if self._abort is not None:
+            self._abort.cancel()
+        for cycle in self._due:
+            cycle.disconnected = True
         self.pipeline.clear()
         if self.task is not None:
             self.task.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._abort_after(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._abort is not None:
+            self._abort.cancel()
+            self._abort = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        """End a connection that has been idle for long."""
+        self._close()
 
     # --- events of the parser ----------------------------------------------------------------------------------
 
@@ -104,6 +121,7 @@ class Connection(HttpToolsProtocol):
         self._between = False
         self._header_bytes = 0
         super().on_headers_complete()
+        self._due.append(self.cycle)
 
     def on_message_complete(self) -> None:
         self._between = True
@@ -111,15 +129,19 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        is_last = not self.pipeline
+        if self._due:
+            self._due.popleft()
         super().on_response_complete()
         if self.transport.is_closing():
+            self._close()
             return
         if self._fault is not None:
-            if is_last:
+            if not self._due:
                 self._end(*self._fault)
-        elif not self._between and self._is_answered:
-            self._set_timer(_LINGER_S)
+        elif not self._between and not self._due:
+            # The rest of a body that nobody wants: many clients read no response before they have sent all of it, and
+            # would find the connection broken instead.
+            self._set_timer(self._limits.body_timeout_s)
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
@@ -127,25 +149,19 @@ class Connection(HttpToolsProtocol):
 
     # --- ends --------------------------------------------------------------------------------------------------
 
-    @property
-    def _is_answered(self) -> bool:
-        """Whether no response is due."""
-        return self.cycle is None or self.cycle.response_complete
-
     def _fail(self, status: int, sentence: str) -> None:
         """End the connection with an error, after the responses that are due before it."""
         self._fault = status, sentence
         self._cancel_timer()
-        if self.pipeline:
-            if self.pipeline[0][0].more_body:  # the newest one, whose body will not come
+        if self._due and self._due[-1].more_body:  # the newest one, whose body will not come
+            broken = self._due.pop()
+            if not self._due and broken.response_started:
+                self._close()
+                return
+            if self._due:
                 self.pipeline.popleft()
-        elif self._is_answered:
+        if not self._due:
             self._end(status, sentence)
-        elif self.cycle.more_body:  # it is about this one
-            if self.cycle.response_started:
-                self.transport.close()
-            else:
-                self._end(status, sentence)
 
     def _end(self, status: int, sentence: str) -> None:
         body = msgspec.json.encode({"error": sentence})
@@ -154,14 +170,26 @@ class Connection(HttpToolsProtocol):
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
+        self._close()
+
+    def _close(self) -> None:
+        """Close the connection, even if the client does not read what was sent."""
         self.transport.close()
+        if self.transport.get_write_buffer_size():
+            self._abort_after(self.transport.get_write_buffer_size())
+
+    def _abort_after(self, nbytes: int) -> None:
+        """Break the connection unless the client reads so many bytes in time."""
+        seconds = self._limits.body_timeout_s + nbytes / self._limits.body_rate
+        if self._abort is None:
+            self._abort = self.loop.call_later(seconds, self.transport.abort)
 
     def _on_timer(self) -> None:
         self._timer = None
         if self._header_bytes:
             self._fail(408, "the headers did not come in time")
         else:
-            self.transport.close()
+            self._close()
 
     def _set_timer(self, seconds: float) -> None:
         self._cancel_timer()

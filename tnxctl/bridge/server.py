@@ -67,7 +67,10 @@ class _Server(uvicorn.Server):
     def stop(self) -> None:
         """Take no connections any more, and end once those that are open have their responses."""
         notify("STOPPING=1")
-        self.force_exit = self.should_exit
+        if self.should_exit:
+            self.force_exit = True
+            for task in self.server_state.tasks:
+                task.cancel()
         self.should_exit = True
 
 

@@ -146,6 +146,68 @@ def revoke(name: str, directory: Path, as_json: bool) -> None:
     _hint("A daemon that runs cuts it off at: systemctl reload tensornext, or tnxctl reload")
 
 
+@command.command("token", short_help="Make a bearer token for a client of the bridge, on its host.")
+@click.argument("name")
+@click.option(
+    "--role",
+    type=click.Choice(ROLES),
+    default="predict",
+    show_default=True,
+    help="What it lets do, as of a key.",
+)
+@_directory
+@as_json
+def token(name: str, role: Any, directory: Path, as_json: bool) -> None:
+    """Make a token for the client NAME of tnxctl bridge, and print it.
+
+    Whoever has it is taken for NAME. It is shown this once: tokens.toml has its hash alone. A bridge that runs with
+    --tokens reads the file again at SIGHUP, or systemctl reload tensornext-http.
+
+    \b
+    Examples:
+      sudo tnxctl keys token alice
+      curl -H "Authorization: Bearer $TOKEN" https://gpu-box:8443/health
+    """
+    from tnxctl.keys import places, tokens
+
+    path = directory / places.TOKENS
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = tokens.add(path, name, role)
+    if as_json:
+        output.write_json({"name": name, "role": role, "token": made, "path": str(path)})
+        return
+    _hint(f"{name} has the role {role} at tnxctl bridge --tokens {path}, with this token:")
+    click.echo(made)
+
+
+@command.command("untoken", short_help="Let a token do nothing more, on the bridge's host.")
+@click.argument("name")
+@_directory
+@as_json
+def untoken(name: str, directory: Path, as_json: bool) -> None:
+    """Take the token of the client NAME off tokens.toml.
+
+    A bridge that runs takes it no more after SIGHUP, or systemctl reload tensornext-http.
+
+    \b
+    Example:
+      sudo tnxctl keys untoken alice && sudo systemctl reload tensornext-http
+    """
+    from tnxctl.keys import places, tokens
+
+    path = directory / places.TOKENS
+    if not path.exists():
+        raise InvalidArgument(f"{path}: there is no such file, so nobody has a token")
+    with _writing(path):
+        gone = tokens.remove(path, name)
+    if as_json:
+        output.write_json({"path": str(path), "name": gone.name, "role": gone.role})
+        return
+    click.echo(f"{gone.name} is gone from {path}")
+    _hint("A bridge that runs takes the token no more after: systemctl reload tensornext-http")
+
+
 @command.command("server", short_help="Show the daemon's own key, on its host; make one if there is none.")
 @_directory
 @as_json
@@ -254,7 +316,7 @@ def list_(ctx: click.Context, endpoint: str | None, directory: Path, as_json: bo
     if endpoint is not None:
         _list_remote(endpoint, as_json)
         return
-    from tnxctl.keys import authorized, known_hosts, pairs, places
+    from tnxctl.keys import authorized, known_hosts, pairs, places, tokens
 
     mistakes: list[TensorNextError] = []
     own = [pair for name in places.pair_names() for pair in _tried(mistakes, pairs.read, places.pair_file(name))]
@@ -266,12 +328,16 @@ def list_(ctx: click.Context, endpoint: str | None, directory: Path, as_json: bo
     path = directory / places.AUTHORIZED_KEYS
     found = _tried(mistakes, authorized.read, path) if path.exists() else ()
     listed = [each for keys in found for each in keys.values()]
+    at_bridge = directory / places.TOKENS
+    known_tokens = _tried(mistakes, tokens.read, at_bridge) if at_bridge.exists() else ()
+    bearers = [each for several in known_tokens for each in several.values()]
     if as_json:
         output.write_json(
             {
                 "pairs": [{"name": pair.name, "public_key": pair.public} for pair in own],
                 "known_hosts": [{"endpoint": endpoint, **host._asdict()} for endpoint, host in hosts.items()],
                 "authorized": [_authorized_document(each) for each in listed],
+                "tokens": [{"name": each.name, "role": each.role} for each in bearers],
             }
         )
     else:
@@ -281,7 +347,9 @@ def list_(ctx: click.Context, endpoint: str | None, directory: Path, as_json: bo
         _section(f"Daemons known, in {places.known_hosts()}", ("ENDPOINT", "PAIR", "KEY OF THE DAEMON"), rows)
         rows = [(each.name, each.role, each.key) for each in listed]
         _section(f"Let in by the daemon here, in {path}", ("NAME", "ROLE", "PUBLIC KEY"), rows)
-        if not (own or hosts or listed or mistakes):
+        rows = [(each.name, each.role) for each in bearers]
+        _section(f"Tokens of tnxctl bridge, in {at_bridge}", ("NAME", "ROLE"), rows)
+        if not (own or hosts or listed or bearers or mistakes):
             click.echo("There are no keys.")
     for mistake in mistakes:
         output.complain(str(mistake))

@@ -9,10 +9,11 @@ from pathlib import Path
 from tnxctl.protocol.errors import InvalidArgument, NotFound
 
 SERVICE_DIRECTORY = Path("/etc/tensornext")
-"""Directory of the installed service, with the two files below."""
+"""Directory of the installed service, with the files below."""
 
 SERVER_KEY = "tnxd.key"
 AUTHORIZED_KEYS = "authorized_keys.toml"
+TOKENS = "tokens.toml"
 
 PAIR_SUFFIX = ".key"
 """End of the name of a file with a secret."""

@@ -1,0 +1,131 @@
+"""Limits of time, number and memory: who is slow, or many, is cut, and nobody else notices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from bridges import Bridge, running_bridge
+from conftest import Daemon
+from tool import run
+
+LIMITS = {
+    "connections": 8,
+    "header_timeout_s": 0.3,
+    "body_timeout_s": 0.3,
+    "idle_timeout_s": 0.3,
+    "body_bytes": 100_000,
+    "bodies_bytes": 150_000,
+    "body_rate": 1_000_000,
+}
+
+HEAD = "POST /predict HTTP/1.1\r\nHost: bridge\r\nContent-Length: {}\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def strict(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bridge]:
+    """Bridge with little patience."""
+    options = [word for name, number in LIMITS.items() for word in ("--limit", f"{name}={number}")]
+    with running_bridge(tmp_path_factory.mktemp("strict"), daemon.endpoint, *options) as running:
+        yield running
+
+
+@pytest.mark.parametrize("text", ["G", "GET /health HTTP/1.1\r\n", "GET /health HTTP/1.1\r\nHost: bridge\r\nX: "])
+def test_headers_that_do_not_come(strict: Bridge, text: str) -> None:
+    with strict.connect() as peer:
+        answer = peer.send(text).response()
+        assert (answer.status, answer.error) == (408, "the headers did not come in time")
+        assert peer.is_ended()
+
+
+def test_headers_that_come_byte_by_byte(strict: Bridge) -> None:
+    """Each byte is news, and none of them a reason to wait longer."""
+    with strict.connect() as peer:
+        try:
+            while True:
+                peer.send("x")
+        except ConnectionError:
+            pass
+
+
+def test_ends_of_lines_are_no_request(strict: Bridge) -> None:
+    with strict.connect() as peer:
+        assert peer.ask("GET", "/health").status == 200
+        try:
+            while True:
+                peer.send("\r\n")
+        except ConnectionError:
+            pass
+
+
+def test_connections_without_a_request(strict: Bridge) -> None:
+    with strict.connect() as new, strict.connect() as idle:
+        assert idle.ask("GET", "/health").status == 200
+        assert new.is_ended()
+        assert idle.is_ended()
+
+
+@pytest.mark.parametrize("sent", [0, 1, 50_000])
+def test_bodies_that_do_not_come(strict: Bridge, sent: int) -> None:
+    with strict.connect() as peer:
+        answer = peer.send(HEAD.format(90_000), b"x" * sent).response()
+        assert (answer.status, answer.error) == (408, "the body did not come in time")
+        assert peer.is_ended()
+
+
+def test_chunks_that_do_not_end(strict: Bridge) -> None:
+    head = "POST /predict HTTP/1.1\r\nHost: bridge\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with strict.connect() as peer:
+        assert peer.send(head, "1\r\nx\r\n").response().status == 408
+    with strict.connect() as peer:
+        chunks = (b"%x\r\n%s\r\n" % (count, b"x" * count) for count in (50_000, 50_001))
+        answer = peer.send(head, *chunks).response()
+        assert answer.status == 413
+        peer.send("0\r\n\r\n")
+        assert peer.ask("GET", "/health").status == 200
+
+
+def test_a_body_that_nobody_wants_and_that_does_not_come(strict: Bridge) -> None:
+    with strict.connect() as peer:
+        assert peer.send(HEAD.format(100_001)).response().status == 413
+        peer.send("x")
+        assert peer.is_ended()
+
+
+def test_bodies_have_a_limit_together(strict: Bridge) -> None:
+    with strict.connect() as first, strict.connect() as second:
+        first.send(HEAD.format(90_000), b"x" * 1000)
+        assert first.socket.fileno() >= 0
+        with strict.connect() as probe:  # the bridge has seen the first one once it has answered this
+            assert probe.ask("GET", "/health").status == 200
+        answer = second.send(HEAD.format(90_000), b" " * 90_000).response()
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert first.response().status == 408
+    assert strict.ask("POST", "/predict", b" " * 90_000).status == 400  # what was held is free again
+
+
+def test_one_connection_too_many(strict: Bridge) -> None:
+    with ExitStack() as open_ones:
+        peers = [open_ones.enter_context(strict.connect()) for _ in range(LIMITS["connections"])]
+        assert all(peer.ask("GET", "/health").status == 200 for peer in peers)
+        with strict.connect() as peer:
+            answer = peer.response()
+            assert (answer.status, answer.error) == (503, "the bridge has 8 connections already")
+            assert peer.is_ended()
+
+
+@pytest.mark.parametrize(
+    ("limit", "sentence"),
+    [
+        ("speed=3", "limit 'speed': there are connections, header_bytes"),
+        ("connections=0", "limit: Expected `int` >= 1"),
+        ("connections", "limit: Expected `int`"),
+        ("body_timeout_s=nan", "limit: "),
+    ],
+)
+def test_limits_that_are_none(limit: str, sentence: str) -> None:
+    done = run("bridge", "--limit", limit)
+    assert done.exit_code == 5
+    assert sentence in done.stderr
