@@ -98,11 +98,6 @@ class BodyReader:
         except TimeoutError:
             raise HttpError(408, "the body did not come in time", ((b"connection", b"close"),)) from None
 
-    def hold(self, nbytes: int) -> None:
-        """Count further bytes as held. Raises HttpError (503) if they are too many with all others."""
-        self._budget.hold(nbytes)
-        self._held_bytes += nbytes
-
     def release(self) -> None:
         """Hold the memory no more."""
         self._budget.release(self._held_bytes)
@@ -115,6 +110,11 @@ class BodyReader:
             raise ClientGone
         self.complete = not message["more_body"]
         return message["body"], message["more_body"]
+
+    def hold(self, nbytes: int) -> None:
+        """Count further bytes until `release`. Raises HttpError, as `Budget.hold` does."""
+        self._budget.hold(nbytes)
+        self._held_bytes += nbytes
 
     def _too_long(self, length: int) -> HttpError:
         return HttpError(413, f"the body has {length} bytes or more, and may have {self._limits.body_bytes}")

@@ -101,18 +101,20 @@ async def statistics(bridge: Bridge, request: Request) -> Response:
 
 async def run_inference(bridge: Bridge, request: Request) -> Response:
     """Run a model once."""
-    client, settings, title = bridge.client, bridge.settings, _title(request)
-    headers = request.headers
+    settings, title, headers = bridge.settings, _title(request), request.headers
     body = await compression.unpacked(request, settings.limits.body_bytes)
     json_bytes = infer.header_length(headers.get(_LENGTH), len(body))
+    if json_bytes > settings.limits.json_bytes:
+        raise HttpError(413, f"the body has {json_bytes} bytes of JSON, and may have {settings.limits.json_bytes}")
     if json_bytes or not body:
         inference = infer.read(body, json_bytes, settings.message)
     else:
-        inference = infer.read_raw(body, await client.metadata(title), settings.message)
-    result = await client.predict(inference.inputs, model=title, **inference.arguments)
+        inference = infer.read_raw(body, await bridge.signatures.get(title), settings.message)
+    result = await bridge.client.predict(inference.inputs, model=title, **inference.arguments)
     batches = False
     if inference.classifies:
-        batches = (await client.metadata(documents.model_title(result.model, result.version))).max_batch_size > 0
+        ran = await bridge.signatures.get(documents.model_title(result.model, result.version))
+        batches = ran.max_batch_size > 0
     answer = infer.answer(inference, result, batches)
     chunks, coding = await compression.packed(answer.chunks, headers.get(b"accept-encoding"))
     stages = server_timing.header(result)
