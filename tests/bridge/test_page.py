@@ -20,6 +20,7 @@ from browser import Browser
 from conftest import Daemon
 from fake_daemon import FakeDaemon
 from tnxctl import Client
+from tnxctl.keys import tokens
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import Internal
 
@@ -175,6 +176,24 @@ def test_a_daemon_that_goes_and_comes_back_is_told(page: Browser, tmp_path: Path
     page.messages()  # of the requests that failed
 
 
+def test_a_token_is_asked_for(page: Browser, daemon: Daemon, tmp_path: Path) -> None:
+    listed = tmp_path / "tokens.toml"
+    token = tokens.add(listed, "watcher", "predict")
+    with running_bridge(tmp_path, daemon.endpoint, "--tokens", str(listed)) as bridge:
+        page.open(f"http://127.0.0.1:{bridge.port}/")
+        page.wait("document.querySelector('#token').checkVisibility()")
+        assert page.text("#status") == "needs a token"
+        for given in ("wrong", token):
+            page.run("document.getElementById('token-text').focus()")
+            page.press(given + ENTER)
+        page.wait("document.querySelector('#status').innerText === 'ready'")
+        assert not page.run("return document.getElementById('token').checkVisibility()")
+        page.wait("document.querySelector('#try-inputs fieldset')")
+        page.run("document.getElementById('try-send').click()")
+        page.wait("document.querySelector('#answer').innerText.includes('answered on cpu')")
+    page.messages()  # of the requests without a token
+
+
 CONTRASTS = """
 const channel = (value) => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
 const luminance = (color) => {
@@ -213,7 +232,7 @@ def test_everybody_can_read_it(page: Browser, bridge: Bridge, path: str) -> None
     for width, dark in ((1200, False), (360, True)):
         page.look(width, 800, dark=dark)
         assert page.run(CONTRASTS) == []
-        assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+        assert page.run("return document.documentElement.scrollWidth") <= width
     assert page.run(NAMELESS) == []
     assert page.run("return document.querySelectorAll('h1').length") == 1
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tnxctl.protocol.datatypes import Array
 
 
-class _Predict(msgspec.Struct):
+class PredictRequest(msgspec.Struct):
     """Body of a request to predict. What else there is in it does not count, as in the first version."""
 
     input_data: list[list[int | float]]
@@ -28,13 +28,13 @@ class _Predict(msgspec.Struct):
     model: str = ""
 
 
-_decode = msgspec.json.Decoder(_Predict).decode
+_decode = msgspec.json.Decoder(PredictRequest).decode
 
 
 def add_to(routes: Routes) -> None:
     """Add the routes of this interface."""
     routes.add("GET", "/health", health, wire.Health)
-    routes.add("POST", "/predict", predict, wire.Predict)
+    routes.add("POST", "/predict", predict, wire.Predict, takes=PredictRequest)
 
 
 async def health(bridge: Bridge, request: Request) -> Response:
@@ -76,7 +76,7 @@ async def predict(bridge: Bridge, request: Request) -> Response:
     )
 
 
-def _read(body: Buffer, most: int) -> _Predict:
+def _read(body: Buffer, most: int) -> PredictRequest:
     if len(body) > most:
         raise HttpError(413, f"the body has {len(body)} bytes, and JSON may have {most}")
     try:

@@ -50,7 +50,7 @@ def _operation(route: Route, schema_of: dict[Any, Any], tokens: bool) -> dict[st
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in route.names
         ]
     if route.takes is not None:
-        found["requestBody"] = {"required": True, "content": _content(route.takes, schema_of)}
+        found["requestBody"] = {"required": _has_required(route.takes), "content": _content(route.takes, schema_of)}
     answer: dict[str, Any] = {"description": "Done."}
     if route.gives is not None:
         answer["content"] = _content(route.gives, schema_of)
@@ -71,6 +71,10 @@ def _operation_id(route: Route) -> str:
 def _content(told: Any, schema_of: dict[Any, Any]) -> dict[str, Any]:
     """The content of a body: a JSON document of a type, or something of a media type."""
     return {_JSON: {"schema": schema_of[told]}} if _is_type(told) else {told: {}}
+
+
+def _has_required(told: Any) -> bool:
+    return any(field.required for field in msgspec.structs.fields(told))
 
 
 def _is_type(told: Any) -> bool:

@@ -27,11 +27,15 @@ _READY_TIMEOUT_S = 1.0
 """Longest wait of a readiness check: probes ask every few seconds, and give up after one by default."""
 
 
-class _IndexRequest(msgspec.Struct, frozen=True):
+class IndexRequest(msgspec.Struct, frozen=True):
+    """Body of a request for the index. Attributes: ready: only versions that answer."""
+
     ready: bool = False
 
 
-class _ControlRequest(msgspec.Struct, frozen=True):
+class ControlRequest(msgspec.Struct, frozen=True):
+    """Body of a request to load or unload."""
+
     parameters: Annotated[dict[str, Any], msgspec.Meta(max_length=1024)] = {}
 
 
@@ -46,10 +50,10 @@ def add_to(routes: Routes) -> None:
         routes.add("GET", f"{model}/ready", model_ready, wire.Models)
         routes.add("GET", f"{model}/config", model_config, wire.Metadata)
         routes.add("GET", f"{model}/stats", statistics, wire.Stats)
-        routes.add("POST", f"{model}/infer", run_inference, wire.Predict)
-    routes.add("POST", "/v2/repository/index", repository_index, wire.Models)
-    routes.add("POST", "/v2/repository/models/{model}/load", load, wire.Load)
-    routes.add("POST", "/v2/repository/models/{model}/unload", unload, wire.Unload)
+        routes.add("POST", f"{model}/infer", run_inference, wire.Predict, takes=infer.InferRequest)
+    routes.add("POST", "/v2/repository/index", repository_index, wire.Models, takes=IndexRequest)
+    routes.add("POST", "/v2/repository/models/{model}/load", load, wire.Load, takes=ControlRequest)
+    routes.add("POST", "/v2/repository/models/{model}/unload", unload, wire.Unload, takes=ControlRequest)
     _add_unsupported(routes)
 
 
@@ -126,14 +130,14 @@ async def run_inference(bridge: Bridge, request: Request) -> Response:
 
 async def repository_index(bridge: Bridge, request: Request) -> Response:
     """Every version of every model, and its state."""
-    asked = _body(request, _IndexRequest)
+    asked = _body(request, IndexRequest)
     return json_response(documents.repository_index(await bridge.client.models(), ready=asked.ready))
 
 
 async def load(bridge: Bridge, request: Request) -> Response:
     """Load a model as its directory and model.toml say, and wait until it is warm."""
     name = request.params["model"]
-    for parameter in _body(request, _ControlRequest).parameters:
+    for parameter in _body(request, ControlRequest).parameters:
         raise Unimplemented(
             f"parameter {excerpt(parameter)}: models are loaded from the daemon's model repository, and with the "
             f"settings that they have there"
@@ -145,7 +149,7 @@ async def load(bridge: Bridge, request: Request) -> Response:
 async def unload(bridge: Bridge, request: Request) -> Response:
     """Unload all versions of a model, and wait until its memory is free."""
     name = request.params["model"]
-    for parameter, value in _body(request, _ControlRequest).parameters.items():
+    for parameter, value in _body(request, ControlRequest).parameters.items():
         if parameter != "unload_dependents" or value is not False:
             raise Unimplemented(f"parameter {excerpt(parameter)}: {excerpt(value)} is not supported")
     await bridge.client.unload(name)

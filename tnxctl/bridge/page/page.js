@@ -293,8 +293,8 @@ async function poll() {
     $("token").hidden = true;
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    if (error.status === 401) $("token").hidden = false;
-    state("unreachable", "bad");
+    $("token").hidden = error.status !== 401;
+    state(error.status === 401 ? "needs a token" : "unreachable", error.status === 401 ? "warn" : "bad");
     problem(error.message);
     document.querySelector("main").classList.add("stale");
   }
