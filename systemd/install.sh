@@ -16,6 +16,7 @@ CONFIG=/etc/tensornext/tnxd.toml
 UNITS=/usr/local/lib/systemd/system
 UNIT=$UNITS/tensornext.service
 SOCKET=$UNITS/tensornext.socket  # holds the addresses while the service is replaced
+BRIDGE=$UNITS/tensornext-http.service  # stays off until somebody enables it
 
 SOURCE=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -83,7 +84,7 @@ install_environment() {
     torch=$("$HOME_DIR/bin/python" -B "$SOURCE/systemd/torch_build.py") || fail 'nothing was installed'
     PIP_CONSTRAINT=$SOURCE/constraints.txt PIP_BUILD_CONSTRAINT=$SOURCE/constraints.txt \
         PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
-        "$HOME_DIR/bin/python" -m pip install --quiet $torch "${copy}[daemon]" ||
+        "$HOME_DIR/bin/python" -m pip install --quiet $torch "${copy}[daemon,http]" ||
         fail 'pip could not install the packages'
     for name in $COMMANDS; do
         ln -sfn "$HOME_DIR/bin/$name" "$LINKS/$name"
@@ -106,7 +107,6 @@ fits_socket() {
 # $1: the state of an earlier installation's service, or nothing on the first installation. A service that somebody
 # has stopped stays stopped. $2: whether that installation had the socket, which then stays enabled or disabled.
 start() {
-    systemctl daemon-reload
     if [ "$2" = no ] && fits_socket; then
         systemctl --quiet enable tensornext.socket
     elif [ "$2" = no ]; then
@@ -148,8 +148,11 @@ install_all() {
     fi
     install_environment "$python"
     install_configuration
-    install -D -m 644 -t "$UNITS" "$SOURCE/systemd/tensornext.service" "$SOURCE/systemd/tensornext.socket"
+    install -D -m 644 -t "$UNITS" "$SOURCE/systemd/tensornext.service" "$SOURCE/systemd/tensornext.socket" \
+        "$SOURCE/systemd/tensornext-http.service"
     if systemd_runs; then
+        systemctl daemon-reload
+        systemctl try-restart tensornext-http || say 'tensornext-http does not start; journalctl -u tensornext-http'
         start "$previous" "$had_socket"
     else
         say 'installed; systemd does not run here, so nothing was started:' \
@@ -164,15 +167,20 @@ uninstall_all() {
                 systemctl --quiet disable --now tensornext.socket  # first: it would start the service again
             fi
             systemctl --quiet disable --now tensornext
+            if [ -e "$BRIDGE" ]; then
+                systemctl --quiet disable --now tensornext-http
+            fi
         else
             rm -f /etc/systemd/system/multi-user.target.wants/tensornext.service \
+                /etc/systemd/system/multi-user.target.wants/tensornext-http.service \
                 /etc/systemd/system/sockets.target.wants/tensornext.socket  # as much as that would do
         fi
-        rm -f "$UNIT" "$SOCKET"
+        rm -f "$UNIT" "$SOCKET" "$BRIDGE"
         rmdir -p "$UNITS" 2>/dev/null || true  # only what is empty
         if systemd_runs; then
             systemctl daemon-reload
-            systemctl reset-failed tensornext.socket tensornext 2>/dev/null || true  # it forgets a failed unit only when told to
+            # It forgets a failed unit only when told to.
+            systemctl reset-failed tensornext.socket tensornext tensornext-http 2>/dev/null || true
         fi
         rm -rf /var/cache/tensornext /var/cache/private/tensornext  # CacheDirectory= of a service without a user
     fi

@@ -44,7 +44,7 @@ mount -t tmpfs -o mode=1777 tmpfs tmp
 # This computer's own services, file systems and installation of TensorNext are not wanted.
 : > etc/fstab
 rm -rf etc/systemd/system/*.wants
-rm -rf etc/tensornext etc/systemd/system/tensornext.*.d usr/local/lib/systemd/system/tensornext.*
+rm -rf etc/tensornext etc/systemd/system/tensornext*.d usr/local/lib/systemd/system/tensornext*
 rm -rf opt/tensornext usr/local/bin/tnxd usr/local/bin/tnxctl
 
 mkdir run/outside

@@ -24,10 +24,12 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tnxctl.bridge.settings import HttpLimits
 from tnxd.config import Config, load
 
 SOURCE = Path(__file__).parent.parent
 UNIT = SOURCE / "systemd/tensornext.service"
+BRIDGE = SOURCE / "systemd/tensornext-http.service"
 CONFIG = SOURCE / "systemd/tnxd.toml"
 
 MOST_EXPOSURE = 1.5
@@ -202,29 +204,31 @@ def test_a_daemon_without_torch_names_the_command_that_brings_it() -> None:
     assert f"not installed: {shlex.quote(sys.executable)} -m pip install torch safetensors" in done.stderr
 
 
-def test_the_unit_is_hardened() -> None:
+@pytest.mark.parametrize("unit", [UNIT, BRIDGE], ids=lambda unit: unit.stem)
+def test_the_unit_is_hardened(unit: Path) -> None:
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
     threshold = f"--threshold={round(MOST_EXPOSURE * 10)}"
     rating = subprocess.run(
-        ["systemd-analyze", "security", "--no-pager", "--offline=true", threshold, UNIT], capture_output=True, text=True
+        ["systemd-analyze", "security", "--no-pager", "--offline=true", threshold, unit], capture_output=True, text=True
     )
     assert rating.returncode == 0, rating.stdout + rating.stderr
 
 
-def test_the_unit_has_no_mistakes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", [UNIT, BRIDGE], ids=lambda unit: unit.stem)
+def test_the_unit_has_no_mistakes(unit: Path, tmp_path: Path) -> None:
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
-    installed = tmp_path / UNIT.name
+    installed = tmp_path / unit.name
     # The commands exist only once they are installed.
-    installed.write_text(re.sub(r"(?m)^(Exec\w+)=\S+", rf"\1={sys.executable}", UNIT.read_text()))
+    installed.write_text(re.sub(r"(?m)^(Exec\w+)=\S+", rf"\1={sys.executable}", unit.read_text()))
     verdict = subprocess.run(["systemd-analyze", "verify", installed], capture_output=True, text=True)
     assert (verdict.returncode, verdict.stdout + verdict.stderr) == (0, "")
 
 
 def test_systemd_waits_longer_than_the_drain_takes() -> None:
-    seconds = sections(UNIT)["Service"]["TimeoutStopSec"].removesuffix("s")
-    assert float(seconds) > Config().drain_timeout_s
+    for unit, drain_timeout_s in ((UNIT, Config().drain_timeout_s), (BRIDGE, HttpLimits().drain_timeout_s)):
+        assert float(sections(unit)["Service"]["TimeoutStopSec"].removesuffix("s")) > drain_timeout_s
 
 
 def test_the_installed_configuration_changes_nothing() -> None:

@@ -347,6 +347,39 @@ def test_members_of_the_sockets_group_may_predict(service: Machine) -> None:
     path.chmod(0o660)
 
 
+def test_the_bridge_is_off_until_it_is_enabled_and_serves_then(service: Machine) -> None:
+    unit = "tensornext-http"
+    assert service.run("systemctl", "is-enabled", unit, check=False) == "disabled"
+    service.run("systemctl", "enable", "--now", unit)
+    ask = ("curl", "--silent", "--show-error", "http://127.0.0.1:8000/health")
+    assert json.loads(service.run(*ask))["status"] == "ready"
+    drop_in = service.root / f"run/systemd/system/{unit}.service.d/test.conf"
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text('[Service]\nEnvironment="OPTIONS=--workers 2 --tokens /etc/tensornext/tokens.toml"\n')
+    token = service.run("tnxctl", "keys", "token", "alice", "--role", "observe").splitlines()[-1]
+    try:
+        service.run("systemctl", "daemon-reload")
+        service.run("systemctl", "restart", unit)
+        assert "a token is asked for here" in service.run(*ask)
+        assert json.loads(service.run(*ask, "--header", f"Authorization: Bearer {token}"))["status"] == "ready"
+        service.run("tnxctl", "keys", "untoken", "alice")
+        service.run("systemctl", "reload", unit)
+        known = f"Authorization: Bearer {token}"
+        eventually(lambda: "not known" in service.run(*ask, "--header", known), "the token is not known any more")
+        assert "MainPID=0" not in service.run("systemctl", "show", "--property", "MainPID", unit)
+        service.run("systemctl", "stop", unit)
+        assert "Result=success" in service.run("systemctl", "show", "--property", "Result", unit)
+        (service.root / "etc/tensornext/tokens.toml").write_text("[tokens")
+        assert service.run("systemctl", "start", unit, check=False)
+        assert "tokens.toml: not TOML" in service.run("journalctl", "--output=cat", f"--unit={unit}")
+        assert "NRestarts=0" in service.run("systemctl", "show", "--property", "NRestarts", unit)
+    finally:
+        (service.root / "etc/tensornext/tokens.toml").unlink()
+        drop_in.unlink()
+        service.run("systemctl", "daemon-reload")
+        service.run("systemctl", "reset-failed", unit, check=False)
+
+
 def test_a_wrong_configuration_is_named_and_not_tried_again(restored: Machine) -> None:
     with (restored.root / CONFIG).open("a") as config:
         config.write("\nlains = 3\n")

@@ -6,7 +6,7 @@ import signal
 import ssl
 import subprocess
 import time
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from tnxctl.bridge.access import Access
 from tnxctl.bridge.bridge import access_of
 from tnxctl.bridge.settings import Settings
 from tnxctl.keys import tokens
+from tnxctl.keys.authorized import Role as AuthorizedRole
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import InvalidArgument, PermissionDenied, Unauthenticated
 from tnxctl.protocol.roles import LEAST_ROLES, Role
@@ -64,7 +65,7 @@ def test_addresses_as_they_are_typed(text: str, address: tuple[str, int]) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["", ":8000", "http://127.0.0.1:80", "1.2.3", "a b:80", "host:99999", "host:x", "[::1"]
+    "text", ["", ":8000", "http://127.0.0.1:80", "1.2.3", "a b:80", "host:99999", "host:x", "[::1", "[1.2.3:4", "[x]"]
 )
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(InvalidArgument, match="address"):
@@ -121,7 +122,8 @@ def test_tls(daemon: Daemon, tmp_path: Path, certificate: tuple[Path, Path]) -> 
             plain.send("GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert b"HTTP" not in plain.socket.recv(100)
         old = ssl.create_default_context(cafile=certfile)
-        old.maximum_version = ssl.TLSVersion.TLSv1_1
+        with warnings.catch_warnings(action="ignore"):
+            old.maximum_version = ssl.TLSVersion.TLSv1_1
         with pytest.raises(ssl.SSLError):
             bridge.connect(old)
 
@@ -171,9 +173,10 @@ def test_mistakes_with_certificates_are_sentences(tmp_path: Path, certificate: t
 
 
 @pytest.fixture
-def listed(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+def listed(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     path = tmp_path / "tokens.toml"
-    yield path, {role: tokens.add(path, f"a-{role}", role) for role in ("observe", "predict", "admin")}  # type: ignore[arg-type]
+    roles: tuple[AuthorizedRole, ...] = ("observe", "predict", "admin")
+    return path, {role: tokens.add(path, f"a-{role}", role) for role in roles}
 
 
 def test_each_role_may_ask_for_what_the_daemons_own_keys_may(listed: tuple[Path, dict[str, str]]) -> None:

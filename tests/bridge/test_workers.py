@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from bridges import SECONDS, Bridge, running_bridge
 from conftest import Daemon
 
 
+def children_of(pid: int) -> set[int]:
+    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
 def workers_of(bridge: Bridge) -> set[int]:
     """Process ids of the workers."""
-    return {
-        int(pid) for pid in Path(f"/proc/{bridge.process.pid}/task/{bridge.process.pid}/children").read_text().split()
-    }
+    return children_of(bridge.process.pid)
 
 
 def await_workers(bridge: Bridge, count: int, without: int = 0) -> set[int]:
@@ -51,9 +54,9 @@ def test_all_workers_end_with_the_process_that_started_them(daemon: Daemon, tmp_
     assert process.stdout is not None
     with process.stdout:
         assert "ready" in process.stdout.readline()
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        children = children_of(process.pid)
         assert len(children) == 2
-        descriptors = [os.pidfd_open(int(child)) for child in children]
+        descriptors = [os.pidfd_open(child) for child in children]
         process.kill()
         process.wait()
     for descriptor in descriptors:
@@ -62,8 +65,6 @@ def test_all_workers_end_with_the_process_that_started_them(daemon: Daemon, tmp_
 
 
 def assert_ends(descriptor: int) -> None:
-    import select
-
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     assert poll.poll(SECONDS * 1e3)
