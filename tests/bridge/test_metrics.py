@@ -15,6 +15,7 @@ from tnxctl.bridge.metrics import CODES, METRICS, ROWS, SECONDS, TRITON_METRICS,
 from tnxctl.protocol.histograms import BUCKETS, Histogram, bucket_of, trimmed
 from tnxctl.protocol.statistics import STAGES, DeviceStats, StatsReport, VersionStats
 
+ADDRESS = "tcp://127.0.0.1:5555"
 MLP = {"model": "mlp", "version": "1"}
 
 
@@ -39,6 +40,10 @@ def report(*models: VersionStats, **counts: object) -> StatsReport:
         }
         | counts
     )
+
+
+def rendered(only: StatsReport, *, triton_names: bool = False) -> bytes:
+    return render({ADDRESS: only}, triton_names=triton_names)
 
 
 def mlp(**counts: object) -> VersionStats:
@@ -76,13 +81,24 @@ def filled(number: int) -> StatsReport:
 
 
 def test_a_daemon_that_does_not_answer_is_told_and_nothing_else() -> None:
-    families = read(render(None))
+    families = read(render({ADDRESS: None}))
     assert families.keys() == {"tnx_up"}
     assert families["tnx_up"][{}] == 0
 
 
+def test_several_daemons_are_told_apart() -> None:
+    first, third = report(mlp(requests=3)), report(mlp(stages={"total": histogram([100.0])}))
+    families = read(render({"tcp://a:5555": first, "tcp://b:5555": None, "tcp://c:5555": third}))
+    ups = {name: families["tnx_up"][{"daemon": f"tcp://{name}:5555"}] for name in "abc"}
+    assert ups == {"a": 1, "b": 0, "c": 1}
+    assert families["tnx_requests_total"][MLP | {"daemon": "tcp://a:5555"}] == 3
+    assert families["tnx_queued_requests"][{"daemon": "tcp://c:5555"}] == 0
+    assert buckets(families["tnx_request_duration_seconds"], MLP | {"daemon": "tcp://c:5555"})["+Inf"] == 1
+    assert len(families["tnx_connections"].samples) == 2
+
+
 def test_labels_are_what_the_daemon_says() -> None:
-    families = read(render(report(mlp(requests=3, errors={"INTERNAL": 2, "OF_THE_FUTURE": 1}), traffic_mb=0.5)))
+    families = read(rendered(report(mlp(requests=3, errors={"INTERNAL": 2, "OF_THE_FUTURE": 1}), traffic_mb=0.5)))
     assert families["tnx_up"][{}] == 1
     assert families["tnx_build_info"][{"version": "0.1.0"}] == 1
     assert families["tnx_status"][{"status": "ready"}] == 1
@@ -95,7 +111,7 @@ def test_labels_are_what_the_daemon_says() -> None:
 
 
 def test_a_counter_of_errors_is_there_before_the_first_error() -> None:
-    families = read(render(report(mlp())))
+    families = read(rendered(report(mlp())))
     for code in CODES:
         assert families["tnx_errors_total"][MLP | {"code": code}] == 0
         assert families["tnx_daemon_errors_total"][{"code": code}] == 0
@@ -104,7 +120,7 @@ def test_a_counter_of_errors_is_there_before_the_first_error() -> None:
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_name_comes_back(name: str, device: str) -> None:
     stages = dict.fromkeys(STAGES, Histogram())
-    text = render(
+    text = rendered(
         report(
             VersionStats(name=name, version="1", requests=7, stages=stages),
             devices=(DeviceStats(name=device, status="ready", lanes=2),),
@@ -118,7 +134,7 @@ def test_any_name_comes_back(name: str, device: str) -> None:
 
 @given(st.lists(st.floats(0, 1e9).filter(lambda value: value not in SECONDS.edges)))
 def test_a_bucket_holds_the_times_up_to_its_bound(values: list[float]) -> None:
-    family = read(render(report(mlp(stages={"total": histogram(values)}))))["tnx_request_duration_seconds"]
+    family = read(rendered(report(mlp(stages={"total": histogram(values)}))))["tnx_request_duration_seconds"]
     counts = buckets(family, MLP)
     for le, count in counts.items():
         assert count == sum(value <= float(le) * 1e6 for value in values)
@@ -131,7 +147,7 @@ def test_a_bucket_holds_the_times_up_to_its_bound(values: list[float]) -> None:
 
 @given(st.lists(st.integers(1, 5000)))
 def test_a_bucket_holds_the_batches_of_up_to_its_rows(rows: list[int]) -> None:
-    family = read(render(report(mlp(batch_rows=histogram(rows)))))["tnx_batch_rows"]
+    family = read(rendered(report(mlp(batch_rows=histogram(rows)))))["tnx_batch_rows"]
     for le, count in buckets(family, MLP).items():
         assert count == sum(value <= float(le) for value in rows)
 
@@ -147,7 +163,7 @@ def test_batches_of_a_power_of_two_are_told_from_larger_and_smaller_ones() -> No
 
 def test_every_count_is_there_and_grows_with_its_count() -> None:
     """All but the gauges, of which none must be taken for a counter."""
-    before, after = read(render(filled(10), triton_names=True)), read(render(filled(11), triton_names=True))
+    before, after = read(rendered(filled(10), triton_names=True)), read(rendered(filled(11), triton_names=True))
     assert before.keys() == after.keys()
     for name, family in after.items():
         for key, value in family.samples.items():
@@ -160,7 +176,7 @@ def test_every_count_is_there_and_grows_with_its_count() -> None:
 
 def test_every_field_of_a_report_is_told_but_for_clients() -> None:
     """A count that a daemon gains has to be named here, too."""
-    base = render(filled(10))
+    base = rendered(filled(10))
     told = {"v", "id", "uptime_us", "clients"}
     for cls, owner in ((StatsReport, None), (VersionStats, "models"), (DeviceStats, "devices")):
         for each in msgspec.structs.fields(cls):
@@ -179,7 +195,7 @@ def test_every_field_of_a_report_is_told_but_for_clients() -> None:
                 full = msgspec.structs.replace(
                     full, **{owner: (msgspec.structs.replace(part, **{each.name: changed}),)}
                 )
-            assert (render(full) != base) != (owner is None and each.name in told), f"{cls.__name__}.{each.name}"
+            assert (rendered(full) != base) != (owner is None and each.name in told), f"{cls.__name__}.{each.name}"
 
 
 def test_names_follow_the_conventions() -> None:
@@ -204,8 +220,8 @@ def test_triton_names_are_an_option() -> None:
     }
     errors = {"INTERNAL": 1, "RESOURCE_EXHAUSTED": 2, "DEADLINE_EXCEEDED": 3, "CANCELLED": 4, "INVALID_ARGUMENT": 5}
     full = report(mlp(replies=2, rows=6, batches=1, stages=stages, errors=errors, queued_rows=9))
-    assert not any(name.startswith("nv_") for name in read(render(full)))
-    families = read(render(full, triton_names=True))
+    assert not any(name.startswith("nv_") for name in read(rendered(full)))
+    families = read(rendered(full, triton_names=True))
     assert {name for name in families if name.startswith("nv_")} == {metric.name for metric in TRITON_METRICS}
     values = {name.removeprefix("nv_inference_"): family for name, family in families.items() if name.startswith("nv_")}
     assert values["request_success"][MLP] == 2

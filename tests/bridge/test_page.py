@@ -26,7 +26,7 @@ from tnxctl.protocol.errors import Internal
 
 pytestmark = pytest.mark.skipif(bool(browser.MISSING), reason=browser.MISSING)
 
-TAB, ENTER = "\ue004", "\ue007"
+TAB, ENTER, DOWN = "\ue004", "\ue007", "\ue015"
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
@@ -174,6 +174,21 @@ def test_a_daemon_that_goes_and_comes_back_is_told(page: Browser, tmp_path: Path
             page.wait("document.querySelector('#status').innerText === 'ready'")
             assert not page.run("return document.getElementById('problem').checkVisibility()")
     page.messages()  # of the requests that failed
+
+
+def test_several_daemons_are_shown_one_by_one(page: Browser, tmp_path: Path) -> None:
+    numbered = [msgspec.structs.replace(fake_daemon.STATS, version=f"0.{number}.0") for number in (1, 2)]
+    with (
+        FakeDaemon(stats=lambda at: later(at, numbered[0])) as first,
+        FakeDaemon(stats=lambda at: later(at, numbered[1])) as second,
+        running_bridge(tmp_path, f"{first.endpoint},{second.endpoint}") as bridge,
+    ):
+        opened(page, bridge)
+        assert page.run("return document.getElementById('several').checkVisibility()")
+        assert "version 0.1.0" in page.text("#about")
+        page.run("document.getElementById('daemon').focus()")
+        page.press(DOWN)
+        page.wait("document.querySelector('#about').innerText.includes('version 0.2.0')")
 
 
 def test_a_token_is_asked_for(page: Browser, daemon: Daemon, tmp_path: Path) -> None:

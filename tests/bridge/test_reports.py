@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the bridge needs tensornext[http]")
 
+import fake_daemon
 from bridges import Bridge, running_bridge
 from conftest import Daemon
 from fake_daemon import FakeDaemon
@@ -80,6 +81,22 @@ def test_metrics_tell_of_a_daemon_that_is_gone(tmp_path: Path) -> None:
         families = scrape(bridge)
         assert families.keys() == {"tnx_up"}
         assert families["tnx_up"][{}] == 0
+
+
+def test_several_daemons_are_told_apart(tmp_path: Path) -> None:
+    versions = [msgspec.structs.replace(fake_daemon.STATS, version=f"0.{number}.0") for number in (1, 2)]
+    first, second = (FakeDaemon(stats=lambda _, told=told: told) for told in versions)
+    with first, second, running_bridge(tmp_path, f"{first.endpoint},{second.endpoint}") as bridge:
+        families = scrape(bridge)
+        for fake, version in zip((first, second), ("0.1.0", "0.2.0"), strict=True):
+            assert families["tnx_build_info"][{"daemon": fake.endpoint, "version": version}] == 1
+        assert bridge.ask("GET", "/daemons").document == {"daemons": [first.endpoint, second.endpoint]}
+        assert bridge.ask("GET", "/stats").document["version"] == "0.1.0"
+        assert bridge.ask("GET", "/stats/0").document["version"] == "0.1.0"
+        assert bridge.ask("GET", "/stats/1").document["version"] == "0.2.0"
+        for number in ("2", "-1", "x", "%C2%B2"):
+            assert bridge.ask("GET", f"/stats/{number}").status == 404, number
+        assert bridge.ask("GET", "/models").document == bridge.ask("GET", "/models/1").document
 
 
 def test_stats_and_models_are_those_of_the_daemon(daemon: Daemon, bridge: Bridge) -> None:

@@ -6,7 +6,7 @@ app.py          an ASGI application                 statuses.py     errors as HT
 connections.py  connections within limits           server.py       a worker: the loop, the servers, its end
 bridge.py       what the handlers share             interfaces.py   the interfaces, put together
 first_wire.py   GET /health, POST /predict
-reports.py      GET /metrics, /stats, /models   metrics.py      Prometheus text
+reports.py      GET /metrics, /stats, ...       metrics.py      Prometheus text
 server_timing.py  where a request's time went   openapi.py      the description of all routes
 page            GET /, /docs: pages for people
 

@@ -24,6 +24,7 @@ class Bridge:
     Attributes:
         settings: as given.
         client: asks the daemon. The bridge is one client for it, whoever asks the bridge.
+        daemons: of several daemons a client for each, to ask what each of them has to say of itself; else `client`.
         signatures: of models that were asked for lately.
         access: what a request may ask for.
         routes: those of all interfaces.
@@ -34,16 +35,16 @@ class Bridge:
         self.routes = routes
         self.access = access_of(settings)
         endpoints = settings.endpoints
-        self.client = AsyncClient(
-            endpoints[0] if len(endpoints) == 1 else list(endpoints),
-            timeout=settings.timeout,
-            limits=settings.message,
-        )
+        self.daemons = [AsyncClient(each, timeout=settings.timeout, limits=settings.message) for each in endpoints]
+        self.client = self.daemons[0]
+        if len(endpoints) > 1:
+            self.client = AsyncClient(list(endpoints), timeout=settings.timeout, limits=settings.message)
         self.signatures = Signatures(self.client)
 
     async def close(self) -> None:
-        """Close the connection to the daemon."""
-        await self.client.close()
+        """Close the connections to the daemon, or to all of them."""
+        for client in (self.client, *self.daemons):
+            await client.close()
 
 
 def access_of(settings: Settings) -> Access:

@@ -8,7 +8,7 @@ has it as a table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from tnxctl.protocol.errors import TensorNextError
@@ -83,24 +83,34 @@ class Metric(NamedTuple):
     buckets: Buckets = SECONDS
 
 
-def render(report: StatsReport | None, *, triton_names: bool = False) -> bytes:
-    """Prometheus text of a report.
+def render(reports: Mapping[str, StatsReport | None], *, triton_names: bool = False) -> bytes:
+    """Prometheus text of reports.
 
     Args:
-        report: None: the daemon does not answer. Then `tnx_up` is all there is.
+        reports: by the address of the daemon, which is a label if there are several. None: it does not answer; then
+            its `tnx_up` is 0, and all there is of it.
         triton_names: with the `nv_inference_*` counters as well, which boards and autoscalers for Triton read.
     """
-    lines = ["# HELP tnx_up Whether the daemon answers.", "# TYPE tnx_up gauge", f"tnx_up {int(report is not None)}"]
-    if report is not None:
+    owners = {address: _labels(daemon=address) if len(reports) > 1 else "" for address in reports}
+    lines = ["# HELP tnx_up Whether the daemon answers.", "# TYPE tnx_up gauge"]
+    lines += (f"tnx_up{_braced(owners[address])} {int(report is not None)}" for address, report in reports.items())
+    answered = [(owners[address], report) for address, report in reports.items() if report is not None]
+    if answered:
         for metric in (*METRICS, *TRITON_METRICS) if triton_names else METRICS:
             lines += (f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}")
-            for labels, value in metric.samples(report):
-                if isinstance(value, Histogram):
-                    lines += _histogram(metric.name, labels, value, metric.buckets)
-                else:
-                    lines.append(f"{metric.name}{_braced(labels)} {_number(value)}")
+            for owner, report in answered:
+                lines += _metric(metric, owner, report)
     lines.append("")
     return "\n".join(lines).encode()
+
+
+def _metric(metric: Metric, owner: str, report: StatsReport) -> Iterator[str]:
+    for own, value in metric.samples(report):
+        labels = f"{owner},{own}" if owner and own else owner or own
+        if isinstance(value, Histogram):
+            yield from _histogram(metric.name, labels, value, metric.buckets)
+        else:
+            yield f"{metric.name}{_braced(labels)} {_number(value)}"
 
 
 def _histogram(name: str, labels: str, histogram: Histogram, buckets: Buckets) -> Iterator[str]:

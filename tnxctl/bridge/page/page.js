@@ -22,6 +22,7 @@ const ERRORS = {
   INTERNAL: "The model or the daemon failed",
 };
 const STATUS_KINDS = { ready: "good", starting: "warn", draining: "warn" };
+const REFUSALS = { 401: ["needs a token", "warn"], 403: ["not allowed", "warn"] }; // by the status of HTTP
 const EVERY_MS = 1000;
 const SAMPLES = 121; // two minutes
 const RECENT = 10; // seconds that tables tell of
@@ -272,13 +273,17 @@ function serverTiming(headers) {
 // --- state ------------------------------------------------------------------------------------------------------
 
 const reports = []; // of the last two minutes, the oldest first
+let daemons = [];
 let models = [];
 let modelsText = "";
 let polls = 0;
 
 async function poll() {
   try {
-    const [report] = await ask("stats");
+    if (!daemons.length) await askDaemons();
+    const number = daemons.indexOf($("daemon").value);
+    const [report] = await ask(`stats/${number}`);
+    if (number !== daemons.indexOf($("daemon").value)) return; // another one was chosen meanwhile
     const last = reports.at(-1);
     if (last && (last.started_s !== report.started_s || last.uptime_us > report.uptime_us)) {
       reports.length = 0;
@@ -286,7 +291,7 @@ async function poll() {
     }
     if (!last || report.uptime_us > last.uptime_us || !reports.length) reports.push(report);
     if (reports.length > SAMPLES) reports.shift();
-    if (polls % MODELS_EVERY === 0 || newVersions(report)) await pollModels();
+    if (polls % MODELS_EVERY === 0 || newVersions(report)) await pollModels(number);
     polls += 1;
     show();
     problem("");
@@ -294,14 +299,22 @@ async function poll() {
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     $("token").hidden = error.status !== 401;
-    state(error.status === 401 ? "needs a token" : "unreachable", error.status === 401 ? "warn" : "bad");
+    state(...(REFUSALS[error.status] ?? ["unreachable", "bad"]));
     problem(error.message);
     document.querySelector("main").classList.add("stale");
   }
 }
 
-async function pollModels() {
-  const [found] = await ask("models");
+/** Which daemons there are: of several, one is shown at a time. */
+async function askDaemons() {
+  const [found] = await ask("daemons");
+  daemons = found.daemons;
+  $("several").hidden = daemons.length < 2;
+  $("daemon").replaceChildren(...daemons.map((address) => element("option", { value: address }, address)));
+}
+
+async function pollModels(number) {
+  const [found] = await ask(`models/${number}`);
   const text = JSON.stringify(found.models.map((model) => ({ ...model, requests: 0, memory_mb: 0, audited: 0 })));
   models = found.models;
   if (text !== modelsText) {
@@ -583,6 +596,11 @@ async function run() {
 }
 
 $("of").addEventListener("change", show);
+$("daemon").addEventListener("change", () => {
+  reports.length = 0;
+  polls = 0;
+  poll();
+});
 $("try").addEventListener("submit", send);
 $("try-model").addEventListener("change", showInputs);
 $("token").addEventListener("submit", (event) => {
