@@ -18,8 +18,46 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from tnxctl.bridge.settings import HttpLimits
 
+_LONG_BYTES = 16 * 1024  # of a body: from here on a copy costs more than a system call
+
 _MOST_WAITING = 64
 """Most requests that may wait on a connection for the response to another."""
+
+
+class _Joining:
+    """Transport that sends the head of a response together with a short body: one system call, one packet."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+        self.is_closing = transport.is_closing
+        self.get_write_buffer_size = transport.get_write_buffer_size
+        self.abort = transport.abort
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send, or keep what looks like the head of a response for the next call."""
+        if self._head:
+            head, self._head = self._head, b""
+            if len(data) > _LONG_BYTES:
+                self._transport.write(head)
+            else:
+                data = head + data
+        elif data[:9] == b"HTTP/1.1 " and data[9:12] != b"100":
+            self._head = bytes(data)
+            return
+        self._transport.write(data)
+
+    def flush(self) -> None:
+        """Send what was kept."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head)
+
+    def close(self) -> None:
+        """Send what was kept, and close."""
+        if not self._transport.is_closing():
+            self.flush()
+        self._transport.close()
 
 
 class Config(uvicorn.Config):
@@ -56,6 +94,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
+        self.transport = self._joining = _Joining(transport)  # type: ignore[assignment]  # as far as uvicorn uses it
         if len(self.connections) > self._limits.connections:
             self._fail(503, f"the bridge has {self._limits.connections} connections already")
         else:
@@ -131,6 +170,8 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         if self._due:
             self._due.popleft()
+        if not self.transport.is_closing():
+            self._joining.flush()
         super().on_response_complete()
         if self.transport.is_closing():
             self._close()
