@@ -5,10 +5,10 @@ http.py         requests, responses, errors         routes.py       which handle
 app.py          an ASGI application                 statuses.py     errors as HTTP tells them
 connections.py  connections within limits           server.py       a worker: the loop, the servers, its end
 bridge.py       what the handlers share             interfaces.py   the interfaces, put together
-first_wire.py   GET /health, POST /predict
-reports.py      GET /metrics, /stats, ...       metrics.py      Prometheus text
-server_timing.py  where a request's time went   openapi.py      the description of all routes
-page            GET /, /docs: pages for people
+first_wire.py   GET /health, POST /predict          oip/            Open Inference Protocol
+reports.py      GET /metrics, /stats, /models, ...  metrics.py      Prometheus text
+openapi.py      the description of all routes       server_timing.py  a request's stages, in a header
+page/           GET /, /docs: pages for people
 
 It needs `pip install 'tensornext[http]'`; everything here is imported by `tnxctl bridge` alone.
 """
