@@ -24,6 +24,7 @@ from tnxctl.bridge import openapi, server_timing
 from tnxctl.bridge.interfaces import routes_of
 from tnxctl.bridge.page import reference
 from tnxctl.bridge.settings import Settings
+from tnxctl.protocol import wire
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.results import Result, Timing
 
@@ -97,6 +98,30 @@ def test_several_daemons_are_told_apart(tmp_path: Path) -> None:
         for number in ("2", "-1", "x", "%C2%B2"):
             assert bridge.ask("GET", f"/stats/{number}").status == 404, number
         assert bridge.ask("GET", "/models").document == bridge.ask("GET", "/models/1").document
+
+
+ABOUT_ONE = (
+    "/health",
+    "/v2",
+    "/v2/health/ready",
+    "/v2/models/mlp",
+    "/v2/models/mlp/ready",
+    "/v2/models/mlp/config",
+    "/v2/models/mlp/stats",
+    "/v2/models/stats",
+)
+"""Paths for which one daemon is asked, and not whichever of several is least busy."""
+
+
+def test_what_is_about_one_daemon_is_asked_of_one_that_answers(tmp_path: Path) -> None:
+    counts = (wire.VersionStats(name="mlp", version="1"),)
+    stats = msgspec.structs.replace(fake_daemon.STATS, models=counts)
+    gone = f"ipc://{tmp_path}/gone"
+    with FakeDaemon(stats=lambda _: stats) as fake:
+        with running_bridge(tmp_path, f"{fake.endpoint},{gone}") as bridge:
+            assert {path: bridge.ask("GET", path).status for path in ABOUT_ONE} == dict.fromkeys(ABOUT_ONE, 200)
+        with running_bridge(tmp_path, f"{gone},{fake.endpoint}", "--timeout", "100ms") as bridge:
+            assert {path: bridge.ask("GET", path).status for path in ABOUT_ONE} == dict.fromkeys(ABOUT_ONE, 200)
 
 
 def test_stats_and_models_are_those_of_the_daemon(daemon: Daemon, bridge: Bridge) -> None:

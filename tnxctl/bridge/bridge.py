@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 from tnxctl.aio import AsyncClient
 from tnxctl.bridge.access import Access
@@ -10,7 +12,10 @@ from tnxctl.bridge.addresses import is_loopback
 from tnxctl.bridge.routes import Routes
 from tnxctl.bridge.settings import Settings
 from tnxctl.bridge.signatures import Signatures
+from tnxctl.protocol.errors import DeadlineExceeded, Unavailable
 from tnxctl.protocol.roles import Role
+
+T = TypeVar("T")
 
 
 class Bridge:
@@ -40,6 +45,22 @@ class Bridge:
         if len(endpoints) > 1:
             self.client = AsyncClient(list(endpoints), timeout=settings.timeout, limits=settings.message)
         self.signatures = Signatures(self.client)
+
+    async def ask_one(self, ask: Callable[[AsyncClient], Awaitable[T]]) -> T:
+        """What one daemon says of itself or its models: the first of them that answers, since all serve the same.
+
+        Args:
+            ask: asks it, such as `AsyncClient.models`, which a client of several daemons refuses.
+
+        Raises:
+            TensorNextError: as `ask` does; of several daemons, the last error.
+        """
+        for client in self.daemons[:-1]:
+            try:
+                return await ask(client)
+            except (Unavailable, DeadlineExceeded):
+                continue
+        return await ask(self.daemons[-1])
 
     async def close(self) -> None:
         """Close the connections to the daemon, or to all of them."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import numpy as np
 
+from tnxctl.aio import AsyncClient
 from tnxctl.bridge import server_timing
 from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.http import Buffer, HttpError, Request, Response, json_response
@@ -39,7 +40,7 @@ def add_to(routes: Routes) -> None:
 
 async def health(bridge: Bridge, request: Request) -> Response:
     """The state of the daemon, and of the GPU where a request would run now."""
-    report = await bridge.client.health()
+    report = await bridge.ask_one(AsyncClient.health)
     return json_response(
         {
             "status": report.status,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from tnxctl.aio import AsyncClient
 from tnxctl.bridge import server_timing
 from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.http import JSON, HttpError, Request, Response, json_response
@@ -64,8 +65,9 @@ async def live(bridge: Bridge, request: Request) -> Response:
 
 async def ready(bridge: Bridge, request: Request) -> Response:
     """Whether the daemon takes requests: 200, or else 503."""
+    timeout = min(bridge.settings.timeout, _READY_TIMEOUT_S)
     try:
-        report = await bridge.client.health(timeout=min(bridge.settings.timeout, _READY_TIMEOUT_S))
+        report = await bridge.ask_one(lambda client: client.health(timeout=timeout))
     except (Unavailable, DeadlineExceeded):
         is_ready = False
     else:
@@ -75,20 +77,19 @@ async def ready(bridge: Bridge, request: Request) -> Response:
 
 async def server_metadata(bridge: Bridge, request: Request) -> Response:
     """Name, version and extensions of the server."""
-    return json_response(documents.server_metadata((await bridge.client.health()).version))
+    return json_response(documents.server_metadata((await bridge.ask_one(AsyncClient.health)).version))
 
 
 async def model_metadata(bridge: Bridge, request: Request) -> Response:
     """Inputs and outputs of a model, and its versions."""
-    client = bridge.client
-    model, models = await asyncio.gather(client.metadata(_title(request)), client.models())
+    model, models = await asyncio.gather(bridge.client.metadata(_title(request)), bridge.ask_one(AsyncClient.models))
     return json_response(documents.model_metadata(model, models))
 
 
 async def model_ready(bridge: Bridge, request: Request) -> Response:
     """Whether a model answers requests: 200, or else 503."""
     name = request.params["model"]
-    is_ready = documents.serves(await bridge.client.models(), name, request.params.get("version", ""))
+    is_ready = documents.serves(await bridge.ask_one(AsyncClient.models), name, request.params.get("version", ""))
     return json_response(documents.model_ready(name, is_ready), 200 if is_ready else 503)
 
 
@@ -100,7 +101,7 @@ async def model_config(bridge: Bridge, request: Request) -> Response:
 async def statistics(bridge: Bridge, request: Request) -> Response:
     """Counts and times of a model, or of all, since the daemon started."""
     name, version = request.params.get("model", ""), request.params.get("version", "")
-    return json_response(documents.model_statistics(await bridge.client.stats(), name, version))
+    return json_response(documents.model_statistics(await bridge.ask_one(AsyncClient.stats), name, version))
 
 
 async def run_inference(bridge: Bridge, request: Request) -> Response:
@@ -131,7 +132,7 @@ async def run_inference(bridge: Bridge, request: Request) -> Response:
 async def repository_index(bridge: Bridge, request: Request) -> Response:
     """Every version of every model, and its state."""
     asked = _body(request, IndexRequest)
-    return json_response(documents.repository_index(await bridge.client.models(), ready=asked.ready))
+    return json_response(documents.repository_index(await bridge.ask_one(AsyncClient.models), ready=asked.ready))
 
 
 async def load(bridge: Bridge, request: Request) -> Response:
