@@ -104,7 +104,7 @@ def test_values_of_ones_own_are_sent(page: Browser, tmp_path: Path) -> None:
         page.wait("document.querySelector('#answer pre')")
         [inputs] = fake.inputs
         assert inputs["image"].tolist() == [[1.5] * 64, [0.0] * 64]
-        assert page.text("#answer pre").startswith("[96,97,98,")
+        assert page.text("#answer pre").startswith("[96, 97, 98, ")
         page.run("document.querySelector('textarea').value = '[[1, 2'")
         page.run("document.getElementById('try-send').click()")
         page.wait("document.querySelector('#answer').innerText.includes('The values of image are not JSON')")

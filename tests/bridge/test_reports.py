@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -20,12 +22,13 @@ from conftest import Daemon
 from fake_daemon import FakeDaemon
 from prometheus_text import Family, buckets, read
 from tnxctl import Client
-from tnxctl.bridge import openapi, server_timing
+from tnxctl.bridge import openapi, reports, server_timing
+from tnxctl.bridge.http import Request
 from tnxctl.bridge.interfaces import routes_of
 from tnxctl.bridge.page import reference
 from tnxctl.bridge.settings import Settings
 from tnxctl.protocol import wire
-from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.errors import InvalidArgument, Unavailable
 from tnxctl.results import Result, Timing
 
 ROUTES = routes_of(Settings(endpoints=("127.0.0.1",)))
@@ -82,6 +85,25 @@ def test_metrics_tell_of_a_daemon_that_is_gone(tmp_path: Path) -> None:
         families = scrape(bridge)
         assert families.keys() == {"tnx_up"}
         assert families["tnx_up"][{}] == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "waited"), [("1", 0.8), ("0.5", 0.4), ("10", 2.0), ("inf", 2.0), ("nan", 2.0), ("-1", 2.0), ("x", 2.0)]
+)
+def test_metrics_wait_for_the_daemon_less_long_than_prometheus_waits_for_them(said: str, waited: float) -> None:
+    """Else a daemon that is gone would look like a bridge that is."""
+
+    class Gone:
+        endpoint = "tcp://127.0.0.1:5555"
+
+        async def stats(self, *, timeout: float) -> wire.StatsReport:
+            assert timeout == pytest.approx(waited)
+            raise Unavailable("nobody listens")
+
+    asked = Request("GET", "/metrics", headers={b"x-prometheus-scrape-timeout-seconds": said})
+    behind = SimpleNamespace(daemons=[Gone()], settings=Settings(endpoints=(Gone.endpoint,)))
+    response = asyncio.run(reports.prometheus(behind, asked))  # type: ignore[arg-type]
+    assert read(bytes(response.chunks[0]))["tnx_up"][{}] == 0
 
 
 def test_several_daemons_are_told_apart(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import msgspec
 
@@ -16,8 +17,11 @@ from tnxctl.protocol.errors import DeadlineExceeded, Unavailable
 from tnxctl.protocol.limits import excerpt
 from tnxctl.protocol.wire import ModelInfo, StatsReport
 
-SCRAPE_TIMEOUT_S = 2.0
-"""Most seconds that /metrics waits for the daemon: less than Prometheus waits for /metrics."""
+_SCRAPE_TIMEOUT_S = 2.0
+"""Most seconds that /metrics waits for a daemon."""
+
+_SCRAPE_SHARE = 0.8
+"""Of the time that Prometheus waits for /metrics, which it says: the rest is for the answer."""
 
 
 class ModelList(msgspec.Struct, frozen=True):
@@ -47,16 +51,26 @@ async def prometheus(bridge: Bridge, request: Request) -> Response:
     Without an answer of the daemon's, `tnx_up` is 0, and there is nothing else: an alert can say so, and a scrape that
     fails tells of the bridge alone. Of several daemons, each has its address as a label.
     """
-    reports = await asyncio.gather(*(_answer(client, bridge.settings.timeout) for client in bridge.daemons))
+    timeout = min(bridge.settings.timeout, _SCRAPE_TIMEOUT_S, _SCRAPE_SHARE * _allowed_s(request))
+    reports = await asyncio.gather(*(_answer(client, timeout) for client in bridge.daemons))
     addresses = (client.endpoint for client in bridge.daemons)
     text = metrics.render(dict(zip(addresses, reports, strict=True)), triton_names=bridge.settings.triton_names)
     return Response((text,), headers=((b"content-type", metrics.CONTENT_TYPE.encode()),))
 
 
+def _allowed_s(request: Request) -> float:
+    """Seconds that Prometheus waits for the answer; infinity if it does not say, or says nonsense."""
+    try:
+        allowed = float(request.headers.get(b"x-prometheus-scrape-timeout-seconds", "inf"))
+    except ValueError:
+        return math.inf
+    return allowed if allowed > 0 else math.inf
+
+
 async def _answer(client: AsyncClient, timeout: float) -> StatsReport | None:
     """The counts of a daemon; None if it does not answer."""
     try:
-        return await client.stats(timeout=min(timeout, SCRAPE_TIMEOUT_S))
+        return await client.stats(timeout=timeout)
     except (Unavailable, DeadlineExceeded):
         return None
 

@@ -342,6 +342,7 @@ function problem(text) {
 
 function show() {
   const report = reports.at(-1);
+  document.querySelector("main").hidden = false;
   document.querySelector("main").classList.remove("stale");
   state(report.status, STATUS_KINDS[report.status] ?? "unknown");
   $("about").textContent = `version ${report.version} · up ${age(report.uptime_us / 1e6)} · ` +
@@ -574,8 +575,14 @@ function showAnswer(answer, stages, elapsedMs) {
       `it took ${duration(1000 * stages.actual)}, from its queueing to the end of its batch.`),
     ...answer.outputs.flatMap((output) => [
       element("h3", {}, signature([output.name, output.datatype, output.shape])),
-      element("pre", { tabindex: "0" }, JSON.stringify(output.data.slice(0, MOST_VALUES_SHOWN)) +
+      element("pre", { tabindex: "0" }, spelled(output.data.slice(0, MOST_VALUES_SHOWN)) +
         (output.data.length > MOST_VALUES_SHOWN ? ` and ${digits(output.data.length - MOST_VALUES_SHOWN, 0)} more` : ""))]));
+}
+
+/** Values as JSON, those with fractions to six digits. */
+function spelled(values) {
+  const rounded = values.map((value) => (Number.isFinite(value) && value % 1 ? Number(value.toPrecision(6)) : value));
+  return `[${rounded.map((value) => JSON.stringify(value)).join(", ")}]`;
 }
 
 function showCommand(path, body) {
