@@ -472,8 +472,12 @@ def test_bad_requests_are_refused_and_the_next_one_on_the_connection_works(bridg
 
 
 def test_a_daemon_that_is_not_there(tmp_path: Path) -> None:
-    with running_bridge(tmp_path, f"ipc://{tmp_path}/nothing", "--timeout", "0.2s") as lonely:
+    limits = ("--timeout", "0.2s", "--limit", f"json_bytes={len(IN_JSON)}")
+    with running_bridge(tmp_path, f"ipc://{tmp_path}/nothing", *limits) as lonely:
         assert told(lonely, "/v2/health/live") == (200, {"live": True})
         assert told(lonely, "/v2/health/ready") == (503, {"ready": False})
         answer = lonely.ask("GET", "/v2/models/simple")
         assert (answer.status, bool(answer.error)) == (503, True)
+        for body, status in ((IN_JSON, 503), (IN_JSON + b" ", 413)):
+            answer = lonely.ask("POST", "/v2/models/simple/infer", body)
+            assert (answer.status, bool(answer.error)) == (status, True)

@@ -47,10 +47,10 @@ async def unpacked(request: Request, most: int) -> Buffer:
     unpacker = zlib.decompressobj(_FORMATS[coding])
     plain = bytearray()
     for at in range(0, len(body), _INPUT):
+        if unpacker.eof:
+            raise HttpError(400, f"the body goes on behind the end of its {coding}")
         data: Buffer = body[at : at + _INPUT]
-        if unpacker.eof or unpacker.unused_data:
-            break
-        while True:
+        while data:
             try:
                 if len(body) <= _SHORT:
                     piece = unpacker.decompress(data, _OUTPUT)
@@ -63,11 +63,9 @@ async def unpacked(request: Request, most: int) -> Buffer:
             request.hold(len(piece))
             plain += piece
             data = unpacker.unconsumed_tail
-            if not data and len(piece) < _OUTPUT:
-                break
     if not unpacker.eof:
         raise HttpError(400, f"the body ends before its {coding} does")
-    if unpacker.unused_data or at + _INPUT < len(body):
+    if unpacker.unused_data:
         raise HttpError(400, f"the body goes on behind the end of its {coding}")
     return plain
 

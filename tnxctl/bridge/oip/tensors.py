@@ -75,7 +75,7 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: object) -> A
     except (ValueError, OverflowError, ArithmeticError) as error:  # ragged lists, or what is too large for a datatype
         raise InvalidArgument(f"input {excerpt(name)}: no {datatype} can be made of its data: {error}") from None
     shape = tuple(shape)
-    if array.ndim != depth or (array.shape != shape and (depth > 1 or array.size != math.prod(shape))):
+    if array.shape != shape and (depth > 1 or array.size != math.prod(shape)):
         raise InvalidArgument(
             f"input {excerpt(name)}: its data has the shape {[*array.shape]}, which is neither "
             f"{excerpt([*shape])} nor one list of all its elements"
