@@ -7,6 +7,10 @@ connections.py  connections within limits           server.py       a worker: th
 bridge.py       what the handlers share             interfaces.py   the interfaces, put together
 first_wire.py   GET /health, POST /predict          oip/            Open Inference Protocol
 grpc/           the same over gRPC
+reports.py      GET /metrics, /stats, /models, ...  metrics.py      Prometheus text
+openapi.py      the description of all routes       server_timing.py  a request's stages, in a header
+page/           GET /, /docs: pages for people
 
-It needs `pip install 'tensornext[http]'`, and gRPC `tensornext[http,grpc]`; everything here is imported by `tnxctl bridge` alone.
+It needs `pip install 'tensornext[http]'`, and gRPC `tensornext[http,grpc]`. All of it is imported by `tnxctl bridge`
+alone.
 """

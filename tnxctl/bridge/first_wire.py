@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import numpy as np
 
+from tnxctl.aio import AsyncClient
+from tnxctl.bridge import server_timing
 from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.http import Buffer, HttpError, Request, Response, json_response
 from tnxctl.bridge.routes import Routes
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from tnxctl.protocol.datatypes import Array
 
 
-class _Predict(msgspec.Struct):
+class PredictRequest(msgspec.Struct):
     """Body of a request to predict. What else there is in it does not count, as in the first version."""
 
     input_data: list[list[int | float]]
@@ -27,18 +29,18 @@ class _Predict(msgspec.Struct):
     model: str = ""
 
 
-_decode = msgspec.json.Decoder(_Predict).decode
+_decode = msgspec.json.Decoder(PredictRequest).decode
 
 
 def add_to(routes: Routes) -> None:
     """Add the routes of this interface."""
     routes.add("GET", "/health", health, wire.Health)
-    routes.add("POST", "/predict", predict, wire.Predict)
+    routes.add("POST", "/predict", predict, wire.Predict, takes=PredictRequest)
 
 
 async def health(bridge: Bridge, request: Request) -> Response:
     """The state of the daemon, and of the GPU where a request would run now."""
-    report = await bridge.client.health()
+    report = await bridge.ask_one(AsyncClient.health)
     return json_response(
         {
             "status": report.status,
@@ -70,11 +72,12 @@ async def predict(bridge: Bridge, request: Request) -> Response:
             "device": result.device,
             "latency_ms": result.latency_ms,
             "gpu_memory_mb": result.gpu_memory_mb,
-        }
+        },
+        headers=(server_timing.header(result),),
     )
 
 
-def _read(body: Buffer, most: int) -> _Predict:
+def _read(body: Buffer, most: int) -> PredictRequest:
     if len(body) > most:
         raise HttpError(413, f"the body has {len(body)} bytes, and JSON may have {most}")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tnxctl.bridge import first_wire
+from tnxctl.bridge import first_wire, page, reports
 from tnxctl.bridge.oip import handlers as oip
 from tnxctl.bridge.routes import Routes
 from tnxctl.bridge.settings import Settings
@@ -13,4 +13,6 @@ def routes_of(settings: Settings) -> Routes:
     routes = Routes()
     first_wire.add_to(routes)
     oip.add_to(routes)
+    reports.add_to(routes)
+    page.add_to(routes)
     return routes

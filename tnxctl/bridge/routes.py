@@ -23,6 +23,8 @@ class Route(NamedTuple):
         verb: what it asks of the daemon, whose role it needs (`tnxctl.protocol.roles`); None: nothing that anybody may
             not know.
         names: of the segments, in order.
+        takes, gives: types of the JSON documents in the bodies of a request and of its response, or the media type of
+            what is no JSON; None: not told. They are for the description of the interface (`openapi.py`).
     """
 
     method: str
@@ -30,6 +32,8 @@ class Route(NamedTuple):
     handler: Handler
     verb: type[wire.Request] | None
     names: tuple[str, ...]
+    takes: Any = None
+    gives: Any = None
 
 
 class _Node:
@@ -50,7 +54,16 @@ class Routes:
         self._root = _Node()
         self._fixed: dict[tuple[str, str], Route] = {}  # those without names, which need no walk
 
-    def add(self, method: str, pattern: str, handler: Handler, verb: type[wire.Request] | None) -> None:
+    def add(
+        self,
+        method: str,
+        pattern: str,
+        handler: Handler,
+        verb: type[wire.Request] | None,
+        *,
+        takes: Any = None,
+        gives: Any = None,
+    ) -> None:
         """Add a route. Raises ValueError if there is one for it already."""
         node, names = self._root, []
         for segment in pattern.removeprefix("/").split("/"):
@@ -61,7 +74,7 @@ class Routes:
                 node = node.children.setdefault(segment, _Node())
         if method in node.routes:
             raise ValueError(f"{method} {pattern} has a handler already")
-        node.routes[method] = route = Route(method, pattern, handler, verb, tuple(names))
+        node.routes[method] = route = Route(method, pattern, handler, verb, tuple(names), takes, gives)
         if not names:
             self._fixed[method, pattern] = route
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from tnxctl.aio import AsyncClient
+from tnxctl.bridge import server_timing
 from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.http import JSON, HttpError, Request, Response, json_response
 from tnxctl.bridge.oip import compression, documents, infer
@@ -26,11 +28,15 @@ _READY_TIMEOUT_S = 1.0
 """Longest wait of a readiness check: probes ask every few seconds, and give up after one by default."""
 
 
-class _IndexRequest(msgspec.Struct, frozen=True):
+class IndexRequest(msgspec.Struct, frozen=True):
+    """Body of a request for the index. Attributes: ready: only versions that answer."""
+
     ready: bool = False
 
 
-class _ControlRequest(msgspec.Struct, frozen=True):
+class ControlRequest(msgspec.Struct, frozen=True):
+    """Body of a request to load or unload."""
+
     parameters: Annotated[dict[str, Any], msgspec.Meta(max_length=1024)] = {}
 
 
@@ -45,10 +51,10 @@ def add_to(routes: Routes) -> None:
         routes.add("GET", f"{model}/ready", model_ready, wire.Models)
         routes.add("GET", f"{model}/config", model_config, wire.Metadata)
         routes.add("GET", f"{model}/stats", statistics, wire.Stats)
-        routes.add("POST", f"{model}/infer", run_inference, wire.Predict)
-    routes.add("POST", "/v2/repository/index", repository_index, wire.Models)
-    routes.add("POST", "/v2/repository/models/{model}/load", load, wire.Load)
-    routes.add("POST", "/v2/repository/models/{model}/unload", unload, wire.Unload)
+        routes.add("POST", f"{model}/infer", run_inference, wire.Predict, takes=infer.InferRequest)
+    routes.add("POST", "/v2/repository/index", repository_index, wire.Models, takes=IndexRequest)
+    routes.add("POST", "/v2/repository/models/{model}/load", load, wire.Load, takes=ControlRequest)
+    routes.add("POST", "/v2/repository/models/{model}/unload", unload, wire.Unload, takes=ControlRequest)
     _add_unsupported(routes)
 
 
@@ -59,8 +65,9 @@ async def live(bridge: Bridge, request: Request) -> Response:
 
 async def ready(bridge: Bridge, request: Request) -> Response:
     """Whether the daemon takes requests: 200, or else 503."""
+    timeout = min(bridge.settings.timeout, _READY_TIMEOUT_S)
     try:
-        report = await bridge.client.health(timeout=min(bridge.settings.timeout, _READY_TIMEOUT_S))
+        report = await bridge.ask_one(lambda client: client.health(timeout=timeout))
     except (Unavailable, DeadlineExceeded):
         is_ready = False
     else:
@@ -70,20 +77,19 @@ async def ready(bridge: Bridge, request: Request) -> Response:
 
 async def server_metadata(bridge: Bridge, request: Request) -> Response:
     """Name, version and extensions of the server."""
-    return json_response(documents.server_metadata((await bridge.client.health()).version))
+    return json_response(documents.server_metadata((await bridge.ask_one(AsyncClient.health)).version))
 
 
 async def model_metadata(bridge: Bridge, request: Request) -> Response:
     """Inputs and outputs of a model, and its versions."""
-    client = bridge.client
-    model, models = await asyncio.gather(client.metadata(_title(request)), client.models())
+    model, models = await asyncio.gather(bridge.client.metadata(_title(request)), bridge.ask_one(AsyncClient.models))
     return json_response(documents.model_metadata(model, models))
 
 
 async def model_ready(bridge: Bridge, request: Request) -> Response:
     """Whether a model answers requests: 200, or else 503."""
     name = request.params["model"]
-    is_ready = documents.serves(await bridge.client.models(), name, request.params.get("version", ""))
+    is_ready = documents.serves(await bridge.ask_one(AsyncClient.models), name, request.params.get("version", ""))
     return json_response(documents.model_ready(name, is_ready), 200 if is_ready else 503)
 
 
@@ -95,7 +101,7 @@ async def model_config(bridge: Bridge, request: Request) -> Response:
 async def statistics(bridge: Bridge, request: Request) -> Response:
     """Counts and times of a model, or of all, since the daemon started."""
     name, version = request.params.get("model", ""), request.params.get("version", "")
-    return json_response(documents.model_statistics(await bridge.client.stats(), name, version))
+    return json_response(documents.model_statistics(await bridge.ask_one(AsyncClient.stats), name, version))
 
 
 async def run_inference(bridge: Bridge, request: Request) -> Response:
@@ -116,22 +122,23 @@ async def run_inference(bridge: Bridge, request: Request) -> Response:
         batches = ran.max_batch_size > 0
     answer = infer.answer(inference, result, batches)
     chunks, coding = await compression.packed(answer.chunks, headers.get(b"accept-encoding"))
+    stages = server_timing.header(result)
     if not answer.binary:
-        return Response(chunks, headers=(JSON, *coding))
+        return Response(chunks, headers=(JSON, stages, *coding))
     length = (_LENGTH, b"%d" % len(answer.chunks[0]))
-    return Response(chunks, headers=((b"content-type", b"application/octet-stream"), length, *coding))
+    return Response(chunks, headers=((b"content-type", b"application/octet-stream"), length, stages, *coding))
 
 
 async def repository_index(bridge: Bridge, request: Request) -> Response:
     """Every version of every model, and its state."""
-    asked = _body(request, _IndexRequest)
-    return json_response(documents.repository_index(await bridge.client.models(), ready=asked.ready))
+    asked = _body(request, IndexRequest)
+    return json_response(documents.repository_index(await bridge.ask_one(AsyncClient.models), ready=asked.ready))
 
 
 async def load(bridge: Bridge, request: Request) -> Response:
     """Load a model as its directory and model.toml say, and wait until it is warm."""
     name = request.params["model"]
-    for parameter in _body(request, _ControlRequest).parameters:
+    for parameter in _body(request, ControlRequest).parameters:
         raise Unimplemented(
             f"parameter {excerpt(parameter)}: models are loaded from the daemon's model repository, and with the "
             f"settings that they have there"
@@ -143,7 +150,7 @@ async def load(bridge: Bridge, request: Request) -> Response:
 async def unload(bridge: Bridge, request: Request) -> Response:
     """Unload all versions of a model, and wait until its memory is free."""
     name = request.params["model"]
-    for parameter, value in _body(request, _ControlRequest).parameters.items():
+    for parameter, value in _body(request, ControlRequest).parameters.items():
         if parameter != "unload_dependents" or value is not False:
             raise Unimplemented(f"parameter {excerpt(parameter)}: {excerpt(value)} is not supported")
     await bridge.client.unload(name)
@@ -167,14 +174,17 @@ def _unsupported(status: int, what: str) -> Handler:
     async def handler(bridge: Bridge, request: Request) -> Response:
         raise HttpError(status, f"the server does not support {what}")
 
+    handler.__doc__ = f"Not supported: {what}."
     return handler
 
 
 async def _no_regions(bridge: Bridge, request: Request) -> Response:
+    """Regions of shared memory: none."""
     return json_response([])
 
 
 async def _no_such_region(bridge: Bridge, request: Request) -> Response:
+    """A region of shared memory: there is none."""
     raise HttpError(404, f"unable to find shared memory region {excerpt(request.params['region'])}")
 
 

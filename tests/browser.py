@@ -1,0 +1,127 @@
+"""Headless Chromium, driven over WebDriver (https://www.w3.org/TR/webdriver2/): enough of it for the page's tests."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import prepared
+
+DRIVER = shutil.which("chromedriver")
+CHROMIUM = shutil.which("chromium")
+
+MISSING = "" if DRIVER and CHROMIUM else "no chromium and chromedriver on the PATH (Debian: chromium, chromium-driver)"
+
+_FLAGS = (
+    "--headless",
+    "--no-sandbox",  # tests may run as root
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+_WITHIN_S = 30.0
+
+
+class Browser:
+    """One window. Its texts are what a user reads."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def open(self, url: str) -> None:
+        """Open a page, and wait until it is loaded."""
+        self._ask("url", {"url": url})
+
+    def run(self, script: str, *arguments: object) -> Any:
+        """What a function body returns, in the page."""
+        return self._ask("execute/sync", {"script": script, "args": arguments})
+
+    def wait(self, condition: str, *arguments: object) -> Any:
+        """What an expression is, once it is true. Raises AssertionError: it never was."""
+        until = time.monotonic() + _WITHIN_S
+        while not (found := self.run(f"return {condition}", *arguments)):
+            assert time.monotonic() < until, f"{condition} is not true; the page says:\n{self.text('body')}"
+            time.sleep(0.05)  # between two looks: the page tells nobody of a change
+        return found
+
+    def text(self, selector: str) -> str:
+        """Text of the first element."""
+        found: str = self.run("return document.querySelector(arguments[0]).innerText", selector)
+        return found
+
+    def press(self, keys: str) -> None:
+        """Press keys, where the focus is. Tab, Enter, ... are characters of WebDriver's: U+E004, U+E007."""
+        strokes = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self._ask("actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
+
+    def messages(self) -> list[str]:
+        """What the page has logged since the last look: errors, and whatever was blocked."""
+        return [entry["message"] for entry in self._ask("se/log", {"type": "browser"})]
+
+    def look(self, width: int, height: int, *, dark: bool) -> bytes:
+        """A picture of the whole page as PNG, as a screen of that size shows it."""
+        media = {"media": "", "features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]}
+        self._devtools("Emulation.setEmulatedMedia", media)
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._devtools("Emulation.setDeviceMetricsOverride", metrics)
+        taken = self._devtools("Page.captureScreenshot", {"captureBeyondViewport": True})
+        return base64.b64decode(taken["data"])
+
+    def _devtools(self, command: str, parameters: dict[str, Any]) -> Any:
+        return self._ask("goog/cdp/execute", {"cmd": command, "params": parameters})
+
+    def _ask(self, command: str, parameters: dict[str, Any]) -> Any:
+        return _post(f"{self._address}/{command}", parameters)
+
+
+def _post(url: str, document: object, method: str = "POST") -> Any:
+    request = urllib.request.Request(url, json.dumps(document).encode(), {"Content-Type": "application/json"})
+    request.method = method
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)["value"]
+    except urllib.error.HTTPError as error:
+        raise AssertionError(f"{url}: {error.read().decode()}") from None
+
+
+@contextmanager
+def browser(folder: Path) -> Iterator[Browser]:
+    """A browser with a new profile in a folder."""
+    assert DRIVER is not None
+    driver = subprocess.Popen(
+        [DRIVER, "--port=0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=prepared.end_with_parent,
+    )
+    assert driver.stdout is not None
+    try:
+        for line in driver.stdout:
+            if "was started successfully on port " in line:
+                break
+        address = f"http://127.0.0.1:{line.rpartition(' ')[2].strip().rstrip('.')}/session"
+        options = {"binary": CHROMIUM, "args": [*_FLAGS, f"--user-data-dir={folder}"]}
+        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        session = f"{address}/{_post(address, {'capabilities': {'alwaysMatch': wanted}})['sessionId']}"
+        try:
+            yield Browser(session)
+        finally:
+            _post(session, {}, "DELETE")
+    finally:
+        driver.terminate()
+        driver.wait()
+        driver.stdout.close()
