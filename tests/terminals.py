@@ -29,7 +29,7 @@ class Terminal:
     Attributes:
         process: the program. screen: lines of the alternate screen; None: it is not on.
         cursor, wraps: whether the cursor is shown, and lines are wrapped. coloured: whether there ever was a colour.
-        text: what was written beside the alternate screen. looks: how often something was drawn.
+        text: what was written beside the alternate screen. clears: how often that was cleared.
     """
 
     def __init__(self, command: list[str], environment: dict[str, str], columns: int = 80, lines: int = 24) -> None:
@@ -40,7 +40,7 @@ class Terminal:
         self.cursor = self.wraps = True
         self.coloured = False
         self.text = ""
-        self.looks = 0
+        self.clears = 0
         self._at = (0, 0)
         self._left = b""
         slave = self._slave
@@ -117,7 +117,6 @@ class Terminal:
                 return seconds > 0
 
     def _take(self, data: bytes) -> None:
-        self.looks += 1
         at = 0
         while at < len(data):
             if data[at : at + 1] != b"\x1b":
@@ -164,6 +163,7 @@ class Terminal:
             elif letter == b"K":
                 self.screen[line] = self.screen[line][:column]
             elif letter == b"J" and numbers == b"2":
+                self.clears += 1
                 self.screen = [""] * 300
             elif letter == b"J":
                 self.screen[line:] = [self.screen[line][:column], *[""] * (299 - line)]

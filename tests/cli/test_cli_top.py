@@ -134,9 +134,11 @@ def test_the_picture_follows_the_size_of_the_window() -> None:
         assert terminal.screen is not None
         assert "q quit" in terminal.screen[23]
         assert "COMPUTE" not in terminal.shown
+        clears = terminal.clears
         terminal.resize(160, 50)
         terminal.until("COMPUTE", "clients")
         assert "q quit" in terminal.screen[49]
+        assert terminal.clears == clears + 1
         terminal.resize(30, 5)
         terminal.wait_for(lambda: "q quit" in (terminal.screen or [""])[4], "five lines")
         assert not any(terminal.screen[5:])
@@ -172,7 +174,7 @@ def test_ctrl_z_and_fg() -> None:
     with FakeDaemon() as fake:
         found = terminals.tool("top", "--host", fake.endpoint)
         shell = {**found, "command": ["bash", "--norc", "--noprofile", "-i"]}
-        shell["environment"] = {**found["environment"], "PS1": "here> ", "HISTFILE": ""}
+        shell["environment"] = {**found["environment"], "PS1": "here> ", "LC_ALL": "C", "HISTFILE": ""}
         with Terminal(**shell) as terminal:
             terminal.until("here> ")
             terminal.press(f"{' '.join(found['command'])}\n")
@@ -182,8 +184,8 @@ def test_ctrl_z_and_fg() -> None:
             assert terminal.screen is None
             assert terminal.cursor
             assert terminal.wraps
-            terminal.press("stty -a\n")
-            terminal.until(" icanon")
+            terminal.press("stty -a; echo sh''own\n")  # so that the echo of this line is something else
+            terminal.until(" icanon", "shown")
             terminal.press("fg\n")
             terminal.wait_for(lambda: terminal.screen is not None, "the screen")
             terminal.until("ready  tnxd")
@@ -194,6 +196,21 @@ def test_ctrl_z_and_fg() -> None:
             terminal.press("echo ended with $?\nexit\n")
             terminal.until("ended with 0")
             terminal.end()
+
+
+def test_where_nobody_could_continue_it_ctrl_z_stops_nothing() -> None:
+    """Its process group is orphaned then, and POSIX ignores the signal."""
+    with FakeDaemon() as fake, start(fake.endpoint) as terminal:
+        terminal.until("ready  tnxd")
+        clears = terminal.clears
+        terminal.press("\x1a")
+        terminal.wait_for(lambda: terminal.clears > clears and terminal.screen is not None, "the screen again")
+        terminal.until("ready  tnxd")
+        terminal.press("h")
+        terminal.until("go on")
+        terminal.press("q")
+        assert terminal.end() == 0
+        assert terminal.is_as_before
 
 
 def test_a_daemon_that_is_replaced_comes_back(tmp_path: Path) -> None:

@@ -134,6 +134,16 @@ def test_the_usual_terminal_shows_all_that_matters() -> None:
     assert "3.0 errors/s (INTERNAL 3.0)" in text
 
 
+def test_the_last_minute_is_announced_until_it_was_watched() -> None:
+    def footer(count: int) -> str:
+        look = looked(*(at(1000.0 + i, i) for i in range(count)), since_start=False)
+        around = Surroundings("tcp://x", "12:00:00", width=80, height=24)
+        return click.unstyle(view.frame(look, Choice(since_start=False), around)[-1])
+
+    assert "against: the last minute, soon" in footer(10)
+    assert "against: the last minute  " in footer(100)
+
+
 def test_the_devices_with_something_to_see_come_first_where_there_is_no_room() -> None:
     devices = tuple(
         DeviceStats(name=f"cuda:{i}", status="failed" if i == 7 else "ready", lanes=1, busy_us=1e5 * i)

@@ -88,6 +88,27 @@ def test_a_restart_begins_anew(before: Any, after: Any, is_told: bool) -> None:
     assert numbers(interval) == numbers(Interval(None, second))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"started_s": 2000.0, "uptime_us": 9e9, "requests": 900},
+        {"uptime_us": 1.0},
+        {"requests": 4},
+        {"replies": 4},
+        {"errors": {"INTERNAL": 1}},
+        {"errors": {}},
+        {"undeliverable": 4},
+        {"log_lines_dropped": 4},
+    ],
+)
+def test_a_restart_is_told_by(changes: dict[str, Any]) -> None:
+    """Another start, or any count that fell."""
+    before = report(uptime_us=5e6, requests=5, replies=5, undeliverable=5, log_lines_dropped=5, errors={"INTERNAL": 2})
+    later = msgspec.structs.replace(before, uptime_us=6e6, requests=6)
+    assert not Interval(before, later).restarted
+    assert Interval(before, msgspec.structs.replace(later, **changes)).restarted
+
+
 @given(EVENTS, EVENTS)
 def test_nothing_is_ever_negative(one: Any, other: Any) -> None:
     """Whatever two reports say that have nothing to do with each other."""

@@ -143,9 +143,10 @@ class Screen:
     def _take(self) -> None:
         """Take the terminal over."""
         if self._keyboard is not None:
+            import termios
             import tty
 
-            tty.setcbreak(self._keyboard)
+            tty.setcbreak(self._keyboard, termios.TCSANOW)  # waits for nothing, and keeps what was typed already
         self._write(_ENTER)
         self._drawn = []
 

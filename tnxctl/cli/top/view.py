@@ -168,7 +168,7 @@ def frame(look: Look | None, choice: Choice, around: Surroundings) -> list[str]:
     """All lines, none longer than the terminal is wide, and no more than it has."""
     width, height = around.width, around.height
     lines = [*_header(look, choice, around), ""]
-    footer = [] if height is None else [_footer(choice, width)]
+    footer = [] if height is None else [_footer(look, choice, width)]
     if choice.help:
         lines.extend(text.shorten(line, width) for line in HELP)
     elif look is not None:
@@ -227,8 +227,10 @@ def _ends(left: str, right: str, width: int, style: dict[str, bool | str] | None
     return f"{click.style(text.shorten(left, room).ljust(room), **(style or {}))}  {right}"  # type: ignore[arg-type]
 
 
-def _footer(choice: Choice, width: int) -> str:
+def _footer(look: Look | None, choice: Choice, width: int) -> str:
     against = "the start" if choice.since_start else "the last minute"
+    if look is not None and look.before is not None and look.against != against:
+        against += ", soon"  # it was not watched for long enough
     keys = f"q quit  h help  space pause  s sort: {choice.sort}  b against: {against}  up/down model  c clients"
     return click.style(text.shorten(keys, width).ljust(width), reverse=True)
 
