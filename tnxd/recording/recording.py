@@ -30,7 +30,7 @@ _OVERHEAD_BYTES = 9 << 10
 # What the record of a request has beside its header and its tensors, about.
 _FRAMING_BYTES = 128
 
-# Written in one go, at the most. To lay out so many takes this thread 0.2 ms; then the write lets the loop have the GIL.
+# Written in one go, at most. To lay out so many takes this thread 0.2 ms; then the write lets the loop have the GIL.
 _TOGETHER = 64
 _TOGETHER_BYTES = 8 << 20
 
