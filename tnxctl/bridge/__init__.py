@@ -5,7 +5,7 @@ http.py         requests, responses, errors         routes.py       which handle
 app.py          an ASGI application                 statuses.py     errors as HTTP tells them
 connections.py  connections within limits           server.py       a worker: the loop, the servers, its end
 bridge.py       what the handlers share             interfaces.py   the interfaces, put together
-first_wire.py   GET /health, POST /predict
+first_wire.py   GET /health, POST /predict          oip/            Open Inference Protocol
 
 It needs `pip install 'tensornext[http]'`; everything here is imported by `tnxctl bridge` alone.
 """

@@ -76,6 +76,7 @@ class App:
                 headers,
                 await body.read(),
                 client,
+                body.hold,
             )
             return await route.handler(self._bridge, request)
         except HttpError as error:

@@ -70,7 +70,7 @@ class BodyReader:
         length = int(self._headers.get(b"content-length", 0))  # the parser takes digits alone
         if length > self._limits.body_bytes:
             raise self._too_long(length)
-        self._hold(length)
+        self.hold(length)
         part, more = await self._next()
         if not more:
             if len(part) > self._limits.body_bytes:
@@ -83,7 +83,7 @@ class BodyReader:
             if not length:  # it comes in chunks, of which nobody knows how many
                 if end > self._limits.body_bytes:
                     raise self._too_long(end)
-                self._hold(len(part))
+                self.hold(len(part))
             buffer[filled:end] = part
             filled = end
             if not more:
@@ -103,7 +103,8 @@ class BodyReader:
         self.complete = not message["more_body"]
         return message["body"], message["more_body"]
 
-    def _hold(self, nbytes: int) -> None:
+    def hold(self, nbytes: int) -> None:
+        """Count further bytes until `release`. Raises HttpError, as `Budget.hold` does."""
         self._budget.hold(nbytes)
         self._held_bytes += nbytes
 

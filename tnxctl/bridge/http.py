@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -27,9 +27,10 @@ class Request:
         headers: by their names in lower case; of several with one name, the last.
         body: the whole of it, in one buffer that is the handler's own; b"" without one.
         client: who asks, for messages: an address, or the name of a token.
+        hold: counts further bytes as held until it is answered; raises HttpError if they are too many.
     """
 
-    __slots__ = ("body", "client", "headers", "method", "params", "path", "query")
+    __slots__ = ("body", "client", "headers", "hold", "method", "params", "path", "query")
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Request:
         headers: Mapping[bytes, str] | None = None,
         body: Buffer = b"",
         client: str = "",
+        hold: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
         self.method = method
         self.path = path
@@ -48,6 +50,7 @@ class Request:
         self.headers = headers or {}
         self.body = body
         self.client = client
+        self.hold = hold
 
 
 class Response:

@@ -269,6 +269,7 @@ class Lifecycle:
             if stay_s > 0:  # the clients that it was loaded for are about to ask again
                 yield partial(time.sleep, stay_s)
             log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title)
+            self._registry.evictions[victim.title] += 1
             yield from self.retire(victim, EVICTED)
 
     def _check_room_for_steps(self, pipeline: Pipeline) -> None:

@@ -323,6 +323,11 @@ def install(level: str) -> None:
     _installed = handler, printed
 
 
+def dropped() -> int:
+    """Number of texts, of the log and of what is printed, that found no room."""
+    return 0 if _installed is None else _installed[0].writer.dropped + _installed[1].dropped
+
+
 def flush(seconds: float) -> None:
     """Write all lines that wait, within so many seconds. Without `install` there are none."""
     if _installed is not None:

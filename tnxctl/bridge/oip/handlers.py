@@ -1,0 +1,192 @@
+"""Open Inference Protocol over HTTP: the handlers, and where they are.
+
+What is not supported is answered as Triton answers for it when it was built or started without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from tnxctl.bridge.bridge import Bridge
+from tnxctl.bridge.http import JSON, HttpError, Request, Response, json_response
+from tnxctl.bridge.oip import compression, documents, infer
+from tnxctl.bridge.routes import Handler, Routes
+from tnxctl.protocol import wire
+from tnxctl.protocol.errors import DeadlineExceeded, InvalidArgument, Unavailable, Unimplemented
+from tnxctl.protocol.limits import excerpt
+
+T = TypeVar("T")
+
+_LENGTH = b"inference-header-content-length"
+
+_READY_TIMEOUT_S = 1.0
+"""Longest wait of a readiness check: probes ask every few seconds, and give up after one by default."""
+
+
+class _IndexRequest(msgspec.Struct, frozen=True):
+    ready: bool = False
+
+
+class _ControlRequest(msgspec.Struct, frozen=True):
+    parameters: Annotated[dict[str, Any], msgspec.Meta(max_length=1024)] = {}
+
+
+def add_to(routes: Routes) -> None:
+    """Add the routes of this interface."""
+    routes.add("GET", "/v2", server_metadata, wire.Health)
+    routes.add("GET", "/v2/health/live", live, None)
+    routes.add("GET", "/v2/health/ready", ready, wire.Health)
+    routes.add("GET", "/v2/models/stats", statistics, wire.Stats)
+    for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        routes.add("GET", model, model_metadata, wire.Metadata)
+        routes.add("GET", f"{model}/ready", model_ready, wire.Models)
+        routes.add("GET", f"{model}/config", model_config, wire.Metadata)
+        routes.add("GET", f"{model}/stats", statistics, wire.Stats)
+        routes.add("POST", f"{model}/infer", run_inference, wire.Predict)
+    routes.add("POST", "/v2/repository/index", repository_index, wire.Models)
+    routes.add("POST", "/v2/repository/models/{model}/load", load, wire.Load)
+    routes.add("POST", "/v2/repository/models/{model}/unload", unload, wire.Unload)
+    _add_unsupported(routes)
+
+
+async def live(bridge: Bridge, request: Request) -> Response:
+    """Whether the bridge is there: it is."""
+    return json_response(documents.live())
+
+
+async def ready(bridge: Bridge, request: Request) -> Response:
+    """Whether the daemon takes requests: 200, or else 503."""
+    try:
+        report = await bridge.client.health(timeout=min(bridge.settings.timeout, _READY_TIMEOUT_S))
+    except (Unavailable, DeadlineExceeded):
+        is_ready = False
+    else:
+        is_ready = report.status == "ready"
+    return json_response(documents.ready(is_ready), 200 if is_ready else 503)
+
+
+async def server_metadata(bridge: Bridge, request: Request) -> Response:
+    """Name, version and extensions of the server."""
+    return json_response(documents.server_metadata((await bridge.client.health()).version))
+
+
+async def model_metadata(bridge: Bridge, request: Request) -> Response:
+    """Inputs and outputs of a model, and its versions."""
+    client = bridge.client
+    model, models = await asyncio.gather(client.metadata(_title(request)), client.models())
+    return json_response(documents.model_metadata(model, models))
+
+
+async def model_ready(bridge: Bridge, request: Request) -> Response:
+    """Whether a model answers requests: 200, or else 503."""
+    name = request.params["model"]
+    is_ready = documents.serves(await bridge.client.models(), name, request.params.get("version", ""))
+    return json_response(documents.model_ready(name, is_ready), 200 if is_ready else 503)
+
+
+async def model_config(bridge: Bridge, request: Request) -> Response:
+    """Configuration of a model, as Triton describes one."""
+    return json_response(documents.model_config(await bridge.client.metadata(_title(request))))
+
+
+async def statistics(bridge: Bridge, request: Request) -> Response:
+    """Counts and times of a model, or of all, since the daemon started."""
+    name, version = request.params.get("model", ""), request.params.get("version", "")
+    return json_response(documents.model_statistics(await bridge.client.stats(), name, version))
+
+
+async def run_inference(bridge: Bridge, request: Request) -> Response:
+    """Run a model once."""
+    settings, title, headers = bridge.settings, _title(request), request.headers
+    body = await compression.unpacked(request, settings.limits.body_bytes)
+    json_bytes = infer.header_length(headers.get(_LENGTH), len(body))
+    if json_bytes > settings.limits.json_bytes:
+        raise HttpError(413, f"the body has {json_bytes} bytes of JSON, and may have {settings.limits.json_bytes}")
+    if json_bytes or not body:
+        inference = infer.read(body, json_bytes, settings.message)
+    else:
+        inference = infer.read_raw(body, await bridge.signatures.get(title), settings.message)
+    result = await bridge.client.predict(inference.inputs, model=title, **inference.arguments)
+    batches = False
+    if inference.classifies:
+        ran = await bridge.signatures.get(documents.model_title(result.model, result.version))
+        batches = ran.max_batch_size > 0
+    answer = infer.answer(inference, result, batches)
+    chunks, coding = await compression.packed(answer.chunks, headers.get(b"accept-encoding"))
+    if not answer.binary:
+        return Response(chunks, headers=(JSON, *coding))
+    length = (_LENGTH, b"%d" % len(answer.chunks[0]))
+    return Response(chunks, headers=((b"content-type", b"application/octet-stream"), length, *coding))
+
+
+async def repository_index(bridge: Bridge, request: Request) -> Response:
+    """Every version of every model, and its state."""
+    asked = _body(request, _IndexRequest)
+    return json_response(documents.repository_index(await bridge.client.models(), ready=asked.ready))
+
+
+async def load(bridge: Bridge, request: Request) -> Response:
+    """Load a model as its directory and model.toml say, and wait until it is warm."""
+    name = request.params["model"]
+    for parameter in _body(request, _ControlRequest).parameters:
+        raise Unimplemented(
+            f"parameter {excerpt(parameter)}: models are loaded from the daemon's model repository, and with the "
+            f"settings that they have there"
+        )
+    await bridge.client.load(name)
+    return Response()
+
+
+async def unload(bridge: Bridge, request: Request) -> Response:
+    """Unload all versions of a model, and wait until its memory is free."""
+    name = request.params["model"]
+    for parameter, value in _body(request, _ControlRequest).parameters.items():
+        if parameter != "unload_dependents" or value is not False:
+            raise Unimplemented(f"parameter {excerpt(parameter)}: {excerpt(value)} is not supported")
+    await bridge.client.unload(name)
+    return Response()
+
+
+def _add_unsupported(routes: Routes) -> None:
+    for kind in ("system", "cuda"):
+        memory = f"/v2/{kind}sharedmemory"
+        routes.add("GET", f"{memory}/status", _no_regions, None)
+        routes.add("GET", f"{memory}/region/{{region}}/status", _no_such_region, None)
+        for action in ("unregister", "region/{region}/register", "region/{region}/unregister"):
+            routes.add("POST", f"{memory}/{action}", _unsupported(501, "shared memory"), None)
+    for method in ("GET", "POST"):
+        for path in ("/v2/trace/setting", "/v2/models/{model}/trace/setting"):
+            routes.add(method, path, _unsupported(503, "tracing"), None)
+        routes.add(method, "/v2/logging", _unsupported(503, "dynamic logging"), None)
+
+
+def _unsupported(status: int, what: str) -> Handler:
+    async def handler(bridge: Bridge, request: Request) -> Response:
+        raise HttpError(status, f"the server does not support {what}")
+
+    return handler
+
+
+async def _no_regions(bridge: Bridge, request: Request) -> Response:
+    return json_response([])
+
+
+async def _no_such_region(bridge: Bridge, request: Request) -> Response:
+    raise HttpError(404, f"unable to find shared memory region {excerpt(request.params['region'])}")
+
+
+def _title(request: Request) -> str:
+    return documents.model_title(request.params["model"], request.params.get("version", ""))
+
+
+def _body(request: Request, kind: type[T]) -> T:
+    """The JSON object of a request that may be left out. Raises InvalidArgument: it is none, or has a wrong field."""
+    try:
+        return msgspec.json.decode(request.body or b"{}", type=kind)
+    except RecursionError:
+        raise InvalidArgument("the request is nested too deep") from None
+    except ValueError as error:
+        raise InvalidArgument(f"this is no such request: {error}") from None
