@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 
-from bridges import Bridge, running_bridge
+from bridges import SECONDS, Bridge, Peer, running_bridge
 from conftest import Daemon
 from tool import run
 
@@ -114,6 +117,30 @@ def test_one_connection_too_many(strict: Bridge) -> None:
             answer = peer.response()
             assert (answer.status, answer.error) == (503, "the bridge has 8 connections already")
             assert peer.is_ended()
+
+
+def test_who_does_not_read_is_cut(strict: Bridge) -> None:
+    body = json.dumps({"input_data": [[0] * 256] * 64}).encode()
+    with strict.connect() as peer:
+        for _ in range(60):
+            peer.request("POST", "/predict", body)
+        until = time.monotonic() + SECONDS
+        while is_held(strict, peer):
+            assert time.monotonic() < until
+            time.sleep(0.02)  # between two looks: whoever does not read learns nothing
+        answered = 0
+        with suppress(ConnectionError, AssertionError):
+            while peer.response().status == 200:
+                answered += 1
+        assert answered < 60
+    assert strict.ask("GET", "/health").status == 200
+
+
+def is_held(bridge: Bridge, peer: Peer) -> bool:
+    """Whether the bridge holds its end of a connection open, by the kernel's table: "01" is established."""
+    ends = f":{bridge.port:04X} 0100007F:{peer.socket.getsockname()[1]:04X} "
+    (row,) = (row for row in Path("/proc/net/tcp").read_text().splitlines() if ends in row)
+    return row.split()[3] == "01"
 
 
 @pytest.mark.parametrize(

@@ -47,19 +47,19 @@ class App:
             connection.task = asyncio.current_task()
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         body = BodyReader(receive, headers, self._limits, self._budget)
+        response: Response | None = None
         try:
             response = await self._answer(scope, headers, body)
+            if not body.complete and b"expect" in headers:  # whether the body will come is the client's choice now
+                response.headers = (*response.headers, _CLOSE)
+            await _send(send, response)
         except ClientGone:
-            return
+            pass
         except asyncio.CancelledError:
-            if connection is not None and connection.gone:
-                return
-            response = error_response(503, "the bridge ends", ((b"retry-after", b"1"), _CLOSE))
+            if response is None and (connection is None or not connection.gone):
+                await _send(send, error_response(503, "the bridge ends", ((b"retry-after", b"1"), _CLOSE)))
         finally:
             body.release()
-        if not body.complete and b"expect" in headers:  # whether the body will come is the client's choice now
-            response.headers = (*response.headers, _CLOSE)
-        await _send(send, response)
 
     async def _answer(self, scope: Scope, headers: Mapping[bytes, str], body: BodyReader) -> Response:
         try:

@@ -18,8 +18,46 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from tnxctl.bridge.settings import HttpLimits
 
+_LONG_BYTES = 16 * 1024  # of a body: from here on a copy costs more than a system call
+
 _MOST_WAITING = 64
 """Most requests that may wait on a connection for the response to another."""
+
+
+class _Joining:
+    """Transport that sends the head of a response together with a short body: one system call, one packet."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+        self.is_closing = transport.is_closing
+        self.get_write_buffer_size = transport.get_write_buffer_size
+        self.abort = transport.abort
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send, or keep what looks like the head of a response for the next call."""
+        if self._head:
+            head, self._head = self._head, b""
+            if len(data) > _LONG_BYTES:
+                self._transport.write(head)
+            else:
+                data = head + data
+        elif data[:9] == b"HTTP/1.1 " and data[9:12] != b"100":
+            self._head = bytes(data)
+            return
+        self._transport.write(data)
+
+    def flush(self) -> None:
+        """Send what was kept."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head)
+
+    def close(self) -> None:
+        """Send what was kept, and close."""
+        if not self._transport.is_closing():
+            self.flush()
+        self._transport.close()
 
 
 class Config(uvicorn.Config):
@@ -47,6 +85,8 @@ class Connection(HttpToolsProtocol):
         self._messages = 0
         self._between = True  # from the end of a request to the end of the next one's headers
         self._header_bytes = 0
+        self._body_bytes = 0
+        self._body_began = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._abort: asyncio.TimerHandle | None = None
         self._fault: tuple[int, str] | None = None  # what ends the connection, once all that came before is answered
@@ -56,6 +96,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
+        self.transport = self._joining = _Joining(transport)  # type: ignore[assignment]  # as far as uvicorn uses it
         if len(self.connections) > self._limits.connections:
             self._fail(503, f"the bridge has {self._limits.connections} connections already")
         else:
@@ -69,8 +110,10 @@ class Connection(HttpToolsProtocol):
         if self._fault is not None or self.transport.is_closing():
             return
         if not self._between:
-            if self._timer is not None and self._due:
-                self._cancel_timer()
+            self._body_bytes += len(data)
+            if self._timer is None:
+                self._body_began = self.loop.time()
+                self._set_timer(self._limits.body_timeout_s)
             return
         if self._messages == messages:
             self._header_bytes += len(data)
@@ -119,7 +162,8 @@ class Connection(HttpToolsProtocol):
             self._why = f"more than {_MOST_WAITING} requests wait on this connection"
             raise ValueError(self._why)
         self._between = False
-        self._header_bytes = 0
+        self._header_bytes = self._body_bytes = 0
+        self._cancel_timer()
         super().on_headers_complete()
         self._due.append(self.cycle)
 
@@ -131,6 +175,8 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         if self._due:
             self._due.popleft()
+        if not self.transport.is_closing():
+            self._joining.flush()
         super().on_response_complete()
         if self.transport.is_closing():
             self._close()
@@ -186,10 +232,25 @@ class Connection(HttpToolsProtocol):
 
     def _on_timer(self) -> None:
         self._timer = None
-        if self._header_bytes:
-            self._fail(408, "the headers did not come in time")
-        else:
+        if self._between:
+            if self._header_bytes:
+                self._fail(408, "the headers did not come in time")
+            else:
+                self._close()
+        elif not self._due:
             self._close()
+        elif (left_s := self._body_time_left()) > 0:
+            self._set_timer(left_s)
+        else:
+            self._fail(408, "the body did not come in time")
+
+    def _body_time_left(self) -> float:
+        """Seconds that the body that is under way still has."""
+        limits = self._limits
+        if len(self._due) > 1:  # it waits for the response to another request, and is not read meanwhile
+            self._body_began = self.loop.time()
+        allowed_s = limits.body_timeout_s + self._body_bytes / limits.body_rate
+        return self._body_began + allowed_s - self.loop.time()
 
     def _set_timer(self, seconds: float) -> None:
         self._cancel_timer()
