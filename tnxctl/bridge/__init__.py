@@ -8,5 +8,6 @@ bridge.py       what the handlers share             interfaces.py   the interfac
 first_wire.py   GET /health, POST /predict          oip/            Open Inference Protocol
 grpc/           the same over gRPC
 
-It needs `pip install 'tensornext[http]'`, and gRPC `tensornext[http,grpc]`; everything here is imported by `tnxctl bridge` alone.
+It needs `pip install 'tensornext[http]'`, for gRPC `tensornext[http,grpc]`; everything here is imported by
+`tnxctl bridge` alone.
 """
