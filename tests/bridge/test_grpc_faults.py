@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import queue
 import select
 import shutil
 import signal
@@ -429,6 +431,28 @@ def test_workers_share_the_address(daemon: Daemon, tmp_path: Path) -> None:
                 assert (
                     stub.call("ModelInfer", request_of(), timeout=PATIENCE_S, wait_for_ready=True).model_name == "mlp"
                 )
+
+
+def test_a_bridge_that_ends_ends_streams(path: str, tmp_path: Path) -> None:
+    """One without a request, and one whose request is answered before; none is waited for."""
+    with (
+        running_bridge(tmp_path, path, *GRPC, "--limit", "drain_timeout_s=3600") as bridge,
+        Stub(bridge.grpc) as stub,
+        FakeDaemon(path, delay_s=0.5) as daemon,
+    ):
+        left: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        idle = stream(stub, iter(left.get, None), timeout=PATIENCE_S)
+        left.put(request_of())
+        assert not next(idle).error_message
+        busy = stream(stub, itertools.chain([request_of()], iter(left.get, None)), timeout=PATIENCE_S)
+        assert daemon.wait_for_predicts(2, ARRIVAL_S)
+        assert bridge.stop() == 0
+        assert not next(busy).error_message
+        for responses in (idle, busy):
+            error = error_of(lambda responses=responses: next(responses))
+            assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "the bridge ends")
+        left.put(None)
+        left.put(None)
 
 
 def test_a_bridge_that_ends_answers_what_is_under_way(path: str, tmp_path: Path) -> None:

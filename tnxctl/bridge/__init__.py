@@ -11,6 +11,6 @@ reports.py      GET /metrics, /stats, /models, ...  metrics.py      Prometheus t
 openapi.py      the description of all routes       server_timing.py  a request's stages, in a header
 page/           GET /, /docs: pages for people
 
-It needs `pip install 'tensornext[http]'`, and gRPC `tensornext[http,grpc]`. All of it is imported by `tnxctl bridge`
-alone.
+It needs `pip install 'tensornext[http]'`, for gRPC `tensornext[http,grpc]`; everything here is imported by
+`tnxctl bridge` alone.
 """

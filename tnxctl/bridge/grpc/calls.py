@@ -20,7 +20,16 @@ from google.protobuf.message import DecodeError
 from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.grpc.statuses import abort
 from tnxctl.protocol import wire
-from tnxctl.protocol.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, TensorNextError
+from tnxctl.protocol.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    TensorNextError,
+    Unavailable,
+)
+
+Readers = set[asyncio.Task[None]]
 
 STREAM_WINDOW = 32
 """Requests of one stream that are under way at a time; one more is read when the first of them is answered."""
@@ -95,11 +104,15 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
 
     Args:
         methods: by name. One of the service that is missing gets UNIMPLEMENTED, as one that gRPC does not know does.
+        readers: where the tasks are put that read requests of streams. A stream whose reader is cancelled answers what
+            has come, and ends.
     """
 
-    def __init__(self, bridge: Bridge, service: ServiceDescriptor, methods: Mapping[str, Method]) -> None:
+    def __init__(
+        self, bridge: Bridge, service: ServiceDescriptor, methods: Mapping[str, Method], readers: Readers
+    ) -> None:
         self._handlers = {
-            f"/{service.full_name}/{name}": _handler(bridge, service.methods_by_name[name], method)
+            f"/{service.full_name}/{name}": _handler(bridge, service.methods_by_name[name], method, readers)
             for name, method in methods.items()
         }
 
@@ -108,8 +121,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         return self._handlers.get(handler_call_details.method)
 
 
-def _handler(bridge: Bridge, descriptor: MethodDescriptor, method: Method) -> Any:
-    answerer = _Answerer(bridge, descriptor, method)
+def _handler(bridge: Bridge, descriptor: MethodDescriptor, method: Method, readers: Readers) -> Any:
+    answerer = _Answerer(bridge, descriptor, method, readers)
     if descriptor.client_streaming:
         return grpc.stream_stream_rpc_method_handler(answerer.stream)
     return grpc.stream_unary_rpc_method_handler(answerer.unary)
@@ -118,8 +131,9 @@ def _handler(bridge: Bridge, descriptor: MethodDescriptor, method: Method) -> An
 class _Answerer:
     """Answers to the RPCs of one method."""
 
-    def __init__(self, bridge: Bridge, descriptor: MethodDescriptor, method: Method) -> None:
+    def __init__(self, bridge: Bridge, descriptor: MethodDescriptor, method: Method, readers: Readers) -> None:
         self._bridge = bridge
+        self._readers = readers
         self._request: Any = message_factory.GetMessageClass(descriptor.input_type)
         self._method = method
 
@@ -139,18 +153,26 @@ class _Answerer:
             self._check(call)
         except TensorNextError as error:
             await abort(context, error)
-        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_WINDOW)
+        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
+        window = asyncio.Semaphore(STREAM_WINDOW)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._read(context, call, answers, tasks))
+
+            async def read() -> None:
+                try:
+                    while (data := await context.read()) is not grpc.aio.EOF:
+                        answers.put_nowait(tasks.create_task(self._answer_or_failure(call, data)))
+                        await window.acquire()
+                finally:
+                    answers.put_nowait(None)
+
+            reader = tasks.create_task(read())
+            self._readers.add(reader)
+            reader.add_done_callback(self._readers.discard)
             while (task := await answers.get()) is not None:
                 await context.write(await task)
-
-    async def _read(
-        self, context: Any, call: Call, answers: asyncio.Queue[asyncio.Task[bytes] | None], tasks: asyncio.TaskGroup
-    ) -> None:
-        while (data := await context.read()) is not grpc.aio.EOF:
-            await answers.put(tasks.create_task(self._answer_or_failure(call, data)))
-        await answers.put(None)
+                window.release()
+        if reader.cancelled():
+            await abort(context, Unavailable("the bridge ends"))
 
     async def _answer_or_failure(self, call: Call, data: bytes) -> bytes:
         try:

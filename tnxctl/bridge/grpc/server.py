@@ -12,7 +12,7 @@ import grpc.aio
 from tnxctl.bridge import addresses
 from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.grpc import health, inference
-from tnxctl.bridge.grpc.calls import Calls
+from tnxctl.bridge.grpc.calls import Calls, Readers
 from tnxctl.bridge.grpc.messages import HEALTH, INFERENCE
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.limits import MIB
@@ -34,10 +34,15 @@ class GrpcServer:
     def __init__(self, bridge: Bridge) -> None:
         self._settings = settings = bridge.settings
         self._changed: Any = None
+        self._readers: Readers = set()
         limits = settings.limits
         services = [(INFERENCE, inference.METHODS), (HEALTH, health.METHODS)]
         self._server = grpc.aio.server(
-            handlers=[Calls(bridge, service, methods) for schema, methods in services for service in schema.services],
+            handlers=[
+                Calls(bridge, service, methods, self._readers)
+                for schema, methods in services
+                for service in schema.services
+            ],
             options=[
                 ("grpc.max_receive_message_length", min(limits.body_bytes + _NAMES_BYTES, _MOST_BYTES)),
                 ("grpc.max_metadata_size", limits.header_bytes),
@@ -82,9 +87,11 @@ class GrpcServer:
         return changed
 
     async def stop(self, grace_s: float | None = None) -> None:
-        """Take no more requests, and wait until those that run are answered; a second call may shorten that.
+        """Take no more requests, also of streams, and wait until all are answered; a second call may shorten that.
 
         Args:
             grace_s: seconds that they get; None: as the settings say.
         """
+        for reader in [*self._readers]:
+            reader.cancel()
         await self._server.stop(self._settings.limits.drain_timeout_s if grace_s is None else grace_s)
