@@ -29,25 +29,38 @@ class PredictRequest(msgspec.Struct):
     model: str = ""
 
 
+class PredictAnswer(msgspec.Struct, frozen=True):
+    """Answer to a request to predict. Attributes: output: of several, an object of them by name."""
+
+    output: Any
+    device: str
+    latency_ms: float
+    gpu_memory_mb: float
+
+
+class HealthAnswer(msgspec.Struct, frozen=True):
+    """State of the daemon."""
+
+    status: str
+    cuda_available: bool
+    current_device: str
+    gpu_memory_free_mb: float
+
+
 _decode = msgspec.json.Decoder(PredictRequest).decode
 
 
 def add_to(routes: Routes) -> None:
     """Add the routes of this interface."""
-    routes.add("GET", "/health", health, wire.Health)
-    routes.add("POST", "/predict", predict, wire.Predict, takes=PredictRequest)
+    routes.add("GET", "/health", health, wire.Health, gives=HealthAnswer)
+    routes.add("POST", "/predict", predict, wire.Predict, takes=PredictRequest, gives=PredictAnswer)
 
 
 async def health(bridge: Bridge, request: Request) -> Response:
     """The state of the daemon, and of the GPU where a request would run now."""
     report = await bridge.ask_one(AsyncClient.health)
     return json_response(
-        {
-            "status": report.status,
-            "cuda_available": report.cuda_available,
-            "current_device": report.current_device,
-            "gpu_memory_free_mb": report.gpu_memory_free_mb,
-        }
+        HealthAnswer(report.status, report.cuda_available, report.current_device, report.gpu_memory_free_mb)
     )
 
 
@@ -66,13 +79,9 @@ async def predict(bridge: Bridge, request: Request) -> Response:
         inputs, model=asked.model, prefer_gpu=asked.prefer_gpu, min_gpu_memory_mb=asked.min_gpu_memory_mb
     )
     outputs = {name: _plain(output) for name, output in result.outputs.items()}
+    output = next(iter(outputs.values())) if len(outputs) == 1 else outputs
     return json_response(
-        {
-            "output": next(iter(outputs.values())) if len(outputs) == 1 else outputs,
-            "device": result.device,
-            "latency_ms": result.latency_ms,
-            "gpu_memory_mb": result.gpu_memory_mb,
-        },
+        PredictAnswer(output, result.device, result.latency_ms, result.gpu_memory_mb),
         headers=(server_timing.header(result),),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,9 @@ from tnxctl.protocol.roles import LEAST_ROLES
 
 _SCHEMAS = "#/components/schemas/{name}"
 _JSON = "application/json"
+
+_SECTIONS = re.compile(r"^(?:Args|Raises|Returns):$", re.MULTILINE)
+"""Where a docstring goes on for programmers."""
 
 
 class Error(msgspec.Struct, frozen=True):
@@ -41,7 +45,7 @@ def document(routes: Iterable[Route], *, tokens: bool) -> dict[str, Any]:
 
 
 def _operation(route: Route, schema_of: dict[Any, Any], tokens: bool) -> dict[str, Any]:
-    summary, _, description = (inspect.getdoc(route.handler) or "").partition("\n")
+    summary, _, description = _SECTIONS.split(inspect.getdoc(route.handler) or "")[0].partition("\n")
     found: dict[str, Any] = {"operationId": _operation_id(route), "summary": summary}
     if description.strip():
         found["description"] = description.strip()

@@ -29,28 +29,29 @@ HEADERS: Headers = (
 
 HTML = "text/html; charset=utf-8"
 _FILES = {
-    "/": ("index.html", HTML),
-    "/page/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/page/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/page/icon.svg": ("icon.svg", "image/svg+xml"),
+    "/page/page.css": "text/css; charset=utf-8",
+    "/page/page.js": "text/javascript; charset=utf-8",
+    "/page/icon.svg": "image/svg+xml",
 }
 
 
 def add_to(routes: Routes) -> None:
     """Add the routes of the pages. They need no token, since they tell nothing of the daemon."""
-    for path, (name, media_type) in _FILES.items():
-        routes.add("GET", path, _file(name, media_type), None, gives=media_type)
+    routes.add("GET", "/", _file("index.html", HTML, "A daemon live: a page for people."), None, gives=HTML)
+    for path, media_type in _FILES.items():
+        name = path.rpartition("/")[2]
+        routes.add("GET", path, _file(name, media_type, f"{name} of that page."), None, gives=media_type)
     routes.add("GET", "/docs", docs, None, gives=HTML)
     routes.add("GET", "/openapi.json", description, None)
 
 
-def _file(name: str, media_type: str) -> Handler:
+def _file(name: str, media_type: str, summary: str) -> Handler:
     response = Response((resources.files(__name__).joinpath(name).read_bytes(),), headers=_headers(media_type))
 
     async def file(bridge: Bridge, request: Request) -> Response:
         return response
 
-    file.__doc__ = f"The file {name} of the page for people."
+    file.__doc__ = summary
     return file
 
 
