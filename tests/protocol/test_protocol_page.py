@@ -17,12 +17,13 @@ import zmtp
 from conftest import Daemon
 from dealer import Dealer
 from tnxctl import connection, resending, session
-from tnxctl.protocol import errors, wire
+from tnxctl.protocol import errors, histograms, wire
 from tnxctl.protocol.datatypes import STORAGE
 from tnxctl.protocol.frames import view_tensors
 from tnxctl.protocol.strings import LENGTH_BYTES, encode
 from tnxctl.protocol.wire import Limits
 from tnxd.deployment import version
+from tnxd.serving import slowest, version_traffic
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 CLIENT = Path(__file__).parents[1] / "clients" / "minimal.mjs"
@@ -81,6 +82,8 @@ def page_type(kind: msgspec.inspect.Type) -> str:
             return f"array of {page_type(item)}"
         case msgspec.inspect.StructType(wire.TensorSpec):
             return "tensor"
+        case msgspec.inspect.StructType(histograms.Histogram):
+            return "histogram"
         case msgspec.inspect.StructType():
             return "map"
     raise AssertionError(f"{kind} has no name on the page")
@@ -93,7 +96,7 @@ def page_default(field: msgspec.inspect.Field) -> str:
     default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
     if default is msgspec.NODEFAULT:  # of a field that may be UNSET
         return "absent"
-    return "nil" if default is None else json.dumps(default)
+    return "nil" if default is None else json.dumps(msgspec.to_builtins(default))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,10 @@ def page_default(field: msgspec.inspect.Field) -> str:
         ("kick, the report", [wire.KickReport]),
         ("keys, the request", [wire.Keys]),
         ("keys, the report", [wire.KeysReport, wire.KeyInfo]),
+        ("stats, the request", [wire.Stats]),
+        ("stats, the report", [wire.StatsReport, wire.VersionStats, wire.DeviceStats, wire.ClientStats]),
+        ("explain, the request", [wire.Explain]),
+        ("explain, the report", [wire.Explanation, wire.SlowRequest]),
     ],
 )
 def test_fields(title: str, headers: list[type[msgspec.Struct]]) -> None:
@@ -219,6 +226,10 @@ EXAMPLES: dict[str, Any] = {
     "kick report": wire.KickReport,
     "keys request": wire.Keys,
     "keys report": wire.KeysReport,
+    "stats request": wire.Stats,
+    "stats report": wire.StatsReport,
+    "explain request": wire.Explain,
+    "explain report": wire.Explanation,
 }
 
 
@@ -264,6 +275,22 @@ def test_the_largest_deadline_and_the_levels() -> None:
     meanings = {bare(name): meaning for name, _, _, meaning in fields}
     assert f"at most {wire.MAX_DEADLINE_US:.0f}, a day" in meanings["deadline_us"]
     assert meanings["priority"].startswith(f"0 to {wire.LOWEST_PRIORITY}.")
+
+
+def test_the_buckets_of_histograms() -> None:
+    text = " ".join(section("stats, the report").split())
+    assert "bucket `8 e + s + 1`, with `s` from 0 to 7, what is from `2^e (1 + s / 8)`" in text
+    for bucket in range(1, histograms.BUCKETS):
+        octave, step = divmod(bucket - 1, 8)
+        assert histograms.bounds(bucket)[0] == 2**octave * (1 + step / 8)
+    assert f"The last one, {histograms.BUCKETS - 1}," in text
+
+
+def test_the_numbers_that_are_kept() -> None:
+    text = " ".join(section("stats, the report").split() + section("explain, the report").split())
+    assert f"those of the last {version_traffic.MOST_GONE} are kept" in text
+    assert (slowest.MOST, slowest.SLOT_S) == (8, 60 / 4)
+    assert "of each quarter of a minute, the daemon keeps the slowest eight" in text
 
 
 def test_the_budget_of_resends() -> None:

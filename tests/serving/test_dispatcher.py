@@ -5,7 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from tnxd.deployment.registry import Registry
 from tnxd.serving.dispatcher import Dispatcher
+from tnxd.serving.reports import Inventory
 
 
 def limit_s(isolation: str, time_limit_s: float | None) -> float:
@@ -14,7 +16,7 @@ def limit_s(isolation: str, time_limit_s: float | None) -> float:
     )
     dispatcher = Dispatcher(
         **parts,
-        inventory=SimpleNamespace(registry=SimpleNamespace(shadow_of=None)),  # type: ignore[arg-type]
+        inventory=Inventory(Registry(), {}, {}),
         reconciler=SimpleNamespace(audits=None),  # type: ignore[arg-type]
         limits=None,  # type: ignore[arg-type]
         stall_timeout_s=30.0,

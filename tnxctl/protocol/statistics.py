@@ -20,15 +20,19 @@ class VersionStats(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name, version: of the model.
-        requests: taken in. replies: results sent. errors: error replies by code.
-        rows: computed. batches: forwards.
+        requests: for this version, those included that were refused: replies, errors, abandoned ones, and those in
+            flight. replies: results sent. errors: error replies by code. abandoned: never answered, since their client
+            was gone or, of a step of a pipeline, since another step had failed.
+        rows: computed. batches: that gave results; a pipeline has none of its own.
         batch_rows: rows per batch. stages: by `STAGES`, of the requests with results.
         prediction_error: distance between predicted and actual time, queue to d2h.
-        deadlines_met, deadlines_missed: requests with a deadline, by whether a result went out before it.
+        deadlines_met, deadlines_missed: results that went out before their deadline; those that did so later, and
+            errors DEADLINE_EXCEEDED.
         steals: batches that another device took than the one they were queued for.
         splits: batches that ran again in parts after they had run out of memory.
         evictions: times that it was unloaded to make room.
-        queued_rows: rows that wait now. predicted_wait_us: time until one more row would be done now.
+        queued_rows: rows that wait now, or tokens where requests of different lengths share batches.
+        predicted_wait_us: time until one more row would be done now; 0: it was not asked lately.
     """
 
     name: str
@@ -36,6 +40,7 @@ class VersionStats(msgspec.Struct, frozen=True, kw_only=True):
     requests: int = 0
     replies: int = 0
     errors: dict[str, int] = {}
+    abandoned: int = 0
     rows: int = 0
     batches: int = 0
     batch_rows: Histogram = Histogram()
@@ -55,8 +60,8 @@ class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name, status: as in `DeviceInfo`.
-        lanes: places where batches run. busy_us: time that they ran batches, summed over lanes. inline_us: time that
-            batches ran on the serving thread.
+        lanes: places where batches run. busy_us: time that they ran batches, summed over lanes; a batch on several
+            cores counts for each of them. inline_us: time that batches ran on the serving thread.
         queued_rows: rows that wait for it now.
         memory_free_mb, memory_total_mb: as in `DeviceInfo`.
     """
@@ -76,7 +81,7 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: as in `Identity`; "": all that have no entry of their own.
-        requests: taken in. refused: requests that were answered with an error before they were queued.
+        requests: taken in. refused: messages that were answered with an error at once.
         in_flight: requests that have no answer yet. owed_bytes: of answers that it has not taken yet.
     """
 
@@ -93,13 +98,14 @@ class StatsReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     Attributes:
         status, version: as in `HealthReport`.
         started_s: when the daemon started, in seconds since 1970. uptime_us: since then, by a steady clock.
-        models: one entry per version that is loaded, or was asked since the start and is known. devices: all.
+        models: one entry per version that is loaded, or was asked since the start and is known; of those that are not
+            there any more, the last 256. devices: all.
         clients: those with most requests first, 20 at most, and the rest as one; only for admins.
         requests, replies, errors, resent, undeliverable, abandoned: as in `HealthReport`.
         queued, running, connections, connections_refused, connections_cut, traffic_mb, traffic_owed_mb,
             traffic_limit_mb: as there.
-        loop_turns: busy turns of the serving loop, by their length.
-        log_lines_dropped: lines that found no room in the queue of the log.
+        loop_turns: turns of the serving loop, by their length without what it waited for work.
+        log_lines_dropped: texts that found no room in the queues of the log and of what is printed.
     """
 
     v: Version

@@ -284,6 +284,7 @@ class Lifecycle:
                 yield partial(time.sleep, stay_s)
             about = event("model_makes_room", victim.title, device=executor.name, room_for=version.title)
             log.info("%s leaves %s to make room for %s", victim.title, executor.name, version.title, extra=about)
+            self._registry.evictions[victim.title] += 1
             yield from self.retire(victim, EVICTED)
 
     def _check_room_for_steps(self, pipeline: Pipeline) -> None:

@@ -6,6 +6,7 @@ Owned by the serving loop's thread. `tnxd.deployment.reconciler` changes it; the
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from zlib import crc32
@@ -131,6 +132,7 @@ class Registry:
         deployments: by name. default: the name for requests that give none: the configured one, else the first that
             can be served.
         shadow_of: the version that gets copies of its batches, by the version that answers.
+        evictions: how often versions were unloaded to make room for others, by title.
         failures: what could not become a deployment, by name or path, and why.
         before_change, on_change: called after any change, one after the other; the first may still change versions.
     """
@@ -140,6 +142,7 @@ class Registry:
         self._configured_default = default
         self.deployments: dict[str, Deployment] = {}
         self.shadow_of: dict[Version, Version] = {}
+        self.evictions: Counter[str] = Counter()
         self.failures: dict[str, str] = {}
         self.before_change: Callable[[], None] = lambda: None
         self.on_change: Callable[[], None] = lambda: None
@@ -204,6 +207,18 @@ class Registry:
         self._clock += 1
         target.last_used = self._clock  # type: ignore[union-attr]
         return target  # type: ignore[return-value]
+
+    def asked(self, model: str, client: bytes, route_key: str) -> Version | None:
+        """The version that a request is for, whether it can be served or not; None: nobody knows such a model."""
+        target = self._targets.get(model)
+        if isinstance(target, _Split):
+            return target.choose(route_key.encode("utf-8", "replace") or client)
+        if target is None:
+            try:
+                return self.describe(model)[1]
+            except TensorNextError:
+                return None
+        return target
 
     def describe(self, model: str) -> tuple[Deployment, Version]:
         """The version that `find` would find, in whatever state, and of several the one with the largest share.

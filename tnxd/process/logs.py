@@ -300,6 +300,11 @@ def _marked(sentence: str, *, error: bool) -> str:
     return f"<{priority(logging.ERROR)}>{sentence}" if error and to_journal() else sentence
 
 
+def dropped() -> int:
+    """Number of texts, of the log and of what is printed, that found no room."""
+    return 0 if _installed is None else _installed[0].writer.dropped + _installed[1].dropped
+
+
 def flush(seconds: float) -> None:
     """Write all lines that wait, within so many seconds. Without `install` there are none."""
     if _installed is not None:

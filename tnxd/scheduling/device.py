@@ -40,6 +40,7 @@ class Batch:
         hung: whether it hangs, see `Scheduler.mark_hung`.
         length: of its rows, padded to the longest of them; 0: they are not padded. Then `rows` are tokens.
         surface: learns from how long a batch of that length took.
+        stolen: whether it was queued for another device.
     """
 
     device: Device
@@ -56,6 +57,7 @@ class Batch:
     hung: bool = False
     length: int = 0
     surface: CostSurface | None = None
+    stolen: bool = False
 
 
 @dataclass(slots=True, eq=False)

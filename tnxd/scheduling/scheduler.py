@@ -14,8 +14,10 @@ nothing itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
+from tnxctl.protocol.errors import Unavailable
 from tnxd.lanes import BACKGROUND, INLINE
 from tnxd.scheduling.accounts import Accounts
 from tnxd.scheduling.batch_formation import fill_lanes
@@ -29,6 +31,7 @@ from tnxd.scheduling.paths import Outlook
 from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.queue_admission import AdmissionControl
 from tnxd.scheduling.request import NEVER, Request
+from tnxd.scheduling.request_queue import RequestQueue
 from tnxd.scheduling.routing import Routing
 from tnxd.scheduling.stealing import steal
 
@@ -222,6 +225,32 @@ class Scheduler(Accounts):
             next_curve(device, queue, request.rows).spread(request.rows),
             queue.placement.forecast.reserve,
         )
+
+    def prospects(self, limits: Mapping[str, int], now_ns: int) -> dict[str, tuple[int, float]]:
+        """Rows that wait for models, and the microseconds until one more row would be done, by a client with nothing.
+
+        Args:
+            limits: row limits of the models, by key.
+
+        Returns:
+            By key, of the models that were asked lately.
+        """
+        rows: Counter[str] = Counter()
+        fullest: dict[str, RequestQueue] = {}
+        for device in self.devices.values():
+            for (model, _, _), queue in device.queues.items():
+                rows[model] += queue.rows
+                if model in limits and (model not in fullest or queue.rows > fullest[model].rows):
+                    fullest[model] = queue
+        found = {}
+        for model, queue in fullest.items():
+            request = Request(model, limits[model], group=queue.key[1], due_ns=now_ns + _PATIENCE_NS)
+            try:
+                wait_us, run_us, _, _ = self._routing.choose(request, now_ns)[3]
+            except Unavailable:  # it has just been taken from its devices
+                wait_us = run_us = 0.0
+            found[model] = rows[model], wait_us + run_us
+        return found
 
     # --- in ----------------------------------------------------------------------------------------------------
 

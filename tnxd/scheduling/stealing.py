@@ -74,7 +74,9 @@ def _steal_batch(accounts: Accounts, routing: Routing, thief: Device, victim: De
     thief.wake(level)
     lane, threads = taken
     thief.charge(level, micros * threads)
-    return accounts.start_batch(thief, lane, own, requests, rows, now_ns, micros, threads, length=head.length)
+    batch = accounts.start_batch(thief, lane, own, requests, rows, now_ns, micros, threads, length=head.length)
+    batch.stolen = True
+    return batch
 
 
 def _ends_ns(curve: CostCurve, rows: int, now_ns: int) -> int:

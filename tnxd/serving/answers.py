@@ -4,53 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import Cancelled, DeadlineExceeded, ResourceExhausted, TensorNextError
 from tnxd.executors.execution import Execution
 from tnxd.scheduling.request import Request
-from tnxd.serving.pending import Pending, StepRequest
+from tnxd.serving.pending import Answer, Pending, StepRequest
 from tnxd.serving.replies import error_header
 from tnxd.serving.telemetry import Telemetry
 from tnxd.serving.traces import Traces
+from tnxd.serving.version_traffic import TrafficByVersion
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
-
-Answer = tuple[Pending, bytes, tuple[Array, ...]]
-"""A request, the header of its result, and the frames of the outputs."""
 
 
 class Answers:
     """Sender of answers, one for each request; afterwards a request is done.
 
     Args:
-        admission: who has how much in flight.
+        admission: who has how much in flight. traffic: counts what becomes of requests.
 
     Attributes:
         traces: of sampled requests.
     """
 
-    def __init__(self, router: Router, admission: Admission, telemetry: Telemetry, traces: Traces) -> None:
+    def __init__(
+        self, router: Router, admission: Admission, telemetry: Telemetry, traffic: TrafficByVersion, traces: Traces
+    ) -> None:
         self.traces = traces
         self._traced = traces.under_way
         self._router = router
         self._admission = admission
         self._telemetry = telemetry
+        self._traffic = traffic
 
-    def results(self, answers: Sequence[Answer], execution: Execution) -> None:
-        """Send results of an execution, one after the other."""
+    def results(self, answers: Sequence[Answer]) -> int:
+        """Send results of one version, one after the other. Returns how many their clients have room for."""
+        if not answers:
+            return 0
         send = self._router.send
-        sent = [send(request.peer, request.delimited, (header, outputs)) for request, header, outputs in answers]
+        sent = [send(request.peer, request.delimited, (header, outputs)) for request, _, header, outputs in answers]
         if self._traced:
-            self.traces.answered([request for request, _, _ in answers], execution)
-        for (request, _, _), taken in zip(answers, sent, strict=True):
+            self.traces.answered(answers)
+        for request, _, _, _ in answers:
             self.close(request)
-            actual_us = (execution.finished_ns - request.queued_ns) / 1e3
-            self._telemetry.observe_prediction(request.predicted_us, actual_us)
-            if taken:
-                self._telemetry.replies += 1
-            else:
-                error = ResourceExhausted("the client does not take its replies: no room is left for this one")
-                self.send_error(request.peer, request.delimited, request.id, error, request.model)
+        if not all(sent):
+            for (request, _, _, _), taken in zip(answers, sent, strict=True):
+                if not taken:
+                    error = ResourceExhausted("the client does not take its replies: no room is left for this one")
+                    self._send_error_to(request, error)
+            answers = [answer for answer, taken in zip(answers, sent, strict=True) if taken]
+        if answers:
+            self._telemetry.replies += len(answers)
+            self._traffic[answers[0][0].version].counts.add_results(answers)
+        return len(answers)
 
     def error(self, request: Request, error: TensorNextError, execution: Execution | None = None) -> None:
         """Answer a request with an error; of a part of another one, its owner hears instead of a client.
@@ -65,10 +70,12 @@ class Answers:
         if self._traced:
             self.traces.failed(request, error, execution)
         self.close(request)
-        self.send_error(request.peer, request.delimited, request.id, error, request.model)
+        self._send_error_to(request, error)
 
     def abandon(self, request: Pending) -> None:
         """End a request whose client is gone."""
+        self._telemetry.abandoned += 1
+        self._traffic[request.version].counts.abandoned += 1
         if self._traced:
             self.traces.failed(request, Cancelled("the client is gone"), None)
         self.close(request)
@@ -84,6 +91,11 @@ class Answers:
         request.done = True
         request.arrays = ()  # the scheduler may remember the request until its deadline
         self._admission.release(request)
+
+    def _send_error_to(self, request: Pending, error: TensorNextError) -> None:
+        """Send an error to the client of a request that was taken in."""
+        self._traffic[request.version].counts.errors[error.code] += 1
+        self.send_error(request.peer, request.delimited, request.id, error, request.model)
 
     def send_error(
         self, peer: bytes, delimited: bool, id_: int | None, error: TensorNextError, model: str = ""

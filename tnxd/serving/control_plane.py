@@ -7,13 +7,26 @@ from collections import deque
 from collections.abc import Iterator
 
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
-from tnxctl.protocol.wire import Clients, Compare, Health, Keys, Kick, Metadata, Models, Reload, Reply, WhoAmI
+from tnxctl.protocol.wire import (
+    Clients,
+    Compare,
+    Explain,
+    Health,
+    Keys,
+    Kick,
+    Metadata,
+    Models,
+    Reload,
+    Reply,
+    Stats,
+    WhoAmI,
+)
 from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import READY
 from tnxd.events import event
 from tnxd.scheduling.scheduler import Scheduler
-from tnxd.serving import client_reports, permissions, reports
+from tnxd.serving import client_reports, permissions, reports, statistics
 from tnxd.serving.admin_commands import AdminCommand, AdminCommands, CommandDone
 from tnxd.serving.reports import Inventory
 from tnxd.serving.telemetry import Telemetry
@@ -23,7 +36,7 @@ from tnxd.transport.router import Message, Router
 
 log = logging.getLogger(__name__)
 
-ControlRequest = Health | Metadata | Models | Compare | WhoAmI | Clients | Kick | Keys | AdminCommand
+ControlRequest = Health | Metadata | Models | Compare | WhoAmI | Clients | Kick | Keys | Stats | Explain | AdminCommand
 """A request about the daemon, its models or its clients."""
 
 
@@ -98,6 +111,19 @@ class ControlPlane:
             return client_reports.kick(request, self._router, connection)
         if isinstance(request, Keys):
             return client_reports.keys(request, self._access, self._admission, self._router.connections())
+        if isinstance(request, Stats):
+            return statistics.stats(
+                request,
+                state,
+                inventory,
+                scheduler,
+                self._telemetry,
+                self._router.undeliverable,
+                self._admission,
+                connection,
+            )
+        if isinstance(request, Explain):
+            return statistics.explain(request, inventory, connection)
         if state != READY:
             raise reports.unavailable(state)
         if isinstance(request, Reload):

@@ -6,10 +6,11 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import compress
 
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import Internal, ResourceExhausted, TensorNextError, Unavailable
-from tnxctl.protocol.wire import Limits
+from tnxctl.protocol.wire import Limits, encode
 from tnxd.deployment.background import Background, Copy
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.shadow import Shadows
@@ -24,8 +25,8 @@ from tnxd.scheduling.device import Batch
 from tnxd.scheduling.refusals import Refusals
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
-from tnxd.serving.answers import Answer, Answers
-from tnxd.serving.pending import Pending, StepRequest, as_execution, as_frames, result_header
+from tnxd.serving.answers import Answers
+from tnxd.serving.pending import Answer, Pending, StepRequest, as_execution, as_frames, as_result
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.reports import Inventory
 
@@ -71,6 +72,7 @@ class Dispatcher:
         self._scheduler = scheduler
         self._inventory = inventory
         self._shadow_of = inventory.registry.shadow_of
+        self._traffic = inventory.traffic
         self._audits = reconciler.audits
         self._answers = answers
         self._background = background
@@ -80,7 +82,7 @@ class Dispatcher:
         self._limits = limits
         self._stall_timeout_s = stall_timeout_s
         self._on_device_lost = on_device_lost
-        self._on_lanes: dict[Execution, Batch] = {}
+        self._on_lanes = inventory.lane_times.running
 
     # --- out to the executors ----------------------------------------------------------------------------------
 
@@ -145,6 +147,7 @@ class Dispatcher:
         if device.is_gpu:
             self._scheduler.set_free_memory(device.name, execution.memory_free_mb)
         answers: list[Answer] = []
+        sent = 0
         steps: list[tuple[StepRequest, tuple[Array, ...]]] = []
         model = execution.model
         sizes_known = model.reply_row_nbytes  # and looked at before
@@ -173,11 +176,12 @@ class Dispatcher:
                     most = self._limits.message_bytes
                     self._answers.error(request, reply_too_large(nbytes, request.max_reply_bytes, most))
                     continue
-            answers.append((request, result_header(request, rows, execution, outcome), frames))
+            result = as_result(request, rows, execution, outcome)
+            answers.append((request, result, encode(result), frames))
             if len(answers) == _SENT_TOGETHER:
-                self._answers.results(answers, execution)
+                sent += self._answers.results(answers)
                 answers.clear()
-        self._answers.results(answers, execution)
+        sent += self._answers.results(answers)
         if execution.exhausted:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
         failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])
@@ -190,7 +194,8 @@ class Dispatcher:
         if self._refusals:
             self._refusals.clear()
         for step, outputs in steps:  # now that their lane is free again
-            step.owner.succeeded(step, outputs, execution, rows)
+            sent += step.owner.succeeded(step, outputs, execution, rows)
+        self._count(execution, batch, rows, sent)
         if isinstance(execution, Copy):
             self._background.finished(execution)
         elif failures < len(batch.requests):
@@ -204,6 +209,22 @@ class Dispatcher:
             mixing.end_batches(batch.model, execution.mixes)
         if execution.fatal and not device.error:
             self._lose_device(device.name, execution.fatal)
+
+    def _count(self, execution: Execution, batch: Batch, rows: int, results: int) -> None:
+        """Count a batch that is over. Args: rows: of all its requests. results: number of those that have some."""
+        self._inventory.lane_times.add(execution, batch)
+        if not batch.requests:
+            return  # nobody asked for it
+        counts = self._traffic[batch.requests[0].version].counts  # type: ignore[attr-defined]
+        if execution.exhausted and batch.rows > 1:
+            counts.splits += 1
+        counts.steals += batch.stolen
+        if results == len(batch.requests):
+            counts.add_batch(execution, rows, results)
+        else:
+            done = [not isinstance(outcome, TensorNextError) for outcome in execution.outcomes]
+            if any(done):
+                counts.add_batch(execution, sum(compress(execution.rows, done)), results)
 
     def _judge(self, execution: Execution, batch: Batch) -> None:
         """Have clients ride alone after a model failed at their requests, until others of theirs have succeeded."""

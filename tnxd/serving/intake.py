@@ -236,10 +236,9 @@ class Intake:
         except Exception:  # a defect of ours: this client gets an answer, and the others go on
             log.exception("the daemon failed at a request", extra=event("defect"))
             failure = Internal("the daemon failed at this request; its log says how")
-        self._telemetry.requests -= isinstance(request, Predict)
-        if isinstance(request, Predict) and request.traceparent:
-            client = message.connection.client.name
-            self._traces.refused(request, self._named(request), client, received_ns, failure)
+        if isinstance(request, Predict):
+            self._telemetry.requests -= 1
+            self._count_refused(message, request, failure, received_ns)
         id_ = None if isinstance(request, Cancel) else request.id  # that is the id of another request
         self._refuse(message, id_, failure, received_ns, self._named(request))
         return None
@@ -254,11 +253,19 @@ class Intake:
         if refusal is None:
             return False
         self._telemetry.requests += 1
-        named = self._named(request)
-        if request.traceparent:
-            self._traces.refused(request, named, message.connection.client.name, received_ns, refusal)
-        self._answers.send_error(message.peer, message.delimited, request.id, refusal, named)
+        self._count_refused(message, request, refusal, received_ns)
+        self._answers.send_error(message.peer, message.delimited, request.id, refusal, self._named(request))
         return True
+
+    def _count_refused(self, message: Message, request: Predict, error: TensorNextError, received_ns: int) -> None:
+        """Count a request that is not taken in, where it is for a model that there is: clients choose names."""
+        if request.traceparent:
+            client = message.connection.client.name
+            self._traces.refused(request, self._named(request), client, received_ns, error)
+        version = self._registry.asked(request.model, message.peer, request.route_key)
+        if version is not None:
+            self._traffic[version].counts.refuse(error.code)
+        message.connection.client.refused += 1
 
     def _named(self, request: object) -> str:
         """The model that a request is about, as its client calls it; "" for one about none."""
@@ -323,7 +330,7 @@ class Intake:
             self._traces.begin(pending, request)
         if connection.client.requests == 1:
             self._light_waits = True
-        traffic.requests += 1
+        traffic.counts.requests += 1
         return started
 
     def _request_load(self, version: Version) -> Unavailable:

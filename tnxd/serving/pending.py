@@ -9,7 +9,7 @@ from typing import Protocol
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.strings import encode as encode_strings
-from tnxctl.protocol.wire import VERSION, Predict, Result, TensorSpec, Timing, encode
+from tnxctl.protocol.wire import VERSION, Predict, Result, TensorSpec, Timing
 from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
 from tnxd.models.model import BoundInputs, Item, Model, row_count
@@ -26,7 +26,7 @@ class Pending(Request, kw_only=True):
         connection, delimited, id: address of the answer.
         version: the version that was asked. served: its model.
         arrays: the inputs in the order of the signature; they keep the received frames alive.
-        max_reply_bytes: largest reply that the client takes.
+        max_reply_bytes: largest reply that the client takes. attempt: as in `Predict`.
         received_ns, queued_ns: when the frames were taken up, and when the scheduler had the request, of
             `time.perf_counter_ns`.
     """
@@ -40,13 +40,18 @@ class Pending(Request, kw_only=True):
     max_reply_bytes: int
     received_ns: int
     queued_ns: int
+    attempt: int = 1
+
+
+Answer = tuple[Pending, Result, bytes, tuple[Array, ...]]
+"""A request, its result, that as a header, and the frames of the outputs."""
 
 
 class Owner(Protocol):
     """Whoever made a `StepRequest`, and hears of its end, instead of a client."""
 
-    def succeeded(self, request: StepRequest, outputs: tuple[Array, ...], execution: Execution, rows: int) -> None:
-        """The request has been computed. Args: rows: of its batch."""
+    def succeeded(self, request: StepRequest, outputs: tuple[Array, ...], execution: Execution, rows: int) -> bool:
+        """The request has been computed. Args: rows: of its batch. Returns whether it still waited for that."""
 
     def failed(self, request: StepRequest, error: TensorNextError) -> None:
         """The request will not be computed."""
@@ -110,6 +115,7 @@ def as_pending(
         max_reply_bytes=request.max_reply_bytes,
         received_ns=received_ns,
         queued_ns=received_ns,
+        attempt=request.attempt,
     )
 
 
@@ -128,11 +134,11 @@ def as_frames(outputs: Sequence[Array]) -> tuple[Array, ...]:
     return tuple([encode_strings(array) if array.dtype.hasobject else array for array in outputs])
 
 
-def result_header(request: Pending, batch_rows: int, execution: Execution, outputs: tuple[Array, ...]) -> bytes:
-    """The header frame of a result. Args: batch_rows: sum of the rows of all requests in the batch."""
+def as_result(request: Pending, batch_rows: int, execution: Execution, outputs: tuple[Array, ...]) -> Result:
+    """The result of a request. Args: batch_rows: sum of the rows of all requests in the batch."""
     model, received_ns, queued_ns = request.served, request.received_ns, request.queued_ns
     now = time.perf_counter_ns()
-    result = Result(
+    return Result(
         v=VERSION,
         id=request.id,
         model=model.name,
@@ -155,7 +161,6 @@ def result_header(request: Pending, batch_rows: int, execution: Execution, outpu
         ),
         predicted_us=request.predicted_us,
     )
-    return encode(result)
 
 
 def described(expected: tuple[TensorSpec, ...], outputs: tuple[Array, ...]) -> tuple[TensorSpec, ...]:

@@ -1,11 +1,11 @@
-"""Result of a request for a pipeline: its header, with the timing of the whole and of each step."""
+"""Result of a request for a pipeline, with the timing of the whole and of each step."""
 
 from __future__ import annotations
 
 import time
 
 from tnxctl.protocol.datatypes import Array
-from tnxctl.protocol.wire import VERSION, Result, StepTiming, Timing, encode
+from tnxctl.protocol.wire import VERSION, Result, StepTiming, Timing
 from tnxd.executors.execution import Execution
 from tnxd.serving.pending import StepRequest, described
 from tnxd.serving.pipeline_run import Run, Stage
@@ -30,8 +30,8 @@ def stage_of(run: Run, request: StepRequest, execution: Execution, rows: int) ->
     return Stage(timing, request.reason, execution.finished_ns, execution.latency_us)
 
 
-def result_header(run: Run, last: int, memory_free_mb: float, outputs: tuple[Array, ...]) -> bytes:
-    """The header frame of the result. Args: last: place of the step that ended last. memory_free_mb: then, of a GPU."""
+def as_result(run: Run, last: int, memory_free_mb: float, outputs: tuple[Array, ...]) -> Result:
+    """The result of the whole. Args: last: place of the step that ended last. memory_free_mb: then, of a GPU."""
     whole, nodes = run.whole, run.fitted.wiring.nodes
     stages = [stage for stage in run.stages if stage is not None]  # which all are done
     # Back from the end: each step began when the last one before it was done, so these follow one another.
@@ -48,7 +48,7 @@ def result_header(run: Run, last: int, memory_free_mb: float, outputs: tuple[Arr
         reason = "; ".join([of_step(stage.timing.name, stage.reason) for stage in stages])
     finished_ns = stages[last].finished_ns
     now = time.perf_counter_ns()
-    result = Result(
+    return Result(
         v=VERSION,
         id=whole.id,
         model=whole.served.name,
@@ -72,4 +72,3 @@ def result_header(run: Run, last: int, memory_free_mb: float, outputs: tuple[Arr
         predicted_us=whole.predicted_us,
         steps=tuple([stage.timing for stage in stages]),
     )
-    return encode(result)

@@ -11,7 +11,7 @@ import time
 
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import DeadlineExceeded, Internal, TensorNextError
-from tnxctl.protocol.wire import Limits, TensorSpec
+from tnxctl.protocol.wire import Limits, TensorSpec, encode
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.events import event
 from tnxd.executors.execution import Execution
@@ -23,7 +23,7 @@ from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.answers import Answers
 from tnxd.serving.pending import Pending, StepRequest, as_frames
 from tnxd.serving.pipeline_preparation import Preparation
-from tnxd.serving.pipeline_result import result_header, stage_of
+from tnxd.serving.pipeline_result import as_result, stage_of
 from tnxd.serving.pipeline_run import Run, check_rows
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.reports import Inventory
@@ -121,7 +121,7 @@ class Pipelines:
             raise error_of_step(node.name, error) from None
         run.outstanding.add(request)
         run.fitted.groups[place], run.fitted.rows[place] = request.group, request.rows
-        self._traffic[request.version].requests += 1
+        self._traffic[request.version].counts.requests += 1
 
     def _request(self, run: Run, node: Node, place: int, now_ns: int, admitted: bool) -> StepRequest:
         whole, model = run.whole, node.model
@@ -178,11 +178,13 @@ class Pipelines:
 
     # --- what becomes of steps ---------------------------------------------------------------------------------
 
-    def succeeded(self, request: StepRequest, outputs: tuple[Array, ...], execution: Execution, rows: int) -> None:
+    def succeeded(self, request: StepRequest, outputs: tuple[Array, ...], execution: Execution, rows: int) -> bool:
         """A step has been computed: queue those that waited for it, or answer the whole. Args: rows: of its batch."""
         run = self._runs.get(request.whole)
         if run is None or request.done:
-            return  # its deadline came first, or another step failed
+            return False  # its deadline came first, or another step failed
+        run.outstanding.remove(request)
+        self._traffic[request.version].counts.add_step(request, execution, rows)
         try:
             self._go_on(run, request, outputs, execution, rows)
         except TensorNextError as error:
@@ -191,6 +193,9 @@ class Pipelines:
             about = event("defect", run.whole.model)
             log.exception("the daemon failed between the steps of %s", run.whole.model, extra=about)
             self._fail(run, Internal("the daemon failed at this request; its log says how"))
+        finally:
+            _finish(request)
+        return True
 
     def _go_on(
         self, run: Run, request: StepRequest, outputs: tuple[Array, ...], execution: Execution, rows: int
@@ -199,7 +204,6 @@ class Pipelines:
         node = wiring.nodes[place]
         if node.keeps:
             check_rows(node, request, outputs)
-        run.outstanding.remove(request)
         run.keep(place, outputs)
         if run.held > run.counted:
             more = run.held - run.counted
@@ -207,7 +211,6 @@ class Pipelines:
             run.expect()  # at once: others like it are about to come
             self._admission.grow(run.whole, more)
         run.stages[place] = stage_of(run, request, execution, rows)
-        _finish(request)
         now_ns = time.perf_counter_ns()
         for other in node.behind:
             run.missing[other] -= 1
@@ -224,6 +227,9 @@ class Pipelines:
         run = self._runs.get(request.whole)
         if run is None or request.done:
             return
+        run.outstanding.discard(request)
+        _finish(request)
+        self._traffic[request.version].counts.errors[error.code] += 1
         name = run.fitted.wiring.nodes[request.place].name
         if isinstance(error, DeadlineExceeded):
             whole = run.whole
@@ -258,9 +264,10 @@ class Pipelines:
         if nbytes > min(self._limits.message_bytes, whole.max_reply_bytes):
             self._fail(run, reply_too_large(nbytes, whole.max_reply_bytes, self._limits.message_bytes))
             return
-        header = result_header(run, place, execution.memory_free_mb, outputs)
+        result = as_result(run, place, execution.memory_free_mb, outputs)
         self._end(run)
-        self._answers.results([(whole, header, frames)], execution)
+        if self._answers.results([(whole, result, encode(result), frames)]):
+            self._traffic[whole.version].counts.add_whole(result.timing, whole.rows)
 
     def _fail(self, run: Run, error: TensorNextError) -> None:
         self._end(run)
@@ -279,6 +286,7 @@ class Pipelines:
     def _withdraw_steps(self, run: Run) -> None:
         for request in run.outstanding:
             self._scheduler.cancel(request)
+            self._traffic[request.version].counts.abandoned += 1
             _finish(request)
         run.outstanding.clear()
 

@@ -36,6 +36,7 @@ from tnxd.models.model import Model
 from tnxd.models.pipelines import Pipeline
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
+from tnxd.serving.lane_times import LaneTimes
 from tnxd.serving.telemetry import Telemetry
 from tnxd.serving.version_traffic import TrafficByVersion
 from tnxd.transport.client_limits import Admission
@@ -51,7 +52,7 @@ class Inventory:
     Attributes:
         audits: of versions that have one. executors: devices that work, by name.
         device_failures: device -> why it could not be opened, or what broke it later.
-        traffic: of the versions in the registry.
+        traffic: of the versions in the registry. lane_times: of the devices.
     """
 
     registry: Registry
@@ -59,6 +60,7 @@ class Inventory:
     executors: Mapping[str, Executor]
     device_failures: dict[str, str] = field(default_factory=dict)
     traffic: TrafficByVersion = field(default_factory=TrafficByVersion)
+    lane_times: LaneTimes = field(default_factory=LaneTimes)
 
 
 def health(
@@ -72,7 +74,8 @@ def health(
     admission: Admission,
 ) -> HealthReport:
     """The state of the daemon, its devices and its models, now."""
-    devices = tuple(_device_info(name, inventory, scheduler) for name in _device_names(inventory, scheduler))
+    inventory.traffic.fold()
+    devices = device_infos(inventory, scheduler)
     try:
         version = inventory.registry.describe("")[1]
         if isinstance(version.model, Pipeline):  # where its first step would run
@@ -98,7 +101,7 @@ def health(
         errors=dict(telemetry.errors),
         undeliverable=undeliverable,
         abandoned=telemetry.abandoned,
-        prediction_error_us=telemetry.prediction_error_us,
+        prediction_error_us=inventory.traffic.recent_error.mean_us,
         max_message_bytes=max_message_bytes,
         connections=sum(client.connections for client in admission),
         connections_refused=admission.refused,
@@ -188,8 +191,10 @@ def model_infos(inventory: Inventory, scheduler: Scheduler) -> tuple[ModelInfo, 
     return tuple(infos)
 
 
-def _device_names(inventory: Inventory, scheduler: Scheduler) -> list[str]:
-    return list(dict.fromkeys([*scheduler.devices, *inventory.device_failures]))
+def device_infos(inventory: Inventory, scheduler: Scheduler) -> tuple[DeviceInfo, ...]:
+    """All devices, those too that could not be opened."""
+    names = dict.fromkeys([*scheduler.devices, *inventory.device_failures])
+    return tuple(_device_info(name, inventory, scheduler) for name in names)
 
 
 def _device_info(name: str, inventory: Inventory, scheduler: Scheduler) -> DeviceInfo:

@@ -34,6 +34,7 @@ from tnxd.serving.pipelines import Pipelines
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.replies import report_header
 from tnxd.serving.reports import Inventory
+from tnxd.serving.slowest import SLOT_S
 from tnxd.serving.telemetry import Telemetry
 from tnxd.serving.traces import Traces
 from tnxd.serving.traffic_memory import TrafficMemory
@@ -109,7 +110,7 @@ class Server:
         self._quarantine = Quarantine()
         self._refusals = Refusals()
         self._completed: deque[Execution] = deque()
-        self._answers = Answers(router, admission, telemetry, Traces(notes))
+        self._answers = Answers(router, admission, telemetry, inventory.traffic, Traces(notes))
         self._control = ControlPlane(
             inventory,
             scheduler,
@@ -165,6 +166,7 @@ class Server:
         self._next_tick = time.monotonic()
         self._drain_until = float("inf")
         self._next_look = 0.0
+        self._next_slot = self._next_tick + SLOT_S
         self._looked_at_ns = time.perf_counter_ns()
         self._stopped = False
         router.watch(wakeup)
@@ -240,9 +242,14 @@ class Server:
         """
         intake, dispatcher = self._intake, self._dispatcher
         busy = False
+        began = time.monotonic()
         while not self._stopped:
+            ended = time.monotonic()
+            self._telemetry.turned(ended - began)
+            began = ended
             if not busy or not (self._scheduler.queued or self._router.readable()):
                 self._wait()
+                began = time.monotonic()
             self._calls.run()
             ran = False
             if self._completed:
@@ -312,7 +319,6 @@ class Server:
                 self._quarantine.left(connection.peer, connection.client.name)
             for request in list(connection.requests.values()):
                 if self._scheduler.cancel(request) or self._pipelines.withdraw(request):
-                    self._telemetry.abandoned += 1
                     self._answers.abandon(request)
 
     def _expire(self) -> None:
@@ -348,6 +354,9 @@ class Server:
         self._look_at_clients()
         self._tell_errors(now)
         self._memory.look_at_connections()
+        if now >= self._next_slot:
+            self._next_slot = now + SLOT_S
+            self._inventory.traffic.end_slot()
         for name, executor in self._inventory.executors.items():
             self._scheduler.set_free_memory(name, executor.memory_mb()[0])
         keys = {version.model.key for _, version in self._inventory.registry if version.model is not None}

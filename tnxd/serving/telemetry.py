@@ -6,12 +6,15 @@ import time
 from collections import Counter
 from typing import Any
 
+from tnxctl.protocol.histograms import Histogram
 from tnxctl.protocol.wire import MODEL_NAME, excerpt
+from tnxd.serving.histogram_counts import HistogramCounts, as_array
 
 TOLD_EVERY_S = 10.0
 """Errors are told in the log no more often than this."""
 
 _MOST_KINDS = 1000
+_TURNS_AT_ONCE = 256
 _MOST_NAMES = 5
 _TITLE_MARKS = str.maketrans("#", "@")
 
@@ -25,10 +28,11 @@ class Telemetry:
         errors: error replies by code. untold: those that the log has not told yet, by code and model.
         told: fields of what `tell_errors` has put into words last, for the log.
         abandoned: requests taken out of the queue because their client was gone.
-        prediction_error_us: moving average of the distance between predicted and actual time, in microseconds.
+        started: when it was, in seconds since 1970.
     """
 
     def __init__(self) -> None:
+        self.started = time.time()
         self._started = time.monotonic()
         self.requests = 0
         self.replies = 0
@@ -37,9 +41,10 @@ class Telemetry:
         self.untold: Counter[tuple[str, str]] = Counter()
         self.told: dict[str, Any] = {}
         self.abandoned = 0
-        self.prediction_error_us = 0.0
         self._counted_from = self._started
         self._told_at = -TOLD_EVERY_S
+        self._turns: list[float] = []
+        self._turn_counts = HistogramCounts(1)
 
     def count_error(self, code: str, model: str) -> None:
         """An error was sent. Args: model: its name, title or key, or whatever a client called it; "": none."""
@@ -70,9 +75,21 @@ class Telemetry:
         self._told_at = self._counted_from = now
         return f"errors sent within {seconds:.1f} s: {told}"
 
-    def observe_prediction(self, predicted_us: float, actual_us: float) -> None:
-        """A request is done: compare."""
-        self.prediction_error_us += 0.05 * (abs(predicted_us - actual_us) - self.prediction_error_us)
+    def turned(self, seconds: float) -> None:
+        """Count a turn of the serving loop."""
+        self._turns.append(seconds)
+        if len(self._turns) >= _TURNS_AT_ONCE:
+            self._fold_turns()
+
+    def turns(self) -> Histogram:
+        """Turns of the serving loop, by their length in microseconds."""
+        if self._turns:
+            self._fold_turns()
+        return self._turn_counts.histogram(0)
+
+    def _fold_turns(self) -> None:
+        self._turn_counts.add(as_array(self._turns, 1) * 1e6)
+        self._turns.clear()
 
     def uptime_s(self) -> float:
         """Seconds since the start."""

@@ -67,7 +67,8 @@ class Client:
         rate: limit of its requests a second; None sets no limit.
         share: of the turns of its requests, relative to those of other clients.
         checked: whether each of its requests needs a closer look: it has a rate, or may have fewer bytes than others.
-        taken: number of requests that were taken in. received: bytes of messages of connections that have ended.
+        taken: number of requests that were taken in. refused: of messages that were answered with an error at once.
+        received: bytes of messages of connections that have ended.
         connections: number of open ones.
         requests, nbytes: requests in flight, and their bytes.
         unsent: bytes of replies that it has not taken yet.
@@ -86,6 +87,7 @@ class Client:
     share: float = 1.0
     checked: bool = False
     taken: int = 0
+    refused: int = 0
     received: int = 0
     connections: int = 0
     requests: int = 0
@@ -153,6 +155,7 @@ class Admission:
         unread: bytes that ZeroMQ has received and not handed over, as last measured.
         refused: number of connections that were not let in, for want of room or of a key. cut: number of those that the
             daemon ended.
+        gone_taken, gone_refused: requests that were taken in, and refused, of clients that are forgotten.
     """
 
     def __init__(self, limits: Clients, *, max_requests: int, max_bytes: int) -> None:
@@ -171,6 +174,7 @@ class Admission:
         self.refused = 0
         self.active = 0
         self.cut = 0
+        self.gone_taken = self.gone_refused = 0
         self._refusing: set[Connection] = set()
 
     def __iter__(self) -> Iterator[Client]:
@@ -249,6 +253,8 @@ class Admission:
             gone = client.connections <= 0 and not (client.requests or client.unsent or client.commands)
             # Who leaves and comes back must not have a fresh rate by that.
             if gone and (client.rate is None or client.rate.is_full(time.monotonic())):
+                self.gone_taken += client.taken
+                self.gone_refused += client.refused
                 del self._clients[key]
 
     def refusal(self, address: str, entry: AuthorizedKey | None = None) -> str:

@@ -1,0 +1,146 @@
+"""Statistics: the raw counts since the start, and the slowest requests of the last minute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import msgspec
+
+from tnxctl import __version__
+from tnxctl.protocol.statistics import ClientStats, DeviceStats, Explanation, SlowRequest, StatsReport, VersionStats
+from tnxctl.protocol.wire import MIB, VERSION, DeviceInfo, Explain, Role, Stats, split_title
+from tnxd.deployment.version import DRAINING, READY
+from tnxd.process import logs
+from tnxd.scheduling.scheduler import Scheduler
+from tnxd.serving import reports
+from tnxd.serving.reports import Inventory
+from tnxd.serving.slowest import KEPT_S
+from tnxd.serving.telemetry import Telemetry
+from tnxd.serving.version_counts import RecentError, VersionCounts
+from tnxd.transport.client_limits import Admission, Client, Connection
+
+_MOST_CLIENTS = 20
+_MOST_SLOW = 1000
+
+
+def stats(
+    request: Stats,
+    state: str,
+    inventory: Inventory,
+    scheduler: Scheduler,
+    telemetry: Telemetry,
+    undeliverable: int,
+    admission: Admission,
+    asking: Connection,
+) -> StatsReport:
+    """The counts of the daemon, its models and its devices; those of its clients, for an admin."""
+    return StatsReport(
+        v=VERSION,
+        id=request.id,
+        status=state,
+        version=__version__,
+        started_s=telemetry.started,
+        uptime_us=telemetry.uptime_s() * 1e6,
+        models=tuple(_versions(inventory, scheduler)),
+        devices=tuple(_devices(inventory, scheduler)),
+        clients=tuple(_clients(admission)) if asking.role >= Role.ADMIN else (),
+        requests=telemetry.requests,
+        replies=telemetry.replies,
+        errors=dict(telemetry.errors),
+        resent=telemetry.resent,
+        undeliverable=undeliverable,
+        abandoned=telemetry.abandoned,
+        queued=scheduler.queued,
+        running=scheduler.running - scheduler.background,
+        connections=sum(client.connections for client in admission),
+        connections_refused=admission.refused,
+        connections_cut=admission.cut,
+        traffic_mb=admission.traffic_bytes / MIB,
+        traffic_owed_mb=admission.unsent / MIB,
+        traffic_limit_mb=admission.max_traffic_bytes / MIB,
+        loop_turns=telemetry.turns(),
+        log_lines_dropped=logs.dropped(),
+    )
+
+
+def explain(request: Explain, inventory: Inventory, asking: Connection) -> Explanation:
+    """The slowest requests, the slowest first.
+
+    Raises:
+        NotFound, InvalidArgument, FailedPrecondition: there is no such model.
+    """
+    wanted = _titles(request.model, inventory) if request.model else None
+    found: list[SlowRequest] = []
+    for title, counts in inventory.traffic.counts():
+        if wanted is not None and title not in wanted:
+            continue
+        for slow, client, age_s in counts.slowest.kept():
+            if request.request in (None, slow.id):
+                name = client if asking.role >= Role.ADMIN else ""
+                found.append(msgspec.structs.replace(slow, age_s=age_s, client=name))
+    found.sort(key=lambda slow: slow.timing.total_us, reverse=True)
+    return Explanation(v=VERSION, id=request.id, requests=tuple(found[:_MOST_SLOW]), kept_s=KEPT_S)
+
+
+def _titles(model: str, inventory: Inventory) -> set[str]:
+    """Titles of the versions that NAME or NAME@VERSION stands for. Raises as `Registry.describe` does."""
+    name, number = split_title(model)
+    if number:
+        return {inventory.registry.describe(model)[1].title}
+    return {f"{name}@{known}" for known in inventory.registry.deployment(name).versions}
+
+
+def _versions(inventory: Inventory, scheduler: Scheduler) -> Iterator[VersionStats]:
+    registry = inventory.registry
+    loaded = {
+        version.title: version.model
+        for _, version in registry
+        if version.model is not None and version.state in (READY, DRAINING)
+    }
+    limits = {model.key: model.max_units for model in loaded.values()}
+    prospects = scheduler.prospects(limits, time.perf_counter_ns())
+    counts = dict(inventory.traffic.counts())
+    for title in dict.fromkeys([*loaded, *counts, *registry.evictions]):
+        name, _, number = title.partition("@")
+        known = counts.get(title) or VersionCounts(RecentError())
+        model = loaded.get(title)
+        rows, wait_us = prospects.get(model.key, (0, 0.0)) if model is not None else (0, 0.0)
+        yield known.report(name, number, registry.evictions[title], rows, wait_us)
+
+
+def _devices(inventory: Inventory, scheduler: Scheduler) -> Iterator[DeviceStats]:
+    busy_us = inventory.lane_times.busy_us()
+    device: DeviceInfo
+    for device in reports.device_infos(inventory, scheduler):
+        yield DeviceStats(
+            name=device.name,
+            status=device.status,
+            lanes=device.lanes,
+            busy_us=busy_us[device.name],
+            inline_us=inventory.lane_times.inline_us(device.name),
+            queued_rows=device.queued_rows,
+            memory_free_mb=device.memory_free_mb,
+            memory_total_mb=device.memory_total_mb,
+        )
+
+
+def _clients(admission: Admission) -> Iterator[ClientStats]:
+    known = sorted(admission, key=lambda client: client.taken, reverse=True)
+    for client in known[:_MOST_CLIENTS]:
+        yield _client(client.name, [client])
+    rest = _client("", known[_MOST_CLIENTS:])
+    if known[_MOST_CLIENTS:] or admission.gone_taken or admission.gone_refused:
+        yield msgspec.structs.replace(
+            rest, requests=rest.requests + admission.gone_taken, refused=rest.refused + admission.gone_refused
+        )
+
+
+def _client(name: str, clients: list[Client]) -> ClientStats:
+    return ClientStats(
+        name=name,
+        requests=sum(client.taken for client in clients),
+        refused=sum(client.refused for client in clients),
+        in_flight=sum(client.requests for client in clients),
+        owed_bytes=sum(client.unsent for client in clients),
+    )
