@@ -282,11 +282,6 @@ def install(level: str, *, as_json: bool = False) -> None:
     _installed = handler, printed
 
 
-def dropped() -> int:
-    """Number of texts, of the log and of what is printed, that found no room."""
-    return 0 if _installed is None else _installed[0].writer.dropped + _installed[1].dropped
-
-
 def say(sentence: str, extra: Mapping[str, Any], *, error: bool = False) -> None:
     """Print a line on stdout that is no record of the log: as an event where the log has those.
 
@@ -303,6 +298,11 @@ def say(sentence: str, extra: Mapping[str, Any], *, error: bool = False) -> None
 
 def _marked(sentence: str, *, error: bool) -> str:
     return f"<{priority(logging.ERROR)}>{sentence}" if error and to_journal() else sentence
+
+
+def dropped() -> int:
+    """Number of texts, of the log and of what is printed, that found no room."""
+    return 0 if _installed is None else _installed[0].writer.dropped + _installed[1].dropped
 
 
 def flush(seconds: float) -> None:

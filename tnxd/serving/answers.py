@@ -37,11 +37,11 @@ class Answers:
         self._telemetry = telemetry
         self._traffic = traffic
 
-    def results(self, answers: Sequence[Answer], counts: VersionCounts, execution: Execution) -> int:
+    def results(self, answers: Sequence[Answer], counts: VersionCounts) -> int:
         """Send results of one version, one after the other.
 
         Args:
-            counts: of the version. execution: that the results came from.
+            counts: of the version.
 
         Returns:
             How many of them their clients have room for.
@@ -49,7 +49,7 @@ class Answers:
         send = self._router.send
         sent = [send(request.peer, request.delimited, (header, outputs)) for request, _, header, outputs in answers]
         if self._traced:
-            self.traces.answered([request for request, _, _, _ in answers], execution)
+            self.traces.answered(answers)
         for request, _, _, _ in answers:
             self.close(request)
         if not all(sent):

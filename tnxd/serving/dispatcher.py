@@ -184,11 +184,11 @@ class Dispatcher:
             answers.append((request, result, encode(result), frames))
             if len(answers) == _SENT_TOGETHER:
                 assert counts is not None
-                sent += self._answers.results(answers, counts, execution)
+                sent += self._answers.results(answers, counts)
                 answers.clear()
         if answers:
             assert counts is not None
-            sent += self._answers.results(answers, counts, execution)
+            sent += self._answers.results(answers, counts)
         if execution.exhausted:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
         failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])

@@ -267,7 +267,7 @@ class Pipelines:
         result = as_result(run, place, execution.memory_free_mb, outputs)
         self._end(run)
         counts = self._traffic[whole.version].counts
-        if self._answers.results([(whole, result, encode(result), frames)], counts, execution):
+        if self._answers.results([(whole, result, encode(result), frames)], counts):
             counts.add_whole(result.timing, whole.rows)
 
     def _fail(self, run: Run, error: TensorNextError) -> None:

@@ -15,18 +15,17 @@ from tnxctl.protocol.wire import Predict, StepTiming
 from tnxd.events import model_fields
 from tnxd.executors.execution import Execution
 from tnxd.models.model import row_count
-from tnxd.serving.pending import Pending
+from tnxd.serving.pending import Answer, Pending
 from tnxd.tracing.notes import Note, Notes, Stages
 
 
 class _Traced:
     """A sampled request that is under way. Attributes: steps: of a pipeline that are done."""
 
-    __slots__ = ("attempt", "steps", "traceparent")
+    __slots__ = ("steps", "traceparent")
 
-    def __init__(self, traceparent: str, attempt: int) -> None:
+    def __init__(self, traceparent: str) -> None:
         self.traceparent = traceparent
-        self.attempt = attempt
         self.steps: tuple[StepTiming, ...] = ()
 
 
@@ -49,7 +48,7 @@ class Traces:
         if self._notes is not None:
             traceparent = sampled(header.traceparent)
             if traceparent:
-                self.under_way[request] = _Traced(traceparent, header.attempt)
+                self.under_way[request] = _Traced(traceparent)
 
     def refused(self, header: Predict, model: str, client: str, received_ns: int, error: TensorNextError) -> None:
         """A request that has a traceparent was not taken in. Args: model: as its client calls it."""
@@ -67,17 +66,43 @@ class Traces:
         if traced is not None:
             traced.steps = tuple(steps)
 
-    def answered(self, requests: Iterable[Pending], execution: Execution) -> None:
-        """These requests are about to be over, with results of an execution."""
+    def answered(self, answers: Iterable[Answer]) -> None:
+        """These requests are about to be over, with results."""
         ended_ns = time.perf_counter_ns()
-        for request in requests:
-            self._end(request, ended_ns, execution, None)
+        for request, result, _, _ in answers:
+            timing = result.timing
+            started_ns = request.queued_ns + round(timing.queue_us * 1e3)
+            took_us = timing.gather_us + timing.h2d_us + timing.compute_us + timing.d2h_us
+            finished_ns = started_ns + round(took_us * 1e3)
+            stages = Stages(started_ns, timing.gather_us, timing.h2d_us, timing.compute_us, timing.d2h_us, finished_ns)
+            self._end(request, ended_ns, result.device, result.batch_size, stages)
 
     def failed(self, request: Pending, error: TensorNextError, execution: Execution | None) -> None:
         """A request is about to be over, with an error. Args: execution: that it was part of, if it ran."""
-        self._end(request, time.perf_counter_ns(), execution, error)
+        ended_ns = time.perf_counter_ns()
+        if execution is None:
+            self._end(request, ended_ns, "", 0, None, error)
+            return
+        stages = Stages(
+            execution.started_ns,
+            execution.gather_us,
+            execution.h2d_us,
+            execution.compute_us,
+            execution.d2h_us,
+            execution.finished_ns,
+        )
+        self._end(request, ended_ns, request.device, sum(execution.rows), stages, error)
 
-    def _end(self, request: Pending, ended_ns: int, execution: Execution | None, error: TensorNextError | None) -> None:
+    def _end(
+        self,
+        request: Pending,
+        ended_ns: int,
+        device: str,
+        batch_size: int,
+        stages: Stages | None,
+        error: TensorNextError | None = None,
+    ) -> None:
+        """Note what became of a request, if it is sampled. Args: device, batch_size: "" and 0 if it never ran."""
         traced = self.under_way.pop(request, None)
         if traced is None or self._notes is None:
             return
@@ -86,25 +111,13 @@ class Traces:
             "tnx.version": request.served.version,
             "tnx.client": request.connection.client.name,
             "tnx.request_id": request.id,
-            "tnx.attempt": traced.attempt,
+            "tnx.attempt": request.attempt,
             "tnx.rows": row_count(request.arrays),
             "tnx.reason": request.reason,
             "tnx.predicted_us": request.predicted_us,
         }
-        stages = None
-        if traced.steps:
-            attributes["tnx.device"] = ", ".join(dict.fromkeys([step.device for step in traced.steps]))
-        elif execution is not None:
-            attributes["tnx.device"] = request.device
-            attributes["tnx.batch_size"] = sum(execution.rows)
-            stages = Stages(
-                execution.started_ns,
-                execution.gather_us,
-                execution.h2d_us,
-                execution.compute_us,
-                execution.d2h_us,
-                execution.finished_ns,
-            )
+        if device:
+            attributes.update({"tnx.device": device, "tnx.batch_size": batch_size})
         self._notes.put(
             Note(
                 traced.traceparent,
@@ -112,7 +125,7 @@ class Traces:
                 request.received_ns,
                 ended_ns,
                 request.queued_ns,
-                stages,
+                None if traced.steps else stages,
                 traced.steps,
                 "" if error is None else error.code,
                 "" if error is None else error.message,
