@@ -7,6 +7,7 @@ what has gathered. Reports are those of `stats` with their headers, about versio
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,68 +64,53 @@ def answers(count: int) -> list[Answer]:
     return made
 
 
-def count_batches(counts: VersionCounts, batches: list[list[Answer]], execution: Execution) -> list[float]:
-    """Count batches as the loop does. Returns microseconds, of each call that counts results."""
-    clock = time.perf_counter_ns
-    times = []
+def count_batches(counts: VersionCounts, batches: list[list[Answer]], execution: Execution) -> None:
+    """Count batches as the loop does."""
     for batch in batches:
         for start in range(0, len(batch), _SENT_TOGETHER):
-            chunk = batch[start : start + _SENT_TOGETHER]
-            begin = clock()
-            counts.add_results(chunk)
-            times.append((clock() - begin) / 1e3)
-        begin = clock()
+            counts.add_results(batch[start : start + _SENT_TOGETHER])
         counts.add_batch(execution, len(batch), len(batch))
-        times[-1] += (clock() - begin) / 1e3
-    return times
 
 
-def _clock_us() -> float:
-    """Microseconds that it takes to look at the clock, twice a time."""
-    clock = time.perf_counter_ns
-    begin = clock()
-    for _ in range(10_000):
-        clock()
-    return (clock() - begin) / 1e3 / 10_000
+def micros(call: Callable[..., object], *arguments: object) -> float:
+    """Microseconds of this thread's CPU time that a call takes."""
+    begin = time.thread_time_ns()
+    call(*arguments)
+    return (time.thread_time_ns() - begin) / 1e3
 
 
 @click.command(help=__doc__)
-@click.option("--rounds", type=click.IntRange(min=1), default=11, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=21, show_default=True)
 @click.option("--versions", type=int, multiple=True, default=(1, 30, 300), show_default=True)
 def main(rounds: int, versions: tuple[int, ...]) -> None:
     made = answers(_REQUESTS)
     execution = Execution(0, 0, None, (), (), ())  # type: ignore[arg-type]
     execution.gather_us, execution.compute_us = 10.0, 100.0
-    sizes = (1, 4, 16, 64)
-    found: dict[int, list[list[float]]] = {size: [] for size in sizes}
+    batches = {size: [made[start : start + size] for start in range(0, _REQUESTS, size)] for size in (1, 4, 16, 64)}
+    each: dict[int, list[float]] = {size: [] for size in batches}
+    longest: dict[int, list[float]] = {size: [] for size in batches}
     for _ in range(rounds):
-        for size in sizes:  # by turns
-            batches = [made[start : start + size] for start in range(0, _REQUESTS, size)]
+        for size, some in batches.items():  # by turns
+            each[size].append(micros(count_batches, VersionCounts(RecentError()), some, execution) / _REQUESTS)
             counts = VersionCounts(RecentError())
-            found[size].append(count_batches(counts, batches, execution))
-    click.echo("| requests in a batch | counting, µs per request | longest call, µs |")
+            longest[size].append(max(micros(count_batches, counts, [batch], execution) for batch in some))
+    click.echo("CPU time, the least of the rounds\n")
+    click.echo("| requests in a batch | counting, µs per request | longest time for one batch, µs |")
     click.echo("|---|---|---|")
-    for size in sizes:
-        calls = len(found[size][0])
-        each = np.median([sum(times) for times in found[size]]) - calls * _clock_us()
-        longest = np.median([max(times) for times in found[size]])
-        click.echo(f"| {size} | {each / _REQUESTS:.2f} | {longest:.0f} |")
+    for size in batches:
+        click.echo(f"| {size} | {min(each[size]):.2f} | {min(longest[size]):.0f} |")
 
     click.echo("\n| versions asked | a report, ms | bytes | once more, ms |")
     click.echo("|---|---|---|---|")
     for number in versions:
         all_counts = [VersionCounts(RecentError()) for _ in range(number)]
-        busy: list[float] = []
-        idle: list[float] = []
-        size = 0
+        busy, idle = [], []
         for _ in range(rounds):
             for counts in all_counts:
                 count_batches(counts, [made[:150]], execution)
-            for times in (busy, idle):
-                begin = time.perf_counter()
-                size = len(_report(all_counts))
-                times.append((time.perf_counter() - begin) * 1e3)
-        click.echo(f"| {number} | {np.median(busy):.2f} | {size:,} | {np.median(idle):.2f} |")
+            busy.append(micros(_report, all_counts) / 1e3)
+            idle.append(micros(_report, all_counts) / 1e3)
+        click.echo(f"| {number} | {min(busy):.2f} | {len(_report(all_counts)):,} | {min(idle):.2f} |")
 
 
 def _report(all_counts: list[VersionCounts]) -> bytes:

@@ -56,7 +56,8 @@ class VersionCounts:
     Attributes:
         requests: taken in. refused: those that were not. replies: results sent. errors: sent, by code, refusals too.
         abandoned: taken in and never answered: nobody waited any more.
-        rows, batches, steals, splits, deadlines_met, results_late: see `VersionStats`.
+        rows_of_wholes: of requests to a pipeline, which has no batches.
+        steals, splits, deadlines_met: see `VersionStats`. results_late: that went out after their deadline.
         slowest: of its requests.
     """
 
@@ -68,14 +69,13 @@ class VersionCounts:
         "_requests",
         "_told",
         "abandoned",
-        "batches",
         "deadlines_met",
         "errors",
         "refused",
         "replies",
         "requests",
         "results_late",
-        "rows",
+        "rows_of_wholes",
         "slowest",
         "splits",
         "steals",
@@ -84,7 +84,7 @@ class VersionCounts:
     def __init__(self, recent: RecentError) -> None:
         self.requests = self.refused = self.replies = self.abandoned = 0
         self.errors: Counter[str] = Counter()
-        self.rows = self.batches = self.steals = self.splits = 0
+        self.rows_of_wholes = self.steals = self.splits = 0
         self.deadlines_met = self.results_late = 0
         self.slowest = Slowest()
         self._recent = recent
@@ -135,8 +135,6 @@ class VersionCounts:
 
     def add_batch(self, execution: Execution, rows: int, results: int) -> None:
         """Count a batch. Args: rows: of the requests with results. results: sent to clients, or handed on."""
-        self.batches += 1
-        self.rows += rows
         stages = (execution.gather_us, execution.h2d_us, execution.compute_us, execution.d2h_us, rows, results)
         self._batch_numbers += stages
         if len(self._batch_numbers) >= _PIECE * _BATCH_NUMBERS:
@@ -144,7 +142,7 @@ class VersionCounts:
 
     def add_whole(self, timing: Timing, rows: int) -> None:
         """Count the stages of a pipeline, whose batches are those of its steps."""
-        self.rows += rows
+        self.rows_of_wholes += rows
         self._batch_numbers += (timing.gather_us, timing.h2d_us, timing.compute_us, timing.d2h_us, _NO_BATCH, 1)
 
     def _hold_against_deadline(self, request: Pending, total_us: float) -> None:
@@ -217,6 +215,7 @@ class VersionCounts:
     ) -> VersionStats:
         """All counts, as they are told."""
         told = self._histograms()
+        batch_rows = told.get("batch_rows", Histogram())
         return VersionStats(
             name=name,
             version=version,
@@ -224,9 +223,9 @@ class VersionCounts:
             replies=self.replies,
             errors=dict(self.errors),
             abandoned=self.abandoned,
-            rows=self.rows,
-            batches=self.batches,
-            batch_rows=told.get("batch_rows", Histogram()),
+            rows=int(batch_rows.sum) + self.rows_of_wholes,
+            batches=batch_rows.count,
+            batch_rows=batch_rows,
             stages={stage: told[stage] for stage in STAGES if stage in told},
             prediction_error=told.get("prediction_error", Histogram()),
             deadlines_met=self.deadlines_met,
