@@ -285,11 +285,11 @@ async function poll() {
     const [report] = await ask(`stats/${number}`);
     if (number !== daemons.indexOf($("daemon").value)) return; // another one was chosen meanwhile
     const last = reports.at(-1);
-    if (last && (last.started_s !== report.started_s || last.uptime_us > report.uptime_us)) {
+    if (last && last.started_s !== report.started_s) {
       reports.length = 0;
       polls = 0;
     }
-    if (!last || report.uptime_us > last.uptime_us || !reports.length) reports.push(report);
+    if (!reports.length || report.uptime_us > reports.at(-1).uptime_us) reports.push(report); // else it was overtaken
     if (reports.length > SAMPLES) reports.shift();
     if (polls % MODELS_EVERY === 0 || newVersions(report)) await pollModels(number);
     polls += 1;
