@@ -276,6 +276,7 @@ const reports = []; // of the last two minutes, the oldest first
 let daemons = [];
 let models = [];
 let modelsText = "";
+let versionsShown = "";
 let polls = 0;
 
 async function poll() {
@@ -285,13 +286,15 @@ async function poll() {
     const [report] = await ask(`stats/${number}`);
     if (number !== daemons.indexOf($("daemon").value)) return; // another one was chosen meanwhile
     const last = reports.at(-1);
-    if (last && (last.started_s !== report.started_s || last.uptime_us > report.uptime_us)) {
+    if (last && last.started_s !== report.started_s) {
       reports.length = 0;
       polls = 0;
     }
-    if (!last || report.uptime_us > last.uptime_us || !reports.length) reports.push(report);
+    if (!reports.length || report.uptime_us > reports.at(-1).uptime_us) reports.push(report); // else it was overtaken
     if (reports.length > SAMPLES) reports.shift();
-    if (polls % MODELS_EVERY === 0 || newVersions(report)) await pollModels(number);
+    const versions = report.models.map(keyOf).join();
+    if (polls % MODELS_EVERY === 0 || versions !== versionsShown) await pollModels(number);
+    versionsShown = versions;
     polls += 1;
     show();
     problem("");
@@ -321,11 +324,6 @@ async function pollModels(number) {
     modelsText = text;
     showModels();
   }
-}
-
-function newVersions(report) {
-  const known = new Set(models.map(keyOf));
-  return report.models.some((version) => !known.has(keyOf(version)));
 }
 
 function state(text, kind) {
