@@ -85,7 +85,7 @@ def test_an_address_of_somebody_else(bridge: Bridge) -> None:
     for workers in ("1", "2"):
         done = run("bridge", "--listen", f"127.0.0.1:{bridge.port}", "--workers", workers)
         assert done.exit_code == 4
-        assert f"cannot listen on 127.0.0.1:{bridge.port}: Address already in use" in done.stderr
+        assert done.stderr == f"Error: cannot listen on 127.0.0.1:{bridge.port}: Address already in use\n"
 
 
 def test_without_tokens_nobody_from_another_host_changes_what_is_served() -> None:
