@@ -1,8 +1,7 @@
-"""Bodies of requests: read into one buffer, within limits of size, of time, and of memory for all together."""
+"""Bodies of requests: read into one buffer, within limits of size, and of memory for all together."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -64,9 +63,9 @@ class BodyReader:
         """The body, in one buffer.
 
         Raises:
-            HttpError: it is longer than it may be (413), or too slow (408).
+            HttpError: it is longer than it may be (413).
             Unavailable: there is no memory for it now.
-            ClientGone: it ends too early.
+            ClientGone: it ends too early; one that is too slow, `Connection` ends.
         """
         if self.complete:
             return b""
@@ -74,31 +73,24 @@ class BodyReader:
         if length > self._limits.body_bytes:
             raise self._too_long(length)
         self.hold(length)
-        loop = asyncio.get_running_loop()
-        began, allowed_s = loop.time(), self._limits.body_timeout_s
-        try:
-            async with asyncio.timeout_at(began + allowed_s) as timeout:
-                part, more = await self._next()
-                if not more:
-                    if len(part) > self._limits.body_bytes:
-                        raise self._too_long(len(part))
-                    return part
-                buffer = bytearray(length)
-                filled = 0
-                while True:
-                    end = filled + len(part)
-                    if not length:  # it comes in chunks, of which nobody knows how many
-                        if end > self._limits.body_bytes:
-                            raise self._too_long(end)
-                        self.hold(len(part))
-                    buffer[filled:end] = part
-                    filled = end
-                    if not more:
-                        return buffer
-                    timeout.reschedule(began + allowed_s + filled / self._limits.body_rate)
-                    part, more = await self._next()
-        except TimeoutError:
-            raise HttpError(408, "the body did not come in time", ((b"connection", b"close"),)) from None
+        part, more = await self._next()
+        if not more:
+            if len(part) > self._limits.body_bytes:
+                raise self._too_long(len(part))
+            return part
+        buffer = bytearray(length)
+        filled = 0
+        while True:
+            end = filled + len(part)
+            if not length:  # it comes in chunks, of which nobody knows how many
+                if end > self._limits.body_bytes:
+                    raise self._too_long(end)
+                self.hold(len(part))
+            buffer[filled:end] = part
+            filled = end
+            if not more:
+                return buffer
+            part, more = await self._next()
 
     def release(self) -> None:
         """Hold the memory no more."""

@@ -85,6 +85,8 @@ class Connection(HttpToolsProtocol):
         self._messages = 0
         self._between = True  # from the end of a request to the end of the next one's headers
         self._header_bytes = 0
+        self._body_bytes = 0
+        self._body_began = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._abort: asyncio.TimerHandle | None = None
         self._fault: tuple[int, str] | None = None  # what ends the connection, once all that came before is answered
@@ -108,8 +110,10 @@ class Connection(HttpToolsProtocol):
         if self._fault is not None or self.transport.is_closing():
             return
         if not self._between:
-            if self._timer is not None and self._due:
-                self._cancel_timer()
+            self._body_bytes += len(data)
+            if self._timer is None:
+                self._body_began = self.loop.time()
+                self._set_timer(self._limits.body_timeout_s)
             return
         if self._messages == messages:
             self._header_bytes += len(data)
@@ -158,7 +162,8 @@ class Connection(HttpToolsProtocol):
             self._why = f"more than {_MOST_WAITING} requests wait on this connection"
             raise ValueError(self._why)
         self._between = False
-        self._header_bytes = 0
+        self._header_bytes = self._body_bytes = 0
+        self._cancel_timer()
         super().on_headers_complete()
         self._due.append(self.cycle)
 
@@ -227,10 +232,25 @@ class Connection(HttpToolsProtocol):
 
     def _on_timer(self) -> None:
         self._timer = None
-        if self._header_bytes:
-            self._fail(408, "the headers did not come in time")
-        else:
+        if self._between:
+            if self._header_bytes:
+                self._fail(408, "the headers did not come in time")
+            else:
+                self._close()
+        elif not self._due:
             self._close()
+        elif (left_s := self._body_time_left()) > 0:
+            self._set_timer(left_s)
+        else:
+            self._fail(408, "the body did not come in time")
+
+    def _body_time_left(self) -> float:
+        """Seconds that the body that is under way still has."""
+        limits = self._limits
+        if len(self._due) > 1:  # it waits for the response to another request, and is not read meanwhile
+            self._body_began = self.loop.time()
+        allowed_s = limits.body_timeout_s + self._body_bytes / limits.body_rate
+        return self._body_began + allowed_s - self.loop.time()
 
     def _set_timer(self, seconds: float) -> None:
         self._cancel_timer()
