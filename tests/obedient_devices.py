@@ -22,8 +22,9 @@ from tnxd.executors.execution import Execution
 from tnxd.lanes import NO_TEAMS
 from tnxd.models.model import Model
 
-ANSWER, HOLD, RELEASE, FAIL, EXHAUST, BREAK, VANISH = range(7)
-"""Answer at once; wait for RELEASE; end such waits, and answer; raise; have no memory; lose the device; never end."""
+ANSWER, HOLD, RELEASE, FAIL, EXHAUST, BREAK, VANISH, PAUSE = range(8)
+"""Answer at once; wait for RELEASE; end such waits, and answer; raise; have no memory; lose the device; never end; wait
+until a model is unloaded."""
 
 
 _Inbox = queue.SimpleQueue[tuple[Execution, threading.Event]]
@@ -49,11 +50,15 @@ class ObedientDevice:
     _release: ClassVar[list[threading.Event]] = [threading.Event()]
     """The signal that ends the waits of what has been submitted so far, to all devices."""
 
+    _unloaded: ClassVar[threading.Event] = threading.Event()
+
     def load(self, model: Model) -> contract.LoadReport:
         return contract.LoadReport([(1, 1e4), (64, 1e4)], 1024)
 
     def touch(self, model: Model) -> None: ...
-    def unload(self, key: str) -> None: ...
+    def unload(self, key: str) -> None:
+        self._unloaded.set()
+
     def forget_inline(self, key: str) -> None: ...
     def give_up_variant(self, key: str) -> None: ...
     def adopt_thread(self) -> None: ...
@@ -74,6 +79,8 @@ class ObedientDevice:
             commands = [int(item[0].flat[0]) for item in execution.items if item[0] is not None]
             if HOLD in commands and execution.lane >= 0:  # what is computed again in idle time does not wait
                 release.wait()
+            if PAUSE in commands:
+                self._unloaded.wait()
             if RELEASE in commands:
                 self._release[0].set()
                 self._release[0] = threading.Event()
@@ -82,6 +89,7 @@ class ObedientDevice:
             for command, rows in zip(commands, execution.rows, strict=True):
                 execution.outcomes.append(self._outcome(command, rows, execution))
             execution.finished_ns = time.perf_counter_ns()
+            execution.compute_us = execution.run_us
             self._on_done(execution)
 
     def _outcome(self, command: int, rows: int, execution: Execution) -> contract.Outcome:

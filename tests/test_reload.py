@@ -196,6 +196,10 @@ def test_what_is_evicted_comes_back_when_it_is_asked_for(run_daemon: RunDaemon, 
                 name: "ready",
                 "ab".replace(name, ""): "evicted",
             }
+        # Both are loaded at the start, where a makes room for b. What is refused while one leaves is counted, too.
+        models = {model.name: model for model in client.stats().models}
+        assert {name: (model.replies, model.evictions) for name, model in models.items()} == {"a": (2, 3), "b": (2, 2)}
+        assert all(model.requests == 2 + model.errors["UNAVAILABLE"] for model in models.values())
 
 
 def test_a_shadow_is_compared_and_answers_nobody(run_daemon: RunDaemon, root: Path) -> None:

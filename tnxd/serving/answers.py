@@ -9,6 +9,7 @@ from tnxd.scheduling.request import Request
 from tnxd.serving.pending import Answer, Pending, StepRequest
 from tnxd.serving.replies import error_header
 from tnxd.serving.telemetry import Telemetry
+from tnxd.serving.version_counts import VersionCounts
 from tnxd.serving.version_traffic import TrafficByVersion
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
@@ -27,10 +28,15 @@ class Answers:
         self._telemetry = telemetry
         self._traffic = traffic
 
-    def results(self, answers: Sequence[Answer]) -> int:
-        """Send results of one version, one after the other. Returns how many their clients have room for."""
-        if not answers:
-            return 0
+    def results(self, answers: Sequence[Answer], counts: VersionCounts) -> int:
+        """Send results of one version, one after the other.
+
+        Args:
+            counts: of the version.
+
+        Returns:
+            How many of them their clients have room for.
+        """
         send = self._router.send
         sent = [send(request.peer, request.delimited, (header, outputs)) for request, _, header, outputs in answers]
         for request, _, _, _ in answers:
@@ -41,9 +47,8 @@ class Answers:
                     error = ResourceExhausted("the client does not take its replies: no room is left for this one")
                     self._send_error_to(request, error)
             answers = [answer for answer, taken in zip(answers, sent, strict=True) if taken]
-        if answers:
-            self._telemetry.replies += len(answers)
-            self._traffic[answers[0][0].version].counts.add_results(answers)
+        self._telemetry.replies += len(answers)
+        counts.add_results(answers)
         return len(answers)
 
     def error(self, request: Request, error: TensorNextError) -> None:

@@ -28,6 +28,7 @@ from tnxd.serving.answers import Answers
 from tnxd.serving.pending import Answer, Pending, StepRequest, as_execution, as_frames, as_result
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.reports import Inventory
+from tnxd.serving.version_counts import VersionCounts
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Dispatcher:
         self._limits = limits
         self._stall_timeout_s = stall_timeout_s
         self._on_device_lost = on_device_lost
+        self._lane_times = inventory.lane_times
         self._on_lanes = inventory.lane_times.running
 
     # --- out to the executors ----------------------------------------------------------------------------------
@@ -151,7 +153,9 @@ class Dispatcher:
         model = execution.model
         sizes_known = model.reply_row_nbytes  # and looked at before
         rows = sum(execution.rows) if model.joins else batch.rows
-        for request, outcome in zip(batch.requests, execution.outcomes, strict=False):  # a copy has no requests
+        # Of a copy, which has no requests, nothing is counted.
+        counts = self._traffic[batch.requests[0].version].counts if batch.requests else None  # type: ignore[attr-defined]
+        for request, outcome in zip(batch.requests, execution.outcomes, strict=False):
             assert isinstance(request, Pending)
             if request.done:
                 continue  # its deadline came first, or the batch had been given up
@@ -178,9 +182,12 @@ class Dispatcher:
             result = as_result(request, rows, execution, outcome)
             answers.append((request, result, encode(result), frames))
             if len(answers) == _SENT_TOGETHER:
-                sent += self._answers.results(answers)
+                assert counts is not None
+                sent += self._answers.results(answers, counts)
                 answers.clear()
-        sent += self._answers.results(answers)
+        if answers:
+            assert counts is not None
+            sent += self._answers.results(answers, counts)
         if execution.exhausted:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
         failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])
@@ -194,7 +201,9 @@ class Dispatcher:
             self._refusals.clear()
         for step, outputs in steps:  # now that their lane is free again
             sent += step.owner.succeeded(step, outputs, execution, rows)
-        self._count(execution, batch, rows, sent)
+        self._lane_times.add(execution, batch)
+        if counts is not None:
+            self._count(counts, execution, batch, rows, sent)
         if isinstance(execution, Copy):
             self._background.finished(execution)
         elif failures < len(batch.requests):
@@ -209,15 +218,12 @@ class Dispatcher:
         if execution.fatal and not device.error:
             self._lose_device(device.name, execution.fatal)
 
-    def _count(self, execution: Execution, batch: Batch, rows: int, results: int) -> None:
+    def _count(self, counts: VersionCounts, execution: Execution, batch: Batch, rows: int, results: int) -> None:
         """Count a batch that is over. Args: rows: of all its requests. results: number of those that have some."""
-        self._inventory.lane_times.add(execution, batch)
-        if not batch.requests:
-            return  # nobody asked for it
-        counts = self._traffic[batch.requests[0].version].counts  # type: ignore[attr-defined]
         if execution.exhausted and batch.rows > 1:
             counts.splits += 1
-        counts.steals += batch.stolen
+        if batch.stolen:
+            counts.steals += 1
         if results == len(batch.requests):
             counts.add_batch(execution, rows, results)
         else:

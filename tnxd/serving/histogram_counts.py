@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,11 @@ from tnxctl.protocol.histograms import BUCKETS, Histogram
 # Exponent and first three bits of the mantissa of a float64: from 1.0 on, that counts the buckets one by one.
 _SHIFT = np.int64(52 - 3)
 _BELOW_ONE = (np.ones(1).view(np.int64)[0] >> _SHIFT) - 1
+
+
+def as_array(numbers: Sequence[float], columns: int) -> NDArray[np.float64]:
+    """Array `[count, columns]` of numbers, which cannot be written to. Takes a quarter of the time of `np.array`."""
+    return np.frombuffer(struct.pack(f"{len(numbers)}d", *numbers)).reshape(-1, columns)
 
 
 class HistogramCounts:
@@ -28,19 +35,18 @@ class HistogramCounts:
         """Count values.
 
         Args:
-            values: `[count, histograms]`, finite. weights: `[count]`, how often each row of them came; None: once.
+            values: `[count, histograms]`, finite. weights: likewise, how often each of them came; None: once.
         """
-        buckets = np.clip((values.view(np.int64) >> _SHIFT) - _BELOW_ONE, 0, BUCKETS - 1) + self._offsets
-        size = self._counts.size
+        buckets = (values.view(np.int64) >> _SHIFT) - _BELOW_ONE
+        buckets = np.minimum(np.maximum(buckets, 0), BUCKETS - 1) + self._offsets  # half the time of np.clip
         added: NDArray[Any]
         if weights is None:
-            added = np.bincount(buckets.ravel(), minlength=size)
-            self._sums += values.sum(axis=0)
+            added = np.bincount(buckets.ravel(), minlength=self._counts.size)
         else:
-            repeated = np.repeat(weights, values.shape[1])
-            added = np.bincount(buckets.ravel(), repeated, minlength=size).astype(np.int64)
-            self._sums += weights @ values
+            added = np.bincount(buckets.ravel(), weights.ravel(), self._counts.size).astype(np.int64)
+            values = values * weights
         self._counts += added.reshape(self._counts.shape)
+        self._sums += values.sum(axis=0)
 
     def histogram(self, place: int) -> Histogram:
         """One of the histograms, as it is told."""

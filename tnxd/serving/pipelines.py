@@ -264,8 +264,9 @@ class Pipelines:
             return
         result = as_result(run, place, execution.memory_free_mb, outputs)
         self._end(run)
-        if self._answers.results([(whole, result, encode(result), frames)]):
-            self._traffic[whole.version].counts.add_whole(result.timing, whole.rows)
+        counts = self._traffic[whole.version].counts
+        if self._answers.results([(whole, result, encode(result), frames)], counts):
+            counts.add_whole(result.timing, whole.rows)
 
     def _fail(self, run: Run, error: TensorNextError) -> None:
         self._end(run)

@@ -235,14 +235,11 @@ class Server:
         """
         intake, dispatcher = self._intake, self._dispatcher
         busy = False
-        began = time.monotonic()
+        turns = self._telemetry.turns_s
         while not self._stopped:
-            ended = time.monotonic()
-            self._telemetry.turned(ended - began)
-            began = ended
             if not busy or not (self._scheduler.queued or self._router.readable()):
                 self._wait()
-                began = time.monotonic()
+            began = time.monotonic()
             self._calls.run()
             ran = False
             if self._completed:
@@ -262,10 +259,12 @@ class Server:
             if self._commands_done:
                 self._answer_commands()
             now = time.monotonic()
-            if now >= self._next_look:
+            if now >= self._next_look or now >= self._next_tick:
                 self._look(now)
-            if now >= self._next_tick:
-                self._tick(now)
+                if now >= self._next_tick:
+                    self._tick(now)
+                now = time.monotonic()
+            turns.append(now - began)
             if intake.state == DRAINING and self._is_drained(now, flushed and not busy):
                 break
         left = self._deliver(linger_s if self._stopped else max(linger_s, self._drain_until - time.monotonic()))
@@ -323,6 +322,7 @@ class Server:
     def _look(self, now: float) -> None:
         """Look after connections, whatever else there is to do."""
         self._next_look = now + _LOOK_S
+        self._telemetry.fold_turns()
         self._router.poll_monitor()
         self._forget_vanished()
         self._router.measure_unread(everywhere=False)
@@ -339,7 +339,6 @@ class Server:
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + self._tick_s
-        self._look(now)
         self._look_at_clients()
         self._tell_errors(now)
         self._memory.look_at_connections()

@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-import numpy as np
-
 from tnxctl.protocol.histograms import Histogram
 from tnxctl.protocol.wire import MODEL_NAME, excerpt
-from tnxd.serving.histogram_counts import HistogramCounts
+from tnxd.serving.histogram_counts import HistogramCounts, as_array
 
 TOLD_EVERY_S = 10.0
 """Errors are told in the log no more often than this."""
 
 _MOST_KINDS = 1000
-_TURNS_AT_ONCE = 256
 _MOST_NAMES = 5
 _TITLE_MARKS = str.maketrans("#", "@")
 
@@ -29,6 +26,7 @@ class Telemetry:
         errors: error replies by code. untold: those that the log has not told yet, by code and model.
         abandoned: requests taken out of the queue because their client was gone.
         started: when it was, in seconds since 1970.
+        turns_s: seconds that the last turns of the serving loop took, of which `fold_turns` makes a histogram.
     """
 
     def __init__(self) -> None:
@@ -42,7 +40,7 @@ class Telemetry:
         self.abandoned = 0
         self._counted_from = self._started
         self._told_at = -TOLD_EVERY_S
-        self._turns: list[float] = []
+        self.turns_s: list[float] = []
         self._turn_counts = HistogramCounts(1)
 
     def count_error(self, code: str, model: str) -> None:
@@ -73,21 +71,16 @@ class Telemetry:
         self._told_at = self._counted_from = now
         return f"errors sent within {seconds:.1f} s: {told}"
 
-    def turned(self, seconds: float) -> None:
-        """Count a turn of the serving loop."""
-        self._turns.append(seconds)
-        if len(self._turns) >= _TURNS_AT_ONCE:
-            self._fold_turns()
+    def fold_turns(self) -> None:
+        """Put the turns that have gathered into the histogram. To be called at times."""
+        if self.turns_s:
+            self._turn_counts.add(as_array(self.turns_s, 1) * 1e6)
+            self.turns_s.clear()
 
     def turns(self) -> Histogram:
         """Turns of the serving loop, by their length in microseconds."""
-        if self._turns:
-            self._fold_turns()
+        self.fold_turns()
         return self._turn_counts.histogram(0)
-
-    def _fold_turns(self) -> None:
-        self._turn_counts.add(np.array(self._turns)[:, None] * 1e6)
-        self._turns.clear()
 
     def uptime_s(self) -> float:
         """Seconds since the start."""

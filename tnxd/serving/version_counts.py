@@ -12,23 +12,26 @@ from collections.abc import Sequence
 import numpy as np
 
 from tnxctl.protocol.errors import DeadlineExceeded
+from tnxctl.protocol.histograms import Histogram
 from tnxctl.protocol.statistics import STAGES, SlowRequest, VersionStats
 from tnxctl.protocol.wire import Timing
 from tnxd.executors.execution import Execution
 from tnxd.scheduling.request import NEVER
-from tnxd.serving.histogram_counts import HistogramCounts
+from tnxd.serving.histogram_counts import HistogramCounts, as_array
 from tnxd.serving.pending import Answer, Pending, StepRequest
 from tnxd.serving.slowest import Slowest
 
-# What each request tells: these four stages, and its prediction. What each batch tells: how many requests of it had
-# results, these four stages, and its rows, negative if it is none of this version's own.
-_OF_REQUESTS = ("receive", "queue", "reply", "total")
-_OF_BATCHES = ("gather", "h2d", "compute", "d2h")
-_REQUEST_NUMBERS = len(_OF_REQUESTS) + 1
-_BATCH_NUMBERS = len(_OF_BATCHES) + 2
+# What each request tells: four stages, and its prediction, of which the error is made. What each batch tells: four
+# stages, its rows, and how many of its requests have results.
+_OF_REQUESTS = ("receive", "queue", "reply", "total", "prediction_error")
+_OF_BATCHES = ("gather", "h2d", "compute", "d2h", "batch_rows")
+_REQUEST_NUMBERS = len(_OF_REQUESTS)
+_BATCH_NUMBERS = len(_OF_BATCHES) + 1
 
-# Requests, or batches, whose numbers are put into histograms at a time: 50 microseconds.
+# Requests, or batches, whose numbers become histograms at a time: some 30 microseconds.
 _PIECE = 256
+
+_NO_BATCH = -1.0
 
 _ERROR_WEIGHT = 0.05
 
@@ -53,27 +56,26 @@ class VersionCounts:
     Attributes:
         requests: taken in. refused: those that were not. replies: results sent. errors: sent, by code, refusals too.
         abandoned: taken in and never answered: nobody waited any more.
-        rows, batches, steals, splits, deadlines_met, results_late: see `VersionStats`.
+        rows_of_wholes: of requests to a pipeline, which has no batches.
+        steals, splits, deadlines_met: see `VersionStats`. results_late: that went out after their deadline.
         slowest: of its requests.
     """
 
     __slots__ = (
         "_batch_numbers",
         "_batches",
-        "_errors",
         "_recent",
         "_request_numbers",
         "_requests",
-        "_rows",
+        "_told",
         "abandoned",
-        "batches",
         "deadlines_met",
         "errors",
         "refused",
         "replies",
         "requests",
         "results_late",
-        "rows",
+        "rows_of_wholes",
         "slowest",
         "splits",
         "steals",
@@ -82,7 +84,7 @@ class VersionCounts:
     def __init__(self, recent: RecentError) -> None:
         self.requests = self.refused = self.replies = self.abandoned = 0
         self.errors: Counter[str] = Counter()
-        self.rows = self.batches = self.steals = self.splits = 0
+        self.rows_of_wholes = self.steals = self.splits = 0
         self.deadlines_met = self.results_late = 0
         self.slowest = Slowest()
         self._recent = recent
@@ -90,9 +92,8 @@ class VersionCounts:
         self._batch_numbers: list[float] = []
         # Made with the first piece: most versions of a large repository are never asked.
         self._requests: HistogramCounts | None = None
-        self._errors: HistogramCounts | None = None
         self._batches: HistogramCounts | None = None
-        self._rows: HistogramCounts | None = None
+        self._told: dict[str, Histogram] = {}
 
     # --- what happens ------------------------------------------------------------------------------------------
 
@@ -134,23 +135,15 @@ class VersionCounts:
 
     def add_batch(self, execution: Execution, rows: int, results: int) -> None:
         """Count a batch. Args: rows: of the requests with results. results: sent to clients, or handed on."""
-        self.batches += 1
-        self.rows += rows
-        self._batch_numbers += (
-            results,
-            execution.gather_us,
-            execution.h2d_us,
-            execution.compute_us,
-            execution.d2h_us,
-            rows,
-        )
+        stages = (execution.gather_us, execution.h2d_us, execution.compute_us, execution.d2h_us, rows, results)
+        self._batch_numbers += stages
         if len(self._batch_numbers) >= _PIECE * _BATCH_NUMBERS:
             self.fold()
 
     def add_whole(self, timing: Timing, rows: int) -> None:
         """Count the stages of a pipeline, whose batches are those of its steps."""
-        self.rows += rows
-        self._batch_numbers += (1, timing.gather_us, timing.h2d_us, timing.compute_us, timing.d2h_us, -1)
+        self.rows_of_wholes += rows
+        self._batch_numbers += (timing.gather_us, timing.h2d_us, timing.compute_us, timing.d2h_us, _NO_BATCH, 1)
 
     def _hold_against_deadline(self, request: Pending, total_us: float) -> None:
         if request.received_ns + total_us * 1e3 <= request.deadline_ns:
@@ -185,40 +178,44 @@ class VersionCounts:
             self._fold_requests()
         if self._batch_numbers:
             self._fold_batches()
+        self._told = {}
 
     def _fold_requests(self) -> None:
-        if self._requests is None or self._errors is None:
-            self._requests, self._errors = HistogramCounts(len(_OF_REQUESTS)), HistogramCounts(1)
-        numbers = np.array(self._request_numbers).reshape(-1, _REQUEST_NUMBERS)
+        if self._requests is None:
+            self._requests = HistogramCounts(_REQUEST_NUMBERS)
+        numbers = as_array(self._request_numbers, _REQUEST_NUMBERS).copy()
         self._request_numbers.clear()
-        self._requests.add(numbers[:, :-1])
         receive_us, _, reply_us, total_us, predicted_us = numbers.T
-        errors = abs(predicted_us - (total_us - receive_us - reply_us))[predicted_us > 0.0]
-        if errors.size:
-            self._errors.add(errors[:, None])
-            self._recent.observe(float(errors.mean()), errors.size)
+        errors_us = np.abs(predicted_us - (total_us - receive_us - reply_us))
+        numbers[:, -1] = errors_us
+        self._requests.add(numbers)
+        self._recent.observe(float(errors_us.mean()), len(errors_us))
 
     def _fold_batches(self) -> None:
-        if self._batches is None or self._rows is None:
-            self._batches, self._rows = HistogramCounts(len(_OF_BATCHES)), HistogramCounts(1)
-        numbers = np.array(self._batch_numbers, np.float64).reshape(-1, _BATCH_NUMBERS)
+        if self._batches is None:
+            self._batches = HistogramCounts(_BATCH_NUMBERS - 1)
+        numbers = as_array(self._batch_numbers, _BATCH_NUMBERS)
         self._batch_numbers.clear()
-        self._batches.add(numbers[:, 1:-1], numbers[:, 0])
-        rows = numbers[:, -1:]
-        self._rows.add(rows[rows[:, 0] >= 0.0])
+        weights = np.empty((len(numbers), _BATCH_NUMBERS - 1))
+        weights[:] = numbers[:, -1:]
+        weights[:, -1] = numbers[:, -2] != _NO_BATCH
+        self._batches.add(numbers[:, :-1], weights)
+
+    def _histograms(self) -> dict[str, Histogram]:
+        """All histograms, by name. They are kept: of many versions, few were asked since the last report."""
+        if self._request_numbers or self._batch_numbers or not self._told:
+            self.fold()
+            for names, counts in ((_OF_REQUESTS, self._requests), (_OF_BATCHES, self._batches)):
+                if counts is not None:
+                    self._told.update({what: counts.histogram(place) for place, what in enumerate(names)})
+        return self._told
 
     def report(
         self, name: str, version: str, evictions: int, queued_rows: int, predicted_wait_us: float
     ) -> VersionStats:
         """All counts, as they are told."""
-        self.fold()
-        stages = {}
-        for names, counts in ((_OF_REQUESTS, self._requests), (_OF_BATCHES, self._batches)):
-            if counts is not None:
-                stages.update({stage: counts.histogram(place) for place, stage in enumerate(names)})
-        known = {} if self._rows is None else {"batch_rows": self._rows.histogram(0)}
-        if self._errors is not None:
-            known["prediction_error"] = self._errors.histogram(0)
+        told = self._histograms()
+        batch_rows = told.get("batch_rows", Histogram())
         return VersionStats(
             name=name,
             version=version,
@@ -226,9 +223,11 @@ class VersionCounts:
             replies=self.replies,
             errors=dict(self.errors),
             abandoned=self.abandoned,
-            rows=self.rows,
-            batches=self.batches,
-            stages={stage: stages[stage] for stage in STAGES if stage in stages},
+            rows=int(batch_rows.sum) + self.rows_of_wholes,
+            batches=batch_rows.count,
+            batch_rows=batch_rows,
+            stages={stage: told[stage] for stage in STAGES if stage in told},
+            prediction_error=told.get("prediction_error", Histogram()),
             deadlines_met=self.deadlines_met,
             deadlines_missed=self.results_late + self.errors[DeadlineExceeded.code],
             steals=self.steals,
@@ -236,5 +235,4 @@ class VersionCounts:
             evictions=evictions,
             queued_rows=queued_rows,
             predicted_wait_us=predicted_wait_us,
-            **known,
         )

@@ -47,7 +47,7 @@ async def unpacked(request: Request, most: int) -> Buffer:
     unpacker = zlib.decompressobj(_FORMATS[coding])
     plain = bytearray()
     for at in range(0, len(body), _INPUT):
-        if unpacker.eof:
+        if unpacker.eof:  # from here on, zlib would copy all that follows with each part
             raise HttpError(400, f"the body goes on behind the end of its {coding}")
         data: Buffer = body[at : at + _INPUT]
         while data:

@@ -19,12 +19,9 @@ from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.fields import BYTES, TensorSpec
 from tnxctl.protocol.frames import view_tensors
-from tnxctl.protocol.limits import Limits, excerpt
+from tnxctl.protocol.limits import MAX_RANK, Limits, excerpt
 from tnxctl.strings import to_bytes
 from tnxctl.tensors import from_wire, to_wire
-
-_MOST_AXES = 64
-"""Most axes of an array of numpy."""
 
 _MOST_CLASSIFIED = 1_000_000
 """Most elements of an output that is classified, as Triton has it: to sort more keeps the event loop too long."""
@@ -139,9 +136,8 @@ def classified(name: str, array: Array, classes: int, batches: bool) -> Array:
     rows = array.shape[0] if batches else 1
     values = array.reshape(rows, math.prod(array.shape[1:]) if batches else array.size)
     last = values.shape[1] - 1
-    order = (
-        last - np.argsort(values[:, ::-1], axis=1, kind="stable")[:, ::-1][:, :classes]
-    )  # of equals, the first first
+    ascending = np.argsort(values[:, ::-1], axis=1, kind="stable")  # backwards, so that of equals the first comes first
+    order = last - ascending[:, ::-1][:, :classes]
     spell = str if array.dtype.kind in "iu" else "{:f}".format  # std::to_string
     found = [
         f"{spell(row[index])}:{index}".encode()
@@ -171,7 +167,7 @@ _ELEMENTS = {datatype: _element_type(datatype) for datatype in STORAGE}
 def _depth(data: object) -> int:
     """How deep lists are nested, going by the first elements; 1 at least, for what has to be a list."""
     depth = 0
-    while isinstance(data, list) and depth < _MOST_AXES:
+    while isinstance(data, list) and depth < MAX_RANK:
         depth += 1
         data = data[0] if data else None
     return max(depth, 1)
