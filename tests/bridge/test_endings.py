@@ -120,6 +120,30 @@ def test_a_drain_that_takes_too_long_is_cut(held: Held, tmp_path: Path) -> None:
     held.release()
 
 
+def test_a_body_that_waits_for_the_response_before_it_is_not_late(held: Held, tmp_path: Path) -> None:
+    """It is not read meanwhile, so it cannot come in time."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    body = (WAIT % 0).ljust(300_000)
+    limits = ("--limit", "body_timeout_s=0.5", "--limit", "body_rate=1000000000")
+    with (
+        running_bridge(folder, held.daemon.endpoint, *limits, "--timeout", "30s") as bridge,
+        bridge.connect() as peer,
+    ):
+        peer.request("POST", "/predict", WAIT % 1)
+        held.await_health(lambda report: report.running == 1)
+        half = len(body) // 2
+        peer.send(f"POST /predict HTTP/1.1\r\nHost: bridge\r\nContent-Length: {len(body)}\r\n\r\n", body[:half])
+        for _ in range(2):  # time passes: as much as a body has
+            with bridge.connect() as late:
+                late.send("POST /predict HTTP/1.1\r\nHost: bridge\r\nContent-Length: 9\r\n\r\n")
+                assert late.response().status == 408
+        held.release()
+        assert peer.response().status == 200
+        peer.send(body[half:])
+        assert peer.response().status == 200
+
+
 def test_a_daemon_that_is_not_there(tmp_path: Path) -> None:
     with running_bridge(tmp_path, f"ipc://{tmp_path}/nobody", "--timeout", "0.3s") as bridge, bridge.connect() as peer:
         for method, path, body in (("GET", "/health", b""), ("POST", "/predict", b'{"input_data": [[1]]}')):

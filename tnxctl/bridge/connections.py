@@ -184,9 +184,10 @@ class Connection(HttpToolsProtocol):
         if self._fault is not None:
             if not self._due:
                 self._end(*self._fault)
-        elif not self._between and not self._due:
-            # The rest of a body that nobody wants: many clients read no response before they have sent all of it, and
-            # would find the connection broken instead.
+        elif not self._between:
+            # The body of the next request, which is read only now. Or the rest of one that nobody wants: many clients
+            # read no response before they have sent all of a request, and would find the connection broken instead.
+            self._body_began = self.loop.time()
             self._set_timer(self._limits.body_timeout_s)
 
     def send_400_response(self, msg: str) -> None:
