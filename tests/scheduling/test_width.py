@@ -154,6 +154,15 @@ def test_wide_batches_come_back_when_the_neighbour_has_gone() -> None:
     assert widths[-100:].count(2) > 95
 
 
+def test_fast_try_after_slow_ones_is_repeated_at_once() -> None:
+    scheduler = scheduler_with_teams(1.5)
+    threads = [run(scheduler, 100_000, 400_000) for _ in range(300)]  # beside a busy neighbour
+    assert threads.count(2) < 12
+    while run(scheduler, 100_000, 70_000) == 1:
+        pass
+    assert [run(scheduler, 100_000, 70_000) for _ in range(20)] == [2] * 20
+
+
 def test_slower_machine_does_not_end_wide_batches_for_long() -> None:
     """All takes twice as long from some moment on."""
     scheduler = scheduler_with_teams(1.4)

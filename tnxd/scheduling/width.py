@@ -154,6 +154,8 @@ class _Gain:
                 self._wait = max(self._wait - 1, _FIRST)
         elif self.narrow >= _ENTER * self.wide:
             self.is_wide = self.has_gained = True
+        elif self.narrow >= _ENTER * ratio:
+            self._until_try = 0  # fast again: the next batches tell whether the slow spell is over
         else:
             self._wait = min(2 * self._wait, _LONGEST if self.has_gained else _HOPELESS)
             # The more a try has cost, the later comes the next one.
