@@ -68,7 +68,7 @@ def count_batches(counts: VersionCounts, batches: list[list[Answer]]) -> None:
     for batch in batches:
         for start in range(0, len(batch), _SENT_TOGETHER):
             counts.add_results(batch[start : start + _SENT_TOGETHER])
-        counts.rows_of_batches.append(len(batch))
+        counts.add_batch(len(batch))
 
 
 def micros(call: Callable[..., object], *arguments: object) -> float:

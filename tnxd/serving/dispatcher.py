@@ -208,7 +208,7 @@ class Dispatcher:
                 done = [not isinstance(outcome, TensorNextError) for outcome in execution.outcomes]
                 rows = sum(compress(execution.rows, done))
             if failures < len(batch.requests):
-                counts.rows_of_batches.append(rows)
+                counts.add_batch(rows)
             if execution.exhausted and batch.rows > 1:
                 counts.splits += 1
             if batch.stolen:

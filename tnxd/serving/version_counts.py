@@ -52,8 +52,7 @@ class VersionCounts:
     Attributes:
         requests: taken in. refused: those that were not. replies: results sent. errors: sent, by code, refusals too.
         abandoned: taken in and never answered: nobody waited any more.
-        rows_of_batches: that have run since `fold`, with results. rows_of_wholes: of requests to a pipeline, which has
-            no batches.
+        rows_of_wholes: of requests to a pipeline, which has no batches.
         steals, splits, deadlines_met: see `VersionStats`. results_late: that went out after their deadline.
         slowest: of its requests.
     """
@@ -62,6 +61,7 @@ class VersionCounts:
         "_predicted_us",
         "_recent",
         "_rows",
+        "_rows_of_batches",
         "_times",
         "_timings",
         "_told",
@@ -72,7 +72,6 @@ class VersionCounts:
         "replies",
         "requests",
         "results_late",
-        "rows_of_batches",
         "rows_of_wholes",
         "slowest",
         "splits",
@@ -86,7 +85,7 @@ class VersionCounts:
         self.deadlines_met = self.results_late = 0
         self.slowest = Slowest()
         self._recent = recent
-        self.rows_of_batches: list[int] = []
+        self._rows_of_batches: list[int] = []
         self._timings: list[Timing] = []
         self._predicted_us: list[float] = []
         # Made with the first piece: most versions of a large repository are never asked.
@@ -118,6 +117,12 @@ class VersionCounts:
             self._keep(request, result.timing, result.device, result.reason, result.batch_size)
         self.replies += len(answers)
         if len(timings) >= _PIECE:
+            self.fold()
+
+    def add_batch(self, rows: int) -> None:
+        """Count a batch. Args: rows: of its requests with results."""
+        self._rows_of_batches.append(rows)
+        if len(self._rows_of_batches) >= _PIECE:  # as where nobody may be sent what it gave
             self.fold()
 
     def add_step(self, request: StepRequest, execution: Execution, batch_rows: int) -> None:
@@ -179,11 +184,11 @@ class VersionCounts:
             self._timings.clear()
             self._predicted_us.clear()
             self._told = {}
-        if self.rows_of_batches:
+        if self._rows_of_batches:
             if self._rows is None:
                 self._rows = HistogramCounts(1)
-            self._rows.add(as_array(self.rows_of_batches, 1))
-            self.rows_of_batches.clear()
+            self._rows.add(as_array(self._rows_of_batches, 1))
+            self._rows_of_batches.clear()
             self._told = {}
 
     def _histograms(self) -> dict[str, Histogram]:
