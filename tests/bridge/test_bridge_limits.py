@@ -24,7 +24,7 @@ LIMITS = {
     "body_rate": 1_000_000,
 }
 
-HEAD = "POST /predict HTTP/1.1\r\nHost: bridge\r\nContent-Length: {}\r\n\r\n"
+HEAD = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def strict(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield running
 
 
-@pytest.mark.parametrize("text", ["G", "GET /health HTTP/1.1\r\n", "GET /health HTTP/1.1\r\nHost: bridge\r\nX: "])
+@pytest.mark.parametrize("text", ["G", "GET /health HTTP/1.1\r\n", "GET /health HTTP/1.1\r\nHost: localhost\r\nX: "])
 def test_headers_that_do_not_come(strict: Bridge, text: str) -> None:
     with strict.connect() as peer:
         answer = peer.send(text).response()
@@ -79,7 +79,7 @@ def test_bodies_that_do_not_come(strict: Bridge, sent: int) -> None:
 
 
 def test_chunks_that_do_not_end(strict: Bridge) -> None:
-    head = "POST /predict HTTP/1.1\r\nHost: bridge\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     with strict.connect() as peer:
         assert peer.send(head, "1\r\nx\r\n").response().status == 408
     with strict.connect() as peer:

@@ -105,9 +105,7 @@ def _admit(bridge: Bridge, scope: Scope, headers: Mapping[bytes, str], verb: Any
         HttpError: its token is not known (401), or it comes from a page of another site (403).
         PermissionDenied: its role does not do.
     """
-    origin = headers.get(b"origin")
-    if origin is not None and origin.partition("://")[2] != headers.get(b"host"):
-        raise HttpError(403, "a page of another site asked for this: browsers send requests that nobody has asked for")
+    bridge.pages.check(headers)
     client = scope["client"]
     address = f"{client[0]}:{client[1]}" if client else "a socket"
     try:
