@@ -119,7 +119,7 @@ def test_tls(daemon: Daemon, tmp_path: Path, certificate: tuple[Path, Path]) -> 
             assert peer.ask("POST", "/predict", GOOD).status == 200
             assert peer.ask("POST", "/predict", b"[" * 300_000).status == 400
         with bridge.connect() as plain:
-            plain.send("GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            plain.send("GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert b"HTTP" not in plain.socket.recv(100)
         old = ssl.create_default_context(cafile=certfile)
         with warnings.catch_warnings(action="ignore"):
