@@ -220,6 +220,32 @@ def test_a_full_disk_ends_it(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(loop.read()[0]) == 1
 
 
+def test_a_disk_that_is_full_already_refuses_it(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: RecordingFile, records: Sequence[Sequence[bytes]]) -> None:
+        raise OSError(28, "No space left on device")
+
+    loop.make()
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordingFile, "write", full)
+        with pytest.raises(FailedPrecondition, match=r"cannot write .*/a: No space left on device"):
+            loop.start()
+    assert not (loop.folder / "a").exists()
+    assert loop.start().state == "recording"  # once there is room
+
+
+def test_a_disk_that_tells_at_the_end_that_it_is_full(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = RecordingFile.close
+
+    def late(file: RecordingFile) -> None:
+        close(file)
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(RecordingFile, "close", late)
+    loop.make()
+    loop.start()
+    assert loop.stop().reason == "cannot write: Disk quota exceeded"
+
+
 def test_it_is_off_without_a_directory(loop: Loop) -> None:
     loop.make(directory="")
     with pytest.raises(FailedPrecondition, match=r"record_directory in the daemon's tnxd\.toml"):
