@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 import grpc
@@ -28,6 +28,8 @@ from tnxctl.protocol.errors import (
     TensorNextError,
     Unavailable,
 )
+
+T = TypeVar("T")
 
 Readers = set[asyncio.Task[None]]
 
@@ -58,6 +60,16 @@ class Call:
         """Seconds until its deadline, above 0 and no more than a deadline may be; None: it has none."""
         seconds = self._context.time_remaining()
         return None if seconds is None else min(max(seconds, _LEAST_S), wire.MAX_DEADLINE_US / 1e6)
+
+    async def ask_one(self, ask: Callable[..., Awaitable[T]], most_s: float | None = None) -> T:
+        """What one daemon says of itself or its models, within the time that the RPC has. Raises as `Bridge.ask_one`.
+
+        Args:
+            ask: a method of `AsyncClient` that takes a timeout. most_s: most seconds until the answer.
+        """
+        limits = [seconds for seconds in (self.remaining_s, most_s) if seconds is not None]
+        timeout = min(limits, default=None)
+        return await self.bridge.ask_one(lambda client: ask(client, timeout=timeout))
 
     def check_size(self, nbytes: int) -> None:
         """Check the size of what protobuf reads. Raises ResourceExhausted."""

@@ -24,9 +24,6 @@ T = TypeVar("T")
 
 _LENGTH = b"inference-header-content-length"
 
-_READY_TIMEOUT_S = 1.0
-"""Longest wait of a readiness check: probes ask every few seconds, and give up after one by default."""
-
 
 class IndexRequest(msgspec.Struct, frozen=True):
     """Body of a request for the index. Attributes: ready: only versions that answer."""
@@ -65,7 +62,7 @@ async def live(bridge: Bridge, request: Request) -> Response:
 
 async def ready(bridge: Bridge, request: Request) -> Response:
     """Whether the daemon takes requests: 200, or else 503."""
-    timeout = min(bridge.settings.timeout, _READY_TIMEOUT_S)
+    timeout = min(bridge.settings.timeout, documents.READY_TIMEOUT_S)
     try:
         report = await bridge.ask_one(lambda client: client.health(timeout=timeout))
     except (Unavailable, DeadlineExceeded):
