@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -432,6 +433,14 @@ def test_other_addresses_than_loopback_need_tls(daemon: Daemon) -> None:
 
 
 # --- processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("module", "package"), [("grpc", "grpcio"), ("google.protobuf", "protobuf")])
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, module: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # as good as not installed
+    result = run("bridge", "--listen", "127.0.0.1:0", "--grpc", "127.0.0.1:0")
+    assert f"--grpc needs {package}, which is not installed: pip install 'tensornext[http,grpc]'" in result.stderr
+    assert result.exit_code
 
 
 def test_an_address_that_somebody_has(daemon: Daemon) -> None:
