@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bridges import Bridge
+from bridges import Bridge, Peer, Response
 
 GOOD = json.dumps({"input_data": [[0.5] * 256]}).encode()
 
@@ -268,7 +268,17 @@ def test_a_page_of_another_site_is_refused(bridge: Bridge) -> None:
         refused = peer.ask("POST", "/predict", GOOD, Origin="https://evil.example")
         assert (refused.status, "another site" in refused.error) == (403, True)
         assert peer.ask("POST", "/predict", GOOD, Origin="null").status == 403
-        assert peer.ask("POST", "/predict", GOOD, Origin="http://bridge").status == 200
+        for host in ("localhost", "localhost:8000", "127.0.0.1:8000", "[::1]:8000"):
+            assert page_of(peer, host).status == 200, host
+        for host in ("evil.example:8000", "localhost.evil.example", "1.2.3.4:8000"):  # names that lead here by now
+            assert (refused := page_of(peer, host)).status == 403, host
+            assert "under another name than localhost" in refused.error
+
+
+def page_of(peer: Peer, host: str) -> Response:
+    """The answer to what a page asks of the site that it is from."""
+    head = f"POST /predict HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nContent-Length: {len(GOOD)}\r\n\r\n"
+    return peer.send(head, GOOD).response("POST")
 
 
 def test_nothing_of_this_was_worth_a_line_in_the_log(bridge: Bridge) -> None:

@@ -10,11 +10,12 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from tnxctl.bridge.addresses import is_loopback, parse
 from tnxctl.bridge.bodies import BodyReader, ClientGone
 from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.http import HttpError, Request, Response, error_response
 from tnxctl.bridge.statuses import response_of
-from tnxctl.protocol.errors import TensorNextError, Unauthenticated
+from tnxctl.protocol.errors import InvalidArgument, TensorNextError, Unauthenticated
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -106,14 +107,31 @@ def _admit(bridge: Bridge, scope: Scope, headers: Mapping[bytes, str], verb: Any
         PermissionDenied: its role does not do.
     """
     origin = headers.get(b"origin")
-    if origin is not None and origin.partition("://")[2] != headers.get(b"host"):
-        raise HttpError(403, "a page of another site asked for this: browsers send requests that nobody has asked for")
+    if origin is not None:
+        _check_page(bridge, origin.partition("://")[2], headers.get(b"host", ""))
     client = scope["client"]
     address = f"{client[0]}:{client[1]}" if client else "a socket"
     try:
         return bridge.access.admit(headers.get(b"authorization", ""), verb, address, params.get("model", ""))
     except Unauthenticated as error:
         raise HttpError(401, error.message, (_CHALLENGE,)) from None
+
+
+def _check_page(bridge: Bridge, site: str, host: str) -> None:
+    """Check that a page from a site may ask for something of the bridge by that name. Raises HttpError (403)."""
+    if site != host:
+        raise HttpError(403, "a page of another site asked for this: browsers send requests that nobody has asked for")
+    if bridge.trusts_this_host:  # and any site may have a name that leads here, once its page is loaded
+        try:
+            is_ours = is_loopback(parse(host, 80)[0])
+        except InvalidArgument:
+            is_ours = False
+        if not is_ours:
+            raise HttpError(
+                403,
+                "a page that is served under another name than localhost asked for this: without tokens (--tokens), "
+                "nobody can tell it from a page of another site",
+            )
 
 
 async def _send(send: Send, response: Response) -> None:

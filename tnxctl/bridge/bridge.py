@@ -33,6 +33,7 @@ class Bridge:
         daemons: of several daemons a client for each, to ask what each of them has to say of itself; else `client`.
         signatures: of models that were asked for lately.
         access: what a request may ask for. budget: of memory for requests.
+        trusts_this_host: whether nobody else can reach it, and whoever does needs no token.
         routes: those of all interfaces.
     """
 
@@ -40,6 +41,7 @@ class Bridge:
         self.settings = settings
         self.routes = routes
         self.access = access_of(settings)
+        self.trusts_this_host = settings.tokens is None and _is_local(settings)
         self.budget = Budget(settings.limits.bodies_bytes)
         endpoints = settings.endpoints
         self.daemons = [AsyncClient(each, timeout=settings.timeout, limits=settings.message) for each in endpoints]
@@ -72,6 +74,10 @@ class Bridge:
 
 def access_of(settings: Settings) -> Access:
     """The access that settings give. Without tokens, nobody from another host changes what is served."""
-    addresses = [settings.listen, *([settings.grpc] if settings.grpc else [])]
-    default = Role.ADMIN if all(is_loopback(host) for host, _ in addresses) else Role.PREDICT
+    default = Role.ADMIN if _is_local(settings) else Role.PREDICT
     return Access(None if settings.tokens is None else Path(settings.tokens), default)
+
+
+def _is_local(settings: Settings) -> bool:
+    """Whether this host alone can reach the bridge."""
+    return all(is_loopback(address[0]) for address in (settings.listen, settings.grpc) if address is not None)
