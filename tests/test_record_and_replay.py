@@ -218,11 +218,11 @@ def test_a_model_that_is_not_there_is_told_at_once(recorded: Recorded) -> None:
 
 def test_it_goes_on_when_its_client_has_gone(recorded: Recorded) -> None:
     with Client(recorded.endpoint) as client:
-        client.record("gone.mcap", seconds=0.3)
+        client.record("gone.mcap")
     with Client(recorded.endpoint) as client:
         client.predict(rows(1, 2), model="double")
-        report = await_end(client)
-    assert (report.requests, report.reason) == (1, "")
+        report = client.stop_recording()
+    assert (report.requests, report.reason) == (1, "it was stopped")
     assert read(recorded.folder / "gone.mcap")[1].ending["requests"] == "1"
 
 

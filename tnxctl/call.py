@@ -12,6 +12,7 @@ import msgspec
 
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError, Unavailable
+from tnxctl.protocol.roles import verb_name
 from tnxctl.protocol.wire import Limits
 from tnxctl.request_windows import Kind, Window, kind_of
 
@@ -103,7 +104,7 @@ class Call(Generic[T]):
     @property
     def verb(self) -> str:
         """The name of the request, for error messages."""
-        return type(self._request).__name__.lower()
+        return verb_name(type(self._request))
 
     @property
     def kind(self) -> Kind | None:

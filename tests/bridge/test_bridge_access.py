@@ -133,11 +133,34 @@ def test_tls(daemon: Daemon, tmp_path: Path, certificate: tuple[Path, Path]) -> 
         await_log(bridge, "read tokens and certificate again")
         with pytest.raises(ssl.SSLCertVerificationError):
             bridge.connect(trusting)
+        renewed = ssl.create_default_context(cafile=other[0])
+        certfile.write_bytes(certificate[0].read_bytes())  # one of the two files is new, and the other one is not yet
+        bridge.process.send_signal(signal.SIGHUP)
+        await_log(bridge, "the key is not that of the certificate")
+        with bridge.connect(renewed) as peer:
+            assert peer.ask("GET", "/health").status == 200
+        keyfile.write_text("")
+        bridge.process.send_signal(signal.SIGHUP)
+        await_log(bridge, "not a certificate and its key")
+        with bridge.connect(renewed) as peer:
+            assert peer.ask("GET", "/health").status == 200
+
+
+def test_a_mistake_in_one_file_leaves_the_others_as_they_were(
+    daemon: Daemon, tmp_path: Path, certificate: tuple[Path, Path]
+) -> None:
+    trusting = ssl.create_default_context(cafile=certificate[0])
+    keyfile, path = tmp_path / "key.pem", tmp_path / "tokens.toml"
+    keyfile.write_bytes(certificate[1].read_bytes())
+    bearer = f"Bearer {tokens.add(path, 'alice', 'predict')}"
+    arguments = ("--certfile", str(certificate[0]), "--keyfile", str(keyfile), "--tokens", str(path))
+    with running_bridge(tmp_path, daemon.endpoint, *arguments) as bridge:
+        tokens.remove(path, "alice")
         keyfile.write_text("")
         bridge.process.send_signal(signal.SIGHUP)
         await_log(bridge, "all stays as it was: ")
-        with bridge.connect(ssl.create_default_context(cafile=other[0])) as peer:
-            assert peer.ask("GET", "/health").status == 200
+        with bridge.connect(trusting) as peer:
+            assert peer.ask("GET", "/health", Authorization=bearer).status == 200
 
 
 def await_log(bridge: Bridge, text: str) -> None:

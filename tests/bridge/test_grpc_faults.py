@@ -29,7 +29,7 @@ from grpc_stubs import Stub
 import fake_daemon
 from bridges import Bridge, running_bridge
 from conftest import Daemon
-from fake_daemon import FakeDaemon, Outputs
+from fake_daemon import STATS, FakeDaemon, Outputs
 from tnxctl.bridge.grpc.messages import ModelInferRequest, ModelStreamInferResponse, message_of
 from tnxctl.cli.exits import Exit
 from tnxctl.keys import tokens
@@ -405,6 +405,31 @@ def test_tokens(daemon: Daemon, tmp_path: Path) -> None:
         log = bridge.log.read_text()
     assert "load 'mlp'" in log
     assert "admin at 127.0.0.1:" in log
+
+
+ABOUT_ONE = {
+    "ServerReady": {},
+    "ServerMetadata": {},
+    "ModelReady": {"name": "mlp"},
+    "ModelMetadata": {"name": "mlp"},
+    "ModelStatistics": {"name": "mlp"},
+    "RepositoryIndex": {},
+}
+"""RPCs, and their requests, for which one daemon is asked, and not whichever of several is least busy."""
+
+
+def test_what_is_about_one_daemon_is_asked_of_one_that_answers(tmp_path: Path) -> None:
+    stats = msgspec.structs.replace(STATS, models=(wire.VersionStats(name="mlp", version="1"),))
+    gone = f"ipc://{tmp_path}/gone"
+    with FakeDaemon(stats=lambda _: stats) as fake:
+        options = (*GRPC, "--timeout", "200ms")
+        with running_bridge(tmp_path, f"{gone},{fake.endpoint}", *options) as bridge, Stub(bridge.grpc) as stub:
+            answers = {
+                name: stub.call(name, message_of(f"{name}Request", fields)) for name, fields in ABOUT_ONE.items()
+            }
+    assert answers["ServerReady"].ready
+    assert answers["ModelReady"].ready
+    assert answers["ModelMetadata"].name == "mlp"
 
 
 def make_certificate(certfile: Path, keyfile: Path) -> bytes:

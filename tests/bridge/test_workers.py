@@ -46,6 +46,27 @@ def test_a_worker_that_dies_is_started_again(daemon: Daemon, tmp_path: Path) -> 
         assert f"worker {victim} ended with SIGKILL, and is started again" in bridge.log.read_text()
 
 
+def test_a_reload_waits_for_a_worker_that_starts(daemon: Daemon, tmp_path: Path) -> None:
+    """Before it has its handler, the signal would end it."""
+    with running_bridge(tmp_path, daemon.endpoint, "--workers", "2") as bridge:
+        victim = min(await_workers(bridge, 2))
+        os.kill(victim, signal.SIGKILL)
+        await_workers(bridge, 2, without=victim)
+        bridge.process.send_signal(signal.SIGHUP)
+        until = time.monotonic() + SECONDS
+        while (log := bridge.log.read_text()).count("read tokens and certificate again") < 2:
+            assert "SIGHUP" not in log
+            assert time.monotonic() < until, log
+            time.sleep(0.02)  # between two looks: nothing tells of a line in a file
+
+
+def test_an_interrupt_from_the_terminal_reaches_workers_once(daemon: Daemon, tmp_path: Path) -> None:
+    """It goes to a whole process group, and workers take a second one as a hurry."""
+    with running_bridge(tmp_path, daemon.endpoint, "--workers", "2") as bridge:
+        group = os.getpgid(bridge.process.pid)
+        assert all(os.getpgid(worker) != group for worker in await_workers(bridge, 2))
+
+
 def test_all_workers_end_with_the_process_that_started_them(daemon: Daemon, tmp_path: Path) -> None:
     """The pipe to each of them ends then, whatever ended it."""
     command = [sys.executable, "-m", "tnxctl.cli", "bridge", "--host", daemon.endpoint, "--listen", "127.0.0.1:0"]

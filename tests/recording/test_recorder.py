@@ -166,7 +166,7 @@ def test_a_request_larger_than_the_queue_is_taken_alone(loop: Loop) -> None:
 
 def test_the_time_ends_it(loop: Loop) -> None:
     loop.make()
-    loop.start(seconds=0.05)
+    loop.start(seconds=0.5)  # in which this thread gets to hand a request over
     recording = loop.recorder.recording
     assert recording is not None
     loop.take()
@@ -218,6 +218,32 @@ def test_a_full_disk_ends_it(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Non
     report = loop.recorder.report(1)
     assert (report.requests, report.dropped, report.reason) == (1, 1, "cannot write: No space left on device")
     assert len(loop.read()[0]) == 1
+
+
+def test_a_disk_that_is_full_already_refuses_it(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: RecordingFile, records: Sequence[Sequence[bytes]]) -> None:
+        raise OSError(28, "No space left on device")
+
+    loop.make()
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordingFile, "write", full)
+        with pytest.raises(FailedPrecondition, match=r"cannot write .*/a: No space left on device"):
+            loop.start()
+    assert not (loop.folder / "a").exists()
+    assert loop.start().state == "recording"  # once there is room
+
+
+def test_a_disk_that_tells_at_the_end_that_it_is_full(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = RecordingFile.close
+
+    def late(file: RecordingFile) -> None:
+        close(file)
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(RecordingFile, "close", late)
+    loop.make()
+    loop.start()
+    assert loop.stop().reason == "cannot write: Disk quota exceeded"
 
 
 def test_it_is_off_without_a_directory(loop: Loop) -> None:

@@ -40,6 +40,8 @@ SAMPLES: dict[type[wire.Request], wire.Request] = {
     wire.Record: wire.Record(v=V, id=1, file="no/name"),
     wire.StopRecording: wire.StopRecording(v=V, id=1),
     wire.Recording: wire.Recording(v=V, id=1),
+    wire.Stats: wire.Stats(v=V, id=1),
+    wire.Explain: wire.Explain(v=V, id=1),
 }
 
 ROLES = {"olga": "observe", "paul": "predict", "ada": "admin"}

@@ -188,3 +188,14 @@ def test_receiver_that_fails_loses_its_spans_and_the_thread_goes_on() -> None:
         notes.put(note())
     thread.close(20)
     assert (sender.spans, thread.dropped, sender.closed) == ([], 40, True)
+
+
+def test_note_of_which_no_span_can_be_made_costs_no_others() -> None:
+    notes, sender = Notes(), Sender()
+    notes.put(note(traceparent="none"))
+    for _ in range(40):
+        notes.put(note())
+    thread = SpanThread(notes, lambda: sender)
+    thread.close(20)
+    assert len(sender.spans) + thread.dropped == 41
+    assert 0 < thread.dropped < 41

@@ -11,15 +11,12 @@ from tnxctl.keys import tokens
 from tnxctl.keys.tokens import Token
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import PermissionDenied, Unauthenticated
-from tnxctl.protocol.roles import LEAST_ROLES, Role
+from tnxctl.protocol.roles import LEAST_ROLES, ORDERS, Role, verb_name
 
 audit = logging.getLogger("tnxctl.bridge.audit")
 
 _SCHEME = "bearer "
 _MOST_CHARACTERS = 1024  # of a token
-
-_ORDERS = (wire.Load, wire.Unload, wire.Route, wire.Reload, wire.Kick)
-"""Requests that change what others get: the log tells of each."""
 
 
 class Access:
@@ -50,9 +47,9 @@ class Access:
             about: the model that an order is about.
         """
         name = self.check(authorization, verb, address)
-        if verb in _ORDERS:
+        if verb in ORDERS:
             who = name if name == address else f"{name} at {address}"
-            audit.info("%s: %s %r", who, _verb(verb), about[:100])
+            audit.info("%s: %s %r", who, verb_name(verb), about[:100])
         return name
 
     def check(self, authorization: str, verb: type[wire.Request] | None, address: str) -> str:
@@ -81,7 +78,7 @@ class Access:
         if least is None or role < least:
             wanted = least.title if least else "nobody"
             hint = "; --tokens gives the role to some" if self._path is None else ""
-            raise PermissionDenied(f"{_verb(verb)} is for the role {wanted}, and {name} has {role.title}{hint}")
+            raise PermissionDenied(f"{verb_name(verb)} is for the role {wanted}, and {name} has {role.title}{hint}")
         return name
 
     def _find(self, authorization: str) -> Token:
@@ -94,7 +91,3 @@ class Access:
         if found is None or not hmac.compare_digest(found.sha256, sha256):
             raise Unauthenticated("this token is not known")
         return found
-
-
-def _verb(verb: type[wire.Request]) -> str:
-    return verb.__name__.lower()

@@ -102,6 +102,10 @@ def _share(ends: float, count: int) -> float:
 
 def access_of(settings: Settings) -> Access:
     """The access that settings give. Without tokens, nobody from another host changes what is served."""
-    addresses = [settings.listen, *([settings.grpc] if settings.grpc else [])]
-    default = Role.ADMIN if all(is_loopback(host) for host, _ in addresses) else Role.PREDICT
+    default = Role.ADMIN if _is_local(settings) else Role.PREDICT
     return Access(None if settings.tokens is None else Path(settings.tokens), default)
+
+
+def _is_local(settings: Settings) -> bool:
+    """Whether this host alone can reach the bridge."""
+    return all(is_loopback(address[0]) for address in (settings.listen, settings.grpc) if address is not None)

@@ -153,12 +153,14 @@ def _react(server: _Server, reload: Callable[[], None], ending: int) -> None:
 
 
 def _reload(bridge: Bridge, context: ssl.SSLContext | None, beside: GrpcServer | None) -> None:
-    """Read again what may have changed: tokens, and the certificate."""
-    settings = bridge.settings
+    """Read again what may have changed, tokens and the certificate: all of it, or nothing."""
+    certfile, keyfile = bridge.settings.certfile, bridge.settings.keyfile
     try:
+        if certfile is not None and keyfile is not None:
+            tls.context(certfile, keyfile)  # so that nothing is changed if they have a mistake
         bridge.access.reload()
-        if context is not None and settings.certfile is not None and settings.keyfile is not None:
-            tls.load(context, settings.certfile, settings.keyfile)
+        if context is not None and certfile is not None and keyfile is not None:
+            tls.load(context, certfile, keyfile)
             if beside is not None:
                 beside.reload()
     except InvalidArgument as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tnxctl.bridge.http import Headers, HttpError, Response, error_response
+from tnxctl.bridge.http import Headers, Response, error_response
 from tnxctl.protocol.errors import TensorNextError
 
 STATUSES = {
@@ -33,12 +33,6 @@ def headers_of(error: TensorNextError, status: int) -> Headers:
         return ()
     seconds = max(1, math.ceil(error.retry_after_s or 0.0))
     return ((b"retry-after", b"%d" % seconds),)
-
-
-def http_error(error: TensorNextError) -> HttpError:
-    """The same error for HTTP."""
-    status = STATUSES.get(error.code, 500)
-    return HttpError(status, error.message, headers_of(error, status))
 
 
 def response_of(error: TensorNextError) -> Response:

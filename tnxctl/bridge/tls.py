@@ -21,7 +21,13 @@ def context(certfile: str, keyfile: str) -> ssl.SSLContext:
 
 
 def load(context: ssl.SSLContext, certfile: str, keyfile: str) -> None:
-    """Read the files, again perhaps: connections from now on use them. Raises InvalidArgument, as `context`."""
+    """Read the files: connections from now on use them.
+
+    One in use wants files that `context` took: after a mistake it has one of the two files, and can serve nobody.
+
+    Raises:
+        InvalidArgument: as `context`.
+    """
     for path in (certfile, keyfile):
         try:
             with Path(path).open("rb") as file:

@@ -62,6 +62,8 @@ class _Workers:
         self._on_ready = on_ready
         self._unready = settings.workers
         self._processes: dict[int, Process] = {}
+        self._serving: set[int] = set()  # process ids of those that react to SIGHUP, which would end any other
+        self._reloads = 0
         self._stopping = asyncio.Event()
         self._code = 0
 
@@ -69,7 +71,7 @@ class _Workers:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._signal, signal.SIGHUP)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         places = range(self._settings.workers)
         keepers = [loop.create_task(self._keep(self._sockets[place % len(self._sockets)])) for place in places]
         await self._stopping.wait()
@@ -85,17 +87,22 @@ class _Workers:
         wait_s = _FIRST_WAIT_S
         first = True
         while not self._stopping.is_set():
+            reloads = self._reloads
             process = await self._start(listening)
             began = loop.time()
             assert process.stdout is not None
-            ready = await process.stdout.readline() == _READY
-            if ready and first:
-                first = False
-                self._unready -= 1
-                if not self._unready:
-                    self._on_ready()
+            if await process.stdout.readline() == _READY:
+                self._serving.add(process.pid)
+                if reloads != self._reloads:  # nobody knows which state of the files it has read
+                    _send(process, signal.SIGHUP)
+                if first:
+                    first = False
+                    self._unready -= 1
+                    if not self._unready:
+                        self._on_ready()
             code = await process.wait()
             del self._processes[process.pid]
+            self._serving.discard(process.pid)
             if self._stopping.is_set():
                 return
             if first:  # it has said why; all others would say the same
@@ -113,12 +120,25 @@ class _Workers:
         descriptor = listening.fileno()
         surroundings = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", __name__, stdin=PIPE, stdout=PIPE, pass_fds=(descriptor,), env=surroundings
+            *(sys.executable, "-m", __name__),
+            stdin=PIPE,
+            stdout=PIPE,
+            pass_fds=(descriptor,),
+            env=surroundings,
+            start_new_session=True,  # an interrupt from the terminal comes from here: a second one lets nothing finish
         )
         self._processes[process.pid] = process
+        if self._stopping.is_set():  # too late for the signal that all others got
+            _send(process, signal.SIGTERM)
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(_Order(self._settings, (descriptor,))) + b"\n")
         return process
+
+    def _reload(self) -> None:
+        """Have all workers read their files again; those that do not serve yet, once they do."""
+        self._reloads += 1
+        for pid in self._serving:
+            _send(self._processes[pid], signal.SIGHUP)
 
     def _stop(self) -> None:
         notify("STOPPING=1")
@@ -127,8 +147,13 @@ class _Workers:
 
     def _signal(self, number: int) -> None:
         for process in self._processes.values():
-            if process.returncode is None:
-                process.send_signal(number)
+            _send(process, number)
+
+
+def _send(process: Process, number: int) -> None:
+    """Signal a process, unless it has ended."""
+    if process.returncode is None:
+        process.send_signal(number)
 
 
 def _in_words(code: int) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from tnxctl.protocol import mcap, wire
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
 from tnxctl.protocol.limits import MAX_RANK, MAX_RECORDING_S, MAX_TENSORS, MIB, Limits, split_title
+from tnxctl.protocol.roles import verb_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -163,7 +164,7 @@ def _request(
         raise InvalidArgument(f"a message of {data.nbytes} bytes claims a header of {header_bytes}")
     request = wire.decode_request(data[_HEAD.size : at], _LIMITS)
     if not isinstance(request, wire.Predict):
-        raise InvalidArgument(f"a message holds a {type(request).__name__.lower()} request, not one to predict")
+        raise InvalidArgument(f"a message holds a {verb_name(type(request))} request, not one to predict")
     frames: list[memoryview] = []
     while at < data.nbytes:
         if data.nbytes - at < _LENGTH.size:

@@ -64,3 +64,11 @@ LEAST_ROLES: Mapping[type[Request], Role] = {
     Recording: Role.ADMIN,
 }
 """Least role for each verb: the one table that says what a role may do. A verb without an entry is nobody's."""
+
+ORDERS = (Load, Unload, Route, Reload, Kick, Record, StopRecording)
+"""Verbs that change what others get, or keep what they sent: the log tells of each."""
+
+
+def verb_name(verb: type[Request]) -> str:
+    """Name of a verb, as the wire has it."""
+    return str(verb.__struct_config__.tag)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from tnxctl.protocol import mcap, recordings
-from tnxctl.protocol.errors import Internal, TensorNextError
+from tnxctl.protocol.errors import FailedPrecondition, Internal, TensorNextError
 from tnxctl.protocol.wire import VERSION, Record, RecordingReport
 from tnxd.events import event
 from tnxd.recording.recording_file import RecordingFile
@@ -178,7 +178,7 @@ class Recording:
 
     def _run(self) -> None:
         try:
-            file = RecordingFile(self._directory, self.order.file)
+            file = self._open()
         except TensorNextError as error:
             self._on_open(error)
             return
@@ -196,12 +196,21 @@ class Recording:
             self._reason = f"the daemon failed at it: {error!r}"
         self._close(file)
 
+    def _open(self) -> RecordingFile:
+        """The file, with its beginning written. Raises TensorNextError: it cannot be had, and there is none."""
+        file = RecordingFile(self._directory, self.order.file)
+        about = {**self._about, "model": self.order.model, "sample": f"{self.order.sample:g}"}
+        beginning = mcap.beginning(recordings.PROFILE, about.get("program", ""))
+        try:
+            file.write([[beginning, mcap.metadata(recordings.ABOUT, about)]])
+        except OSError as error:
+            file.remove()
+            raise FailedPrecondition(f"cannot write {file.path}: {error.strerror or error}") from None
+        return file
+
     def _record(self, file: RecordingFile) -> None:
         """Write until the time is over, the recording is stopped, or the file is as large as it may be."""
         writer = _Writer(file, self._channels)
-        about = {**self._about, "model": self.order.model, "sample": f"{self.order.sample:g}"}
-        file.write([[mcap.beginning(recordings.PROFILE, about.get("program", ""))]])
-        file.write([[mcap.metadata(recordings.ABOUT, about)]])
         self._on_open(None)
         over = False
         while not over:
@@ -241,7 +250,10 @@ class Recording:
         counts = {"requests": str(self._requests), "dropped": str(self.dropped), "reason": self._reason}
         with contextlib.suppress(OSError):  # it can be read without
             file.write([[mcap.metadata(recordings.END, counts), mcap.end()]])
-        file.close()
+        try:
+            file.close()
+        except OSError as error:  # a disk behind a network says only now that it is full
+            self._reason = f"cannot write: {error.strerror or error}"
         self._file_bytes = file.size
         self._ended_ns = time.perf_counter_ns()
         about = event("recorded", file=str(file.path), count=self._requests, dropped=self.dropped, reason=self._reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -80,7 +81,15 @@ class RecordingFile:
         self.size = end
 
     def close(self) -> None:
+        """Close the file. Raises OSError: not all of it could be kept."""
         os.close(self._descriptor)
+
+    def remove(self) -> None:
+        """Close the file and remove it, so that its name can be used again."""
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
 
 
 def _after(parts: list[Buffer], written: int) -> list[Buffer]:

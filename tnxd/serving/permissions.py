@@ -5,27 +5,14 @@ from __future__ import annotations
 import logging
 
 from tnxctl.protocol.errors import PermissionDenied
-from tnxctl.protocol.wire import (
-    LEAST_ROLES,
-    Kick,
-    Load,
-    Record,
-    Reload,
-    Request,
-    Role,
-    Route,
-    StopRecording,
-    Unload,
-)
+from tnxctl.protocol.roles import LEAST_ROLES, ORDERS, Role, verb_name
+from tnxctl.protocol.wire import Request
 from tnxd.events import event
 from tnxd.transport.access import Access
 from tnxd.transport.addresses import in_words
 from tnxd.transport.client_limits import Connection
 
 audit = logging.getLogger("tnxd.audit")
-
-_ORDERS = (Load, Unload, Route, Reload, Kick, Record, StopRecording)
-"""Requests that change what others get, or keep what they sent: the log tells of each."""
 
 
 def check(connection: Connection, request: Request, access: Access) -> None:
@@ -37,7 +24,7 @@ def check(connection: Connection, request: Request, access: Access) -> None:
     least = LEAST_ROLES.get(type(request))
     if least is None or connection.role < least:
         raise refusal(connection, request, access)
-    if isinstance(request, _ORDERS):
+    if isinstance(request, ORDERS):
         about = event("order_given", **_fields(connection, request))
         audit.info("%s: %s", _who(connection), _what(request), extra=about)
 
@@ -46,7 +33,11 @@ def refusal(connection: Connection, request: Request, access: Access) -> Permiss
     """Refusal of a request that the role of a peer is not enough for, which the log has from now on."""
     least = LEAST_ROLES.get(type(request))
     name, role = connection.client.name, connection.role.title
-    asks = f"{_verb(request)} is for the role {least.title}" if least else f"{_verb(request)} is for nobody"
+    asks = (
+        f"{verb_name(type(request))} is for the role {least.title}"
+        if least
+        else f"{verb_name(type(request))} is for nobody"
+    )
     why = access.limit(least or Role.ADMIN, connection.address)
     # Subject of the line is who asked for what: the log tells of each once in a while.
     extra = event("permission_denied", **_fields(connection, request))
@@ -65,7 +56,7 @@ def _fields(connection: Connection, request: Request) -> dict[str, str]:
         "client": connection.client.name,
         "address": connection.address,
         "role": connection.role.title,
-        "verb": _verb(request),
+        "verb": verb_name(type(request)),
         "about": _about(request),
     }
 
@@ -75,11 +66,7 @@ def _about(request: Request) -> str:
     return next(filter(None, (getattr(request, name, "") for name in ("file", "model", "client"))), "")
 
 
-def _verb(request: Request) -> str:
-    return str(request.__struct_config__.tag)
-
-
 def _what(request: Request) -> str:
     """Verb of a request, and what it is about, on one line."""
     about = _about(request)
-    return f"{_verb(request)} {about[:100]!r}" if about else _verb(request)
+    return f"{verb_name(type(request))} {about[:100]!r}" if about else verb_name(type(request))

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from tnxd.events import event
-from tnxd.tracing.notes import Notes
+from tnxd.tracing.notes import Note, Notes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from opentelemetry.sdk.trace import ReadableSpan
+
+    from tnxd.tracing.spans import SpanMaker
 
 log = logging.getLogger(__name__)
 
@@ -104,25 +106,25 @@ class SpanThread:
             ends = self._ends.wait(_PERIOD_S)
             while notes := self._notes.take(_BATCH):
                 began_s = time.thread_time()
-                offset_ns = time.time_ns() - time.perf_counter_ns()
-                spans = [span for note in notes for span in maker.spans(note, offset_ns)]
-                self._send(sender, spans, len(notes))
+                self._send(maker, sender, notes)
                 pause_s = (time.thread_time() - began_s) * (_SHARE - 1)
                 self._tell_dropped()
                 self._ends.wait(min(pause_s, _LONGEST_PAUSE_S))
             self._tell_dropped(at_once=ends)
         sender.shutdown()
 
-    def _send(self, sender: Sender, spans: Sequence[ReadableSpan], requests: int) -> None:
+    def _send(self, maker: SpanMaker, sender: Sender, notes: Sequence[Note]) -> None:
+        offset_ns = time.time_ns() - time.perf_counter_ns()
         try:
+            spans = [span for note in notes for span in maker.spans(note, offset_ns)]
             taken = getattr(sender.export(spans), "name", "") == "SUCCESS"
-        except Exception as error:
+        except Exception as error:  # whatever it is, the notes to come are none the worse
             log.warning("spans cannot be sent: %s", error, extra=event("spans_failed"))
             taken = False
         if taken:
-            self._sent += requests
+            self._sent += len(notes)
         else:
-            self._lost += requests
+            self._lost += len(notes)
 
     @property
     def dropped(self) -> int:

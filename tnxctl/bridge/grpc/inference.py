@@ -10,8 +10,8 @@ from tnxctl.aio import AsyncClient
 from tnxctl.bridge.grpc.calls import Call, Method
 from tnxctl.bridge.grpc.messages import message_of, plain
 from tnxctl.bridge.grpc.model_infer import model_infer, model_stream_infer, stream_failure
-from tnxctl.bridge.oip import documents
-from tnxctl.bridge.oip.documents import model_title
+from tnxctl.bridge.oip import documents, orders
+from tnxctl.bridge.oip.documents import READY_TIMEOUT_S, model_title
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import (
     DeadlineExceeded,
@@ -22,14 +22,11 @@ from tnxctl.protocol.errors import (
 )
 from tnxctl.protocol.limits import excerpt
 
-_READY_TIMEOUT_S = 1.0
-"""Longest wait of a readiness check: probes ask every few seconds, and give up after one by default."""
-
 
 async def is_ready(call: Call) -> bool:
     """Whether the daemon answers, and serves."""
     try:
-        report = await call.ask_one(AsyncClient.health, _READY_TIMEOUT_S)
+        report = await call.ask_one(AsyncClient.health, READY_TIMEOUT_S)
     except (Unavailable, DeadlineExceeded):
         return False
     return report.status == "ready"
@@ -46,7 +43,7 @@ async def _server_ready(call: Call, request: Any) -> Any:
 async def _model_ready(call: Call, request: Any) -> Any:
     """Whether a model serves; one that is not there does not, as Triton says."""
     try:
-        models = await call.ask_one(AsyncClient.models, _READY_TIMEOUT_S)
+        models = await call.ask_one(AsyncClient.models, READY_TIMEOUT_S)
         serves = documents.serves(models, request.name, request.version)
     except (NotFound, Unavailable, DeadlineExceeded):
         serves = False
@@ -84,20 +81,14 @@ async def _repository_index(call: Call, request: Any) -> Any:
 
 async def _repository_model_load(call: Call, request: Any) -> Any:
     _refuse_repository_name(request)
-    for name in request.parameters:
-        raise Unimplemented(
-            f"parameter {excerpt(name)}: models are loaded from the daemon's model repository, and with the settings "
-            f"that they have there"
-        )
+    orders.check_load(request.parameters)
     await call.client.load(request.model_name, timeout=call.remaining_s)
     return message_of("RepositoryModelLoadResponse", {})
 
 
 async def _repository_model_unload(call: Call, request: Any) -> Any:
     _refuse_repository_name(request)
-    for name, value in plain(request.parameters).items():
-        if name != "unload_dependents" or value is not False:
-            raise Unimplemented(f"parameter {excerpt(name)}: {excerpt(value)} is not supported")
+    orders.check_unload(plain(request.parameters))
     await call.client.unload(request.model_name, timeout=call.remaining_s)
     return message_of("RepositoryModelUnloadResponse", {})
 

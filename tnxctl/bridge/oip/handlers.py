@@ -14,18 +14,15 @@ from tnxctl.aio import AsyncClient
 from tnxctl.bridge import server_timing
 from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.http import JSON, HttpError, Request, Response, json_response
-from tnxctl.bridge.oip import compression, documents, infer
+from tnxctl.bridge.oip import compression, documents, infer, orders
 from tnxctl.bridge.routes import Handler, Routes
 from tnxctl.protocol import wire
-from tnxctl.protocol.errors import DeadlineExceeded, InvalidArgument, Unavailable, Unimplemented
+from tnxctl.protocol.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from tnxctl.protocol.limits import excerpt
 
 T = TypeVar("T")
 
 _LENGTH = b"inference-header-content-length"
-
-_READY_TIMEOUT_S = 1.0
-"""Longest wait of a readiness check: probes ask every few seconds, and give up after one by default."""
 
 
 class IndexRequest(msgspec.Struct, frozen=True):
@@ -65,7 +62,7 @@ async def live(bridge: Bridge, request: Request) -> Response:
 
 async def ready(bridge: Bridge, request: Request) -> Response:
     """Whether the daemon takes requests: 200, or else 503."""
-    timeout = min(bridge.settings.timeout, _READY_TIMEOUT_S)
+    timeout = min(bridge.settings.timeout, documents.READY_TIMEOUT_S)
     try:
         report = await bridge.ask_one(AsyncClient.health, timeout)
     except (Unavailable, DeadlineExceeded):
@@ -137,23 +134,15 @@ async def repository_index(bridge: Bridge, request: Request) -> Response:
 
 async def load(bridge: Bridge, request: Request) -> Response:
     """Load a model as its directory and model.toml say, and wait until it is warm."""
-    name = request.params["model"]
-    for parameter in _body(request, ControlRequest).parameters:
-        raise Unimplemented(
-            f"parameter {excerpt(parameter)}: models are loaded from the daemon's model repository, and with the "
-            f"settings that they have there"
-        )
-    await bridge.client.load(name)
+    orders.check_load(_body(request, ControlRequest).parameters)
+    await bridge.client.load(request.params["model"])
     return Response()
 
 
 async def unload(bridge: Bridge, request: Request) -> Response:
     """Unload all versions of a model, and wait until its memory is free."""
-    name = request.params["model"]
-    for parameter, value in _body(request, ControlRequest).parameters.items():
-        if parameter != "unload_dependents" or value is not False:
-            raise Unimplemented(f"parameter {excerpt(parameter)}: {excerpt(value)} is not supported")
-    await bridge.client.unload(name)
+    orders.check_unload(_body(request, ControlRequest).parameters)
+    await bridge.client.unload(request.params["model"])
     return Response()
 
 
