@@ -220,6 +220,24 @@ def test_a_full_disk_ends_it(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(loop.read()[0]) == 1
 
 
+def test_a_disk_that_is_full_from_the_start_is_told_and_the_next_recording_begins(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+
+        def full(_: RecordingFile, __: Sequence[Sequence[bytes]]) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(RecordingFile, "write", full)
+        loop.make()
+        with pytest.raises(FailedPrecondition, match="/a: No space left on device"):
+            loop.start()
+    assert not (loop.folder / "a").exists()
+    assert loop.start().state == "recording"
+    loop.take()
+    assert loop.stop().requests == 1
+
+
 def test_it_is_off_without_a_directory(loop: Loop) -> None:
     loop.make(directory="")
     with pytest.raises(FailedPrecondition, match=r"record_directory in the daemon's tnxd\.toml"):

@@ -178,7 +178,7 @@ class Recording:
 
     def _run(self) -> None:
         try:
-            file = RecordingFile(self._directory, self.order.file)
+            file = RecordingFile(self._directory, self.order.file, self._beginning())
         except TensorNextError as error:
             self._on_open(error)
             return
@@ -187,6 +187,8 @@ class Recording:
             self._on_open(Internal(f"the recording could not begin: {error!r}"))
             return
         self.path = file.path
+        self._file_bytes = file.size
+        self._on_open(None)
         try:
             self._record(file)
         except OSError as error:
@@ -196,13 +198,14 @@ class Recording:
             self._reason = f"the daemon failed at it: {error!r}"
         self._close(file)
 
+    def _beginning(self) -> list[list[Buffer]]:
+        about = {**self._about, "model": self.order.model, "sample": f"{self.order.sample:g}"}
+        beginning = mcap.beginning(recordings.PROFILE, about.get("program", ""))
+        return [[beginning], [mcap.metadata(recordings.ABOUT, about)]]
+
     def _record(self, file: RecordingFile) -> None:
         """Write until the time is over, the recording is stopped, or the file is as large as it may be."""
         writer = _Writer(file, self._channels)
-        about = {**self._about, "model": self.order.model, "sample": f"{self.order.sample:g}"}
-        file.write([[mcap.beginning(recordings.PROFILE, about.get("program", ""))]])
-        file.write([[mcap.metadata(recordings.ABOUT, about)]])
-        self._on_open(None)
         over = False
         while not over:
             over = self._stop.wait(_EVERY_S) or time.perf_counter_ns() >= self._until_ns + _GRACE_NS
