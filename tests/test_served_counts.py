@@ -90,7 +90,9 @@ def test_answers_and_errors_of_every_kind_add_up(obedient: Dealer) -> None:
     dealer.predict(rows(1), model="mlp@7")
     dealer.predict(rows(1), device="cuda:7")
     dealer.predict(rows(1), deadline_us=1.0)
-    hear(5)
+    header = wire.encode(wire.Predict(v=wire.VERSION, id=wire.MAX_ID, inputs=(), model="mlp"))
+    dealer.socket.send_multipart([header, *[b""] * 100])  # more frames than a message may have
+    hear(6)
     held = dealer.predict(rows(1, fill=HOLD), device="cpu")
     dealer.await_health(running=1)
     dealer.predict(rows(1, fill=HOLD), id=held, device="cpu")  # the id is in use

@@ -42,6 +42,8 @@ def test_preview_of_values(array: np.ndarray, room: int | None, expected: str) -
         (7509, "2 h 5 min"),
         (90061, "1 d 1 h"),
         (9.96, "10.0 s"),
+        (float("nan"), "-"),
+        (float("inf"), "-"),
     ],
 )
 def test_durations(seconds: float, expected: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 
 import click
@@ -11,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from statistics_reports import Counts, report
-from tnxctl.cli import top
+from tnxctl.cli import intervals, top
 from tnxctl.cli.top import view
 from tnxctl.cli.top.history import History, Look
 from tnxctl.cli.top.view import Choice, Surroundings
-from tnxctl.protocol.statistics import ClientStats, DeviceStats, StatsReport
+from tnxctl.protocol.histograms import Histogram
+from tnxctl.protocol.statistics import ClientStats, DeviceStats, StatsReport, VersionStats
 
 STAGES_US = [12.0, 200.0, 5.0, 0.0, 400.0, 0.0, 15.0]
 
@@ -128,6 +131,21 @@ def test_one_connection_is_no_plural() -> None:
     for count, words in ((1, "1 connection "), (2, "2 connections ")):
         look = looked(report(uptime_us=1e6, connections=count), report(uptime_us=2e6, connections=count))
         assert any(words in line for line in view.frame(look, Choice(), Surroundings("host", "12:00:00", width=80)))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, -1.0, 1e300])
+def test_numbers_that_are_none_end_nothing(number: float) -> None:
+    empty = Histogram(3, (0, 0), number)
+    model = VersionStats(
+        name="m", version="1", stages={"total": empty, "queue": empty}, batch_rows=empty, predicted_wait_us=number
+    )
+    times = {"busy_us": number, "inline_us": number}
+    device = DeviceStats(name="cpu", status="ready", lanes=1, memory_total_mb=number, **times)
+    odd = report(uptime_us=number, models=(model,), devices=(device,), traffic_mb=number, traffic_owed_mb=number)
+    for look in (looked(odd), looked(report(uptime_us=1.0), odd)):
+        lines = view.frame(look, Choice(), Surroundings("tcp://127.0.0.1:5555", "12:00:00", width=80, height=24))
+        assert len(lines) == 24
+        json.dumps(intervals.document(look.now, look.before))
 
 
 def test_the_usual_terminal_shows_all_that_matters() -> None:

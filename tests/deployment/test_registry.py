@@ -227,3 +227,10 @@ def test_signatures_may_widen_their_inputs_but_not_change() -> None:
         ({"inputs": (TensorSpec("x", "FP32", (-1, 4, 1)),)}, "[-1, 4, 1]"),
     ]:
         assert words in signature_difference(old, model("net", "2", **changes))
+
+
+def test_evictions_of_versions_that_have_gone_are_forgotten_unless_they_are_known_otherwise() -> None:
+    made = registry(deployment("net", "1"))
+    made.evictions.update(["net@1", "known@1", *(f"gone-{number}@1" for number in range(2000))])
+    made.forget_evictions({"known@1"})
+    assert made.evictions == {"net@1": 1, "known@1": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -102,7 +103,7 @@ def explanation(result: Result) -> str:
 
 def _forecast(result: Result) -> str:
     predicted, actual = result.predicted_us, result.actual_us
-    if predicted <= 0:
+    if not predicted > 0 or not math.isfinite(predicted - actual):
         return f"took {actual:.0f} µs, nothing was predicted"
     off = round(actual) - round(predicted)
     how = "as predicted" if not off else f"{abs(off)} µs {'more' if off > 0 else 'less'} than predicted"

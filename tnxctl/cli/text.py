@@ -102,7 +102,9 @@ def terminal_width(stream: IO[str] | None) -> int | None:
 
 
 def duration(seconds: float) -> str:
-    """A time span in its two largest units: "3 d 4 h", "12 min 5 s", "840 ms"."""
+    """A time span in its two largest units: "3 d 4 h", "12 min 5 s", "840 ms"; "-" for what is no time."""
+    if not math.isfinite(seconds):
+        return "-"
     if seconds < 1:
         return f"{seconds * 1e3:.0f} ms"
     whole = int(seconds)
@@ -145,8 +147,8 @@ def percent(share: float) -> str:
 
 
 def bar(share: float, width: int) -> str:
-    """A part of a whole as a bar of that width."""
-    return ("|" * round(min(max(share, 0.0), 1.0) * width)).ljust(width)
+    """A part of a whole as a bar of that width; an empty one for NaN."""
+    return ("|" * round(min(max(0.0, share), 1.0) * width)).ljust(width)
 
 
 def shape(lengths: Sequence[int]) -> str:

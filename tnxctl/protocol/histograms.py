@@ -83,7 +83,8 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     def mean(self) -> float:
         """The mean of all values, or NaN for an empty histogram."""
-        return self.sum / self.count if self.counts else math.nan
+        count = self.count
+        return self.sum / count if count else math.nan  # another daemon's may have empty buckets alone
 
     def cumulative(self, upper_bounds: Iterable[float]) -> list[int]:
         """Number of values up to each of the bounds, as classic Prometheus buckets count. A bucket counts as a whole.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from itertools import accumulate
 from zlib import crc32
 
@@ -290,6 +290,12 @@ class Registry:
             self._targets[""] = self._targets[self.default]
         self.before_change()
         self.on_change()
+
+    def forget_evictions(self, known: Container[str]) -> None:
+        """Forget how often versions that are not there any more were unloaded. Args: known: titles that stay."""
+        titles = {version.title for _, version in self}
+        for title in [title for title in self.evictions if title not in titles and title not in known]:
+            del self.evictions[title]
 
     def needs(self) -> tuple[int, int]:
         """Most inputs that a version takes, and most axes that one of them has."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from tnxctl.protocol import mcap, recordings
-from tnxctl.protocol.errors import FailedPrecondition, Internal, TensorNextError
+from tnxctl.protocol.errors import Internal, TensorNextError
 from tnxctl.protocol.wire import VERSION, Record, RecordingReport
 from tnxd.events import event
 from tnxd.recording.recording_file import RecordingFile
@@ -178,7 +178,7 @@ class Recording:
 
     def _run(self) -> None:
         try:
-            file = self._open()
+            file = RecordingFile(self._directory, self.order.file, self._beginning())
         except TensorNextError as error:
             self._on_open(error)
             return
@@ -187,6 +187,8 @@ class Recording:
             self._on_open(Internal(f"the recording could not begin: {error!r}"))
             return
         self.path = file.path
+        self._file_bytes = file.size
+        self._on_open(None)
         try:
             self._record(file)
         except OSError as error:
@@ -196,22 +198,14 @@ class Recording:
             self._reason = f"the daemon failed at it: {error!r}"
         self._close(file)
 
-    def _open(self) -> RecordingFile:
-        """The file, with its beginning written. Raises TensorNextError: it cannot be had, and there is none."""
-        file = RecordingFile(self._directory, self.order.file)
+    def _beginning(self) -> list[list[Buffer]]:
         about = {**self._about, "model": self.order.model, "sample": f"{self.order.sample:g}"}
         beginning = mcap.beginning(recordings.PROFILE, about.get("program", ""))
-        try:
-            file.write([[beginning, mcap.metadata(recordings.ABOUT, about)]])
-        except OSError as error:
-            file.remove()
-            raise FailedPrecondition(f"cannot write {file.path}: {error.strerror or error}") from None
-        return file
+        return [[beginning], [mcap.metadata(recordings.ABOUT, about)]]
 
     def _record(self, file: RecordingFile) -> None:
         """Write until the time is over, the recording is stopped, or the file is as large as it may be."""
         writer = _Writer(file, self._channels)
-        self._on_open(None)
         over = False
         while not over:
             over = self._stop.wait(_EVERY_S) or time.perf_counter_ns() >= self._until_ns + _GRACE_NS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -35,16 +34,17 @@ class RecordingFile:
 
     Args:
         directory: that of the configuration. name: of the file, see `check_name`.
+        beginning: records that it begins with.
 
     Attributes:
         path: of the file. size: bytes written so far.
 
     Raises:
         AlreadyExists: there is something of that name, be it a link that leads nowhere.
-        FailedPrecondition: the file cannot be made.
+        FailedPrecondition: the file cannot be made, or not even its beginning be written: then there is none.
     """
 
-    def __init__(self, directory: str, name: str) -> None:
+    def __init__(self, directory: str, name: str, beginning: Sequence[Sequence[Buffer]] = ()) -> None:
         self.path = str(Path(directory) / name)
         self.size = 0
         try:
@@ -52,6 +52,12 @@ class RecordingFile:
             try:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
                 self._descriptor = os.open(name, flags, 0o600, dir_fd=parent)
+                try:
+                    self.write(beginning)
+                except OSError:
+                    self.close()
+                    os.unlink(name, dir_fd=parent)  # else the name would be taken once there is room again
+                    raise
             finally:
                 os.close(parent)
         except FileExistsError:
@@ -83,13 +89,6 @@ class RecordingFile:
     def close(self) -> None:
         """Close the file. Raises OSError: not all of it could be kept."""
         os.close(self._descriptor)
-
-    def remove(self) -> None:
-        """Close the file and remove it, so that its name can be used again."""
-        with contextlib.suppress(OSError):
-            os.close(self._descriptor)
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
 
 
 def _after(parts: list[Buffer], written: int) -> list[Buffer]:

@@ -220,13 +220,13 @@ class Intake:
                 self._telemetry.resent += 1
             if self._refusals and self._is_hopeless(message, request, received_ns):
                 return None
+            self._telemetry.requests += 1
         try:
             if message.tensor_count > len(tensors):
                 raise InvalidArgument(
                     f"{message.tensor_count} tensor frames came, more than the limit of {self._limits.tensors}"
                 )
             if isinstance(request, Predict):
-                self._telemetry.requests += 1
                 return self._predict(message, request, tensors, received_ns)
             if tensors:
                 raise InvalidArgument(f"{len(tensors)} tensor frames came with a message that takes none")

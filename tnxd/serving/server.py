@@ -185,7 +185,9 @@ class Server:
 
     def _models_changed(self) -> None:
         """Forget versions that are gone, and raise limits as the signatures of new ones ask."""
-        self._inventory.traffic.keep({version for _, version in self._inventory.registry})
+        registry, traffic = self._inventory.registry, self._inventory.traffic
+        traffic.keep({version for _, version in registry})
+        registry.forget_evictions(dict(traffic.counts()))
         self._pipelines.forget_wirings()
         self._intake.refresh_limits()
 
