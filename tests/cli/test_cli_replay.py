@@ -44,7 +44,9 @@ def recording(path: Path, *messages: bytes, end: bytes | None = None) -> Path:
 
 def test_requests_are_sent_as_they_were_at_their_pace(tmp_path: Path) -> None:
     path = recording(
-        tmp_path / "a", request(0, priority=3, route_key="k"), request(40, "mlp", [row(256)], 2, deadline_us=5e6)
+        tmp_path / "a",
+        request(0, priority=3, route_key="k", attempt=2, traceparent=f"00-{'a' * 32}-{'b' * 16}-01"),
+        request(40, "mlp", [row(256)], 2, deadline_us=5e6),
     )
     with FakeDaemon() as fake:
         told = fields(ask(fake, "replay", path, "--speed", 2, "--json"))
@@ -53,6 +55,7 @@ def test_requests_are_sent_as_they_were_at_their_pace(tmp_path: Path) -> None:
         ("digits", 3, "k", None),
         ("mlp", None, "", 5e6),
     ]
+    assert (sent[0].attempt, sent[0].traceparent) == (1, ""), "it is a request of its own"
     assert sent[0].id != sent[1].id
     assert sent[1].sent_us is not None
     (step,) = told["steps"]
@@ -140,6 +143,8 @@ def test_outputs_that_have_another_shape_or_name_are_misfits(tmp_path: Path) -> 
     assert (output["name"], output["elements"], output["max_abs"], output["misfits"]) == ("scores", 10, 1.0, 2)
 
 
-@pytest.mark.parametrize("arguments", [("--speed", "0"), ("--speed", "nan"), ("--speed", "-1"), ()])
+@pytest.mark.parametrize(
+    "arguments", [("--speed", "0"), ("--speed", "1e-300"), ("--speed", "nan"), ("--speed", "-1"), ()]
+)
 def test_wrong_use(arguments: tuple[str, ...]) -> None:
     assert run("replay", *(("x", *arguments) if arguments else ())).exit_code == Exit.USAGE

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from tnxctl.cli.bench.recording import Step
     from tnxctl.cli.bench.replay import Compared, Contents
 
-FASTEST = 1000.0
+SLOWEST, FASTEST = 1e-3, 1e3
 
 
 @click.command("replay", short_help="Send the requests of a recording again.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--speed",
-    type=Finite(min=0, max=FASTEST, min_open=True),
+    type=Finite(min=SLOWEST, max=FASTEST),
     default=1.0,
     show_default=True,
     metavar="FACTOR",

@@ -158,6 +158,7 @@ class RecordedRequests:
             model=self._model or recorded.model,
             sent_us=None if recorded.deadline_us is None else now_ns / 1e3,
             attempt=1,
+            traceparent="",  # its spans are those of then
         )
         return Outgoing(number, wire.encode(request), self._current.frames, self._current.nbytes)
 
