@@ -37,7 +37,7 @@ help:
 	@echo 'Say TORCH=cuda or TORCH=cpu for that build of torch; without it, CUDA comes only where there is a GPU.'
 
 # What each group of targets needs, by the names of the extras in setup.cfg.
-EXTRAS_demo := daemon
+EXTRAS_demo := daemon,http
 EXTRAS_test := daemon,http,grpc,bench,test
 EXTRAS_check := daemon,http,grpc,bench,test,check
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from tnxctl.protocol.statistics import StatsReport, VersionStats
 from tnxctl.protocol.wire import Result, Timing, encode
-from tnxd.executors.execution import Execution
 from tnxd.scheduling.request import NEVER
 from tnxd.serving.pending import Answer, Pending
 from tnxd.serving.version_counts import RecentError, VersionCounts
@@ -64,12 +63,12 @@ def answers(count: int) -> list[Answer]:
     return made
 
 
-def count_batches(counts: VersionCounts, batches: list[list[Answer]], execution: Execution) -> None:
+def count_batches(counts: VersionCounts, batches: list[list[Answer]]) -> None:
     """Count batches as the loop does."""
     for batch in batches:
         for start in range(0, len(batch), _SENT_TOGETHER):
             counts.add_results(batch[start : start + _SENT_TOGETHER])
-        counts.add_batch(execution, len(batch), len(batch))
+        counts.add_batch(len(batch))
 
 
 def micros(call: Callable[..., object], *arguments: object) -> float:
@@ -84,16 +83,14 @@ def micros(call: Callable[..., object], *arguments: object) -> float:
 @click.option("--versions", type=int, multiple=True, default=(1, 30, 300), show_default=True)
 def main(rounds: int, versions: tuple[int, ...]) -> None:
     made = answers(_REQUESTS)
-    execution = Execution(0, 0, None, (), (), ())  # type: ignore[arg-type]
-    execution.gather_us, execution.compute_us = 10.0, 100.0
     batches = {size: [made[start : start + size] for start in range(0, _REQUESTS, size)] for size in (1, 4, 16, 64)}
     each: dict[int, list[float]] = {size: [] for size in batches}
     longest: dict[int, list[float]] = {size: [] for size in batches}
     for _ in range(rounds):
         for size, some in batches.items():  # by turns
-            each[size].append(micros(count_batches, VersionCounts(RecentError()), some, execution) / _REQUESTS)
+            each[size].append(micros(count_batches, VersionCounts(RecentError()), some) / _REQUESTS)
             counts = VersionCounts(RecentError())
-            longest[size].append(max(micros(count_batches, counts, [batch], execution) for batch in some))
+            longest[size].append(max(micros(count_batches, counts, [batch]) for batch in some))
     click.echo("CPU time, the least of the rounds\n")
     click.echo("| requests in a batch | counting, µs per request | longest time for one batch, µs |")
     click.echo("|---|---|---|")
@@ -107,7 +104,7 @@ def main(rounds: int, versions: tuple[int, ...]) -> None:
         busy, idle = [], []
         for _ in range(rounds):
             for counts in all_counts:
-                count_batches(counts, [made[:150]], execution)
+                count_batches(counts, [made[:150]])
             busy.append(micros(_report, all_counts) / 1e3)
             idle.append(micros(_report, all_counts) / 1e3)
         click.echo(f"| {number} | {min(busy):.2f} | {len(_report(all_counts)):,} | {min(idle):.2f} |")

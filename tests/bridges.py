@@ -77,7 +77,7 @@ class Peer:
 
     def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> None:
         """Send a request."""
-        lines = [f"{method} {path} HTTP/1.1", "Host: bridge"]
+        lines = [f"{method} {path} HTTP/1.1", "Host: localhost"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         if body or method == "POST":
             lines.append(f"Content-Length: {len(body)}")

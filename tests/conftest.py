@@ -29,6 +29,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # nohup and CI systems start their jobs so, and the tools that tests start and interrupt would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.umask(0o022)  # a model repository that others can write is refused
+# Clients of gRPC have threads here. Its handlers for forks, chosen when it is imported, let some processes that are
+# started meanwhile hang or die before their program begins.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 START_SECONDS = 60
 """torch takes seconds to import on a busy machine."""

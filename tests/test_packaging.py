@@ -95,6 +95,11 @@ def test_what_a_build_of_torch_for_cuda_brings_need_not_be_pinned(monkeypatch: p
     assert set(needed("tensornext", set())) == {"torch", "filelock"}
 
 
+def test_no_package_is_pinned_twice() -> None:
+    names = [line.partition("==")[0] for line in (SOURCE / "constraints.txt").read_text().splitlines() if "==" in line]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_every_package_of_the_examples_is_pinned() -> None:
     lines = (SOURCE / "examples/requirements.txt").read_text().splitlines()
     assert {canonicalize_name(line) for line in lines if line and line[0] != "#"} <= pins().keys()

@@ -153,7 +153,7 @@ def test_a_device_that_takes_over_what_waits_for_another(obedient: Dealer) -> No
     busy = [(device.name, device.lanes, device.busy_us > 0) for device in earlier.devices]
     assert busy == [("cuda:0", 1, True), ("cpu", 1, True)]
     for before, after in zip(earlier.devices, later.devices, strict=True):
-        assert after.busy_us - before.busy_us == pytest.approx(later.uptime_us - earlier.uptime_us, rel=0.5, abs=1e4)
+        assert after.busy_us > before.busy_us  # what runs counts before it is over
     dealer.socket.send(wire.encode(wire.Unload(v=wire.VERSION, id=wire.MAX_ID, model="digits")))
     for _ in range(22):  # answers, and that it is unloaded
         dealer.receive()

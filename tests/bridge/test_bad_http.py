@@ -10,7 +10,7 @@ from bridges import Bridge
 
 GOOD = json.dumps({"input_data": [[0.5] * 256]}).encode()
 
-HEADERS = "Host: bridge\r\n"
+HEADERS = "Host: localhost\r\n"
 
 
 def assert_serves(bridge: Bridge) -> None:
@@ -268,7 +268,28 @@ def test_a_page_of_another_site_is_refused(bridge: Bridge) -> None:
         refused = peer.ask("POST", "/predict", GOOD, Origin="https://evil.example")
         assert (refused.status, "another site" in refused.error) == (403, True)
         assert peer.ask("POST", "/predict", GOOD, Origin="null").status == 403
-        assert peer.ask("POST", "/predict", GOOD, Origin="http://bridge").status == 200
+        assert peer.ask("POST", "/predict", GOOD, Origin="http://localhost").status == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil", "[x]"]
+)
+@pytest.mark.parametrize(("method", "path"), [("GET", "/stats"), ("POST", "/v2/repository/models/digits/unload")])
+def test_a_site_whose_name_stands_for_this_host_is_refused(bridge: Bridge, host: str, method: str, path: str) -> None:
+    """DNS rebinding: to a browser, the bridge is the site that its page came from."""
+    with bridge.connect() as peer:
+        for origin in ("", f"Origin: http://{host}\r\n"):
+            peer.send(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n{origin}Content-Length: 0\r\n\r\n")
+            refused = peer.response()
+            assert (refused.status, "is no name of this host" in refused.error) == (403, True)
+
+
+@pytest.mark.parametrize(
+    "host", ["LocalHost:1", "localhost.", "a.localhost", "127.0.0.1:8000", "[::1]:8000", "192.0.2.1"]
+)
+def test_names_of_this_host(bridge: Bridge, host: str) -> None:
+    with bridge.connect() as peer:
+        assert peer.send(f"GET /health HTTP/1.1\r\nHost: {host}\r\n\r\n").response().status == 200
 
 
 def test_nothing_of_this_was_worth_a_line_in_the_log(bridge: Bridge) -> None:

@@ -74,7 +74,7 @@ def test_what_a_client_that_goes_away_had_asked_for_is_withdrawn(held: Held) -> 
 def test_a_client_that_goes_away_before_its_body_has_come_costs_nothing(held: Held) -> None:
     for _ in range(10):
         with held.bridge.connect() as peer:
-            peer.send("POST /predict HTTP/1.1\r\nHost: bridge\r\nContent-Length: 1000000\r\n\r\n", b"[" * 1000)
+            peer.send("POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n", b"[" * 1000)
     assert held.bridge.ask("GET", "/health").status == 200
     assert held.await_health(lambda report: True).requests == 0
 
@@ -133,10 +133,10 @@ def test_a_body_that_waits_for_the_response_before_it_is_not_late(held: Held, tm
         peer.request("POST", "/predict", WAIT % 1)
         held.await_health(lambda report: report.running == 1)
         half = len(body) // 2
-        peer.send(f"POST /predict HTTP/1.1\r\nHost: bridge\r\nContent-Length: {len(body)}\r\n\r\n", body[:half])
+        peer.send(f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n", body[:half])
         for _ in range(2):  # time passes: as much as a body has
             with bridge.connect() as late:
-                late.send("POST /predict HTTP/1.1\r\nHost: bridge\r\nContent-Length: 9\r\n\r\n")
+                late.send("POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
                 assert late.response().status == 408
         held.release()
         assert peer.response().status == 200

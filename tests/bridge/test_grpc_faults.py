@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import queue
@@ -11,10 +12,12 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -23,6 +26,7 @@ pytest.importorskip("grpc")
 import grpc
 from grpc_stubs import Stub
 
+import fake_daemon
 from bridges import Bridge, running_bridge
 from conftest import Daemon
 from fake_daemon import FakeDaemon, Outputs
@@ -199,6 +203,23 @@ def test_a_daemon_that_drains_is_not_ready(stub: Stub, path: str) -> None:
         assert not stub.call("ServerReady", message_of("ServerReadyRequest", {})).ready
 
 
+@pytest.mark.parametrize("gone_first", [False, True])
+def test_what_is_about_one_of_several_daemons_is_asked_of_one_that_answers(tmp_path: Path, gone_first: bool) -> None:
+    counts = (wire.VersionStats(name="mlp", version="1"),)
+    stats = msgspec.structs.replace(fake_daemon.STATS, models=counts)
+    with FakeDaemon(stats=lambda _: stats) as daemon:
+        endpoints = (daemon.endpoint, f"ipc://{tmp_path}/gone")
+        several = ",".join(reversed(endpoints) if gone_first else endpoints)
+        with running_bridge(tmp_path, several, *GRPC, "--timeout", "400ms") as bridge, Stub(bridge.grpc) as stub:
+            assert stub.call("ServerReady", message_of("ServerReadyRequest", {}), timeout=PATIENCE_S).ready
+            assert stub.call("ServerMetadata", message_of("ServerMetadataRequest", {}), timeout=PATIENCE_S).version
+            assert stub.call("ModelReady", message_of("ModelReadyRequest", {"name": "mlp"}), timeout=PATIENCE_S).ready
+            for name in ("ModelMetadata", "ModelConfig", "ModelStatistics"):
+                stub.call(name, message_of(f"{name}Request", {"name": "mlp"}), timeout=PATIENCE_S)
+            index = stub.call("RepositoryIndex", message_of("RepositoryIndexRequest", {}), timeout=PATIENCE_S)
+            assert index.models[0].name == "mlp"
+
+
 # --- limits ----------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +300,11 @@ def test_metadata_that_is_too_large(asked: Stub) -> None:
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+def framed(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """One frame of HTTP/2."""
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
 class Http2:
     """Raw connection that speaks as much of HTTP/2 as it takes to begin an RPC."""
 
@@ -290,10 +316,11 @@ class Http2:
         headers = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
         headers["content-type"] = "application/grpc"
         fields = ((name.encode(), value.encode()) for name, value in headers.items())
-        self.frame(1, 4, 1, b"".join(b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in fields))
+        self.headers = b"".join(b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in fields)
+        self.frame(1, 4, 1, self.headers)
 
     def frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        self.socket.sendall(struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload)
+        self.socket.sendall(framed(kind, flags, stream, payload))
 
     def received(self, *texts: bytes) -> bool:
         """Whether all of that comes before the connection ends."""
@@ -320,6 +347,19 @@ def test_an_rpc_without_a_message(strict: Bridge, asked: Stub) -> None:
     with peer.socket:
         peer.frame(0, 1, 1, b"")
         assert peer.received(b"grpc-status\x013", b"the request has no message")
+
+
+def test_calls_that_are_reset_at_once(strict: Bridge, asked: Stub) -> None:
+    """Others get their answers all the same, as `asked` finds."""
+    peer = Http2(strict.grpc, "/inference.GRPCInferenceService/ModelInfer")
+    cancel = struct.pack(">I", 8)
+
+    with peer.socket, contextlib.suppress(ConnectionError):  # it may be ended
+        for first in range(3, 100_000, 200):
+            streams = range(first, first + 200, 2)
+            peer.socket.sendall(
+                b"".join(framed(1, 4, stream, peer.headers) + framed(3, 0, stream, cancel) for stream in streams)
+            )
 
 
 @pytest.mark.parametrize(
@@ -406,6 +446,14 @@ def test_other_addresses_than_loopback_need_tls(daemon: Daemon) -> None:
 
 
 # --- processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("module", "package"), [("grpc", "grpcio"), ("google.protobuf", "protobuf")])
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, module: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # as good as not installed
+    result = run("bridge", "--listen", "127.0.0.1:0", "--grpc", "127.0.0.1:0")
+    assert f"--grpc needs {package}, which is not installed: pip install 'tensornext[http,grpc]'" in result.stderr
+    assert result.exit_code
 
 
 def test_an_address_that_somebody_has(daemon: Daemon) -> None:

@@ -105,7 +105,6 @@ def test_outputs_say_how_they_are_wanted() -> None:
         {"name": "a"},
         {"name": "b", "parameters": {"binary_data": False}},
         {"name": "c", "parameters": {"classification": 3, "binary_data": True}},
-        {"name": "a"},
     ]
     inference = read({"inputs": [IN_JSON], "outputs": outputs, "parameters": {"binary_data_output": True}})
     assert inference.outputs == (("a", True, 0), ("b", False, 0), ("c", True, 3))
@@ -123,6 +122,9 @@ def test_outputs_say_how_they_are_wanted() -> None:
         (b'{"inputs": [{"data": ' + b"[" * 200_000, b"", InvalidArgument, "too deep"),
         (b'{"inputs": [], "x": NaN' + b"[" * 200_000, b"", InvalidArgument, "no inference request"),
         (b'{"x": NaN, "inputs": ' + b"[" * 200_000, b"", InvalidArgument, "too deep"),
+        (b'{"inputs": [], "x": NaN, "id": "\\ud800"}', b"", InvalidArgument, "surrogates not allowed"),
+        (b'{"inputs": [], "x": NaN, "id": "\xed\xa0\x80"}', b"", InvalidArgument, "no inference request"),
+        (b'{"inputs": [], "x": NaN, "y": 1e400}', b"", InvalidArgument, "out of range: '1e400'"),
         ({"inputs": {}}, b"", InvalidArgument, "Expected `array`"),
         ({"inputs": [IN_JSON], "id": 7}, b"", InvalidArgument, r"`\$.id`"),
         ({"inputs": [IN_JSON], "parameters": []}, b"", InvalidArgument, r"`\$.parameters`"),
@@ -234,6 +236,12 @@ def test_answers_in_json_and_in_binary() -> None:
         ],
     }
     assert bytes(answer.chunks[1]) == outputs["a"].tobytes()
+
+
+def test_an_output_that_is_named_twice_is_answered_once() -> None:
+    result = result_of({"a": np.zeros((1, 2), np.float32)})
+    wanted = [infer.Output("a", False, 1), infer.Output("a", True)] * 1000
+    assert [output for output, _ in infer.selected(result, wanted, True)] == [infer.Output("a", True)]
 
 
 def test_all_outputs_are_answered_as_the_request_says() -> None:

@@ -94,6 +94,7 @@ def test_what_is_not_finite_is_written_as_triton_writes_it() -> None:
         ("FP32", (2, 3), [1, 2, 3, 4, 5], r"shape \[5\], which is neither \[2, 3\]"),
         ("FP32", (2, 3), [[1, 2], [3, 4], [5, 6]], r"shape \[3, 2\], which is neither \[2, 3\]"),
         ("FP32", (6,), [[1, 2, 3], [4, 5, 6]], r"shape \[2, 3\], which is neither \[6\]"),
+        ("FP32", (2**31, 2**31, 0, 2**31), [], "array is too big"),
         ("FP32", (2, 2), [[1, 2], [3]], "inhomogeneous"),
         ("FP32", (2, 2), [[1, 2], 3], "Expected `array`, got `int`"),
         ("FP32", (1,), 1.0, "Expected `array`, got `float`"),

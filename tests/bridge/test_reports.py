@@ -22,6 +22,8 @@ from conftest import Daemon
 from fake_daemon import FakeDaemon
 from prometheus_text import Family, buckets, read
 from tnxctl import Client
+from tnxctl.aio import AsyncClient
+from tnxctl.bridge import bridge as of_worker
 from tnxctl.bridge import openapi, reports, server_timing
 from tnxctl.bridge.http import Request
 from tnxctl.bridge.interfaces import routes_of
@@ -144,6 +146,28 @@ def test_what_is_about_one_daemon_is_asked_of_one_that_answers(tmp_path: Path) -
             assert {path: bridge.ask("GET", path).status for path in ABOUT_ONE} == dict.fromkeys(ABOUT_ONE, 200)
         with running_bridge(tmp_path, f"{gone},{fake.endpoint}", "--timeout", "100ms") as bridge:
             assert {path: bridge.ask("GET", path).status for path in ABOUT_ONE} == dict.fromkeys(ABOUT_ONE, 200)
+
+
+def test_a_daemon_that_is_gone_costs_one_question_its_time_and_not_each() -> None:
+    """All of them together get the time that one question may take: probes give up after a second."""
+    asked: list[tuple[str, float | None]] = []
+
+    async def ask(client: AsyncClient, /, *, timeout: float | None) -> str:
+        asked.append((client.endpoint, timeout))
+        if client.endpoint != "ipc://c":
+            raise Unavailable("gone")
+        return "here"
+
+    async def answers() -> list[str]:
+        bridge = of_worker.Bridge(Settings(endpoints=("ipc://a", "ipc://b", "ipc://c")), ROUTES)
+        try:
+            return [await bridge.ask_one(ask, 60.0) for _ in range(2)]
+        finally:
+            await bridge.close()
+
+    assert asyncio.run(answers()) == ["here", "here"]
+    assert [endpoint for endpoint, _ in asked] == ["ipc://a", "ipc://b", "ipc://c", "ipc://c"]
+    assert [round(seconds or 0.0) for _, seconds in asked] == [20, 30, 60, 20]
 
 
 def test_stats_and_models_are_those_of_the_daemon(daemon: Daemon, bridge: Bridge) -> None:

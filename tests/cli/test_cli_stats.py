@@ -214,7 +214,7 @@ def test_one_request_is_asked_for_by_its_number_or_model() -> None:
     with FakeDaemon(models=(DIGITS,), slowest=(SLOW, OTHER)) as fake:
         assert ask(fake, "explain", 4711).stdout.startswith("request 4711 of alice")
         assert "request 9" not in ask(fake, "explain", "--model", "digits").stdout
-        assert "No request 5 is among the slowest" in ask(fake, "explain", 5).stdout
+        assert "No request 5 of the last minute is among the slowest" in ask(fake, "explain", 5).stdout
         assert ask(fake, "explain", "--model", "nope").exit_code == Exit.REFUSED
         assert ask(fake, "explain", -5).exit_code == Exit.USAGE
 
@@ -235,7 +235,9 @@ def test_the_slowest_requests_for_machines() -> None:
 
 def test_nothing_is_kept() -> None:
     with FakeDaemon() as fake:
-        assert ask(fake, "explain").stdout == "No request of the last minute is kept: the daemon forgets them.\n"
+        assert ask(fake, "explain").stdout == (
+            "No request of the last minute is among the slowest that the daemon keeps.\n"
+        )
 
 
 def test_a_request_of_a_real_daemon_is_explained(run_daemon: Callable[..., Daemon]) -> None:

@@ -124,6 +124,12 @@ def test_a_picture_fits_its_terminal(
         assert max(len(click.unstyle(line)) for line in lines) <= width
 
 
+def test_one_connection_is_no_plural() -> None:
+    for count, words in ((1, "1 connection "), (2, "2 connections ")):
+        look = looked(report(uptime_us=1e6, connections=count), report(uptime_us=2e6, connections=count))
+        assert any(words in line for line in view.frame(look, Choice(), Surroundings("host", "12:00:00", width=80)))
+
+
 def test_the_usual_terminal_shows_all_that_matters() -> None:
     lines = view.frame(busy(6, 1, 0), Choice(), Surroundings("tcp://127.0.0.1:5555", "12:00:00", width=80, height=24))
     text = click.unstyle("\n".join(lines))

@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from daemons import full_pipe
 from tnxd.process import logs
 
@@ -55,6 +57,16 @@ def test_lines_without_room_are_counted() -> None:
         dropped = [int(found[1]) for line in lines if (found := re.match(r"(\d+) lines of this log were", line))]
         assert len(whole) + sum(dropped) == count
         assert sum(dropped) > 0
+
+
+def test_what_found_no_room_is_counted_over_log_and_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert logs.dropped() == 0  # nothing is installed here
+    log, printed = logs.Log(2), logs.Writer(1)  # nobody writes: their threads are not started
+    monkeypatch.setattr(logs, "_installed", (log, printed))
+    for writer, more in ((log.writer, 3), (printed, 5)):
+        for _ in range(4096 + more):
+            writer.put("x\n")
+    assert logs.dropped() == 8
 
 
 def test_records_of_one_kind_are_one_line_and_a_number() -> None:

@@ -47,13 +47,5 @@ def test_several_histograms_grow_side_by_side() -> None:
     assert counts.histogram(3) == Histogram(bucket_of(7.0), (2000,), 14_000.0)
 
 
-def test_weights_count_a_value_as_often() -> None:
-    counts = HistogramCounts(2)
-    counts.add(np.array([[5.0, 100.0], [9.0, 200.0]]), np.array([[3.0, 1.0], [2.0, 0.0]]))
-    assert as_counts(counts.histogram(0)) == {bucket_of(5.0): 3, bucket_of(9.0): 2}
-    assert counts.histogram(1) == Histogram(bucket_of(100.0), (1,), 100.0)
-    assert counts.histogram(0).sum == 33.0
-
-
 def test_nothing_is_an_empty_histogram() -> None:
     assert HistogramCounts(1).histogram(0) == Histogram()

@@ -23,6 +23,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 _CLOSE = (b"connection", b"close")
 _CHALLENGE = (b"www-authenticate", b'Bearer realm="tensornext"')
 _SHORT_BYTES = 16 * 1024  # of a body: up to here a copy costs less than another message to the server
+_LONG_BYTES = 64 * 1024  # of an answer: what is shorter fits into the buffers that each connection has
 _HEADER_OVERHEAD = 4  # ": " and the end of the line
 
 _log = logging.getLogger("tnxctl.bridge")
@@ -54,6 +55,8 @@ class App:
             if not body.complete and b"expect" in headers:  # whether the body will come is the client's choice now
                 response.headers = (*response.headers, _CLOSE)
             await _send(send, response)
+            if connection is not None:
+                await connection.drained()
         except ClientGone:
             pass
         except asyncio.CancelledError:
@@ -79,7 +82,11 @@ class App:
                 client,
                 body.hold,
             )
-            return await route.handler(self._bridge, request)
+            response = await route.handler(self._bridge, request)
+            nbytes = sum(map(len, response.chunks))
+            if nbytes > _LONG_BYTES:
+                body.hold(nbytes)  # until the client has read it
+            return response
         except HttpError as error:
             return error_response(error.status, error.message, error.headers)
         except TensorNextError as error:
@@ -106,9 +113,7 @@ def _admit(bridge: Bridge, scope: Scope, headers: Mapping[bytes, str], verb: Any
         HttpError: its token is not known (401), or it comes from a page of another site (403).
         PermissionDenied: its role does not do.
     """
-    origin = headers.get(b"origin")
-    if origin is not None and origin.partition("://")[2] != headers.get(b"host"):
-        raise HttpError(403, "a page of another site asked for this: browsers send requests that nobody has asked for")
+    bridge.pages.check(headers)
     client = scope["client"]
     address = f"{client[0]}:{client[1]}" if client else "a socket"
     try:

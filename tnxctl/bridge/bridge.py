@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tnxctl.aio import AsyncClient
 from tnxctl.bridge.access import Access
 from tnxctl.bridge.addresses import is_loopback
 from tnxctl.bridge.bodies import Budget
+from tnxctl.bridge.browsers import Pages
 from tnxctl.bridge.routes import Routes
 from tnxctl.bridge.settings import Settings
 from tnxctl.bridge.signatures import Signatures
@@ -17,6 +19,18 @@ from tnxctl.protocol.errors import DeadlineExceeded, Unavailable
 from tnxctl.protocol.roles import Role
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Question(Protocol[T_co]):
+    """Asks a daemon something, as methods of `AsyncClient` do."""
+
+    def __call__(self, client: AsyncClient, /, *, timeout: float | None) -> Awaitable[T_co]:
+        """The answer."""
+        ...
+
+
+_LEAST_S = 1e-3  # a timeout is above 0
 
 
 class Bridge:
@@ -32,7 +46,7 @@ class Bridge:
         client: asks the daemon. The bridge is one client for it, whoever asks the bridge.
         daemons: of several daemons a client for each, to ask what each of them has to say of itself; else `client`.
         signatures: of models that were asked for lately.
-        access: what a request may ask for. budget: of memory for requests.
+        access: what a request may ask for. pages: whose requests are taken. budget: of memory for requests.
         routes: those of all interfaces.
     """
 
@@ -40,6 +54,7 @@ class Bridge:
         self.settings = settings
         self.routes = routes
         self.access = access_of(settings)
+        self.pages = Pages(settings)
         self.budget = Budget(settings.limits.bodies_bytes)
         endpoints = settings.endpoints
         self.daemons = [AsyncClient(each, timeout=settings.timeout, limits=settings.message) for each in endpoints]
@@ -47,27 +62,42 @@ class Bridge:
         if len(endpoints) > 1:
             self.client = AsyncClient(list(endpoints), timeout=settings.timeout, limits=settings.message)
         self.signatures = Signatures(self.client)
+        self._first = 0  # of the daemons: the one that answered last
 
-    async def ask_one(self, ask: Callable[[AsyncClient], Awaitable[T]]) -> T:
+    async def ask_one(self, ask: Question[T], timeout: float | None = None) -> T:
         """What one daemon says of itself or its models: the first of them that answers, since all serve the same.
+
+        The next question goes to the same one first. So a daemon that is gone costs one of them its time, and not each.
 
         Args:
             ask: asks it, such as `AsyncClient.models`, which a client of several daemons refuses.
+            timeout: seconds for all of them together, of which each gets an equal share; None: as the settings say.
 
         Raises:
             TensorNextError: as `ask` does; of several daemons, the last error.
         """
-        for client in self.daemons[:-1]:
+        count = len(self.daemons)
+        if count == 1:
+            return await ask(self.client, timeout=timeout)
+        ends = time.monotonic() + (self.settings.timeout if timeout is None else timeout)
+        for left in range(count, 1, -1):
+            asked = self._first
             try:
-                return await ask(client)
+                return await ask(self.daemons[asked], timeout=_share(ends, left))
             except (Unavailable, DeadlineExceeded):
-                continue
-        return await ask(self.daemons[-1])
+                if self._first == asked:  # nobody else has found that out meanwhile
+                    self._first = (asked + 1) % count
+        return await ask(self.daemons[self._first], timeout=_share(ends, 1))
 
     async def close(self) -> None:
         """Close the connections to the daemon, or to all of them."""
         for client in (self.client, *self.daemons):
             await client.close()
+
+
+def _share(ends: float, count: int) -> float:
+    """Seconds that one of so many gets of those that are left."""
+    return max((ends - time.monotonic()) / count, _LEAST_S)
 
 
 def access_of(settings: Settings) -> Access:

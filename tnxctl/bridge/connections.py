@@ -137,6 +137,11 @@ class Connection(HttpToolsProtocol):
         if self.task is not None:
             self.task.cancel()
 
+    async def drained(self) -> None:
+        """Wait until the client has read nearly all that was sent, or the connection is no more."""
+        if self.flow.write_paused:
+            await self.flow.drain()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._abort_after(self.transport.get_write_buffer_size())

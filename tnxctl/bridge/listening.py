@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 
@@ -31,7 +32,7 @@ def listen(address: tuple[str, int], count: int) -> list[socket.socket]:
     except OSError as error:
         for each in sockets:
             each.close()
-        raise FailedPrecondition(f"cannot listen on {spell(address)}: {error.strerror or error}") from None
+        raise _cannot_listen(address, error) from None
     return sockets
 
 
@@ -55,8 +56,17 @@ def reserve(address: tuple[str, int]) -> tuple[tuple[str, int], socket.socket | 
         keeper.bind(address)
     except OSError as error:
         keeper.close()
-        raise FailedPrecondition(f"cannot listen on {spell(address)}: {error.strerror or error}") from None
+        raise _cannot_listen(address, error) from None
     return address, keeper
+
+
+def _cannot_listen(address: tuple[str, int], error: OSError) -> FailedPrecondition:
+    # The texts of socket.create_server repeat the address; those of getaddrinfo have numbers of their own.
+    if error.errno is None or isinstance(error, socket.gaierror):
+        why = error.strerror or str(error)
+    else:
+        why = os.strerror(error.errno)
+    return FailedPrecondition(f"cannot listen on {spell(address)}: {why}")
 
 
 def _family(address: tuple[str, int]) -> socket.AddressFamily:

@@ -97,7 +97,6 @@ Examples:
   tnxctl predict --model digits --input scans.npy --output scores.npy
   tnxctl bench --concurrency 1,8,64
   tnxctl top
-  tnxctl models
   tnxctl models load resnet@2
   tnxctl COMMAND --help
 

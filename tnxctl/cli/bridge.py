@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Ask for bearer tokens: the file of tnxctl keys token.",
 )
-@click.option("--triton-names", is_flag=True, help="Have /metrics tell Triton's names as well.")
+@click.option("--triton-names", is_flag=True, help="Add Triton's metrics, nv_inference_..., to /metrics.")
 @click.option(
     "--limit",
     "limits",
@@ -70,6 +70,8 @@ def command(
 ) -> None:
     """Serve HTTP and gRPC in front of a daemon: for curl, browsers and clients of the Open Inference Protocol.
 
+    It needs more packages than other commands: pip install 'tensornext[http]', for gRPC 'tensornext[http,grpc]'.
+
     Whoever reaches the address may do what this command itself may: it is one client of the daemon. Addresses that
     other hosts reach need TLS, or --insecure; --tokens says who may do what. SIGHUP reads tokens and certificate
     again. SIGTERM ends it once the requests under way are answered.
@@ -77,7 +79,8 @@ def command(
     \b
     Examples:
       tnxctl bridge
-      tnxctl bridge --listen 0.0.0.0:8443 --certfile chain.pem --keyfile key.pem --tokens tokens.toml
+      tnxctl bridge --listen 0.0.0.0:8443 --certfile chain.pem --keyfile key.pem
+      tnxctl bridge --tokens /etc/tensornext/tokens.toml
       tnxctl bridge --host gpu-1,gpu-2 --workers 4
       tnxctl bridge --grpc 127.0.0.1:8001
       curl http://127.0.0.1:8000/health

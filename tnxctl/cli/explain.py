@@ -22,7 +22,7 @@ _TOLD = 3  # requests that are told in full, where several are found
 _LISTED = 20
 
 
-@click.command("explain", short_help="Show the slowest requests of the last minute, and where their time went.")
+@click.command("explain", short_help="Show the slowest requests of the last minute, and why.")
 @click.argument("request", metavar="[ID]", type=click.IntRange(0, MAX_ID), required=False)
 @common
 @click.option(
@@ -46,7 +46,7 @@ def command(request: int | None, endpoint: str, timeout: float, as_json: bool, m
       tnxctl explain
       tnxctl explain --model digits
       tnxctl explain 4711
-      tnxctl explain --json | jq '.requests[] | select(.deadline_us and .timing.total_us > .deadline_us)'
+      tnxctl explain --json | jq '.requests[] | [.id, .timing.queue_us]'
     """
     from tnxctl.client import Client
 
@@ -60,8 +60,8 @@ def command(request: int | None, endpoint: str, timeout: float, as_json: bool, m
 
 def _lines(found: Sequence[SlowRequest], request: int | None) -> Iterator[str]:
     if not found:
-        what = "No request" if request is None else f"No request {request} is among the slowest, or any"
-        yield f"{what} of the last minute is kept: the daemon forgets them."
+        which = "" if request is None else f" {request}"
+        yield f"No request{which} of the last minute is among the slowest that the daemon keeps."
         return
     if len(found) > 1:
         yield from _table(found[:_LISTED])

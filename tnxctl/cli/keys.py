@@ -51,7 +51,7 @@ def _directory(command: _Command) -> _Command:
         type=click.Path(file_okay=False, path_type=Path),
         default=SERVICE_DIRECTORY,
         show_default=True,
-        help="Where the daemon's files are: tnxd.key, its own pair, and authorized_keys.toml, whom it lets in.",
+        help="Where the files are: tnxd.key, authorized_keys.toml, and tokens.toml of the bridge.",
     )(command)
 
 

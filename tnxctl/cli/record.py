@@ -29,7 +29,7 @@ _STOPPED = "it was stopped"
     default="60s",
     show_default=True,
     metavar="DURATION",
-    help="Length of the recording: 60s, 60.",
+    help="Length of the recording.",
 )
 @click.option(
     "--model",
@@ -43,6 +43,7 @@ _STOPPED = "it was stopped"
     type=Finite(min=0, max=1, min_open=True),
     default=1.0,
     show_default=True,
+    metavar="SHARE",
     help="Share of the requests that is written, chosen at random.",
 )
 @click.option("--no-wait", is_flag=True, help="Do not wait for its end.")
@@ -65,9 +66,9 @@ def command(
 ) -> None:
     """Have the daemon write the predict requests that come from now on to FILE, inputs included. For the role admin.
 
-    FILE is a name: the file is made on the daemon's host, in the directory that its configuration names with
-    record_directory, and off without that. It is an MCAP file; tnxctl replay sends it again. One recording is under way
-    at a time, and no file is overwritten.
+    FILE is a name, without a path: the daemon makes the file on its own host, in the directory that its configuration
+    names with record_directory. Without that directory it records nothing. The file is in MCAP format; tnxctl replay
+    sends its requests again. One recording is under way at a time, and no file is overwritten.
 
     Ctrl-C, or SIGTERM, ends the recording. If this command is lost otherwise, the daemon goes on until the time is
     over. What finds no room in the queue to the disk is dropped, and counted. The exit code is 1 if it ended early and
@@ -76,7 +77,7 @@ def command(
     \b
     Examples:
       tnxctl record monday.mcap --seconds 10
-      tnxctl record digits.mcap --model digits --sample 0.1 --seconds 3600 --no-wait
+      tnxctl record digits.mcap --model digits --sample 0.1 --no-wait
       tnxctl record --status
       tnxctl record --stop
     """
@@ -136,7 +137,7 @@ def _lines(report: RecordingReport) -> Iterator[str]:
         return
     size = text.memory(report.file_bytes / MIB)
     of = f" of {text.clean(report.model)}" if report.model else ""
-    share = f", a share of {report.sample:g}" if report.sample < 1 else ""
+    share = f" (a share of {report.sample:g})" if report.sample < 1 else ""
     dropped = f"; {report.dropped} dropped, since there was no room in the queue to the disk" if report.dropped else ""
     took = f"{text.duration(report.elapsed_s)} of {text.duration(report.seconds)}"
     what = "recording" if report.state == "recording" else "recorded"

@@ -25,7 +25,8 @@ FASTEST = 1000.0
     type=Finite(min=0, max=FASTEST, min_open=True),
     default=1.0,
     show_default=True,
-    help="Times the pace of the recording.",
+    metavar="FACTOR",
+    help="How many times as fast as they were recorded.",
 )
 @click.option(
     "--model",
@@ -42,7 +43,7 @@ FASTEST = 1000.0
     default="",
     metavar="NAME[@VERSION]",
     shell_complete=suggestions.models,
-    help="Send them to this one first, and compare the outputs with its.",
+    help="Send them to this one first, and compare the outputs of the two.",
 )
 @common
 @click.pass_context
@@ -57,11 +58,11 @@ def command(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Send the requests of FILE, which tnxctl record had a daemon write, to a daemon again, and measure it.
+    """Send the requests of FILE, a recording of tnxctl record, to a daemon again, and measure it.
 
-    They are sent at their times of then, divided by --speed, whatever the daemon does; latency counts from when a
-    request was due. Deadlines, priorities and all else are as recorded, but for the model, if --model says so. All go
-    over one connection, so that they are requests of one client. The figures are those of tnxctl bench.
+    They are sent as far apart as they were recorded, divided by --speed, whatever the daemon does; latency counts from
+    when a request was due. Deadlines, priorities and all else are as recorded, but for the model, if --model says so.
+    All go over one connection, so that they are requests of one client. The figures are those of tnxctl bench.
 
     With --against, all are sent twice, one run after the other, so that each model meets the recorded load alone. Of
     each run, the outputs of the first 256 MiB are compared.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     metavar="DURATION",
     help="Length of the interval.",
 )
-@click.option("--since-start", is_flag=True, help="All since the daemon's start in its place, at once.")
+@click.option("--since-start", is_flag=True, help="Show all since the daemon's start instead, at once.")
 @click.option(
     "--model",
     default="",

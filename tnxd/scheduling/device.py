@@ -89,6 +89,8 @@ class Device:
         busy_until_ns: per running lane, when its batch should be over. wide: lanes that run wide -> threads.
         backlog_us: predicted cost of what waits, per priority.
         backlog_ns: when the last batch was over, if requests waited then; else 0.
+        busy_ns, inline_ns: time that batches have run on lanes, a wide one once for each of its threads, and on the
+            caller's thread. The caller counts it.
     """
 
     name: str
@@ -110,6 +112,8 @@ class Device:
     held: dict[Placement, set[tuple[RequestQueue, int]]] = field(init=False, default_factory=dict)
     backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
     backlog_ns: int = field(init=False, default=0)
+    busy_ns: int = field(init=False, default=0)
+    inline_ns: int = field(init=False, default=0)
     queued: int = field(init=False, default=0)
     queued_rows: int = field(init=False, default=0)
     running_rows: int = field(init=False, default=0)

@@ -52,7 +52,7 @@ class Answers:
             self.traces.answered(answers)
         for request, _, _, _ in answers:
             self.close(request)
-        if not all(sent):
+        if False in sent:
             for (request, _, _, _), taken in zip(answers, sent, strict=True):
                 if not taken:
                     error = ResourceExhausted("the client does not take its replies: no room is left for this one")

@@ -29,7 +29,6 @@ from tnxd.serving.answers import Answers
 from tnxd.serving.pending import Answer, Pending, StepRequest, as_execution, as_frames, as_result
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.reports import Inventory
-from tnxd.serving.version_counts import VersionCounts
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +82,7 @@ class Dispatcher:
         self._limits = limits
         self._stall_timeout_s = stall_timeout_s
         self._on_device_lost = on_device_lost
-        self._lane_times = inventory.lane_times
-        self._on_lanes = inventory.lane_times.running
+        self._on_lanes = inventory.on_lanes
 
     # --- out to the executors ----------------------------------------------------------------------------------
 
@@ -149,7 +147,6 @@ class Dispatcher:
         if device.is_gpu:
             self._scheduler.set_free_memory(device.name, execution.memory_free_mb)
         answers: list[Answer] = []
-        sent = 0
         steps: list[tuple[StepRequest, tuple[Array, ...]]] = []
         model = execution.model
         sizes_known = model.reply_row_nbytes  # and looked at before
@@ -184,11 +181,11 @@ class Dispatcher:
             answers.append((request, result, encode(result), frames))
             if len(answers) == _SENT_TOGETHER:
                 assert counts is not None
-                sent += self._answers.results(answers, counts)
+                self._answers.results(answers, counts)
                 answers.clear()
         if answers:
             assert counts is not None
-            sent += self._answers.results(answers, counts)
+            self._answers.results(answers, counts)
         if execution.exhausted:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
         failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])
@@ -196,15 +193,27 @@ class Dispatcher:
             self._judge(execution, batch)
         # How long a failure took says nothing about the next success.
         succeeded = not execution.exhausted and not failures
-        micros = execution.run_us if succeeded else 0.0
+        run_ns = execution.finished_ns - execution.started_ns
+        micros = run_ns / 1e3 if succeeded else 0.0
         self._scheduler.finished(batch, micros, time.perf_counter_ns())
         if self._refusals:
             self._refusals.clear()
         for step, outputs in steps:  # now that their lane is free again
-            sent += step.owner.succeeded(step, outputs, execution, rows)
-        self._lane_times.add(execution, batch)
+            step.owner.succeeded(step, outputs, execution, rows)
+        if batch.lane == INLINE:
+            device.inline_ns += run_ns
+        elif batch.lane != BACKGROUND:
+            device.busy_ns += run_ns * batch.threads
         if counts is not None:
-            self._count(counts, execution, batch, rows, sent)
+            if failures:
+                done = [not isinstance(outcome, TensorNextError) for outcome in execution.outcomes]
+                rows = sum(compress(execution.rows, done))
+            if failures < len(batch.requests):
+                counts.add_batch(rows)
+            if execution.exhausted and batch.rows > 1:
+                counts.splits += 1
+            if batch.stolen:
+                counts.steals += 1
         if isinstance(execution, Copy):
             self._background.finished(execution)
         elif failures < len(batch.requests):
@@ -218,19 +227,6 @@ class Dispatcher:
             mixing.end_batches(batch.model, execution.mixes)
         if execution.fatal and not device.error:
             self._lose_device(device.name, execution.fatal)
-
-    def _count(self, counts: VersionCounts, execution: Execution, batch: Batch, rows: int, results: int) -> None:
-        """Count a batch that is over. Args: rows: of all its requests. results: number of those that have some."""
-        if execution.exhausted and batch.rows > 1:
-            counts.splits += 1
-        if batch.stolen:
-            counts.steals += 1
-        if results == len(batch.requests):
-            counts.add_batch(execution, rows, results)
-        else:
-            done = [not isinstance(outcome, TensorNextError) for outcome in execution.outcomes]
-            if any(done):
-                counts.add_batch(execution, sum(compress(execution.rows, done)), results)
 
     def _judge(self, execution: Execution, batch: Batch) -> None:
         """Have clients ride alone after a model failed at their requests, until others of theirs have succeeded."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,21 +30,11 @@ class HistogramCounts:
         self._sums: NDArray[np.float64] = np.zeros(histograms)
         self._offsets = np.arange(histograms) * BUCKETS
 
-    def add(self, values: NDArray[np.float64], weights: NDArray[np.float64] | None = None) -> None:
-        """Count values.
-
-        Args:
-            values: `[count, histograms]`, finite. weights: likewise, how often each of them came; None: once.
-        """
+    def add(self, values: NDArray[np.float64]) -> None:
+        """Count values. Args: values: `[count, histograms]`, finite."""
         buckets = (values.view(np.int64) >> _SHIFT) - _BELOW_ONE
         buckets = np.minimum(np.maximum(buckets, 0), BUCKETS - 1) + self._offsets  # half the time of np.clip
-        added: NDArray[Any]
-        if weights is None:
-            added = np.bincount(buckets.ravel(), minlength=self._counts.size)
-        else:
-            added = np.bincount(buckets.ravel(), weights.ravel(), self._counts.size).astype(np.int64)
-            values = values * weights
-        self._counts += added.reshape(self._counts.shape)
+        self._counts += np.bincount(buckets.ravel(), minlength=self._counts.size).reshape(self._counts.shape)
         self._sums += values.sum(axis=0)
 
     def histogram(self, place: int) -> Histogram:

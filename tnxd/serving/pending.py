@@ -50,8 +50,8 @@ Answer = tuple[Pending, Result, bytes, tuple[Array, ...]]
 class Owner(Protocol):
     """Whoever made a `StepRequest`, and hears of its end, instead of a client."""
 
-    def succeeded(self, request: StepRequest, outputs: tuple[Array, ...], execution: Execution, rows: int) -> bool:
-        """The request has been computed. Args: rows: of its batch. Returns whether it still waited for that."""
+    def succeeded(self, request: StepRequest, outputs: tuple[Array, ...], execution: Execution, rows: int) -> None:
+        """The request has been computed. Args: rows: of its batch."""
 
     def failed(self, request: StepRequest, error: TensorNextError) -> None:
         """The request will not be computed."""

@@ -178,11 +178,11 @@ class Pipelines:
 
     # --- what becomes of steps ---------------------------------------------------------------------------------
 
-    def succeeded(self, request: StepRequest, outputs: tuple[Array, ...], execution: Execution, rows: int) -> bool:
+    def succeeded(self, request: StepRequest, outputs: tuple[Array, ...], execution: Execution, rows: int) -> None:
         """A step has been computed: queue those that waited for it, or answer the whole. Args: rows: of its batch."""
         run = self._runs.get(request.whole)
         if run is None or request.done:
-            return False  # its deadline came first, or another step failed
+            return  # its deadline came first, or another step failed
         run.outstanding.remove(request)
         self._traffic[request.version].counts.add_step(request, execution, rows)
         try:
@@ -195,7 +195,6 @@ class Pipelines:
             self._fail(run, Internal("the daemon failed at this request; its log says how"))
         finally:
             _finish(request)
-        return True
 
     def _go_on(
         self, run: Run, request: StepRequest, outputs: tuple[Array, ...], execution: Execution, rows: int
@@ -268,7 +267,7 @@ class Pipelines:
         self._end(run)
         counts = self._traffic[whole.version].counts
         if self._answers.results([(whole, result, encode(result), frames)], counts):
-            counts.add_whole(result.timing, whole.rows)
+            counts.rows_of_wholes += whole.rows
 
     def _fail(self, run: Run, error: TensorNextError) -> None:
         self._end(run)

@@ -31,12 +31,12 @@ from tnxd.deployment.registry import Deployment, Registry
 from tnxd.deployment.shadow import Shadows
 from tnxd.deployment.version import FAILED, READY, STARTING, Version
 from tnxd.device_kinds import CUDA
-from tnxd.executors.execution import Executor
+from tnxd.executors.execution import Execution, Executor
 from tnxd.models.model import Model
 from tnxd.models.pipelines import Pipeline
+from tnxd.scheduling.device import Batch
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
-from tnxd.serving.lane_times import LaneTimes
 from tnxd.serving.telemetry import Telemetry
 from tnxd.serving.version_traffic import TrafficByVersion
 from tnxd.transport.client_limits import Admission
@@ -52,7 +52,7 @@ class Inventory:
     Attributes:
         audits: of versions that have one. executors: devices that work, by name.
         device_failures: device -> why it could not be opened, or what broke it later.
-        traffic: of the versions in the registry. lane_times: of the devices.
+        traffic: of the versions in the registry. on_lanes: what runs there.
     """
 
     registry: Registry
@@ -60,7 +60,7 @@ class Inventory:
     executors: Mapping[str, Executor]
     device_failures: dict[str, str] = field(default_factory=dict)
     traffic: TrafficByVersion = field(default_factory=TrafficByVersion)
-    lane_times: LaneTimes = field(default_factory=LaneTimes)
+    on_lanes: dict[Execution, Batch] = field(default_factory=dict)
 
 
 def health(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import msgspec
 
 from tnxctl import __version__
 from tnxctl.protocol.statistics import ClientStats, DeviceStats, Explanation, SlowRequest, StatsReport, VersionStats
-from tnxctl.protocol.wire import MIB, VERSION, DeviceInfo, Explain, Role, Stats, split_title
+from tnxctl.protocol.wire import MIB, VERSION, Explain, Role, Stats, split_title
 from tnxd.deployment.version import DRAINING, READY
+from tnxd.lanes import BACKGROUND
 from tnxd.process import logs
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving import reports
@@ -110,19 +112,33 @@ def _versions(inventory: Inventory, scheduler: Scheduler) -> Iterator[VersionSta
 
 
 def _devices(inventory: Inventory, scheduler: Scheduler) -> Iterator[DeviceStats]:
-    busy_us = inventory.lane_times.busy_us()
-    device: DeviceInfo
-    for device in reports.device_infos(inventory, scheduler):
+    running_ns = _running_ns(inventory)
+    for info in reports.device_infos(inventory, scheduler):
+        device = scheduler.devices.get(info.name)
         yield DeviceStats(
-            name=device.name,
-            status=device.status,
-            lanes=device.lanes,
-            busy_us=busy_us[device.name],
-            inline_us=inventory.lane_times.inline_us(device.name),
-            queued_rows=device.queued_rows,
-            memory_free_mb=device.memory_free_mb,
-            memory_total_mb=device.memory_total_mb,
+            name=info.name,
+            status=info.status,
+            lanes=info.lanes,
+            busy_us=(device.busy_ns + running_ns[info.name]) / 1e3 if device else 0.0,
+            inline_us=device.inline_ns / 1e3 if device else 0.0,
+            queued_rows=info.queued_rows,
+            memory_free_mb=info.memory_free_mb,
+            memory_total_mb=info.memory_total_mb,
         )
+
+
+def _running_ns(inventory: Inventory) -> Counter[str]:
+    """Time for which the batches on lanes have run so far, by device. That of copies, which take what is left, is not.
+
+    It never takes back what it has told: once a batch is over, its time is no shorter.
+    """
+    now_ns = time.perf_counter_ns()
+    running: Counter[str] = Counter()
+    for execution, batch in inventory.on_lanes.items():
+        if batch.lane != BACKGROUND and execution.started_ns:  # lanes write these times
+            until_ns = min(execution.finished_ns or now_ns, now_ns)
+            running[batch.device.name] += max(until_ns - execution.started_ns, 0) * batch.threads
+    return running
 
 
 def _clients(admission: Admission) -> Iterator[ClientStats]:

@@ -1,15 +1,17 @@
 """Counts of versions: what became of their requests, and how long each stage took.
 
-A request appends five numbers to a list and a batch six. What has gathered becomes histograms piece by piece, many
-values at a time: to count each by itself would take ten times as long.
+What a request tells is put aside, which costs next to nothing. What has gathered becomes histograms piece by piece,
+many values at a time: to count each by itself would take several times as long.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
+from msgspec.structs import astuple
 
 from tnxctl.protocol.errors import DeadlineExceeded
 from tnxctl.protocol.histograms import Histogram
@@ -21,17 +23,11 @@ from tnxd.serving.histogram_counts import HistogramCounts, as_array
 from tnxd.serving.pending import Answer, Pending, StepRequest
 from tnxd.serving.slowest import Slowest
 
-# What each request tells: four stages, and its prediction, of which the error is made. What each batch tells: four
-# stages, its rows, and how many of its requests have results.
-_OF_REQUESTS = ("receive", "queue", "reply", "total", "prediction_error")
-_OF_BATCHES = ("gather", "h2d", "compute", "d2h", "batch_rows")
-_REQUEST_NUMBERS = len(_OF_REQUESTS)
-_BATCH_NUMBERS = len(_OF_BATCHES) + 1
+_HISTOGRAMS = (*STAGES, "prediction_error")
+_RECEIVE, _REPLY, _TOTAL = [STAGES.index(stage) for stage in ("receive", "reply", "total")]
 
-# Requests, or batches, whose numbers become histograms at a time: some 30 microseconds.
+# Requests whose times become histograms at a time: some 80 microseconds.
 _PIECE = 256
-
-_NO_BATCH = -1.0
 
 _ERROR_WEIGHT = 0.05
 
@@ -62,11 +58,12 @@ class VersionCounts:
     """
 
     __slots__ = (
-        "_batch_numbers",
-        "_batches",
+        "_predicted_us",
         "_recent",
-        "_request_numbers",
-        "_requests",
+        "_rows",
+        "_rows_of_batches",
+        "_times",
+        "_timings",
         "_told",
         "abandoned",
         "deadlines_met",
@@ -88,11 +85,12 @@ class VersionCounts:
         self.deadlines_met = self.results_late = 0
         self.slowest = Slowest()
         self._recent = recent
-        self._request_numbers: list[float] = []
-        self._batch_numbers: list[float] = []
+        self._rows_of_batches: list[int] = []
+        self._timings: list[Timing] = []
+        self._predicted_us: list[float] = []
         # Made with the first piece: most versions of a large repository are never asked.
-        self._requests: HistogramCounts | None = None
-        self._batches: HistogramCounts | None = None
+        self._times: HistogramCounts | None = None
+        self._rows: HistogramCounts | None = None
         self._told: dict[str, Histogram] = {}
 
     # --- what happens ------------------------------------------------------------------------------------------
@@ -103,47 +101,45 @@ class VersionCounts:
         self.errors[code] += 1
 
     def add_results(self, answers: Sequence[Answer]) -> None:
-        """Count results that went out. What they share with the rest of their batch is for `add_batch`."""
-        numbers, worst_us, worst = self._request_numbers, self.slowest.floor_us, None
+        """Count results that went out, of one batch."""
+        timings, predicted_us = self._timings, self._predicted_us
+        worst_us, worst = self.slowest.floor_us, None
         for answer in answers:
             request, timing = answer[0], answer[1].timing
-            total_us = timing.total_us
-            numbers += (timing.receive_us, timing.queue_us, timing.reply_us, total_us, request.predicted_us)
+            timings.append(timing)
+            predicted_us.append(request.predicted_us)
             if request.deadline_ns != NEVER:
-                self._hold_against_deadline(request, total_us)
-            if total_us > worst_us:
-                worst_us, worst = total_us, answer
+                self._hold_against_deadline(request, timing.total_us)
+            if timing.total_us > worst_us:
+                worst_us, worst = timing.total_us, answer
         if worst is not None:  # it stands for all that were answered with it: what made it slow made them so
             request, result, _, _ = worst
             self._keep(request, result.timing, result.device, result.reason, result.batch_size)
         self.replies += len(answers)
-        if len(numbers) >= _PIECE * _REQUEST_NUMBERS:
+        if len(timings) >= _PIECE:
+            self.fold()
+
+    def add_batch(self, rows: int) -> None:
+        """Count a batch. Args: rows: of its requests with results."""
+        self._rows_of_batches.append(rows)
+        if len(self._rows_of_batches) >= _PIECE:  # as where nobody may be sent what it gave
             self.fold()
 
     def add_step(self, request: StepRequest, execution: Execution, batch_rows: int) -> None:
         """Count the result of a step of a pipeline."""
         queue_us = (execution.started_ns - request.queued_ns) / 1e3
         total_us = (execution.finished_ns - request.queued_ns) / 1e3
-        self.replies += 1
-        self._request_numbers += (0.0, queue_us, 0.0, total_us, request.predicted_us)
+        stages = (execution.gather_us, execution.h2d_us, execution.compute_us, execution.d2h_us)
+        timing = Timing(0.0, queue_us, *stages, 0.0, total_us)
+        self._timings.append(timing)
+        self._predicted_us.append(request.predicted_us)
         if request.deadline_ns != NEVER:
             self._hold_against_deadline(request, total_us)
         if total_us > self.slowest.floor_us:
-            stages = (execution.gather_us, execution.h2d_us, execution.compute_us, execution.d2h_us)
-            timing = Timing(0.0, queue_us, *stages, 0.0, total_us)
             self._keep(request, timing, request.device, request.reason, batch_rows)
-
-    def add_batch(self, execution: Execution, rows: int, results: int) -> None:
-        """Count a batch. Args: rows: of the requests with results. results: sent to clients, or handed on."""
-        stages = (execution.gather_us, execution.h2d_us, execution.compute_us, execution.d2h_us, rows, results)
-        self._batch_numbers += stages
-        if len(self._batch_numbers) >= _PIECE * _BATCH_NUMBERS:
+        self.replies += 1
+        if len(self._timings) >= _PIECE:
             self.fold()
-
-    def add_whole(self, timing: Timing, rows: int) -> None:
-        """Count the stages of a pipeline, whose batches are those of its steps."""
-        self.rows_of_wholes += rows
-        self._batch_numbers += (timing.gather_us, timing.h2d_us, timing.compute_us, timing.d2h_us, _NO_BATCH, 1)
 
     def _hold_against_deadline(self, request: Pending, total_us: float) -> None:
         if request.received_ns + total_us * 1e3 <= request.deadline_ns:
@@ -173,41 +169,36 @@ class VersionCounts:
     # --- histograms --------------------------------------------------------------------------------------------
 
     def fold(self) -> None:
-        """Put the numbers that have gathered into histograms."""
-        if self._request_numbers:
-            self._fold_requests()
-        if self._batch_numbers:
-            self._fold_batches()
-        self._told = {}
-
-    def _fold_requests(self) -> None:
-        if self._requests is None:
-            self._requests = HistogramCounts(_REQUEST_NUMBERS)
-        numbers = as_array(self._request_numbers, _REQUEST_NUMBERS).copy()
-        self._request_numbers.clear()
-        receive_us, _, reply_us, total_us, predicted_us = numbers.T
-        errors_us = np.abs(predicted_us - (total_us - receive_us - reply_us))
-        numbers[:, -1] = errors_us
-        self._requests.add(numbers)
-        self._recent.observe(float(errors_us.mean()), len(errors_us))
-
-    def _fold_batches(self) -> None:
-        if self._batches is None:
-            self._batches = HistogramCounts(_BATCH_NUMBERS - 1)
-        numbers = as_array(self._batch_numbers, _BATCH_NUMBERS)
-        self._batch_numbers.clear()
-        weights = np.empty((len(numbers), _BATCH_NUMBERS - 1))
-        weights[:] = numbers[:, -1:]
-        weights[:, -1] = numbers[:, -2] != _NO_BATCH
-        self._batches.add(numbers[:, :-1], weights)
+        """Put what has gathered into histograms."""
+        if self._timings:
+            if self._times is None:
+                self._times = HistogramCounts(len(_HISTOGRAMS))
+            times = np.empty((len(self._timings), len(_HISTOGRAMS)))
+            stages = list(chain.from_iterable(map(astuple, self._timings)))
+            times[:, :-1] = as_array(stages, len(STAGES))
+            receive_us, reply_us, total_us = times[:, _RECEIVE], times[:, _REPLY], times[:, _TOTAL]
+            errors_us = np.abs(as_array(self._predicted_us, 1)[:, 0] - (total_us - receive_us - reply_us))
+            times[:, -1] = errors_us
+            self._times.add(times)
+            self._recent.observe(float(errors_us.mean()), len(errors_us))
+            self._timings.clear()
+            self._predicted_us.clear()
+            self._told = {}
+        if self._rows_of_batches:
+            if self._rows is None:
+                self._rows = HistogramCounts(1)
+            self._rows.add(as_array(self._rows_of_batches, 1))
+            self._rows_of_batches.clear()
+            self._told = {}
 
     def _histograms(self) -> dict[str, Histogram]:
         """All histograms, by name. They are kept: of many versions, few were asked since the last report."""
-        if self._request_numbers or self._batch_numbers or not self._told:
-            self.fold()
-            for names, counts in ((_OF_REQUESTS, self._requests), (_OF_BATCHES, self._batches)):
-                if counts is not None:
-                    self._told.update({what: counts.histogram(place) for place, what in enumerate(names)})
+        self.fold()
+        if not self._told:
+            if self._times is not None:
+                self._told.update({what: self._times.histogram(place) for place, what in enumerate(_HISTOGRAMS)})
+            if self._rows is not None:
+                self._told["batch_rows"] = self._rows.histogram(0)
         return self._told
 
     def report(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 import grpc
@@ -17,7 +17,7 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError
 
-from tnxctl.bridge.bridge import Bridge
+from tnxctl.bridge.bridge import Bridge, Question
 from tnxctl.bridge.grpc.statuses import abort
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import (
@@ -28,6 +28,8 @@ from tnxctl.protocol.errors import (
     TensorNextError,
     Unavailable,
 )
+
+T = TypeVar("T")
 
 Readers = set[asyncio.Task[None]]
 
@@ -58,6 +60,11 @@ class Call:
         """Seconds until its deadline, above 0 and no more than a deadline may be; None: it has none."""
         seconds = self._context.time_remaining()
         return None if seconds is None else min(max(seconds, _LEAST_S), wire.MAX_DEADLINE_US / 1e6)
+
+    async def ask_one(self, ask: Question[T], most_s: float | None = None) -> T:
+        """What one daemon says, as `Bridge.ask_one`, before the deadline and within `most_s` seconds."""
+        limits = [seconds for seconds in (self.remaining_s, most_s) if seconds is not None]
+        return await self.bridge.ask_one(ask, min(limits, default=None))
 
     def check_size(self, nbytes: int) -> None:
         """Check the size of what protobuf reads. Raises ResourceExhausted."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from tnxctl.aio import AsyncClient
 from tnxctl.bridge.grpc.calls import Call, Method
 from tnxctl.bridge.grpc.messages import message_of, plain
 from tnxctl.bridge.grpc.model_infer import model_infer, model_stream_infer, stream_failure
@@ -29,7 +29,7 @@ _READY_TIMEOUT_S = 1.0
 async def is_ready(call: Call) -> bool:
     """Whether the daemon answers, and serves."""
     try:
-        report = await call.client.health(timeout=min(call.remaining_s or math.inf, _READY_TIMEOUT_S))
+        report = await call.ask_one(AsyncClient.health, _READY_TIMEOUT_S)
     except (Unavailable, DeadlineExceeded):
         return False
     return report.status == "ready"
@@ -46,7 +46,7 @@ async def _server_ready(call: Call, request: Any) -> Any:
 async def _model_ready(call: Call, request: Any) -> Any:
     """Whether a model serves; one that is not there does not, as Triton says."""
     try:
-        models = await call.client.models(timeout=min(call.remaining_s or math.inf, _READY_TIMEOUT_S))
+        models = await call.ask_one(AsyncClient.models, _READY_TIMEOUT_S)
         serves = documents.serves(models, request.name, request.version)
     except (NotFound, Unavailable, DeadlineExceeded):
         serves = False
@@ -54,14 +54,14 @@ async def _model_ready(call: Call, request: Any) -> Any:
 
 
 async def _server_metadata(call: Call, request: Any) -> Any:
-    report = await call.client.health(timeout=call.remaining_s)
+    report = await call.ask_one(AsyncClient.health)
     return message_of("ServerMetadataResponse", documents.server_metadata(report.version))
 
 
 async def _model_metadata(call: Call, request: Any) -> Any:
-    title, seconds = model_title(request.name, request.version), call.remaining_s
+    title = model_title(request.name, request.version)
     model, models = await asyncio.gather(
-        call.client.metadata(title, timeout=seconds), call.client.models(timeout=seconds)
+        call.client.metadata(title, timeout=call.remaining_s), call.ask_one(AsyncClient.models)
     )
     return message_of("ModelMetadataResponse", documents.model_metadata(model, models))
 
@@ -72,13 +72,13 @@ async def _model_config(call: Call, request: Any) -> Any:
 
 
 async def _model_statistics(call: Call, request: Any) -> Any:
-    report = await call.client.stats(timeout=call.remaining_s)
+    report = await call.ask_one(AsyncClient.stats)
     return message_of("ModelStatisticsResponse", documents.model_statistics(report, request.name, request.version))
 
 
 async def _repository_index(call: Call, request: Any) -> Any:
     _refuse_repository_name(request)
-    models = await call.client.models(timeout=call.remaining_s)
+    models = await call.ask_one(AsyncClient.models)
     return message_of("RepositoryIndexResponse", {"models": documents.repository_index(models, ready=request.ready)})
 
 

@@ -21,6 +21,10 @@ _MOST_BYTES = 2**31 - 1  # of a message: gRPC counts in 32 bits, protobuf too
 _NAMES_BYTES = MIB
 """Bytes of a message beside the tensors: names, shapes, parameters."""
 
+_STREAMS = 256
+"""RPCs under way on one connection; clients keep further ones until there is room. With such a limit, those that are
+begun and reset faster than they are forgotten (CVE-2023-44487) count as well; without, all other RPCs are cancelled."""
+
 _KEEPALIVE_MS = 60_000
 _KEEPALIVE_TIMEOUT_MS = 20_000
 
@@ -47,6 +51,7 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", min(limits.body_bytes + _NAMES_BYTES, _MOST_BYTES)),
                 ("grpc.max_metadata_size", limits.header_bytes),
                 ("grpc.absolute_max_metadata_size", limits.header_bytes),
+                ("grpc.max_concurrent_streams", _STREAMS),
                 ("grpc.so_reuseport", 1),  # with other workers, and with whoever keeps the address for them
                 ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),

@@ -35,8 +35,8 @@ async def unpacked(request: Request, most: int) -> Buffer:
         most: bytes that it may have.
 
     Raises:
-        HttpError: the coding is unknown (415), the body is damaged (400) or too large (413), or all bodies together
-            are (503).
+        HttpError: the coding is unknown (415), the body is damaged (400) or too large (413).
+        Unavailable: all bodies together are.
     """
     coding = request.headers.get(b"content-encoding", "").strip().lower()
     if coding in ("", "identity"):

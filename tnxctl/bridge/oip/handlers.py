@@ -67,7 +67,7 @@ async def ready(bridge: Bridge, request: Request) -> Response:
     """Whether the daemon takes requests: 200, or else 503."""
     timeout = min(bridge.settings.timeout, _READY_TIMEOUT_S)
     try:
-        report = await bridge.ask_one(lambda client: client.health(timeout=timeout))
+        report = await bridge.ask_one(AsyncClient.health, timeout)
     except (Unavailable, DeadlineExceeded):
         is_ready = False
     else:

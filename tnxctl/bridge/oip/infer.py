@@ -140,7 +140,7 @@ def read(body: Buffer, json_bytes: int, limits: Limits) -> Inference:
         request.id,
         inputs,
         predict_arguments(request.parameters),
-        tuple({output.name: output for output in outputs}.values()),
+        tuple(outputs),
         binary,
     )
 
@@ -214,21 +214,21 @@ def classes_of(parameters: Mapping[str, Any]) -> int:
 
 
 def selected(result: Result, outputs: Sequence[Output], binary: bool) -> list[tuple[Output, Array]]:
-    """The outputs that are wanted, and how.
+    """The outputs that are wanted, and how: each once, so that no request multiplies them.
 
     Args:
-        outputs: those that are wanted; (): all, in binary if `binary` says so.
+        outputs: those that are wanted; (): all, in binary if `binary` says so. Of one named twice, the last counts.
 
     Raises:
         InvalidArgument: the model has no such output; the sentence names those that it has.
     """
-    wanted = outputs or [Output(name, binary) for name in result.outputs]
-    for output in wanted:
+    wanted = {output.name: output for output in outputs or [Output(name, binary) for name in result.outputs]}
+    for output in wanted.values():
         if output.name not in result.outputs:
             raise InvalidArgument(
                 f"model {result.model!r} has no output {excerpt(output.name)}, only {[*result.outputs]}"
             )
-    return [(output, result.outputs[output.name]) for output in wanted]
+    return [(output, result.outputs[output.name]) for output in wanted.values()]
 
 
 def answer(inference: Inference, result: Result, batches: bool = False) -> Answer:
@@ -270,11 +270,30 @@ def _document(text: memoryview) -> InferRequest:
             plain = bytes(text)
             if b"NaN" not in plain and b"Infinity" not in plain:
                 raise
-            return msgspec.convert(json.loads(plain), InferRequest)
+            return msgspec.convert(_lenient(plain), InferRequest)
     except RecursionError:
         raise InvalidArgument("the inference request is nested too deep") from None
     except ValueError as error:  # of msgspec, of json, or about what is no UTF-8
         raise InvalidArgument(f"this is no inference request: {error}") from None
+
+
+def _lenient(text: bytes) -> Any:
+    """A JSON document that may have NaN and Infinity. All else that msgspec refuses is refused here, too.
+
+    Raises:
+        ValueError: it is none, a number is too large, or a text has half of a surrogate pair.
+    """
+    found = json.loads(str(text, "utf-8"), parse_float=_finite)
+    if b"\\u" in text:
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"Number out of range: {excerpt(text)}")
+    return number
 
 
 def _inputs(inputs: Sequence[InputTensor], binary: memoryview, limits: Limits) -> dict[str, Array]:

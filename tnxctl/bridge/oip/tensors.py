@@ -77,7 +77,10 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: object) -> A
             f"input {excerpt(name)}: its data has the shape {[*array.shape]}, which is neither "
             f"{excerpt([*shape])} nor one list of all its elements"
         )
-    return array.reshape(shape)
+    try:
+        return array.reshape(shape)
+    except ValueError as error:  # a length of 0 beside others that no array can have
+        raise InvalidArgument(f"input {excerpt(name)}: shape {excerpt([*shape])}: {error}") from None
 
 
 def encoded(name: str, array: Array) -> Encoded:

@@ -25,9 +25,9 @@ SORTS = ("rate", "p99", "queue", "errors", "grew", "name")
     default="1s",
     show_default=True,
     metavar="DURATION",
-    help="Time from one look to the next.",
+    help="Time from one update to the next.",
 )
-@click.option("--once", is_flag=True, help="Print one look at such an interval, and end. So it is without a terminal.")
+@click.option("--once", is_flag=True, help="Print one such interval, and end: the default without a terminal.")
 @click.option(
     "--sort", type=click.Choice(SORTS), default="rate", show_default=True, help="Order of models, the largest first."
 )
@@ -39,11 +39,11 @@ def command(
 
     The numbers are of the last five seconds. BEFORE and GREW hold them against all since the daemon's start, or with b
     against the last minute: below the models stands which stage made requests slower, and what else changed. The stages
-    below that are of the model with the mark; the keys are in the help, h.
+    below that are of the model with the mark. Press h for the keys.
 
     A daemon that goes away is waited for. Clients are shown to admins alone. --json prints one document, as --once
     does; its clients' rates are null where they are not known. It needs a terminal with ANSI codes; on Windows, and
-    where TERM is dumb, looks are printed one below the other.
+    where TERM is dumb, updates are printed one below the other.
 
     \b
     Examples:

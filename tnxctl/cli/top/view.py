@@ -204,7 +204,8 @@ def _header(look: Look | None, choice: Choice, around: Surroundings) -> Iterator
         yield _ends(intervals.rates(now), over, width)
     turns = f"loop p99 {text.micros(now.loop_turns.quantile(0.99))}"
     owed = f", {text.memory(after.traffic_owed_mb)} owed" if after.traffic_owed_mb > 0 else ""
-    parts = [f"{after.queued} waiting, {after.running} running", turns, f"{after.connections} connections"]
+    connections = f"{after.connections} connection{'' if after.connections == 1 else 's'}"
+    parts = [f"{after.queued} waiting, {after.running} running", turns, connections]
     parts.append(f"traffic {text.memory(after.traffic_mb)}{owed}")
     parts.extend(f"{count} {what}" for what, count in _troubles(now) if count)
     yield text.shorten("   ".join(parts), width)
