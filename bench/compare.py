@@ -24,7 +24,8 @@ import options
 import pictures
 import proctree
 import report
-from comparison import LEAN, NATURAL, TENSORNEXT, C, Comparison, Measured, Round
+from bridging import mebibyte_goal
+from comparison import BRIDGE, LEAN, NATURAL, TENSORNEXT, C, Comparison, Measured, Round
 from contenders import CONTENDERS, ENVIRONMENTS, PEERS, Contender, NaturalClient, PeerServer, versions
 from goals import goals_text
 from loadgen import Connection, Context, Recording, closed_loop
@@ -175,7 +176,7 @@ class PeerTarget(Target):
         self._url = server.url
         address = [server.grpc] if contender.format == "triton" else [server.url, contender.format]
         arguments = [str(samples), *address]
-        natural = NaturalClient(python, contender.client, arguments, os.environ)
+        natural = NaturalClient(python, contender.client, arguments, {**os.environ, **contender.environment})
         stack.enter_context(natural).ready()
         super().__init__(contender.name, server.pid, natural)
         self.has_c_client = has_wrk
@@ -222,7 +223,9 @@ def main(peers: str | None, no_wrk: bool, json_path: Path | None, plot_path: Pat
     """Measure the daemon beside the servers that one would pick instead, on this machine, in the same run.
 
     The model is mlp (256-512-512-128, float32, the same weights everywhere), one row per request, on the CPU. `make
-    bench-peers` builds the environments of the peers; what is not built is left out, and the report says so.
+    bench-peers` builds the environments of the peers; what is not built is left out, and the report says so. The bridge
+    (`tnxctl bridge`) with a daemon behind it is one of them, "bridge", in the environment of this program: its CPU time
+    is that of both. At the end it is sent 1 MiB, too.
 
     Three kinds of clients, each one process: the Python client that comes to mind first; a lean one in Python that
     works with ready-made bytes; and wrk, in C, if it is installed. As wrk speaks HTTP only, the daemon is asked by a
@@ -279,6 +282,9 @@ def _run(settings: Settings, wanted: Sequence[Contender], *, with_wrk: bool) -> 
         lengths = f"{settings.rounds} rounds of {settings.seconds:g} s"
         click.echo(report.heading(machine, lengths, f"Peers: {', '.join(packages) or '-'}"))
         measured = _measure(targets, settings, missing)
+    goals = comparison.goals(measured)
+    if any(target.name == BRIDGE for target in targets) and BRIDGE not in missing:
+        goals.append(mebibyte_goal(settings.rounds, settings.seconds, has_wrk=wrk_version is not None))
     result = Comparison(
         environment=machine,
         settings={"outstanding": settings.outstanding, "rounds": settings.rounds, "seconds": settings.seconds},
@@ -286,7 +292,7 @@ def _run(settings: Settings, wanted: Sequence[Contender], *, with_wrk: bool) -> 
         missing=missing,
         idle_cpu_percent={target.name: target.idle_cpu_percent for target in targets},
         tables=comparison.tables(measured, [target.name for target in targets]),
-        goals=comparison.goals(measured),
+        goals=goals,
     )
     for table in result.tables:
         click.echo("\n" + comparison.table_text(table))

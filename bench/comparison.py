@@ -14,6 +14,12 @@ from report import Ratio, ratio
 
 TENSORNEXT = "TensorNext"
 
+BRIDGE = "TensorNext, bridge"
+"""`tnxctl bridge` and a daemon behind it, together."""
+
+FASTAPI_RAW, TRITON = "FastAPI, raw bytes", "Triton, batching"
+"""The servers that the bridge is held against."""
+
 NATURAL, LEAN, C = "natural", "lean", "C"
 
 CLIENTS = {
@@ -156,7 +162,7 @@ def _row(server: str, rounds: list[Round], tensornext: list[Round]) -> Row:
 
 def goals(measured: Measured) -> list[Goal]:
     """The promises of the project that a comparison can show."""
-    by_c = C if any(client == C and _is_peer(server) for server, _, client in measured) else LEAN
+    by_c = C if any(client == C and server != TENSORNEXT for server, _, client in measured) else LEAN
     counts = {outstanding for _, outstanding, _ in measured}
     many = max(counts, default=0)
     found = []
@@ -172,11 +178,28 @@ def goals(measured: Measured) -> list[Goal]:
             _goal(measured, f"{load}, server CPU", "server_cpu_us", many, by_c, _is_mosec, 0.8, at_most=True),
             _goal(measured, f"{load}, requests/s", "requests_per_s", many, by_c, _is_peer, 1.0, at_most=False),
         ]
+    return found + (_bridge_goals(measured, many, by_c) if any(server == BRIDGE for server, _, _ in measured) else [])
+
+
+def _bridge_goals(measured: Measured, many: int, by_c: str) -> list[Goal]:
+    """The promises about the bridge: by wrk over what one would write instead, by Triton's own client over Triton."""
+
+    def goal(promise: str, figure: str, at: int, client: str, over: str, bound: float, *, at_most: bool) -> Goal:
+        promise = f"bridge, {at} outstanding, {promise}"
+        return _goal(measured, promise, figure, at, client, over.__eq__, bound, at_most=at_most, mine=BRIDGE)
+
+    counts = {outstanding for _, outstanding, _ in measured}
+    found = []
+    if 1 in counts:
+        found.append(goal("p50", "p50_us", 1, by_c, FASTAPI_RAW, 1.5, at_most=True))
+        found.append(goal("p50", "p50_us", 1, NATURAL, TRITON, 1.0, at_most=True))
+    if many > 1:
+        found.append(goal("requests/s", "requests_per_s", many, by_c, FASTAPI_RAW, 2.0, at_most=False))
     return found
 
 
 def _is_peer(server: str) -> bool:
-    return server != TENSORNEXT
+    return server not in (TENSORNEXT, BRIDGE)
 
 
 def _is_mosec(server: str) -> bool:
@@ -193,6 +216,7 @@ def _goal(
     bound: float,
     *,
     at_most: bool,
+    mine: str = TENSORNEXT,
 ) -> Goal:
     """TensorNext over the best of some servers. Which one is the best is decided by the medians of the rounds."""
     candidates = {
@@ -200,15 +224,15 @@ def _goal(
         for (server, at, by), rounds in measured.items()
         if at == outstanding and by == client and counts(server)
     }
-    mine = [float(getattr(round_, figure)) for round_ in measured.get((TENSORNEXT, outstanding, client), [])]
+    ours = [float(getattr(round_, figure)) for round_ in measured.get((mine, outstanding, client), [])]
     kind = {NATURAL: "natural Python clients", LEAN: "lean Python clients", C: "wrk"}[client]
-    if not candidates or not mine:
+    if not candidates or not ours:
         return Goal(promise, f"nobody, by {kind}", bound, at_most, None)
     # Of mosec the configuration that does the most work is the one to beat in CPU time, too.
     pick = min if figure == "p50_us" else max
     deciding = figure if figure == "p50_us" else "requests_per_s"
     best = pick(candidates, key=lambda server: _median(measured[server, outstanding, client], deciding))
-    return Goal(promise, f"{best}, by {kind}", bound, at_most, ratio(mine, candidates[best]))
+    return Goal(promise, f"{best}, by {kind}", bound, at_most, ratio(ours, candidates[best]))
 
 
 def _median(rounds: Sequence[Round], figure: str) -> float:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import types
@@ -19,6 +20,7 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import proctree
+from comparison import BRIDGE, FASTAPI_RAW
 from processes import START_SECONDS, STOP_SECONDS, BenchError, ChildProcess, complaint
 
 PEERS = Path(__file__).with_name("peers")
@@ -46,6 +48,7 @@ class Contender:
         packages: whose versions count.
         client: the program of its natural Python client.
         program: in the name of its server's file, `peers/PEER_PROGRAM.py`.
+        own: whether it is ours, and runs in the environment of this program.
     """
 
     name: str
@@ -56,16 +59,37 @@ class Contender:
     packages: tuple[str, ...]
     client: str = "http_client.py"
     program: str = "server"
+    own: bool = False
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that its programs need beside those of this process."""
+        if not self.own:
+            return {}
+        paths = [str(PEERS.parent.parent), str(PEERS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return {"PYTHONPATH": os.pathsep.join(paths)}
 
     def python(self, environments: Path) -> Path | None:
         """The interpreter of its environment; None if `make bench-peers` has not built it."""
+        if self.own:
+            return Path(sys.executable)
         python = environments / self.peer / "bin" / "python"
         return python if (environments / self.peer / "built").exists() else None
 
 
 CONTENDERS = (
+    Contender(
+        BRIDGE,
+        "bridge",
+        "mlp",
+        "triton",
+        "/v2/models/mlp/infer",
+        ("uvicorn", "httptools", "grpcio", "tritonclient"),
+        client="triton_client.py",
+        own=True,
+    ),
     Contender("FastAPI, JSON", "fastapi", "json", "json", "/predict", ("fastapi", "uvicorn", "requests", "aiohttp")),
-    Contender("FastAPI, raw bytes", "fastapi", "raw", "raw", "/predict", ("fastapi", "uvicorn", "requests", "aiohttp")),
+    Contender(FASTAPI_RAW, "fastapi", "raw", "raw", "/predict", ("fastapi", "uvicorn", "requests", "aiohttp")),
     Contender("LitServe", "litserve", "plain", "raw", "/predict", ("litserve", "requests", "aiohttp")),
     Contender("LitServe, batching", "litserve", "batched", "raw", "/predict", ("litserve", "requests", "aiohttp")),
     Contender("mosec", "mosec", "plain", "raw", "/inference", ("mosec", "requests", "aiohttp")),
@@ -131,7 +155,7 @@ class PeerServer:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=tempfile.gettempdir(),
-            env={**os.environ, **_ONE_THREAD, **environment},
+            env={**os.environ, **_ONE_THREAD, **contender.environment, **environment},
         )
         self.pid = self._process.pid
         try:

@@ -21,7 +21,7 @@ from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
 from tnxctl.endpoint import DEFAULT_ENDPOINT
 from tnxctl.keys import lookup
-from tnxctl.link import Socket
+from tnxctl.link import Link, Socket
 from tnxctl.links import link_of
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.wire import (
@@ -262,25 +262,29 @@ class _LoopDriver:
     """Driver of calls in callbacks of the event loop.
 
     ZeroMQ's file descriptors are edge-triggered: they tell of a change once, and any use of the socket may swallow
-    it. So each use of a socket is followed by a look at its events.
+    it. So each use of a socket is followed by a look at its events, also if no reply is due: one that nobody waits for
+    any more, once its event is gone, keeps those that follow from telling of themselves.
     """
 
     def __init__(self, session: Session | Balancer, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._session = session
         self._link = link_of(session, watch=self._watch, unwatch=self._unwatch)
+        self._is_single = isinstance(self._link, Link)  # of several daemons, a reply may be the cue for another message
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = math.inf
+        self._turn_is_due = False
         self._ended = threading.Event()
         process.register(self)
 
     async def run(self, call: Call[T]) -> T:
         future: asyncio.Future[T] = self.loop.create_future()
         call.waiter = future
+        is_alone = self._session.idle
         self._link.start(call)
         if call.done:
             _settle(call)
-        else:
+        elif not is_alone or self._link.has_input():  # alone, a look is cheaper than another turn of the loop
             self._check_again()
         self._set_timer()
         try:
@@ -325,22 +329,27 @@ class _LoopDriver:
         self._ended.set()
 
     def _check_again(self) -> None:
-        """Check for messages once more after sending one, which may have cleared the event of one that came."""
-        if self._link.has_input():
-            self.loop.call_soon(self._turn)
+        """Check for messages once more after sending one, which may have cleared the event of one that came.
+
+        One check will do for all that are sent in one turn of the loop.
+        """
+        if not self._turn_is_due:
+            self._turn_is_due = True
+            self.loop.call_soon(self._turn_again)
+
+    def _turn_again(self) -> None:
+        self._turn_is_due = False
+        self._receive()
 
     def _turn(self) -> None:
-        """Handle all events and timers that wait, without blocking."""
-        link = self._link
-        _settle_all(link.poll_monitor())
-        for _ in range(_REPLIES_PER_TURN):
-            if not link.has_input():
-                break
-            call = link.receive()
-            if call is not None:
-                _settle(call)
-        else:
-            self.loop.call_soon(self._turn)
+        """Handle all events that wait, without blocking."""
+        _settle_all(self._link.poll_monitor())
+        self._receive()
+
+    def _receive(self) -> None:
+        """Take the replies that wait, without blocking."""
+        if self._link.drain(_REPLIES_PER_TURN, _settle):
+            self._check_again()
         self._set_timer()
 
     def _on_time(self) -> None:
@@ -360,8 +369,8 @@ class _LoopDriver:
             self._timer.cancel()
         self._timer, self._timer_due = None, math.inf
 
-    def _watch(self, opened: Socket) -> None:
-        self.loop.add_reader(opened.fileno(), self._turn)
+    def _watch(self, opened: Socket, is_monitor: bool) -> None:
+        self.loop.add_reader(opened.fileno(), self._receive if self._is_single and not is_monitor else self._turn)
 
     def _unwatch(self, closing: Socket) -> None:
         if not self.loop.is_closed():

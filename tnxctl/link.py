@@ -87,7 +87,8 @@ class Link:
 
     Args:
         session: decides; the link obeys and reports.
-        watch, unwatch: called with each socket after it is opened and before it is closed, to have it polled.
+        watch, unwatch: called with each socket after it is opened and before it is closed, to have it polled. The
+            second argument of `watch` says whether it is a monitor.
 
     Attributes:
         dealer, monitor: both None, or both open.
@@ -97,7 +98,7 @@ class Link:
     def __init__(
         self,
         session: Session,
-        watch: Callable[[Socket], None] | None = None,
+        watch: Callable[[Socket, bool], None] | None = None,
         unwatch: Callable[[Socket], None] | None = None,
     ) -> None:
         self._session = session
@@ -124,6 +125,26 @@ class Link:
 
     def receive(self) -> Call[Any] | None:
         """Take one message, if one waits. Returns the call that it finished, if any."""
+        frames = self._receive_frames()
+        return None if frames is None else self._session.receive(frames, time.monotonic())
+
+    def drain(self, most: int, settle: Callable[[Call[Any]], None]) -> bool:
+        """Take the messages that wait, up to so many, and hand each call that one finished to `settle`.
+
+        Returns whether more may wait. If not, the file descriptor of the socket tells of the next one: the attempt that
+        found none has re-armed it, as a look at the events would have, but one look for all instead of one for each.
+        """
+        for _ in range(most):
+            frames = self._receive_frames()
+            if frames is None:
+                return False
+            call = self._session.receive(frames, time.monotonic())
+            if call is not None:
+                settle(call)
+        return True
+
+    def _receive_frames(self) -> list[Any] | None:
+        """Take the frames of one message; None if none waits."""
         dealer = self.dealer
         if dealer is None:
             return None
@@ -135,7 +156,7 @@ class Link:
             frame = self._receive_tensor(dealer)
             if len(frames) < self._session.max_frames:
                 frames.append(frame)
-        return self._session.receive(frames, time.monotonic())
+        return frames
 
     def has_input(self) -> bool:
         """Whether a message waits. The look also re-arms the edge-triggered file descriptor of the socket."""
@@ -272,7 +293,7 @@ class Link:
     def _open_sockets(self) -> None:
         context = shared_context()
         self.dealer = dealer = context.socket(zmq.DEALER)
-        self._watch(dealer)
+        self._watch(dealer, False)
         dealer.set(zmq.LINGER, 0)
         # For IPv6 addresses only: a name such as localhost would be looked up as IPv6 alone, and its IPv4 never tried.
         dealer.set(zmq.IPV6, "[" in self._session.endpoint)
@@ -294,7 +315,7 @@ class Link:
         dealer.set(zmq.TCP_KEEPALIVE_CNT, 3)
         # pyzmq's own address comes from a file descriptor, whose number the last socket may have had just now.
         self.monitor = dealer.get_monitor_socket(_EVENTS, f"inproc://tnx-monitor-{next(_monitor_ids)}")
-        self._watch(self.monitor)
+        self._watch(self.monitor, True)
         self.sources = [(dealer, _POLLIN), (self.monitor, _POLLIN)]
         dealer.connect(self._session.endpoint)
 
@@ -331,7 +352,7 @@ class Link:
             pass  # the connection has just broken: the monitor is about to say so, and the call goes out on the next
 
 
-def _ignore(_: Socket) -> None:
+def _ignore(_: Socket, __: bool = False) -> None:
     pass
 
 

@@ -27,7 +27,7 @@ class Links:
     def __init__(
         self,
         balancer: Balancer,
-        watch: Callable[[Socket], None] | None = None,
+        watch: Callable[[Socket, bool], None] | None = None,
         unwatch: Callable[[Socket], None] | None = None,
     ) -> None:
         self._balancer = balancer
@@ -80,6 +80,16 @@ class Links:
                     self._finished += self._take(index, [attempt], now)
             self._finished += self._send_due(now)
         return self._finished.popleft() if self._finished else None
+
+    def drain(self, most: int, settle: Callable[[Call[Any]], None]) -> bool:
+        """Take the messages that wait, see `Link.drain`."""
+        for _ in range(most):
+            if not self.has_input():
+                return False
+            call = self.receive()
+            if call is not None:
+                settle(call)
+        return True
 
     def poll_source(self, source: Socket) -> list[Call[Any]]:
         """Take what waits at one of the sources. Returns finished calls."""
@@ -161,7 +171,7 @@ class Links:
 
 def link_of(
     session: Session | Balancer,
-    watch: Callable[[Socket], None] | None = None,
+    watch: Callable[[Socket, bool], None] | None = None,
     unwatch: Callable[[Socket], None] | None = None,
 ) -> Link | Links:
     """The sockets of a client, of one daemon or of several."""

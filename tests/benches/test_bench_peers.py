@@ -50,7 +50,7 @@ import httpload
 import idle
 import proctree
 import throughput
-from comparison import LEAN, NATURAL, TENSORNEXT, C
+from comparison import BRIDGE, FASTAPI_RAW, LEAN, NATURAL, TENSORNEXT, TRITON, C
 from contenders import CONTENDERS, ENVIRONMENTS, Contender, PeerServer
 from goals import goals_text
 from measurement import evaluate
@@ -433,12 +433,31 @@ def test_goals_are_held_against_the_best_of_the_others() -> None:
     assert "not measured" in goals_text(comparison.goals(measured))
 
 
+def test_goals_of_the_bridge_are_held_against_fastapi_and_triton_and_it_is_no_rival_of_the_daemon() -> None:
+    measured: comparison.Measured = {
+        (TENSORNEXT, 1, NATURAL): [round_of(100)],
+        (BRIDGE, 1, NATURAL): [round_of(200)],
+        (TRITON, 1, NATURAL): [round_of(400)],
+        (TENSORNEXT, 1, C): [round_of(100)],
+        (BRIDGE, 1, C): [round_of(60)],
+        (FASTAPI_RAW, 1, C): [round_of(50)],
+        (TENSORNEXT, 64, C): [round_of(9, rate=9000)],
+        (BRIDGE, 64, C): [round_of(9, rate=3000)],
+        (FASTAPI_RAW, 64, C): [round_of(9, rate=2000)],
+    }
+    *daemons, by_wrk, by_tritonclient, many = comparison.goals(measured)
+    assert all(goal.over.startswith((FASTAPI_RAW, TRITON, "nobody")) for goal in daemons)
+    assert (by_wrk.ratio and by_wrk.ratio.median, by_wrk.is_met) == (1.2, True)
+    assert (by_tritonclient.ratio and by_tritonclient.ratio.median, by_tritonclient.is_met) == (0.5, True)
+    assert (many.ratio and many.ratio.median, many.is_met) == (1.5, False)
+
+
 # --- the commands ------------------------------------------------------------------------------------------------
 
 
 def test_the_pinned_torch_of_every_peer_is_the_daemons() -> None:
     files = sorted((BENCH / "peers").glob("*.txt"))
-    assert {path.stem for path in files} == {contender.peer for contender in CONTENDERS}
+    assert {path.stem for path in files} == {contender.peer for contender in CONTENDERS if not contender.own}
     wanted = next(line for line in (BENCH.parent / "constraints.txt").read_text().splitlines() if "torch==" in line)
     for path in files:
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
@@ -449,26 +468,40 @@ def test_the_pinned_torch_of_every_peer_is_the_daemons() -> None:
 @pytest.mark.slow
 def test_compare_measures_tensornext_and_says_who_is_missing(tmp_path: Path) -> None:
     report_path, picture = tmp_path / "compare.json", tmp_path / "compare.png"
-    arguments = ("--rounds", "2", "--seconds", "0.05", "--environments", str(tmp_path), "--outstanding", "1,4")
+    arguments = (
+        "--rounds",
+        "2",
+        "--seconds",
+        "0.05",
+        "--environments",
+        str(tmp_path),
+        "--outstanding",
+        "1,4",
+        "--no-wrk",
+    )
     run("compare.py", *arguments, "--json", str(report_path), "--plot", str(picture))
     report = msgspec.json.decode(report_path.read_bytes(), type=comparison.Comparison)
-    assert set(report.missing) == {contender.name for contender in CONTENDERS}
+    assert set(report.missing) == {contender.name for contender in CONTENDERS if not contender.own}
     assert all("make bench-peers" in reason for reason in report.missing.values())
     assert [(table.outstanding, table.client) for table in report.tables] == [
         (outstanding, client) for outstanding in (1, 4) for client in (NATURAL, LEAN, C)
     ]
     for table in report.tables:
-        (row,) = table.rows
-        assert not row.errors
-        assert len(row.rounds) == 2
-        assert min(row.medians.values()) > 0
-    assert list(report.idle_cpu_percent) == [TENSORNEXT]
-    assert {goal.is_met for goal in report.goals} == {None}
+        has_bridge = table.client != C or report.environment["wrk"] != "not used"
+        assert [row.server for row in table.rows] == ([TENSORNEXT, BRIDGE] if has_bridge else [TENSORNEXT])
+        for row in table.rows:
+            assert not row.errors
+            assert len(row.rounds) == 2
+            assert min(row.medians.values()) > 0
+    assert list(report.idle_cpu_percent) == [TENSORNEXT, BRIDGE]
+    *others, mebibyte = report.goals
+    assert {goal.is_met for goal in others} == {None}
+    assert mebibyte.ratio is not None
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("peer", sorted({contender.peer for contender in CONTENDERS}))
+@pytest.mark.parametrize("peer", sorted({contender.peer for contender in CONTENDERS if not contender.own}))
 def test_compare_measures_a_peer(peer: str, tmp_path: Path) -> None:
     wanted = [contender for contender in CONTENDERS if contender.peer == peer]
     if wanted[0].python(ENVIRONMENTS) is None:
@@ -539,5 +572,5 @@ def test_the_commands_refuse_what_makes_no_sense(
 def test_a_comparison_that_is_interrupted_stops_what_it_started(tmp_path: Path) -> None:
     # The daemon and its natural client.
     check_that_it_stops_what_it_started(
-        "compare.py", "--environments", str(tmp_path), number=signal.SIGTERM, children=2
+        *("compare.py", "--peers", "mosec", "--environments", str(tmp_path)), number=signal.SIGTERM, children=2
     )

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import select
+import threading
+import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,8 @@ from peers import (
     PATIENCE_S,
     BlindLoop,
     FakeDaemon,
+    Reply,
+    Request,
     X,
     echo,
     equal,
@@ -20,6 +26,8 @@ from peers import (
     silence,
 )
 from tnxctl import AsyncClient
+from tnxctl.aio import _LoopDriver
+from tnxctl.link import Link
 from tnxctl.protocol import errors
 from tnxctl.results import Result
 
@@ -46,6 +54,39 @@ def test_a_cancelled_task_forgets_its_call() -> None:
             assert equal(await tnx.predict(X), X)
 
     with FakeDaemon(silence) as daemon:
+        asyncio.run(main(daemon))
+
+
+def test_a_late_reply_that_comes_just_before_the_next_call_does_not_hide_its_reply() -> None:
+    wanted = threading.Event()
+
+    def late(request: Request) -> Iterable[tuple[bytes, Reply]]:
+        wanted.wait(PATIENCE_S)
+        return echo(request)
+
+    async def main(daemon: FakeDaemon) -> None:
+        async with AsyncClient(daemon.endpoint, timeout=PATIENCE_S) as tnx:
+            await tnx.predict(X)
+            daemon.answer = late
+            task = asyncio.create_task(tnx.predict(X))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            for _ in range(3):  # whatever is left to be done for it
+                await asyncio.sleep(0)
+            daemon.answer = echo
+            wanted.set()
+            assert isinstance(tnx._driver, _LoopDriver)
+            assert isinstance(tnx._driver._link, Link)
+            assert tnx._driver._link.dealer is not None
+            # The loop does not see that the reply has come, but the next call's use of the socket does: libzmq looks
+            # for news while it sends unless it has done so within the last millisecond.
+            assert select.select([tnx._driver._link.dealer.fileno()], [], [], PATIENCE_S)[0]
+            time.sleep(0.01)
+            assert equal(await tnx.predict(X, timeout=2), X)
+
+    with FakeDaemon(echo) as daemon:
         asyncio.run(main(daemon))
 
 

@@ -142,7 +142,7 @@ def test_an_asyncio_client_that_a_fork_has_copied_says_so_and_leaves_its_parents
 EVERY_CALL = {
     "predict": "X", "submit": "X", "health": "", "metadata": "", "cast": "X", "models": "", "load": "'m'",
     "unload": "'m'", "route": "'m', {}", "reload": "", "compare": "'m', 1, 2", "whoami": "", "clients": "",
-    "kick": "'name'", "keys": "",
+    "kick": "'name'", "keys": "", "stats": "", "explain": "", "record": "'file'", "stop_recording": "", "recording": "",
 }  # fmt: skip
 
 

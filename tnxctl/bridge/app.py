@@ -22,6 +22,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 _CLOSE = (b"connection", b"close")
 _CHALLENGE = (b"www-authenticate", b'Bearer realm="tensornext"')
+_SHORT_BYTES = 16 * 1024  # of a body: up to here a copy costs less than another message to the server
 _LONG_BYTES = 64 * 1024  # of an answer: what is shorter fits into the buffers that each connection has
 _HEADER_OVERHEAD = 4  # ": " and the end of the line
 
@@ -123,7 +124,10 @@ def _admit(bridge: Bridge, scope: Scope, headers: Mapping[bytes, str], verb: Any
 
 async def _send(send: Send, response: Response) -> None:
     chunks = response.chunks
-    headers = [*response.headers, (b"content-length", b"%d" % sum(map(len, chunks)))]
+    nbytes = sum(map(len, chunks))
+    if len(chunks) > 1 and nbytes <= _SHORT_BYTES:
+        chunks = (b"".join(chunks),)
+    headers = [*response.headers, (b"content-length", b"%d" % nbytes)]
     await send({"type": "http.response.start", "status": response.status, "headers": headers})
     last = len(chunks) - 1
     for place, chunk in enumerate(chunks):

@@ -53,6 +53,7 @@ class Routes:
     def __init__(self) -> None:
         self._root = _Node()
         self._fixed: dict[tuple[str, str], Route] = {}  # those without names, which need no walk
+        self._found: dict[tuple[str, str], tuple[Route, dict[str, str]]] = {}  # those that were asked for lately
 
     def add(
         self,
@@ -90,6 +91,17 @@ class Routes:
         route = self._fixed.get((method, path))
         if route is not None:
             return route, {}
+        found = self._found.get((method, path))
+        if found is None:
+            found = self._search(method, path)
+            if len(path) <= _MOST_REMEMBERED_CHARACTERS:
+                if len(self._found) >= _MOST_REMEMBERED:
+                    self._found.clear()
+                self._found[method, path] = found
+        route, values = found
+        return route, values.copy()
+
+    def _search(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
         segments = path.removeprefix("/").split("/", _MOST_SEGMENTS)
         methods: set[str] = set()
         for node, values in _matches(self._root, segments, 0, ()):
@@ -106,6 +118,9 @@ class Routes:
 
 
 _MOST_SEGMENTS = 16
+
+_MOST_REMEMBERED, _MOST_REMEMBERED_CHARACTERS = 1024, 256
+"""Paths that need no walk a second time, and how long they may be: clients ask for a few models again and again."""
 
 
 def _matches(
