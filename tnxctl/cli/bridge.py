@@ -8,7 +8,6 @@ import sys
 from typing import TYPE_CHECKING
 
 import click
-import msgspec
 
 from tnxctl.cli.options import DEFAULT_TIMEOUT_S, Duration, host
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
@@ -137,6 +136,8 @@ def _serve(settings: Settings) -> int:
         raise FailedPrecondition(
             f"the bridge needs {error.name}, which is not installed: pip install 'tensornext[http]'"
         ) from None
+    import msgspec
+
     from tnxctl.bridge.notifying import notify
 
     if settings.grpc is not None:
