@@ -46,11 +46,11 @@ from tnxctl.durations import spell
 from tnxctl.links import Links, link_of
 from tnxctl.protocol.errors import DeadlineExceeded
 from tnxctl.session import Session
-from tnxctl.wakeups import Signal, Wakeup
+from tnxctl.wakeups import LONGEST_WAIT_S, Signal, Wakeup
 
 T = TypeVar("T")
 
-_MAX_WAIT_MS = 3_600_000.0  # zmq_poll takes 32 bits
+_MAX_WAIT_MS = 1e3 * LONGEST_WAIT_S
 _GRACE_S = 0.5  # the thread that reads has the better error message: let it speak first
 
 _POLLIN = int(POLLIN)  # pyzmq's own is an enum, whose operators cost microseconds

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
+
+LONGEST_WAIT_S = 1.0
+"""Seconds after which a thread that waits looks at Python's signals. One that came in the moment between Python's last
+look and the system call does not end that call: Ctrl-C would be seen when the wait is over, maybe a minute later."""
 
 
 class Signal:
@@ -22,7 +27,14 @@ class Signal:
 
     def wait(self, timeout: float = -1) -> bool:
         """Whether it was set within `timeout` seconds; without one, wait until it is. Clears it."""
-        return self._lock.acquire(timeout=timeout)
+        if timeout < 0:
+            return self._lock.acquire()
+        until = time.monotonic() + timeout
+        while not self._lock.acquire(timeout=min(timeout, LONGEST_WAIT_S)):
+            timeout = until - time.monotonic()
+            if timeout <= 0:
+                return False
+        return True
 
 
 class Wakeup:

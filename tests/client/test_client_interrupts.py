@@ -25,7 +25,7 @@ from peers import (
     in_turn,
     silence,
 )
-from tnxctl import Client, driver
+from tnxctl import Client, driver, wakeups
 from tnxctl.protocol import errors, wire
 from tnxctl.results import Result
 
@@ -46,6 +46,33 @@ def test_a_call_interrupted_while_it_waits_is_withdrawn(monkeypatch: pytest.Monk
         assert daemon.cancels.get(timeout=PATIENCE_S).id == interrupted.id
         assert equal(tnx.predict(X), X)
         assert daemon.received.get_nowait().identity == interrupted.identity, "the connection goes on"
+
+
+def test_no_wait_is_so_long_that_an_interrupt_just_before_it_seems_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits_s: list[float] = []
+
+    def poll(sources: list[tuple[Any, int]], timeout: int) -> list[tuple[Any, int]]:
+        waits_s.append(timeout / 1e3)
+        if daemon.received.empty():
+            return zmq.zmq_poll(sources, 1)
+        raise KeyboardInterrupt
+
+    class Lock:
+        def acquire(self, timeout: float) -> bool:
+            waits_s.append(timeout)
+            return len(waits_s) > 2
+
+    monkeypatch.setattr(driver, "zmq_poll", poll)
+    with FakeDaemon(silence) as daemon, Client(daemon.endpoint, timeout=PATIENCE_S) as tnx:
+        with pytest.raises(KeyboardInterrupt):
+            tnx.predict(X)
+        monkeypatch.undo()
+    assert 0 < max(waits_s) <= 1.0
+    waits_s.clear()
+    signal = wakeups.Signal()
+    signal._lock = Lock()  # type: ignore[assignment]
+    assert signal.wait(3600.0)
+    assert waits_s == [1.0] * 3
 
 
 def test_a_call_interrupted_while_another_thread_drives_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
