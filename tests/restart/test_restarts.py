@@ -21,6 +21,7 @@ def test_nobody_notices_a_restart_while_somebody_holds_the_listeners(tmp_path: P
         assert not (tmp_path / "tnx.lock").exists(), "it has not bound the path itself"
 
 
+@pytest.mark.slow
 def test_without_a_holder_a_restart_is_a_pause(tmp_path: Path) -> None:
     with started(tmp_path, holds=False) as starter:
         report = restart(starter.endpoints, [starter.terminate], 1)

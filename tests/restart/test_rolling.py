@@ -37,6 +37,7 @@ def both(first: Starter, second: Starter) -> list[list[str]]:
     return [[tcp, other_tcp], [ipc, other_ipc], [ipc, other_tcp]]
 
 
+@pytest.mark.slow
 def test_a_rolling_restart_is_not_noticed(tmp_path: Path) -> None:
     with pair(tmp_path, holds=False) as (first, second):
         report = restart(both(first, second), [first.terminate, second.kill], 2)

@@ -178,7 +178,7 @@ class HastyListener:
         self._socket.close()
 
 
-@pytest.mark.parametrize("ask", WAYS)
+@pytest.mark.parametrize("ask", [alone, *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS[1:])])
 @pytest.mark.parametrize(
     ("mechanism", "knows", "sentence"),
     [
