@@ -46,11 +46,11 @@ class Browser:
         self._ask("url", {"url": url})
 
     def run(self, script: str, *arguments: object) -> Any:
-        """What a function body returns, in the page."""
+        """Value that a function body returns, in the page."""
         return self._ask("execute/sync", {"script": script, "args": arguments})
 
     def wait(self, condition: str, *arguments: object) -> Any:
-        """What an expression is, once it is true. Raises AssertionError: it never was."""
+        """Value of an expression, once it is true. Raises AssertionError: it never was."""
         until = time.monotonic() + _WITHIN_S
         while not (found := self.run(f"return {condition}", *arguments)):
             assert time.monotonic() < until, f"{condition} is not true; the page says:\n{self.text('body')}"
@@ -68,7 +68,7 @@ class Browser:
         self._ask("actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
 
     def messages(self) -> list[str]:
-        """What the page has logged since the last look: errors, and whatever was blocked."""
+        """Lines that the page has logged since the last look: errors, and whatever was blocked."""
         return [entry["message"] for entry in self._ask("se/log", {"type": "browser"})]
 
     def look(self, width: int, height: int, *, dark: bool) -> bytes:

@@ -86,7 +86,7 @@ class Terminal:
 
     @property
     def shown(self) -> str:
-        """What is to be seen: the alternate screen where that is on, else the text beside it."""
+        """Screen as it is seen: the alternate one where that is on, else the text beside it."""
         return self.text if self.screen is None else "\n".join(self.screen).rstrip()
 
     def end(self, number: int | None = None) -> int:

@@ -29,7 +29,7 @@ class _Speaker(threading.local):
 
 
 speaker = _Speaker()
-"""Whose code runs on this thread: what it prints is told apart by that."""
+"""Speaker of this thread, whose code runs on it: what is printed is told apart by that."""
 
 
 def event(name: str, model: str = "", /, **fields: Any) -> dict[str, Any]:

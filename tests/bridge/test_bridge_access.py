@@ -1,4 +1,4 @@
-"""Who gets in: addresses, TLS, tokens and their roles."""
+"""Admission at the bridge: addresses, TLS, tokens and their roles."""
 
 from __future__ import annotations
 

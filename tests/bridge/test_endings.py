@@ -1,4 +1,4 @@
-"""What ends: clients in the middle of a request, daemons that are gone, restart or drain, and the bridge itself."""
+"""Ends: of clients in the middle of a request, of daemons that go, restart or drain, and of the bridge itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `tnxctl top` is made of: what is held against what, and lines that fit any terminal."""
+"""Parts of `tnxctl top`: what is held against what, and lines that fit any terminal."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Bridge:
         self._first = 0  # of the daemons: the one that answered last
 
     async def ask_one(self, ask: Question[T], timeout: float | None = None) -> T:
-        """What one daemon says of itself or its models: the first of them that answers, since all serve the same.
+        """Answer of one daemon about itself or its models: the first of them that answers, since all serve the same.
 
         The next question goes to the same one first. So a daemon that is gone costs one of them its time, and not each.
 

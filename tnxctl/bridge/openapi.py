@@ -17,7 +17,7 @@ _SCHEMAS = "#/components/schemas/{name}"
 _JSON = "application/json"
 
 _SECTIONS = re.compile(r"^(?:Args|Raises|Returns):$", re.MULTILINE)
-"""Where a docstring goes on for programmers."""
+"""Headings from which on a docstring is for programmers."""
 
 
 class Error(msgspec.Struct, frozen=True):

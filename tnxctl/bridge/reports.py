@@ -1,4 +1,4 @@
-"""What a daemon says of itself: GET /metrics for Prometheus, GET /stats, /daemons and /models as JSON."""
+"""Reports of a daemon about itself: GET /metrics for Prometheus, GET /stats, /daemons and /models as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SCRAPE_TIMEOUT_S = 2.0
 """Most seconds that /metrics waits for a daemon."""
 
 _SCRAPE_SHARE = 0.8
-"""Of the time that Prometheus waits for /metrics, which it says: the rest is for the answer."""
+"""Share of the time that Prometheus waits for /metrics, which it says: the rest is for the answer."""
 
 
 class ModelList(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from tnxctl.protocol.timings import Timing
 from tnxctl.results import Result
 
 _UNFIT = re.compile(r'[^ -~]|[\\"]')
-"""What a quoted string of HTTP cannot have, or not without being escaped."""
+"""Characters that a quoted string of HTTP cannot have, or not without being escaped."""
 
 _STAGES = [field.removesuffix("_us") for field in Timing.__struct_fields__]
 

@@ -28,7 +28,7 @@ _COMES_BACK = (429, 503)
 
 
 def headers_of(error: TensorNextError, status: int) -> Headers:
-    """When to come back, in whole seconds: at least one, since that is the least that the header can say."""
+    """Header with the whole seconds after which to come back: at least one, since it can say no less."""
     if status not in _COMES_BACK:
         return ()
     seconds = max(1, math.ceil(error.retry_after_s or 0.0))

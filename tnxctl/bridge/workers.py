@@ -37,7 +37,7 @@ _log = logging.getLogger("tnxctl.bridge")
 
 
 class _Order(msgspec.Struct, frozen=True):
-    """What a worker is told. Attributes: descriptors: of its listening sockets."""
+    """Task of a worker. Attributes: descriptors: of its listening sockets."""
 
     settings: Settings
     descriptors: tuple[int, ...]

@@ -128,7 +128,7 @@ def _circumstances(slow: SlowRequest) -> Iterator[str]:
 
 
 def _forecast(slow: SlowRequest) -> str:
-    """Where the time went, in a sentence."""
+    """Sentence about where the time went."""
     stage, us = _longest(slow)
     share = us / slow.timing.total_us if slow.timing.total_us > 0 else 0.0
     most = f"{_MEANINGS[stage]} took {text.percent(share)} of it"

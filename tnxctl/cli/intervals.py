@@ -1,4 +1,4 @@
-"""What a daemon did in an interval, for machines; and in words, why requests became slower."""
+"""Work of a daemon in an interval, for machines; and in words, why requests became slower."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _why(grown: Growth, earlier: VersionInterval, version: VersionInterval, befo
 def _reasons(
     stage: str, earlier: VersionInterval, version: VersionInterval, before: Interval, now: Interval
 ) -> Iterator[str]:
-    """What else changed that has to do with a stage, the weightiest first."""
+    """Other changes that have to do with a stage, the weightiest first."""
     if stage in ("receive", "reply"):
         turns, usual = (text.micros(each.loop_turns.quantile(0.99)) for each in (now, before))
         yield f"turns of the loop take {turns} (p99), {usual} before"

@@ -147,7 +147,7 @@ def _row(version: VersionInterval) -> tuple[str, ...]:
 
 
 def _errors(version: VersionInterval) -> Iterator[str]:
-    """What else happened to a version, if anything."""
+    """Words for what else happened to a version, if anything."""
     parts = [
         f"{text.clean(code)} {text.rate(version.per_second(count))}/s" for code, count in sorted(version.errors.items())
     ]

@@ -20,7 +20,7 @@ import msgspec
 
 from tnxctl.files import tomledit, tomlfile
 from tnxctl.keys import editing, guards, lines
-from tnxctl.protocol.errors import AlreadyExists, InvalidArgument, NotFound
+from tnxctl.protocol.errors import AlreadyExists, InvalidArgument
 from tnxctl.protocol.wire import MIB
 
 Role = Literal["observe", "predict", "admin"]
@@ -151,15 +151,4 @@ def revoke(path: Path, name: str) -> AuthorizedKey:
         NotFound: nobody there has that name.
         OSError: the file cannot be written. It is as it was then.
     """
-    gone: list[AuthorizedKey] = []
-
-    def change(text: str, found: dict[bytes, AuthorizedKey]) -> tuple[str, dict[bytes, AuthorizedKey]]:
-        gone.extend(each for each in found.values() if each.name == name)
-        if not gone:
-            names = ", ".join(sorted(each.name for each in found.values())) or "nobody"
-            raise NotFound(f"{path}: lets no {name!r} in; it has {names}")
-        left = {public: each for public, each in found.items() if each.name != name}
-        return tomledit.remove_table(text, (_TABLE, name)), left
-
-    editing.edit(path, guards.read_list, parse, change, _HEADERS)
-    return gone[0]
+    return editing.remove(path, guards.read_list, parse, _TABLE, name, f"lets no {name!r} in")

@@ -21,7 +21,7 @@ import msgspec
 from tnxctl.files import tomledit, tomlfile
 from tnxctl.keys import editing, guards, lines
 from tnxctl.keys.authorized import Role
-from tnxctl.protocol.errors import AlreadyExists, InvalidArgument, NotFound
+from tnxctl.protocol.errors import AlreadyExists, InvalidArgument
 
 _TABLE = "tokens"
 _HEADERS = f"[{_TABLE}.NAME]"
@@ -133,15 +133,4 @@ def remove(path: Path, name: str) -> Token:
         NotFound: there is none of that name.
         OSError: the file cannot be written. It is as it was then.
     """
-    gone: list[Token] = []
-
-    def change(text: str, found: dict[str, Token]) -> tuple[str, dict[str, Token]]:
-        gone.extend(each for each in found.values() if each.name == name)
-        if not gone:
-            names = ", ".join(sorted(each.name for each in found.values())) or "nobody"
-            raise NotFound(f"{path}: {name!r} has no token there; it has {names}")
-        left = {sha256: each for sha256, each in found.items() if each.name != name}
-        return tomledit.remove_table(text, (_TABLE, name)), left
-
-    editing.edit(path, guards.read_list, parse, change, _HEADERS)
-    return gone[0]
+    return editing.remove(path, guards.read_list, parse, _TABLE, name, f"{name!r} has no token there")

@@ -50,7 +50,7 @@ class DifferenceTally:
             self.finite += apart.size
 
     def report(self) -> OutputDifference:
-        """What was found so far."""
+        """Results so far."""
         return OutputDifference(
             name=self.spec.name,
             elements=self.elements,

@@ -157,7 +157,7 @@ class Recording:
         return not self._thread.is_alive()
 
     def report(self, id_: int) -> RecordingReport:
-        """What has been written so far."""
+        """Text that has been written so far."""
         end_ns = self._ended_ns or time.perf_counter_ns()
         return RecordingReport(
             v=VERSION,

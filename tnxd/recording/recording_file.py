@@ -92,7 +92,7 @@ class RecordingFile:
 
 
 def _after(parts: list[Buffer], written: int) -> list[Buffer]:
-    """What is left of parts after so many bytes."""
+    """Rest of parts after so many bytes."""
     for at, part in enumerate(parts):
         view = memoryview(part)
         if written < view.nbytes:

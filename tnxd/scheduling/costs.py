@@ -220,7 +220,7 @@ class CostModel:
         return known
 
     def points(self, model: str) -> dict[str, dict[int, float]]:
-        """What is known of a model on the lanes of each device: rows -> microseconds, of the group that most is of."""
+        """Known costs of a model on the lanes of each device: rows -> microseconds, of the group that most is of."""
         found: dict[str, dict[int, float]] = {}
         for (device, key, _, inline), curve in self._curves.items():
             points = curve.points()

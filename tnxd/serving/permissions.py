@@ -33,11 +33,7 @@ def refusal(connection: Connection, request: Request, access: Access) -> Permiss
     """Refusal of a request that the role of a peer is not enough for, which the log has from now on."""
     least = LEAST_ROLES.get(type(request))
     name, role = connection.client.name, connection.role.title
-    asks = (
-        f"{verb_name(type(request))} is for the role {least.title}"
-        if least
-        else f"{verb_name(type(request))} is for nobody"
-    )
+    asks = f"{verb_name(type(request))} is for {f'the role {least.title}' if least else 'nobody'}"
     why = access.limit(least or Role.ADMIN, connection.address)
     # Subject of the line is who asked for what: the log tells of each once in a while.
     extra = event("permission_denied", **_fields(connection, request))
@@ -62,7 +58,7 @@ def _fields(connection: Connection, request: Request) -> dict[str, str]:
 
 
 def _about(request: Request) -> str:
-    """What a request is about: the name of a file, a model or a client."""
+    """Subject of a request: the name of a file, a model or a client."""
     return next(filter(None, (getattr(request, name, "") for name in ("file", "model", "client"))), "")
 
 

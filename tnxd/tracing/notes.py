@@ -23,7 +23,7 @@ class Stages(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What became of one request.
+    """Outcome of one request.
 
     Attributes:
         traceparent: the span that it belongs to.

@@ -62,7 +62,7 @@ class Call:
         return None if seconds is None else min(max(seconds, _LEAST_S), wire.MAX_DEADLINE_US / 1e6)
 
     async def ask_one(self, ask: Question[T], most_s: float | None = None) -> T:
-        """What one daemon says, as `Bridge.ask_one`, before the deadline and within `most_s` seconds."""
+        """Answer of one daemon, as `Bridge.ask_one`, before the deadline and within `most_s` seconds."""
         limits = [seconds for seconds in (self.remaining_s, most_s) if seconds is not None]
         return await self.bridge.ask_one(ask, min(limits, default=None))
 
@@ -82,7 +82,7 @@ class Call:
 
     @property
     def address(self) -> str:
-        """Where it comes from, as HOST:PORT."""
+        """Address that it comes from, as HOST:PORT."""
         _, _, address = unquote(self._context.peer()).partition(":")
         return address
 

@@ -60,7 +60,7 @@ class InferRequest(msgspec.Struct, frozen=True):
 
 
 class Output(NamedTuple):
-    """How an output is answered. Attributes: classes: how many of its largest elements are wanted; 0: all of it."""
+    """Output as it is answered. Attributes: classes: number of its largest elements that are wanted; 0: all of it."""
 
     name: str
     binary: bool

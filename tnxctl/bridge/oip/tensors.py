@@ -168,7 +168,7 @@ _ELEMENTS = {datatype: _element_type(datatype) for datatype in STORAGE}
 
 
 def _depth(data: object) -> int:
-    """How deep lists are nested, going by the first elements; 1 at least, for what has to be a list."""
+    """Depth of nested lists, going by the first elements; 1 at least, for what has to be a list."""
     depth = 0
     while isinstance(data, list) and depth < MAX_RANK:
         depth += 1

@@ -87,7 +87,7 @@ class Selection:
 
 @dataclass
 class Contents:
-    """What a file holds, of what is selected.
+    """Contents of a file, of what is selected.
 
     Attributes:
         titles: requests by NAME@VERSION. seconds: from the first to the last one. nbytes: of the largest one's tensors.

@@ -57,7 +57,7 @@ class History:
             kept.popleft()
 
     def look(self, since_start: bool) -> Look | None:
-        """What is to be seen now; None before the first report.
+        """Look at the daemon as it is now; None before the first report.
 
         Args:
             since_start: hold it against all since the daemon's start, else against the minute before, as soon as that

@@ -100,7 +100,7 @@ SORTS: dict[str, tuple[str, Callable[[Row], float]]] = {
     "grew": ("GREW", lambda row: 0.0 if row.growth is None else row.growth.added_us),
     "name": ("MODEL", lambda row: 0.0),
 }
-"""What models may be sorted by, the largest first: the column that shows it, and its value."""
+"""Orders of models, the largest first: the column that shows the value, and the value."""
 
 _NAME_WIDTH = 14
 _FEWEST_LINES = 4  # of the table of models
@@ -128,7 +128,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What is shown beside the look.
+    """Surroundings of the look.
 
     Attributes:
         endpoint: of the daemon. clock: the time of day.
@@ -355,7 +355,7 @@ def _fitting(width: int) -> list[_Column]:
 
 
 def _stages(row: Row, look: Look, width: int) -> Iterator[str]:
-    """Where the time of a model goes: each stage by mean, share and p99, now and before."""
+    """Stages of a model, where its time goes: each by mean, share and p99, now and before."""
     version = row.version
     earlier = None if look.before is None else look.before.version(version.title)
     title_width = max(min(width - 8 * len(STAGES), 24), 10)
