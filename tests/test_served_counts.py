@@ -134,10 +134,9 @@ def test_answers_and_errors_of_every_kind_add_up(obedient: Dealer) -> None:
     assert (model.batches, model.rows, model.splits) == (3, 5, 1)
     assert (model.deadlines_met, model.deadlines_missed) == (1, 2)
     assert (model.queued_rows, report.queued, report.running) == (0, 0, 0)
-    assert (
-        sum(client.requests for client in report.clients)
-        == model.requests - sum(model.errors[code] for code in ("ALREADY_EXISTS", "INVALID_ARGUMENT")) - 1
-    )
+    # One whose time will pass in the queue is taken in or refused at once, as the daemon predicts on this machine.
+    # What has no header counts in the totals alone.
+    assert sum(client.requests + client.refused for client in report.clients) == report.requests - 1
 
 
 def test_a_device_that_takes_over_what_waits_for_another(obedient: Dealer) -> None:
@@ -147,13 +146,15 @@ def test_a_device_that_takes_over_what_waits_for_another(obedient: Dealer) -> No
     dealer.await_health(running=2)
     for _ in range(20):
         dealer.predict(rows(64), device="auto", deadline_us=60e6)  # for one device, since the other may help
-    earlier, later = [await_stats(dealer, lambda report: report.queued == 20) for _ in range(2)]
+    earlier, later = [
+        await_stats(dealer, lambda report: report.queued == 20 and all(device.busy_us > 0 for device in report.devices))
+        for _ in range(2)
+    ]
     model = of(earlier, "mlp@1")
     check(model, in_flight=22)
     assert model.queued_rows == 20 * 64 == sum(device.queued_rows for device in earlier.devices)
     assert model.predicted_wait_us > 0
-    busy = [(device.name, device.lanes, device.busy_us > 0) for device in earlier.devices]
-    assert busy == [("cuda:0", 1, True), ("cpu", 1, True)]
+    assert [(device.name, device.lanes) for device in earlier.devices] == [("cuda:0", 1), ("cpu", 1)]
     for before, after in zip(earlier.devices, later.devices, strict=True):
         assert after.busy_us > before.busy_us  # what runs counts before it is over
     dealer.socket.send(wire.encode(wire.Unload(v=wire.VERSION, id=wire.MAX_ID, model="digits")))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from fake_daemon import FakeDaemon
 from statistics_reports import Counts
 from tnxctl import Client
 from tnxctl.cli.exits import Exit
-from tnxctl.protocol.errors import PermissionDenied
+from tnxctl.protocol.errors import DeadlineExceeded, PermissionDenied, Unavailable
 from tnxctl.protocol.statistics import StatsReport
 
 if os.name != "posix":
@@ -69,7 +70,8 @@ def load(endpoint: str) -> Iterator[None]:
     def ask() -> None:
         with Client(endpoint) as client:
             while not over.is_set():
-                client.predict(np.zeros((1, 64), np.float32), model="digits")
+                with suppress(Unavailable, DeadlineExceeded):  # of a daemon that takes long to start
+                    client.predict(np.zeros((1, 64), np.float32), model="digits")
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -177,7 +179,7 @@ def test_ctrl_z_and_fg() -> None:
         shell["environment"] = {**found["environment"], "PS1": "here> ", "LC_ALL": "C", "HISTFILE": ""}
         with Terminal(**shell) as terminal:
             terminal.until("here> ")
-            terminal.press(f"{' '.join(found['command'])}\n")
+            terminal.press(f"{shlex.join(found['command'])}\n")
             terminal.until("ready  tnxd")
             terminal.press("\x1a")
             terminal.until("Stopped", "here> ")
