@@ -24,8 +24,8 @@ _KEEP = 1.0
 _WEIGHT = 0.2
 _TRY_WEIGHT = 0.7
 
-# An observation counts for at most so many times what was expected. Where another process takes a core for a moment, two
-# threads share the other one, and a batch of 10 ms takes 50.
+# An observation counts for at most so many times what was expected. Where another process takes a core for a moment,
+# two threads share the other one, and a batch of 10 ms takes 50.
 _OUTLIER = 2.5
 
 # Narrow batches until the next try of a wide one, after the first one that was too slow. From one failed try to the
