@@ -28,6 +28,7 @@ from tnxctl.protocol import wire
 from zmtp import Peer, message
 
 ODD = (str(Path(__file__).parent / "odd_models.py"),)
+HASTY = (str(Path(__file__).parent / "hasty_daemon.py"),)
 TNXD = ("-m", "tnxd")
 
 
@@ -490,7 +491,7 @@ def test_a_drain_that_cuts_a_busy_lane_ends_well(made: Own) -> None:
     check_that_a_drain_is_cut(made)
 
 
-@makes(waiting("[cpu]\ninline_limit_us = 1000000.0\n"))
+@makes(own("--model", "wait", config="[cpu]\ninline_limit_us = 1000000.0\n", program=HASTY))
 def test_a_second_signal_ends_a_loop_that_hangs(made: Own) -> None:
     """A batch that was predicted to be cheap, and so runs on the loop's own thread, never ends."""
     with Dealer(made.endpoint) as dealer:
@@ -515,12 +516,7 @@ def test_what_was_sent_before_the_signal_is_answered(made: Own) -> None:
         assert made.process.wait(20) == 0
 
 
-@makes(
-    own(
-        config="drain_timeout_s = 0.2\n",
-        program=("-c", "from tnxd import cli; cli._FLUSH_S = 0.3; cli.main(prog_name='tnxd')"),
-    )
-)
+@makes(own(config="drain_timeout_s = 0.2\n", program=HASTY))
 def test_a_client_that_takes_no_replies_makes_no_failure_of_a_stop(made: Own) -> None:
     """They fill its connection and the queue behind: the drain takes all of its time, and so does the flush."""
     count = 500
