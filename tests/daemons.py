@@ -35,7 +35,7 @@ class Running:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send it a signal. Returns its exit code."""
         self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     @property
     def log(self) -> str:

@@ -67,7 +67,7 @@ class GuardedDaemon:
 
     def _stop(self) -> None:
         self._stop_writer.send(b"\0")
-        self._thread.join(30)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         self._stop_reader.close()
         self._stop_writer.close()

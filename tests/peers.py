@@ -24,7 +24,7 @@ from tnxctl.results import Result
 
 LIMITS = wire.Limits()
 X = np.arange(6, dtype="f4").reshape(2, 3)
-PATIENCE_S = 20.0  # for what must happen; never reached when all is well
+PATIENCE_S = 60.0  # for what must happen; never reached when all is well
 TIMING = wire.Timing(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 28.0)
 
 

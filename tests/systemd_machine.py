@@ -109,7 +109,7 @@ def booted() -> Iterator[Machine]:
         finally:
             boot.kill()
             boot.communicate()
-            eventually(lambda: _remove_cgroup(cgroup), "the machine's processes are gone", timeout=10.0)
+            eventually(lambda: _remove_cgroup(cgroup), "the machine's processes are gone", timeout=60.0)
 
 
 def eventually(condition: Callable[[], bool], what: str, timeout: float = 30.0) -> None:

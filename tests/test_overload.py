@@ -88,7 +88,7 @@ def test_who_asks_for_more_than_can_be_done_in_time_gets_an_answer_to_each(
     room = threading.Semaphore(8)
     answers: Counter[str] = Counter()
     ids = set()
-    with Peer(daemon.endpoint, timeout=30) as peer:
+    with Peer(daemon.endpoint, timeout=60) as peer:
         peer.greet()
 
         def send() -> None:
@@ -147,7 +147,7 @@ def test_a_flood_is_no_reason_to_refuse_another_client_that_does_not_say_when_it
         finally:
             over.set()
 
-    with Peer(daemon.endpoint, timeout=30).greet() as flooder, Dealer(daemon.endpoint) as honest:
+    with Peer(daemon.endpoint, timeout=60).greet() as flooder, Dealer(daemon.endpoint) as honest:
         sender = threading.Thread(target=send)
         sender.start()
         try:

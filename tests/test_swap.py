@@ -86,7 +86,7 @@ class Load:
 
     def _ask(self, number: int) -> None:
         x = rows(*(1.0 + number + row for row in range(1 + number)))
-        with Client(self.endpoint, timeout=30.0) as tnx:
+        with Client(self.endpoint, timeout=60.0) as tnx:
             while not self._stop.is_set():
                 oldest = self.current
                 try:

@@ -297,7 +297,7 @@ def ask_with_key(machine: Machine, server: str, verb: str) -> str:
     """Answer that a client inside gets over tcp with alice's key: the role of whoami, say, or the name of an error."""
     program = (
         "import sys; from tnxctl import Client, TensorNextError\n"
-        "with Client('127.0.0.1', key='/etc/tensornext/alice.key', server_key=sys.argv[1], timeout=20) as client:\n"
+        "with Client('127.0.0.1', key='/etc/tensornext/alice.key', server_key=sys.argv[1], timeout=60) as client:\n"
         "    try: print(getattr(client, sys.argv[2])())\n"
         "    except TensorNextError as error: print(error.code)\n"
     )

@@ -40,10 +40,10 @@ from tool import run
 
 GRPC = ("--grpc", "127.0.0.1:0")
 
-ARRIVAL_S = 20.0
+ARRIVAL_S = 60.0
 """Longest wait for a request to come to a daemon."""
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """Deadline of calls that have to succeed."""
 
 LIMITS = {

@@ -23,7 +23,7 @@ from tnxctl.keys import known_hosts, lines, pairs, places
 from tnxctl.protocol.errors import Unauthenticated, Unavailable
 from tool import run
 
-PATIENCE_S = 40.0  # far more than any refusal takes: only so that a client that hangs fails its test
+PATIENCE_S = 60.0  # far more than any refusal takes: only so that a client that hangs fails its test
 
 ALICE, DAEMON, OTHER = map(fixed_pair, ("alice", "gpu-box", "gpu-box"), (1, 1, 2))
 

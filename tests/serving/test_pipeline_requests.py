@@ -360,5 +360,5 @@ def test_hanging_steps_and_the_end_of_a_drain_answer_each_request_once(tmp_path:
         assert {error.id for error in errors} <= sent
         assert len(errors) >= 3
         assert {error.code for error in errors} == {"UNAVAILABLE"}
-        assert daemon.process.wait(30) == 0
+        assert daemon.process.wait(60) == 0
         assert not dealer.socket.poll(0)
