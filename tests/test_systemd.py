@@ -37,7 +37,7 @@ INSTALL_TIMEOUT = 500.0
 RESTARTS_TIMEOUT = 30.0
 """Seconds for a restart under load, on a busy machine."""
 
-pytestmark = pytest.mark.timeout(INSTALL_TIMEOUT + 60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(INSTALL_TIMEOUT + 60)]
 
 
 def make(machine: Machine, *arguments: str, check: bool = True) -> str:
@@ -165,13 +165,11 @@ def test_nobody_notices_that_it_is_restarted(service: Machine) -> None:
     under_load(service, "--times", "2", timeout=3 * RESTARTS_TIMEOUT)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_nobody_notices_that_it_is_restarted_a_hundred_times(service: Machine) -> None:
     under_load(service, "--times", "100", timeout=100 * RESTARTS_TIMEOUT)
 
 
-@pytest.mark.slow
 def test_without_the_socket_unit_a_restart_is_a_pause(service: Machine) -> None:
     service.run("systemctl", "disable", "--now", "tensornext.socket")
     try:
@@ -182,7 +180,6 @@ def test_without_the_socket_unit_a_restart_is_a_pause(service: Machine) -> None:
         service.run("systemctl", "enable", "--now", "tensornext.socket")
 
 
-@pytest.mark.slow
 def test_who_connects_starts_it_unless_both_units_are_stopped(service: Machine) -> None:
     service.run("systemctl", "stop", "tensornext")
     service.run("tnxctl", "predict", "--timeout", "60")
