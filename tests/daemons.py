@@ -107,6 +107,14 @@ def running(
             process.stdout.close()
 
 
+def freeze(process: subprocess.Popen[Any] | prepared.Process) -> None:
+    """Stop a process, so that it does nothing until SIGCONT: on a busy machine, its threads run on for a moment."""
+    process.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{process.pid}/task")
+    while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks.iterdir()):
+        time.sleep(0.01)  # between two looks: nobody but its parent hears of it
+
+
 @contextmanager
 def full_pipe() -> Iterator[tuple[int, int]]:
     """Pipe that takes not one byte more: reader and writer."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from conftest import Daemon
+from daemons import freeze
 from dealer import LIMITS, Dealer, rows
 from headers import pack, predict_header
 from tnxctl.protocol import wire
@@ -31,14 +32,14 @@ def stopped(run_daemon: Callable[..., Daemon]) -> Iterator[tuple[Daemon, Dealer]
         for _ in range(20):
             dealer.predict(rows(1), deadline_us=1e7, sent_us=clock_us())
             dealer.result()
-        daemon.process.send_signal(signal.SIGSTOP)
+        freeze(daemon.process)
         yield daemon, dealer
 
 
 def test_a_deadline_counts_from_when_the_message_came(stopped: tuple[Daemon, Dealer]) -> None:
     daemon, dealer = stopped
     late = dealer.predict(rows(1), deadline_us=200_000.0, sent_us=clock_us())
-    in_time = dealer.predict(rows(1), deadline_us=5e6, sent_us=clock_us())
+    in_time = dealer.predict(rows(1), deadline_us=20e6, sent_us=clock_us())
     assert not dealer.socket.poll(400), "a process that is stopped has answered"
     daemon.process.send_signal(signal.SIGCONT)
     answers = {reply.id: reply for reply, _ in (dealer.receive(), dealer.receive())}
