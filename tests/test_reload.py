@@ -235,7 +235,7 @@ def test_settings_of_a_model_hold_for_its_requests(run_daemon: RunDaemon, tmp_pa
         "stuck",
         1,
         before=HANGS_AT_7,
-        more="time_limit_s = 0.3",
+        more="time_limit_s = 1.0",
     )
     config = tmp_path / "tnxd.toml"
     config.write_text(f'model_repository = "{root}"\n[cpu]\nworkers = 2\ninline_limit_us = 0\n')
@@ -244,7 +244,7 @@ def test_settings_of_a_model_hold_for_its_requests(run_daemon: RunDaemon, tmp_pa
         with pytest.raises(DeadlineExceeded):
             says(client, "urgent")
         assert says(client, "urgent", deadline=10.0) == 1
-        with pytest.raises(Internal, match=r"'stuck@1' ran for over 0\.3 s"):
+        with pytest.raises(Internal, match=r"'stuck@1' ran for over 1 s"):
             client.predict(ONE_ROW + 7, model="stuck")
         assert says(client, "stuck") == 1
 

@@ -304,7 +304,7 @@ def test_nothing_to_compare() -> None:
 
 SETTINGS = """
 versions = "all"
-time_limit_s = 0.2
+time_limit_s = 1.0
 [traffic]
 weights = { 1 = 1 }
 shadow = "2"

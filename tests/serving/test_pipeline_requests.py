@@ -343,12 +343,12 @@ def test_the_deadline_and_the_limits_count_the_whole_once(tmp_path: Path, models
 
 def test_hanging_steps_and_the_end_of_a_drain_answer_each_request_once(tmp_path: Path, models: Path) -> None:
     shutil.copytree(models, tmp_path / "models")
-    Repository(tmp_path / "models").settings("other", f"{SAYS_TOML}time_limit_s = 0.2\n")
+    Repository(tmp_path / "models").settings("other", f"{SAYS_TOML}time_limit_s = 1.0\n")
     with started(tmp_path, tmp_path / "models", 2, "drain_timeout_s = 0.1\n") as (daemon, dealer):
         number = fork(dealer, ANSWER, VANISH)
         error = dealer.error()
         assert (error.id, error.code) == (number, "INTERNAL")
-        assert error.message.startswith("step 'right': model 'other@1' ran for over 0.2 s")
+        assert error.message.startswith("step 'right': model 'other@1' ran for over 1 s")
         line(dealer)
         dealer.result()
 

@@ -129,11 +129,11 @@ def test_a_request_that_finds_no_memory_on_a_gpu_runs_on_the_cpu(start: Start) -
 
 @pytest.mark.parametrize("command", [HOLD, VANISH], ids=["late", "never"])
 def test_a_batch_that_hangs_costs_its_requests_and_its_lane(start: Start, command: int) -> None:
-    daemon, dealer = start(lanes=2, config="stall_timeout_s = 0.2")
+    daemon, dealer = start(lanes=2, config="stall_timeout_s = 1.0")
     hung = ask(dealer, command)
     error = dealer.error()
     assert (error.id, error.code) == (hung, "INTERNAL")
-    assert "ran for over 0.2 s on cuda:0" in error.message
+    assert "ran for over 1 s on cuda:0" in error.message
     other = ask(dealer, RELEASE)
     assert dealer.result()[0].id == other
     if command == HOLD:  # it has ended after all: its lane is free again
