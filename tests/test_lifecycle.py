@@ -305,7 +305,7 @@ def test_every_line_for_the_journal_has_its_priority(made: Own) -> None:
     of_error = [line for line in lines if line.startswith("<3>")]
     assert len(of_error) > 5  # a traceback
     assert "these weights are broken" in of_error[-1]
-    assert {line[:3] for line in lines} == {"<3>", "<6>"}
+    assert {"<3>", "<6>"} <= {line[:3] for line in lines} <= {"<3>", "<4>", "<6>"}  # this machine may get a warning
     _, stderr = refused("--model", "x", JOURNAL_STREAM="1:2")
     assert stderr.startswith("<3>tnxd: no built-in model")
 
