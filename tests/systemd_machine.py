@@ -58,7 +58,7 @@ class Machine:
     def run(
         self,
         *command: str,
-        timeout: float = 30.0,
+        timeout: float = 90.0,
         check: bool = True,
         network: bool = False,
         environment: Mapping[str, str] | None = None,
@@ -112,7 +112,7 @@ def booted() -> Iterator[Machine]:
             eventually(lambda: _remove_cgroup(cgroup), "the machine's processes are gone", timeout=60.0)
 
 
-def eventually(condition: Callable[[], bool], what: str, timeout: float = 30.0) -> None:
+def eventually(condition: Callable[[], bool], what: str, timeout: float = 90.0) -> None:
     """Return as soon as the condition holds; AssertionError, naming `what`, if it does not within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
