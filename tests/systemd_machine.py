@@ -15,7 +15,7 @@ from pathlib import Path
 BOOT_SCRIPT = Path(__file__).with_name("systemd_machine.sh")
 SYSTEMD = Path("/lib/systemd/systemd")
 ADMINISTRATORS_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-BOOT_TIMEOUT = 30.0
+BOOT_TIMEOUT = 90.0
 """Seconds that systemd may take to start."""
 
 
