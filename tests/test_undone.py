@@ -108,7 +108,7 @@ def test_what_a_forward_in_service_changes_is_put_back_soon(tmp_path: Path, run_
     with Client(running.endpoint, timeout=60.0) as tnx:
         for _ in range(2):
             tnx.predict(X * 700, model="sometimes")
-            until = time.monotonic() + 20
+            until = time.monotonic() + 60
             while True:
                 try:
                     answer = tnx.predict(X, model="depends").output
@@ -182,7 +182,7 @@ def test_what_a_forward_forks_ends_with_the_daemon(
         (child,) = children(running.process.pid)
     try:
         running.stop(number)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while Path(f"/proc/{child}").exists() and time.monotonic() < until:
             time.sleep(0.02)  # between two looks: nobody but init hears of the end of a grandchild
         assert not Path(f"/proc/{child}").exists()
