@@ -166,7 +166,7 @@ def test_a_request_larger_than_the_queue_is_taken_alone(loop: Loop) -> None:
 
 def test_the_time_ends_it(loop: Loop) -> None:
     loop.make()
-    loop.start(seconds=0.5)  # in which this thread gets to hand a request over
+    loop.start(seconds=1.5)  # in which this thread gets to hand a request over
     recording = loop.recorder.recording
     assert recording is not None
     loop.take()
