@@ -285,6 +285,7 @@ def test_a_daemon_that_is_killed_leaves_what_it_had_written(
         while (written := client.recording().requests) < 50:
             time.sleep(0.001)
         killed.process.kill()
+        killed.process.wait()
     found, reader = read(tmp_path / "killed.mcap")
     assert written <= len(found) <= 100
     assert "cut off" in reader.damage
