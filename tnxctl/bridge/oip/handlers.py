@@ -42,7 +42,7 @@ def add_to(routes: Routes) -> None:
     """Add the routes of this interface."""
     routes.add("GET", "/v2", server_metadata, wire.Health)
     routes.add("GET", "/v2/health/live", live, None)
-    routes.add("GET", "/v2/health/ready", ready, wire.Health)
+    routes.add("GET", "/v2/health/ready", ready, None)  # as `live`: probes have no token
     routes.add("GET", "/v2/models/stats", statistics, wire.Stats)
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes.add("GET", model, model_metadata, wire.Metadata)
