@@ -99,7 +99,7 @@ def test_what_takes_long_is_made_for_all_who_ask_meanwhile() -> None:
     admission, clocks = Admission(config.Clients(), max_requests=100, max_bytes=1 << 30), Clocks()
     admin = Connection(b"a", -1, admission.client("10.0.0.1"), role=Role.ADMIN)
     observer = Connection(b"b", -1, admission.client("10.0.0.2"), role=Role.OBSERVE)
-    told = Statistics(inventory, bench.scheduler, Telemetry(), admission, lambda: 0, clocks.share)
+    told = Statistics(inventory, bench.scheduler, Telemetry(), admission, lambda: 0, share=clocks.share)
     (version,) = [version for _, version in bench.registry]
 
     def count(asking: Connection, id_: int = 1, state: str = "ready") -> StatsReport:

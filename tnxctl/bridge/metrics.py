@@ -429,6 +429,12 @@ METRICS = (
         "Texts that found no room in the queues of the log and of what is printed.",
         lambda report: report.log_lines_dropped,
     ),
+    _of_daemon(
+        "tnx_spans_dropped_total",
+        "counter",
+        "Sampled requests whose spans went nowhere.",
+        lambda report: report.spans_dropped,
+    ),
 )
 """All metrics but `tnx_up`, in the order of the text."""
 

@@ -37,6 +37,7 @@ from tnxd.serving.admin_commands import AdminCommand, AdminCommands, CommandDone
 from tnxd.serving.reports import Inventory
 from tnxd.serving.statistics import Statistics
 from tnxd.serving.telemetry import Telemetry
+from tnxd.tracing.notes import Notes
 from tnxd.transport.access import Access
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Message, Router
@@ -55,6 +56,7 @@ class ControlPlane:
     Args:
         access: who may ask for what.
         message_bytes: most bytes of the tensors of a message, as health tells it.
+        notes: of sampled requests, if there are any.
 
     Attributes:
         commands_done: admin commands that wait to be answered, see `answers`.
@@ -73,6 +75,7 @@ class ControlPlane:
         *,
         access: Access,
         message_bytes: int,
+        notes: Notes | None = None,
     ) -> None:
         self._inventory = inventory
         self._scheduler = scheduler
@@ -84,7 +87,7 @@ class ControlPlane:
         self._key_failures: dict[str, str] = {}
         self._message_bytes = message_bytes
         self._recorder = recorder
-        self._statistics = Statistics(inventory, scheduler, telemetry, admission, lambda: router.undeliverable)
+        self._statistics = Statistics(inventory, scheduler, telemetry, admission, lambda: router.undeliverable, notes)
         self._commands = AdminCommands(reconciler, recorder, admission)
         self.commands_done: deque[CommandDone] = self._commands.done
 

@@ -24,6 +24,7 @@ from tnxd.serving.shared import Shared
 from tnxd.serving.slowest import KEPT_S
 from tnxd.serving.telemetry import Telemetry
 from tnxd.serving.version_counts import RecentError, VersionCounts
+from tnxd.tracing.notes import Notes
 from tnxd.transport.client_limits import Admission, Client, Connection
 
 _MOST_CLIENTS = 20
@@ -38,6 +39,7 @@ class Statistics:
 
     Args:
         undeliverable: number of messages that could not be delivered, so far.
+        notes: of sampled requests, if there are any.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Statistics:
         telemetry: Telemetry,
         admission: Admission,
         undeliverable: Callable[[], int],
+        notes: Notes | None = None,
         share: Callable[[Callable[[], Any]], Shared[Any]] = Shared,
     ) -> None:
         self._inventory = inventory
@@ -54,6 +57,7 @@ class Statistics:
         self._telemetry = telemetry
         self._admission = admission
         self._undeliverable = undeliverable
+        self._notes = notes
         self._report: Shared[StatsReport] = share(self._count)
         self._slow: Shared[list[_Slow]] = share(self._gather_slow)
 
@@ -112,6 +116,7 @@ class Statistics:
             traffic_limit_mb=admission.max_traffic_bytes / MIB,
             loop_turns=telemetry.turns(),
             log_lines_dropped=logs.dropped(),
+            spans_dropped=0 if self._notes is None else self._notes.dropped + self._notes.lost,
         )
 
     def _gather_slow(self) -> list[_Slow]:
