@@ -18,6 +18,7 @@ from tnxd.executors.optimizer import Optimizer
 from tnxd.executors.overlapped_lane import work
 from tnxd.executors.pool import LanePool
 from tnxd.executors.trial.examples import Item
+from tnxd.executors.trial.graphing import graph_lanes
 from tnxd.executors.trial.lengths import row_of_length
 from tnxd.executors.trial.warmup import run_example
 from tnxd.lanes import BACKGROUND
@@ -85,13 +86,13 @@ class AcceleratorPool(LanePool):
     def _is_idle(self) -> bool:
         return not any(runner.is_busy for runner in self._serving)
 
-    def _warm_lanes(self, loading: Loading, report: LoadReport) -> None:
+    def _warm_lanes(self, loading: Loading, report: LoadReport) -> LoadReport:
         """Run the sizes of warm-up on each lane: plans of kernels are a thread's own, and memory a stream's.
 
         Each size has a turn of its own between the batches that are served.
         """
         if loading.example is None or loading.make is None:
-            return
+            return report
         (model, _), make = loading.example, loading.make
         if report.padded:
             items = (row_of_length(model, make, rows, length) for rows, length, _ in report.padded)
@@ -109,7 +110,11 @@ class AcceleratorPool(LanePool):
                 *(model.key, self.name, first_line(error)),
                 extra=event("lane_cold", model.key, device=self.name, reason=first_line(error)),
             )
+        else:
+            assert loading.verdict is not None
+            report = graph_lanes(self._lanes, loading.verdict, report)
         self._give_back()
+        return report
 
     def submit(self, execution: Execution) -> None:
         lane = execution.lane
@@ -119,4 +124,3 @@ class AcceleratorPool(LanePool):
 def _warm(runner: AcceleratorRunner, model: Model, item: Item) -> None:
     with settings_restored("a forward"):
         run_example(runner, model, item)
-        runner.prepare(model, item)

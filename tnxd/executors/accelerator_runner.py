@@ -29,7 +29,7 @@ from tnxd.executors.host import Peak
 from tnxd.executors.padding import pad, padded_shapes
 from tnxd.executors.runner import Failure, Runner
 from tnxd.executors.slots import Slot
-from tnxd.models.model import Item, Model
+from tnxd.models.model import Item
 from tnxd.models.tensors import Value, check_outputs, to_array
 
 _COPIED = 64 * 1024
@@ -151,9 +151,6 @@ class AcceleratorRunner(Runner):
         A wanted shape may have more rows; of a model that pads, also a greater length.
         """
         return shapes
-
-    def prepare(self, model: Model, item: Item) -> None:
-        """Prepare for batches like this one, which has just been run on this thread, before the model serves."""
 
     # --- device --------------------------------------------------------------------------------------------------
 
