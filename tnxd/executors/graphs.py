@@ -34,6 +34,9 @@ T = TypeVar("T")
 
 _TURN_S = 5.0
 
+_MOST_KNOWN = 1024
+"""Shapes of batches that a model's graphs remember."""
+
 
 class DeviceGraph(Protocol):
     """A graph of a device, as torch has it: `torch.cuda.CUDAGraph`, for one."""
@@ -111,6 +114,14 @@ class Graph:
         self._inputs = self._outputs = ()
 
 
+class Filled(NamedTuple):
+    """A batch that is filled up. Attributes: size: of the batch. bucket: that it is filled up to. shapes: then."""
+
+    size: Bucket
+    bucket: Bucket
+    shapes: Sequence[Shape]
+
+
 class ModelGraphs:
     """Graphs of one model on one lane.
 
@@ -120,13 +131,12 @@ class ModelGraphs:
 
     Attributes:
         in_use: whether batches run as graphs.
-        buckets: rows, or tokens, from which on each bucket is as fast with its graph.
     """
 
     def __init__(self, model: Model, call: Call, shapes: Sequence[Shape]) -> None:
         self.call = call
         self.in_use = False
-        self.buckets: dict[Bucket, float] = {}
+        self._least: dict[Bucket, float] = {}
         self._graphs: dict[tuple[Slot, Bucket], Graph] = {}
         self._batches = bool(model.max_batch_size)
         ragged = model.ragged if model.pads else None
@@ -136,6 +146,7 @@ class ModelGraphs:
         self._forms = [self._form(shape, axis) for shape, axis in zip(shapes, self._axes, strict=True)]
         self._rows: list[int] = []
         self._lengths: list[int] = []
+        self._known: dict[tuple[Shape | None, ...], Filled | None] = {}
 
     def _form(self, shape: Shape, axis: int) -> Shape:
         """What the shapes of an input have in common."""
@@ -143,7 +154,33 @@ class ModelGraphs:
             return (*shape[1:axis], *shape[axis + 1 :])
         return shape[1:] if self._batches else shape
 
-    def size_of(self, shapes: Sequence[Shape | None]) -> Bucket | None:
+    def filled(self, shapes: tuple[Shape | None, ...]) -> Filled | None:
+        """What a batch with inputs of these shapes is filled up to; None: it is faster as it is, or has no graph."""
+        try:
+            return self._known[shapes]
+        except KeyError:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            found = self._known[shapes] = self._filled(shapes)
+            return found
+
+    def _filled(self, shapes: Sequence[Shape | None]) -> Filled | None:
+        size = self._size(shapes)
+        if size is None:
+            return None
+        row, column = bisect_left(self._rows, size.rows), bisect_left(self._lengths, size.length)
+        if row == len(self._rows) or column == len(self._lengths):
+            return None
+        bucket = Bucket(self._rows[row], self._lengths[column])
+        least = self._least.get(bucket)
+        return None if least is None or size.units < least else Filled(size, bucket, self._shapes_in(bucket, shapes))
+
+    def whole(self, bucket: Bucket, shapes: Sequence[Shape | None]) -> Filled | None:
+        """The same for a bucket that has no graph yet; None: the batch has no graph."""
+        size = self._size(shapes)
+        return None if size is None else Filled(size, bucket, self._shapes_in(bucket, shapes))
+
+    def _size(self, shapes: Sequence[Shape | None]) -> Bucket | None:
         """Size of a batch; None: it has inputs of another form, or nothing in it."""
         length = 0
         for shape, form, axis in zip(shapes, self._forms, self._axes, strict=True):
@@ -156,17 +193,7 @@ class ModelGraphs:
         rows = first[0] if self._batches else 0
         return Bucket(rows, length) if (rows or not self._batches) and (length or not self._pads) else None
 
-    def bucket_of(self, size: Bucket) -> Bucket | None:
-        """The bucket that a batch is filled up to; None: it is faster as it is, or too large."""
-        row, column = bisect_left(self._rows, size.rows), bisect_left(self._lengths, size.length)
-        if row == len(self._rows) or column == len(self._lengths):
-            return None
-        bucket = Bucket(self._rows[row], self._lengths[column])
-        least = self.buckets.get(bucket)
-        return bucket if least is not None and size.units >= least else None
-
-    def shapes_in(self, bucket: Bucket, shapes: Sequence[Shape | None]) -> list[Shape]:
-        """Shapes of the inputs of a batch that has been filled up to a bucket."""
+    def _shapes_in(self, bucket: Bucket, shapes: Sequence[Shape | None]) -> list[Shape]:
         filled = []
         for shape, axis in zip(shapes, self._axes, strict=True):
             assert shape is not None
@@ -189,35 +216,38 @@ class ModelGraphs:
         """The graph of a bucket in a slot, if there is one."""
         return self._graphs.get((slot, bucket))
 
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Buckets that have graphs."""
+        return [*self._least]
+
     def add(self, slot: Slot, bucket: Bucket, graph: Graph) -> None:
         """Add the graph of a bucket in a slot."""
         self._graphs[slot, bucket] = graph
-        self.buckets.setdefault(bucket, 0.0)
-        self._sort()
+        self._least.setdefault(bucket, 0.0)
+        self._changed()
+
+    def use_from(self, bucket: Bucket, least: float) -> None:
+        """Use the graphs of a bucket for batches of so many rows, or tokens, and more."""
+        self._least[bucket] = least
+        self._changed()
 
     def drop(self, bucket: Bucket) -> None:
         """Free the graphs of a bucket, in all slots."""
         for key in [key for key in self._graphs if key[1] == bucket]:
             self._graphs.pop(key).free()
-        self.buckets.pop(bucket, None)
-        self._sort()
+        self._least.pop(bucket, None)
+        self._changed()
 
-    def _sort(self) -> None:
-        self._rows = sorted({bucket.rows for bucket in self.buckets})
-        self._lengths = sorted({bucket.length for bucket in self.buckets})
+    def _changed(self) -> None:
+        self._rows = sorted({bucket.rows for bucket in self._least})
+        self._lengths = sorted({bucket.length for bucket in self._least})
+        self._known.clear()
 
     def free(self) -> None:
         """Free all graphs."""
-        for bucket in [*self.buckets]:
+        for bucket in self.buckets:
             self.drop(bucket)
-
-
-class _Chosen(NamedTuple):
-    """What a batch is run with. Attributes: size: of the batch, bucket: that it is filled up to."""
-
-    graphs: ModelGraphs
-    size: Bucket
-    bucket: Bucket
 
 
 class GraphRunner(AcceleratorRunner):
@@ -233,7 +263,7 @@ class GraphRunner(AcceleratorRunner):
         self._api = api
         self._pool: Any = None
         self._failed: list[DeviceGraph] = []
-        self._chosen: _Chosen | None = None
+        self._chosen: tuple[ModelGraphs, Filled] | None = None
         self._wanted: Bucket | None = None
         self._refusal: BaseException | None = None
 
@@ -245,22 +275,22 @@ class GraphRunner(AcceleratorRunner):
         self._chosen = None
         key = execution.model.key
         graphs = self.graphs.get(key)
-        if graphs is None or execution.plain or not (graphs.in_use or self._wanted):
+        # A variant that was given up leaves its graphs, which are freed with the model.
+        if graphs is None or execution.plain or self.calls.get(key) is not graphs.call:
             return shapes
-        if self.calls.get(key) is not graphs.call:  # a variant was given up: its graphs are freed with the model
+        if self._wanted is not None:
+            filled = graphs.whole(self._wanted, shapes)
+        else:
+            filled = graphs.filled(tuple(shapes)) if graphs.in_use else None
+        if filled is None:
             return shapes
-        size = graphs.size_of(shapes)
-        bucket = size and (self._wanted or graphs.bucket_of(size))
-        if size is None or bucket is None:
-            return shapes
-        self._chosen = _Chosen(graphs, size, bucket)
-        return graphs.shapes_in(bucket, shapes)
+        self._chosen = graphs, filled
+        return filled.shapes
 
     def forward_on_device(self, execution: Execution, inputs: Sequence[Value | None], rows: int) -> object:
-        chosen = self._chosen
-        if chosen is None:
+        if self._chosen is None:
             return super().forward_on_device(execution, inputs, rows)
-        graphs, size, bucket = chosen
+        graphs, (size, bucket, _) = self._chosen
         if self._wanted is not None:
             self._try_to_capture(execution.model, graphs, inputs)
         graph = graphs.graph(self._slot, bucket)
@@ -298,7 +328,7 @@ class GraphRunner(AcceleratorRunner):
 
     def _try_to_capture(self, model: Model, graphs: ModelGraphs, inputs: Sequence[Value | None]) -> None:
         """Capture a graph for the slot. Why it cannot be is told by `capture`: the batch itself goes on."""
-        bucket = self._wanted
+        bucket, self._wanted = self._wanted, None
         assert bucket is not None
         tensors = [each for each in inputs if isinstance(each, torch.Tensor)]
         if self._pool is None:

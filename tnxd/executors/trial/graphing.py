@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tnxctl.protocol.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from tnxctl.protocol.errors import FailedPrecondition, Unavailable
 from tnxctl.protocol.wire import MIB
 from tnxd.device_kinds import CPU
 from tnxd.error_text import sentence
@@ -46,6 +46,8 @@ _LONG_US = 20_000.0
 
 _WARM_UPS = 3
 """Runs before a capture: libraries choose their ways and take their workspaces in the first ones."""
+
+_NO_MEMORY = "no memory is left"
 
 _ROUNDS = 5
 """Times that a batch is run each way."""
@@ -227,7 +229,7 @@ class _LaneTrial:
         return Bucket(min(rows, bucket.rows), min(length, bucket.length))
 
     def screen(self, size: Bucket) -> None:
-        """Look for operators that ask for a value on the host, or make shapes of values: these cannot be recorded.
+        """Look for operators that ask for values on the host, bring some, or make shapes of some: none can be captured.
 
         A capture would find out as well. But one that fails leaves torch with memory that it never frees.
 
@@ -259,46 +261,52 @@ class _LaneTrial:
         self._buckets = sorted(buckets, key=lambda bucket: bucket.units, reverse=True)
         self._on_lane(self._open)
         for bucket in self._buckets:
-            why = self._on_lane(partial(self._capture, bucket))
+            why = self._on_lane(partial(self._measure_memory, bucket))
+            for _ in range(_WARM_UPS - 1):
+                why = why or self._on_lane(partial(self._run, bucket))
+            why = why or self._on_lane(partial(self._capture, bucket))
             if why:
                 self.left_out[bucket] = why
-            else:
-                self._on_lane(partial(self._compare, bucket))
+                continue
+            for size, variant in ((bucket, 0), (self._least(bucket), 1), (bucket, 1)):
+                self._on_lane(partial(self._compare, bucket, size, variant))
         if len(self.left_out) == len(self._buckets):
             raise FailedPrecondition(_reasons(self.left_out))
 
     def _open(self, runner: GraphRunner) -> None:
         runner.open_graphs(self._model, [array.shape for array in self._item(self._buckets[-1], 0)])
 
+    def _measure_memory(self, bucket: Bucket, runner: GraphRunner) -> str:
+        """Run a batch that fills a bucket. Returns why it should have no graph, "" if nothing speaks against it."""
+        with runner.measured() as peak:
+            why = self._run(bucket, runner)
+        left = runner.memory_left() * MEMORY_SHARE / self._lanes
+        return why or (f"takes {peak.nbytes / MIB:.0f} MiB of memory" if left and peak.nbytes > left else "")
+
+    def _run(self, bucket: Bucket, runner: GraphRunner) -> str:
+        execution = run_example(runner, self._model, self._item(bucket, 0))
+        return _NO_MEMORY if execution.exhausted else ""
+
     def _capture(self, bucket: Bucket, runner: GraphRunner) -> str:
-        """Capture the graphs of a bucket. Returns why not, where there is no memory."""
-        item = self._item(bucket, 0)
+        """Capture the graphs of a bucket. Returns why not, where memory ran out."""
         try:
-            with runner.measured() as peak:
-                run_example(runner, self._model, item)
-            left = runner.memory_left() * MEMORY_SHARE / self._lanes
-            if left and peak.nbytes > left:
-                return f"takes {peak.nbytes / MIB:.0f} MiB of memory"
-            for _ in range(_WARM_UPS - 1):
-                run_example(runner, self._model, item)
-            runner.capture(self._model, item, bucket)
+            runner.capture(self._model, self._item(bucket, 0), bucket)
         except BaseException as error:
-            if isinstance(error, ResourceExhausted) or runner.is_exhausted(error):
-                return "no memory is left"
+            if runner.is_exhausted(error):
+                return _NO_MEMORY
             raise
         return ""
 
-    def _compare(self, bucket: Bucket, runner: GraphRunner) -> None:
-        """Raises FailedPrecondition: a graph answers otherwise, when it is filled or when it is not."""
-        for size, variant in ((bucket, 0), (self._least(bucket), 1), (bucket, 1)):
-            item = self._item(size, variant)
-            expected = answer(run_example(runner, self._model, item))
-            for _ in range(runner.depth):
-                with self._in_use(runner):
-                    found = answer(run_example(runner, self._model, item))
-                apart = difference(self._model.outputs, expected, found, self._verdict.tolerance)
-                if apart is not None and not (apart.counted and size != bucket):
-                    raise FailedPrecondition(f"its graph answers otherwise: {apart.text}")
+    def _compare(self, bucket: Bucket, size: Bucket, variant: int, runner: GraphRunner) -> None:
+        """Raises FailedPrecondition: a graph of a bucket answers a batch of that size otherwise."""
+        item = self._item(size, variant)
+        expected = answer(run_example(runner, self._model, item))
+        for _ in range(runner.depth):
+            with self._in_use(runner):
+                found = answer(run_example(runner, self._model, item))
+            apart = difference(self._model.outputs, expected, found, self._verdict.tolerance)
+            if apart is not None and not (apart.counted and size != bucket):
+                raise FailedPrecondition(f"its graph answers otherwise: {apart.text}")
 
     @contextmanager
     def _in_use(self, runner: GraphRunner) -> Iterator[None]:
@@ -348,9 +356,9 @@ class _LaneTrial:
 
         def use(runner: GraphRunner) -> None:
             graphs = runner.graphs[self._model.key]
-            for bucket in [*graphs.buckets]:
+            for bucket in graphs.buckets:
                 if bucket in gains:
-                    graphs.buckets[bucket] = gains[bucket].least
+                    graphs.use_from(bucket, gains[bucket].least)
                 else:
                     graphs.drop(bucket)
             graphs.in_use = True
@@ -399,7 +407,7 @@ _MASKED = frozenset({"aten::index", "aten::index_put", "aten::index_put_", "aten
 
 
 class _Looking(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Search for operators whose results the host waits for. Attributes: found: name of the first; "": none."""
+    """Search for operators that the host waits for. Attributes: found: name of the first; "": none."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -417,9 +425,9 @@ def _waits(func: Any, args: Any, kwargs: Any) -> bool:
     if func._schema.name in _MASKED:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     if func._schema.name == "aten::copy_":
-        return _on_host(tensors[0].device) and not _on_host(tensors[1].device)
+        return _on_host(tensors[0].device) != _on_host(tensors[1].device)
     to = kwargs.get("device")
-    if to is not None and tensors and _on_host(torch.device(to)) and not _on_host(tensors[0].device):
+    if to is not None and tensors and _on_host(torch.device(to)) != _on_host(tensors[0].device):
         return True
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
