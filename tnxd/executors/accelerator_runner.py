@@ -155,6 +155,9 @@ class AcceleratorRunner(Runner):
 
     # --- device --------------------------------------------------------------------------------------------------
 
+    def settle(self) -> None:
+        self.accelerator.settle()
+
     def is_lost(self) -> bool:
         if not self.accelerator.is_lost():
             return False

@@ -110,7 +110,7 @@ class PinnedBlock:
         """
         lent = (ctypes.c_uint8 * nbytes).from_address(self._address)  # every view of the array holds this
         weakref.finalize(lent, give_back, self).atexit = False
-        array: Array = np.frombuffer(lent, np.uint8)
+        array: Array = np.frombuffer(memoryview(lent), np.uint8)
         return array
 
 
