@@ -165,7 +165,8 @@ def _buckets(model: Model, report: LoadReport) -> list[Bucket]:
     Raises:
         FailedPrecondition: there is none.
     """
-    sizes, micros = zip(*sorted(report.costs), strict=True)
+    sizes, measured = zip(*sorted(report.costs), strict=True)
+    micros = np.minimum.accumulate(measured[::-1])[::-1]  # a batch that took longer than a larger one was held up
     if not model.max_batch_size:
         buckets = [Bucket(0)]
     elif not model.pads:
