@@ -102,6 +102,7 @@ class AcceleratorRunner(Runner):
         self._free: SimpleQueue[Slot] = SimpleQueue()
         self._under_way: deque[Ticket] = deque()
         self._spares = Spares()
+        self._finishing_mode: torch.inference_mode | None = None
 
     def enter_thread(self) -> None:
         super().enter_thread()
@@ -117,12 +118,6 @@ class AcceleratorRunner(Runner):
         for slot in self._slots:
             self._free.put(slot)
         self._slot = self._slots[0]
-
-    def enter_finishing_thread(self) -> None:
-        """Prepare the thread that calls `finish`."""
-        self._finishing_mode = torch.inference_mode()
-        self._finishing_mode.__enter__()
-        self.accelerator.enter_thread()
 
     @property
     def is_busy(self) -> bool:
@@ -261,6 +256,8 @@ class AcceleratorRunner(Runner):
         assert flight is not None
         speaker.model = execution.model.key
         try:
+            if self._finishing_mode is None:
+                self._enter_finishing_thread()
             outputs = self._landed(execution, flight)
             count = len(execution.items)
             execution.outcomes = [tuple(outputs)] if count == 1 else self._split(execution, outputs, 0, count)
@@ -269,6 +266,11 @@ class AcceleratorRunner(Runner):
             return False
         self._close(ticket)
         return True
+
+    def _enter_finishing_thread(self) -> None:
+        self.accelerator.enter_thread()
+        self._finishing_mode = torch.inference_mode()
+        self._finishing_mode.__enter__()
 
     def recover(self, ticket: Ticket) -> None:
         """Find the outcomes of a batch whose answers did not come. On the lane's thread."""
