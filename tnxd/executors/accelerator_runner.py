@@ -229,24 +229,27 @@ class AcceleratorRunner(Runner):
         if self._under_way[0] is ticket:
             execution.started_ns = ticket.issued_ns
         try:
-            if self._is_one_forward(execution):
-                failure = self._try_to_launch(ticket)
-                if failure is None:
-                    return ticket
-                execution.outcomes = self._after(execution, failure, 0, len(execution.items))
-            else:
+            failure = self._try_to_launch(ticket) if self._is_one_forward(execution) else None
+            if ticket.flight is not None:
+                return ticket
+            if failure is None:
                 execution.outcomes = self._attempt(execution, 0, len(execution.items))
+            else:
+                execution.outcomes = self._after(execution, failure, 0, len(execution.items))
         finally:
             if ticket.flight is None:
                 self._close(ticket)
         return ticket
 
     def _try_to_launch(self, ticket: Ticket) -> Failure | None:
+        """Begin the flight of a batch. Returns its failure; None: it flies, or is to be run in pieces instead."""
         execution = ticket.execution
         try:
             ticket.flight = self._launched(execution, execution.items, sum(execution.rows))
         except BaseException as error:  # as in `_attempt`
             execution.exhausted = self.is_exhausted(error)
+            if execution.exhausted and len(execution.items) == 1 and execution.rows[0] > 1:
+                return None
             return self._understood(execution, error, 0, len(execution.items))
         return None
 
