@@ -242,6 +242,8 @@ def test_weights_made_on_another_thread_are_there_before_lanes_read_them(machine
             self.weight = torch.nn.Parameter(made * 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not bool((self.weight == 3).all()):  # the trial, for one, would find nothing odd
+                raise ValueError("read before it was written")
             return x * self.weight
 
     lanes = Lanes()
