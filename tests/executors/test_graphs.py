@@ -25,7 +25,7 @@ from tnxctl import Client  # noqa: E402
 from tnxctl.protocol.errors import TensorNextError  # noqa: E402
 from tnxctl.protocol.wire import TensorSpec  # noqa: E402
 from tnxd import config  # noqa: E402
-from tnxd.executors import cuda, graphs  # noqa: E402
+from tnxd.executors import accelerator, arena, cuda, graphs  # noqa: E402
 from tnxd.executors.accelerator_runner import AcceleratorRunner, Ticket  # noqa: E402
 from tnxd.executors.devices import open_devices  # noqa: E402
 from tnxd.executors.execution import Execution  # noqa: E402
@@ -448,6 +448,44 @@ def test_what_cannot_be_captured_runs_as_it_is(
         assert not log.replays
 
 
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"format": "python"}, "its Python is to run for every batch"),
+        ({"warm_up": ()}, "no answer of it is known to hold graphs against"),
+    ],
+)
+def test_what_is_not_to_be_captured_says_so(log: Log, made: Pool, fields: dict[str, Any], why: str) -> None:
+    assert note_of(made.load(model(Network, **fields)).notes) == f"graphs: none: {why}"
+    assert not log.captures
+
+
+def test_a_batch_that_comes_in_pieces_is_filled_up_too(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "MOST_PINNED", 4096)
+    with pool() as made:
+        served = model(lambda: torch.nn.Softmax(1), 400)
+        assert "parts of the time" in note_of(made.load(served).notes)
+        log.replays.clear()
+        for rows in (8, 5, 7):
+            x = np.random.default_rng(rows).random((rows, 400), np.float32)
+            ((y,),) = made.ask(served, [x])
+            np.testing.assert_allclose(y, expected(torch.nn.Softmax(1), x), rtol=1e-5)
+        assert len(log.replays) == 3
+
+
+def test_a_load_that_was_given_up_leaves_no_graphs(log: Log, made: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    served, measure = model(Network), graphing._LaneTrial.measure
+
+    def unload(trial: Any) -> Any:
+        gains = measure(trial)
+        made.executor._calls.forget(served.key)
+        return gains
+
+    monkeypatch.setattr(graphing._LaneTrial, "measure", unload)
+    assert note_of(made.load(served).notes) == "graphs: none: the load was given up meanwhile"
+    assert len(log.freed) == 4 * DEPTH
+
+
 def test_a_capture_that_fails_ends_what_it_began(log: Log, made: Pool) -> None:
     made.load(model(Refused))
     ((_, used),) = log.captures
@@ -460,7 +498,7 @@ def test_what_has_no_memory_is_left_out(log: Log, made: Pool) -> None:
     class Large(Network):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if capturing() and len(x) > 2:
-                raise torch.OutOfMemoryError("made up")
+                torch.empty(2**50, dtype=torch.uint8, device=x.device)
             return super().forward(x)
 
     served = model(Large)
@@ -494,25 +532,22 @@ def test_a_bucket_is_used_from_where_its_graph_is_as_fast(
     assert found == (wanted if wanted is None else pytest.approx(wanted, abs=0.05))
 
 
-def test_batches_below_that_run_as_they_are(log: Log, made: Pool) -> None:
-    served = model(Network)
-    made.load(served)
+def test_batches_below_that_run_as_they_are(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(trial: Any) -> dict[graphs.Bucket, graphing.Gain]:
+        least = {1: 1.0, 2: 2.0, 4: 4.0, 8: 7.0}
+        return {bucket: graphing.Gain(12.5, 50.0, least[bucket.rows]) for bucket in trial._buckets}
 
-    def set_least(runner: Any) -> None:
-        for bucket in runner.graphs[served.key].buckets:
-            runner.graphs[served.key].use_from(bucket, 7.0 if bucket.rows == 8 else 0.0)
-
-    made.executor._lanes[0].call(set_least)
-    log.replays.clear()
-    for rows, replays in ((6, 0), (7, 1), (4, 2)):
-        made.ask(served, [np.ones((rows, 3), np.float32)])
-        assert len(log.replays) == replays
-
-
-def test_costs_are_those_of_graphs(made: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    gain = graphing.Gain(12.5, 50.0, 1.0)
-    monkeypatch.setattr(graphing._LaneTrial, "measure", lambda trial: dict.fromkeys(trial._buckets, gain))
-    assert made.load(model(Network)).costs == [(rows, 12.5) for rows in (1, 2, 4, 8)]
+    monkeypatch.setattr(graphing._LaneTrial, "measure", measure)
+    with pool(lanes=2) as made:
+        served = model(Network)
+        report = made.load(served)
+        assert note_of(report.notes).endswith("by rows 8: 0.25 (from 7), 4: 0.25 (from 4), 2: 0.25, 1: 0.25")
+        assert report.costs == [(rows, 12.5) for rows in (1, 2, 4, 8)]
+        for lane in (0, 1):
+            log.replays.clear()
+            for rows, replays in ((3, 0), (6, 0), (7, 1), (4, 2), (8, 3)):
+                made.ask(served, [np.ones((rows, 3), np.float32)], lane=lane)
+                assert len(log.replays) == replays, rows
 
 
 @pytest.mark.parametrize("whose", ["the daemon's", "the model's"])
@@ -535,6 +570,36 @@ def test_a_variant_that_is_given_up_has_no_graphs_any_more(log: Log, made: Pool)
     made.executor.give_up_variant(served.key)
     made.ask(served, [np.ones((2, 3), np.float32)])
     assert len(log.replays) == 1
+
+
+def test_the_network_as_it_is_runs_without(log: Log, made: Pool) -> None:
+    served = model(Network)
+    made.load(served)
+    log.replays.clear()
+    asked = Execution(0, 0, served, [(np.ones((2, 3), np.float32),)], [2], (), plain=True)
+    made.executor.submit(asked)
+    made.answers(1)
+    assert not log.replays
+
+
+@only_pretended
+def test_memory_is_not_given_back_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "_MEMORY_PERIOD_S", 0.005)
+    asked = threading.Semaphore(0)
+
+    def is_idle() -> bool:
+        asked.release()
+        return True
+
+    with pool() as made:
+        counts = active.machine.counts
+        with accelerator.capturing:
+            made.executor.accelerator.memory.give_back(is_idle)  # type: ignore[attr-defined]
+            for _ in range(3):
+                assert asked.acquire(timeout=30)
+            assert counts["empty_cache"] == 0
+        while not counts["empty_cache"]:
+            assert asked.acquire(timeout=30)
 
 
 def test_a_lane_that_is_busy_runs_without(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:

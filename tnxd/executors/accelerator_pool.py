@@ -98,8 +98,9 @@ class AcceleratorPool(LanePool):
 
         Each size has a turn of its own between the batches that are served.
         """
+        assert loading.verdict is not None
         if loading.example is None or loading.make is None:
-            return report
+            return graph_lanes(self._lanes, loading.verdict, report)  # which says that there are none
         (model, _), make = loading.example, loading.make
         if report.padded:
             items = (row_of_length(model, make, rows, length) for rows, length, _ in report.padded)
@@ -118,7 +119,6 @@ class AcceleratorPool(LanePool):
                 extra=event("lane_cold", model.key, device=self.name, reason=first_line(error)),
             )
         else:
-            assert loading.verdict is not None
             report = graph_lanes(self._lanes, loading.verdict, report)
         self._give_back()
         return report

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tnxctl.protocol.errors import FailedPrecondition, Unavailable
+from tnxctl.protocol.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from tnxctl.protocol.wire import MIB
 from tnxd.device_kinds import CPU
 from tnxd.error_text import sentence
@@ -32,6 +32,7 @@ from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.lengths import row_of_length
 from tnxd.executors.trial.verdict import Verdict
 from tnxd.executors.trial.warmup import MEMORY_SHARE, answer, run_example, warm_up_sizes
+from tnxd.models.file_formats import PYTHON
 from tnxd.models.model import Model
 from tnxd.models.process_state.restoration import settings_restored
 from tnxd.models.rounding import difference
@@ -108,9 +109,11 @@ def graph_lanes(lanes: Sequence[Lane], verdict: Verdict, report: LoadReport) -> 
     model, device = verdict.model, first.runner.device
     if not isinstance(first.runner, GraphRunner) or not model.graphs:
         return report
+    why = _against(verdict, report)
+    if why:
+        return report._replace(notes=(*report.notes, f"graphs: none: {why}"))
     trial = _LaneTrial(first, verdict, len(lanes))
     try:
-        _check(verdict, report)
         buckets = _buckets(model, report)
         trial.screen(buckets[0])
         trial.capture(buckets)
@@ -143,20 +146,19 @@ def graph_lanes(lanes: Sequence[Lane], verdict: Verdict, report: LoadReport) -> 
     return _with_times(report, gains, model)._replace(notes=(*report.notes, *notes))
 
 
-def _check(verdict: Verdict, report: LoadReport) -> None:
-    """Raises FailedPrecondition: a model is one whose forwards must not, or cannot, be recorded."""
+def _against(verdict: Verdict, report: LoadReport) -> str:
+    """Why forwards of a model must not be captured, or cannot; "" if that is not known."""
     model = verdict.model
-    for found, why in (
-        (model.isolation != "none", "its Python is to run for every batch"),
+    reasons = (
+        (model.format == PYTHON.name, "its Python is to run for every batch"),
         (model.takes_strings or model.returns_strings, "strings are on the host"),
         (not verdict.pristine, "a forward writes, or one lane at a time calls it"),
         (verdict.state.random, "its answers are drawn at random"),
         (verdict.differentiates, "it differentiates while it answers"),
         (model.joins and not model.pads, "a packed batch may have any number of tokens"),
         (not (verdict.known and report.costs), "no answer of it is known to hold graphs against"),
-    ):
-        if found:
-            raise FailedPrecondition(why)
+    )
+    return next((why for found, why in reasons if found), "")
 
 
 def _buckets(model: Model, report: LoadReport) -> list[Bucket]:
@@ -285,7 +287,10 @@ class _LaneTrial:
         return why or (f"takes {peak.nbytes / MIB:.0f} MiB of memory" if left and peak.nbytes > left else "")
 
     def _run(self, bucket: Bucket, runner: GraphRunner) -> str:
-        execution = run_example(runner, self._model, self._item(bucket, 0))
+        try:
+            execution = run_example(runner, self._model, self._item(bucket, 0))
+        except ResourceExhausted:
+            return _NO_MEMORY
         return _NO_MEMORY if execution.exhausted else ""
 
     def _capture(self, bucket: Bucket, runner: GraphRunner) -> str:
@@ -357,6 +362,8 @@ class _LaneTrial:
 
         def use(runner: GraphRunner) -> None:
             graphs = runner.graphs[self._model.key]
+            if runner.calls.get(self._model.key) is not graphs.call:
+                raise Unavailable("the load was given up meanwhile")
             for bucket in graphs.buckets:
                 if bucket in gains:
                     graphs.use_from(bucket, gains[bucket].least)
