@@ -256,11 +256,11 @@ def test_each_lane_has_its_own_copy_of_what_a_model_writes(machine: Any) -> None
     class Writes(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("table", torch.ones(8))
+            self.register_buffer("scratch", torch.zeros(4))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.table[4:].copy_(x.sum(0))
-            return x + self.table[:4] + self.table[4:]
+            self.scratch.copy_(x.sum(0))
+            return x + self.scratch
 
     lanes = Lanes(lanes=2, depth=2)
     writes = model(Writes)
@@ -269,7 +269,7 @@ def test_each_lane_has_its_own_copy_of_what_a_model_writes(machine: Any) -> None
     for _ in sent:
         finished = lanes.next()
         x = numbers(2, start=sent[finished])
-        np.testing.assert_allclose(outcomes(finished)[0][0], x + x.sum(0) + 1, rtol=1e-6)
+        np.testing.assert_allclose(outcomes(finished)[0][0], x + x.sum(0), rtol=1e-6)
 
 
 def test_lanes_call_a_model_one_after_the_other_that_they_share(machine: Any) -> None:
