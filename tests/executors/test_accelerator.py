@@ -244,13 +244,14 @@ def test_weights_made_on_another_thread_are_there_before_lanes_read_them(machine
             self.weight = torch.nn.Parameter(made * 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if not bool((self.weight == 3).all()):  # the trial, for one, would find nothing odd
+            if not bool((self.weight == 3).all()):
                 raise ValueError("read before it was written")
             return x * self.weight
 
     lanes = Lanes()
     made = model(Made)
-    lanes.pool.load(made)
+    report = lanes.pool.load(made)
+    assert (report.warmed, report.notes) == (True, ())  # also in the trial
     np.testing.assert_array_equal(lanes.answers(made, (numbers(2),))[0][0], numbers(2) * 3)
 
 
