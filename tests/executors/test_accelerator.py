@@ -449,6 +449,32 @@ def test_a_request_that_fails_fails_alone(machine: Any) -> None:
     np.testing.assert_array_equal(lanes.answers(picky, (numbers(4),))[0][0], numbers(4) * 2)
 
 
+def test_memory_of_a_batch_that_failed_is_not_written_while_it_is_still_read(machine: Any) -> None:
+    class LooksUp(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.zeros(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found = self.table[x]
+            if errors.qsize():
+                raise errors.get()
+            return found.sum(1)
+
+    errors: queue.SimpleQueue[Exception] = queue.SimpleQueue()  # into which no trial looks
+    index = (TensorSpec("x", "INT64", (-1, 2)),)
+    looks_up = Model("looks_up", "1", index, (TensorSpec("y", "FP32", (-1, 4)),), 4, LooksUp)
+    double = model(Double)
+    lanes = Lanes(depth=1)
+    lanes.pool.load(looks_up)
+    lanes.pool.load(double)
+    errors.put(ValueError("after its kernels were launched"))
+    lanes.submit(looks_up, (np.ones((1, 2), np.int64),))
+    assert "launched" in failures(lanes.next())[0]
+    large = np.full((1, 4), 3e38, np.float32)  # an index far beyond the table
+    assert np.isinf(lanes.answers(double, (large,))[0][0]).all()
+
+
 @needs_pretended
 def test_the_error_of_a_model_is_not_hidden_by_that_of_the_device(late: Any) -> None:
     class Raises(torch.nn.Module):
