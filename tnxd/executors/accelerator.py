@@ -162,5 +162,5 @@ class Memory:
                     finally:
                         capturing.release()
                 self.free_mb, self.total_mb = self.sample()
-            except RuntimeError:  # if the device is gone, its lanes report that with the next batch
+            except Exception:  # drivers fail in many ways; a device that is gone, its lanes report with the next batch
                 self.free_mb = 0.0

@@ -52,11 +52,10 @@ class Flight:
         outputs: for each output the array if it is on the host already, or its place in the answers.
         nbytes: of the answers.
         sources: their bytes on the device. pieces: of these, where they are larger than the slot's memory for them.
-        held: what else may not be freed before the answers are there.
         waited_us: time that it waited on the device for those before it.
     """
 
-    __slots__ = ("behind", "held", "nbytes", "outputs", "pieces", "slot", "sources", "waited_us")
+    __slots__ = ("behind", "nbytes", "outputs", "pieces", "slot", "sources", "waited_us")
 
     def __init__(self, slot: Slot, behind: bool) -> None:
         self.slot = slot
@@ -65,7 +64,6 @@ class Flight:
         self.nbytes = 0
         self.sources: list[tuple[Place, torch.Tensor]] = []
         self.pieces: list[Piece] = []
-        self.held: object = None
         self.waited_us = 0.0
 
 
@@ -386,7 +384,6 @@ class AcceleratorRunner(Runner):
                 ]
             )
         )
-        flight.held = layout
         if fresh:  # what used that memory before, on the lane's stream, may not be done with it
             self._inbound.wait_stream(self._compute)
         if padded:
