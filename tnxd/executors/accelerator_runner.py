@@ -27,7 +27,7 @@ from tnxd.executors.batching import Staging
 from tnxd.executors.execution import Execution
 from tnxd.executors.host import Peak
 from tnxd.executors.padding import pad, padded_shapes
-from tnxd.executors.runner import Failure, Runner
+from tnxd.executors.runner import Failure, Runner, outcomes_of
 from tnxd.executors.slots import Slot
 from tnxd.models.model import Item, Model
 from tnxd.models.tensors import Value, check_outputs, to_array
@@ -260,8 +260,11 @@ class AcceleratorRunner(Runner):
             if self._finishing_mode is None:
                 self._enter_finishing_thread()
             outputs = self._landed(execution, flight)
-            count = len(execution.items)
-            execution.outcomes = [tuple(outputs)] if count == 1 else self._split(execution, outputs, 0, count)
+            items = execution.items
+            if len(items) == 1:
+                execution.outcomes = [tuple(outputs)]
+            else:
+                execution.outcomes = outcomes_of(execution.model, outputs, items, execution.rows)
         except BaseException as error:
             ticket.error = error
             return False
@@ -458,12 +461,13 @@ class AcceleratorRunner(Runner):
         slot = flight.slot
         found: list[tuple[int, torch.Tensor]] = []
         for position, (spec, value) in enumerate(zip(execution.model.outputs, outputs, strict=True)):
-            if isinstance(value, torch.Tensor) and value.device.type == self.torch_device.type:
+            if not isinstance(value, torch.Tensor):
+                flight.outputs.append(to_array(value))
+            elif value.device == self.torch_device:
                 found.append((position, value.contiguous()))
                 flight.outputs.append(Place(0, value.nbytes, tuple(value.shape), spec.datatype))
-            else:
-                array = to_array(value)
-                flight.outputs.append(array.copy() if isinstance(value, torch.Tensor) else array)
+            else:  # of the host, or of another device, which the model has left it on
+                flight.outputs.append(to_array(value.cpu()).copy())
         self._arrange(found, flight)
         slot.packed.record(self._compute)
         self._outbound.wait_event(slot.packed)
