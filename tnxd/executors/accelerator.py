@@ -43,8 +43,8 @@ class Accelerator:
         self.torch_device = torch.device(name)
         self.index = self.torch_device.index or 0
         self.lost = False
+        self.memory = Memory(self)  # which has torch begin to use the device
         self._probe = self.stream(first=True)
-        self.memory = Memory(self)
 
     # --- what a kind of device may do otherwise ------------------------------------------------------------------
 
