@@ -20,7 +20,7 @@ from tnxd.executors.runner import Runner
 from tnxd.executors.runner_calls import RunnerCalls
 from tnxd.executors.substitute import Substitute
 from tnxd.executors.trial.copies import Call
-from tnxd.executors.trial.examples import Item
+from tnxd.executors.trial.examples import Item, Make
 from tnxd.executors.trial.held import Held, memory
 from tnxd.executors.trial.isolation import lane_calls, open_with
 from tnxd.executors.trial.lane_comparison import lanes_apart, rows_of_a_lane_apart
@@ -56,6 +56,8 @@ class Loading:
 
     Attributes:
         example: the model and an example of its inputs, with which it was warmed up last; None: it was not.
+        make: makes more of them.
+        verdict: that holds once it is done.
 
     Raises:
         Exception: the model cannot be built.
@@ -76,6 +78,8 @@ class Loading:
     ) -> None:
         """Build the model."""
         self.example: tuple[Model, Item] | None = None
+        self.make: Make | None = None
+        self.verdict: Verdict | None = None
         self._began = time.monotonic()
         self._model = model
         self._device = device
@@ -130,6 +134,7 @@ class Loading:
             if again is not verdict:  # what runs now is another program
                 verdict = again
                 warmed = lane.call(lambda runner: self._grow(runner, verdict))
+        self.verdict = verdict
         widths = self._widths(verdict, warmed)
         threads = 1 if widths.apart else min(model.threads, self._teams.threads)
         if widths.apart:
@@ -304,6 +309,7 @@ class Loading:
             warmed = run(runner, verdict.model, verdict.make, self._lanes, allowed)
         if verdict.model.warm_up != ():
             self.example = verdict.model, verdict.make(1, 0)
+            self.make = verdict.make
         return warmed
 
     def _widths(self, verdict: Verdict, warmed: Warmed) -> Widths:
