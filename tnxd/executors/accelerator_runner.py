@@ -324,6 +324,7 @@ class AcceleratorRunner(Runner):
             finally:
                 self._put_back()
             outputs = check_outputs(execution.model, raw, rows)
+            flight.held = flight.held, outputs  # a stream that the model chose may own their memory
             slot.computed.record(compute)
             self._fetch(execution, outputs, flight)
         except BaseException:
