@@ -324,6 +324,7 @@ class AcceleratorRunner(Runner):
             inputs = self._sent(execution, items, rows, flight)
             compute.wait_event(slot.in_ready)
             slot.begun.record(compute)
+            flight.held = flight.held, self.call(execution)  # whose weights others may give up meanwhile
             try:
                 raw = self.forward_on_device(execution, inputs, rows)
             finally:

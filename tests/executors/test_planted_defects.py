@@ -1,4 +1,8 @@
-"""Races planted in the lanes of accelerators: the pretended device shows each of them, and none where there is none."""
+"""Defects planted in the lanes of accelerators, and whether they are noticed.
+
+Races show as wrong answers on the pretended device, and there are none where none is planted. Other defects fail the
+tests of `test_accelerator`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import test_accelerator
 import torch
 
 from pretended import pretended
@@ -18,9 +24,11 @@ from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.executors import arena
 from tnxd.executors.accelerator import Accelerator
+from tnxd.executors.accelerator_pool import AcceleratorPool
 from tnxd.executors.accelerator_runner import AcceleratorRunner, Ticket
 from tnxd.executors.cuda import Cuda
 from tnxd.executors.execution import Execution
+from tnxd.executors.slots import Slot
 from tnxd.executors.trial.copies import Serial
 from tnxd.models.model import Model
 
@@ -81,9 +89,15 @@ def on_thread(function: Callable[[], Any]) -> Any:
     return result
 
 
-def serves(module: Callable[[], torch.nn.Module] = Steps, rows: Sequence[int] = (3,) * 8) -> str:
+def serves(
+    module: Callable[[], torch.nn.Module] = Steps, rows: Sequence[int] = (3,) * 8, *, unloads: bool = False
+) -> str:
     """What is wrong with the answers of a lane with two slots, the next batch issued before the last one is over; ""
-    if they are right."""
+    if they are right.
+
+    Args:
+        unloads: whether the model is unloaded with the last batch under way.
+    """
     accelerator = Cuda("cuda:0")
     runner = AcceleratorRunner(accelerator, 2)
     KEPT.append(runner)
@@ -101,6 +115,8 @@ def serves(module: Callable[[], torch.nn.Module] = Steps, rows: Sequence[int] = 
                 under_way.append(ticket)
             if len(under_way) == 2:
                 land(under_way.popleft())
+        if unloads:
+            del runner.calls[served.key]
         while under_way:
             land(under_way.popleft())
 
@@ -120,6 +136,10 @@ def serves(module: Callable[[], torch.nn.Module] = Steps, rows: Sequence[int] = 
 
 def serves_strays() -> str:
     return serves(Strays)
+
+
+def serves_until_unloaded() -> str:
+    return serves(unloads=True)
 
 
 def serves_pieces() -> str:
@@ -251,6 +271,14 @@ RACES = [
     ),
     Race(
         Defect(
+            *("weights are freed while a batch reads them", LANE, "_launched"),
+            right="flight.held = flight.held, self.call(execution)",
+            wrong="pass",
+        ),
+        serves_until_unloaded,
+    ),
+    Race(
+        Defect(
             *("a piece is gathered over one that is under way", LANE, "_send_pieces"),
             right="copied.synchronize()",
             wrong="pass",
@@ -298,8 +326,92 @@ def test_a_race_is_seen(race: Race) -> None:
 
 
 @pytest.mark.parametrize("policy", ["eager", "late", "random"])
-@pytest.mark.parametrize("serve", [serves, serves_strays, serves_pieces, serves_growing, shares])
+@pytest.mark.parametrize("serve", [serves, serves_strays, serves_until_unloaded, serves_pieces, serves_growing, shares])
 def test_none_is_seen_where_there_is_none(serve: Callable[[], str], policy: str) -> None:
     for seed in range(3 if policy == "random" else 1):
         with pretended(policy=policy, seed=seed):
             assert serve() == ""
+
+
+# --- other defects -------------------------------------------------------------------------------------------------
+
+NOTICED = [
+    (
+        Defect(
+            *("a wait for a batch uses a core", Cuda, "event"),
+            right="blocking=True",
+            wrong="blocking=False",
+        ),
+        test_accelerator.test_serving_allocates_nothing_pinned_and_waits_without_a_core,
+    ),
+    (
+        Defect(
+            *("every batch allocates pinned memory", Slot, "grow"),
+            right="if self.answers.nbytes < answers:",
+            wrong="if answers:",
+        ),
+        test_accelerator.test_serving_allocates_nothing_pinned_and_waits_without_a_core,
+    ),
+    (
+        Defect(
+            *("every output is copied by itself", LANE, "_arrange"),
+            right="together = len(found) > 1",
+            wrong="together = False",
+        ),
+        test_accelerator.test_small_outputs_of_several_types_come_back_together,
+    ),
+    (
+        Defect(
+            *("a slot keeps the memory that went out with a reply", LANE, "_block"),
+            right="slot.answers = spare",
+            wrong="pass",
+        ),
+        partial(test_accelerator.test_answers_are_in_memory_that_no_later_batch_writes, width=70_000),
+    ),
+    (
+        Defect(
+            *("lanes stay cold", AcceleratorPool, "_warm_lanes"),
+            right="if loading.example is None or loading.make is None:",
+            wrong="if True:",
+        ),
+        test_accelerator.test_every_lane_is_warm_for_all_sizes,
+    ),
+    (
+        Defect(
+            *("lanes that nobody waits for go first, too", Cuda, "stream"),
+            right="-1 if first else 0",
+            wrong="-1",
+        ),
+        test_accelerator.test_lanes_that_serve_go_first,
+    ),
+    (
+        Defect(
+            *("the error of the device hides that of the model", LANE, "_wait_for_all"),
+            right="with contextlib.suppress(RuntimeError):",
+            wrong="if True:",
+        ),
+        test_accelerator.test_the_error_of_a_model_is_not_hidden_by_that_of_the_device,
+    ),
+    (
+        Defect(
+            *("pinned memory of a lost device is freed", LANE, "_give_back"),
+            right="arena.leak(block)",
+            wrong="pass",
+        ),
+        test_accelerator.test_a_lost_device_answers_all_that_is_under_way,
+    ),
+    (
+        Defect(
+            *("the cache is emptied that torch has emptied", LANE, "free_memory"),
+            right="if not emptied:",
+            wrong="if True:",
+        ),
+        test_accelerator.test_the_cache_is_not_emptied_twice_when_memory_runs_out,
+    ),
+]
+
+
+@pytest.mark.parametrize(("defect", "test"), NOTICED, ids=[defect.what for defect, _ in NOTICED])
+def test_a_defect_is_noticed(defect: Defect, test: Callable[[Any], None]) -> None:
+    with pretended() as machine, planted(defect), pytest.raises(AssertionError):
+        test(machine)
