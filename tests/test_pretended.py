@@ -334,6 +334,28 @@ def test_memory_runs_out_once_or_for_good(late: Any) -> None:
     assert caught.value.error_code == 2
 
 
+def test_an_event_of_a_capture_is_the_graphs(device: Any) -> None:
+    stream, side = (torch.cuda.Stream(device) for _ in range(2))
+    x = torch.zeros(2, device=device)
+    torch.cuda.synchronize()
+    graph, event = torch.cuda.CUDAGraph(), torch.cuda.Event()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        x += 1
+        event.record()
+        side.wait_event(event)  # captured, too, from then on
+        with torch.cuda.stream(side):
+            x += 2
+        stream.wait_stream(side)
+        x += 3
+        graph.capture_end()
+        graph.replay()
+        assert x.tolist() == [6.0, 6.0]
+    for ask in (event.synchronize, event.query):
+        with pytest.raises(RuntimeError):
+            ask()
+
+
 @needs_pretended
 def test_a_global_capture_is_spoilt_by_another_thread(late: Any) -> None:
     for mode, bears in (("thread_local", True), ("global", False)):

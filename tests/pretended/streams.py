@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pretended.capture import refuse_in_capture
-from pretended.errors import Unpretended
+from pretended.errors import CAPTURED_EVENT, Unpretended, cuda_error
 from pretended.work import Work
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ class Stream:
         if mark is None:
             return
         if mark.capture is not None:
+            if mark.capture not in self.machine.capturing:
+                raise cuda_error(CAPTURED_EVENT)
             mark.capture.join(self)
         self.machine.issue(self, Work(self, _nothing, () if mark.stream == self else (mark,)))
 
