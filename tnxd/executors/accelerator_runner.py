@@ -27,7 +27,7 @@ from tnxd.executors.batching import Staging
 from tnxd.executors.execution import Execution
 from tnxd.executors.host import Peak
 from tnxd.executors.padding import pad, padded_shapes
-from tnxd.executors.runner import Failure, Runner
+from tnxd.executors.runner import Failure, Runner, outcomes_of
 from tnxd.executors.slots import Slot
 from tnxd.models.model import Item, Model
 from tnxd.models.tensors import Value, check_outputs, to_array
@@ -52,11 +52,10 @@ class Flight:
         outputs: for each output the array if it is on the host already, or its place in the answers.
         nbytes: of the answers.
         sources: their bytes on the device. pieces: of these, where they are larger than the slot's memory for them.
-        held: what else may not be freed before the answers are there.
         waited_us: time that it waited on the device for those before it.
     """
 
-    __slots__ = ("behind", "held", "nbytes", "outputs", "pieces", "slot", "sources", "waited_us")
+    __slots__ = ("behind", "nbytes", "outputs", "pieces", "slot", "sources", "waited_us")
 
     def __init__(self, slot: Slot, behind: bool) -> None:
         self.slot = slot
@@ -65,7 +64,6 @@ class Flight:
         self.nbytes = 0
         self.sources: list[tuple[Place, torch.Tensor]] = []
         self.pieces: list[Piece] = []
-        self.held: object = None
         self.waited_us = 0.0
 
 
@@ -262,8 +260,11 @@ class AcceleratorRunner(Runner):
             if self._finishing_mode is None:
                 self._enter_finishing_thread()
             outputs = self._landed(execution, flight)
-            count = len(execution.items)
-            execution.outcomes = [tuple(outputs)] if count == 1 else self._split(execution, outputs, 0, count)
+            items = execution.items
+            if len(items) == 1:
+                execution.outcomes = [tuple(outputs)]
+            else:
+                execution.outcomes = outcomes_of(execution.model, outputs, items, execution.rows)
         except BaseException as error:
             ticket.error = error
             return False
@@ -391,7 +392,6 @@ class AcceleratorRunner(Runner):
                 ]
             )
         )
-        flight.held = layout
         if fresh:  # what used that memory before, on the lane's stream, may not be done with it
             self._inbound.wait_stream(self._compute)
         if padded:
@@ -463,12 +463,13 @@ class AcceleratorRunner(Runner):
         slot = flight.slot
         found: list[tuple[int, torch.Tensor]] = []
         for position, (spec, value) in enumerate(zip(execution.model.outputs, outputs, strict=True)):
-            if isinstance(value, torch.Tensor) and value.device.type == self.torch_device.type:
+            if not isinstance(value, torch.Tensor):
+                flight.outputs.append(to_array(value))
+            elif value.device == self.torch_device:
                 found.append((position, value.contiguous()))
                 flight.outputs.append(Place(0, value.nbytes, tuple(value.shape), spec.datatype))
-            else:
-                array = to_array(value)
-                flight.outputs.append(array.copy() if isinstance(value, torch.Tensor) else array)
+            else:  # of the host, or of another device, which the model has left it on
+                flight.outputs.append(to_array(value.cpu()).copy())
         self._arrange(found, flight)
         slot.packed.record(self._compute)
         self._outbound.wait_event(slot.packed)
