@@ -241,7 +241,7 @@ RACES = [
         Defect(
             *("outputs are freed before they are copied", LANE, "_fetch"),
             right="slot.out_ready.record(self._outbound)",
-            wrong="slot.out_ready.record(self._outbound); flight.sources, flight.held = [], None",
+            wrong="slot.out_ready.record(self._outbound); flight.sources, flight.held = [], []",
         ),
     ),
     Race(Defect("weights are not waited for", Accelerator, "place", right="self.settle()", wrong="pass")),
@@ -264,7 +264,7 @@ RACES = [
     Race(
         Defect(
             *("memory of a stream that a model chose is freed early", LANE, "_launched"),
-            right="flight.held = flight.held, outputs",
+            right="flight.held.append(outputs)",
             wrong="pass",
         ),
         serves_strays,
@@ -272,7 +272,7 @@ RACES = [
     Race(
         Defect(
             *("weights are freed while a batch reads them", LANE, "_launched"),
-            right="flight.held = flight.held, self.call(execution)",
+            right="flight.held.append(self.call(execution))",
             wrong="pass",
         ),
         serves_until_unloaded,

@@ -52,10 +52,12 @@ class Flight:
         outputs: for each output the array if it is on the host already, or its place in the answers.
         nbytes: of the answers.
         sources: their bytes on the device. pieces: of these, where they are larger than the slot's memory for them.
+        held: what else may not be freed before the answers are there: the weights, which others may give up meanwhile,
+            and outputs, whose memory may be that of a stream which the model chose.
         waited_us: time that it waited on the device for those before it.
     """
 
-    __slots__ = ("behind", "nbytes", "outputs", "pieces", "slot", "sources", "waited_us")
+    __slots__ = ("behind", "held", "nbytes", "outputs", "pieces", "slot", "sources", "waited_us")
 
     def __init__(self, slot: Slot, behind: bool) -> None:
         self.slot = slot
@@ -64,6 +66,7 @@ class Flight:
         self.nbytes = 0
         self.sources: list[tuple[Place, torch.Tensor]] = []
         self.pieces: list[Piece] = []
+        self.held: list[object] = []
         self.waited_us = 0.0
 
 
@@ -325,13 +328,13 @@ class AcceleratorRunner(Runner):
             inputs = self._sent(execution, items, rows, flight)
             compute.wait_event(slot.in_ready)
             slot.begun.record(compute)
-            flight.held = flight.held, self.call(execution)  # whose weights others may give up meanwhile
+            flight.held.append(self.call(execution))
             try:
                 raw = self.forward_on_device(execution, inputs, rows)
             finally:
                 self._put_back()
             outputs = check_outputs(execution.model, raw, rows)
-            flight.held = flight.held, outputs  # a stream that the model chose may own their memory
+            flight.held.append(outputs)
             slot.computed.record(compute)
             self._fetch(execution, outputs, flight)
         except BaseException:
