@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -20,17 +20,22 @@ from tnxctl.protocol import wire
 from workload import FIRST_ID
 from zmtpsocket import MORE, Messages, frame
 
-_DATATYPES = {"float32": "FP32", "int64": "INT64"}
+_DATATYPES = {"float32": "FP32", "int64": "INT64", "uint8": "UINT8"}
 _LIMITS = wire.Limits()
+
+
+class LeanLoad(NamedTuple):
+    """Answers that count. Attributes: times_ms: of each. seconds: in which they came. replies: their headers."""
+
+    times_ms: list[float]
+    seconds: float
+    replies: list[wire.Result]
 
 
 def closed_loop(
     endpoint: str, model: str, inputs: Mapping[str, NDArray[Any]], outstanding: int, seconds: float
-) -> tuple[list[float], float]:
+) -> LeanLoad:
     """Keep so many requests with these inputs outstanding. The answers must have one tensor each.
-
-    Returns:
-        Milliseconds of each that counts, and seconds in which these came.
 
     Raises:
         BenchError: an answer is an error, or there is none.
@@ -65,10 +70,11 @@ def closed_loop(
     finally:
         gc.enable()
         socket.close()
-    times_ms = []
+    times_ms, replies = [], []
     for now, answer in answers:
         reply = wire.decode_reply(answer, _LIMITS)
         if not isinstance(reply, wire.Result) or reply.id is None:
             raise BenchError(f"a request to {model} failed: {reply}")
         times_ms.append((now - sent_ns[reply.id - FIRST_ID]) / 1e6)
-    return times_ms[steady.counted], steady.seconds
+        replies.append(reply)
+    return LeanLoad(times_ms[steady.counted], steady.seconds, replies[steady.counted])

@@ -30,7 +30,7 @@ class Measurement:
         errors: what came instead of a result, counted: error codes, "LOST" (no answer), "UNEXPECTED" (an answer to
             no request, or a second one); and "WRONG", a result that is not the model's output.
         devices: where the results were computed, counted.
-        timings: what the server says about each result.
+        timings: what the server says about each result. device_us: how long the device had to do with it.
         server_cpu_ns, client_cpu_ns: CPU time used meanwhile; None if not known.
     """
 
@@ -40,6 +40,7 @@ class Measurement:
     errors: Counter[str] = field(default_factory=Counter)
     devices: Counter[str] = field(default_factory=Counter)
     timings: list[wire.Timing] = field(default_factory=list)
+    device_us: list[float] = field(default_factory=list)
     server_cpu_ns: int | None = None
     client_cpu_ns: int | None = None
 
@@ -74,6 +75,7 @@ def evaluate(recording: Recording, workload: Workload, *, check: bool) -> Measur
             result.errors["WRONG"] += not workload.is_right(recording.first + index, reply.outputs[0].shape, tensor)
         latency_us.append((arrived_ns - due_ns[index]) / 1e3)
         result.timings.append(reply.timing)
+        result.device_us.append(reply.timing.h2d_us + 1e3 * reply.latency_ms + reply.timing.d2h_us)
         result.devices[reply.device] += 1
     result.errors["LOST"] += len(unanswered)
     result.errors = +result.errors  # without the zeros

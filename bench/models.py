@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 
 import click
 import msgspec
 
+import clientload
 import leanload
 import network_peers
 import real_networks
@@ -44,8 +43,7 @@ from network_peers import CONTENDERS, NetworkPeer, Setup
 from processes import BenchError, ChildProcess, cpu_ns, machine_cpu_ns
 from real_networks import NETWORKS
 from rounds import in_turns
-from steady import Steady
-from tnxctl import Client, Result
+from tnxctl import Client
 
 _HERE = Path(__file__).resolve().parent
 _THREADS = (1, 0)  # of plain torch; 0 is its default, a thread for each core
@@ -210,41 +208,14 @@ def _ask_peer(peer: NetworkPeer, outstanding: int, seconds: float) -> _Sample:
 
 
 def _ask_daemon(client: Client, pid: int, name: str, outstanding: int, seconds: float) -> _Sample:
-    inputs = NETWORKS[name].example()
-    done: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
-    times_ms: list[float] = []
-    steady = Steady(outstanding, seconds)
-
-    def send() -> None:
-        began = time.perf_counter_ns()
-
-        def answered(future: Future[Result]) -> None:
-            now = time.perf_counter_ns()
-            done.put((now, (now - began) / 1e6 if future.exception() is None else -1.0))
-
-        client.submit(inputs, model=name).add_done_callback(answered)
-
-    def receive() -> int:
-        now, millis = done.get(timeout=_TIMEOUT_S)
-        if millis < 0:
-            raise BenchError(f"a request to {name} failed")
-        times_ms.append(millis)
-        return now
-
     with _others(lambda: cpu_ns(pid)) as others:
-        for _ in range(outstanding):
-            send()
-        while steady.answered(receive()):
-            send()
-        for _ in range(outstanding - 1):
-            receive()
-    counted = times_ms[steady.counted]
-    return _Sample(counted, len(counted) / steady.seconds, others())
+        found = clientload.closed_loop(client, name, NETWORKS[name].example(), outstanding, seconds, _TIMEOUT_S)
+    return _Sample(found.times_ms, found.per_s, others())
 
 
 def _ask_leanly(endpoint: str, pid: int, name: str, outstanding: int, seconds: float) -> _Sample:
     with _others(lambda: cpu_ns(pid)) as others:
-        times_ms, lasted = leanload.closed_loop(endpoint, name, NETWORKS[name].example(), outstanding, seconds)
+        times_ms, lasted, _ = leanload.closed_loop(endpoint, name, NETWORKS[name].example(), outstanding, seconds)
     return _Sample(times_ms, len(times_ms) / lasted, others())
 
 

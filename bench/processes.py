@@ -32,6 +32,7 @@ class ChildProcess:
         name: for messages.
         arguments: of the interpreter.
         python: the interpreter. environment: None for that of this process.
+        log: file that its stderr is appended to; None: one that is gone in the end.
 
     Attributes:
         pid: its process id.
@@ -43,9 +44,10 @@ class ChildProcess:
         arguments: Sequence[str],
         python: str | Path = sys.executable,
         environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
     ) -> None:
         self.name = name
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `stop`
+        self._stderr: IO[bytes] = tempfile.TemporaryFile() if log is None else log.open("ab+")  # noqa: SIM115 - in `stop`
         self._process = subprocess.Popen(
             [str(python), *arguments],
             stdin=subprocess.PIPE,
@@ -94,6 +96,22 @@ class ChildProcess:
         if not line:
             raise BenchError(f"{self.name} {ended}{complaint(self._stderr)}")
         return line
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    def wait(self, seconds: float) -> int:
+        """Wait until it ends by itself. Returns its exit code, negative if a signal ended it.
+
+        Raises:
+            BenchError: it did not, within so many seconds.
+        """
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise BenchError(f"{self.name} has not ended within {seconds:g} s{complaint(self._stderr)}") from None
 
     def stop(self) -> None:
         """End it: ask by SIGTERM, insist after a while. Does nothing the second time."""

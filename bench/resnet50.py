@@ -6,10 +6,15 @@ them. The weights are random: what is measured is how long it takes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-_STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # width, blocks, stride of the first
+Stages = Sequence[tuple[int, int, int]]
+"""Width, blocks, and stride of the first block, of each."""
+
+STAGES: Stages = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
 _GROWTH = 4  # of the width, from the inside of a block to its output
 
 
@@ -37,13 +42,13 @@ class Block(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """The whole network."""
+    """The whole network. Args: stages: fewer or narrower ones make a network of the same kind that takes less time."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: Stages = STAGES) -> None:
         super().__init__()
         layers: list[nn.Module] = [_convolution(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
         channels = 64
-        for width, blocks, stride in _STAGES:
+        for width, blocks, stride in stages:
             for number in range(blocks):
                 layers.append(Block(channels, width, stride if number == 0 else 1))
                 channels = width * _GROWTH

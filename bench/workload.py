@@ -33,10 +33,11 @@ class Workload:
 
     Args:
         model: its name. name: of its input.
-        inputs, outputs: float32, all of one shape each; they take turns.
+        inputs, outputs: all of one shape each; they take turns. Outputs are float32.
         tolerance: relative and absolute, of an output that is right.
         prefer_gpu, deadline_us, priority: as in `wire.Predict`.
         stamped: whether each says when it is sent, for which STAMP stands.
+        datatype: of the inputs.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class Workload:
         deadline_us: float | None = None,
         priority: int | None = None,
         stamped: bool = False,
+        datatype: str = "FP32",
     ) -> None:
         self.prefer_gpu = prefer_gpu
         self._tolerance = tolerance
         self._inputs, self._outputs = inputs, outputs
         self._tensors = [array.tobytes() for array in inputs]
-        spec = wire.TensorSpec(name, "FP32", inputs[0].shape)
+        spec = wire.TensorSpec(name, datatype, inputs[0].shape)
         header = wire.encode(
             wire.Predict(
                 v=wire.VERSION,

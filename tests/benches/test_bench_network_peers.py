@@ -148,7 +148,7 @@ def test_the_lean_client_sends_all_tensors_and_counts_a_steady_loop() -> None:
         thread = threading.Thread(target=serve)
         thread.start()
         try:
-            times_ms, seconds = leanload.closed_loop(endpoint, "mlp", inputs, 4, 0.05)
+            times_ms, seconds, replies = leanload.closed_loop(endpoint, "mlp", inputs, 4, 0.05)
             with pytest.raises(BenchError, match="broken"):
                 leanload.closed_loop(endpoint, "broken", inputs, 1, 0.01)
         finally:
@@ -156,7 +156,7 @@ def test_the_lean_client_sends_all_tensors_and_counts_a_steady_loop() -> None:
             thread.join()
     assert not wrong
     assert len(times_ms) % 4 == 0
-    assert len(times_ms) >= 4
+    assert len(times_ms) == len(replies) >= 4
     assert 0 < min(times_ms) <= 1e3 * seconds
 
 
