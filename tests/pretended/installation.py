@@ -37,8 +37,7 @@ def pretended(
         devices: how many. memory_mb: of each, in MiB; one number for all of them, or one for each.
         policy, seed: see `pretended.work`.
     """
-    if torch.cuda.is_available():
-        raise RuntimeError("this machine has a real device")
+    skip_with_kernels()
     before = set(threading.enumerate())
     installation = Installation(devices, memory_mb, policy, seed)
     try:
@@ -47,6 +46,14 @@ def pretended(
         for thread in set(threading.enumerate()) - before:
             _end(thread)
         installation.remove()
+
+
+def skip_with_kernels() -> None:
+    """Skip the test that calls this where torch was built with CUDA: its own kernels come before what is pretended."""
+    if torch.backends.cuda.is_built():
+        import pytest  # which a daemon can do without
+
+        pytest.skip("this torch was built with CUDA, which cannot be pretended then")
 
 
 def _end(thread: Any) -> None:
