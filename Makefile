@@ -28,7 +28,8 @@ help:
 	@echo 'make check            ruff and mypy'
 	@echo 'make bench            measure latency; BENCH="--help" shows what can be asked'
 	@echo 'make bench-peers      build environments for the servers that bench/compare.py measures beside the daemon'
-	@echo 'make gpu-check        CUDA tests and a short CUDA benchmark, with the packages of PYTHON as they are'
+	@echo 'make gpu-check        tests and figures of a GPU in eight minutes, with the packages of PYTHON as they are'
+	@echo 'make gpu-wheels       packages for that, to be carried to a machine without a network'
 	@echo 'sudo make install     the service: /opt/tensornext, /etc/tensornext, tensornext.service, tnxd and tnxctl'
 	@echo 'sudo make uninstall   remove all of that but the configuration'
 	@echo 'make test-fresh       demo and tests on bare Debian machines made by debootstrap, as root and as a user'
@@ -135,14 +136,26 @@ build/peers/%/built: bench/peers/%.txt
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(@D)/bin/python -m pip --quiet install --requirement $<
 	@touch $@
 
-# For a machine that has a GPU and its own torch, and maybe no network: nothing is installed, pytest takes no
-# configuration because setup.cfg's needs plugins that may be missing there, and the benchmark leaves out its open loop,
-# which needs a package more.
+# For a machine that has a GPU and its own torch, and maybe no network: its packages stay as they are. Those that it
+# lacks come from build/wheels, and lie beside the results. GPU="--help" shows what can be asked.
 .PHONY: gpu-check
-gpu-check: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-check: export PYTHONPATH := $(CURDIR):$(CURDIR)/build/gpu/packages$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu-check:
-	$(PYTHON) -m pytest -c /dev/null --rootdir . -p no:cacheprovider -ra tests/executors/test_cuda.py
-	$(PYTHON) bench/latency.py --device cuda $(or $(BENCH),--quick --no-rate)
+	@[ ! -d build/wheels ] || $(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --no-warn-conflicts \
+		--target build/gpu/packages build/wheels/*.whl
+	@$(PYTHON) -c 'import click, ml_dtypes, msgspec, numpy, pytest, safetensors, torch, zmq' || { \
+		echo 'A package is missing. Where there is a network: make gpu-wheels, and carry build/wheels over.' >&2; exit 1; }
+	$(PYTHON) bench/gpu.py $(GPU)
+
+# What that machine lacks, for its version of Python.
+GPU_PYTHON ?= 3.12
+GPU_PACKAGES ?= msgspec pyzmq
+.PHONY: gpu-wheels
+gpu-wheels:
+	@rm -rf build/wheels
+	PIP_CONSTRAINT=constraints.txt $(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest build/wheels \
+		--implementation cp --python-version $(GPU_PYTHON) $(GPU_PACKAGES) \
+		$(patsubst %,--platform manylinux%_x86_64,2014 _2_17 _2_26 _2_27 _2_28)
 
 # The service must not depend on the caller's Python, so PYTHON counts here only where it was asked for.
 .PHONY: install uninstall
