@@ -169,7 +169,7 @@ def daemon(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture
 def client(daemon: Running) -> Iterator[Client]:
-    with Client(daemon.endpoint, timeout=30) as client:
+    with Client(daemon.endpoint, timeout=60) as client:
         yield client
 
 
@@ -301,7 +301,7 @@ def test_bad_receiver_costs_no_answer_and_what_is_dropped_is_told(tmp_path: Path
         surroundings = {"OTEL_EXPORTER_OTLP_TIMEOUT": "0.2"}
         config = 'log_format = "json"\n'
         with running(tmp_path, *arguments, config=config, environment=surroundings) as daemon:
-            with Client(daemon.endpoint, timeout=30) as client, Dealer(daemon.endpoint) as dealer:
+            with Client(daemon.endpoint, timeout=60) as client, Dealer(daemon.endpoint) as dealer:
                 dealer.await_health(status="ready")  # else what is refused until then is recorded, too
                 for _ in range(50):
                     client.predict(rows(1), model="doubles", traceparent=new_traceparent("bad"))
@@ -319,6 +319,6 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert importlib.util.find_spec("opentelemetry") is not None
     surroundings = {"PYTHONPATH": str(tmp_path)}
     with running(tmp_path, "--model", "mlp", "--otel", environment=surroundings, binds=False) as daemon:
-        assert daemon.process.wait(30) == 1
+        assert daemon.process.wait(60) == 1
         assert "opentelemetry-sdk" in daemon.log
         assert daemon.log.count("\n") == 1

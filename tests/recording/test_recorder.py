@@ -44,7 +44,7 @@ class Loop:
 
     def turn(self) -> None:
         """Run the next function that is to be called soon."""
-        self.calls.get(timeout=20)()
+        self.calls.get(timeout=60)()
 
     def start(self, **fields: object) -> RecordingReport:
         """Begin a recording. Raises what the answer is."""
@@ -133,7 +133,7 @@ class SlowDisk:
         def slow(file: RecordingFile, records: Sequence[Sequence[bytes]]) -> None:
             if HEADER in records[-1]:
                 self.at_it.set()
-                assert self.go.wait(20)
+                assert self.go.wait(60)
             write(file, records)
 
         monkeypatch.setattr(RecordingFile, "write", slow)
@@ -144,7 +144,7 @@ def test_what_finds_no_room_is_dropped_and_counted(loop: Loop, monkeypatch: pyte
     loop.make(queue_bytes=60_000)
     loop.start()
     loop.take()
-    assert disk.at_it.wait(20)
+    assert disk.at_it.wait(60)
     for _ in range(20):
         loop.take()
     held = loop.recorder.held_bytes
@@ -167,7 +167,7 @@ def test_a_request_larger_than_the_queue_is_taken_alone(loop: Loop) -> None:
 
 def test_the_time_ends_it(loop: Loop) -> None:
     loop.make()
-    loop.start(seconds=0.5)  # in which this thread gets to hand a request over
+    loop.start(seconds=1.5)  # in which this thread gets to hand a request over
     recording = loop.recorder.recording
     assert recording is not None
     loop.take()
