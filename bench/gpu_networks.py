@@ -181,7 +181,7 @@ def _sentences() -> Any:
 def _few_sentences() -> nn.Module:
     encoder = _sentences()
     words = torch.randn((_IDS[SMALL], 384), generator=torch.Generator().manual_seed(_SEED))
-    encoder.embeddings.word_embeddings = nn.Embedding.from_pretrained(words)
+    encoder.embeddings.word_embeddings = nn.Embedding.from_pretrained(words)  # type: ignore[no-untyped-call]
     encoder.encoder.layer = encoder.encoder.layer[:1]
     return encoder  # type: ignore[no-any-return]
 
