@@ -97,8 +97,8 @@ class Client:
             them. See docs/protocol.md, "Shared memory".
 
     Raises:
-        InvalidArgument: the endpoint, the timeout or the share is not one; no memory can be shared with it; or a file with keys has a mistake, cannot
-            read, or is not its owner's alone.
+        InvalidArgument: the endpoint, the timeout or the share is not one; no memory can be shared there; or a file
+            with keys has a mistake, cannot be read, or is not its owner's alone.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.shared_memory import Mapping, aligned, total_bytes
 from tnxctl.protocol.wire import MIB, Span
 
-LEAST_BYTES = 32 * 1024
+LEAST_BYTES = 64 * 1024
 """Least size of inputs, and of outputs, that go through shared memory: smaller ones are quicker as frames."""
 
 _FIRST_ROOM = MIB  # for the outputs of a model that nothing is known of
