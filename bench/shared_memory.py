@@ -30,7 +30,7 @@ _WARM_UP = 20  # requests
 
 def median_us(action: Callable[[], object], seconds: float) -> float:
     """The median of the microseconds that something takes, done again and again for so long."""
-    taken = []
+    taken: list[float] = []
     until = time.perf_counter() + seconds
     while not taken or time.perf_counter() < until:
         began = time.perf_counter()

@@ -18,7 +18,7 @@ from tnxctl.bridge.oip import compression, documents, infer, orders
 from tnxctl.bridge.routes import Handler, Routes
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import DeadlineExceeded, InvalidArgument, Unavailable
-from tnxctl.protocol.limits import excerpt
+from tnxctl.protocol.limits import MAX_ID, excerpt
 
 T = TypeVar("T")
 
@@ -37,6 +37,14 @@ class ControlRequest(msgspec.Struct, frozen=True):
     parameters: Annotated[dict[str, Any], msgspec.Meta(max_length=1024)] = {}
 
 
+class RegisterRequest(msgspec.Struct, frozen=True):
+    """Body of a request to register a region of shared memory: part of the file of that name."""
+
+    key: str
+    byte_size: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
+    offset: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = 0
+
+
 def add_to(routes: Routes) -> None:
     """Add the routes of this interface."""
     routes.add("GET", "/v2", server_metadata, wire.Health)
@@ -52,6 +60,12 @@ def add_to(routes: Routes) -> None:
     routes.add("POST", "/v2/repository/index", repository_index, wire.Models, takes=IndexRequest)
     routes.add("POST", "/v2/repository/models/{model}/load", load, wire.Load, takes=ControlRequest)
     routes.add("POST", "/v2/repository/models/{model}/unload", unload, wire.Unload, takes=ControlRequest)
+    memory = "/v2/systemsharedmemory"
+    routes.add("GET", f"{memory}/status", regions, None)
+    routes.add("GET", f"{memory}/region/{{region}}/status", regions, None)
+    routes.add("POST", f"{memory}/region/{{region}}/register", register_region, wire.Share, takes=RegisterRequest)
+    routes.add("POST", f"{memory}/region/{{region}}/unregister", unregister_region, wire.Share)
+    routes.add("POST", f"{memory}/unregister", unregister_region, wire.Share)
     _add_unsupported(routes)
 
 
@@ -74,7 +88,8 @@ async def ready(bridge: Bridge, request: Request) -> Response:
 
 async def server_metadata(bridge: Bridge, request: Request) -> Response:
     """Name, version and extensions of the server."""
-    return json_response(documents.server_metadata((await bridge.ask_one(AsyncClient.health)).version))
+    report = await bridge.ask_one(AsyncClient.health)
+    return json_response(documents.server_metadata(report.version, shares_memory=bridge.regions.allowed))
 
 
 async def model_metadata(bridge: Bridge, request: Request) -> Response:
@@ -109,7 +124,7 @@ async def run_inference(bridge: Bridge, request: Request) -> Response:
     if json_bytes > settings.limits.json_bytes:
         raise HttpError(413, f"the body has {json_bytes} bytes of JSON, and may have {settings.limits.json_bytes}")
     if json_bytes or not body:
-        inference = infer.read(body, json_bytes, settings.message)
+        inference = infer.read(body, json_bytes, settings.message, bridge.regions)
     else:
         inference = infer.read_raw(body, await bridge.signatures.get(title), settings.message)
     result = await bridge.client.predict(inference.inputs, model=title, **inference.arguments)
@@ -117,7 +132,7 @@ async def run_inference(bridge: Bridge, request: Request) -> Response:
     if inference.classifies:
         ran = await bridge.signatures.get(documents.model_title(result.model, result.version))
         batches = ran.max_batch_size > 0
-    answer = infer.answer(inference, result, batches)
+    answer = infer.answer(inference, result, bridge.regions, batches)
     chunks, coding = await compression.packed(answer.chunks, headers.get(b"accept-encoding"))
     stages = server_timing.header(result)
     if not answer.binary:
@@ -146,13 +161,30 @@ async def unload(bridge: Bridge, request: Request) -> Response:
     return Response()
 
 
+async def regions(bridge: Bridge, request: Request) -> Response:
+    """Regions of shared memory, or one of them."""
+    return json_response(bridge.regions.status(request.params.get("region", "")))
+
+
+async def register_region(bridge: Bridge, request: Request) -> Response:
+    """Register a region of shared memory, which requests may then name."""
+    asked = _body(request, RegisterRequest)
+    bridge.regions.register(request.params["region"], asked.key, asked.offset, asked.byte_size)
+    return Response()
+
+
+async def unregister_region(bridge: Bridge, request: Request) -> Response:
+    """Forget a region of shared memory, or all."""
+    bridge.regions.unregister(request.params.get("region", ""))
+    return Response()
+
+
 def _add_unsupported(routes: Routes) -> None:
-    for kind in ("system", "cuda"):
-        memory = f"/v2/{kind}sharedmemory"
-        routes.add("GET", f"{memory}/status", _no_regions, None)
-        routes.add("GET", f"{memory}/region/{{region}}/status", _no_such_region, None)
-        for action in ("unregister", "region/{region}/register", "region/{region}/unregister"):
-            routes.add("POST", f"{memory}/{action}", _unsupported(501, "shared memory"), None)
+    memory = "/v2/cudasharedmemory"
+    routes.add("GET", f"{memory}/status", _no_regions, None)
+    routes.add("GET", f"{memory}/region/{{region}}/status", _no_such_region, None)
+    for action in ("unregister", "region/{region}/register", "region/{region}/unregister"):
+        routes.add("POST", f"{memory}/{action}", _unsupported(501, "shared memory"), None)
     for method in ("GET", "POST"):
         for path in ("/v2/trace/setting", "/v2/models/{model}/trace/setting"):
             routes.add(method, path, _unsupported(503, "tracing"), None)
