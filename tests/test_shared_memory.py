@@ -205,7 +205,7 @@ def test_a_call_that_timed_out_keeps_its_place_until_the_daemon_is_done_with_it(
         with pytest.raises(errors.DeadlineExceeded):
             tnx.predict(np.resize(BIG, (4096, 256)), model="mlp", timeout=0.001)
         (under_way,) = tnx._session.sharing._under_way.values()  # type: ignore[union-attr]
-        assert under_way.inputs is not None
+        assert under_way.place is not None
         while tnx._session.sharing._under_way:  # type: ignore[union-attr]
             tnx.health()
         assert places(tnx) == [[0, 64 * MIB]]

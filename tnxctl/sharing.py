@@ -108,10 +108,14 @@ class _Block:
 
 
 class _UnderWay(msgspec.Struct, frozen=True, gc=False):
-    """A call whose answer has not come. Attributes: kind: of it. inputs, space: its places, if it has any."""
+    """A call whose answer has not come.
+
+    Attributes:
+        kind: of it. place: that it has, if any. space: the same, if the outputs may go there.
+    """
 
     kind: tuple[str, tuple[wire.TensorSpec, ...]]
-    inputs: Span | None
+    place: Span | None
     space: Span | None
 
 
@@ -202,16 +206,17 @@ class Sharing:
         room = self._sizes.get(kind)
         if room is None:
             room = self._most.get(request.model, _FIRST_ROOM)
-        space = segment.allocate(room) if room >= LEAST_BYTES else None
-        inputs, shared = None, None
-        if call.nbytes >= LEAST_BYTES:
-            arrays = call.frames[1:]
-            inputs = segment.allocate(total_bytes([array.nbytes for array in arrays]))
-            if inputs is not None:
-                shared = segment.write(inputs.offset, arrays)
-        self._under_way[call.id] = _UnderWay(kind, inputs, space)
-        if shared is None and space is None:
+        arrays = call.frames[1:] if call.nbytes >= LEAST_BYTES else []
+        if room < LEAST_BYTES:
+            room = 0
+        # One place for both: the daemon has copied the inputs before there are outputs, and has it in its caches then.
+        nbytes = max(total_bytes([array.nbytes for array in arrays]), room)
+        place = segment.allocate(nbytes) if nbytes else None
+        space = place if room else None
+        self._under_way[call.id] = _UnderWay(kind, place, space)
+        if place is None:
             return call.frames
+        shared = segment.write(place.offset, arrays) if arrays else None
         fields = {name: getattr(request, name) for name in wire.Predict.__struct_fields__}
         header = wire.encode(wire.PredictShared(**fields, shared=shared, space=space))
         if len(header) > self._header_bytes:
@@ -219,14 +224,11 @@ class Sharing:
             return call.frames
         return [header] if shared is not None else [header, *call.frames[1:]]
 
-    def _end(self, call_id: int | None, *, keeps_space: bool = False) -> _UnderWay | None:
-        """Take back the places of a call that has its answer. Args: keeps_space: that for the outputs is in use."""
+    def _end(self, call_id: int | None, *, in_use: bool = False) -> _UnderWay | None:
+        """Take back the place of a call that has its answer, unless its outputs are there, so that it is in use."""
         under_way = self._under_way.pop(call_id, None)  # type: ignore[arg-type]
-        if under_way is not None and self._segment is not None:
-            if under_way.inputs is not None:
-                self._segment.freed.append(under_way.inputs)
-            if under_way.space is not None and not keeps_space:
-                self._segment.freed.append(under_way.space)
+        if under_way is not None and under_way.place is not None and self._segment is not None and not in_use:
+            self._segment.freed.append(under_way.place)
         return under_way
 
     def incoming(self, reply: wire.Reply, frames: Sequence[Any]) -> Sequence[Any] | None:
@@ -239,7 +241,7 @@ class Sharing:
             self._answered(reply)
             return None
         spans = reply.shared if isinstance(reply, wire.Result) else msgspec.UNSET
-        under_way = self._end(reply.id, keeps_space=spans is not msgspec.UNSET)
+        under_way = self._end(reply.id, in_use=spans is not msgspec.UNSET)
         if under_way is None or not isinstance(reply, wire.Result):
             if spans is not msgspec.UNSET:
                 raise InvalidArgument("outputs in shared memory that were not asked for")

@@ -349,7 +349,8 @@ class Intake:
         started: Batch | None = None
         pending.queued_ns = now_ns = time.perf_counter_ns()
         piped = model.__class__ is Pipeline
-        if not piped and not scheduler.queued and not self._router.readable():  # else others may share its batch
+        # Else others may share its batch; but what was copied just now is in the caches of this core.
+        if not piped and not scheduler.queued and (shared is not None or not self._router.readable()):
             started = scheduler.start(pending, now_ns)
         if started is None:
             try:
