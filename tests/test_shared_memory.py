@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from conftest import START_SECONDS, Daemon, serving_daemon
+from daemons import ODD
 from dealer import Dealer, rows
 from tnxctl import AsyncClient, Client
 from tnxctl.protocol import errors, wire
@@ -456,6 +457,23 @@ def test_bytes_that_change_change_nothing_but_the_answer(peer: Peer, shared: Dae
         stop.set()
         thread.join()
     assert codes <= {"", "INVALID_ARGUMENT"}
+
+
+def test_what_runs_cannot_be_changed_any_more(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> None:
+    (tmp_path / "tnxd.toml").write_text(PLENTY)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    arguments = ("--config", str(tmp_path / "tnxd.toml"), "--bind", f"ipc://{tmp_path}/tnx", "--model", "wait")
+    daemon = run_daemon(*arguments, program=ODD, environment={**os.environ, "RUN_FIFO": str(fifo)})
+    x = np.array([[1, 2, 3, 4]], np.float32)
+    with Peer(daemon.endpoint) as peer:
+        peer.memory[:16] = x.tobytes()
+        peer.send_shared(model="wait", inputs=[["", "FP32", [1, 4]]], shared=[[0, 16]], space=[64, 64])
+        with fifo.open("wb"):  # which the model waits for, in the middle of its forward
+            peer.memory[:16] = bytes(16)
+        reply, _ = peer.receive()
+    assert isinstance(reply, wire.Result)
+    assert np.array_equal(np.frombuffer(peer.memory, np.float32, 4, 64), 2 * x[0])
 
 
 def test_a_second_segment_of_one_connection(peer: Peer) -> None:

@@ -291,7 +291,10 @@ def _received(listener: socket.socket, token: bytes, nbytes: int) -> _Segment:
         OSError, ValueError: it has sent none.
     """
     for _ in range(_MOST_STRANGERS):
-        lifeline, _ = listener.accept()
+        try:
+            lifeline, _ = listener.accept()
+        except BlockingIOError:
+            break
         try:
             lifeline.setblocking(False)
             said, descriptors, _, _ = socket.recv_fds(lifeline, 2 * len(token), 1, socket.MSG_CMSG_CLOEXEC)
