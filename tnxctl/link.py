@@ -277,6 +277,8 @@ class Link:
 
     def abandon(self) -> None:
         """Forget the sockets, in a forked child: they are the parent's, and pyzmq leaves them open here."""
+        if self._session.sharing is not None:
+            self._session.sharing.lost()
         for socket in (self.dealer, self.monitor):
             if socket is not None:
                 with contextlib.suppress(AttributeError):

@@ -52,35 +52,45 @@ class Segment(Mapping):
         self._allocated = 0
 
     def read(self, span: Span) -> Array:
-        """A copy of a span, as bytes, which the client cannot change any more. Raises InvalidArgument."""
+        """A copy of a span, as bytes, which the client cannot change any more.
+
+        Raises:
+            InvalidArgument: it does not lie within.
+            ResourceExhausted: the system has no memory for it.
+        """
         self.check(span)
-        self._allocate(span.offset + span.nbytes)
+        self._allocate(span.offset, span.nbytes)
         return super().read(span)
 
     def place(self, space: Span, arrays: Sequence[Array]) -> tuple[Span, ...] | None:
         """Copy C-contiguous arrays into a space, which lies within. Returns where they lie; None if it is too small."""
-        if total_bytes([array.nbytes for array in arrays]) > space.nbytes:
+        nbytes = total_bytes([array.nbytes for array in arrays])
+        if nbytes > space.nbytes:
             return None
         try:
-            self._allocate(space.offset + space.nbytes)
+            self._allocate(space.offset, nbytes)
         except ResourceExhausted:
             return None
         return self.write(space.offset, arrays)
 
-    def _allocate(self, end: int) -> None:
-        """Have the kernel find the memory up to there, once. Where there was none, an access would be SIGBUS.
+    def _allocate(self, offset: int, nbytes: int) -> None:
+        """Have the kernel find the memory for some bytes, which it does once. Without any, an access would be SIGBUS.
 
         Raises:
             ResourceExhausted: it has none left.
         """
-        if end <= self._allocated:
+        end = offset + nbytes
+        if end <= self._allocated or not nbytes:
             return
         end = min(-(-end // _PAGE_BYTES) * _PAGE_BYTES, self.nbytes)
+        follows = offset <= self._allocated  # a client fills a segment from its beginning; others pay for each access
+        begin = self._allocated if follows else offset
         try:
-            os.posix_fallocate(self._descriptor, self._allocated, end - self._allocated)
+            os.posix_fallocate(self._descriptor, begin, end - begin)
         except OSError as error:
             raise ResourceExhausted(f"there is no memory left to share: {error.strerror}") from None
-        self._allocated = end
+        if follows:
+            self._allocated = end
 
     def close(self) -> None:
         """Free the memory, for whoever may still have it, too."""
