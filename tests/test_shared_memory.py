@@ -48,6 +48,16 @@ inputs = [{name = "texts", datatype = "BYTES", shape = [-1]}]
 outputs = [{name = "same", datatype = "BYTES", shape = [-1]}]
 """
 
+PIPED = """
+inputs = ["x"]
+[[steps]]
+name = "only"
+model = "mlp"
+inputs = {input = "x"}
+[outputs]
+y = "only.output"
+"""
+
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
@@ -57,6 +67,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         ("tnxd.toml", PLENTY),
         ("models/texts/1/model.py", TEXTS),
         ("models/texts/model.toml", TEXTS_TOML),
+        ("models/piped/1/pipeline.toml", PIPED),
     ):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +123,9 @@ def test_answers_are_those_of_the_socket(shared: Daemon) -> None:
             x = np.resize(BIG, (count, 256))
             for _ in range(2):  # with a guess at the size of the outputs, and with knowledge
                 assert np.array_equal(tnx.predict(x, model="mlp").output, plain.predict(x, model="mlp").output)
+        expected = plain.predict(BIG, model="mlp").output
+        assert np.array_equal(tnx.predict(BIG, model="piped").output, expected)
+        assert np.array_equal(tnx.predict(BIG, model="piped").output, expected)
         x = np.array([b"a" * 100_000, b"", b"\0b"], object)
         assert [*tnx.predict(x, model="texts").output] == [*plain.predict(x, model="texts").output] == [*x]
 
@@ -266,6 +280,34 @@ def test_recordings_hold_the_tensors(tmp_path: Path, run_daemon: Callable[..., D
         assert type(recorded.request) is wire.Predict
         (array,) = view_tensors(recorded.request.inputs, recorded.frames, wire.Limits())
         assert np.array_equal(array, BIG + number)
+
+
+FORKED = """
+import os, sys
+import numpy as np
+from tnxctl import Client
+
+with Client(sys.argv[1], shared_memory=True) as tnx:
+    for _ in range(3):
+        tnx.health()
+    assert tnx.shares_memory
+    child = os.fork()
+    if not child:
+        sys.stdin.read()
+        os._exit(0)
+print("closed", flush=True)
+os.waitpid(child, 0)
+"""
+
+
+def test_a_forked_process_keeps_no_memory_of_its_parents(shared: Daemon) -> None:
+    command = [sys.executable, "-c", FORKED, shared.endpoint]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"closed\n"
+        await_segments(shared, 0)  # while the child is there
+    assert process.returncode == 0
 
 
 # --- processes that die --------------------------------------------------------------------------------------
