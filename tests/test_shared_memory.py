@@ -283,18 +283,23 @@ def test_recordings_hold_the_tensors(tmp_path: Path, run_daemon: Callable[..., D
 
 
 FORKED = """
-import os, sys
-import numpy as np
-from tnxctl import Client
+import asyncio, os, sys
+from tnxctl import AsyncClient, Client
 
-with Client(sys.argv[1], shared_memory=True) as tnx:
-    for _ in range(3):
-        tnx.health()
-    assert tnx.shares_memory
-    child = os.fork()
-    if not child:
-        sys.stdin.read()
-        os._exit(0)
+async def main():
+    async with AsyncClient(sys.argv[1], shared_memory=True) as aio:
+        with Client(sys.argv[1], shared_memory=True) as tnx:
+            for _ in range(3):
+                tnx.health()
+                await aio.health()
+            assert tnx.shares_memory and aio.shares_memory
+            child = os.fork()
+            if not child:
+                sys.stdin.read()
+                os._exit(0)
+    return child
+
+child = asyncio.run(main())
 print("closed", flush=True)
 os.waitpid(child, 0)
 """
