@@ -12,6 +12,7 @@ from tnxctl.bridge.access import Access
 from tnxctl.bridge.addresses import is_loopback
 from tnxctl.bridge.bodies import Budget
 from tnxctl.bridge.browsers import Pages
+from tnxctl.bridge.helper import Helper
 from tnxctl.bridge.oip.shared_memory import Regions
 from tnxctl.bridge.routes import Routes
 from tnxctl.bridge.settings import Settings
@@ -49,6 +50,7 @@ class Bridge:
         signatures: of models that were asked for lately.
         regions: of shared memory that are registered.
         access: what a request may ask for. pages: whose requests are taken. budget: of memory for requests.
+        helper: reads and writes long JSON.
         routes: those of all interfaces.
     """
 
@@ -59,6 +61,7 @@ class Bridge:
         self.pages = Pages(settings)
         self.budget = Budget(settings.limits.bodies_bytes)
         self.regions = Regions(settings.shared_memory, self.budget)
+        self.helper = Helper()
         endpoints = settings.endpoints
         self.daemons = [AsyncClient(each, timeout=settings.timeout, limits=settings.message) for each in endpoints]
         self.client = self.daemons[0]
@@ -93,7 +96,8 @@ class Bridge:
         return await ask(self.daemons[self._first], timeout=_share(ends, 1))
 
     async def close(self) -> None:
-        """Close the connections to the daemon, or to all of them."""
+        """Close the connections to the daemon, or to all of them, and end the helper."""
+        await self.helper.close()
         for client in (self.client, *self.daemons):
             await client.close()
 

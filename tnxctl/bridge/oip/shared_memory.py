@@ -65,9 +65,9 @@ def place_of(parameters: Mapping[str, Any], name: str) -> Place | None:
     Raises:
         InvalidArgument: one of them has a value that it cannot have.
     """
-    region = parameters.get("shared_memory_region")
-    if region is None:
+    if "shared_memory_region" not in parameters:
         return None
+    region = parameters["shared_memory_region"]
     offset, nbytes = parameters.get("shared_memory_offset", 0), parameters.get("shared_memory_byte_size", 0)
     if type(region) is not str:
         raise InvalidArgument(f"tensor {excerpt(name)}: shared_memory_region is {excerpt(region)}, expected a name")
