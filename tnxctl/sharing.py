@@ -251,7 +251,7 @@ class Sharing:
             return frames
         nbytes = total_bytes([span.nbytes for span in spans])
         self._note(under_way, nbytes)
-        return [frames[0], *self._views(under_way.space, spans, nbytes)]
+        return [frames[0], *self._views(under_way, spans, nbytes)]
 
     def _note(self, under_way: _UnderWay, nbytes: int) -> None:
         """Note how much room the outputs of calls of a kind take."""
@@ -263,9 +263,9 @@ class Sharing:
             self._sizes[kind] = nbytes
             self._most[kind[0]] = max(self._most.get(kind[0], 0), nbytes)
 
-    def _views(self, space: Span | None, spans: Sequence[Span], nbytes: int) -> list[Any]:
+    def _views(self, under_way: _UnderWay, spans: Sequence[Span], nbytes: int) -> list[Any]:
         """Arrays of bytes that look into the segment. What they leave of the space is free again."""
-        segment = self._segment
+        segment, space = self._segment, under_way.space
         assert segment is not None
         end = 0 if space is None else space.offset + nbytes
         if (
@@ -273,8 +273,8 @@ class Sharing:
             or nbytes > space.nbytes
             or any(span.offset < space.offset or span.offset + span.nbytes > end for span in spans)
         ):
-            if space is not None:
-                segment.freed.append(space)
+            if under_way.place is not None:
+                segment.freed.append(under_way.place)
             raise InvalidArgument("outputs in shared memory that are not within the space for them")
         if nbytes < space.nbytes:
             segment.freed.append(Span(space.offset + nbytes, space.nbytes - nbytes))

@@ -156,6 +156,8 @@ def test_outputs_that_were_not_asked_for(sharing: Sharing) -> None:
     sharing.outgoing(call())
     with pytest.raises(InvalidArgument, match="not within the space"):
         sharing.incoming(result((Span(0, 16),)), [b""])
+    segment: Any = sharing._segment
+    assert segment.allocate(SEGMENT_BYTES) == Span(0, SEGMENT_BYTES)
 
 
 def test_small_tensors_go_as_they_are(sharing: Sharing) -> None:
