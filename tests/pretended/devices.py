@@ -114,8 +114,9 @@ class Machine:
         totals: bytes of memory of each device. policy, seed: see `pretended.work`.
 
     Attributes:
-        counts: how often something happened; see `pretended`. capturing: graphs that are being captured. last_assert: what a kernel ran into that lost its device.
-        blocks: of living tensors, by address. host: pinned memory. freed: what is to be done about memory that is gone.
+        counts: how often something happened; see `pretended`. capturing: graphs that are being captured.
+        last_assert: what a kernel ran into that lost its device. blocks: of living tensors, by address. host: pinned
+            memory. freed: what is to be done about memory that is gone.
         lock: held by whoever changes a queue or runs work. One for all, so that no order of streams can lock up.
     """
 
@@ -205,7 +206,9 @@ class Machine:
     def execute(self, work: Work) -> None:
         """Do one piece of work. The lock is held."""
         device = work.stream.owner
-        if not work.takes_memory and device.works():
+        if work.chore:
+            work.run()
+        elif device.works():
             with torch.inference_mode(False), torch.no_grad():
                 try:
                     work.run()
@@ -215,8 +218,6 @@ class Machine:
                     self.counts["asserts"] += 1
                     self.last_assert = error
                     device.lost = ASSERT
-        elif work.takes_memory:
-            work.run()
         work.at = time.perf_counter()
         work.done = True
 

@@ -117,7 +117,7 @@ def _issued(op: Any, nature: _Nature, device: Device, values: list[Any], spec: A
                 continue
             if target.size == part.shape:
                 target.open().copy_(part)
-            elif part.numel():  # else kernels of the CPU leave out what only training needs
+            elif part.numel() and 0 not in target.size:  # else one of them leaves out what only training needs
                 raise Unpretended(f"{op}: {list(part.shape)} on the CPU, {list(target.size)} by its meta kernel")
 
     stream = machine.current_stream(device.index)
@@ -317,8 +317,8 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 def copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """Copy between a device and the host, or within a device, or between two.
 
-    Only copies from and to pinned memory are left to the stream. Memory of the host is read, or written, when the work is
-    done; until then the copy keeps it alive, as torch does by events.
+    Only copies from and to pinned memory are left to the stream. Memory of the host is read, or written, when the work
+    is done; until then the copy keeps it alive, as torch does by events.
     """
     machine = active.machine
     if target.is_cuda and source.is_cuda:
