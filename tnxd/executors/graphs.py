@@ -6,7 +6,9 @@ outputs where it wrote them then. So there is one for each size of a batch, a *b
 it reads the slot's own memory, and what it has written stays until the slot's batch is over. A smaller batch is filled
 up to its bucket, and what the filling answers is cut off again.
 
-All graphs of a lane compute in one memory: they run on one stream, one after the other.
+All graphs of a slot compute in one memory, where one may have its outputs where another computes: they run on one
+stream, one after the other, and the next one in a slot when the outputs of the last one have been copied. Graphs of
+different slots must not share it: what one has written is still being copied when the other runs.
 """
 
 from __future__ import annotations
@@ -109,7 +111,7 @@ class Graph:
         return self._outputs
 
     def free(self) -> None:
-        """Free the graph, and its memory for others of the lane."""
+        """Free the graph, and its memory for others of the slot."""
         self._graph.reset()
         self._inputs = self._outputs = ()
 
@@ -216,6 +218,10 @@ class ModelGraphs:
         """The graph of a bucket in a slot, if there is one."""
         return self._graphs.get((slot, bucket))
 
+    def uses(self, slot: Slot) -> bool:
+        """Whether there is a graph in a slot."""
+        return any(own is slot for own, _ in self._graphs)
+
     @property
     def buckets(self) -> list[Bucket]:
         """Buckets that have graphs."""
@@ -261,8 +267,8 @@ class GraphRunner(AcceleratorRunner):
         super().__init__(accelerator, depth)
         self.graphs: dict[str, ModelGraphs] = {}
         self._api = api
-        self._pool: Any = None
-        self._failed: list[DeviceGraph] = []
+        self._pools: dict[Slot, Any] = {}
+        self._failed: dict[Slot, list[DeviceGraph]] = {}
         self._chosen: tuple[ModelGraphs, Filled] | None = None
         self._wanted: Bucket | None = None
         self._refusal: BaseException | None = None
@@ -331,23 +337,21 @@ class GraphRunner(AcceleratorRunner):
         bucket, self._wanted = self._wanted, None
         assert bucket is not None
         tensors = [each for each in inputs if isinstance(each, torch.Tensor)]
-        if self._pool is None:
-            self._pool = self._api.new_pool()
-        graph = self._api.new_graph()
+        slot, pool, graph = self._slot, self._pool(self._slot), self._api.new_graph()
 
         def work() -> list[Value]:
             return check_outputs(model, graphs.call(*tensors), bucket.rows)
 
         try:
-            outputs = _record(graph, self._api, self._pool, work)
+            outputs = _record(graph, self._api, pool, work)
             if not all(isinstance(each, torch.Tensor) and each.device == tensors[0].device for each in outputs):
                 raise FailedPrecondition("an output is not on the device")
         except BaseException as error:  # a model's code may raise anything
             # torch still refers to it, and counts it among those that use the pool (pytorch/pytorch#180395, #190308).
-            self._failed.append(graph)
+            self._failed.setdefault(slot, []).append(graph)
             self._refusal = error.with_traceback(None)
             return
-        graphs.add(self._slot, bucket, Graph(graph, tensors, outputs))  # type: ignore[arg-type]
+        graphs.add(slot, bucket, Graph(graph, tensors, outputs))  # type: ignore[arg-type]
 
     def forget(self, key: str) -> None:
         super().forget(key)
@@ -356,17 +360,21 @@ class GraphRunner(AcceleratorRunner):
     def forget_graphs(self, key: str) -> None:
         """Free the graphs of a model. None of its batches may be under way. Args: key: of the model."""
         graphs = self.graphs.pop(key, None)
-        if graphs is None:
-            return
-        graphs.free()
-        if not self._failed and not any(other.buckets for other in self.graphs.values()):
-            self._pool = None  # one that no graph uses any more cannot be used again (pytorch/pytorch#198794)
+        if graphs is not None:
+            graphs.free()
+
+    def _pool(self, slot: Slot) -> Any:
+        """The memory that graphs of a slot compute in."""
+        used = slot in self._failed or any(graphs.uses(slot) for graphs in self.graphs.values())
+        if not used:  # a pool that no graph uses any more cannot be used again (pytorch/pytorch#198794)
+            self._pools[slot] = self._api.new_pool()
+        return self._pools[slot]
 
     def is_lost(self) -> bool:
         if not super().is_lost():
             return False
         leak(self.graphs, self._failed)
-        self.graphs, self._failed = {}, []
+        self.graphs, self._failed = {}, {}
         return True
 
 

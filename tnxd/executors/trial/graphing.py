@@ -283,8 +283,8 @@ class _LaneTrial:
         """Run a batch that fills a bucket. Returns why it should have no graph, "" if nothing speaks against it."""
         with runner.measured() as peak:
             why = self._run(bucket, runner)
-        left = runner.memory_left() * MEMORY_SHARE / self._lanes
-        return why or (f"takes {peak.nbytes / MIB:.0f} MiB of memory" if left and peak.nbytes > left else "")
+        left, nbytes = runner.memory_left() * MEMORY_SHARE / self._lanes, peak.nbytes * runner.depth
+        return why or (f"would take {nbytes / MIB:.0f} MiB of memory" if left and nbytes > left else "")
 
     def _run(self, bucket: Bucket, runner: GraphRunner) -> str:
         try:
