@@ -421,7 +421,7 @@ def test_a_block_that_went_out_with_a_reply_comes_back_when_that_is_gone(machine
     lanes = Lanes()
     wide = model(Double, 70_000)
     lanes.pool.load(wide)
-    spares = lanes.runner()._spares
+    spares = lanes.runner()._outbound.spares
     assert len([*spares]) == 2
     kept = [lanes.answers(wide, (np.full((1, 70_000), value, np.float32),))[0][0] for value in range(3)]
     assert len([*spares]) == 0

@@ -28,6 +28,8 @@ from tnxd.executors.accelerator_pool import AcceleratorPool
 from tnxd.executors.accelerator_runner import AcceleratorRunner, Ticket
 from tnxd.executors.cuda import Cuda
 from tnxd.executors.execution import Execution
+from tnxd.executors.inbound import Inbound
+from tnxd.executors.outbound import Outbound
 from tnxd.executors.slots import Slot
 from tnxd.executors.trial.copies import Serial
 from tnxd.models.model import Model
@@ -193,7 +195,7 @@ LANE = AcceleratorRunner
 RACES = [
     Race(
         Defect(
-            *("answers are read before they are copied", LANE, "_landed"),
+            *("answers are read before they are copied", Outbound, "land"),
             right="slot.out_ready.synchronize()",
             wrong="slot.packed.synchronize()",
         ),
@@ -201,7 +203,7 @@ RACES = [
     ),
     Race(
         Defect(
-            *("times are read before anything is done", LANE, "_landed"),
+            *("times are read before anything is done", Outbound, "land"),
             right="slot.out_ready.synchronize()",
             wrong="pass",
         ),
@@ -217,8 +219,8 @@ RACES = [
     ),
     Race(
         Defect(
-            *("outputs are copied before they are computed", LANE, "_fetch"),
-            right="self._outbound.wait_event(slot.packed)",
+            *("outputs are copied before they are computed", Outbound, "fetch"),
+            right="self.stream.wait_event(slot.packed)",
             wrong="pass",
         ),
         sign=EARLY,
@@ -232,16 +234,16 @@ RACES = [
     ),
     Race(
         Defect(
-            *("answers are left in the slot", LANE, "_block"),
+            *("answers are left in the slot", Outbound, "_block"),
             right="slot.answers.array[:nbytes].copy()",
             wrong="slot.answers.array[:nbytes]",
         ),
     ),
     Race(
         Defect(
-            *("outputs are freed before they are copied", LANE, "_fetch"),
-            right="slot.out_ready.record(self._outbound)",
-            wrong="slot.out_ready.record(self._outbound); flight.sources, flight.held = [], []",
+            *("outputs are freed before they are copied", Outbound, "fetch"),
+            right="slot.out_ready.record(self.stream)",
+            wrong="slot.out_ready.record(self.stream); flight.sources, flight.held = [], []",
         ),
     ),
     Race(Defect("weights are not waited for", Accelerator, "place", right="self.settle()", wrong="pass")),
@@ -279,7 +281,7 @@ RACES = [
     ),
     Race(
         Defect(
-            *("a piece is gathered over one that is under way", LANE, "_send_pieces"),
+            *("a piece is gathered over one that is under way", Inbound, "_send_pieces"),
             right="copied.synchronize()",
             wrong="pass",
         ),
@@ -287,7 +289,7 @@ RACES = [
     ),
     Race(
         Defect(
-            *("a piece is read before it came", LANE, "_block_of_pieces"),
+            *("a piece is read before it came", Outbound, "_block_of_pieces"),
             right="slot.pieces[turn].synchronize()",
             wrong="pass",
         ),
@@ -295,8 +297,8 @@ RACES = [
     ),
     Race(
         Defect(
-            *("new memory is written to while it is in use", LANE, "_sent"),
-            right="self._inbound.wait_stream(self._compute)",
+            *("new memory is written to while it is in use", Inbound, "send"),
+            right="self.order()",
             wrong="pass",
         ),
         serves_growing,
@@ -354,7 +356,7 @@ NOTICED = [
     ),
     (
         Defect(
-            *("every output is copied by itself", LANE, "_arrange"),
+            *("every output is copied by itself", Outbound, "_arrange"),
             right="together = len(found) > 1",
             wrong="together = False",
         ),
@@ -362,7 +364,7 @@ NOTICED = [
     ),
     (
         Defect(
-            *("a slot keeps the memory that went out with a reply", LANE, "_block"),
+            *("a slot keeps the memory that went out with a reply", Outbound, "_block"),
             right="slot.answers = spare",
             wrong="pass",
         ),
@@ -394,7 +396,7 @@ NOTICED = [
     ),
     (
         Defect(
-            *("pinned memory of a lost device is freed", LANE, "_give_back"),
+            *("pinned memory of a lost device is freed", Outbound, "_give_back"),
             right="arena.leak(block)",
             wrong="pass",
         ),
