@@ -63,7 +63,7 @@ class Device:
         self.default_stream = Stream(owner=self)
 
     def lose(self, after: int = 0, code: int = LAUNCH_FAILURE) -> None:
-        """Lose the device in the middle of its work. Args: after: so many more pieces of work are done."""
+        """Lose the device with its next work, which is not done. Args: after: so many more pieces of work are done."""
         self._lost_in, self._lost_with = after, code
 
     def hang(self, after: int = 0) -> None:
