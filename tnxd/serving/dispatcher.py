@@ -26,7 +26,7 @@ from tnxd.scheduling.refusals import Refusals
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.answers import Answers
-from tnxd.serving.pending import Answer, Pending, StepRequest, as_execution, as_frames, as_result
+from tnxd.serving.pending import Answer, Pending, StepRequest, as_answer, as_execution, as_frames, as_result
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.reports import Inventory
 
@@ -178,7 +178,10 @@ class Dispatcher:
                     self._answers.error(request, reply_too_large(nbytes, request.max_reply_bytes, most))
                     continue
             result = as_result(request, rows, execution, outcome)
-            answers.append((request, result, encode(result), frames))
+            if request.space is None:
+                answers.append((request, result, encode(result), frames))
+            else:
+                answers.append(as_answer(request, result, frames))
             if len(answers) == _SENT_TOGETHER:
                 assert counts is not None
                 self._answers.results(answers, counts)
