@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretended.installation import skip_with_kernels
+from pretended.possible import skip_where_impossible
 
 if TYPE_CHECKING:
     from pretended.devices import Machine
@@ -31,7 +31,7 @@ def program(
     Args:
         devices, memory_mb, policy, seed: as of `pretended.pretended`. control: path of the socket of `order`.
     """
-    skip_with_kernels()
+    skip_where_impossible()
     plan = {"devices": devices, "memory_mb": memory_mb, "policy": policy, "seed": seed}
     return _PROGRAM, json.dumps(plan if control is None else {**plan, "control": str(control)})
 

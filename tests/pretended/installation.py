@@ -17,6 +17,7 @@ from pretended import operations
 from pretended.capture import refuse_in_capture
 from pretended.devices import Machine
 from pretended.graphs import CUDAGraph, Graph, pool_handle
+from pretended.possible import skip_where_impossible
 from pretended.streams import CudaEvent, CudaStream, Event, Stream, active, as_kind
 
 _ABSENT = object()
@@ -31,36 +32,27 @@ def pretended(
 ) -> Iterator[Machine]:
     """Pretend that this process has CUDA devices, for the length of a block.
 
-    Threads that were started meanwhile and are still there at the end, as those of lanes are, end when they next run.
+    Threads that were started meanwhile and are still there at the end, as those of lanes are, end with their next call.
 
     Args:
         devices: how many. memory_mb: of each, in MiB; one number for all of them, or one for each.
         policy, seed: see `pretended.work`.
     """
-    skip_with_kernels()
+    skip_where_impossible()
     before = set(threading.enumerate())
     installation = Installation(devices, memory_mb, policy, seed)
     try:
         yield installation.machine
     finally:
         for thread in set(threading.enumerate()) - before:
-            _end(thread)
+            _dismiss(thread)
         installation.remove()
 
 
-def skip_with_kernels() -> None:
-    """Skip the test that calls this where torch was built with CUDA: its own kernels come before what is pretended."""
-    if torch.backends.cuda.is_built():
-        import pytest  # which a daemon can do without
-
-        pytest.skip("this torch was built with CUDA, which cannot be pretended then")
-
-
-def _end(thread: Any) -> None:
-    """Have a thread end with SystemExit at its next instruction, and say nothing about it."""
-    if thread.ident is not None:
-        thread._invoke_excepthook = lambda _: None
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+def _dismiss(thread: Any) -> None:
+    """Have a thread end with its next call to a pretended machine, and say nothing about how it ended."""
+    thread.dismissed = True
+    thread._invoke_excepthook = lambda _: None
 
 
 class Installation:
