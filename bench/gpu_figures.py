@@ -31,7 +31,7 @@ from workload import Workload
 
 _LEAN_BYTES = 1 << 18
 """Requests up to here come from a lean client over TCP, since the public one would be what is measured. Larger ones
-come from that one, over ipc."""
+come from that one, over ipc, through memory that it shares with the daemon."""
 
 _BATCHES = 4  # under way when the rate is measured
 _MOST_OUTSTANDING = 128

@@ -36,6 +36,8 @@ CALL_S = 20.0
 _START_S = 120.0
 _LEAST_S = 1.0
 
+_SHARED_MB = 2048  # requests and answers of pictures, as many as are outstanding, several times
+
 
 class Budget:
     """Time of a run. Each part gets its share of what is left, so that what one did not need is for those after it.
@@ -219,7 +221,8 @@ class Run:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tnxd-", dir=self._folder)))
         models = self._published(networks)
         endpoint = f"ipc://{folder}/tnxd"
-        (folder / "tnxd.toml").write_text("\n".join(settings) + "\n", encoding="utf-8")
+        lines = [f"clients.shared_memory_mb = {_SHARED_MB}", *settings]
+        (folder / "tnxd.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
         arguments = ["-m", "tnxd", "--config", str(folder / "tnxd.toml"), "--devices", devices, "--log-level", "info"]
         arguments += ["--model-repository", str(models), "--bind", endpoint, "--bind", "tcp://127.0.0.1:*"]
         return stack.enter_context(self.start(f"tnxd, {name}", arguments)), endpoint
@@ -234,7 +237,7 @@ class Run:
     def _ready(self, stack: contextlib.ExitStack, child: ChildProcess, endpoint: str) -> Daemon:
         line = child.hear(self.patience(_START_S), "was not ready", "ended before it was ready")
         listening = line.split("ready on ", 1)[1].split(";")[0].split(", ")
-        client = stack.enter_context(Client(endpoint, timeout=CALL_S))
+        client = stack.enter_context(Client(endpoint, timeout=CALL_S, shared_memory=True))
         failed = [f"{model.name}: {model.error}" for model in client.health().models if model.status != "ready"]
         if failed:
             self.notes.append(f"{child.name}: {'; '.join(failed)}")
