@@ -51,10 +51,12 @@ class Cuda(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         lanes: streams per device, each with a thread that issues batches. Batches of one follow each other, those of
             several share the device.
         depth: batches of each lane that may be under way at a time: one is computed while others are copied.
+        graphs: whether forwards are captured when a model is loaded, to be started as a whole, where that is as fast.
     """
 
     lanes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     depth: Annotated[int, msgspec.Meta(ge=1, le=4)] = 2
+    graphs: bool = True
 
 
 class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -54,7 +54,7 @@ class Lanes:
 
     def __init__(self, lanes: int = 1, depth: int = 2) -> None:
         self.done: queue.Queue[Execution] = queue.Queue()
-        config = Config(devices=(DEVICE,), cuda=Cuda(lanes=lanes, depth=depth))
+        config = Config(devices=(DEVICE,), cuda=Cuda(lanes=lanes, depth=depth, graphs=False))
         self.pool: AcceleratorPool = open_cuda(DEVICE, config, self.done.put)
 
     def runner(self, lane: int = 0) -> AcceleratorRunner:

@@ -55,6 +55,9 @@ TEMPLATE = """\
 # model.safetensors only.
 # optimize = "auto"
 
+# Whether a GPU may capture forwards, and start each by one call from then on, where that is as fast.
+# graphs = true
+
 # The batch sizes to run before the first request; their times are what the first predictions are made from. Default: 1,
 # 2, 4, ... up to max_batch_size. []: none, for a network that takes long: predictions begin with its first requests.
 # Values come from example.npz beside the weights, for a network that does not take zeros.

@@ -21,6 +21,10 @@ _LOSS_S = 10.0
 """So long a device may take to do nothing, before it counts as lost."""
 
 
+capturing = threading.Lock()
+"""Held while a graph is captured: torch allows one capture at a time in a process, and gives no memory back then."""
+
+
 class Accelerator:
     """A device that torch.accelerator knows, and what all its lanes share. A subclass has what torch does otherwise.
 
@@ -162,9 +166,12 @@ class Memory:
         while True:
             time.sleep(_MEMORY_PERIOD_S)
             try:
-                if self._is_idle is not None and self._is_idle():
-                    self._is_idle = None
-                    torch.accelerator.empty_cache()
+                if self._is_idle is not None and self._is_idle() and capturing.acquire(blocking=False):
+                    try:
+                        self._is_idle = None
+                        torch.accelerator.empty_cache()
+                    finally:
+                        capturing.release()
                 self.free_mb, self.total_mb = self.sample()
             except Exception:  # drivers fail in many ways; a device that is gone, its lanes report with the next batch
                 self.free_mb = 0.0

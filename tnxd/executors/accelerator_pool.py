@@ -19,6 +19,7 @@ from tnxd.executors.optimizer import Optimizer
 from tnxd.executors.overlapped_lane import work
 from tnxd.executors.pool import LanePool
 from tnxd.executors.trial.examples import Item
+from tnxd.executors.trial.graphing import graph_lanes
 from tnxd.executors.trial.lengths import row_of_length
 from tnxd.executors.trial.warmup import run_example
 from tnxd.lanes import BACKGROUND
@@ -92,13 +93,14 @@ class AcceleratorPool(LanePool):
         """Whether no accelerator has a batch under way: torch empties its caches of all of them."""
         return not any(runner.is_busy for pool in list(_pools) for runner in pool._serving)
 
-    def _warm_lanes(self, loading: Loading, report: LoadReport) -> None:
+    def _warm_lanes(self, loading: Loading, report: LoadReport) -> LoadReport:
         """Run the sizes of warm-up on each lane: plans of kernels are a thread's own, and memory a stream's.
 
         Each size has a turn of its own between the batches that are served.
         """
+        assert loading.verdict is not None
         if loading.example is None or loading.make is None:
-            return
+            return graph_lanes(self._lanes, loading.verdict, report)  # which says that there are none
         (model, _), make = loading.example, loading.make
         if report.padded:
             items = (row_of_length(model, make, rows, length) for rows, length, _ in report.padded)
@@ -116,7 +118,10 @@ class AcceleratorPool(LanePool):
                 *(model.key, self.name, first_line(error)),
                 extra=event("lane_cold", model.key, device=self.name, reason=first_line(error)),
             )
+        else:
+            report = graph_lanes(self._lanes, loading.verdict, report)
         self._give_back()
+        return report
 
     def submit(self, execution: Execution) -> None:
         lane = execution.lane

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 
 from tnxd.config import Config
@@ -9,6 +12,7 @@ from tnxd.device_kinds import CUDA
 from tnxd.executors.accelerator import Accelerator
 from tnxd.executors.accelerator_pool import AcceleratorPool
 from tnxd.executors.accelerator_runner import AcceleratorRunner
+from tnxd.executors.graphs import GraphApi, GraphRunner
 from tnxd.executors.lane import OnDone
 from tnxd.executors.optimizer import optimizer_for
 
@@ -45,6 +49,18 @@ class Cuda(Accelerator):
             getattr(error, "error_code", 0) == _CUDA_ERROR_MEMORY_ALLOCATION
         )
 
+    def runner(self, depth: int, *, graphs: bool) -> AcceleratorRunner:
+        """The runner of a lane. Args: depth: as of `AcceleratorRunner`. graphs: whether forwards may be captured."""
+        return GraphRunner(self, depth, self._graphs()) if graphs else AcceleratorRunner(self, depth)
+
+    def _graphs(self) -> GraphApi:
+        return GraphApi(torch.cuda.CUDAGraph, torch.cuda.graph_pool_handle, self._end_allocation)
+
+    def _end_allocation(self, pool: Any) -> None:
+        # Where cudaStreamEndCapture fails, torch before 2.13 goes on allocating in the pool (pytorch/pytorch#180395).
+        with contextlib.suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(self.index, pool)
+
 
 def cuda_names() -> list[str]:
     """Names of the CUDA devices of this machine."""
@@ -57,7 +73,7 @@ def open_cuda(name: str, config: Config, on_done: OnDone) -> AcceleratorPool:
     return AcceleratorPool(
         CUDA.name,
         accelerator,
-        lambda depth: AcceleratorRunner(accelerator, depth),
+        lambda depth: accelerator.runner(depth, graphs=config.cuda.graphs),
         threads=config.cuda.lanes,
         depth=config.cuda.depth,
         optimizer=optimizer_for(CUDA.name, config),

@@ -57,6 +57,7 @@ class Loading:
     Attributes:
         example: the model and an example of its inputs, with which it was warmed up last; None: it was not.
         make: makes more of them.
+        verdict: that holds once it is done.
 
     Raises:
         Exception: the model cannot be built.
@@ -78,6 +79,7 @@ class Loading:
         """Build the model."""
         self.example: tuple[Model, Item] | None = None
         self.make: Make | None = None
+        self.verdict: Verdict | None = None
         self._began = time.monotonic()
         self._model = model
         self._device = device
@@ -132,6 +134,7 @@ class Loading:
             if again is not verdict:  # what runs now is another program
                 verdict = again
                 warmed = lane.call(lambda runner: self._grow(runner, verdict))
+        self.verdict = verdict
         widths = self._widths(verdict, warmed)
         threads = 1 if widths.apart else min(model.threads, self._teams.threads)
         if widths.apart:

@@ -103,7 +103,7 @@ class LanePool:
         try:
             with self._warm_up_lane() as lane:
                 report = loading.run(lane)
-            self._warm_lanes(loading, report)
+            report = self._warm_lanes(loading, report)
         except BaseException:
             self.unload(model.key)
             raise
@@ -111,8 +111,13 @@ class LanePool:
             self._examples[model.key] = loading.example
         return report
 
-    def _warm_lanes(self, loading: Loading, report: LoadReport) -> None:
-        """Do what each lane needs before a model serves, where warm-up on another thread is not enough."""
+    def _warm_lanes(self, loading: Loading, report: LoadReport) -> LoadReport:
+        """Do what each lane needs before a model serves, where warm-up on another thread is not enough.
+
+        Returns:
+            The report, with what was found meanwhile.
+        """
+        return report
 
     @contextlib.contextmanager
     def _warm_up_lane(self) -> Iterator[Lane]:

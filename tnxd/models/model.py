@@ -96,6 +96,7 @@ class Model:
         restarts: of the processes; None: it has none.
         ragged: axes whose lengths differ from request to request; None: it has none, or only equal ones share a batch.
         variants: of its module, that may be faster. optimize: the one that is wanted, or AUTO, or NONE.
+        graphs: whether a GPU may capture its forwards.
         reference: makes the module in the datatype of its weights, where model.toml has another one run.
         text: names of the BYTES inputs that have to be UTF-8; others may hold any bytes.
         reply_row_nbytes: bytes of the outputs for each row, or of an answer if it has no batch axis; 0: not known
@@ -134,6 +135,7 @@ class Model:
     ragged: Ragged | None = None
     variants: tuple[Variant, ...] = field(default=(), repr=False, compare=False)
     optimize: str = AUTO
+    graphs: bool = True
     reference: Callable[[], torch.nn.Module] | None = field(default=None, repr=False, compare=False)
     text: tuple[str, ...] = ()
     key: str = field(init=False)

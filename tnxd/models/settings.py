@@ -117,6 +117,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         dtype: to run in; "": that of the weights.
         optimize: the variant of the network to run, where it gives the same answers; "auto": the fastest one, "none":
             the network as it is.
+        graphs: whether a GPU may capture its forwards, see `tnxd.executors.graphs`.
         warm_up: batch sizes to run before it serves; None: powers of two up to the limit.
         time_limit_s: a batch that runs longer is given up; None: as the daemon is configured.
         deadline_us, priority: of requests that say nothing about it.
@@ -143,6 +144,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     optimize: Literal["auto", "none", "channels_last", "inductor", "onnxruntime"] = "auto"
+    graphs: bool = True
     warm_up: tuple[_Number, ...] | None = None
     time_limit_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     deadline_us: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_US)] | None = None

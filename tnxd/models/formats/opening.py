@@ -105,6 +105,7 @@ def open_model(source: RepositorySource, generation: int) -> Model:
         restarts=opened.restarts,
         ragged=axes,
         optimize=settings.optimize,
+        graphs=settings.graphs,
         variants=_variants(source, opened),
         reference=functools.partial(_in_own_datatype, source) if settings.dtype else None,
         text=opened.text,
