@@ -22,9 +22,10 @@ from tnxd.executors.execution import Execution
 from tnxd.lanes import NO_TEAMS
 from tnxd.models.model import Model
 
-ANSWER, HOLD, RELEASE, FAIL, EXHAUST, BREAK, VANISH, PAUSE = range(8)
+ANSWER, HOLD, RELEASE, FAIL, EXHAUST, BREAK, VANISH, PAUSE, CROWD, BREAK_LATER = range(10)
 """Answer at once; wait for RELEASE; end such waits, and answer; raise; have no memory; lose the device; never end; wait
-until a model is unloaded."""
+until a model is unloaded; have no memory as long as other batches may run on the device; wait for RELEASE, and lose the
+device."""
 
 
 _Inbox = queue.SimpleQueue[tuple[Execution, threading.Event]]
@@ -77,7 +78,9 @@ class ObedientDevice:
             execution.started_ns = time.perf_counter_ns()
             execution.memory_free_mb = 8000.0
             commands = [int(item[0].flat[0]) for item in execution.items if item[0] is not None]
-            if HOLD in commands and execution.lane >= 0:  # what is computed again in idle time does not wait
+            if (
+                HOLD in commands or BREAK_LATER in commands
+            ) and execution.lane >= 0:  # what is computed again in idle time does not wait
                 release.wait()
             if PAUSE in commands:
                 self._unloaded.wait()
@@ -95,10 +98,10 @@ class ObedientDevice:
     def _outcome(self, command: int, rows: int, execution: Execution) -> contract.Outcome:
         if command == FAIL:
             return Internal("the model raised, as it was told")
-        if command == EXHAUST and self.kind == "cuda":
+        if self.kind == "cuda" and (command == EXHAUST or (command == CROWD and execution.crowded)):
             execution.exhausted = True
             return ResourceExhausted(f"{self.name} has no memory left")
-        if command == BREAK and self.kind == "cuda":
+        if command in (BREAK, BREAK_LATER) and self.kind == "cuda":
             execution.fatal = "it fell out of its slot"
             return Unavailable(f"{self.name} is lost")
         return tuple(np.full((rows, *spec.shape[1:]), command, np.float32) for spec in execution.model.outputs)

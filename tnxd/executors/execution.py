@@ -38,6 +38,8 @@ class Execution:
         group: lengths of the variable axes, the same for all items.
         threads: that work on it, on a CPU.
         plain: whether the network runs as it is, whatever variant of it serves.
+        crowded: whether other batches may run on the device meanwhile. If memory runs out then, the batch ends at once,
+            to be run again without them; else it is run in smaller parts.
         outcomes: per request, filled by the executor.
         started_ns, finished_ns: of the monotonic clock (`time.perf_counter_ns`), in nanoseconds.
         gather_us, h2d_us, compute_us, d2h_us: stages in microseconds; they sum to finished - started.
@@ -57,6 +59,7 @@ class Execution:
     group: tuple[int, ...]
     threads: int = 1
     plain: bool = False
+    crowded: bool = False
     outcomes: list[Outcome] = field(default_factory=list)
     started_ns: int = 0
     finished_ns: int = 0

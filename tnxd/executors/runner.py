@@ -133,6 +133,7 @@ class Runner(ABC):
             exhausted = self.is_exhausted(error)
             why = first_line(error)
             whole = stop - start == 1 or bool(execution.fatal) or isinstance(error, ProcessError)
+            whole = whole or (exhausted and execution.crowded)
             if whole or exhausted:  # else its halves have more to say
                 failure = self._failure(execution, error)
         # Out of the except block: the traceback no longer holds the failed batch's tensors while the halves run.
@@ -170,7 +171,7 @@ class Runner(ABC):
                 at += count
                 continue
             except BaseException as error:
-                if count <= 1 or not self.is_exhausted(error):
+                if count <= 1 or execution.crowded or not self.is_exhausted(error):
                     raise
             # Out of the except block, as above.
             log.warning(
@@ -221,7 +222,8 @@ class Runner(ABC):
             return error.with_traceback(None)  # which would keep the inputs alive
         if self.is_exhausted(error) and not execution.fatal:
             about = event("out_of_memory", model.key, device=self.device, reason=first_line(error))
-            log.error("%s on %s: out of memory: %s", model.name, self.device, first_line(error), extra=about)
+            if not execution.crowded:
+                log.error("%s on %s: out of memory: %s", model.name, self.device, first_line(error), extra=about)
             return ResourceExhausted(f"{self.device} has no memory left for this request: {first_line(error)}")
         about = event("model_raised", model.key, device=self.device)
         log.error("%s on %s raised", model.name, self.device, exc_info=error, extra=about)

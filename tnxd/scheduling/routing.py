@@ -69,7 +69,7 @@ class Routing:
             placement = device.placements[model] = Placement(self.load(model), width)
         return placement
 
-    def queue(self, device: Device, model: str, group: tuple[int, ...], alone: bool = False) -> RequestQueue:
+    def queue(self, device: Device, model: str, group: tuple[int, ...], alone: int = 0) -> RequestQueue:
         """Queue of the requests of a model and group on a device. Empty queues are kept, up to a number."""
         key = (model, group, alone)
         queue = device.queues.get(key)
@@ -171,12 +171,12 @@ class Routing:
         A queue is full with as many requests as fit into a batch: a slow device does more for all with a large batch
         that it steals than with a small one for the last request. Models without batches gain nothing by that.
         """
-        rates = [device.lanes / share_us if share_us else 0.0 for _, _, device, (_, _, share_us, _) in candidates]
+        rates = [device.at_once / share_us if share_us else 0.0 for _, _, device, (_, _, share_us, _) in candidates]
         if not all(rates):
             return None  # of one of them nothing is known yet, or the request has no rows
         most = max(rates)
         _, _, fastest, (wait_us, run_us, share_us, own_us) = candidates[rates.index(most)]
-        wait_us -= own_us * (1.0 - most / sum(rates)) / fastest.lanes
+        wait_us -= own_us * (1.0 - most / sum(rates)) / fastest.at_once
         queue = self.queue(fastest, request.model, request.group, request.alone)
         limit = request.most_rows if request.length else queue.placement.row_limit(request.max_batch_size)
         if not limit or queue.count < limit:
@@ -231,13 +231,16 @@ class Routing:
         if device.busy_until_ns and not device.free_lanes and not max_lanes and queue.costs.fits_inline(rows):
             # The caller's own thread is not taken by what keeps the lanes, and passes over what waits for them.
             return own_us * placement.forecast.factor, run_us, share_us, queue_us
-        if device.busy_until_ns:
-            # Where a core is free, too, a batch begins at once; next to a wide one it would not get a whole core.
-            if device.queued or device.wide or width is None or not device.free_lanes:
-                wait_us += device.running_us(now_ns)
-        elif width is not None and not device.queued:
-            run_us = next_curve(device, queue, rows).mean(rows)
-        wait_us /= device.lanes
+        if device.chip is not None:
+            wait_us = device.chip.delay_us(wait_us, run_us, now_ns)
+        else:
+            if device.busy_until_ns:
+                # Where a core is free, too, a batch begins at once; next to a wide one it would not get a whole core.
+                if device.queued or device.wide or width is None or not device.free_lanes:
+                    wait_us += device.running_us(now_ns)
+            elif width is not None and not device.queued:
+                run_us = next_curve(device, queue, rows).mean(rows)
+            wait_us /= device.lanes
         if width is not None and width.threads > 1:
             max_lanes = min(max_lanes or device.teams.lanes, device.teams.lanes)
         if max_lanes:
