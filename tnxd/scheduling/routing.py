@@ -106,36 +106,54 @@ class Routing:
             queue = self.queue(device, request.model, request.group, request.alone)
             queue.stealable = True
         else:
-            device, reason = self.route(request, now_ns)
+            device, reason, predicted = self._as_wanted(request, now_ns)
             queue = self.queue(device, request.model, request.group, request.alone)
-            prediction = self._predict(device, request, queue, now_ns)
+            prediction = predicted or self._predict(device, request, queue, now_ns)
         return device, queue, reason, prediction
 
     def route(self, request: Request, now_ns: int) -> tuple[Device, str]:
         """Device where a request would run now, and the reason in words. Raises as `choose` does."""
+        if request.wanted == "auto":
+            return self._earliest_finish(request, now_ns)[:2]
+        return self._as_wanted(request, now_ns)[:2]
+
+    def _as_wanted(self, request: Request, now_ns: int) -> tuple[Device, str, Prediction | None]:
+        """Device of a request that wants one, or prefers a kind, the reason, and the prediction if that decided."""
         wanted, model = request.wanted, request.model
         if wanted:
-            return self._earliest_finish(request, now_ns)[:2] if wanted == "auto" else self._named(wanted, model)
+            return *self._named(wanted, model), None
         if not request.prefer_gpu:
-            return self._cpu_for(model), "the request did not prefer a GPU"
+            return self._cpu_for(model), "the request did not prefer a GPU", None
         if not self.gpus:
-            return self._cpu_for(model), self._no_gpu
+            return self._cpu_for(model), self._no_gpu, None
         minimum, gpus = request.min_gpu_memory_mb, self.gpus
         if request.excluded:
             gpus = [gpu for gpu in gpus if gpu.name not in request.excluded]
             if not gpus:
-                return self._cpu_for(model), "no other GPU is ready"
+                return self._cpu_for(model), "no other GPU is ready", None
         eligible = [gpu for gpu in gpus if gpu.is_eligible(request)]
         if eligible:
-            gpu = min(eligible, key=lambda gpu: gpu.outstanding_rows)
-            return gpu, f"{gpu.name} has {gpu.memory_free_mb:.0f} MiB free"
+            gpu, prediction = eligible[0], None
+            if len(eligible) > 1:
+                gpu, prediction = self._first_done(eligible, request, now_ns)
+            return gpu, f"{gpu.name} has {gpu.memory_free_mb:.0f} MiB free", prediction
         free = ", ".join(
             f"{gpu.name} has {gpu.memory_free_mb:.0f}"
             if model in gpu.models
             else f"{gpu.name} has not loaded {model!r}"
             for gpu in gpus
         )
-        return self._cpu_for(model), f"no GPU has {minimum:g} MiB free: {free}"
+        return self._cpu_for(model), f"no GPU has {minimum:g} MiB free: {free}", None
+
+    def _first_done(self, gpus: list[Device], request: Request, now_ns: int) -> tuple[Device, Prediction]:
+        """The GPU with the earliest predicted finish, of equal ones that with the fewest rows, and the prediction."""
+        found = []
+        for place, gpu in enumerate(gpus):
+            queue = self.queue(gpu, request.model, request.group, request.alone)
+            prediction = self._predict(gpu, request, queue, now_ns)
+            found.append((prediction[0] + prediction[1], gpu.outstanding_rows, place, prediction))
+        _, _, place, prediction = min(found)
+        return gpus[place], prediction
 
     def _earliest_finish(self, request: Request, now_ns: int) -> tuple[Device, str, Prediction]:
         """Device with the earliest predicted finish, the reason in words, and the prediction.
