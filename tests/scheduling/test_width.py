@@ -163,6 +163,21 @@ def test_fast_try_after_slow_ones_is_repeated_at_once() -> None:
     assert [run(scheduler, 100_000, 70_000) for _ in range(20)] == [2] * 20
 
 
+def test_what_has_gained_returns_after_a_slow_spell_by_a_smaller_gain() -> None:
+    scheduler = scheduler_with_teams(1.3)
+    assert [run(scheduler, 1e5, 3e5) for _ in range(3)] == [2, 2, 1]  # two stalls, one after the other
+    assert [run(scheduler, 1e5, 9e4) for _ in range(40)][-30:] == [2] * 30
+    never = scheduler_with_teams(1.1)
+    assert [run(never, 1e5, 9e4) for _ in range(300)][-100:].count(2) < 3, "more is asked of what has not gained yet"
+
+
+def test_tries_that_cost_nothing_are_not_put_off_further_and_further() -> None:
+    scheduler = scheduler_with_teams(1.3)
+    for _ in range(3):
+        run(scheduler, 1e5, 3e5)
+    assert [run(scheduler, 1e5, 9.8e4) for _ in range(60)].count(2) > 10
+
+
 def test_slower_machine_does_not_end_wide_batches_for_long() -> None:
     """All takes twice as long from some moment on."""
     scheduler = scheduler_with_teams(1.4)

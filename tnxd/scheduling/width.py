@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from tnxd.scheduling.costs import CostCurve
 
-# By so much a wide batch has to be faster to be chosen, and to be kept. More is asked first, since cores that are idle
-# now may be wanted in a moment.
+# By so much a wide batch has to be faster to be chosen, to be chosen again after a slow spell, and to be kept. More is
+# asked first, since cores that are idle now may be wanted in a moment.
 _ENTER = 1.2
+_RETURN = 1.05
 _KEEP = 1.0
 
 # Weight of the newest observation in the moving averages, and of a try of what was given up: it has to tell by itself.
@@ -152,10 +153,14 @@ class _Gain:
                 self._until_try = self._wait
             elif ratio < self.narrow:
                 self._wait = max(self._wait - 1, _FIRST)
-        elif self.narrow >= _ENTER * self.wide:
+            return
+        gain = _RETURN if self.has_gained else _ENTER
+        if self.narrow >= gain * self.wide:
             self.is_wide = self.has_gained = True
-        elif self.narrow >= _ENTER * ratio:
+        elif self.narrow >= gain * ratio:
             self._until_try = 0  # fast again: the next batches tell whether the slow spell is over
+        elif self.narrow >= _KEEP * ratio:
+            self._until_try = self._wait  # it has cost nothing
         else:
             self._wait = min(2 * self._wait, _LONGEST if self.has_gained else _HOPELESS)
             # The more a try has cost, the later comes the next one.
