@@ -42,7 +42,8 @@ class ObedientDevice:
     def __init__(self, name: str, lanes: int, on_done: Callable[[Execution], None]) -> None:
         self.name = name
         self.kind = name.partition(":")[0]
-        self.lanes = lanes
+        self.lanes = self.streams = lanes
+        self.shares_chip = self.kind == "cuda"
         self._on_done = on_done
         self._inboxes: list[_Inbox] = [queue.SimpleQueue() for _ in range(lanes + 1)]
         for inbox in self._inboxes:
@@ -78,9 +79,8 @@ class ObedientDevice:
             execution.started_ns = time.perf_counter_ns()
             execution.memory_free_mb = 8000.0
             commands = [int(item[0].flat[0]) for item in execution.items if item[0] is not None]
-            if (
-                HOLD in commands or BREAK_LATER in commands
-            ) and execution.lane >= 0:  # what is computed again in idle time does not wait
+            holds = HOLD in commands or BREAK_LATER in commands
+            if holds and execution.lane >= 0:  # what is computed again in idle time does not wait
                 release.wait()
             if PAUSE in commands:
                 self._unloaded.wait()

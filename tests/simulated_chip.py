@@ -13,37 +13,46 @@ from tnxd.scheduling.scheduler import Scheduler
 
 @dataclass
 class SimulatedChip:
-    """Batches of lanes that share a chip evenly; those of one lane run one after the other.
+    """Batches of streams that share a chip evenly; those of one stream run one after the other.
 
     Args:
-        slots: batches of a lane. work_us: what a batch takes if it has the chip to itself.
+        streams: of the chip. work_us: what a batch takes if it has the chip to itself.
     """
 
-    slots: int
+    streams: int
     work_us: Callable[[str, int], float]
-    lanes: dict[int, list[tuple[Batch, float]]] = field(default_factory=dict)
+    running: dict[int, list[tuple[Batch, float]]] = field(default_factory=dict)
+    first_us: dict[int, float] = field(default_factory=dict)
     now_us: float = 0.0
 
     def begin(self, batch: Batch) -> None:
-        """Run a batch on its lane."""
-        work_us = self.work_us(batch.model, batch.rows)
-        self.lanes.setdefault(batch.lane // self.slots, []).append((batch, work_us))
+        """Run a batch on the stream of its lane."""
+        stream = batch.lane % self.streams
+        batches = self.running.setdefault(stream, [])
+        if not batches:
+            self.first_us[stream] = self.now_us
+        batches.append((batch, self.work_us(batch.model, batch.rows)))
 
     def next_us(self) -> float:
         """When the next batch is over, if nothing else happens."""
-        heads = [batches[0] for batches in self.lanes.values() if batches]
+        heads = [batches[0] for batches in self.running.values() if batches]
         return min([self.now_us + left_us * len(heads) for _, left_us in heads], default=float("inf"))
 
-    def advance(self, until_us: float) -> list[Batch]:
-        """Compute until then, which is no later than `next_us`. Returns the batches that are over."""
-        busy, over = [batches for batches in self.lanes.values() if batches], []
+    def advance(self, until_us: float) -> list[tuple[Batch, float]]:
+        """Compute until then, which is no later than `next_us`.
+
+        Returns:
+            The batches that are over, and how long each was the first of its stream.
+        """
+        busy, over = [(stream, batches) for stream, batches in self.running.items() if batches], []
         done_us = (until_us - self.now_us) / len(busy) if busy else 0.0
         self.now_us = until_us
-        for batches in busy:
+        for stream, batches in busy:
             batch, left_us = batches[0]
             if left_us - done_us <= 1e-6 * left_us + 1e-6:
                 del batches[0]
-                over.append(batch)
+                over.append((batch, until_us - self.first_us[stream]))
+                self.first_us[stream] = until_us
             else:
                 batches[0] = batch, left_us - done_us
         return over
@@ -72,9 +81,8 @@ def drive(
 
     def run_until(until_us: float) -> None:
         while (next_us := chip.next_us()) <= until_us and next_us != float("inf"):
-            for batch in chip.advance(next_us):
-                now_ns = int(chip.now_us * 1e3)
-                scheduler.finished(batch, (now_ns - batch.started_ns) / 1e3, now_ns)
+            for batch, micros in chip.advance(next_us):
+                scheduler.finished(batch, micros, int(chip.now_us * 1e3))
                 for one in batch.requests:
                     at_us, predicted_us = came[id(one)]
                     outcomes.append(Outcome(one, predicted_us, chip.now_us - at_us))

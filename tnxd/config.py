@@ -48,10 +48,13 @@ class Cuda(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of every CUDA device.
 
     Attributes:
-        lanes: streams per device, each with a thread.
+        lanes: streams per device, each with a thread that issues batches. Batches of one follow each other, those of
+            several share the device.
+        depth: batches of each lane that may be under way at a time: one is computed while others are copied.
     """
 
-    lanes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    lanes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    depth: Annotated[int, msgspec.Meta(ge=1, le=4)] = 2
 
 
 class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

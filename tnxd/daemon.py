@@ -17,7 +17,7 @@ from tnxd.config import Config
 from tnxd.deployment.reconciler import Changes, Reconciler
 from tnxd.deployment.registry import Registry
 from tnxd.deployment.version import DRAINING, READY, STARTING
-from tnxd.device_kinds import CHOSEN, KINDS, PROCESS
+from tnxd.device_kinds import CHOSEN, PROCESS
 from tnxd.error_text import named
 from tnxd.events import event, machine_event
 from tnxd.executors.execution import Executor
@@ -213,7 +213,8 @@ class Daemon:
             executor.memory_mb()[0],
             inline_limit_us=self._config.cpu.inline_limit_us if executor.runs_inline else 0.0,
             teams=executor.teams,
-            shares_chip=KINDS[executor.kind].shares_chip,
+            shares_chip=executor.shares_chip,
+            streams=executor.streams,
         )
 
     def _loaded(self, outcome: Changes | TensorNextError) -> None:

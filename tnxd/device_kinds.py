@@ -19,8 +19,6 @@ class DeviceKind:
         is_gpu: whether requests may prefer it, and ask for free memory there: it has memory of its own and reports it.
         has_streams: whether each lane has a queue of its own on the device. Else forwards of lanes run on threads that
             may change places at any instruction.
-        shares_chip: whether its lanes share what computes, so that batches side by side slow each other down. Else each
-            has a core of its own.
         survives_bad_index: whether an index out of range fails one forward alone. Else it is the end of the device's
             context, for all models.
         has_generator: whether random numbers come from generators of its own, those of torch.NAME.
@@ -31,7 +29,6 @@ class DeviceKind:
     numbered: bool
     is_gpu: bool
     has_streams: bool
-    shares_chip: bool
     survives_bad_index: bool
     has_generator: bool
     has_tf32: bool
@@ -42,7 +39,6 @@ CPU = DeviceKind(
     numbered=False,
     is_gpu=False,
     has_streams=False,
-    shares_chip=False,
     survives_bad_index=True,
     has_generator=False,
     has_tf32=False,
@@ -52,7 +48,6 @@ CUDA = DeviceKind(
     numbered=True,
     is_gpu=True,
     has_streams=True,
-    shares_chip=True,
     survives_bad_index=False,
     has_generator=True,
     has_tf32=True,
@@ -63,7 +58,6 @@ PROCESS = DeviceKind(
     numbered=False,
     is_gpu=False,
     has_streams=False,
-    shares_chip=False,
     survives_bad_index=True,
     has_generator=False,
     has_tf32=False,

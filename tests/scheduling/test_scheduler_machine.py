@@ -53,14 +53,12 @@ class Machine:
     """A scheduler that is driven as the daemon does it, and the rules that hold whatever happens.
 
     Args:
-        slots: of each lane of the GPU, where they share its chip; 0: they do not.
+        depth: batches of each of two streams of the GPU that share its chip; 0: each has a chip of its own.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, depth: int) -> None:
         self.cpu = Device("cpu", "cpu", 3, set(_NAMES), inline_limit_us=150.0)
-        self.gpu = Device(
-            "cuda:0", "cuda", 2 * (slots or 1), set(_NAMES), 8000.0, shares_chip=slots > 0, slots=slots or 1
-        )
+        self.gpu = Device("cuda:0", "cuda", 2 * (depth or 1), set(_NAMES), 8000.0, shares_chip=depth > 0, streams=2)
         self.scheduler = make_scheduler(
             self.gpu, self.cpu, costs=CostModel(), max_requests=25, max_per_model=15, max_bytes_per_model=60
         )
@@ -219,9 +217,9 @@ class Machine:
 
 
 @given(st.lists(_steps, min_size=20, max_size=60), st.integers(0, 2))
-def test_requests_end_once_and_limits_hold_whatever_comes_and_goes(steps: list[tuple[Any, ...]], slots: int) -> None:
+def test_requests_end_once_and_limits_hold_whatever_comes_and_goes(steps: list[tuple[Any, ...]], depth: int) -> None:
     """Models come and go, lanes and rows are limited, background batches run, devices fail: none waits in vain."""
-    machine = Machine(slots)
+    machine = Machine(depth)
     does = {
         "add": machine.add,
         "look": machine.look,

@@ -41,7 +41,9 @@ class Execution:
         crowded: whether other batches may run on the device meanwhile. If memory runs out then, the batch ends at once,
             to be run again without them; else it is run in smaller parts.
         outcomes: per request, filled by the executor.
-        started_ns, finished_ns: of the monotonic clock (`time.perf_counter_ns`), in nanoseconds.
+        started_ns, finished_ns: of the monotonic clock (`time.perf_counter_ns`), in nanoseconds. Where a lane takes
+            batches ahead of time, `started_ns` is later than the true start by what this one waited on the device for
+            those before it; it is 0 while others go first.
         gather_us, h2d_us, compute_us, d2h_us: stages in microseconds; they sum to finished - started.
         latency_us: the forward on the device, in microseconds.
         memory_free_mb: free memory of a GPU in MiB when the batch was done; 0 on a CPU.
@@ -130,6 +132,9 @@ class Executor(Protocol):
     Attributes:
         name: of the device, as torch has it. kind: key of `tnxd.device_kinds.KINDS`. description: for an operator.
         lanes: how many batches at a time. teams: of threads, for batches that run wide.
+        shares_chip: whether all lanes share one processor: two batches at a time take as long as one after the other.
+            What an execution then waits for those before it does not count as time that it ran, see `Execution`.
+        streams: of the device, where lanes share it: lane `i` issues its batches to stream `i % streams`.
         runs_inline: whether `run_inline` may be called.
     """
 
@@ -137,6 +142,8 @@ class Executor(Protocol):
     kind: str
     description: str
     lanes: int
+    shares_chip: bool
+    streams: int
     teams: Teams
     runs_inline: bool
 

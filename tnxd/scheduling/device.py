@@ -76,8 +76,8 @@ class Device:
         inline_limit_us: a batch predicted to take no longer runs on the caller's own thread, since handing it to
             another would cost more than it saves. 0: never.
         teams: of threads, for batches that run wide.
-        shares_chip: whether batches on its lanes slow each other down. slots: lanes that run one after the other, since
-            they are the slots of one queue of the device.
+        shares_chip: whether batches on its lanes slow each other down. streams: where they do, those that lanes take by
+            turns; batches of one stream run one after the other. 0: each lane has one.
         chip: what lanes share; None: each has a core of its own.
         error: why the device failed; empty while it works.
         free_lanes: indices of lanes that have nothing to do.
@@ -109,7 +109,7 @@ class Device:
     inline_limit_us: float = 0.0
     teams: Teams = NO_TEAMS
     shares_chip: bool = False
-    slots: int = 1
+    streams: int = 0
     error: str = ""
     is_gpu: bool = field(init=False)
     chip: Chip | None = field(init=False, default=None)
@@ -140,7 +140,7 @@ class Device:
         self.is_gpu = KINDS[self.kind].is_gpu
         self.free_lanes = list(range(self.lanes))
         if self.shares_chip:
-            self.chip = Chip(self.lanes // self.slots, self.slots)
+            self.chip = Chip(self.streams or self.lanes)
 
     @property
     def at_once(self) -> int:

@@ -80,9 +80,9 @@ def _shared_rows(device: Device, queue: RequestQueue, rows: int) -> int:
 
 
 def _next_free(device: Device) -> int:
-    """A lane that is free, which is taken: of those that share a queue of the device, one whose queue is shortest."""
+    """A lane that is free, which is taken: where lanes share streams, one of the stream with the fewest batches."""
     free, chip = device.free_lanes, device.chip
-    if chip is None or chip.slots == 1:
+    if chip is None or chip.streams == device.lanes:
         return free.pop()
     lane = min(free, key=chip.load)
     free.remove(lane)
