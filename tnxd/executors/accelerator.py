@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from tnxctl.protocol.wire import MIB
+from tnxd.device_kinds import DeviceKind
 
 _MEMORY_PERIOD_S = 1.0
 
@@ -109,6 +110,16 @@ class Accelerator:
         except queue.Empty:
             self.lost = True
         return self.lost
+
+
+def accelerator_names(kind: DeviceKind) -> list[str]:
+    """Names of the devices of a kind on this machine, if that is the one which this torch was built for."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or found.type != kind.name:
+        return []
+    return (
+        [f"{kind.name}:{index}" for index in range(torch.accelerator.device_count())] if kind.numbered else [kind.name]
+    )
 
 
 class Memory:
