@@ -53,6 +53,10 @@ class Accelerator:
         """A new stream. Args: first: whether its work goes before that of others, where the device has priorities."""
         return torch.Stream(self.torch_device, priority=-1 if first else 0)
 
+    def current_stream(self) -> torch.Stream:
+        """The calling thread's stream, as `stream` makes them: events of `event` can be recorded on it."""
+        return torch.accelerator.current_stream(self.torch_device)
+
     def event(self) -> torch.Event:
         """A new event that tells the time, and for which a thread can wait without using a core, where torch can."""
         return torch.Event(self.torch_device, enable_timing=True)
@@ -81,7 +85,7 @@ class Accelerator:
         Streams of lanes know nothing of the thread's.
         """
         event = self.event()
-        event.record(torch.accelerator.current_stream(self.torch_device))
+        event.record(self.current_stream())
         event.synchronize()
 
     def place(self, module: torch.nn.Module) -> torch.nn.Module:

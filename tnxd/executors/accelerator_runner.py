@@ -32,8 +32,9 @@ from tnxd.executors.slots import Slot
 from tnxd.models.model import Item, Model
 from tnxd.models.tensors import Value, check_outputs, to_array
 
-_COPIED = 64 * 1024
-"""Answers of a batch that are copied out of the arena, in bytes. More are handed over in it, see `Spares`."""
+_COPIED = 256 * 1024
+"""Answers of a batch that are copied out of the arena, in bytes. More are handed over in it, see `Spares`: up to here
+a copy costs no more than that, and replies take a copy anyway."""
 
 _PACKED = MIB
 """Answers that are put below each other on the device first, so that one copy brings them back. With more bytes the
@@ -156,6 +157,9 @@ class AcceleratorRunner(Runner):
         """Prepare for batches like this one, which has just been run on this thread, before the model serves."""
 
     # --- device --------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        self.accelerator.settle()
 
     def is_lost(self) -> bool:
         if not self.accelerator.is_lost():

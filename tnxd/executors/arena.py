@@ -100,6 +100,7 @@ class PinnedBlock:
         self.tensor = allocate(nbytes)
         self.array: Array = self.tensor.numpy()
         self.nbytes = nbytes
+        self._address = self.tensor.data_ptr()
 
     def handed_over(self, nbytes: int, give_back: Callable[[PinnedBlock], Any]) -> Array:
         """The first bytes as an array for somebody who will read it for as long as it likes.
@@ -107,9 +108,9 @@ class PinnedBlock:
         Args:
             give_back: called with this block, on any thread, when nobody has the array or a view of it any more.
         """
-        alias = self.tensor[:nbytes]
-        weakref.finalize(alias, give_back, self).atexit = False
-        array: Array = alias.numpy()  # which holds the alias, and every view of the array does
+        lent = (ctypes.c_uint8 * nbytes).from_address(self._address)  # every view of the array holds this
+        weakref.finalize(lent, give_back, self).atexit = False
+        array: Array = np.frombuffer(memoryview(lent), np.uint8)
         return array
 
 

@@ -16,7 +16,11 @@ _CUDA_ERROR_MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation
 
 
 class Cuda(Accelerator):
-    """A CUDA device. Streams and events are those of torch.cuda: each takes only the other's."""
+    """A CUDA device. Streams and events are those of torch.cuda.
+
+    Its events may be recorded on, and waited for by, its streams alone: torch 2.13 does not look whether it is given
+    one, and reads beyond the end of a `torch.Stream`. The other way round, and with their own kind, both can be mixed.
+    """
 
     @property
     def description(self) -> str:
@@ -24,6 +28,9 @@ class Cuda(Accelerator):
 
     def stream(self, *, first: bool) -> torch.Stream:
         return torch.cuda.Stream(self.torch_device, priority=-1 if first else 0)  # type: ignore[no-untyped-call]
+
+    def current_stream(self) -> torch.Stream:
+        return torch.cuda.current_stream(self.torch_device)
 
     def event(self) -> torch.Event:
         # torch.Event takes `blocking`, and a wait for it would use a core all the same (torch 2.13).

@@ -48,7 +48,9 @@ class Job:
                 return
             if broken:
                 raise Unavailable(broken)
-            self.done.put((self._function(runner), None))
+            result = self._function(runner)
+            runner.settle()
+            self.done.put((result, None))
         except BaseException as error:  # a model's code may raise anything, SystemExit too
             self.done.put((None, error))
 

@@ -95,6 +95,9 @@ class Runner(ABC):
                 return plain
         return self.calls[key]
 
+    def settle(self) -> None:
+        """Wait until what the lane's thread has made, such as parts of a model, can be used by all."""
+
     def is_lost(self) -> bool:
         """Whether the device is lost for good. Asked after an accelerator's error."""
         return True
