@@ -11,10 +11,10 @@ It pretends at the level of torch's own API, so the daemon's code and the models
 and for a daemon in a process of its own, `run_daemon(program=program(devices=2, control=path))`, to which a test says
 `order(path, "lose", device=1, after=3)`: see `pretended.control`.
 
-A tensor of such a device is a plain torch.Tensor of device cuda:N. Its memory is not touched by the program but by the
-work that it issues, and a *policy* says when that is done (`pretended.work`): at once, as late as the program allows, or
-in a random order. Memory that is new, and memory that was freed, is full of 0xFF: NaN in floating point. So a program
-that reads an answer before the copy has come, or writes to staging memory that a copy still reads, or frees memory that
+A tensor of such a device is a plain torch.Tensor of device cuda:N. Its memory is touched by the work alone that the
+program issues, and a *policy* says when that is done (`pretended.work`): at once, as late as the program allows, or in
+a random order. Memory that is new, and memory that was freed, is full of 0xFF: NaN in floating point. So a program that
+reads an answer before the copy has come, or writes to staging memory that a copy still reads, or frees memory that
 another stream reads, gets wrong numbers under "late" or "random", and no exception: tests compare values.
 
 | module | its part |
@@ -40,11 +40,11 @@ raises, and spoils the capture, by the rules of its mode.
 **Not pretended.** Speed: elapsed times are those of the CPU that did the work. Fragmentation, the sizes of segments and
 the pools of streams of torch's allocator: reserved bytes are the most that were held. The 32 streams that CUDA's pool
 hands out in turn, priorities, and the order that work on stream 0 of other libraries imposes. Generators of the device
-as objects, multi-process use, sparse, quantized and float8 tensors, views of another datatype but those that torch makes
-itself, storages but for copies, `torch.tensor(pin_memory=True)`, autograd's own threads, torch.compile for the device,
-scripted code that names "cuda" without a number. Graphs run what they captured in the order of its issue; memory pools
-are not shared between them. What is missing raises `pretended.errors.Unpretended`, or torch's own error for an operator
-without a kernel, rather than answer wrongly.
+as objects, multi-process use, sparse, quantized and float8 tensors, storages but for copies,
+`torch.tensor(pin_memory=True)`, autograd's own threads, torch.compile for the device, scripted code that names "cuda"
+without a number. Graphs run what they captured in the order of its issue; memory pools are not shared between them.
+What is missing raises `pretended.errors.Unpretended`, or torch's own error for an operator without a kernel, rather
+than answer wrongly.
 """
 
 from pretended.control import order, program

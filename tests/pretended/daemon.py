@@ -1,7 +1,7 @@
 """A daemon on a pretended machine: `python daemon.py PLAN OPTION...`, options as for tnxd.
 
-PLAN is a JSON object, made by `pretended.program`: what `pretended.pretended` takes, and `control`, the path of a socket
-at which the daemon takes orders about its devices meanwhile; see `pretended.control`.
+PLAN is a JSON object, made by `pretended.program`: what `pretended.pretended` takes, and `control`, the path of a
+socket at which the daemon takes orders about its devices meanwhile; see `pretended.control`.
 """
 
 from __future__ import annotations

@@ -114,8 +114,9 @@ class Machine:
         totals: bytes of memory of each device. policy, seed: see `pretended.work`.
 
     Attributes:
-        counts: how often something happened; see `pretended`. capturing: graphs that are being captured. last_assert: what a kernel ran into that lost its device.
-        blocks: of living tensors, by address. host: pinned memory. freed: what is to be done about memory that is gone.
+        counts: how often something happened; see `pretended`. capturing: graphs that are being captured.
+        last_assert: what a kernel ran into that lost its device. blocks: of living tensors, by address. host: pinned
+            memory. freed: what is to be done about memory that is gone.
         lock: held by whoever changes a queue or runs work. One for all, so that no order of streams can lock up.
     """
 

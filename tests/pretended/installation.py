@@ -34,7 +34,8 @@ def pretended(
     Threads that were started meanwhile and are still there at the end, as those of lanes are, end when they next run.
 
     Args:
-        devices: how many. memory_mb: of each, in MiB; one number for all of them, or one for each. policy, seed: see `pretended.work`.
+        devices: how many. memory_mb: of each, in MiB; one number for all of them, or one for each.
+        policy, seed: see `pretended.work`.
     """
     if torch.cuda.is_available():
         raise RuntimeError("this machine has a real device")

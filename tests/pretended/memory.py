@@ -2,7 +2,7 @@
 
 Device memory is memory of this process that nothing but work touches. New memory is full of 0xFF, which is NaN in every
 floating-point type, and so is memory that was freed. As with torch's allocator, freed memory may be taken again at once
-by its own stream, in the order of that stream, and by nobody before the streams that `record_stream` has named are done.
+by its own stream, in the order of that stream, and by nobody before the streams that `record_stream` named are done.
 Of blocks above 2 MiB, the first and the last MiB are filled so: the rest is not touched, and takes no memory.
 """
 
@@ -48,8 +48,9 @@ class Block:
     """An allocation on a device.
 
     Attributes:
-        bytes: its memory. nbytes: as many as were asked for. held: bytes that it counts for. stream: on which it was allocated. users: others that
-            `record_stream` has named. capture: of the graph that it belongs to. storages: of torch that lie there.
+        bytes: its memory. nbytes: as many as were asked for. held: bytes that it counts for.
+        stream: on which it was allocated. users: others that `record_stream` has named.
+        capture: of the graph that it belongs to. storages: of torch that lie there.
     """
 
     def __init__(self, nbytes: int, stream: Stream) -> None:

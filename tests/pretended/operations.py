@@ -317,8 +317,8 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 def copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """Copy between a device and the host, or within a device, or between two.
 
-    Only copies from and to pinned memory are left to the stream. Memory of the host is read, or written, when the work is
-    done; until then the copy keeps it alive, as torch does by events.
+    Only copies from and to pinned memory are left to the stream. Memory of the host is read, or written, when the work
+    is done; until then the copy keeps it alive, as torch does by events.
     """
     machine = active.machine
     if target.is_cuda and source.is_cuda:

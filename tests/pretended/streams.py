@@ -12,8 +12,8 @@ from pretended.capture import refuse_in_capture
 from pretended.work import Work
 
 if TYPE_CHECKING:
-    from pretended.devices import Device, Machine
     from pretended.capture import Capture
+    from pretended.devices import Device, Machine
 
 _ids = itertools.count()
 

@@ -1,7 +1,7 @@
 """Work of pretended devices: queues, and the order in which what they hold is run.
 
-A device does nothing by itself here. What is issued lies in the queue of its stream, and a *policy* says when a piece of
-it is run, by the thread that issues or waits. Every policy keeps to what streams and events promise, and to no more:
+A device does nothing by itself here. What is issued lies in the queue of its stream, and a *policy* says when a piece
+of it is run, by the thread that issues or waits. Every policy keeps to what streams and events promise, and to no more:
 
 - `eager`: at once. What a program sees that never forgets to wait.
 - `late`: not before somebody waits for it, and no more than that wait needs. Host memory is read and written then.
@@ -28,8 +28,9 @@ class Work:
 
     Attributes:
         run: does it. needs: work that has to be done before, on any stream. takes_memory: it overwrites memory that
-            was freed. capture: the graph that it was captured into, rather than queued. done: whether it has been run, or will never be because the device is lost. at: when it was run,
-            in seconds of `time.perf_counter`; of marks alone.
+            was freed. capture: the graph that it was captured into, rather than queued.
+        done: whether it has been run, or will never be because the device is lost. at: when that was, in seconds of
+            `time.perf_counter`.
     """
 
     __slots__ = ("at", "capture", "done", "needs", "run", "stream", "takes_memory")
