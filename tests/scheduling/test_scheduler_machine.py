@@ -36,7 +36,7 @@ _steps = st.one_of(
         st.integers(1, 6),
     ),
     st.tuples(st.just("look"), st.integers(0, 4000)),
-    st.tuples(st.just("finish"), st.integers(0, 9), st.sampled_from([0.0, 100.0])),
+    st.tuples(st.just("finish"), st.integers(0, 9), st.sampled_from([0.0, 100.0, 9000.0])),
     st.tuples(st.just("crowd"), st.integers(0, 9), st.integers(1, 9)),
     st.tuples(st.just("cancel"), st.integers(0, 50)),
     st.tuples(st.just("background"), _model, st.integers(1, 12)),
@@ -115,9 +115,15 @@ class Machine:
             used = [batch.lane for batch in self.running if batch.device is device and batch.lane >= 0]
             assert sorted([*used, *device.free_lanes]) == list(range(device.lanes))
             for (model, *_), queue in device.queues.items():
-                # Nothing waits beside a free lane, but for a lane of its own, or for what is to run alone.
+                # Nothing waits beside a free lane, but for a lane of its own, to be alone, or for more rows.
                 has_all = 0 < self.lanes[model] <= after[device.name, model]
-                assert not queue.count or not device.free_lanes or has_all or device.reserved
+                assert (
+                    not queue.count
+                    or not device.free_lanes
+                    or has_all
+                    or device.reserved
+                    or device.opens_ns > self.now_ns
+                )
             alive = [batch for batch in self.running if batch.device is device and not batch.hung]
             assert len(alive) == 1 or not any(batch.alone for batch in alive)
             assert not device.reserved or alive  # else nothing would end it

@@ -92,7 +92,8 @@ class MpsRunner(Runner):
         computed = time.perf_counter_ns()
         # A copy, also where a model hands its input through: the next batch writes the staging buffers again.
         outputs = [
-            np.array(to_array(value.cpu() if isinstance(value, torch.Tensor) else value), order="C") for value in tensors
+            np.array(to_array(value.cpu() if isinstance(value, torch.Tensor) else value), order="C")
+            for value in tensors
         ]
         returned = time.perf_counter_ns()
         execution.gather_us += (gathered - begin) / 1e3

@@ -10,6 +10,7 @@ from tnxd.scheduling.lane_choice import give_lane_back, take_lane
 from tnxd.scheduling.ragged import RaggedQueue, padded
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
+from tnxd.scheduling.running_ahead import opens_ns
 
 # Queues that are looked at, while all lanes are busy, for a batch that is cheap enough to run inline.
 _MAX_PASSED_OVER = 8
@@ -50,6 +51,10 @@ def fill_lanes(accounts: Accounts, device: Device, now_ns: int, batches: list[Ba
         ragged = queue if head.length and isinstance(queue, RaggedQueue) else None
         part = ragged.part(head, limit) if ragged is not None else None
         rows = max(head.rows, min(limit, queue.rows)) if part is None else part.units
+        if device.chip is not None and device.free_lanes and queue.rows < limit > head.rows:
+            device.opens_ns = opens_ns(device, queue, rows, now_ns)
+            if device.opens_ns > now_ns:
+                break
         fits = inline_free and costs.fits_inline(rows)
         if inline_free and not fits and part is None and queue.has_light_connection(level):
             # A light connection does not wait until a lane is done with what others have sent.

@@ -41,6 +41,7 @@ class Batch:
         hung: whether it hangs, see `Scheduler.mark_hung`.
         length: of its rows, padded to the longest of them; 0: they are not padded. Then `rows` are tokens.
         surface: learns from how long a batch of that length took.
+        preparation_us: what it took until it was on a device whose lanes share a chip. Set by the caller.
         alone: whether nothing else runs on its device meanwhile. stolen: whether it was queued for another device.
         chip_us: microseconds that it took of a chip that lanes share, once it is over (`Chip.end`).
     """
@@ -59,6 +60,7 @@ class Batch:
     hung: bool = False
     length: int = 0
     surface: CostSurface | None = None
+    preparation_us: float = 0.0
     alone: bool = False
     stolen: bool = False
     chip_us: float = 0.0
@@ -82,6 +84,7 @@ class Device:
         error: why the device failed; empty while it works.
         free_lanes: indices of lanes that have nothing to do.
         background_free: whether the BACKGROUND lane has nothing to do.
+        opens_ns: when a batch may begin on a free lane that is not to begin yet (`running_ahead`).
         reserved: whether nothing begins until all that runs is over, for a batch that is to have the device alone.
         placements: of models that came here, by key.
         queues: by model, group and what their requests have for themselves alone, empty ones too.
@@ -117,6 +120,7 @@ class Device:
     background_free: bool = field(init=False, default=True)
     busy_until_ns: dict[int, int] = field(init=False, default_factory=dict)
     wide: dict[int, int] = field(init=False, default_factory=dict)
+    opens_ns: int = field(init=False, default=0)
     reserved: bool = field(init=False, default=False)
     placements: dict[str, Placement] = field(init=False, default_factory=dict)
     queues: dict[tuple[str, tuple[int, ...], int], RequestQueue] = field(init=False, default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tnxd.scheduling.costs import CostCurve
 from tnxd.scheduling.forecast import Forecast
 from tnxd.scheduling.request import LEVELS
 from tnxd.scheduling.width import Width
@@ -50,6 +51,7 @@ class Placement:
         queued: requests that wait for the model here. backlog_us: their predicted cost, per priority.
         max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
         worked: batches that worked at that ceiling.
+        preparation: microseconds of batches until they are on a device whose lanes share a chip.
         crowded: batches that have to work until an out-of-memory beside others says nothing of the ceiling again.
         most_rows: bound of that ceiling as it rises; 0: what the model allows. On a CPU, memory that has run out is
             the end of the process: nothing may be tried.
@@ -63,6 +65,7 @@ class Placement:
     backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
     max_rows: int = field(init=False, default=0)
     worked: int = field(init=False, default=0)
+    preparation: CostCurve = field(init=False, default_factory=CostCurve)
     crowded: int = field(init=False, default=0)
     most_rows: int = field(init=False, default=0)
 

@@ -71,6 +71,7 @@ class Scheduler(Accounts):
         self._serial = 0
         self._deadlines = Deadlines()
         self._delays = Delays()
+        self._opens_ns = NEVER  # when a batch may begin that is not to begin yet
 
     @property
     def room(self) -> int:
@@ -326,9 +327,13 @@ class Scheduler(Accounts):
             self._delays.release(now_ns)
         batches: list[Batch] = []
         late: list[Request] = []
+        opens_ns = NEVER
         for device in self.devices.values():
             if device.queued and not device.reserved:
                 fill_lanes(self, device, now_ns, batches, late)
+                if now_ns < device.opens_ns < opens_ns:
+                    opens_ns = device.opens_ns
+        self._opens_ns = opens_ns
         for device in self.devices.values():
             if self.queued and device.free_lanes and not device.error and not device.reserved:
                 steal(self, self._routing, device, self.devices.values(), now_ns, batches)
@@ -366,8 +371,10 @@ class Scheduler(Accounts):
         if device.chip is not None:
             part, batch.chip_us = device.chip.end(batch.lane, ended_ns or (now_ns if now_ns != NEVER else 0))
             learned_us *= part  # what it would have taken alone
-            if micros > 0 and placement.crowded:
-                placement.crowded -= 1
+            if micros > 0:
+                placement.crowded -= placement.crowded > 0
+                if batch.preparation_us:
+                    placement.preparation.observe(batch.rows, batch.preparation_us)
             if device.reserved:
                 device.reserved = not device.chip.is_idle
         if batch.hung:
@@ -442,7 +449,8 @@ class Scheduler(Accounts):
         delays = self._delays
         if delays.first_ns != NEVER:
             delays.drop_empty()
-        return min(self._deadlines.first_ns, delays.first_ns)
+        opens_ns = self._opens_ns if self.queued else NEVER
+        return min(self._deadlines.first_ns, delays.first_ns, opens_ns)
 
     def cancel(self, request: Request) -> bool:
         """Take a request out of its queue. False if it waits there no more."""

@@ -9,6 +9,7 @@ from tnxd.scheduling.costs import CostCurve
 from tnxd.scheduling.device import Batch, Device
 from tnxd.scheduling.lane_choice import give_lane_back, take_any_lane
 from tnxd.scheduling.routing import Routing
+from tnxd.scheduling.running_ahead import runs_ahead
 
 # Work stealing: an idle device takes at most this fraction of its own batch limit. It may be slower than the owner, and
 # must soon be free for requests routed to it.
@@ -42,6 +43,8 @@ def _steal_batch(accounts: Accounts, routing: Routing, thief: Device, victim: De
     own = routing.queue(thief, *queue.key)
     curve, placement = own.costs.lane, own.placement
     if placement.load.max_lanes and placement.has_all_lanes:
+        return None
+    if thief.chip is not None and runs_ahead(thief):
         return None
     limit = placement.row_limit(head.max_batch_size)
     if head.length:  # of one length, and the limit is in tokens

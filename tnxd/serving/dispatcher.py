@@ -146,6 +146,7 @@ class Dispatcher:
         device = batch.device
         if device.is_gpu:
             self._scheduler.set_free_memory(device.name, execution.memory_free_mb)
+            batch.preparation_us = execution.gather_us + execution.h2d_us
         again: list[Request] = []
         answers: list[Answer] = []
         steps: list[tuple[StepRequest, tuple[Array, ...]]] = []
