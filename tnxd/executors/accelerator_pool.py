@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from weakref import WeakSet
 
 from tnxctl.protocol.errors import TensorNextError
 from tnxd.error_text import first_line
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 
 # So long a lane that serves may be busy before it is left cold.
 _TURN_S = 5.0
+
+
+_pools: WeakSet[AcceleratorPool] = WeakSet()
+"""All that there are."""
 
 
 class AcceleratorPool(LanePool):
@@ -73,6 +78,7 @@ class AcceleratorPool(LanePool):
             on_done=on_done,
         )
         self.lanes = threads * depth
+        _pools.add(self)
 
     def _start_lane(self, label: str, *, serves: bool = False, yields: bool = False) -> Lane:
         runner = self._make(self._depth if serves else 1)
@@ -83,7 +89,8 @@ class AcceleratorPool(LanePool):
         return Lane(f"{self.name}/{label}", runner, self._on_done, yields=yields, work=work)
 
     def _is_idle(self) -> bool:
-        return not any(runner.is_busy for runner in self._serving)
+        """Whether no accelerator has a batch under way: torch empties its caches of all of them."""
+        return not any(runner.is_busy for pool in list(_pools) for runner in pool._serving)
 
     def _warm_lanes(self, loading: Loading, report: LoadReport) -> None:
         """Run the sizes of warm-up on each lane: plans of kernels are a thread's own, and memory a stream's.

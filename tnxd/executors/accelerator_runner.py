@@ -102,6 +102,7 @@ class AcceleratorRunner(Runner):
         self._free: SimpleQueue[Slot] = SimpleQueue()
         self._under_way: deque[Ticket] = deque()
         self._spares = Spares()
+        self._finishing_mode: torch.inference_mode | None = None
 
     def enter_thread(self) -> None:
         super().enter_thread()
@@ -117,12 +118,6 @@ class AcceleratorRunner(Runner):
         for slot in self._slots:
             self._free.put(slot)
         self._slot = self._slots[0]
-
-    def enter_finishing_thread(self) -> None:
-        """Prepare the thread that calls `finish`."""
-        self._finishing_mode = torch.inference_mode()
-        self._finishing_mode.__enter__()
-        self.accelerator.enter_thread()
 
     @property
     def is_busy(self) -> bool:
@@ -234,24 +229,27 @@ class AcceleratorRunner(Runner):
         if self._under_way[0] is ticket:
             execution.started_ns = ticket.issued_ns
         try:
-            if self._is_one_forward(execution):
-                failure = self._try_to_launch(ticket)
-                if failure is None:
-                    return ticket
-                execution.outcomes = self._after(execution, failure, 0, len(execution.items))
-            else:
+            failure = self._try_to_launch(ticket) if self._is_one_forward(execution) else None
+            if ticket.flight is not None:
+                return ticket
+            if failure is None:
                 execution.outcomes = self._attempt(execution, 0, len(execution.items))
+            else:
+                execution.outcomes = self._after(execution, failure, 0, len(execution.items))
         finally:
             if ticket.flight is None:
                 self._close(ticket)
         return ticket
 
     def _try_to_launch(self, ticket: Ticket) -> Failure | None:
+        """Begin the flight of a batch. Returns its failure; None: it flies, or is to be run in pieces instead."""
         execution = ticket.execution
         try:
             ticket.flight = self._launched(execution, execution.items, sum(execution.rows))
         except BaseException as error:  # as in `_attempt`
             execution.exhausted = self.is_exhausted(error)
+            if execution.exhausted and len(execution.items) == 1 and execution.rows[0] > 1:
+                return None
             return self._understood(execution, error, 0, len(execution.items))
         return None
 
@@ -261,6 +259,8 @@ class AcceleratorRunner(Runner):
         assert flight is not None
         speaker.model = execution.model.key
         try:
+            if self._finishing_mode is None:
+                self._enter_finishing_thread()
             outputs = self._landed(execution, flight)
             count = len(execution.items)
             execution.outcomes = [tuple(outputs)] if count == 1 else self._split(execution, outputs, 0, count)
@@ -269,6 +269,11 @@ class AcceleratorRunner(Runner):
             return False
         self._close(ticket)
         return True
+
+    def _enter_finishing_thread(self) -> None:
+        self.accelerator.enter_thread()
+        self._finishing_mode = torch.inference_mode()
+        self._finishing_mode.__enter__()
 
     def recover(self, ticket: Ticket) -> None:
         """Find the outcomes of a batch whose answers did not come. On the lane's thread."""

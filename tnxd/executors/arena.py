@@ -126,6 +126,8 @@ class Spares:
 
     def fill(self, allocate: Callable[[int], torch.Tensor], count: int, nbytes: int) -> None:
         """Have so many blocks of that size, in the place of smaller ones."""
+        if nbytes <= self._nbytes:
+            return
         self._nbytes = nbytes
         self._blocks = deque([PinnedBlock(allocate, nbytes) for _ in range(count)])
 

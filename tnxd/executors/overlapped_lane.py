@@ -65,15 +65,11 @@ def _finish(
     runner: AcceleratorRunner, landings: _Landings, failed: deque[Ticket], inbox: Inbox, on_done: OnDone
 ) -> None:
     """Work of the thread that waits. What it cannot finish goes back to the one that issues."""
-    entered = False
     while True:
         task = landings.get()
         if isinstance(task, threading.Event):
             task.set()
             continue
-        if not entered:  # now that the other thread has entered
-            runner.enter_finishing_thread()
-            entered = True
         try:
             over = runner.finish(task)
         except BaseException as error:

@@ -95,7 +95,7 @@ class Runner(ABC):
                 return plain
         return self.calls[key]
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027 - a CPU has nothing under way
         """Wait until what the lane's thread has made, such as parts of a model, can be used by all."""
 
     def is_lost(self) -> bool:
