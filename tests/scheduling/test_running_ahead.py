@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
+from itertools import count
+from math import ceil
+
 import pytest
 
 from scheduling_helpers import MODELS, MS, affine_costs, cpu, make_scheduler, request
+from tnxd.scheduling.costs import CostModel
 from tnxd.scheduling.device import Batch, Device
 from tnxd.scheduling.request import NEVER
 from tnxd.scheduling.scheduler import Scheduler
@@ -100,3 +105,49 @@ def test_a_stream_steals_nothing_while_it_has_work() -> None:
         scheduler.add(one, 0)
     batches, _ = scheduler.next_batches(0)
     assert {batch.device.name for batch in batches} <= {"cpu"}
+
+
+def answers_per_second(lanes: int, clients: int, batch_us: float, copy_us: float) -> float:
+    """Answers of a GPU with one stream, in simulated time, to clients that each have one request at a time.
+
+    Args:
+        lanes: batches that may be under way. batch_us: of any batch. copy_us: of each row before it is computed.
+    """
+    costs = CostModel()
+    for rows in (1, 2, 4, 8):
+        costs.curve("cuda:0", "mlp").observe(rows, batch_us + copy_us * rows)
+    device = Device("cuda:0", "cuda", lanes, set(MODELS), 8000.0, shares_chip=True, streams=1)
+    scheduler = make_scheduler(device, costs=costs)
+    serial = count()
+    events: list[tuple[float, int, Batch | str]] = [(100.0 * client, next(serial), "ask") for client in range(clients)]
+    copied_us = computed_us = now_us = 0.0
+    answers = 0
+    while now_us < 1e6:
+        now_us, _, event = heappop(events)
+        now_ns = int(now_us * 1e3)
+        if isinstance(event, Batch):
+            event.preparation_us = copy_us * event.rows
+            scheduler.finished(event, batch_us + copy_us * event.rows, now_ns)
+            answers += len(event.requests)
+            for place in range(len(event.requests)):
+                heappush(events, (now_us + 200.0 + 10.0 * place, next(serial), "ask"))
+        elif event == "ask":
+            scheduler.add(request(wanted="cuda:0"), now_ns)
+        for begun in scheduler.next_batches(now_ns)[0]:
+            copied_us = max(copied_us, now_us) + copy_us * begun.rows
+            computed_us = max(computed_us, copied_us) + batch_us
+            heappush(events, (computed_us, next(serial), begun))
+        opens_ns = scheduler.next_event_ns()
+        if opens_ns != NEVER:  # the daemon's loop waits for milliseconds
+            heappush(events, (now_us + 1e3 * max(ceil((opens_ns - now_ns) / 1e6), 1), next(serial), "look"))
+    return answers
+
+
+@pytest.mark.parametrize("clients", [2, 8, 12, 16, 32])
+@pytest.mark.parametrize("copy_us", [20.0, 400.0])
+def test_two_batches_at_a_time_get_no_less_done_than_one(clients: int, copy_us: float) -> None:
+    """If a stream takes what waits at once, they get two thirds done."""
+    one, two = (answers_per_second(lanes, clients, 10_000.0, copy_us) for lanes in (1, 2))
+    assert two > 0.97 * one
+    if copy_us > 100:
+        assert two > 1.05 * one or clients == 2
