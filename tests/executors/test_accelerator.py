@@ -21,8 +21,10 @@ from tnxd.config import Config, Cuda
 from tnxd.executors import accelerator, arena
 from tnxd.executors.accelerator_pool import AcceleratorPool
 from tnxd.executors.accelerator_runner import AcceleratorRunner
+from tnxd.executors.cpu import CpuRunner
 from tnxd.executors.cuda import open_cuda
 from tnxd.executors.execution import Execution
+from tnxd.executors.runner_calls import RunnerCalls
 from tnxd.models.model import Model
 from tnxd.models.ragged import Ragged
 
@@ -250,6 +252,27 @@ def test_weights_made_on_another_thread_are_there_before_lanes_read_them(machine
     made = model(Made)
     lanes.pool.load(made)
     np.testing.assert_array_equal(lanes.answers(made, (numbers(2),))[0][0], numbers(2) * 3)
+
+
+def test_what_is_made_on_a_lane_is_there_for_others(machine: Any) -> None:
+    lanes = Lanes()
+    made = lanes.pool._lanes[0].call(lambda runner: torch.full((4,), 3.0, device=DEVICE) * 2)
+    assert made.cpu().tolist() == [6.0] * 4  # which waits for this thread's own work, and for no more
+
+
+def test_lanes_get_their_calls_once_these_can_be_used() -> None:
+    runners = [CpuRunner(), CpuRunner()]
+    settled = []
+
+    def settle() -> None:
+        settled.append([runner for runner in runners if {"m", "plain"} & {*runner.calls, *runner.plain_calls}])
+
+    calls = RunnerCalls(settle)
+    calls.add(runners[0])
+    calls.install("m", torch.nn.Identity, torch.nn.Identity)
+    calls.add(runners[1])
+    assert settled == [[], runners[:1]]
+    assert ["m" in runner.calls and "m" in runner.plain_calls for runner in runners] == [True, True]
 
 
 def test_each_lane_has_its_own_copy_of_what_a_model_writes(machine: Any) -> None:
