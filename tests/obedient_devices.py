@@ -67,6 +67,9 @@ class ObedientDevice:
     def run_inline(self, execution: Execution) -> None:
         raise NotImplementedError  # warm-up says that every batch takes ten milliseconds
 
+    def failure(self) -> str:
+        return ""
+
     def memory_mb(self) -> tuple[float, float]:
         return 8000.0, 8000.0
 

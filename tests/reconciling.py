@@ -91,6 +91,9 @@ class FakeExecutor:
     def submit(self, execution: Execution) -> None: ...
     def run_inline(self, execution: Execution) -> None: ...
     def adopt_thread(self) -> None: ...
+    def failure(self) -> str:
+        return ""
+
     def memory_mb(self) -> tuple[float, float]:
         return self._free() / MIB, self.memory / MIB
 

@@ -90,7 +90,7 @@ class Gpus:
 
 @pytest.fixture(scope="module")
 def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gpus]:
-    """Two GPUs, of which one is lost by the last test of this module."""
+    """Two GPUs, which the last tests of this module lose."""
     with ExitStack() as stack:
         made = Gpus(tmp_path_factory.mktemp("gpus"), stack)
         made.await_health(lambda report: report.status != "starting")
@@ -190,3 +190,13 @@ def test_a_lost_gpu_is_left_out_and_the_others_go_on(gpus: Gpus) -> None:
     assert gpus.client.predict(np.ones((1, 8), np.float32), model="large").device == "cpu"
     with pytest.raises(Unavailable, match="device cuda:1 failed"):
         gpus.client.predict(two_rows(), device="cuda:1")
+
+
+def test_a_gpu_that_is_lost_while_it_does_nothing_is_left_out_too(gpus: Gpus) -> None:
+    order(gpus.control, "vanish", device=0)
+    report = gpus.await_health(lambda report: report.devices[0].status == "failed")
+    assert report.devices[0].error
+    assert not report.cuda_available
+    result = gpus.client.predict(two_rows())
+    assert result.device == "cpu"
+    assert "no GPU is ready: cuda:0 failed, cuda:1 failed" in result.reason

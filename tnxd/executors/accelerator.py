@@ -14,6 +14,7 @@ import torch
 
 from tnxctl.protocol.wire import MIB
 from tnxd.device_kinds import DeviceKind
+from tnxd.error_text import first_line
 
 _MEMORY_PERIOD_S = 1.0
 
@@ -28,7 +29,7 @@ class Accelerator:
         name: as torch has it.
 
     Attributes:
-        lost: whether the device was found to be lost for good.
+        lost: whether the device was found to be lost for good. failure: the driver's words, if no batch ran into that.
 
     Raises:
         RuntimeError: the driver does not answer.
@@ -39,6 +40,7 @@ class Accelerator:
         self.torch_device = torch.device(name)
         self.index = self.torch_device.index or 0
         self.lost = False
+        self.failure = ""
         self._probe = self.stream(first=True)
         self.memory = Memory(self)
 
@@ -166,5 +168,8 @@ class Memory:
                     self._is_idle = None
                     torch.accelerator.empty_cache()
                 self.free_mb, self.total_mb = self.sample()
-            except Exception:  # drivers fail in many ways; a device that is gone, its lanes report with the next batch
+            except Exception as error:  # drivers fail in many ways
                 self.free_mb = 0.0
+                if self._accelerator.is_lost():
+                    self._accelerator.failure = first_line(error)
+                    return

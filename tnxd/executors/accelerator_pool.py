@@ -118,6 +118,9 @@ class AcceleratorPool(LanePool):
             )
         self._give_back()
 
+    def failure(self) -> str:
+        return self.accelerator.failure
+
     def submit(self, execution: Execution) -> None:
         lane = execution.lane
         (self._background if lane == BACKGROUND else self._lanes[lane % self._threads]).submit(execution)

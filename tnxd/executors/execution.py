@@ -177,3 +177,6 @@ class Executor(Protocol):
 
     def memory_mb(self) -> tuple[float, float]:
         """Free and total memory of the device in MiB. Never blocks."""
+
+    def failure(self) -> str:
+        """Why the device is lost for good, also where no batch has shown that; "" as far as is known. Never blocks."""

@@ -154,6 +154,9 @@ class LanePool:
         lane = execution.lane
         (self._background if lane == BACKGROUND else self._lanes[lane]).submit(execution)
 
+    def failure(self) -> str:
+        return ""
+
     def run_inline(self, execution: Execution) -> None:
         assert self._inline is not None
         self._inline.run(execution)

@@ -232,7 +232,7 @@ class Dispatcher:
             mixing: Version = execution.version if isinstance(execution, Copy) else batch.requests[0].version  # type: ignore[attr-defined]
             mixing.end_batches(batch.model, execution.mixes)
         if execution.fatal and not device.error:
-            self._lose_device(device.name, execution.fatal)
+            self.lose_device(device.name, execution.fatal)
 
     def _judge(self, execution: Execution, batch: Batch) -> None:
         """Have clients ride alone after a model failed at their requests, until others of theirs have succeeded."""
@@ -275,7 +275,8 @@ class Dispatcher:
             return False
         return True
 
-    def _lose_device(self, name: str, why: str) -> None:
+    def lose_device(self, name: str, why: str) -> None:
+        """Use a device no more, which is lost for good."""
         about = event("device_lost", device=name, reason=why)
         log.error("device %s failed and is no longer used: %s", name, why, extra=about)
         self._inventory.device_failures[name] = why
