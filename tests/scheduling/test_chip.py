@@ -162,6 +162,7 @@ def test_what_batches_had_of_the_chip_is_the_time_that_it_was_busy(
         assert min(left) >= 0.0
         assert shared.delay_us(0.0, 5.0, now_ns) <= shared.delay_us(1.0, 5.0, now_ns) + 1e-6
         assert shared.is_idle == (not running)
+        assert shared.busy_ns(now_ns) == busy_ns
     for lane in list(running):
         had_us += shared.end(lane, now_ns)[1]
     assert had_us <= busy_ns / 1e3 + 1e-3  # what is over before those of its stream before it had nothing

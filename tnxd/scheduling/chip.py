@@ -37,13 +37,14 @@ class Chip:
         streams: of the device. Lane `i` belongs to stream `i % streams`, and any negative lane to one beside them.
     """
 
-    __slots__ = ("_busy", "_clock_us", "_ended_ns", "_now_ns", "_shares", "_streams", "streams")
+    __slots__ = ("_busy", "_busy_ns", "_clock_us", "_ended_ns", "_now_ns", "_shares", "_streams", "streams")
 
     def __init__(self, streams: int) -> None:
         self.streams = streams
         self._streams: list[list[_Share]] = [[] for _ in range(streams + 1)]  # the last one is the one beside them
         self._shares: dict[int, _Share] = {}  # by lane
         self._busy = 0  # streams with work
+        self._busy_ns = 0
         self._clock_us = 0.0
         self._now_ns = 0
         self._ended_ns = 0  # when the last batch was over
@@ -93,10 +94,17 @@ class Chip:
         """Whether nothing runs, but for what hangs."""
         return not self._busy
 
+    def busy_ns(self, now_ns: int) -> int:
+        """Nanoseconds in which it had work so far. It only grows."""
+        self._advance(now_ns)
+        return self._busy_ns
+
     def _advance(self, now_ns: int) -> None:
         if now_ns > self._now_ns:
             if self._busy:
-                self._clock_us += (now_ns - self._now_ns) / 1e3 / self._busy
+                passed_ns = now_ns - self._now_ns
+                self._busy_ns += passed_ns
+                self._clock_us += passed_ns / 1e3 / self._busy
             self._now_ns = now_ns
 
     def load(self, lane: int) -> int:

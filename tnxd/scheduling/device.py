@@ -101,7 +101,7 @@ class Device:
         backlog_us: predicted cost of what waits, per priority.
         backlog_ns: when the last batch was over, if requests waited then; else 0.
         busy_ns, inline_ns: time that batches have run on lanes, a wide one once for each of its threads, and on the
-            caller's thread. The caller counts it.
+            caller's thread. The caller counts it, but for lanes that share a chip, which does (`Chip.busy_ns`).
     """
 
     name: str

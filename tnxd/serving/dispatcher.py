@@ -208,7 +208,7 @@ class Dispatcher:
             step.owner.succeeded(step, outputs, execution, rows)
         if batch.lane == INLINE:
             device.inline_ns += run_ns
-        elif batch.lane != BACKGROUND:
+        elif batch.lane != BACKGROUND and device.chip is None:
             device.busy_ns += run_ns * batch.threads
         if counts is not None:
             if failures:
