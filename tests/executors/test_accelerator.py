@@ -18,7 +18,7 @@ from pretended import pretended
 from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.config import Config, Cuda
-from tnxd.executors import accelerator, arena
+from tnxd.executors import accelerator, arena, slots
 from tnxd.executors.accelerator_pool import AcceleratorPool
 from tnxd.executors.accelerator_runner import AcceleratorRunner
 from tnxd.executors.cpu import CpuRunner
@@ -156,6 +156,7 @@ def test_answers_are_in_memory_that_no_later_batch_writes(machine: Any, width: i
 
 def test_a_batch_larger_than_the_arena_goes_through_it_in_pieces(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arena, "MOST_PINNED", 4096)
+    monkeypatch.setattr(slots, "_MOST_KEPT", 8192)
 
     class Both(torch.nn.Module):
         def forward(self, x: torch.Tensor, flags: torch.Tensor, half: torch.Tensor) -> Any:
@@ -244,13 +245,14 @@ def test_weights_made_on_another_thread_are_there_before_lanes_read_them(machine
             self.weight = torch.nn.Parameter(made * 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if not bool((self.weight == 3).all()):  # the trial, for one, would find nothing odd
+            if not bool((self.weight == 3).all()):
                 raise ValueError("read before it was written")
             return x * self.weight
 
     lanes = Lanes()
     made = model(Made)
-    lanes.pool.load(made)
+    report = lanes.pool.load(made)
+    assert (report.warmed, report.notes) == (True, ())  # also in the trial
     np.testing.assert_array_equal(lanes.answers(made, (numbers(2),))[0][0], numbers(2) * 3)
 
 
@@ -303,16 +305,18 @@ def test_lanes_call_a_model_one_after_the_other_that_they_share(machine: Any) ->
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.total.add_(len(x))
-            return x * 0 + self.total
+            for _ in range(6):
+                x = x * 0
+            return x + self.total
 
     counts = Model("m", "1", *[(TensorSpec("x", "FP32", (-1, 4)),)] * 2, 4, Counts, state="shared")
     lanes = Lanes(lanes=2, depth=2)
     lanes.pool.load(counts)
     (before,) = lanes.answers(counts, (numbers(1),))
-    for index in range(12):
+    for index in range(24):
         lanes.submit(counts, (numbers(1),), lane=index % 4)
-    totals = sorted(float(outcomes(lanes.next())[0][0][0, 0] - before[0][0, 0]) for _ in range(12))
-    assert totals == [float(count) for count in range(1, 13)]
+    totals = sorted(float(outcomes(lanes.next())[0][0][0, 0] - before[0][0, 0]) for _ in range(24))
+    assert totals == [float(count) for count in range(1, 25)]
 
 
 def test_what_a_model_does_to_the_current_stream_and_device_is_undone(machine: Any) -> None:
@@ -353,8 +357,30 @@ def test_the_next_batch_is_issued_before_the_last_one_is_over(late: Any) -> None
     assert lanes.done.empty()
     late.devices[0].release()
     assert [lanes.next(), lanes.next()] == [first, second]
-    # The second waited for the device like in a queue: that is no part of its run.
-    assert second.started_ns >= first.started_ns
+
+
+@needs_pretended
+def test_waiting_on_the_device_for_batches_before_it_is_no_part_of_a_run(late: Any) -> None:
+    lanes = Lanes(depth=2)
+    double = model(Double)
+    lanes.pool.load(double)
+    lanes.turn()
+    late.devices[0].hang()
+    lanes.submit(double, (numbers(1),), lane=0)
+    second = lanes.submit(double, (numbers(2),), lane=1)
+    under_way = lanes.runner()._under_way
+    deadline = time.monotonic() + 20
+    while len(under_way) < 2 or under_way[1].flight is None:
+        assert time.monotonic() < deadline
+    assert second.started_ns == 0  # it has not begun
+    waiting = under_way[1]
+    assert waiting.slot is not None
+    waiting.slot.in_ready.elapsed_time = lambda other: 5.0  # type: ignore[method-assign]
+    late.devices[0].release()
+    assert [lanes.next(), lanes.next()][1] is second
+    assert second.started_ns == waiting.issued_ns + 5_000_000
+    total = second.gather_us + second.h2d_us + second.compute_us + second.d2h_us
+    assert total == pytest.approx((second.finished_ns - second.started_ns) / 1e3)
 
 
 def test_stages_sum_up_and_hold_no_wait_for_other_batches(machine: Any) -> None:
@@ -395,7 +421,7 @@ def test_a_block_that_went_out_with_a_reply_comes_back_when_that_is_gone(machine
     lanes = Lanes()
     wide = model(Double, 70_000)
     lanes.pool.load(wide)
-    spares = lanes.runner()._spares
+    spares = lanes.runner()._outbound.spares
     assert len([*spares]) == 2
     kept = [lanes.answers(wide, (np.full((1, 70_000), value, np.float32),))[0][0] for value in range(3)]
     assert len([*spares]) == 0
@@ -446,6 +472,32 @@ def test_a_request_that_fails_fails_alone(machine: Any) -> None:
         assert [bool(message) for message in failures(finished)] == [False, True, False]
         assert "negative" in failures(finished)[1]
     np.testing.assert_array_equal(lanes.answers(picky, (numbers(4),))[0][0], numbers(4) * 2)
+
+
+def test_memory_of_a_batch_that_failed_is_not_written_while_it_is_still_read(machine: Any) -> None:
+    class LooksUp(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.zeros(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found = self.table[x]
+            if errors.qsize():
+                raise errors.get()
+            return found.sum(1)
+
+    errors: queue.SimpleQueue[Exception] = queue.SimpleQueue()  # into which no trial looks
+    index = (TensorSpec("x", "INT64", (-1, 2)),)
+    looks_up = Model("looks_up", "1", index, (TensorSpec("y", "FP32", (-1, 4)),), 4, LooksUp)
+    double = model(Double)
+    lanes = Lanes(depth=1)
+    lanes.pool.load(looks_up)
+    lanes.pool.load(double)
+    errors.put(ValueError("after its kernels were launched"))
+    lanes.submit(looks_up, (np.ones((1, 2), np.int64),))
+    assert "launched" in failures(lanes.next())[0]
+    large = np.full((1, 4), 3e38, np.float32)  # an index far beyond the table
+    assert np.isinf(lanes.answers(double, (large,))[0][0]).all()
 
 
 @needs_pretended

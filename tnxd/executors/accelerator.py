@@ -5,10 +5,11 @@ What is one maker's alone is in a module of its own, such as `cuda`.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -41,8 +42,8 @@ class Accelerator:
         self.index = self.torch_device.index or 0
         self.lost = False
         self.failure = ""
+        self.memory = Memory(self)  # which has torch begin to use the device
         self._probe = self.stream(first=True)
-        self.memory = Memory(self)
 
     # --- what a kind of device may do otherwise ------------------------------------------------------------------
 
@@ -126,6 +127,16 @@ def accelerator_names(kind: DeviceKind) -> list[str]:
     return (
         [f"{kind.name}:{index}" for index in range(torch.accelerator.device_count())] if kind.numbered else [kind.name]
     )
+
+
+@contextlib.contextmanager
+def on_stream(stream: torch.Stream, then: torch.Stream) -> Iterator[None]:
+    """Enqueue the block's work on a stream, and what follows on the other one. For the calling thread."""
+    torch.accelerator.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(then)
 
 
 class Memory:

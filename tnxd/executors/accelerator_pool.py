@@ -129,4 +129,3 @@ class AcceleratorPool(LanePool):
 def _warm(runner: AcceleratorRunner, model: Model, item: Item) -> None:
     with settings_restored("a forward"):
         run_example(runner, model, item)
-        runner.prepare(model, item)

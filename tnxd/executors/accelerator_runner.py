@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -18,55 +19,19 @@ import numpy as np
 import torch
 
 from tnxctl.protocol.datatypes import Array
-from tnxctl.protocol.wire import BYTES, MIB
+from tnxctl.protocol.wire import MIB
 from tnxd.events import speaker
 from tnxd.executors import arena
 from tnxd.executors.accelerator import Accelerator
-from tnxd.executors.arena import Layout, PinnedBlock, Place, Spares
 from tnxd.executors.batching import Staging
 from tnxd.executors.execution import Execution
 from tnxd.executors.host import Peak
-from tnxd.executors.padding import pad, padded_shapes
-from tnxd.executors.runner import Failure, Runner
+from tnxd.executors.inbound import Inbound
+from tnxd.executors.outbound import Flight, Outbound
+from tnxd.executors.runner import Failure, Runner, outcomes_of
 from tnxd.executors.slots import Slot
-from tnxd.models.model import Item, Model
-from tnxd.models.tensors import Value, check_outputs, to_array
-
-_COPIED = 256 * 1024
-"""Answers of a batch that are copied out of the arena, in bytes. More are handed over in it, see `Spares`: up to here
-a copy costs no more than that, and replies take a copy anyway."""
-
-_PACKED = MIB
-"""Answers that are put below each other on the device first, so that one copy brings them back. With more bytes the
-copies take longer by themselves than by their number."""
-
-_SPARES = 2
-"""Blocks for answers beside those of the slots."""
-
-
-class Flight:
-    """One forward that has been enqueued.
-
-    Attributes:
-        slot: that it has. behind: whether another one was under way before it.
-        outputs: for each output the array if it is on the host already, or its place in the answers.
-        nbytes: of the answers.
-        sources: their bytes on the device. pieces: of these, where they are larger than the slot's memory for them.
-        held: what else may not be freed before the answers are there.
-        waited_us: time that it waited on the device for those before it.
-    """
-
-    __slots__ = ("behind", "held", "nbytes", "outputs", "pieces", "slot", "sources", "waited_us")
-
-    def __init__(self, slot: Slot, behind: bool) -> None:
-        self.slot = slot
-        self.behind = behind
-        self.outputs: list[Array | Place] = []
-        self.nbytes = 0
-        self.sources: list[tuple[Place, torch.Tensor]] = []
-        self.pieces: list[Piece] = []
-        self.held: object = None
-        self.waited_us = 0.0
+from tnxd.models.model import Item
+from tnxd.models.tensors import Value, check_outputs
 
 
 class Ticket:
@@ -101,7 +66,6 @@ class AcceleratorRunner(Runner):
         self._slots: list[Slot] = []
         self._free: SimpleQueue[Slot] = SimpleQueue()
         self._under_way: deque[Ticket] = deque()
-        self._spares = Spares()
         self._finishing_mode: torch.inference_mode | None = None
 
     def enter_thread(self) -> None:
@@ -110,11 +74,13 @@ class AcceleratorRunner(Runner):
         accelerator = self.accelerator
         accelerator.enter_thread()
         first = not self.yields
-        self._compute, self._inbound, self._outbound = (accelerator.stream(first=first) for _ in range(3))
+        self._compute, inbound, outbound = (accelerator.stream(first=first) for _ in range(3))
+        self._inbound = Inbound(inbound, self._compute, self.staging)
+        self._outbound = Outbound(accelerator, outbound, self._compute)
         torch.accelerator.set_stream(self._compute)
         self._current = torch.accelerator.current_stream(self.torch_device)
         self._slots = [Slot(accelerator) for _ in range(self.depth)]
-        self._inbound.wait_stream(self._compute)  # memory of the device is that of the stream on which it was made
+        self._inbound.order()
         for slot in self._slots:
             self._free.put(slot)
         self._slot = self._slots[0]
@@ -148,9 +114,6 @@ class AcceleratorRunner(Runner):
         """
         return shapes
 
-    def prepare(self, model: Model, item: Item) -> None:
-        """Prepare for batches like this one, which has just been run on this thread, before the model serves."""
-
     # --- device --------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
@@ -159,7 +122,7 @@ class AcceleratorRunner(Runner):
     def is_lost(self) -> bool:
         if not self.accelerator.is_lost():
             return False
-        arena.leak(self._spares, *[block for slot in self._slots for block in (slot.inbound, slot.answers)])
+        arena.leak(self._outbound.spares, *[block for slot in self._slots for block in (slot.inbound, slot.answers)])
         return True
 
     def is_exhausted(self, error: BaseException) -> bool:
@@ -192,9 +155,8 @@ class AcceleratorRunner(Runner):
         inbound, room, answers = (max(sizes) for sizes in zip(*[slot.sizes for slot in self._slots], strict=True))
         for slot in self._slots:
             slot.grow(inbound, room, answers)
-        self._inbound.wait_stream(self._compute)
-        if answers > _COPIED:
-            self._spares.fill(self.accelerator.pinned, _SPARES, answers)
+        self._inbound.order()
+        self._outbound.reserve(answers)
 
     # --- batches -------------------------------------------------------------------------------------------------
 
@@ -262,8 +224,11 @@ class AcceleratorRunner(Runner):
             if self._finishing_mode is None:
                 self._enter_finishing_thread()
             outputs = self._landed(execution, flight)
-            count = len(execution.items)
-            execution.outcomes = [tuple(outputs)] if count == 1 else self._split(execution, outputs, 0, count)
+            items = execution.items
+            if len(items) == 1:
+                execution.outcomes = [tuple(outputs)]
+            else:
+                execution.outcomes = outcomes_of(execution.model, outputs, items, execution.rows)
         except BaseException as error:
             ticket.error = error
             return False
@@ -321,16 +286,19 @@ class AcceleratorRunner(Runner):
         slot, compute = self._slot, self._compute
         flight = Flight(slot, behind=len(self._under_way) > 1)
         try:
-            inputs = self._sent(execution, items, rows, flight)
+            wanted = partial(self.shapes_on_device, execution, rows=rows)
+            inputs = self._inbound.send(slot, execution, items, rows, wanted)
             compute.wait_event(slot.in_ready)
             slot.begun.record(compute)
+            flight.held = call = self.call(execution)
             try:
                 raw = self.forward_on_device(execution, inputs, rows)
             finally:
                 self._put_back()
             outputs = check_outputs(execution.model, raw, rows)
             slot.computed.record(compute)
-            self._fetch(execution, outputs, flight)
+            flight.held = call, outputs
+            self._outbound.fetch(execution.model.outputs, outputs, flight)
         except BaseException:
             self._wait_for_all(slot)
             raise
@@ -348,243 +316,21 @@ class AcceleratorRunner(Runner):
     def _wait_for_all(self, slot: Slot) -> None:
         """Wait until nothing reads or writes the memory of a slot, after a failure, which stays the one that counts."""
         with contextlib.suppress(RuntimeError):
-            for stream in (self._inbound, self._outbound):
+            for stream in (self._inbound.stream, self._outbound.stream):
                 self._compute.wait_stream(stream)
             slot.out_ready.record(self._compute)
             slot.out_ready.synchronize()
 
-    @contextlib.contextmanager
-    def _on(self, stream: torch.Stream) -> Iterator[None]:
-        torch.accelerator.set_stream(stream)
-        try:
-            yield
-        finally:
-            torch.accelerator.set_stream(self._compute)
-
-    # --- to the device -------------------------------------------------------------------------------------------
-
-    def _sent(self, execution: Execution, items: Sequence[Item], rows: int, flight: Flight) -> Sequence[Value | None]:
-        """Gather the inputs and enqueue their way to the device. Returns them as they will be there; BYTES stay."""
-        began = time.perf_counter_ns()
-        model, slot, ragged = execution.model, flight.slot, execution.model.ragged
-        packed = model.joins and ragged is not None and ragged.packed
-        padded = model.joins and not packed
-        counted = model.max_batch_size and not packed  # whether axis 0 of what the model gets counts rows
-        shapes: Sequence[arena.Shape | None]
-        if padded:
-            shapes = padded_shapes(model, items, rows)
-        else:
-            if packed:
-                assert ragged is not None
-                items = [tuple(ragged.pack(items, model.name))]
-            shapes = [
-                None if array is None else (rows, *array.shape[1:]) if counted else array.shape for array in items[0]
-            ]
-        shapes = self.shapes_on_device(execution, shapes, rows)
-        layout, fresh = slot.layout(
-            tuple(
-                [
-                    None if shape is None or spec.datatype == BYTES else (shape, spec.datatype)
-                    for shape, spec in zip(shapes, model.arguments, strict=True)
-                ]
-            )
-        )
-        flight.held = layout
-        if fresh:  # what used that memory before, on the lane's stream, may not be done with it
-            self._inbound.wait_stream(self._compute)
-        if padded:
-
-            def room(position: int, shape: arena.Shape, dtype: np.dtype[Any]) -> Array:
-                within = layout.arrays[position]
-                if within is None:
-                    return self.staging.room(model.key, execution.group, position, (rows, *shape[1:]), dtype)
-                return within[:rows]
-
-            items = [tuple(pad(room, model, items, shapes))]
-        if layout.source is None:
-            self._send_pieces(layout, items, rows, flight)
-            execution.gather_us += (time.perf_counter_ns() - began) / 1e3
-        else:
-            for position, into in enumerate(layout.arrays):
-                if into is None:
-                    continue
-                if not padded:
-                    _put_below_each_other([item[position] for item in items], into)
-                if counted and len(into) > rows:
-                    into[rows:] = into[rows - 1]  # values that the model takes, whatever they are
-            execution.gather_us += (time.perf_counter_ns() - began) / 1e3
-            with self._on(self._inbound):
-                slot.copying.record(self._inbound)
-                if layout.nbytes:
-                    layout.target.copy_(layout.source, non_blocking=True)
-                slot.in_ready.record(self._inbound)
-        return [
-            tensor if place is not None else _on_host([item[position] for item in items])
-            for position, (place, tensor) in enumerate(zip(layout.places, layout.tensors, strict=True))
-        ]
-
-    def _send_pieces(self, layout: Layout, items: Sequence[Item], rows: int, flight: Flight) -> None:
-        """Send a batch that is larger than the arena: while a piece is gathered, those before it are copied."""
-        sources: list[tuple[int, Array]] = []
-        for position, place in enumerate(layout.places):
-            if place is None:
-                continue
-            at = place.offset
-            parts: list[Array] = [item[position] for item in items]  # type: ignore[misc]
-            flat = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts]
-            missing = place.nbytes - sum(map(len, flat))
-            if missing:  # rows beyond those of the batch
-                flat += [np.ascontiguousarray(parts[-1][-1]).reshape(-1).view(np.uint8)] * (place.shape[0] - rows)
-            for source in flat:
-                sources.append((at, source))
-                at += len(source)
-        slot, inbound = flight.slot, flight.slot.inbound
-        size = inbound.nbytes // arena.PIECES
-        with self._on(self._inbound):
-            for number, start in enumerate(range(0, layout.nbytes, size)):
-                turn = number % arena.PIECES
-                copied = slot.pieces[turn]
-                if number >= arena.PIECES:
-                    copied.synchronize()
-                count = min(size, layout.nbytes - start)
-                at = turn * size
-                arena.fill_piece(inbound.array[at : at + count], start, sources)
-                slot.copying.record(self._inbound)
-                layout.target[start : start + count].copy_(inbound.tensor[at : at + count], non_blocking=True)
-                copied.record(self._inbound)
-            slot.in_ready.record(self._inbound)
-
-    # --- from the device -----------------------------------------------------------------------------------------
-
-    def _fetch(self, execution: Execution, outputs: Sequence[Value], flight: Flight) -> None:
-        """Enqueue the way of the outputs to the host."""
-        slot = flight.slot
-        found: list[tuple[int, torch.Tensor]] = []
-        for position, (spec, value) in enumerate(zip(execution.model.outputs, outputs, strict=True)):
-            if isinstance(value, torch.Tensor) and value.device.type == self.torch_device.type:
-                found.append((position, value.contiguous()))
-                flight.outputs.append(Place(0, value.nbytes, tuple(value.shape), spec.datatype))
-            else:
-                array = to_array(value)
-                flight.outputs.append(array.copy() if isinstance(value, torch.Tensor) else array)
-        self._arrange(found, flight)
-        slot.packed.record(self._compute)
-        self._outbound.wait_event(slot.packed)
-        slot.grow(0, 0, flight.nbytes)
-        flight.pieces = [] if flight.nbytes <= slot.answers.nbytes else _pieces(flight.sources, slot.answers.nbytes)
-        if flight.pieces:
-            for number in range(min(arena.PIECES, len(flight.pieces))):
-                self._fetch_piece(flight, number)
-            return
-        with self._on(self._outbound):
-            for place, source in flight.sources:
-                slot.answers.tensor[place.offset : place.offset + place.nbytes].copy_(source, non_blocking=True)
-            slot.out_ready.record(self._outbound)
-
-    @staticmethod
-    def _arrange(found: list[tuple[int, torch.Tensor]], flight: Flight) -> None:
-        """Give every output its place in the answers; small ones go below each other on the device, as one."""
-        together = len(found) > 1 and sum([tensor.nbytes for _, tensor in found]) <= _PACKED
-        if together:  # without gaps; by falling size of elements, so that each is aligned
-            found.sort(key=lambda each: -each[1].itemsize)
-        at = 0
-        for position, tensor in found:
-            place = flight.outputs[position]
-            assert isinstance(place, Place)
-            place = flight.outputs[position] = place._replace(offset=at)
-            at += place.nbytes if together else -(-place.nbytes // arena.ALIGNMENT) * arena.ALIGNMENT
-            if place.nbytes:
-                flight.sources.append((place, arena.bytes_of(tensor)))
-        flight.nbytes = at
-        if together and len(flight.sources) > 1:
-            packed = torch.cat([source for _, source in flight.sources])
-            flight.sources = [(Place(0, at, (at,), "UINT8"), packed)]
-
-    def _fetch_piece(self, flight: Flight, number: int) -> None:
-        """Enqueue the copy of one piece of answers that are larger than the arena."""
-        slot, size = flight.slot, flight.slot.answers.nbytes // arena.PIECES
-        turn = number % arena.PIECES
-        source, _, start, count = flight.pieces[number]
-        with self._on(self._outbound):
-            at = turn * size
-            slot.answers.tensor[at : at + count].copy_(source[start : start + count], non_blocking=True)
-            slot.pieces[turn].record(self._outbound)
-            slot.out_ready.record(self._outbound)
-
     def _landed(self, execution: Execution, flight: Flight) -> list[Array]:
         """Wait for the answers of a forward, and note how long its stages took."""
-        slot = flight.slot
-        block = self._block_of_pieces(flight) if flight.pieces else None
-        slot.out_ready.synchronize()
-        if block is None:
-            block = self._block(flight)
+        slot, outputs = flight.slot, self._outbound.land(flight)
         execution.h2d_us += slot.copying.elapsed_time(slot.in_ready) * 1e3
         execution.latency_us += slot.begun.elapsed_time(slot.computed) * 1e3
         execution.d2h_us += slot.computed.elapsed_time(slot.out_ready) * 1e3
         if flight.behind:
             flight.waited_us = max(slot.in_ready.elapsed_time(slot.begun) * 1e3, 0.0)
-        return [arena.array_at(block, output) if isinstance(output, Place) else output for output in flight.outputs]
-
-    def _block(self, flight: Flight) -> Array:
-        """The bytes of the answers, in memory that no later batch writes."""
-        slot, nbytes = flight.slot, flight.nbytes
-        if nbytes > _COPIED:
-            spare = self._spares.take()
-            if spare is not None and spare.nbytes >= slot.answers.nbytes:
-                block = slot.answers.handed_over(nbytes, self._give_back)
-                slot.answers = spare
-                return block
-            if spare is not None:
-                self._spares.give_back(spare)
-        return slot.answers.array[:nbytes].copy()
-
-    def _give_back(self, block: PinnedBlock) -> None:
-        if self.accelerator.lost:
-            arena.leak(block)
-        else:
-            self._spares.give_back(block)
-
-    def _block_of_pieces(self, flight: Flight) -> Array:
-        slot, size = flight.slot, flight.slot.answers.nbytes // arena.PIECES
-        block = np.empty(flight.nbytes, np.uint8)
-        for number, (_, offset, start, count) in enumerate(flight.pieces):
-            turn = number % arena.PIECES
-            slot.pieces[turn].synchronize()
-            np.copyto(block[offset + start : offset + start + count], slot.answers.array[turn * size :][:count])
-            if number + arena.PIECES < len(flight.pieces):
-                self._fetch_piece(flight, number + arena.PIECES)
-        return block
+        return outputs
 
 
 def _plain(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return np.empty(shape, dtype)
-
-
-def _put_below_each_other(parts: Sequence[Array | None], into: Array) -> None:
-    if len(parts) == 1:
-        part = parts[0]
-        assert part is not None
-        if part.shape:
-            into[: len(part)] = part
-        else:
-            into[...] = part
-    else:
-        np.concatenate(parts, out=into[: sum(map(len, parts))])  # type: ignore[arg-type]
-
-
-def _on_host(parts: Sequence[Array | None]) -> Array | None:
-    """An input that does not go to the device."""
-    return parts[0] if parts[0] is None or len(parts) == 1 else np.concatenate(parts)  # type: ignore[arg-type]
-
-
-Piece = tuple[torch.Tensor, int, int, int]
-"""Piece of the answers: the bytes of a tensor, their offset in the answers, and start and number of those to copy."""
-
-
-def _pieces(sources: Sequence[tuple[Place, torch.Tensor]], arena_nbytes: int) -> list[Piece]:
-    size = arena_nbytes // arena.PIECES
-    return [
-        (source, place.offset, start, min(size, place.nbytes - start))
-        for place, source in sources
-        for start in range(0, place.nbytes, size)
-    ]

@@ -147,19 +147,12 @@ class Runner(ABC):
         try:
             if stop - start == 1:
                 return [tuple(self._alone(execution, execution.items[start], rows[0]))]
-            outputs = self._forward(execution, execution.items[start:stop], sum(rows))
-            return self._split(execution, outputs, start, stop)
+            items = execution.items[start:stop]
+            return outcomes_of(execution.model, self._forward(execution, items, sum(rows)), items, rows)
         except BaseException as error:  # a model may raise anything, SystemExit too: the daemon goes on
             failure = self._understood(execution, error, start, stop)
         # Out of the except block: the traceback no longer holds the failed batch's tensors while the halves run.
         return self._after(execution, failure, start, stop)
-
-    def _split(self, execution: Execution, outputs: Sequence[Array], start: int, stop: int) -> list[Outcome]:
-        """Outcomes of the items from start up to stop, given the outputs of all of them."""
-        rows = execution.rows[start:stop]
-        if execution.model.joins:
-            return [*split_ragged(execution.model, outputs, execution.items[start:stop], rows)]
-        return [*split(outputs, rows)]
 
     def _understood(self, execution: Execution, error: BaseException, start: int, stop: int) -> Failure:
         """The failure of the items from start up to stop together. It does not hold the error."""
@@ -277,6 +270,13 @@ class Runner(ABC):
         if execution.fatal:
             return Unavailable(f"{self.device} failed: {execution.fatal}")
         return Internal(f"model {model.name!r} raised {sentence(error)}")
+
+
+def outcomes_of(model: Model, outputs: Sequence[Array], items: Sequence[Item], rows: Sequence[int]) -> list[Outcome]:
+    """Outcomes of several requests, given the outputs of all together. Raises as `split_ragged`."""
+    if model.joins:
+        return [*split_ragged(model, outputs, items, rows)]
+    return [*split(outputs, rows)]
 
 
 def _joined(model: Model, pieces: Sequence[Sequence[Array]], execution: Execution) -> list[Array]:
