@@ -40,8 +40,10 @@ class Hungry(torch.nn.Module):
         if x.device.type == "cuda":
             mib = 1000 if bool((x == {_TOO_LARGE}).any()) else 13 * len(x)  # twice two rows find no room on cuda:0
             workspace = torch.empty(mib << 20, dtype=torch.uint8, device=x.device)
-            while bool((x == {_WAITS}).any()) and not os.path.exists(GO):
-                time.sleep(0.005)
+            if bool((x == {_WAITS}).any()):
+                open(GO + "-waits", "w").close()
+                while not os.path.exists(GO):
+                    time.sleep(0.005)
         return x + self.one
 
 make = Hungry
@@ -68,7 +70,7 @@ class Gpus:
     """A daemon, a client of it, and the file that batches wait for. Args: folder: of all files."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.go, self.control, self.log = folder / "go", folder / "control", folder / "log"
+        self.go, self.waits, self.control = folder / "go", folder / "go-waits", folder / "control"
         repository = Repository(folder / "models")
         weights = safetensors.torch.save({"one": torch.ones(())})
         source = _HUNGRY.replace("GO", repr(str(self.go)))
@@ -147,23 +149,12 @@ def test_a_request_goes_to_a_gpu_with_the_memory_that_it_asks_for(gpus: Gpus) ->
     assert f"no GPU has {most + 1000:g} MiB free" in result.reason
 
 
-def test_a_request_that_no_gpu_has_memory_for_runs_on_the_cpu_unless_it_named_one(gpus: Gpus) -> None:
-    result = gpus.client.predict(two_rows(_TOO_LARGE))
-    assert result.device == "cpu"
-    assert "cuda:0 had no memory left for it, cuda:1 had no memory left for it" in result.reason
-    assert np.array_equal(result.output, two_rows(_TOO_LARGE) + 1)
-    with pytest.raises(ResourceExhausted, match="cuda:1 has no memory left for this request"):
-        gpus.client.predict(two_rows(_TOO_LARGE), device="cuda:1")
-
-
 def test_a_batch_that_finds_no_memory_beside_another_runs_when_that_is_over(gpus: Gpus) -> None:
     try:
         waits = gpus.client.submit(two_rows(_WAITS), device="cuda:0")
-        gpus.await_health(lambda report: report.running == 1)
+        gpus.await_health(lambda _: gpus.waits.exists())  # it has its memory
         crowded = gpus.client.submit(two_rows(2.0), device="cuda:0")
-        while "no memory beside other batches" not in gpus.log.read_text():
-            gpus.client.health()
-        gpus.await_health(lambda report: (report.running, report.queued) == (1, 1))
+        gpus.await_health(lambda report: report.queued == 1 and report.devices[0].busy_lanes == 1)
     finally:
         gpus.go.touch()
     assert np.array_equal(waits.result(60).output, two_rows(_WAITS) + 1)
@@ -171,6 +162,16 @@ def test_a_batch_that_finds_no_memory_beside_another_runs_when_that_is_over(gpus
     assert (result.device, result.batch_size) == ("cuda:0", 2)
     assert np.array_equal(result.output, two_rows(3.0))
     gpus.go.unlink()
+
+
+def test_a_request_that_no_gpu_has_memory_for_runs_on_the_cpu_unless_it_named_one(gpus: Gpus) -> None:
+    """From then on, rows of that model run there one by one."""
+    result = gpus.client.predict(two_rows(_TOO_LARGE))
+    assert result.device == "cpu"
+    assert "cuda:0 had no memory left for it, cuda:1 had no memory left for it" in result.reason
+    assert np.array_equal(result.output, two_rows(_TOO_LARGE) + 1)
+    with pytest.raises(ResourceExhausted, match="cuda:1 has no memory left for this request"):
+        gpus.client.predict(two_rows(_TOO_LARGE), device="cuda:1")
 
 
 def test_a_lost_gpu_is_left_out_and_the_others_go_on(gpus: Gpus) -> None:
