@@ -19,7 +19,7 @@ import prepared
 
 READY = re.compile(r"ready on https?://127\.0\.0\.1:(\d+)(?:, gRPC on (\S+);)?")
 
-SECONDS = 30.0
+SECONDS = 60.0
 """Longest wait for anything of a bridge's."""
 
 

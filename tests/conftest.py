@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,14 @@ os.umask(0o022)  # a model repository that others can write is refused
 # Clients of gRPC have threads here. Its handlers for forks, chosen when it is imported, let some processes that are
 # started meanwhile hang or die before their program begins.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+OTHERWISE = re.compile(r"OTEL_|TNX_HOST$|TNXD_|NOTIFY_SOCKET$|WATCHDOG_|LISTEN_|COLUMNS$|LINES$|(NO|FORCE)_COLOR$")
+"""Variables that are set for what this user runs otherwise, and what tests start would take for meant."""
+for name in filter(OTHERWISE.match, [*os.environ]):
+    del os.environ[name]
+for name in ("no_proxy", "NO_PROXY"):  # clients of HTTP and gRPC reach what the tests start
+    os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), "localhost", "127.0.0.1", "::1"])
+if len(os.fsencode(tempfile.gettempdir())) > 16:  # the path of a socket has room for 107 bytes
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = "/tmp"
 
 START_SECONDS = 60
 """torch takes seconds to import on a busy machine."""

@@ -35,7 +35,7 @@ class Running:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send it a signal. Returns its exit code."""
         self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     @property
     def log(self) -> str:
@@ -67,7 +67,7 @@ def running(
 
     Args:
         binds: whether to wait until it listens, or has ended.
-        stderr: a descriptor; None is the file `log` in the folder.
+        stdout, stderr: descriptors, or files that are open; of stderr, None is the file `log` in the folder.
         before: called in the new process before the program is.
         anew: as for `conftest.start_daemon`; with a program that prepares the process itself, it is always so.
     """
@@ -77,7 +77,7 @@ def running(
         (folder / "tnxd.toml").write_text(config)
         arguments = (*arguments, "--config", str(folder / "tnxd.toml"))
     variables = {**os.environ, **(environment or {})}
-    forks = not anew and before is None and stdout == subprocess.DEVNULL and prepared.can_run(program, variables)
+    forks = not anew and before is None and stdout != subprocess.PIPE and prepared.can_run(program, variables)
     process: subprocess.Popen[bytes] | prepared.Process
 
     def prepare() -> None:
@@ -86,9 +86,11 @@ def running(
             before()
 
     with (folder / "log").open("wb") as log, open(os.devnull, "wb") as nowhere:
-        errors = log.fileno() if stderr is None else stderr
+        errors = log if stderr is None else stderr
         if forks:
-            process = prepared.start(program, arguments, variables, stdout=nowhere.fileno(), stderr=errors)
+            output = nowhere if stdout == subprocess.DEVNULL else stdout
+            descriptors = [each if isinstance(each, int) else each.fileno() for each in (output, errors)]
+            process = prepared.start(program, arguments, variables, stdout=descriptors[0], stderr=descriptors[1])
         else:
             command = [sys.executable, *program, *arguments]
             process = subprocess.Popen(command, stdout=stdout, stderr=errors, preexec_fn=prepare, env=variables)
@@ -103,6 +105,14 @@ def running(
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
+
+
+def freeze(process: subprocess.Popen[Any] | prepared.Process) -> None:
+    """Stop a process, so that it does nothing until SIGCONT: on a busy machine, its threads run on for a moment."""
+    process.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{process.pid}/task")
+    while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks.iterdir()):
+        time.sleep(0.01)  # between two looks: nobody but its parent hears of it
 
 
 @contextmanager

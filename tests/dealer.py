@@ -61,7 +61,7 @@ class Dealer:
         self.socket.send_multipart([header, *frames])
         return int(fields["id"])
 
-    def receive(self, seconds: float = 20.0) -> tuple[wire.Reply, tuple[Array, ...]]:
+    def receive(self, seconds: float = 60.0) -> tuple[wire.Reply, tuple[Array, ...]]:
         """The next reply and its tensors."""
         assert self.socket.poll(int(seconds * 1000)), "no reply came"
         header, *frames = self.socket.recv_multipart()
@@ -69,13 +69,13 @@ class Dealer:
         specs = reply.outputs if isinstance(reply, wire.Result) else ()
         return reply, view_tensors(specs, frames, LIMITS)
 
-    def result(self, seconds: float = 20.0) -> tuple[wire.Result, tuple[Array, ...]]:
+    def result(self, seconds: float = 60.0) -> tuple[wire.Result, tuple[Array, ...]]:
         """The next reply, which must be a result."""
         reply, outputs = self.receive(seconds)
         assert isinstance(reply, wire.Result), reply
         return reply, outputs
 
-    def error(self, seconds: float = 20.0) -> wire.ErrorReply:
+    def error(self, seconds: float = 60.0) -> wire.ErrorReply:
         """The next reply, which must be an error."""
         reply, _ = self.receive(seconds)
         assert isinstance(reply, wire.ErrorReply), reply

@@ -9,7 +9,7 @@ from typing import Self
 import zmq
 
 from peers import Request as PeerRequest
-from peers import reply_to
+from peers import endpoint_of, held_port, reply_to
 from tnxctl.keys.pairs import Pair
 from tnxctl.protocol import wire
 
@@ -26,7 +26,8 @@ class GuardedDaemon:
     """
 
     def __init__(self, pair: Pair | None, *statuses: str, handler: bool = True) -> None:
-        self.endpoint = "tcp://127.0.0.1:*"
+        self._port = held_port()
+        self.endpoint = endpoint_of(self._port)
         self.asked: list[tuple[bytes, ...]] = []
         self._start(pair, *statuses, handler=handler)
 
@@ -39,6 +40,7 @@ class GuardedDaemon:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._port.close()
         self._stop()
 
     def _start(self, pair: Pair | None, *statuses: str, handler: bool) -> None:
@@ -61,12 +63,11 @@ class GuardedDaemon:
             router.set(zmq.CURVE_SERVER, 1)
             router.set(zmq.CURVE_SECRETKEY, pair.secret.encode())
         router.bind(self.endpoint)
-        self.endpoint = str(router.get_string(zmq.LAST_ENDPOINT))
         return router
 
     def _stop(self) -> None:
         self._stop_writer.send(b"\0")
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         self._stop_reader.close()
         self._stop_writer.close()

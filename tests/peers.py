@@ -24,7 +24,7 @@ from tnxctl.results import Result
 
 LIMITS = wire.Limits()
 X = np.arange(6, dtype="f4").reshape(2, 3)
-PATIENCE_S = 20.0  # for what must happen; never reached when all is well
+PATIENCE_S = 60.0  # for what must happen; never reached when all is well
 TIMING = wire.Timing(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 28.0)
 
 
@@ -59,9 +59,10 @@ class FakeDaemon:
         gone: set while it does not run.
     """
 
-    def __init__(self, answer: Answer, endpoint: str = "tcp://127.0.0.1:*") -> None:
+    def __init__(self, answer: Answer, endpoint: str = "") -> None:
         self.answer = answer
-        self.endpoint = endpoint
+        self._port = held_port()
+        self.endpoint = endpoint or endpoint_of(self._port)
         self.received: queue.Queue[Request] = queue.Queue()
         self.cancels: queue.Queue[Request] = queue.Queue()
         self.gone = threading.Event()
@@ -78,14 +79,14 @@ class FakeDaemon:
         bound = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(bound,), name="fake daemon")
         self._thread.start()
-        assert bound.wait(10), self.error
+        assert bound.wait(PATIENCE_S), self.error
 
     def stop(self) -> None:
         """Be gone when this returns. Idempotent."""
         if self._thread is None:
             return
         self._stop_writer.send(b"\0")
-        self._thread.join(10)
+        self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
         self._thread = None
         self._stop_reader.close()
@@ -99,6 +100,7 @@ class FakeDaemon:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._port.close()
         self.stop()
 
     def _run(self, bound: threading.Event) -> None:
@@ -162,12 +164,12 @@ class Proxy:
     def __exit__(self, *_: object) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)  # `close` alone would not wake the thread
         self._listener.close()
-        self._threads[0].join(10)
+        self._threads[0].join(PATIENCE_S)
         for each in self._sockets:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
-            thread.join(10)
+            thread.join(PATIENCE_S)
         for each in self._sockets:
             each.close()
 
@@ -297,11 +299,25 @@ def health_report(call_id: int) -> wire.HealthReport:
     )
 
 
+def held_port() -> socket.socket:
+    """A socket that does not listen. Until it is closed, nobody gets its port by chance, and a listener may use it."""
+    place = socket.socket()
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    place.bind(("127.0.0.1", 0))
+    return place
+
+
+def endpoint_of(port: socket.socket) -> str:
+    """The endpoint of whoever is to listen on a port that is held."""
+    return f"tcp://127.0.0.1:{port.getsockname()[1]}"
+
+
 def free_endpoint() -> str:
-    """An endpoint where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    """An endpoint where nobody listens; its port is held until this process ends."""
+    port = held_port()
+    endpoint = endpoint_of(port)
+    port.detach()
+    return endpoint
 
 
 def equal(result: Result, expected: Any) -> bool:

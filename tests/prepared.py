@@ -217,7 +217,10 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
 def _become(program: list[str], arguments: list[str], environment: dict[str, str], cwd: str) -> None:
     """Run a program in this process, as `python` does."""
     gc.collect()  # whatever still has a descriptor closes it now, and not when its number is another's
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    for descriptor in map(int, os.listdir("/proc/self/fd")):  # there may be room for a billion
+        if descriptor > 2:
+            with contextlib.suppress(OSError):  # that of the listing
+                os.close(descriptor)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

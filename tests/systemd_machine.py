@@ -15,7 +15,7 @@ from pathlib import Path
 BOOT_SCRIPT = Path(__file__).with_name("systemd_machine.sh")
 SYSTEMD = Path("/lib/systemd/systemd")
 ADMINISTRATORS_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-BOOT_TIMEOUT = 30.0
+BOOT_TIMEOUT = 90.0
 """Seconds that systemd may take to start."""
 
 
@@ -58,7 +58,7 @@ class Machine:
     def run(
         self,
         *command: str,
-        timeout: float = 30.0,
+        timeout: float = 90.0,
         check: bool = True,
         network: bool = False,
         environment: Mapping[str, str] | None = None,
@@ -109,10 +109,10 @@ def booted() -> Iterator[Machine]:
         finally:
             boot.kill()
             boot.communicate()
-            eventually(lambda: _remove_cgroup(cgroup), "the machine's processes are gone", timeout=10.0)
+            eventually(lambda: _remove_cgroup(cgroup), "the machine's processes are gone", timeout=60.0)
 
 
-def eventually(condition: Callable[[], bool], what: str, timeout: float = 30.0) -> None:
+def eventually(condition: Callable[[], bool], what: str, timeout: float = 90.0) -> None:
     """Return as soon as the condition holds; AssertionError, naming `what`, if it does not within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():

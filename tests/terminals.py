@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 _CODE = re.compile(rb"\x1b\[(\??)([0-9;]*)([A-Za-z])|\x1b[=>]")
 

@@ -29,7 +29,7 @@ from tnxctl.protocol.wire import Limits
 from zmtp import GREETING, Peer, frame, message
 
 ROW = rows(1).tobytes()
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         sys.modules.pop(module, None)
     with (
         serving_daemon(folder / "log", "--model-repository", str(folder / "models")) as daemon,
-        Client(daemon.endpoint, timeout=30.0) as tnx,
+        Client(daemon.endpoint, timeout=60.0) as tnx,
     ):
         yield Served(tnx, networks)
 

@@ -175,7 +175,7 @@ def test_training_writes_weights_and_held_out_scans(
     weights, scans = tmp_path / "weights.safetensors", tmp_path / "scans.npz"
     options = ["--epochs", "3", "--weights", str(weights), "--scans", str(scans)]
     done = subprocess.run(
-        [sys.executable, EXAMPLE / "train.py", *options], capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, EXAMPLE / "train.py", *options], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -62,7 +62,7 @@ def events_of(text: str) -> list[dict[str, Any]]:
 
 def lead_a_life(daemon: Running) -> None:
     """Have a daemon load, fail, print, unload and refuse."""
-    with Client(daemon.endpoint, timeout=30) as client, Dealer(daemon.endpoint) as other:
+    with Client(daemon.endpoint, timeout=60) as client, Dealer(daemon.endpoint) as other:
         other.await_health(status="ready")
         for value in (1, 2, 3, 4, 5):
             assert client.predict(rows(value), model="chatty").output.tolist() == rows(2 * value).tolist()
@@ -214,7 +214,7 @@ def test_failed_start_is_an_event(tmp_path: Path) -> None:
     put(tmp_path / "models", "this is no Python", name="broken", settings=SETTINGS)
     arguments = ("--model-repository", str(tmp_path / "models"), "--log-format", "json", "--devices", "cpu")
     with running(tmp_path, *arguments) as daemon:
-        assert daemon.process.wait(30) == 1
+        assert daemon.process.wait(60) == 1
         told = events_of(daemon.log)
     [end] = [event for event in told if event["event"] == "cannot_start"]
     assert (end["code"], end["level"]) == (1, "error")

@@ -244,6 +244,6 @@ def test_nobody_finds_what_a_request_leaves_behind(tmp_path: Path, name: str) ->
         if number % 5 == 0:
             x[0, 0] = np.nan
         lanes.submit(Execution(number // 2 % 2, 0, model, [(x,)], [len(x)], ()))
-        outcome = done.get(timeout=20).outcomes[0]
+        outcome = done.get(timeout=60).outcomes[0]
         assert not isinstance(outcome, TensorNextError), outcome
         np.testing.assert_allclose(outcome[0], alone(tmp_path, x), rtol=1e-3, atol=1e-3, err_msg=f"request {number}")

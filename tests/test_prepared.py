@@ -45,7 +45,7 @@ def test_a_program_has_what_is_its_own_and_its_exit_status_is_told(tmp_path: Pat
     assert process.stdout is not None
     with process.stdout:
         argv, path, name, folder, variables, imported = json.loads(process.stdout.readline())
-        assert process.wait(30) == process.poll() == process.returncode == status
+        assert process.wait(60) == process.poll() == process.returncode == status
         assert process.stdout.read() == ""
     assert argv == [str(tmp_path / "show.py"), code, "--last"]
     assert (path, name, folder, imported) == (str(tmp_path), "__main__", os.getcwd(), True)
@@ -63,7 +63,7 @@ def test_who_waits_for_a_process_that_goes_on_is_told(tmp_path: Path) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.01)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == -signal.SIGTERM
+        assert process.wait(60) == -signal.SIGTERM
         process.kill()  # of one that has ended
 
 

@@ -35,7 +35,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     models.put(root, "misplaced", "Masked", models.PADDED.replace("tokens = 1", "tokens = 2"))
     with (
         serving_daemon(folder / "log", "--model-repository", str(root), "--cpu-workers", "1") as running,
-        Client(running.endpoint, timeout=30.0) as tnx,
+        Client(running.endpoint, timeout=60.0) as tnx,
     ):
         yield Serving(running, tnx)
 

@@ -58,7 +58,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         toml.write_text('versions = "all"\n' + toml.read_text())
     with (
         serving_daemon(folder / "log", "--model-repository", str(repository)) as running,
-        Client(running.endpoint, timeout=30.0) as tnx,
+        Client(running.endpoint, timeout=60.0) as tnx,
     ):
         yield Serving(running, tnx, repository)
 

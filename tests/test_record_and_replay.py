@@ -88,7 +88,7 @@ def load(endpoint: str, clients: int, each: int) -> None:
 
     def ask(number: int) -> None:
         try:
-            with Client(endpoint, timeout=20) as client:
+            with Client(endpoint, timeout=60) as client:
                 for count in range(each):
                     model, width = ("double", 2) if (number + count) % 2 else ("digits", 64)
                     client.predict(rows(1 + count % 3, width), model=model, priority=number % 4, deadline=20)
@@ -256,7 +256,7 @@ def test_ctrl_c_ends_the_recording(recorded: Recorded) -> None:
                 time.sleep(0.01)
             client.predict(rows(1, 2), model="double")
             process.send_signal(signal.SIGINT)
-            stdout, _ = process.communicate(timeout=30)
+            stdout, _ = process.communicate(timeout=60)
             assert client.recording().reason == "it was stopped"
     finally:
         process.kill()
@@ -285,6 +285,7 @@ def test_a_daemon_that_is_killed_leaves_what_it_had_written(
         while (written := client.recording().requests) < 50:
             time.sleep(0.001)
         killed.process.kill()
+        killed.process.wait()
     found, reader = read(tmp_path / "killed.mcap")
     assert written <= len(found) <= 100
     assert "cut off" in reader.damage
@@ -310,7 +311,7 @@ def test_a_disk_that_is_too_slow_costs_requests_of_the_recording_and_no_others(
     (tmp_path / "tnxd.toml").write_text(f'record_directory = "{tmp_path}"\nrecord_queue_mb = 4\n')
     arguments = ("--model", "mlp", "--config", str(tmp_path / "tnxd.toml"))
     slow = run_daemon(*arguments, program=(str(Path(__file__).with_name("slow_disk.py")),))
-    with Client(slow.endpoint, timeout=20) as client:
+    with Client(slow.endpoint, timeout=60) as client:
         client.record("slow.mcap")
         for _ in range(20):
             client.predict(rows(1000), model="mlp")

@@ -91,7 +91,7 @@ def test_sighup_without_a_repository_is_told_to_change_nothing(run_daemon: RunDa
 def test_sighup_looks_again_and_tells_systemd(run_daemon: RunDaemon, root: Path, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind(str(tmp_path / "notify"))
-        told.settimeout(30)
+        told.settimeout(60)
         environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
         daemon = run_daemon("--model-repository", str(root), environment=environment)
 
@@ -173,7 +173,7 @@ def test_admin_commands_are_answered_when_the_daemon_stops(run_daemon: RunDaemon
             daemon.process.send_signal(signal.SIGTERM)
             errors = [dealer.error() for _ in range(16)]
     assert [(error.id, error.code) for error in errors] == [(number, "UNAVAILABLE") for number in range(16)]
-    assert daemon.process.wait(30) == 0
+    assert daemon.process.wait(60) == 0
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_what_is_evicted_comes_back_when_it_is_asked_for(run_daemon: RunDaemon, 
     config = tmp_path / "tnxd.toml"
     config.write_text(f'model_repository = "{root}"\n[memory]\ncpu_mb = 10\n')
     daemon = run_daemon("--config", str(config))
-    with Client(daemon.endpoint, timeout=30) as client:
+    with Client(daemon.endpoint, timeout=60) as client:
         for name, answer in [("a", 1), ("b", 2), ("a", 1), ("b", 2)]:
             assert says(client, name) == answer
             assert {info.name: info.status for info in client.models()} == {
@@ -235,7 +235,7 @@ def test_settings_of_a_model_hold_for_its_requests(run_daemon: RunDaemon, tmp_pa
         "stuck",
         1,
         before=HANGS_AT_7,
-        more="time_limit_s = 0.3",
+        more="time_limit_s = 1.0",
     )
     config = tmp_path / "tnxd.toml"
     config.write_text(f'model_repository = "{root}"\n[cpu]\nworkers = 2\ninline_limit_us = 0\n')
@@ -244,7 +244,7 @@ def test_settings_of_a_model_hold_for_its_requests(run_daemon: RunDaemon, tmp_pa
         with pytest.raises(DeadlineExceeded):
             says(client, "urgent")
         assert says(client, "urgent", deadline=10.0) == 1
-        with pytest.raises(Internal, match=r"'stuck@1' ran for over 0\.3 s"):
+        with pytest.raises(Internal, match=r"'stuck@1' ran for over 1 s"):
             client.predict(ONE_ROW + 7, model="stuck")
         assert says(client, "stuck") == 1
 

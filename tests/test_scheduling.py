@@ -217,14 +217,14 @@ def test_a_hung_batch_is_given_up_and_other_lanes_go_on(run_daemon: RunDaemon, t
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     config = tmp_path / "tnxd.toml"
-    config.write_text("stall_timeout_s = 0.5\n[cpu]\nworkers = 2\ninline_limit_us = 0\n")
+    config.write_text("stall_timeout_s = 1.5\n[cpu]\nworkers = 2\ninline_limit_us = 0\n")
     environment = {**os.environ, "RUN_FIFO": str(fifo)}
     daemon = run_daemon("--model", "wait", "--config", str(config), program=ODD, environment=environment)
     with Dealer(daemon.endpoint) as dealer:
         hung = dealer.predict(rows(1, 4, 1.0))
         error = dealer.error()
         assert (error.id, error.code) == (hung, "INTERNAL")
-        assert "'wait@1' ran for over 0.5 s on cpu" in error.message
+        assert "'wait@1' ran for over 1.5 s on cpu" in error.message
         for _ in range(5):
             dealer.predict(rows(1, 4))
             dealer.result()

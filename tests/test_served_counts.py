@@ -181,7 +181,7 @@ def asking(endpoint: str, model: str, clients: int) -> Iterator[Counter[str]]:
     lock = threading.Lock()
 
     def ask() -> None:
-        with Client(endpoint, timeout=30) as client:
+        with Client(endpoint, timeout=60) as client:
             while not stop.is_set():
                 futures = [client.submit(ONE_ROW, model=model) for _ in range(8)]
                 for future in futures:
@@ -203,7 +203,7 @@ def asking(endpoint: str, model: str, clients: int) -> Iterator[Counter[str]]:
 def assert_grows(earlier: StatsReport, later: StatsReport) -> None:
     """Check that no count is smaller than it was."""
     assert later.uptime_us > earlier.uptime_us
-    for name in ("requests", "replies", "resent", "undeliverable", "abandoned", "log_lines_dropped"):
+    for name in ("requests", "replies", "resent", "undeliverable", "abandoned", "log_lines_dropped", "spans_dropped"):
         assert getattr(later, name) >= getattr(earlier, name)
     since = later.loop_turns - earlier.loop_turns
     assert min(since.counts) >= 0
@@ -228,7 +228,7 @@ def test_several_clients_while_a_version_is_replaced_unloaded_and_removed(
     put(root, "net", 1)
     daemon = run_daemon("--model-repository", str(root))
     reports = []
-    with Client(daemon.endpoint, timeout=30) as client:
+    with Client(daemon.endpoint, timeout=60) as client:
         with asking(daemon.endpoint, "net", clients=3) as seen:
             for answer in (1.5, 2.5):
                 reports.append(client.stats())
@@ -272,7 +272,7 @@ def test_pipelines_count_as_a_whole_and_by_their_steps_and_shadows_not_at_all(
     line = f'inputs = ["x"]\nsteps = [{", ".join(steps)}]\noutputs = {{ y = "last.y", z = "beside.y" }}\n'
     Repository(root).publish("line", 1, {"pipeline.toml": line.encode()})
     daemon = run_daemon("--model-repository", str(root))
-    with Client(daemon.endpoint, timeout=30) as client:
+    with Client(daemon.endpoint, timeout=60) as client:
         for _ in range(20):
             client.predict(ONE_ROW, model="line")
         while not client.compare("net", "1", "2").requests:
@@ -299,7 +299,7 @@ def test_pipelines_count_as_a_whole_and_by_their_steps_and_shadows_not_at_all(
 
 
 def test_the_difference_of_two_reports_is_what_was_asked_between(daemon: Daemon) -> None:
-    with Client(daemon.endpoint, timeout=30) as client:
+    with Client(daemon.endpoint, timeout=60) as client:
         for _ in range(3):
             client.predict(rows(2), model="mlp")
         before = client.stats()

@@ -36,7 +36,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 @pytest.fixture(scope="module")
 def tnx(serving: Daemon) -> Iterator[Client]:
-    with Client(serving.endpoint, timeout=30.0) as client:
+    with Client(serving.endpoint, timeout=60.0) as client:
         yield client
 
 

@@ -65,7 +65,7 @@ def test_what_loading_changes_is_undone_and_noted(tmp_path: Path, run_daemon: Ca
     put(root, "e-moves", on_import="os.chdir('/'); os.environ['OMP_NUM_THREADS'] = '1'")
     put(root, "f-depends", forward=DEPENDS)
     running = run_daemon("--model-repository", str(root))
-    with Client(running.endpoint, timeout=20.0) as tnx:
+    with Client(running.endpoint, timeout=60.0) as tnx:
         for name in ("a-depends", "b-imports", "c-builds", "d-silences", "e-moves", "f-depends"):
             assert np.array_equal(tnx.predict(X, model=name).output, X + 1), name
         notes = {model.name: model.notes for model in tnx.models()}
@@ -95,7 +95,7 @@ def test_a_forward_that_changes_the_process_is_refused(
     put(tmp_path, "good", forward=DEPENDS)
     put(tmp_path, "bad", forward=forward)
     running = run_daemon("--model-repository", str(tmp_path))
-    with Client(running.endpoint, timeout=20.0) as tnx:
+    with Client(running.endpoint, timeout=60.0) as tnx:
         with pytest.raises(FailedPrecondition, match=f"a forward (changes|sets) {named}"):
             tnx.predict(X, model="bad")
         assert np.array_equal(tnx.predict(X, model="good").output, X + 1)
@@ -105,10 +105,10 @@ def test_what_a_forward_in_service_changes_is_put_back_soon(tmp_path: Path, run_
     put(tmp_path, "depends", forward=DEPENDS)
     put(tmp_path, "sometimes", forward=f"if x.amax() == 700: {DOUBLES}")
     running = run_daemon("--model-repository", str(tmp_path))
-    with Client(running.endpoint, timeout=20.0) as tnx:
+    with Client(running.endpoint, timeout=60.0) as tnx:
         for _ in range(2):
             tnx.predict(X * 700, model="sometimes")
-            until = time.monotonic() + 20
+            until = time.monotonic() + 60
             while True:
                 try:
                     answer = tnx.predict(X, model="depends").output
@@ -142,7 +142,7 @@ def test_what_replaces_a_function_of_torch_is_refused(
     put(tmp_path, "bad", **{place: code})
     put(tmp_path, "good", forward="x = torch.nn.functional.relu(x); torch.softmax(x, 1); torch.Tensor.add(x, 1)")
     running = run_daemon("--model-repository", str(tmp_path))
-    with Client(running.endpoint, timeout=20.0) as tnx:
+    with Client(running.endpoint, timeout=60.0) as tnx:
         with pytest.raises(FailedPrecondition, match=re.escape(f"{named}, which all models use")):
             tnx.predict(X, model="bad")
         assert np.array_equal(tnx.predict(X, model="good").output, X + 1)
@@ -161,7 +161,7 @@ def test_a_forward_may_have_a_pool_of_processes(tmp_path: Path, run_daemon: Call
     put(tmp_path, "pool", on_import="import multiprocessing", forward=forward)
     put(tmp_path, "good")
     running = run_daemon("--model-repository", str(tmp_path))
-    with Client(running.endpoint, timeout=20.0) as tnx:
+    with Client(running.endpoint, timeout=60.0) as tnx:
         for name in ("pool", "good", "pool", "good"):
             assert np.array_equal(tnx.predict(X, model=name).output, X + 1)
         assert tnx.health().status == "ready"
@@ -177,12 +177,12 @@ def test_what_a_forward_forks_ends_with_the_daemon(
     fork = "if x.amax() == 7 and os.fork() == 0: time.sleep(600); os._exit(0)"
     put(tmp_path, "forks", on_import="import time", forward=fork)
     running = run_daemon("--model-repository", str(tmp_path))
-    with Client(running.endpoint, timeout=20.0) as tnx:
+    with Client(running.endpoint, timeout=60.0) as tnx:
         tnx.predict(X * 7, model="forks")
         (child,) = children(running.process.pid)
     try:
         running.stop(number)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while Path(f"/proc/{child}").exists() and time.monotonic() < until:
             time.sleep(0.02)  # between two looks: nobody but init hears of the end of a grandchild
         assert not Path(f"/proc/{child}").exists()
@@ -196,6 +196,6 @@ def test_a_forward_may_start_programs(tmp_path: Path, run_daemon: Callable[..., 
     forward = "subprocess.run(['true'], check=True); subprocess.run(['true'], check=True, preexec_fn=os.getpid)"
     put(tmp_path, "runs", on_import="import subprocess", forward=forward)
     running = run_daemon("--model-repository", str(tmp_path))
-    with Client(running.endpoint, timeout=20.0) as tnx:
+    with Client(running.endpoint, timeout=60.0) as tnx:
         assert np.array_equal(tnx.predict(X, model="runs").output, X + 1)
     assert running.stop() == 0

@@ -59,7 +59,7 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     (folder / "tnxd.toml").write_text(f'cache_directory = "{folder}/cache"\n')
     options = ("--model-repository", str(folder / "models"), "--config", str(folder / "tnxd.toml"))
     with serving_daemon(folder / "log", *options) as daemon:
-        with Client(daemon.endpoint, timeout=30) as client:
+        with Client(daemon.endpoint, timeout=60) as client:
             assert any(f"optimize: {request.param} runs" in note for note in client.models()[0].notes)
         yield daemon, request.param
 
@@ -76,7 +76,7 @@ def expected(ids: list[int], x: float = 0.5) -> Array:
 
 
 def test_an_index_out_of_range_fails_one_request_and_others_are_answered(variant: tuple[Daemon, str]) -> None:
-    with Client(variant[0].endpoint, timeout=30) as client:
+    with Client(variant[0].endpoint, timeout=60) as client:
         for ids, k in (([3, 10], (0, 4)), ([3, -1], (0, 4)), ([3, 2**62], (0, 4)), ([3], (0, 5)), ([3], (-1, 0))):
             with pytest.raises(Internal, match=r"out of (range|bounds)"):
                 ask(client, ids, k)
@@ -84,7 +84,7 @@ def test_an_index_out_of_range_fails_one_request_and_others_are_answered(variant
 
 
 def test_lengths_that_the_export_did_not_think_of_are_answered(variant: tuple[Daemon, str]) -> None:
-    with Client(variant[0].endpoint, timeout=30) as client:
+    with Client(variant[0].endpoint, timeout=60) as client:
         for length in (1, 2, 40, 41, 100, 0):
             np.testing.assert_allclose(ask(client, [1] * length), expected([1] * length), rtol=1e-5)
 
@@ -94,7 +94,7 @@ def test_what_no_trial_has_seen_is_found_by_the_audit_and_answered_by_the_networ
 ) -> None:
     """onnxruntime has another remainder of large numbers than torch; inductor the same."""
     daemon, name = variant
-    with Client(daemon.endpoint, timeout=30) as client:
+    with Client(daemon.endpoint, timeout=60) as client:
         ask(client, [1], x=2.0**31)
         if name == "onnxruntime":
             daemon.logged("net@1: the network runs as it is from now on: onnxruntime answered otherwise: output 'y'")

@@ -13,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,10 @@ from tool import run
 
 GRPC = ("--grpc", "127.0.0.1:0")
 
-ARRIVAL_S = 20.0
+ARRIVAL_S = 60.0
 """Longest wait for a request to come to a daemon."""
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """Deadline of calls that have to succeed."""
 
 LIMITS = {
@@ -51,7 +52,8 @@ LIMITS = {
     "body_bytes": 1_000_000,
     "bodies_bytes": 1_500_000,
     "json_bytes": 50_000,
-    "message_timeout_s": 0.5,
+    "message_timeout_s": 1.0,
+    "idle_timeout_s": 0.5,
 }
 
 
@@ -233,11 +235,25 @@ def strict(path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Brid
 
 @pytest.fixture
 def asked(strict: Bridge, path: str) -> Iterator[Stub]:
-    """Client of that bridge, which has to serve in the end."""
+    """Client of that bridge, which has to serve in the end: as soon as calls of the test that are over have ended."""
     with Stub(strict.grpc) as stub:
         yield stub
+        until = time.monotonic() + PATIENCE_S
         with FakeDaemon(path):
-            assert stub.call("ModelInfer", request_of(), timeout=PATIENCE_S).model_name == "mlp"
+            while not served(stub):
+                assert time.monotonic() < until, "the bridge still refuses calls, as if there were too many"
+                time.sleep(0.02)  # between two tries: nothing tells of a call that ends
+
+
+def served(stub: Stub) -> bool:
+    """Whether a request gets its answer, and is not refused for the number of calls; nothing else is allowed."""
+    try:
+        assert stub.call("ModelInfer", request_of(), timeout=PATIENCE_S).model_name == "mlp"
+    except grpc.RpcError as error:
+        if (error.code(), error.details()) != (grpc.StatusCode.RESOURCE_EXHAUSTED, "Concurrent RPC limit exceeded!"):
+            raise
+        return False
+    return True
 
 
 @pytest.mark.parametrize("nbytes", [1_000_000 + 2**20 + 1, 30_000_000])
@@ -339,7 +355,7 @@ def test_a_message_that_does_not_come(strict: Bridge, asked: Stub, sent: bytes) 
     with peer.socket:
         if sent:
             peer.frame(0, 0, 1, sent)
-        assert peer.received(b"grpc-status\x014", b"the request did not come whole within 0.5 s")
+        assert peer.received(b"grpc-status\x014", b"the request did not come whole within 1 s")
 
 
 def test_an_rpc_without_a_message(strict: Bridge, asked: Stub) -> None:
@@ -374,6 +390,50 @@ def test_what_is_no_grpc(strict: Bridge, asked: Stub, text: bytes) -> None:
                 pass
         except ConnectionError:
             pass
+
+
+def waiting(*requests: Any) -> Iterator[Any]:
+    """Requests of a stream that has no further one, and does not end."""
+    yield from requests
+    queue.SimpleQueue[None]().get(timeout=PATIENCE_S)
+
+
+def test_a_stream_without_a_request_is_ended(strict: Bridge, path: str) -> None:
+    with FakeDaemon(path, delay_s=1.0), Stub(strict.grpc) as stub:
+        for requests in ((), (request_of(),)):  # one that is computed takes longer than an idle stream may stay
+            responses = stream(stub, waiting(*requests), timeout=PATIENCE_S)
+            for _ in requests:
+                assert next(responses).infer_response.model_name == "mlp"
+            error = error_of(responses.__next__)
+            assert (error.code().name, error.details()) == ("DEADLINE_EXCEEDED", "the stream had no request for 0.5 s")
+
+
+def unread(channel: Any, name: str) -> Any:
+    """A call of an RPC, of which nothing has been read."""
+    return channel.stream_stream(
+        f"/inference.GRPCInferenceService/{name}", request_serializer=ModelInferRequest.SerializeToString
+    )(iter([request_of()]), timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize("name", ["ModelInfer", "ModelStreamInfer"])
+def test_answers_that_nobody_reads_count(strict: Bridge, path: str, name: str) -> None:
+    """1.2 MB each, and there is room for 1.5 MB."""
+
+    def large(request: wire.Predict, inputs: Outputs) -> Outputs:
+        return {"y": np.zeros(300_000, np.float32)}
+
+    still = [("grpc.http2.bdp_probe", 0)]  # else a client takes more and more of what it does not read
+    with (
+        FakeDaemon(path, compute=large),
+        grpc.insecure_channel(strict.grpc, still) as channel,
+        Stub(strict.grpc) as stub,
+    ):
+        call = unread(channel, name)
+        for awaited in ("UNAVAILABLE", "OK"):
+            until = time.monotonic() + ARRIVAL_S
+            while stub.future("ModelInfer", request_of(), timeout=PATIENCE_S).code().name != awaited:
+                assert time.monotonic() < until
+            call.cancel()
 
 
 # --- who gets in -----------------------------------------------------------------------------------------------

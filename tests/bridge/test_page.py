@@ -24,7 +24,10 @@ from tnxctl.keys import tokens
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import Internal
 
-pytestmark = pytest.mark.skipif(bool(browser.MISSING), reason=browser.MISSING)
+pytestmark = [
+    pytest.mark.skipif(bool(browser.MISSING), reason=browser.MISSING),
+    pytest.mark.timeout(240),  # a browser takes ten seconds to start on a busy machine
+]
 
 TAB, ENTER, DOWN = "\ue004", "\ue007", "\ue015"
 HOSTILE = "<img src=x onerror=alert(1)>"

@@ -25,7 +25,7 @@ from tnxctl.protocol.errors import Internal, ResourceExhausted, Unavailable
 from tool import ask, fields, run
 
 TOOL = [sys.executable, "-m", "tnxctl.cli"]
-PATIENCE_S = 30.0  # far more than any of these takes: only so that nothing waits for ever
+PATIENCE_S = 60.0  # far more than any of these takes: only so that nothing waits for ever
 SHORT = ("--seconds", "100ms", "--warm-up", "20ms")
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")

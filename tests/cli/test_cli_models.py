@@ -27,7 +27,7 @@ from tnxctl.protocol.datatypes import STORAGE
 from tool import ask, fields, run
 
 TOOL = [sys.executable, "-m", "tnxctl.cli"]
-PATIENCE_S = 30.0  # for what must happen; never reached when all is well
+PATIENCE_S = 60.0  # for what must happen; never reached when all is well
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals or modes")
 

@@ -17,7 +17,7 @@ from fake_daemon import FakeDaemon
 from tnxctl.cli.exits import Exit
 
 TOOL = [sys.executable, "-m", "tnxctl.cli"]
-PATIENCE_S = 30.0  # far more than any of these takes: only so that nothing waits for ever
+PATIENCE_S = 60.0  # far more than any of these takes: only so that nothing waits for ever
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals, pipes or terminals")
 

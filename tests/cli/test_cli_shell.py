@@ -19,7 +19,7 @@ from tnxctl.cli import completion, main
 from tnxctl.protocol import wire
 
 TOOL = [sys.executable, "-m", "tnxctl.cli"]
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")

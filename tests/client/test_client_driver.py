@@ -254,11 +254,11 @@ def test_a_forked_child_makes_its_own_client() -> None:
 import os, sys, numpy as np
 from tnxctl import Client
 x = np.ones(3)
-tnx = Client(sys.argv[1], timeout=20.0)
+tnx = Client(sys.argv[1], timeout=60.0)
 tnx.submit(x).result()
 child = os.fork()
 if child == 0:
-    with Client(sys.argv[1], timeout=20.0) as own:
+    with Client(sys.argv[1], timeout=60.0) as own:
         os._exit(7 if own.submit(x).result().output.sum() == 3 else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 tnx.predict(x)

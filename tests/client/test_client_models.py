@@ -21,7 +21,7 @@ from tnxctl.protocol import errors, wire
 from tnxctl.protocol.wire import ModelInfo
 from tnxctl.results import Result
 
-PATIENCE_S = 20.0  # for what must happen; never reached when all is well
+PATIENCE_S = 60.0  # for what must happen; never reached when all is well
 X = np.zeros((1, 256), np.float32)
 
 VERBS: dict[str, tuple[Any, ...]] = {

@@ -52,6 +52,6 @@ def test_a_weight_that_a_forward_takes_apart_keeps_its_layout(take: Callable[[to
     report = lanes.load(model)
     assert (report.warmed, report.batches, report.notes) == (True, True, ())
     lanes.submit(execution(model, 0, 3.0))
-    outcome = done.get(timeout=20).outcomes[0]
+    outcome = done.get(timeout=60).outcomes[0]
     assert not isinstance(outcome, TensorNextError)
     assert outcome[0].tolist() == [[8.0, 8.0]]

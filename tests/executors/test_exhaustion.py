@@ -137,11 +137,11 @@ def test_a_cpu_without_memory_goes_on_with_less_at_a_time(
     put_hungry(tmp_path, name)
     arguments = ("--model-repository", str(tmp_path), "--devices", "cpu", "--cpu-workers", "1")
     running = run_daemon(*arguments, program=("-c", LIMITED))  # warm-up meets the limit, and loading goes on
-    with Client(running.endpoint, timeout=30.0) as tnx:
+    with Client(running.endpoint, timeout=60.0) as tnx:
         rows = np.zeros((16, 2), np.float32)
         assert np.array_equal(tnx.predict(rows).output, rows + 1)  # 8 GiB, in pieces
         futures = [tnx.submit(rows[:4]) for _ in range(4)]
-        wait(futures, 30)
+        wait(futures, 60)
         assert all(np.array_equal(future.result().output, rows[:4] + 1) for future in futures)
         with pytest.raises(ResourceExhausted, match="cpu has no memory left for this request"):
             tnx.predict(np.full((1, 2), 16, np.float32))

@@ -124,7 +124,7 @@ def test_hanging_lane_does_not_keep_models_from_loading(monkeypatch: pytest.Monk
     report = pool.load(served)
     held.set()
     submit(pool, served, 0, 1)
-    assert done.get(timeout=30).outcomes
+    assert done.get(timeout=60).outcomes
     assert (report.warmed, report.widths) == (True, ())
     assert {threads for _, threads in drained()} == {1}, "what nobody waits for any more is not run"
 
@@ -162,7 +162,7 @@ def report() -> None:
     wide = sorted({name for name, threads in drained() if threads > 1})
     for lane, threads in ((1, 1), (0, 2), (0, 1), (0, 2), (1, 1)):
         submit(pool, served, lane, threads)
-        done.get(timeout=30)
+        done.get(timeout=60)
     serving = drained()
     pool.touch(served)
     print(json.dumps([loaded - before, count() - loaded, wide, serving]))

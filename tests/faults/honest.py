@@ -16,7 +16,7 @@ from dealer import Dealer, rows
 from tnxctl.protocol import wire
 
 _CONFIRMED = 10
-_PATIENCE_S = 30.0
+_PATIENCE_S = 60.0
 
 
 def main() -> None:

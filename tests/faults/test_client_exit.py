@@ -20,7 +20,7 @@ atexit.register(outlive)
 import numpy as np
 from tnxctl import Client
 
-client = Client(sys.argv[1], timeout=30.0)
+client = Client(sys.argv[1], timeout=60.0)
 x = np.zeros((1, 200_000), np.float32)  # sent by reference
 calls = [client.submit(x) for _ in range(2)]
 sys.stdin.readline()
@@ -30,7 +30,7 @@ CASES = {
     "calls outstanding": "",
     "a callback that fails": "calls[0].add_done_callback(lambda call: call.result())",
     "a thread that waits": "threading.Thread(target=lambda: client.predict(x), daemon=True).start()",
-    "several clients": "calls += [Client(sys.argv[1], timeout=30.0).submit(x) for _ in range(5)]",
+    "several clients": "calls += [Client(sys.argv[1], timeout=60.0).submit(x) for _ in range(5)]",
     "an exit with a code": "sys.exit(7)",
     "a child": "if os.fork() == 0: atexit.unregister(outlive); sys.exit()\nos.wait()",
     "a callback that does not end": """
@@ -49,7 +49,7 @@ def test_exit_code_of_an_interpreter_that_ends_while_the_daemon_is_gone(case: st
         command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", START + CASES[case], fake.endpoint]
         with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) as process:
             try:
-                fake.received.get(timeout=20)
+                fake.received.get(timeout=60)
                 fake.stop()
                 assert process.stdin is not None
                 process.stdin.write("\n")
@@ -57,7 +57,7 @@ def test_exit_code_of_an_interpreter_that_ends_while_the_daemon_is_gone(case: st
                 assert process.stdout is not None
                 line = process.stdout.readline()
                 fake.start()
-                _, errors = process.communicate("\n", timeout=20)
+                _, errors = process.communicate("\n", timeout=60)
             finally:
                 process.kill()
         left = ["tnxctl-io"] if "does not end" in case else []

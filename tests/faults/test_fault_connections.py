@@ -46,7 +46,7 @@ def test_connections_of_one_client_are_limited(run_daemon: Callable[..., Daemon]
     with unharmed(daemon), contextlib.ExitStack() as stack:
         refused = 0
         for _ in range(40):
-            peer = stack.enter_context(Peer(daemon.endpoint, timeout=20))
+            peer = stack.enter_context(Peer(daemon.endpoint, timeout=60))
             try:
                 peer.greet()
             except ConnectionError:
@@ -64,7 +64,7 @@ def test_peers_with_full_queues_cost_nothing_while_nothing_happens(run_daemon: C
     inputs = bytes(rows * 1024)
     with unharmed(daemon), contextlib.ExitStack() as stack:
         for _ in range(count):
-            peer = stack.enter_context(Peer(daemon.endpoint, receive_buffer=4096, timeout=30))
+            peer = stack.enter_context(Peer(daemon.endpoint, receive_buffer=4096, timeout=60))
             peer.greet()
             for number in range(400):
                 peer.write(message(pack(predict_header(id=number, inputs=[["input", "FP32", [rows, 256]]])), inputs))

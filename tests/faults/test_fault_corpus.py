@@ -18,5 +18,4 @@ def test_corpus_is_survived(run_daemon: Callable[..., Daemon]) -> None:
     address = "127.0.0.1", int(daemon.endpoint.rpartition(":")[2])
     assert CORPUS
     with unharmed(daemon):
-        for path in CORPUS:
-            open_with(address, path.read_bytes())
+        open_with((path.read_bytes() for path in CORPUS), address)

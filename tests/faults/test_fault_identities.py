@@ -34,7 +34,7 @@ def test_claimed_routing_ids_do_not_end_the_process(run_daemon: Callable[..., Da
 
 @pytest.mark.parametrize("identity", [b"\0abc", b"\0\0\0\0\1", b"\0" * 200])
 def test_peer_with_a_claimed_routing_id_is_cut_off(daemon: Daemon, identity: bytes) -> None:
-    with Peer(daemon.endpoint, timeout=20) as peer:
+    with Peer(daemon.endpoint, timeout=60) as peer:
         peer.greet(identity).write(good())
         peer.read_end()
     check_alive(daemon)

@@ -70,7 +70,7 @@ def test_message_that_does_not_end_is_cut_off(small_daemon: Daemon, part: bytes)
     with unharmed(small_daemon), peak_of(pid) as peak:
         before = footprint(pid).rss_mib
         chunk = frame(part, more=True) * max((1 << 18) // (len(part) + 2), 1)
-        with Peer(small_daemon.endpoint, timeout=30) as peer:
+        with Peer(small_daemon.endpoint, timeout=60) as peer:
             peer.greet()
             with contextlib.suppress(ConnectionError):
                 for _ in range((4 << 30) // len(chunk)):
@@ -83,7 +83,7 @@ def test_message_that_does_not_end_is_cut_off(small_daemon: Daemon, part: bytes)
 
 @needs_proc
 def test_slow_upload_within_the_limits_is_not_cut_off(small_daemon: Daemon) -> None:
-    with unharmed(small_daemon), Peer(small_daemon.endpoint, timeout=30) as peer:
+    with unharmed(small_daemon), Peer(small_daemon.endpoint, timeout=60) as peer:
         rows = 15 * MIB // 1024
         peer.greet().write(frame(pack(predict_header(inputs=[["input", "FP32", [rows, 256]]])), more=True))
         body = frame(bytes(rows * 1024))

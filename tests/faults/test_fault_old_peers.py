@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,16 @@ OPENINGS = {
 }
 
 
-def open_with(address: str | tuple[str, int], opening: bytes) -> None:
-    """Connect, say that, and hang up once the other side has, or at once if it waits for more."""
+def open_with(openings: Iterable[bytes], *addresses: str | tuple[str, int]) -> None:
+    """Connect to each address for each opening, side by side, since who is not answered waits for a moment."""
+    with ThreadPoolExecutor(8) as pool:
+        done = [pool.submit(_open_with, address, opening) for opening in openings for address in addresses]
+    for each in done:
+        each.result()
+
+
+def _open_with(address: str | tuple[str, int], opening: bytes) -> None:
+    """Connect, say that, and hang up once the other side has, or soon if it waits for more."""
     with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as peer:
         peer.settimeout(0.3)
         peer.connect(address)
@@ -57,9 +66,7 @@ def test_messages_of_scanners_are_survived(run_daemon: Callable[..., Daemon], tm
     daemon = run_daemon("--bind", "tcp://127.0.0.1:*", "--bind", f"ipc://{path}", "--model", "mlp")
     tcp = ("127.0.0.1", int(daemon.endpoint.rpartition(":")[2]))
     with unharmed(daemon):
-        for opening in OPENINGS.values():
-            open_with(tcp, opening)
-            open_with(str(path), opening)
+        open_with(OPENINGS.values(), tcp, str(path))
 
 
 @needs_proc

@@ -23,7 +23,7 @@ MANY_INPUTS = pack(predict_header(inputs=[["", "FP32", [1]]] * 5000))
 @needs_proc
 def test_long_headers_that_break_at_the_end_are_refused(run_daemon: Callable[..., Daemon]) -> None:
     daemon = run_daemon("--model", "mlp")
-    with unharmed(daemon), Peer(daemon.endpoint, timeout=30) as peer:
+    with unharmed(daemon), Peer(daemon.endpoint, timeout=60) as peer:
         peer.greet()
         for header in (BROKEN_AT_THE_END, MANY_INPUTS):
             peer.write(message(header) * 200)
@@ -38,7 +38,7 @@ def test_long_headers_that_break_at_the_end_are_refused(run_daemon: Callable[...
 def test_message_of_a_million_parts_is_cut_off(run_daemon: Callable[..., Daemon]) -> None:
     """It is read over many turns, in which others are answered, and its sender is cut off."""
     daemon = run_daemon("--model", "mlp")
-    with unharmed(daemon), Peer(daemon.endpoint, timeout=30) as peer:
+    with unharmed(daemon), Peer(daemon.endpoint, timeout=60) as peer:
         peer.greet().write(frame(pack(predict_header()), more=True))
         peer.write(frame(b"", more=True) * 1_000_000 + frame(b""))
         peer.read_end()
@@ -90,7 +90,7 @@ def flood(daemon: Daemon, data: bytes, connections: int, endpoint: str = "") -> 
     """Send a message again and again, until each connection has been cut off."""
 
     def send() -> None:
-        with Peer(endpoint or daemon.endpoint, timeout=30) as peer:
+        with Peer(endpoint or daemon.endpoint, timeout=60) as peer:
             peer.greet()
             threading.Thread(target=_drop, args=(peer,), daemon=True).start()
             try:

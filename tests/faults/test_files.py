@@ -79,7 +79,7 @@ def test_configuration_that_is_no_file_is_refused(bad: str, tmp_path: Path) -> N
 def test_lock_of_an_ipc_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tnx.lock")
     with running(tmp_path) as daemon:
-        assert daemon.process.wait(30) == 1
+        assert daemon.process.wait(60) == 1
         assert "tnx.lock" in daemon.log
 
 

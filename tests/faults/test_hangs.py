@@ -22,7 +22,7 @@ def test_hang_is_named_and_ends_the_process_for_a_restart(tmp_path: Path) -> Non
         with Dealer(daemon.endpoint) as dealer:
             dealer.await_health(status="ready")
             dealer.predict(rows(1, 4, 1.0))
-            assert daemon.process.wait(30) == 1
+            assert daemon.process.wait(60) == 1
         assert "model 'wait@1' has run for over 0.5 s with 1 requests on the serving thread" in daemon.log
         assert "wait_for_release" in daemon.log  # where it hangs
 

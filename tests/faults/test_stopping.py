@@ -45,7 +45,7 @@ def test_stop_with_more_replies_than_the_sending_queue_holds(how: str, tmp_path:
             assert sorted(answer.id or 0 for answer in answers) == list(range(MANY))
             assert {answer.code for answer in answers} == {"UNAVAILABLE"}
             assert all(answer.retry_after_us for answer in answers), "the next daemon can do it"
-        assert daemon.process.wait(30) == 0
+        assert daemon.process.wait(60) == 0
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_stop_gives_a_peer_that_reads_late_all_its_answers(tmp_path: Path) -> No
                 assert len(output) == 64 * 128 * np.dtype(np.float32).itemsize
                 ids.append(reply.id)
             assert sorted(ids) == list(range(count))
-        assert daemon.process.wait(30) == 0
+        assert daemon.process.wait(60) == 0
 
 
 def test_stop_answers_orders(tmp_path: Path) -> None:
@@ -96,6 +96,6 @@ def test_stop_answers_orders(tmp_path: Path) -> None:
         with fifo.open("wb"):  # the first is under way
             daemon.process.send_signal(signal.SIGTERM)
             answers = [dealer.error() for _ in sent]
-            assert daemon.process.wait(30) == 0
+            assert daemon.process.wait(60) == 0
         assert all(answer.retry_after_us for answer in answers)
         assert sorted((answer.id, answer.code) for answer in answers) == [(order.id, "UNAVAILABLE") for order in sent]

@@ -349,7 +349,7 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert sorted(each.name for each in authorized.read(path).values()) == sorted(names)
 
 

@@ -143,9 +143,8 @@ def test_a_conversion_that_takes_too_long_is_ended_and_tried_again_another_time(
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "code", ["raise OSError(28, 'No space left on device')", pytest.param("os._exit(7)", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["raise OSError(28, 'No space left on device')", "os._exit(7)"])
 def test_a_compiler_without_room_is_tried_again_another_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:

@@ -88,13 +88,13 @@ def test_change_that_cannot_be_undone_is_noted() -> None:
     def import_elsewhere() -> Changes:
         with settings_restored("importing net.py") as changes:
             go.set()
-            assert gone.wait(20)
+            assert gone.wait(60)
         return changes
 
     try:
         with ThreadPoolExecutor(1) as pool:
             importing = pool.submit(import_elsewhere)
-            assert go.wait(20)
+            assert go.wait(60)
             signal.signal(signal.SIGUSR2, lambda *_: None)
             gone.set()
             changes = importing.result()

@@ -210,7 +210,7 @@ def test_replicas_that_all_hang_are_not_waited_for(tmp_path: Path) -> None:
     thread = threading.Thread(target=module, args=(torch.from_numpy(rows(1)),))
     thread.start()
     try:
-        assert code.entered.wait(30)
+        assert code.entered.wait(60)
         with pytest.raises(ProcessAway, match="hangs, in all of its replicas"):
             module(torch.from_numpy(rows(1)))
     finally:

@@ -16,7 +16,7 @@ def test_notifications_to_a_full_socket_are_sent_later(tmp_path: Path, monkeypat
     notifier = Notifier()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(path)
-        systemd.settimeout(10)
+        systemd.settimeout(60)
         sent = 0
         while notifier.retry() and sent < 100_000:
             notifier.send(f"STATUS={sent}")

@@ -120,7 +120,7 @@ logs.flush(20)
 
 
 def test_kind_of_a_warning_is_its_category_and_place() -> None:
-    ended = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True, timeout=50, check=True)
+    ended = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True, timeout=60, check=True)
     lines = [line for line in ended.stderr.splitlines() if "Warning: " in line]
     assert [line.partition("Warning: ")[2].split(" ... ")[0] for line in lines] == 2 * ["x is !", "y is 0", "y is 0"]
     assert sum("and 99 more of this kind" in line for line in ended.stderr.splitlines()) == 3
@@ -155,7 +155,7 @@ def test_journal_reads_the_priority_before_each_line() -> None:
     def lines(*arguments: str) -> list[str]:
         command = [sys.executable, "-c", IN_THE_JOURNAL, *arguments]
         surroundings = {**os.environ, "JOURNAL_STREAM": "1:1"}
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=50, check=True, env=surroundings)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=surroundings)
         return ended.stderr.splitlines()
 
     assert lines() == ["<3>x: no room", "<3>tnxd: it ends"]

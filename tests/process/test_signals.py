@@ -77,7 +77,7 @@ def test_reload_that_is_asked_for_while_models_load_comes_afterwards(tmp_path: P
     os.mkfifo(fifo)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
-        systemd.settimeout(20)
+        systemd.settimeout(60)
         environment = {"LOAD_FIFO": str(fifo), "NOTIFY_SOCKET": str(tmp_path / "notify")}
         with running(tmp_path, "--model", "slow", program=ODD, environment=environment) as daemon:
             with fifo.open("wb"), Dealer(daemon.endpoint) as dealer:  # it is being loaded
@@ -143,12 +143,12 @@ with signals.handled_signals(lambda: print("stop"), read.set, 20, 20):
     thread.start()
     thread.join()
     os.kill(os.getpid(), signal.SIGHUP)  # goes through the pipe behind all that the children may have written
-    print(len(ends), all(ends), read.wait(20), flush=True)
+    print(len(ends), all(ends), read.wait(60), flush=True)
 """
 
 
 def test_signal_to_a_forked_process_concerns_it_alone_from_its_first_moment() -> None:
     # To fork with threads is what this is about; Python warns of it since 3.12.
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=50, check=True)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert (ended.stdout, ended.stderr) == ("200 True True\n", "")

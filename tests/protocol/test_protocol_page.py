@@ -339,7 +339,7 @@ def test_a_client_in_another_language(daemon: Daemon) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("needs node, to run a client in another language")
-    run = subprocess.run([node, str(CLIENT), daemon.endpoint], capture_output=True, text=True, timeout=50)
+    run = subprocess.run([node, str(CLIENT), daemon.endpoint], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     said = json.loads(run.stdout)
 

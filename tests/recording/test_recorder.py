@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +44,7 @@ class Loop:
 
     def turn(self) -> None:
         """Run the next function that is to be called soon."""
-        self.calls.get(timeout=20)()
+        self.calls.get(timeout=60)()
 
     def start(self, **fields: object) -> RecordingReport:
         """Begin a recording. Raises what the answer is."""
@@ -132,7 +133,7 @@ class SlowDisk:
         def slow(file: RecordingFile, records: Sequence[Sequence[bytes]]) -> None:
             if HEADER in records[-1]:
                 self.at_it.set()
-                assert self.go.wait(20)
+                assert self.go.wait(60)
             write(file, records)
 
         monkeypatch.setattr(RecordingFile, "write", slow)
@@ -143,7 +144,7 @@ def test_what_finds_no_room_is_dropped_and_counted(loop: Loop, monkeypatch: pyte
     loop.make(queue_bytes=60_000)
     loop.start()
     loop.take()
-    assert disk.at_it.wait(20)
+    assert disk.at_it.wait(60)
     for _ in range(20):
         loop.take()
     held = loop.recorder.held_bytes
@@ -166,7 +167,7 @@ def test_a_request_larger_than_the_queue_is_taken_alone(loop: Loop) -> None:
 
 def test_the_time_ends_it(loop: Loop) -> None:
     loop.make()
-    loop.start(seconds=0.5)  # in which this thread gets to hand a request over
+    loop.start(seconds=1.5)  # in which this thread gets to hand a request over
     recording = loop.recorder.recording
     assert recording is not None
     loop.take()
@@ -194,6 +195,23 @@ def test_the_size_ends_it(loop: Loop) -> None:
     assert (len(found), reader.damage) == (report.requests, "")
     assert recording is not None
     assert recording.held_bytes == 0
+
+
+@pytest.mark.parametrize("of", ["file", "directory"])
+def test_a_file_that_is_removed_ends_it(loop: Loop, tmp_path: Path, of: str) -> None:
+    directory = tmp_path / "recordings"
+    directory.mkdir()
+    loop.make(directory=str(directory))
+    loop.start(seconds=60)
+    loop.take()
+    if of == "file":
+        (directory / "a").unlink()
+    else:
+        shutil.rmtree(directory)
+    loop.turn()  # it tells of its end
+    report = loop.recorder.report(1)
+    assert (report.state, report.reason) == ("ended", "the file was removed")
+    assert not loop.recorder.held_bytes
 
 
 def test_a_full_disk_ends_it(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:

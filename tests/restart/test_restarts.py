@@ -13,6 +13,7 @@ from restarts import LAUNCH, restart, started
 MANY = 100
 
 
+@pytest.mark.slow
 def test_nobody_notices_a_restart_while_somebody_holds_the_listeners(tmp_path: Path) -> None:
     with started(tmp_path, holds=True) as starter:
         report = restart(starter.endpoints, [starter.kill, starter.replace], 2)

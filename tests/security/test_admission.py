@@ -40,7 +40,7 @@ def client(keyed: Keyed, tmp_path: Path) -> Callable[..., Client]:
     def make(name: str, server: str = "") -> Client:
         path = tmp_path / f"{name}.key"
         pairs.write(path, keyed.people[name])
-        return Client(keyed.endpoint, key=path, server_key=server or keyed.pair.public, timeout=20.0)
+        return Client(keyed.endpoint, key=path, server_key=server or keyed.pair.public, timeout=60.0)
 
     return make
 
@@ -115,11 +115,11 @@ def test_the_client_fails_at_once_with_a_wrong_key_of_the_daemon(client: Callabl
 
 def test_a_client_without_a_key_is_told_to_have_one(keyed: Keyed) -> None:
     async def ask_without_a_key() -> None:
-        async with AsyncClient(keyed.endpoint, timeout=20.0) as nobody:
+        async with AsyncClient(keyed.endpoint, timeout=60.0) as nobody:
             await nobody.health()
 
     with (
-        Client(keyed.endpoint, timeout=20.0) as nobody,
+        Client(keyed.endpoint, timeout=60.0) as nobody,
         pytest.raises(Unauthenticated, match="asks for a key, and its own is not known"),
     ):
         nobody.health()

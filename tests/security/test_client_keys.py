@@ -23,7 +23,7 @@ from tnxctl.keys import known_hosts, lines, pairs, places
 from tnxctl.protocol.errors import Unauthenticated, Unavailable
 from tool import run
 
-PATIENCE_S = 40.0  # far more than any refusal takes: only so that a client that hangs fails its test
+PATIENCE_S = 60.0  # far more than any refusal takes: only so that a client that hangs fails its test
 
 ALICE, DAEMON, OTHER = map(fixed_pair, ("alice", "gpu-box", "gpu-box"), (1, 1, 2))
 
@@ -246,8 +246,8 @@ def test_a_call_that_ends_in_silence_says_so(monkeypatch: pytest.MonkeyPatch) ->
     with GuardedDaemon(DAEMON, "") as daemon:
         trust(daemon.endpoint)
         with (
-            Client(daemon.endpoint, timeout=0.2) as tnx,
-            pytest.raises(Unauthenticated, match=r"no connection within .*200 ms: .* did not finish the handshake"),
+            Client(daemon.endpoint, timeout=1.0) as tnx,
+            pytest.raises(Unauthenticated, match=r"no connection within .*1 s: .* did not finish the handshake"),
         ):
             tnx.health()
 
@@ -270,7 +270,7 @@ def test_a_benchmark_that_is_not_let_in_is_refused() -> None:
 def test_nobody_there_is_not_a_refusal() -> None:
     endpoint = free_endpoint()
     trust(endpoint)
-    with Client(endpoint, timeout=0.3) as tnx, pytest.raises(Unavailable, match="nobody listens there"):
+    with Client(endpoint, timeout=1.0) as tnx, pytest.raises(Unavailable, match="nobody listens there"):
         tnx.predict(X)
 
 
@@ -337,7 +337,7 @@ def test_a_daemon_without_room_is_asked_again(pair: pairs.Pair | None) -> None:
 def test_a_daemon_that_stays_without_room_is_unavailable() -> None:
     with (
         GuardedDaemon(None, "500") as daemon,
-        Client(daemon.endpoint, timeout=0.3) as tnx,
+        Client(daemon.endpoint, timeout=1.0) as tnx,
         pytest.raises(Unavailable, match="lets nobody more in for now"),
     ):
         tnx.predict(X)

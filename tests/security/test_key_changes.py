@@ -64,7 +64,7 @@ def test_a_key_that_is_revoked_is_cut_off_at_once_and_the_others_go_on(keyed: Ke
 
 def test_the_client_of_a_revoked_key_fails_at_once(keyed: Keyed, tmp_path: Path) -> None:
     pairs.write(tmp_path / "alice.key", keyed.people["alice"])
-    with Client(keyed.endpoint, key=tmp_path / "alice.key", server_key=keyed.pair.public, timeout=20.0) as alice:
+    with Client(keyed.endpoint, key=tmp_path / "alice.key", server_key=keyed.pair.public, timeout=60.0) as alice:
         alice.predict(np.ones((1, 256), "f4"))
         keyed.authorize({"bob": "predict"})
         with pytest.raises(Unauthenticated):

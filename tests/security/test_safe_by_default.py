@@ -60,7 +60,7 @@ def tnxd(*arguments: object, **variables: str) -> tuple[int, str]:
         [sys.executable, "-m", "tnxd", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=60,
         env=environment | variables,
     )
     return done.returncode, done.stderr

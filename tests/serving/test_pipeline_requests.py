@@ -131,13 +131,18 @@ def taken_since(dealer: Dealer, before: dict[str, int]) -> dict[str, int]:
     return {name: count - before[name] for name, count in taken(dealer).items() if count > before[name]}
 
 
+def released(dealer: Dealer, number: int) -> tuple[wire.Result, tuple[Array, ...]]:
+    """Let a request go on, and return its result. The answer to what lets it go on may come before or after that."""
+    ask(dealer, RELEASE, device="cpu")
+    results = [dealer.result() for _ in range(2)]
+    return next(result for result in results if result[0].id == number)
+
+
 def test_steps_run_one_after_the_other_and_are_told_apart_in_the_reply(one: Dealer) -> None:
     before = taken(one)
     number = line(one, HOLD)
     one.await_health(running=1)
-    ask(one, RELEASE, device="cpu")
-    one.result()
-    reply, (y,) = one.result()
+    reply, (y,) = released(one, number)
     assert (reply.id, reply.model, reply.version, reply.device) == (number, "line", "1", "cuda:0")
     np.testing.assert_array_equal(y, rows(ANSWER))
     steps = reply.steps or ()
@@ -159,10 +164,7 @@ def test_steps_run_one_after_the_other_and_are_told_apart_in_the_reply(one: Deal
 def test_branches_run_at_the_same_time(two: Dealer) -> None:
     number = fork(two, HOLD, HOLD)
     two.await_health(running=2)
-    ask(two, RELEASE, device="cpu")
-    two.result()
-    reply, (y, right) = two.result()
-    assert reply.id == number
+    reply, (y, right) = released(two, number)
     np.testing.assert_array_equal(y, rows(ANSWER))
     np.testing.assert_array_equal(right, rows(HOLD))
     assert [step.name for step in reply.steps or ()] == ["left", "right", "join"]
@@ -257,10 +259,10 @@ def test_what_a_client_leaves_behind_is_taken_out(one_lane: Running, one: Dealer
 
 def test_a_step_that_leaves_too_little_time_for_the_next_ends_the_request(one: Dealer) -> None:
     before = taken(one)
-    number = line(one, HOLD, deadline_us=300e3)
+    number = line(one, HOLD, deadline_us=900e3)
     error = one.error()
     assert (error.id, error.code) == (number, "DEADLINE_EXCEEDED")
-    assert error.message == "step 'first': too little time is left, 300 ms were allowed for the whole"
+    assert error.message == "step 'first': too little time is left, 900 ms were allowed for the whole"
     ask(one, RELEASE, device="cpu")
     one.result()
     one.await_health(running=0)
@@ -343,12 +345,12 @@ def test_the_deadline_and_the_limits_count_the_whole_once(tmp_path: Path, models
 
 def test_hanging_steps_and_the_end_of_a_drain_answer_each_request_once(tmp_path: Path, models: Path) -> None:
     shutil.copytree(models, tmp_path / "models")
-    Repository(tmp_path / "models").settings("other", f"{SAYS_TOML}time_limit_s = 0.2\n")
+    Repository(tmp_path / "models").settings("other", f"{SAYS_TOML}time_limit_s = 1.0\n")
     with started(tmp_path, tmp_path / "models", 2, "drain_timeout_s = 0.1\n") as (daemon, dealer):
         number = fork(dealer, ANSWER, VANISH)
         error = dealer.error()
         assert (error.id, error.code) == (number, "INTERNAL")
-        assert error.message.startswith("step 'right': model 'other@1' ran for over 0.2 s")
+        assert error.message.startswith("step 'right': model 'other@1' ran for over 1 s")
         line(dealer)
         dealer.result()
 
@@ -360,5 +362,5 @@ def test_hanging_steps_and_the_end_of_a_drain_answer_each_request_once(tmp_path:
         assert {error.id for error in errors} <= sent
         assert len(errors) >= 3
         assert {error.code for error in errors} == {"UNAVAILABLE"}
-        assert daemon.process.wait(30) == 0
+        assert daemon.process.wait(60) == 0
         assert not dealer.socket.poll(0)

@@ -120,7 +120,7 @@ def test_a_lost_device_ends_the_daemon_where_something_restarts_it(start: Start,
         dealer.result()
         assert daemon.stop() == 0
     else:
-        assert daemon.process.wait(30) == code
+        assert daemon.process.wait(60) == code
 
 
 def test_a_request_that_finds_no_memory_on_a_gpu_runs_on_the_cpu(start: Start) -> None:
@@ -166,11 +166,11 @@ def test_what_is_to_run_alone_is_routed_elsewhere_when_its_device_is_lost(start:
 
 @pytest.mark.parametrize("command", [HOLD, VANISH], ids=["late", "never"])
 def test_a_batch_that_hangs_costs_its_requests_and_its_lane(start: Start, command: int) -> None:
-    daemon, dealer = start(lanes=2, config="stall_timeout_s = 0.2")
+    daemon, dealer = start(lanes=2, config="stall_timeout_s = 1.0")
     hung = ask(dealer, command)
     error = dealer.error()
     assert (error.id, error.code) == (hung, "INTERNAL")
-    assert "ran for over 0.2 s on cuda:0" in error.message
+    assert "ran for over 1 s on cuda:0" in error.message
     other = ask(dealer, RELEASE)
     assert dealer.result()[0].id == other
     if command == HOLD:  # it has ended after all: its lane is free again
@@ -194,7 +194,7 @@ def test_a_second_signal_waits_for_nothing(start: Start) -> None:
     errors = [dealer.error() for _ in range(2)]
     assert {error.id for error in errors} == {held, waiting}
     assert {error.code for error in errors} == {"UNAVAILABLE"}
-    assert daemon.process.wait(30) == 0
+    assert daemon.process.wait(60) == 0
 
 
 def test_a_drain_ends_when_its_time_is_up(start: Start) -> None:
@@ -204,4 +204,4 @@ def test_a_drain_ends_when_its_time_is_up(start: Start) -> None:
     daemon.process.send_signal(signal.SIGTERM)
     error = dealer.error()
     assert (error.id, error.code) == (held, "UNAVAILABLE")
-    assert daemon.process.wait(30) == 0
+    assert daemon.process.wait(60) == 0

@@ -168,7 +168,7 @@ def test_slow_receiver_holds_nobody_up_and_what_is_dropped_is_counted(caplog: py
     notes, sender = Notes(most=10), Sender(open=False)
     thread = SpanThread(notes, lambda: sender)
     notes.put(note())
-    assert sender.asked.wait(20)
+    assert sender.asked.wait(60)
     for _ in range(100):  # none of which waits
         notes.put(note())
     assert (len(notes), notes.dropped) == (10, 90)

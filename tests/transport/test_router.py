@@ -66,7 +66,7 @@ class Peer:
         self.context.destroy(0)
 
 
-def next_message(router: Router, seconds: float = 20.0) -> Message:
+def next_message(router: Router, seconds: float = 60.0) -> Message:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         router.wait(1000)
@@ -189,7 +189,7 @@ def test_close_ends_while_peers_disconnect_that_have_unsent_replies(wakeup: Wake
         router.watch(wakeup)
         with contextlib.ExitStack() as stack:
             peers = [
-                stack.enter_context(RawPeer(router.endpoints[0], receive_buffer=4096, timeout=20)) for _ in range(300)
+                stack.enter_context(RawPeer(router.endpoints[0], receive_buffer=4096, timeout=60)) for _ in range(300)
             ]
             greeting = threading.Thread(target=lambda peers=peers: [peer.greet().write(b"\0\1x") for peer in peers])
             greeting.start()
@@ -316,7 +316,7 @@ def test_end_of_a_silent_connection_is_not_taken_for_that_of_the_next_with_its_d
         assert clients.stdin is not None
         assert clients.stdout is not None
         assert router._monitor.socket.poll(20_000)  # of the silent one; nobody looks at it yet
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while len(os.listdir("/proc/self/fd")) > before + 2:  # both pipes are here, its connection is not yet closed
             assert time.monotonic() < end
         print(file=clients.stdin, flush=True)

@@ -377,4 +377,4 @@ def serve(
         serving_daemon(folder / "log", *arguments, program=program, environment=environment) as daemon,
         ExitStack() as stack,
     ):
-        yield daemon, [stack.enter_context(Client(daemon.endpoint, timeout=30.0)) for _ in range(CLIENTS)]
+        yield daemon, [stack.enter_context(Client(daemon.endpoint, timeout=60.0)) for _ in range(CLIENTS)]

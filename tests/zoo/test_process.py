@@ -207,7 +207,7 @@ def examine(zoo: Zoo, name: str, statement: str, place: str) -> None:
     before = zoo.switches()
     publish(zoo.root, name, poison(statement, place))
     try:
-        report = zoo.tnx.reload(timeout=15)
+        report = zoo.tnx.reload(timeout=60)
         assert changed(before, zoo.switches()) == [], "after it was loaded"
         if not report.failed:
             answer = zoo.tnx.predict(x, model=name).output
@@ -220,7 +220,7 @@ def examine(zoo: Zoo, name: str, statement: str, place: str) -> None:
             assert title == f"{name}@1"
     finally:
         shutil.rmtree(zoo.root / name)
-        zoo.tnx.reload(timeout=15)
+        zoo.tnx.reload(timeout=60)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -242,7 +242,7 @@ def test_signal_handlers_are_put_back(zoo: Zoo, place: str) -> None:
     before = zoo.switches()
     publish(zoo.root, "signals", poison("signal.signal(signal.SIGTERM, signal.SIG_IGN)", place))
     try:
-        report = zoo.tnx.reload(timeout=15)
+        report = zoo.tnx.reload(timeout=60)
         if not report.failed:
             try:
                 zoo.tnx.predict(np.ones(2, np.float32), model="signals")
@@ -251,7 +251,7 @@ def test_signal_handlers_are_put_back(zoo: Zoo, place: str) -> None:
         assert changed(before, zoo.switches()) == []
     finally:
         shutil.rmtree(zoo.root / "signals")
-        zoo.tnx.reload(timeout=15)
+        zoo.tnx.reload(timeout=60)
 
 
 # The last of them stops every generator that it is thrown into, and what loads models is one.
@@ -260,11 +260,11 @@ def test_signal_handlers_are_put_back(zoo: Zoo, place: str) -> None:
 def test_a_model_that_wants_to_end_the_program_ends_nothing(zoo: Zoo, place: str, statement: str) -> None:
     publish(zoo.root, "ends", poison(statement, place))
     try:
-        report = zoo.tnx.reload(timeout=15)
+        report = zoo.tnx.reload(timeout=60)
         if not report.failed:
             with pytest.raises(TensorNextError, match="ends"):
                 zoo.tnx.predict(np.ones(2, np.float32), model="ends")
         assert zoo.switches().shape == (len(SWITCHES),)
     finally:
         shutil.rmtree(zoo.root / "ends")
-        zoo.tnx.reload(timeout=15)
+        zoo.tnx.reload(timeout=60)

@@ -250,7 +250,7 @@ def test_an_answer_beyond_the_limit_is_refused_with_its_size(written: tuple[Daem
     before = tnx.health()
     x = np.ones((1024 * 16, 8), np.float32)
     with (
-        Client(daemon.endpoint, timeout=20.0, limits=Limits(message_bytes=LIMIT)) as bounded,
+        Client(daemon.endpoint, timeout=60.0, limits=Limits(message_bytes=LIMIT)) as bounded,
         pytest.raises(TensorNextError, match=r"\d") as caught,
     ):
         bounded.predict(x, model="wide-answer")

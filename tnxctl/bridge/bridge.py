@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -12,6 +13,7 @@ from tnxctl.bridge.access import Access
 from tnxctl.bridge.addresses import is_loopback
 from tnxctl.bridge.bodies import Budget
 from tnxctl.bridge.browsers import Pages
+from tnxctl.bridge.helper import Helper
 from tnxctl.bridge.routes import Routes
 from tnxctl.bridge.settings import Settings
 from tnxctl.bridge.signatures import Signatures
@@ -30,6 +32,9 @@ class Question(Protocol[T_co]):
         ...
 
 
+READY_TIMEOUT_S = 1.0
+"""Longest wait of a readiness check: probes ask every few seconds, and give up after one by default."""
+
 _LEAST_S = 1e-3  # a timeout is above 0
 
 
@@ -47,6 +52,7 @@ class Bridge:
         daemons: of several daemons a client for each, to ask what each of them has to say of itself; else `client`.
         signatures: of models that were asked for lately.
         access: what a request may ask for. pages: whose requests are taken. budget: of memory for requests.
+        helper: reads and writes long JSON.
         routes: those of all interfaces.
     """
 
@@ -56,12 +62,14 @@ class Bridge:
         self.access = access_of(settings)
         self.pages = Pages(settings)
         self.budget = Budget(settings.limits.bodies_bytes)
+        self.helper = Helper()
         endpoints = settings.endpoints
         self.daemons = [AsyncClient(each, timeout=settings.timeout, limits=settings.message) for each in endpoints]
         self.client = self.daemons[0]
         if len(endpoints) > 1:
             self.client = AsyncClient(list(endpoints), timeout=settings.timeout, limits=settings.message)
         self.signatures = Signatures(self.client)
+        self._asking_ready: asyncio.Task[bool] | None = None
         self._first = 0  # of the daemons: the one that answered last
 
     async def ask_one(self, ask: Question[T], timeout: float | None = None) -> T:
@@ -89,10 +97,32 @@ class Bridge:
                     self._first = (asked + 1) % count
         return await ask(self.daemons[self._first], timeout=_share(ends, 1))
 
+    async def is_ready(self) -> bool:
+        """Whether a daemon takes requests. Whoever asks meanwhile shares the question, since probes need no token."""
+        asking = self._asking_ready
+        if asking is None or asking.done():
+            asking = self._asking_ready = asyncio.ensure_future(self._ask_ready())
+            asking.add_done_callback(_look_at)
+        return await asyncio.shield(asking)
+
+    async def _ask_ready(self) -> bool:
+        try:
+            report = await self.ask_one(AsyncClient.health, min(self.settings.timeout, READY_TIMEOUT_S))
+        except (Unavailable, DeadlineExceeded):
+            return False
+        return report.status == "ready"
+
     async def close(self) -> None:
-        """Close the connections to the daemon, or to all of them."""
+        """Close the connections to the daemon, or to all of them, and end the helper."""
+        await self.helper.close()
         for client in (self.client, *self.daemons):
             await client.close()
+
+
+def _look_at(task: asyncio.Task[bool]) -> None:
+    """Take note of an error, which asyncio would log where those who have asked are gone."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _share(ends: float, count: int) -> float:
