@@ -23,8 +23,10 @@ from tnxd.executors.pool import LanePool  # noqa: E402
 from tnxd.models.builtin import BUILTIN  # noqa: E402
 from tnxd.models.model import Model  # noqa: E402
 
+REAL = torch.cuda.is_available()
 
-@pytest.fixture(scope="module", params=["real"] if torch.cuda.is_available() else POLICIES)
+
+@pytest.fixture(scope="module", params=["real"] if REAL else POLICIES)
 def policy(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -131,8 +133,8 @@ def test_a_request_too_large_for_memory_runs_in_parts(opened: tuple[LanePool, qu
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
 
 
-def test_the_daemon_prefers_the_gpu_and_says_why(policy: str, run_daemon: Callable[..., Daemon]) -> None:
-    running = run_daemon() if policy == "real" else run_daemon(program=program(policy=policy))
+def test_the_daemon_prefers_the_gpu_and_says_why(run_daemon: Callable[..., Daemon]) -> None:
+    running = run_daemon() if REAL else run_daemon(program=program(policy="random"))
     with Dealer(running.endpoint) as dealer:
         report = dealer.health()
         assert report.cuda_available

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from pretended.errors import CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED, cuda_error
+from pretended.errors import CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED, CAPTURED_EVENT, cuda_error
 
 if TYPE_CHECKING:
     from pretended.devices import Device, Machine
@@ -63,7 +63,7 @@ def refuse_in_capture(
     """Raise what a call gets that is not allowed while a graph is captured.
 
     Args:
-        stream, mark, device: what the call waits for or asks about, if it does.
+        stream, mark, device: what the call waits for or asks about, if it does. A mark is part of its graph for good.
     """
     for capture in list(machine.capturing):
         concerns = (
@@ -78,3 +78,5 @@ def refuse_in_capture(
             capture.valid = False
             machine.counts["refused_in_capture"] += 1
             raise cuda_error(CAPTURE_UNSUPPORTED)
+    if mark is not None and mark.capture is not None:
+        raise cuda_error(CAPTURED_EVENT)

@@ -206,7 +206,9 @@ class Machine:
     def execute(self, work: Work) -> None:
         """Do one piece of work. The lock is held."""
         device = work.stream.owner
-        if not work.takes_memory and device.works():
+        if work.chore:
+            work.run()
+        elif device.works():
             with torch.inference_mode(False), torch.no_grad():
                 try:
                     work.run()
@@ -216,8 +218,6 @@ class Machine:
                     self.counts["asserts"] += 1
                     self.last_assert = error
                     device.lost = ASSERT
-        elif work.takes_memory:
-            work.run()
         work.at = time.perf_counter()
         work.done = True
 

@@ -11,6 +11,7 @@ ASSERT = 710
 LAUNCH_FAILURE = 719
 CAPTURE_UNSUPPORTED = 900
 CAPTURE_INVALIDATED = 901
+CAPTURED_EVENT = 907
 
 _TEXTS = {
     INVALID_VALUE: "invalid argument",
@@ -19,6 +20,7 @@ _TEXTS = {
     LAUNCH_FAILURE: "unspecified launch failure",
     CAPTURE_UNSUPPORTED: "operation not permitted when stream is capturing",
     CAPTURE_INVALIDATED: "operation failed due to a previous error during capture",
+    CAPTURED_EVENT: "operation not permitted on an event last recorded in a capturing stream",
 }
 
 

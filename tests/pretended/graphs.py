@@ -37,7 +37,7 @@ class CUDAGraph:
             raise RuntimeError(f"Unknown capture error mode. Expected one of {MODES}, got {capture_error_mode}")
         machine = self.machine
         stream = machine.current_stream()
-        if stream is stream.owner.default_stream:
+        if stream == stream.owner.default_stream:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
         if self._captured or self._capture is not None:
             raise RuntimeError("This CUDAGraph instance already owns a captured graph.")

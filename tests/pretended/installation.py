@@ -17,7 +17,7 @@ from pretended import operations
 from pretended.capture import refuse_in_capture
 from pretended.devices import Machine
 from pretended.graphs import CUDAGraph, Graph, pool_handle
-from pretended.streams import AcceleratorEvent, Event, Stream, active
+from pretended.streams import CudaEvent, CudaStream, Event, Stream, active, as_kind
 
 _ABSENT = object()
 
@@ -44,9 +44,9 @@ def pretended(
     try:
         yield installation.machine
     finally:
-        installation.remove()
         for thread in set(threading.enumerate()) - before:
             _end(thread)
+        installation.remove()
 
 
 def _end(thread: Any) -> None:
@@ -154,7 +154,7 @@ def _surface(machine: Machine) -> dict[Any, dict[str, Any]]:
     cuda = {**_devices(machine), **_memory(machine), **_cuda_alone(machine)}
     accelerator = {**_devices(machine), **_memory(machine), **_accelerator_alone(machine)}
     return {
-        torch: {"Stream": Stream, "Event": AcceleratorEvent},
+        torch: {"Stream": Stream, "Event": Event},
         torch.cuda: cuda,
         torch.accelerator: {name: value for name, value in accelerator.items() if hasattr(torch.accelerator, name)},
         torch.version: {"cuda": "13.0"},
@@ -168,7 +168,6 @@ def _devices(machine: Machine) -> dict[str, Any]:
     return {
         "is_available": lambda: True,
         "device_count": lambda: len(machine.devices),
-        "current_stream": lambda device=None: machine.current_stream(device),
         "set_stream": machine.set_stream,
         "synchronize": lambda device=None: machine.synchronize(machine.device(device)),
         "get_device_capability": lambda device=None: (9, 0),
@@ -239,12 +238,13 @@ def _cuda_alone(machine: Machine) -> dict[str, Any]:
             machine.set_index(self.prev_idx)
 
     return {
-        "Stream": Stream,
-        "Event": Event,
+        "Stream": CudaStream,
+        "Event": CudaEvent,
+        "current_stream": lambda device=None: as_kind(machine.current_stream(device), CudaStream),
         "CUDAGraph": CUDAGraph,
         "graph_pool_handle": pool_handle,
         "is_current_stream_capturing": lambda: machine.current_stream().capture is not None,
-        "default_stream": lambda device=None: machine.device(device).default_stream,
+        "default_stream": lambda device=None: as_kind(machine.device(device).default_stream, CudaStream),
         "set_device": lambda device: machine.set_index(machine.index_of(device)),
         "current_device": machine.current_index,
         "device": device_of_block,
@@ -283,6 +283,7 @@ def _accelerator_alone(machine: Machine) -> dict[str, Any]:
         machine.set_index(machine.index_of(device))
 
     return {
+        "current_stream": lambda device=None: as_kind(machine.current_stream(device), Stream),
         "current_accelerator": lambda check_available=False: torch.device("cuda"),
         "current_device_index": machine.current_index,
         "current_device_idx": machine.current_index,

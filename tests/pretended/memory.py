@@ -1,8 +1,10 @@
 """Memory of pretended devices, and pinned memory of their host.
 
 Device memory is memory of this process that nothing but work touches. New memory is full of 0xFF, which is NaN in every
-floating-point type, and so is memory that was freed. As with torch's allocator, freed memory may be taken again at once
-by its own stream, in the order of that stream, and by nobody before the streams that `record_stream` named are done.
+floating-point type, and so is memory that was freed. As with torch's allocator, memory is a stream's: what was freed
+may be used again at once by the stream on which it was allocated, in the order of that stream, and what is new may
+still be in use by what that stream has to do. Only streams that `record_stream` has named are waited for besides.
+
 Of blocks above 2 MiB, the first and the last MiB are filled so: the rest is not touched, and takes no memory.
 """
 
@@ -125,6 +127,9 @@ class DeviceMemory:
         block = Block(nbytes, stream)
         if block.capture is not None:
             block.capture.blocks.append(block)
+            block.capture.record(Work(stream, block.poison, chore="used"))
+        elif stream.queue:
+            stream.queue.append(Work(stream, block.poison, chore="used"))
         self.allocated += block.held
         self.peak = max(self.peak, self.allocated)
         self.peak_reserved = max(self.peak_reserved, self.reserved)
@@ -137,9 +142,9 @@ class DeviceMemory:
         if capture is not None:
             self.pooled += block.held
             if capture in self._device.machine.capturing:  # what the graph allocates next may lie there
-                capture.record(Work(block.stream, block.poison, takes_memory=True))
+                capture.record(Work(block.stream, block.poison, chore="taken"))
             return
-        marks = [user.queue[-1] for user in block.users if user.queue and user is not block.stream]
+        marks = [user.queue[-1] for user in block.users if user.queue and user != block.stream]
         if marks:
             self._awaited.append((block, marks))
         else:
@@ -164,7 +169,7 @@ class DeviceMemory:
 
     def _take(self, block: Block) -> None:
         """Overwrite a block as soon as its stream may."""
-        work = Work(block.stream, block.poison, takes_memory=True)
+        work = Work(block.stream, block.poison, chore="taken")
         if block.stream.queue:
             block.stream.queue.append(work)
         else:

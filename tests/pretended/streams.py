@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pretended.capture import refuse_in_capture
+from pretended.errors import CAPTURED_EVENT, Unpretended, cuda_error
 from pretended.work import Work
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class active:
 
 
 class Stream:
-    """A stream: `torch.Stream` and `torch.cuda.Stream`.
+    """A stream: `torch.Stream`, which takes a device.
 
     Those of CUDA come from a pool of 32 for each priority; here each is another one.
     """
@@ -53,7 +54,7 @@ class Stream:
         return f"<pretended stream {self.stream_id} of {self.device}>"
 
     def __eq__(self, other: object) -> bool:
-        return self is other
+        return isinstance(other, Stream) and other.stream_id == self.stream_id
 
     def __hash__(self) -> int:
         return hash(self.stream_id)
@@ -80,8 +81,10 @@ class Stream:
         if mark is None:
             return
         if mark.capture is not None:
+            if mark.capture not in self.machine.capturing:
+                raise cuda_error(CAPTURED_EVENT)
             mark.capture.join(self)
-        self.machine.issue(self, Work(self, _nothing, () if mark.stream is self else (mark,)))
+        self.machine.issue(self, Work(self, _nothing, () if mark.stream == self else (mark,)))
 
     def wait_stream(self, stream: Stream) -> None:
         self.wait_event(stream.record_event())
@@ -103,19 +106,43 @@ class Stream:
         self.machine.set_index(index)
 
 
+class CudaStream(Stream):
+    """A stream: `torch.cuda.Stream`."""
+
+    def record_event(self, event: Event | None = None) -> Event:
+        return super().record_event(CudaEvent() if event is None else event)
+
+
+def as_kind(stream: Stream, kind: type[Stream]) -> Stream:
+    """The same stream as an object of that class."""
+    if type(stream) is kind:
+        return stream
+    twin = object.__new__(kind)
+    twin.__dict__ = stream.__dict__
+    return twin
+
+
 def _nothing() -> None: ...
 
 
 class Event:
-    """An event: `torch.cuda.Event`."""
+    """An event: `torch.Event`. A core spins while a thread waits for one, blocking or not (torch 2.13)."""
 
-    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
+    _sleeps = False
+
+    def __init__(
+        self,
+        device: Any = None,
+        *,
+        enable_timing: bool = False,
+        blocking: bool = False,
+        interprocess: bool = False,
+    ) -> None:
         self.machine = active.machine
         self.mark: Work | None = None
         self.event_id = next(_ids)
         self._timing = enable_timing
-        self._blocking = blocking
-        self._device: torch.device | None = None
+        self._device = None if device is None else torch.device("cuda", self.machine.index_of(device))
 
     @property
     def device(self) -> torch.device | None:
@@ -146,7 +173,7 @@ class Event:
 
     def synchronize(self) -> None:
         """Wait until what was recorded is done."""
-        self.machine.counts["event_synchronize_blocking" if self._blocking else "event_synchronize_spinning"] += 1
+        self.machine.counts["event_synchronize_blocking" if self._sleeps else "event_synchronize_spinning"] += 1
         if self.mark is not None:
             refuse_in_capture(self.machine, self.mark.stream, self.mark)
             self.machine.wait(self.mark)
@@ -162,16 +189,22 @@ class Event:
         return max((end_event.mark.at - self.mark.at) * 1e3, 1e-6)
 
 
-class AcceleratorEvent(Event):
-    """An event: `torch.Event`, which takes a device first."""
+class CudaEvent(Event):
+    """An event: `torch.cuda.Event`."""
 
-    def __init__(
-        self,
-        device: Any = None,
-        *,
-        enable_timing: bool = False,
-        blocking: bool = False,
-        interprocess: bool = False,
-    ) -> None:
-        super().__init__(enable_timing, blocking, interprocess)
-        self._device = None if device is None else torch.device("cuda", self.machine.index_of(device))
+    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
+        super().__init__(enable_timing=enable_timing)
+        self._sleeps = blocking
+
+    def record(self, stream: Stream | None = None) -> None:
+        _expect_cuda(stream)
+        super().record(stream)
+
+    def wait(self, stream: Stream | None = None) -> None:
+        _expect_cuda(stream)
+        super().wait(stream)
+
+
+def _expect_cuda(stream: Stream | None) -> None:
+    if stream is not None and not isinstance(stream, CudaStream):
+        raise Unpretended("torch.cuda.Event with a torch.Stream: torch 2.13 reads beyond the end of that object")

@@ -27,21 +27,23 @@ class Work:
     """A piece of work in the queue of a stream.
 
     Attributes:
-        run: does it. needs: work that has to be done before, on any stream. takes_memory: it overwrites memory that
-            was freed. capture: the graph that it was captured into, rather than queued.
+        run: does it. needs: work that has to be done before, on any stream.
+        chore: what it does where it is none of the program's: "taken" overwrites memory that was freed, "used" is the
+            use of memory by somebody who had it before.
+        capture: the graph that it was captured into, rather than queued.
         done: whether it has been run, or will never be because the device is lost. at: when that was, in seconds of
             `time.perf_counter`.
     """
 
-    __slots__ = ("at", "capture", "done", "needs", "run", "stream", "takes_memory")
+    __slots__ = ("at", "capture", "chore", "done", "needs", "run", "stream")
 
     def __init__(
-        self, stream: Stream, run: Callable[[], None], needs: tuple[Work, ...] = (), *, takes_memory: bool = False
+        self, stream: Stream, run: Callable[[], None], needs: tuple[Work, ...] = (), *, chore: str = ""
     ) -> None:
         self.stream = stream
         self.run = run
         self.needs = needs
-        self.takes_memory = takes_memory
+        self.chore = chore
         self.capture: Capture | None = None
         self.done = False
         self.at = 0.0
@@ -116,5 +118,5 @@ def step(machine: Machine, stream: Stream) -> None:
         while not needed.done:
             step(machine, needed.stream)
     machine.execute(queue.popleft())
-    while queue and queue[0].takes_memory and all(needed.done for needed in queue[0].needs):
+    while queue and queue[0].chore == "taken":
         machine.execute(queue.popleft())

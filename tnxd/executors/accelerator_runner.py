@@ -291,14 +291,14 @@ class AcceleratorRunner(Runner):
             inputs = self._inbound.send(slot, execution, items, rows, wanted)
             compute.wait_event(slot.in_ready)
             slot.begun.record(compute)
-            flight.held = call = self.call(execution)
+            flight.held.append(self.call(execution))
             try:
                 raw = self.forward_on_device(execution, inputs, rows)
             finally:
                 self._put_back()
             outputs = check_outputs(execution.model, raw, rows)
             slot.computed.record(compute)
-            flight.held = call, outputs
+            flight.held.append(outputs)
             self._outbound.fetch(execution.model.outputs, outputs, flight)
         except BaseException:
             self._wait_for_all(slot)

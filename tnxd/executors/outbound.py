@@ -34,8 +34,8 @@ class Flight:
         slot: that it has. behind: whether another one was under way before it.
         outputs: for each output the array if it is on the host already, or its place in the answers.
         nbytes: of the answers.
-        held: what may not be freed before the answers are there, though Python has no more use for it: memory belongs
-            to the stream that it was made on, which is another one with weights, or where the model has chosen one.
+        held: what else may not be freed before the answers are there: the call with its weights, which others may give
+            up meanwhile, and outputs, whose memory may be that of a stream which the model chose.
         sources: their bytes on the device. pieces: of these, where they are larger than the slot's memory for them.
         waited_us: time that it waited on the device for those before it.
     """
@@ -49,7 +49,7 @@ class Flight:
         self.nbytes = 0
         self.sources: list[tuple[Place, torch.Tensor]] = []
         self.pieces: list[Piece] = []
-        self.held: object = None
+        self.held: list[object] = []
         self.waited_us = 0.0
 
 
