@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretended.errors import LAUNCH_FAILURE
+
 if TYPE_CHECKING:
     from pretended.devices import Machine
 
@@ -54,6 +56,10 @@ class Orders:
     def lose(self, device: int, after: int = 0) -> None:
         """See `pretended.devices.Device.lose`."""
         self._machine.devices[device].lose(after)
+
+    def vanish(self, device: int) -> None:
+        """Lose the device now, also if it does nothing."""
+        self._machine.devices[device].lost = LAUNCH_FAILURE
 
     def hang(self, device: int, after: int = 0) -> None:
         """See `pretended.devices.Device.hang`."""
