@@ -27,6 +27,7 @@ another stream reads, gets wrong numbers under "late" or "random", and no except
 | `devices` | a machine: current devices and streams of threads, faults, the execution of work |
 | `installation` | all of that in the place of torch's own, and back |
 | `control`, `daemon` | daemons on a pretended machine |
+| `planted` | one wrong line in the daemon's own code, to see that tests notice |
 
 **Counts.** issued (all work), kernels, allocations, pinned_allocations, host_to_device and device_to_host (copies),
 waiting_copies (those that hold the program up: blocking, or of memory that is not pinned), waits_for_values (`item`

@@ -63,7 +63,7 @@ class Device:
         self.default_stream = Stream(owner=self)
 
     def lose(self, after: int = 0, code: int = LAUNCH_FAILURE) -> None:
-        """Lose the device in the middle of its work. Args: after: so many more pieces of work are done."""
+        """Lose the device with its next work, which is not done. Args: after: so many more pieces of work are done."""
         self._lost_in, self._lost_with = after, code
 
     def hang(self, after: int = 0) -> None:
@@ -107,6 +107,12 @@ class Device:
         return not self.lost
 
 
+def end_if_dismissed() -> None:
+    """Raise SystemExit on a thread of a machine that was removed."""
+    if getattr(threading.current_thread(), "dismissed", False):
+        raise SystemExit
+
+
 class Machine:
     """Devices of a pretended machine, and what is known of all of them.
 
@@ -145,6 +151,7 @@ class Machine:
 
     def index_of(self, device: object = None) -> int:
         """Number of a device, given as torch takes it; None and "cuda" are the current one of the thread."""
+        end_if_dismissed()
         if device is None:
             return self.current_index()
         if isinstance(device, int):
@@ -181,6 +188,7 @@ class Machine:
 
     def settle(self) -> None:
         """Take note of all memory that has been freed. The lock is held."""
+        end_if_dismissed()
         while self.freed:
             self.freed.popleft()()
         for device in self.devices:

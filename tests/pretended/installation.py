@@ -31,7 +31,7 @@ def pretended(
 ) -> Iterator[Machine]:
     """Pretend that this process has CUDA devices, for the length of a block.
 
-    Threads that were started meanwhile and are still there at the end, as those of lanes are, end when they next run.
+    Threads that were started meanwhile and are still there at the end, as those of lanes are, end with their next call.
 
     Args:
         devices: how many. memory_mb: of each, in MiB; one number for all of them, or one for each.
@@ -45,15 +45,14 @@ def pretended(
         yield installation.machine
     finally:
         for thread in set(threading.enumerate()) - before:
-            _end(thread)
+            _dismiss(thread)
         installation.remove()
 
 
-def _end(thread: Any) -> None:
-    """Have a thread end with SystemExit at its next instruction, and say nothing about it."""
-    if thread.ident is not None:
-        thread._invoke_excepthook = lambda _: None
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+def _dismiss(thread: Any) -> None:
+    """Have a thread end with its next call to a pretended machine, and say nothing about how it ended."""
+    thread.dismissed = True
+    thread._invoke_excepthook = lambda _: None
 
 
 class Installation:

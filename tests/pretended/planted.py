@@ -5,7 +5,6 @@ fails as soon as the text is gone, so that nobody believes in a defect that is p
 """
 
 from __future__ import annotations
-import __future__
 
 import inspect
 import textwrap
@@ -37,9 +36,7 @@ def planted(defect: Defect) -> Iterator[None]:
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(defect.right) == 1, f"{defect.right!r} is not a line of {defect.function} any more"
     made: dict[str, Any] = {}
-    code = compile(
-        source.replace(defect.right, defect.wrong), "<planted>", "exec", __future__.annotations.compiler_flag
-    )
+    code = compile(source.replace(defect.right, defect.wrong), "<planted>", "exec", annotations.compiler_flag)
     exec(code, function.__globals__, made)
     setattr(defect.owner, defect.function, made[defect.function])
     try:

@@ -90,15 +90,16 @@ class Random(Policy):
 
     def wait(self, machine: Machine, work: Work) -> None:
         while not work.done:
-            self._any_step(machine)
+            assert self._any_step(machine), "what is waited for is in no queue"
         if self._random.random() < 0.3:  # what nobody waits for may have run as well
             for _ in range(self._random.randrange(1, 8)):
                 self._any_step(machine)
 
-    def _any_step(self, machine: Machine) -> None:
+    def _any_step(self, machine: Machine) -> bool:
         able = [stream for stream in machine.streams() if stream.queue and all(n.done for n in stream.queue[0].needs)]
         if able:
             step(machine, self._random.choice(able))
+        return bool(able)
 
 
 POLICIES = ("eager", "late", "random")
@@ -112,11 +113,11 @@ def policy_named(name: str, seed: int) -> Policy:
 def step(machine: Machine, stream: Stream) -> None:
     """Run the first piece of work of a stream, and before it, on other streams, what it needs."""
     queue: deque[Work] = stream.queue
-    if not queue:
-        return
+    assert queue, "what is waited for is in no queue"
     for needed in queue[0].needs:
         while not needed.done:
             step(machine, needed.stream)
-    machine.execute(queue.popleft())
+    machine.execute(queue[0])
+    queue.popleft()
     while queue and queue[0].chore == "taken":
         machine.execute(queue.popleft())
