@@ -18,6 +18,8 @@ from tnxctl import Client
 from tnxctl.protocol.errors import InvalidArgument, ResourceExhausted, Unavailable
 from tnxctl.protocol.wire import HealthReport
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has real GPUs")
+
 _SMALL_MB, _LARGE_MB = 48, 112
 """Memory of cuda:0 and of cuda:1."""
 
