@@ -44,18 +44,26 @@ class Cpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inline_limit_us: Annotated[float, msgspec.Meta(ge=0)] = 1000.0
 
 
-class Cuda(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Settings of every CUDA device, or every XPU.
+class Streams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of every device of a kind with streams.
 
     Attributes:
         lanes: streams per device, each with a thread that issues batches. Batches of one follow each other, those of
             several share the device.
         depth: batches of each lane that may be under way at a time: one is computed while others are copied.
-        graphs: whether forwards are captured when a model is loaded, to be started as a whole, where that is as fast.
     """
 
     lanes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     depth: Annotated[int, msgspec.Meta(ge=1, le=4)] = 2
+
+
+class Cuda(Streams, frozen=True, forbid_unknown_fields=True):
+    """Settings of every CUDA device.
+
+    Attributes:
+        graphs: whether forwards are captured when a model is loaded, to be started as a whole, where that is as fast.
+    """
+
     graphs: bool = True
 
 
@@ -198,7 +206,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_format: LogFormat = "text"
     cpu: Cpu = Cpu()
     cuda: Cuda = Cuda()
-    xpu: Cuda = Cuda()
+    xpu: Streams = Streams()
     queue: Queue = Queue()
     clients: Clients = Clients()
     keys: Keys = Keys()
