@@ -16,7 +16,7 @@ from tnxd.scheduling.costs import CostCurve
 
 # By so much a wide batch has to be faster to be chosen, to be chosen again after a slow spell, and to be kept. More is
 # asked first, since cores that are idle now may be wanted in a moment.
-_ENTER = 1.2
+_ENTER = 1.1
 _RETURN = 1.05
 _KEEP = 1.0
 
@@ -24,12 +24,13 @@ _KEEP = 1.0
 _WEIGHT = 0.2
 _TRY_WEIGHT = 0.7
 
-# An observation counts for at most so many times what was expected. It takes two of them in a row to end wide batches.
+# An observation counts for at most so many times what was expected. Where another process takes a core for a moment,
+# two threads share the other one, and a batch of 10 ms takes 50.
 _OUTLIER = 2.5
 
 # Narrow batches until the next try of a wide one, after the first one that was too slow. From one failed try to the
 # next they double, so that one stall costs little, and a busy neighbour costs hardly more: up to _LONGEST with a model
-# that has gained by it, else up to _HOPELESS.
+# that has gained by it, else up to _HOPELESS. There the next try is far, so a slow one is repeated before it counts.
 _FIRST = 2
 _LONGEST = 64
 _HOPELESS = 1024
@@ -115,6 +116,7 @@ class _Gain:
         "_since_narrow",
         "_until_try",
         "_wait",
+        "_was_slow",
         "deviation",
         "has_gained",
         "is_wide",
@@ -131,6 +133,7 @@ class _Gain:
         self._wait = _FIRST if self.is_wide else _LONGEST
         self._until_try = 0 if self.is_wide else self._wait
         self._since_narrow = 0
+        self._was_slow = False
 
     @property
     def goes_wide(self) -> bool:
@@ -154,6 +157,7 @@ class _Gain:
             elif ratio < self.narrow:
                 self._wait = max(self._wait - 1, _FIRST)
             return
+        was_slow, self._was_slow = self._was_slow, False
         gain = _RETURN if self.has_gained else _ENTER
         if self.narrow >= gain * self.wide:
             self.is_wide = self.has_gained = True
@@ -161,6 +165,9 @@ class _Gain:
             self._until_try = 0  # fast again: the next batches tell whether the slow spell is over
         elif self.narrow >= _KEEP * ratio:
             self._until_try = self._wait  # it has cost nothing
+        elif not (was_slow or self.has_gained):
+            self._was_slow = True
+            self._until_try = _FIRST
         else:
             self._wait = min(2 * self._wait, _LONGEST if self.has_gained else _HOPELESS)
             # The more a try has cost, the later comes the next one.
