@@ -203,7 +203,7 @@ def asking(endpoint: str, model: str, clients: int) -> Iterator[Counter[str]]:
 def assert_grows(earlier: StatsReport, later: StatsReport) -> None:
     """Check that no count is smaller than it was."""
     assert later.uptime_us > earlier.uptime_us
-    for name in ("requests", "replies", "resent", "undeliverable", "abandoned", "log_lines_dropped"):
+    for name in ("requests", "replies", "resent", "undeliverable", "abandoned", "log_lines_dropped", "spans_dropped"):
         assert getattr(later, name) >= getattr(earlier, name)
     since = later.loop_turns - earlier.loop_turns
     assert min(since.counts) >= 0

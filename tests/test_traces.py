@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.server
 import importlib.util
 import json
@@ -279,11 +280,23 @@ def test_steps_of_a_pipeline_are_below_it(client: Client, receiver: Receiver) ->
     assert span.attributes["error.type"] == "INTERNAL"
 
 
-def test_dead_receiver_costs_no_answer_and_what_is_dropped_is_told(tmp_path: Path) -> None:
-    """It takes connections and answers none, which is worse than one that refuses them."""
+def answer_garbage(listening: socket.socket) -> None:
+    """Answer whatever comes with what is no HTTP, until the socket is closed."""
+    with contextlib.suppress(OSError):
+        while True:
+            with listening.accept()[0] as peer:
+                peer.recv(1 << 16)
+                peer.sendall(b"\x00\xff garbage\r\n" * 1000)
+
+
+@pytest.mark.parametrize("answers", [False, True], ids=["silent", "garbage"])
+def test_bad_receiver_costs_no_answer_and_what_is_dropped_is_told(tmp_path: Path, answers: bool) -> None:
+    """It takes connections and answers none, which is worse than one that refuses them; or it answers nonsense."""
     put(tmp_path / "models", DOUBLES, name="doubles", settings=SETTINGS)
-    with socket.create_server(("127.0.0.1", 0)) as dead:
-        endpoint = f"http://127.0.0.1:{dead.getsockname()[1]}"
+    with socket.create_server(("127.0.0.1", 0)) as bad:
+        if answers:
+            threading.Thread(target=answer_garbage, args=(bad,), daemon=True).start()
+        endpoint = f"http://127.0.0.1:{bad.getsockname()[1]}"
         arguments = ("--model-repository", str(tmp_path / "models"), "--devices", "cpu", "--otel", endpoint)
         surroundings = {"OTEL_EXPORTER_OTLP_TIMEOUT": "0.2"}
         config = 'log_format = "json"\n'
@@ -291,9 +304,10 @@ def test_dead_receiver_costs_no_answer_and_what_is_dropped_is_told(tmp_path: Pat
             with Client(daemon.endpoint, timeout=60) as client, Dealer(daemon.endpoint) as dealer:
                 dealer.await_health(status="ready")  # else what is refused until then is recorded, too
                 for _ in range(50):
-                    client.predict(rows(1), model="doubles", traceparent=new_traceparent("dead"))
-            while "spans_dropped" not in daemon.log:  # the test's own time limit ends this
-                time.sleep(0.02)
+                    client.predict(rows(1), model="doubles", traceparent=new_traceparent("bad"))
+                while client.stats().spans_dropped < 50:  # the test's own time limit ends this
+                    time.sleep(0.02)
+                assert client.stats().spans_dropped == 50
             assert daemon.stop() == 0
             told = [json.loads(line) for line in daemon.log.splitlines()]
     assert sum(event["count"] for event in told if event["event"] == "spans_dropped") == 50

@@ -23,39 +23,47 @@ GREW_BY = 1.25
 _TOLD_BY = ((200, 0.99), (20, 0.9), (4, 0.5))
 """Fewest requests, and the highest percentile that so many tell: two are above it."""
 
-_DAEMON_COUNTERS = (
-    "uptime_us",
-    "requests",
-    "replies",
-    "resent",
-    "undeliverable",
-    "abandoned",
-    "connections_refused",
-    "connections_cut",
-    "log_lines_dropped",
-)
-_VERSION_COUNTERS = (
-    "requests",
-    "replies",
-    "abandoned",
-    "rows",
-    "batches",
-    "deadlines_met",
-    "deadlines_missed",
-    "steals",
-    "splits",
-    "evictions",
-)
+
+class _VersionCounts:
+    """Counts of a version that only grow, as in `VersionStats`."""
+
+    requests: int
+    replies: int
+    abandoned: int
+    rows: int
+    batches: int
+    deadlines_met: int
+    deadlines_missed: int
+    steals: int
+    splits: int
+    evictions: int
 
 
-class VersionInterval:
+class _DaemonCounts:
+    """Counts of a daemon that only grow, as in `StatsReport`."""
+
+    requests: int
+    replies: int
+    resent: int
+    undeliverable: int
+    abandoned: int
+    connections_refused: int
+    connections_cut: int
+    log_lines_dropped: int
+    spans_dropped: int
+
+
+_VERSION_COUNTERS = tuple(_VersionCounts.__annotations__)
+_DAEMON_COUNTERS = tuple(_DaemonCounts.__annotations__)
+
+
+class VersionInterval(_VersionCounts):
     """Counts of one version of a model in an interval, and what follows from them.
 
     Attributes:
         after: its counts at the end; queued rows and the predicted wait are of that moment.
         seconds: length of the interval.
-        requests, replies, abandoned, rows, batches, deadlines_met, deadlines_missed, steals, splits, evictions, errors:
-            in the interval, as in `VersionStats`.
+        errors: by code, in the interval, as are all `_VersionCounts`.
     """
 
     def __init__(self, before: VersionStats | None, after: VersionStats, seconds: float) -> None:
@@ -64,16 +72,7 @@ class VersionInterval:
         self._before = before
         self.after = after
         self.seconds = seconds
-        self.requests = after.requests - before.requests
-        self.replies = after.replies - before.replies
-        self.abandoned = after.abandoned - before.abandoned
-        self.rows = after.rows - before.rows
-        self.batches = after.batches - before.batches
-        self.deadlines_met = after.deadlines_met - before.deadlines_met
-        self.deadlines_missed = after.deadlines_missed - before.deadlines_missed
-        self.steals = after.steals - before.steals
-        self.splits = after.splits - before.splits
-        self.evictions = after.evictions - before.evictions
+        _subtract(self, before, after, _VERSION_COUNTERS)
         self.errors = _minus(after.errors, before.errors)
         self._stages: dict[str, Histogram] = {}
         self._quantiles_us: dict[tuple[str, float], float] = {}
@@ -195,7 +194,7 @@ class ClientInterval:
         return math.nan if count is None else _per_second(count, self._seconds)
 
 
-class Interval:
+class Interval(_DaemonCounts):
     """The time between two reports of one daemon, and what it did in it.
 
     Two intervals side by side have the counts of the whole, where nothing began anew: counts of a version that fell
@@ -210,8 +209,7 @@ class Interval:
         restarted: whether the daemon was restarted in between: then the interval begins with its start.
         seconds: length of the interval.
         versions, devices, clients: those of `after`, in its order. gone: titles of versions that only `before` has.
-        requests, replies, errors, resent, undeliverable, abandoned, connections_refused, connections_cut,
-            log_lines_dropped: in the interval, as in `StatsReport`.
+        errors: by code, in the interval, as are all `_DaemonCounts`.
     """
 
     def __init__(self, before: StatsReport | None, after: StatsReport) -> None:
@@ -221,15 +219,8 @@ class Interval:
         self._before = before
         self.after = after
         self.seconds = (after.uptime_us - before.uptime_us) / 1e6
-        self.requests = after.requests - before.requests
-        self.replies = after.replies - before.replies
+        _subtract(self, before, after, _DAEMON_COUNTERS)
         self.errors = _minus(after.errors, before.errors)
-        self.resent = after.resent - before.resent
-        self.undeliverable = after.undeliverable - before.undeliverable
-        self.abandoned = after.abandoned - before.abandoned
-        self.connections_refused = after.connections_refused - before.connections_refused
-        self.connections_cut = after.connections_cut - before.connections_cut
-        self.log_lines_dropped = after.log_lines_dropped - before.log_lines_dropped
         versions = {(model.name, model.version): model for model in before.models}
         self.versions = tuple(
             VersionInterval(versions.pop((model.name, model.version), None), model, self.seconds)
@@ -313,9 +304,15 @@ def restarted(before: StatsReport, after: StatsReport) -> bool:
     """Whether two reports are of two lives of a daemon: with another start, or with counts that fell."""
     return (
         after.started_s != before.started_s
-        or _fell(before, after, _DAEMON_COUNTERS)
+        or _fell(before, after, ("uptime_us", *_DAEMON_COUNTERS))
         or _lost(before.errors, after.errors)
     )
+
+
+def _subtract(interval: object, before: object, after: object, counters: Iterable[str]) -> None:
+    """Give an interval the counts that came in it."""
+    for name in counters:
+        setattr(interval, name, getattr(after, name) - getattr(before, name))
 
 
 def _fell(before: object, after: object, counters: Iterable[str]) -> bool:

@@ -235,6 +235,8 @@ def test_tokens_at_a_bridge(daemon: Daemon, tmp_path: Path, listed: tuple[Path, 
         assert "Authorization: Bearer TOKEN" in refused.error
         assert peer.ask("POST", "/predict", GOOD, Authorization="Bearer x").status == 401
         assert peer.ask("GET", "/nowhere").status == 404
+        for probe in ("live", "ready"):
+            assert peer.ask("GET", f"/v2/health/{probe}").status == 200
         assert peer.ask("GET", "/health", **bearers["observe"]).status == 200
         refused = peer.ask("POST", "/predict", GOOD, **bearers["observe"])
         assert (refused.status, refused.error) == (403, "predict is for the role predict, and a-observe has observe")

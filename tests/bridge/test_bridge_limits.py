@@ -104,7 +104,7 @@ def test_a_body_that_nobody_wants_and_that_does_not_come(strict: Bridge) -> None
 
 def test_bodies_have_a_limit_together(full: Bridge) -> None:
     with full.connect() as first, full.connect() as second:
-        first.send(HEAD.format(90_000), b" " * 89_000)
+        first.send(HEAD.format(90_000), b"x" * 89_000)
         assert first.socket.fileno() >= 0
         with full.connect() as probe:  # the bridge has seen the first one once it has answered this
             assert probe.ask("GET", "/health").status == 200

@@ -53,6 +53,7 @@ LIMITS = {
     "bodies_bytes": 1_500_000,
     "json_bytes": 50_000,
     "message_timeout_s": 1.0,
+    "idle_timeout_s": 0.5,
 }
 
 
@@ -389,6 +390,50 @@ def test_what_is_no_grpc(strict: Bridge, asked: Stub, text: bytes) -> None:
                 pass
         except ConnectionError:
             pass
+
+
+def waiting(*requests: Any) -> Iterator[Any]:
+    """Requests of a stream that has no further one, and does not end."""
+    yield from requests
+    queue.SimpleQueue[None]().get(timeout=PATIENCE_S)
+
+
+def test_a_stream_without_a_request_is_ended(strict: Bridge, path: str) -> None:
+    with FakeDaemon(path, delay_s=1.0), Stub(strict.grpc) as stub:
+        for requests in ((), (request_of(),)):  # one that is computed takes longer than an idle stream may stay
+            responses = stream(stub, waiting(*requests), timeout=PATIENCE_S)
+            for _ in requests:
+                assert next(responses).infer_response.model_name == "mlp"
+            error = error_of(responses.__next__)
+            assert (error.code().name, error.details()) == ("DEADLINE_EXCEEDED", "the stream had no request for 0.5 s")
+
+
+def unread(channel: Any, name: str) -> Any:
+    """A call of an RPC, of which nothing has been read."""
+    return channel.stream_stream(
+        f"/inference.GRPCInferenceService/{name}", request_serializer=ModelInferRequest.SerializeToString
+    )(iter([request_of()]), timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize("name", ["ModelInfer", "ModelStreamInfer"])
+def test_answers_that_nobody_reads_count(strict: Bridge, path: str, name: str) -> None:
+    """1.2 MB each, and there is room for 1.5 MB."""
+
+    def large(request: wire.Predict, inputs: Outputs) -> Outputs:
+        return {"y": np.zeros(300_000, np.float32)}
+
+    still = [("grpc.http2.bdp_probe", 0)]  # else a client takes more and more of what it does not read
+    with (
+        FakeDaemon(path, compute=large),
+        grpc.insecure_channel(strict.grpc, still) as channel,
+        Stub(strict.grpc) as stub,
+    ):
+        call = unread(channel, name)
+        for awaited in ("UNAVAILABLE", "OK"):
+            until = time.monotonic() + ARRIVAL_S
+            while stub.future("ModelInfer", request_of(), timeout=PATIENCE_S).code().name != awaited:
+                assert time.monotonic() < until
+            call.cancel()
 
 
 # --- who gets in -----------------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prometheus_text import buckets, read
-from tnxctl.bridge.metrics import CODES, METRICS, ROWS, SECONDS, TRITON_METRICS, render
+from tnxctl.bridge.exposition import ROWS, SECONDS
+from tnxctl.bridge.metrics import CODES, METRICS, render
+from tnxctl.bridge.triton_metrics import TRITON_METRICS
 from tnxctl.protocol.histograms import BUCKETS, Histogram, bucket_of, trimmed
 from tnxctl.protocol.statistics import STAGES, DeviceStats, StatsReport, VersionStats
 

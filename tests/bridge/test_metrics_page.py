@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tnxctl.bridge.metrics import METRICS, TRITON_METRICS
+from tnxctl.bridge.metrics import METRICS
+from tnxctl.bridge.triton_metrics import TRITON_METRICS
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "metrics.md").read_text()

@@ -270,8 +270,9 @@ def test_the_document(daemon: Daemon) -> None:
     assert {*document} == {
         "endpoint", "status", "version", "started_s", "uptime_s", "seconds", "restarted", "before_seconds",
         "requests_per_s", "replies_per_s", "errors_per_s", "undeliverable", "abandoned", "resent",
-        "connections_refused", "connections_cut", "log_lines_dropped", "queued", "running", "connections",
-        "traffic_mb", "traffic_owed_mb", "traffic_limit_mb", "loop_turns_us", "devices", "models", "clients",
+        "connections_refused", "connections_cut", "log_lines_dropped", "spans_dropped", "queued", "running",
+        "connections", "traffic_mb", "traffic_owed_mb", "traffic_limit_mb", "loop_turns_us", "devices", "models",
+        "clients",
     }  # fmt: skip
     (cpu,) = [device for device in document["devices"] if device["name"] == "cpu"]
     assert {*cpu} == {

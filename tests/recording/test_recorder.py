@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -194,6 +195,23 @@ def test_the_size_ends_it(loop: Loop) -> None:
     assert (len(found), reader.damage) == (report.requests, "")
     assert recording is not None
     assert recording.held_bytes == 0
+
+
+@pytest.mark.parametrize("of", ["file", "directory"])
+def test_a_file_that_is_removed_ends_it(loop: Loop, tmp_path: Path, of: str) -> None:
+    directory = tmp_path / "recordings"
+    directory.mkdir()
+    loop.make(directory=str(directory))
+    loop.start(seconds=60)
+    loop.take()
+    if of == "file":
+        (directory / "a").unlink()
+    else:
+        shutil.rmtree(directory)
+    loop.turn()  # it tells of its end
+    report = loop.recorder.report(1)
+    assert (report.state, report.reason) == ("ended", "the file was removed")
+    assert not loop.recorder.held_bytes
 
 
 def test_a_full_disk_ends_it(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ class App:
         if connection is not None:
             connection.task = asyncio.current_task()
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        body = BodyReader(receive, headers, self._limits, self._budget)
+        body = BodyReader(receive, headers, self._limits, self._budget, connection)
         response: Response | None = None
         try:
             response = await self._answer(scope, headers, body)

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from tnxctl.bridge.http import Buffer, HttpError
 from tnxctl.bridge.settings import HttpLimits
 from tnxctl.protocol.errors import Unavailable
+
+_LONG_BYTES = 64 * 1024  # that are still to come: from here on it pays to have them written to where they stay
+
+
+class Connection(Protocol):
+    """Connection that a body comes by."""
+
+    async def fill(self, room: memoryview, hold: Callable[[int], None], /) -> None:
+        """Have the rest of the body written there, and count it as it comes. Raises Unavailable if `hold` does."""
+        ...
 
 
 class ClientGone(Exception):
@@ -34,16 +46,17 @@ class Budget:
 
 
 class BodyReader:
-    """Reader of the body of one request.
+    """Reader of the body of one request. It holds what has come: a length that is only claimed costs nothing.
 
     Args:
         receive: of ASGI.
+        connection: that it comes by, if it can write a body to where it stays.
 
     Attributes:
         complete: whether all of it has come.
     """
 
-    __slots__ = ("_budget", "_headers", "_held_bytes", "_limits", "_receive", "complete")
+    __slots__ = ("_budget", "_came", "_connection", "_headers", "_held_bytes", "_limits", "_receive", "complete")
 
     def __init__(
         self,
@@ -51,12 +64,15 @@ class BodyReader:
         headers: Mapping[bytes, str],
         limits: HttpLimits,
         budget: Budget,
+        connection: Connection | None,
     ) -> None:
         self._receive = receive
         self._headers = headers
         self._limits = limits
         self._budget = budget
+        self._connection = connection
         self._held_bytes = 0
+        self._came = 0  # bytes of the body
         self.complete = b"content-length" not in headers and b"transfer-encoding" not in headers
 
     async def read(self) -> Buffer:
@@ -72,25 +88,27 @@ class BodyReader:
         length = int(self._headers.get(b"content-length", 0))  # the parser takes digits alone
         if length > self._limits.body_bytes:
             raise self._too_long(length)
-        self.hold(length)
         part, more = await self._next()
         if not more:
-            if len(part) > self._limits.body_bytes:
-                raise self._too_long(len(part))
             return part
-        buffer = bytearray(length)
-        filled = 0
-        while True:
-            end = filled + len(part)
-            if not length:  # it comes in chunks, of which nobody knows how many
-                if end > self._limits.body_bytes:
-                    raise self._too_long(end)
-                self.hold(len(part))
-            buffer[filled:end] = part
-            filled = end
-            if not more:
-                return buffer
+        if self._connection is not None and length - len(part) >= _LONG_BYTES:
+            return await self._fill(part, length, self._connection)
+        body = bytearray(part)
+        while more:
             part, more = await self._next()
+            body += part
+        return body
+
+    async def _fill(self, first: bytes, length: int, connection: Connection) -> Buffer:
+        """The body that begins like this, the rest of it written by the kernel."""
+        try:
+            body = np.empty(length, np.uint8).data  # of which the system gives no page before it is written to
+        except MemoryError:
+            raise Unavailable(f"there is no memory for a body of {length} bytes", retry_after_s=1.0) from None
+        body[: len(first)] = first
+        await connection.fill(body[len(first) :], self.hold)
+        self.complete = True
+        return body
 
     def release(self) -> None:
         """Hold the memory no more."""
@@ -98,12 +116,17 @@ class BodyReader:
         self._held_bytes = 0
 
     async def _next(self) -> tuple[bytes, bool]:
-        """A part, and whether there is more."""
+        """A part, which is held from now on, and whether there is more. Raises as `read` does."""
         message = await self._receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        self.complete = not message["more_body"]
-        return message["body"], message["more_body"]
+        part, more = message["body"], message["more_body"]
+        self.complete = not more
+        self._came += len(part)
+        if self._came > self._limits.body_bytes:  # it comes in chunks, and does not say how many
+            raise self._too_long(self._came)
+        self.hold(len(part))
+        return part, more
 
     def hold(self, nbytes: int) -> None:
         """Count further bytes until `release`. Raises Unavailable, as `Budget.hold` does."""

@@ -12,6 +12,7 @@ from tnxctl.bridge.access import Access
 from tnxctl.bridge.addresses import is_loopback
 from tnxctl.bridge.bodies import Budget
 from tnxctl.bridge.browsers import Pages
+from tnxctl.bridge.helper import Helper
 from tnxctl.bridge.routes import Routes
 from tnxctl.bridge.settings import Settings
 from tnxctl.bridge.signatures import Signatures
@@ -47,6 +48,7 @@ class Bridge:
         daemons: of several daemons a client for each, to ask what each of them has to say of itself; else `client`.
         signatures: of models that were asked for lately.
         access: what a request may ask for. pages: whose requests are taken. budget: of memory for requests.
+        helper: reads and writes long JSON.
         routes: those of all interfaces.
     """
 
@@ -56,6 +58,7 @@ class Bridge:
         self.access = access_of(settings)
         self.pages = Pages(settings)
         self.budget = Budget(settings.limits.bodies_bytes)
+        self.helper = Helper()
         endpoints = settings.endpoints
         self.daemons = [AsyncClient(each, timeout=settings.timeout, limits=settings.message) for each in endpoints]
         self.client = self.daemons[0]
@@ -90,7 +93,8 @@ class Bridge:
         return await ask(self.daemons[self._first], timeout=_share(ends, 1))
 
     async def close(self) -> None:
-        """Close the connections to the daemon, or to all of them."""
+        """Close the connections to the daemon, or to all of them, and end the helper."""
+        await self.helper.close()
         for client in (self.client, *self.daemons):
             await client.close()
 

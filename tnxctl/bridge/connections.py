@@ -2,20 +2,24 @@
 
 uvicorn bounds neither a request line and its headers, nor the time that they take, nor how many requests may wait on
 one connection. It answers what is no HTTP at once, before the responses that are due. A client that goes away is told
-to whoever asks, at the cost of a task for each request. All that is different here.
+to whoever asks, at the cost of a task for each request. A body passes through its hands piece by piece. All that is
+different here.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 import msgspec
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from tnxctl.bridge.receiving import LongBody, Receiver
 from tnxctl.bridge.settings import HttpLimits
 
 _LONG_BYTES = 16 * 1024  # of a body: from here on a copy costs more than a system call
@@ -72,6 +76,7 @@ class Connection(HttpToolsProtocol):
     Attributes:
         task: of the request that is being answered, for `connection_lost` to cancel; set by the application.
         gone: whether the connection is no more.
+        long_body: the one that is written past the parser, if any.
     """
 
     config: Config
@@ -80,6 +85,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.task: asyncio.Task[Any] | None = None
         self.gone = False
+        self.long_body: LongBody | None = None
         self._limits = self.config.http_limits
         self._due: deque[RequestResponseCycle] = deque()  # requests without a whole response, the oldest first
         self._messages = 0
@@ -120,10 +126,37 @@ class Connection(HttpToolsProtocol):
             if self._header_bytes > self._limits.header_bytes:
                 self._fail(431, f"the headers have more than {self._limits.header_bytes} bytes")
                 return
-        if self._due:
-            self._cancel_timer()
-        elif self._timer is None or self._messages != messages:
-            self._set_timer(self._limits.header_timeout_s)
+        if self._due or self._timer is None or self._messages != messages:
+            self._await_headers()
+
+    async def fill(self, room: memoryview, hold: Callable[[int], None]) -> None:
+        """Have the rest of the body that is under way written there. It has that length, and none of it has come.
+
+        Args:
+            hold: counts bytes that have come; may raise Unavailable, which is raised here.
+        """
+        filled: asyncio.Future[None] = self.loop.create_future()
+        self.long_body = body = LongBody(room, hold, filled)
+        try:
+            await filled
+        finally:
+            body.drop()
+
+    def long_body_received(self, nbytes: int) -> None:
+        """Note that so many bytes of the long body have been written."""
+        body = self.long_body
+        if body is None or self._fault is not None:
+            return
+        self._unset_keepalive_if_required()
+        self._body_bytes += nbytes
+        body.add(nbytes)
+        if body.left:
+            return
+        self.long_body = None
+        self.parser = httptools.HttpRequestParser(self)  # the old one waits for bytes that it has not seen
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self.on_message_complete()
+        self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.gone = True
@@ -258,6 +291,13 @@ class Connection(HttpToolsProtocol):
         allowed_s = limits.body_timeout_s + self._body_bytes / limits.body_rate
         return self._body_began + allowed_s - self.loop.time()
 
+    def _await_headers(self) -> None:
+        """Give the next request its time, unless the response to another one comes before it."""
+        if self._due:
+            self._cancel_timer()
+        else:
+            self._set_timer(self._limits.header_timeout_s)
+
     def _set_timer(self, seconds: float) -> None:
         self._cancel_timer()
         self._timer = self.loop.call_later(seconds, self._on_timer)
@@ -266,3 +306,8 @@ class Connection(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def connection(*args: Any, **kwargs: Any) -> Receiver:
+    """Protocol of one transport, as uvicorn makes one for each."""
+    return Receiver(Connection(*args, **kwargs))

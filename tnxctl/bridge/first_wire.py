@@ -11,6 +11,7 @@ import numpy as np
 from tnxctl.aio import AsyncClient
 from tnxctl.bridge import server_timing
 from tnxctl.bridge.bridge import Bridge
+from tnxctl.bridge.helper import LONG_BYTES, LONG_ELEMENTS
 from tnxctl.bridge.http import Buffer, HttpError, Request, Response, json_response
 from tnxctl.bridge.routes import Routes
 from tnxctl.casting import cast
@@ -71,14 +72,22 @@ async def predict(bridge: Bridge, request: Request) -> Response:
         HttpError: the body is not what is expected (400), or longer than a JSON document may be (413).
         TensorNextError: as `AsyncClient.predict` does.
     """
-    asked = _read(request.body, bridge.settings.limits.json_bytes)
-    array = _array(asked.input_data)
+    body, most = request.body, bridge.settings.limits.json_bytes
+    if len(body) > most:
+        raise HttpError(413, f"the body has {len(body)} bytes, and JSON may have {most}")
+    if len(body) < LONG_BYTES:
+        asked, array = _read(body)
+    else:
+        asked, array = await bridge.helper.call(_read, bytes(body))
     signature = await bridge.signatures.get(asked.model)
     inputs = cast(array, signature, exact=True)[""]
     result = await bridge.client.predict(
         inputs, model=asked.model, prefer_gpu=asked.prefer_gpu, min_gpu_memory_mb=asked.min_gpu_memory_mb
     )
-    outputs = {name: _plain(output) for name, output in result.outputs.items()}
+    outputs = {
+        name: _plain(output) if output.size < LONG_ELEMENTS else await bridge.helper.call(_written, output)
+        for name, output in result.outputs.items()
+    }
     output = next(iter(outputs.values())) if len(outputs) == 1 else outputs
     return json_response(
         PredictAnswer(output, result.device, result.latency_ms, result.gpu_memory_mb),
@@ -86,9 +95,8 @@ async def predict(bridge: Bridge, request: Request) -> Response:
     )
 
 
-def _read(body: Buffer, most: int) -> PredictRequest:
-    if len(body) > most:
-        raise HttpError(413, f"the body has {len(body)} bytes, and JSON may have {most}")
+def _read(body: Buffer) -> tuple[PredictRequest, Array]:
+    """The request in a body, without its rows, and these as an array. Raises HttpError: it is none."""
     try:
         asked = _decode(body)
     except msgspec.ValidationError as error:
@@ -99,7 +107,9 @@ def _read(body: Buffer, most: int) -> PredictRequest:
         raise HttpError(400, f"the body is not JSON: {_place(body, error)}") from None
     except RecursionError:
         raise HttpError(400, "the body is nested too deep") from None
-    return asked
+    array = _array(asked.input_data)
+    asked.input_data = []
+    return asked, array
 
 
 _PLACE = re.compile(r"(?:JSON is malformed: )?(?P<what>.*) \(byte (?P<at>\d+)\)")
@@ -130,6 +140,11 @@ def _misfit(error: msgspec.ValidationError) -> str:
     what, _, path = str(error).partition(" - at `$.")
     what = what[0].lower() + what[1:].replace("`", "").replace("int | float", "a number")
     return f"{path.rstrip('`') or 'the body'}: {what}"
+
+
+def _written(output: Array) -> msgspec.Raw:
+    """An output in JSON."""
+    return msgspec.Raw(msgspec.json.encode(_plain(output)))
 
 
 def _plain(output: Array) -> Any:

@@ -85,6 +85,9 @@ class HttpError(Exception):
         self.message = message
         self.headers = headers
 
+    def __reduce__(self) -> tuple[type[HttpError], tuple[int, str, Headers]]:
+        return HttpError, (self.status, self.message, self.headers)
+
 
 _encode_json = msgspec.json.Encoder().encode
 

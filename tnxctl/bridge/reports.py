@@ -10,6 +10,7 @@ import msgspec
 from tnxctl.aio import AsyncClient
 from tnxctl.bridge import metrics
 from tnxctl.bridge.bridge import Bridge
+from tnxctl.bridge.exposition import CONTENT_TYPE
 from tnxctl.bridge.http import HttpError, Request, Response, json_response
 from tnxctl.bridge.routes import Routes
 from tnxctl.protocol import wire
@@ -38,7 +39,7 @@ class Daemons(msgspec.Struct, frozen=True):
 
 def add_to(routes: Routes) -> None:
     """Add the routes of the reports."""
-    routes.add("GET", "/metrics", prometheus, wire.Stats, gives=metrics.CONTENT_TYPE)
+    routes.add("GET", "/metrics", prometheus, wire.Stats, gives=CONTENT_TYPE)
     routes.add("GET", "/daemons", daemons, wire.Stats, gives=Daemons)
     for of in ("", "/{daemon}"):
         routes.add("GET", f"/stats{of}", stats, wire.Stats, gives=StatsReport)
@@ -55,7 +56,7 @@ async def prometheus(bridge: Bridge, request: Request) -> Response:
     reports = await asyncio.gather(*(_answer(client, timeout) for client in bridge.daemons))
     addresses = (client.endpoint for client in bridge.daemons)
     text = metrics.render(dict(zip(addresses, reports, strict=True)), triton_names=bridge.settings.triton_names)
-    return Response((text,), headers=((b"content-type", metrics.CONTENT_TYPE.encode()),))
+    return Response((text,), headers=((b"content-type", CONTENT_TYPE.encode()),))
 
 
 def _allowed_s(request: Request) -> float:

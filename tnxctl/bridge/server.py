@@ -18,7 +18,7 @@ import uvicorn
 from tnxctl.bridge import tls
 from tnxctl.bridge.app import App
 from tnxctl.bridge.bridge import Bridge
-from tnxctl.bridge.connections import Config, Connection
+from tnxctl.bridge.connections import Config, connection
 from tnxctl.bridge.interfaces import routes_of
 from tnxctl.bridge.listening import BACKLOG
 from tnxctl.bridge.notifying import notify
@@ -103,7 +103,7 @@ async def _serve(
     limits = settings.limits
     config = Config(
         App(bridge),
-        http=Connection,
+        http=connection,  # type: ignore[arg-type]  # all that it does is to call it
         ws="none",
         lifespan="off",
         interface="asgi3",

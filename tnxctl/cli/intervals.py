@@ -21,7 +21,15 @@ SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 
 _CROWDING_LANES = 0.1
 
-_REMARKABLE = ("undeliverable", "abandoned", "resent", "connections_refused", "connections_cut", "log_lines_dropped")
+_REMARKABLE = (
+    "undeliverable",
+    "abandoned",
+    "resent",
+    "connections_refused",
+    "connections_cut",
+    "log_lines_dropped",
+    "spans_dropped",
+)
 
 
 class Slower(NamedTuple):

@@ -106,6 +106,7 @@ class StatsReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
             traffic_limit_mb: as there.
         loop_turns: turns of the serving loop, by their length without what it waited for work.
         log_lines_dropped: texts that found no room in the queues of the log and of what is printed.
+        spans_dropped: sampled requests whose spans went nowhere: there was no room for them, or no receiver took them.
     """
 
     v: Version
@@ -133,6 +134,7 @@ class StatsReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     traffic_limit_mb: float = 0.0
     loop_turns: Histogram = Histogram()
     log_lines_dropped: int = 0
+    spans_dropped: int = 0
 
 
 class SlowRequest(msgspec.Struct, frozen=True, kw_only=True):

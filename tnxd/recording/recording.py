@@ -204,11 +204,14 @@ class Recording:
         return [[beginning], [mcap.metadata(recordings.ABOUT, about)]]
 
     def _record(self, file: RecordingFile) -> None:
-        """Write until the time is over, the recording is stopped, or the file is as large as it may be."""
+        """Write until the time is over, the recording is stopped, or the file is gone or as large as it may be."""
         writer = _Writer(file, self._channels)
         over = False
         while not over:
             over = self._stop.wait(_EVERY_S) or time.perf_counter_ns() >= self._until_ns + _GRACE_NS
+            if file.is_gone:
+                self._reason = "the file was removed"
+                return
             while self._queue:
                 taken = self._next(self._most_bytes - file.size)
                 if not taken:

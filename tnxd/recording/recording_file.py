@@ -86,6 +86,11 @@ class RecordingFile:
             raise
         self.size = end
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether somebody has removed it: then what is written can be read by nobody."""
+        return os.fstat(self._descriptor).st_nlink == 0
+
     def close(self) -> None:
         """Close the file. Raises OSError: not all of it could be kept."""
         os.close(self._descriptor)

@@ -32,10 +32,12 @@ from tnxd.deployment.version import READY
 from tnxd.events import event
 from tnxd.recording.recorder import Recorder
 from tnxd.scheduling.scheduler import Scheduler
-from tnxd.serving import client_reports, permissions, reports, statistics
+from tnxd.serving import client_reports, permissions, reports
 from tnxd.serving.admin_commands import AdminCommand, AdminCommands, CommandDone
 from tnxd.serving.reports import Inventory
+from tnxd.serving.statistics import Statistics
 from tnxd.serving.telemetry import Telemetry
+from tnxd.tracing.notes import Notes
 from tnxd.transport.access import Access
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Message, Router
@@ -54,6 +56,7 @@ class ControlPlane:
     Args:
         access: who may ask for what.
         message_bytes: most bytes of the tensors of a message, as health tells it.
+        notes: of sampled requests, if there are any.
 
     Attributes:
         commands_done: admin commands that wait to be answered, see `answers`.
@@ -72,6 +75,7 @@ class ControlPlane:
         *,
         access: Access,
         message_bytes: int,
+        notes: Notes | None = None,
     ) -> None:
         self._inventory = inventory
         self._scheduler = scheduler
@@ -83,6 +87,7 @@ class ControlPlane:
         self._key_failures: dict[str, str] = {}
         self._message_bytes = message_bytes
         self._recorder = recorder
+        self._statistics = Statistics(inventory, scheduler, telemetry, admission, lambda: router.undeliverable, notes)
         self._commands = AdminCommands(reconciler, recorder, admission)
         self.commands_done: deque[CommandDone] = self._commands.done
 
@@ -122,18 +127,9 @@ class ControlPlane:
         if isinstance(request, Keys):
             return client_reports.keys(request, self._access, self._admission, self._router.connections())
         if isinstance(request, Stats):
-            return statistics.stats(
-                request,
-                state,
-                inventory,
-                scheduler,
-                self._telemetry,
-                self._router.undeliverable,
-                self._admission,
-                connection,
-            )
+            return self._statistics.stats(request, state, connection)
         if isinstance(request, Explain):
-            return statistics.explain(request, inventory, connection)
+            return self._statistics.explain(request, connection)
         if isinstance(request, Recording):
             return self._recorder.report(request.id)
         if state != READY:

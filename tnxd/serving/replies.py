@@ -20,10 +20,19 @@ def error_header(id_: int | None, error: TensorNextError) -> bytes:
 
 def report_header(reply: Reply) -> bytes:
     """The header frame of a reply that may quote what is no UTF-8: a file's name, an exception's text."""
+    return _encoded(reply)
+
+
+def encoded(part: object) -> msgspec.Raw:
+    """A part of a reply as it will be sent, to be put into several of them."""
+    return msgspec.Raw(_encoded(part))
+
+
+def _encoded(value: Any) -> bytes:
     try:
-        return encode(reply)
+        return encode(value)
     except UnicodeEncodeError:
-        return msgspec.msgpack.encode(_printable(msgspec.to_builtins(reply)))
+        return msgspec.msgpack.encode(_printable(msgspec.to_builtins(value)))
 
 
 def _printable(value: Any) -> Any:

@@ -126,6 +126,7 @@ class Server:
             recorder,
             access=access,
             message_bytes=limits.message_bytes,
+            notes=notes,
         )
         self._commands_done = self._control.commands_done
         self._pipelines = Pipelines(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -16,73 +18,126 @@ from tnxd.lanes import BACKGROUND
 from tnxd.process import logs
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving import reports
+from tnxd.serving.replies import encoded
 from tnxd.serving.reports import Inventory
+from tnxd.serving.shared import Shared
 from tnxd.serving.slowest import KEPT_S
 from tnxd.serving.telemetry import Telemetry
 from tnxd.serving.version_counts import RecentError, VersionCounts
+from tnxd.tracing.notes import Notes
 from tnxd.transport.client_limits import Admission, Client, Connection
 
 _MOST_CLIENTS = 20
 _MOST_SLOW = 1000
 
 
-def stats(
-    request: Stats,
-    state: str,
-    inventory: Inventory,
-    scheduler: Scheduler,
-    telemetry: Telemetry,
-    undeliverable: int,
-    admission: Admission,
-    asking: Connection,
-) -> StatsReport:
-    """The counts of the daemon, its models and its devices; those of its clients, for an admin."""
-    return StatsReport(
-        v=VERSION,
-        id=request.id,
-        status=state,
-        version=__version__,
-        started_s=telemetry.started,
-        uptime_us=telemetry.uptime_s() * 1e6,
-        models=tuple(_versions(inventory, scheduler)),
-        devices=tuple(_devices(inventory, scheduler)),
-        clients=tuple(_clients(admission)) if asking.role >= Role.ADMIN else (),
-        requests=telemetry.requests,
-        replies=telemetry.replies,
-        errors=dict(telemetry.errors),
-        resent=telemetry.resent,
-        undeliverable=undeliverable,
-        abandoned=telemetry.abandoned,
-        queued=scheduler.queued,
-        running=scheduler.running - scheduler.background,
-        connections=sum(client.connections for client in admission),
-        connections_refused=admission.refused,
-        connections_cut=admission.cut,
-        traffic_mb=admission.traffic_bytes / MIB,
-        traffic_owed_mb=admission.unsent / MIB,
-        traffic_limit_mb=admission.max_traffic_bytes / MIB,
-        loop_turns=telemetry.turns(),
-        log_lines_dropped=logs.dropped(),
-    )
+class Statistics:
+    """Statistics of a daemon, as anybody who may ask for them is told.
 
+    With hundreds of busy versions a report takes tens of milliseconds of the loop's time. So it is `Shared`,
+    the models in the form in which they are sent.
 
-def explain(request: Explain, inventory: Inventory, asking: Connection) -> Explanation:
-    """The slowest requests, the slowest first.
-
-    Raises:
-        NotFound, InvalidArgument, FailedPrecondition: there is no such model.
+    Args:
+        undeliverable: number of messages that could not be delivered, so far.
+        notes: of sampled requests, if there are any.
     """
-    wanted = _titles(request.model, inventory) if request.model else None
-    found: list[SlowRequest] = []
-    for title, counts in inventory.traffic.counts():
-        if wanted is not None and title not in wanted:
-            continue
-        for slow, client, age_s in counts.slowest.kept():
-            if request.request in (None, slow.id):
-                name = client if asking.role >= Role.ADMIN else ""
-                found.append(msgspec.structs.replace(slow, age_s=age_s, client=name))
-    found.sort(key=lambda slow: slow.timing.total_us, reverse=True)
-    return Explanation(v=VERSION, id=request.id, requests=tuple(found[:_MOST_SLOW]), kept_s=KEPT_S)
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        scheduler: Scheduler,
+        telemetry: Telemetry,
+        admission: Admission,
+        undeliverable: Callable[[], int],
+        notes: Notes | None = None,
+        share: Callable[[Callable[[], Any]], Shared[Any]] = Shared,
+    ) -> None:
+        self._inventory = inventory
+        self._scheduler = scheduler
+        self._telemetry = telemetry
+        self._admission = admission
+        self._undeliverable = undeliverable
+        self._notes = notes
+        self._report: Shared[StatsReport] = share(self._count)
+        self._slow: Shared[list[_Slow]] = share(self._gather_slow)
+
+    def stats(self, request: Stats, state: str, asking: Connection) -> StatsReport:
+        """The counts of the daemon, its models and its devices; those of its clients, for an admin."""
+        report = self._report.get()
+        clients = report.clients if asking.role >= Role.ADMIN else ()
+        return msgspec.structs.replace(report, id=request.id, status=state, clients=clients)
+
+    def explain(self, request: Explain, asking: Connection) -> Explanation:
+        """The slowest requests, the slowest first.
+
+        Raises:
+            NotFound, InvalidArgument, FailedPrecondition: there is no such model.
+        """
+        wanted = _titles(request.model, self._inventory) if request.model else None
+        now, is_admin = time.monotonic(), asking.role >= Role.ADMIN
+        found = (
+            slow
+            for slow in self._slow.get()
+            if request.request in (None, slow.request.id) and (wanted is None or slow.title in wanted)
+        )
+        told = [
+            msgspec.structs.replace(slow.request, age_s=now - slow.at, client=slow.client if is_admin else "")
+            for slow in islice(found, _MOST_SLOW)
+        ]
+        return Explanation(v=VERSION, id=request.id, requests=tuple(told), kept_s=KEPT_S)
+
+    def _count(self) -> StatsReport:
+        """All counts as they are now."""
+        inventory, scheduler, telemetry, admission = self._inventory, self._scheduler, self._telemetry, self._admission
+        models: Any = encoded(tuple(_versions(inventory, scheduler)))
+        return StatsReport(
+            v=VERSION,
+            id=0,
+            status="",
+            version=__version__,
+            started_s=telemetry.started,
+            uptime_us=telemetry.uptime_s() * 1e6,
+            models=models,
+            devices=tuple(_devices(inventory, scheduler)),
+            clients=tuple(_clients(admission)),
+            requests=telemetry.requests,
+            replies=telemetry.replies,
+            errors=dict(telemetry.errors),
+            resent=telemetry.resent,
+            undeliverable=self._undeliverable(),
+            abandoned=telemetry.abandoned,
+            queued=scheduler.queued,
+            running=scheduler.running - scheduler.background,
+            connections=sum(client.connections for client in admission),
+            connections_refused=admission.refused,
+            connections_cut=admission.cut,
+            traffic_mb=admission.traffic_bytes / MIB,
+            traffic_owed_mb=admission.unsent / MIB,
+            traffic_limit_mb=admission.max_traffic_bytes / MIB,
+            loop_turns=telemetry.turns(),
+            log_lines_dropped=logs.dropped(),
+            spans_dropped=0 if self._notes is None else self._notes.dropped + self._notes.lost,
+        )
+
+    def _gather_slow(self) -> list[_Slow]:
+        """The slow requests of all models, the slowest first."""
+        now = time.monotonic()
+        found = [
+            _Slow(title, request, client, now - age_s)
+            for title, counts in self._inventory.traffic.counts()
+            for request, client, age_s in counts.slowest.kept()
+        ]
+        found.sort(key=lambda slow: slow.request.timing.total_us, reverse=True)
+        return found
+
+
+class _Slow(NamedTuple):
+    """Slow request. Attributes: title: of its version. client: its name. at: when it came, by the monotonic clock."""
+
+    title: str
+    request: SlowRequest
+    client: str
+    at: float
 
 
 def _titles(model: str, inventory: Inventory) -> set[str]:

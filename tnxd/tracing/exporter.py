@@ -79,7 +79,6 @@ class SpanThread:
         self._notes = notes
         self._connect = connect
         self._sent = 0
-        self._lost = 0
         self._told = 0
         self._next_told_s = 0.0
         self._ends = threading.Event()
@@ -124,12 +123,12 @@ class SpanThread:
         if taken:
             self._sent += len(notes)
         else:
-            self._lost += len(notes)
+            self._notes.lost += len(notes)
 
     @property
     def dropped(self) -> int:
         """Number of requests whose spans went nowhere."""
-        return self._notes.dropped + self._lost
+        return self._notes.dropped + self._notes.lost
 
     def _tell_dropped(self, *, at_once: bool = False) -> None:
         count, now = self.dropped - self._told, time.monotonic()

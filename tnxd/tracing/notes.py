@@ -51,6 +51,7 @@ class Notes:
 
     Attributes:
         noted: number of notes that came. dropped: of those that found no room.
+        lost: of those that were taken, and not sent after all; counted by who takes them.
     """
 
     def __init__(self, most: int = MOST_WAITING) -> None:
@@ -58,6 +59,7 @@ class Notes:
         self._waiting: deque[Note] = deque()
         self.noted = 0
         self.dropped = 0
+        self.lost = 0
 
     def __len__(self) -> int:
         return len(self._waiting)

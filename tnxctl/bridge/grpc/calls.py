@@ -36,6 +36,8 @@ Readers = set[asyncio.Task[None]]
 STREAM_WINDOW = 32
 """Requests of one stream that are under way at a time; one more is read when the first of them is answered."""
 
+_LONG_BYTES = 64 * 1024  # of an answer: what is shorter is taken by the buffers that each connection has
+
 _LEAST_S = 1e-6  # once it is over, gRPC cancels the call by itself
 
 _log = logging.getLogger("tnxctl.bridge")
@@ -130,9 +132,25 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
 
 def _handler(bridge: Bridge, descriptor: MethodDescriptor, method: Method, readers: Readers) -> Any:
     answerer = _Answerer(bridge, descriptor, method, readers)
-    if descriptor.client_streaming:
-        return grpc.stream_stream_rpc_method_handler(answerer.stream)
-    return grpc.stream_unary_rpc_method_handler(answerer.unary)
+    return grpc.stream_stream_rpc_method_handler(answerer.stream if descriptor.client_streaming else answerer.unary)
+
+
+class _Window:
+    """Window of a stream. Args: most: requests that may be under way. Attributes: under_way: those that are."""
+
+    def __init__(self, most: int) -> None:
+        self._free = asyncio.Semaphore(most)
+        self.under_way = 0
+
+    async def enter(self) -> None:
+        """Count a request, and wait until one more has room."""
+        self.under_way += 1
+        await self._free.acquire()
+
+    def leave(self) -> None:
+        """Count a request no more, once it is answered."""
+        self.under_way -= 1
+        self._free.release()
 
 
 class _Answerer:
@@ -144,49 +162,94 @@ class _Answerer:
         self._request: Any = message_factory.GetMessageClass(descriptor.input_type)
         self._method = method
 
-    async def unary(self, requests: Any, context: Any) -> bytes:
+    async def unary(self, requests: Any, context: Any) -> None:
         """Answer the only request."""
         call = Call(self._bridge, context)
         try:
             self._check(call)
-            return await self._answer(call, await self._only_message(context))
+            await self._write(context, await self._answer(call, await self._only_message(context)))
         except TensorNextError as error:
             await abort(context, error)
 
     async def stream(self, requests: Any, context: Any) -> None:
-        """Answer many requests, beside each other and in their order; an error ends none but its own."""
+        """Answer many requests, beside each other and in their order; an error ends none but its own.
+
+        A stream that has no request for long is ended, as a connection of HTTP is.
+        """
         call = Call(self._bridge, context)
         try:
             self._check(call)
         except TensorNextError as error:
             await abort(context, error)
         answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
-        window = asyncio.Semaphore(STREAM_WINDOW)
-        async with asyncio.TaskGroup() as tasks:
+        window = _Window(STREAM_WINDOW)
+        ended: TensorNextError | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
 
-            async def read() -> None:
-                try:
-                    while (data := await context.read()) is not grpc.aio.EOF:
-                        answers.put_nowait(tasks.create_task(self._answer_or_failure(call, data)))
-                        await window.acquire()
-                finally:
-                    answers.put_nowait(None)
+                async def read() -> None:
+                    try:
+                        while (data := await self._next_message(context, window)) is not grpc.aio.EOF:
+                            answers.put_nowait(tasks.create_task(self._answer_or_failure(call, data)))
+                            await window.enter()
+                    finally:
+                        answers.put_nowait(None)
 
-            reader = tasks.create_task(read())
-            self._readers.add(reader)
-            reader.add_done_callback(self._readers.discard)
-            while (task := await answers.get()) is not None:
-                await context.write(await task)
-                window.release()
-        if reader.cancelled():
-            await abort(context, Unavailable("the bridge ends"))
+                reader = tasks.create_task(read())
+                self._readers.add(reader)
+                reader.add_done_callback(self._readers.discard)
+                while (task := await answers.get()) is not None:
+                    try:
+                        await self._write(context, await task)
+                    except Unavailable as error:
+                        await self._write(context, self._failure(error))
+                    window.leave()
+        except* TensorNextError as group:
+            ended = group.exceptions[0]  # type: ignore[assignment]  # it is not in another group
+        if ended is None and reader.cancelled():
+            ended = Unavailable("the bridge ends")
+        if ended is not None:
+            await abort(context, ended)
+
+    async def _next_message(self, context: Any, window: _Window) -> Any:
+        """The next message of a stream, or its end. Raises DeadlineExceeded: none has come for long."""
+        seconds = self._bridge.settings.limits.idle_timeout_s
+        reading = asyncio.ensure_future(context.read())
+        try:
+            while not (await asyncio.wait((reading,), timeout=seconds))[0]:
+                if not window.under_way:
+                    raise DeadlineExceeded(f"the stream had no request for {seconds:g} s")
+        except BaseException:
+            reading.cancel()
+            raise
+        return reading.result()
+
+    async def _write(self, context: Any, answer: bytes) -> None:
+        """Send an answer. A long one is held until the client has let it come, or its call is over.
+
+        Nothing can end such a call from here: its status would wait behind the answer.
+
+        Raises Unavailable: there is no memory for it now.
+        """
+        nbytes = len(answer) if len(answer) >= _LONG_BYTES else 0
+        self._bridge.budget.hold(nbytes)
+        try:
+            await context.write(answer)
+        except grpc.aio.InternalError:  # the client has gone, as its cancelling is about to say
+            raise asyncio.CancelledError from None
+        finally:
+            self._bridge.budget.release(nbytes)
 
     async def _answer_or_failure(self, call: Call, data: bytes) -> bytes:
         try:
             return await self._answer(call, data)
         except TensorNextError as error:
-            assert self._method.failure is not None
-            return self._method.failure(error).SerializeToString()  # type: ignore[no-any-return]
+            return self._failure(error)
+
+    def _failure(self, error: TensorNextError) -> bytes:
+        """The response that tells the error of a request of a stream."""
+        assert self._method.failure is not None
+        return self._method.failure(error).SerializeToString()  # type: ignore[no-any-return]
 
     def _check(self, call: Call) -> None:
         """Check that this may be asked, before any of it is read. Raises Unauthenticated, PermissionDenied."""

@@ -13,8 +13,9 @@ import msgspec
 from tnxctl.aio import AsyncClient
 from tnxctl.bridge import server_timing
 from tnxctl.bridge.bridge import Bridge
+from tnxctl.bridge.helper import LONG_BYTES, LONG_ELEMENTS
 from tnxctl.bridge.http import JSON, HttpError, Request, Response, json_response
-from tnxctl.bridge.oip import compression, documents, infer, orders
+from tnxctl.bridge.oip import compression, documents, infer, orders, tensors
 from tnxctl.bridge.routes import Handler, Routes
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import DeadlineExceeded, InvalidArgument, Unavailable
@@ -41,7 +42,7 @@ def add_to(routes: Routes) -> None:
     """Add the routes of this interface."""
     routes.add("GET", "/v2", server_metadata, wire.Health)
     routes.add("GET", "/v2/health/live", live, None)
-    routes.add("GET", "/v2/health/ready", ready, wire.Health)
+    routes.add("GET", "/v2/health/ready", ready, None)  # as `live`: probes have no token
     routes.add("GET", "/v2/models/stats", statistics, wire.Stats)
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes.add("GET", model, model_metadata, wire.Metadata)
@@ -109,7 +110,13 @@ async def run_inference(bridge: Bridge, request: Request) -> Response:
     if json_bytes > settings.limits.json_bytes:
         raise HttpError(413, f"the body has {json_bytes} bytes of JSON, and may have {settings.limits.json_bytes}")
     if json_bytes or not body:
-        inference = infer.read(body, json_bytes, settings.message)
+        view = memoryview(body)
+        document, limits = view[:json_bytes], settings.message
+        if json_bytes < LONG_BYTES:
+            asked = infer.read_document(document, limits)
+        else:
+            asked = await bridge.helper.call(infer.read_document, bytes(document), limits)
+        inference = infer.of_document(asked, view[json_bytes:], limits)
     else:
         inference = infer.read_raw(body, await bridge.signatures.get(title), settings.message)
     result = await bridge.client.predict(inference.inputs, model=title, **inference.arguments)
@@ -117,7 +124,12 @@ async def run_inference(bridge: Bridge, request: Request) -> Response:
     if inference.classifies:
         ran = await bridge.signatures.get(documents.model_title(result.model, result.version))
         batches = ran.max_batch_size > 0
-    answer = infer.answer(inference, result, batches)
+    texts = {
+        name: await bridge.helper.call(tensors.to_json, name, array)
+        for name, array in infer.written(inference, result)
+        if array.size >= LONG_ELEMENTS
+    }
+    answer = infer.answer(inference, result, batches, texts)
     chunks, coding = await compression.packed(answer.chunks, headers.get(b"accept-encoding"))
     stages = server_timing.header(result)
     if not answer.binary:

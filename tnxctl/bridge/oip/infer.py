@@ -33,13 +33,21 @@ _PASSED_ON = ("device", "route_key", "min_gpu_memory_mb", "prefer_gpu")
 _RESERVED = "triton_"
 
 
+Parameters = Annotated[dict[str, Any], msgspec.Meta(max_length=1024)]
+"""Parameters of a request or a tensor, by their names. Those that mean something are scalars."""
+
+
 class InputTensor(msgspec.Struct, frozen=True):
-    """One input of a request. Attributes: data: its elements in JSON; unset for a binary tensor."""
+    """One input of a request.
+
+    Attributes:
+        data: its elements, as JSON has them, or as an array already; unset for a binary tensor.
+    """
 
     name: Name
     datatype: Word
     shape: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_DIM)], ...], msgspec.Meta(max_length=MAX_RANK)]
-    parameters: dict[str, Any] = {}
+    parameters: Parameters = {}
     data: Any = UNSET
 
 
@@ -47,7 +55,7 @@ class RequestedOutput(msgspec.Struct, frozen=True):
     """One output that a request asks for."""
 
     name: Name
-    parameters: dict[str, Any] = {}
+    parameters: Parameters = {}
 
 
 class InferRequest(msgspec.Struct, frozen=True):
@@ -56,7 +64,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     inputs: Annotated[list[InputTensor], msgspec.Meta(max_length=MAX_TENSORS)]
     outputs: Annotated[list[RequestedOutput], msgspec.Meta(max_length=MAX_TENSORS)] = []
     id: str = ""
-    parameters: dict[str, Any] = {}
+    parameters: Parameters = {}
 
 
 class Output(NamedTuple):
@@ -132,8 +140,23 @@ def read(body: Buffer, json_bytes: int, limits: Limits) -> Inference:
         Unimplemented: it asks for shared memory.
     """
     view = memoryview(body)
-    request = _document(view[:json_bytes])
-    inputs = _inputs(request.inputs, view[json_bytes:], limits)
+    return of_document(read_document(view[:json_bytes], limits), view[json_bytes:], limits)
+
+
+def read_document(text: Buffer, limits: Limits) -> InferRequest:
+    """The request in JSON, the data of its tensors made arrays. Raises as `read` does."""
+    request = _document(text)
+    return msgspec.structs.replace(
+        request,
+        inputs=[_with_array(tensor, limits) for tensor in request.inputs],
+        outputs=[msgspec.structs.replace(output, parameters=_scalars(output.parameters)) for output in request.outputs],
+        parameters=_scalars(request.parameters),
+    )
+
+
+def of_document(request: InferRequest, binary_data: memoryview, limits: Limits) -> Inference:
+    """The request of a document that was read, with the binary data behind it. Raises as `read` does."""
+    inputs = _inputs(request.inputs, binary_data, limits)
     binary = _flag(request.parameters, "binary_data_output", False)
     outputs = [_output(output, binary) for output in request.outputs]
     return Inference(
@@ -231,11 +254,26 @@ def selected(result: Result, outputs: Sequence[Output], binary: bool) -> list[tu
     return [(output, result.outputs[output.name]) for output in wanted.values()]
 
 
-def answer(inference: Inference, result: Result, batches: bool = False) -> Answer:
+def written(inference: Inference, result: Result) -> list[tuple[str, Array]]:
+    """The outputs that are answered in JSON, and their names. Raises InvalidArgument: there is no such output."""
+    return [
+        (output.name, array)
+        for output, array in selected(result, inference.outputs, inference.binary)
+        if not output.binary and not output.classes
+    ]
+
+
+def answer(
+    inference: Inference,
+    result: Result,
+    batches: bool = False,
+    texts: Mapping[str, tuple[str, msgspec.Raw]] | None = None,
+) -> Answer:
     """The body that answers a request.
 
     Args:
         batches: whether axis 0 of the model's outputs counts rows; matters to a request that `classifies`.
+        texts: outputs that were written already, by `tensors.to_json`.
 
     Raises:
         InvalidArgument: an output that is asked for cannot be given, or not in that form.
@@ -251,7 +289,8 @@ def answer(inference: Inference, result: Result, batches: bool = False) -> Answe
             document["parameters"] = {"binary_data_size": len(chunk)}
             chunks.append(chunk)
         else:
-            datatype, document["data"] = tensors.to_json(output.name, array)
+            text = texts.get(output.name) if texts and not output.classes else None
+            datatype, document["data"] = text or tensors.to_json(output.name, array)
         document["datatype"] = datatype
         documents.append(document)
     head = {"id": inference.id} if inference.id else {}
@@ -259,7 +298,24 @@ def answer(inference: Inference, result: Result, batches: bool = False) -> Answe
     return Answer(chunks, len(chunks) > 1)
 
 
-def _document(text: memoryview) -> InferRequest:
+def _scalars(parameters: Parameters) -> Parameters:
+    """Parameters with None for what is no scalar: it may be large, and means nothing."""
+    return {name: value if isinstance(value, bool | int | float | str) else None for name, value in parameters.items()}
+
+
+def _with_array(tensor: InputTensor, limits: Limits) -> InputTensor:
+    tensor = msgspec.structs.replace(tensor, parameters=_scalars(tensor.parameters))
+    if tensor.data is UNSET or "shared_memory_region" in tensor.parameters:
+        return tensor
+    array = tensors.from_json(tensor.name, tensor.datatype, tensor.shape, tensor.data)
+    if tensor.datatype == BYTES and array.size > limits.strings:
+        raise InvalidArgument(
+            f"input {excerpt(tensor.name)} has {array.size} strings, more than the limit of {limits.strings}"
+        )
+    return msgspec.structs.replace(tensor, data=array)
+
+
+def _document(text: Buffer) -> InferRequest:
     try:
         try:
             return _decode(text)
@@ -307,7 +363,7 @@ def _inputs(inputs: Sequence[InputTensor], binary: memoryview, limits: Limits) -
         if ("binary_data_size" in parameters) == (tensor.data is not UNSET):
             raise InvalidArgument(f"input {excerpt(name)}: expected either data or a parameter binary_data_size")
         if tensor.data is not UNSET:
-            arrays[name] = tensors.from_json(name, tensor.datatype, tensor.shape, tensor.data)
+            arrays[name] = tensor.data
             continue
         size = _number(parameters, "binary_data_size")
         if size > len(binary) - at:

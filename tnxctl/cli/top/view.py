@@ -218,6 +218,7 @@ def _troubles(now: Interval) -> Iterator[tuple[str, int]]:
     yield "cut off", now.connections_cut
     yield "refused", now.connections_refused
     yield "log lines dropped", now.log_lines_dropped
+    yield "spans dropped", now.spans_dropped
 
 
 def _ends(left: str, right: str, width: int, style: dict[str, bool | str] | None = None) -> str:

@@ -1,0 +1,146 @@
+"""Long bodies, which the kernel writes to where they stay: whole, in order, within limits, and followed by others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bridges import Bridge, Peer, running_bridge
+from conftest import Daemon
+from tnxctl import Client
+
+MIB = 1 << 20
+LENGTH_HEADER = "Inference-Header-Content-Length"
+MOST = np.zeros((600, 256), np.float32)
+"""Rows that 1 MiB does for, of which their answer takes half as much as they do."""
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def message(rows: np.ndarray) -> bytes:
+    """A request for `mlp` as it goes over the wire."""
+    tensor = {
+        "name": "input",
+        "datatype": "FP32",
+        "shape": rows.shape,
+        "parameters": {"binary_data_size": rows.nbytes},
+    }
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    lines = [
+        "POST /v2/models/mlp/infer HTTP/1.1",
+        "Host: localhost",
+        f"{LENGTH_HEADER}: {len(head)}",
+        f"Content-Length: {len(head) + rows.nbytes}",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + head + rows.tobytes()
+
+
+def outputs(peer: Peer) -> np.ndarray:
+    """The output in the next response."""
+    answer = peer.response()
+    assert answer.status == 200, answer
+    binary = answer.body[int(answer.headers[LENGTH_HEADER.lower()]) :]
+    return np.frombuffer(binary, np.float32)
+
+
+def claiming(nbytes: int) -> str:
+    """Head of a request whose body has so many bytes."""
+    return f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {nbytes}\r\n\r\n"
+
+
+@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
+def either(
+    request: pytest.FixtureRequest, daemon: Daemon, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bridge]:
+    """Bridge on either event loop."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "asyncio":
+            (folder / "uvloop.py").write_text("raise ImportError")
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+        else:
+            pytest.importorskip("uvloop")
+        with running_bridge(folder, daemon.endpoint) as running:
+            yield running
+
+
+@pytest.mark.parametrize("piece", [7_919, 65_536, 300_001, 4 * MIB])
+def test_they_come_whole_however_they_are_cut(either: Bridge, daemon: Daemon, piece: int) -> None:
+    rows = np.random.default_rng(piece).standard_normal((1500, 256), np.float32)
+    with Client(daemon.endpoint) as client:
+        wanted = client.predict(rows, model="mlp").output.ravel()
+    sent = message(rows)
+    with either.connect() as peer:
+        for at in range(0, len(sent), piece):
+            peer.send(sent[at : at + piece])
+        assert np.array_equal(outputs(peer), wanted)
+        assert peer.ask("GET", "/health").status == 200
+
+
+def test_others_follow_them_on_the_connection(either: Bridge, daemon: Daemon) -> None:
+    rows = [np.full((count, 256), count, np.float32) for count in (1, 400, 64, 1000)]
+    with Client(daemon.endpoint) as client:
+        wanted = [client.predict(each, model="mlp").output.ravel() for each in rows]
+    with either.connect() as peer:
+        for each in rows:
+            peer.send(message(each) + HEALTH)
+        for each in wanted:
+            assert np.array_equal(outputs(peer), each)
+            assert peer.response().status == 200
+
+
+@pytest.fixture(scope="module")
+def tight(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bridge]:
+    """Bridge with 1 MiB for all bodies together."""
+    limits = [f"bodies_bytes={MIB}", "body_timeout_s=1", f"body_rate={MIB}"]
+    options = [word for limit in limits for word in ("--limit", limit)]
+    with running_bridge(tmp_path_factory.mktemp("tight"), daemon.endpoint, *options) as running:
+        yield running
+
+
+def test_a_length_that_is_only_claimed_takes_nothing_from_others(tight: Bridge) -> None:
+    with tight.connect() as first, tight.connect() as second, tight.connect() as honest:
+        for liar in (first, second):
+            liar.send(claiming(200 * MIB), b"[" * 100_000)
+        assert honest.ask("GET", "/health").status == 200  # by then the others were seen
+        honest.send(message(MOST[:400]))
+        assert len(outputs(honest))
+        assert first.response().status == second.response().status == 408
+
+
+def test_what_has_come_counts(tight: Bridge) -> None:
+    with tight.connect() as first, tight.connect() as second:
+        first.send(claiming(2 * MIB), b"[" * (MIB - 200_000))
+        answer = second.send(message(MOST)).response()
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert second.ask("GET", "/health").status == 200  # the rest of the refused body was read away
+        assert first.response().status == 408
+    with tight.connect() as later:
+        assert len(outputs(later.send(message(MOST))))
+
+
+def test_who_goes_away_in_the_middle_leaves_nothing_behind(tight: Bridge) -> None:
+    for _ in range(5):
+        with tight.connect() as peer:
+            peer.send(claiming(2 * MIB), b"[" * 700_000)
+    with tight.connect() as peer:
+        assert peer.ask("GET", "/health").status == 200
+        assert len(outputs(peer.send(message(MOST))))
+
+
+def test_a_bridge_that_ends_answers_one_that_has_not_come_whole(daemon: Daemon, tmp_path: Path) -> None:
+    with running_bridge(tmp_path, daemon.endpoint) as bridge, bridge.connect() as peer:
+        peer.send(claiming(2 * MIB), b"[" * 700_000)
+        with bridge.connect() as idle:
+            assert idle.ask("GET", "/health").status == 200
+            bridge.process.send_signal(signal.SIGTERM)
+            assert idle.is_ended()
+        assert bridge.stop() == 0
+        answer = peer.response()
+        assert (answer.status, answer.error) == (503, "the bridge ends")
