@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -30,6 +31,9 @@ class Question(Protocol[T_co]):
         """The answer."""
         ...
 
+
+READY_TIMEOUT_S = 1.0
+"""Longest wait of a readiness check: probes ask every few seconds, and give up after one by default."""
 
 _LEAST_S = 1e-3  # a timeout is above 0
 
@@ -65,6 +69,7 @@ class Bridge:
         if len(endpoints) > 1:
             self.client = AsyncClient(list(endpoints), timeout=settings.timeout, limits=settings.message)
         self.signatures = Signatures(self.client)
+        self._asking_ready: asyncio.Task[bool] | None = None
         self._first = 0  # of the daemons: the one that answered last
 
     async def ask_one(self, ask: Question[T], timeout: float | None = None) -> T:
@@ -92,11 +97,32 @@ class Bridge:
                     self._first = (asked + 1) % count
         return await ask(self.daemons[self._first], timeout=_share(ends, 1))
 
+    async def is_ready(self) -> bool:
+        """Whether a daemon takes requests. Whoever asks meanwhile shares the question, since probes need no token."""
+        asking = self._asking_ready
+        if asking is None or asking.done():
+            asking = self._asking_ready = asyncio.ensure_future(self._ask_ready())
+            asking.add_done_callback(_look_at)
+        return await asyncio.shield(asking)
+
+    async def _ask_ready(self) -> bool:
+        try:
+            report = await self.ask_one(AsyncClient.health, min(self.settings.timeout, READY_TIMEOUT_S))
+        except (Unavailable, DeadlineExceeded):
+            return False
+        return report.status == "ready"
+
     async def close(self) -> None:
         """Close the connections to the daemon, or to all of them, and end the helper."""
         await self.helper.close()
         for client in (self.client, *self.daemons):
             await client.close()
+
+
+def _look_at(task: asyncio.Task[bool]) -> None:
+    """Take note of an error, which asyncio would log where those who have asked are gone."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _share(ends: float, count: int) -> float:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli.options import DEFAULT_TIMEOUT_S, Duration, host
+from tnxctl.cli import options
+from tnxctl.cli.options import DEFAULT_TIMEOUT_S, host
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 
 if TYPE_CHECKING:
@@ -20,13 +21,8 @@ if TYPE_CHECKING:
 @click.option("--listen", default="127.0.0.1:8000", show_default=True, metavar="ADDRESS", help="Where to serve HTTP.")
 @click.option("--grpc", metavar="ADDRESS", help="Where to serve gRPC.  [default: nowhere]")
 @host(several=True, envvar="TNX_HOST", show_envvar=True, default="127.0.0.1", show_default=True)
-@click.option(
-    "--timeout",
-    type=Duration(),
-    default=f"{DEFAULT_TIMEOUT_S:g}s",
-    show_default=True,
-    metavar="DURATION",
-    help="Longest wait for the daemon's answer to a request.",
+@options.duration(
+    "--timeout", default=f"{DEFAULT_TIMEOUT_S:g}s", help="Longest wait for the daemon's answer to a request."
 )
 @click.option(
     "--workers",

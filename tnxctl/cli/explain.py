@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import output, suggestions, text
+from tnxctl.cli import options, output, text
 from tnxctl.cli.options import common
 
 if TYPE_CHECKING:
@@ -25,13 +25,7 @@ _LISTED = 20
 @click.command("explain", short_help="Show the slowest requests of the last minute, and why.")
 @click.argument("request", metavar="[ID]", type=click.IntRange(0, MAX_ID), required=False)
 @common
-@click.option(
-    "--model",
-    default="",
-    metavar="NAME[@VERSION]",
-    shell_complete=suggestions.models,
-    help="Model, or one version of it.  [default: all]",
-)
+@options.model("Model, or one version of it.  [default: all]")
 def command(request: int | None, endpoint: str, timeout: float, as_json: bool, model: str) -> None:
     """Show the slowest requests of the last minute: where each spent its time, on which device, in what company, and
     what was predicted for it.

@@ -145,6 +145,16 @@ def as_json(command: _Command) -> _Command:
     )(command)
 
 
+def duration(name: str, *, default: str, help: str, most: float = math.inf) -> Callable[[_Command], _Command]:
+    """An option that is a span of time. Args: most: the longest one that is taken, in seconds."""
+    return click.option(name, type=Duration(most), default=default, show_default=True, metavar="DURATION", help=help)
+
+
+def model(help: str) -> Callable[[_Command], _Command]:
+    """--model, a model or one version of it; "" without one."""
+    return click.option("--model", default="", metavar="NAME[@VERSION]", shell_complete=suggestions.models, help=help)
+
+
 def request(*, no_device: str, missed: str, tensors: str, cast: str) -> Callable[[_Command], _Command]:
     """--model, --device, --deadline, --priority, --input and --cast: the request that a command sends.
 
@@ -155,13 +165,7 @@ def request(*, no_device: str, missed: str, tensors: str, cast: str) -> Callable
         cast: help of --cast.
     """
     found = [
-        click.option(
-            "--model",
-            default="",
-            metavar="NAME[@VERSION]",
-            shell_complete=suggestions.models,
-            help="Model, or one version of it.  [default: the daemon's default model]",
-        ),
+        model("Model, or one version of it.  [default: the daemon's default model]"),
         click.option(
             "--device",
             default="",

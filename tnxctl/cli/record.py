@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import exits, output, suggestions, text
-from tnxctl.cli.options import Duration, Finite, common
+from tnxctl.cli import exits, options, output, text
+from tnxctl.cli.options import Finite, common
 
 if TYPE_CHECKING:
     from tnxctl.client import Client
@@ -23,21 +23,8 @@ _STOPPED = "it was stopped"
 
 @click.command("record", short_help="Have the daemon write the requests that come to a file.")
 @click.argument("file", required=False)
-@click.option(
-    "--seconds",
-    type=Duration(most=LONGEST_S),
-    default="60s",
-    show_default=True,
-    metavar="DURATION",
-    help="Length of the recording.",
-)
-@click.option(
-    "--model",
-    default="",
-    metavar="NAME[@VERSION]",
-    shell_complete=suggestions.models,
-    help="Only the requests of this model, or of this version.  [default: all]",
-)
+@options.duration("--seconds", default="60s", help="Length of the recording.", most=LONGEST_S)
+@options.model("Only the requests of this model, or of this version.  [default: all]")
 @click.option(
     "--sample",
     type=Finite(min=0, max=1, min_open=True),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tnxctl.cli import output, suggestions, text
-from tnxctl.cli.options import Duration, common
+from tnxctl.cli import options, output, text
+from tnxctl.cli.options import common
 
 if TYPE_CHECKING:
     from tnxctl.statistics import Interval, VersionInterval
@@ -19,22 +19,9 @@ if TYPE_CHECKING:
 
 @click.command("stats", short_help="Show rates and percentiles over a few seconds.")
 @common
-@click.option(
-    "--seconds",
-    type=Duration(most=3_600.0),
-    default="5s",
-    show_default=True,
-    metavar="DURATION",
-    help="Length of the interval.",
-)
+@options.duration("--seconds", default="5s", help="Length of the interval.", most=3_600.0)
 @click.option("--since-start", is_flag=True, help="Show all since the daemon's start instead, at once.")
-@click.option(
-    "--model",
-    default="",
-    metavar="NAME[@VERSION]",
-    shell_complete=suggestions.models,
-    help="Model, or one version of it.  [default: all that were asked]",
-)
+@options.model("Model, or one version of it.  [default: all that were asked]")
 def command(endpoint: str, timeout: float, as_json: bool, seconds: float, since_start: bool, model: str) -> None:
     """Show how much each model was asked, and where the time went, over a few seconds.
 

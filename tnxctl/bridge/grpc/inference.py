@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from tnxctl.aio import AsyncClient
+from tnxctl.bridge.bridge import READY_TIMEOUT_S
 from tnxctl.bridge.grpc.calls import Call, Method
 from tnxctl.bridge.grpc.messages import message_of, plain
 from tnxctl.bridge.grpc.model_infer import model_infer, model_stream_infer, stream_failure
 from tnxctl.bridge.oip import documents, orders
-from tnxctl.bridge.oip.documents import READY_TIMEOUT_S, model_title
+from tnxctl.bridge.oip.documents import model_title
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import (
     DeadlineExceeded,
@@ -23,21 +24,12 @@ from tnxctl.protocol.errors import (
 from tnxctl.protocol.limits import excerpt
 
 
-async def is_ready(call: Call) -> bool:
-    """Whether the daemon answers, and serves."""
-    try:
-        report = await call.ask_one(AsyncClient.health, READY_TIMEOUT_S)
-    except (Unavailable, DeadlineExceeded):
-        return False
-    return report.status == "ready"
-
-
 async def _server_live(call: Call, request: Any) -> Any:
     return message_of("ServerLiveResponse", documents.live())
 
 
 async def _server_ready(call: Call, request: Any) -> Any:
-    return message_of("ServerReadyResponse", documents.ready(await is_ready(call)))
+    return message_of("ServerReadyResponse", documents.ready(await call.bridge.is_ready()))
 
 
 async def _model_ready(call: Call, request: Any) -> Any:

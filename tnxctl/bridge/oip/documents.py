@@ -35,9 +35,6 @@ EXTENSIONS = (
 PRIORITY_LEVELS = LOWEST_PRIORITY + 1
 """Priorities as Triton counts them: 1 (first) to this many (last)."""
 
-READY_TIMEOUT_S = 1.0
-"""Longest wait of a readiness check: probes ask every few seconds, and give up after one by default."""
-
 SERVING = ("ready", "evicted")
 """States of a version that answers requests, an evicted one once it is loaded again."""
 

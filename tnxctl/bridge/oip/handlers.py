@@ -18,7 +18,7 @@ from tnxctl.bridge.http import JSON, HttpError, Request, Response, json_response
 from tnxctl.bridge.oip import compression, documents, infer, orders, tensors
 from tnxctl.bridge.routes import Handler, Routes
 from tnxctl.protocol import wire
-from tnxctl.protocol.errors import DeadlineExceeded, InvalidArgument, Unavailable
+from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.limits import excerpt
 
 T = TypeVar("T")
@@ -63,13 +63,7 @@ async def live(bridge: Bridge, request: Request) -> Response:
 
 async def ready(bridge: Bridge, request: Request) -> Response:
     """Whether the daemon takes requests: 200, or else 503."""
-    timeout = min(bridge.settings.timeout, documents.READY_TIMEOUT_S)
-    try:
-        report = await bridge.ask_one(AsyncClient.health, timeout)
-    except (Unavailable, DeadlineExceeded):
-        is_ready = False
-    else:
-        is_ready = report.status == "ready"
+    is_ready = await bridge.is_ready()
     return json_response(documents.ready(is_ready), 200 if is_ready else 503)
 
 

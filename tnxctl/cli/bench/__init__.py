@@ -93,14 +93,7 @@ def _numbers(
     help="Search for the highest rate whose p99 stays under this: 10ms, 500us.",
 )
 @click.option("--rows", type=click.IntRange(min=0), help="Rows of the random input.  [default: 1]")
-@click.option(
-    "--seconds",
-    type=Duration(most=_LONGEST_S),
-    default="2s",
-    show_default=True,
-    metavar="DURATION",
-    help="Length of each measurement.",
-)
+@options.duration("--seconds", default="2s", help="Length of each measurement.", most=_LONGEST_S)
 @click.option(
     "--warm-up",
     type=_OrNone(most=_LONGEST_S),

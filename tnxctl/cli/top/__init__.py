@@ -11,7 +11,8 @@ import sys
 
 import click
 
-from tnxctl.cli.options import Duration, common
+from tnxctl.cli import options
+from tnxctl.cli.options import common
 
 # As in view.py, whose import would make --help slow; a test compares them.
 SORTS = ("rate", "p99", "queue", "errors", "grew", "name")
@@ -19,14 +20,7 @@ SORTS = ("rate", "p99", "queue", "errors", "grew", "name")
 
 @click.command("top", short_help="Watch what the daemon does, and where the time goes.")
 @common
-@click.option(
-    "--interval",
-    type=Duration(most=60.0),
-    default="1s",
-    show_default=True,
-    metavar="DURATION",
-    help="Time from one update to the next.",
-)
+@options.duration("--interval", default="1s", help="Time from one update to the next.", most=60.0)
 @click.option("--once", is_flag=True, help="Print one such interval, and end: the default without a terminal.")
 @click.option(
     "--sort", type=click.Choice(SORTS), default="rate", show_default=True, help="Order of models, the largest first."
