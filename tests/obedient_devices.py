@@ -34,6 +34,7 @@ _Inbox = queue.SimpleQueue[tuple[Execution, threading.Event]]
 class ObedientDevice:
     """Implements `tnxd.executors.execution.Executor`."""
 
+    shares_chip = False
     teams = NO_TEAMS
     runs_inline = False
     description = "does what it is told"

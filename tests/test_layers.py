@@ -67,7 +67,9 @@ SANS_IO = tuple(
 )
 """Modules of the client that are pure: but for the random part of waits, all depends on their arguments alone."""
 
-MOVERS = tuple(f"tnxctl.{module}" for module in ("driver", "handshakes", "link", "links", "process", "wakeups"))
+MOVERS = tuple(
+    f"tnxctl.{module}" for module in ("driver", "handshakes", "link", "links", "process", "sharing", "wakeups")
+)
 """Modules of the client that move messages or wait."""
 
 IO = ("asyncio", "os", "select", "socket", "threading", "time", "zmq")

@@ -344,6 +344,30 @@ def test_members_of_the_sockets_group_may_predict(service: Machine) -> None:
     path.chmod(0o660)
 
 
+SHARES = """
+import sys
+import numpy as np
+from tnxctl import Client
+with Client(sys.argv[1], shared_memory=True) as tnx:
+    first = tnx.predict(np.ones((256, 256), np.float32), timeout=60).output
+    tnx.health()
+    second = tnx.predict(np.ones((256, 256), np.float32)).output
+    print(tnx.shares_memory, np.array_equal(first, second))
+"""
+
+
+def test_it_shares_memory_with_root_and_with_members_of_the_sockets_group(service: Machine) -> None:
+    """From within the sandbox of the unit, where all other users look like nobody."""
+    (service.root / CONFIG).write_text("[clients]\nshared_memory_mb = 256\n")
+    service.run("systemctl", "restart", "tensornext")
+    path = service.root / IPC.removeprefix("ipc:///")
+    users = grp.getgrnam("users").gr_gid
+    os.chown(path, 0, users)
+    ask = ("/opt/tensornext/bin/python", "-c", SHARES, IPC)
+    for user in ((), ("setpriv", "--reuid=4711", "--regid=4711", f"--groups={users}")):
+        assert service.run(*user, *ask, timeout=120).splitlines()[-1] == "True True"
+
+
 def test_the_bridge_is_off_until_it_is_enabled_and_serves_then(service: Machine) -> None:
     unit = "tensornext-http"
     assert service.run("systemctl", "is-enabled", unit, check=False) == "disabled"

@@ -22,7 +22,7 @@ from tnxctl.encoder import DEFAULT_TIMEOUT_S
 from tnxctl.endpoint import DEFAULT_ENDPOINT
 from tnxctl.keys import lookup
 from tnxctl.link import Link, Socket
-from tnxctl.links import link_of
+from tnxctl.links import link_of, sharing_of
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.wire import (
     ClientsReport,
@@ -72,10 +72,17 @@ class AsyncClient:
         hedge: bool | float = False,
         key: str | os.PathLike[str] | None = None,
         server_key: str | None = None,
+        shared_memory: bool = False,
     ) -> None:
         self._given = endpoint
+        limits = limits or Limits()
         self._session = session_of(
-            endpoint, timeout, limits or Limits(), hedge, lambda address: lookup.find(address, key, server_key)
+            endpoint,
+            timeout,
+            limits,
+            hedge,
+            lambda address: lookup.find(address, key, server_key),
+            sharing_of(shared_memory, limits),
         )
         self._encoder = self._session.encoder
         self._driver: _LoopDriver | _OtherThreadDriver | None = None
@@ -91,6 +98,11 @@ class AsyncClient:
     def endpoint(self) -> str:
         """The daemon's address, as ZeroMQ spells it; of several, with commas between them."""
         return self._session.endpoint
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether large tensors go through shared memory now; with several daemons, to any of them."""
+        return self._session.shares_memory
 
     @property
     def traffic(self) -> Traffic | None:

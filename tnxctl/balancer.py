@@ -54,7 +54,7 @@ from tnxctl.protocol.errors import (
 from tnxctl.protocol.wire import Limits
 from tnxctl.resending import Budget
 from tnxctl.results import Traffic
-from tnxctl.session import LARGE_BYTES, MAX_LOSSES, MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session
+from tnxctl.session import LARGE_BYTES, MAX_LOSSES, MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session, SharedTensors
 from tnxctl.waiting import Waiting
 
 PATIENCE_S = 0.2
@@ -74,12 +74,13 @@ def session_of(
     limits: Limits,
     hedge: bool | float,
     find: Callable[[str], Credentials | None],
+    share: Callable[[str], SharedTensors | None] = lambda address: None,
 ) -> Session | Balancer:
     """The calls of a client of one daemon, or of several.
 
     Args:
         endpoint, timeout, limits, hedge: as `Client` takes them.
-        find: finds what to show to the daemon at an address.
+        find: finds what to show to the daemon at an address. share: makes what shares memory with it; None: nothing.
 
     Raises:
         InvalidArgument: an argument that can never work; the sentence names it.
@@ -87,9 +88,9 @@ def session_of(
     addresses = parse_endpoints(endpoint)
     percentile = check_hedge(hedge, len(addresses))
     if len(addresses) == 1:
-        return Session(addresses[0], timeout, limits, find(addresses[0]))
+        return Session(addresses[0], timeout, limits, find(addresses[0]), None, share(addresses[0]))
     budget = Budget()
-    sessions = [Session(address, timeout, limits, find(address), budget) for address in addresses]
+    sessions = [Session(address, timeout, limits, find(address), budget, share(address)) for address in addresses]
     return Balancer(sessions, budget, None if percentile is None else Hedging(percentile))
 
 
@@ -158,6 +159,11 @@ class Balancer:
     def timeout(self) -> float:
         """Seconds allowed to a call that names no timeout of its own."""
         return self.encoder.timeout
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether there is memory that any of the daemons shares now."""
+        return any(session.shares_memory for session in self.sessions)
 
     @property
     def idle(self) -> bool:

@@ -49,6 +49,7 @@ class Call(Generic[T]):
     __slots__ = (
         "_error",
         "_read",
+        "_renewed",
         "_request",
         "_result",
         "attempts",
@@ -97,9 +98,15 @@ class Call(Generic[T]):
         self.waiter: Any = None
         self.window: Window | None = None
         self._request = request
+        self._renewed: wire.Request | None = None
         self._read = read
         self._result: T | None = None
         self._error: TensorNextError | None = None
+
+    @property
+    def request(self) -> wire.Request:
+        """The request, as it was last encoded."""
+        return self._renewed or self._request
 
     @property
     def verb(self) -> str:
@@ -164,7 +171,8 @@ class Call(Generic[T]):
             changes["deadline_us"] = min((self.expires - now) * 1e6, wire.MAX_DEADLINE_US)
             changes["sent_us"] = now * 1e6
         if changes:
-            self.frames[0] = wire.encode(msgspec.structs.replace(request, **changes))
+            self._renewed = msgspec.structs.replace(request, **changes)
+            self.frames[0] = wire.encode(self._renewed)
 
     def attempt(self, sent: int, losses: int, now: float) -> Call[T]:
         """A copy of this call for one of several daemons.

@@ -16,6 +16,7 @@ from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
 from tnxctl.endpoint import DEFAULT_ENDPOINT
 from tnxctl.keys import lookup
+from tnxctl.links import sharing_of
 from tnxctl.protocol.wire import (
     ClientsReport,
     Comparison,
@@ -89,10 +90,15 @@ class Client:
         server_key: the line that `tnxctl keys server` prints on the daemon's host, or the 40 characters of the key in
             it: nothing else is let answer; None: as `tnxctl keys trust` was told. Where neither is given or known, no
             keys are used.
+        shared_memory: whether large tensors go through memory that the daemon shares with this client, which takes
+            endpoints on ipc:// and Linux. It begins once a connection stands and the daemon has agreed; until then, and
+            where it does not or no room is left, they go over the socket. Outputs look into that memory for as long as
+            the program holds them, and are copies to nobody else: a process forked meanwhile must not go on reading
+            them. See docs/protocol.md, "Shared memory".
 
     Raises:
-        InvalidArgument: the endpoint, the timeout or the share is not one; or a file with keys has a mistake, cannot be
-            read, or is not its owner's alone.
+        InvalidArgument: the endpoint, the timeout or the share is not one; no memory can be shared there; or a file
+            with keys has a mistake, cannot be read, or is not its owner's alone.
     """
 
     def __init__(
@@ -104,10 +110,17 @@ class Client:
         hedge: bool | float = False,
         key: str | os.PathLike[str] | None = None,
         server_key: str | None = None,
+        shared_memory: bool = False,
     ) -> None:
         self._given = endpoint
+        limits = limits or Limits()
         self._session = session_of(
-            endpoint, timeout, limits or Limits(), hedge, lambda address: lookup.find(address, key, server_key)
+            endpoint,
+            timeout,
+            limits,
+            hedge,
+            lambda address: lookup.find(address, key, server_key),
+            sharing_of(shared_memory, limits),
         )
         self._encoder = self._session.encoder
         self._driver = ThreadDriver(self._session)
@@ -122,6 +135,11 @@ class Client:
     def endpoint(self) -> str:
         """The daemon's address, as ZeroMQ spells it; of several, with commas between them."""
         return self._session.endpoint
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether large tensors go through shared memory now; with several daemons, to any of them."""
+        return self._session.shares_memory
 
     @property
     def traffic(self) -> Traffic | None:

@@ -184,6 +184,7 @@ class Link:
             event, value = _EVENT.unpack(self.monitor.recv_multipart(zmq.NOBLOCK)[0])
             self._note(event, value)
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+                self._send_message(self._session.share_message())
                 for call in self._session.connected(time.monotonic()):
                     self._send(call)
                 self.send_probe()
@@ -253,7 +254,10 @@ class Link:
 
     def send_probe(self) -> None:
         """Ask the daemon for its health, where the session wants to know."""
-        message = self._session.probe_message()
+        self._send_message(self._session.probe_message())
+
+    def _send_message(self, message: bytes | None) -> None:
+        """Send a header alone, if there is one and that is possible at once."""
         if message is not None and self.dealer is not None:
             with contextlib.suppress(zmq.ZMQError):
                 self.dealer.send(message, _NOBLOCK)
@@ -273,6 +277,8 @@ class Link:
 
     def abandon(self) -> None:
         """Forget the sockets, in a forked child: they are the parent's, and pyzmq leaves them open here."""
+        if self._session.sharing is not None:
+            self._session.sharing.lost()
         for socket in (self.dealer, self.monitor):
             if socket is not None:
                 with contextlib.suppress(AttributeError):
@@ -334,16 +340,14 @@ class Link:
 
     def _send_cancel(self, call: Call[Any]) -> None:
         """Spare the daemon a computation that nobody waits for, if that is possible at once."""
-        message = self._session.cancel_message(call)
-        if message is not None and self.dealer is not None:
-            with contextlib.suppress(zmq.ZMQError):
-                self.dealer.send(message, _NOBLOCK)
+        self._send_message(self._session.cancel_message(call))
 
     def _send(self, call: Call[Any]) -> None:
         dealer = self.dealer
         assert dealer is not None
         copy = call.nbytes < ZERO_COPY_BYTES
-        *head, last = call.frames
+        sharing = self._session.sharing
+        *head, last = call.frames if sharing is None else sharing.outgoing(call)
         try:
             for frame in head:
                 dealer.send(frame, _MORE_NOBLOCK, copy)

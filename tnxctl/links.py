@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -10,7 +12,9 @@ from typing import Any
 from tnxctl.balancer import Balancer
 from tnxctl.call import Call
 from tnxctl.link import Link, Socket
-from tnxctl.session import Session
+from tnxctl.protocol.errors import InvalidArgument
+from tnxctl.protocol.wire import Limits
+from tnxctl.session import Session, SharedTensors
 
 
 class Links:
@@ -167,6 +171,27 @@ class Links:
         for link in self._links:
             link.send_probe()
         return finished
+
+
+def sharing_of(wanted: bool, limits: Limits) -> Callable[[str], SharedTensors | None]:
+    """Makes what shares memory with the daemon at an address; nothing, unless that is wanted.
+
+    Raises, when it is called:
+        InvalidArgument: this system has no such memory, or the daemon may be on another host.
+    """
+
+    def share(address: str) -> SharedTensors | None:
+        if not wanted:
+            return None
+        if not hasattr(os, "memfd_create"):
+            raise InvalidArgument(f"shared_memory: not available on {platform.system()}, only on Linux")
+        if not address.startswith("ipc://"):
+            raise InvalidArgument(f"shared_memory: {address} is no address of this host alone, ipc://PATH is one")
+        from tnxctl.sharing import Sharing  # numpy takes long to import
+
+        return Sharing(address, limits.header_bytes)
+
+    return share
 
 
 def link_of(

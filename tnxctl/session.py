@@ -6,6 +6,7 @@
     Session.lost() / expire(now)            -> calls that have failed; all of them, if the daemon lets nobody in
     Session.disconnected()                  likewise, when this side has closed the connection
     Session.cancel_message(call)            tells the daemon that nobody waits for the answer any more
+    Session.share_message()                 asks the daemon for shared memory, on a new connection
     Session.probe_message()                 asks the daemon for its health, when there is doubt about it
     Session.give_up()                       a half-open connection is closed
     Session.next_timer                      time of the next look
@@ -40,7 +41,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -85,15 +86,36 @@ _REPLY_TENSORS = 65_536
 _log = logging.getLogger("tnxctl")
 
 
+class SharedTensors(Protocol):
+    """Tensors in memory that the daemon shares, see `tnxctl.sharing.Sharing`."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there is such memory now."""
+
+    def ask(self, id_: int) -> bytes | None:
+        """The message that asks the daemon for it."""
+
+    def outgoing(self, call: Call[Any]) -> list[Any]:
+        """The frames with which a call goes out now."""
+
+    def incoming(self, reply: wire.Reply, frames: Sequence[Any]) -> Sequence[Any] | None:
+        """The frames of a reply that came; None if it was for no call. Raises InvalidArgument."""
+
+    def lost(self) -> None:
+        """Forget the memory: the connection is no more."""
+
+
 class Session:
     """All calls of one client to one endpoint. Used from one thread at a time.
 
     Args:
         credentials: what to show to the daemon, and to expect of it; None: no keys are used.
         budget: that of all resends of the client, if it has more than this session.
+        sharing: memory that is shared with the daemon; None: none is.
 
     Attributes:
-        credentials: as given.
+        credentials, sharing: as given.
         encoder: makes the calls; may be used from any thread.
         message_limit: most bytes of inputs that the daemon takes, as it has told on this connection; infinite if it has
             told none, None if it was not asked.
@@ -109,9 +131,11 @@ class Session:
         limits: Limits,
         credentials: Credentials | None = None,
         budget: Budget | None = None,
+        sharing: SharedTensors | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.credentials = credentials
+        self.sharing = sharing
         self.encoder = RequestEncoder(timeout, limits)
         self.connection = Connection(endpoint)
         # A model may have any number of outputs and axes: a header of the daemon bounds it well enough.
@@ -139,6 +163,11 @@ class Session:
     def timeout(self) -> float:
         """Seconds allowed to a call that names no timeout of its own."""
         return self.encoder.timeout
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether there is memory that the daemon shares now."""
+        return self.sharing is not None and self.sharing.is_active
 
     @property
     def idle(self) -> bool:
@@ -200,6 +229,16 @@ class Session:
             reply = wire.decode_reply(frames[0], self._reply_limits)
         except TensorNextError as error:
             return self._receive_malformed(frames[0], error)
+        misplaced: InvalidArgument | None = None
+        if self.sharing is not None:
+            try:
+                placed = self.sharing.incoming(reply, frames)
+            except InvalidArgument as error:
+                misplaced = error
+            else:
+                if placed is None:
+                    return None
+                frames = placed
         call = self._pop(reply.id)
         if call is None:
             if reply.id == self._probe_id:
@@ -227,6 +266,8 @@ class Session:
             self._budget.refund()
         self._budget.succeeded()
         try:
+            if misplaced is not None:
+                raise misplaced
             call.succeed(reply, frames, self._reply_limits)
         except InvalidArgument as error:
             call.fail(failures.malformed_reply(call, self.endpoint, error.message))
@@ -323,6 +364,8 @@ class Session:
         for call in calls:
             self._pop(call.id)
             call.fail(failures.closed_before(call, self.endpoint))
+        if self.sharing is not None:
+            self.sharing.lost()
         return calls
 
     def _pop(self, call_id: int | None) -> Call[Any] | None:
@@ -401,6 +444,8 @@ class Session:
                 self._budget.ended()
             call.in_flight = False
         self.connection.closed()
+        if self.sharing is not None:
+            self.sharing.lost()
         self._probe_id, self._held, self.message_limit = None, [], None
         self._resends.clear()  # everything goes out on the next connection
         return unsure
@@ -425,6 +470,10 @@ class Session:
         connection.wants_probe = False
         self._probe_id = next(self.encoder.ids)
         return wire.encode(wire.Health(v=wire.VERSION, id=self._probe_id))
+
+    def share_message(self) -> bytes | None:
+        """The message that asks the daemon for shared memory; None if none is wanted."""
+        return None if self.sharing is None else self.sharing.ask(next(self.encoder.ids))
 
     def ask_limit(self) -> None:
         """Have the daemon asked for `message_limit`, unless it has been."""

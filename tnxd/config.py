@@ -48,10 +48,13 @@ class Cuda(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of every CUDA device.
 
     Attributes:
-        lanes: streams per device, each with a thread.
+        lanes: streams per device, each with a thread that issues batches. Batches of one follow each other, those of
+            several share the device.
+        depth: batches of each lane that may be under way at a time: one is computed while others are copied.
     """
 
-    lanes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    lanes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    depth: Annotated[int, msgspec.Meta(ge=1, le=4)] = 2
 
 
 class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,6 +82,8 @@ class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         rate: requests a second; 0 sets no limit. These three may stand beside a key as well, for its holder alone.
         max_owed_mb: replies that one connection has not taken yet, in MiB; all of a client's may have four times that.
         memory_mb: most that all traffic may take, in MiB: what is received, waits, runs, and is owed.
+        shared_memory_mb: memory that the daemon shares with clients on ipc:// who ask for it, in MiB, beside that; 0:
+            none. One client may have three quarters of it, and each of its connections a quarter and 64 MiB at most.
     """
 
     max_connections: Annotated[int, msgspec.Meta(ge=1)] = 16384
@@ -87,6 +92,7 @@ class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rate: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
     max_owed_mb: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 64.0
     memory_mb: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 4096.0
+    shared_memory_mb: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
 
 
 class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -263,6 +269,11 @@ def _check(config: Config, origin: str) -> None:
                 f"{origin}: clients.{key}: {value:g} MiB are less than one message may have by [limits], "
                 f"{message_mb:g} MiB"
             )
+    if 0 < config.clients.shared_memory_mb < 1:
+        raise InvalidArgument(
+            f"{origin}: clients.shared_memory_mb: {config.clients.shared_memory_mb:g} MiB are too few to share: at "
+            f"least 1, or 0 for none"
+        )
     for name in config.models:
         if config.models.count(name) > 1:
             raise InvalidArgument(f"{origin}: models: {name!r} stands there twice")

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tnxctl.bridge.bodies import Budget
 from tnxctl.bridge.oip import infer
+from tnxctl.bridge.oip.shared_memory import Regions
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError, Unimplemented
 from tnxctl.protocol.limits import Limits
 from tnxctl.protocol.timings import Timing
@@ -18,12 +20,13 @@ from tnxctl.results import Result
 
 X = {"name": "x", "datatype": "FP32", "shape": [1, 2]}
 IN_JSON = {**X, "data": [1, 2]}
+NONE = Regions(None, Budget(0))
 BINARY = {**X, "parameters": {"binary_data_size": 8}}
 
 
 def read(document: Any, binary: bytes = b"") -> infer.Inference:
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
-    return infer.read(text + binary, len(text), Limits())
+    return infer.read(text + binary, len(text), Limits(), NONE)
 
 
 def result_of(outputs: Mapping[str, Any]) -> Result:
@@ -107,7 +110,7 @@ def test_outputs_say_how_they_are_wanted() -> None:
         {"name": "c", "parameters": {"classification": 3, "binary_data": True}},
     ]
     inference = read({"inputs": [IN_JSON], "outputs": outputs, "parameters": {"binary_data_output": True}})
-    assert inference.outputs == (("a", True, 0), ("b", False, 0), ("c", True, 3))
+    assert inference.outputs == (("a", True, 0, None), ("b", False, 0, None), ("c", True, 3, None))
     assert inference.classifies
 
 
@@ -223,7 +226,7 @@ def test_a_body_without_json_is_one_row_of_the_only_input() -> None:
 def test_answers_in_json_and_in_binary() -> None:
     outputs = {"a": np.array([[1.5, np.nan]], np.float32), "b": np.array([[True]]), "c": np.array([[1, 9]], np.int32)}
     wanted = (infer.Output("c", False, 1), infer.Output("a", True), infer.Output("b", False))
-    answer = infer.answer(infer.Inference("7", {}, {}, wanted, False), result_of(outputs), batches=True)
+    answer = infer.answer(infer.Inference("7", {}, {}, wanted, False), result_of(outputs), NONE, batches=True)
     assert answer.binary
     assert json.loads(answer.chunks[0]) == {
         "id": "7",
@@ -247,7 +250,7 @@ def test_an_output_that_is_named_twice_is_answered_once() -> None:
 def test_all_outputs_are_answered_as_the_request_says() -> None:
     outputs = {"a": np.zeros((1, 2), np.float32), "b": np.zeros((1, 3), np.int8)}
     for binary in (False, True):
-        answer = infer.answer(infer.Inference("", {}, {}, (), binary), result_of(outputs))
+        answer = infer.answer(infer.Inference("", {}, {}, (), binary), result_of(outputs), NONE)
         assert answer.binary is binary
         document = json.loads(answer.chunks[0])
         assert "id" not in document
@@ -256,4 +259,4 @@ def test_all_outputs_are_answered_as_the_request_says() -> None:
 
 def test_an_output_that_the_model_has_not() -> None:
     with pytest.raises(InvalidArgument, match=r"model 'net' has no output 'z', only \['a'\]"):
-        infer.answer(infer.Inference("", {}, {}, (infer.Output("z", True),), True), result_of({"a": np.zeros(1)}))
+        infer.answer(infer.Inference("", {}, {}, (infer.Output("z", True),), True), result_of({"a": np.zeros(1)}), NONE)

@@ -1,15 +1,19 @@
-"""The CUDA path on a real device; skipped where there is none. `make gpu-check` runs it."""
+"""The CUDA path: on a real device where there is one, as `make gpu-check` runs it, else on a pretended one."""
 
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from conftest import Daemon  # noqa: E402
 from dealer import Dealer, rows  # noqa: E402
+from pretended import POLICIES, pretended, program  # noqa: E402
 from tnxctl.protocol.errors import TensorNextError  # noqa: E402
 from tnxctl.protocol.wire import TensorSpec  # noqa: E402
 from tnxd.config import Config  # noqa: E402
@@ -19,15 +23,21 @@ from tnxd.executors.pool import LanePool  # noqa: E402
 from tnxd.models.builtin import BUILTIN  # noqa: E402
 from tnxd.models.model import Model  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+REAL = torch.cuda.is_available()
+
+
+@pytest.fixture(scope="module", params=["real"] if REAL else POLICIES)
+def policy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def opened() -> tuple[LanePool, queue.Queue[Execution]]:
+def opened(policy: str) -> Iterator[tuple[LanePool, queue.Queue[Execution]]]:
     done: queue.Queue[Execution] = queue.Queue()
-    devices = open_devices(Config(devices=("cuda:0",)), done.put)
-    assert not devices.failures
-    return devices.executors["cuda:0"], done
+    with nullcontext() if policy == "real" else pretended(policy=policy):
+        devices = open_devices(Config(devices=("cuda:0",)), done.put)
+        assert not devices.failures
+        yield devices.executors["cuda:0"], done
 
 
 def execution(model: Model, *items: np.ndarray, lane: int = 0) -> Execution:
@@ -123,8 +133,9 @@ def test_a_request_too_large_for_memory_runs_in_parts(opened: tuple[LanePool, qu
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
 
 
-def test_the_daemon_prefers_the_gpu_and_says_why(daemon: object) -> None:
-    with Dealer(daemon.endpoint) as dealer:  # type: ignore[attr-defined]
+def test_the_daemon_prefers_the_gpu_and_says_why(run_daemon: Callable[..., Daemon]) -> None:
+    running = run_daemon() if REAL else run_daemon(program=program(policy="random"))
+    with Dealer(running.endpoint) as dealer:
         report = dealer.health()
         assert report.cuda_available
         assert report.current_device.startswith("cuda:")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import Internal
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.executors.batching import Staging
-from tnxd.executors.padding import pad, split_ragged, units
+from tnxd.executors.padding import pad, padded_shapes, split_ragged, units
 from tnxd.models.model import Item, Model
 from tnxd.models.ragged import Ragged
 
@@ -36,8 +39,12 @@ def staging() -> Staging:
     return Staging(lambda shape, dtype: np.full(shape, 77, dtype))
 
 
+def padded(kept: Staging, items: list[Item], rows: int) -> list[Array | None]:
+    return pad(partial(kept.room, MODEL.key, ()), MODEL, items, padded_shapes(MODEL, items, rows))
+
+
 def test_shorter_rows_are_filled_up_along_their_own_axes() -> None:
-    kind, waves, half = pad(staging(), MODEL, (), [item(2, 3, 5.0), item(1, 4, 6.0)], 3)
+    kind, waves, half = padded(staging(), [item(2, 3, 5.0), item(1, 4, 6.0)], 3)
     assert kind is not None
     assert waves is not None
     assert half is not None
@@ -51,8 +58,8 @@ def test_shorter_rows_are_filled_up_along_their_own_axes() -> None:
 
 def test_a_buffer_that_held_longer_rows_leaves_nothing_of_them_behind() -> None:
     kept = staging()
-    pad(kept, MODEL, (), [item(4, 40, 9.0), item(1, 3, 9.0)], 5)
-    _, waves, _ = pad(kept, MODEL, (), [item(1, 2, 1.0), item(1, 5, 2.0)], 2)
+    padded(kept, [item(4, 40, 9.0), item(1, 3, 9.0)], 5)
+    _, waves, _ = padded(kept, [item(1, 2, 1.0), item(1, 5, 2.0)], 2)
     assert waves is not None
     assert waves[0].tolist() == [[1.0, 1.0, -1.5, -1.5, -1.5]] * 2
     assert waves[1].tolist() == [[2.0] * 5] * 2
@@ -60,7 +67,7 @@ def test_a_buffer_that_held_longer_rows_leaves_nothing_of_them_behind() -> None:
 
 def test_buffers_of_a_model_are_freed_with_it() -> None:
     kept = staging()
-    pad(kept, MODEL, (), [item(1, 2, 1.0), item(1, 5, 2.0)], 2)
+    padded(kept, [item(1, 2, 1.0), item(1, 5, 2.0)], 2)
     assert kept._nbytes > 0
     kept.forget(MODEL.key)
     assert kept._nbytes == 0

@@ -82,6 +82,8 @@ def page_type(kind: msgspec.inspect.Type) -> str:
             return f"array of {page_type(item)}"
         case msgspec.inspect.StructType(wire.TensorSpec):
             return "tensor"
+        case msgspec.inspect.StructType(wire.Span):
+            return "span"
         case msgspec.inspect.StructType(histograms.Histogram):
             return "histogram"
         case msgspec.inspect.StructType():
@@ -103,6 +105,9 @@ def page_default(field: msgspec.inspect.Field) -> str:
     ("title", "headers"),
     [
         ("predict", [wire.Predict]),
+        ("predict_shared", [wire.PredictShared]),
+        ("share", [wire.Share]),
+        ("shared", [wire.Shared]),
         ("cancel", [wire.Cancel]),
         ("result", [wire.Result, wire.Timing, wire.StepTiming]),
         ("error", [wire.ErrorReply]),
@@ -147,7 +152,9 @@ def test_fields(title: str, headers: list[type[msgspec.Struct]]) -> None:
     for table, header in zip(found, headers, strict=True):
         info = msgspec.inspect.type_info(header)
         assert isinstance(info, msgspec.inspect.StructType)
-        expected = {field.name: (page_type(field.type), page_default(field)) for field in info.fields}
+        known = wire.Predict.__struct_fields__ if header is wire.PredictShared else ()
+        fields = [field for field in info.fields if field.name not in known]
+        expected = {field.name: (page_type(field.type), page_default(field)) for field in fields}
         if info.tag_field is not None:
             expected[info.tag_field] = ("str", "required")
         on_page = {bare(name): (kind, bare(default)) for name, kind, default, _ in table}
@@ -206,6 +213,9 @@ def test_links_lead_somewhere() -> None:
 
 EXAMPLES: dict[str, Any] = {
     "predict request": wire.Predict,
+    "predict_shared request": wire.PredictShared,
+    "share": wire.Share,
+    "shared": wire.Shared,
     "cancel": wire.Cancel,
     "result": wire.Result,
     "error": wire.ErrorReply,
@@ -263,7 +273,7 @@ def test_example(title: str) -> None:
     assert wire.encode(decoded) == header
 
     specs: tuple[wire.TensorSpec, ...] = ()
-    if isinstance(decoded, wire.Predict | wire.Result):
+    if isinstance(decoded, wire.Predict | wire.Result) and kind is not wire.PredictShared:
         specs = decoded.inputs if isinstance(decoded, wire.Predict) else decoded.outputs
     arrays = view_tensors(specs, frames, Limits())
     assert [array.tolist() for array in arrays] == values.get("tensors", [])

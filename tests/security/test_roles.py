@@ -30,6 +30,8 @@ SAMPLES: dict[type[wire.Request], wire.Request] = {
     wire.Compare: wire.Compare(v=V, id=1, model="mlp", baseline="1", candidate="2"),
     wire.Cancel: wire.Cancel(v=V, id=1),
     wire.Predict: wire.Predict(v=V, id=1, inputs=(), model="mlp"),
+    wire.PredictShared: wire.PredictShared(v=V, id=1, inputs=(), model="mlp"),
+    wire.Share: wire.Share(v=V, id=1, address="@0", token="0" * 16),
     wire.Load: wire.Load(v=V, id=1, model="nope"),
     wire.Unload: wire.Unload(v=V, id=1, model="nope"),
     wire.Route: wire.Route(v=V, id=1, model="nope"),

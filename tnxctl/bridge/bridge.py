@@ -14,6 +14,7 @@ from tnxctl.bridge.addresses import is_loopback
 from tnxctl.bridge.bodies import Budget
 from tnxctl.bridge.browsers import Pages
 from tnxctl.bridge.helper import Helper
+from tnxctl.bridge.oip.shared_memory import Regions
 from tnxctl.bridge.routes import Routes
 from tnxctl.bridge.settings import Settings
 from tnxctl.bridge.signatures import Signatures
@@ -51,6 +52,7 @@ class Bridge:
         client: asks the daemon. The bridge is one client for it, whoever asks the bridge.
         daemons: of several daemons a client for each, to ask what each of them has to say of itself; else `client`.
         signatures: of models that were asked for lately.
+        regions: of shared memory that are registered.
         access: what a request may ask for. pages: whose requests are taken. budget: of memory for requests.
         helper: reads and writes long JSON.
         routes: those of all interfaces.
@@ -62,6 +64,7 @@ class Bridge:
         self.access = access_of(settings)
         self.pages = Pages(settings)
         self.budget = Budget(settings.limits.bodies_bytes)
+        self.regions = Regions(settings.shared_memory, self.budget)
         self.helper = Helper()
         endpoints = settings.endpoints
         self.daemons = [AsyncClient(each, timeout=settings.timeout, limits=settings.message) for each in endpoints]

@@ -57,6 +57,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         insecure: whether it may listen on other addresses than loopback without TLS.
         tokens: TOML file with bearer tokens; None: everybody may do what the bridge's own client may.
         triton_names: whether /metrics has the names of Triton's metrics as well.
+        shared_memory: what the names of files in shared memory begin with that may be registered; None: none may.
         limits: of HTTP. message: of what is sent to the daemon.
     """
 
@@ -70,6 +71,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     insecure: bool = False
     tokens: str | None = None
     triton_names: bool = False
+    shared_memory: str | None = None
     limits: HttpLimits = HttpLimits()
     message: Limits = Limits()
 

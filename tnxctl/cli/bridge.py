@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 )
 @click.option("--triton-names", is_flag=True, help="Add Triton's metrics, nv_inference_..., to /metrics.")
 @click.option(
+    "--shared-memory",
+    metavar="PREFIX",
+    help="Let clients on this host put tensors into files of /dev/shm whose names begin so, as the Open Inference "
+    "Protocol's system shared memory.",
+)
+@click.option(
     "--limit",
     "limits",
     multiple=True,
@@ -61,6 +67,7 @@ def command(
     insecure: bool,
     tokens: str | None,
     triton_names: bool,
+    shared_memory: str | None,
     limits: tuple[str, ...],
 ) -> None:
     """Serve HTTP and gRPC in front of a daemon: for curl, browsers and clients of the Open Inference Protocol.
@@ -94,6 +101,7 @@ def command(
         insecure=insecure,
         tokens=tokens,
         triton_names=triton_names,
+        shared_memory=shared_memory,
         limits=limits_of(limits),
     )
     _check(settings)
@@ -108,6 +116,8 @@ def _check(settings: Settings) -> None:
         raise InvalidArgument("--workers above 1 needs Linux or macOS")
     if (settings.certfile is None) != (settings.keyfile is None):
         raise InvalidArgument("--certfile and --keyfile go together: one of them is missing")
+    if settings.shared_memory is not None:
+        _check_shared_memory(settings)
     for address in (settings.listen, settings.grpc):
         if address is None or settings.certfile is not None or settings.insecure or addresses.is_loopback(address[0]):
             continue
@@ -115,6 +125,25 @@ def _check(settings: Settings) -> None:
             f"{addresses.spell(address)} can be reached by others, who could read and change what is sent: "
             "give --certfile and --keyfile for TLS, or --insecure if the network keeps them out"
         )
+
+
+def _check_shared_memory(settings: Settings) -> None:
+    """Check that clients may register shared memory with this bridge. Raises InvalidArgument."""
+    from tnxctl.bridge import addresses
+
+    if sys.platform != "linux":
+        raise InvalidArgument(f"--shared-memory needs Linux, and this is {sys.platform}")
+    if not settings.shared_memory or "/" in settings.shared_memory:
+        raise InvalidArgument(
+            f"--shared-memory {settings.shared_memory!r}: expected what names of files begin with, such as tnx-"
+        )
+    if settings.workers > 1:
+        raise InvalidArgument("--shared-memory goes with one worker: a region is registered with the one that is asked")
+    for address in (settings.listen, settings.grpc):
+        if address is not None and not addresses.is_loopback(address[0]):
+            raise InvalidArgument(
+                f"--shared-memory is for clients on this host, and {addresses.spell(address)} can be reached by others"
+            )
 
 
 def _serve(settings: Settings) -> int:

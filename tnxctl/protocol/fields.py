@@ -28,6 +28,13 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
     shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_RANK)]
 
 
+class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Some bytes of shared memory, on the wire as `[offset, nbytes]`, see `tnxctl.protocol.shared_memory`."""
+
+    offset: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
+
+
 Id = Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
 Version = Literal[1]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]  # NaN is not >= 0 either

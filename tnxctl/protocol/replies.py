@@ -5,13 +5,15 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from tnxctl.protocol.fields import Id, TensorSpec, Version
+from tnxctl.protocol.fields import Id, Span, TensorSpec, Version
 from tnxctl.protocol.statistics import Explanation, StatsReport
 from tnxctl.protocol.timings import StepTiming, Timing
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="result", gc=False):
     """Answer to `Predict`; one tensor frame follows per entry of `outputs`, in order.
+
+    None follows where the outputs lie in shared memory instead.
 
     Of a pipeline, `device` and `reason` are those of all steps, `batch_size` and `gpu_memory_mb` those of the step that
     ended last; `timing` and `latency_ms` sum up the steps that led to it, each of which waited for the one before.
@@ -26,6 +28,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="r
         predicted_us: when the request came, the microseconds until it would be done, as predicted then; what they
             were in fact is queue to d2h of the timing.
         steps: of a pipeline, in the order of its description. Other models have none.
+        shared: where each output lies in the memory that the connection shares, within the space of the request.
     """
 
     v: Version
@@ -41,6 +44,15 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="r
     timing: Timing
     predicted_us: float = 0.0
     steps: tuple[StepTiming, ...] | UnsetType = UNSET
+    shared: tuple[Span, ...] | UnsetType = UNSET
+
+
+class Shared(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="shared", gc=False):
+    """Answer to `Share`: the memory is shared from now on. Attributes: nbytes: of it."""
+
+    v: Version
+    id: Id
+    nbytes: int
 
 
 class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -417,6 +429,7 @@ class ErrorReply(
 
 Reply = (
     Result
+    | Shared
     | HealthReport
     | MetadataReport
     | ModelsReport

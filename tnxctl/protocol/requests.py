@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from tnxctl.protocol.fields import Id, Name, NotNegative, TensorSpec, Title, Version, Word
+from tnxctl.protocol.fields import Id, Name, NotNegative, Span, TensorSpec, Title, Version, Word
 from tnxctl.protocol.limits import (
     LOWEST_PRIORITY,
     MAX_CLOCK_US,
@@ -56,6 +56,34 @@ class Predict(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="
     max_reply_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = MESSAGE_BYTES
     attempt: Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)] = 1
     traceparent: Title = ""
+
+
+class PredictShared(Predict, frozen=True, kw_only=True, tag_field="type", tag="predict_shared", gc=False):
+    """A `Predict` with tensors in the memory that this connection shares, see `Share`.
+
+    Attributes:
+        shared: where each input lies; no tensor frames follow then. None: they follow.
+        space: part of the memory for the outputs. They come as frames if it is None, or too small.
+    """
+
+    shared: Annotated[tuple[Span, ...], msgspec.Meta(max_length=MAX_TENSORS)] | None = None
+    space: Span | None = None
+
+
+class Share(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="share", gc=False):
+    """Ask for memory that this connection shares with the daemon. Answered with `Shared`. Only over ipc://, on Linux.
+
+    Attributes:
+        address: of a Unix socket (SOCK_SEQPACKET) that this process listens on, in the abstract namespace, "@" and
+            hexadecimal digits. The daemon connects, and sends the descriptor of the memory (SCM_RIGHTS) with the token.
+            It is done with that when it answers. The memory is this client's for as long as it keeps that connection.
+        token: by which the client knows that it was this daemon.
+    """
+
+    v: Version
+    id: Id
+    address: Annotated[str, msgspec.Meta(pattern="^@[0-9a-f]{1,64}$")]
+    token: Annotated[str, msgspec.Meta(min_length=16, max_length=64, pattern="^[0-9a-f]*$")]
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="cancel", gc=False):
@@ -247,6 +275,8 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag
 
 Request = (
     Predict
+    | PredictShared
+    | Share
     | Cancel
     | Health
     | Metadata

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from tnxctl.protocol.errors import InvalidArgument, Unimplemented
-from tnxctl.protocol.fields import BYTES, Id, TensorSpec
+from tnxctl.protocol.fields import BYTES, Id, Span, TensorSpec
 from tnxctl.protocol.limits import (
     DEFAULT_PORT,
     DEFAULT_PRIORITY,
@@ -68,6 +68,7 @@ from tnxctl.protocol.replies import (
     ReloadReport,
     Reply,
     Result,
+    Shared,
 )
 from tnxctl.protocol.requests import (
     Cancel,
@@ -81,11 +82,13 @@ from tnxctl.protocol.requests import (
     Metadata,
     Models,
     Predict,
+    PredictShared,
     Record,
     Recording,
     Reload,
     Request,
     Route,
+    Share,
     Stats,
     StopRecording,
     Unload,
@@ -157,6 +160,7 @@ __all__ = [
     "PipelineInfo",
     "PipelineStep",
     "Predict",
+    "PredictShared",
     "Record",
     "Recording",
     "RecordingReport",
@@ -167,7 +171,10 @@ __all__ = [
     "Result",
     "Role",
     "Route",
+    "Share",
+    "Shared",
     "SlowRequest",
+    "Span",
     "Stats",
     "StatsReport",
     "StepTiming",
@@ -256,16 +263,20 @@ def _check_header_size(frame: Buffer, limits: Limits) -> None:
 _SECOND_LOOK = 1024
 
 _CANCEL = msgspec.msgpack.encode("cancel")
+_MAP_16 = 0xDE  # a map with a count of two bytes, as a header of more than 15 fields has it
 
 
 def _first_scalars(frame: Buffer) -> dict[bytes, int | bytes]:
     """Whole numbers and strings among the first entries of a map, by key: as far as keys and values are short."""
     data = bytes(memoryview(frame)[:_SECOND_LOOK])
     found: dict[bytes, int | bytes] = {}
-    if not 0x80 <= data[0] <= 0x8F:
+    if 0x80 <= data[0] <= 0x8F:
+        count, at = data[0] & 0x0F, 1
+    elif data[0] == _MAP_16:
+        count, at = int.from_bytes(data[1:3], "big"), 3
+    else:
         return found
-    at = 1
-    for _ in range(data[0] & 0x0F):
+    for _ in range(count):
         if at >= len(data) or not 0xA0 <= data[at] <= 0xBF:
             break
         key = data[at + 1 : (at := at + 1 + (data[at] & 0x1F))]

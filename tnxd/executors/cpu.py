@@ -88,7 +88,7 @@ class CpuRunner(Runner):
         torch.get_num_threads()  # a thread's first look at its pool would undo a number set before it
         torch.set_num_threads(self._threads)
 
-    def free_memory(self) -> None:
+    def free_memory(self, *, emptied: bool) -> None:
         """Nothing to do: the C library reuses the memory that it keeps."""
 
     def memory_left(self) -> int:

@@ -39,7 +39,9 @@ class Execution:
         threads: that work on it, on a CPU.
         plain: whether the network runs as it is, whatever variant of it serves.
         outcomes: per request, filled by the executor.
-        started_ns, finished_ns: of the monotonic clock (`time.perf_counter_ns`), in nanoseconds.
+        started_ns, finished_ns: of the monotonic clock (`time.perf_counter_ns`), in nanoseconds. Where a lane takes
+            batches ahead of time, `started_ns` is later than the true start by what this one waited on the device for
+            those before it; it is 0 while others go first.
         gather_us, h2d_us, compute_us, d2h_us: stages in microseconds; they sum to finished - started.
         latency_us: the forward on the device, in microseconds.
         memory_free_mb: free memory of a GPU in MiB when the batch was done; 0 on a CPU.
@@ -127,6 +129,8 @@ class Executor(Protocol):
     Attributes:
         name: of the device, as torch has it. kind: key of `tnxd.device_kinds.KINDS`. description: for an operator.
         lanes: how many batches at a time. teams: of threads, for batches that run wide.
+        shares_chip: whether all lanes share one processor: two batches at a time take as long as one after the other.
+            What an execution then waits for those before it does not count as time that it ran, see `Execution`.
         runs_inline: whether `run_inline` may be called.
     """
 
@@ -134,6 +138,7 @@ class Executor(Protocol):
     kind: str
     description: str
     lanes: int
+    shares_chip: bool
     teams: Teams
     runs_inline: bool
 

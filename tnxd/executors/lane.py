@@ -26,7 +26,7 @@ T = TypeVar("T")
 _NICEST = 19
 
 
-class _Job:
+class Job:
     """A function that a lane's thread is to call with its runner.
 
     Attributes:
@@ -48,13 +48,18 @@ class _Job:
                 return
             if broken:
                 raise Unavailable(broken)
-            self.done.put((self._function(runner), None))
+            result = self._function(runner)
+            runner.settle()
+            self.done.put((result, None))
         except BaseException as error:  # a model's code may raise anything, SystemExit too
             self.done.put((None, error))
 
 
-_Inbox = queue.SimpleQueue[Execution | str | _Job]
-"""Executions to run, keys of models to forget, and functions to call."""
+Inbox = queue.SimpleQueue[Execution | str | Job | None]
+"""Executions to run, keys of models to forget, and functions to call; None: see what else there is."""
+
+Work = Callable[[Any, Inbox, OnDone, bool, bool], None]
+"""Work of a lane's thread, given its runner, its inbox, and what `Lane` is given."""
 
 
 class Lane:
@@ -67,6 +72,7 @@ class Lane:
         on_done: called on the thread with every execution that is over.
         yields: whether the operating system is to let the thread run last, where it can. idles: whether it is to let
             the thread, and the team that comes with it, run only where nothing else wants a core (SCHED_IDLE).
+        work: of the thread; None: `work`.
 
     Attributes:
         runner: used by the thread alone, but for its `calls`.
@@ -74,14 +80,21 @@ class Lane:
     """
 
     def __init__(
-        self, name: str, runner: Runner, on_done: OnDone, *, yields: bool = False, idles: bool = False
+        self,
+        name: str,
+        runner: Runner,
+        on_done: OnDone,
+        *,
+        yields: bool = False,
+        idles: bool = False,
+        work: Work | None = None,
     ) -> None:
         self.runner = runner
-        self._inbox: _Inbox = queue.SimpleQueue()
+        self._inbox: Inbox = queue.SimpleQueue()
         self.submit: Callable[[Execution], None] = self._inbox.put
         # Daemon threads: a model that hangs must not keep the process from ending.
         arguments = (runner, self._inbox, on_done, yields, idles)
-        threading.Thread(target=_work, args=arguments, name=name, daemon=True).start()
+        threading.Thread(target=work or _work, args=arguments, name=name, daemon=True).start()
 
     def forget(self, key: str) -> None:
         """Have the thread free what its runner keeps for the next batch of the model of that key."""
@@ -97,7 +110,7 @@ class Lane:
             Unavailable: the lane is broken, or was busy for so long.
             BaseException: whatever the function raised.
         """
-        job = _Job(function)
+        job = Job(function)
         self._inbox.put(job)
         if not job.begun.wait(within_s):
             job.withdrawn = True
@@ -108,33 +121,44 @@ class Lane:
         return result  # type: ignore[no-any-return]
 
 
-def _work(runner: Runner, inbox: _Inbox, on_done: OnDone, yields: bool, idles: bool) -> None:
+def prepare_thread(runner: Runner, *, yields: bool, idles: bool) -> str:
+    """Prepare the calling thread for its runner. Returns why it is of no use, in words; "": it is."""
     if yields:
         with contextlib.suppress(OSError, AttributeError):  # where threads have no priorities of their own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
     if idles:
         with contextlib.suppress(OSError, AttributeError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    broken = ""
     try:
         runner.enter_thread()
     except BaseException as error:  # the device is gone: answer for it rather than leave callers waiting
-        broken = sentence(error)
+        return sentence(error)
+    return ""
+
+
+def answer_defect(execution: Execution, error: BaseException) -> None:
+    """Answer an execution that a defect of ours has ended. Within an except block."""
+    name = threading.current_thread().name
+    log.exception("lane %s", name, extra=event("defect", execution.model.key, thread=name))
+    execution.outcomes = [Internal(f"the executor failed: {first_line(error)}") for _ in execution.items]
+
+
+def _work(runner: Runner, inbox: Inbox, on_done: OnDone, yields: bool, idles: bool) -> None:
+    broken = prepare_thread(runner, yields=yields, idles=idles)
     while True:
         task = inbox.get()
         if isinstance(task, str):
             runner.forget(task)
             continue
-        if isinstance(task, _Job):
+        if isinstance(task, Job):
             task.run(runner, broken)
             del task
             continue
+        assert task is not None
         task.fatal = broken
         try:
             runner.run(task)
-        except BaseException as error:  # a defect of ours: this request must be answered, and the lane go on
-            name = threading.current_thread().name
-            log.exception("lane %s", name, extra=event("defect", task.model.key, thread=name))
-            task.outcomes = [Internal(f"the executor failed: {first_line(error)}") for _ in task.items]
+        except BaseException as error:  # this request must be answered, and the lane go on
+            answer_defect(task, error)
         on_done(task)
         del task  # hold no request's memory while waiting for the next

@@ -20,7 +20,7 @@ from tnxd.executors.runner import Runner
 from tnxd.executors.runner_calls import RunnerCalls
 from tnxd.executors.substitute import Substitute
 from tnxd.executors.trial.copies import Call
-from tnxd.executors.trial.examples import Item
+from tnxd.executors.trial.examples import Item, Make
 from tnxd.executors.trial.held import Held, memory
 from tnxd.executors.trial.isolation import lane_calls, open_with
 from tnxd.executors.trial.lane_comparison import lanes_apart, rows_of_a_lane_apart
@@ -56,6 +56,7 @@ class Loading:
 
     Attributes:
         example: the model and an example of its inputs, with which it was warmed up last; None: it was not.
+        make: makes more of them.
 
     Raises:
         Exception: the model cannot be built.
@@ -76,6 +77,7 @@ class Loading:
     ) -> None:
         """Build the model."""
         self.example: tuple[Model, Item] | None = None
+        self.make: Make | None = None
         self._began = time.monotonic()
         self._model = model
         self._device = device
@@ -304,6 +306,7 @@ class Loading:
             warmed = run(runner, verdict.model, verdict.make, self._lanes, allowed)
         if verdict.model.warm_up != ():
             self.example = verdict.model, verdict.make(1, 0)
+            self.make = verdict.make
         return warmed
 
     def _widths(self, verdict: Verdict, warmed: Warmed) -> Widths:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 
 from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.errors import Internal
-from tnxd.executors.batching import Staging, split
+from tnxd.executors.batching import split
 from tnxd.models.model import Item, Model
 from tnxd.models.ragged import stored_pad
 
@@ -33,39 +34,55 @@ def units(model: Model, items: Sequence[Item], rows: int) -> int:
     return rows * max([*lengths(model, items), 1])
 
 
-def pad(staging: Staging, model: Model, group: tuple[int, ...], items: Sequence[Item], rows: int) -> list[Array | None]:
+Room = Callable[[int, tuple[int, ...], np.dtype[Any]], Array]
+"""Maker of an array for the input at a position, given its shape and dtype."""
+
+
+def padded_shapes(model: Model, items: Sequence[Item], rows: int) -> list[tuple[int, ...] | None]:
+    """Shapes of the inputs of every item below each other, padded to the longest; None for one that did not come."""
+    assert model.ragged is not None
+    longest = max(lengths(model, items))
+    shapes: list[tuple[int, ...] | None] = []
+    for first, axis in zip(items[0], model.ragged.axes, strict=True):
+        if first is None:
+            shapes.append(None)
+        elif axis:
+            shapes.append((rows, *first.shape[1:axis], longest, *first.shape[axis + 1 :]))
+        else:
+            shapes.append((rows, *first.shape[1:]))
+    return shapes
+
+
+def pad(
+    room: Room, model: Model, items: Sequence[Item], shapes: Sequence[tuple[int, ...] | None]
+) -> list[Array | None]:
     """Copy the inputs of every item below each other, padded to the longest.
 
     Args:
-        group: lengths of the variable axes that are not ragged. rows: of all items.
+        room: makes the arrays. shapes: as `padded_shapes` tells them.
 
     Returns:
-        As `Staging.gather`.
+        One array per input, in the memory that `room` made; None for an input that did not come.
     """
     assert model.ragged is not None
-    longest = max(lengths(model, items))
     gathered: list[Array | None] = []
-    for position, (spec, axis, value) in enumerate(
-        zip(model.inputs, model.ragged.axes, model.ragged.pads, strict=True)
+    for position, (shape, spec, axis, value) in enumerate(
+        zip(shapes, model.inputs, model.ragged.axes, model.ragged.pads, strict=True)
     ):
-        first = items[0][position]
-        if first is None:
+        if shape is None:
             gathered.append(None)
             continue
         parts: list[Array] = [item[position] for item in items]  # type: ignore[misc]
-        shape = [rows, *first.shape[1:]]
-        if axis:
-            shape[axis] = longest
-        room = staging.room(model.key, group, position, tuple(shape), STORAGE[spec.datatype])
-        if not axis or all(part.shape[axis] == longest for part in parts):
-            np.concatenate(parts, out=room)
+        into = room(position, shape, STORAGE[spec.datatype])
+        if not axis or all(part.shape[axis] == shape[axis] for part in parts):
+            np.concatenate(parts, out=into)
         else:
-            room.fill(stored_pad(value, spec.datatype))
+            into.fill(stored_pad(value, spec.datatype))
             at = 0
             for part in parts:
-                room[(slice(at, at + len(part)), *map(slice, part.shape[1:]))] = part
+                into[(slice(at, at + len(part)), *map(slice, part.shape[1:]))] = part
                 at += len(part)
-        gathered.append(room)
+        gathered.append(into)
     return gathered
 
 

@@ -34,9 +34,12 @@ class LanePool:
         place: puts a freshly built module on the device. arrange: orders its weights in memory for the device.
         memory_mb: free and total memory of the device in MiB, without blocking.
         give_back: returns unused memory to the system; may block.
+        settle: waits until tensors that the calling thread has made can be used on all lanes.
         optimizer: looks for variants of modules that are faster on the device; None: modules run as they are.
         on_done: called on the lane's thread with every execution that `submit` took, when it is over.
     """
+
+    shares_chip = False
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class LanePool:
         arrange: Callable[[torch.nn.Module], torch.nn.Module] = as_it_is,
         memory_mb: Callable[[], tuple[float, float]],
         give_back: Callable[[], None] = lambda: None,
+        settle: Callable[[], None] = lambda: None,
         optimizer: Optimizer | None = None,
         on_done: OnDone,
     ) -> None:
@@ -65,7 +69,7 @@ class LanePool:
         self.memory_mb = memory_mb
         self._make_runner = make_runner
         self._inline = inline
-        self._calls = RunnerCalls()
+        self._calls = RunnerCalls(settle)
         if inline is not None:
             self._calls.add(inline)
         self._examples: dict[str, tuple[Model, Item]] = {}
@@ -75,11 +79,11 @@ class LanePool:
         self._optimizer = optimizer
         self._on_done = on_done
         self._idles = scheduling == "idle"
-        self._lanes = [self._start_lane(str(lane)) for lane in range(lanes)]
+        self._lanes = [self._start_lane(str(lane), serves=True) for lane in range(lanes)]
         self._warm_up = self._start_lane("warm-up"), threading.Lock()
         self._background = self._start_lane("background", yields=True)
 
-    def _start_lane(self, label: str, *, yields: bool = False) -> Lane:
+    def _start_lane(self, label: str, *, serves: bool = False, yields: bool = False) -> Lane:
         runner = self._make_runner()
         self._calls.add(runner)
         return Lane(f"{self.name}/{label}", runner, self._on_done, yields=yields, idles=self._idles)
@@ -99,12 +103,16 @@ class LanePool:
         try:
             with self._warm_up_lane() as lane:
                 report = loading.run(lane)
+            self._warm_lanes(loading, report)
         except BaseException:
             self.unload(model.key)
             raise
         if loading.example is not None:
             self._examples[model.key] = loading.example
         return report
+
+    def _warm_lanes(self, loading: Loading, report: LoadReport) -> None:
+        """Do what each lane needs before a model serves, where warm-up on another thread is not enough."""
 
     @contextlib.contextmanager
     def _warm_up_lane(self) -> Iterator[Lane]:

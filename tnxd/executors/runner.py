@@ -10,6 +10,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +24,28 @@ from tnxd.executors.batching import Staging, split
 from tnxd.executors.execution import Execution, Outcome
 from tnxd.executors.exhaustion import is_out_of_memory
 from tnxd.executors.host import Peak
-from tnxd.executors.padding import pad, split_ragged, units
+from tnxd.executors.padding import pad, padded_shapes, split_ragged, units
 from tnxd.executors.trial.copies import Call
 from tnxd.models.model import Item, Model
 from tnxd.models.python.failures import ProcessError
 from tnxd.models.tensors import empty_outputs
 
 log = logging.getLogger(__name__)
+
+
+class Failure(NamedTuple):
+    """Failure of some requests together.
+
+    Attributes:
+        final: the error of each of them; None: their halves may fare better.
+        exhausted: whether memory ran out. emptied: see `Runner.free_memory`.
+        why: in words.
+    """
+
+    final: TensorNextError | None
+    exhausted: bool
+    why: str
+    emptied: bool
 
 
 class Runner(ABC):
@@ -42,6 +59,7 @@ class Runner(ABC):
     Attributes:
         calls: key of a model -> its call, see `tnxd.executors.trial.copies`. Other threads change it.
         plain_calls: the same of the network as it is, where a variant of it runs.
+        yields: whether the lanes that serve go first on the device. Set before `enter_thread`.
     """
 
     def __init__(self, device: str, staging: Staging) -> None:
@@ -50,6 +68,7 @@ class Runner(ABC):
         self.calls: dict[str, Call] = {}
         self.plain_calls: dict[str, Call] = {}
         self.staging = staging
+        self.yields = False
         self._inference_mode = torch.inference_mode()
 
     def enter_thread(self) -> None:
@@ -76,6 +95,9 @@ class Runner(ABC):
                 return plain
         return self.calls[key]
 
+    def settle(self) -> None:  # noqa: B027 - a CPU has nothing under way
+        """Wait until what the lane's thread has made, such as parts of a model, can be used by all."""
+
     def is_lost(self) -> bool:
         """Whether the device is lost for good. Asked after an accelerator's error."""
         return True
@@ -85,8 +107,12 @@ class Runner(ABC):
         return is_out_of_memory(error)
 
     @abstractmethod
-    def free_memory(self) -> None:
-        """Give memory back that is kept for reuse. Called after a forward ran out of memory, before a smaller one."""
+    def free_memory(self, *, emptied: bool) -> None:
+        """Give memory back that is kept for reuse. Called after a forward ran out of memory, before a smaller one.
+
+        Args:
+            emptied: whether torch's allocator has done so, as it does before it says that memory has run out.
+        """
 
     @abstractmethod
     def memory_left(self) -> int:
@@ -118,35 +144,40 @@ class Runner(ABC):
             empty = empty_outputs(execution.model)
             if empty is not None:  # many a program cannot run no rows
                 return [*split(empty, rows)]
-        exhausted = False
         try:
             if stop - start == 1:
                 return [tuple(self._alone(execution, execution.items[start], rows[0]))]
             items = execution.items[start:stop]
-            outputs = self._forward(execution, items, sum(rows))
-            if execution.model.joins:
-                return [*split_ragged(execution.model, outputs, items, rows)]
-            return [*split(outputs, rows)]
+            return outcomes_of(execution.model, self._forward(execution, items, sum(rows)), items, rows)
         except BaseException as error:  # a model may raise anything, SystemExit too: the daemon goes on
-            if isinstance(error, torch.AcceleratorError) and self.is_lost():
-                execution.fatal = first_line(error)
-            exhausted = self.is_exhausted(error)
-            why = first_line(error)
-            whole = stop - start == 1 or bool(execution.fatal) or isinstance(error, ProcessError)
-            if whole or exhausted:  # else its halves have more to say
-                failure = self._failure(execution, error)
+            failure = self._understood(execution, error, start, stop)
         # Out of the except block: the traceback no longer holds the failed batch's tensors while the halves run.
-        if whole:
-            return [failure] * (stop - start)
-        if exhausted:
-            self.free_memory()
+        return self._after(execution, failure, start, stop)
+
+    def _understood(self, execution: Execution, error: BaseException, start: int, stop: int) -> Failure:
+        """The failure of the items from start up to stop together. It does not hold the error."""
+        if isinstance(error, torch.AcceleratorError) and self.is_lost():
+            execution.fatal = first_line(error)
+        exhausted = self.is_exhausted(error)
+        final = stop - start == 1 or bool(execution.fatal) or isinstance(error, ProcessError)
+        # Else its halves have more to say.
+        told = self._failure(execution, error) if final or exhausted else None
+        return Failure(told if final else None, exhausted, first_line(error), isinstance(error, torch.OutOfMemoryError))
+
+    def _after(self, execution: Execution, failure: Failure, start: int, stop: int) -> list[Outcome]:
+        """Outcomes of the items from start up to stop, which have failed together."""
+        if failure.final is not None:
+            return [failure.final] * (stop - start)
+        if failure.exhausted:
+            self.free_memory(emptied=failure.emptied)
         middle = (start + stop) // 2
         outcomes = self._attempt(execution, start, middle) + self._attempt(execution, middle, stop)
-        if not exhausted and not any(isinstance(outcome, TensorNextError) for outcome in outcomes):
+        if not failure.exhausted and not any(isinstance(outcome, TensorNextError) for outcome in outcomes):
+            count, why = stop - start, failure.why
             log.error(
                 "%s on %s: %d requests failed together: %s",
-                *(execution.model.name, self.device, len(rows), why),
-                extra=event("batch_failed", execution.model.key, device=self.device, count=len(rows), reason=why),
+                *(execution.model.name, self.device, count, why),
+                extra=event("batch_failed", execution.model.key, device=self.device, count=count, reason=why),
             )
         return outcomes
 
@@ -155,9 +186,7 @@ class Runner(ABC):
         model = execution.model
         if not model.max_batch_size:
             return self._forward(execution, [item], rows)
-        step = model.max_batch_size
-        if execution.max_rows:
-            step = min(step, max(execution.max_rows * rows // max(units(model, [item], rows), 1), 1))
+        step = self._most_at_once(execution, item, rows)
         pieces: list[list[Array]] = []
         at = 0
         while at < rows or not pieces:
@@ -172,15 +201,25 @@ class Runner(ABC):
             except BaseException as error:
                 if count <= 1 or not self.is_exhausted(error):
                     raise
+                emptied = isinstance(error, torch.OutOfMemoryError)
             # Out of the except block, as above.
             log.warning(
                 "%s on %s: no memory for %d rows at once",
                 *(model.key, self.device, count),
                 extra=event("out_of_memory", model.key, device=self.device, rows=count),
             )
-            self.free_memory()
+            self.free_memory(emptied=emptied)
             step = count // 2
         return pieces[0] if len(pieces) == 1 else _joined(model, pieces, execution)
+
+    @staticmethod
+    def _most_at_once(execution: Execution, item: Item, rows: int) -> int:
+        """Most rows of a request in one forward."""
+        model = execution.model
+        if not execution.max_rows:
+            return model.max_batch_size
+        most = execution.max_rows * rows // max(units(model, [item], rows), 1)
+        return min(model.max_batch_size, max(most, 1))
 
     def _forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
         """Run `forward`, and note how many rows the memory of the device allows."""
@@ -208,7 +247,8 @@ class Runner(ABC):
             if model.ragged.packed:
                 return model.ragged.pack(items, model.name)
             if copy or len(items) > 1:
-                return pad(self.staging, model, execution.group, items, rows)
+                room = partial(self.staging.room, model.key, execution.group)
+                return pad(room, model, items, padded_shapes(model, items, rows))
         elif copy or len(items) > 1:
             return self.staging.gather(model.key, model.inputs, execution.group, items, rows)
         return list(items[0])
@@ -228,6 +268,13 @@ class Runner(ABC):
         if execution.fatal:
             return Unavailable(f"{self.device} failed: {execution.fatal}")
         return Internal(f"model {model.name!r} raised {sentence(error)}")
+
+
+def outcomes_of(model: Model, outputs: Sequence[Array], items: Sequence[Item], rows: Sequence[int]) -> list[Outcome]:
+    """Outcomes of several requests, given the outputs of all together. Raises as `split_ragged`."""
+    if model.joins:
+        return [*split_ragged(model, outputs, items, rows)]
+    return [*split(outputs, rows)]
 
 
 def _joined(model: Model, pieces: Sequence[Sequence[Array]], execution: Execution) -> list[Array]:

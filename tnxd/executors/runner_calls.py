@@ -16,9 +16,15 @@ Maker = Callable[[], Call]
 
 
 class RunnerCalls:
-    """Calls of the models of a device. Any thread may use it."""
+    """Calls of the models of a device. Any thread may use it.
 
-    def __init__(self) -> None:
+    Args:
+        settle: waits until tensors that the calling thread has made, such as those of a lane's own copy, can be used
+            on all lanes.
+    """
+
+    def __init__(self, settle: Callable[[], None]) -> None:
+        self._settle = settle
         self._runners: list[Runner] = []
         self._calls: dict[str, Maker] = {}
         self._plain: dict[str, Maker] = {}
@@ -27,10 +33,12 @@ class RunnerCalls:
         """Give a runner calls of its own for all models, those that come later included."""
         # First known, then given the calls there are; `install` does it the other way round, on another thread.
         self._runners.append(runner)
-        for key, call in list(self._calls.items()):
-            runner.calls[key] = call()
-        for key, call in list(self._plain.items()):
-            runner.plain_calls[key] = call()
+        calls = {key: call() for key, call in list(self._calls.items())}
+        plain_calls = {key: call() for key, call in list(self._plain.items())}
+        if calls:
+            self._settle()
+        runner.calls.update(calls)
+        runner.plain_calls.update(plain_calls)
 
     def remove(self, runner: Runner) -> None:
         """Give a runner no more calls."""
@@ -39,14 +47,20 @@ class RunnerCalls:
     def install(self, key: str, call: Maker, plain: Maker | None = None) -> None:
         """Give every runner its call for a model. Args: plain: of the network, if `call` is that of a variant."""
         self._calls[key] = call
-        for runner in list(self._runners):
-            runner.calls[key] = call()
+        runners = list(self._runners)
+        calls = [call() for _ in runners]
+        plain_calls = []
+        if plain is not None:
+            self._plain[key] = plain
+            plain_calls = [plain() for _ in runners]
+        self._settle()
+        for runner, made in zip(runners, calls, strict=True):
+            runner.calls[key] = made
         if plain is None:
             self._forget_plain(key)
             return
-        self._plain[key] = plain
-        for runner in list(self._runners):
-            runner.plain_calls[key] = plain()
+        for runner, made in zip(runners, plain_calls, strict=True):
+            runner.plain_calls[key] = made
 
     def installed(self, key: str) -> Maker:
         """Maker of the calls for a model."""

@@ -10,6 +10,7 @@ import msgspec
 
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
 from tnxctl.protocol.wire import (
+    VERSION,
     Clients,
     Compare,
     Explain,
@@ -23,6 +24,8 @@ from tnxctl.protocol.wire import (
     RecordingReport,
     Reload,
     Reply,
+    Share,
+    Shared,
     Stats,
     WhoAmI,
 )
@@ -45,9 +48,21 @@ from tnxd.transport.router import Message, Router
 log = logging.getLogger(__name__)
 
 ControlRequest = (
-    Health | Metadata | Models | Compare | WhoAmI | Clients | Kick | Keys | Stats | Explain | Recording | AdminCommand
+    Health
+    | Metadata
+    | Models
+    | Compare
+    | WhoAmI
+    | Clients
+    | Kick
+    | Keys
+    | Stats
+    | Explain
+    | Recording
+    | Share
+    | AdminCommand
 )
-"""A request about the daemon, its models or its clients."""
+"""A request about the daemon, its models or its clients, or for memory to share."""
 
 
 class ControlPlane:
@@ -130,6 +145,9 @@ class ControlPlane:
             return self._statistics.stats(request, state, connection)
         if isinstance(request, Explain):
             return self._statistics.explain(request, connection)
+        if isinstance(request, Share):
+            nbytes = self._router.share(connection, request.address, request.token)
+            return Shared(v=VERSION, id=request.id, nbytes=nbytes)
         if isinstance(request, Recording):
             return self._recorder.report(request.id)
         if state != READY:

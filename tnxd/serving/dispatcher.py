@@ -26,7 +26,7 @@ from tnxd.scheduling.refusals import Refusals
 from tnxd.scheduling.request import Request
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.answers import Answers
-from tnxd.serving.pending import Answer, Pending, StepRequest, as_execution, as_frames, as_result
+from tnxd.serving.pending import Answer, Pending, StepRequest, as_answer, as_execution, as_frames, as_result
 from tnxd.serving.quarantine import Quarantine
 from tnxd.serving.reports import Inventory
 
@@ -178,7 +178,10 @@ class Dispatcher:
                     self._answers.error(request, reply_too_large(nbytes, request.max_reply_bytes, most))
                     continue
             result = as_result(request, rows, execution, outcome)
-            answers.append((request, result, encode(result), frames))
+            if request.space is None:
+                answers.append((request, result, encode(result), frames))
+            else:
+                answers.append(as_answer(request, result, frames))
             if len(answers) == _SENT_TOGETHER:
                 assert counts is not None
                 self._answers.results(answers, counts)
@@ -277,12 +280,19 @@ class Dispatcher:
         return 2 * limit_s + PROCESS_END_S if execution.model.isolation == PROCESS.name else limit_s
 
     def give_up_hung(self) -> Counter[str]:
-        """Give up batches that run for too long. Returns the number of hung lanes, by device."""
+        """Give up batches that run for too long. Returns the number of hung lanes, by device.
+
+        A batch that waits on its lane for others has the limit from when they are over. It is given up with them.
+        """
         now_ns = time.perf_counter_ns()
         hung: Counter[str] = Counter()
-        for execution, batch in self._on_lanes.items():
-            if (now_ns - batch.started_ns) / 1e9 > self.limit_s(execution):
-                hung[batch.device.name] += batch.lane != BACKGROUND
+        for execution, batch in self._on_lanes.items():  # by the time at which they were formed
+            name, limit_s = batch.device.name, self.limit_s(execution)
+            if not execution.started_ns and not hung[name]:
+                executor = self._executor(batch)
+                limit_s *= executor.lanes if executor.shares_chip else 1
+            if (now_ns - (execution.started_ns or batch.started_ns)) / 1e9 > limit_s:
+                hung[name] += batch.lane != BACKGROUND
                 if not batch.hung:
                     self._give_up(execution, batch)
         return hung

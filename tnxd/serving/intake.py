@@ -20,7 +20,7 @@ from tnxctl.protocol.errors import (
     Unavailable,
 )
 from tnxctl.protocol.frames import view_tensors
-from tnxctl.protocol.wire import LEAST_ROLES, Cancel, Limits, Predict, decode_request, request_id
+from tnxctl.protocol.wire import LEAST_ROLES, Cancel, Limits, Predict, PredictShared, decode_request, encode, request_id
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.deployment.registry import LOADING_RETRY_S
 from tnxd.deployment.version import READY, STARTING, Version
@@ -31,7 +31,7 @@ from tnxd.recording.recorder import Recorder
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.refusals import Refusals, TooLate
 from tnxd.scheduling.scheduler import Scheduler
-from tnxd.serving import permissions, reports
+from tnxd.serving import permissions, reports, shared_inputs
 from tnxd.serving.answers import Answers
 from tnxd.serving.control_plane import ControlPlane
 from tnxd.serving.pending import as_pending
@@ -261,8 +261,15 @@ class Intake:
         except TensorNextError:
             return
         name, title = version.source.name, version.title
+        tensors: Sequence[Buffer] = message.tensors
+        if isinstance(request, PredictShared):
+            try:
+                tensors = shared_inputs.take(connection, request, tensors, self._admission, self._message_bytes)
+            except TensorNextError:  # it will be refused, too
+                return
+            header = encode(shared_inputs.plain(request))
         try:
-            recording.take(received_ns, name, title, connection.client.name, header, message.tensors)
+            recording.take(received_ns, name, title, connection.client.name, header, tensors)
         except Exception:  # a defect of ours: the request is served all the same
             log.exception("a request could not be recorded", extra=event("defect", title))
             recording.stop("the daemon failed at it; its log says how")
@@ -316,6 +323,9 @@ class Intake:
         if request.id in connection.requests:
             raise AlreadyExists(f"a request with id {request.id} is in flight on this connection")
         version = self._registry.find(request.model, message.peer, request.route_key)
+        shared = request if request.__class__ is PredictShared else None
+        if shared is not None:
+            tensors = shared_inputs.take(connection, shared, tensors, self._admission, self._message_bytes)
         model = version.model
         if model is None or version.state != READY:
             view_tensors(request.inputs, tensors, self._limits)  # nothing is loaded for what is broken
@@ -330,6 +340,8 @@ class Intake:
         if request.deadline_us is not None or model.deadline_us is not None:
             came_ns -= self._age_ns(connection, request.sent_us, received_ns)
         pending = as_pending(message, request, version, model, bound, received_ns, came_ns, self._max_delay_us)
+        if shared is not None:
+            pending.space = shared.space
         quarantine = self._quarantine
         if quarantine.active and model.max_batch_size and quarantine.holds(message.peer, connection.client.name):
             pending.alone, pending.max_batch_size = True, 1
@@ -337,7 +349,8 @@ class Intake:
         started: Batch | None = None
         pending.queued_ns = now_ns = time.perf_counter_ns()
         piped = model.__class__ is Pipeline
-        if not piped and not scheduler.queued and not self._router.readable():  # else others may share its batch
+        # Else others may share its batch; but what was copied just now is in the caches of this core.
+        if not piped and not scheduler.queued and (shared is not None or not self._router.readable()):
             started = scheduler.start(pending, now_ns)
         if started is None:
             try:

@@ -6,10 +6,12 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
+
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import TensorNextError
 from tnxctl.protocol.strings import encode as encode_strings
-from tnxctl.protocol.wire import VERSION, Predict, Result, TensorSpec, Timing
+from tnxctl.protocol.wire import VERSION, Predict, Result, Span, TensorSpec, Timing, encode
 from tnxd.deployment.version import Version
 from tnxd.executors.execution import Execution
 from tnxd.models.model import BoundInputs, Item, Model, row_count
@@ -27,6 +29,7 @@ class Pending(Request, kw_only=True):
         version: the version that was asked. served: its model.
         arrays: the inputs in the order of the signature; they keep the received frames alive.
         max_reply_bytes: largest reply that the client takes. attempt: as in `Predict`.
+        space: part of the shared memory of the connection, for the outputs; None: they go out as frames.
         received_ns, queued_ns: when the frames were taken up, and when the scheduler had the request, of
             `time.perf_counter_ns`.
     """
@@ -41,6 +44,7 @@ class Pending(Request, kw_only=True):
     received_ns: int
     queued_ns: int
     attempt: int = 1
+    space: Span | None = None
 
 
 Answer = tuple[Pending, Result, bytes, tuple[Array, ...]]
@@ -161,6 +165,16 @@ def as_result(request: Pending, batch_rows: int, execution: Execution, outputs: 
         ),
         predicted_us=request.predicted_us,
     )
+
+
+def as_answer(request: Pending, result: Result, frames: tuple[Array, ...]) -> Answer:
+    """The answer that a result makes: with its outputs as frames, or in shared memory if they fit there."""
+    segment = request.connection.segment
+    if request.space is not None and segment is not None:
+        spans = segment.place(request.space, frames)
+        if spans is not None:
+            result, frames = msgspec.structs.replace(result, shared=spans), ()
+    return request, result, encode(result), frames
 
 
 def described(expected: tuple[TensorSpec, ...], outputs: tuple[Array, ...]) -> tuple[TensorSpec, ...]:

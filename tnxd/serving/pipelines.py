@@ -11,7 +11,7 @@ import time
 
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import DeadlineExceeded, Internal, TensorNextError
-from tnxctl.protocol.wire import Limits, TensorSpec, encode
+from tnxctl.protocol.wire import Limits, TensorSpec
 from tnxd.deployment.reconciler import Reconciler
 from tnxd.events import event
 from tnxd.executors.execution import Execution
@@ -21,7 +21,7 @@ from tnxd.scheduling.refusals import TooLate
 from tnxd.scheduling.request import NEVER
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.answers import Answers
-from tnxd.serving.pending import Pending, StepRequest, as_frames
+from tnxd.serving.pending import Pending, StepRequest, as_answer, as_frames
 from tnxd.serving.pipeline_preparation import Preparation
 from tnxd.serving.pipeline_result import as_result, stage_of
 from tnxd.serving.pipeline_run import Run, check_rows
@@ -266,7 +266,7 @@ class Pipelines:
         result = as_result(run, place, execution.memory_free_mb, outputs)
         self._end(run)
         counts = self._traffic[whole.version].counts
-        if self._answers.results([(whole, result, encode(result), frames)], counts):
+        if self._answers.results([as_answer(whole, result, frames)], counts):
             counts.rows_of_wholes += whole.rows
 
     def _fail(self, run: Run, error: TensorNextError) -> None:

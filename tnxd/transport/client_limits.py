@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import ResourceExhausted
-from tnxctl.protocol.wire import MIB, Role
+from tnxctl.protocol.wire import MIB, Role, Span
 from tnxd.config import Clients
 from tnxd.transport.addresses import identified
 from tnxd.transport.key_ring import AuthorizedKey
@@ -44,6 +45,19 @@ _KEY = "key:"  # before the names of clients that have a key: an address may loo
 # Admin commands of one client: each may take minutes, and they run one after the other.
 _MAX_COMMANDS = 64
 _MAX_COMMANDS_PER_CONNECTION = 16
+
+
+class SharedSegment(Protocol):
+    """Shared memory of one connection, as `tnxd.transport.shared_memory` makes it."""
+
+    def check(self, span: Span) -> None:
+        """Check that a span lies within. Raises InvalidArgument."""
+
+    def read(self, span: Span) -> Array:
+        """A copy of a span, as bytes. Raises InvalidArgument, and ResourceExhausted."""
+
+    def place(self, space: Span, arrays: Sequence[Array]) -> tuple[Span, ...] | None:
+        """Copy C-contiguous arrays into a space. Returns where they lie; None if it is too small."""
 
 
 class AdmittedRequest(Protocol):
@@ -117,6 +131,7 @@ class Connection:
         received, frames: bytes, and frames, of the messages that it has sent and that were received.
         refused_ns: as of its client.
         clock: of the sender.
+        segment: the memory that it shares, if any.
         heard, filled_ns: see `FairQueue.filled_ns`.
         closed: whether it has ended, or is being cut off. cut: whether it was cut off.
     """
@@ -137,6 +152,7 @@ class Connection:
     frames: int = 0
     refused_ns: int = 0
     clock: SenderClock = field(default_factory=SenderClock)
+    segment: SharedSegment | None = None
     heard: int = 0
     filled_ns: int = 0
     closed: bool = False
@@ -153,6 +169,7 @@ class Admission:
     Attributes:
         max_unsent_bytes: limit of the unsent replies of one connection (`clients.max_owed_mb`).
         max_traffic_bytes: limit of `traffic_bytes` (`clients.memory_mb`).
+        max_shared_bytes: limit of the memory that clients share with the daemon (`clients.shared_memory_mb`).
         active: number of clients that have requests in flight.
         unsent: bytes of replies that clients have not taken yet.
         unread: bytes that ZeroMQ has received and not handed over, as last measured.
@@ -170,6 +187,7 @@ class Admission:
         self._max_bytes = min(int(limits.max_mb * MIB), self._most_bytes)
         self.max_unsent_bytes = int(limits.max_owed_mb * MIB)
         self.max_traffic_bytes = int(limits.memory_mb * MIB)
+        self.max_shared_bytes = int(limits.shared_memory_mb * MIB)
         self._rate = limits.rate
         self._unchecked_bytes = 0
         self._clients: dict[str, Client] = {}

@@ -26,6 +26,7 @@ from tnxd.transport.inherited import Listener
 from tnxd.transport.listeners import Listeners
 from tnxd.transport.monitor import Monitor
 from tnxd.transport.outbox import PEER_HWM, Outbox
+from tnxd.transport.shared_memory import SharedMemory
 from tnxd.transport.unread import UnreadBytes
 from tnxd.transport.wakeup import Wakeup
 
@@ -73,6 +74,7 @@ class Router:
         max_tensors: frames behind a header that are kept of a message.
         dropped: number of messages that were dropped, since their connections were cut off.
         send, flush: those of the `Outbox` itself, so that a reply costs no call more.
+        share: that of the `SharedMemory`.
     """
 
     def __init__(self, limits: Limits, admission: Admission, access: Access | None = None, secret: str = "") -> None:
@@ -94,6 +96,8 @@ class Router:
         connections = self._connections = Connections(self._monitor, self._zap, ids, admission, access)
         outbox = self._outbox = Outbox(socket, connections.by_peer, connections.cut, admission)
         connections.on_end = outbox.drop
+        self._shared_memory = SharedMemory(admission.max_shared_bytes)
+        self.share = self._shared_memory.share
         self._unread = UnreadBytes(connections, admission, limits.message_bytes + limits.header_bytes)
         # Bound here, since each message looks one of them up.
         self._by_peer = connections.by_peer
@@ -242,8 +246,12 @@ class Router:
         return self._connections.ended
 
     def poll_monitor(self) -> None:
-        """Take in the events of connections, and let peers in. To be called at times by a loop that does not `wait`."""
+        """Take in the events of connections, let peers in, and free the memory that they do not share any more.
+
+        To be called at times, since a loop need not `wait`.
+        """
         self._connections.poll_monitor()
+        self._shared_memory.release()
 
     def take_disconnected(self) -> list[Connection]:
         """Connections that have ended since the last call, each of which may have requests in flight."""

@@ -44,7 +44,8 @@ async def _model_ready(call: Call, request: Any) -> Any:
 
 async def _server_metadata(call: Call, request: Any) -> Any:
     report = await call.ask_one(AsyncClient.health)
-    return message_of("ServerMetadataResponse", documents.server_metadata(report.version))
+    shares = call.bridge.regions.allowed
+    return message_of("ServerMetadataResponse", documents.server_metadata(report.version, shares_memory=shares))
 
 
 async def _model_metadata(call: Call, request: Any) -> Any:
@@ -90,19 +91,25 @@ def _refuse_repository_name(request: Any) -> None:
         raise Unimplemented("there is one repository, and it has no name")
 
 
-async def _system_regions(call: Call, request: Any) -> Any:
-    _refuse_region(request.name)
-    return message_of("SystemSharedMemoryStatusResponse", {})
+async def _regions(call: Call, request: Any) -> Any:
+    regions = {region["name"]: region for region in call.bridge.regions.status(request.name)}
+    return message_of("SystemSharedMemoryStatusResponse", {"regions": regions})
+
+
+async def _register_region(call: Call, request: Any) -> Any:
+    call.bridge.regions.register(request.name, request.key, request.offset, request.byte_size)
+    return message_of("SystemSharedMemoryRegisterResponse", {})
+
+
+async def _unregister_region(call: Call, request: Any) -> Any:
+    call.bridge.regions.unregister(request.name)
+    return message_of("SystemSharedMemoryUnregisterResponse", {})
 
 
 async def _cuda_regions(call: Call, request: Any) -> Any:
-    _refuse_region(request.name)
+    if request.name:
+        raise NotFound(f"unable to find shared memory region {excerpt(request.name)}")
     return message_of("CudaSharedMemoryStatusResponse", {})
-
-
-def _refuse_region(name: str) -> None:
-    if name:
-        raise NotFound(f"unable to find shared memory region {excerpt(name)}")
 
 
 def _unsupported(what: str, kind: type[TensorNextError] = Unimplemented) -> Method:
@@ -127,9 +134,9 @@ METHODS: Mapping[str, Method] = {
     "RepositoryIndex": Method(_repository_index, wire.Models),
     "RepositoryModelLoad": Method(_repository_model_load, wire.Load, about="model_name"),
     "RepositoryModelUnload": Method(_repository_model_unload, wire.Unload, about="model_name"),
-    "SystemSharedMemoryStatus": Method(_system_regions, None),
-    "SystemSharedMemoryRegister": _unsupported("shared memory"),
-    "SystemSharedMemoryUnregister": _unsupported("shared memory"),
+    "SystemSharedMemoryStatus": Method(_regions, None),
+    "SystemSharedMemoryRegister": Method(_register_region, wire.Share),
+    "SystemSharedMemoryUnregister": Method(_unregister_region, wire.Share),
     "CudaSharedMemoryStatus": Method(_cuda_regions, None),
     "CudaSharedMemoryRegister": _unsupported("shared memory"),
     "CudaSharedMemoryUnregister": _unsupported("shared memory"),

@@ -10,6 +10,7 @@ from tnxctl.bridge.grpc.messages import ModelInferRequest, ModelInferResponse, M
 from tnxctl.bridge.grpc.tensors import CONTENTS, inputs_of
 from tnxctl.bridge.oip import infer, tensors
 from tnxctl.bridge.oip.documents import model_title
+from tnxctl.bridge.oip.shared_memory import Regions, place_of
 from tnxctl.protocol.datatypes import Array, datatype_of
 from tnxctl.protocol.errors import InvalidArgument, TensorNextError
 from tnxctl.results import Result
@@ -60,51 +61,64 @@ async def _answer(call: Call, request: Any, raw: list[memoryview]) -> tuple[Any,
     """The response to one request without its raw contents, and these."""
     parameters = plain(request.parameters)
     parameters.pop(_FINAL_ASKED, None)
-    for tensor in (*request.inputs, *request.outputs):
-        if tensor.parameters:
-            infer.refuse_shared_memory(plain(tensor.parameters), tensor.name)
     answers_raw = parameters.get("binary_data_output", True)
     if not isinstance(answers_raw, bool):
         raise InvalidArgument(f"parameter 'binary_data_output' is {answers_raw!r}: expected true or false")
-    wanted = [
-        infer.Output(output.name, answers_raw, infer.classes_of(plain(output.parameters))) for output in request.outputs
-    ]
+    wanted = [_output(call, output, answers_raw) for output in request.outputs]
     arguments = infer.predict_arguments(parameters)
     seconds = call.remaining_s
     if seconds is not None:
         arguments["deadline"] = arguments["timeout"] = min(seconds, arguments.get("deadline", seconds))
-    inputs = inputs_of(request.inputs, raw, call.bridge.settings.message)
+    inputs = inputs_of(request.inputs, raw, call.bridge.settings.message, call.bridge.regions)
     title = model_title(request.model_name, request.model_version)
     result = await call.client.predict(inputs, model=title, **arguments)
     response = ModelInferResponse(model_name=result.model, model_version=result.version, id=request.id)
-    return response, _add_outputs(response, await _outputs(call, result, wanted), answers_raw)
+    return response, _add_outputs(response, await _outputs(call, result, wanted), answers_raw, call.bridge.regions)
 
 
-async def _outputs(call: Call, result: Result, wanted: list[infer.Output]) -> list[tuple[str, Array]]:
+def _output(call: Call, output: Any, raw: bool) -> infer.Output:
+    """An output that a request asks for. Raises as `Regions.check` does."""
+    parameters = plain(output.parameters)
+    place = place_of(parameters, output.name)
+    if place is not None:
+        call.bridge.regions.check(place, output.name)
+    return infer.Output(output.name, raw, infer.classes_of(parameters), place)
+
+
+async def _outputs(call: Call, result: Result, wanted: list[infer.Output]) -> list[tuple[infer.Output, Array]]:
     """The outputs that are wanted; () are all."""
     batches = False
     if any(output.classes for output in wanted):
         batches = (await call.bridge.signatures.get(model_title(result.model, result.version))).max_batch_size > 0
     return [
-        (output.name, tensors.classified(output.name, array, output.classes, batches) if output.classes else array)
+        (output, tensors.classified(output.name, array, output.classes, batches) if output.classes else array)
         for output, array in infer.selected(result, wanted, True)
     ]
 
 
-def _add_outputs(response: Any, outputs: list[tuple[str, Array]], raw: bool) -> list[memoryview]:
+def _add_outputs(
+    response: Any, outputs: list[tuple[infer.Output, Array]], raw: bool, regions: Regions
+) -> list[memoryview]:
     """Add outputs to a response. Returns their raw contents.
 
     Args:
         raw: False: they become contents, if these can hold all of them: a response has one or the other.
+        regions: of shared memory; of an output that goes there, the raw contents are empty.
 
     Raises:
-        InvalidArgument: an element of a BYTES tensor is too long.
+        InvalidArgument: an element of a BYTES tensor is too long; or as `Regions.write` does.
     """
-    typed = not raw and all(datatype_of(array.dtype) in CONTENTS for _, array in outputs)
+    typed = not raw and all(datatype_of(array.dtype) in CONTENTS for output, array in outputs if output.place is None)
     chunks = []
-    for name, array in outputs:
-        datatype, shape, chunk = tensors.encoded(name, array)
-        tensor = response.outputs.add(name=name, datatype=datatype, shape=shape)
+    for output, array in outputs:
+        datatype, shape, chunk = tensors.encoded(output.name, array)
+        tensor = response.outputs.add(name=output.name, datatype=datatype, shape=shape)
+        if output.place is not None:
+            for name, value in regions.write(output.place, output.name, chunk).parameters.items():
+                setattr(tensor.parameters[name], "string_param" if isinstance(value, str) else "int64_param", value)
+            chunk = chunk[:0]
+        if typed and output.place is not None:
+            continue
         if typed:
             getattr(tensor.contents, CONTENTS[datatype]).extend(array.ravel().tolist())
         else:

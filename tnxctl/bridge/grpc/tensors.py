@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tnxctl.bridge.grpc.messages import plain
 from tnxctl.bridge.oip import tensors
+from tnxctl.bridge.oip.shared_memory import Regions, place_of
 from tnxctl.protocol import strings
 from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.errors import InvalidArgument
@@ -29,29 +31,37 @@ CONTENTS = {
 """Datatype -> the field of InferTensorContents that has its elements. What is missing travels raw alone."""
 
 
-def inputs_of(inputs: Sequence[Any], raw: Sequence[memoryview], limits: Limits) -> dict[str, Array]:
+def inputs_of(inputs: Sequence[Any], raw: Sequence[memoryview], limits: Limits, regions: Regions) -> dict[str, Array]:
     """The inputs of a request, by name.
 
     Args:
         inputs: of a ModelInferRequest. raw: its raw_input_contents, of which the arrays are views; (): it has none.
+            What is in shared memory has none.
+        regions: of shared memory, out of which inputs are copied.
 
     Raises:
         InvalidArgument: a tensor is not what it says, a limit does not hold, or raw_input_contents and contents are
             mixed; the sentence names what is wrong.
+        NotFound, Unimplemented: as `Regions.read` does.
     """
-    if raw and len(raw) != len(inputs):
-        raise InvalidArgument(f"{len(inputs)} inputs and {len(raw)} raw_input_contents: expected one for each")
+    places = [place_of(plain(tensor.parameters), tensor.name) if tensor.parameters else None for tensor in inputs]
+    if raw and len(raw) != places.count(None):
+        raise InvalidArgument(f"{places.count(None)} inputs and {len(raw)} raw_input_contents: expected one for each")
+    contents = iter(raw)
     arrays: dict[str, Array] = {}
-    for position, tensor in enumerate(inputs):
+    for tensor, place in zip(inputs, places, strict=True):
         name = tensor.name
         if name in arrays:
             raise InvalidArgument(f"two inputs have the name {excerpt(name)}")
-        if not raw:
+        if place is not None:
+            content = regions.read(place, name, limits.message_bytes)
+            arrays[name] = tensors.from_binary(name, tensor.datatype, tensor.shape, content, limits)
+        elif not raw:
             arrays[name] = _from_contents(tensor, limits)
         elif tensor.HasField("contents"):
             raise InvalidArgument(f"input {excerpt(name)} has contents beside raw_input_contents: expected either")
         else:
-            arrays[name] = tensors.from_binary(name, tensor.datatype, tensor.shape, raw[position], limits)
+            arrays[name] = tensors.from_binary(name, tensor.datatype, tensor.shape, next(contents), limits)
     return arrays
 
 

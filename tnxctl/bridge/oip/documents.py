@@ -60,9 +60,14 @@ def model_title(name: str, version: str = "") -> str:
     return f"{name}@{version}" if version else name
 
 
-def server_metadata(version: str) -> Document:
-    """Server metadata. Args: version: of the daemon."""
-    return {"name": SERVER_NAME, "version": version, "extensions": [*EXTENSIONS]}
+def server_metadata(version: str, *, shares_memory: bool = False) -> Document:
+    """Server metadata.
+
+    Args:
+        version: of the daemon. shares_memory: whether regions of shared memory may be registered.
+    """
+    extensions = [*EXTENSIONS, "system_shared_memory"] if shares_memory else [*EXTENSIONS]
+    return {"name": SERVER_NAME, "version": version, "extensions": extensions}
 
 
 def model_metadata(model: ModelInfo, all_models: Iterable[ModelInfo]) -> Document:

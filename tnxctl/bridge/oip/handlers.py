@@ -19,7 +19,7 @@ from tnxctl.bridge.oip import compression, documents, infer, orders, tensors
 from tnxctl.bridge.routes import Handler, Routes
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.limits import excerpt
+from tnxctl.protocol.limits import MAX_ID, excerpt
 
 T = TypeVar("T")
 
@@ -38,6 +38,14 @@ class ControlRequest(msgspec.Struct, frozen=True):
     parameters: Annotated[dict[str, Any], msgspec.Meta(max_length=1024)] = {}
 
 
+class RegisterRequest(msgspec.Struct, frozen=True):
+    """Body of a request to register a region of shared memory: part of the file of that name."""
+
+    key: str
+    byte_size: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
+    offset: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = 0
+
+
 def add_to(routes: Routes) -> None:
     """Add the routes of this interface."""
     routes.add("GET", "/v2", server_metadata, wire.Health)
@@ -53,6 +61,12 @@ def add_to(routes: Routes) -> None:
     routes.add("POST", "/v2/repository/index", repository_index, wire.Models, takes=IndexRequest)
     routes.add("POST", "/v2/repository/models/{model}/load", load, wire.Load, takes=ControlRequest)
     routes.add("POST", "/v2/repository/models/{model}/unload", unload, wire.Unload, takes=ControlRequest)
+    memory = "/v2/systemsharedmemory"
+    routes.add("GET", f"{memory}/status", regions, None)
+    routes.add("GET", f"{memory}/region/{{region}}/status", regions, None)
+    routes.add("POST", f"{memory}/region/{{region}}/register", register_region, wire.Share, takes=RegisterRequest)
+    routes.add("POST", f"{memory}/region/{{region}}/unregister", unregister_region, wire.Share)
+    routes.add("POST", f"{memory}/unregister", unregister_region, wire.Share)
     _add_unsupported(routes)
 
 
@@ -69,7 +83,8 @@ async def ready(bridge: Bridge, request: Request) -> Response:
 
 async def server_metadata(bridge: Bridge, request: Request) -> Response:
     """Name, version and extensions of the server."""
-    return json_response(documents.server_metadata((await bridge.ask_one(AsyncClient.health)).version))
+    report = await bridge.ask_one(AsyncClient.health)
+    return json_response(documents.server_metadata(report.version, shares_memory=bridge.regions.allowed))
 
 
 async def model_metadata(bridge: Bridge, request: Request) -> Response:
@@ -110,7 +125,7 @@ async def run_inference(bridge: Bridge, request: Request) -> Response:
             asked = infer.read_document(document, limits)
         else:
             asked = await bridge.helper.call(infer.read_document, bytes(document), limits)
-        inference = infer.of_document(asked, view[json_bytes:], limits)
+        inference = infer.of_document(asked, view[json_bytes:], limits, bridge.regions)
     else:
         inference = infer.read_raw(body, await bridge.signatures.get(title), settings.message)
     result = await bridge.client.predict(inference.inputs, model=title, **inference.arguments)
@@ -123,7 +138,7 @@ async def run_inference(bridge: Bridge, request: Request) -> Response:
         for name, array in infer.written(inference, result)
         if array.size >= LONG_ELEMENTS
     }
-    answer = infer.answer(inference, result, batches, texts)
+    answer = infer.answer(inference, result, bridge.regions, batches, texts)
     chunks, coding = await compression.packed(answer.chunks, headers.get(b"accept-encoding"))
     stages = server_timing.header(result)
     if not answer.binary:
@@ -152,13 +167,30 @@ async def unload(bridge: Bridge, request: Request) -> Response:
     return Response()
 
 
+async def regions(bridge: Bridge, request: Request) -> Response:
+    """Regions of shared memory, or one of them."""
+    return json_response(bridge.regions.status(request.params.get("region", "")))
+
+
+async def register_region(bridge: Bridge, request: Request) -> Response:
+    """Register a region of shared memory, which requests may then name."""
+    asked = _body(request, RegisterRequest)
+    bridge.regions.register(request.params["region"], asked.key, asked.offset, asked.byte_size)
+    return Response()
+
+
+async def unregister_region(bridge: Bridge, request: Request) -> Response:
+    """Forget a region of shared memory, or all."""
+    bridge.regions.unregister(request.params.get("region", ""))
+    return Response()
+
+
 def _add_unsupported(routes: Routes) -> None:
-    for kind in ("system", "cuda"):
-        memory = f"/v2/{kind}sharedmemory"
-        routes.add("GET", f"{memory}/status", _no_regions, None)
-        routes.add("GET", f"{memory}/region/{{region}}/status", _no_such_region, None)
-        for action in ("unregister", "region/{region}/register", "region/{region}/unregister"):
-            routes.add("POST", f"{memory}/{action}", _unsupported(501, "shared memory"), None)
+    memory = "/v2/cudasharedmemory"
+    routes.add("GET", f"{memory}/status", _no_regions, None)
+    routes.add("GET", f"{memory}/region/{{region}}/status", _no_such_region, None)
+    for action in ("unregister", "region/{region}/register", "region/{region}/unregister"):
+        routes.add("POST", f"{memory}/{action}", _unsupported(501, "shared memory"), None)
     for method in ("GET", "POST"):
         for path in ("/v2/trace/setting", "/v2/models/{model}/trace/setting"):
             routes.add(method, path, _unsupported(503, "tracing"), None)

@@ -16,8 +16,9 @@ from msgspec import UNSET
 
 from tnxctl.bridge.oip import tensors
 from tnxctl.bridge.oip.documents import PRIORITY_LEVELS
+from tnxctl.bridge.oip.shared_memory import Place, Regions, place_of
 from tnxctl.protocol.datatypes import STORAGE, Array
-from tnxctl.protocol.errors import InvalidArgument, Unimplemented
+from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.fields import BYTES, Name, Word
 from tnxctl.protocol.limits import MAX_DIM, MAX_RANK, MAX_TENSORS, Limits, excerpt
 from tnxctl.protocol.wire import ModelInfo
@@ -68,11 +69,16 @@ class InferRequest(msgspec.Struct, frozen=True):
 
 
 class Output(NamedTuple):
-    """Output as it is answered. Attributes: classes: number of its largest elements that are wanted; 0: all of it."""
+    """Output as it is answered.
+
+    Attributes:
+        classes: number of its largest elements that are wanted; 0: all of it. place: in shared memory; None: none.
+    """
 
     name: str
     binary: bool
     classes: int = 0
+    place: Place | None = None
 
 
 class Inference(NamedTuple):
@@ -129,18 +135,19 @@ def header_length(text: str | None, nbytes: int) -> int:
     return int(text)
 
 
-def read(body: Buffer, json_bytes: int, limits: Limits) -> Inference:
+def read(body: Buffer, json_bytes: int, limits: Limits, regions: Regions) -> Inference:
     """The request that a body holds. Its binary tensors are views of the body, which must stay unchanged.
 
     Args:
-        json_bytes: length of the JSON that it begins with.
+        json_bytes: length of the JSON that it begins with. regions: of shared memory, out of which tensors are copied.
 
     Raises:
         InvalidArgument: it is not one; the sentence names what is wrong.
-        Unimplemented: it asks for shared memory.
+        NotFound: it names a region that is not registered.
+        Unimplemented: it asks for shared memory where there is none.
     """
     view = memoryview(body)
-    return of_document(read_document(view[:json_bytes], limits), view[json_bytes:], limits)
+    return of_document(read_document(view[:json_bytes], limits), view[json_bytes:], limits, regions)
 
 
 def read_document(text: Buffer, limits: Limits) -> InferRequest:
@@ -154,11 +161,11 @@ def read_document(text: Buffer, limits: Limits) -> InferRequest:
     )
 
 
-def of_document(request: InferRequest, binary_data: memoryview, limits: Limits) -> Inference:
+def of_document(request: InferRequest, binary_data: memoryview, limits: Limits, regions: Regions) -> Inference:
     """The request of a document that was read, with the binary data behind it. Raises as `read` does."""
-    inputs = _inputs(request.inputs, binary_data, limits)
+    inputs = _inputs(request.inputs, binary_data, limits, regions)
     binary = _flag(request.parameters, "binary_data_output", False)
-    outputs = [_output(output, binary) for output in request.outputs]
+    outputs = [_output(output, binary, regions) for output in request.outputs]
     return Inference(
         request.id,
         inputs,
@@ -225,12 +232,6 @@ def predict_arguments(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def refuse_shared_memory(parameters: Mapping[str, Any], name: str) -> None:
-    """Refuse a tensor that is in shared memory. Raises Unimplemented."""
-    if "shared_memory_region" in parameters:
-        raise Unimplemented(f"tensor {excerpt(name)} is in shared memory, which this server does not support")
-
-
 def classes_of(parameters: Mapping[str, Any]) -> int:
     """The number of classes that the parameters of an output ask for; 0: none. Raises InvalidArgument."""
     return _number(parameters, "classification")
@@ -259,19 +260,21 @@ def written(inference: Inference, result: Result) -> list[tuple[str, Array]]:
     return [
         (output.name, array)
         for output, array in selected(result, inference.outputs, inference.binary)
-        if not output.binary and not output.classes
+        if not output.binary and not output.classes and output.place is None
     ]
 
 
 def answer(
     inference: Inference,
     result: Result,
+    regions: Regions,
     batches: bool = False,
     texts: Mapping[str, tuple[str, msgspec.Raw]] | None = None,
 ) -> Answer:
     """The body that answers a request.
 
     Args:
+        regions: of shared memory, into which outputs are copied.
         batches: whether axis 0 of the model's outputs counts rows; matters to a request that `classifies`.
         texts: outputs that were written already, by `tensors.to_json`.
 
@@ -284,7 +287,10 @@ def answer(
         if output.classes:
             array = tensors.classified(output.name, array, output.classes, batches)
         document: dict[str, Any] = {"name": output.name, "datatype": "", "shape": array.shape}
-        if output.binary:
+        if output.place is not None:
+            datatype, _, chunk = tensors.encoded(output.name, array)
+            document["parameters"] = regions.write(output.place, output.name, chunk).parameters
+        elif output.binary:
             datatype, _, chunk = tensors.encoded(output.name, array)
             document["parameters"] = {"binary_data_size": len(chunk)}
             chunks.append(chunk)
@@ -352,14 +358,18 @@ def _finite(text: str) -> float:
     return number
 
 
-def _inputs(inputs: Sequence[InputTensor], binary: memoryview, limits: Limits) -> dict[str, Array]:
+def _inputs(inputs: Sequence[InputTensor], binary: memoryview, limits: Limits, regions: Regions) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     at = 0
     for tensor in inputs:
         name, parameters = tensor.name, tensor.parameters
-        refuse_shared_memory(parameters, name)
+        place = place_of(parameters, name)
         if name in arrays:
             raise InvalidArgument(f"two inputs have the name {excerpt(name)}")
+        if place is not None:
+            content = regions.read(place, name, limits.message_bytes)
+            arrays[name] = tensors.from_binary(name, tensor.datatype, tensor.shape, content, limits)
+            continue
         if ("binary_data_size" in parameters) == (tensor.data is not UNSET):
             raise InvalidArgument(f"input {excerpt(name)}: expected either data or a parameter binary_data_size")
         if tensor.data is not UNSET:
@@ -378,9 +388,11 @@ def _inputs(inputs: Sequence[InputTensor], binary: memoryview, limits: Limits) -
     return arrays
 
 
-def _output(output: RequestedOutput, binary: bool) -> Output:
-    refuse_shared_memory(output.parameters, output.name)
-    return Output(output.name, _flag(output.parameters, "binary_data", binary), classes_of(output.parameters))
+def _output(output: RequestedOutput, binary: bool, regions: Regions) -> Output:
+    place = place_of(output.parameters, output.name)
+    if place is not None:
+        regions.check(place, output.name)
+    return Output(output.name, _flag(output.parameters, "binary_data", binary), classes_of(output.parameters), place)
 
 
 def _number(parameters: Mapping[str, Any], name: str) -> int:

@@ -76,16 +76,19 @@ class Serial:
         self._module = module
         self._undo = undo
         self._lock = threading.Lock()
+        self._done: torch.Event | None = None
 
     def __call__(self, *inputs: Value | None) -> Any:
         with self._lock:
+            if self._done is not None:  # this lane has a stream of its own
+                torch.accelerator.current_stream().wait_event(self._done)
             try:
                 return cloned(self._module(*inputs))
             finally:
                 if self._undo is not None:
                     self._undo.put_back()
                 if any(isinstance(each, torch.Tensor) and KINDS[each.device.type].has_streams for each in inputs):
-                    torch.accelerator.current_stream().synchronize()  # the next lane has a stream of its own
+                    self._done = torch.accelerator.current_stream().record_event()
 
 
 class Differentiating:
