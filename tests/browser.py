@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import prepared
+from peers import held_port
 
 DRIVER = shutil.which("chromedriver")
 CHROMIUM = shutil.which("chromium")
@@ -73,7 +74,8 @@ class Browser:
 
     def messages(self) -> list[str]:
         """Lines that the page has logged since the last look: errors, and whatever was blocked."""
-        return [entry["message"] for entry in self._ask("se/log", {"type": "browser"})]
+        lines = [entry["message"] for entry in self._ask("se/log", {"type": "browser"})]
+        return [line for line in lines if not line.startswith("chrome://")]  # of the tab that it begins with
 
     def look(self, width: int, height: int, *, dark: bool) -> bytes:
         """A picture of the whole page as PNG, as a screen of that size shows it."""
@@ -113,7 +115,7 @@ def browser(folder: Path) -> Iterator[Browser]:
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         try:
             session = f"{address}/{_post(address, {'capabilities': {'alwaysMatch': wanted}})['sessionId']}"
-        except AssertionError as error:
+        except (AssertionError, OSError) as error:
             pytest.skip(f"Chromium does not start here: {error}")
         try:
             yield Browser(session)
@@ -125,8 +127,9 @@ def browser(folder: Path) -> Iterator[Browser]:
 def _driver(folder: str) -> Iterator[str]:
     """A driver of browsers with a folder for what they do not keep. Yields the address where it makes sessions."""
     assert DRIVER is not None
+    port = held_port()  # where there is no IPv6, it does not say which one it has chosen
     driver = subprocess.Popen(
-        [DRIVER, "--port=0"],
+        [DRIVER, f"--port={port.getsockname()[1]}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -138,8 +141,9 @@ def _driver(folder: str) -> Iterator[str]:
         for line in driver.stdout:
             if "was started successfully on port " in line:
                 break
-        yield f"http://127.0.0.1:{line.rpartition(' ')[2].strip().rstrip('.')}/session"
+        yield f"http://127.0.0.1:{port.getsockname()[1]}/session"
     finally:
         driver.terminate()
         driver.wait()
         driver.stdout.close()
+        port.close()

@@ -22,9 +22,10 @@ from tnxd.executors.execution import Execution
 from tnxd.lanes import NO_TEAMS
 from tnxd.models.model import Model
 
-ANSWER, HOLD, RELEASE, FAIL, EXHAUST, BREAK, VANISH, PAUSE = range(8)
+ANSWER, HOLD, RELEASE, FAIL, EXHAUST, BREAK, VANISH, PAUSE, CROWD, BREAK_LATER = range(10)
 """Answer at once; wait for RELEASE; end such waits, and answer; raise; have no memory; lose the device; never end; wait
-until a model is unloaded."""
+until a model is unloaded; have no memory as long as other batches may run on the device; wait for RELEASE, and lose the
+device."""
 
 
 _Inbox = queue.SimpleQueue[tuple[Execution, threading.Event]]
@@ -34,7 +35,6 @@ _Inbox = queue.SimpleQueue[tuple[Execution, threading.Event]]
 class ObedientDevice:
     """Implements `tnxd.executors.execution.Executor`."""
 
-    shares_chip = False
     teams = NO_TEAMS
     runs_inline = False
     description = "does what it is told"
@@ -42,7 +42,8 @@ class ObedientDevice:
     def __init__(self, name: str, lanes: int, on_done: Callable[[Execution], None]) -> None:
         self.name = name
         self.kind = name.partition(":")[0]
-        self.lanes = lanes
+        self.lanes = self.streams = lanes
+        self.shares_chip = self.kind == "cuda"
         self._on_done = on_done
         self._inboxes: list[_Inbox] = [queue.SimpleQueue() for _ in range(lanes + 1)]
         for inbox in self._inboxes:
@@ -66,6 +67,9 @@ class ObedientDevice:
     def run_inline(self, execution: Execution) -> None:
         raise NotImplementedError  # warm-up says that every batch takes ten milliseconds
 
+    def failure(self) -> str:
+        return ""
+
     def memory_mb(self) -> tuple[float, float]:
         return 8000.0, 8000.0
 
@@ -78,7 +82,8 @@ class ObedientDevice:
             execution.started_ns = time.perf_counter_ns()
             execution.memory_free_mb = 8000.0
             commands = [int(item[0].flat[0]) for item in execution.items if item[0] is not None]
-            if HOLD in commands and execution.lane >= 0:  # what is computed again in idle time does not wait
+            holds = HOLD in commands or BREAK_LATER in commands
+            if holds and execution.lane >= 0:  # what is computed again in idle time does not wait
                 release.wait()
             if PAUSE in commands:
                 self._unloaded.wait()
@@ -96,10 +101,10 @@ class ObedientDevice:
     def _outcome(self, command: int, rows: int, execution: Execution) -> contract.Outcome:
         if command == FAIL:
             return Internal("the model raised, as it was told")
-        if command == EXHAUST and self.kind == "cuda":
+        if self.kind == "cuda" and (command == EXHAUST or (command == CROWD and execution.crowded)):
             execution.exhausted = True
             return ResourceExhausted(f"{self.name} has no memory left")
-        if command == BREAK and self.kind == "cuda":
+        if command in (BREAK, BREAK_LATER) and self.kind == "cuda":
             execution.fatal = "it fell out of its slot"
             return Unavailable(f"{self.name} is lost")
         return tuple(np.full((rows, *spec.shape[1:]), command, np.float32) for spec in execution.model.outputs)

@@ -57,7 +57,7 @@ class FakeSource:
 
 @dataclass
 class FakeExecutor:
-    """A device that holds keys instead of models."""
+    """A device that holds keys instead of models. Without a size, its memory is not known."""
 
     name: str = "cpu"
     kind: str = "cpu"
@@ -69,10 +69,13 @@ class FakeExecutor:
     broken: dict[str, BaseException] = field(default_factory=dict)
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     most: int = 0
+    memory: int = 0
 
     def load(self, model: Model) -> LoadReport:
         if model.key in self.broken:
             raise self.broken[model.key]
+        if self.memory and self._free() < self.sizes.get(model.name, MIB):
+            raise MemoryError("out of memory")
         self.held.add(model.key)
         self.most = max(self.most, len(self.held))
         return LoadReport([(1, 100.0), (4, 200.0)], self.sizes.get(model.name, MIB), **self.trials.get(model.key, {}))
@@ -88,8 +91,14 @@ class FakeExecutor:
     def submit(self, execution: Execution) -> None: ...
     def run_inline(self, execution: Execution) -> None: ...
     def adopt_thread(self) -> None: ...
+    def failure(self) -> str:
+        return ""
+
     def memory_mb(self) -> tuple[float, float]:
-        return 0.0, 0.0
+        return self._free() / MIB, self.memory / MIB
+
+    def _free(self) -> int:
+        return self.memory - sum([self.sizes.get(key.partition("@")[0], MIB) for key in self.held])
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -128,7 +137,7 @@ class Bench:
             self._scan,
             self._calls.put,
             limits=Limits(),
-            budget={"cpu": budget_mb * MIB},
+            budget={"cpu": budget_mb * MIB, "cuda": budget_mb * MIB},
             load_timeout_s=load_timeout_s,
             on_reload=self.reloads.append,
         )

@@ -449,8 +449,9 @@ def test_nothing_is_left_of_it() -> None:
 
 @needs_pretended
 def test_a_daemon_takes_orders_about_its_devices(tmp_path: Path) -> None:
-    control = tmp_path / "control"
-    running: Daemon = start_daemon(tmp_path / "log", "--devices", "cuda:0", program=program(control=control))
+    control, config = tmp_path / "control", tmp_path / "tnxd.toml"
+    config.write_text('devices = ["cuda:0"]\ncuda.graphs = false\n')  # which take no memory for a batch
+    running: Daemon = start_daemon(tmp_path / "log", "--config", str(config), program=program(control=control))
     try:
         with Dealer(running.endpoint) as dealer:
             dealer.predict(rows(2), device="cuda:0")

@@ -44,18 +44,26 @@ class Cpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inline_limit_us: Annotated[float, msgspec.Meta(ge=0)] = 1000.0
 
 
-class Cuda(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Settings of every CUDA device.
+class Streams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of every device of a kind with streams.
 
     Attributes:
         lanes: streams per device, each with a thread that issues batches. Batches of one follow each other, those of
             several share the device.
         depth: batches of each lane that may be under way at a time: one is computed while others are copied.
-        graphs: whether forwards are captured when a model is loaded, to be started as a whole, where that is as fast.
     """
 
     lanes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     depth: Annotated[int, msgspec.Meta(ge=1, le=4)] = 2
+
+
+class Cuda(Streams, frozen=True, forbid_unknown_fields=True):
+    """Settings of every CUDA device.
+
+    Attributes:
+        graphs: whether forwards are captured when a model is loaded, to be started as a whole, where that is as fast.
+    """
+
     graphs: bool = True
 
 
@@ -119,11 +127,13 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     When a model does not fit beside the others, the least recently used ones leave, and come back when asked for.
 
     Attributes:
-        cpu_mb: on the CPU. cuda_mb: on each CUDA device.
+        cpu_mb: on the CPU. cuda_mb, xpu_mb: on each CUDA device or XPU. mps_mb: on the GPU of an Apple computer.
     """
 
     cpu_mb: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
     cuda_mb: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
+    xpu_mb: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
+    mps_mb: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
 
     def nbytes(self, kind: str) -> int:
         """The limit of a kind of device, in bytes."""
@@ -155,7 +165,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         remote_control: which clients have the role admin: by "local" those on this host, on loopback or as root or the
             daemon's user on ipc, and those whose key says so; by "any", also all on tcp that are asked for no key; by
             "off", nobody. true is "any" and false is "off".
-        devices: "auto", "cpu", "cuda", "cuda:N".
+        devices: "auto", or names and kinds of devices: "cpu", "cuda", "cuda:N", "xpu", "xpu:N", "mps".
         spin_us: longest time in microseconds that the loop polls before it blocks; 0 blocks at once.
         drain_timeout_s: how long SIGTERM waits for running requests.
         load_timeout_s: a model that takes longer to load and warm up has failed.
@@ -196,6 +206,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_format: LogFormat = "text"
     cpu: Cpu = Cpu()
     cuda: Cuda = Cuda()
+    xpu: Streams = Streams()
     queue: Queue = Queue()
     clients: Clients = Clients()
     keys: Keys = Keys()

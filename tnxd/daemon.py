@@ -213,6 +213,8 @@ class Daemon:
             executor.memory_mb()[0],
             inline_limit_us=self._config.cpu.inline_limit_us if executor.runs_inline else 0.0,
             teams=executor.teams,
+            shares_chip=executor.shares_chip,
+            streams=executor.streams,
         )
 
     def _loaded(self, outcome: Changes | TensorNextError) -> None:

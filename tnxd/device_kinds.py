@@ -1,6 +1,7 @@
 """Kinds of devices, and the differences between them that the rest of the daemon goes by. No torch.
 
-A new kind is an entry here, and a module beside `tnxd/executors/cuda.py` with an entry in `tnxd/executors/devices.py`.
+A new kind is an entry here, a module beside `tnxd/executors/xpu.py` with an entry in `tnxd/executors/devices.py`, and a
+limit of its memory in `tnxd/config.py`.
 """
 
 from __future__ import annotations
@@ -52,6 +53,29 @@ CUDA = DeviceKind(
     has_generator=True,
     has_tf32=True,
 )
+"""GPUs of NVIDIA. AMD's have the same name in a torch that was built for them (ROCm), which nothing has run."""
+
+XPU = DeviceKind(
+    "xpu",
+    numbered=True,
+    is_gpu=True,
+    has_streams=True,
+    survives_bad_index=False,
+    has_generator=True,
+    has_tf32=False,
+)
+"""GPUs of Intel. None has run any of this."""
+
+MPS = DeviceKind(
+    "mps",
+    numbered=False,
+    is_gpu=True,
+    has_streams=False,
+    survives_bad_index=True,
+    has_generator=False,
+    has_tf32=False,
+)
+"""The GPU of an Apple computer. None has run any of this."""
 
 PROCESS = DeviceKind(
     "process",
@@ -65,10 +89,10 @@ PROCESS = DeviceKind(
 """Processes beside the daemon, each of which runs one model: a device for models that ask for them, and for no others.
 There is one as soon as a model does."""
 
-KINDS = {kind.name: kind for kind in (CPU, CUDA, PROCESS)}
+KINDS = {kind.name: kind for kind in (CPU, CUDA, XPU, MPS, PROCESS)}
 """All kinds, by name."""
 
-CHOSEN = (CPU, CUDA)
+CHOSEN = (CPU, CUDA, XPU, MPS)
 """Kinds that a configuration, or a model, chooses from."""
 
 DEVICE = re.compile("|".join([rf"{kind.name}(:\d+)?" if kind.numbered else kind.name for kind in CHOSEN]))

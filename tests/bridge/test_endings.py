@@ -50,7 +50,7 @@ def held(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> Iterator[Held]:
     daemon = run_daemon(
         "--model", "wait", "--config", str(tmp_path / "tnxd.toml"), program=ODD, environment=environment
     )
-    with running_bridge(tmp_path, daemon.endpoint, "--timeout", "30s") as bridge:
+    with running_bridge(tmp_path, daemon.endpoint, "--timeout", "60s") as bridge:
         yield Held(daemon, bridge, tmp_path / "fifo")
 
 
@@ -110,7 +110,7 @@ def test_a_second_signal_waits_for_no_request(held: Held) -> None:
 def test_a_drain_that_takes_too_long_is_cut(held: Held, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     folder.mkdir()
-    with running_bridge(folder, held.daemon.endpoint, "--limit", "drain_timeout_s=0.2", "--timeout", "30s") as bridge:
+    with running_bridge(folder, held.daemon.endpoint, "--limit", "drain_timeout_s=0.2", "--timeout", "60s") as bridge:
         with bridge.connect() as busy:
             busy.request("POST", "/predict", WAIT % 1)
             held.await_health(lambda report: report.running == 1)
@@ -125,9 +125,9 @@ def test_a_body_that_waits_for_the_response_before_it_is_not_late(held: Held, tm
     folder = tmp_path / "other"
     folder.mkdir()
     body = (WAIT % 0).ljust(300_000)
-    limits = ("--limit", "body_timeout_s=0.5", "--limit", "body_rate=1000000000")
+    limits = ("--limit", "body_timeout_s=1.5", "--limit", "body_rate=1000000000")
     with (
-        running_bridge(folder, held.daemon.endpoint, *limits, "--timeout", "30s") as bridge,
+        running_bridge(folder, held.daemon.endpoint, *limits, "--timeout", "60s") as bridge,
         bridge.connect() as peer,
     ):
         peer.request("POST", "/predict", WAIT % 1)
@@ -156,7 +156,7 @@ def test_a_daemon_that_is_not_there(tmp_path: Path) -> None:
 def test_a_daemon_that_restarts_is_waited_for(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> None:
     address = ("--bind", f"ipc://{tmp_path}/tnx")
     daemon = run_daemon(*address)
-    with running_bridge(tmp_path, daemon.endpoint, "--timeout", "30s") as bridge, bridge.connect() as peer:
+    with running_bridge(tmp_path, daemon.endpoint, "--timeout", "60s") as bridge, bridge.connect() as peer:
         assert peer.ask("GET", "/health").status == 200
         assert daemon.stop() == 0
         peer.request("POST", "/predict", b'{"model": "digits", "input_data": [[%s]]}' % b", ".join([b"1"] * 64))
@@ -169,7 +169,7 @@ def test_a_daemon_that_drains_is_said_to(held: Held, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     folder.mkdir()
     with (
-        running_bridge(folder, held.daemon.endpoint, "--timeout", "0.5s") as hasty,
+        running_bridge(folder, held.daemon.endpoint, "--timeout", "2s") as hasty,
         hasty.connect() as peer,
         held.bridge.connect() as busy,
     ):

@@ -38,7 +38,9 @@ def test_a_worker_that_dies_is_started_again(daemon: Daemon, tmp_path: Path) -> 
         for _ in range(8):
             assert bridge.ask("GET", "/health").status == 200
         victim = min(before)
-        os.kill(victim, signal.SIGKILL)
+        with os.fdopen(os.pidfd_open(victim)) as descriptor:
+            os.kill(victim, signal.SIGKILL)
+            assert_ends(descriptor.fileno())
         for _ in range(8):  # some of them wait for the new one
             assert bridge.ask("GET", "/health").status == 200
         after = await_workers(bridge, 2, without=victim)

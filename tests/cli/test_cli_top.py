@@ -64,18 +64,20 @@ def start(endpoint: str, *arguments: str, columns: int = 80, lines: int = 24, **
 
 @contextmanager
 def load(endpoint: str) -> Iterator[None]:
-    """Requests for the digits, one after the other, until the block ends."""
-    over = threading.Event()
+    """Requests for the digits, one after the other, until the block ends. It begins with the first answer."""
+    over, answered = threading.Event(), threading.Event()
 
     def ask() -> None:
         with Client(endpoint) as client:
             while not over.is_set():
                 with suppress(Unavailable, DeadlineExceeded):  # of a daemon that takes long to start
                     client.predict(np.zeros((1, 64), np.float32), model="digits")
+                    answered.set()
 
     thread = threading.Thread(target=ask)
     thread.start()
     try:
+        assert answered.wait(terminals.PATIENCE_S)
         yield
     finally:
         over.set()
@@ -263,7 +265,7 @@ def test_without_a_terminal_it_is_one_look() -> None:
 def test_the_document(daemon: Daemon) -> None:
     """Its shape is a promise: docs/operations.md has it."""
     with load(daemon.endpoint):
-        result = tool.run("top", "--json", "--interval", "300ms", "--host", daemon.endpoint)
+        result = tool.run("top", "--json", "--interval", "1s", "--host", daemon.endpoint)
     document = json.loads(result.stdout)
     assert {*document} == {
         "endpoint", "status", "version", "started_s", "uptime_s", "seconds", "restarted", "before_seconds",

@@ -31,7 +31,7 @@ class Thrifty(CpuRunner):
 
 
 def run_small(
-    memory: int, *items: list[float], max_batch_size: int = 16, max_rows: int = 0
+    memory: int, *items: list[float], max_batch_size: int = 16, max_rows: int = 0, crowded: bool = False
 ) -> tuple[Execution, Small, Thrifty]:
     """Run one batch of such items, each value a row of two."""
     small = Small(16)
@@ -50,7 +50,7 @@ def run_small(
     values = [np.array(item, np.float32) for item in items]
     arrays = [np.repeat(each[:, None], 2, axis=1) if max_batch_size else each for each in values]
     counts = [len(array) if max_batch_size else 1 for array in arrays]
-    lanes.submit(Execution(0, max_rows, model, [(array,) for array in arrays], counts, ()))
+    lanes.submit(Execution(0, max_rows, model, [(array,) for array in arrays], counts, (), crowded=crowded))
     finished = done.get(timeout=20)
     for outcome, array in zip(finished.outcomes, arrays, strict=True):
         if not isinstance(outcome, TensorNextError):
@@ -95,6 +95,18 @@ def test_a_single_row_too_large_for_memory_fails_its_request_alone() -> None:
     finished, small, _ = run_small(16, [1, 2], [3, 4], [5], [100])
     assert small.calls == [6, 4, 2, 1, 1]
     assert (finished.exhausted, finished.safe_rows) == (True, 4)
+
+
+def test_a_batch_that_finds_no_memory_beside_others_is_not_tried_in_parts() -> None:
+    for items in ([[1], [2], [3], [4.0]], [[1, 2, 3, 4.0]]):
+        finished, small, runner = run_small(3, *items, crowded=True)
+        assert codes(finished) == ["RESOURCE_EXHAUSTED"] * len(items)
+        assert small.calls == [4]
+        assert (finished.exhausted, finished.safe_rows, runner.freed) == (True, 0, 0)
+    finished, small, _ = run_small(16, [1], [-2], [3, 100], crowded=True)
+    assert codes(finished) == ["RESOURCE_EXHAUSTED"] * 3
+    finished, small, _ = run_small(16, [1], [-2], [3, 4], crowded=True)
+    assert codes(finished) == ["ok", "INTERNAL", "ok"]
 
 
 def test_an_indivisible_request_too_large_for_memory_fails() -> None:

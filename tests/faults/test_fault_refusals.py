@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +24,18 @@ MANY_INPUTS = pack(predict_header(inputs=[["", "FP32", [1]]] * 5000))
 @needs_proc
 def test_long_headers_that_break_at_the_end_are_refused(run_daemon: Callable[..., Daemon]) -> None:
     daemon = run_daemon("--model", "mlp")
-    with unharmed(daemon), Peer(daemon.endpoint, timeout=60) as peer:
-        peer.greet()
+    with unharmed(daemon):
         for header in (BROKEN_AT_THE_END, MANY_INPUTS):
-            peer.write(message(header) * 200)
-            for _ in range(200):
-                error = reply(peer)
-                assert isinstance(error, wire.ErrorReply)
-                assert (error.code, error.id) == ("INVALID_ARGUMENT", 7)
+            left = 200
+            while left:
+                # Where refusals take much of a slow loop's time, they are a flood, and their sender is cut off.
+                with contextlib.suppress(ConnectionError), Peer(daemon.endpoint, timeout=60) as peer:
+                    peer.greet().write(message(header) * left)
+                    while left:
+                        error = reply(peer)
+                        assert isinstance(error, wire.ErrorReply)
+                        assert (error.code, error.id) == ("INVALID_ARGUMENT", 7)
+                        left -= 1
 
 
 @pytest.mark.slow

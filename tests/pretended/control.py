@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretended.possible import skip_where_impossible
+from pretended.errors import LAUNCH_FAILURE
 
 if TYPE_CHECKING:
     from pretended.devices import Machine
@@ -31,7 +31,6 @@ def program(
     Args:
         devices, memory_mb, policy, seed: as of `pretended.pretended`. control: path of the socket of `order`.
     """
-    skip_where_impossible()
     plan = {"devices": devices, "memory_mb": memory_mb, "policy": policy, "seed": seed}
     return _PROGRAM, json.dumps(plan if control is None else {**plan, "control": str(control)})
 
@@ -57,6 +56,10 @@ class Orders:
     def lose(self, device: int, after: int = 0) -> None:
         """See `pretended.devices.Device.lose`."""
         self._machine.devices[device].lose(after)
+
+    def vanish(self, device: int) -> None:
+        """Lose the device now, also if it does nothing."""
+        self._machine.devices[device].lost = LAUNCH_FAILURE
 
     def hang(self, device: int, after: int = 0) -> None:
         """See `pretended.devices.Device.hang`."""

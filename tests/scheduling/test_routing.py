@@ -7,6 +7,7 @@ import pytest
 from scheduling_helpers import (
     MODELS,
     MS,
+    affine_costs,
     cpu,
     gpu,
     make_scheduler,
@@ -49,6 +50,42 @@ def test_equal_gpus_share_by_outstanding_rows() -> None:
         scheduler.add(one, 0)
         devices.append(one.device)
     assert devices == ["cuda:0", "cuda:1", "cuda:1", "cuda:1", "cuda:1", "cuda:0"]
+
+
+def test_a_request_that_prefers_gpus_goes_to_the_one_that_is_done_first() -> None:
+    costs = affine_costs(1000.0, 100.0, "cuda:0")
+    for rows in (1, 2, 4, 8):
+        costs.curve("cuda:1", "mlp").observe(rows, 4 * (1000.0 + 100.0 * rows))
+    scheduler = make_scheduler(gpu(0), gpu(1), cpu(), costs=costs)
+    devices = []
+    for _ in range(24):
+        one = request(rows=8)
+        scheduler.add(one, 0)
+        devices.append(one.device)
+    # Of five batches, the one that is four times as fast does four, whatever the number of rows that wait for it.
+    assert devices.count("cuda:0") == pytest.approx(0.8 * 24, abs=1)
+    assert devices[:3] == ["cuda:0", "cuda:0", "cuda:0"]
+
+
+def test_a_gpu_that_is_lost_is_left_out_at_once_and_one_that_comes_late_is_used() -> None:
+    scheduler = untried_scheduler(gpu(0), gpu(1), cpu())
+    first, second = request(), request()
+    for one in (first, second):
+        scheduler.add(one, 0)
+    assert [first.device, second.device] == ["cuda:0", "cuda:1"]
+    assert scheduler.fail_device("cuda:0", "fell out") == [first]
+    scheduler.add(first, 0)
+    assert first.device == "cuda:1"
+    with pytest.raises(Unavailable, match="cuda:0 failed: fell out"):
+        scheduler.add(request(wanted="cuda:0"), 0)
+    scheduler.fail_device("cuda:1", "fell out, too")
+    last = request()
+    scheduler.add(last, 0)
+    assert (last.device, last.reason) == ("cpu", "no GPU is ready: cuda:0 failed, cuda:1 failed")
+    scheduler.add_device(gpu(2))
+    late = request()
+    scheduler.add(late, 0)
+    assert late.device == "cuda:2"
 
 
 def test_model_without_a_device_is_unavailable() -> None:

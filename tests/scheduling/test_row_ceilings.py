@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from scheduling_helpers import MODELS, MS, make_scheduler, request, run_one, scheduler_with_lanes
+from scheduling_helpers import MODELS, MS, affine_costs, cpu, make_scheduler, request, run_one, scheduler_with_lanes
+from tnxd.scheduling.device import Device
+from tnxd.scheduling.request import Request
+from tnxd.scheduling.scheduler import Scheduler
 
 
 def test_batches_after_memory_ran_out_are_as_large_as_what_worked() -> None:
@@ -85,3 +88,80 @@ def test_ceiling_is_not_raised_by_batches_that_fail_or_are_small() -> None:
         ((batch,), _) = scheduler.next_batches(0)
         scheduler.finished(batch, micros)
         assert batch.max_rows == 4
+
+
+def crowded_scheduler() -> Scheduler:
+    """Two lanes that share a chip."""
+    device = Device("cuda:0", "cuda", 2, set(MODELS), 8000.0, shares_chip=True)
+    return make_scheduler(device, cpu(), costs=affine_costs(900.0, 25.0, "cuda:0"))
+
+
+def crowd(scheduler: Scheduler, now: int) -> list[Request]:
+    """A batch of eight rows runs out of memory beside another, which goes on."""
+    requests = [request(rows=4) for _ in range(2)]
+    for one in requests:
+        scheduler.add(one, now)
+    (batch,), _ = scheduler.next_batches(now)
+    assert batch.requests == requests
+    scheduler.finished(batch, 0.0, now)
+    scheduler.run_alone(batch, requests)
+    return requests
+
+
+def test_requests_that_find_no_memory_beside_others_have_the_device_alone() -> None:
+    scheduler = crowded_scheduler()
+    scheduler.add(request("other"), 0)
+    (beside,), _ = scheduler.next_batches(0)
+    again = crowd(scheduler, 0)
+    assert scheduler.next_batches(0) == ([], [])
+    scheduler.add(request("other"), 0)
+    scheduler.add(request("other", wanted="auto"), 0)
+    assert scheduler.start_background("mlp", (), 1, 0) is None
+    assert [batch.device.name for batch in scheduler.next_batches(0)[0]] == ["cpu"]
+    scheduler.finished(beside, 1000.0, MS)
+    (alone,), _ = scheduler.next_batches(MS)
+    assert (alone.requests, alone.alone) == (again, True)
+    scheduler.add(request("other"), 2 * MS)
+    assert scheduler.next_batches(2 * MS) == ([], [])
+    scheduler.finished(alone, 1000.0, 3 * MS)
+    scheduler.add(request("other"), 3 * MS)
+    assert scheduler.next_batches(3 * MS)[0]
+    assert scheduler.devices["cuda:0"].placements["mlp"].max_rows == 0
+
+
+def test_memory_that_runs_out_beside_others_again_and_again_lowers_the_ceiling() -> None:
+    for worked, ceiling in ((15, 4), (16, 0)):
+        scheduler = crowded_scheduler()
+        for _ in range(2):
+            scheduler.add(request("other"), 0)
+            (beside,), _ = scheduler.next_batches(0)
+            again = crowd(scheduler, 0)
+            scheduler.finished(beside, 1000.0, 0)
+            left = len(again)
+            while left:
+                (alone,), _ = scheduler.next_batches(0)
+                assert alone.alone
+                left -= len(alone.requests)
+                scheduler.finished(alone, 0.0, 0)
+            assert alone.max_rows in (0, ceiling)
+            for _ in range(worked):
+                scheduler.add(request(rows=8), 0)
+                run_one(scheduler)
+        assert scheduler.devices["cuda:0"].placements["mlp"].max_rows == ceiling
+
+
+def test_requests_that_are_to_run_alone_can_be_withdrawn_and_are_late_like_others() -> None:
+    scheduler = crowded_scheduler()
+    scheduler.add(request("other"), 0)
+    (beside,), _ = scheduler.next_batches(0)
+    first, second = crowd(scheduler, 0)
+    assert scheduler.outstanding("mlp") == 2
+    assert scheduler.cancel(first)
+    assert scheduler.fail_device("cuda:0", "gone") == [second]
+    scheduler.add(second, 0)
+    assert second.device == "cpu"
+    (batch,), _ = scheduler.next_batches(0)
+    assert not batch.alone
+    for ended in (beside, batch):
+        scheduler.finished(ended, 0.0, 0)
+    assert scheduler.outstanding("mlp") == 0

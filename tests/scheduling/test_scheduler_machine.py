@@ -36,7 +36,8 @@ _steps = st.one_of(
         st.integers(1, 6),
     ),
     st.tuples(st.just("look"), st.integers(0, 4000)),
-    st.tuples(st.just("finish"), st.integers(0, 9), st.sampled_from([0.0, 100.0])),
+    st.tuples(st.just("finish"), st.integers(0, 9), st.sampled_from([0.0, 100.0, 9000.0])),
+    st.tuples(st.just("crowd"), st.integers(0, 9), st.integers(1, 9)),
     st.tuples(st.just("cancel"), st.integers(0, 50)),
     st.tuples(st.just("background"), _model, st.integers(1, 12)),
     st.tuples(st.just("lanes"), _model, st.integers(0, 2)),
@@ -49,11 +50,15 @@ _steps = st.one_of(
 
 
 class Machine:
-    """A scheduler that is driven as the daemon does it, and the rules that hold whatever happens."""
+    """A scheduler that is driven as the daemon does it, and the rules that hold whatever happens.
 
-    def __init__(self) -> None:
+    Args:
+        depth: batches of each of two streams of the GPU that share its chip; 0: each has a chip of its own.
+    """
+
+    def __init__(self, depth: int) -> None:
         self.cpu = Device("cpu", "cpu", 3, set(_NAMES), inline_limit_us=150.0)
-        self.gpu = Device("cuda:0", "cuda", 2, set(_NAMES), 8000.0)
+        self.gpu = Device("cuda:0", "cuda", 2 * (depth or 1), set(_NAMES), 8000.0, shares_chip=depth > 0, streams=2)
         self.scheduler = make_scheduler(
             self.gpu, self.cpu, costs=CostModel(), max_requests=25, max_per_model=15, max_bytes_per_model=60
         )
@@ -110,8 +115,18 @@ class Machine:
             used = [batch.lane for batch in self.running if batch.device is device and batch.lane >= 0]
             assert sorted([*used, *device.free_lanes]) == list(range(device.lanes))
             for (model, *_), queue in device.queues.items():
-                # Nothing waits beside a free lane, but for a lane of its own.
-                assert not queue.count or not device.free_lanes or 0 < self.lanes[model] <= after[device.name, model]
+                # Nothing waits beside a free lane, but for a lane of its own, to be alone, or for more rows.
+                has_all = 0 < self.lanes[model] <= after[device.name, model]
+                assert (
+                    not queue.count
+                    or not device.free_lanes
+                    or has_all
+                    or device.reserved
+                    or device.opens_ns > self.now_ns
+                )
+            alive = [batch for batch in self.running if batch.device is device and not batch.hung]
+            assert len(alive) == 1 or not any(batch.alone for batch in alive)
+            assert not device.reserved or alive  # else nothing would end it
 
     def alive(self) -> Counter[tuple[str, str]]:
         """Batches that run and do not hang, by device and model."""
@@ -127,6 +142,25 @@ class Machine:
             self.scheduler.finished(batch, micros)
             for one in batch.requests:
                 assert not one.waiting
+                self.end(one)
+
+    def crowd(self, which: int, failed: int) -> None:
+        """A batch ran out of memory: some of its requests, at least, have no answer."""
+        if self.running:
+            batch = self.running.pop(which % len(self.running))
+            self.scheduler.finished(batch, 0.0, self.now_ns)
+            again = batch.requests[:failed] if batch.device is self.gpu and self.gpu.chip and not batch.alone else []
+            if again and not self.gpu.error:
+                self.scheduler.run_alone(batch, again)
+                self.ceilings = {
+                    (device.name, model): placement.max_rows
+                    for device in (self.gpu, self.cpu)
+                    for model, placement in device.placements.items()
+                    if placement.max_rows
+                }
+            else:
+                again = []
+            for one in batch.requests[len(again) :]:
                 self.end(one)
 
     def end(self, one: Request) -> None:
@@ -188,14 +222,15 @@ class Machine:
         assert self.scheduler.queued <= 25
 
 
-@given(st.lists(_steps, min_size=20, max_size=60))
-def test_requests_end_once_and_limits_hold_whatever_comes_and_goes(steps: list[tuple[Any, ...]]) -> None:
+@given(st.lists(_steps, min_size=20, max_size=60), st.integers(0, 2))
+def test_requests_end_once_and_limits_hold_whatever_comes_and_goes(steps: list[tuple[Any, ...]], depth: int) -> None:
     """Models come and go, lanes and rows are limited, background batches run, devices fail: none waits in vain."""
-    machine = Machine()
+    machine = Machine(depth)
     does = {
         "add": machine.add,
         "look": machine.look,
         "finish": machine.finish,
+        "crowd": machine.crowd,
         "cancel": machine.cancel,
         "background": machine.start_background,
         "lanes": machine.limit_lanes,
@@ -222,3 +257,4 @@ def test_requests_end_once_and_limits_hold_whatever_comes_and_goes(steps: list[t
         for placement in device.placements.values():
             assert placement.lanes == []
             assert placement.backlog_us == pytest.approx([0.0] * 4, abs=1e-6)
+        assert not device.reserved

@@ -11,7 +11,7 @@ import pytest
 
 from daemons import Running, running
 from dealer import Dealer, rows
-from obedient_devices import ANSWER, BREAK, EXHAUST, FAIL, HOLD, RELEASE, VANISH
+from obedient_devices import ANSWER, BREAK, BREAK_LATER, CROWD, EXHAUST, FAIL, HOLD, RELEASE, VANISH
 from tnxctl.protocol import wire
 
 PROGRAM = str(Path(__file__).parents[1] / "obedient_devices.py")
@@ -41,6 +41,12 @@ def ask(dealer: Dealer, command: int, device: str = "cuda:0") -> int:
 
 def await_running(dealer: Dealer, requests: int) -> None:
     dealer.await_health(running=requests)
+
+
+def await_crowded(daemon: Running, dealer: Dealer) -> None:
+    """Wait until a batch has found no memory beside others; the test's own time limit ends that."""
+    while "no memory beside other batches" not in daemon.log:
+        dealer.health()
 
 
 def test_answers_leave_in_the_order_in_which_batches_end(start: Start) -> None:
@@ -125,6 +131,37 @@ def test_a_request_that_finds_no_memory_on_a_gpu_runs_on_the_cpu(start: Start) -
     assert "cuda:0 had no memory left for it" in reply.reason
     ask(dealer, EXHAUST)
     assert dealer.error().code == "RESOURCE_EXHAUSTED"  # it named the device
+
+
+def test_what_finds_no_memory_beside_others_runs_again_without_them_and_teaches_no_ceiling(start: Start) -> None:
+    daemon, dealer = start(lanes=2)
+    held = ask(dealer, HOLD)
+    await_running(dealer, 1)
+    crowded = ask(dealer, CROWD)
+    await_crowded(daemon, dealer)
+    assert dealer.health().queued == 1  # until the other one is over
+    behind = [dealer.predict(rows(4, fill=ANSWER), model="mlp", device="cuda:0") for _ in range(3)]
+    dealer.await_health(queued=4, running=1)  # beside a free lane: it is kept for what is to run alone
+    released = ask(dealer, RELEASE, device="cpu")
+    results = [dealer.result()[0] for _ in range(6)]
+    assert {result.id for result in results[:2]} == {held, released}
+    assert [result.id for result in results[2:]] == [crowded, *behind]
+    assert [result.batch_size for result in results[2:]] == [1, 12, 12, 12]
+
+
+def test_what_is_to_run_alone_is_routed_elsewhere_when_its_device_is_lost(start: Start) -> None:
+    daemon, dealer = start(lanes=2)
+    lost = ask(dealer, BREAK_LATER)
+    await_running(dealer, 1)
+    crowded = dealer.predict(rows(1, fill=CROWD), model="mlp")
+    await_crowded(daemon, dealer)
+    released = ask(dealer, RELEASE, device="cpu")
+    replies = {reply.id: reply for reply, _ in (dealer.receive() for _ in range(3))}
+    assert isinstance(replies[lost], wire.ErrorReply)
+    for number in (crowded, released):
+        reply = replies[number]
+        assert isinstance(reply, wire.Result), reply
+        assert reply.device == "cpu"
 
 
 @pytest.mark.parametrize("command", [HOLD, VANISH], ids=["late", "never"])

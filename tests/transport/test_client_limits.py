@@ -133,3 +133,13 @@ def test_a_name_that_looks_like_an_address_is_another_client() -> None:
     admitted = Admission(Clients(), max_requests=100, max_bytes=1 << 30)
     assert admitted.holder(entry()) is not admitted.client("alice")
     assert len([*admitted]) == 2
+
+
+def test_one_refusal_is_no_flood_however_long_the_loop_stood_still_meanwhile() -> None:
+    admitted = Admission(Clients(), max_requests=100, max_bytes=1 << 30)
+    connection = Connection(b"peer", 3, admitted.client("10.0.0.1"))
+    admitted.add_refused(connection, 900_000_000)
+    assert admitted.take_flooding(1_000_000_000) == []
+    for _ in range(5):
+        admitted.add_refused(connection, 90_000_000)
+    assert admitted.take_flooding(1_000_000_000) == [connection]

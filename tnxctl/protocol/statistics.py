@@ -61,7 +61,8 @@ class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name, status: as in `DeviceInfo`.
         lanes: places where batches run. busy_us: time that they ran batches, summed over lanes; a batch on several
-            cores counts for each of them. inline_us: time that batches ran on the serving thread.
+            cores counts for each of them, and lanes of a GPU are all busy while it has work. inline_us: time that
+            batches ran on the serving thread.
         queued_rows: rows that wait for it now.
         memory_free_mb, memory_total_mb: as in `DeviceInfo`.
     """

@@ -18,6 +18,7 @@ from tnxd.deployment import pipelines
 from tnxd.deployment.audit import Audit
 from tnxd.deployment.operations import Drained, Operation, OperationRunner, StepTimeout
 from tnxd.deployment.registry import Deployment, Registry
+from tnxd.deployment.replicas import places
 from tnxd.deployment.traffic import signature_difference
 from tnxd.deployment.version import DRAINING, EVICTED, FAILED, READY, UNLOADED, Version
 from tnxd.device_kinds import PROCESS
@@ -122,13 +123,19 @@ class Lifecycle:
     def _load(
         self, version: Version, model: Model, reports: dict[str, LoadReport], failures: dict[str, str]
     ) -> Operation[None]:
-        """Load a model on every device that it may use. Raises FailedPrecondition: on none of them.
+        """Load a model on every device that it may use, but for GPUs without room for it where others have room.
 
         Args:
             reports, failures: filled by device: what loading showed, or why it failed.
+
+        Raises:
+            FailedPrecondition: it is on no device.
         """
-        for name, executor in self._executors.items():
-            if not model.may_use(name) or self._scheduler.devices[name].error:
+        names, full = self._places(version, model)
+        for name in names:
+            executor = self._executors[name]
+            if name in full and any(self._scheduler.devices[other].is_gpu for other in reports):
+                failures[name] = full[name]
                 continue
             yield from self._make_room(executor, version)
             try:
@@ -149,6 +156,36 @@ class Lifecycle:
         if not reports:
             where = "; ".join(f"{name}: {why}" for name, why in failures.items())
             raise FailedPrecondition(where or f"no device may run it: {', '.join(model.devices)}")
+
+    def _places(self, version: Version, model: Model) -> tuple[list[str], dict[str, str]]:
+        """Devices that a model may use, in the order in which it is loaded there, and why GPUs have no room for it."""
+        usable = [name for name in self._executors if model.may_use(name) and not self._scheduler.devices[name].error]
+        free = {name: self._free_nbytes(name) for name in usable if self._scheduler.devices[name].is_gpu}
+        gpus = places(free, version.nbytes)
+        order = iter([*gpus.roomy, *gpus.full])
+        full = {
+            name: f"{free[name] / MIB:.0f} MiB are free there, and it takes {version.nbytes / MIB:.0f} MiB"
+            for name in gpus.full
+        }
+        return [next(order) if name in free else name for name in usable], full
+
+    def _free_nbytes(self, name: str) -> float:
+        """Bytes that are free for weights on a GPU: of its memory, and of what models may take there."""
+        executor = self._executors[name]
+        free_mb, total_mb = executor.memory_mb()
+        free = free_mb * MIB if total_mb else float("inf")
+        budget = self._budget.get(executor.kind, 0)
+        if budget:
+            free = min(free, budget - sum(other.nbytes for other in self._held(name)))
+        return free
+
+    def _held(self, device: str) -> list[Version]:
+        """Versions that serve from a device."""
+        return [
+            other
+            for _, other in self._registry
+            if other.state == READY and other.model is not None and self._scheduler.has_model(device, other.model.key)
+        ]
 
     def _put_in_service(
         self,
@@ -262,13 +299,7 @@ class Lifecycle:
                 f"it takes {version.nbytes / MIB:.0f} MiB and {executor.name} may hold {budget / MIB:.0f} MiB in all"
             )
         while True:
-            held = [
-                other
-                for _, other in self._registry
-                if other.state == READY
-                and other.model is not None
-                and self._scheduler.has_model(executor.name, other.model.key)
-            ]
+            held = self._held(executor.name)
             free = budget - sum(other.nbytes for other in held)
             if version.nbytes <= free:
                 return

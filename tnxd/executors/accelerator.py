@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from tnxctl.protocol.wire import MIB
+from tnxd.device_kinds import DeviceKind
+from tnxd.error_text import first_line
 
 _MEMORY_PERIOD_S = 1.0
 
@@ -32,7 +34,7 @@ class Accelerator:
         name: as torch has it.
 
     Attributes:
-        lost: whether the device was found to be lost for good.
+        lost: whether the device was found to be lost for good. failure: the driver's words, if no batch ran into that.
 
     Raises:
         RuntimeError: the driver does not answer.
@@ -43,6 +45,7 @@ class Accelerator:
         self.torch_device = torch.device(name)
         self.index = self.torch_device.index or 0
         self.lost = False
+        self.failure = ""
         self.memory = Memory(self)  # which has torch begin to use the device
         self._probe = self.stream(first=True)
 
@@ -120,6 +123,16 @@ class Accelerator:
         return self.lost
 
 
+def accelerator_names(kind: DeviceKind) -> list[str]:
+    """Names of the devices of a kind on this machine, if that is the one which this torch was built for."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or found.type != kind.name:
+        return []
+    return (
+        [f"{kind.name}:{index}" for index in range(torch.accelerator.device_count())] if kind.numbered else [kind.name]
+    )
+
+
 @contextlib.contextmanager
 def on_stream(stream: torch.Stream, then: torch.Stream) -> Iterator[None]:
     """Enqueue the block's work on a stream, and what follows on the other one. For the calling thread."""
@@ -173,5 +186,8 @@ class Memory:
                     finally:
                         capturing.release()
                 self.free_mb, self.total_mb = self.sample()
-            except Exception:  # drivers fail in many ways; a device that is gone, its lanes report with the next batch
+            except Exception as error:  # drivers fail in many ways
                 self.free_mb = 0.0
+                if self._accelerator.is_lost():
+                    self._accelerator.failure = first_line(error)
+                    return

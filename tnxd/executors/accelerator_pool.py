@@ -123,6 +123,9 @@ class AcceleratorPool(LanePool):
         self._give_back()
         return report
 
+    def failure(self) -> str:
+        return self.accelerator.failure
+
     def submit(self, execution: Execution) -> None:
         lane = execution.lane
         (self._background if lane == BACKGROUND else self._lanes[lane % self._threads]).submit(execution)

@@ -210,7 +210,8 @@ class AcceleratorRunner(Runner):
             ticket.flight = self._launched(execution, execution.items, sum(execution.rows))
         except BaseException as error:  # as in `_attempt`
             execution.exhausted = self.is_exhausted(error)
-            if execution.exhausted and len(execution.items) == 1 and execution.rows[0] > 1:
+            alone = len(execution.items) == 1 and execution.rows[0] > 1
+            if execution.exhausted and alone and not execution.crowded:
                 return None
             return self._understood(execution, error, 0, len(execution.items))
         return None

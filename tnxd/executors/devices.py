@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tnxd.config import Config
-from tnxd.device_kinds import CPU, CUDA, KINDS, PROCESS, kind_of
+from tnxd.device_kinds import CPU, CUDA, KINDS, MPS, PROCESS, XPU, kind_of
 from tnxd.executors.cpu import cpu_names, open_cpu
 from tnxd.executors.cuda import cuda_names, open_cuda
 from tnxd.executors.lane import OnDone
+from tnxd.executors.mps import mps_names, open_mps
 from tnxd.executors.pool import LanePool
 from tnxd.executors.processes import open_processes, process_names
+from tnxd.executors.xpu import open_xpu, xpu_names
 
 
 class _Opener(NamedTuple):
@@ -24,6 +26,8 @@ class _Opener(NamedTuple):
 
 _OPENERS = {
     CUDA.name: _Opener(cuda_names, open_cuda),
+    XPU.name: _Opener(xpu_names, open_xpu),
+    MPS.name: _Opener(mps_names, open_mps),
     CPU.name: _Opener(cpu_names, open_cpu),
     PROCESS.name: _Opener(process_names, open_processes),
 }

@@ -38,6 +38,8 @@ class Execution:
         group: lengths of the variable axes, the same for all items.
         threads: that work on it, on a CPU.
         plain: whether the network runs as it is, whatever variant of it serves.
+        crowded: whether other batches may run on the device meanwhile. If memory runs out then, the batch ends at once,
+            to be run again without them; else it is run in smaller parts.
         outcomes: per request, filled by the executor.
         started_ns, finished_ns: of the monotonic clock (`time.perf_counter_ns`), in nanoseconds. Where a lane takes
             batches ahead of time, `started_ns` is later than the true start by what this one waited on the device for
@@ -59,6 +61,7 @@ class Execution:
     group: tuple[int, ...]
     threads: int = 1
     plain: bool = False
+    crowded: bool = False
     outcomes: list[Outcome] = field(default_factory=list)
     started_ns: int = 0
     finished_ns: int = 0
@@ -131,6 +134,7 @@ class Executor(Protocol):
         lanes: how many batches at a time. teams: of threads, for batches that run wide.
         shares_chip: whether all lanes share one processor: two batches at a time take as long as one after the other.
             What an execution then waits for those before it does not count as time that it ran, see `Execution`.
+        streams: of the device, where lanes share it: lane `i` issues its batches to stream `i % streams`.
         runs_inline: whether `run_inline` may be called.
     """
 
@@ -139,6 +143,7 @@ class Executor(Protocol):
     description: str
     lanes: int
     shares_chip: bool
+    streams: int
     teams: Teams
     runs_inline: bool
 
@@ -172,3 +177,6 @@ class Executor(Protocol):
 
     def memory_mb(self) -> tuple[float, float]:
         """Free and total memory of the device in MiB. Never blocks."""
+
+    def failure(self) -> str:
+        """Why the device is lost for good, also where no batch has shown that; "" as far as is known. Never blocks."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 # Only torch has a class, for its CUDA allocator. These are the words of its allocator for the CPU (on Windows the
-# second), of C++ as torch and onnxruntime pass it on, of onnxruntime's arena, and of NVIDIA's libraries, which allocate
-# for themselves. TorchScript has them within a longer text.
+# second), of C++ as torch and onnxruntime pass it on, of onnxruntime's arena, of NVIDIA's libraries, which allocate
+# for themselves, and of torch's allocator for MPS. TorchScript has them within a longer text.
 _TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -14,6 +14,7 @@ _TEXTS = (
     "Failed to allocate memory for requested buffer",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
 )
 
 _MOST_CAUSES = 8  # a chain of causes may be a circle

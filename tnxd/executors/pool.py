@@ -63,7 +63,7 @@ class LanePool:
         self.name = name
         self.kind = kind
         self.description = description
-        self.lanes = lanes
+        self.lanes = self.streams = lanes
         self.teams = teams
         self.runs_inline = inline is not None
         self.memory_mb = memory_mb
@@ -158,6 +158,9 @@ class LanePool:
     def submit(self, execution: Execution) -> None:
         lane = execution.lane
         (self._background if lane == BACKGROUND else self._lanes[lane]).submit(execution)
+
+    def failure(self) -> str:
+        return ""
 
     def run_inline(self, execution: Execution) -> None:
         assert self._inline is not None

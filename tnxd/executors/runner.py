@@ -160,6 +160,7 @@ class Runner(ABC):
             execution.fatal = first_line(error)
         exhausted = self.is_exhausted(error)
         final = stop - start == 1 or bool(execution.fatal) or isinstance(error, ProcessError)
+        final = final or (exhausted and execution.crowded)
         # Else its halves have more to say.
         told = self._failure(execution, error) if final or exhausted else None
         return Failure(told if final else None, exhausted, first_line(error), isinstance(error, torch.OutOfMemoryError))
@@ -199,7 +200,7 @@ class Runner(ABC):
                 at += count
                 continue
             except BaseException as error:
-                if count <= 1 or not self.is_exhausted(error):
+                if count <= 1 or execution.crowded or not self.is_exhausted(error):
                     raise
                 emptied = isinstance(error, torch.OutOfMemoryError)
             # Out of the except block, as above.
@@ -261,7 +262,8 @@ class Runner(ABC):
             return error.with_traceback(None)  # which would keep the inputs alive
         if self.is_exhausted(error) and not execution.fatal:
             about = event("out_of_memory", model.key, device=self.device, reason=first_line(error))
-            log.error("%s on %s: out of memory: %s", model.name, self.device, first_line(error), extra=about)
+            if not execution.crowded:
+                log.error("%s on %s: out of memory: %s", model.name, self.device, first_line(error), extra=about)
             return ResourceExhausted(f"{self.device} has no memory left for this request: {first_line(error)}")
         about = event("model_raised", model.key, device=self.device)
         log.error("%s on %s raised", model.name, self.device, exc_info=error, extra=about)

@@ -23,6 +23,18 @@ class Accounts:
         self.running = 0
         self.background = 0
 
+    def enqueue(self, device: Device, queue: RequestQueue, request: Request) -> None:
+        """Count a request that has joined a queue."""
+        level, cost_us, placement = request.priority, request.cost_us, queue.placement
+        device.enqueue(level, request.rows, cost_us)
+        placement.queued += 1
+        placement.backlog_us[level] += cost_us
+        load = placement.load
+        load.queued += 1
+        load.queued_bytes += request.nbytes
+        self.queued += 1
+        self.queued_bytes += request.nbytes
+
     def dequeue(self, device: Device, queue: RequestQueue, requests: list[Request]) -> None:
         """Count off requests that have left a queue."""
         placement, rows, nbytes, count = queue.placement, 0, 0, len(requests)
@@ -66,9 +78,12 @@ class Accounts:
             batch.length, batch.surface = length, queue.surface
         if lane >= 0:
             batch.had_cores = device.has_cores_for_team
-            device.busy_until_ns[lane] = now_ns + int(run_us * 1e3)
+            begin_ns = now_ns if device.chip is None else device.chip.begins_ns(run_us, now_ns, lane)
+            device.busy_until_ns[lane] = begin_ns + int(run_us * 1e3)
             if threads > 1:
                 batch.threads = device.wide[lane] = threads
+        if device.chip is not None:
+            device.chip.begin(lane, run_us, now_ns, waited=device.backlog_ns > 0)
         device.running_rows += rows
         placement.lanes.append(lane)
         weight = len(requests) or 1

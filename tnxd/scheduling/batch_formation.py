@@ -10,6 +10,7 @@ from tnxd.scheduling.lane_choice import give_lane_back, take_lane
 from tnxd.scheduling.ragged import RaggedQueue, padded
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
+from tnxd.scheduling.running_ahead import opens_ns
 
 # Queues that are looked at, while all lanes are busy, for a batch that is cheap enough to run inline.
 _MAX_PASSED_OVER = 8
@@ -33,6 +34,9 @@ def fill_lanes(accounts: Accounts, device: Device, now_ns: int, batches: list[Ba
         if head is None:
             device.turns[level].withdraw(queue)  # all its requests of this level are cancelled or late
             continue
+        if queue.exclusive and device.chip is not None and not device.chip.is_idle:
+            device.reserved = True
+            break
         costs, placement = queue.costs, queue.placement
         if placement.load.max_lanes and placement.has_all_lanes:
             held = device.held.setdefault(placement, set())
@@ -47,6 +51,10 @@ def fill_lanes(accounts: Accounts, device: Device, now_ns: int, batches: list[Ba
         ragged = queue if head.length and isinstance(queue, RaggedQueue) else None
         part = ragged.part(head, limit) if ragged is not None else None
         rows = max(head.rows, min(limit, queue.rows)) if part is None else part.units
+        if device.chip is not None and device.free_lanes and queue.rows < limit > head.rows:
+            device.opens_ns = opens_ns(device, queue, rows, now_ns)
+            if device.opens_ns > now_ns:
+                break
         fits = inline_free and costs.fits_inline(rows)
         if inline_free and not fits and part is None and queue.has_light_connection(level):
             # A light connection does not wait until a lane is done with what others have sent.
@@ -67,12 +75,13 @@ def fill_lanes(accounts: Accounts, device: Device, now_ns: int, batches: list[Ba
             continue
         narrow_us = part.micros if part is not None and threads == 1 else 0.0
         planned, run_us = rows, narrow_us or curve.mean(rows)
-        if now_ns + run_us * 1e3 > head.deadline_ns:
+        begin_ns = now_ns if device.chip is None else device.chip.begins_ns(run_us, now_ns, lane)
+        if begin_ns + run_us * 1e3 > head.deadline_ns:
             if ragged is not None and part is not None:
-                part, run_us = ragged.shrink(head, part, curve, now_ns)
+                part, run_us = ragged.shrink(head, part, curve, begin_ns)
             else:
-                limit, run_us = shrink_for_deadline(queue, curve, level, head, limit, run_us, now_ns)
-        ends_ns = now_ns + int(run_us * 1e3)
+                limit, run_us = shrink_for_deadline(queue, curve, level, head, limit, run_us, begin_ns)
+        ends_ns = begin_ns + int(run_us * 1e3)
         if head.deadline_ns != NEVER:
             close_ns = ends_ns + int(_CLOSE * curve.spread(rows) * 1e3)
             if head.deadline_ns < close_ns and queue.rows - queue.rows_due(level, close_ns) >= (limit or 1):
@@ -100,7 +109,11 @@ def fill_lanes(accounts: Accounts, device: Device, now_ns: int, batches: list[Ba
                 run_us, planned = ragged.surface.mean(rows // length, length) or curve.mean(rows), rows
         micros = run_us if rows == planned else curve.mean(rows)
         device.charge(level, micros * threads)
-        batches.append(accounts.start_batch(device, lane, queue, in_time, rows, now_ns, micros, threads, length=length))
+        batch = accounts.start_batch(device, lane, queue, in_time, rows, now_ns, micros, threads, length=length)
+        batches.append(batch)
+        if queue.exclusive:
+            batch.alone = device.reserved = True
+            break
     for queue, level in passed_over:
         device.offer(queue, level)
 

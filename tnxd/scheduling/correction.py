@@ -12,9 +12,12 @@ def correct_forecast(forecast: Forecast, batch: Batch, now_ns: int) -> None:
     """Correct the forecast by what became of the requests of a batch."""
     device, first, last = batch.device, batch.requests[0], batch.requests[-1]
     if batch.run_us:
-        at_once = device.lanes // batch.threads
-        elapsed_ns = at_once * (now_ns - device.backlog_ns) if device.backlog_ns else now_ns - batch.started_ns
-        forecast.observe(batch.run_us, elapsed_ns / 1e3)
+        if device.chip is not None:
+            forecast.observe(batch.run_us, batch.chip_us)
+        else:
+            at_once = device.lanes // batch.threads
+            elapsed_ns = at_once * (now_ns - device.backlog_ns) if device.backlog_ns else now_ns - batch.started_ns
+            forecast.observe(batch.run_us, elapsed_ns / 1e3)
         forecast.answered(first.predicted_us, (now_ns - first.added_ns) / 1e3)
     device.backlog_ns = now_ns if device.queued else 0
     deadlines_ns = [request.deadline_ns for request in batch.requests]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tnxd.device_kinds import KINDS
 from tnxd.lanes import NO_TEAMS, Teams
+from tnxd.scheduling.chip import Chip
 from tnxd.scheduling.cost_surface import CostSurface
 from tnxd.scheduling.costs import BatchCosts
 from tnxd.scheduling.placement import Placement
@@ -40,7 +41,9 @@ class Batch:
         hung: whether it hangs, see `Scheduler.mark_hung`.
         length: of its rows, padded to the longest of them; 0: they are not padded. Then `rows` are tokens.
         surface: learns from how long a batch of that length took.
-        stolen: whether it was queued for another device.
+        preparation_us: what it took until it was on a device whose lanes share a chip. Set by the caller.
+        alone: whether nothing else runs on its device meanwhile. stolen: whether it was queued for another device.
+        chip_us: microseconds that it took of a chip that lanes share, once it is over (`Chip.end`).
     """
 
     device: Device
@@ -57,7 +60,10 @@ class Batch:
     hung: bool = False
     length: int = 0
     surface: CostSurface | None = None
+    preparation_us: float = 0.0
+    alone: bool = False
     stolen: bool = False
+    chip_us: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -72,11 +78,16 @@ class Device:
         inline_limit_us: a batch predicted to take no longer runs on the caller's own thread, since handing it to
             another would cost more than it saves. 0: never.
         teams: of threads, for batches that run wide.
+        shares_chip: whether batches on its lanes slow each other down. streams: where they do, those that lanes take by
+            turns; batches of one stream run one after the other. 0: each lane has one.
+        chip: what lanes share; None: each has a core of its own.
         error: why the device failed; empty while it works.
         free_lanes: indices of lanes that have nothing to do.
         background_free: whether the BACKGROUND lane has nothing to do.
+        opens_ns: when a batch may begin on a free lane that is not to begin yet (`running_ahead`).
+        reserved: whether nothing begins until all that runs is over, for a batch that is to have the device alone.
         placements: of models that came here, by key.
-        queues: by model, group and whether their requests ride alone, empty ones too.
+        queues: by model, group and what their requests have for themselves alone, empty ones too.
         sweep_at: how many queues there may be before the empty ones are dropped.
         queued, queued_rows: requests that wait here, and their rows.
         running_rows: rows of the batches that run.
@@ -90,7 +101,7 @@ class Device:
         backlog_us: predicted cost of what waits, per priority.
         backlog_ns: when the last batch was over, if requests waited then; else 0.
         busy_ns, inline_ns: time that batches have run on lanes, a wide one once for each of its threads, and on the
-            caller's thread. The caller counts it.
+            caller's thread. The caller counts it, but for lanes that share a chip, which does (`Chip.busy_ns`).
     """
 
     name: str
@@ -100,14 +111,19 @@ class Device:
     memory_free_mb: float = 0.0
     inline_limit_us: float = 0.0
     teams: Teams = NO_TEAMS
+    shares_chip: bool = False
+    streams: int = 0
     error: str = ""
     is_gpu: bool = field(init=False)
+    chip: Chip | None = field(init=False, default=None)
     free_lanes: list[int] = field(init=False)
     background_free: bool = field(init=False, default=True)
     busy_until_ns: dict[int, int] = field(init=False, default_factory=dict)
     wide: dict[int, int] = field(init=False, default_factory=dict)
+    opens_ns: int = field(init=False, default=0)
+    reserved: bool = field(init=False, default=False)
     placements: dict[str, Placement] = field(init=False, default_factory=dict)
-    queues: dict[tuple[str, tuple[int, ...], bool], RequestQueue] = field(init=False, default_factory=dict)
+    queues: dict[tuple[str, tuple[int, ...], int], RequestQueue] = field(init=False, default_factory=dict)
     sweep_at: int = field(init=False, default=0)
     held: dict[Placement, set[tuple[RequestQueue, int]]] = field(init=False, default_factory=dict)
     backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
@@ -127,6 +143,13 @@ class Device:
     def __post_init__(self) -> None:
         self.is_gpu = KINDS[self.kind].is_gpu
         self.free_lanes = list(range(self.lanes))
+        if self.shares_chip:
+            self.chip = Chip(self.streams or self.lanes)
+
+    @property
+    def at_once(self) -> int:
+        """Batches that it does in the time of one: as many as lanes, unless these share a chip."""
+        return self.lanes if self.chip is None else 1
 
     @property
     def outstanding_rows(self) -> int:
@@ -145,10 +168,12 @@ class Device:
 
     def clear_in_us(self, now_ns: int) -> float:
         """Predicted microseconds until all that runs and waits here is done."""
-        return (sum(self.backlog_us) + self.running_us(now_ns)) / self.lanes
+        return (sum(self.backlog_us) + self.running_us(now_ns)) / self.at_once
 
     def running_us(self, now_ns: int) -> float:
         """Predicted microseconds of a lane that are left of what runs here; a wide batch uses those of several."""
+        if self.chip is not None:
+            return sum(self.chip.left_us(now_ns))
         left_ns = sum([until_ns - now_ns for until_ns in self.busy_until_ns.values() if until_ns > now_ns])
         if self.wide:
             for lane, threads in self.wide.items():

@@ -40,7 +40,7 @@ def take_lane(device: Device, queue: RequestQueue, rows: int, limit: int) -> Way
     """
     lane_curve, width, free = queue.costs.lane, queue.placement.width, device.free_lanes
     if width is None:
-        return Way(free.pop(), 1, lane_curve, limit) if free else None
+        return Way(_next_free(device), 1, lane_curve, limit) if free else None
     teams = device.teams
     if width.threads > 1:
         taken = take_any_lane(device, width)
@@ -79,6 +79,16 @@ def _shared_rows(device: Device, queue: RequestQueue, rows: int) -> int:
     return part
 
 
+def _next_free(device: Device) -> int:
+    """A lane that is free, which is taken: where lanes share streams, one of the stream with the fewest batches."""
+    free, chip = device.free_lanes, device.chip
+    if chip is None or chip.streams == device.lanes:
+        return free.pop()
+    lane = min(free, key=chip.load)
+    free.remove(lane)
+    return lane
+
+
 def _free_team(device: Device) -> int | None:
     """A free lane that may run wide, which is taken; None: there is none."""
     for lane in range(device.teams.lanes):
@@ -97,7 +107,7 @@ def take_any_lane(device: Device, width: Width | None) -> tuple[int, int] | None
     if width is not None and width.threads > 1:
         lane = _free_team(device)
         return None if lane is None else (lane, min(width.threads, device.teams.threads))
-    return (device.free_lanes.pop(), 1) if device.free_lanes else None
+    return (_next_free(device), 1) if device.free_lanes else None
 
 
 def give_lane_back(device: Device, lane: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tnxd.scheduling.costs import CostCurve
 from tnxd.scheduling.forecast import Forecast
 from tnxd.scheduling.request import LEVELS
 from tnxd.scheduling.width import Width
@@ -11,6 +12,10 @@ from tnxd.scheduling.width import Width
 # Batches that have to work at a ceiling before twice as many rows are tried. A try that fails costs about three of
 # them: the forward that ran out of memory, and both halves.
 _PROBE_AFTER = 256
+
+# An out-of-memory beside other batches costs about two of them: the forward that failed, and the wait until it has the
+# device alone. So among so many batches that worked it says nothing of how many rows fit.
+_CROWDED_AFTER = 16
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +51,8 @@ class Placement:
         queued: requests that wait for the model here. backlog_us: their predicted cost, per priority.
         max_rows: most rows in one forward, since more ran out of memory; 0: as many as the model allows.
         worked: batches that worked at that ceiling.
+        preparation: microseconds of batches until they are on a device whose lanes share a chip.
+        crowded: batches that have to work until an out-of-memory beside others says nothing of the ceiling again.
         most_rows: bound of that ceiling as it rises; 0: what the model allows. On a CPU, memory that has run out is
             the end of the process: nothing may be tried.
     """
@@ -58,6 +65,8 @@ class Placement:
     backlog_us: list[float] = field(init=False, default_factory=lambda: [0.0] * LEVELS)
     max_rows: int = field(init=False, default=0)
     worked: int = field(init=False, default=0)
+    preparation: CostCurve = field(init=False, default_factory=CostCurve)
+    crowded: int = field(init=False, default=0)
     most_rows: int = field(init=False, default=0)
 
     @property
@@ -78,6 +87,15 @@ class Placement:
         rows = max(rows, 1)
         self.max_rows = min(self.max_rows, rows) if self.max_rows else rows
         self.worked = 0
+
+    def note_crowded(self, rows: int) -> None:
+        """Note that a batch of so many rows ran out of memory beside others. Where that is rare, it was their peak.
+
+        Where it is not, two batches do not fit side by side: smaller ones do.
+        """
+        if self.crowded:
+            self.lower_ceiling(rows // 2)
+        self.crowded = _CROWDED_AFTER
 
     def count_worked(self, rows: int, max_rows: int, limit: int) -> None:
         """Count a batch that worked. In the end the ceiling doubles, since others may have left memory meanwhile.

@@ -92,7 +92,7 @@ class RaggedQueue(RequestQueue):
     __slots__ = ("lengths", "surface")
 
     def __init__(
-        self, key: tuple[str, tuple[int, ...], bool], costs: BatchCosts, placement: Placement, surface: CostSurface
+        self, key: tuple[str, tuple[int, ...], int], costs: BatchCosts, placement: Placement, surface: CostSurface
     ) -> None:
         super().__init__(key, costs, placement)
         self.lengths: dict[int, int] = {}

@@ -13,6 +13,10 @@ NEVER = 2**63 - 1
 """No deadline, in nanoseconds."""
 
 
+BATCH, DEVICE = 1, 2
+"""What a request has for itself alone, as flags."""
+
+
 class Request(msgspec.Struct, eq=False, gc=False):
     """Request with what the policy needs to know of it. The server derives its own kind from it.
 
@@ -26,7 +30,8 @@ class Request(msgspec.Struct, eq=False, gc=False):
         wanted: "" to go by prefer_gpu and min_gpu_memory_mb, "auto" for the device that is done first, or a device
             that it must run on.
         excluded: devices that had no memory left for it: it goes to others, unless it names one.
-        alone: whether it shares no batch, though others of its model and group wait (`tnxd.serving.quarantine`).
+        alone: BATCH: it shares no batch, though others of its model and group wait (`tnxd.serving.quarantine`). DEVICE:
+            while it runs, nothing else does there, since memory ran out for it beside others.
         priority: 0 to LEVELS - 1, 0 first.
         admitted: whether it is part of something that was taken in before: no limit and no prediction refuses it.
         deadline_ns: when it is worthless; NEVER. came_ns: when it came, from which its deadline
@@ -56,7 +61,7 @@ class Request(msgspec.Struct, eq=False, gc=False):
     length: int = 0
     most_rows: int = 0
     excluded: frozenset[str] = frozenset()
-    alone: bool = False
+    alone: int = 0
     admitted: bool = False
     share: float = 1.0
     device: str = ""

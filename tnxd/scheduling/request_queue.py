@@ -10,7 +10,7 @@ from tnxd.scheduling.connection_queue import MAX_PASSED_OVER
 from tnxd.scheduling.costs import BatchCosts
 from tnxd.scheduling.level_queue import QUANTUM_ROWS, LevelQueue
 from tnxd.scheduling.placement import Placement
-from tnxd.scheduling.request import LEVELS, Request
+from tnxd.scheduling.request import DEVICE, LEVELS, Request
 
 
 def _due_ns(request: Request) -> int:
@@ -25,7 +25,7 @@ class RequestQueue:
     Without the FIFO a decision about requests that are alike takes 4 to 8 us longer, which is half as long again.
 
     Attributes:
-        key: model, group, and whether each request rides alone.
+        key: model, group, and what each request has for itself alone. exclusive: whether that is the device.
         costs: of batches of such requests on this device.
         placement: the model on this device.
         rows, count: of the requests that wait.
@@ -40,6 +40,7 @@ class RequestQueue:
         "costs",
         "count",
         "doubted_ns",
+        "exclusive",
         "key",
         "placement",
         "ready_ns",
@@ -47,8 +48,9 @@ class RequestQueue:
         "stealable",
     )
 
-    def __init__(self, key: tuple[str, tuple[int, ...], bool], costs: BatchCosts, placement: Placement) -> None:
+    def __init__(self, key: tuple[str, tuple[int, ...], int], costs: BatchCosts, placement: Placement) -> None:
         self.key = key
+        self.exclusive = key[2] >= DEVICE
         self.costs = costs
         self.placement = placement
         self.rows = 0

@@ -69,7 +69,7 @@ class Routing:
             placement = device.placements[model] = Placement(self.load(model), width)
         return placement
 
-    def queue(self, device: Device, model: str, group: tuple[int, ...], alone: bool = False) -> RequestQueue:
+    def queue(self, device: Device, model: str, group: tuple[int, ...], alone: int = 0) -> RequestQueue:
         """Queue of the requests of a model and group on a device. Empty queues are kept, up to a number."""
         key = (model, group, alone)
         queue = device.queues.get(key)
@@ -106,36 +106,54 @@ class Routing:
             queue = self.queue(device, request.model, request.group, request.alone)
             queue.stealable = True
         else:
-            device, reason = self.route(request, now_ns)
+            device, reason, predicted = self._as_wanted(request, now_ns)
             queue = self.queue(device, request.model, request.group, request.alone)
-            prediction = self._predict(device, request, queue, now_ns)
+            prediction = predicted or self._predict(device, request, queue, now_ns)
         return device, queue, reason, prediction
 
     def route(self, request: Request, now_ns: int) -> tuple[Device, str]:
         """Device where a request would run now, and the reason in words. Raises as `choose` does."""
+        if request.wanted == "auto":
+            return self._earliest_finish(request, now_ns)[:2]
+        return self._as_wanted(request, now_ns)[:2]
+
+    def _as_wanted(self, request: Request, now_ns: int) -> tuple[Device, str, Prediction | None]:
+        """Device of a request that wants one, or prefers a kind, the reason, and the prediction if that decided."""
         wanted, model = request.wanted, request.model
         if wanted:
-            return self._earliest_finish(request, now_ns)[:2] if wanted == "auto" else self._named(wanted, model)
+            return *self._named(wanted, model), None
         if not request.prefer_gpu:
-            return self._cpu_for(model), "the request did not prefer a GPU"
+            return self._cpu_for(model), "the request did not prefer a GPU", None
         if not self.gpus:
-            return self._cpu_for(model), self._no_gpu
+            return self._cpu_for(model), self._no_gpu, None
         minimum, gpus = request.min_gpu_memory_mb, self.gpus
         if request.excluded:
             gpus = [gpu for gpu in gpus if gpu.name not in request.excluded]
             if not gpus:
-                return self._cpu_for(model), "no other GPU is ready"
+                return self._cpu_for(model), "no other GPU is ready", None
         eligible = [gpu for gpu in gpus if gpu.is_eligible(request)]
         if eligible:
-            gpu = min(eligible, key=lambda gpu: gpu.outstanding_rows)
-            return gpu, f"{gpu.name} has {gpu.memory_free_mb:.0f} MiB free"
+            gpu, prediction = eligible[0], None
+            if len(eligible) > 1:
+                gpu, prediction = self._first_done(eligible, request, now_ns)
+            return gpu, f"{gpu.name} has {gpu.memory_free_mb:.0f} MiB free", prediction
         free = ", ".join(
             f"{gpu.name} has {gpu.memory_free_mb:.0f}"
             if model in gpu.models
             else f"{gpu.name} has not loaded {model!r}"
             for gpu in gpus
         )
-        return self._cpu_for(model), f"no GPU has {minimum:g} MiB free: {free}"
+        return self._cpu_for(model), f"no GPU has {minimum:g} MiB free: {free}", None
+
+    def _first_done(self, gpus: list[Device], request: Request, now_ns: int) -> tuple[Device, Prediction]:
+        """The GPU with the earliest predicted finish, of equal ones that with the fewest rows, and the prediction."""
+        found = []
+        for place, gpu in enumerate(gpus):
+            queue = self.queue(gpu, request.model, request.group, request.alone)
+            prediction = self._predict(gpu, request, queue, now_ns)
+            found.append((prediction[0] + prediction[1], gpu.outstanding_rows, place, prediction))
+        _, _, place, prediction = min(found)
+        return gpus[place], prediction
 
     def _earliest_finish(self, request: Request, now_ns: int) -> tuple[Device, str, Prediction]:
         """Device with the earliest predicted finish, the reason in words, and the prediction.
@@ -171,12 +189,12 @@ class Routing:
         A queue is full with as many requests as fit into a batch: a slow device does more for all with a large batch
         that it steals than with a small one for the last request. Models without batches gain nothing by that.
         """
-        rates = [device.lanes / share_us if share_us else 0.0 for _, _, device, (_, _, share_us, _) in candidates]
+        rates = [device.at_once / share_us if share_us else 0.0 for _, _, device, (_, _, share_us, _) in candidates]
         if not all(rates):
             return None  # of one of them nothing is known yet, or the request has no rows
         most = max(rates)
         _, _, fastest, (wait_us, run_us, share_us, own_us) = candidates[rates.index(most)]
-        wait_us -= own_us * (1.0 - most / sum(rates)) / fastest.lanes
+        wait_us -= own_us * (1.0 - most / sum(rates)) / fastest.at_once
         queue = self.queue(fastest, request.model, request.group, request.alone)
         limit = request.most_rows if request.length else queue.placement.row_limit(request.max_batch_size)
         if not limit or queue.count < limit:
@@ -231,13 +249,16 @@ class Routing:
         if device.busy_until_ns and not device.free_lanes and not max_lanes and queue.costs.fits_inline(rows):
             # The caller's own thread is not taken by what keeps the lanes, and passes over what waits for them.
             return own_us * placement.forecast.factor, run_us, share_us, queue_us
-        if device.busy_until_ns:
-            # Where a core is free, too, a batch begins at once; next to a wide one it would not get a whole core.
-            if device.queued or device.wide or width is None or not device.free_lanes:
-                wait_us += device.running_us(now_ns)
-        elif width is not None and not device.queued:
-            run_us = next_curve(device, queue, rows).mean(rows)
-        wait_us /= device.lanes
+        if device.chip is not None:
+            wait_us = device.chip.delay_us(wait_us, run_us, now_ns)
+        else:
+            if device.busy_until_ns:
+                # Where a core is free, too, a batch begins at once; next to a wide one it would not get a whole core.
+                if device.queued or device.wide or width is None or not device.free_lanes:
+                    wait_us += device.running_us(now_ns)
+            elif width is not None and not device.queued:
+                run_us = next_curve(device, queue, rows).mean(rows)
+            wait_us /= device.lanes
         if width is not None and width.threads > 1:
             max_lanes = min(max_lanes or device.teams.lanes, device.teams.lanes)
         if max_lanes:

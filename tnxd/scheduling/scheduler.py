@@ -30,7 +30,7 @@ from tnxd.scheduling.lane_choice import give_lane_back, learn, next_curve
 from tnxd.scheduling.paths import Outlook
 from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.queue_admission import AdmissionControl
-from tnxd.scheduling.request import NEVER, Request
+from tnxd.scheduling.request import DEVICE, NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
 from tnxd.scheduling.routing import Routing
 from tnxd.scheduling.stealing import steal
@@ -71,6 +71,7 @@ class Scheduler(Accounts):
         self._serial = 0
         self._deadlines = Deadlines()
         self._delays = Delays()
+        self._opens_ns = NEVER  # when a batch may begin that is not to begin yet
 
     @property
     def room(self) -> int:
@@ -289,15 +290,7 @@ class Scheduler(Accounts):
             may_go = not self._delays.holds(device, queue, request, now_ns)
         if may_go:
             device.offer(queue, request.priority)
-        device.enqueue(request.priority, request.rows, share_us)
-        placement = queue.placement
-        placement.queued += 1
-        placement.backlog_us[request.priority] += share_us
-        load = placement.load
-        load.queued += 1
-        load.queued_bytes += request.nbytes
-        self.queued += 1
-        self.queued_bytes += request.nbytes
+        self.enqueue(device, queue, request)
 
     def start(self, request: Request, now_ns: int) -> Batch | None:
         """Start a request that need not wait: a batch of that one alone, INLINE. None: `add` it. Raises as `add` does.
@@ -334,11 +327,15 @@ class Scheduler(Accounts):
             self._delays.release(now_ns)
         batches: list[Batch] = []
         late: list[Request] = []
+        opens_ns = NEVER
         for device in self.devices.values():
-            if device.queued:
+            if device.queued and not device.reserved:
                 fill_lanes(self, device, now_ns, batches, late)
+                if now_ns < device.opens_ns < opens_ns:
+                    opens_ns = device.opens_ns
+        self._opens_ns = opens_ns
         for device in self.devices.values():
-            if self.queued and device.free_lanes and not device.error:
+            if self.queued and device.free_lanes and not device.error and not device.reserved:
                 steal(self, self._routing, device, self.devices.values(), now_ns, batches)
         return batches, late
 
@@ -353,22 +350,33 @@ class Scheduler(Accounts):
             if device.error or model not in device.models or device.queued or not device.free_lanes:
                 continue
             queue = self._routing.queue(device, model, group)
-            if device.background_free and not queue.placement.has_all_lanes:
+            if device.background_free and not device.reserved and not queue.placement.has_all_lanes:
                 device.background_free = False
                 self.background += 1
                 return self.start_batch(device, BACKGROUND, queue, [], rows, now_ns, 0)
         return None
 
-    def finished(self, batch: Batch, micros: float, now_ns: int = NEVER) -> None:
+    def finished(self, batch: Batch, micros: float, now_ns: int = NEVER, ended_ns: int = 0) -> None:
         """Free the lane of a batch that is over, well or not, and learn from it.
 
         Args:
             micros: how long it took; 0 if that is nothing to learn from.
             now_ns: when its requests had their answers, which corrects the forecast. NEVER: it does not.
+            ended_ns: when the device was done with it; 0: by then.
         """
         device, placement, weight = batch.device, batch.device.placements[batch.model], len(batch.requests) or 1
         device.running_rows -= batch.rows
         self.running -= weight
+        learned_us = micros
+        if device.chip is not None:
+            part, batch.chip_us = device.chip.end(batch.lane, ended_ns or (now_ns if now_ns != NEVER else 0))
+            learned_us *= part  # what it would have taken alone
+            if micros > 0:
+                placement.crowded -= placement.crowded > 0
+                if batch.preparation_us:
+                    placement.preparation.observe(batch.rows, batch.preparation_us)
+            if device.reserved:
+                device.reserved = not device.chip.is_idle
         if batch.hung:
             placement.load.hung -= weight
         else:
@@ -384,16 +392,32 @@ class Scheduler(Accounts):
             device.busy_until_ns.pop(batch.lane, None)
             device.wide.pop(batch.lane, None)
             give_lane_back(device, batch.lane)
-            if micros > 0:
-                learn(batch, placement.width, micros)
+            if learned_us > 0:
+                learn(batch, placement.width, learned_us)
                 if batch.surface is not None and batch.threads == 1:
-                    batch.surface.observe(batch.rows // batch.length, batch.length, micros)
+                    batch.surface.observe(batch.rows // batch.length, batch.length, learned_us)
         if placement.max_rows and micros > 0 and batch.requests:
             placement.count_worked(batch.rows, batch.max_rows, batch.requests[0].max_batch_size)
         if now_ns != NEVER and batch.requests:
             correct_forecast(placement.forecast, batch, now_ns)
         if device.held:
             self._release(device, placement)
+
+    def run_alone(self, batch: Batch, requests: Iterable[Request]) -> None:
+        """Queue requests again whose batch ran out of memory beside others: in their turn, nothing else runs there.
+
+        They count as taken in, and stay on their device. To be called when the batch is over.
+        """
+        device = batch.device
+        device.placements[batch.model].note_crowded(batch.rows)
+        for request in requests:
+            request.alone |= DEVICE
+            request.waiting = True
+            request.serial = self._serial = self._serial + 1  # no two queues may have the same head
+            queue = self._routing.queue(device, request.model, request.group, request.alone)
+            if queue.add(request):
+                device.offer(queue, request.priority)
+            self.enqueue(device, queue, request)
 
     # --- time, and what goes wrong -----------------------------------------------------------------------------
 
@@ -404,6 +428,10 @@ class Scheduler(Accounts):
             placement = batch.device.placements[batch.model]
             placement.lanes.remove(batch.lane)
             placement.load.hung += len(batch.requests) or 1
+            if batch.device.chip is not None:
+                batch.device.chip.end(batch.lane, 0)  # it computes no more, as far as anybody knows
+                if batch.device.chip.is_idle:
+                    batch.device.reserved = False
             self._release(batch.device, placement)
 
     def expire(self, now_ns: int) -> list[Request]:
@@ -421,7 +449,8 @@ class Scheduler(Accounts):
         delays = self._delays
         if delays.first_ns != NEVER:
             delays.drop_empty()
-        return min(self._deadlines.first_ns, delays.first_ns)
+        opens_ns = self._opens_ns if self.queued else NEVER
+        return min(self._deadlines.first_ns, delays.first_ns, opens_ns)
 
     def cancel(self, request: Request) -> bool:
         """Take a request out of its queue. False if it waits there no more."""
@@ -442,6 +471,8 @@ class Scheduler(Accounts):
         device = self.devices[name]
         device.error = error
         stranded = self._drop_waiting(device)
+        for request in stranded:
+            request.alone &= ~DEVICE
         self._routing.refresh()
         return stranded
 

@@ -9,6 +9,7 @@ from tnxd.scheduling.costs import CostCurve
 from tnxd.scheduling.device import Batch, Device
 from tnxd.scheduling.lane_choice import give_lane_back, take_any_lane
 from tnxd.scheduling.routing import Routing
+from tnxd.scheduling.running_ahead import runs_ahead
 
 # Work stealing: an idle device takes at most this fraction of its own batch limit. It may be slower than the owner, and
 # must soon be free for requests routed to it.
@@ -43,14 +44,17 @@ def _steal_batch(accounts: Accounts, routing: Routing, thief: Device, victim: De
     curve, placement = own.costs.lane, own.placement
     if placement.load.max_lanes and placement.has_all_lanes:
         return None
+    if thief.chip is not None and runs_ahead(thief):
+        return None
     limit = placement.row_limit(head.max_batch_size)
     if head.length:  # of one length, and the limit is in tokens
         limit = min(limit, head.most_rows * head.length)
     most = max(int(_STEAL_FRACTION * limit), min(head.rows, limit), 1)
-    rows, most = 0, curve.rows_within(victim.clear_in_us(now_ns), most)
+    begin_ns = now_ns if thief.chip is None else thief.chip.begins_ns(curve.mean(most), now_ns)
+    rows, most = 0, curve.rows_within(victim.clear_in_us(now_ns) - (begin_ns - now_ns) / 1e3, most)
     while rows < most:
         middle = (rows + most + 1) // 2
-        if queue.rows_due_outside(now_ns, _ends_ns(curve, middle, now_ns)) >= middle:
+        if queue.rows_due_outside(now_ns, _ends_ns(curve, middle, begin_ns)) >= middle:
             rows = middle
         else:
             most = middle - 1
@@ -59,7 +63,7 @@ def _steal_batch(accounts: Accounts, routing: Routing, thief: Device, victim: De
     taken = take_any_lane(thief, placement.width)
     if taken is None:
         return None
-    requests = queue.steal(level, rows, now_ns, _ends_ns(curve, rows, now_ns), thief.may_steal)
+    requests = queue.steal(level, rows, now_ns, _ends_ns(curve, rows, begin_ns), thief.may_steal)
     if not requests:
         give_lane_back(thief, taken[0])
         return None
@@ -79,6 +83,6 @@ def _steal_batch(accounts: Accounts, routing: Routing, thief: Device, victim: De
     return batch
 
 
-def _ends_ns(curve: CostCurve, rows: int, now_ns: int) -> int:
-    """Time by which a batch that starts now is over, but for rare ones."""
-    return now_ns + int((curve.mean(rows) + curve.spread(rows)) * 1e3)
+def _ends_ns(curve: CostCurve, rows: int, begin_ns: int) -> int:
+    """Time by which a batch that starts then is over, but for rare ones."""
+    return begin_ns + int((curve.mean(rows) + curve.spread(rows)) * 1e3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import compress
 
 from tnxctl.protocol.datatypes import Array
@@ -23,7 +23,7 @@ from tnxd.models.sizes import count_strings, reply_too_large, too_many_strings
 from tnxd.models.time_limits import PROCESS_END_S
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.refusals import Refusals
-from tnxd.scheduling.request import Request
+from tnxd.scheduling.request import DEVICE, Request
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving.answers import Answers
 from tnxd.serving.pending import Answer, Pending, StepRequest, as_answer, as_execution, as_frames, as_result
@@ -146,6 +146,8 @@ class Dispatcher:
         device = batch.device
         if device.is_gpu:
             self._scheduler.set_free_memory(device.name, execution.memory_free_mb)
+            batch.preparation_us = execution.gather_us + execution.h2d_us
+        again: list[Request] = []
         answers: list[Answer] = []
         steps: list[tuple[StepRequest, tuple[Array, ...]]] = []
         model = execution.model
@@ -158,7 +160,9 @@ class Dispatcher:
             if request.done:
                 continue  # its deadline came first, or the batch had been given up
             if isinstance(outcome, TensorNextError):
-                if not (execution.exhausted and self._runs_elsewhere(request, outcome)):
+                if execution.exhausted and execution.crowded and isinstance(outcome, ResourceExhausted):
+                    again.append(request)  # what ran beside it may have had the memory
+                elif not (execution.exhausted and self._runs_elsewhere(request, outcome)):
                     self._answers.error(request, outcome, execution)
                 continue
             if request.__class__ is StepRequest:
@@ -189,7 +193,7 @@ class Dispatcher:
         if answers:
             assert counts is not None
             self._answers.results(answers, counts)
-        if execution.exhausted:
+        if execution.exhausted and not execution.crowded and batch.lane != BACKGROUND:
             self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
         failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])
         if failures or self._quarantine.active:
@@ -198,14 +202,16 @@ class Dispatcher:
         succeeded = not execution.exhausted and not failures
         run_ns = execution.finished_ns - execution.started_ns
         micros = run_ns / 1e3 if succeeded else 0.0
-        self._scheduler.finished(batch, micros, time.perf_counter_ns())
+        self._scheduler.finished(batch, micros, time.perf_counter_ns(), execution.finished_ns)
+        if again:
+            self._run_alone(batch, again)
         if self._refusals:
             self._refusals.clear()
         for step, outputs in steps:  # now that their lane is free again
             step.owner.succeeded(step, outputs, execution, rows)
         if batch.lane == INLINE:
             device.inline_ns += run_ns
-        elif batch.lane != BACKGROUND:
+        elif batch.lane != BACKGROUND and device.chip is None:
             device.busy_ns += run_ns * batch.threads
         if counts is not None:
             if failures:
@@ -213,7 +219,7 @@ class Dispatcher:
                 rows = sum(compress(execution.rows, done))
             if failures < len(batch.requests):
                 counts.add_batch(rows)
-            if execution.exhausted and batch.rows > 1:
+            if execution.exhausted and not execution.crowded and batch.rows > 1:
                 counts.splits += 1
             if batch.stolen:
                 counts.steals += 1
@@ -229,7 +235,7 @@ class Dispatcher:
             mixing: Version = execution.version if isinstance(execution, Copy) else batch.requests[0].version  # type: ignore[attr-defined]
             mixing.end_batches(batch.model, execution.mixes)
         if execution.fatal and not device.error:
-            self._lose_device(device.name, execution.fatal)
+            self.lose_device(device.name, execution.fatal)
 
     def _judge(self, execution: Execution, batch: Batch) -> None:
         """Have clients ride alone after a model failed at their requests, until others of theirs have succeeded."""
@@ -244,6 +250,20 @@ class Dispatcher:
                 if request.connection.closed:  # type: ignore[attr-defined]
                     self._quarantine.left(peer, request.connection.client.name)  # type: ignore[attr-defined]
 
+    def _run_alone(self, batch: Batch, requests: list[Request]) -> None:
+        """Try requests again that found no memory beside other batches: while nothing else runs on their device."""
+        name = batch.device.name
+        about = event("out_of_memory", batch.model, device=name, count=len(requests))
+        log.warning(
+            "%s on %s: %d requests found no memory beside other batches, and run again without them",
+            *(batch.model, name, len(requests)),
+            extra=about,
+        )
+        if batch.device.error:
+            self._reroute(requests)
+        else:
+            self._scheduler.run_alone(batch, requests)
+
     def _runs_elsewhere(self, request: Pending, error: TensorNextError) -> bool:
         """Route a request to another device after a GPU had no memory for it. False if there is none."""
         if not isinstance(error, ResourceExhausted) or not self._scheduler.devices[request.device].is_gpu:
@@ -251,22 +271,28 @@ class Dispatcher:
         if request.wanted not in ("", "auto"):
             return False
         request.excluded |= {request.device}
+        request.alone &= ~DEVICE
         try:
             self._scheduler.add(request, time.perf_counter_ns())
         except TensorNextError:
             return False
         return True
 
-    def _lose_device(self, name: str, why: str) -> None:
+    def lose_device(self, name: str, why: str) -> None:
+        """Use a device no more, which is lost for good."""
         about = event("device_lost", device=name, reason=why)
         log.error("device %s failed and is no longer used: %s", name, why, extra=about)
         self._inventory.device_failures[name] = why
-        for request in self._scheduler.fail_device(name, why):
+        self._reroute(self._scheduler.fail_device(name, why))
+        self._on_device_lost()
+
+    def _reroute(self, requests: Iterable[Request]) -> None:
+        """Route requests anew, whose device is lost."""
+        for request in requests:
             try:
                 self._scheduler.add(request, time.perf_counter_ns())
             except TensorNextError as error:
                 self._answers.error(request, error)
-        self._on_device_lost()
 
     # --- what does not come back -------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from tnxd.models.sizes import reply_too_large
 from tnxd.recording.recorder import Recorder
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.refusals import Refusals, TooLate
+from tnxd.scheduling.request import BATCH
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving import permissions, reports, shared_inputs
 from tnxd.serving.answers import Answers
@@ -344,7 +345,7 @@ class Intake:
             pending.space = shared.space
         quarantine = self._quarantine
         if quarantine.active and model.max_batch_size and quarantine.holds(message.peer, connection.client.name):
-            pending.alone, pending.max_batch_size = True, 1
+            pending.alone, pending.max_batch_size = BATCH, 1
         scheduler = self._scheduler
         started: Batch | None = None
         pending.queued_ns = now_ns = time.perf_counter_ns()

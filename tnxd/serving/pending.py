@@ -130,7 +130,8 @@ def as_execution(batch: Batch) -> Execution:
     assert isinstance(first, Pending)
     items = [request.arrays for request in requests]  # type: ignore[attr-defined]
     rows = [row_count(item) for item in items] if first.served.joins else [request.rows for request in requests]
-    return Execution(batch.lane, batch.max_rows, first.served, items, rows, first.group, batch.threads)
+    crowded = batch.device.chip is not None and not batch.alone
+    return Execution(batch.lane, batch.max_rows, first.served, items, rows, first.group, batch.threads, crowded=crowded)
 
 
 def as_frames(outputs: Sequence[Array]) -> tuple[Array, ...]:

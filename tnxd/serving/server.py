@@ -368,6 +368,9 @@ class Server:
             self._inventory.traffic.end_slot()
         for name, executor in self._inventory.executors.items():
             self._scheduler.set_free_memory(name, executor.memory_mb()[0])
+            failure = executor.failure()
+            if failure and not self._scheduler.devices[name].error:
+                self._dispatcher.lose_device(name, failure)
         keys = {version.model.key for _, version in self._inventory.registry if version.model is not None}
         self._shadows.keep(keys)
         self._background.keep(keys)

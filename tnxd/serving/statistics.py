@@ -16,6 +16,7 @@ from tnxctl.protocol.wire import MIB, VERSION, Explain, Role, Stats, split_title
 from tnxd.deployment.version import DRAINING, READY
 from tnxd.lanes import BACKGROUND
 from tnxd.process import logs
+from tnxd.scheduling.device import Device
 from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving import reports
 from tnxd.serving.replies import encoded
@@ -174,12 +175,19 @@ def _devices(inventory: Inventory, scheduler: Scheduler) -> Iterator[DeviceStats
             name=info.name,
             status=info.status,
             lanes=info.lanes,
-            busy_us=(device.busy_ns + running_ns[info.name]) / 1e3 if device else 0.0,
+            busy_us=_busy_ns(device, running_ns) / 1e3 if device else 0.0,
             inline_us=device.inline_ns / 1e3 if device else 0.0,
             queued_rows=info.queued_rows,
             memory_free_mb=info.memory_free_mb,
             memory_total_mb=info.memory_total_mb,
         )
+
+
+def _busy_ns(device: Device, running_ns: Counter[str]) -> int:
+    """Time that the lanes of a device were busy, summed over them. Those that share a chip are while it has work."""
+    if device.chip is not None:
+        return device.chip.busy_ns(time.perf_counter_ns()) * device.lanes
+    return device.busy_ns + running_ns[device.name]
 
 
 def _running_ns(inventory: Inventory) -> Counter[str]:

@@ -30,6 +30,9 @@ _ROOM_WEIGHT = 0.1
 # A client floods whose refused messages take this part of the loop's time: it does not listen to what it is told.
 _FLOOD_SHARE = 0.25
 
+# What one of them counts at most. Where it took longer, the loop's thread was not let run.
+_MOST_REFUSED_NS = 100_000_000
+
 # A queue that is smaller than this is too small to keep a quarter of it free for others.
 _SHARED_FROM = 1024
 _SHARED_FROM_BYTES = 64 * MIB
@@ -422,6 +425,7 @@ class Admission:
 
     def add_refused(self, connection: Connection, nanoseconds: int) -> None:
         """Count the time that the loop spent on a message that was refused."""
+        nanoseconds = min(nanoseconds, _MOST_REFUSED_NS)
         connection.refused_ns += nanoseconds
         connection.client.refused_ns += nanoseconds
         self._refusing.add(connection)
