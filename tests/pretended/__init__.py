@@ -26,6 +26,7 @@ another stream reads, gets wrong numbers under "late" or "random", and no except
 | `capture`, `graphs` | graphs that record and replay, and what may not be done meanwhile |
 | `devices` | a machine: current devices and streams of threads, faults, the execution of work |
 | `installation` | all of that in the place of torch's own, and back |
+| `possible` | where all that works |
 | `control`, `daemon` | daemons on a pretended machine |
 | `planted` | one wrong line in the daemon's own code, to see that tests notice |
 
@@ -37,6 +38,8 @@ blocking=True), empty_cache, replays, refused_in_capture, asserts.
 **Errors.** A kernel that fails when it is run, by an index out of range for instance, is a device-side assert: the
 device is lost. A lost device raises torch.AcceleratorError from every wait and launch. What is refused during a capture
 raises, and spoils the capture, by the rules of its mode.
+
+**Where.** On any machine whose torch was built without CUDA. Elsewhere the tests are skipped, with the reason.
 
 **Not pretended.** Speed: elapsed times are those of the CPU that did the work. Fragmentation, the sizes of segments and
 the pools of streams of torch's allocator: reserved bytes are the most that were held. The 32 streams that CUDA's pool
