@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretended.errors import LAUNCH_FAILURE
+from pretended.possible import skip_where_impossible
 
 if TYPE_CHECKING:
     from pretended.devices import Machine
@@ -31,6 +32,7 @@ def program(
     Args:
         devices, memory_mb, policy, seed: as of `pretended.pretended`. control: path of the socket of `order`.
     """
+    skip_where_impossible()
     plan = {"devices": devices, "memory_mb": memory_mb, "policy": policy, "seed": seed}
     return _PROGRAM, json.dumps(plan if control is None else {**plan, "control": str(control)})
 
