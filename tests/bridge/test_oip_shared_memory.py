@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,40 @@ def test_what_is_read_counts_for_the_memory_of_requests(served: Bridge, regions:
         for _ in range(12):  # each of which is let go
             client.infer("mlp", [tensor])
         client.unregister_system_shared_memory()
+
+
+def test_names_of_regions(served: Bridge, regions: Callable[[str, int], Any]) -> None:
+    """The bridge keeps them, so they are short; gRPC would take many MiB."""
+    regions("file", 64)
+    grpc = pytest.importorskip("tritonclient.grpc")
+    with grpc.InferenceServerClient(served.grpc) as client:
+        for name in ("", "n" * 256):
+            with pytest.raises(InferenceServerException, match="a name has 1 to 255 characters"):
+                client.register_system_shared_memory(name, f"/{PREFIX}file", 64)
+        client.register_system_shared_memory("n" * 255, f"/{PREFIX}file", 64)
+        client.unregister_system_shared_memory()
+
+
+def test_regions_leave_descriptors_for_connections(
+    daemon: Daemon, tmp_path: Path, regions: Callable[[str, int], Any]
+) -> None:
+    regions("file", 64)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))  # what most systems give a process
+        bridging = running_bridge(tmp_path, daemon.endpoint, "--shared-memory", PREFIX)
+        bridge = bridging.__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        body = json.dumps({"key": f"/{PREFIX}file", "byte_size": 64}).encode()
+        path = "/v2/systemsharedmemory/region/{}/register"
+        with bridge.connect() as peer:
+            statuses = [peer.ask("POST", path.format(number), body).status for number in range(1024)]
+        assert {*statuses} == {200, 409}
+        assert bridge.ask("GET", "/v2/health/live").status == 200  # on a new connection
+    finally:
+        bridging.__exit__(None, None, None)
 
 
 def test_odd_parameters(served: Bridge) -> None:

@@ -27,7 +27,8 @@ DIRECTORY = "/dev/shm"
 """Where Linux has POSIX shared memory."""
 
 _KEY = re.compile(r"/?([^/\0]{1,255})")
-_MOST_REGIONS = 1024
+_MOST_REGIONS = 256  # each has a descriptor, and a process often no more than 1,024
+_MOST_NAME = 255  # characters
 
 
 class Place(NamedTuple):
@@ -105,7 +106,8 @@ class Regions:
 
         Raises:
             Unimplemented: there is no shared memory.
-            InvalidArgument: the key may not be used, there is no such file, or the region is not within it.
+            InvalidArgument: the name is too long, the key may not be used, there is no such file, or the region is not
+                within it.
             AlreadyExists: there is a region of that name.
             FailedPrecondition: there are too many.
         """
@@ -114,8 +116,10 @@ class Regions:
             raise AlreadyExists(f"shared memory region {excerpt(name)} already in manager")
         if len(self._regions) >= _MOST_REGIONS:
             raise FailedPrecondition(f"{_MOST_REGIONS} shared memory regions are registered, which is the limit")
+        if not 0 < len(name) <= _MOST_NAME:
+            raise InvalidArgument(f"shared memory region {excerpt(name)}: a name has 1 to {_MOST_NAME} characters")
         found = _KEY.fullmatch(key)
-        if not name or found is None or found[1] in (".", "..") or not found[1].startswith(prefix):
+        if found is None or found[1] in (".", "..") or not found[1].startswith(prefix):
             raise InvalidArgument(
                 f"shared memory region {excerpt(name)}: its key {excerpt(key)} does not begin with {prefix!r}"
             )
