@@ -15,6 +15,9 @@ import pytest
 import tool
 from bridges import Bridge, running_bridge
 from conftest import Daemon
+from tnxctl.bridge.bodies import Budget
+from tnxctl.bridge.oip.shared_memory import Place, Regions
+from tnxctl.protocol.errors import NotFound
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("tritonclient.utils")
@@ -215,6 +218,23 @@ def test_regions_leave_descriptors_for_connections(
         assert bridge.ask("GET", "/v2/health/live").status == 200  # on a new connection
     finally:
         bridging.__exit__(None, None, None)
+
+
+def test_outputs_go_to_no_other_region_of_that_name(regions: Callable[[str, int], Any]) -> None:
+    """The region is another client's by the time of the answer, or the file has changed hands with the descriptor."""
+    for name in ("mine", "theirs"):
+        regions(name, 64)
+    table = Regions(PREFIX, Budget(1 << 20))
+    table.register("out", f"/{PREFIX}mine", 0, 64)
+    target = table.target(Place("out", 0, 4), "y")
+    table.unregister("out")
+    for _ in range(2):
+        with pytest.raises(NotFound, match="output 'y': its shared memory region was unregistered meanwhile"):
+            table.write(target, "y", memoryview(b"data"))
+        table.unregister()
+        table.register("out", f"/{PREFIX}theirs", 0, 64)
+    assert table.write(table.target(Place("out", 0, 9), "y"), "y", memoryview(b"data")).nbytes == 4
+    table.unregister()
 
 
 def test_odd_parameters(served: Bridge) -> None:

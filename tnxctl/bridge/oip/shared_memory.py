@@ -60,6 +60,13 @@ class Region(NamedTuple):
         return {"name": self.name, "key": self.key, "offset": self.offset, "byte_size": self.byte_size}
 
 
+class Target(NamedTuple):
+    """Place of an output. Attributes: opened: the region that had this name when the request came."""
+
+    place: Place
+    opened: Region
+
+
 def place_of(parameters: Mapping[str, Any], name: str) -> Place | None:
     """The place that the parameters of a tensor give; None if it is not in shared memory.
 
@@ -178,13 +185,15 @@ class Regions:
             raise InvalidArgument(f"tensor {excerpt(name)}: its shared memory has been shortened")
         return content.data
 
-    def check(self, place: Place, name: str) -> None:
-        """Check that there is a place. Raises as `read` does."""
-        self._within(place, name)
+    def target(self, place: Place, name: str) -> Target:
+        """The place of an output that will come. Raises as `read` does."""
+        return Target(place, self._within(place, name))
 
-    def write(self, place: Place, name: str, content: memoryview) -> Place:
+    def write(self, target: Target, name: str, content: memoryview) -> Place:
         """Write an output to its place. Returns the part that it takes. Raises as `read` does, and if it is larger."""
-        region = self._within(place, name)
+        place, region = target
+        if self._regions.get(place.region) is not region:  # another's by now, maybe
+            raise NotFound(f"output {excerpt(name)}: its shared memory region was unregistered meanwhile")
         if len(content) > place.nbytes:
             raise InvalidArgument(
                 f"output {excerpt(name)} has {len(content)} bytes, and its place in shared memory {place.nbytes}"
