@@ -8,6 +8,7 @@ import gc
 import logging
 import mmap
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -477,6 +478,20 @@ def test_nobody_can_shorten_it(peer: Peer) -> None:
     for length in (0, END + 4096):
         with pytest.raises(PermissionError):
             os.ftruncate(peer.descriptor, length)
+
+
+def test_memory_that_the_daemon_has_not(peer: Peer, shared: Daemon) -> None:
+    pid = shared.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_AS)
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    resource.prlimit(pid, resource.RLIMIT_AS, (pages * mmap.PAGESIZE + 16 * MIB, before[1]))
+    try:
+        peer.send_shared(inputs=[["", "FP32", [65536, 256]]], shared=[[0, END]])
+        error = peer.error()
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_AS, before)
+    assert error.code == "RESOURCE_EXHAUSTED"
+    assert error.message == "there is no memory for a copy of 67108864 bytes"
 
 
 def test_holes_are_zeros(peer: Peer) -> None:

@@ -60,7 +60,10 @@ class Segment(Mapping):
         """
         self.check(span)
         self._allocate(span.offset, span.nbytes)
-        return super().read(span)
+        try:
+            return super().read(span)
+        except MemoryError:
+            raise ResourceExhausted(f"there is no memory for a copy of {span.nbytes} bytes") from None
 
     def place(self, space: Span, arrays: Sequence[Array]) -> tuple[Span, ...] | None:
         """Copy C-contiguous arrays into a space, which lies within. Returns where they lie; None if it is too small."""

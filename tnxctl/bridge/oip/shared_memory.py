@@ -174,8 +174,8 @@ class Regions:
         region = self._within(place, name)
         if place.nbytes > most_bytes:
             raise InvalidArgument(f"tensor {excerpt(name)} has {place.nbytes} bytes, the limit is {most_bytes}")
+        content = np.empty(place.nbytes, np.uint8)  # first: what it could not have is not held either
         self._budget.hold(place.nbytes)
-        content = np.empty(place.nbytes, np.uint8)
         weakref.finalize(content, self._budget.release, place.nbytes)
         try:
             count = os.preadv(region.descriptor, [content.data], region.offset + place.offset)
