@@ -8,6 +8,7 @@ import gc
 import logging
 import mmap
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -30,6 +31,9 @@ from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.frames import view_tensors
 from tnxctl.protocol.recordings import RecordingReader
 from tnxctl.protocol.wire import MIB, Span
+from tnxd.config import Clients
+from tnxd.transport.client_limits import Admission, Connection
+from tnxd.transport.shared_memory import SharedMemory
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has files in memory")
 
@@ -476,6 +480,20 @@ def test_nobody_can_shorten_it(peer: Peer) -> None:
             os.ftruncate(peer.descriptor, length)
 
 
+def test_memory_that_the_daemon_has_not(peer: Peer, shared: Daemon) -> None:
+    pid = shared.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_AS)
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    resource.prlimit(pid, resource.RLIMIT_AS, (pages * mmap.PAGESIZE + 16 * MIB, before[1]))
+    try:
+        peer.send_shared(inputs=[["", "FP32", [65536, 256]]], shared=[[0, END]])
+        error = peer.error()
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_AS, before)
+    assert error.code == "RESOURCE_EXHAUSTED"
+    assert error.message == "there is no memory for a copy of 67108864 bytes"
+
+
 def test_holes_are_zeros(peer: Peer) -> None:
     peer.memory.madvise(mmap.MADV_REMOVE)
     peer.send_shared(space=[END // 2, 512])
@@ -605,6 +623,85 @@ def test_one_client_gets_three_quarters(tmp_path: Path, run_daemon: Callable[...
     for peer in peers:
         peer.__exit__(None, None, None)
     assert daemon.stop(signal.SIGTERM) == 0
+
+
+class Sharers:
+    """The daemon's own part, without the rest of it: this process connects, and shares memory with itself.
+
+    Attributes:
+        admission: that counts. memory: all segments, 8 MiB at most, 2 of which a connection gets.
+    """
+
+    def __init__(self) -> None:
+        self.admission = Admission(Clients(shared_memory_mb=8), max_requests=64, max_bytes=MIB)
+        self.memory = SharedMemory(self.admission.max_shared_bytes)
+
+    def share(self) -> socket.socket:
+        """Connect, get a segment, and end the connection. Returns the lifeline."""
+        address = f"localhost:{os.geteuid()}:{os.getegid()}:{os.getpid()}"
+        connection = Connection(b"", -1, self.admission.client(address), address)
+        self.admission.connected(connection.client)
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+                listener.bind("")
+                listener.listen()
+                self.memory.share(connection, "@" + listener.getsockname()[1:].decode(), "0" * 16)
+                return listener.accept()[0]
+        finally:
+            self.admission.disconnected(connection.client)
+
+
+def test_segments_count_for_a_client_that_has_no_connection_any_more() -> None:
+    sharers = Sharers()
+    lifelines = [sharers.share() for _ in range(3)]
+    sharers.admission.sweep()  # forgets who has left
+    with pytest.raises(errors.ResourceExhausted, match="shares 6291456 bytes of memory, the limit is 6291456"):
+        sharers.share()
+    for lifeline in lifelines:
+        lifeline.close()
+    sharers.memory.release()
+    assert not sharers.memory.nbytes
+    sharers.admission.sweep()
+    assert not [*sharers.admission]
+
+
+def test_what_was_let_go_is_free_at_once() -> None:
+    sharers = Sharers()
+    for _ in range(12):
+        sharers.share().close()
+    sharers.memory.release()
+    assert not sharers.memory.nbytes
+
+
+def test_recordings_have_what_was_served(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> None:
+    """Inputs change all the time, and are read once: the recording and the answer tell of the same."""
+    (tmp_path / "recordings").mkdir(mode=0o700)
+    (tmp_path / "tnxd.toml").write_text(f'record_directory = "{tmp_path}/recordings"\n{PLENTY}')
+    daemon = run_daemon("--config", str(tmp_path / "tnxd.toml"), "--bind", f"ipc://{tmp_path}/tnx", "--model", "mlp")
+    stop = threading.Event()
+    outputs = []
+    with Client(daemon.endpoint) as tnx, Peer(daemon.endpoint) as peer:
+        x: Array = np.frombuffer(peer.memory, np.float32, 256)
+
+        def rewrite() -> None:
+            while not stop.is_set():
+                x[0] += 1
+
+        tnx.record("one.mcap")
+        thread = threading.Thread(target=rewrite)
+        thread.start()
+        try:
+            for number in range(50):
+                peer.send_shared(id=number, space=[4096, 512])
+                assert isinstance(peer.receive()[0], wire.Result)
+                outputs.append(peer.memory[4096 : 4096 + 512])
+        finally:
+            stop.set()
+            thread.join()
+        tnx.stop_recording()
+        with (tmp_path / "recordings/one.mcap").open("rb") as file:
+            inputs = [np.frombuffer(each.frames[0], np.float32).reshape(1, 256) for each in RecordingReader(file)]
+        assert [tnx.predict(each).output.tobytes() for each in inputs] == outputs
 
 
 def test_a_client_that_dies_in_the_middle_of_its_request(shared: Daemon) -> None:

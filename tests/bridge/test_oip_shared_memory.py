@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import pytest
 import tool
 from bridges import Bridge, running_bridge
 from conftest import Daemon
+from tnxctl.bridge.bodies import Budget
+from tnxctl.bridge.oip.shared_memory import Place, Regions
+from tnxctl.protocol.errors import NotFound
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("tritonclient.utils")
@@ -180,6 +184,57 @@ def test_what_is_read_counts_for_the_memory_of_requests(served: Bridge, regions:
         for _ in range(12):  # each of which is let go
             client.infer("mlp", [tensor])
         client.unregister_system_shared_memory()
+
+
+def test_names_of_regions(served: Bridge, regions: Callable[[str, int], Any]) -> None:
+    """The bridge keeps them, so they are short; gRPC would take many MiB."""
+    regions("file", 64)
+    grpc = pytest.importorskip("tritonclient.grpc")
+    with grpc.InferenceServerClient(served.grpc) as client:
+        for name in ("", "n" * 256):
+            with pytest.raises(InferenceServerException, match="a name has 1 to 255 characters"):
+                client.register_system_shared_memory(name, f"/{PREFIX}file", 64)
+        client.register_system_shared_memory("n" * 255, f"/{PREFIX}file", 64)
+        client.unregister_system_shared_memory()
+
+
+def test_regions_leave_descriptors_for_connections(
+    daemon: Daemon, tmp_path: Path, regions: Callable[[str, int], Any]
+) -> None:
+    regions("file", 64)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))  # what most systems give a process
+        bridging = running_bridge(tmp_path, daemon.endpoint, "--shared-memory", PREFIX)
+        bridge = bridging.__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        body = json.dumps({"key": f"/{PREFIX}file", "byte_size": 64}).encode()
+        path = "/v2/systemsharedmemory/region/{}/register"
+        with bridge.connect() as peer:
+            statuses = [peer.ask("POST", path.format(number), body).status for number in range(1024)]
+        assert {*statuses} == {200, 409}
+        assert bridge.ask("GET", "/v2/health/live").status == 200  # on a new connection
+    finally:
+        bridging.__exit__(None, None, None)
+
+
+def test_outputs_go_to_no_other_region_of_that_name(regions: Callable[[str, int], Any]) -> None:
+    """The region is another client's by the time of the answer, or the file has changed hands with the descriptor."""
+    for name in ("mine", "theirs"):
+        regions(name, 64)
+    table = Regions(PREFIX, Budget(1 << 20))
+    table.register("out", f"/{PREFIX}mine", 0, 64)
+    target = table.target(Place("out", 0, 4), "y")
+    table.unregister("out")
+    for _ in range(2):
+        with pytest.raises(NotFound, match="output 'y': its shared memory region was unregistered meanwhile"):
+            table.write(target, "y", memoryview(b"data"))
+        table.unregister()
+        table.register("out", f"/{PREFIX}theirs", 0, 64)
+    assert table.write(table.target(Place("out", 0, 9), "y"), "y", memoryview(b"data")).nbytes == 4
+    table.unregister()
 
 
 def test_odd_parameters(served: Bridge) -> None:

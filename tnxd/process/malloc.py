@@ -39,9 +39,14 @@ def trim() -> None:
 
 
 def resident_bytes() -> int:
-    """Resident size of this process in bytes; 0 where the system does not say."""
+    """Resident size of this process in bytes; 0 where the system does not say.
+
+    Without what is mapped of files, and of memory that is shared with clients or with processes of models: no `trim`
+    gives that back, and other limits are for it.
+    """
     try:
         with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            _, resident, mapped, *_ = file.read().split()
+            return (int(resident) - int(mapped)) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0

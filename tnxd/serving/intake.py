@@ -205,7 +205,8 @@ class Intake:
 
     def _take(self, message: Message, received_ns: int) -> Batch | None:
         """Take a message in: the batch that its request is to run in at once, if there is one."""
-        header, tensors = message.header, message.tensors
+        header = message.header
+        tensors: Sequence[Buffer] = message.tensors
         if header is None:
             self._refuse(message, None, InvalidArgument("the message is empty"), received_ns)
             return None
@@ -216,7 +217,7 @@ class Intake:
             return None
         if isinstance(request, Predict):
             if self._recorder.recording is not None:
-                self._record(message, request, received_ns)
+                request, tensors = self._record(message, request, received_ns)
             if request.attempt > 1:
                 self._telemetry.resent += 1
             if self._refusals and self._is_hopeless(message, request, received_ns):
@@ -250,30 +251,35 @@ class Intake:
         self._refuse(message, id_, failure, received_ns, self._named(request))
         return None
 
-    def _record(self, message: Message, request: Predict, received_ns: int) -> None:
-        """Hand a request over to the recording, if it is one that its sender may make, for a model that is there."""
+    def _record(self, message: Message, request: Predict, received_ns: int) -> tuple[Predict, Sequence[Buffer]]:
+        """Hand a request over to the recording, if it is one that its sender may make, for a model that is there.
+
+        Returns the request and its inputs. What was recorded is what is served: inputs in shared memory are frames now.
+        """
         recording = self._recorder.recording
         connection, header = message.connection, message.header
-        whole = message.tensor_count == len(message.tensors)
+        tensors: Sequence[Buffer] = message.tensors
+        whole = message.tensor_count == len(tensors)
         if recording is None or header is None or not whole or connection.role < _PREDICT:
-            return
+            return request, tensors
         try:
             version = self._registry.find(request.model, message.peer, request.route_key)
         except TensorNextError:
-            return
+            return request, tensors
         name, title = version.source.name, version.title
-        tensors: Sequence[Buffer] = message.tensors
         if isinstance(request, PredictShared):
             try:
                 tensors = shared_inputs.take(connection, request, tensors, self._admission, self._message_bytes)
             except TensorNextError:  # it will be refused, too
-                return
+                return request, tensors
             header = encode(shared_inputs.plain(request))
+            request = msgspec.structs.replace(request, shared=None)
         try:
             recording.take(received_ns, name, title, connection.client.name, header, tensors)
         except Exception:  # a defect of ours: the request is served all the same
             log.exception("a request could not be recorded", extra=event("defect", title))
             recording.stop("the daemon failed at it; its log says how")
+        return request, tensors
 
     def _is_hopeless(self, message: Message, request: Predict, received_ns: int) -> bool:
         """Answer a request, if one of its kind was refused just now and it has no more time than that one."""

@@ -89,6 +89,7 @@ class Client:
         connections: number of open ones.
         requests, nbytes: requests in flight, and their bytes.
         unsent: bytes of replies that it has not taken yet.
+        shared: bytes of the memory that it shares with the daemon, maybe for longer than it is connected.
         commands: number of admin commands that wait or run.
         refused_ns: time of the loop that its refused messages took since `take_flooding`, in nanoseconds.
         full_since: when a request first found no room, by the monotonic clock in seconds; 0 since there is some.
@@ -110,6 +111,7 @@ class Client:
     requests: int = 0
     nbytes: int = 0
     unsent: int = 0
+    shared: int = 0
     commands: int = 0
     refused_ns: int = 0
     full_since: float = 0.0
@@ -273,7 +275,8 @@ class Admission:
         left = max(self.max_traffic_bytes - self.traffic_bytes, 0) // (2 * len(self._clients) + 2)
         self._unchecked_bytes = min(self._max_bytes, left)
         for key, client in list(self._clients.items()):
-            gone = client.connections <= 0 and not (client.requests or client.unsent or client.commands)
+            has_left = client.connections <= 0
+            gone = has_left and not (client.requests or client.unsent or client.shared or client.commands)
             # Who leaves and comes back must not have a fresh rate by that.
             if gone and (client.rate is None or client.rate.is_full(time.monotonic())):
                 self.gone_taken += client.taken

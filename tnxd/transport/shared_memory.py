@@ -60,7 +60,10 @@ class Segment(Mapping):
         """
         self.check(span)
         self._allocate(span.offset, span.nbytes)
-        return super().read(span)
+        try:
+            return super().read(span)
+        except MemoryError:
+            raise ResourceExhausted(f"there is no memory for a copy of {span.nbytes} bytes") from None
 
     def place(self, space: Span, arrays: Sequence[Array]) -> tuple[Span, ...] | None:
         """Copy C-contiguous arrays into a space, which lies within. Returns where they lie; None if it is too small."""
@@ -134,6 +137,7 @@ class SharedMemory:
             raise FailedPrecondition("memory is shared with clients on ipc:// alone")
         if connection.segment is not None:
             raise AlreadyExists("this connection has shared memory already")
+        self.release()
         nbytes = self._nbytes_for(connection.client)
         lifeline = _connected(connection, address)
         descriptor = -1
@@ -151,14 +155,14 @@ class SharedMemory:
             raise ResourceExhausted(f"no memory can be shared: {error.strerror}") from None
         self._segments[lifeline.fileno()] = connection.segment = segment
         self.nbytes += nbytes
+        connection.client.shared += nbytes
         return nbytes
 
     def _nbytes_for(self, client: Client) -> int:
         nbytes = min(_SEGMENT_BYTES, self._limit_bytes // _LEAST_SEGMENTS // _PAGE_BYTES * _PAGE_BYTES)
-        own = sum([segment.nbytes for segment in self._segments.values() if segment.connection.client is client])
-        if own + nbytes > self._limit_bytes * _CLIENT_SHARE:
+        if client.shared + nbytes > self._limit_bytes * _CLIENT_SHARE:
             most = int(self._limit_bytes * _CLIENT_SHARE)
-            raise ResourceExhausted(f"{client.name} shares {own} bytes of memory, the limit is {most}")
+            raise ResourceExhausted(f"{client.name} shares {client.shared} bytes of memory, the limit is {most}")
         if self.nbytes + nbytes > self._limit_bytes:
             raise ResourceExhausted(f"{self.nbytes} bytes of memory are shared, the limit is {self._limit_bytes}")
         return nbytes
@@ -171,6 +175,7 @@ class SharedMemory:
             segment = self._segments.pop(lifeline)
             self._lifelines.unregister(lifeline)
             self.nbytes -= segment.nbytes
+            segment.connection.client.shared -= segment.nbytes
             segment.close()
 
 

@@ -80,9 +80,8 @@ def _output(call: Call, output: Any, raw: bool) -> infer.Output:
     """An output that a request asks for. Raises as `Regions.check` does."""
     parameters = plain(output.parameters)
     place = place_of(parameters, output.name)
-    if place is not None:
-        call.bridge.regions.check(place, output.name)
-    return infer.Output(output.name, raw, infer.classes_of(parameters), place)
+    target = None if place is None else call.bridge.regions.target(place, output.name)
+    return infer.Output(output.name, raw, infer.classes_of(parameters), target)
 
 
 async def _outputs(call: Call, result: Result, wanted: list[infer.Output]) -> list[tuple[infer.Output, Array]]:
@@ -108,16 +107,16 @@ def _add_outputs(
     Raises:
         InvalidArgument: an element of a BYTES tensor is too long; or as `Regions.write` does.
     """
-    typed = not raw and all(datatype_of(array.dtype) in CONTENTS for output, array in outputs if output.place is None)
+    typed = not raw and all(datatype_of(array.dtype) in CONTENTS for output, array in outputs if output.target is None)
     chunks = []
     for output, array in outputs:
         datatype, shape, chunk = tensors.encoded(output.name, array)
         tensor = response.outputs.add(name=output.name, datatype=datatype, shape=shape)
-        if output.place is not None:
-            for name, value in regions.write(output.place, output.name, chunk).parameters.items():
+        if output.target is not None:
+            for name, value in regions.write(output.target, output.name, chunk).parameters.items():
                 setattr(tensor.parameters[name], "string_param" if isinstance(value, str) else "int64_param", value)
             chunk = chunk[:0]
-        if typed and output.place is not None:
+        if typed and output.target is not None:
             continue
         if typed:
             getattr(tensor.contents, CONTENTS[datatype]).extend(array.ravel().tolist())

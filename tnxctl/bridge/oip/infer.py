@@ -16,7 +16,7 @@ from msgspec import UNSET
 
 from tnxctl.bridge.oip import tensors
 from tnxctl.bridge.oip.documents import PRIORITY_LEVELS
-from tnxctl.bridge.oip.shared_memory import Place, Regions, place_of
+from tnxctl.bridge.oip.shared_memory import Regions, Target, place_of
 from tnxctl.protocol.datatypes import STORAGE, Array
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.fields import BYTES, Name, Word
@@ -72,13 +72,13 @@ class Output(NamedTuple):
     """Output as it is answered.
 
     Attributes:
-        classes: number of its largest elements that are wanted; 0: all of it. place: in shared memory; None: none.
+        classes: number of its largest elements that are wanted; 0: all of it. target: in shared memory; None: none.
     """
 
     name: str
     binary: bool
     classes: int = 0
-    place: Place | None = None
+    target: Target | None = None
 
 
 class Inference(NamedTuple):
@@ -260,7 +260,7 @@ def written(inference: Inference, result: Result) -> list[tuple[str, Array]]:
     return [
         (output.name, array)
         for output, array in selected(result, inference.outputs, inference.binary)
-        if not output.binary and not output.classes and output.place is None
+        if not output.binary and not output.classes and output.target is None
     ]
 
 
@@ -287,9 +287,9 @@ def answer(
         if output.classes:
             array = tensors.classified(output.name, array, output.classes, batches)
         document: dict[str, Any] = {"name": output.name, "datatype": "", "shape": array.shape}
-        if output.place is not None:
+        if output.target is not None:
             datatype, _, chunk = tensors.encoded(output.name, array)
-            document["parameters"] = regions.write(output.place, output.name, chunk).parameters
+            document["parameters"] = regions.write(output.target, output.name, chunk).parameters
         elif output.binary:
             datatype, _, chunk = tensors.encoded(output.name, array)
             document["parameters"] = {"binary_data_size": len(chunk)}
@@ -390,9 +390,8 @@ def _inputs(inputs: Sequence[InputTensor], binary: memoryview, limits: Limits, r
 
 def _output(output: RequestedOutput, binary: bool, regions: Regions) -> Output:
     place = place_of(output.parameters, output.name)
-    if place is not None:
-        regions.check(place, output.name)
-    return Output(output.name, _flag(output.parameters, "binary_data", binary), classes_of(output.parameters), place)
+    target = None if place is None else regions.target(place, output.name)
+    return Output(output.name, _flag(output.parameters, "binary_data", binary), classes_of(output.parameters), target)
 
 
 def _number(parameters: Mapping[str, Any], name: str) -> int:

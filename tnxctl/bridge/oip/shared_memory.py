@@ -27,7 +27,8 @@ DIRECTORY = "/dev/shm"
 """Where Linux has POSIX shared memory."""
 
 _KEY = re.compile(r"/?([^/\0]{1,255})")
-_MOST_REGIONS = 1024
+_MOST_REGIONS = 256  # each has a descriptor, and a process often no more than 1,024
+_MOST_NAME = 255  # characters
 
 
 class Place(NamedTuple):
@@ -57,6 +58,13 @@ class Region(NamedTuple):
     def document(self) -> dict[str, Any]:
         """What its status says."""
         return {"name": self.name, "key": self.key, "offset": self.offset, "byte_size": self.byte_size}
+
+
+class Target(NamedTuple):
+    """Place of an output. Attributes: opened: the region that had this name when the request came."""
+
+    place: Place
+    opened: Region
 
 
 def place_of(parameters: Mapping[str, Any], name: str) -> Place | None:
@@ -105,7 +113,8 @@ class Regions:
 
         Raises:
             Unimplemented: there is no shared memory.
-            InvalidArgument: the key may not be used, there is no such file, or the region is not within it.
+            InvalidArgument: the name is too long, the key may not be used, there is no such file, or the region is not
+                within it.
             AlreadyExists: there is a region of that name.
             FailedPrecondition: there are too many.
         """
@@ -114,8 +123,10 @@ class Regions:
             raise AlreadyExists(f"shared memory region {excerpt(name)} already in manager")
         if len(self._regions) >= _MOST_REGIONS:
             raise FailedPrecondition(f"{_MOST_REGIONS} shared memory regions are registered, which is the limit")
+        if not 0 < len(name) <= _MOST_NAME:
+            raise InvalidArgument(f"shared memory region {excerpt(name)}: a name has 1 to {_MOST_NAME} characters")
         found = _KEY.fullmatch(key)
-        if not name or found is None or found[1] in (".", "..") or not found[1].startswith(prefix):
+        if found is None or found[1] in (".", "..") or not found[1].startswith(prefix):
             raise InvalidArgument(
                 f"shared memory region {excerpt(name)}: its key {excerpt(key)} does not begin with {prefix!r}"
             )
@@ -163,8 +174,8 @@ class Regions:
         region = self._within(place, name)
         if place.nbytes > most_bytes:
             raise InvalidArgument(f"tensor {excerpt(name)} has {place.nbytes} bytes, the limit is {most_bytes}")
+        content = np.empty(place.nbytes, np.uint8)  # first: what it could not have is not held either
         self._budget.hold(place.nbytes)
-        content = np.empty(place.nbytes, np.uint8)
         weakref.finalize(content, self._budget.release, place.nbytes)
         try:
             count = os.preadv(region.descriptor, [content.data], region.offset + place.offset)
@@ -174,13 +185,15 @@ class Regions:
             raise InvalidArgument(f"tensor {excerpt(name)}: its shared memory has been shortened")
         return content.data
 
-    def check(self, place: Place, name: str) -> None:
-        """Check that there is a place. Raises as `read` does."""
-        self._within(place, name)
+    def target(self, place: Place, name: str) -> Target:
+        """The place of an output that will come. Raises as `read` does."""
+        return Target(place, self._within(place, name))
 
-    def write(self, place: Place, name: str, content: memoryview) -> Place:
+    def write(self, target: Target, name: str, content: memoryview) -> Place:
         """Write an output to its place. Returns the part that it takes. Raises as `read` does, and if it is larger."""
-        region = self._within(place, name)
+        place, region = target
+        if self._regions.get(place.region) is not region:  # another's by now, maybe
+            raise NotFound(f"output {excerpt(name)}: its shared memory region was unregistered meanwhile")
         if len(content) > place.nbytes:
             raise InvalidArgument(
                 f"output {excerpt(name)} has {len(content)} bytes, and its place in shared memory {place.nbytes}"
