@@ -12,7 +12,7 @@ _SHARE = 10
 """Part of the loop's time that making one may take, however often it is asked for: a tenth."""
 
 _CHEAP_NS = 2_000_000
-"""What takes less than that is made anew each time: few are so quick in asking that it matters."""
+"""Time below which a report is made anew each time: few are so quick in asking that it matters."""
 
 
 class Shared(Generic[T]):
