@@ -58,14 +58,6 @@ PARTS = {
 """In this order: first whether it is right, then what there is a goal for."""
 
 
-def _parts(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
-    parts = tuple(text.split(","))
-    for part in parts:
-        if part not in PARTS:
-            raise click.BadParameter(f"no part {part!r}; there are {', '.join(PARTS)}")
-    return parts
-
-
 @options.command()
 @click.option(
     "--out",
@@ -74,9 +66,7 @@ def _parts(_context: click.Context, _option: click.Parameter, text: str) -> tupl
     help="Directory for gpu.json, gpu.md and gpu.log.  [default: $OUT, else build/gpu]",
 )
 @click.option("--budget", type=click.FloatRange(1), default=BUDGET_S, show_default=True, help="Seconds of all parts.")
-@click.option(
-    "--parts", metavar="PART,PART,...", callback=_parts, default=",".join(PARTS), show_default=True, help="Only these."
-)
+@options.parts(PARTS)
 @click.option("--small", is_flag=True, help="Small networks and few sizes: to see that it works.")
 @click.option("--pretended", is_flag=True, help="On a pretended GPU, to see that it works: figures mean nothing.")
 @options.lengths(rounds=(3, 1), seconds=(0.6, 0.05))

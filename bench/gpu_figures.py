@@ -40,7 +40,7 @@ _DATATYPES = {"float32": "FP32", "uint8": "UINT8"}
 
 
 class Stages(NamedTuple):
-    """What a daemon says about one request. Microseconds on the device, and the rows of its batch."""
+    """Report of a daemon about one request: microseconds on the device, and the rows of its batch."""
 
     h2d_us: float
     forward_us: float

@@ -44,7 +44,7 @@ class Asked(msgspec.Struct, frozen=True):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """What was measured. Times are medians, in microseconds.
+    """Measurement of one network. Times are medians, in microseconds.
 
     Attributes:
         h2d_us, forward_us, d2h_us: between events on the device's stream. wall_us: of a whole batch, by the clock.

@@ -1,4 +1,4 @@
-"""What `gpu.py` found, as JSON and as the section "On a GPU" of docs/performance.md.
+"""Findings of `gpu.py`, as JSON and as the section "On a GPU" of docs/performance.md.
 
 python bench/gpu_report.py build/gpu/gpu.json                                # print the section
 python bench/gpu_report.py build/gpu/gpu.json --into docs/performance.md     # put it there

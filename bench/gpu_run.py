@@ -67,7 +67,7 @@ class Budget:
 
 
 class Lengths(NamedTuple):
-    """How long is measured. Attributes: rounds: in which contenders take turns. seconds: of one turn at full load."""
+    """Time that is measured. Attributes: rounds: in which contenders take turns. seconds: of one turn at full load."""
 
     rounds: int
     seconds: float
@@ -137,7 +137,7 @@ class Run:
         return False
 
     def patience(self, most: float) -> float:
-        """How long to wait for something: as long as there is time in the part, but not longer than `most`."""
+        """Seconds to wait for something: as long as there is time in the part, but not longer than `most`."""
         return max(min(self.budget.left(), most), _LEAST_S)
 
     # --- what is written -------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class Run:
             log.write(f"\n=== {text}\n")
 
     def said(self, heading: str) -> str:
-        """What the log has since the last heading that ends with this."""
+        """Text of the log since the last heading that ends with this."""
         return self.log.read_text(encoding="utf-8", errors="replace").rpartition(heading + "\n")[2]
 
     # --- processes -------------------------------------------------------------------------------------------

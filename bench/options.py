@@ -7,7 +7,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,26 @@ def lengths(
         )
 
     return decorate
+
+
+def parts(known: Collection[str]) -> Callable[[Program], Program]:
+    """Option --parts, which takes names with commas between. Args: known: all that there are, the default."""
+
+    def convert(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
+        found = tuple(text.split(","))
+        for part in found:
+            if part not in known:
+                raise click.BadParameter(f"no part {part!r}; there are {', '.join(known)}")
+        return found
+
+    return click.option(
+        "--parts",
+        metavar="PART,PART,...",
+        callback=convert,
+        default=",".join(known),
+        show_default=True,
+        help="Only these.",
+    )
 
 
 def outputs(picture: str) -> Callable[[Program], Program]:

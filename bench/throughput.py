@@ -96,14 +96,6 @@ class Throughput(msgspec.Struct, frozen=True):
     goals: list[Goal]
 
 
-def _parts(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
-    parts = tuple(text.split(","))
-    for part in parts:
-        if part not in PARTS:
-            raise click.BadParameter(f"no part {part!r}; there are {', '.join(PARTS)}")
-    return parts
-
-
 @options.command()
 @options.listed("--outstanding", "1,2,4,8,16,32,64,128,256", "Requests in flight of the closed loops.")
 @options.listed(
@@ -113,9 +105,7 @@ def _parts(_context: click.Context, _option: click.Parameter, text: str) -> tupl
     float,
     "X,X,...",
 )
-@click.option(
-    "--parts", metavar="PART,PART,...", callback=_parts, default=",".join(PARTS), show_default=True, help="Only these."
-)
+@options.parts(PARTS)
 @click.option("--idle", type=click.IntRange(1, 100_000), default=10_000, show_default=True, help="Idle connections.")
 @options.lengths(rounds=(5, 2), seconds=(1.0, 0.2))
 @options.outputs("Draw the curve to")

@@ -464,3 +464,13 @@ def test_a_daemon_takes_orders_about_its_devices(tmp_path: Path) -> None:
             assert dealer.error().code == "RESOURCE_EXHAUSTED"
     finally:
         running.discard()
+
+
+def test_a_thread_that_outlives_its_machine_waits_on_that_one() -> None:
+    with pretended(policy="late"):
+        stream = torch.cuda.Stream()
+    with pretended(policy="random"):
+        event = torch.cuda.Event()
+        event.record(stream)
+        event.synchronize()
+        assert event.query()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 from bridges import Bridge, Peer, running_bridge
 from conftest import Daemon
 from tnxctl import Client
+from tnxctl.bridge.receiving import LongBody
 
 MIB = 1 << 20
 LENGTH_HEADER = "Inference-Header-Content-Length"
@@ -144,3 +146,16 @@ def test_a_bridge_that_ends_answers_one_that_has_not_come_whole(daemon: Daemon, 
         assert bridge.stop() == 0
         answer = peer.response()
         assert (answer.status, answer.error) == (503, "the bridge ends")
+
+
+def test_the_rest_of_a_body_that_nobody_waits_for_any_more_is_read_away() -> None:
+    async def come() -> None:
+        held: list[int] = []
+        filled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        body = LongBody(memoryview(bytearray(10)), held.append, filled)
+        body.add(4)
+        filled.cancel()  # the task that waits has had no turn since
+        body.add(6)
+        assert (held, body.left) == ([4], 0)
+
+    asyncio.run(come())

@@ -624,7 +624,7 @@ def test_memory_is_not_given_back_while_a_graph_is_captured(monkeypatch: pytest.
 
 def test_a_lane_that_is_busy_runs_without(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     with pool(lanes=2) as made:
-        monkeypatch.setattr(graphing, "_TURN_S", 0.05)
+        monkeypatch.setattr(graphing, "TURN_S", 0.05)
         measured, begun, go_on = graphing._LaneTrial.measure, threading.Event(), threading.Event()
 
         def hang(runner: Any) -> None:

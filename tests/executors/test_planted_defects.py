@@ -41,9 +41,6 @@ VALUES = "other values"
 EARLY = "Both events must be completed before calculating elapsed time"
 X = TensorSpec("x", "FP32", (-1, WIDTH))
 
-KEPT: list[AcceleratorRunner] = []
-"""Runners are not freed: they would end the inference mode of whatever thread frees them."""
-
 
 class Steps(torch.nn.Module):
     """Two outputs, by way of values in between. Its weights are computed on the device."""
@@ -102,7 +99,6 @@ def serves(
     """
     accelerator = Cuda("cuda:0")
     runner = AcceleratorRunner(accelerator, 2)
-    KEPT.append(runner)
     served = model()
     runner.calls[served.key] = accelerator.place(module())
     sent = [np.arange(count * WIDTH, dtype=np.float32).reshape(count, WIDTH) + 7 * n for n, count in enumerate(rows)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import queue
+import threading
 import weakref
 
 import numpy as np
@@ -166,3 +168,30 @@ def test_no_rows_need_no_forward() -> None:
     lanes.submit(none)
     outcomes = done.get(timeout=10).outcomes
     assert [outcome[0].shape for outcome in outcomes] == [(0, 2), (0, 2)]
+
+
+def test_a_runner_that_is_freed_on_another_thread_leaves_its_inference_mode_alone() -> None:
+    runners = [CpuRunner()]
+    thread = threading.Thread(target=runners[0].enter_thread)
+    thread.start()
+    thread.join()
+    with torch.inference_mode():
+        runners.clear()
+        gc.collect()
+        assert torch.is_inference_mode_enabled()
+
+
+def test_the_inference_mode_of_a_thread_outlives_the_runner_that_began_it() -> None:
+    modes = []
+
+    def work() -> None:
+        for _ in range(2):
+            CpuRunner().enter_thread()
+            gc.collect()
+            modes.append(torch.is_inference_mode_enabled())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert modes == [True, True]
+    assert not torch.is_inference_mode_enabled()

@@ -110,7 +110,7 @@ def test_model_may_ask_for_a_number_of_threads(asked: int, given: int) -> None:
 
 
 def test_hanging_lane_does_not_keep_models_from_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_TURN_S", 0.01)
+    monkeypatch.setattr(loading, "TURN_S", 0.01)
     pool, done = started(TWO)
     held, holds = threading.Event(), threading.Event()
 

@@ -157,6 +157,7 @@ class Event:
             self._device = stream.device
         if stream.device != self._device:
             raise RuntimeError(f"Event device {self._device} does not match recording stream's device {stream.device}.")
+        self.machine = stream.machine  # a thread that outlived its machine may ask with what it has of that one
         self.mark = self.machine.issue(stream, Work(stream, _nothing))
 
     def wait(self, stream: Stream | None = None) -> None:

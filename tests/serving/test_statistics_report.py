@@ -13,7 +13,7 @@ from tnxctl.protocol.wire import Explain, Role, Stats, encode
 from tnxd import config
 from tnxd.scheduling.request import Request
 from tnxd.serving.reports import Inventory
-from tnxd.serving.shared import Shared
+from tnxd.serving.shared_reports import SharedReport
 from tnxd.serving.statistics import Statistics
 from tnxd.serving.telemetry import Telemetry
 from tnxd.transport.client_limits import Admission, Connection
@@ -75,7 +75,7 @@ class Clocks:
         self.now_ns = self.cpu_ns = self.made = 0
         self.cost_ms = 0.0
 
-    def share(self, make: Callable[[], Any]) -> Shared[Any]:
+    def share(self, make: Callable[[], Any]) -> SharedReport[Any]:
         """Something shared by these clocks."""
 
         def costly() -> Any:
@@ -84,7 +84,7 @@ class Clocks:
             self.cpu_ns += int(self.cost_ms * 1e6)
             return make()
 
-        return Shared(costly, lambda: self.now_ns, lambda: self.cpu_ns)
+        return SharedReport(costly, lambda: self.now_ns, lambda: self.cpu_ns)
 
     def pass_ms(self, ms: float) -> None:
         """Let time pass."""

@@ -48,7 +48,7 @@ class Helper:
         self._idle: asyncio.TimerHandle | None = None
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What a function of a module returns there. Whoever is cancelled meanwhile ends it: nobody else wants that.
+        """Result of a function of a module, called there. Whoever is cancelled meanwhile ends the process with it.
 
         Raises:
             Unavailable: the process has died under it, as it does where memory is short.

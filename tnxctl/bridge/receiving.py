@@ -12,8 +12,8 @@ from typing import Protocol
 from tnxctl.protocol.errors import TensorNextError
 
 _SHARED = memoryview(bytearray(64 * 1024))
-"""What all connections of a process read into: event loops ask where to write, have it written and tell of it in one
-go, and nothing of it is needed after that."""
+"""Buffer that all connections of a process read into: event loops ask where to write, have it written and tell of it in
+one go, and nothing of it is needed after that."""
 
 
 class LongBody:
@@ -43,7 +43,7 @@ class LongBody:
     def add(self, nbytes: int) -> None:
         """Note that so many bytes were written there."""
         self.left -= nbytes
-        if self._room is None:
+        if self._room is None or self._filled.done():  # whoever waited was cancelled just now
             return
         try:
             self._hold(nbytes)

@@ -13,7 +13,7 @@ from tnxd.events import event
 from tnxd.executors.accelerator import Accelerator
 from tnxd.executors.accelerator_runner import AcceleratorRunner
 from tnxd.executors.execution import Execution, LoadReport
-from tnxd.executors.lane import Lane, OnDone
+from tnxd.executors.lane import TURN_S, Lane, OnDone
 from tnxd.executors.loading import Loading
 from tnxd.executors.optimizer import Optimizer
 from tnxd.executors.overlapped_lane import work
@@ -27,9 +27,6 @@ from tnxd.models.model import Model
 from tnxd.models.process_state.restoration import settings_restored
 
 log = logging.getLogger(__name__)
-
-# So long a lane that serves may be busy before it is left cold.
-_TURN_S = 5.0
 
 
 _pools: WeakSet[AcceleratorPool] = WeakSet()
@@ -109,9 +106,9 @@ class AcceleratorPool(LanePool):
         try:
             for item in items:
                 for lane in self._lanes:
-                    lane.call(partial(_warm, model=model, item=item), within_s=_TURN_S)
+                    lane.call(partial(_warm, model=model, item=item), within_s=TURN_S)
             for lane, runner in zip(self._lanes, self._serving, strict=True):
-                lane.call(lambda _, runner=runner: runner.reserve(), within_s=_TURN_S)  # type: ignore[misc]
+                lane.call(lambda _, runner=runner: runner.reserve(), within_s=TURN_S)  # type: ignore[misc]
         except TensorNextError as error:  # it serves all the same; its first batches take longer
             log.warning(
                 "%s on %s: a lane stays cold: %s",

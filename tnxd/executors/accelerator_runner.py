@@ -28,7 +28,7 @@ from tnxd.executors.execution import Execution
 from tnxd.executors.host import Peak
 from tnxd.executors.inbound import Inbound
 from tnxd.executors.outbound import Flight, Outbound
-from tnxd.executors.runner import Failure, Runner, outcomes_of
+from tnxd.executors.runner import Failure, Runner, infer_only, outcomes_of
 from tnxd.executors.slots import Slot
 from tnxd.models.model import Item
 from tnxd.models.tensors import Value, check_outputs
@@ -66,7 +66,7 @@ class AcceleratorRunner(Runner):
         self._slots: list[Slot] = []
         self._free: SimpleQueue[Slot] = SimpleQueue()
         self._under_way: deque[Ticket] = deque()
-        self._finishing_mode: torch.inference_mode | None = None
+        self._finishes = False
 
     def enter_thread(self) -> None:
         super().enter_thread()
@@ -222,7 +222,7 @@ class AcceleratorRunner(Runner):
         assert flight is not None
         speaker.model = execution.model.key
         try:
-            if self._finishing_mode is None:
+            if not self._finishes:
                 self._enter_finishing_thread()
             outputs = self._landed(execution, flight)
             items = execution.items
@@ -238,8 +238,8 @@ class AcceleratorRunner(Runner):
 
     def _enter_finishing_thread(self) -> None:
         self.accelerator.enter_thread()
-        self._finishing_mode = torch.inference_mode()
-        self._finishing_mode.__enter__()
+        infer_only()
+        self._finishes = True
 
     def recover(self, ticket: Ticket) -> None:
         """Find the outcomes of a batch whose answers did not come. On the lane's thread."""

@@ -143,9 +143,6 @@ class Spares:
         if block.nbytes >= self._nbytes:
             self._blocks.append(block)
 
-    def __iter__(self) -> Any:
-        return iter(list(self._blocks))
-
 
 def grown(nbytes: int) -> int:
     """Size of an arena for so many bytes: the next power of two, so that it seldom grows."""

@@ -34,7 +34,8 @@ from tnxd.models.tensors import Value, check_outputs
 
 T = TypeVar("T")
 
-_TURN_S = 5.0
+_CAPTURE_S = 5.0
+"""So long a capture waits for another one to end."""
 
 _MOST_KNOWN = 1024
 """Shapes of batches that a model's graphs remember."""
@@ -151,13 +152,13 @@ class ModelGraphs:
         self._known: dict[tuple[Shape | None, ...], Filled | None] = {}
 
     def _form(self, shape: Shape, axis: int) -> Shape:
-        """What the shapes of an input have in common."""
+        """The part that all shapes of an input have in common."""
         if axis:
             return (*shape[1:axis], *shape[axis + 1 :])
         return shape[1:] if self._batches else shape
 
     def filled(self, shapes: tuple[Shape | None, ...]) -> Filled | None:
-        """What a batch with inputs of these shapes is filled up to; None: it is faster as it is, or has no graph."""
+        """A batch with inputs of these shapes, filled up; None: it is faster as it is, or has no graph."""
         try:
             return self._known[shapes]
         except KeyError:
@@ -380,8 +381,8 @@ class GraphRunner(AcceleratorRunner):
 
 def _record(graph: DeviceGraph, api: GraphApi, pool: Any, work: Callable[[], T]) -> T:
     """Capture what a function starts. Raises what it raises, or what the device says about it at the end."""
-    if not capturing.acquire(timeout=_TURN_S):
-        raise Unavailable(f"another capture has not ended for {_TURN_S:g} s")
+    if not capturing.acquire(timeout=_CAPTURE_S):
+        raise Unavailable(f"another capture has not ended for {_CAPTURE_S:g} s")
     try:
         # Only what this thread itself does may end the capture: others go on allocating and waiting meanwhile. The
         # context managers of torch wait for the device and free what it keeps, which stalls all lanes.

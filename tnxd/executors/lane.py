@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+TURN_S = 5.0
+"""So long a model that is being loaded waits for its turn on a lane that serves, which may hang."""
+
 # The lowest priority that Linux has for a thread (setpriority(2)).
 _NICEST = 19
 

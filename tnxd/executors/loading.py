@@ -13,7 +13,7 @@ from tnxctl.protocol.errors import TensorNextError, Unavailable
 from tnxd.error_text import first_line, sentence
 from tnxd.events import event
 from tnxd.executors.execution import SHARED, LoadReport
-from tnxd.executors.lane import Lane
+from tnxd.executors.lane import TURN_S, Lane
 from tnxd.executors.optimizer import Attempt, Optimizer
 from tnxd.executors.optimizer import notes as optimization_notes
 from tnxd.executors.runner import Runner
@@ -36,9 +36,6 @@ from tnxd.models.model import Model
 from tnxd.models.process_state.restoration import settings_restored
 
 log = logging.getLogger(__name__)
-
-# So long a model that is being loaded waits for a lane that serves, to be tried there on several cores.
-_TURN_S = 5.0
 
 
 def as_it_is(module: torch.nn.Module) -> torch.nn.Module:
@@ -318,7 +315,7 @@ class Loading:
         if not self._teams.lanes or make is None or model.threads == 1:
             return Widths()
         allowed = None if verdict.state.random else verdict.tolerance
-        call = partial(self._serving.call, within_s=_TURN_S)
+        call = partial(self._serving.call, within_s=TURN_S)
         try:
             return measure_widths(call, model, make, warmed.costs, min(model.threads or threads, threads), allowed)
         except Unavailable as error:  # what serves hangs there: batches that run will tell

@@ -6,6 +6,7 @@ A request with more rows than fit, into the model's limit or into memory, runs i
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from tnxd.models.python.failures import ProcessError
 from tnxd.models.tensors import empty_outputs
 
 log = logging.getLogger(__name__)
+
+_modes = threading.local()
 
 
 class Failure(NamedTuple):
@@ -69,12 +72,10 @@ class Runner(ABC):
         self.plain_calls: dict[str, Call] = {}
         self.staging = staging
         self.yields = False
-        self._inference_mode = torch.inference_mode()
 
     def enter_thread(self) -> None:
         """Prepare the calling thread, once, before its first `run`."""
-        # A property of the thread, and it ends with this object: entered without a name, it would end at once.
-        self._inference_mode.__enter__()
+        infer_only()
 
     @abstractmethod
     def forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
@@ -270,6 +271,14 @@ class Runner(ABC):
         if execution.fatal:
             return Unavailable(f"{self.device} failed: {execution.fatal}")
         return Internal(f"model {model.name!r} raised {sentence(error)}")
+
+
+def infer_only() -> None:
+    """Put the calling thread into torch's inference mode until it ends."""
+    # torch 2.13 ends the mode of whatever thread frees this object: so it belongs to the thread, and to nothing else.
+    if not torch.is_inference_mode_enabled():
+        _modes.own = torch.inference_mode()
+        _modes.own.__enter__()
 
 
 def outcomes_of(model: Model, outputs: Sequence[Array], items: Sequence[Item], rows: Sequence[int]) -> list[Outcome]:

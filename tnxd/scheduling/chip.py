@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class _Share:
-    """What one batch has of the chip.
+    """Share of one batch in the chip.
 
     Attributes:
         stream: that it is in. work_us: predicted microseconds, if it had the chip to itself; 0: nobody knows.

@@ -9,6 +9,7 @@ from tnxd.scheduling.lane_choice import next_curve
 from tnxd.scheduling.refusals import TooLate
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
+from tnxd.scheduling.times import milliseconds
 
 BEHIND_NS = 200_000
 """Time that a message waits before it is taken in, beyond which the caller is behind with its work."""
@@ -79,7 +80,7 @@ class AdmissionControl:
                 wait_us / max(load.queued, 1) * (queue.placement.row_limit(request.max_batch_size) or 1), run_us
             )
             raise ResourceExhausted(
-                f"{limit}; the predicted wait is {wait_us / 1e3:.3g} ms", retry_after_s=room_s / 1e6
+                f"{limit}; the predicted wait is {milliseconds(wait_us)}", retry_after_s=room_s / 1e6
             )
         if request.deadline_ns != NEVER:
             curve = next_curve(device, queue, request.rows)
@@ -102,10 +103,11 @@ class AdmissionControl:
                     queue.doubted_ns = now_ns
                     curve.doubt()
                     queue.placement.forecast.extra_us /= 2
-                left = f"{left_us / 1e3:.3g} ms from now" if left_us > 0 else f"past for {-left_us / 1e3:.3g} ms"
+                left = f"{milliseconds(left_us)} from now" if left_us > 0 else f"past for {milliseconds(-left_us)}"
                 raise TooLate(
                     f"it cannot be done within its deadline, {left}: the predicted wait is "
-                    f"{wait_us / 1e3:.3g} ms and then {run_us / 1e3:.3g} ms, with a margin of {margin_us / 1e3:.3g} ms",
+                    f"{milliseconds(wait_us)} and then {milliseconds(run_us)}, "
+                    f"with a margin of {milliseconds(margin_us)}",
                     now_ns + int(needs_us * 1e3),
                     # It says nothing about one that would be late though nothing waits, here or in its socket.
                     retry_after_s=(needs_us - left_us) / 1e6 if wait_us or needs_us <= allowed_us else None,

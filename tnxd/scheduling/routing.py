@@ -14,6 +14,7 @@ from tnxd.scheduling.placement import ModelLoad, Placement
 from tnxd.scheduling.ragged import RaggedQueue
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
+from tnxd.scheduling.times import milliseconds
 from tnxd.scheduling.width import Width
 
 # Queues that are kept though nothing waits in them: sequence models bring a new shape group with every length.
@@ -178,7 +179,7 @@ class Routing:
             if shared is not None:
                 how = "all are busy, and this is the fastest"
                 best, prediction = shared
-        times = ", ".join([f"{device.name} {micros / 1e3:.3g} ms" for micros, _, device, _ in candidates])
+        times = ", ".join([f"{device.name} {milliseconds(micros)}" for micros, _, device, _ in candidates])
         return best, f"{how}: {times}", prediction
 
     def _fastest_in_time(

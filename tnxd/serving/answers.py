@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tnxctl.protocol.errors import Cancelled, DeadlineExceeded, ResourceExhausted, TensorNextError
 from tnxd.executors.execution import Execution
 from tnxd.scheduling.request import Request
+from tnxd.scheduling.times import milliseconds
 from tnxd.serving.pending import Answer, Pending, StepRequest
 from tnxd.serving.replies import error_header
 from tnxd.serving.telemetry import Telemetry
@@ -87,8 +88,9 @@ class Answers:
 
     def late(self, request: Request) -> None:
         """Answer a request that its deadline has passed."""
-        allowed_ms = (request.deadline_ns - request.came_ns) / 1e6
-        error = DeadlineExceeded(f"the deadline of {allowed_ms:.3g} ms has passed", retry_after_s=allowed_ms / 1e3)
+        allowed_us = (request.deadline_ns - request.came_ns) / 1e3
+        what = f"the deadline of {milliseconds(allowed_us)} has passed"
+        error = DeadlineExceeded(what, retry_after_s=allowed_us / 1e6)
         self.error(request, error)
 
     def close(self, request: Pending) -> None:

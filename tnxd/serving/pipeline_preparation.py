@@ -15,6 +15,7 @@ from tnxd.scheduling.paths import PathPrediction, predict_path
 from tnxd.scheduling.refusals import TooLate
 from tnxd.scheduling.request import NEVER, Request
 from tnxd.scheduling.scheduler import Scheduler
+from tnxd.scheduling.times import milliseconds
 from tnxd.serving.pending import Pending
 from tnxd.serving.step_errors import error_of_step, of_step
 
@@ -122,8 +123,8 @@ class Preparation:
         if whole.deadline_ns != NEVER and needs_us > left_us:
             waits = any(outlook.wait_us for outlook in outlooks)
             raise TooLate(
-                f"its {len(outlooks)} steps cannot be done within its deadline, {left_us / 1e3:.3g} ms from now: "
-                f"predicted are {path.total_us / 1e3:.3g} ms, with a margin of {path.margin_us / 1e3:.3g} ms",
+                f"its {len(outlooks)} steps cannot be done within its deadline, {milliseconds(left_us)} from now: "
+                f"predicted are {milliseconds(path.total_us)}, with a margin of {milliseconds(path.margin_us)}",
                 now_ns + int(needs_us * 1e3),
                 retry_after_s=(needs_us - left_us) / 1e6 if waits else None,
             )

@@ -20,6 +20,7 @@ from tnxd.models.sizes import count_strings, reply_too_large, too_many_strings
 from tnxd.scheduling.refusals import TooLate
 from tnxd.scheduling.request import NEVER
 from tnxd.scheduling.scheduler import Scheduler
+from tnxd.scheduling.times import milliseconds
 from tnxd.serving.answers import Answers
 from tnxd.serving.pending import Pending, StepRequest, as_answer, as_frames
 from tnxd.serving.pipeline_preparation import Preparation
@@ -232,10 +233,10 @@ class Pipelines:
         name = run.fitted.wiring.nodes[request.place].name
         if isinstance(error, DeadlineExceeded):
             whole = run.whole
-            allowed_ms = (whole.deadline_ns - whole.came_ns) / 1e6
+            allowed_us = (whole.deadline_ns - whole.came_ns) / 1e3
             what = "the deadline has passed" if not run.after_us[request.place] else "too little time is left"
-            what += f", {allowed_ms:.3g} ms were allowed for the whole"
-            error = DeadlineExceeded(of_step(name, what), retry_after_s=allowed_ms / 1e3)
+            what += f", {milliseconds(allowed_us)} were allowed for the whole"
+            error = DeadlineExceeded(of_step(name, what), retry_after_s=allowed_us / 1e6)
         else:
             error = error_of_step(name, error)
         self._fail(run, error)

@@ -21,7 +21,7 @@ from tnxd.scheduling.scheduler import Scheduler
 from tnxd.serving import reports
 from tnxd.serving.replies import encoded
 from tnxd.serving.reports import Inventory
-from tnxd.serving.shared import Shared
+from tnxd.serving.shared_reports import SharedReport
 from tnxd.serving.slowest import KEPT_S
 from tnxd.serving.telemetry import Telemetry
 from tnxd.serving.version_counts import RecentError, VersionCounts
@@ -35,8 +35,8 @@ _MOST_SLOW = 1000
 class Statistics:
     """Statistics of a daemon, as anybody who may ask for them is told.
 
-    With hundreds of busy versions a report takes tens of milliseconds of the loop's time. So it is `Shared`,
-    the models in the form in which they are sent.
+    With hundreds of busy versions a report takes tens of milliseconds of the loop's time. So it is a
+    `SharedReport`, the models in the form in which they are sent.
 
     Args:
         undeliverable: number of messages that could not be delivered, so far.
@@ -51,7 +51,7 @@ class Statistics:
         admission: Admission,
         undeliverable: Callable[[], int],
         notes: Notes | None = None,
-        share: Callable[[Callable[[], Any]], Shared[Any]] = Shared,
+        share: Callable[[Callable[[], Any]], SharedReport[Any]] = SharedReport,
     ) -> None:
         self._inventory = inventory
         self._scheduler = scheduler
@@ -59,8 +59,8 @@ class Statistics:
         self._admission = admission
         self._undeliverable = undeliverable
         self._notes = notes
-        self._report: Shared[StatsReport] = share(self._count)
-        self._slow: Shared[list[_Slow]] = share(self._gather_slow)
+        self._report: SharedReport[StatsReport] = share(self._count)
+        self._slow: SharedReport[list[_Slow]] = share(self._gather_slow)
 
     def stats(self, request: Stats, state: str, asking: Connection) -> StatsReport:
         """The counts of the daemon, its models and its devices; those of its clients, for an admin."""

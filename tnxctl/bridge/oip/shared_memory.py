@@ -56,7 +56,7 @@ class Region(NamedTuple):
 
     @property
     def document(self) -> dict[str, Any]:
-        """What its status says."""
+        """Its status, as the protocol has it."""
         return {"name": self.name, "key": self.key, "offset": self.offset, "byte_size": self.byte_size}
 
 
@@ -155,7 +155,7 @@ class Regions:
                 os.close(region.descriptor)
 
     def status(self, name: str = "") -> list[dict[str, Any]]:
-        """What there is to say of a region; "": of all. Raises NotFound."""
+        """Status of a region; "": of all. Raises NotFound."""
         if not name:
             return [region.document for region in self._regions.values()]
         return [self._find(name).document]

@@ -26,7 +26,7 @@ from tnxd.error_text import sentence
 from tnxd.events import event
 from tnxd.executors.execution import LoadReport
 from tnxd.executors.graphs import Bucket, GraphRunner
-from tnxd.executors.lane import Lane
+from tnxd.executors.lane import TURN_S, Lane
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item
 from tnxd.executors.trial.lengths import row_of_length
@@ -58,9 +58,6 @@ _AS_FAST = 1.02
 
 _SECONDS = 20.0
 """Time after which nothing more of a model is measured. What is not measured has no graph."""
-
-_TURN_S = 5.0
-"""So long a model that is being loaded waits for a lane that serves."""
 
 
 class Gain(NamedTuple):
@@ -212,7 +209,7 @@ class _LaneTrial:
             with settings_restored("a forward"):
                 return function(runner)
 
-        return self._lane.call(step, _TURN_S)
+        return self._lane.call(step, TURN_S)
 
     def _item(self, size: Bucket, variant: int) -> Item:
         if size.length:

@@ -12,11 +12,11 @@ _SHARE = 10
 """Part of the loop's time that making one may take, however often it is asked for: a tenth."""
 
 _CHEAP_NS = 2_000_000
-"""What takes less than that is made anew each time: few are so quick in asking that it matters."""
+"""Time below which a report is made anew each time: few are so quick in asking that it matters."""
 
 
-class Shared(Generic[T]):
-    """Something that is told as it is for nine times as long as it took to make.
+class SharedReport(Generic[T]):
+    """Report that is told as it is for nine times as long as it took to make.
 
     Args:
         make: makes it.
@@ -35,7 +35,7 @@ class Shared(Generic[T]):
         self._kept: tuple[T, int] | None = None  # and until when
 
     def get(self) -> T:
-        """It, made now or a while ago."""
+        """The report, made now or a while ago."""
         if self._kept is not None:
             made, until_ns = self._kept
             if self._clock() < until_ns:
