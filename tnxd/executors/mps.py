@@ -74,7 +74,8 @@ class MpsRunner(Runner):
 
     def run(self, execution: Execution) -> None:
         super().run(execution)
-        execution.memory_free_mb = _memory()[0] / MIB
+        if not execution.fatal:  # else there is nobody to ask
+            execution.memory_free_mb = _memory()[0] / MIB
 
     def forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
         model = execution.model
