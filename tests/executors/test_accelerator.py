@@ -319,6 +319,48 @@ def test_lanes_call_a_model_one_after_the_other_that_they_share(machine: Any) ->
     assert totals == [float(count) for count in range(1, 25)]
 
 
+def test_a_shared_state_that_is_replaced_on_another_lane_is_whole(machine: Any) -> None:
+    """Its memory must not be used again by the lane that made it while the other one still reads it."""
+
+    class Sums(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.total: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.total = x if self.total is None else self.total + x
+            return self.total
+
+    sums = Model("sums", "1", *[(TensorSpec("x", "FP32", (-1, 4)),)] * 2, 1, Sums, state="shared")
+    lanes, double = Lanes(lanes=2, depth=2), model(Double)
+    lanes.pool.load(sums)
+    lanes.pool.load(double)
+    one = np.ones((1, 4), np.float32)
+    before = lanes.answers(sums, (one,))[0][0][0, 0]
+    sent = [lanes.submit(double if index % 2 else sums, (one,), lane=index // 2 % 4) for index in range(24)]
+    for _ in sent:
+        outcomes(lanes.next())
+    totals = sorted(float(outcomes(each)[0][0][0, 0] - before) for each in sent[::2])
+    assert totals == [float(count) for count in range(1, 13)]
+
+
+def test_a_shared_state_may_keep_its_inputs(machine: Any) -> None:
+    class Last(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            last, self.last = self.last, x
+            return x if last is None else last
+
+    last = Model("m", "1", *[(TensorSpec("x", "FP32", (-1, 4)),)] * 2, 1, Last, state="shared")
+    lanes = Lanes(depth=1)
+    lanes.pool.load(last)
+    answers = [lanes.answers(last, (np.full((1, 4), value, np.float32),))[0][0][0, 0] for value in range(4)]
+    assert answers[1:] == [0, 1, 2]
+
+
 def test_what_a_model_does_to_the_current_stream_and_device_is_undone(machine: Any) -> None:
     class Strays(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -161,7 +161,7 @@ def shares() -> str:
             self.register_buffer("total", torch.zeros(1))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.total.add_(1)
+            self.total.add_(x)
             return self.total * 1
 
     call = Serial(Counts().to("cuda:0"), None)
@@ -171,10 +171,10 @@ def shares() -> str:
     counted = []
     for index in range(6):
         with torch.cuda.stream(streams[index % 2]):
-            counted.append(call(one))
+            counted.append(call(one * 1))
     streams[1].synchronize()
     streams[0].synchronize()
-    return "" if [int(each.item()) for each in counted] == [1, 2, 3, 4, 5, 6] else VALUES
+    return "" if [each.item() for each in counted] == [1, 2, 3, 4, 5, 6] else VALUES
 
 
 class Race(NamedTuple):
@@ -302,11 +302,12 @@ RACES = [
     ),
     Race(
         Defect(
-            *("lanes share a module, and not in order", Serial, "__call__"),
-            right="torch.accelerator.current_stream().wait_event(self._done)",
+            *("lanes share a module, which does not wait for them", Serial, "__call__"),
+            right="self._stream.wait_stream(lane)",
             wrong="pass",
         ),
         shares,
+        policy="random",
     ),
 ]
 

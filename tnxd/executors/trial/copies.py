@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,13 @@ class Sparing:
 class Serial:
     """Call of a module by one lane at a time.
 
+    On a device with streams the module has a stream of its own, whichever lane calls it. Memory is used again in the
+    order of the stream that it was taken for: were a state made on one lane's stream, and replaced on another's, it
+    could be overwritten while it is still read.
+
+    A module whose writes stay gets inputs of its own. It may keep them, and their memory is that of the next batch, or
+    of a client.
+
     Args:
         undo: puts the writes of a forward back; None: they are meant for the next request.
     """
@@ -76,19 +83,34 @@ class Serial:
         self._module = module
         self._undo = undo
         self._lock = threading.Lock()
-        self._done: torch.Event | None = None
+        self._stream: torch.Stream | None = None
 
     def __call__(self, *inputs: Value | None) -> Any:
         with self._lock:
-            if self._done is not None:  # this lane has a stream of its own
-                torch.accelerator.current_stream().wait_event(self._done)
+            device = next((each.device for each in inputs if isinstance(each, torch.Tensor)), None)
+            if device is None or not KINDS[device.type].has_streams:
+                return self._called(inputs)
+            if self._stream is None:
+                self._stream = torch.Stream(device)
+            lane = torch.accelerator.current_stream(device)
+            self._stream.wait_stream(lane)
+            torch.accelerator.set_stream(self._stream)
             try:
-                return cloned(self._module(*inputs))
+                return self._called(inputs)
             finally:
-                if self._undo is not None:
-                    self._undo.put_back()
-                if any(isinstance(each, torch.Tensor) and KINDS[each.device.type].has_streams for each in inputs):
-                    self._done = torch.accelerator.current_stream().record_event()
+                last = torch.accelerator.current_stream(device)
+                torch.accelerator.set_stream(lane)
+                if last != self._stream:  # the module has chosen another one
+                    self._stream.wait_stream(last)
+                lane.wait_stream(self._stream)
+
+    def _called(self, inputs: Sequence[Value | None]) -> Any:
+        own = inputs if self._undo is not None else [None if each is None else _clone(each) for each in inputs]
+        try:
+            return cloned(self._module(*own))
+        finally:
+            if self._undo is not None:
+                self._undo.put_back()
 
 
 class Differentiating:
