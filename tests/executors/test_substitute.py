@@ -97,7 +97,7 @@ def test_memory_that_is_out_is_no_other_answer() -> None:
 def test_a_runner_asks_the_network_for_what_is_plain_and_when_the_variant_is_given_up() -> None:
     specs = (TensorSpec("x", "FP32", (-1, 2)),)
     model = Model("net", "1", specs, specs, 8, lambda: Answers(0))
-    calls, runners = RunnerCalls(), [CpuRunner(), CpuRunner()]
+    calls, runners = RunnerCalls(lambda: None), [CpuRunner(), CpuRunner()]
     calls.add(runners[0])
     calls.install(model.key, lambda: Answers(1), lambda: Answers(2))
     calls.add(runners[1])
