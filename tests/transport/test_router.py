@@ -178,6 +178,14 @@ def test_backlog_of_a_peer_that_never_reads_is_given_up(
         assert strict_admission.unsent == 0
 
 
+def _connect_narrow_peers(endpoint: str, peers: list[RawPeer], stack: contextlib.ExitStack) -> None:
+    """Connect 300 peers that take little, each of which sends a request. Each greets at once: the router waits 10 s."""
+    for _ in range(300):
+        peer = stack.enter_context(RawPeer(endpoint, receive_buffer=4096, timeout=60))
+        peers.append(peer.greet())
+        peer.write(b"\0\1x")
+
+
 @pytest.mark.slow
 def test_close_ends_while_peers_disconnect_that_have_unsent_replies(wakeup: Wakeup) -> None:
     """It ends. Which of them go at a bad moment is chance: with libzmq's own linger every third round or so hung."""
@@ -188,12 +196,11 @@ def test_close_ends_while_peers_disconnect_that_have_unsent_replies(wakeup: Wake
         router.bind("tcp://127.0.0.1:*")
         router.watch(wakeup)
         with contextlib.ExitStack() as stack:
-            peers = [
-                stack.enter_context(RawPeer(router.endpoints[0], receive_buffer=4096, timeout=60)) for _ in range(300)
-            ]
-            greeting = threading.Thread(target=lambda peers=peers: [peer.greet().write(b"\0\1x") for peer in peers])
+            peers: list[RawPeer] = []
+            arguments = (router.endpoints[0], peers, stack)
+            greeting = threading.Thread(target=_connect_narrow_peers, args=arguments)
             greeting.start()
-            for _ in peers:
+            for _ in range(300):
                 peer_id = next_message(router).peer
                 for _ in range(3):
                     assert router.send(peer_id, False, (b"answer", (payload,)))
