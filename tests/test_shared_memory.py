@@ -480,16 +480,20 @@ def test_nobody_can_shorten_it(peer: Peer) -> None:
             os.ftruncate(peer.descriptor, length)
 
 
-def test_memory_that_the_daemon_has_not(peer: Peer, shared: Daemon) -> None:
-    pid = shared.process.pid
-    before = resource.prlimit(pid, resource.RLIMIT_AS)
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
-    resource.prlimit(pid, resource.RLIMIT_AS, (pages * mmap.PAGESIZE + 16 * MIB, before[1]))
-    try:
-        peer.send_shared(inputs=[["", "FP32", [65536, 256]]], shared=[[0, END]])
-        error = peer.error()
-    finally:
-        resource.prlimit(pid, resource.RLIMIT_AS, before)
+def test_memory_that_the_daemon_has_not(tmp_path: Path) -> None:
+    """A daemon that has served others may have kept as much memory as that, so this one is new."""
+    (tmp_path / "tnxd.toml").write_text(PLENTY)
+    arguments = ("--config", str(tmp_path / "tnxd.toml"), "--bind", f"ipc://{tmp_path}/tnx", "--model", "mlp")
+    with serving_daemon(tmp_path / "log", *arguments) as daemon, Peer(daemon.endpoint) as peer:
+        pid = daemon.process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_AS)
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+        resource.prlimit(pid, resource.RLIMIT_AS, (pages * mmap.PAGESIZE + 16 * MIB, before[1]))
+        try:
+            peer.send_shared(inputs=[["", "FP32", [65536, 256]]], shared=[[0, END]])
+            error = peer.error()
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_AS, before)
     assert error.code == "RESOURCE_EXHAUSTED"
     assert error.message == "there is no memory for a copy of 67108864 bytes"
 
