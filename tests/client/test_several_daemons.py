@@ -223,7 +223,7 @@ def test_a_verb_about_one_daemon_is_refused(connect: Connect, verb: str, argumen
 
 
 def test_a_slow_request_is_hedged(connect: Connect, daemons: list[FakeDaemon]) -> None:
-    tnx = connect(endpoints(daemons), hedge=True)
+    tnx = connect(endpoints(daemons), hedge=True, timeout=PATIENCE_S)  # a machine that stands still uses up 5 s
     for _ in range(10):
         gather(tnx, 10)
     slow, held, withdrawn = daemons[0], list[int](), set[int]()
