@@ -161,7 +161,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of processes: the project is on their path, and this directory, for the networks, after everything else."""
+        """Environment of processes: the project is on their path, and this directory, for networks, after all."""
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]), str(HERE)]
         return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 

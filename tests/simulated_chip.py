@@ -60,7 +60,7 @@ class SimulatedChip:
 
 @dataclass
 class Outcome:
-    """What became of a request: what was predicted when it came, and what it took, in microseconds."""
+    """Outcome of a request: what was predicted when it came, and what it took, in microseconds."""
 
     request: Request
     predicted_us: float

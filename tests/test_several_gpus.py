@@ -24,7 +24,7 @@ _SMALL_MB, _LARGE_MB = 48, 112
 """Memory of cuda:0 and of cuda:1."""
 
 _WEIGHTS_MB = 60
-"""Of a model that has room on the larger one alone."""
+"""MiB of the weights of a model that has room on the larger one alone."""
 
 _WAITS, _TOO_LARGE = 7.25, 9.25
 """Inputs with which a batch waits for a file, and with which it takes more memory than any GPU has."""

@@ -109,7 +109,7 @@ def await_segments(daemon: Daemon, expected: int) -> None:
 
 
 def places(tnx: Client) -> list[list[int]]:
-    """What is free of a client's segment."""
+    """Free room of a client's segment."""
     segment: Any = tnx._session.sharing._segment  # type: ignore[union-attr]
     segment.allocate(0)  # looks at what was freed
     gaps: list[list[int]] = segment._gaps

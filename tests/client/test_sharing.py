@@ -41,7 +41,7 @@ def memory(nbytes: int = SEGMENT_BYTES, *, sealed: bool = True) -> int:
 
 
 def send(address: str, token: str, *descriptors: int) -> socket.socket:
-    """What a daemon sends to whoever asks for a segment."""
+    """Message of a daemon to whoever asks for a segment."""
     lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     lifeline.connect("\0" + address[1:])
     socket.send_fds(lifeline, [token.encode()], [*descriptors])

@@ -141,7 +141,7 @@ def test_batches_of_all_sizes_on_all_slots_come_back_right(machine: Any) -> None
 
 @pytest.mark.parametrize("width", [1, 70_000])
 def test_answers_are_in_memory_that_no_later_batch_writes(machine: Any, width: int) -> None:
-    """Of 4 bytes, and of 280 kB, which are handed over."""
+    """Bodies of 4 bytes, and of 280 kB, which are handed over."""
     lanes = Lanes()
     double = model(Double, width)
     lanes.pool.load(double)

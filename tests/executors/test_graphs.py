@@ -42,7 +42,7 @@ DEPTH = 2
 
 
 class Log:
-    """What happened to graphs: names of threads, in order; of captures with the pool."""
+    """Events of graphs: names of threads, in order; of captures with the pool."""
 
     def __init__(self) -> None:
         self.captures: list[tuple[str, Any]] = []

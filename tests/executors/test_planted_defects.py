@@ -91,7 +91,7 @@ def on_thread(function: Callable[[], Any]) -> Any:
 def serves(
     module: Callable[[], torch.nn.Module] = Steps, rows: Sequence[int] = (3,) * 8, *, unloads: bool = False
 ) -> str:
-    """What is wrong with the answers of a lane with two slots, the next batch issued before the last one is over; ""
+    """Fault of the answers of a lane with two slots, the next batch issued before the last one is over; ""
     if they are right.
 
     Args:

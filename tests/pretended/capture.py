@@ -22,7 +22,7 @@ MODES = ("global", "thread_local", "relaxed")
 
 
 class Capture:
-    """What is being captured into a graph.
+    """Capture into a graph that is under way.
 
     Attributes:
         works: what was captured, in the order in which it was issued. blocks: device memory that was allocated

@@ -85,7 +85,7 @@ class Orders:
         memory.limit = memory.held + (mib << 20)
 
     def counts(self, device: int) -> dict[str, int]:
-        """What was counted, see `pretended`."""
+        """Counts so far, see `pretended`."""
         return dict(self._machine.counts)
 
 

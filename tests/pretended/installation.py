@@ -149,7 +149,7 @@ def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
 
 
 def _surface(machine: Machine) -> dict[Any, dict[str, Any]]:
-    """What takes the place of torch's own: by the module or class, by name."""
+    """Replacements of torch's own: by the module or class, by name."""
     cuda = {**_devices(machine), **_memory(machine), **_cuda_alone(machine)}
     accelerator = {**_devices(machine), **_memory(machine), **_accelerator_alone(machine)}
     return {

@@ -30,7 +30,7 @@ _TAKES_HOST = ("aten::index", "aten::_index_put_impl_", "aten::index_put_", "ate
 
 
 class _Nature:
-    """What the schema of an operation says about it.
+    """Facts of an operation, as its schema has them.
 
     Attributes:
         views: its result is a view. waits: its result is a number, or has a shape that depends on values. draws: it
@@ -126,7 +126,7 @@ def _issued(op: Any, nature: _Nature, device: Device, values: list[Any], spec: A
 
 
 def _computation(op: Any, nature: _Nature, device: Device, values: list[Any], spec: Any) -> Callable[[], Any]:
-    """What an operation comes to when it is run, with the arguments that it has now."""
+    """Work of an operation when it is run, with the arguments that it has now."""
     device.machine.counts["kernels"] += 1
     frozen = [_frozen(value) for value in values]
     seed = _seed(device) if nature.draws else None

@@ -21,7 +21,7 @@ from tnxctl.protocol.wire import MIB
 from tnxd.models.tensors import TORCH_DTYPES
 
 ALIGNMENT = 256
-"""Of each tensor in an arena, in bytes: torch's allocators align as much or more, and kernels are chosen by it."""
+"""Alignment of each tensor in an arena, in bytes: torch aligns as much or more, and chooses kernels by it."""
 
 MOST_PINNED = 16 * MIB
 """Most bytes of an arena in pinned memory. A larger batch goes through it in pieces."""

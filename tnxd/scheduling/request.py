@@ -14,7 +14,7 @@ NEVER = 2**63 - 1
 
 
 BATCH, DEVICE = 1, 2
-"""What a request has for itself alone, as flags."""
+"""Flags of a request: what it has for itself alone."""
 
 
 class Request(msgspec.Struct, eq=False, gc=False):
