@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 MEMORY_MB = 512
-"""Bytes of the device. They are memory of this machine as soon as they are written to."""
+"""MiB of memory of the device. It is memory of this machine as soon as it is written to."""
 
 
 def main() -> None:
