@@ -84,7 +84,8 @@ ROOMS = {
     "tnxctl.protocol": rule(never=("torch", *IO)),
     "tnxctl.files": rule("tnxctl.protocol", never=("torch", *NETWORK)),
     "tnxctl.keys": rule("tnxctl.protocol", "tnxctl.files", never=("torch", *(NETWORK - {"zmq"}))),
-    "tnxctl": rule("tnxctl.protocol", "tnxctl.keys", never=("click", "torch")),
+    "tnxctl.channels": rule("tnxctl.keys", never=("asyncio", "torch")),
+    "tnxctl": rule("tnxctl.protocol", "tnxctl.keys", "tnxctl.channels", never=("click", "torch")),
     "tnxctl.bridge": rule(
         "tnxctl.protocol", "tnxctl.files", "tnxctl.keys", "tnxctl", never=("click", "torch", *SANS_IO, *MOVERS)
     ),
@@ -100,7 +101,13 @@ ROOMS = {
         "tnxctl.protocol", "tnxctl", "tnxctl.cli", "tnxctl.cli.bench.loops", never=("torch", *SANS_IO, *MOVERS)
     ),
     "tnxctl.cli.bench.loops": rule(
-        "tnxctl.protocol", "tnxctl.keys", "tnxctl", "tnxctl.cli", "tnxctl.cli.bench", never=("torch",)
+        "tnxctl.protocol",
+        "tnxctl.keys",
+        "tnxctl.channels",
+        "tnxctl",
+        "tnxctl.cli",
+        "tnxctl.cli.bench",
+        never=("torch",),
     ),
     "tnxd.process": rule("tnxd.events", never=("torch", "zmq")),
     "tnxd.models": rule("tnxctl.protocol", "tnxctl.files", *FLOOR, never=("zmq",)),
@@ -171,6 +178,8 @@ PLANTED = [
     ("tnxctl.files", "tnxctl.files.reading", "import zmq"),
     ("tnxctl.keys", "tnxctl.keys.authorized", "from tnxctl import endpoint"),
     ("tnxctl.keys", "tnxctl.keys.pairs", "import socket"),
+    ("tnxctl.channels", "tnxctl.channels.stream", "from tnxctl.protocol import wire"),
+    ("tnxctl.channels", "tnxctl.channels.zmtp", "import asyncio"),
     ("tnxctl", "tnxctl.client", "from tnxctl.cli import output"),
     ("tnxctl", "tnxctl.driver", "from tnxd import config"),
     ("tnxctl", "tnxctl.results", "import torch"),

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 from tnxctl import process
 from tnxctl.balancer import Balancer, session_of
 from tnxctl.call import Call
+from tnxctl.channels.channel import POLLIN, POLLOUT, Watcher
 from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
 from tnxctl.endpoint import DEFAULT_ENDPOINT
 from tnxctl.keys import lookup
-from tnxctl.link import Link, Socket
+from tnxctl.link import Link
 from tnxctl.links import link_of, sharing_of
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.wire import (
@@ -273,16 +274,20 @@ class AsyncClient:
 class _LoopDriver:
     """Driver of calls in callbacks of the event loop.
 
-    ZeroMQ's file descriptors are edge-triggered: they tell of a change once, and any use of the socket may swallow
-    it. So each use of a socket is followed by a look at its events, also if no reply is due: one that nobody waits for
-    any more, once its event is gone, keeps those that follow from telling of themselves.
+    libzmq's file descriptors are edge-triggered: they tell of a change once, and any use of the socket may swallow
+    it. So each use of such a socket is followed by a look at its events, also if no reply is due: one that nobody waits
+    for any more, once its event is gone, keeps those that follow from telling of themselves.
+
+    A call that finds no other under way is sent at once. What is sent beside others in one turn of the loop goes out
+    together at its end: a system call for each would cost more than all else that a client does for a call.
     """
 
     def __init__(self, session: Session | Balancer, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._session = session
-        self._link = link_of(session, watch=self._watch, unwatch=self._unwatch)
+        self._link = link_of(session, Watcher(self._watch, self._unwatch))
         self._is_single = isinstance(self._link, Link)  # of several daemons, a reply may be the cue for another message
+        self._flush_is_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = math.inf
         self._turn_is_due = False
@@ -292,18 +297,22 @@ class _LoopDriver:
     async def run(self, call: Call[T]) -> T:
         future: asyncio.Future[T] = self.loop.create_future()
         call.waiter = future
+        link = self._link
         is_alone = self._session.idle
-        self._link.start(call)
+        if not is_alone:
+            self._flush_soon()
+        link.start(call)
         if call.done:
             _settle(call)
-        elif not is_alone or self._link.has_input():  # alone, a look is cheaper than another turn of the loop
-            self._check_again()
+        elif link.is_edge_triggered and (not is_alone or link.has_input()):
+            self._check_again()  # alone, a look is cheaper than another turn of the loop
         self._set_timer()
         try:
             return await future
         except asyncio.CancelledError:
-            self._link.cancel(call)
-            self._check_again()
+            link.cancel(call)
+            if link.is_edge_triggered:
+                self._check_again()
             raise
         finally:
             del future  # else it, its exception and this frame would keep each other, and the inputs, alive
@@ -340,6 +349,17 @@ class _LoopDriver:
         self._cancel_timer()
         self._ended.set()
 
+    def _flush_soon(self) -> None:
+        """Have what is sent in this turn of the loop go out together, in the next."""
+        if not self._flush_is_due:
+            self._flush_is_due = True
+            self._link.hold()
+            self.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_is_due = False
+        self._link.flush()
+
     def _check_again(self) -> None:
         """Check for messages once more after sending one, which may have cleared the event of one that came.
 
@@ -355,7 +375,7 @@ class _LoopDriver:
 
     def _turn(self) -> None:
         """Handle all events that wait, without blocking."""
-        _settle_all(self._link.poll_monitor())
+        _settle_all(self._link.poll_events())
         self._receive()
 
     def _receive(self) -> None:
@@ -381,12 +401,25 @@ class _LoopDriver:
             self._timer.cancel()
         self._timer, self._timer_due = None, math.inf
 
-    def _watch(self, opened: Socket, is_monitor: bool) -> None:
-        self.loop.add_reader(opened.fileno(), self._receive if self._is_single and not is_monitor else self._turn)
+    def _watch(self, source: int, mask: int, has_no_messages: bool) -> None:
+        if mask & POLLIN:
+            self.loop.add_reader(source, self._receive if self._is_single and not has_no_messages else self._turn)
+        else:
+            self.loop.remove_reader(source)
+        if mask & POLLOUT:
+            self.loop.add_writer(source, self._go_on)
+        else:
+            self.loop.remove_writer(source)
 
-    def _unwatch(self, closing: Socket) -> None:
+    def _go_on(self) -> None:
+        """Go on where there is room to send, or a connection stands."""
+        self._link.on_room()
+        self._receive()
+
+    def _unwatch(self, closing: int) -> None:
         if not self.loop.is_closed():
-            self.loop.remove_reader(closing.fileno())
+            self.loop.remove_reader(closing)
+            self.loop.remove_writer(closing)
 
 
 class _OtherThreadDriver:

@@ -9,6 +9,7 @@
     heard(now)              a message came
     suspect(now, ...)       nothing came for too long: a probe is to be sent
     is_half_open(now)       nothing came after the probe either: close it
+    is_late(now)            the attempt takes too long: end it
 
 Times come in as arguments, in seconds of any monotonic clock. `tnxctl.session` decides about the calls on the
 connection, `tnxctl.link` has its sockets.
@@ -56,6 +57,7 @@ class Connection:
         trouble: how far the last attempt came, or why it failed: a clause for error messages.
         retry_at: time before which no attempt begins.
         retry_s: interval from the next attempt to the one after it: the first again as soon as the daemon replies.
+        ends_at: time at which the attempt under way is to be ended; infinite where that is not for us to do.
         half_open_at: time from which on it is half-open unless something comes; infinite without a suspicion.
         wants_probe: whether the daemon is to be asked for its health.
     """
@@ -68,6 +70,7 @@ class Connection:
         "_handshake_failed",
         "_received_at",
         "endpoint",
+        "ends_at",
         "half_open_at",
         "is_connecting",
         "is_open",
@@ -85,6 +88,7 @@ class Connection:
         self.is_refused = False
         self.trouble = "the attempt to connect is still under way"
         self.retry_at = -math.inf
+        self.ends_at = math.inf
         self.half_open_at = math.inf
         self.wants_probe = False
         self._attempt_failed = False  # the last one
@@ -106,6 +110,10 @@ class Connection:
         self._handshake_begun = math.inf
         self.retry_at = now + spread(self.retry_s)
         self.retry_s = min(2 * self.retry_s, LAST_RETRY_S)
+
+    def is_late(self, now: float) -> bool:
+        """Whether the attempt under way takes too long."""
+        return now >= self.ends_at
 
     def note_trouble(self, trouble: str, *, begun: bool = False) -> None:
         """Note how far the attempt came, or why it failed: a clause for error messages.
@@ -138,6 +146,7 @@ class Connection:
         """Note that the attempt has succeeded."""
         self.is_connecting = self._attempt_failed = False
         self.is_open = True
+        self.ends_at = math.inf
 
     def closed(self) -> None:
         """Note that the attempt has failed, or that the connection is no more."""
@@ -145,7 +154,7 @@ class Connection:
         if not self._handshake_failed:  # nobody was there
             self._failed_handshakes, self._handshake_begun = 0, math.inf
         self.is_open = self.is_connecting = False
-        self._received_at, self.half_open_at = -math.inf, math.inf
+        self._received_at, self.half_open_at, self.ends_at = -math.inf, math.inf, math.inf
         self.wants_probe = False
 
     def retry_at_once(self) -> None:

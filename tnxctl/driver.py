@@ -37,13 +37,14 @@ from functools import partial
 from threading import get_ident
 from typing import Any, TypeVar
 
-from zmq import POLLIN, zmq_poll
+from zmq import zmq_poll
 
 from tnxctl import process
 from tnxctl.balancer import Balancer
 from tnxctl.call import Call
+from tnxctl.channels.channel import POLLIN
 from tnxctl.durations import spell
-from tnxctl.links import Links, link_of
+from tnxctl.links import link_of
 from tnxctl.protocol.errors import DeadlineExceeded
 from tnxctl.session import Session
 from tnxctl.wakeups import LONGEST_WAIT_S, Signal, Wakeup
@@ -52,8 +53,6 @@ T = TypeVar("T")
 
 _MAX_WAIT_MS = 1e3 * LONGEST_WAIT_S
 _GRACE_S = 0.5  # the thread that reads has the better error message: let it speak first
-
-_POLLIN = int(POLLIN)  # pyzmq's own is an enum, whose operators cost microseconds
 
 _log = logging.getLogger("tnxctl")
 
@@ -322,22 +321,15 @@ class ThreadDriver:
         if wait_ms <= 0:
             _settle_all(self._link.on_timer(now))
             return
-        link = self._link
-        sources: list[tuple[Any, int]] = [(self._wakeup.fd, _POLLIN), *link.sources]
+        sources: list[tuple[Any, int]] = [(self._wakeup.fd, POLLIN), *self._link.sources]
         self._polling = True
         events = zmq_poll(sources, math.ceil(min(wait_ms, _MAX_WAIT_MS)))
         self._polling = False
-        for source, _ in events:
-            if source is link.dealer:
-                finished = link.receive()
-                if finished is not None:
-                    _settle(finished)
-            elif source is link.monitor:
-                _settle_all(link.poll_monitor())
-            elif source == self._wakeup.fd:
+        for source, mask in events:
+            if source == self._wakeup.fd:
                 self._wakeup.clear()
-            elif isinstance(link, Links):
-                _settle_all(link.poll_source(source))
+            else:
+                _settle_all(self._link.handle(source, mask))
 
     def _end(self) -> None:
         """Fail the calls under way and every later one, and close the sockets. Idempotent."""

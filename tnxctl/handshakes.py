@@ -20,12 +20,10 @@ import os
 
 import zmq
 
+from tnxctl.channels.channel import MISMATCH
 from tnxctl.keys.credentials import Credentials
 
 _NO_ROOM = 500
-
-MISMATCH = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
-"""Value of HANDSHAKE_FAILED_PROTOCOL where one side uses keys and the other none."""
 
 
 def trouble(event: int, value: int, shown: Credentials | None, *, timed_out: bool = False) -> str | None:

@@ -1,18 +1,14 @@
-"""The sockets under a `Session`: one DEALER and its monitor per connection. Nothing here blocks.
+"""Link: moves messages between a `Session` and the daemon, over one `Channel` after the other. Nothing here blocks.
 
-A link makes one attempt to connect per DEALER and tells the session how it went; the session decides when to try
-again. libzmq would reconnect a DEALER by itself, but does not say which messages the broken connection took with
-it, so each attempt is a fresh socket, and everything unanswered is sent on it once its handshake is done.
-An unused client therefore leaves a dead daemon alone.
+A link makes one attempt to connect per channel and tells the session how it went; the session decides when to try
+again. Everything unanswered is sent on the new one once its handshake is done. An unused client therefore leaves a dead
+daemon alone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
-import os
-import struct
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,95 +17,49 @@ import zmq
 
 from tnxctl import handshakes
 from tnxctl.call import Call
+from tnxctl.channels.channel import (
+    CONNECT_TIMEOUT_S,
+    MISMATCH,
+    POLLOUT,
+    Channel,
+    Target,
+    Watcher,
+)
+from tnxctl.channels.opening import open_channel
 from tnxctl.greeting import Greeting
 from tnxctl.session import Session
 
-Socket = zmq.Socket[bytes]
-
 ZERO_COPY_BYTES = 256 * 1024
-"""Least size of tensors that libzmq gets without a copy. Below about this, copying is cheaper than lending memory."""
+"""Least size of tensors that are sent from where they are. Below about this, copying is cheaper than lending memory."""
 
-KEPT_BYTES = 64 * 1024
-"""Least size of a received frame that is kept as it came, and not copied."""
-
-_CONNECT_TIMEOUT_MS = 5_000  # also for the ZeroMQ handshake: a port may accept and then stay silent
-_NEVER_MS = 24 * 3_600_000
-_TCP_MAXRT_MS = 30_000  # data that no host acknowledges for so long: the connection is dead
-
-# Events that end an attempt or a connection. CONNECT_RETRIED, not in fact retried for _NEVER_MS, is
-# the only one that tells of a host name that does not resolve.
+# Events that end an attempt or a connection. CONNECT_RETRIED is the only one that tells of a host name that does not
+# resolve: libzmq does not in fact try again.
 _OVER = (zmq.Event.DISCONNECTED, zmq.Event.CLOSED, zmq.Event.CONNECT_RETRIED)
-
-_EVENTS = (
-    zmq.EVENT_CONNECT_DELAYED
-    | zmq.EVENT_CONNECTED
-    | zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CLOSED
-    | zmq.EVENT_CONNECT_RETRIED
-)
-
-# Plain integers: pyzmq's are enums, whose operators cost microseconds per message.
-_POLLIN = int(zmq.POLLIN)
-_NOBLOCK = int(zmq.NOBLOCK)
-_MORE_NOBLOCK = int(zmq.SNDMORE | zmq.NOBLOCK)
-_RCVMORE = int(zmq.RCVMORE)
-_EVENTS_OPTION = int(zmq.EVENTS)
-
-_EVENT = struct.Struct("=Hi")  # event, value; zmq.utils.monitor knows it too, but imports asyncio
-
-_monitor_ids = itertools.count()
-
-_contexts: dict[int, zmq.Context[Socket]] = {}  # by process
-
-
-def shared_context() -> zmq.Context[Socket]:
-    """The one context of all clients in this process: two threads of libzmq, whatever the number of clients.
-
-    It is never terminated, because that waits for a host name that is being resolved; the sockets in it are
-    closed with their clients. A forked child gets its own.
-    """
-    process = os.getpid()
-    shared = _contexts.get(process)
-    if shared is None:
-        made = zmq.Context[Socket]()
-        shared = _contexts.setdefault(process, made)  # threads may come here at once; a lock could be held by a fork
-        if shared is not made:
-            made.term()
-    return shared
 
 
 class Link:
-    """The sockets of one client: moves messages between its session and the daemon.
+    """Link of one client to one daemon.
 
     Args:
         session: decides; the link obeys and reports.
-        watch, unwatch: called with each socket after it is opened and before it is closed, to have it polled. The
-            second argument of `watch` says whether it is a monitor.
+        watcher: polls the sources of the channel; None: whoever drives does, with `sources`.
 
     Attributes:
-        dealer, monitor: both None, or both open.
-        sources: both, as zmq_poll takes them.
+        channel: the one that is open, or is being opened; None: there is none.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        watch: Callable[[Socket, bool], None] | None = None,
-        unwatch: Callable[[Socket], None] | None = None,
-    ) -> None:
+    def __init__(self, session: Session, watcher: Watcher | None = None) -> None:
         self._session = session
-        self._watch = watch or _ignore
-        self._unwatch = unwatch or _ignore
-        self.dealer: Socket | None = None
-        self.monitor: Socket | None = None
-        self.sources: list[tuple[Any, int]] = []
-        self._is_large = False  # the last tensor that came
+        self._watcher = watcher
+        self.channel: Channel | None = None
         self._greeting: Greeting | None = None  # of the listener, once a handshake has failed for no reason given
         self._met_at = math.inf  # when the other side accepted the connection, and the handshake began
+
+    @property
+    def sources(self) -> list[tuple[Any, int]]:
+        """What to poll, and what for, as `zmq_poll` takes it."""
+        channel = self.channel
+        return [] if channel is None else channel.sources
 
     def start(self, call: Call[Any]) -> None:
         """Take a call under way; it may be `done` at once."""
@@ -123,65 +73,73 @@ class Link:
         self._send_cancel(call)
         return True
 
-    def receive(self) -> Call[Any] | None:
-        """Take one message, if one waits. Returns the call that it finished, if any."""
-        frames = self._receive_frames()
-        return None if frames is None else self._session.receive(frames, time.monotonic())
+    def handle(self, source: Any, mask: int) -> list[Call[Any]]:
+        """Do what a source is ready for, by the mask that a poll gave. Returns finished calls."""
+        finished: list[Call[Any]] = []
+        channel = self.channel
+        if channel is None or not channel.sources:  # what was ready before has closed it
+            return finished
+        if channel.is_edge_triggered:
+            if source is not channel.sources[0][0]:
+                return self.poll_events()
+            self.drain(1, finished.append)  # a poll looks at it each time
+            return finished
+        if mask & POLLOUT:
+            channel.on_room()
+        self.drain(sys.maxsize, finished.append)
+        return finished
 
     def drain(self, most: int, settle: Callable[[Call[Any]], None]) -> bool:
         """Take the messages that wait, up to so many, and hand each call that one finished to `settle`.
 
-        Returns whether more may wait. If not, the file descriptor of the socket tells of the next one: the attempt that
-        found none has re-armed it, as a look at the events would have, but one look for all instead of one for each.
+        Returns whether more may wait. If not, a source tells of the next one.
         """
         for _ in range(most):
-            frames = self._receive_frames()
+            channel = self.channel
+            frames = None if channel is None else channel.receive()
             if frames is None:
-                return False
+                break
             call = self._session.receive(frames, time.monotonic())
             if call is not None:
                 settle(call)
-        return True
+        else:
+            return True
+        if channel is not None and channel.has_events:
+            for call in self.poll_events():
+                settle(call)
+        return False
 
-    def _receive_frames(self) -> list[Any] | None:
-        """Take the frames of one message; None if none waits."""
-        dealer = self.dealer
-        if dealer is None:
-            return None
-        try:
-            frames: list[Any] = [dealer.recv(_NOBLOCK)]
-        except zmq.Again:
-            return None
-        while dealer.get(_RCVMORE):
-            frame = self._receive_tensor(dealer)
-            if len(frames) < self._session.max_frames:
-                frames.append(frame)
-        return frames
+    @property
+    def is_edge_triggered(self) -> bool:
+        """Whether a use of the channel may swallow what its sources tell, see `Channel`."""
+        return self.channel is not None and self.channel.is_edge_triggered
+
+    def on_room(self) -> None:
+        """Go on, where there is room."""
+        if self.channel is not None:
+            self.channel.on_room()
+
+    def hold(self) -> None:
+        """Have what is sent wait, see `Channel.hold`."""
+        if self.channel is not None:
+            self.channel.hold()
+
+    def flush(self) -> None:
+        """Send what waits, see `Channel.flush`."""
+        if self.channel is not None:
+            self.channel.flush()
 
     def has_input(self) -> bool:
-        """Whether a message waits. The look also re-arms the edge-triggered file descriptor of the socket."""
-        return has_input(self.dealer)
+        """Whether a message waits, see `Channel.has_input`."""
+        return self.channel is not None and self.channel.has_input()
 
-    def _receive_tensor(self, dealer: Socket) -> bytearray | zmq.Frame:
-        """Take the next frame, as memory that can be written to.
+    def poll_events(self) -> list[Call[Any]]:
+        """Take note of what happened to the channel: connected, lost, or how far an attempt came.
 
-        A large one is kept as libzmq has it. A small one may be part of a buffer that it would keep alive as a whole,
-        at an odd place in it, and takes longer that way than to be copied. Answers tend to be as large as the last one.
+        Returns finished calls.
         """
-        if not self._is_large:
-            frame = bytearray(dealer.recv(_NOBLOCK))
-            self._is_large = len(frame) >= KEPT_BYTES
-            return frame
-        kept = dealer.recv(_NOBLOCK, copy=False)
-        self._is_large = len(kept) >= KEPT_BYTES
-        return kept if self._is_large else bytearray(kept.buffer)
-
-    def poll_monitor(self) -> list[Call[Any]]:
-        """Read the events of the monitor: connected, lost, or how far an attempt came. Returns finished calls."""
         finished: list[Call[Any]] = []
-        while has_input(self.monitor):
-            assert self.monitor is not None
-            event, value = _EVENT.unpack(self.monitor.recv_multipart(zmq.NOBLOCK)[0])
+        for event, value in () if self.channel is None else self.channel.events():
             self._note(event, value)
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 self._send_message(self._session.share_message())
@@ -190,8 +148,9 @@ class Link:
                 self.send_probe()
             elif event in _OVER:
                 finished += self._receive_all()  # answers that came before the end still count
-                self._close_sockets()
+                self.close()
                 finished += self._session.lost()
+                break
         return finished
 
     def _note(self, event: int, value: int) -> None:
@@ -201,12 +160,13 @@ class Link:
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self._greeting = None
         elif event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL and self._is_mismatch():
-            event, value = zmq.Event.HANDSHAKE_FAILED_PROTOCOL, handshakes.MISMATCH
+            event, value = zmq.Event.HANDSHAKE_FAILED_PROTOCOL, MISMATCH
         if event == zmq.Event.CONNECTED:
             self._met_at = now
+            self._time_attempt(now)
             if shown is not None:
                 connection.handshake_begun(now)
-        timed_out = now - self._met_at >= _CONNECT_TIMEOUT_MS / 2e3  # half of it: this thread may have slept
+        timed_out = now - self._met_at >= CONNECT_TIMEOUT_S / 2  # half of it: this thread may have slept
         trouble = handshakes.trouble(event, value, shown, timed_out=timed_out)
         if trouble is not None:
             connection.note_trouble(trouble, begun=event == zmq.Event.CONNECT_DELAYED)
@@ -227,18 +187,22 @@ class Link:
         Returns finished calls.
         """
         finished: list[Call[Any]] = []
-        if self._session.connection.is_half_open(now):
+        connection = self._session.connection
+        if connection.is_half_open(now):
             finished += self._receive_all()  # nobody may have looked for a while
-            if self._session.connection.is_half_open(now):
-                self._close_sockets()
+            if connection.is_half_open(now):
+                self.close()
                 finished += self._session.give_up()
+        if connection.is_late(now) and self.channel is not None:
+            self.channel.time_out()
+            finished += self.poll_events()
         expired = self._session.expire(now)
         for call in expired:
             self._send_cancel(call)
         finished += expired
         self.send_probe()
         if self._session.must_connect(now):
-            self.connect(now)
+            finished += self.connect(now)
         for call in self._session.take_retries(now):
             self._send(call)
         return finished
@@ -246,8 +210,8 @@ class Link:
     def _receive_all(self) -> list[Call[Any]]:
         """Take all messages that wait. Returns the calls that they finished."""
         finished: list[Call[Any]] = []
-        while self.has_input():
-            call = self.receive()
+        while self.channel is not None and (frames := self.channel.receive()) is not None:
+            call = self._session.receive(frames, time.monotonic())
             if call is not None:
                 finished.append(call)
         return finished
@@ -257,109 +221,57 @@ class Link:
         self._send_message(self._session.probe_message())
 
     def _send_message(self, message: bytes | None) -> None:
-        """Send a header alone, if there is one and that is possible at once."""
-        if message is not None and self.dealer is not None:
-            with contextlib.suppress(zmq.ZMQError):
-                self.dealer.send(message, _NOBLOCK)
+        """Send a header alone, if there is one and a connection."""
+        if message is not None and self.channel is not None:
+            self.channel.send([message], True)
 
     def reset(self) -> list[Call[Any]]:
         """Give up the connection, since an error may have left a message half sent or half read.
 
         Returns the calls that fail with it: those that change the daemon, which are not sent twice.
         """
-        self._close_sockets()
+        self.close()
         self._session.connection.trouble = "an error in this process ended it"
         return self._session.disconnected()
 
     def close(self) -> None:
-        """Close the sockets at once, whatever they have still to send. Idempotent."""
-        self._close_sockets()
+        """Close the channel at once, whatever it has still to send. Idempotent, also where an interrupt came."""
+        if self.channel is not None:
+            self.channel.close()
+        self.channel = None
 
     def abandon(self) -> None:
-        """Forget the sockets, in a forked child: they are the parent's, and pyzmq leaves them open here."""
+        """Forget the channel, in a forked child: it is the parent's."""
         if self._session.sharing is not None:
             self._session.sharing.lost()
-        for socket in (self.dealer, self.monitor):
-            if socket is not None:
-                with contextlib.suppress(AttributeError):
-                    socket._shadow = True  # another's: pyzmq does not warn that it was never closed
-        self.dealer, self.monitor, self.sources = None, None, []
+        if self.channel is not None:
+            self.channel.abandon()
+        self.channel = None
 
-    def connect(self, now: float) -> None:
-        """Attempt to connect."""
+    def connect(self, now: float) -> list[Call[Any]]:
+        """Attempt to connect. Returns finished calls, where that has failed at once."""
         session = self._session
         session.connection.connecting(now)
+        target = Target(session.endpoint, session.credentials, session.max_frame_bytes, session.max_frames)
         try:
-            self._open_sockets()
+            self.channel = open_channel(target, self._watcher)
         except (zmq.ZMQError, OSError) as error:  # no file descriptor left, or a path that the system refuses
-            self._close_sockets()
             session.connection.trouble = str(error)
-            session.lost()
+            return session.lost()
+        self._time_attempt(now)
+        return self.poll_events() if self.channel.has_events else []
 
-    def _open_sockets(self) -> None:
-        context = shared_context()
-        self.dealer = dealer = context.socket(zmq.DEALER)
-        self._watch(dealer, False)
-        dealer.set(zmq.LINGER, 0)
-        # For IPv6 addresses only: a name such as localhost would be looked up as IPv6 alone, and its IPv4 never tried.
-        dealer.set(zmq.IPV6, "[" in self._session.endpoint)
-        dealer.set(zmq.SNDHWM, 0)  # the session bounds what is under way
-        dealer.set(zmq.RCVHWM, 0)
-        dealer.set(zmq.MAXMSGSIZE, self._session.max_frame_bytes)
-        dealer.set(zmq.RECONNECT_IVL, _NEVER_MS)
-        dealer.set(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
-        dealer.set(zmq.HANDSHAKE_IVL, _CONNECT_TIMEOUT_MS)
-        shown = self._session.credentials
-        if shown is not None:  # then libzmq connects by CURVE or not at all
-            dealer.set(zmq.CURVE_SERVERKEY, shown.server.encode())
-            dealer.set(zmq.CURVE_PUBLICKEY, shown.public.encode())
-            dealer.set(zmq.CURVE_SECRETKEY, shown.secret.encode())
-        dealer.set(zmq.TCP_MAXRT, _TCP_MAXRT_MS)
-        dealer.set(zmq.TCP_KEEPALIVE, 1)
-        dealer.set(zmq.TCP_KEEPALIVE_IDLE, 30)
-        dealer.set(zmq.TCP_KEEPALIVE_INTVL, 10)
-        dealer.set(zmq.TCP_KEEPALIVE_CNT, 3)
-        # pyzmq's own address comes from a file descriptor, whose number the last socket may have had just now.
-        self.monitor = dealer.get_monitor_socket(_EVENTS, f"inproc://tnx-monitor-{next(_monitor_ids)}")
-        self._watch(self.monitor, True)
-        self.sources = [(dealer, _POLLIN), (self.monitor, _POLLIN)]
-        dealer.connect(self._session.endpoint)
-
-    def _close_sockets(self) -> None:
-        """Close both sockets. Idempotent: a second call closes those that an interrupt kept the first from closing."""
-        dealer, monitor = self.dealer, self.monitor
-        if monitor is not None and not monitor.closed:
-            assert dealer is not None
-            dealer.disable_monitor()  # before its reader goes: libzmq's I/O thread could block on writing events
-            self._unwatch(monitor)
-            monitor.close(0)
-        if dealer is not None and not dealer.closed:
-            self._unwatch(dealer)
-            dealer.close(0)
-        self.dealer, self.monitor, self.sources = None, None, []
+    def _time_attempt(self, now: float) -> None:
+        """Have an attempt end in time, where the channel does not see to it."""
+        if self.channel is not None and not self.channel.times_out:
+            self._session.connection.ends_at = now + CONNECT_TIMEOUT_S
 
     def _send_cancel(self, call: Call[Any]) -> None:
         """Spare the daemon a computation that nobody waits for, if that is possible at once."""
         self._send_message(self._session.cancel_message(call))
 
     def _send(self, call: Call[Any]) -> None:
-        dealer = self.dealer
-        assert dealer is not None
-        copy = call.nbytes < ZERO_COPY_BYTES
+        assert self.channel is not None
         sharing = self._session.sharing
-        *head, last = call.frames if sharing is None else sharing.outgoing(call)
-        try:
-            for frame in head:
-                dealer.send(frame, _MORE_NOBLOCK, copy)
-            dealer.send(last, _NOBLOCK, copy)
-        except zmq.Again:
-            pass  # the connection has just broken: the monitor is about to say so, and the call goes out on the next
-
-
-def _ignore(_: Socket, __: bool = False) -> None:
-    pass
-
-
-def has_input(socket: Socket | None) -> bool:
-    """Whether a message waits. The look also re-arms the edge-triggered file descriptor of the socket."""
-    return socket is not None and bool(int(socket.get(_EVENTS_OPTION)) & _POLLIN)
+        frames = call.frames if sharing is None else sharing.outgoing(call)
+        self.channel.send(frames, call.nbytes < ZERO_COPY_BYTES)

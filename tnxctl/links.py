@@ -1,46 +1,37 @@
-"""The sockets under a `Balancer`: one `Link` per daemon, seen by a driver as one. Nothing here blocks."""
+"""Links: those under a `Balancer`, one per daemon, seen by a driver as one. Nothing here blocks."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from tnxctl.balancer import Balancer
 from tnxctl.call import Call
-from tnxctl.link import Link, Socket
+from tnxctl.channels.channel import Watcher
+from tnxctl.link import Link
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.wire import Limits
 from tnxctl.session import Session, SharedTensors
 
 
 class Links:
-    """The sockets of a client of several daemons: starts attempts where its balancer places them.
+    """Links of a client of several daemons: starts attempts where its balancer places them.
 
     Args:
         balancer: decides; the links obey and report.
-        watch, unwatch: as for a `Link`.
+        watcher: as for a `Link`.
     """
 
-    dealer = None
-    monitor = None
-
-    def __init__(
-        self,
-        balancer: Balancer,
-        watch: Callable[[Socket, bool], None] | None = None,
-        unwatch: Callable[[Socket], None] | None = None,
-    ) -> None:
+    def __init__(self, balancer: Balancer, watcher: Watcher | None = None) -> None:
         self._balancer = balancer
-        self._links = [Link(session, watch, unwatch) for session in balancer.sessions]
-        self._finished: deque[Call[Any]] = deque()  # that `receive` has not handed on yet
+        self._links = [Link(session, watcher) for session in balancer.sessions]
 
     @property
-    def sources(self) -> list[tuple[Socket, int]]:
-        """The open sockets, as zmq_poll takes them."""
+    def sources(self) -> list[tuple[Any, int]]:
+        """What to poll, and what for, as `zmq_poll` takes it."""
         return [source for link in self._links for source in link.sources]
 
     def start(self, call: Call[Any]) -> None:
@@ -48,7 +39,7 @@ class Links:
         now = time.monotonic()
         if self._balancer.idle:
             for link in self._links:  # nobody has looked for a while: a connection may be no more
-                link.poll_monitor()
+                link.poll_events()
         self._balancer.begin(call, now)
         if call.done:
             return
@@ -69,52 +60,64 @@ class Links:
             self._links[index].cancel(attempt)
         return self._balancer.forget(call)
 
-    def has_input(self) -> bool:
-        """Whether `receive` has something, see `Link.has_input`."""
-        waiting = [link.has_input() for link in self._links]  # of each, since the look re-arms it
-        return bool(self._finished) or any(waiting)
+    @property
+    def is_edge_triggered(self) -> bool:
+        """Whether any of the links is, see `Link.is_edge_triggered`."""
+        return any(link.is_edge_triggered for link in self._links)
 
-    def receive(self) -> Call[Any] | None:
-        """Take one message of each daemon, if any waits. Returns a finished call, if there is one."""
-        if not self._finished:
-            now = time.monotonic()
-            for index, link in enumerate(self._links):
-                attempt = link.receive() if link.has_input() else None
-                if attempt is not None:
-                    self._finished += self._take(index, [attempt], now)
-            self._finished += self._send_due(now)
-        return self._finished.popleft() if self._finished else None
+    def has_input(self) -> bool:
+        """Whether a message waits, see `Link.has_input`."""
+        waiting = [link.has_input() for link in self._links]  # of each, since the look re-arms it
+        return any(waiting)
 
     def drain(self, most: int, settle: Callable[[Call[Any]], None]) -> bool:
-        """Take the messages that wait, see `Link.drain`."""
+        """Take the messages that wait, see `Link.drain`; up to `most` of each daemon at a time."""
         for _ in range(most):
-            if not self.has_input():
-                return False
-            call = self.receive()
-            if call is not None:
+            now = time.monotonic()
+            is_dry = True
+            for index, link in enumerate(self._links):
+                attempts: list[Call[Any]] = []
+                is_dry &= not link.drain(most, attempts.append)
+                for call in self._take(index, attempts, now):
+                    settle(call)
+            for call in self._send_due(now):
                 settle(call)
+            if is_dry and not self.has_input():  # the messages that were sent may have swallowed what told of others
+                return False
         return True
 
-    def poll_source(self, source: Socket) -> list[Call[Any]]:
-        """Take what waits at one of the sources. Returns finished calls."""
+    def handle(self, source: Any, mask: int) -> list[Call[Any]]:
+        """Do what a source is ready for, see `Link.handle`. Returns finished calls."""
         now = time.monotonic()
         finished: list[Call[Any]] = []
         for index, link in enumerate(self._links):
-            if source is link.dealer:
-                attempt = link.receive()
-                if attempt is not None:
-                    finished += self._take(index, [attempt], now)
-            elif source is link.monitor:
-                finished += self._take(index, link.poll_monitor(), now)
+            if any(source == each for each, _ in link.sources):
+                finished += self._take(index, link.handle(source, mask), now)
+                break
         return finished + self._send_due(now)
 
-    def poll_monitor(self) -> list[Call[Any]]:
-        """Read the events of all monitors, see `Link.poll_monitor`. Returns finished calls."""
+    def poll_events(self) -> list[Call[Any]]:
+        """Take note of what happened to all channels, see `Link.poll_events`. Returns finished calls."""
         now = time.monotonic()
         finished: list[Call[Any]] = []
         for index, link in enumerate(self._links):
-            finished += self._take(index, link.poll_monitor(), now)
+            finished += self._take(index, link.poll_events(), now)
         return finished + self._send_due(now)
+
+    def on_room(self) -> None:
+        """Go on wherever there is room, see `Link.on_room`."""
+        for link in self._links:
+            link.on_room()
+
+    def hold(self) -> None:
+        """Have what is sent wait, see `Link.hold`."""
+        for link in self._links:
+            link.hold()
+
+    def flush(self) -> None:
+        """Send what waits, see `Link.flush`."""
+        for link in self._links:
+            link.flush()
 
     def on_timer(self, now: float) -> list[Call[Any]]:
         """Do whatever the time has come for, see `Link.on_timer`. Returns finished calls."""
@@ -122,7 +125,8 @@ class Links:
         for index, link in enumerate(self._links):
             finished += self._take(index, link.on_timer(now), now)
         finished += self._balancer.expire(now)
-        self._connect(now)
+        for index in self._balancer.reconnects(now):
+            finished += self._take(index, self._links[index].connect(now), now)
         return finished + self._send_due(now)
 
     def reset(self) -> list[Call[Any]]:
@@ -142,10 +146,6 @@ class Links:
         """Forget the sockets, in a forked child."""
         for link in self._links:
             link.abandon()
-
-    def _connect(self, now: float) -> None:
-        for index in self._balancer.reconnects(now):
-            self._links[index].connect(now)
 
     def _take(self, index: int, attempts: Iterable[Call[Any]], now: float) -> list[Call[Any]]:
         """Take finished attempts of one link, and withdraw what is not needed any more. Returns finished calls."""
@@ -194,12 +194,8 @@ def sharing_of(wanted: bool, limits: Limits) -> Callable[[str], SharedTensors | 
     return share
 
 
-def link_of(
-    session: Session | Balancer,
-    watch: Callable[[Socket, bool], None] | None = None,
-    unwatch: Callable[[Socket], None] | None = None,
-) -> Link | Links:
-    """The sockets of a client, of one daemon or of several."""
+def link_of(session: Session | Balancer, watcher: Watcher | None = None) -> Link | Links:
+    """The link of a client of one daemon, or those of a client of several."""
     if isinstance(session, Balancer):
-        return Links(session, watch, unwatch)
-    return Link(session, watch, unwatch)
+        return Links(session, watcher)
+    return Link(session, watcher)

@@ -189,7 +189,10 @@ class Session:
                 timer = connection.half_open_at
             if self._resends.next_at < timer:
                 timer = self._resends.next_at
-        elif not connection.is_connecting and self._pending and connection.retry_at < timer:
+        elif connection.is_connecting:
+            if connection.ends_at < timer:
+                timer = connection.ends_at
+        elif self._pending and connection.retry_at < timer:
             timer = connection.retry_at
         return timer
 

@@ -179,7 +179,7 @@ def test_a_listener_of_another_protocol_is_named(connect: Connect) -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        call_until_it_says(connect(f"127.0.0.1:{server.getsockname()[1]}"), "handshake")
+        call_until_it_says(connect(f"127.0.0.1:{server.getsockname()[1]}"), "does not speak ZeroMQ")
         stop.set()
         socket.create_connection(server.getsockname()).close()
         thread.join()

@@ -21,10 +21,11 @@ import msgspec
 import zmq
 
 from tnxctl.call import Call
+from tnxctl.channels.channel import POLLOUT, Channel
 from tnxctl.cli.bench.recording import LOST, UNSENT, Recording, clock_ns
 from tnxctl.durations import spell
 from tnxctl.keys import lookup
-from tnxctl.link import KEPT_BYTES, ZERO_COPY_BYTES, Link, has_input
+from tnxctl.link import ZERO_COPY_BYTES, Link
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import DeadlineExceeded, Unavailable
 from tnxctl.session import MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session
@@ -42,11 +43,6 @@ _CHECK_NS = _CHECK_MS * 1_000_000
 _GRACE_NS = 1_000_000_000  # after the end of an open loop, to send what was due in a pause of this machine
 _BURST = 64  # requests or answers in a row
 _CHUNK = 4096  # random numbers drawn at a time
-
-_MORE = int(zmq.SNDMORE | zmq.NOBLOCK)
-_NOBLOCK = int(zmq.NOBLOCK)
-_RCVMORE = int(zmq.RCVMORE)
-_POLLIN = int(zmq.POLLIN)
 
 
 class Outgoing(NamedTuple):
@@ -119,9 +115,7 @@ class Connection:
         self.timeout = timeout
         self.session = Session(endpoint, timeout, wire.Limits(), lookup.find(endpoint))
         self._link = Link(self.session)
-        self._dealer: Any = None
-        self._fd = 0
-        self._is_large = False  # the last tensor that came
+        self._channel: Channel  # once it is open
 
     def __enter__(self) -> Self:
         """Connect. Raises the error of a health request that is not answered."""
@@ -130,9 +124,8 @@ class Connection:
         except BaseException:
             self._link.close()
             raise
-        self._dealer = self._link.dealer
-        self._dealer.set(zmq.RCVTIMEO, _CHECK_MS)
-        self._fd = self._dealer.get(zmq.FD)
+        assert self._link.channel is not None
+        self._channel = self._link.channel
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,60 +141,56 @@ class Connection:
             if wait_s <= 0:
                 link.on_timer(now)
                 continue
-            sources = [(socket, _POLLIN) for socket in (link.dealer, link.monitor) if socket is not None]
-            zmq.zmq_poll(sources, math.ceil(min(wait_s * 1e3, _CHECK_MS)))
-            if has_input(link.dealer):
-                link.receive()
-            link.poll_monitor()
+            for source, mask in zmq.zmq_poll(link.sources, math.ceil(min(wait_s * 1e3, _CHECK_MS))):
+                link.handle(source, mask)
         return call.take()
 
     def send(self, requests: Source, recording: Recording, due_ns: int, now_ns: int) -> None:
         """Send the next request."""
         number, header, tensors, nbytes = requests.next(now_ns)
         recording.send(number, due_ns, now_ns)
-        send, copied = self._dealer.send, nbytes < ZERO_COPY_BYTES
-        try:
-            send(header, _MORE if tensors else _NOBLOCK)
-            for tensor in tensors[:-1]:
-                send(tensor, _MORE, copied)
-            for tensor in tensors[-1:]:
-                send(tensor, _NOBLOCK, copied)
-        except zmq.Again:
-            self.check()  # the connection is about to be reported as broken
+        self._channel.send([header, *tensors], nbytes < ZERO_COPY_BYTES)
 
-    def receive(self, frames: list[bytes] | None = None) -> bytes | None:
-        """The header of the next answer; None if none came for a while.
+    def take(self, frames: list[Any] | None = None) -> bytes | None:
+        """The header of an answer that is here; None: none is.
 
         Args:
             frames: gets its tensors.
         """
-        dealer = self._dealer
-        try:
-            header: bytes = dealer.recv()
-        except zmq.Again:
+        found = self._channel.receive()
+        if found is None:
+            if self._channel.has_events:
+                self.check()
             return None
-        while dealer.get(_RCVMORE):
-            if frames is not None:
-                frames.append(dealer.recv(_NOBLOCK))
-                continue
-            # Nobody reads it; a small one is dropped faster as a copy. Answers tend to be as large as the last one.
-            frame = dealer.recv(_NOBLOCK, not self._is_large)
-            self._is_large = len(frame) >= KEPT_BYTES
+        if frames is not None:
+            frames += found[1:]
+        header: bytes = found[0]
         return header
 
-    def has_answer(self) -> bool:
-        return bool(self._dealer.get(zmq.EVENTS) & _POLLIN)
+    def receive(self) -> bytes | None:
+        """The header of the next answer; None if none came for a while."""
+        header = self.take()
+        if header is None:
+            self.wait(clock_ns() + _CHECK_NS)
+            header = self.take()
+        return header
 
     def wait(self, until_ns: int) -> None:
-        """Sleep until an answer may be there, or until then. Only directly after `has_answer` said no."""
+        """Sleep until an answer may be there, or until then. Only directly after `take` found none."""
         seconds = min(until_ns - clock_ns(), _CHECK_NS) / 1e9  # zmq's own poll counts in milliseconds
-        if seconds > 0:
-            select.select([self._fd], [], [], seconds)
+        if seconds <= 0:
+            return
+        fd, mask = self._channel.descriptor()
+        if fd < 0:  # it is over, as the next `take` tells
+            return
+        _, room, _ = select.select([fd], [fd] if mask & POLLOUT else [], [], seconds)
+        if room:
+            self._channel.on_room()
 
     def check(self) -> None:
         """Raise Unavailable if the connection is gone."""
-        self._link.poll_monitor()
-        if self._link.dealer is None:
+        self._link.poll_events()
+        if self._link.channel is None:
             raise Unavailable(f"{self.endpoint}: the connection broke while predict was under way")
 
 
@@ -314,16 +303,15 @@ def _send_when_due(
         for _ in range(_BURST):
             if due is None and not outstanding:
                 break
-            if not connection.has_answer():
+            frames: list[Any] | None = None if answers is None else []
+            header = connection.take(frames)
+            if header is None:
                 connection.wait(limit if due is None or len(outstanding) >= most else due)
                 break
-            frames: list[bytes] | None = None if answers is None else []
-            header = connection.receive(frames)
-            if header is not None:
-                last = clock_ns()
-                result = recording.take(header, last)
-                if result is not None and answers is not None:
-                    answers.keep(result.id, result, frames or ())
+            last = clock_ns()
+            result = recording.take(header, last)
+            if result is not None and answers is not None:
+                answers.keep(result.id, result, frames or ())
         if now >= check_ns:
             connection.check()
             check_ns = now + _CHECK_NS
