@@ -47,6 +47,8 @@ def rule(*may: str, never: tuple[str, ...] = ()) -> Rule:
 
 VERSION = "tnxctl:__version__"
 
+MALLOC = "tnxctl.malloc"
+
 SANS_IO = tuple(
     f"tnxctl.{module}"
     for module in (
@@ -111,7 +113,9 @@ ROOMS = {
     ),
     "tnxd.process": rule("tnxd.events", never=("torch", "zmq")),
     "tnxd.models": rule("tnxctl.protocol", "tnxctl.files", *FLOOR, never=("zmq",)),
-    "tnxd.executors": rule("tnxctl.protocol", *FLOOR, "tnxd.config", "tnxd.models", "tnxd.process", never=("zmq",)),
+    "tnxd.executors": rule(
+        "tnxctl.protocol", MALLOC, *FLOOR, "tnxd.config", "tnxd.models", "tnxd.process", never=("zmq",)
+    ),
     "tnxd.scheduling": rule(
         "tnxctl.protocol", "tnxd.device_kinds", "tnxd.lanes", never=("logging", "numpy", "torch", *IO)
     ),
@@ -129,6 +133,7 @@ ROOMS = {
     "tnxd.serving": rule(
         "tnxctl.protocol",
         VERSION,
+        MALLOC,
         *FLOOR,
         "tnxd.models",
         "tnxd.executors.execution",
@@ -145,6 +150,7 @@ ROOMS = {
         "tnxctl.files",
         "tnxctl.keys",
         VERSION,
+        MALLOC,
         "tnxd.process",
         "tnxd.models",
         "tnxd.executors",

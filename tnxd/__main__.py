@@ -1,6 +1,7 @@
 """Command `tnxd`, and `python -m tnxd`: settles signals and memory before it imports anything that takes long."""
 
-from tnxd.process import malloc, signals
+from tnxctl import malloc
+from tnxd.process import signals
 
 
 def main() -> None:

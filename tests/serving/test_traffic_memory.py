@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from tnxctl import malloc
 from tnxd.config import Clients
-from tnxd.process import malloc
+from tnxd.process import resident
 from tnxd.serving.traffic_memory import TrafficMemory
 from tnxd.transport.client_limits import Admission
 
@@ -56,7 +57,7 @@ class Process:
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Process:
     made = Process()
-    monkeypatch.setattr(malloc, "resident_bytes", lambda: int(made.resident_mib * MIB))
+    monkeypatch.setattr(resident, "resident_bytes", lambda: int(made.resident_mib * MIB))
     monkeypatch.setattr(malloc, "trim", made.trim)
     return made
 

@@ -10,6 +10,7 @@ import numpy as np
 from tnxctl.bridge.http import Buffer, HttpError
 from tnxctl.bridge.settings import HttpLimits
 from tnxctl.protocol.errors import Unavailable
+from tnxctl.protocol.limits import MIB
 
 _LONG_BYTES = 64 * 1024  # that are still to come: from here on it pays to have them written to where they stay
 
@@ -26,23 +27,41 @@ class ClientGone(Exception):
     """The client has gone before its request was complete: nobody is there to be answered."""
 
 
-class Budget:
-    """Memory of all requests that are being read or answered. Args: most_bytes: of all together."""
+_LARGE_BYTES = 64 * MIB  # held at once, after which it pays to give memory back
 
-    def __init__(self, most_bytes: int) -> None:
+
+class Budget:
+    """Memory of all requests that are being read or answered.
+
+    Args:
+        most_bytes: of all together.
+        on_quiet: called when none is held any more, and it was much.
+
+    Attributes:
+        held_bytes: of all together, now.
+    """
+
+    def __init__(self, most_bytes: int, on_quiet: Callable[[], None] = lambda: None) -> None:
         self._most_bytes = most_bytes
-        self._held_bytes = 0
+        self._on_quiet = on_quiet
+        self._was_large = False
+        self.held_bytes = 0
 
     def hold(self, nbytes: int) -> None:
         """Count bytes of a request. Raises Unavailable if they are too many with all others."""
-        if self._held_bytes + nbytes > self._most_bytes:
+        if self.held_bytes + nbytes > self._most_bytes:
             why = f"the bodies of the requests under way fill the {self._most_bytes} bytes that they may have together"
             raise Unavailable(why, retry_after_s=1.0)
-        self._held_bytes += nbytes
+        self.held_bytes += nbytes
+        if self.held_bytes >= _LARGE_BYTES:
+            self._was_large = True
 
     def release(self, nbytes: int) -> None:
         """Count bytes no more."""
-        self._held_bytes -= nbytes
+        self.held_bytes -= nbytes
+        if self._was_large and not self.held_bytes:
+            self._was_large = False
+            self._on_quiet()
 
 
 class BodyReader:

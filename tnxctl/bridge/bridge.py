@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from tnxctl import malloc
 from tnxctl.aio import AsyncClient
 from tnxctl.bridge.access import Access
 from tnxctl.bridge.addresses import is_loopback
@@ -36,6 +38,9 @@ class Question(Protocol[T_co]):
 READY_TIMEOUT_S = 1.0
 """Longest wait of a readiness check: probes ask every few seconds, and give up after one by default."""
 
+_QUIET_S = 10.0
+"""Seconds after which memory that large requests have left is given back."""
+
 _LEAST_S = 1e-3  # a timeout is above 0
 
 
@@ -63,14 +68,12 @@ class Bridge:
         self.routes = routes
         self.access = access_of(settings)
         self.pages = Pages(settings)
-        self.budget = Budget(settings.limits.bodies_bytes)
+        self.budget = Budget(settings.limits.bodies_bytes, self._give_back_later)
         self.regions = Regions(settings.shared_memory, self.budget)
         self.helper = Helper()
         endpoints = settings.endpoints
-        self.daemons = [AsyncClient(each, timeout=settings.timeout, limits=settings.message) for each in endpoints]
-        self.client = self.daemons[0]
-        if len(endpoints) > 1:
-            self.client = AsyncClient(list(endpoints), timeout=settings.timeout, limits=settings.message)
+        self.daemons = [_client(each, settings) for each in endpoints]
+        self.client = self.daemons[0] if len(endpoints) == 1 else _client(endpoints, settings)
         self.signatures = Signatures(self.client)
         self._asking_ready: asyncio.Task[bool] | None = None
         self._first = 0  # of the daemons: the one that answered last
@@ -115,11 +118,23 @@ class Bridge:
             return False
         return report.status == "ready"
 
+    def _give_back_later(self) -> None:
+        """Give memory back to the system, after requests that took much of it, unless others come soon."""
+        asyncio.get_running_loop().call_later(_QUIET_S, self._give_back)
+
+    def _give_back(self) -> None:
+        if not self.budget.held_bytes:
+            threading.Thread(target=malloc.trim, name="trim", daemon=True).start()
+
     async def close(self) -> None:
         """Close the connections to the daemon, or to all of them, and end the helper."""
         await self.helper.close()
         for client in (self.client, *self.daemons):
             await client.close()
+
+
+def _client(endpoint: str | Sequence[str], settings: Settings) -> AsyncClient:
+    return AsyncClient(endpoint, timeout=settings.timeout, limits=settings.message, busy_poll=settings.busy_poll_s)
 
 
 def _look_at(task: asyncio.Task[bool]) -> None:

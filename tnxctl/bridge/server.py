@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from tnxctl import malloc
 from tnxctl.bridge import tls
 from tnxctl.bridge.app import App
 from tnxctl.bridge.bridge import Bridge
@@ -41,6 +42,7 @@ def run(settings: Settings, sockets: Sequence[socket.socket], on_ready: Callable
     Raises:
         InvalidArgument: a file with tokens, keys, or a certificate has a mistake.
     """
+    malloc.keep_freed()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(settings, sockets, on_ready, ending))
 

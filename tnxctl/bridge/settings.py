@@ -7,6 +7,7 @@ from typing import Annotated
 
 import msgspec
 
+from tnxctl.busypoll import DEFAULT_BUSY_POLL_S
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.limits import MIB, Limits, excerpt
 
@@ -53,6 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         timeout: seconds for an answer of the daemon's, unless a request says otherwise.
         listen: host and port for HTTP. grpc: for gRPC; None: not at all.
         workers: processes that share the addresses.
+        busy_poll_s: see `tnxctl.AsyncClient`.
         certfile, keyfile: PEM files for TLS; None: none.
         insecure: whether it may listen on other addresses than loopback without TLS.
         tokens: TOML file with bearer tokens; None: everybody may do what the bridge's own client may.
@@ -66,6 +68,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     listen: tuple[str, int] = ("127.0.0.1", 8000)
     grpc: tuple[str, int] | None = None
     workers: int = 1
+    busy_poll_s: float = DEFAULT_BUSY_POLL_S
     certfile: str | None = None
     keyfile: str | None = None
     insecure: bool = False

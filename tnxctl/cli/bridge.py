@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tnxctl.busypoll import DEFAULT_BUSY_POLL_S, MAX_S
 from tnxctl.cli import options
 from tnxctl.cli.options import DEFAULT_TIMEOUT_S, host
+from tnxctl.durations import spell
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 
 if TYPE_CHECKING:
@@ -30,6 +32,14 @@ if TYPE_CHECKING:
     default=1,
     show_default=True,
     help="Processes that share the address.",
+)
+@options.duration(
+    "--busy-poll",
+    default=spell(DEFAULT_BUSY_POLL_S),
+    most=MAX_S,
+    zero=True,
+    help="Longest time that a worker looks for the answer to a short request without sleeping, while it is the only "
+    "one. It comes sooner so, at the cost of CPU time; 0 has the worker sleep.",
 )
 @click.option("--certfile", type=click.Path(), metavar="FILE", help="TLS: the certificate, and those above it, in PEM.")
 @click.option("--keyfile", type=click.Path(), metavar="FILE", help="TLS: its private key, in PEM.")
@@ -62,6 +72,7 @@ def command(
     endpoints: list[str],
     timeout: float,
     workers: int,
+    busy_poll: float,
     certfile: str | None,
     keyfile: str | None,
     insecure: bool,
@@ -96,6 +107,7 @@ def command(
         listen=addresses.parse(listen, 8000),
         grpc=None if grpc is None else addresses.parse(grpc, 8001),
         workers=workers,
+        busy_poll_s=busy_poll,
         certfile=certfile,
         keyfile=keyfile,
         insecure=insecure,

@@ -37,20 +37,22 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # old versions of cl
 
     Args:
         most: the longest one that is taken, in seconds.
+        zero: whether none at all is taken, too.
     """
 
     name = "duration"
 
-    def __init__(self, most: float = math.inf) -> None:
+    def __init__(self, most: float = math.inf, *, zero: bool = False) -> None:
         self._most = most
+        self._zero = zero
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         seconds = durations.read(str(value))
         if seconds is None:
             self.fail(f"{value!r} is not a duration: 50ms, 200us and 0.05s are, and 0.05 is seconds.", param, ctx)
-        if not 0 < seconds <= self._most or math.isinf(seconds):
+        if not 0 <= seconds <= self._most or math.isinf(seconds) or not (seconds or self._zero):
             limit = "" if math.isinf(self._most) else f" and up to {durations.spell(self._most)}"
-            self.fail(f"{value!r} is not in the range above 0{limit}.", param, ctx)
+            self.fail(f"{value!r} is not in the range {'from' if self._zero else 'above'} 0{limit}.", param, ctx)
         return seconds
 
 
@@ -145,9 +147,12 @@ def as_json(command: _Command) -> _Command:
     )(command)
 
 
-def duration(name: str, *, default: str, help: str, most: float = math.inf) -> Callable[[_Command], _Command]:
-    """An option that is a span of time. Args: most: the longest one that is taken, in seconds."""
-    return click.option(name, type=Duration(most), default=default, show_default=True, metavar="DURATION", help=help)
+def duration(
+    name: str, *, default: str, help: str, most: float = math.inf, zero: bool = False
+) -> Callable[[_Command], _Command]:
+    """An option that is a span of time. Args: most, zero: see `Duration`."""
+    kind = Duration(most, zero=zero)
+    return click.option(name, type=kind, default=default, show_default=True, metavar="DURATION", help=help)
 
 
 def model(help: str) -> Callable[[_Command], _Command]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tnxctl import malloc
 from tnxctl.protocol.datatypes import Array
 from tnxd.config import Config
 from tnxd.device_kinds import CPU
@@ -30,7 +31,6 @@ from tnxd.executors.runner import Runner
 from tnxd.models.model import Item
 from tnxd.models.python.module import InThread
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
-from tnxd.process import malloc
 
 # MKL cuts larger weights into blocks that it copies anyway: what one batch size gains, another loses.
 _MOST_ORDERED = 1 << 20

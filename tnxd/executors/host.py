@@ -154,7 +154,7 @@ def peak_memory(proc: Path = _PROC) -> Iterator[Peak]:
     """Peak memory of a block, on top of the memory that the process has: known when the block is over.
 
     The whole process is measured, so the work of other threads meanwhile counts too. Memory that the C library has kept
-    from before and uses again does not count: `tnxd.process.malloc.trim` gives it back. The kernel's counts are off by
+    from before and uses again does not count: `tnxctl.malloc.trim` gives it back. The kernel's counts are off by
     a few MiB on machines with many cores.
 
     Some sandboxes do not let the high-water mark be set back. There only a peak above all earlier ones of the process

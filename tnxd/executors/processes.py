@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from tnxctl import malloc
 from tnxd.config import Config
 from tnxd.device_kinds import PROCESS
 from tnxd.executors.cpu import CpuRunner
 from tnxd.executors.host import available_cores, host_memory_mb
 from tnxd.executors.lane import OnDone
 from tnxd.executors.pool import LanePool
-from tnxd.process import malloc
 
 _LEAST_LANES = 8
 _LANES_PER_CORE = 2

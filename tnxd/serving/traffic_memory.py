@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import threading
 
+from tnxctl import malloc
 from tnxctl.protocol.wire import MIB
-from tnxd.process import malloc
+from tnxd.process import resident as memory
 from tnxd.transport.client_limits import Admission
 from tnxd.transport.router import Router
 
@@ -54,7 +55,7 @@ class TrafficMemory:
         """
         router, admission = self._router, self._admission
         admission.sweep()
-        resident = malloc.resident_bytes()
+        resident = memory.resident_bytes()
         if admission.traffic_bytes > admission.max_traffic_bytes and router.cut_worst():
             return
         if not settled or not self._quiet_bytes:

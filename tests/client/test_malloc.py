@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reaso
 
 _FAULTS_OF_BLOCKS = """
 import resource, threading
-from tnxd.process import malloc
+from tnxctl import malloc
 
 if {keep}:
     malloc.keep_freed()
@@ -63,28 +63,3 @@ def test_the_operator_may_say_otherwise() -> None:
     by_default, _ = faults(keep=False)
     for name, value in {"MALLOC_ARENA_MAX": "8", "GLIBC_TUNABLES": "glibc.malloc.arena_max=8"}.items():
         assert faults(keep=True, **{name: value})[0] > by_default / 2
-
-
-_GROWTH_BY_SHARED_MEMORY = """
-import mmap
-from tnxd.process import malloc
-
-block = bytes(range(256)) * (16 << 12)
-before = malloc.resident_bytes()
-shared = mmap.mmap(-1, 64 << 20)
-for offset in range(0, len(shared), len(block)):
-    shared[offset : offset + len(block)] = block
-with_shared = malloc.resident_bytes()
-own = bytearray(block * 4)
-print(with_shared - before, malloc.resident_bytes() - with_shared)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the system does not say")
-def test_memory_that_is_shared_does_not_count() -> None:
-    """Traffic would be taken for more than it is, and its clients cut off for it."""
-    program = [sys.executable, "-c", _GROWTH_BY_SHARED_MEMORY]
-    found = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60)
-    by_shared, by_own = map(int, found.stdout.split())
-    assert by_shared < 16 << 20
-    assert by_own > 48 << 20
