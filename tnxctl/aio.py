@@ -65,8 +65,8 @@ class AsyncClient:
     cancels its prediction. The arrays of a call must stay unchanged until it is done.
 
     Args:
-        busy_poll: seconds for which the loop looks for an answer without sleeping, at most, while one call is under way
-            and such calls have been short; from 0 (never) to 1. It is served sooner so, and its core has no rest.
+        busy_poll: seconds for which the loop looks for what comes next without sleeping, at most, while there is one
+            call at a time and each has been short; from 0 (never) to 1. It is there sooner so, and a core has no rest.
     """
 
     def __init__(
@@ -295,7 +295,7 @@ class _LoopDriver:
     def __init__(self, session: Session | Balancer, loop: asyncio.AbstractEventLoop, busy_poll_s: float) -> None:
         self.loop = loop
         self._session = session
-        self._busy_poll = BusyPoll(loop, busy_poll_s, lambda: not session.idle) if busy_poll_s else None
+        self._busy_poll = BusyPoll(loop, busy_poll_s) if busy_poll_s else None
         self._link = link_of(session, Watcher(self._watch, self._unwatch))
         self._is_single = isinstance(self._link, Link)  # of several daemons, a reply may be the cue for another message
         self._flush_is_due = False
@@ -320,7 +320,7 @@ class _LoopDriver:
         self._set_timer()
         busy_poll = self._busy_poll if is_alone else None
         if busy_poll is not None:
-            busy_poll.begin()
+            busy_poll.sent()
         began = time.monotonic()
         try:
             return await future
@@ -331,7 +331,7 @@ class _LoopDriver:
             raise
         finally:
             if busy_poll is not None:
-                busy_poll.took(time.monotonic() - began)
+                busy_poll.answered(time.monotonic() - began)
             del future  # else it, its exception and this frame would keep each other, and the inputs, alive
 
     def close(self) -> None:

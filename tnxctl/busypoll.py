@@ -1,7 +1,7 @@
-"""Busy poll: an event loop that looks for the answer to a short call again and again, instead of sleeping.
+"""Busy poll: an event loop that looks for what comes next again and again, instead of sleeping, while calls are short.
 
 A loop that sleeps has to be woken, on a core that has gone to sleep as well. Both take tens of microseconds, and what
-runs next runs slower: together a quarter of what a short request took through the bridge, one at a time
+runs next runs slower: together a third of what a short request took through the bridge, one at a time
 (docs/performance.md, "The bridge"). The loop goes on serving everybody else meanwhile. It is Linux's busy polling
 (https://docs.kernel.org/networking/napi.html#busy-polling), a layer above.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
 
 from tnxctl.protocol.errors import InvalidArgument
 
@@ -21,43 +20,58 @@ DEFAULT_BUSY_POLL_S = 1e-3
 """What the bridge has: several times what the smallest networks take, and less than those that are not small."""
 
 _WEIGHT = 0.125
-"""Weight of the last call in what calls take, as for the round trips of TCP (RFC 6298)."""
+"""Weight of the last of the times in what they usually are, as for the round trips of TCP (RFC 6298)."""
 
 _MOST_COUNTED = 4.0
-"""Calls longer than so many times the longest count as if they took that: a single one shall not end it for long."""
+"""Times longer than so many times the longest count as that: a single one shall not end it for long."""
 
 
 class BusyPoll:
-    """Busy polling of one event loop, while one call is under way and such calls are short.
+    """Busy polling of one event loop, from a call that is alone to its answer, and from there to the next one.
+
+    It lasts no longer at a time than it may. And it is not begun where the answer, or the next call, is usually not
+    there within that time.
 
     Args:
-        longest_s: seconds that it lasts at most. Calls that take longer on average are not polled for.
-        is_waiting: whether the call is still under way.
+        longest_s: seconds that it lasts at most.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, longest_s: float, is_waiting: Callable[[], bool]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, longest_s: float) -> None:
         self._loop = loop
         self._longest_s = longest_s
-        self._is_waiting = is_waiting
-        self._usual_s = 0.0
+        self._usual_call_s = 0.0
+        self._usual_gap_s = longest_s
+        self._answered_at = -math.inf
         self._until = -math.inf
         self._is_on = False
 
-    def begin(self) -> None:
-        """Begin, for a call that was sent just now."""
-        if self._usual_s < self._longest_s:
-            self._until = time.monotonic() + self._longest_s
-            if not self._is_on:
-                self._is_on = True
-                self._loop.call_soon(self._turn)
+    def sent(self) -> None:
+        """Begin: a call was sent just now, while there was no other."""
+        now = time.monotonic()
+        self._usual_gap_s = self._learn(self._usual_gap_s, now - self._answered_at)
+        self._go_on(now, self._usual_call_s)
 
-    def took(self, seconds: float) -> None:
-        """Learn how long a call took that had the connection to itself."""
-        self._usual_s += _WEIGHT * (min(seconds, _MOST_COUNTED * self._longest_s) - self._usual_s)
+    def answered(self, seconds: float) -> None:
+        """Go on, or end: that call was answered, and took so long."""
+        self._answered_at = now = time.monotonic()
+        self._usual_call_s = self._learn(self._usual_call_s, seconds)
+        self._go_on(now, max(self._usual_call_s, self._usual_gap_s))
+
+    def _learn(self, usual: float, seconds: float) -> float:
+        return usual + _WEIGHT * (min(seconds, _MOST_COUNTED * self._longest_s) - usual)
+
+    def _go_on(self, now: float, usual: float) -> None:
+        if usual >= self._longest_s:
+            self._until = now
+            return
+        self._until = now + self._longest_s
+        if not self._is_on:
+            self._is_on = True
+            self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
         """Be due again at once, which has the loop look at its sockets without waiting for them."""
-        self._is_on = self._is_waiting() and time.monotonic() < self._until
+        self._is_on = time.monotonic() < self._until
         if self._is_on:
             self._loop.call_soon(self._turn)
 
