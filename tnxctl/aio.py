@@ -424,14 +424,14 @@ class _LoopDriver:
         else:
             self.loop.remove_reader(source)
         if mask & POLLOUT:
-            self.loop.add_writer(source, self._go_on)
+            self.loop.add_writer(source, self._go_on, source)
         else:
             self.loop.remove_writer(source)
 
-    def _go_on(self) -> None:
+    def _go_on(self, source: int) -> None:
         """Go on where there is room to send, or a connection stands."""
-        self._link.on_room()
-        self._receive()
+        _settle_all(self._link.handle(source, POLLOUT))
+        self._set_timer()
 
     def _unwatch(self, closing: int) -> None:
         if not self.loop.is_closed():

@@ -20,7 +20,7 @@ from tnxctl.call import Call
 from tnxctl.channels.channel import (
     CONNECT_TIMEOUT_S,
     MISMATCH,
-    POLLOUT,
+    POLLIN,
     Channel,
     Target,
     Watcher,
@@ -84,7 +84,7 @@ class Link:
                 return self.poll_events()
             self.drain(1, finished.append)  # a poll looks at it each time
             return finished
-        if mask & POLLOUT:
+        if mask != POLLIN:
             channel.on_room()
         self.drain(sys.maxsize, finished.append)
         return finished
@@ -114,10 +114,10 @@ class Link:
         """Whether a use of the channel may swallow what its sources tell, see `Channel`."""
         return self.channel is not None and self.channel.is_edge_triggered
 
-    def on_room(self) -> None:
-        """Go on, where there is room."""
-        if self.channel is not None:
-            self.channel.on_room()
+    def look(self) -> None:
+        """Take note of what happened to the channel of an idle session while nobody polled."""
+        self.drain(sys.maxsize, _drop)
+        self.poll_events()
 
     def hold(self) -> None:
         """Have what is sent wait, see `Channel.hold`."""
@@ -161,6 +161,8 @@ class Link:
             self._greeting = None
         elif event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL and self._is_mismatch():
             event, value = zmq.Event.HANDSHAKE_FAILED_PROTOCOL, MISMATCH
+        if event == zmq.Event.CONNECT_DELAYED:  # the host name has been looked up
+            self._time_attempt(now)
         if event == zmq.Event.CONNECTED:
             self._met_at = now
             self._time_attempt(now)
@@ -193,6 +195,8 @@ class Link:
             if connection.is_half_open(now):
                 self.close()
                 finished += self._session.give_up()
+            elif self.channel is not None and self.channel.has_events:
+                finished += self.poll_events()  # no source tells of what this look has found
         if connection.is_late(now) and self.channel is not None:
             self.channel.time_out()
             finished += self.poll_events()
@@ -275,3 +279,7 @@ class Link:
         sharing = self._session.sharing
         frames = call.frames if sharing is None else sharing.outgoing(call)
         self.channel.send(frames, call.nbytes < ZERO_COPY_BYTES)
+
+
+def _drop(call: Call[Any]) -> None:
+    """Do nothing with a call: nobody waits for it."""

@@ -39,7 +39,7 @@ class Links:
         now = time.monotonic()
         if self._balancer.idle:
             for link in self._links:  # nobody has looked for a while: a connection may be no more
-                link.poll_events()
+                link.look()
         self._balancer.begin(call, now)
         if call.done:
             return
@@ -103,11 +103,6 @@ class Links:
         for index, link in enumerate(self._links):
             finished += self._take(index, link.poll_events(), now)
         return finished + self._send_due(now)
-
-    def on_room(self) -> None:
-        """Go on wherever there is room, see `Link.on_room`."""
-        for link in self._links:
-            link.on_room()
 
     def hold(self) -> None:
         """Have what is sent wait, see `Link.hold`."""

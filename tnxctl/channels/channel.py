@@ -63,7 +63,7 @@ class Channel(Protocol):
         sources: what to poll, and what for, as `zmq_poll` takes it.
         has_events: whether `events` has something, so far as that is known without a look.
         is_edge_triggered: whether its sources tell of a change once, and any use may swallow it.
-        times_out: whether it ends an attempt that takes too long by itself; else `time_out` is to be called.
+        times_out: whether it ends an attempt that takes too long by itself, for now; else `time_out` is to be called.
     """
 
     sources: list[tuple[Any, int]]
@@ -97,7 +97,7 @@ class Channel(Protocol):
         """Send what waits, as far as there is room."""
 
     def on_room(self) -> None:
-        """Go on: a source is ready for POLLOUT."""
+        """Go on: a source is ready for more than POLLIN."""
 
     def time_out(self) -> None:
         """End an attempt that has taken too long."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import socket
 import threading
@@ -30,26 +31,37 @@ def address_of(endpoint: str) -> Address | None:
 class Lookup:
     """A lookup of the host name in an endpoint, in a thread of its own, since it may take half a minute.
 
+    Raises OSError, when it is made: no file descriptor is left, or no thread.
+
     Attributes:
         fd: readable once it is over.
+        is_over: whether it is.
+        found: the address; None: there is none, or it is not over.
     """
 
     def __init__(self, endpoint: str) -> None:
-        self._found: Address | None = None
+        self.found: Address | None = None
+        self.is_over = False
         self._reader, writer = socket.socketpair()
         self.fd = self._reader.fileno()
-        threading.Thread(target=self._run, args=(endpoint, writer), name="tnxctl-lookup", daemon=True).start()
+        thread = threading.Thread(target=self._run, args=(endpoint, writer), name="tnxctl-lookup", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._reader.close()
+            writer.close()
+            raise OSError(errno.EAGAIN, str(error)) from None
 
     def _run(self, endpoint: str, writer: socket.socket) -> None:
         host, port = _split(endpoint)
         family = socket.AF_INET6 if "[" in endpoint else socket.AF_INET  # as libzmq looks names up
-        with writer, contextlib.suppress(OSError, UnicodeError):
-            family, _, _, _, address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0]
-            self._found = family, address
-
-    def result(self) -> Address | None:
-        """The address that was found, once `fd` is readable; None: there is none."""
-        return self._found
+        with writer:
+            with contextlib.suppress(OSError, UnicodeError):
+                family, _, _, _, address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0]
+                self.found = family, address
+            self.is_over = True
+            with contextlib.suppress(OSError):  # nobody waits any more
+                writer.send(b"\0")  # a forked child may keep a copy of it open: that it is closed would not be seen
 
     def close(self) -> None:
         """Forget it. Idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections import deque
@@ -26,6 +27,8 @@ from tnxctl.channels.names import Address, Lookup, address_of
 from tnxctl.channels.zmtp import BUFFER_BYTES, Handshake, Inbox, ProtocolError, parts_of
 
 _PIECES = 256  # handed to the system at a time, which takes 1,024
+_READS = 16  # in a row: one who sends without end must not keep this thread from its timers
+_NO_SIGNAL = int(socket.MSG_NOSIGNAL)  # a program may have given SIGPIPE its default meaning, which is to die
 
 _ENDS = (zmq.Event.CLOSED, zmq.Event.CONNECT_RETRIED, zmq.Event.DISCONNECTED)
 
@@ -38,11 +41,11 @@ class StreamChannel:
     """
 
     is_edge_triggered = False
-    times_out = False
 
     def __init__(self, target: Target, watcher: Watcher | None) -> None:
         self.sources: list[tuple[Any, int]] = []
         self.has_events = False
+        self.times_out = False
         self._watcher = watcher
         self._events: list[Event] = []
         self._lookup: Lookup | None = None
@@ -51,13 +54,15 @@ class StreamChannel:
         self._is_over = False
         self._handshake: Handshake | None = Handshake()
         self._inbox = Inbox(target.max_frame_bytes, target.max_frames)
-        self._is_dry = False  # the last read took all that there was
-        self._queue: deque[Any] = deque()  # pieces that wait for room, or for `flush`
+        self._is_dry = False  # the last read took all that there was, or is the last for now
+        self._reads = 0  # in a row that left more to read
+        self._queue: deque[bytes | memoryview] = deque()  # pieces that wait for room, or for `flush`
         self._is_holding = False
         self._is_full = False  # there was no room
         address = address_of(target.endpoint)
         try:
             if address is None:
+                self.times_out = True  # the system ends a lookup, after as long as it takes to ask all servers
                 self._lookup = Lookup(target.endpoint)
                 self._poll(self._lookup.fd, POLLIN)
             else:
@@ -69,17 +74,25 @@ class StreamChannel:
     # --- what a link asks -------------------------------------------------------------------------------------
 
     def receive(self) -> list[Any] | None:
+        inbox = self._inbox
         try:
-            frames = self._inbox.take()
+            frames = inbox.take()
             if frames is not None:
                 return frames
-            if self._is_dry:
-                self._is_dry = False
-                return None
-            return self._inbox.take() if self._read() else None
+            if not self._is_dry and self._read():
+                frames = inbox.take()
+                if frames is not None:
+                    return frames
         except ProtocolError as error:
             self._end(error.event)
-            return None
+        except MemoryError:  # for a frame as long as announced
+            self._end((zmq.Event.DISCONNECTED, errno.ENOMEM))
+        self._is_dry = False  # a poll tells of more
+        if inbox.pongs:
+            pongs, inbox.pongs = inbox.pongs, b""
+            if not self._is_full:  # else what waits will show that this side lives
+                self._send_bytes(pongs)
+        return None
 
     def has_input(self) -> bool:
         return False  # a poll tells
@@ -113,7 +126,7 @@ class StreamChannel:
         if self._is_connected:
             self._is_full = False
             self._write()
-        else:
+        elif self._socket is not None and not self._is_over:
             self._connected()
 
     def time_out(self) -> None:
@@ -140,10 +153,12 @@ class StreamChannel:
 
     def _looked_up(self) -> None:
         assert self._lookup is not None
-        address = self._lookup.result()
+        if not self._lookup.is_over:
+            return
+        address = self._lookup.found
         self._forget_sources()
         self._lookup.close()
-        self._lookup = None
+        self._lookup, self.times_out = None, False
         if address is None:
             self._end((zmq.Event.CONNECT_RETRIED, 0))
             return
@@ -178,6 +193,10 @@ class StreamChannel:
         if error:
             self._end((zmq.Event.CLOSED, error))
             return
+        try:
+            self._socket.getpeername()
+        except OSError:  # not yet: what was ready had this file descriptor before
+            return
         self._is_connected = True
         self._tell((zmq.Event.CONNECTED, 0))
         self._poll(self._socket.fileno(), POLLIN)
@@ -197,7 +216,11 @@ class StreamChannel:
             if self._handshake is None:
                 space = self._inbox.space()
                 nbytes = held.recv_into(space)
-                self._is_dry = nbytes < len(space)
+                if nbytes < len(space):
+                    self._is_dry, self._reads = True, 0
+                else:
+                    self._reads += 1
+                    self._is_dry = self._reads % _READS == 0
                 self._inbox.filled(nbytes)
             else:
                 received = held.recv(BUFFER_BYTES)
@@ -238,10 +261,13 @@ class StreamChannel:
             return
         try:
             while queue and not self._is_full:
-                sent = held.send(queue[0]) if len(queue) == 1 else held.sendmsg(islice(queue, _PIECES))
+                if len(queue) == 1:
+                    sent = held.send(queue[0], _NO_SIGNAL)
+                else:
+                    sent = held.sendmsg(islice(queue, _PIECES), (), _NO_SIGNAL)
                 while sent:
                     piece = queue.popleft()
-                    size = _nbytes(piece)
+                    size = piece.nbytes if isinstance(piece, memoryview) else len(piece)
                     if sent < size:
                         queue.appendleft(memoryview(piece).cast("B")[sent:])
                         self._is_full = True
@@ -250,7 +276,9 @@ class StreamChannel:
         except BlockingIOError:
             self._is_full = True
         except OSError:
-            queue.clear()  # reading will tell, once all that came before has been read
+            queue.clear()
+            with contextlib.suppress(OSError):  # a message may be half sent: no other may follow
+                held.shutdown(socket.SHUT_RDWR)  # reading will tell, once all that came before has been read
         self._poll(held.fileno(), POLLIN | POLLOUT if self._is_full else POLLIN)
 
     # --- events and sources -----------------------------------------------------------------------------------
@@ -287,7 +315,3 @@ class StreamChannel:
         if self._watcher is not None:
             for source, _ in sources:
                 self._watcher.unwatch(source)
-
-
-def _nbytes(piece: Any) -> int:
-    return len(piece) if type(piece) is bytes else memoryview(piece).nbytes

@@ -29,6 +29,8 @@ _READY = b"\x05READY"
 _ERROR = b"\x05ERROR"
 _PING, _PONG = b"\x04PING", b"\x04PONG"
 _TTL_BYTES = 2  # of a PING, before what a PONG gives back
+_MAX_CONTEXT = 16  # which is so much at most
+_PARTNERS = (b"ROUTER", b"DEALER", b"REP")  # of a DEALER
 
 _NOT_ZMTP = int(zmq.PROTOCOL_ERROR_ZMTP_UNSPECIFIED)
 
@@ -71,13 +73,11 @@ class Handshake:
         self._received += part
         answer = b""
         if not self._has_greeted:
-            if self._received[:1] != _SIGNATURE[:1]:
+            if self._is_other(self._received):
                 raise ProtocolError(zmq.Event.HANDSHAKE_FAILED_PROTOCOL, _NOT_ZMTP)
             if len(self._received) < _GREETING_BYTES:
                 return b"", b""
             greeting, self._received = self._received[:_GREETING_BYTES], self._received[_GREETING_BYTES:]
-            if greeting[9] & 1 == 0 or greeting[10] < _VERSION[0]:
-                raise ProtocolError(zmq.Event.HANDSHAKE_FAILED_PROTOCOL, _NOT_ZMTP)
             if greeting[12:32] != _MECHANISM:
                 raise ProtocolError(zmq.Event.HANDSHAKE_FAILED_PROTOCOL, MISMATCH)
             self._has_greeted = True
@@ -102,8 +102,18 @@ class Handshake:
         self._received = b""
         return answer, received[start + size :]
 
+    @staticmethod
+    def _is_other(greeting: bytes) -> bool:
+        """Whether a greeting, as far as it has come, is that of another protocol or of an older version."""
+        signature, version = greeting[: len(_SIGNATURE)], greeting[len(_SIGNATURE) : len(_SIGNATURE) + 1]
+        return (
+            signature[:1] != _SIGNATURE[:1]
+            or (len(signature) == len(_SIGNATURE) and signature[-1] & 1 == 0)
+            or (version != b"" and version < _VERSION[:1])
+        )
+
     def _command(self, body: bytes) -> None:
-        if body.startswith(_READY):
+        if body.startswith(_READY) and _socket_type(body[len(_READY) :]) in _PARTNERS:
             return
         reason = body[len(_ERROR) + 1 :]
         if body.startswith(_ERROR) and len(reason) == 3 and reason.isdigit():
@@ -116,6 +126,20 @@ def _ready() -> bytes:
     return b"".join((_READY, bytes((len(name),)), name, struct.pack(">I", len(value)), value))
 
 
+def _socket_type(properties: bytes) -> bytes | None:
+    """The socket type among the properties of a READY, which are names and values; None: it is not told."""
+    while properties:
+        name_end = 1 + properties[0]
+        name, value_start = properties[1:name_end].lower(), name_end + 4
+        value_end = value_start + int.from_bytes(properties[name_end:value_start], "big")
+        if value_end > len(properties):
+            return None
+        if name == b"socket-type":
+            return properties[value_start:value_end]
+        properties = properties[value_end:]
+    return None
+
+
 def _frame(body: bytes, flags: int) -> bytes:
     return _head(len(body), flags) + body
 
@@ -124,15 +148,20 @@ def _head(size: int, flags: int) -> bytes:
     return bytes((flags, size)) if size <= _MAX_SHORT else _pack_long(flags | _LONG, size)
 
 
-def parts_of(frames: Sequence[Any]) -> list[Any]:
+def parts_of(frames: Sequence[Any]) -> list[bytes | memoryview]:
     """A message as buffers, one behind the other: the heads of its frames and what they hold, which is not copied."""
-    parts: list[Any] = []
+    parts: list[bytes | memoryview] = []
     last = len(frames) - 1
     for place, frame in enumerate(frames):
-        size = len(frame) if type(frame) is bytes else memoryview(frame).nbytes
+        held: bytes | memoryview
+        if type(frame) is bytes:
+            held, size = frame, len(frame)
+        else:
+            held = memoryview(frame)  # which also keeps a bytearray from getting another size than the head tells
+            size = held.nbytes
         parts.append(_head(size, _MORE if place < last else 0))
         if size:
-            parts.append(frame)
+            parts.append(held)
     return parts
 
 
@@ -245,4 +274,5 @@ class Inbox:
 
     def _command(self, body: memoryview) -> None:
         if body[: len(_PING)] == _PING:
-            self.pongs += _frame(_PONG + bytes(body[len(_PING) + _TTL_BYTES :]), _COMMAND)
+            start = len(_PING) + _TTL_BYTES
+            self.pongs += _frame(_PONG + bytes(body[start : start + _MAX_CONTEXT]), _COMMAND)
