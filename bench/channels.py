@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -80,22 +81,32 @@ class Contenders:
     def __init__(self, stack: contextlib.ExitStack, endpoint: str) -> None:
         runner = stack.enter_context(asyncio.Runner())
         self.rates: dict[str, Rate] = {"plain socket": plain_socket(endpoint)}
+
+        def of_threads(client: Client, array: Any, _: int, seconds: float) -> float:
+            return alone(client, array, seconds)
+
+        def of_tasks(client: AsyncClient, array: Any, outstanding: int, seconds: float) -> float:
+            return runner.run(together(client, array, outstanding, seconds))
+
         for libzmq in (True, False):
             client = stack.enter_context(Client(endpoint))
             through_libzmq(client.health, wanted=libzmq)
-            self.rates[_name("Client", libzmq)] = lambda array, _, seconds, client=client: alone(client, array, seconds)
+            self.rates[_name("Client", libzmq)] = partial(of_threads, client)
         for libzmq, busy_poll in ((True, 0.0), (False, 0.0), (False, _BUSY_POLL_S)):
             aio = AsyncClient(endpoint, busy_poll=busy_poll)
-            stack.callback(lambda aio=aio: runner.run(aio.close()))
-            through_libzmq(lambda aio=aio: runner.run(aio.health()), wanted=libzmq)
-            name = _name("AsyncClient", libzmq) + (", busy polling" if busy_poll else "")
-            self.rates[name] = lambda array, count, seconds, aio=aio: runner.run(together(aio, array, count, seconds))
+            stack.callback(_run, runner, aio.close)
+            through_libzmq(partial(_run, runner, aio.health), wanted=libzmq)
+            self.rates[_name("AsyncClient", libzmq) + (", busy polling" if busy_poll else "")] = partial(of_tasks, aio)
 
     def with_outstanding(self, outstanding: int) -> dict[str, Rate]:
         """Those that can have so many outstanding."""
         if outstanding == 1:
             return self.rates
         return {name: rate for name, rate in self.rates.items() if name.startswith("AsyncClient")}
+
+
+def _run(runner: asyncio.Runner, method: Callable[[], Coroutine[Any, Any, object]]) -> object:
+    return runner.run(method())
 
 
 def _name(kind: str, libzmq: bool) -> str:
@@ -105,7 +116,7 @@ def _name(kind: str, libzmq: bool) -> str:
 @click.command(help=__doc__)
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option("--seconds", type=float, default=0.5, show_default=True, help="Of one measurement.")
-@click.option("--outstanding", type=int, multiple=True, default=(1, 64), show_default=True)
+@click.option("--outstanding", type=int, multiple=True, default=(1, 16), show_default=True)
 @click.option("--kib", type=int, multiple=True, default=(1, 64, 1024), show_default=True)
 def main(rounds: int, seconds: float, outstanding: Sequence[int], kib: Sequence[int]) -> None:
     with contextlib.ExitStack() as stack:

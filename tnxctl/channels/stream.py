@@ -26,6 +26,10 @@ from tnxctl.channels.channel import (
 from tnxctl.channels.names import Address, Lookup, address_of
 from tnxctl.channels.zmtp import BUFFER_BYTES, Handshake, Inbox, ProtocolError, parts_of
 
+_TURN_BYTES = 1024 * 1024
+"""Bytes after which a channel lets others have their turn, and its own answers. A daemon that gets more than is read
+from it has to keep the answers, and refuses what is too much."""
+
 _PIECES = 256  # handed to the system at a time, which takes 1,024
 _READS = 16  # in a row: one who sends without end must not keep this thread from its timers
 _NO_SIGNAL = int(socket.MSG_NOSIGNAL)  # a program may have given SIGPIPE its default meaning, which is to die
@@ -260,19 +264,19 @@ class StreamChannel:
             queue.clear()
             return
         try:
-            while queue and not self._is_full:
+            if queue:
                 if len(queue) == 1:
                     sent = held.send(queue[0], _NO_SIGNAL)
                 else:
-                    sent = held.sendmsg(islice(queue, _PIECES), (), _NO_SIGNAL)
+                    sent = held.sendmsg(self._next_pieces(), (), _NO_SIGNAL)
                 while sent:
                     piece = queue.popleft()
                     size = piece.nbytes if isinstance(piece, memoryview) else len(piece)
                     if sent < size:
                         queue.appendleft(memoryview(piece).cast("B")[sent:])
-                        self._is_full = True
                         break
                     sent -= size
+                self._is_full = bool(queue)
         except BlockingIOError:
             self._is_full = True
         except OSError:
@@ -280,6 +284,17 @@ class StreamChannel:
             with contextlib.suppress(OSError):  # a message may be half sent: no other may follow
                 held.shutdown(socket.SHUT_RDWR)  # reading will tell, once all that came before has been read
         self._poll(held.fileno(), POLLIN | POLLOUT if self._is_full else POLLIN)
+
+    def _next_pieces(self) -> list[Any]:
+        """The pieces that are sent now: so few that what the daemon sends meanwhile is read as fast."""
+        pieces: list[Any] = []
+        nbytes = 0
+        for piece in islice(self._queue, _PIECES):
+            pieces.append(piece)
+            nbytes += piece.nbytes if isinstance(piece, memoryview) else len(piece)
+            if nbytes >= _TURN_BYTES:
+                break
+        return pieces
 
     # --- events and sources -----------------------------------------------------------------------------------
 
