@@ -47,7 +47,8 @@ def plain_socket(endpoint: str) -> Rate:
     """The floor: one request at a time, nothing decoded but where a message ends."""
     encoder = RequestEncoder(DEFAULT_TIMEOUT_S, Limits())
 
-    def rate(array: Any, _: int, seconds: float) -> float:
+    def rate(array: Any, outstanding: int, seconds: float) -> float:
+        assert outstanding == 1
         call = encoder.predict(
             array,
             model=passing.MODEL,
@@ -60,8 +61,8 @@ def plain_socket(endpoint: str) -> Rate:
             timeout=None,
             now=time.monotonic(),
         )
-        header, tensor = call.frames
-        message = zmtpsocket.frame(header, zmtpsocket.MORE) + zmtpsocket.frame(tensor.tobytes())
+        first, tensor = call.frames
+        message = zmtpsocket.frame(first, zmtpsocket.MORE) + zmtpsocket.frame(tensor.tobytes())
         connection, _ = zmtpsocket.connect(endpoint)
         with connection:
             messages, count, began = zmtpsocket.Messages(), 0, time.perf_counter()
