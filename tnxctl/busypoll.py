@@ -8,11 +8,14 @@ runs next runs slower: together a third of what a short request took through the
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
+from typing import TYPE_CHECKING
 
 from tnxctl.protocol.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    import asyncio
 
 MAX_S = 1.0
 
