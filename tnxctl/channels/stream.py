@@ -83,7 +83,7 @@ class StreamChannel:
             frames = inbox.take()
             if frames is not None:
                 return frames
-            if not self._is_dry and self._read():
+            while not self._is_dry and self._read():
                 frames = inbox.take()
                 if frames is not None:
                     return frames
@@ -220,7 +220,7 @@ class StreamChannel:
             if self._handshake is None:
                 space = self._inbox.space()
                 nbytes = held.recv_into(space)
-                if nbytes < len(space):
+                if nbytes < len(space) and not self._inbox.is_in_long_frame:
                     self._is_dry, self._reads = True, 0
                 else:
                     self._reads += 1

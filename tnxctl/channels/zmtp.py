@@ -189,6 +189,11 @@ class Inbox:
         self._whole: list[Any] | None = None  # a message that ended with a long frame
         self.pongs = b""
 
+    @property
+    def is_in_long_frame(self) -> bool:
+        """Whether more of a frame is to come that goes where it stays."""
+        return self._long is not None
+
     def space(self) -> memoryview:
         """Where the next bytes go. Never empty, if `take` has given all messages away."""
         if self._long is not None:
