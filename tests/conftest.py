@@ -153,6 +153,17 @@ def serving_daemon(log: Path, *arguments: str, **options: Any) -> Iterator[Daemo
         daemon.discard()
 
 
+@pytest.fixture(params=[True, False], ids=["plain socket", "libzmq"])
+def each_channel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Have a test run with each of the channels that a client without keys may have. Returns `opening.HAS_STREAMS`."""
+    from tnxctl.channels import opening
+
+    if request.param and sys.platform != "linux":
+        pytest.skip("needs Linux")
+    monkeypatch.setattr(opening, "HAS_STREAMS", request.param)
+    return bool(request.param)
+
+
 @pytest.fixture(scope="session")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One daemon with its built-in defaults, shared by all tests that do it no harm."""

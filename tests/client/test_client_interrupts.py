@@ -1,4 +1,4 @@
-"""`Client` under Ctrl-C: calls interrupted at each place at which CPython looks for signals."""
+"""`Client` under Ctrl-C: calls interrupted at each place at which CPython looks for signals, with each channel."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ from peers import (
     silence,
 )
 from tnxctl import Client, driver, wakeups
+from tnxctl.channels.libzmq import LibzmqChannel
+from tnxctl.channels.stream import StreamChannel
+from tnxctl.channels.zmtp import parts_of
 from tnxctl.protocol import errors, wire
 from tnxctl.results import Result
+
+pytestmark = pytest.mark.usefixtures("each_channel")
 
 
 def test_a_call_interrupted_while_it_waits_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,8 +266,13 @@ def test_a_message_half_sent_ends_the_connection() -> None:
 
         def interrupted(call: Any) -> None:
             link._send = send  # type: ignore[method-assign]
-            assert link.dealer is not None
-            link.dealer.send(call.frames[0], zmq.SNDMORE)
+            channel = link.channel
+            if isinstance(channel, LibzmqChannel):
+                assert channel.dealer is not None
+                channel.dealer.send(call.frames[0], zmq.SNDMORE)
+            else:
+                assert isinstance(channel, StreamChannel)
+                channel._send_bytes(b"".join(parts_of(call.frames)[:2]))
             raise KeyboardInterrupt
 
         link._send = interrupted  # type: ignore[method-assign]

@@ -41,6 +41,11 @@ def python(code: str, *arguments: str) -> str:
     return done.stdout
 
 
+def same_channel(code: str, has_streams: bool) -> str:
+    """A program whose clients have the channel that is asked for."""
+    return f"from tnxctl.channels import opening\nopening.HAS_STREAMS = {has_streams}\n{textwrap.dedent(code)}"
+
+
 # --- forks ---------------------------------------------------------------------------------------------------
 
 USED = {
@@ -85,10 +90,11 @@ with FakeDaemon(lambda request: sent.set() or silence(request)) as mute:
 
 @needs_fork
 @pytest.mark.parametrize("use", USED)
-def test_a_client_that_a_fork_has_copied_says_so_at_once(use: str) -> None:
+def test_a_client_that_a_fork_has_copied_says_so_at_once(use: str, each_channel: bool) -> None:
     after = "" if use == "still" else "assert (tnx.predict(X).output == X).all()"
     with FakeDaemon(echo) as daemon:
-        said = python(FORK.format(patience=60.0, use=USED[use], after=after), daemon.endpoint).splitlines()
+        code = same_channel(FORK.format(patience=60.0, use=USED[use], after=after), each_channel)
+        said = python(code, daemon.endpoint).splitlines()
     assert said[0] == said[1]
     assert "is another process's, and came here by a fork: make a new one after the fork" in said[0]
     assert said[2:] == ["None"]
@@ -111,7 +117,9 @@ def test_a_client_that_nobody_has_used_yet_may_be_used_on_both_sides_of_a_fork()
 
 
 @needs_fork
-def test_an_asyncio_client_that_a_fork_has_copied_says_so_and_leaves_its_parents_loop_alone() -> None:
+def test_an_asyncio_client_that_a_fork_has_copied_says_so_and_leaves_its_parents_loop_alone(
+    each_channel: bool,
+) -> None:
     code = """
         import asyncio
         from tnxctl import AsyncClient, FailedPrecondition
@@ -136,7 +144,7 @@ def test_an_asyncio_client_that_a_fork_has_copied_says_so_and_leaves_its_parents
         loop.close()
     """
     with FakeDaemon(echo) as daemon:
-        assert "came here by a fork" in python(code, daemon.endpoint)
+        assert "came here by a fork" in python(same_channel(code, each_channel), daemon.endpoint)
 
 
 EVERY_CALL = {
