@@ -31,7 +31,7 @@ _TURN_BYTES = 1024 * 1024
 from it has to keep the answers, and refuses what is too much."""
 
 _PIECES = 256  # handed to the system at a time, which takes 1,024
-_READS = 16  # in a row: one who sends without end must not keep this thread from its timers
+_READS = 4  # in a row: one who sends without end must not keep this thread from its timers
 _NO_SIGNAL = int(socket.MSG_NOSIGNAL)  # a program may have given SIGPIPE its default meaning, which is to die
 
 _ENDS = (zmq.Event.CLOSED, zmq.Event.CONNECT_RETRIED, zmq.Event.DISCONNECTED)
