@@ -264,19 +264,22 @@ class StreamChannel:
             queue.clear()
             return
         try:
-            if queue:
+            left = _TURN_BYTES
+            while queue and left > 0:
                 if len(queue) == 1:
                     sent = held.send(queue[0], _NO_SIGNAL)
                 else:
                     sent = held.sendmsg(self._next_pieces(), (), _NO_SIGNAL)
+                left -= sent
                 while sent:
                     piece = queue.popleft()
                     size = piece.nbytes if isinstance(piece, memoryview) else len(piece)
                     if sent < size:
                         queue.appendleft(memoryview(piece).cast("B")[sent:])
+                        left = 0
                         break
                     sent -= size
-                self._is_full = bool(queue)
+            self._is_full = bool(queue)
         except BlockingIOError:
             self._is_full = True
         except OSError:
