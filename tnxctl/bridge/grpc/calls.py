@@ -15,10 +15,10 @@ from urllib.parse import unquote
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import DecodeError
 
 from tnxctl.bridge.bridge import Bridge, Question
 from tnxctl.bridge.grpc.closing import Closer
+from tnxctl.bridge.grpc.messages import parsed
 from tnxctl.bridge.grpc.statuses import abort
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import (
@@ -90,7 +90,7 @@ class Method(NamedTuple):
     """The answer to one RPC.
 
     Attributes:
-        answer: makes the response of a request. It raises an error of `tnxctl`, or DecodeError.
+        answer: makes the response of a request. It raises errors of `tnxctl`.
         verb: what it asks of the daemon, whose role it needs (`tnxctl.protocol.roles`); None: nothing that anybody may
             not know.
         about: the field of a request with the model that an order is about; "": it is no order.
@@ -286,7 +286,7 @@ class _Answerer:
             if self._method.takes_bytes:
                 return await self._method.answer(call, data)  # type: ignore[no-any-return]
             call.check_size(nbytes)
-            request = self._request.FromString(data)
+            request = parsed(self._request, data)
             if self._method.about:
                 about = getattr(request, self._method.about)
                 self._bridge.access.admit(call.authorization, self._method.verb, call.address, about)
@@ -294,8 +294,6 @@ class _Answerer:
             return response.SerializeToString()  # type: ignore[no-any-return]
         except TensorNextError:
             raise
-        except DecodeError as error:
-            raise InvalidArgument(f"this is no {self._request.DESCRIPTOR.full_name}: {error}") from None
         except Exception:
             _log.exception("a handler failed")
             raise Internal("the bridge failed; its log says how") from None
