@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,11 @@ from tritonclient.utils import InferenceServerException
 import python_models
 from bridges import running_bridge
 from conftest import Daemon, serving_daemon
-from tnxctl.bridge.grpc.messages import HEALTH, ModelInferRequest, message_of
+from tnxctl.bridge.grpc.messages import HEALTH, ModelInferRequest, ModelStreamInferResponse, message_of
 from tnxctl.bridge.grpc.tensors import CONTENTS
+from tnxctl.bridge.helper import LONG_BYTES
 from tnxctl.protocol.datatypes import STORAGE, dtype_of
+from tnxctl.protocol.limits import MIB
 
 VALUES: dict[str, list[Any]] = {
     "BOOL": [True, False],
@@ -267,24 +269,26 @@ def test_asyncio(address: str) -> None:
 # --- plain stubs -----------------------------------------------------------------------------------------------
 
 
-def typed_request(**changes: Any) -> Any:
-    """A request with a tensor of each datatype that contents can hold."""
+def typed_request(times: int) -> Any:
+    """A request with a tensor of each datatype that contents can hold. Args: times: that its two rows are there."""
     request = ModelInferRequest(model_name="typed")
     for datatype, field in CONTENTS.items():
-        tensor = request.inputs.add(name=datatype, datatype=datatype, shape=[2, 2])
-        getattr(tensor.contents, field).extend(array(datatype).ravel().tolist())
+        tensor = request.inputs.add(name=datatype, datatype=datatype, shape=[2 * times, 2])
+        getattr(tensor.contents, field).extend(array(datatype).ravel().tolist() * times)
     return request
 
 
-def test_contents_of_every_datatype(stub: Stub) -> None:
-    request = typed_request()
+@pytest.mark.parametrize("times", [1, 1000])  # the message is then longer than is read by the loop
+def test_contents_of_every_datatype(stub: Stub, times: int) -> None:
+    request = typed_request(times)
+    assert (request.ByteSize() >= LONG_BYTES) == (times > 1)
     response = stub.call("ModelInfer", request)
     assert len(response.raw_output_contents) == len(CONTENTS)
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         assert not output.HasField("contents")
         if output.datatype != "BYTES":
             got = np.frombuffer(raw, dtype_of(output.datatype)).reshape(output.shape)
-            np.testing.assert_array_equal(got, array(output.datatype))
+            np.testing.assert_array_equal(got, np.concatenate([array(output.datatype)] * times))
     request.parameters["binary_data_output"].bool_param = False
     response = stub.call("ModelInfer", request)
     assert not response.raw_output_contents
@@ -348,7 +352,7 @@ def of_output(name: str, **parameters: str) -> Any:
         (changed(raw_request(), raw=[b"1234567"]), "INVALID_ARGUMENT", "'x': FP32 [1, 2] takes 8 bytes"),
         (changed(raw_request(), raw=[b"123456789"]), "INVALID_ARGUMENT", "its frame has 9"),
         (changed(raw_request(), raw=[bytes(8), b""]), "INVALID_ARGUMENT", "1 inputs and 2 raw_input_contents"),
-        (changed(raw_request(), raw=[]), "INVALID_ARGUMENT", "input 'x': its data has the shape [0]"),
+        (changed(raw_request(), raw=[]), "INVALID_ARGUMENT", "input 'x': fp32_contents has 0 elements"),
         (changed(raw_request(), shape=[2**40, 2**40]), "INVALID_ARGUMENT", "'x'"),
         (changed(raw_request(), shape=[-1, -2]), "INVALID_ARGUMENT", "dimension -1"),
         (changed(raw_request(), shape=[1] * 100), "INVALID_ARGUMENT", "rank 100"),
@@ -360,7 +364,7 @@ def of_output(name: str, **parameters: str) -> Any:
             "INVALID_ARGUMENT",
             "element 1 of 2 says that it has 4294967295 bytes",
         ),
-        (with_contents("fp32_contents", 1.0), "INVALID_ARGUMENT", "input 'x': its data has the shape [1]"),
+        (with_contents("fp32_contents", 1.0), "INVALID_ARGUMENT", "input 'x': fp32_contents has 1 elements"),
         (with_contents("fp64_contents", 1.0, 2.0), "INVALID_ARGUMENT", "in fp32_contents, not in fp64_contents"),
         (with_contents("int_contents", 1, 128, datatype="INT8"), "INVALID_ARGUMENT", "no INT8"),
         (with_contents("uint_contents", 1, 2, datatype="BF16"), "INVALID_ARGUMENT", "contents cannot hold BF16"),
@@ -386,6 +390,58 @@ def test_bad_input_is_a_status_and_a_sentence(stub: Stub, request_: Any, code: s
     assert caught.value.code() is grpc.StatusCode[code], caught.value.details()
     assert sentence in caught.value.details()
     assert stub.call("ModelInfer", raw_request()).outputs[0].name == "y"
+
+
+def long_request(elements: int = LONG_BYTES) -> Any:
+    """A request whose contents do not fit its shape."""
+    return with_contents("bytes_contents", *[b""] * elements, datatype="BYTES")
+
+
+def changed_long(change: Callable[[Any], None]) -> bytes:
+    """A long request, changed."""
+    request = with_contents("fp32_contents", *[1.0] * LONG_BYTES, shape=(LONG_BYTES // 2, 2))
+    change(request)
+    return request.SerializeToString()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "sentence"),
+    [
+        (long_request(), "INVALID_ARGUMENT", "'x': bytes_contents has 65536 elements, its shape is [1, 2]"),
+        (changed_long(lambda r: r.raw_input_contents.append(bytes(8))), "INVALID_ARGUMENT", "'x' has contents beside"),
+        (
+            changed_long(
+                lambda r: r.parameters["note"].CopyFrom(message_of("InferParameter", {"string_param": "x" * MIB}))
+            ),
+            "RESOURCE_EXHAUSTED",
+            "bytes beside contents, and may have 1048576",
+        ),
+        (changed_long(lambda r: None) + b"\x0a\x01\xff", "INVALID_ARGUMENT", "this is no inference.ModelInferRequest"),
+    ],
+)
+def test_bad_long_input_is_a_status_and_a_sentence(stub: Stub, request_: Any, code: str, sentence: str) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.call("ModelInfer", request_)
+    assert (caught.value.code().name, sentence in caught.value.details()) == (code, True), caught.value.details()
+
+
+def test_bad_long_input_of_a_stream_keeps_its_id(stub: Stub) -> None:
+    request = long_request()
+    request.id = "seven"
+    (answer,) = stub.channel.stream_stream(
+        "/inference.GRPCInferenceService/ModelStreamInfer",
+        request_serializer=ModelInferRequest.SerializeToString,
+        response_deserializer=ModelStreamInferResponse.FromString,
+    )(iter([request]))
+    assert (answer.infer_response.id, "has 65536 elements" in answer.error_message) == ("seven", True)
+
+
+def test_others_are_answered_while_long_contents_are_read(stub: Stub) -> None:
+    future = stub.future("ModelInfer", long_request(2_000_000))
+    for _ in range(30):
+        assert stub.call("ServerLive", message_of("ServerLiveRequest", {})).live
+        assert not future.done()
+    assert "has 2000000 elements" in future.exception().details()
 
 
 def test_two_forms_of_contents_are_not_mixed(stub: Stub) -> None:

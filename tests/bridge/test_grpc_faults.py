@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ LIMITS = {
     "json_bytes": 50_000,
     "message_timeout_s": 1.0,
     "idle_timeout_s": 0.5,
+    "body_rate": 10_000_000,
 }
 
 
@@ -408,32 +409,65 @@ def test_a_stream_without_a_request_is_ended(strict: Bridge, path: str) -> None:
             assert (error.code().name, error.details()) == ("DEADLINE_EXCEEDED", "the stream had no request for 0.5 s")
 
 
-def unread(channel: Any, name: str) -> Any:
+HANGING_S = 600.0
+"""Deadline of calls that hang on purpose: longer than a machine stands still."""
+
+STILL = [("grpc.http2.bdp_probe", 0)]
+"""Options of a client that takes no more of what it does not read than it has said at first: 64 KiB."""
+
+
+def unread(channel: Any, name: str, *requests: Any) -> Any:
     """A call of an RPC, of which nothing has been read."""
     return channel.stream_stream(
         f"/inference.GRPCInferenceService/{name}", request_serializer=ModelInferRequest.SerializeToString
-    )(iter([request_of()]), timeout=PATIENCE_S)
+    )(iter(requests), timeout=HANGING_S)
+
+
+def sized(count: int) -> Callable[[wire.Predict, Outputs], Outputs]:
+    """A model whose output has so many elements of 4 bytes."""
+    return lambda request, inputs: {"y": np.zeros(count, np.float32)}
+
+
+def await_answer(stub: Stub, code: str, before: Callable[[], object] = lambda: None) -> None:
+    """Ask until a request is answered with that code. Args: before: what is done before each."""
+    until = time.monotonic() + ARRIVAL_S
+    before()
+    while stub.future("ModelInfer", request_of(), timeout=PATIENCE_S).code().name != code:
+        assert time.monotonic() < until
+        before()
 
 
 @pytest.mark.parametrize("name", ["ModelInfer", "ModelStreamInfer"])
-def test_answers_that_nobody_reads_count(strict: Bridge, path: str, name: str) -> None:
+def test_answers_that_nobody_reads_count(path: str, tmp_path: Path, name: str) -> None:
     """1.2 MB each, and there is room for 1.5 MB."""
-
-    def large(request: wire.Predict, inputs: Outputs) -> Outputs:
-        return {"y": np.zeros(300_000, np.float32)}
-
-    still = [("grpc.http2.bdp_probe", 0)]  # else a client takes more and more of what it does not read
     with (
-        FakeDaemon(path, compute=large),
-        grpc.insecure_channel(strict.grpc, still) as channel,
-        Stub(strict.grpc) as stub,
+        FakeDaemon(path, compute=sized(300_000)),
+        running_bridge(tmp_path, path, *GRPC, "--limit", "bodies_bytes=1500000") as bridge,
+        grpc.insecure_channel(bridge.grpc, STILL) as channel,
+        Stub(bridge.grpc) as stub,
     ):
-        call = unread(channel, name)
-        for awaited in ("UNAVAILABLE", "OK"):
-            until = time.monotonic() + ARRIVAL_S
-            while stub.future("ModelInfer", request_of(), timeout=PATIENCE_S).code().name != awaited:
-                assert time.monotonic() < until
+        calls: list[Any] = []  # the room may go to the request that asks whether there is any
+        await_answer(stub, "UNAVAILABLE", lambda: calls.append(unread(channel, name, request_of())))
+        for call in calls:
             call.cancel()
+        await_answer(stub, "OK")
+
+
+@pytest.mark.parametrize(
+    ("name", "requests", "elements"),
+    [
+        ("ModelInfer", 1, 300_000),  # an answer of which there is room for one
+        ("ModelStreamInfer", 1, 300_000),
+        ("ModelStreamInfer", 60, 2_500),  # short answers, which connections take until their buffers are full
+    ],
+)
+def test_a_client_that_does_not_read_is_cut(
+    strict: Bridge, asked: Stub, path: str, name: str, requests: int, elements: int
+) -> None:
+    with FakeDaemon(path, compute=sized(elements)), grpc.insecure_channel(strict.grpc, STILL) as channel:
+        call = unread(channel, name, *[request_of()] * requests)
+        assert call.code().name == "UNAVAILABLE", call.details()
+        await_answer(asked, "OK")
 
 
 # --- who gets in -----------------------------------------------------------------------------------------------

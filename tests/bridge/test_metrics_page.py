@@ -90,6 +90,13 @@ def test_counters_are_asked_for_their_rate() -> None:
                 assert bool(range_) == (KNOWN[base].kind != "gauge"), query
 
 
+def test_the_board_shows_all_that_a_daemon_loses() -> None:
+    named = "abandoned|cut|dropped|refused|undeliverable"
+    lost = {each.name for each in METRICS if re.search(named, each.name) and not each.labels}
+    assert len(lost) == 6
+    assert lost == set(re.findall("|".join(lost), " ".join(board_queries())))
+
+
 def test_the_board_has_room_for_its_panels() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in BOARD["panels"]:

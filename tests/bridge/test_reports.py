@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -92,20 +91,24 @@ def test_metrics_tell_of_a_daemon_that_is_gone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "waited"), [("1", 0.8), ("0.5", 0.4), ("10", 2.0), ("inf", 2.0), ("nan", 2.0), ("-1", 2.0), ("x", 2.0)]
 )
-def test_metrics_wait_for_the_daemon_less_long_than_prometheus_waits_for_them(said: str, waited: float) -> None:
+def test_metrics_wait_for_the_daemon_less_long_than_prometheus_waits_for_them(
+    monkeypatch: pytest.MonkeyPatch, said: str, waited: float
+) -> None:
     """Else a daemon that is gone would look like a bridge that is."""
 
-    class Gone:
-        endpoint = "tcp://127.0.0.1:5555"
+    async def stats(client: AsyncClient, *, timeout: float) -> wire.StatsReport:
+        assert timeout == pytest.approx(waited)
+        raise Unavailable("nobody listens")
 
-        async def stats(self, *, timeout: float) -> wire.StatsReport:
-            assert timeout == pytest.approx(waited)
-            raise Unavailable("nobody listens")
+    async def scraped() -> bytes:
+        bridge = of_worker.Bridge(Settings(endpoints=("tcp://127.0.0.1:5555",)), ROUTES)
+        response = await reports.prometheus(bridge, asked)
+        await bridge.close()
+        return bytes(response.chunks[0])
 
     asked = Request("GET", "/metrics", headers={b"x-prometheus-scrape-timeout-seconds": said})
-    behind = SimpleNamespace(daemons=[Gone()], settings=Settings(endpoints=(Gone.endpoint,)))
-    response = asyncio.run(reports.prometheus(behind, asked))  # type: ignore[arg-type]
-    assert read(bytes(response.chunks[0]))["tnx_up"][{}] == 0
+    monkeypatch.setattr(AsyncClient, "stats", stats)
+    assert read(asyncio.run(scraped()))["tnx_up"][{}] == 0
 
 
 def test_several_daemons_are_told_apart(tmp_path: Path) -> None:

@@ -210,6 +210,28 @@ def _empty_caches(machine: Machine) -> None:
             device.memory.empty_cache()
 
 
+def _block(machine: Machine, index_of: Callable[[Any], int]) -> type:
+    """`torch.cuda.device`, or `torch.accelerator.device_index`: a block in which a device is the current one.
+
+    Args:
+        index_of: the number of the device that is given; None, which stands for the one that is current, it never gets.
+    """
+
+    class Block:
+        def __init__(self, device: Any) -> None:
+            self.idx = None if device is None else index_of(device)
+
+        def __enter__(self) -> None:
+            self.prev_idx = machine.current_index()
+            if self.idx is not None:
+                machine.set_index(self.idx)
+
+        def __exit__(self, *exception: object) -> None:
+            machine.set_index(self.prev_idx)
+
+    return Block
+
+
 def _cuda_alone(machine: Machine) -> dict[str, Any]:
     def limit(fraction: float, device: Any = None) -> None:
         memory = machine.device(device).memory
@@ -222,20 +244,6 @@ def _cuda_alone(machine: Machine) -> dict[str, Any]:
         for device in machine.devices:
             device.generator.manual_seed(number)
 
-    class device_of_block:
-        """`torch.cuda.device`."""
-
-        def __init__(self, device: Any) -> None:
-            self.idx = None if device is None else machine.index_of(device)
-
-        def __enter__(self) -> None:
-            self.prev_idx = machine.current_index()
-            if self.idx is not None:
-                machine.set_index(self.idx)
-
-        def __exit__(self, *exception: object) -> None:
-            machine.set_index(self.prev_idx)
-
     return {
         "Stream": CudaStream,
         "Event": CudaEvent,
@@ -246,7 +254,7 @@ def _cuda_alone(machine: Machine) -> dict[str, Any]:
         "default_stream": lambda device=None: as_kind(machine.device(device).default_stream, CudaStream),
         "set_device": lambda device: machine.set_index(machine.index_of(device)),
         "current_device": machine.current_index,
-        "device": device_of_block,
+        "device": _block(machine, machine.index_of),
         "is_initialized": lambda: True,
         "init": lambda: None,
         "_lazy_init": lambda: None,
@@ -264,20 +272,6 @@ def _cuda_alone(machine: Machine) -> dict[str, Any]:
 
 
 def _accelerator_alone(machine: Machine) -> dict[str, Any]:
-    class device_index:
-        """`torch.accelerator.device_index`."""
-
-        def __init__(self, device: int | None) -> None:
-            self.idx = device
-
-        def __enter__(self) -> None:
-            self.prev_idx = machine.current_index()
-            if self.idx is not None:
-                machine.set_index(self.idx)
-
-        def __exit__(self, *exception: object) -> None:
-            machine.set_index(self.prev_idx)
-
     def choose(device: Any) -> None:
         machine.set_index(machine.index_of(device))
 
@@ -288,7 +282,7 @@ def _accelerator_alone(machine: Machine) -> dict[str, Any]:
         "current_device_idx": machine.current_index,
         "set_device_index": choose,
         "set_device_idx": choose,
-        "device_index": device_index,
+        "device_index": _block(machine, lambda index: index),
         "Graph": Graph,
     }
 

@@ -5,7 +5,7 @@ http.py         requests, responses, errors         routes.py       which handle
 app.py          an ASGI application                 statuses.py     errors as HTTP tells them
 connections.py  connections within limits           server.py       a worker: the loop, the servers, its end
 bridge.py       what the handlers share             interfaces.py   the interfaces, put together
-browsers.py     which pages' requests are taken
+browsers.py     which pages' requests are taken     questions.py    questions to daemons that are under way
 first_wire.py   GET /health, POST /predict          oip/            Open Inference Protocol
 grpc/           the same over gRPC
 reports.py      GET /metrics, /stats, /models, ...  metrics.py      Prometheus text

@@ -17,6 +17,7 @@ from tnxctl.bridge.bodies import Budget
 from tnxctl.bridge.browsers import Pages
 from tnxctl.bridge.helper import Helper
 from tnxctl.bridge.oip.shared_memory import Regions
+from tnxctl.bridge.questions import Questions
 from tnxctl.bridge.routes import Routes
 from tnxctl.bridge.settings import Settings
 from tnxctl.bridge.signatures import Signatures
@@ -59,7 +60,7 @@ class Bridge:
         signatures: of models that were asked for lately.
         regions: of shared memory that are registered.
         access: what a request may ask for. pages: whose requests are taken. budget: of memory for requests.
-        helper: reads and writes long JSON.
+        helper: reads and writes long JSON. questions: to daemons, that are under way.
         routes: those of all interfaces.
     """
 
@@ -71,17 +72,18 @@ class Bridge:
         self.budget = Budget(settings.limits.bodies_bytes, self._give_back_later)
         self.regions = Regions(settings.shared_memory, self.budget)
         self.helper = Helper()
+        self.questions = Questions()
         endpoints = settings.endpoints
         self.daemons = [_client(each, settings) for each in endpoints]
         self.client = self.daemons[0] if len(endpoints) == 1 else _client(endpoints, settings)
         self.signatures = Signatures(self.client)
-        self._asking_ready: asyncio.Task[bool] | None = None
         self._first = 0  # of the daemons: the one that answered last
 
     async def ask_one(self, ask: Question[T], timeout: float | None = None) -> T:
         """Answer of one daemon about itself or its models: the first of them that answers, since all serve the same.
 
-        The next question goes to the same one first. So a daemon that is gone costs one of them its time, and not each.
+        Whoever asks the same meanwhile, and would wait as long, shares the question. The next one goes to the same
+        daemon first. So a daemon that is gone costs one of them its time, and not each.
 
         Args:
             ask: asks it, such as `AsyncClient.models`, which a client of several daemons refuses.
@@ -90,6 +92,9 @@ class Bridge:
         Raises:
             TensorNextError: as `ask` does; of several daemons, the last error.
         """
+        return await self.questions.share((ask, self.client, timeout), lambda: self._ask_one(ask, timeout))
+
+    async def _ask_one(self, ask: Question[T], timeout: float | None) -> T:
         count = len(self.daemons)
         if count == 1:
             return await ask(self.client, timeout=timeout)
@@ -104,14 +109,7 @@ class Bridge:
         return await ask(self.daemons[self._first], timeout=_share(ends, 1))
 
     async def is_ready(self) -> bool:
-        """Whether a daemon takes requests. Whoever asks meanwhile shares the question, since probes need no token."""
-        asking = self._asking_ready
-        if asking is None or asking.done():
-            asking = self._asking_ready = asyncio.ensure_future(self._ask_ready())
-            asking.add_done_callback(_look_at)
-        return await asyncio.shield(asking)
-
-    async def _ask_ready(self) -> bool:
+        """Whether a daemon takes requests."""
         try:
             report = await self.ask_one(AsyncClient.health, min(self.settings.timeout, READY_TIMEOUT_S))
         except (Unavailable, DeadlineExceeded):
@@ -135,12 +133,6 @@ class Bridge:
 
 def _client(endpoint: str | Sequence[str], settings: Settings) -> AsyncClient:
     return AsyncClient(endpoint, timeout=settings.timeout, limits=settings.message, busy_poll=settings.busy_poll_s)
-
-
-def _look_at(task: asyncio.Task[bool]) -> None:
-    """Take note of an error, which asyncio would log where those who have asked are gone."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _share(ends: float, count: int) -> float:

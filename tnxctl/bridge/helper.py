@@ -1,8 +1,8 @@
-"""Helper of a worker: a process beside it that reads and writes long JSON, which would keep the worker's loop.
+"""Helper of a worker: a process beside it that reads and writes long JSON, and reads typed contents of gRPC.
 
-16 MiB of JSON keep an interpreter for seconds if they are many short values, and no thread helps, since it is one call
-that holds the interpreter's lock. A helper is started when the first such document comes, and ended when none has come
-for a while, so that what its memory has grown to is given back.
+They would keep the worker's loop: 16 MiB of JSON keep an interpreter for seconds if they are many short values, and no
+thread helps, since it is one call that holds the interpreter's lock. A helper is started when the first such document
+comes, and ended when none has come for a while, so that what its memory has grown to is given back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LONG_BYTES = 64 * 1024
-"""Length from which on a document is read by the helper: up to there it takes 10 ms at worst."""
+"""Length from which on a document is read by the helper: up to there it takes 10 ms at worst, and 1 ms over gRPC."""
 
 LONG_ELEMENTS = 16 * 1024
 """Elements of an output from which on it is written by the helper: up to there that takes 2 ms."""
@@ -63,7 +63,7 @@ class Helper:
                 is_error, outcome = await self._exchange(order)
             except (OSError, asyncio.IncompleteReadError, RuntimeError):  # the last one is uvloop's for a closed pipe
                 self._kill()
-                _log.error("the process that reads and writes long JSON has died")  # the next one starts another
+                _log.error("the process that reads and writes long documents has died")  # the next one starts another
                 raise Unavailable("the process that was to read or write this has died", retry_after_s=1.0) from None
             except BaseException:
                 self._kill()

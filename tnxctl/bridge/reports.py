@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+from typing import TypeVar
 
 import msgspec
 
 from tnxctl.aio import AsyncClient
 from tnxctl.bridge import metrics
-from tnxctl.bridge.bridge import Bridge
+from tnxctl.bridge.bridge import Bridge, Question
 from tnxctl.bridge.exposition import CONTENT_TYPE
 from tnxctl.bridge.http import HttpError, Request, Response, json_response
 from tnxctl.bridge.routes import Routes
@@ -17,6 +18,8 @@ from tnxctl.protocol import wire
 from tnxctl.protocol.errors import DeadlineExceeded, Unavailable
 from tnxctl.protocol.limits import excerpt
 from tnxctl.protocol.wire import ModelInfo, StatsReport
+
+T = TypeVar("T")
 
 _SCRAPE_TIMEOUT_S = 2.0
 """Most seconds that /metrics waits for a daemon."""
@@ -53,7 +56,7 @@ async def prometheus(bridge: Bridge, request: Request) -> Response:
     fails tells of the bridge alone. Of several daemons, each has its address as a label.
     """
     timeout = min(bridge.settings.timeout, _SCRAPE_TIMEOUT_S, _SCRAPE_SHARE * _allowed_s(request))
-    reports = await asyncio.gather(*(_answer(client, timeout) for client in bridge.daemons))
+    reports = await asyncio.gather(*(_answer(bridge, client, timeout) for client in bridge.daemons))
     addresses = (client.endpoint for client in bridge.daemons)
     text = metrics.render(dict(zip(addresses, reports, strict=True)), triton_names=bridge.settings.triton_names)
     return Response((text,), headers=((b"content-type", CONTENT_TYPE.encode()),))
@@ -68,10 +71,10 @@ def _allowed_s(request: Request) -> float:
     return allowed if allowed > 0 else math.inf
 
 
-async def _answer(client: AsyncClient, timeout: float) -> StatsReport | None:
+async def _answer(bridge: Bridge, client: AsyncClient, timeout: float) -> StatsReport | None:
     """The counts of a daemon; None if it does not answer."""
     try:
-        return await client.stats(timeout=timeout)
+        return await _ask(bridge, client, AsyncClient.stats, timeout)
     except (Unavailable, DeadlineExceeded):
         return None
 
@@ -86,7 +89,7 @@ async def stats(bridge: Bridge, request: Request) -> Response:
 
     A histogram is [number of the first bucket, [counts], sum].
     """
-    return json_response(await _daemon(bridge, request).stats())
+    return json_response(await _ask(bridge, _daemon(bridge, request), AsyncClient.stats))
 
 
 async def models(bridge: Bridge, request: Request) -> Response:
@@ -94,7 +97,12 @@ async def models(bridge: Bridge, request: Request) -> Response:
 
     A tensor is [name, datatype, shape].
     """
-    return json_response(ModelList(await _daemon(bridge, request).models()))
+    return json_response(ModelList(await _ask(bridge, _daemon(bridge, request), AsyncClient.models)))
+
+
+async def _ask(bridge: Bridge, client: AsyncClient, ask: Question[T], timeout: float | None = None) -> T:
+    """The answer of one daemon, shared by those who ask it the same meanwhile."""
+    return await bridge.questions.share((ask, client, timeout), lambda: ask(client, timeout=timeout))
 
 
 def _daemon(bridge: Bridge, request: Request) -> AsyncClient:

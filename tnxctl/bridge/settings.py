@@ -23,12 +23,13 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         header_bytes: of the request line and all headers together.
         body_bytes: of one body, after it was unpacked if it came compressed.
         json_bytes: of a JSON document: its values take many times as much memory. Over gRPC, of a request without its
-            raw contents, which takes the loop's time to read.
+            raw contents.
         bodies_bytes: that have come of all bodies that are being read or answered, and of answers that are being sent,
             of each worker.
         header_timeout_s: seconds for a request line and headers to come, whole.
         body_timeout_s: seconds for a body to come, and one more for each `body_rate` bytes of it.
-        message_timeout_s: seconds for a request over gRPC to come whole: how much of it has come is not told there.
+        message_timeout_s: seconds for a request over gRPC to come whole: how much of it has come is not told there. As
+            many for an answer to be taken, and one more for each `body_rate` bytes of it.
         idle_timeout_s: seconds that a connection, or a stream of gRPC, may stay open without a request.
         drain_timeout_s: seconds that running requests get when the bridge ends.
     """

@@ -6,4 +6,5 @@ server.py         the server: address, TLS, limits          calls.py        what
 inference.py      the methods                               health.py       the health check
 model_infer.py    ModelInfer and ModelStreamInfer           tensors.py      their inputs as arrays
 framing.py        raw contents beside protobuf              statuses.py     errors as gRPC tells them
+closing.py        connections that are to end
 """

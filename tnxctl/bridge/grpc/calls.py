@@ -15,9 +15,10 @@ from urllib.parse import unquote
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import DecodeError
 
 from tnxctl.bridge.bridge import Bridge, Question
+from tnxctl.bridge.grpc.closing import Closer
+from tnxctl.bridge.grpc.messages import parsed
 from tnxctl.bridge.grpc.statuses import abort
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import (
@@ -48,14 +49,16 @@ class Call:
 
     Attributes:
         bridge: of the worker. client: asks the daemon.
+        address: that it comes from, as HOST:PORT.
     """
 
-    __slots__ = ("_context", "bridge", "client")
+    __slots__ = ("_context", "address", "bridge", "client")
 
     def __init__(self, bridge: Bridge, context: Any) -> None:
         self.bridge = bridge
         self.client = bridge.client
         self._context = context
+        _, _, self.address = unquote(context.peer()).partition(":")
 
     @property
     def remaining_s(self) -> float | None:
@@ -82,18 +85,12 @@ class Call:
                 return str(value)
         return ""
 
-    @property
-    def address(self) -> str:
-        """Address that it comes from, as HOST:PORT."""
-        _, _, address = unquote(self._context.peer()).partition(":")
-        return address
-
 
 class Method(NamedTuple):
     """The answer to one RPC.
 
     Attributes:
-        answer: makes the response of a request. It raises an error of `tnxctl`, or DecodeError.
+        answer: makes the response of a request. It raises errors of `tnxctl`.
         verb: what it asks of the daemon, whose role it needs (`tnxctl.protocol.roles`); None: nothing that anybody may
             not know.
         about: the field of a request with the model that an order is about; "": it is no order.
@@ -115,13 +112,19 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         methods: by name. One of the service that is missing gets UNIMPLEMENTED, as one that gRPC does not know does.
         readers: where the tasks are put that read requests of streams. A stream whose reader is cancelled answers what
             has come, and ends.
+        closer: ends connections whose clients do not take their answers.
     """
 
     def __init__(
-        self, bridge: Bridge, service: ServiceDescriptor, methods: Mapping[str, Method], readers: Readers
+        self,
+        bridge: Bridge,
+        service: ServiceDescriptor,
+        methods: Mapping[str, Method],
+        readers: Readers,
+        closer: Closer,
     ) -> None:
         self._handlers = {
-            f"/{service.full_name}/{name}": _handler(bridge, service.methods_by_name[name], method, readers)
+            f"/{service.full_name}/{name}": _handler(bridge, service.methods_by_name[name], method, readers, closer)
             for name, method in methods.items()
         }
 
@@ -130,8 +133,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         return self._handlers.get(handler_call_details.method)
 
 
-def _handler(bridge: Bridge, descriptor: MethodDescriptor, method: Method, readers: Readers) -> Any:
-    answerer = _Answerer(bridge, descriptor, method, readers)
+def _handler(bridge: Bridge, descriptor: MethodDescriptor, method: Method, readers: Readers, closer: Closer) -> Any:
+    answerer = _Answerer(bridge, descriptor, method, readers, closer)
     return grpc.stream_stream_rpc_method_handler(answerer.stream if descriptor.client_streaming else answerer.unary)
 
 
@@ -156,9 +159,12 @@ class _Window:
 class _Answerer:
     """Answers to the RPCs of one method."""
 
-    def __init__(self, bridge: Bridge, descriptor: MethodDescriptor, method: Method, readers: Readers) -> None:
+    def __init__(
+        self, bridge: Bridge, descriptor: MethodDescriptor, method: Method, readers: Readers, closer: Closer
+    ) -> None:
         self._bridge = bridge
         self._readers = readers
+        self._closer = closer
         self._request: Any = message_factory.GetMessageClass(descriptor.input_type)
         self._method = method
 
@@ -167,7 +173,7 @@ class _Answerer:
         call = Call(self._bridge, context)
         try:
             self._check(call)
-            await self._write(context, await self._answer(call, await self._only_message(context)))
+            await self._write(call, context, await self._answer(call, await self._only_message(context)))
         except TensorNextError as error:
             await abort(context, error)
 
@@ -200,9 +206,9 @@ class _Answerer:
                 reader.add_done_callback(self._readers.discard)
                 while (task := await answers.get()) is not None:
                     try:
-                        await self._write(context, await task)
+                        await self._write(call, context, await task)
                     except Unavailable as error:
-                        await self._write(context, self._failure(error))
+                        await self._write(call, context, self._failure(error))
                     window.leave()
         except* TensorNextError as group:
             ended = group.exceptions[0]  # type: ignore[assignment]  # it is not in another group
@@ -224,20 +230,25 @@ class _Answerer:
             raise
         return reading.result()
 
-    async def _write(self, context: Any, answer: bytes) -> None:
+    async def _write(self, call: Call, context: Any, answer: bytes) -> None:
         """Send an answer. A long one is held until the client has let it come, or its call is over.
 
-        Nothing can end such a call from here: its status would wait behind the answer.
+        A client that does not let it come in time loses its connection. Less than that would not help: the status of a
+        call that is ended here waits behind the answer.
 
         Raises Unavailable: there is no memory for it now.
         """
+        limits = self._bridge.settings.limits
         nbytes = len(answer) if len(answer) >= _LONG_BYTES else 0
         self._bridge.budget.hold(nbytes)
+        allowed_s = limits.message_timeout_s + len(answer) / limits.body_rate
+        late = asyncio.get_running_loop().call_later(allowed_s, self._closer.end, call.address)
         try:
             await context.write(answer)
         except grpc.aio.InternalError:  # the client has gone, as its cancelling is about to say
             raise asyncio.CancelledError from None
         finally:
+            late.cancel()
             self._bridge.budget.release(nbytes)
 
     async def _answer_or_failure(self, call: Call, data: bytes) -> bytes:
@@ -275,7 +286,7 @@ class _Answerer:
             if self._method.takes_bytes:
                 return await self._method.answer(call, data)  # type: ignore[no-any-return]
             call.check_size(nbytes)
-            request = self._request.FromString(data)
+            request = parsed(self._request, data)
             if self._method.about:
                 about = getattr(request, self._method.about)
                 self._bridge.access.admit(call.authorization, self._method.verb, call.address, about)
@@ -283,8 +294,6 @@ class _Answerer:
             return response.SerializeToString()  # type: ignore[no-any-return]
         except TensorNextError:
             raise
-        except DecodeError as error:
-            raise InvalidArgument(f"this is no {self._request.DESCRIPTOR.full_name}: {error}") from None
         except Exception:
             _log.exception("a handler failed")
             raise Internal("the bridge failed; its log says how") from None

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf import json_format
+from google.protobuf.message import DecodeError
 
 from tnxctl.bridge.grpc.schema import Schema
+from tnxctl.protocol.errors import InvalidArgument
 
 INFERENCE = Schema("inference.proto")
 HEALTH = Schema("health.proto")
@@ -20,6 +22,14 @@ ModelStreamInferResponse = INFERENCE.message("ModelStreamInferResponse")
 def message_of(name: str, document: dict[str, Any]) -> Any:
     """A message of the same fields as a document of `tnxctl.bridge.oip.documents`. Args: name: of the message."""
     return json_format.ParseDict(document, INFERENCE.message(name)())
+
+
+def parsed(kind: Any, data: bytes) -> Any:
+    """The message of a class that these bytes are. Raises InvalidArgument: they are none."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise InvalidArgument(f"this is no {kind.DESCRIPTOR.full_name}: {error}") from None
 
 
 def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from tnxctl.bridge.grpc import framing
 from tnxctl.bridge.grpc.calls import Call
-from tnxctl.bridge.grpc.messages import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse, plain
-from tnxctl.bridge.grpc.tensors import CONTENTS, inputs_of
+from tnxctl.bridge.grpc.messages import (
+    ModelInferRequest,
+    ModelInferResponse,
+    ModelStreamInferResponse,
+    parsed,
+    plain,
+)
+from tnxctl.bridge.grpc.tensors import CONTENTS, Typed, inputs_of, read_long
+from tnxctl.bridge.helper import LONG_BYTES
 from tnxctl.bridge.oip import infer, tensors
 from tnxctl.bridge.oip.documents import model_title
 from tnxctl.bridge.oip.shared_memory import Regions, place_of
@@ -24,21 +31,28 @@ _FINAL = "triton_final_response"
 """Triton's parameters about the last response to a request of a stream: here there is one, which is the last."""
 
 
+class _Asked(NamedTuple):
+    """Request that was read. Attributes: raw: its raw contents. typed: its typed ones, if they are not in `request`."""
+
+    request: Any
+    raw: list[memoryview]
+    typed: Typed | None
+
+
 async def model_infer(call: Call, data: bytes) -> bytes:
     """Run a model once."""
-    request, raw = _parsed(call, data)
-    response, chunks = await _answer(call, request, raw)
+    response, chunks = await _answer(call, await _read(call, data))
     return framing.joined(response.SerializeToString(), _RAW_OUTPUTS, chunks)
 
 
 async def model_stream_infer(call: Call, data: bytes) -> bytes:
     """Run a model once for a request of a stream, whose error is an answer, too."""
-    request, raw = _parsed(call, data)
+    asked = await _read(call, data)
     try:
-        response, chunks = await _answer(call, request, raw)
+        response, chunks = await _answer(call, asked)
     except TensorNextError as error:
         failure = stream_failure(error)
-        failure.infer_response.id = request.id
+        failure.infer_response.id = asked.request.id
         return failure.SerializeToString()  # type: ignore[no-any-return]
     response.parameters[_FINAL].bool_param = True
     answer = framing.joined(response.SerializeToString(), _RAW_OUTPUTS, chunks)
@@ -50,15 +64,19 @@ def stream_failure(error: TensorNextError) -> Any:
     return ModelStreamInferResponse(error_message=error.message)
 
 
-def _parsed(call: Call, data: bytes) -> tuple[Any, list[memoryview]]:
-    """A request without its raw contents, and these."""
+async def _read(call: Call, data: bytes) -> _Asked:
+    """What a message asks for. A long one is read elsewhere: there may be millions of elements in it."""
     rest, raw = framing.split(data, _RAW_INPUTS)
     call.check_size(len(rest))
-    return ModelInferRequest.FromString(rest), raw
+    if len(rest) < LONG_BYTES:
+        return _Asked(parsed(ModelInferRequest, rest), raw, None)
+    rest, typed = await call.bridge.helper.call(read_long, rest, call.bridge.settings.message)
+    return _Asked(parsed(ModelInferRequest, rest), raw, typed)
 
 
-async def _answer(call: Call, request: Any, raw: list[memoryview]) -> tuple[Any, list[memoryview]]:
+async def _answer(call: Call, asked: _Asked) -> tuple[Any, list[memoryview]]:
     """The response to one request without its raw contents, and these."""
+    request = asked.request
     parameters = plain(request.parameters)
     parameters.pop(_FINAL_ASKED, None)
     answers_raw = parameters.get("binary_data_output", True)
@@ -69,7 +87,7 @@ async def _answer(call: Call, request: Any, raw: list[memoryview]) -> tuple[Any,
     seconds = call.remaining_s
     if seconds is not None:
         arguments["deadline"] = arguments["timeout"] = min(seconds, arguments.get("deadline", seconds))
-    inputs = inputs_of(request.inputs, raw, call.bridge.settings.message, call.bridge.regions)
+    inputs = inputs_of(request.inputs, asked.raw, call.bridge.settings.message, call.bridge.regions, asked.typed)
     title = model_title(request.model_name, request.model_version)
     result = await call.client.predict(inputs, model=title, **arguments)
     response = ModelInferResponse(model_name=result.model, model_version=result.version, id=request.id)

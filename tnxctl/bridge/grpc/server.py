@@ -13,6 +13,7 @@ from tnxctl.bridge import addresses
 from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.grpc import health, inference
 from tnxctl.bridge.grpc.calls import Calls, Readers
+from tnxctl.bridge.grpc.closing import Closer
 from tnxctl.bridge.grpc.messages import HEALTH, INFERENCE
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.limits import MIB
@@ -39,11 +40,13 @@ class GrpcServer:
         self._settings = settings = bridge.settings
         self._changed: Any = None
         self._readers: Readers = set()
+        assert settings.grpc is not None
+        closer = Closer(settings.grpc[1])
         limits = settings.limits
         services = [(INFERENCE, inference.METHODS), (HEALTH, health.METHODS)]
         self._server = grpc.aio.server(
             handlers=[
-                Calls(bridge, service, methods, self._readers)
+                Calls(bridge, service, methods, self._readers, closer)
                 for schema, methods in services
                 for service in schema.services
             ],

@@ -13,4 +13,6 @@ copies.py     calls that let nothing cross from one request to another
 isolation.py  the choice of the calls that lanes get
 company.py    whether lanes answer as the trial did, at the same time
 warmup.py     batches of growing size: their cost, and how large they may be
+graphing.py   batches that are worth a graph
+host_waits.py operators that no graph can hold
 """

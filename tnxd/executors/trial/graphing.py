@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from statistics import median
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tnxctl.protocol.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from tnxctl.protocol.wire import MIB
-from tnxd.device_kinds import CPU
 from tnxd.error_text import sentence
 from tnxd.events import event
 from tnxd.executors.execution import LoadReport
@@ -29,6 +27,7 @@ from tnxd.executors.graphs import Bucket, GraphRunner
 from tnxd.executors.lane import TURN_S, Lane
 from tnxd.executors.runner import Runner
 from tnxd.executors.trial.examples import Item
+from tnxd.executors.trial.host_waits import HostWaits
 from tnxd.executors.trial.lengths import row_of_length
 from tnxd.executors.trial.verdict import Verdict
 from tnxd.executors.trial.warmup import MEMORY_SHARE, answer, run_example, warm_up_sizes
@@ -238,7 +237,7 @@ class _LaneTrial:
         """
 
         def look(runner: GraphRunner) -> str:
-            looking = _Looking()
+            looking = HostWaits()
             call = runner.calls[self._model.key]
             inputs = self._tensors(runner, self._item(size, 0))
             with suppress(Exception), looking:  # what cannot be looked at may be captured all the same
@@ -405,37 +404,3 @@ def _with_times(report: LoadReport, gains: Mapping[Bucket, Gain], model: Model) 
     ]
     costs = [(tokens, micros) for (tokens, _), (_, _, micros) in zip(report.costs, padded, strict=True)]
     return report._replace(costs=costs, padded=padded)
-
-
-_MASKED = frozenset({"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"})
-"""Operators that wait where an index is a mask, and do not where it is numbers."""
-
-
-class _Looking(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Search for operators that the host waits for. Attributes: found: name of the first; "": none."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found = ""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not self.found and _waits(func, args, kwargs):
-            self.found = str(func)
-        return func(*args, **kwargs)
-
-
-def _waits(func: Any, args: Any, kwargs: Any) -> bool:
-    tensors = [each for each in args if isinstance(each, torch.Tensor)]
-    if func._schema.name in _MASKED:
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    if func._schema.name == "aten::copy_":
-        return _on_host(tensors[0].device) != _on_host(tensors[1].device)
-    to = kwargs.get("device")
-    if to is not None and tensors and _on_host(torch.device(to)) != _on_host(tensors[0].device):
-        return True
-    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
-
-
-def _on_host(device: torch.device) -> bool:
-    return device.type == CPU.name
