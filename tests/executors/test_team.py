@@ -95,6 +95,24 @@ def test_thread_of_a_team_that_has_ended_is_replaced(monkeypatch: pytest.MonkeyP
     assert [len(cores) for cores in on_a_thread(work)] == [1] * (len(CORES) - 1)
 
 
+def test_system_that_refuses_is_asked_once_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def refuse(thread: int, cores: set[int]) -> None:
+        asked.append(thread)
+        raise PermissionError
+
+    def work() -> None:
+        served = Team()
+        for _ in range(3):
+            served.spread(len(CORES))
+
+    monkeypatch.setattr(team, "current_core", lambda: CORES[0])
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    on_a_thread(work)
+    assert len(asked) == 1
+
+
 def test_batches_run_without_the_functions_of_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(team, "_openmp", lambda: None)
     assert on_a_thread(lambda: other_members(len(CORES))) == []

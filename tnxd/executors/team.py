@@ -52,8 +52,10 @@ class Team:
         try:
             for thread, other in zip(self._others, sorted(cores - {core}), strict=False):
                 os.sched_setaffinity(thread, {other})
-        except OSError:  # a thread has ended, or another program has just taken the core away: look anew next time
+        except ProcessLookupError:  # a thread has ended: look anew next time
             self._threads = 0
+        except OSError:  # a filter of system calls, or another program has just taken the core away
+            return
 
 
 class _OpenMP(NamedTuple):
