@@ -28,6 +28,7 @@ from tnxd.executors.lane import OnDone
 from tnxd.executors.optimizer import optimizer_for
 from tnxd.executors.pool import LanePool
 from tnxd.executors.runner import Runner
+from tnxd.executors.team import Team
 from tnxd.models.model import Item
 from tnxd.models.python.module import InThread
 from tnxd.models.tensors import check_outputs, to_array, to_tensor
@@ -82,6 +83,7 @@ class CpuRunner(Runner):
         super().__init__(CPU.name, Staging(_aligned))
         self.device = name
         self._threads = 1
+        self._team = Team()
 
     def enter_thread(self) -> None:
         super().enter_thread()
@@ -104,6 +106,8 @@ class CpuRunner(Runner):
         if execution.threads != self._threads:
             torch.set_num_threads(execution.threads)  # 0.2 us, and the forward after it is none the slower
             self._threads = execution.threads
+        if execution.threads > 1:
+            self._team.spread(execution.threads)
         gather = len(items) > 1
         arrays = self.staged(execution, items, rows, copy=False) if gather or model.joins else items[0]
         tensors = [
