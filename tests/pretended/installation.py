@@ -22,6 +22,8 @@ from pretended.streams import CudaEvent, CudaStream, Event, Stream, active, as_k
 
 _ABSENT = object()
 
+_PATIENCE_S = 5.0
+
 _PINNING = ("empty", "empty_like", "empty_strided", "full", "ones", "zeros", "zeros_like")
 """Functions of torch that take `pin_memory`, as far as they are pretended."""
 
@@ -64,20 +66,21 @@ class Installation:
         self._replaced: list[tuple[Any, str, Any]] = []
         self._libraries = (torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL"))
         self._guard = _DeviceGuard()
+        self._under_way = _UnderWay()
         fallback, aten = self._libraries
-        fallback.fallback(operations.dispatch, "CUDA")
+        fallback.fallback(_counted(operations.dispatch, self._under_way), "CUDA")
         for name, function in (
             ("copy_", operations.copy_),
             ("_to_copy", operations.to_copy),
             ("convolution", operations.convolution),
             ("index.Tensor", operations.index),
         ):
-            aten.impl(name, function, "CUDA")
+            aten.impl(name, _counted(function, self._under_way), "CUDA")
         for owner, names in _surface(self.machine).items():
             for name, value in names.items():
                 self._replace(owner, name, value)
         for name in _PINNING:
-            self._replace(torch, name, _pinning(getattr(torch, name)))
+            self._replace(torch, name, _counted(_pinning(getattr(torch, name)), self._under_way))
         _accept_replacements()
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
@@ -92,6 +95,7 @@ class Installation:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
+        self._under_way.wait()
         for library in self._libraries:
             library._destroy()
         self._guard.remove()
@@ -106,6 +110,39 @@ def _accept_replacements() -> None:
             if namespace._owner in (torch, torch.Tensor):
                 namespace.__init__(namespace._path, namespace._owner)
                 guard._known.update((id(value), value) for value in namespace.originals.values())
+
+
+class _UnderWay:
+    """Operations under way. Lanes may be in one when a test ends, and torch does not survive its removal then."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until there is none; not for one that hangs."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._count, _PATIENCE_S)
+
+
+def _counted(function: Callable[..., Any], under_way: _UnderWay) -> Callable[..., Any]:
+    """A function that is under way while it runs."""
+
+    @functools.wraps(function)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with under_way:
+            return function(*args, **kwargs)
+
+    return counted
 
 
 class _DeviceGuard:
