@@ -302,12 +302,15 @@ def test_a_flood_keeps_no_other_task_from_its_turn(
     async def main() -> int:
         turns = 0
         async with AsyncClient(endpoint_of(server), timeout=PATIENCE_S) as tnx:
-            call = asyncio.create_task(tnx.predict(X, timeout=1.0))
-            while not call.done():
-                await asyncio.sleep(0)
-                turns += 1
-            with pytest.raises(errors.DeadlineExceeded):
-                call.result()
+            while not turns:
+                call = asyncio.create_task(tnx.predict(X, timeout=1.0))
+                while not call.done():
+                    await asyncio.sleep(0)
+                    turns += 1
+                with pytest.raises((errors.DeadlineExceeded, errors.Unavailable)) as caught:
+                    call.result()
+                if caught.type is errors.Unavailable:  # the flood has not begun: its greeting took too long
+                    turns = 0
         stop.set()
         return turns
 

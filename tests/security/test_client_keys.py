@@ -17,6 +17,7 @@ from guarded import GuardedDaemon
 from peers import FakeDaemon as OpenDaemon
 from peers import X, echo, equal, free_endpoint
 from tnxctl import AsyncClient, Client, link
+from tnxctl.channels import libzmq
 from tnxctl.cli.bench.loops import Connection
 from tnxctl.cli.exits import Exit
 from tnxctl.keys import known_hosts, lines, pairs, places
@@ -232,7 +233,8 @@ def test_a_client_without_keys_may_be_refused_for_what_it_is() -> None:
 @pytest.mark.parametrize("status", ["", "300"])
 @pytest.mark.parametrize("ask", WAYS)
 def test_silence_has_an_end(monkeypatch: pytest.MonkeyPatch, status: str, ask: Callable[[str], Any]) -> None:
-    monkeypatch.setattr(link, "_CONNECT_TIMEOUT_MS", 50)
+    for module in (libzmq, link):
+        monkeypatch.setattr(module, "CONNECT_TIMEOUT_S", 0.05)
     with GuardedDaemon(DAEMON, status) as daemon:
         trust(daemon.endpoint)
         # Which of the two it says depends on when this thread saw the events.
