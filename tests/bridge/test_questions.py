@@ -11,6 +11,7 @@ from test_ready import REPORT
 
 pytest.importorskip("uvicorn", reason="the bridge needs tensornext[http]")
 
+from bridges import SECONDS
 from fake_daemon import STATS
 from tnxctl.aio import AsyncClient
 from tnxctl.bridge import first_wire, reports
@@ -85,5 +86,36 @@ def test_what_differs_is_asked_apart_and_an_error_comes_to_all() -> None:
             "a",
         ]
         assert asked == ["a", "bad", "b"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("order", [handlers.load, handlers.unload])
+def test_who_asks_after_an_order_gets_an_answer_from_after_it(monkeypatch: pytest.MonkeyPatch, order: Handler) -> None:
+    async def run() -> None:
+        bridge = Bridge(Settings(endpoints=("ipc:///nowhere",)), Routes())
+        answers = [asyncio.get_running_loop().create_future() for _ in range(2)]
+        left = iter(answers)
+
+        async def models(client: AsyncClient, *, timeout: float | None = None) -> Any:
+            return await next(left)
+
+        async def change(client: AsyncClient, model: str) -> Any:
+            return ()
+
+        monkeypatch.setattr(AsyncClient, "models", models)
+        monkeypatch.setattr(AsyncClient, "load", change)
+        monkeypatch.setattr(AsyncClient, "unload", change)
+        before = asyncio.ensure_future(bridge.ask_one(AsyncClient.models))
+        await asyncio.sleep(0)
+        await order(bridge, Request("POST", "/", {"model": "mlp"}))
+        after = asyncio.ensure_future(bridge.ask_one(AsyncClient.models))
+        await asyncio.sleep(0)
+        answers[1].set_result("after")
+        async with asyncio.timeout(SECONDS):
+            assert await after == "after"
+        answers[0].set_result("before")
+        assert await before == "before"
+        await bridge.close()
 
     asyncio.run(run())

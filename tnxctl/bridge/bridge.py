@@ -108,6 +108,17 @@ class Bridge:
                     self._first = (asked + 1) % count
         return await ask(self.daemons[self._first], timeout=_share(ends, 1))
 
+    async def order(self, asking: Awaitable[T]) -> T:
+        """The answer to an order, which changes what is served. Whoever asks after it gets an answer that knows of it.
+
+        Args:
+            asking: asks the daemon, and raises what it raises.
+        """
+        try:
+            return await asking
+        finally:
+            self.questions.forget()
+
     async def is_ready(self) -> bool:
         """Whether a daemon takes requests."""
         try:

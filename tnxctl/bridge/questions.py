@@ -30,8 +30,12 @@ class Questions:
         answer: T = await asyncio.shield(asking)
         return answer
 
+    def forget(self) -> None:
+        """Share no question that is under way with those who ask from now on."""
+        self._under_way.clear()
+
     def _end(self, question: Hashable, asked: asyncio.Future[Any]) -> None:
-        if self._under_way[question] is asked:
+        if self._under_way.get(question) is asked:
             del self._under_way[question]
         if not asked.cancelled():
             asked.exception()  # taken note of, which asyncio would log where those who have asked are gone

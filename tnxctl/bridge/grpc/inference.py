@@ -75,14 +75,14 @@ async def _repository_index(call: Call, request: Any) -> Any:
 async def _repository_model_load(call: Call, request: Any) -> Any:
     _refuse_repository_name(request)
     orders.check_load(request.parameters)
-    await call.client.load(request.model_name, timeout=call.remaining_s)
+    await call.bridge.order(call.client.load(request.model_name, timeout=call.remaining_s))
     return message_of("RepositoryModelLoadResponse", {})
 
 
 async def _repository_model_unload(call: Call, request: Any) -> Any:
     _refuse_repository_name(request)
     orders.check_unload(plain(request.parameters))
-    await call.client.unload(request.model_name, timeout=call.remaining_s)
+    await call.bridge.order(call.client.unload(request.model_name, timeout=call.remaining_s))
     return message_of("RepositoryModelUnloadResponse", {})
 
 

@@ -156,14 +156,14 @@ async def repository_index(bridge: Bridge, request: Request) -> Response:
 async def load(bridge: Bridge, request: Request) -> Response:
     """Load a model as its directory and model.toml say, and wait until it is warm."""
     orders.check_load(_body(request, ControlRequest).parameters)
-    await bridge.client.load(request.params["model"])
+    await bridge.order(bridge.client.load(request.params["model"]))
     return Response()
 
 
 async def unload(bridge: Bridge, request: Request) -> Response:
     """Unload all versions of a model, and wait until its memory is free."""
     orders.check_unload(_body(request, ControlRequest).parameters)
-    await bridge.client.unload(request.params["model"])
+    await bridge.order(bridge.client.unload(request.params["model"]))
     return Response()
 
 
