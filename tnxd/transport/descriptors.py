@@ -1,4 +1,8 @@
-"""Kernel state of connections, by file descriptor: ZeroMQ owns the descriptors, and does not tell of it."""
+"""Kernel state of connections, by file descriptor: ZeroMQ owns the descriptors, and does not tell of it.
+
+Its I/O thread may close one at any time, and another connection, of another kind, may have the same number at once.
+What is asked of that one then counts for nothing, since the first has ended.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +52,7 @@ def is_open_to_all(descriptor: int) -> bool:
     """Whether everybody may connect to the path that an ipc:// connection came by. One without permissions is open."""
     try:
         with _borrowed(descriptor) as connection:
-            path = connection.getsockname()
+            path = connection.getsockname() if connection.family == socket.AF_UNIX else ""
         return bool(os.stat(path).st_mode & stat.S_IWOTH)
     except (OSError, ValueError):
         return True
@@ -76,9 +80,15 @@ def reset(connection: socket.socket) -> None:
 
 @contextlib.contextmanager
 def _borrowed(descriptor: int) -> Iterator[socket.socket]:
-    """Socket object for a borrowed descriptor, which stays open."""
-    borrowed = socket.socket(fileno=descriptor)
+    """Socket object for a borrowed descriptor, which stays open: of one connection, whatever becomes of its number.
+
+    Raises OSError: the descriptor is closed, or that of no socket.
+    """
+    second = os.dup(descriptor)
     try:
+        borrowed = socket.socket(fileno=second)
+    except OSError:
+        os.close(second)
+        raise
+    with borrowed:
         yield borrowed
-    finally:
-        borrowed.detach()
