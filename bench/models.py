@@ -76,6 +76,7 @@ class _Sample(msgspec.Struct, frozen=True):
 @click.option(
     "--optimize", default="none", show_default=True, help="For model.toml: the daemon may take other programs."
 )
+@click.option("--dtype", default="", help="For model.toml: what the daemon computes in, as bfloat16.")
 @click.option(
     "--option", "options", multiple=True, help="Line for the daemon's tnxd.toml, as 'cpu.scheduling = \"idle\"'."
 )
@@ -98,6 +99,7 @@ def main(
     seconds: float,
     tree: Path | None,
     optimize: str,
+    dtype: str,
     options: Sequence[str],
     no_peers: bool,
     environments: Path,
@@ -132,9 +134,9 @@ def main(
     with contextlib.ExitStack() as stack:
         served = names if no_beside else list(dict.fromkeys([*names, "resnet50", "mlp"]))
         try:
-            daemons = {DAEMON: _daemon(stack, _HERE.parent, served, optimize, options)}
+            daemons = {DAEMON: _daemon(stack, _HERE.parent, served, (optimize, dtype), options)}
             if tree is not None:
-                daemons[BEFORE] = _daemon(stack, tree.resolve(), served, optimize, ())
+                daemons[BEFORE] = _daemon(stack, tree.resolve(), served, (optimize, dtype), ())
             click.echo(heading(tree is not None))
             for name in () if only_beside else names:
                 findings.append(_examine(name, daemons, peers, missing, rounds, seconds))
@@ -160,12 +162,17 @@ def main(
 
 
 def _daemon(
-    stack: contextlib.ExitStack, tree: Path, names: Sequence[str], optimize: str, options: Sequence[str]
+    stack: contextlib.ExitStack, tree: Path, names: Sequence[str], program: tuple[str, str], options: Sequence[str]
 ) -> tuple[str, int]:
-    """Endpoint and process id of a daemon that is ready, of the sources in a directory."""
+    """Endpoint and process id of a daemon that is ready, of the sources in a directory.
+
+    Args:
+        program: `optimize` and `dtype` of the networks.
+    """
+    optimize, dtype = program
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tnx-models-")))
     settings = (tree / "tnxd" / "models" / "settings.py").read_text(encoding="utf-8")
-    real_networks.publish(folder / "models", list(names), optimize if "    optimize:" in settings else "")
+    real_networks.publish(folder / "models", list(names), optimize if "    optimize:" in settings else "", dtype)
     (folder / "tnxd.toml").write_text("\n".join(options) + "\n", encoding="utf-8")
     arguments = ["-m", "tnxd", "--config", str(folder / "tnxd.toml"), "--bind", "tcp://127.0.0.1:*"]
     arguments += ["--model-repository", str(folder / "models"), "--devices", "cpu", "--log-level", "warning"]

@@ -161,11 +161,12 @@ def build():
 """
 
 
-def publish(repository: Path, names: list[str], optimize: str) -> None:
+def publish(repository: Path, names: list[str], optimize: str, dtype: str = "") -> None:
     """Write networks into an empty model repository, as weights with a factory.
 
     Args:
         optimize: for model.toml; "" for a daemon that does not know the key.
+        dtype: to compute in; "": that of the weights.
     """
     import safetensors.torch
 
@@ -180,6 +181,7 @@ def publish(repository: Path, names: list[str], optimize: str) -> None:
         lines = ['factory = "network:build"', f"max_batch_size = {network.max_batch}"]
         lines += [f"warm_up = {[1, 4, network.max_batch]}"]
         lines += [f'optimize = "{optimize}"'] if optimize else []
+        lines += [f'dtype = "{dtype}"'] if dtype else []
         for key, array in network.example().items():
             shape = [-1, *array.shape[1:]]
             lines += ["[[inputs]]", f'name = "{key}"', f'datatype = "{_DATATYPES[str(array.dtype)]}"']
