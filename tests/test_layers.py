@@ -119,7 +119,9 @@ ROOMS = {
     "tnxd.scheduling": rule(
         "tnxctl.protocol", "tnxd.device_kinds", "tnxd.lanes", never=("logging", "numpy", "torch", *IO)
     ),
-    "tnxd.transport": rule("tnxctl.protocol", "tnxctl.keys", "tnxd.config", "tnxd.events", never=("torch",)),
+    "tnxd.transport": rule(
+        "tnxctl.protocol", "tnxctl.keys", "tnxctl.descriptors", "tnxd.config", "tnxd.events", never=("torch",)
+    ),
     "tnxd.deployment": rule(
         "tnxctl.protocol",
         *FLOOR,

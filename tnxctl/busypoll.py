@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_S = 1.0
 
 DEFAULT_BUSY_POLL_S = 1e-3
-"""What the bridge has: several times what the smallest networks take, and less than those that are not small."""
+"""Default of the bridge: several times what the smallest networks take, and less than those that are not small."""
 
 _WEIGHT = 0.125
 """Weight of the last of the times in what they usually are, as for the round trips of TCP (RFC 6298)."""

@@ -57,7 +57,7 @@ class Link:
 
     @property
     def sources(self) -> list[tuple[Any, int]]:
-        """What to poll, and what for, as `zmq_poll` takes it."""
+        """Sources to poll, and what for, as `zmq_poll` takes them."""
         channel = self.channel
         return [] if channel is None else channel.sources
 

@@ -31,7 +31,7 @@ class Links:
 
     @property
     def sources(self) -> list[tuple[Any, int]]:
-        """What to poll, and what for, as `zmq_poll` takes it."""
+        """Sources to poll, and what for, as `zmq_poll` takes them."""
         return [source for link in self._links for source in link.sources]
 
     def start(self, call: Call[Any]) -> None:

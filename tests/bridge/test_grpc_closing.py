@@ -16,7 +16,7 @@ from tnxctl.bridge.grpc.closing import Closer
 
 
 def test_one_connection_is_ended_and_no_other() -> None:
-    """Of two to one port from different addresses, and one to another port from the same address."""
+    """There are two to one port from different addresses, and one to another port from the same address."""
     if not socket.has_dualstack_ipv6():
         pytest.skip("the system has no IPv6 beside IPv4")
     with contextlib.ExitStack() as stack:

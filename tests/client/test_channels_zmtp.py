@@ -118,7 +118,7 @@ CURVE_GREETING = peer.GREETING.replace(b"NULL\0", b"CURVE")
 
 
 def shaken(*parts: bytes) -> tuple[bytes, bytes]:
-    """What a handshake answers to these parts in all, and what is left."""
+    """The answer of a handshake to these parts in all, and what is left."""
     handshake, said, rest = Handshake(), b"", b""
     for part in parts:
         answer, rest = handshake.take(part)

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def on_a_thread(function: Callable[[], T]) -> T:
-    """What a function returns on a thread of its own, which has no team before."""
+    """The result of a function on a thread of its own, which has no team before."""
     results: list[T] = []
 
     def run() -> None:

@@ -24,7 +24,7 @@ MISMATCH = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
 """Value of HANDSHAKE_FAILED_PROTOCOL where one side uses keys and the other none."""
 
 Event = tuple[int, int]
-"""What happened to a channel, as libzmq's monitors tell it: a number of `zmq.Event`, and a value."""
+"""Event of a channel, as libzmq's monitors tell it: a number of `zmq.Event`, and a value."""
 
 
 class Watcher(NamedTuple):
@@ -81,7 +81,7 @@ class Channel(Protocol):
         """A file descriptor that is ready when messages may wait, and what to poll it for; negative: there is none."""
 
     def events(self) -> list[Event]:
-        """What has happened since the last look."""
+        """The events since the last look."""
 
     def send(self, frames: Sequence[Any], copy: bool) -> None:
         """Send a message, or keep it until there is room. One that finds no connection is lost, as `events` tells.

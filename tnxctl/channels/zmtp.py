@@ -57,7 +57,7 @@ class Handshake:
     """
 
     first = _SIGNATURE + _VERSION
-    """What this side says unasked."""
+    """Bytes that this side says unasked."""
 
     def __init__(self) -> None:
         self.is_done = False
@@ -166,7 +166,7 @@ def parts_of(frames: Sequence[Any]) -> list[bytes | memoryview]:
 
 
 class Inbox:
-    """What a connection has brought, taken apart into messages.
+    """Bytes of a connection, taken apart into messages.
 
     Args:
         max_frame_bytes: most bytes that a frame may have.

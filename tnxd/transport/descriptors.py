@@ -11,7 +11,8 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterator
+
+from tnxctl.descriptors import borrowed
 
 _TCP_INFO_BYTES_RECEIVED = 128  # of Linux's struct tcp_info, since 4.1
 _SO_PEERGROUPS = 59  # of Linux, since 4.13
@@ -25,7 +26,7 @@ def peer_address(descriptor: int) -> str:
     On ipc:// that is `localhost:UID:GID:PID`.
     """
     try:
-        with _borrowed(descriptor) as connection:
+        with borrowed(descriptor) as connection:
             if connection.family == socket.AF_UNIX:
                 credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
                 pid, user, group = struct.unpack("3i", credentials)
@@ -41,7 +42,7 @@ def peer_groups(descriptor: int) -> tuple[int, ...]:
     () if they are unknown, or more than 256.
     """
     try:
-        with _borrowed(descriptor) as connection:
+        with borrowed(descriptor) as connection:
             groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
     except (OSError, AttributeError):
         return ()
@@ -51,7 +52,7 @@ def peer_groups(descriptor: int) -> tuple[int, ...]:
 def is_open_to_all(descriptor: int) -> bool:
     """Whether everybody may connect to the path that an ipc:// connection came by. One without permissions is open."""
     try:
-        with _borrowed(descriptor) as connection:
+        with borrowed(descriptor) as connection:
             path = connection.getsockname() if connection.family == socket.AF_UNIX else ""
         return bool(os.stat(path).st_mode & stat.S_IWOTH)
     except (OSError, ValueError):
@@ -61,7 +62,7 @@ def is_open_to_all(descriptor: int) -> bool:
 def bytes_received(descriptor: int) -> int:
     """Bytes that came over a TCP connection since it was accepted; -1 if the kernel does not say."""
     try:
-        with _borrowed(descriptor) as connection:
+        with borrowed(descriptor) as connection:
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
     except (OSError, AttributeError):
         return -1
@@ -76,19 +77,3 @@ def reset(connection: socket.socket) -> None:
         # Else it would wait for its peer to take or send the rest.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         connection.shutdown(socket.SHUT_RDWR)
-
-
-@contextlib.contextmanager
-def _borrowed(descriptor: int) -> Iterator[socket.socket]:
-    """Socket object for a borrowed descriptor, which stays open: of one connection, whatever becomes of its number.
-
-    Raises OSError: the descriptor is closed, or that of no socket.
-    """
-    second = os.dup(descriptor)
-    try:
-        borrowed = socket.socket(fileno=second)
-    except OSError:
-        os.close(second)
-        raise
-    with borrowed:
-        yield borrowed

@@ -8,6 +8,8 @@ import ipaddress
 import os
 import socket
 
+from tnxctl.descriptors import borrowed
+
 _DESCRIPTORS = "/dev/fd"
 """Folder with the numbers of all open files of a process. Windows has none, and ends no connection this way."""
 
@@ -36,14 +38,7 @@ class Closer:
                     self._shut_down(int(name), ending)
 
     def _shut_down(self, descriptor: int, ending: set[_Address]) -> None:
-        # A second descriptor stays that of the connection, should gRPC close the first, and another take its number.
-        second = os.dup(descriptor)
-        try:
-            connection = socket.socket(fileno=second)
-        except OSError:
-            os.close(second)
-            return
-        with connection:
+        with borrowed(descriptor) as connection:
             if connection.family not in (socket.AF_INET, socket.AF_INET6):
                 return
             if connection.getsockname()[1] == self._port and _plain(*connection.getpeername()[:2]) in ending:

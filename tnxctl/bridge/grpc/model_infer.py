@@ -65,7 +65,7 @@ def stream_failure(error: TensorNextError) -> Any:
 
 
 async def _read(call: Call, data: bytes) -> _Asked:
-    """What a message asks for. A long one is read elsewhere: there may be millions of elements in it."""
+    """Request of a message. A long one is read elsewhere: there may be millions of elements in it."""
     rest, raw = framing.split(data, _RAW_INPUTS)
     call.check_size(len(rest))
     if len(rest) < LONG_BYTES:
