@@ -113,7 +113,7 @@ def start_daemon(
     """
     if "--bind" not in arguments:
         arguments = ("--bind", "tcp://127.0.0.1:*", *arguments)
-    variables = os.environ if environment is None else environment
+    variables = prepared.variables() if environment is None else environment
     process: subprocess.Popen[str] | prepared.Process
     with log.open("wb") as stderr:
         if not anew and prepared.can_run(program, variables):

@@ -76,7 +76,7 @@ def running(
     if config:
         (folder / "tnxd.toml").write_text(config)
         arguments = (*arguments, "--config", str(folder / "tnxd.toml"))
-    variables = {**os.environ, **(environment or {})}
+    variables = {**prepared.variables(), **(environment or {})}
     forks = not anew and before is None and stdout != subprocess.PIPE and prepared.can_run(program, variables)
     process: subprocess.Popen[bytes] | prepared.Process
 

@@ -50,6 +50,12 @@ def _of_libraries(environment: Mapping[str, str]) -> dict[str, str]:
 
 _ENVIRONMENT = dict(os.environ)  # of the process that forks
 
+
+def variables() -> dict[str, str]:
+    """A copy of the environment, whatever thread asks: pytest changes it between two tests, and a plain copy fails."""
+    return {name: value for name in list(os.environ) if (value := os.environ.get(name)) is not None}
+
+
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)
 
 

@@ -19,10 +19,10 @@ from typing import IO
 import numpy as np
 import pytest
 
+import prepared
 from ahead import Making, makes
 from conftest import Daemon, start_daemon
 from dealer import Dealer, rows
-from prepared import end_with_parent
 from tnxctl import AsyncClient, Client, Result
 from tnxctl.protocol import wire
 from zmtp import Peer, message
@@ -92,7 +92,7 @@ def own(
         if config:
             command += ["--config", str(folder / "tnxd.toml")]
         variables = {"RUN_FIFO": "{}/fifo", "LOAD_FIFO": "{}/fifo", **environment}
-        variables = {**os.environ, **{name: value.format(folder) for name, value in variables.items()}}
+        variables = {**prepared.variables(), **{name: value.format(folder) for name, value in variables.items()}}
         systemd = Systemd(folder / "notify")
         if is_ready:
             daemon = start_daemon(folder / "log", *command, program=program, environment=variables)
@@ -104,7 +104,7 @@ def own(
                     stderr=log,
                     text=True,
                     env=variables,
-                    preexec_fn=end_with_parent,
+                    preexec_fn=prepared.end_with_parent,
                 )
             daemon = Daemon(command[command.index("--bind") + 1], process, folder / "log")
         try:

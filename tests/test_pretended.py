@@ -15,6 +15,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.utils._device import _device_constructors  # noqa: E402
+
 from conftest import Daemon, start_daemon  # noqa: E402
 from dealer import Dealer, rows  # noqa: E402
 from pretended import POLICIES, order, pretended, program  # noqa: E402
@@ -474,3 +476,11 @@ def test_a_thread_that_outlives_its_machine_waits_on_that_one() -> None:
         event.record(stream)
         event.synchronize()
         assert event.query()
+
+
+def test_factories_follow_a_default_device_afterwards() -> None:
+    _device_constructors.cache_clear()  # as in a process in which nobody has had a default device yet
+    with pretended(), torch.device("meta"):
+        torch.empty(1)
+    with torch.device("meta"):
+        assert torch.empty(1).device.type == "meta"

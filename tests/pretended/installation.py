@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from pretended import operations
 from pretended.capture import refuse_in_capture
@@ -79,6 +80,7 @@ class Installation:
         for owner, names in _surface(self.machine).items():
             for name, value in names.items():
                 self._replace(owner, name, value)
+        _device_constructors()  # torch keeps the set of them for good: it shall be that of its own functions
         for name in _PINNING:
             self._replace(torch, name, _counted(_pinning(getattr(torch, name)), self._under_way))
         _accept_replacements()
