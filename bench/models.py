@@ -46,6 +46,7 @@ from rounds import in_turns
 from tnxctl import Client
 
 _HERE = Path(__file__).resolve().parent
+_LOAD_SECONDS = 1200.0  # of all networks; to compile and to compare one takes a minute or two
 _THREADS = (1, 0)  # of plain torch; 0 is its default, a thread for each core
 _ROWS = (1, 4, 16)
 _PROBE_SECONDS = 0.4
@@ -178,7 +179,8 @@ def _daemon(
     arguments += ["--model-repository", str(folder / "models"), "--devices", "cpu", "--log-level", "warning"]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     child = stack.enter_context(ChildProcess("tnxd", arguments, environment=environment))
-    return child.ready().split("ready on ", 1)[1].split(";")[0], child.pid
+    ready = child.hear(_LOAD_SECONDS, "was not ready", "ended before it was ready")
+    return ready.split("ready on ", 1)[1].split(";")[0], child.pid
 
 
 def _start_peers(
