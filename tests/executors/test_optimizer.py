@@ -79,7 +79,7 @@ FASTER = variant("faster", makes(Doubling))
 SLOWER = variant("slower", makes(lambda: Doubling(3 * SLOW_S)))
 WRONG = variant("wrong", makes(lambda: Doubling(factor=2.001)))
 ROUNDED = variant("rounded", makes(lambda: Doubling(factor=2.00001)))
-LAST = variant("last", makes(Doubling), last=True)
+LAST = variant("last", makes(Doubling), beside="faster")
 
 
 def model(*variants: Variant, columns: int = 2, seconds: float = SLOW_S, optimize: str = "auto") -> Model:
@@ -126,12 +126,13 @@ def test_the_fastest_variant_with_the_same_answers_is_taken(load: Callable[..., 
     assert "wrong: it answers otherwise: output 'x'" in note
     assert "slower" in note
     assert "too little" in note
-    assert "last: not tried, since another one gains" in note
+    assert "last: not tried, since faster gains" in note
     assert report.costs[0][1] < SLOW_S * 1e6  # warmed up anew
 
 
-def test_a_variant_that_takes_long_to_make_is_the_last_resort(load: Callable[..., Any]) -> None:
-    report, call = load(model(SLOWER, LAST))
+@pytest.mark.parametrize("other", [SLOWER, variant("fast", makes(lambda: Doubling(SLOW_S / 2)))])
+def test_a_variant_that_takes_long_is_tried_beside_all_but_one(load: Callable[..., Any], other: Variant) -> None:
+    report, call = load(model(other, LAST))
     assert call.seconds == 0
     assert report.notes[0].startswith("optimize: last runs")
 

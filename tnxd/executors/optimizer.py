@@ -103,8 +103,10 @@ class Optimizer:
         until = min(time.monotonic() + self._seconds, began + _OF_A_LOAD * self._load_seconds)
         for variant in verdict.model.variants:
             if self._kind in variant.kinds:
-                done = any(attempt.module is not None for attempt in found)
-                found.append(self._attempt(variant, lane, verdict, warmed, build, until, done=done))
+                if any(attempt.name == variant.beside and attempt.module is not None for attempt in found):
+                    found.append(Attempt(variant.name, why=f"not tried, since {variant.beside} gains"))
+                    continue
+                found.append(self._attempt(variant, lane, verdict, warmed, build, until))
         return sorted(found, key=_order)
 
     def _attempt(
@@ -115,14 +117,10 @@ class Optimizer:
         warmed: Warmed,
         build: Build,
         until: float,
-        *,
-        done: bool,
     ) -> Attempt:
         forced = verdict.model.optimize == variant.name
         if variant.missing:
             return Attempt(variant.name, why=variant.missing)
-        if variant.last and done:
-            return Attempt(variant.name, why="not tried, since another one gains")
         left = until - time.monotonic()
         try:
             if left <= 0:

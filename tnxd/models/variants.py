@@ -47,11 +47,12 @@ class Variant:
         missing: what it needs and this computer lacks, in words; "": nothing.
         make: makes the module, from what builds the network on the device; it may change what it builds. May take
             minutes. Raises TensorNextError, with a sentence, where it cannot be made.
-        last: whether it is tried only where no other one gains, since it takes long to make.
+        beside: name of the variant that it is not tried beside where that one gains, since it takes long to make and
+            seldom gains more.
     """
 
     name: str
     kinds: tuple[str, ...]
     missing: str
     make: Callable[[Build, Workshop], torch.nn.Module]
-    last: bool = False
+    beside: str = ""

@@ -53,7 +53,7 @@ def missing() -> str:
 
 def variant(source: RepositorySource) -> Variant:
     """The variant of a network that inductor compiles."""
-    return Variant("inductor", ("cpu", "cuda"), missing(), functools.partial(_make, source), last=True)
+    return Variant("inductor", ("cpu", "cuda"), missing(), functools.partial(_make, source), beside="onnxruntime")
 
 
 def _make(source: RepositorySource, build: Build, workshop: Workshop) -> torch.nn.Module:
