@@ -79,6 +79,14 @@ def test_a_converted_network_answers_and_refuses_as_before_and_is_kept(
             ask(model, module, np.zeros((2, 2, 4), np.float32), np.ones((2, 1, 1), np.float32))
 
 
+def test_weights_in_bfloat16_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "models")
+    (variant,) = open_model(tmp_path / "models", TOML).variants
+    forbid_processes(monkeypatch)
+    with pytest.raises(FailedPrecondition, match="bfloat16"):
+        variant.make(lambda: Net().to(torch.bfloat16), Workshop(torch.device("cpu"), None, 100.0))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_other_contents_make_another_artifact(tmp_path: Path) -> None:

@@ -60,7 +60,10 @@ def variant(source: RepositorySource) -> Variant:
     return Variant("onnxruntime", ("cpu",), missing(), functools.partial(_make, source))
 
 
-def _make(source: RepositorySource, _: Build, workshop: Workshop) -> torch.nn.Module:
+def _make(source: RepositorySource, build: Build, workshop: Workshop) -> torch.nn.Module:
+    if any(tensor.dtype is torch.bfloat16 for tensor in build().state_dict().values()):  # before a minute is spent
+        raise FailedPrecondition("onnxruntime computes in bfloat16 on no CPU")
+
     def compile_into(folder: Path) -> None:
         compile_in_child(source, "onnxruntime", workshop.device, folder, workshop.seconds)
 
