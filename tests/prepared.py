@@ -170,7 +170,7 @@ def _import() -> None:
     """Import what a daemon imports before it is ready, in its order as far as that matters."""
     from tnxd.process import openmp
 
-    openmp.settle_waiting()  # before torch
+    openmp.settle()  # before torch
     for module in (
         "tnxd.daemon",
         "tnxd.executors.devices",

@@ -336,8 +336,7 @@ class _LoopDriver:
 
     def close(self) -> None:
         _settle_all(self._session.close())
-        self._link.close()
-        self._cancel_timer()
+        self._close_link()
 
     def forget(self) -> None:
         """Close after the client has gone: the loop may be over, or run in another thread than this one.
@@ -362,9 +361,14 @@ class _LoopDriver:
     def _end(self) -> None:
         """Close without a word to those who wait."""
         self._session.close()
+        self._close_link()
+        self._ended.set()
+
+    def _close_link(self) -> None:
         self._link.close()
         self._cancel_timer()
-        self._ended.set()
+        if self._busy_poll is not None:
+            self._busy_poll.end()
 
     def _flush_soon(self) -> None:
         """Have what is sent in this turn of the loop go out together, in the next."""

@@ -60,11 +60,16 @@ class BusyPoll:
         self._usual_call_s = self._learn(self._usual_call_s, seconds)
         self._go_on(now, max(self._usual_call_s, self._usual_gap_s))
 
+    def end(self) -> None:
+        """End for good: no call will be sent any more."""
+        self._longest_s = 0.0
+        self._until = -math.inf
+
     def _learn(self, usual: float, seconds: float) -> float:
         return usual + _WEIGHT * (min(seconds, _MOST_COUNTED * self._longest_s) - usual)
 
     def _go_on(self, now: float, usual: float) -> None:
-        if usual >= self._longest_s:
+        if usual >= self._longest_s or self._loop.is_closed():  # a closed loop ends the calls that it leaves
             self._until = now
             return
         self._until = now + self._longest_s

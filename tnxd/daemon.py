@@ -156,7 +156,7 @@ class Daemon:
     def _open_devices(self) -> None:
         """Open the devices on a thread of its own: health answers meanwhile."""
         try:
-            openmp.settle_waiting()
+            openmp.settle()
             from tnxd.executors.devices import open_devices  # imports torch, which takes seconds
 
             opened = open_devices(self._config, self._server.completed)

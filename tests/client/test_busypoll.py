@@ -24,9 +24,15 @@ class Loop:
     def __init__(self) -> None:
         self.now = 100.0
         self.due: list[Callable[[], None]] = []
+        self.closed = False
 
     def call_soon(self, callback: Callable[[], None]) -> None:
+        if self.closed:
+            raise RuntimeError("Event loop is closed")
         self.due.append(callback)
+
+    def is_closed(self) -> bool:
+        return self.closed
 
     def turns(self) -> int:
         """Number of turns until nothing is due."""
@@ -117,6 +123,23 @@ def test_the_next_call_is_not_polled_for_where_it_comes_late(poll: BusyPoll, loo
     assert loop.turns() == 1
 
 
+def test_it_ends_for_good(poll: BusyPoll, loop: Loop) -> None:
+    poll.sent()
+    poll.end()
+    assert loop.turns() == 1
+    poll.answered(LONGEST_S / 10)
+    assert not loop.due
+
+
+def test_call_that_a_closed_loop_has_left_ends_without_an_error(poll: BusyPoll, loop: Loop) -> None:
+    for _ in range(20):
+        call(poll, loop, LONGEST_S / 4, LONGEST_S / 10)
+    poll.sent()
+    loop.turns()
+    loop.closed = True
+    poll.answered(LONGEST_S / 4)  # when the garbage collector ends the call
+
+
 @pytest.mark.parametrize("given", [-1e-9, 1.001, float("nan"), float("inf"), True, "1ms", None])
 def test_what_is_no_time_is_refused(given: Any) -> None:
     with pytest.raises(InvalidArgument, match="busy_poll"):
@@ -152,3 +175,26 @@ def test_a_loop_that_polls_does_not_sleep(busy_poll: float, sleeps: bool) -> Non
         daemon.answer = slow
         runner.run(main(daemon))
     assert any(wait is None or wait > 0 for wait in waits) == sleeps
+
+
+def test_a_loop_whose_client_is_closed_sleeps_again() -> None:
+    polls: list[bool] = []
+
+    class Selector(selectors.DefaultSelector):
+        def select(self, timeout: float | None = None) -> Any:
+            polls.append(timeout == 0)
+            return super().select(timeout)
+
+    async def main(daemon: FakeDaemon) -> None:
+        async with AsyncClient(daemon.endpoint, timeout=PATIENCE_S, busy_poll=1.0) as tnx:
+            for _ in range(20):  # until the next one is expected soon
+                await tnx.predict(X)
+        polls.clear()
+        await asyncio.sleep(1e-3)
+
+    with (
+        FakeDaemon(echo) as daemon,
+        asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(Selector())) as runner,
+    ):
+        runner.run(main(daemon))
+    assert not all(polls)

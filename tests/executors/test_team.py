@@ -81,18 +81,26 @@ def test_team_that_leaves_a_core_to_others_may_run_on_all() -> None:
     assert on_a_thread(work) == [set(CORES)] * len(CORES)
 
 
-def test_thread_of_a_team_that_has_ended_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    def work() -> list[set[int]]:
-        ended = subprocess.Popen(["true"])  # a process is gone once it was waited for, a thread some time later
-        ended.wait()
-        served = Team()
-        with monkeypatch.context() as context:
-            context.setattr(team, "other_members", lambda _: [ended.pid])
-            served.spread(len(CORES))
-        served.spread(len(CORES))
-        return pinned(other_members(len(CORES)))
+@pytest.mark.parametrize("is_over", [True, False])
+def test_thread_of_a_team_that_has_ended_is_replaced(monkeypatch: pytest.MonkeyPatch, is_over: bool) -> None:
+    """Its id may belong to another program by now, which is left alone."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other:
 
-    assert [len(cores) for cores in on_a_thread(work)] == [1] * (len(CORES) - 1)
+        def work() -> list[set[int]]:
+            served = Team()
+            with monkeypatch.context() as context:
+                context.setattr(team, "current_core", lambda: CORES[0])
+                served.spread(len(CORES))
+                served._others = [other.pid] * len(served._others)
+                context.setattr(team, "current_core", lambda: CORES[-1])
+                served.spread(len(CORES))
+            return pinned(other_members(len(CORES)))
+
+        if is_over:  # a process is gone once it was waited for, a thread some time later
+            other.communicate()
+        assert set.union(*on_a_thread(work)) == set(CORES[:-1])
+        if not is_over:
+            assert os.sched_getaffinity(other.pid) == set(CORES)
 
 
 def test_system_that_refuses_is_asked_once_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:

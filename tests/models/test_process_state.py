@@ -9,9 +9,9 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,44 @@ def test_drift_is_undone_and_logged_once(
             assert is_among(name, monitor.restore())
             assert monitor.restore() == []
     assert len([record for record in caplog.records if f"changed {name}" in record.getMessage()]) == 1
+
+
+@contextmanager
+def cores_of_all(cores: set[int]) -> Iterator[None]:
+    """All threads of this process have those cores, as after `taskset -ap`, and their own again at the end."""
+    tasks = [int(name) for name in os.listdir("/proc/self/task")]
+    before = {task: os.sched_getaffinity(task) for task in tasks}
+    try:
+        for task in tasks:
+            os.sched_setaffinity(task, cores)
+        yield
+    finally:
+        for task in tasks:
+            os.sched_setaffinity(task, before[task])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads have no cores of their own")
+def test_cores_that_an_operator_gives_to_all_threads_are_left_alone() -> None:
+    most, over = os.sched_getaffinity(0), threading.Event()
+    few = {min(most)}
+    if most == few:
+        pytest.skip("needs two cores")
+    other = threading.Thread(target=over.wait)
+    other.start()
+    try:
+        monitor = DriftMonitor()
+        with ExitStack() as stack:
+            with settings_restored("importing net.py") as changes:
+                stack.enter_context(cores_of_all(few))
+            assert changes.names == []
+            assert monitor.restore() == []
+            assert os.sched_getaffinity(0) == few
+            os.sched_setaffinity(0, most - few)
+            assert monitor.restore() == ["the processor affinity of the thread"]
+            assert os.sched_getaffinity(0) == few
+    finally:
+        over.set()
+        other.join()
 
 
 def test_setting_of_a_thread_is_not_seen_on_others() -> None:

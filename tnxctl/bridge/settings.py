@@ -29,7 +29,8 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         header_timeout_s: seconds for a request line and headers to come, whole.
         body_timeout_s: seconds for a body to come, and one more for each `body_rate` bytes of it.
         message_timeout_s: seconds for a request over gRPC to come whole: how much of it has come is not told there. As
-            many for an answer to be taken, and one more for each `body_rate` bytes of it.
+            many for an answer to be taken, and one more for each `body_rate` bytes that its connection is to take
+            meanwhile.
         idle_timeout_s: seconds that a connection, or a stream of gRPC, may stay open without a request.
         drain_timeout_s: seconds that running requests get when the bridge ends.
     """

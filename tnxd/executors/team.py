@@ -46,16 +46,13 @@ class Team:
         cores = _own_cores()
         if len(cores) != threads:
             return
-        if threads != self._threads:  # OpenMP may have started threads, and ended others
+        # OpenMP may have started threads, and ended others whose ids belong to other programs by now.
+        if threads != self._threads or not all(_is_ours(thread) for thread in self._others):
             self._others = other_members(threads)
             self._threads = threads
-        try:
+        with contextlib.suppress(OSError):  # a filter of system calls, or another program has just taken the core away
             for thread, other in zip(self._others, sorted(cores - {core}), strict=False):
                 os.sched_setaffinity(thread, {other})
-        except ProcessLookupError:  # a thread has ended: look anew next time
-            self._threads = 0
-        except OSError:  # a filter of system calls, or another program has just taken the core away
-            return
 
 
 class _OpenMP(NamedTuple):
@@ -84,6 +81,10 @@ def other_members(threads: int) -> list[int]:
         body = _Body(lambda _: members.append((openmp.number(), threading.get_native_id())))
         openmp.parallel(body, None, threads, 0)
     return [thread for number, thread in sorted(members) if number]
+
+
+def _is_ours(thread: int) -> bool:
+    return os.path.exists(f"/proc/self/task/{thread}")
 
 
 @cache

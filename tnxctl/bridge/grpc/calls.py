@@ -17,7 +17,7 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
 from tnxctl.bridge.bridge import Bridge, Question
-from tnxctl.bridge.grpc.closing import Closer
+from tnxctl.bridge.grpc.deliveries import Deliveries
 from tnxctl.bridge.grpc.messages import parsed
 from tnxctl.bridge.grpc.statuses import abort
 from tnxctl.protocol import wire
@@ -112,7 +112,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         methods: by name. One of the service that is missing gets UNIMPLEMENTED, as one that gRPC does not know does.
         readers: where the tasks are put that read requests of streams. A stream whose reader is cancelled answers what
             has come, and ends.
-        closer: ends connections whose clients do not take their answers.
+        deliveries: of answers; it ends connections whose clients do not take them.
     """
 
     def __init__(
@@ -121,10 +121,10 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         service: ServiceDescriptor,
         methods: Mapping[str, Method],
         readers: Readers,
-        closer: Closer,
+        deliveries: Deliveries,
     ) -> None:
         self._handlers = {
-            f"/{service.full_name}/{name}": _handler(bridge, service.methods_by_name[name], method, readers, closer)
+            f"/{service.full_name}/{name}": _handler(bridge, service.methods_by_name[name], method, readers, deliveries)
             for name, method in methods.items()
         }
 
@@ -133,8 +133,10 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         return self._handlers.get(handler_call_details.method)
 
 
-def _handler(bridge: Bridge, descriptor: MethodDescriptor, method: Method, readers: Readers, closer: Closer) -> Any:
-    answerer = _Answerer(bridge, descriptor, method, readers, closer)
+def _handler(
+    bridge: Bridge, descriptor: MethodDescriptor, method: Method, readers: Readers, deliveries: Deliveries
+) -> Any:
+    answerer = _Answerer(bridge, descriptor, method, readers, deliveries)
     return grpc.stream_stream_rpc_method_handler(answerer.stream if descriptor.client_streaming else answerer.unary)
 
 
@@ -160,11 +162,11 @@ class _Answerer:
     """Answers to the RPCs of one method."""
 
     def __init__(
-        self, bridge: Bridge, descriptor: MethodDescriptor, method: Method, readers: Readers, closer: Closer
+        self, bridge: Bridge, descriptor: MethodDescriptor, method: Method, readers: Readers, deliveries: Deliveries
     ) -> None:
         self._bridge = bridge
         self._readers = readers
-        self._closer = closer
+        self._deliveries = deliveries
         self._request: Any = message_factory.GetMessageClass(descriptor.input_type)
         self._method = method
 
@@ -238,17 +240,14 @@ class _Answerer:
 
         Raises Unavailable: there is no memory for it now.
         """
-        limits = self._bridge.settings.limits
         nbytes = len(answer) if len(answer) >= _LONG_BYTES else 0
         self._bridge.budget.hold(nbytes)
-        allowed_s = limits.message_timeout_s + len(answer) / limits.body_rate
-        late = asyncio.get_running_loop().call_later(allowed_s, self._closer.end, call.address)
         try:
-            await context.write(answer)
+            with self._deliveries.begin(call.address, len(answer)):
+                await context.write(answer)
         except grpc.aio.InternalError:  # the client has gone, as its cancelling is about to say
             raise asyncio.CancelledError from None
         finally:
-            late.cancel()
             self._bridge.budget.release(nbytes)
 
     async def _answer_or_failure(self, call: Call, data: bytes) -> bytes:

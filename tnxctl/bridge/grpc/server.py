@@ -14,6 +14,7 @@ from tnxctl.bridge.bridge import Bridge
 from tnxctl.bridge.grpc import health, inference
 from tnxctl.bridge.grpc.calls import Calls, Readers
 from tnxctl.bridge.grpc.closing import Closer
+from tnxctl.bridge.grpc.deliveries import Deliveries
 from tnxctl.bridge.grpc.messages import HEALTH, INFERENCE
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.limits import MIB
@@ -41,12 +42,12 @@ class GrpcServer:
         self._changed: Any = None
         self._readers: Readers = set()
         assert settings.grpc is not None
-        closer = Closer(settings.grpc[1])
         limits = settings.limits
+        deliveries = Deliveries(Closer(settings.grpc[1]), limits)
         services = [(INFERENCE, inference.METHODS), (HEALTH, health.METHODS)]
         self._server = grpc.aio.server(
             handlers=[
-                Calls(bridge, service, methods, self._readers, closer)
+                Calls(bridge, service, methods, self._readers, deliveries)
                 for schema, methods in services
                 for service in schema.services
             ],

@@ -15,6 +15,7 @@
 | file | |
 |---|---|
 | setting.py, torch_settings.py, python_settings.py | the settings, and how each is read and written |
+| affinity.py | the cores of a thread, apart from those that an operator gives the process |
 | snapshot.py | values of settings at one time, and their restoration |
 | random_state.py | the shared random generators |
 | setter_calls.py | calls of functions that set a shared state, recorded while a forward runs |

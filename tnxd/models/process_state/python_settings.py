@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from tnxd.models.process_state.affinity import Affinity
 from tnxd.models.process_state.setting import Setting, attribute, sequence
 
 
@@ -160,11 +161,7 @@ PYTHON_SETTINGS = [
     Setting("the environment", _environment, _set_environment, describe=_variables),
     Setting("the umask", _umask, os.umask),
     Setting("limits of resources", lambda: [resource.getrlimit(limit) for limit in _LIMITS], _set_limits),
-    Setting(
-        "the processor affinity of the thread",
-        lambda: os.sched_getaffinity(0),
-        lambda cores: os.sched_setaffinity(0, cores),
-    ),
+    Setting("the processor affinity of the thread", Affinity, Affinity.restore),
     sequence("sys.path", sys, "path"),
     sequence("sys.argv", sys, "argv"),
     Setting("the recursion limit", _recursion_limit, sys.setrecursionlimit),
