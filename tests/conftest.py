@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,20 @@ LONGEST = ("test_systemd.py", "test_quick_served.py", "test_quick_careful.py", "
 """Files that take long: begun first, so that no worker is left with one of them in the end."""
 
 READY = re.compile(r"ready on ([^;]+);")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the garbage collector out while tests are collected, and from what is there then: torch, and the tests.
+
+    All of it stays until the end, and each search of it for garbage takes some tenths of a second.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

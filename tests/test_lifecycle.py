@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -129,17 +130,28 @@ def made(request: pytest.FixtureRequest, making: Making) -> Iterator[Own]:
         yield made
 
 
-def refused(*arguments: str, **environment: str) -> tuple[int, str]:
-    """Run tnxd, which must end by itself; returns its exit code and its stderr."""
-    ended = subprocess.run(
-        [sys.executable, *TNXD, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ended.stdout == ""
-    return ended.returncode, ended.stderr
+def refused(*arguments: str, anew: bool = False, **environment: str) -> tuple[int, str]:
+    """Run tnxd, which must end by itself; returns its exit code and its stderr.
+
+    Args:
+        anew: as for `conftest.start_daemon`.
+    """
+    variables = {**prepared.variables(), **environment}
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        process: subprocess.Popen[bytes] | prepared.Process
+        if anew or not prepared.can_run(TNXD, variables):
+            process = subprocess.Popen([sys.executable, *TNXD, *arguments], env=variables, stdout=stdout, stderr=stderr)
+        else:
+            process = prepared.start(TNXD, arguments, variables, stdout=stdout.fileno(), stderr=stderr.fileno())
+        try:
+            code = process.wait(60)
+        finally:
+            process.kill()
+            process.wait()
+        stdout.seek(0)
+        stderr.seek(0)
+        assert stdout.read() == b""
+        return code, stderr.read().decode()
 
 
 # --- starting ------------------------------------------------------------------------------------------------
@@ -250,14 +262,14 @@ def test_what_cannot_work_is_one_sentence_and_an_exit_code(arguments: list[str],
 def test_an_unknown_key_is_named_with_its_file(tmp_path: Path) -> None:
     path = tmp_path / "tnxd.toml"
     path.write_text("[cpu]\nworkrs = 2\n")
-    code, stderr = refused("--config", str(path))
+    code, stderr = refused("--config", str(path), anew=True)
     assert (code, stderr.count("\n")) == (2, 1)
     assert str(path) in stderr
     assert "workrs" in stderr
 
 
 def test_a_port_in_use(daemon: Daemon) -> None:
-    code, stderr = refused("--bind", daemon.endpoint)
+    code, stderr = refused("--bind", daemon.endpoint, anew=True)
     assert (code, stderr) == (1, f"tnxd: {daemon.endpoint} is in use by another process\n")
 
 

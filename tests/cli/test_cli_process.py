@@ -169,30 +169,41 @@ def test_a_daemon_that_dies_in_a_run_leaves_no_request_without_an_account() -> N
 FULL = Path("/dev/full")
 
 
+WRITING = (
+    "health",
+    "health --json",
+    "models",
+    "models show mlp",
+    "models load mlp",
+    "models unload mlp",
+    "models route mlp latest",
+    "models compare mlp 1 2",
+    "models init resnet",
+    "metadata",
+    "predict",
+    "predict --count 1000",
+    "predict --json",
+    "predict --output -",
+    "reload",
+    "completion bash",
+    "--help",
+    "--version",
+    "models --help",
+)
+
+UNBUFFERED = ("health", "models init resnet", "predict --output -", "--version")
+"""Of those, one for each way of writing. How a stream buffers is the interpreter's affair and not the command's."""
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "unbuffered"),
     [
-        "health",
-        "health --json",
-        "models",
-        "models show mlp",
-        "models load mlp",
-        "models unload mlp",
-        "models route mlp latest",
-        "models compare mlp 1 2",
-        "models init resnet",
-        "metadata",
-        "predict",
-        "predict --count 1000",
-        "predict --json",
-        "predict --output -",
-        "reload",
-        "completion bash",
-        "--help",
-        "--version",
-        "models --help",
+        *((arguments, "") for arguments in WRITING),
+        *(
+            pytest.param(arguments, "1", marks=() if arguments in UNBUFFERED else pytest.mark.slow)
+            for arguments in WRITING
+        ),
     ],
 )
 def test_standard_output_that_takes_nothing(arguments: str, unbuffered: str, tmp_path: Path) -> None:
