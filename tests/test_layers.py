@@ -71,9 +71,9 @@ SANS_IO = tuple(
 
 MOVERS = tuple(
     f"tnxctl.{module}"
-    for module in ("driver", "handshakes", "link", "links", "loop_driver", "process", "sharing", "wakeups")
+    for module in ("driver", "handshakes", "link", "links", "loop_driver", "process", "sessions", "sharing", "wakeups")
 )
-"""Modules of the client that move messages or wait."""
+"""Modules of the client that move messages or wait, and what puts them together."""
 
 IO = ("asyncio", "os", "select", "socket", "threading", "time", "zmq")
 
