@@ -25,8 +25,6 @@ from shared_memory import alone, together
 from targets import daemon_target, start_daemon
 from tnxctl import AsyncClient, Client
 from tnxctl.channels import opening
-from tnxctl.encoder import DEFAULT_TIMEOUT_S, RequestEncoder
-from tnxctl.protocol.wire import Limits
 
 _BUSY_POLL_S = 1e-3
 
@@ -45,24 +43,11 @@ def through_libzmq(ask: Callable[[], object], *, wanted: bool) -> None:
 
 def plain_socket(endpoint: str) -> Rate:
     """The floor: one request at a time, nothing decoded but where a message ends."""
-    encoder = RequestEncoder(DEFAULT_TIMEOUT_S, Limits())
 
     def rate(array: Any, outstanding: int, seconds: float) -> float:
         assert outstanding == 1
-        call = encoder.predict(
-            array,
-            model=passing.MODEL,
-            prefer_gpu=True,
-            min_gpu_memory_mb=0.0,
-            device="",
-            deadline=None,
-            priority=None,
-            route_key="",
-            timeout=None,
-            now=time.monotonic(),
-        )
-        first, tensor = call.frames
-        message = zmtpsocket.frame(first, zmtpsocket.MORE) + zmtpsocket.frame(tensor.tobytes())
+        header, tensor = passing.workload(array, prefer_gpu=True).request(0)  # as clients do unless told otherwise
+        message = zmtpsocket.frame(header, zmtpsocket.MORE) + zmtpsocket.frame(tensor)
         connection, _ = zmtpsocket.connect(endpoint)
         with connection:
             messages, count, began = zmtpsocket.Messages(), 0, time.perf_counter()

@@ -129,9 +129,9 @@ def scheduler(way: str, cost: Callable[[int], float]) -> Scheduler:
     made = Scheduler([Device("cpu", "cpu", 1, set())], CostModel(), max_requests=1 << 20, max_bytes=1 << 40)
     sizes = [(rows, 1 << power) for rows in (1, 4, 16) for power in range(10) if rows << power <= 1024]
     if way == EQUAL:
-        made.add_model("cpu", _MODEL, group=(1,), costs=[(rows, cost(rows)) for rows in (1, 2, 4, 8, 16, 32, 64)])
+        made.models.add("cpu", _MODEL, group=(1,), costs=[(rows, cost(rows)) for rows in (1, 2, 4, 8, 16, 32, 64)])
     else:
-        made.add_model(
+        made.models.add(
             "cpu",
             _MODEL,
             costs=[(rows * length, cost(rows * length)) for rows, length in sizes],

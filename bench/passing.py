@@ -12,15 +12,19 @@ from tnxctl.protocol import wire
 from tnxd.cli import main
 from tnxd.models.builtin import BUILTIN
 from tnxd.models.model import Model
-from workload import Workload
+from workload import Array, Workload
 
 MODEL = "pass"
 
 
 def mebibyte() -> Workload:
     """Requests of 1 MiB for the model `pass`: float32 [1, 262144]."""
-    array = np.arange(1 << 18, dtype=np.float32).reshape(1, -1)
-    return Workload(MODEL, "x", [array], [array], tolerance=0.0)
+    return workload(np.arange(1 << 18, dtype=np.float32).reshape(1, -1))
+
+
+def workload(array: Array, *, prefer_gpu: bool = False) -> Workload:
+    """Requests with one array for the model `pass`: float32, two axes."""
+    return Workload(MODEL, "x", [array], [array], tolerance=0.0, prefer_gpu=prefer_gpu)
 
 
 def _register() -> None:

@@ -124,7 +124,7 @@ class Scheduled:
         if teams.lanes:
             for model, limit in machine.limits.items():
                 narrow = [(rows, measure(CPU, model, rows)) for rows in warm_up_sizes(limit)]
-                self.scheduler.add_model(
+                self.scheduler.models.add(
                     CPU, model, widths=[(rows, micros, part * micros) for rows, micros in narrow], threads=threads
                 )
         if not corrects:

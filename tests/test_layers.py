@@ -70,9 +70,10 @@ SANS_IO = tuple(
 """Modules of the client that are pure: but for the random part of waits, all depends on their arguments alone."""
 
 MOVERS = tuple(
-    f"tnxctl.{module}" for module in ("driver", "handshakes", "link", "links", "process", "sharing", "wakeups")
+    f"tnxctl.{module}"
+    for module in ("driver", "handshakes", "link", "links", "loop_driver", "process", "sessions", "sharing", "wakeups")
 )
-"""Modules of the client that move messages or wait."""
+"""Modules of the client that move messages or wait, and what puts them together."""
 
 IO = ("asyncio", "os", "select", "socket", "threading", "time", "zmq")
 

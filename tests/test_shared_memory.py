@@ -32,7 +32,8 @@ from tnxctl.protocol.frames import view_tensors
 from tnxctl.protocol.recordings import RecordingReader
 from tnxctl.protocol.wire import MIB, Span
 from tnxd.config import Clients
-from tnxd.transport.client_limits import Admission, Connection
+from tnxd.transport.client_limits import Admission
+from tnxd.transport.clients import Connection
 from tnxd.transport.shared_memory import SharedMemory
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has files in memory")

@@ -32,17 +32,14 @@ call's, and the other attempt is withdrawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import Any
 
 from tnxctl import failures
-from tnxctl.arguments import check_hedge
 from tnxctl.call import Call
-from tnxctl.endpoint import parse_endpoints
 from tnxctl.endpoints import Endpoints
 from tnxctl.hedging import Hedging
-from tnxctl.keys.credentials import Credentials
 from tnxctl.protocol.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -51,10 +48,9 @@ from tnxctl.protocol.errors import (
     TensorNextError,
     Unavailable,
 )
-from tnxctl.protocol.wire import Limits
 from tnxctl.resending import Budget
 from tnxctl.results import Traffic
-from tnxctl.session import LARGE_BYTES, MAX_LOSSES, MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session, SharedTensors
+from tnxctl.session import LARGE_BYTES, MAX_LOSSES, MAX_PENDING_BYTES, MAX_PENDING_CALLS, Session
 from tnxctl.waiting import Waiting
 
 PATIENCE_S = 0.2
@@ -66,32 +62,6 @@ _LEAST_DELAY_S = 0.001  # between two looks whether a call can have a copy
 
 Placement = tuple[int, Call[Any]]
 """An attempt, and the index of the session that it is for."""
-
-
-def session_of(
-    endpoint: str | Sequence[str],
-    timeout: float,
-    limits: Limits,
-    hedge: bool | float,
-    find: Callable[[str], Credentials | None],
-    share: Callable[[str], SharedTensors | None] = lambda address: None,
-) -> Session | Balancer:
-    """The calls of a client of one daemon, or of several.
-
-    Args:
-        endpoint, timeout, limits, hedge: as `Client` takes them.
-        find: finds what to show to the daemon at an address. share: makes what shares memory with it; None: nothing.
-
-    Raises:
-        InvalidArgument: an argument that can never work; the sentence names it.
-    """
-    addresses = parse_endpoints(endpoint)
-    percentile = check_hedge(hedge, len(addresses))
-    if len(addresses) == 1:
-        return Session(addresses[0], timeout, limits, find(addresses[0]), None, share(addresses[0]))
-    budget = Budget()
-    sessions = [Session(address, timeout, limits, find(address), budget, share(address)) for address in addresses]
-    return Balancer(sessions, budget, None if percentile is None else Hedging(percentile))
 
 
 class _Entry:

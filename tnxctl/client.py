@@ -10,13 +10,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from tnxctl import process
-from tnxctl.balancer import Balancer, session_of
+from tnxctl.balancer import Balancer
 from tnxctl.driver import ThreadDriver
 from tnxctl.durations import spell
 from tnxctl.encoder import DEFAULT_TIMEOUT_S
 from tnxctl.endpoint import DEFAULT_ENDPOINT
-from tnxctl.keys import lookup
-from tnxctl.links import sharing_of
 from tnxctl.protocol.wire import (
     ClientsReport,
     Comparison,
@@ -31,6 +29,7 @@ from tnxctl.protocol.wire import (
     StatsReport,
 )
 from tnxctl.results import Result, Traffic
+from tnxctl.sessions import session_of
 from tnxctl.tracing import traceparent_of
 
 if TYPE_CHECKING:
@@ -113,15 +112,7 @@ class Client:
         shared_memory: bool = False,
     ) -> None:
         self._given = endpoint
-        limits = limits or Limits()
-        self._session = session_of(
-            endpoint,
-            timeout,
-            limits,
-            hedge,
-            lambda address: lookup.find(address, key, server_key),
-            sharing_of(shared_memory, limits),
-        )
+        self._session = session_of(endpoint, timeout, limits, hedge, key, server_key, shared_memory)
         self._encoder = self._session.encoder
         self._driver = ThreadDriver(self._session)
 

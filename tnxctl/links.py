@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,9 +10,7 @@ from tnxctl.balancer import Balancer
 from tnxctl.call import Call
 from tnxctl.channels.channel import Watcher
 from tnxctl.link import Link
-from tnxctl.protocol.errors import InvalidArgument
-from tnxctl.protocol.wire import Limits
-from tnxctl.session import Session, SharedTensors
+from tnxctl.session import Session
 
 
 class Links:
@@ -166,27 +162,6 @@ class Links:
         for link in self._links:
             link.send_probe()
         return finished
-
-
-def sharing_of(wanted: bool, limits: Limits) -> Callable[[str], SharedTensors | None]:
-    """Makes what shares memory with the daemon at an address; nothing, unless that is wanted.
-
-    Raises, when it is called:
-        InvalidArgument: this system has no such memory, or the daemon may be on another host.
-    """
-
-    def share(address: str) -> SharedTensors | None:
-        if not wanted:
-            return None
-        if not hasattr(os, "memfd_create"):
-            raise InvalidArgument(f"shared_memory: not available on {platform.system()}, only on Linux")
-        if not address.startswith("ipc://"):
-            raise InvalidArgument(f"shared_memory: {address} is no address of this host alone, ipc://PATH is one")
-        from tnxctl.sharing import Sharing  # numpy takes long to import
-
-        return Sharing(address, limits.header_bytes)
-
-    return share
 
 
 def link_of(session: Session | Balancer, watcher: Watcher | None = None) -> Link | Links:

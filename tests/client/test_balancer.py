@@ -13,7 +13,7 @@ import pytest
 from peers import health_report
 from sessions import header, predict, put_off, result
 from tnxctl import backoff, balancer
-from tnxctl.balancer import Balancer, session_of
+from tnxctl.balancer import Balancer
 from tnxctl.call import Call
 from tnxctl.hedging import Hedging
 from tnxctl.protocol import errors, wire
@@ -21,6 +21,7 @@ from tnxctl.protocol.wire import Limits
 from tnxctl.resending import FIRST_TOKENS, MOST_TOKENS, Budget
 from tnxctl.results import Result
 from tnxctl.session import LARGE_BYTES, MAX_LOSSES, Session
+from tnxctl.sessions import session_of
 
 ADDRESSES = ("tcp://10.0.0.1:5555", "tcp://10.0.0.2:5555", "tcp://10.0.0.3:5555")
 
@@ -738,7 +739,7 @@ def test_every_call_has_one_outcome_whatever_happens(seed: int) -> None:
 
 def test_one_endpoint_needs_no_balancer() -> None:
     for endpoint in ("gpu-box", ["gpu-box"]):
-        session = session_of(endpoint, 5.0, Limits(), False, lambda _: None)
+        session = session_of(endpoint, 5.0)
         assert isinstance(session, Session)
         assert session.endpoint == "tcp://gpu-box:5555"
 
@@ -759,4 +760,4 @@ def test_one_endpoint_needs_no_balancer() -> None:
 )
 def test_arguments_that_can_never_work(endpoint: Any, hedge: Any, why: str) -> None:
     with pytest.raises(errors.InvalidArgument, match=why):
-        session_of(endpoint, 5.0, Limits(), hedge, lambda _: None)
+        session_of(endpoint, 5.0, hedge=hedge)

@@ -26,11 +26,11 @@ import zmq
 import zmtp as peer
 from peers import FakeDaemon, X, echo, equal
 from tnxctl import AsyncClient, Client, link
-from tnxctl.aio import _REPLIES_PER_TURN
 from tnxctl.channels import names
 from tnxctl.channels.channel import POLLIN, Target
 from tnxctl.channels.stream import _READS, StreamChannel
 from tnxctl.channels.zmtp import BUFFER_BYTES
+from tnxctl.loop_driver import REPLIES_PER_TURN
 from tnxctl.protocol import errors
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
@@ -326,7 +326,7 @@ def test_a_flood_keeps_no_other_task_from_its_turn(
     flooding = elsewhere.submit(flood, server, stop)
     with asyncio.Runner(loop_factory=new_loop) as runner:
         handled, turns = runner.run(main())
-    assert handled <= 2 * _REPLIES_PER_TURN * (turns + 2)  # a source that is ready, messages that are left; a timer
+    assert handled <= 2 * REPLIES_PER_TURN * (turns + 2)  # a source that is ready, messages that are left; a timer
     flooding.result(PATIENCE_S)
 
 

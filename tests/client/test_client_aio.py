@@ -26,10 +26,10 @@ from peers import (
     silence,
 )
 from tnxctl import AsyncClient
-from tnxctl.aio import _LoopDriver
 from tnxctl.channels import opening
 from tnxctl.channels.libzmq import LibzmqChannel
 from tnxctl.link import Link
+from tnxctl.loop_driver import LoopDriver
 from tnxctl.protocol import errors
 from tnxctl.results import Result
 
@@ -82,7 +82,7 @@ def test_a_late_reply_that_comes_just_before_the_next_call_does_not_hide_its_rep
                 await asyncio.sleep(0)
             daemon.answer = echo
             wanted.set()
-            assert isinstance(tnx._driver, _LoopDriver)
+            assert isinstance(tnx._driver, LoopDriver)
             assert isinstance(tnx._driver._link, Link)
             channel = tnx._driver._link.channel
             assert isinstance(channel, LibzmqChannel)

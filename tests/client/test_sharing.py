@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
 import random
@@ -16,9 +17,9 @@ import numpy as np
 import pytest
 
 from conftest import Daemon
+from sessions import new_session, predict
 from tnxctl import Client
 from tnxctl.call import Call
-from tnxctl.encoder import RequestEncoder
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import InvalidArgument
 from tnxctl.protocol.wire import Limits, Span
@@ -71,21 +72,11 @@ def sharing() -> Iterator[Sharing]:
         sharing.lost()
 
 
-def call(number: int = 7, x: Any = X) -> Call[Result]:
-    encoder = RequestEncoder(5.0, Limits())
-    encoder.ids = iter([number])  # type: ignore[assignment]
-    return encoder.predict(
-        x,
-        model="m",
-        prefer_gpu=True,
-        min_gpu_memory_mb=0.0,
-        device="",
-        deadline=None,
-        priority=None,
-        route_key="",
-        timeout=None,
-        now=0.0,
-    )
+def call(x: Any = X) -> Call[Result]:
+    """A call with the id of `result`."""
+    session = new_session()
+    session.encoder.ids = itertools.count(7)
+    return predict(session, x, model="m")
 
 
 def result(shared: Any, number: int = 7) -> wire.Result:

@@ -191,7 +191,7 @@ def test_a_copy_runs_only_where_nothing_waits_and_never_inline() -> None:
     assert not shadows.waits()
     busy.finished(batch, 10.0)
     assert busy.running == 0
-    assert busy.outstanding(NEW.key) == 0
+    assert busy.models.outstanding(NEW.key) == 0
 
 
 def test_a_smaller_limit_takes_the_first_requests_of_a_batch() -> None:

@@ -8,7 +8,7 @@ import threading
 import zmq
 
 from tnxd.cli import main
-from tnxd.transport.client_limits import Connection
+from tnxd.transport.clients import Connection
 from tnxd.transport.connections import Connections
 
 LEFT: list[bytearray] = []

@@ -18,7 +18,7 @@ def test_background_batch_leaves_the_lanes_to_others() -> None:
     batch = scheduler.start_background("mlp", (), 8, 0)
     assert batch is not None
     assert (batch.model, batch.requests, batch.rows, batch.device, batch.lane) == ("mlp", [], 8, cpu, BACKGROUND)
-    assert (scheduler.running, scheduler.outstanding("mlp"), scheduler.queued) == (1, 1, 0)
+    assert (scheduler.running, scheduler.models.outstanding("mlp"), scheduler.queued) == (1, 1, 0)
     one = request(rows=8)
     scheduler.add(one, 0)
     assert one.predicted_us == pytest.approx(1000)
@@ -27,7 +27,7 @@ def test_background_batch_leaves_the_lanes_to_others() -> None:
     assert cpu.passes == passes
     assert costs.curve("cpu", "mlp").mean(8) == pytest.approx(1000)
     assert run_one(scheduler).requests == [one]
-    assert (scheduler.running, scheduler.outstanding("mlp"), cpu.outstanding_rows) == (0, 0, 0)
+    assert (scheduler.running, scheduler.models.outstanding("mlp"), cpu.outstanding_rows) == (0, 0, 0)
 
 
 def test_background_batch_does_not_start_where_something_waits_or_nothing_is_free() -> None:
@@ -48,8 +48,8 @@ def test_background_batch_does_not_start_where_something_waits_or_nothing_is_fre
 
 def test_background_batch_keeps_to_the_lanes_and_rows_of_its_model() -> None:
     scheduler = scheduler_with_lanes(3)
-    scheduler.set_lane_limit("mlp", 1)
-    scheduler.limit_rows("cpu", "mlp", 2)
+    scheduler.models.set_lane_limit("mlp", 1)
+    scheduler.models.limit_rows("cpu", "mlp", 2)
     batch = scheduler.start_background("mlp", (), 8, 0)
     assert batch is not None
     assert batch.max_rows == 2

@@ -54,7 +54,7 @@ def test_costs_and_predictions_are_true_where_lanes_share_a_chip(streams: int, d
         now_us += generator.expovariate((0.9 if number // 250 % 2 else 0.2) * 8 / work_us("mlp", 8))
         arrivals.append((now_us, "mlp", 1))
     outcomes = drive(scheduler, SimulatedChip(streams, work_us), arrivals)
-    learned = scheduler.known_costs("mlp")["cuda:0"]
+    learned = scheduler.models.known_costs("mlp")["cuda:0"]
     assert {rows: us / work_us("mlp", rows) for rows, us in learned.items()} == pytest.approx(
         dict.fromkeys(learned, 1.0), abs=0.01
     )
@@ -121,7 +121,7 @@ def test_background_batches_share_the_chip() -> None:
     now_ns = int(2e3 * work_us("mlp", 1))
     scheduler.finished(batch, 2 * work_us("mlp", 1), now_ns)
     scheduler.finished(background, 2 * work_us("mlp", 1), now_ns)
-    assert scheduler.known_costs("mlp")["cuda:0"][1] == pytest.approx(work_us("mlp", 1), rel=0.01)
+    assert scheduler.models.known_costs("mlp")["cuda:0"][1] == pytest.approx(work_us("mlp", 1), rel=0.01)
 
 
 def test_a_batch_that_hangs_takes_nothing_of_the_chip_from_others() -> None:
@@ -129,7 +129,7 @@ def test_a_batch_that_hangs_takes_nothing_of_the_chip_from_others() -> None:
     hung, batch = start(scheduler), start(scheduler)
     scheduler.mark_hung(hung)
     scheduler.finished(batch, work_us("mlp", 1), int(1e3 * work_us("mlp", 1)))
-    assert scheduler.known_costs("mlp")["cuda:0"][1] == pytest.approx(work_us("mlp", 1), rel=0.01)
+    assert scheduler.models.known_costs("mlp")["cuda:0"][1] == pytest.approx(work_us("mlp", 1), rel=0.01)
     scheduler.finished(hung, 0.0, 60_000 * MS)
     assert scheduler.devices["cuda:0"].chip.is_idle  # type: ignore[union-attr]
 

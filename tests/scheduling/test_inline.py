@@ -45,7 +45,7 @@ def test_a_model_that_is_kept_off_the_caller_goes_to_a_lane_however_cheap_it_is(
         costs.curve("cpu", model).observe(1, 5.0)
         costs.curve("cpu", model, inline=True).observe(1, 5.0)
     scheduler = untried_scheduler(cpu(lanes=1, inline_limit_us=100.0), costs=costs)
-    scheduler.keep_off_caller("other")
+    scheduler.models.keep_off_caller("other")
     assert scheduler.start(Request("other", max_batch_size=8), 0) is None
     for model in ("other", "mlp"):
         scheduler.add(Request(model, max_batch_size=8), 0)
@@ -151,9 +151,9 @@ def test_start_runs_a_request_that_comes_alone() -> None:
     batch = scheduler.start(one, 0)
     assert batch is not None
     assert (batch.lane, batch.requests, batch.rows) == (INLINE, [one], 2)
-    assert (scheduler.queued, scheduler.running, scheduler.outstanding("mlp")) == (0, 1, 1)
+    assert (scheduler.queued, scheduler.running, scheduler.models.outstanding("mlp")) == (0, 1, 1)
     scheduler.finished(batch, 100.0)
-    assert (scheduler.queued, scheduler.running, scheduler.outstanding("mlp")) == (0, 0, 0)
+    assert (scheduler.queued, scheduler.running, scheduler.models.outstanding("mlp")) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_start_leaves_requests_that_have_to_be_weighed(why: str) -> None:
         scheduler.add(request(rows=8), 0)
         assert scheduler.next_batches(0)[0][0].lane == 0
     elif why == "its model has its lanes":
-        scheduler.set_lane_limit("mlp", 1)
+        scheduler.models.set_lane_limit("mlp", 1)
         assert scheduler.start_background("mlp", (), 1, 0) is not None
     assert scheduler.start(one, 0) is None
     scheduler.add(one, 0)
@@ -194,10 +194,10 @@ def outcome(scheduler: Scheduler, one: Request, now: int, micros: float, *, at_o
     except TensorNextError as error:
         return [type(error), error.message]
     seen: list[object] = [one.device, one.reason, one.predicted_us, one.waiting, batch.lane, batch.rows, batch.max_rows]
-    seen += [scheduler.running, scheduler.outstanding(one.model), batch.device.running_rows]
+    seen += [scheduler.running, scheduler.models.outstanding(one.model), batch.device.running_rows]
     scheduler.finished(batch, micros)
     device = batch.device
-    return [*seen, scheduler.running, scheduler.outstanding(one.model), list(device.passes), device.global_pass]
+    return [*seen, scheduler.running, scheduler.models.outstanding(one.model), list(device.passes), device.global_pass]
 
 
 _alone = st.tuples(

@@ -62,20 +62,20 @@ def test_what_was_admitted_with_something_else_is_not_refused() -> None:
 
 def test_a_model_that_is_held_is_outstanding() -> None:
     scheduler = make_scheduler(cpu())
-    scheduler.hold("mlp")
-    scheduler.hold("mlp")
-    assert scheduler.outstanding("mlp") == 2
-    assert not scheduler.is_hung("mlp")
+    scheduler.models.hold("mlp")
+    scheduler.models.hold("mlp")
+    assert scheduler.models.outstanding("mlp") == 2
+    assert not scheduler.models.is_hung("mlp")
     scheduler.add(request(), 0)
     (batch,), _ = scheduler.next_batches(0)
     scheduler.mark_hung(batch)
-    assert scheduler.is_hung("mlp")  # nobody else would end it
+    assert scheduler.models.is_hung("mlp")  # nobody else would end it
     scheduler.finished(batch, 0.0, MS)
-    scheduler.release("mlp")
-    assert scheduler.outstanding("mlp") == 1
-    scheduler.release("mlp")
-    scheduler.release("mlp")  # none is left
-    scheduler.release("unknown")
-    assert scheduler.outstanding("mlp") == 0
-    scheduler.remove_model("mlp")
-    scheduler.forget("mlp")
+    scheduler.models.release("mlp")
+    assert scheduler.models.outstanding("mlp") == 1
+    scheduler.models.release("mlp")
+    scheduler.models.release("mlp")  # none is left
+    scheduler.models.release("unknown")
+    assert scheduler.models.outstanding("mlp") == 0
+    scheduler.models.remove("mlp")
+    scheduler.models.forget("mlp")

@@ -41,7 +41,7 @@ def scheduler(cost: Cost = by_tokens, devices: Sequence[str] = ("cpu",)) -> Sche
     )
     sizes = [(rows, 1 << power) for power in range(10) for rows in (1, 2, 4, 8)]
     for name in devices:
-        made.add_model(
+        made.models.add(
             name,
             "texts",
             costs=[(rows * length, cost(rows, length)) for rows, length in sizes],

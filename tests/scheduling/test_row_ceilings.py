@@ -12,7 +12,7 @@ from tnxd.scheduling.scheduler import Scheduler
 
 def test_batches_after_memory_ran_out_are_as_large_as_what_worked() -> None:
     scheduler = make_scheduler()
-    scheduler.limit_rows("cpu", "mlp", 3)
+    scheduler.models.limit_rows("cpu", "mlp", 3)
     for rows in (1, 1, 1, 1, 8, 1):
         scheduler.add(request(rows=rows), 0)
         scheduler.add(request(model="other", rows=rows), 0)
@@ -26,7 +26,7 @@ def test_batches_after_memory_ran_out_are_as_large_as_what_worked() -> None:
 
 def test_ceiling_is_one_row_where_nothing_worked() -> None:
     scheduler = make_scheduler()
-    scheduler.limit_rows("cpu", "mlp", 0)
+    scheduler.models.limit_rows("cpu", "mlp", 0)
     for _ in range(2):
         scheduler.add(request(), 0)
     assert [run_one(scheduler).rows for _ in range(2)] == [1, 1]
@@ -35,7 +35,7 @@ def test_ceiling_is_one_row_where_nothing_worked() -> None:
 def test_ceiling_is_not_raised_by_a_late_report() -> None:
     scheduler = make_scheduler()
     for rows in (2, 4):
-        scheduler.limit_rows("cpu", "mlp", rows)
+        scheduler.models.limit_rows("cpu", "mlp", rows)
     for _ in range(8):
         scheduler.add(request(), 0)
     assert run_one(scheduler).rows == 2
@@ -43,7 +43,7 @@ def test_ceiling_is_not_raised_by_a_late_report() -> None:
 
 def test_ceiling_counts_in_predictions_and_in_batching_delays() -> None:
     scheduler = make_scheduler()
-    scheduler.limit_rows("cpu", "mlp", 2)
+    scheduler.models.limit_rows("cpu", "mlp", 2)
     for _ in range(8):
         scheduler.add(request(), 0)
     last = request()
@@ -60,7 +60,7 @@ def test_ceiling_is_not_raised_by_batches_formed_before() -> None:
     for _ in range(300):
         scheduler.add(request(rows=8), 0)
     batches, _ = scheduler.next_batches(0)
-    scheduler.limit_rows("cpu", "mlp", 4)
+    scheduler.models.limit_rows("cpu", "mlp", 4)
     for batch in batches:
         scheduler.finished(batch, 1000.0)
     scheduler.add(request(rows=8), 0)
@@ -69,7 +69,7 @@ def test_ceiling_is_not_raised_by_batches_formed_before() -> None:
 
 def test_ceiling_rises_as_batches_work_and_ends_at_the_limit_of_the_model() -> None:
     scheduler = make_scheduler()
-    scheduler.limit_rows("cpu", "mlp", 3)
+    scheduler.models.limit_rows("cpu", "mlp", 3)
     seen = []
     for _ in range(600):
         scheduler.add(request(rows=2), 0)
@@ -82,7 +82,7 @@ def test_ceiling_rises_as_batches_work_and_ends_at_the_limit_of_the_model() -> N
 
 def test_ceiling_is_not_raised_by_batches_that_fail_or_are_small() -> None:
     scheduler = make_scheduler()
-    scheduler.limit_rows("cpu", "mlp", 4)
+    scheduler.models.limit_rows("cpu", "mlp", 4)
     for rows, micros in [(2, 1000.0), (4, 0.0)] * 300:
         scheduler.add(request(rows=rows), 0)
         ((batch,), _) = scheduler.next_batches(0)
@@ -155,7 +155,7 @@ def test_requests_that_are_to_run_alone_can_be_withdrawn_and_are_late_like_other
     scheduler.add(request("other"), 0)
     (beside,), _ = scheduler.next_batches(0)
     first, second = crowd(scheduler, 0)
-    assert scheduler.outstanding("mlp") == 2
+    assert scheduler.models.outstanding("mlp") == 2
     assert scheduler.cancel(first)
     assert scheduler.fail_device("cuda:0", "gone") == [second]
     scheduler.add(second, 0)
@@ -164,4 +164,4 @@ def test_requests_that_are_to_run_alone_can_be_withdrawn_and_are_late_like_other
     assert not batch.alone
     for ended in (beside, batch):
         scheduler.finished(ended, 0.0, 0)
-    assert scheduler.outstanding("mlp") == 0
+    assert scheduler.models.outstanding("mlp") == 0

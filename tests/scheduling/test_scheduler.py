@@ -40,30 +40,30 @@ def test_model_is_served_from_when_it_comes_until_it_goes() -> None:
 
 def test_outstanding_requests_wait_or_run() -> None:
     scheduler = make_scheduler()
-    assert scheduler.outstanding("mlp") == 0
+    assert scheduler.models.outstanding("mlp") == 0
     for rows in (8, 1, 1):
         scheduler.add(request(rows=rows), 0)
     scheduler.add(request(model="other"), 0)
     ((batch,), _) = scheduler.next_batches(0)
-    assert (scheduler.outstanding("mlp"), scheduler.outstanding("other")) == (3, 1)
+    assert (scheduler.models.outstanding("mlp"), scheduler.models.outstanding("other")) == (3, 1)
     scheduler.finished(batch, 1000.0)
-    assert scheduler.outstanding("mlp") == 2
+    assert scheduler.models.outstanding("mlp") == 2
     scheduler.drop_all()
-    assert (scheduler.outstanding("mlp"), scheduler.outstanding("other")) == (0, 0)
+    assert (scheduler.models.outstanding("mlp"), scheduler.models.outstanding("other")) == (0, 0)
 
 
 def test_forgotten_model_comes_back_as_new() -> None:
     costs = CostModel()
     scheduler = make_scheduler(Device("cpu", "cpu", 2, set(MODELS)), costs=costs)
     (cpu,) = scheduler.devices.values()
-    scheduler.set_lane_limit("mlp", 1)
-    scheduler.limit_rows("cpu", "mlp", 2)
+    scheduler.models.set_lane_limit("mlp", 1)
+    scheduler.models.limit_rows("cpu", "mlp", 2)
     for model in ("mlp", "other"):
         scheduler.add(request(model=model), 0)
         run_one(scheduler)
         assert costs.curve("cpu", model).known
     cpu.models.discard("mlp")
-    scheduler.forget("mlp")
+    scheduler.models.forget("mlp")
     assert cpu.queues.keys() == {("other", (), False)}
     assert not costs.curve("cpu", "mlp").known
     assert costs.curve("cpu", "other").known
@@ -80,7 +80,7 @@ def test_model_is_not_forgotten_while_something_of_it_is_outstanding() -> None:
     for device in scheduler.devices.values():
         device.models.clear()
     with pytest.raises(AssertionError):
-        scheduler.forget("mlp")
+        scheduler.models.forget("mlp")
 
 
 def test_cancelled_request_leaves_the_queue() -> None:

@@ -188,10 +188,10 @@ class Machine:
 
     def limit_lanes(self, model: str, lanes: int) -> None:
         self.lanes[model] = lanes
-        self.scheduler.set_lane_limit(model, lanes)
+        self.scheduler.models.set_lane_limit(model, lanes)
 
     def limit_rows(self, model: str, device: str, rows: int) -> None:
-        self.scheduler.limit_rows(device, model, rows)
+        self.scheduler.models.limit_rows(device, model, rows)
         self.ceilings[device, model] = min(self.ceilings.get((device, model), 8), max(rows, 1))
 
     def come(self, model: str, device: str) -> None:
@@ -200,8 +200,8 @@ class Machine:
     def go(self, model: str) -> None:
         for device in (self.gpu, self.cpu):
             device.models.discard(model)
-        if not self.scheduler.outstanding(model):
-            self.scheduler.forget(model)
+        if not self.scheduler.models.outstanding(model):
+            self.scheduler.models.forget(model)
             self.lanes[model] = 0
             self.ceilings = {key: rows for key, rows in self.ceilings.items() if key[1] != model}
             assert not any(key[0] == model for device in (self.gpu, self.cpu) for key in device.queues)
@@ -215,7 +215,7 @@ class Machine:
         for model in _NAMES:
             alive = sum(one.waiting for one in self.added if one.model == model)
             alive += sum(len(batch.requests) or 1 for batch in self.running if batch.model == model)
-            assert self.scheduler.outstanding(model) == alive
+            assert self.scheduler.models.outstanding(model) == alive
             waiting = [one.nbytes for one in self.added if one.model == model and one.waiting]
             assert len(waiting) <= 15
             assert sum(waiting) <= 60

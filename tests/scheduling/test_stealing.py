@@ -91,7 +91,7 @@ def test_idle_device_steals_what_another_would_do_later() -> None:
     assert pair.gpu.backlog_us == pytest.approx([0, (7 * LIMIT + 4) * 1000 / LIMIT, 0, 0])
     assert pair.cpu.passes[1] == pytest.approx(2 * 4000 / 4)  # what ran before, and this; the level has weight 4
     pair.scheduler.finished(batch, 4000.0)
-    assert pair.scheduler.outstanding("mlp") == 1 + 7 * LIMIT + 4  # one of them runs on the GPU
+    assert pair.scheduler.models.outstanding("mlp") == 1 + 7 * LIMIT + 4  # one of them runs on the GPU
 
 
 @pytest.mark.parametrize(("rows", "stolen"), [(2 * LIMIT, 0), (3 * LIMIT + 4, 1)])
@@ -160,7 +160,7 @@ def test_model_that_is_not_on_the_idle_device_is_not_stolen() -> None:
 
 def test_stolen_batches_keep_the_limits_of_the_model() -> None:
     pair, on_cpu = pair_with_cpu_about_to_be_idle()
-    pair.scheduler.limit_rows("cpu", "mlp", 4)
+    pair.scheduler.models.limit_rows("cpu", "mlp", 4)
     pair.add(8 * LIMIT, deadline_ns=30 * MS)
     (batch,) = pair.freed(on_cpu)
     assert (len(batch.requests), batch.max_rows) == (2, 4)
@@ -169,7 +169,7 @@ def test_stolen_batches_keep_the_limits_of_the_model() -> None:
     pair.cpu.lanes = 2
     pair.cpu.free_lanes = [0, 1]
     pair.occupy("cpu", "cuda:0")
-    pair.scheduler.set_lane_limit("mlp", 1)
+    pair.scheduler.models.set_lane_limit("mlp", 1)
     pair.add(8 * LIMIT, deadline_ns=30 * MS)
     assert pair.scheduler.next_batches(0) == ([], [])
 

@@ -31,7 +31,7 @@ def scheduler_with_teams(
     scheduler = make_scheduler(device, costs=CostModel())
     for model in ("mlp", "other"):
         sizes = [(rows, narrow_us + row_us * rows) for rows in (1, 2, 4, 8)]
-        scheduler.add_model(
+        scheduler.models.add(
             "cpu",
             model,
             costs=sizes * 100,
@@ -303,7 +303,7 @@ def test_requests_are_shared_out_or_run_wide_as_is_sooner_done() -> None:
 
 def test_model_shares_out_no_more_than_its_lanes_allow() -> None:
     scheduler = scheduler_with_teams(0.8, narrow_us=0.0, row_us=10_000.0)
-    scheduler.set_lane_limit("mlp", 1)
+    scheduler.models.set_lane_limit("mlp", 1)
     assert [batch.rows for batch in start(scheduler, *["mlp"] * 8)] == [8]
 
 
@@ -334,7 +334,7 @@ def test_models_that_ask_for_no_team_run_beside_one_that_does() -> None:
 def test_one_core_knows_no_width() -> None:
     device = Device("cpu", "cpu", 1, {"mlp"})
     scheduler = make_scheduler(device, costs=CostModel())
-    scheduler.add_model("cpu", "mlp", costs=[(1, 1e5)], widths=[(1, 1e5, 1e4)], threads=4)
+    scheduler.models.add("cpu", "mlp", costs=[(1, 1e5)], widths=[(1, 1e5, 1e4)], threads=4)
     (batch,) = start(scheduler, "mlp")
     assert batch.threads == 1
 

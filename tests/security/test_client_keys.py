@@ -69,11 +69,6 @@ def in_a_loop(endpoint: str) -> Any:
     return asyncio.run(ask())
 
 
-def in_a_benchmark(endpoint: str) -> Any:
-    with Connection(endpoint, PATIENCE_S) as connection:
-        return connection.ask(connection.session.encoder.predict(X, timeout=None, now=0.0))
-
-
 WAYS = [alone, by_a_future, in_a_loop]
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from tnxctl.protocol.wire import Clients, Role, encode
 from tnxd import config
 from tnxd.serving import client_reports
-from tnxd.transport.client_limits import Admission, Connection
+from tnxd.transport.client_limits import Admission
+from tnxd.transport.clients import Connection
 
 
 def test_report_of_very_many_clients_is_cut_and_says_so() -> None:

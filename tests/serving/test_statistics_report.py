@@ -16,7 +16,8 @@ from tnxd.serving.reports import Inventory
 from tnxd.serving.shared_reports import SharedReport
 from tnxd.serving.statistics import Statistics
 from tnxd.serving.telemetry import Telemetry
-from tnxd.transport.client_limits import Admission, Connection
+from tnxd.transport.client_limits import Admission
+from tnxd.transport.clients import Connection
 
 VERSIONS = 300
 

@@ -11,7 +11,8 @@ from tnxctl.protocol.errors import ResourceExhausted
 from tnxctl.protocol.wire import Role
 from tnxd.config import Clients
 from tnxd.transport import client_limits
-from tnxd.transport.client_limits import Admission, Connection
+from tnxd.transport.client_limits import Admission
+from tnxd.transport.clients import Connection
 from tnxd.transport.key_ring import AuthorizedKey
 
 

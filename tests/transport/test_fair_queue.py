@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tnxd.transport.client_limits import Client, Connection
+from tnxd.transport.clients import Client, Connection
 from tnxd.transport.fair_queue import FairQueue
 
 MANY = 1000

@@ -184,7 +184,9 @@ class Lifecycle:
         return [
             other
             for _, other in self._registry
-            if other.state == READY and other.model is not None and self._scheduler.has_model(device, other.model.key)
+            if other.state == READY
+            and other.model is not None
+            and self._scheduler.models.is_on(device, other.model.key)
         ]
 
     def _put_in_service(
@@ -198,7 +200,7 @@ class Lifecycle:
         """Route requests to a version that is loaded. Args: began: when its load did, by the monotonic clock."""
         for name, report in reports.items():
             counted = report.joins == model.joins  # else on this device alone in tokens, or in rows
-            self._scheduler.add_model(
+            self._scheduler.models.add(
                 name,
                 model.key,
                 group=model.example_group,
@@ -209,9 +211,9 @@ class Lifecycle:
                 widths=report.widths if counted else (),
                 threads=report.threads,
             )
-        self._scheduler.set_lane_limit(model.key, model.replicas)
+        self._scheduler.models.set_lane_limit(model.key, model.replicas)
         if model.isolation != "none":
-            self._scheduler.keep_off_caller(model.key)
+            self._scheduler.models.keep_off_caller(model.key)
         version.model = model
         self._audit(version, model, reports.values())
         version.notes = (
@@ -265,9 +267,9 @@ class Lifecycle:
                 held = False
                 # What still runs or waits has the old key: other contents must not answer it.
                 version.generation = self._registry.deployments[version.source.name].next_generation(version.number)
-            self._scheduler.remove_model(key)
+            self._scheduler.models.remove(key)
         if held:
-            self._scheduler.forget(key)
+            self._scheduler.models.forget(key)
             for executor in self._executors.values():
                 executor.forget_inline(key)
                 yield from self._free(executor, key)

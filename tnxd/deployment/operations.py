@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from tnxctl.protocol.errors import DeadlineExceeded, FailedPrecondition, TensorNextError
 from tnxd.error_text import sentence
 from tnxd.events import event
-from tnxd.scheduling.scheduler import Scheduler
+from tnxd.scheduling.loaded_models import LoadedModels
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class OperationRunner:
     """Runs operations, one after the other. All methods are called on the loop's thread.
 
     Args:
-        scheduler: knows what a model has to finish.
+        models: know what each has to finish.
         call_soon: has the loop run a function; called from the other thread.
         timeout_s: a step that takes longer has failed. Its thread is left to itself: Python cannot end it.
         on_end: called after each operation, before its `Done`.
@@ -65,13 +65,13 @@ class OperationRunner:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        models: LoadedModels,
         call_soon: Callable[[Callable[[], None]], None],
         timeout_s: float,
         on_end: Callable[[], None],
     ) -> None:
         self.active = False
-        self._scheduler = scheduler
+        self._models = models
         self._call_soon = call_soon
         self._timeout_s = timeout_s
         self._on_end = on_end
@@ -98,10 +98,10 @@ class OperationRunner:
 
     def poll(self) -> None:
         """Go on if what the current operation waits for has come. The loop calls it every turn while `active`."""
-        if self._drained is not None and not self._scheduler.outstanding(self._drained.key):
+        if self._drained is not None and not self._models.outstanding(self._drained.key):
             self._drained = None
             self._resume(None, None)
-        elif self._drained is not None and self._scheduler.is_hung(self._drained.key):
+        elif self._drained is not None and self._models.is_hung(self._drained.key):
             self._drained = None
             self._resume(None, DeadlineExceeded("a batch of it hangs"))
         elif self._current is not None and time.monotonic() > self._step_until:

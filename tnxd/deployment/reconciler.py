@@ -89,7 +89,7 @@ class Reconciler:
         self._executors = executors
         self._scan = scan
         self._on_reload = on_reload
-        self._runner = OperationRunner(scheduler, call_soon, load_timeout_s, self._operation_ended)
+        self._runner = OperationRunner(scheduler.models, call_soon, load_timeout_s, self._operation_ended)
         self._lifecycle = Lifecycle(
             registry, scheduler, executors, self._runner, call_soon, limits, budget, open_processes
         )
@@ -163,7 +163,7 @@ class Reconciler:
             version.loading = False  # whatever was announced and has gone since
             if version.model is not None:
                 for executor in self._executors.values():
-                    if self._scheduler.has_model(executor.name, version.model.key):
+                    if self._scheduler.models.is_on(executor.name, version.model.key):
                         try:
                             yield partial(executor.touch, version.model)
                         except Exception as error:

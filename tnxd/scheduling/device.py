@@ -241,6 +241,13 @@ class Device:
             if turns.members:
                 turns.withdraw(queue)
 
+    def release(self, placement: Placement) -> None:
+        """Let queues that were held until a lane of their model is free take turns again."""
+        for queue, level in self.held.pop(placement, ()):
+            if not self.turns[level].members:
+                self.wake(level)
+            self.offer(queue, level)
+
     # --- counts --------------------------------------------------------------------------------------------------
 
     def enqueue(self, level: int, rows: int, micros: float) -> None:

@@ -26,7 +26,7 @@ class ModelLoad:
         queued, queued_bytes: requests that wait, and their inputs.
         running: requests in batches that run. hung: of these, those in batches that hang.
         max_lanes: lanes of a device that may run the model at a time; 0: all.
-        held: by how many the model is needed that have no request of it here yet, see `Scheduler.hold`.
+        held: by how many the model is needed that have no request of it here yet, see `LoadedModels.hold`.
         inline: whether batches of it may run on the caller's thread.
     """
 

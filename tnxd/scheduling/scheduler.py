@@ -5,8 +5,8 @@ A request is routed to a device when it arrives (`routing`) and waits there with
 (`batch_formation`): nothing waits for company, unless the model asks for a delay. A device with nothing to do steals
 from others (`stealing`).
 
-Each decision is a module of its own. Whatever moves a request or a batch is here, in one class, because all of it moves
-the same counts, and these have to agree after every step.
+Each decision is a module of its own, and what is known of models is in `loaded_models`. Whatever moves a request or a
+batch is here, in one class, because all of it moves the same counts, and these have to agree after every step.
 
 One caller owns a Scheduler and tells it the time, in nanoseconds of a monotonic clock; it returns what to do and does
 nothing itself.
@@ -27,8 +27,8 @@ from tnxd.scheduling.deadlines import Deadlines
 from tnxd.scheduling.delays import Delays
 from tnxd.scheduling.device import Batch, Device
 from tnxd.scheduling.lane_choice import give_lane_back, learn, next_curve
+from tnxd.scheduling.loaded_models import LoadedModels
 from tnxd.scheduling.paths import Outlook
-from tnxd.scheduling.placement import Placement
 from tnxd.scheduling.queue_admission import AdmissionControl
 from tnxd.scheduling.request import DEVICE, NEVER, Request
 from tnxd.scheduling.request_queue import RequestQueue
@@ -51,6 +51,7 @@ class Scheduler(Accounts):
 
     Attributes:
         devices: by name.
+        models: those that requests may be for.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Scheduler(Accounts):
         super().__init__()
         self._routing = Routing(devices, costs)
         self.devices = self._routing.devices
-        self._costs = costs
+        self.models = LoadedModels(self._routing, costs)
         self._admission = AdmissionControl(max_requests, max_bytes, max_per_model, max_bytes_per_model)
         self._serial = 0
         self._deadlines = Deadlines()
@@ -79,142 +80,18 @@ class Scheduler(Accounts):
         room = self._admission.max_requests - self.queued
         return room if room > 0 else 0
 
-    # --- models that come and go -------------------------------------------------------------------------------
+    # --- devices -----------------------------------------------------------------------------------------------
 
     def add_device(self, device: Device) -> None:
         """Route requests to a device, too. It comes last in the order of preference among equals."""
         self.devices[device.name] = device
         self._routing.refresh()
 
-    def add_model(
-        self,
-        device: str,
-        model: str,
-        *,
-        group: tuple[int, ...] = (),
-        costs: Iterable[tuple[int, float]] = (),
-        padded: Iterable[tuple[int, int, float]] | None = None,
-        safe_rows: int = 0,
-        most_rows: int = 0,
-        widths: Iterable[tuple[int, float, float]] = (),
-        threads: int = 0,
-    ) -> None:
-        """Route requests for a model to a device too, on which it has been loaded.
-
-        Args:
-            group: shape group of the examples that it was warmed up with.
-            costs: rows of a batch of those, and the microseconds that it took on a lane.
-            padded: rows and length of batches, and the microseconds that they took on a lane, of a model whose batches
-                are padded; None: they are not.
-            safe_rows: see `limit_rows`. most_rows: see `bound_rows`. 0: no limit of that kind.
-            widths: rows of a batch of those, and the microseconds that it took on one core and with a team.
-            threads: of each batch; 0: chosen for each.
-        """
-        curve = self._costs.curve(device, model, group)
-        width = self._routing.placement(self.devices[device], model).width
-        for rows, micros in costs:
-            curve.observe(rows, micros)
-        if padded is not None:
-            surfaces = self._routing.surfaces
-            surfaces.add(device, model)
-            surface = surfaces.find(device, model, group)
-            assert surface is not None
-            for rows, length, micros in padded:
-                surface.observe(rows, length, micros)
-        if width is not None:
-            width.threads = threads
-            for rows, narrow_us, wide_us in widths:
-                width.seed(curve.mean(rows), narrow_us, wide_us)
-        self.devices[device].models.add(model)
-        if safe_rows:
-            self.limit_rows(device, model, safe_rows)
-        if most_rows:
-            self.bound_rows(device, model, most_rows)
-
-    def known_costs(self, model: str) -> dict[str, dict[int, float]]:
-        """Costs of batches as learned so far: device -> rows -> microseconds on a lane of it."""
-        return self._costs.points(model)
-
-    def remove_model(self, model: str) -> None:
-        """Route no more requests for a model to any device."""
-        for device in self.devices.values():
-            device.models.discard(model)
-
-    def has_model(self, device: str, model: str) -> bool:
-        """Whether requests for a model may be routed to a device."""
-        return model in self.devices[device].models
-
     def set_free_memory(self, device: str, free_mb: float) -> None:
         """Note the free memory of a device, in MiB, as its executor reports it."""
         self.devices[device].memory_free_mb = free_mb
 
-    def outstanding(self, model: str) -> int:
-        """Requests of a model that wait or run, on all devices, or are to come; a background batch of it counts as one.
-
-        What is to come is what `hold` says.
-        """
-        load = self._routing.loads.get(model)
-        return load.queued + load.running + load.held if load is not None else 0
-
-    def hold(self, model: str) -> None:
-        """Count a model as outstanding until it is released: requests for it will come, and are promised."""
-        self._routing.load(model).held += 1
-
-    def release(self, model: str) -> None:
-        """Undo one `hold` of a model, which may have been forgotten meanwhile."""
-        load = self._routing.loads.get(model)
-        if load is not None and load.held:
-            load.held -= 1
-
-    def is_hung(self, model: str) -> bool:
-        """Whether something of a model is outstanding, and all of that hangs."""
-        load = self._routing.loads.get(model)
-        return load is not None and 0 < load.hung == load.queued + load.running
-
-    def forget(self, model: str) -> None:
-        """Drop all that is kept about a model, its lane limit and its costs included, in case it comes back.
-
-        To be called when the model is on no device and nothing of it is outstanding.
-        """
-        assert not self.outstanding(model)
-        assert not any(model in device.models for device in self.devices.values())
-        self._routing.loads.pop(model, None)
-        for device in self.devices.values():
-            device.placements.pop(model, None)
-            device.queues = {key: queue for key, queue in device.queues.items() if key[0] != model}
-        self._costs.forget(model)
-        self._routing.surfaces.forget(model)
-
-    def keep_off_caller(self, model: str) -> None:
-        """Let no batch of a model run on the caller's thread. To be called before its first request."""
-        self._routing.load(model).inline = False
-
-    def set_lane_limit(self, model: str, lanes: int) -> None:
-        """Limit the lanes of each device, the caller's thread included, that run a model at a time; 0: all may."""
-        self._routing.load(model).max_lanes = lanes
-        for device in self.devices.values():
-            placement = device.placements.get(model)
-            if placement is not None:
-                self._release(device, placement)
-
-    def limit_rows(self, device: str, model: str, rows: int) -> None:
-        """Lower the row ceiling of a model on a device: a forward ran out of memory, and one of `rows` worked; 0: none.
-
-        Requests with more rows are still taken, to be run in pieces (`Batch.max_rows`). The ceiling rises again as
-        batches work, see `Placement.count_worked`.
-        """
-        self._routing.placement(self.devices[device], model).lower_ceiling(rows)
-
-    def bound_rows(self, device: str, model: str, rows: int) -> None:
-        """Set the row ceiling of a model on a device for good: a forward of more rows must never be tried there."""
-        self._routing.placement(self.devices[device], model).bound_ceiling(rows)
-
-    def _release(self, device: Device, placement: Placement) -> None:
-        """Let queues that were held until a lane of their model is free take turns again."""
-        for queue, level in device.held.pop(placement, ()):
-            if not device.turns[level].members:
-                device.wake(level)
-            device.offer(queue, level)
+    # --- what would become of a request ------------------------------------------------------------------------
 
     def route(self, request: Request, now_ns: int) -> tuple[Device, str]:
         """Device where a request would run now, and the reason in words. Raises as `add` does."""
@@ -401,7 +278,7 @@ class Scheduler(Accounts):
         if now_ns != NEVER and batch.requests:
             correct_forecast(placement.forecast, batch, now_ns)
         if device.held:
-            self._release(device, placement)
+            device.release(placement)
 
     def run_alone(self, batch: Batch, requests: Iterable[Request]) -> None:
         """Queue requests again whose batch ran out of memory beside others: in their turn, nothing else runs there.
@@ -432,7 +309,7 @@ class Scheduler(Accounts):
                 batch.device.chip.end(batch.lane, 0)  # it computes no more, as far as anybody knows
                 if batch.device.chip.is_idle:
                     batch.device.reserved = False
-            self._release(batch.device, placement)
+            batch.device.release(placement)
 
     def expire(self, now_ns: int) -> list[Request]:
         """Take out the requests whose deadline has come. Returns those that are not done, running ones included."""

@@ -23,7 +23,8 @@ from tnxctl.protocol.wire import (
 )
 from tnxd.transport.access import Access
 from tnxd.transport.addresses import in_words
-from tnxd.transport.client_limits import Admission, Client, Connection
+from tnxd.transport.client_limits import Admission
+from tnxd.transport.clients import Client, Connection
 from tnxd.transport.router import Router
 
 _MOST = 1000  # entries of a report

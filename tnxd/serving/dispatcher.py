@@ -194,7 +194,7 @@ class Dispatcher:
             assert counts is not None
             self._answers.results(answers, counts)
         if execution.exhausted and not execution.crowded and batch.lane != BACKGROUND:
-            self._scheduler.limit_rows(device.name, batch.model, execution.safe_rows)
+            self._scheduler.models.limit_rows(device.name, batch.model, execution.safe_rows)
         failures = sum([isinstance(outcome, TensorNextError) for outcome in execution.outcomes])
         if failures or self._quarantine.active:
             self._judge(execution, batch)

@@ -42,7 +42,8 @@ from tnxd.serving.replies import report_header
 from tnxd.serving.reports import Inventory
 from tnxd.serving.telemetry import Telemetry
 from tnxd.transport.access import Access
-from tnxd.transport.client_limits import Admission, Connection
+from tnxd.transport.client_limits import Admission
+from tnxd.transport.clients import Connection
 from tnxd.transport.fair_queue import FairQueue
 from tnxd.transport.router import Message, Router
 

@@ -17,7 +17,7 @@ from tnxd.executors.execution import Execution
 from tnxd.models.model import BoundInputs, Item, Model, row_count
 from tnxd.scheduling.device import Batch
 from tnxd.scheduling.request import NEVER, Request
-from tnxd.transport.client_limits import Connection
+from tnxd.transport.clients import Connection
 from tnxd.transport.router import Message
 
 

@@ -10,7 +10,7 @@ from tnxctl.protocol.wire import Request
 from tnxd.events import event
 from tnxd.transport.access import Access
 from tnxd.transport.addresses import in_words
-from tnxd.transport.client_limits import Connection
+from tnxd.transport.clients import Connection
 
 audit = logging.getLogger("tnxd.audit")
 

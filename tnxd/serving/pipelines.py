@@ -62,6 +62,7 @@ class Pipelines:
         max_delay_us: float,
     ) -> None:
         self._scheduler = scheduler
+        self._models = scheduler.models
         self._traffic = inventory.traffic
         self._preparation = Preparation(scheduler, inventory.registry, reconciler)
         self._answers = answers
@@ -107,7 +108,7 @@ class Pipelines:
             self._withdraw_steps(run)
             raise
         for key in run.needed():
-            self._scheduler.hold(key)
+            self._models.hold(key)
         self._runs[whole] = run
 
     def _queue(self, run: Run, place: int, now_ns: int, *, admitted: bool) -> None:
@@ -281,7 +282,7 @@ class Pipelines:
             self._answers.traces.add_steps(run.whole, steps)
         del self._runs[run.whole]
         for key in run.needed():
-            self._scheduler.release(key)
+            self._models.release(key)
         self._withdraw_steps(run)
 
     def _withdraw_steps(self, run: Run) -> None:

@@ -32,7 +32,7 @@ def describe(title: str, registry: Registry, scheduler: Scheduler) -> dict[str, 
     notes = {
         "max_batch_size": str(model.max_batch_size),
         "priority": str(model.priority),
-        "costs_us": msgspec.json.encode(scheduler.known_costs(model.key)).decode(),
+        "costs_us": msgspec.json.encode(scheduler.models.known_costs(model.key)).decode(),
     }
     if model.deadline_us is not None:
         notes["deadline_us"] = f"{model.deadline_us:g}"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 from tnxctl.protocol.wire import Predict, PredictShared
-from tnxd.transport.client_limits import Admission, Connection
+from tnxd.transport.client_limits import Admission
+from tnxd.transport.clients import Connection
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -26,7 +26,8 @@ from tnxd.serving.slowest import KEPT_S
 from tnxd.serving.telemetry import Telemetry
 from tnxd.serving.version_counts import RecentError, VersionCounts
 from tnxd.tracing.notes import Notes
-from tnxd.transport.client_limits import Admission, Client, Connection
+from tnxd.transport.client_limits import Admission
+from tnxd.transport.clients import Client, Connection
 
 _MOST_CLIENTS = 20
 _MOST_SLOW = 1000

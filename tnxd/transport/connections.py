@@ -20,7 +20,8 @@ from tnxd.events import event, machine_event
 from tnxd.transport import descriptors
 from tnxd.transport.access import Access, is_ipc
 from tnxd.transport.addresses import in_words
-from tnxd.transport.client_limits import Admission, Client, Connection
+from tnxd.transport.client_limits import Admission
+from tnxd.transport.clients import Client, Connection
 from tnxd.transport.monitor import Monitor
 from tnxd.transport.routing_ids import AssignedIds
 from tnxd.transport.zap import ZapHandler

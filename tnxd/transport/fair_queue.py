@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tnxd.transport.client_limits import Connection
+from tnxd.transport.clients import Connection
 
 # A connection in which nothing waited takes part again after so many messages at the latest (libzmq's
 # `inbound_poll_rate`).

@@ -15,7 +15,8 @@ import zmq
 
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.wire import MIB
-from tnxd.transport.client_limits import Admission, Connection
+from tnxd.transport.client_limits import Admission
+from tnxd.transport.clients import Connection
 
 _MORE = int(zmq.SNDMORE)
 _FIRST = int(zmq.NOBLOCK) | _MORE

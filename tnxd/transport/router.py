@@ -20,7 +20,8 @@ from tnxd.events import event
 from tnxd.transport import routing_ids, zap
 from tnxd.transport.access import Access
 from tnxd.transport.addresses import in_words
-from tnxd.transport.client_limits import Admission, Connection
+from tnxd.transport.client_limits import Admission
+from tnxd.transport.clients import Connection
 from tnxd.transport.connections import Connections
 from tnxd.transport.inherited import Listener
 from tnxd.transport.listeners import Listeners

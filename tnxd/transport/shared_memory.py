@@ -25,7 +25,7 @@ from tnxctl.protocol.shared_memory import Mapping, total_bytes
 from tnxctl.protocol.wire import MIB, Span
 from tnxd.transport import descriptors
 from tnxd.transport.access import is_ipc
-from tnxd.transport.client_limits import Client, Connection
+from tnxd.transport.clients import Client, Connection
 
 _SEGMENT_BYTES = 64 * MIB
 _PAGE_BYTES = mmap.PAGESIZE

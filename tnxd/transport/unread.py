@@ -10,7 +10,8 @@ import logging
 
 from tnxctl.protocol.wire import MIB
 from tnxd.events import event
-from tnxd.transport.client_limits import Admission, Connection
+from tnxd.transport.client_limits import Admission
+from tnxd.transport.clients import Connection
 from tnxd.transport.connections import Connections
 from tnxd.transport.descriptors import bytes_received
 
