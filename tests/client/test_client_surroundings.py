@@ -23,14 +23,24 @@ PATIENCE_S = 60.0  # far more than any of these takes: only so that nothing wait
 
 _TESTS = Path(__file__).parents[1]
 
+_BEGINNING = """
+import logging, os, sys
+import numpy as np
+X = np.ones((2, 3), np.float32)
+# The development mode has asyncio say which callback took 0.1 s, as any may on a busy machine.
+logging.getLogger("asyncio").addFilter(lambda record: not record.msg.startswith("Executing "))
+"""
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def python(code: str, *arguments: str) -> str:
     """Everything that a program prints, which must end well."""
-    program = "import os, sys\nimport numpy as np\nX = np.ones((2, 3), np.float32)\n" + textwrap.dedent(code)
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "ignore:This process:DeprecationWarning", "-c", program, *arguments],
+        [
+            *(sys.executable, "-X", "dev", "-W", "ignore:This process:DeprecationWarning"),
+            *("-c", _BEGINNING + textwrap.dedent(code), *arguments),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
