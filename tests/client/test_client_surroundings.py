@@ -332,6 +332,28 @@ def test_a_client_is_neither_pickled_nor_copied(kind: type, copied: Callable[[ob
     )
 
 
+# --- the first attempt to connect ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libzmq aborts without descriptors")
+def test_the_first_attempt_imports_nothing_so_that_no_want_of_descriptors_is_told_by_the_name_of_a_module() -> None:
+    """Neither can a signal break the import off, again at each attempt."""
+    code = """
+import resource
+from tnxctl import Client, Unavailable
+
+with Client("127.0.0.1:1", timeout=0.2) as tnx:
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    try:
+        tnx.health()
+    except Unavailable as error:
+        os.write(1, str(error).encode())
+"""
+    assert python(code).endswith("no connection within 200 ms: [Errno 24] Too many open files")
+
+
 # --- the end of the interpreter ------------------------------------------------------------------------------
 
 LEFT_ALIVE = {
