@@ -24,10 +24,10 @@ import uvloop
 import zmq
 
 import zmtp as peer
-from peers import FakeDaemon, X, echo, equal
+from peers import FakeDaemon, X, echo, equal, error
 from tnxctl import AsyncClient, Client, link
 from tnxctl.aio import _REPLIES_PER_TURN
-from tnxctl.channels import names
+from tnxctl.channels import names, opening
 from tnxctl.channels.channel import POLLIN, Target
 from tnxctl.channels.stream import _READS, StreamChannel
 from tnxctl.channels.zmtp import BUFFER_BYTES
@@ -655,6 +655,19 @@ def test_an_idle_client_of_several_daemons_notices_that_one_has_gone() -> None:
         assert not tnx._session.sessions[0].connection.is_open  # type: ignore[union-attr]
         assert tnx.traffic is not None
         assert not tnx.traffic.moved
+
+
+@pytest.mark.parametrize("has_streams", [False, True])
+def test_a_change_after_a_restart_goes_to_the_new_daemon(has_streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not sent twice, so the end of the old connection has to be noticed before."""
+    monkeypatch.setattr(opening, "HAS_STREAMS", has_streams)
+    with FakeDaemon(echo) as daemon, Client(daemon.endpoint, timeout=PATIENCE_S) as tnx:
+        tnx.predict(X)
+        daemon.stop()
+        assert zmq.zmq_poll(tnx._driver._link.sources, int(PATIENCE_S * 1e3))
+        daemon.start(error("NOT_FOUND", "the new one"))
+        with pytest.raises(errors.NotFound, match="the new one"):
+            tnx.unload("some")
 
 
 def test_a_program_in_which_sigpipe_kills_outlives_its_daemon() -> None:
