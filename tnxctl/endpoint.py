@@ -24,7 +24,8 @@ def parse_endpoint(text: str) -> str:
 
     Accepted are an IPv4 or IPv6 address or a host name, each with or without a port and `tcp://`, and
     `ipc://` with a path. The port is `tnxctl.protocol.wire.DEFAULT_PORT` unless given. An IPv6 address with a port
-    stands in brackets. libzmq looks a host name up as IPv4.
+    stands in brackets. A host name is looked up as IPv4. Of several addresses, libzmq tries the first alone; without
+    keys, on Linux, each is tried in turn, for five seconds if nothing answers there.
 
         "192.168.1.100"       -> "tcp://192.168.1.100:5555"
         "gpu-box:6000"        -> "tcp://gpu-box:6000"

@@ -63,6 +63,8 @@ class Link:
 
     def start(self, call: Call[Any]) -> None:
         """Take a call under way; it may be `done` at once."""
+        if self._session.idle and call.changes_daemon:
+            self.look()  # a change is not sent twice: it would fail with a connection that is no more
         if self._session.start(call):
             self._send(call)
 

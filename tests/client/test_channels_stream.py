@@ -24,9 +24,9 @@ import uvloop
 import zmq
 
 import zmtp as peer
-from peers import FakeDaemon, X, echo, equal
+from peers import FakeDaemon, X, echo, equal, error
 from tnxctl import AsyncClient, Client, link
-from tnxctl.channels import names
+from tnxctl.channels import names, opening
 from tnxctl.channels.channel import POLLIN, Target
 from tnxctl.channels.stream import _READS, StreamChannel
 from tnxctl.channels.zmtp import BUFFER_BYTES
@@ -483,7 +483,7 @@ def test_a_fork_hides_the_end_of_a_lookup_from_nobody(gate: threading.Event) -> 
         gate.set()
         assert zmq.zmq_poll([(lookup.fd, POLLIN)], int(PATIENCE_S * 1e3))
         assert lookup.is_over
-        assert lookup.found == (socket.AF_INET, ("127.0.0.1", 1))
+        assert lookup.found == [(socket.AF_INET, ("127.0.0.1", 1))]
     finally:
         os.close(writer)
         os.waitpid(child, 0)
@@ -504,6 +504,63 @@ def test_a_name_that_does_not_resolve_leaks_nothing(monkeypatch: pytest.MonkeyPa
         if thread.name == "tnxctl-lookup":
             thread.join(PATIENCE_S)
     assert descriptors() == before
+
+
+@contextmanager
+def named(monkeypatch: pytest.MonkeyPatch, *ports: tuple[str, int]) -> Iterator[str]:
+    """An endpoint whose host name has several addresses."""
+    told = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", each) for each in ports]
+    with monkeypatch.context() as patched:
+        patched.setattr(names.socket, "getaddrinfo", lambda *_: told)
+        yield "several.invalid:5555"
+
+
+UNREACHABLE = ("255.255.255.255", 1)  # which fails at once
+DEAD = ("127.0.0.1", 1)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_name_leads_to_the_first_of_its_addresses_that_accepts(
+    is_full: socket.socket, monkeypatch: pytest.MonkeyPatch, is_async: bool
+) -> None:
+    async def main(endpoint: str) -> None:
+        async with AsyncClient(endpoint, timeout=PATIENCE_S) as tnx:
+            assert equal(await tnx.predict(X), X)
+
+    monkeypatch.setattr(link, "CONNECT_TIMEOUT_S", 0.1)
+    with FakeDaemon(echo) as daemon:
+        alive = ("127.0.0.1", int(daemon.endpoint.rpartition(":")[2]))
+        addresses = [UNREACHABLE] * 2000 + [DEAD, is_full.getsockname(), UNREACHABLE, alive, DEAD]
+        with named(monkeypatch, *addresses) as endpoint:
+            if is_async:
+                asyncio.run(main(endpoint))
+            else:
+                with Client(endpoint, timeout=PATIENCE_S) as tnx:
+                    assert equal(tnx.predict(X), X)
+        assert client_sockets(daemon) == 0
+
+
+def test_a_name_of_which_no_address_accepts_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = descriptors()
+    with (
+        named(monkeypatch, UNREACHABLE, DEAD, UNREACHABLE) as endpoint,
+        Client(endpoint, timeout=PATIENCE_S) as tnx,
+        pytest.raises(errors.Unavailable, match="nobody listens there, or it cannot be reached"),
+    ):
+        tnx.predict(X, timeout=0.3)
+    assert descriptors() == before
+
+
+def test_a_lookup_that_finds_no_memory_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lookup(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(names.socket, "getaddrinfo", lookup)
+    with (
+        Client("any.invalid:5555", timeout=PATIENCE_S) as tnx,
+        pytest.raises(errors.Unavailable, match="the host name does not resolve"),
+    ):
+        tnx.predict(X, timeout=0.3)
 
 
 def test_no_descriptor_left_is_told_and_ends_with_the_shortage() -> None:
@@ -598,6 +655,19 @@ def test_an_idle_client_of_several_daemons_notices_that_one_has_gone() -> None:
         assert not tnx._session.sessions[0].connection.is_open  # type: ignore[union-attr]
         assert tnx.traffic is not None
         assert not tnx.traffic.moved
+
+
+@pytest.mark.parametrize("has_streams", [False, True])
+def test_a_change_after_a_restart_goes_to_the_new_daemon(has_streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not sent twice, so the end of the old connection has to be noticed before."""
+    monkeypatch.setattr(opening, "HAS_STREAMS", has_streams)
+    with FakeDaemon(echo) as daemon, Client(daemon.endpoint, timeout=PATIENCE_S) as tnx:
+        tnx.predict(X)
+        daemon.stop()
+        assert zmq.zmq_poll(tnx._driver._link.sources, int(PATIENCE_S * 1e3))
+        daemon.start(error("NOT_FOUND", "the new one"))
+        with pytest.raises(errors.NotFound, match="the new one"):
+            tnx.unload("some")
 
 
 def test_a_program_in_which_sigpipe_kills_outlives_its_daemon() -> None:

@@ -23,14 +23,24 @@ PATIENCE_S = 60.0  # far more than any of these takes: only so that nothing wait
 
 _TESTS = Path(__file__).parents[1]
 
+_BEGINNING = """
+import logging, os, sys
+import numpy as np
+X = np.ones((2, 3), np.float32)
+# The development mode has asyncio say which callback took 0.1 s, as any may on a busy machine.
+logging.getLogger("asyncio").addFilter(lambda record: not record.msg.startswith("Executing "))
+"""
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def python(code: str, *arguments: str) -> str:
     """Everything that a program prints, which must end well."""
-    program = "import os, sys\nimport numpy as np\nX = np.ones((2, 3), np.float32)\n" + textwrap.dedent(code)
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "ignore:This process:DeprecationWarning", "-c", program, *arguments],
+        [
+            *(sys.executable, "-X", "dev", "-W", "ignore:This process:DeprecationWarning"),
+            *("-c", _BEGINNING + textwrap.dedent(code), *arguments),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -320,6 +330,28 @@ def test_a_client_is_neither_pickled_nor_copied(kind: type, copied: Callable[[ob
         f"a tnxctl.{kind.__name__} holds a connection of this process, and cannot be pickled or copied: pass on the "
         f"address, and make a client where it is used, {kind.__name__}('gpu-box', timeout=2.5)"
     )
+
+
+# --- the first attempt to connect ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libzmq aborts without descriptors")
+def test_the_first_attempt_imports_nothing_so_that_no_want_of_descriptors_is_told_by_the_name_of_a_module() -> None:
+    """Neither can a signal break the import off, again at each attempt."""
+    code = """
+import resource
+from tnxctl import Client, Unavailable
+
+with Client("127.0.0.1:1", timeout=0.2) as tnx:
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    try:
+        tnx.health()
+    except Unavailable as error:
+        os.write(1, str(error).encode())
+"""
+    assert python(code).endswith("no connection within 200 ms: [Errno 24] Too many open files")
 
 
 # --- the end of the interpreter ------------------------------------------------------------------------------

@@ -36,11 +36,11 @@ class Lookup:
     Attributes:
         fd: readable once it is over.
         is_over: whether it is.
-        found: the address; None: there is none, or it is not over.
+        found: the addresses, in the order in which the system would have them tried; none, unless it is over.
     """
 
     def __init__(self, endpoint: str) -> None:
-        self.found: Address | None = None
+        self.found: list[Address] = []
         self.is_over = False
         self._reader, writer = socket.socketpair()
         self.fd = self._reader.fileno()
@@ -56,12 +56,15 @@ class Lookup:
         host, port = _split(endpoint)
         family = socket.AF_INET6 if "[" in endpoint else socket.AF_INET  # as libzmq looks names up
         with writer:
-            with contextlib.suppress(OSError, UnicodeError):
-                family, _, _, _, address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0]
-                self.found = family, address
-            self.is_over = True
-            with contextlib.suppress(OSError):  # nobody waits any more
-                writer.send(b"\0")  # a forked child may keep a copy of it open: that it is closed would not be seen
+            try:
+                with contextlib.suppress(OSError, UnicodeError, MemoryError):
+                    told = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+                    self.found = [(family, address) for family, _, _, _, address in told]
+            finally:
+                self.is_over = True
+                with contextlib.suppress(OSError):  # nobody waits any more
+                    # A forked child may keep a copy of it open: that it is closed would not be seen.
+                    writer.send(b"\0")
 
     def close(self) -> None:
         """Forget it. Idempotent."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 
 from tnxctl.channels.channel import Channel, Target, Watcher
+from tnxctl.channels.libzmq import LibzmqChannel
+from tnxctl.channels.stream import StreamChannel
 
 HAS_STREAMS = sys.platform == "linux"
 """Whether `StreamChannel` is taken where it can be."""
@@ -23,9 +25,5 @@ def open_channel(target: Target, watcher: Watcher | None) -> Channel:
         OSError, zmq.ZMQError: no file descriptor is left, or the system refuses the path.
     """
     if HAS_STREAMS and target.credentials is None:
-        from tnxctl.channels.stream import StreamChannel
-
         return StreamChannel(target, watcher)
-    from tnxctl.channels.libzmq import LibzmqChannel
-
     return LibzmqChannel(target, watcher)

@@ -40,8 +40,9 @@ _ENDS = (zmq.Event.CLOSED, zmq.Event.CONNECT_RETRIED, zmq.Event.DISCONNECTED)
 class StreamChannel:
     """See `tnxctl.channels.channel.Channel`, and `tnxctl.channels.opening.open_channel` for the arguments.
 
-    It looks a host name up, connects, shakes hands and is open, one after the other. Whatever ends it is told as an
-    event, once all that came before has been received.
+    It looks a host name up, connects, shakes hands and is open, one after the other. Where a name has several
+    addresses, it goes on to the next one if nobody accepts at the last. Whatever ends it is told as an event, once all
+    that came before has been received.
     """
 
     is_edge_triggered = False
@@ -53,6 +54,7 @@ class StreamChannel:
         self._watcher = watcher
         self._events: list[Event] = []
         self._lookup: Lookup | None = None
+        self._addresses: deque[Address] = deque()  # that were not tried
         self._socket: socket.socket | None = None
         self._is_connected = False  # as far as the socket knows
         self._is_over = False
@@ -70,7 +72,8 @@ class StreamChannel:
                 self._lookup = Lookup(target.endpoint)
                 self._poll(self._lookup.fd, POLLIN)
             else:
-                self._connect(address)
+                self._addresses.append(address)
+                self._connect()
         except BaseException:
             self.close()
             raise
@@ -137,7 +140,7 @@ class StreamChannel:
         if self._is_connected:
             self._end((zmq.Event.HANDSHAKE_FAILED_NO_DETAIL, errno.ETIMEDOUT))
         else:
-            self._end((zmq.Event.CLOSED, 0))
+            self._unreached(0)
 
     def close(self) -> None:
         self._forget_sources()
@@ -159,43 +162,49 @@ class StreamChannel:
         assert self._lookup is not None
         if not self._lookup.is_over:
             return
-        address = self._lookup.found
+        self._addresses += self._lookup.found
         self._forget_sources()
         self._lookup.close()
         self._lookup, self.times_out = None, False
-        if address is None:
+        if not self._addresses:
             self._end((zmq.Event.CONNECT_RETRIED, 0))
             return
+        self._unreached(0)
+
+    def _unreached(self, error: int) -> None:
+        """Go on with the next address; where there is none, end with what the last one met."""
+        self._forget_sources()
         try:
-            self._connect(address)
+            self._connect(error)
         except OSError:
             self._end((zmq.Event.CLOSED, 0))
 
-    def _connect(self, address: Address) -> None:
-        family, where = address
-        self._socket = made = socket.socket(family, socket.SOCK_STREAM)
-        made.setblocking(False)
-        if family != socket.AF_UNIX:
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, MAXRT_MS)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
-        error = made.connect_ex(where)
-        if error == errno.EINPROGRESS:
-            self._tell((zmq.Event.CONNECT_DELAYED, 0))
-            self._poll(made.fileno(), POLLOUT)
-        elif error:
-            self._end((zmq.Event.CLOSED, error))
-        else:
-            self._connected()
+    def _connect(self, error: int = 0) -> None:
+        """Attempt the next address, and those after it while each fails at once; end where none is left.
+
+        Raises OSError: no file descriptor is left, or the system refuses the path.
+        """
+        while self._addresses:
+            if self._socket is not None:
+                self._socket.close()
+            family, where = self._addresses.popleft()
+            self._socket = made = socket.socket(family, socket.SOCK_STREAM)
+            _set_up(made)
+            error = made.connect_ex(where)
+            if error == errno.EINPROGRESS:
+                self._tell((zmq.Event.CONNECT_DELAYED, 0))
+                self._poll(made.fileno(), POLLOUT)
+                return
+            if not error:
+                self._connected()
+                return
+        self._end((zmq.Event.CLOSED, error))
 
     def _connected(self) -> None:
         assert self._socket is not None
         error = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
-            self._end((zmq.Event.CLOSED, error))
+            self._unreached(error)
             return
         try:
             self._socket.getpeername()
@@ -333,3 +342,15 @@ class StreamChannel:
         if self._watcher is not None:
             for source, _ in sources:
                 self._watcher.unwatch(source)
+
+
+def _set_up(made: socket.socket) -> None:
+    """Set the options of a new socket."""
+    made.setblocking(False)
+    if made.family != socket.AF_UNIX:
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, MAXRT_MS)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
