@@ -20,7 +20,9 @@ class Affinity:
         self._cores = os.sched_getaffinity(0)
 
     def __eq__(self, later: object) -> bool:
-        return isinstance(later, Affinity) and later._cores in (self._cores, _cores_of_others())
+        if not isinstance(later, Affinity):
+            return NotImplemented
+        return later._cores == self._cores or later._cores == _cores_of_others()
 
     def restore(self) -> None:
         """Let the calling thread run where the others may; without others, where it could then."""
