@@ -121,8 +121,9 @@ def test_replies_that_nobody_takes_are_bounded(small_daemon: Daemon) -> None:
             with contextlib.suppress(OSError):  # it may be cut off by now
                 peer.write(message(header, inputs))
         with Dealer(small_daemon.endpoint) as dealer:
+            # What is unread is measured at times, and then the worst of them is cut off: meanwhile it may be more.
             report = dealer.health()
-            assert report.traffic_mb <= report.traffic_limit_mb
-            while dealer.health().queued:
-                pass
+            while report.traffic_mb > report.traffic_limit_mb or report.queued:
+                assert report.traffic_mb <= 1.25 * report.traffic_limit_mb
+                report = dealer.health()
     print(f"memory rose by {peak[0] - before:.0f} MiB at most")
