@@ -75,14 +75,6 @@ def variant(name: str, make: Callable[[Build, Workshop], torch.nn.Module], **oth
     return Variant(name, ("cpu",), other.pop("missing", ""), make, **other)
 
 
-class Scaling(Doubling):
-    """Takes a sixteenth of the time on two threads."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(self.seconds / torch.get_num_threads() ** 4)
-        return x * 2
-
-
 FASTER = variant("faster", makes(Doubling))
 SLOWER = variant("slower", makes(lambda: Doubling(3 * SLOW_S)))
 WRONG = variant("wrong", makes(lambda: Doubling(factor=2.001)))
@@ -100,7 +92,7 @@ def model(*variants: Variant, columns: int = 2, seconds: float = SLOW_S, optimiz
 def load() -> Iterator[Callable[..., tuple[LoadReport, torch.nn.Module]]]:
     """Loads a model on a CPU, and returns the report and what its lanes call."""
 
-    def loaded(served: Model, seconds: float = 60.0, threads: int = 1) -> tuple[LoadReport, torch.nn.Module]:
+    def loaded(served: Model, seconds: float = 60.0) -> tuple[LoadReport, torch.nn.Module]:
         done: queue.Queue[Execution] = queue.Queue()
         runners: list[CpuRunner] = []
 
@@ -114,7 +106,7 @@ def load() -> Iterator[Callable[..., tuple[LoadReport, torch.nn.Module]]]:
             lanes=2,
             inline=None,
             memory_mb=lambda: (0.0, 0.0),
-            optimizer=Optimizer("cpu", seconds, 300.0, None, threads),
+            optimizer=Optimizer("cpu", seconds, 300.0, None),
             on_done=done.put,
         )
         report = pool.load(served)
@@ -143,17 +135,6 @@ def test_a_variant_that_takes_long_is_tried_beside_all_but_one(load: Callable[..
     report, call = load(model(other, LAST))
     assert call.seconds == 0
     assert report.notes[0].startswith("optimize: last runs")
-
-
-@pytest.mark.parametrize(("threads", "taken"), [(1, True), (2, False)])
-def test_each_is_as_fast_as_it_is_on_one_thread_or_on_a_team(
-    load: Callable[..., Any], threads: int, *, taken: bool
-) -> None:
-    spec = (TensorSpec("x", "FP32", (-1, 2)),)
-    half = variant("half", makes(lambda: Doubling(SLOW_S / 2)))
-    served = Model("m", "1", spec, spec, 16, lambda: Scaling(SLOW_S), variants=(half,), optimize="auto")
-    report, _ = load(served, threads=threads)
-    assert ("too little" not in report.notes[0]) is taken
 
 
 def test_rounding_is_no_other_answer(load: Callable[..., Any]) -> None:

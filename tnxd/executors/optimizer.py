@@ -126,8 +126,7 @@ class Optimizer:
             if left <= 0:
                 raise Unavailable("no time was left for it")
             module = self._made(variant, build, lane.runner.torch_device, left)
-            threads = 1 if verdict.model.threads == 1 else self._threads
-            outcome = lane.call(lambda runner: _compare(runner, module, verdict, warmed, threads))
+            outcome = lane.call(lambda runner: _compare(runner, module, verdict, warmed))
         except TensorNextError as error:
             return Attempt(variant.name, why=error.message)
         except Exception as error:  # whatever others' compilers stumble over
@@ -153,10 +152,10 @@ def _takes_long(runner: Runner, verdict: Verdict) -> bool:
         return all(run_example(runner, verdict.model, item).run_us >= WORTH_US for _ in range(_LOOKS))
 
 
-def _compare(runner: Runner, module: torch.nn.Module, verdict: Verdict, warmed: Warmed, threads: int) -> Outcome:
+def _compare(runner: Runner, module: torch.nn.Module, verdict: Verdict, warmed: Warmed) -> Outcome:
     most_rows = warmed.safe_rows or warmed.most_rows or verdict.model.max_batch_size
     with settings_restored("a forward"):
-        return compare(runner.calls[verdict.model.key], module, verdict, runner.torch_device, most_rows, threads)
+        return compare(runner.calls[verdict.model.key], module, verdict, runner.torch_device, most_rows)
 
 
 def notes(attempts: Sequence[Attempt], taken: Attempt | None) -> tuple[str, ...]:

@@ -58,14 +58,11 @@ class Outcome(NamedTuple):
         return math.exp(sum(math.log(part) for part in self.parts.values()) / len(self.parts))
 
 
-def compare(
-    module: Call, variant: Call, verdict: Verdict, device: torch.device, most_rows: int, threads: int = 1
-) -> Outcome:
+def compare(module: Call, variant: Call, verdict: Verdict, device: torch.device, most_rows: int) -> Outcome:
     """Hold a variant against the module, on the calling thread.
 
     Args:
         most_rows: of a batch: with more, memory may end.
-        threads: that the smallest batch may have: then each is as fast as it is on one, or on so many.
 
     Raises:
         FailedPrecondition: it answers otherwise, or raises; the sentence says how.
@@ -88,13 +85,7 @@ def compare(
         if apart is not None:
             raise FailedPrecondition(f"it answers otherwise: {apart.text}")
     assert verdict.make is not None
-    teams = [(1, threads) if rows == sizes[0] and threads > 1 else (1,) for rows in sizes]
-    return Outcome(
-        {
-            rows: _part(module, variant, model, device, verdict.make(rows, 0), team)
-            for rows, team in zip(sizes, teams, strict=True)
-        }
-    )
+    return Outcome({rows: _part(module, variant, model, device, verdict.make(rows, 0)) for rows in sizes})
 
 
 def _items(model: Model, verdict: Verdict, device: torch.device, sizes: Sequence[int]) -> Iterator[tuple[Model, Item]]:
@@ -123,21 +114,15 @@ def _longer(model: Model) -> Model | None:
     return None if longer == tuple(map(tuple, shapes)) else replace(model, examples=longer, example_values={})
 
 
-def _part(module: Call, variant: Call, model: Model, device: torch.device, item: Item, teams: Sequence[int]) -> float:
-    """The least time of a variant, as a part of the least time of the module. Args: teams: numbers of threads."""
+def _part(module: Call, variant: Call, model: Model, device: torch.device, item: Item) -> float:
+    """The least time of a variant, as a part of the least time of the module."""
     best = [math.inf, math.inf]
     began = time.perf_counter()
-    before = torch.get_num_threads()
-    try:
-        for count in range(_TRIES):
-            for threads in teams:
-                torch.set_num_threads(threads)
-                for index, call in enumerate((module, variant)):
-                    start = time.perf_counter()
-                    answer_of(call, model, device, item)
-                    best[index] = min(best[index], time.perf_counter() - start)
-            if count and time.perf_counter() - began > _SECONDS:
-                break
-    finally:
-        torch.set_num_threads(before)
+    for count in range(_TRIES):
+        for index, call in enumerate((module, variant)):
+            start = time.perf_counter()
+            answer_of(call, model, device, item)
+            best[index] = min(best[index], time.perf_counter() - start)
+        if count and time.perf_counter() - began > _SECONDS:
+            break
     return best[1] / best[0]
