@@ -63,7 +63,7 @@ class Link:
 
     def start(self, call: Call[Any]) -> None:
         """Take a call under way; it may be `done` at once."""
-        if self._session.idle and call.changes_daemon:
+        if call.changes_daemon and self._session.idle:
             self.look()  # a change is not sent twice: it would fail with a connection that is no more
         if self._session.start(call):
             self._send(call)

@@ -51,7 +51,7 @@ def session_of(
 
 
 def _sharing(address: str, limits: Limits, wanted: bool) -> SharedTensors | None:
-    """What shares memory with the daemon at an address; None unless that is wanted.
+    """The sharing of memory with the daemon at an address; None unless that is wanted.
 
     Raises:
         InvalidArgument: this system has no such memory, or the daemon may be on another host.

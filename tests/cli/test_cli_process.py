@@ -192,7 +192,7 @@ WRITING = (
 )
 
 UNBUFFERED = ("health", "models init resnet", "predict --output -", "--version")
-"""Of those, one for each way of writing. How a stream buffers is the interpreter's affair and not the command's."""
+"""Commands of those, one for each way of writing. How a stream buffers is the interpreter's affair."""
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
