@@ -91,6 +91,11 @@ class Link:
         self.drain(sys.maxsize, finished.append)
         return finished
 
+    def on_room(self, source: Any) -> None:
+        """Go on where there is room to send, or a connection stands; `poll_events` tells of it."""
+        if self.channel is not None and self.channel.sources:  # else what was ready before has closed it
+            self.channel.on_room()
+
     def drain(self, most: int, settle: Callable[[Call[Any]], None]) -> bool:
         """Take the messages that wait, up to so many, and hand each call that one finished to `settle`.
 

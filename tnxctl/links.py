@@ -92,6 +92,12 @@ class Links:
                 break
         return finished + self._send_due(now)
 
+    def on_room(self, source: Any) -> None:
+        """Go on where there is room to send, see `Link.on_room`."""
+        for link in self._links:
+            if any(source == each for each, _ in link.sources):
+                link.on_room(source)
+
     def poll_events(self) -> list[Call[Any]]:
         """Take note of what happened to all channels, see `Link.poll_events`. Returns finished calls."""
         now = time.monotonic()

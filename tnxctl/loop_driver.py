@@ -194,8 +194,8 @@ class LoopDriver:
 
     def _go_on(self, source: int) -> None:
         """Go on where there is room to send, or a connection stands."""
-        _settle_all(self._link.handle(source, POLLOUT))
-        self._set_timer()
+        self._link.on_room(source)
+        self._turn()
 
     def _unwatch(self, closing: int) -> None:
         if not self.loop.is_closed():

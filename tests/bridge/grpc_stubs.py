@@ -13,7 +13,11 @@ class Stub:
     """Plain client of a bridge: each RPC of the service by its name, with messages of ours."""
 
     def __init__(self, address: str, credentials: Any = None) -> None:
-        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        options = [
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.use_local_subchannel_pool", 1),  # else it may have the connection of a stub that was closed just now
+        ]
         if credentials is None:
             self.channel = grpc.insecure_channel(address, options)
         else:

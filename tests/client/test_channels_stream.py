@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import resource
+import select
 import socket
 import struct
 import subprocess
@@ -328,6 +329,46 @@ def test_a_flood_keeps_no_other_task_from_its_turn(
         handled, turns = runner.run(main())
     assert handled <= 2 * REPLIES_PER_TURN * (turns + 2)  # a source that is ready, messages that are left; a timer
     flooding.result(PATIENCE_S)
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_room_to_send_takes_no_other_task_its_turn(
+    server: socket.socket, elsewhere: ThreadPoolExecutor, new_loop: Any
+) -> None:
+    """There is room again, and a thousand turns' replies have come meanwhile."""
+
+    async def main() -> tuple[int, int]:
+        nonlocal handled
+        turns = 0
+        async with AsyncClient(endpoint_of(server), timeout=PATIENCE_S) as tnx:
+            session: Any = tnx._session
+            receive = session.receive
+
+            def counted(frames: Any, now: float) -> Any:
+                nonlocal handled
+                handled += 1
+                return receive(frames, now)
+
+            session.receive = counted
+            welcomed = elsewhere.submit(welcome, server)
+            call = asyncio.create_task(tnx.predict({"x": np.zeros(1 << 24, np.float32)}))
+            while not (welcomed.done() and tnx._driver._link.channel._is_full):  # type: ignore[union-attr]
+                await asyncio.sleep(0)
+            with welcomed.result() as held:
+                (fd, _), *_ = tnx._driver._link.sources  # type: ignore[union-attr]
+                held.sendall(bytes(2 * 1000 * REPLIES_PER_TURN))
+                while not select.select([], [fd], [], 0)[1]:
+                    assert held.recv(BUFFER_BYTES)
+                while not handled:
+                    await asyncio.sleep(0)
+                    turns += 1
+            call.cancel()
+        return handled, turns
+
+    handled = 0
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        handled, turns = runner.run(main())
+    assert handled <= 2 * REPLIES_PER_TURN * (turns + 2)
 
 
 # --- to connect ----------------------------------------------------------------------------------------------
