@@ -18,6 +18,7 @@ from tnxd.executors.execution import Execution, LoadReport
 from tnxd.executors.optimizer import Optimizer
 from tnxd.executors.pool import LanePool
 from tnxd.executors.substitute import Substitute
+from tnxd.lanes import NO_TEAMS, Teams
 from tnxd.models.model import Model
 from tnxd.models.variants import Build, Variant, Workshop
 
@@ -87,6 +88,14 @@ def variant(name: str, make: Callable[[Build, Workshop], torch.nn.Module], **oth
     return Variant(name, ("cpu",), other.pop("missing", ""), make, **other)
 
 
+class Scaling(Doubling):
+    """Takes a sixteenth of the time with two threads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds / torch.get_num_threads() ** 4)
+        return x * self.weight * self.factor
+
+
 FASTER = variant("faster", makes(Watched))
 SLOWER = variant("slower", makes(lambda: Doubling(3 * SLOW_S)))
 WRONG = variant("wrong", makes(lambda: Doubling(factor=2.001)))
@@ -104,7 +113,7 @@ def model(*variants: Variant, columns: int = 2, seconds: float = SLOW_S, optimiz
 def load() -> Iterator[Callable[..., tuple[LoadReport, torch.nn.Module]]]:
     """Loads a model on a CPU, and returns the report and what its lanes call."""
 
-    def loaded(served: Model, seconds: float = 60.0) -> tuple[LoadReport, torch.nn.Module]:
+    def loaded(served: Model, seconds: float = 60.0, teams: Teams = NO_TEAMS) -> tuple[LoadReport, torch.nn.Module]:
         done: queue.Queue[Execution] = queue.Queue()
         runners: list[CpuRunner] = []
 
@@ -117,6 +126,7 @@ def load() -> Iterator[Callable[..., tuple[LoadReport, torch.nn.Module]]]:
             make_runner=make_runner,
             lanes=2,
             inline=None,
+            teams=teams,
             memory_mb=lambda: (0.0, 0.0),
             optimizer=Optimizer("cpu", seconds, 300.0, None),
             on_done=done.put,
@@ -147,6 +157,16 @@ def test_a_variant_that_takes_long_is_tried_beside_all_but_one(load: Callable[..
     report, call = load(model(other, LAST))
     assert call.seconds == 0
     assert report.notes[0].startswith("optimize: last runs")
+
+
+@pytest.mark.parametrize(("teams", "is_taken"), [(NO_TEAMS, True), (Teams(lanes=1, threads=2, cores=2), False)])
+@pytest.mark.parametrize("module", [Doubling, Scaling])
+def test_a_team_that_a_batch_may_have_counts(
+    load: Callable[..., Any], teams: Teams, module: type[Doubling], *, is_taken: bool
+) -> None:
+    half = variant("half", makes(lambda: Doubling(SLOW_S / 2)))
+    report, _ = load(replace(model(half), factory=lambda: module(SLOW_S)), teams=teams)
+    assert report.notes[0].startswith("optimize: half runs") is (is_taken or module is Doubling)
 
 
 def test_rounding_is_no_other_answer(load: Callable[..., Any]) -> None:

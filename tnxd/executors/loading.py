@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -25,12 +26,13 @@ from tnxd.executors.trial.held import Held, memory
 from tnxd.executors.trial.isolation import lane_calls, open_with
 from tnxd.executors.trial.lane_comparison import lanes_apart, rows_of_a_lane_apart
 from tnxd.executors.trial.lengths import padding_apart, warm_up_lengths
+from tnxd.executors.trial.optimization import Pair
 from tnxd.executors.trial.precision_loss import largest_difference
 from tnxd.executors.trial.state import same_chance, stateful
 from tnxd.executors.trial.trial import try_out
 from tnxd.executors.trial.verdict import Verdict, without_rows
 from tnxd.executors.trial.warmup import Warmed, warm_up
-from tnxd.executors.trial.widths import Widths, measure_widths, wide_costs
+from tnxd.executors.trial.widths import Widths, measure_widths, race, wide_costs
 from tnxd.lanes import Teams
 from tnxd.models.model import Model
 from tnxd.models.process_state.restoration import settings_restored
@@ -124,7 +126,9 @@ class Loading:
         if model.reference is not None and verdict.telling:
             notes.append(self._rounding(lane, verdict, model.reference))
         if self._optimizer is not None and self._optimizer.is_worth_it(verdict, warmed):
-            attempts = self._optimizer.attempts(lane, verdict, warmed, self._build, self._nbytes, self._began)
+            attempts = self._optimizer.attempts(
+                *(lane, verdict, warmed, self._build, self._race), nbytes=self._nbytes, began=self._began
+            )
             warmed, said = self._optimized(lane, verdict, warmed, attempts)
             notes.extend(said)
             again = self._by_length(lane, verdict)
@@ -309,15 +313,33 @@ class Loading:
             self.make = verdict.make
         return warmed
 
+    def _team_of(self, model: Model) -> int:
+        """The threads that a batch of a model may have; 1: no lane has a team, or the model asks for one."""
+        return min(model.threads or self._teams.threads, self._teams.threads) if self._teams.lanes else 1
+
+    def _race(self, verdict: Verdict, variant: torch.nn.Module) -> Pair | None:
+        """Run the smallest batch by a module and by a variant of it, on a lane that may run them wide.
+
+        Returns:
+            The least seconds of each; None where there is no team, or its lane is not free.
+        """
+        threads = self._team_of(verdict.model)
+        if threads == 1 or verdict.make is None:
+            return None
+        call = partial(self._serving.call, within_s=TURN_S)
+        with suppress(Unavailable):
+            return race(call, verdict.model, variant, verdict.make(1, 0), threads)
+        return None
+
     def _widths(self, verdict: Verdict, warmed: Warmed) -> Widths:
         """Measure what wide batches gain, on a lane that may run them; nothing where none may, or none is free."""
-        model, make, threads = verdict.model, verdict.make, self._teams.threads
-        if not self._teams.lanes or make is None or model.threads == 1:
+        model, make, threads = verdict.model, verdict.make, self._team_of(verdict.model)
+        if threads == 1 or make is None:
             return Widths()
         allowed = None if verdict.state.random else verdict.tolerance
         call = partial(self._serving.call, within_s=TURN_S)
         try:
-            return measure_widths(call, model, make, warmed.costs, min(model.threads or threads, threads), allowed)
+            return measure_widths(call, model, make, warmed.costs, threads, allowed)
         except Unavailable as error:  # what serves hangs there: batches that run will tell
             log.warning(
                 "%s on %s: not tried on several cores: %s",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from tnxd.error_text import sentence
 from tnxd.executors.host import free_memory
 from tnxd.executors.lane import Lane
 from tnxd.executors.runner import Runner
-from tnxd.executors.trial.optimization import GAIN, WORTH_US, Outcome, compare
+from tnxd.executors.trial.optimization import GAIN, WORTH_US, Outcome, Pair, compare
 from tnxd.executors.trial.verdict import Verdict
 from tnxd.executors.trial.warmup import Warmed, run_example
 from tnxd.models.formats import artifacts
@@ -32,6 +32,10 @@ _LOOKS = 5
 _COPIES = 4
 """Times the weights that a conversion may take: built, exported and converted in the child, and once more here. Where
 that is more than the free memory, the kernel would end the child, or the daemon."""
+
+
+Race = Callable[[Verdict, torch.nn.Module], Pair | None]
+"""Runs the smallest batch by the module of a verdict and by a variant, each with a team; None: there is none."""
 
 
 class Attempt(NamedTuple):
@@ -83,12 +87,13 @@ class Optimizer:
         )
 
     def attempts(
-        self, lane: Lane, verdict: Verdict, warmed: Warmed, build: Build, nbytes: int, began: float
+        self, lane: Lane, verdict: Verdict, warmed: Warmed, build: Build, race: Race, nbytes: int, began: float
     ) -> list[Attempt]:
         """Try the variants of a module that the lane has a call for. Blocks, for `seconds` at most.
 
         Args:
-            warmed: what the warm-up found about the module. nbytes: of the weights.
+            warmed: what the warm-up found about the module. race: has a lane that serves run it beside a variant.
+            nbytes: of the weights.
             began: when the load began, of `time.monotonic`: no attempt makes it too long.
 
         Returns:
@@ -106,7 +111,7 @@ class Optimizer:
                 if any(attempt.name == variant.beside and attempt.module is not None for attempt in found):
                     found.append(Attempt(variant.name, why=f"not tried, since {variant.beside} gains"))
                     continue
-                found.append(self._attempt(variant, lane, verdict, warmed, build, until))
+                found.append(self._attempt(variant, lane, verdict, warmed, build, race, until))
         return sorted(found, key=_order)
 
     def _attempt(
@@ -116,6 +121,7 @@ class Optimizer:
         verdict: Verdict,
         warmed: Warmed,
         build: Build,
+        race: Race,
         until: float,
     ) -> Attempt:
         forced = verdict.model.optimize == variant.name
@@ -127,10 +133,13 @@ class Optimizer:
                 raise Unavailable("no time was left for it")
             module = self._made(variant, build, lane.runner.torch_device, left)
             outcome = lane.call(lambda runner: _compare(runner, module, verdict, warmed))
+            together = race(verdict, module)
         except TensorNextError as error:
             return Attempt(variant.name, why=error.message)
         except Exception as error:  # whatever others' compilers stumble over
             return Attempt(variant.name, why=sentence(error))
+        if together is not None:
+            outcome = outcome.with_team(together)
         useful = forced or outcome.part <= GAIN
         return Attempt(variant.name, module if useful else None, outcome, "" if useful else "too little")
 

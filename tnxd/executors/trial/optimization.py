@@ -47,15 +47,34 @@ _SECONDS = 4.0
 """Time after which no more tries are made for a size, once there were two."""
 
 
-class Outcome(NamedTuple):
-    """Outcome of a comparison. Attributes: parts: rows -> part of the module's time that the variant takes."""
+Pair = tuple[float, float]
+"""Seconds of a module, and of a variant of it."""
 
-    parts: dict[int, float]
+
+class Outcome(NamedTuple):
+    """Outcome of a comparison.
+
+    Attributes:
+        seconds: rows -> least time of the module for a batch, and of the variant.
+    """
+
+    seconds: dict[int, Pair]
+
+    @property
+    def parts(self) -> dict[int, float]:
+        """Rows -> part of the module's time that the variant takes."""
+        return {rows: variant_s / module_s for rows, (module_s, variant_s) in self.seconds.items()}
 
     @property
     def part(self) -> float:
         """Part of the module's time, as the geometric mean over the sizes."""
-        return math.exp(sum(math.log(part) for part in self.parts.values()) / len(self.parts))
+        return math.exp(sum(map(math.log, self.parts.values())) / len(self.seconds))
+
+    def with_team(self, seconds: Pair) -> Outcome:
+        """The outcome where the smallest batch may have a team: each takes its better time. Args: of that team."""
+        rows = min(self.seconds)
+        module_s, variant_s = map(min, self.seconds[rows], seconds)
+        return Outcome({**self.seconds, rows: (module_s, variant_s)})
 
 
 def compare(module: Call, variant: Call, verdict: Verdict, device: torch.device, most_rows: int) -> Outcome:
@@ -85,7 +104,7 @@ def compare(module: Call, variant: Call, verdict: Verdict, device: torch.device,
         if apart is not None:
             raise FailedPrecondition(f"it answers otherwise: {apart.text}")
     assert verdict.make is not None
-    return Outcome({rows: _part(module, variant, model, device, verdict.make(rows, 0)) for rows in sizes})
+    return Outcome({rows: _least(module, variant, model, device, verdict.make(rows, 0)) for rows in sizes})
 
 
 def _items(model: Model, verdict: Verdict, device: torch.device, sizes: Sequence[int]) -> Iterator[tuple[Model, Item]]:
@@ -114,8 +133,8 @@ def _longer(model: Model) -> Model | None:
     return None if longer == tuple(map(tuple, shapes)) else replace(model, examples=longer, example_values={})
 
 
-def _part(module: Call, variant: Call, model: Model, device: torch.device, item: Item) -> float:
-    """The least time of a variant, as a part of the least time of the module."""
+def _least(module: Call, variant: Call, model: Model, device: torch.device, item: Item) -> Pair:
+    """The least time of a module, and of a variant."""
     best = [math.inf, math.inf]
     began = time.perf_counter()
     for count in range(_TRIES):
@@ -125,4 +144,4 @@ def _part(module: Call, variant: Call, model: Model, device: torch.device, item:
             best[index] = min(best[index], time.perf_counter() - start)
         if count and time.perf_counter() - began > _SECONDS:
             break
-    return best[1] / best[0]
+    return best[0], best[1]

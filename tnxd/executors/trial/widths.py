@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 from tnxd.executors.execution import Execution
 from tnxd.executors.runner import Runner
+from tnxd.executors.trial.copies import Call
 from tnxd.executors.trial.examples import Item, Make
 from tnxd.executors.trial.warmup import answer, run_example
 from tnxd.models.model import Model
@@ -29,7 +31,7 @@ _BUDGET_S = 2.0
 
 
 _Pair = tuple[Execution, Execution]
-"""A batch that was run narrow, and the same one wide."""
+"""A batch that was run in two ways: narrow and wide, or by a model and by a variant of it."""
 
 
 class Widths(NamedTuple):
@@ -80,9 +82,9 @@ def measure_widths(
 
 
 def _best(tries: Sequence[_Pair]) -> tuple[float, float]:
-    """Microseconds of the best narrow try, and of the best wide one."""
-    narrow, wide = zip(*tries, strict=True)
-    return min(run.run_us for run in narrow), min(run.run_us for run in wide)
+    """Microseconds of the best try in each way."""
+    one, other = zip(*tries, strict=True)
+    return min(run.run_us for run in one), min(run.run_us for run in other)
 
 
 def _gain(tries: Sequence[_Pair]) -> float:
@@ -94,6 +96,40 @@ def _run_both(model: Model, item: Item, threads: int, runner: Runner) -> _Pair:
     with settings_restored("a forward"):
         wide = run_example(runner, model, item, threads)
         return run_example(runner, model, item), wide  # narrow at last: it leaves the thread as it was
+
+
+def race(
+    call: Callable[[Callable[[Runner], _Pair]], _Pair], model: Model, variant: Call, item: Item, threads: int
+) -> tuple[float, float]:
+    """The least times of a model's batch and of a variant's, by turns on a lane that has a team, between its batches.
+
+    Args:
+        call, threads: as for `measure_widths`. variant: a call that takes the model's inputs, and answers alike.
+
+    Returns:
+        Seconds of the model with the team, and of the variant.
+
+    Raises:
+        TensorNextError: a batch failed.
+    """
+    until = time.perf_counter() + _BUDGET_S
+    tries: list[_Pair] = []
+    while not tries or (len(tries) < _TRIES and time.perf_counter() < until):
+        tries.append(call(partial(_run_rivals, model, variant, item, threads)))
+    module_us, variant_us = _best(tries)
+    return module_us / 1e6, variant_us / 1e6
+
+
+def _run_rivals(model: Model, variant: Call, item: Item, threads: int, runner: Runner) -> _Pair:
+    rival = replace(model, generation=-1 - model.generation)  # a key that no other has
+    runner.calls[rival.key] = variant
+    try:
+        with settings_restored("a forward"):
+            pair = run_example(runner, model, item, threads), run_example(runner, rival, item, threads)
+            run_example(runner, model, item)  # narrow: it leaves the thread as it was
+            return pair
+    finally:
+        del runner.calls[rival.key]
 
 
 def wide_costs(
