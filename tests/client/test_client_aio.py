@@ -92,7 +92,7 @@ def test_a_late_reply_that_comes_just_before_the_next_call_does_not_hide_its_rep
             # for news while it sends unless it has done so within the last millisecond.
             assert select.select([channel.descriptor()[0]], [], [], PATIENCE_S)[0]
             time.sleep(0.01)
-            assert equal(await tnx.predict(X, timeout=PATIENCE_S / 6), X)
+            assert equal(await tnx.predict(X, timeout=PATIENCE_S / 2), X)
 
     with FakeDaemon(echo) as daemon:
         asyncio.run(main(daemon))
