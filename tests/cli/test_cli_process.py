@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fake_daemon import FakeDaemon
+from patience import longer_each_time
 from tnxctl.cli.exits import Exit
 
 TOOL = [sys.executable, "-m", "tnxctl.cli"]
@@ -149,17 +150,21 @@ def test_a_signal_ends_the_waiting_for_a_load(tmp_path: Path) -> None:
 
 @posix
 def test_a_daemon_that_dies_in_a_run_leaves_no_request_without_an_account() -> None:
-    dying = FakeDaemon(delay_s=60.0)
-    arguments = ["--count", "100", "--concurrency", "8", "--timeout", "2", "--json"]
-    with dying:
-        process = subprocess.Popen(
-            [*TOOL, "predict", "--host", dying.endpoint, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(),
-        )
-        assert dying.wait_for_predicts(8, PATIENCE_S)
-    stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    for timeout in longer_each_time(2.0):
+        dying = FakeDaemon(delay_s=10 * PATIENCE_S)
+        arguments = ["--count", "100", "--concurrency", "8", "--timeout", f"{timeout}", "--json"]
+        with dying:
+            process = subprocess.Popen(
+                [*TOOL, "predict", "--host", dying.endpoint, *arguments],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment(),
+            )
+            while not dying.wait_for_predicts(8, 0.1) and process.poll() is None:
+                pass
+        stdout, stderr = process.communicate(timeout=2 * PATIENCE_S)
+        if process.returncode != Exit.TIMEOUT:  # else the time of requests was over before it had died
+            break
     document = json.loads(stdout)
     assert process.returncode == Exit.UNREACHABLE
     assert (document["sent"], document["failed"], document["unknown"]) == (8, 8, 0)
