@@ -35,8 +35,8 @@ NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bf
 """Tolerance of an answer, relative to the largest value in it."""
 
 ROUNDS = 40
-"""Rounds of company, in which a mistake that shows while a model serves has to be found. Where the audit finds it, those
-count after which there was a moment for that: on a busy machine there is not after each."""
+"""Rounds of company, in which a mistake that shows while a model serves has to be found. Where the audit finds it, they
+are those after which there was a moment for that: on a busy machine there is not after each."""
 
 MOST_ROUNDS = 5 * ROUNDS
 """Rounds of company, whatever the audit has had moments for."""
