@@ -39,6 +39,7 @@ from benchmarks import (
     run,
     zmtp,
 )
+from patience import longer_each_time
 from tnxctl.protocol import wire
 
 # isort: split
@@ -154,7 +155,10 @@ def test_wrk_sends_these_very_bytes_and_tells_what_came_back(listen: Listen) -> 
         return [b"HTTP/1.1 %s\r\nContent-Length: 2\r\n\r\nok" % status]
 
     url = f"http://127.0.0.1:{listen(http(answer))}/predict"
-    report = httpload.wrk(url, {"Content-Type": "application/octet-stream"}, body, 1, 0.1)
+    for seconds in longer_each_time(0.1):
+        report = httpload.wrk(url, {"Content-Type": "application/octet-stream"}, body, 1, seconds)
+        if report.requests > 5:  # else this process has hardly answered meanwhile
+            break
     assert seen[False] == 0
     assert 0 < report.requests <= seen[True]
     assert report.errors["STATUS"] >= report.requests // 2 - 1 > 0
