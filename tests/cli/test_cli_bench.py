@@ -310,7 +310,7 @@ def test_a_connection_that_breaks_ends_it_with_what_was_measured() -> None:
 def started(fake: FakeDaemon, *arguments: str) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TNX_HOST"}
     return subprocess.Popen(
-        [*TOOL, *arguments, "--host", fake.endpoint],
+        [*TOOL, *arguments, "--host", fake.endpoint, "--timeout", f"{PATIENCE_S:g}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -33,9 +33,16 @@ def environment(**extra: str) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "TNX_HOST"} | extra
 
 
+def patient(*arguments: object) -> list[str]:
+    """A command line that waits long for the answers of a daemon, unless it says otherwise."""
+    given = [*map(str, arguments)]
+    is_short = given[0] in ("health", "predict") and "--timeout" not in given
+    return [*TOOL, *given, *(("--timeout", f"{PATIENCE_S:g}") if is_short else ())]
+
+
 def run(*arguments: object, stdin: bytes = b"", **extra: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [*TOOL, *map(str, arguments)], input=stdin, capture_output=True, env=environment(**extra), timeout=PATIENCE_S
+        patient(*arguments), input=stdin, capture_output=True, env=environment(**extra), timeout=PATIENCE_S
     )
 
 
@@ -43,7 +50,8 @@ def interrupted(
     *arguments: str, when: Callable[[], bool], number: signal.Signals = signal.SIGINT
 ) -> tuple[bytes, bytes]:
     """Output of a tool that gets a Ctrl-C, or another signal, when `when` returns, and ends because of it."""
-    process = subprocess.Popen([*TOOL, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    command = patient(*arguments)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     try:
         assert when()
         process.send_signal(number)
@@ -275,7 +283,7 @@ def on_terminal(*arguments: str) -> str:
 
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [*TOOL, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment(TERM="xterm", COLUMNS="80")
+        patient(*arguments), stdin=theirs, stdout=theirs, stderr=theirs, env=environment(TERM="xterm", COLUMNS="80")
     )
     os.close(theirs)
     written = b""
