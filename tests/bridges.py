@@ -146,13 +146,16 @@ def until(look: Callable[[], T], wanted: Callable[[T], object]) -> T:
 
 @contextmanager
 def running_bridge(folder: Path, endpoint: str, *arguments: str) -> Iterator[Bridge]:
-    """Bridge of that daemon, which waits long for its answers unless the arguments say otherwise.
+    """Bridge of that daemon, which waits long for it and for clients unless the arguments say otherwise.
 
     It has to be alive at the end, or to have ended well, and to have logged no failure.
     """
     log = folder / "bridge.log"
-    patient = ("--host", endpoint, "--listen", "127.0.0.1:0", "--timeout", f"{SECONDS:g}s")
-    command = [sys.executable, "-m", "tnxctl.cli", "bridge", *patient, *arguments]
+    patience = ["--timeout", f"{SECONDS:g}s"]
+    for limit in ("header_timeout_s", "body_timeout_s"):
+        patience += ["--limit", f"{limit}={SECONDS}"]
+    listening = ("--host", endpoint, "--listen", "127.0.0.1:0")
+    command = [sys.executable, "-m", "tnxctl.cli", "bridge", *listening, *patience, *arguments]
     with log.open("wb") as stderr:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=stderr, text=True, preexec_fn=prepared.end_with_parent

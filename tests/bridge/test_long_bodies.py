@@ -102,9 +102,8 @@ def test_others_follow_them_on_the_connection(either: Bridge, daemon: Daemon) ->
 
 @pytest.fixture(scope="module")
 def tight(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bridge]:
-    """Bridge with 1 MiB for all bodies together, that waits long for them: this process may be slow."""
-    limits = [f"bodies_bytes={MIB}", f"body_timeout_s={SECONDS}"]
-    options = [word for limit in limits for word in ("--limit", limit)]
+    """Bridge with 1 MiB for all bodies together."""
+    options = ("--limit", f"bodies_bytes={MIB}")
     with running_bridge(tmp_path_factory.mktemp("tight"), daemon.endpoint, *options) as running:
         yield running
 
