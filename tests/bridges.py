@@ -9,13 +9,16 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import prepared
+
+T = TypeVar("T")
 
 READY = re.compile(r"ready on https?://127\.0\.0\.1:(\d+)(?:, gRPC on (\S+);)?")
 
@@ -84,13 +87,16 @@ class Peer:
         self.send("\r\n".join([*lines, "", ""]), body)
 
     def response(self, method: str = "GET") -> Response:
-        """The next response."""
-        status_line = self._file.readline().split(b" ")
+        """The next response. Raises ConnectionError: the bridge has ended the connection."""
+        line = self._file.readline()
+        if not line:
+            raise ConnectionError("the bridge has ended the connection")
+        status_line = line.split(b" ")
         assert status_line[0] == b"HTTP/1.1", status_line
         headers: dict[str, str] = {}
-        while line := self._file.readline().decode().strip():
-            name, _, value = line.partition(": ")
-            assert name.lower() not in headers, line
+        while text := self._file.readline().decode().strip():
+            name, _, value = text.partition(": ")
+            assert name.lower() not in headers, text
             headers[name.lower()] = value
         body = b"" if method == "HEAD" else self._file.read(int(headers["content-length"]))
         return Response(int(status_line[1]), headers, body)
@@ -127,11 +133,29 @@ class Bridge:
         return self.process.wait(SECONDS)
 
 
+def until(look: Callable[[], T], wanted: Callable[[T], object]) -> T:
+    """What a look finds, once it is what is wanted.
+
+    For what a bridge gives a short time, or a client of it: that may pass where the machine stands still.
+    """
+    ends = time.monotonic() + SECONDS
+    while not wanted(found := look()):
+        assert time.monotonic() < ends, found
+    return found
+
+
 @contextmanager
 def running_bridge(folder: Path, endpoint: str, *arguments: str) -> Iterator[Bridge]:
-    """Bridge of that daemon. It has to be alive at the end, or to have ended well, and to have logged no failure."""
+    """Bridge of that daemon, which waits long for it and for clients unless the arguments say otherwise.
+
+    It has to be alive at the end, or to have ended well, and to have logged no failure.
+    """
     log = folder / "bridge.log"
-    command = [sys.executable, "-m", "tnxctl.cli", "bridge", "--host", endpoint, "--listen", "127.0.0.1:0", *arguments]
+    patience = ["--timeout", f"{SECONDS:g}s"]
+    for limit in ("header_timeout_s", "body_timeout_s"):
+        patience += ["--limit", f"{limit}={SECONDS}"]
+    listening = ("--host", endpoint, "--listen", "127.0.0.1:0")
+    command = [sys.executable, "-m", "tnxctl.cli", "bridge", *listening, *patience, *arguments]
     with log.open("wb") as stderr:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=stderr, text=True, preexec_fn=prepared.end_with_parent

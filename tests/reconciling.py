@@ -113,9 +113,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 class Bench:
     """A reconciler and what it works on; `run` plays the serving loop."""
 
-    def __init__(
-        self, *, budget_mb: int = 0, load_timeout_s: float = 60.0, executors: tuple[str, ...] = ("cpu",)
-    ) -> None:
+    def __init__(self, *, budget_mb: int = 0, executors: tuple[str, ...] = ("cpu",)) -> None:
         self.sources: dict[str, dict[str, FakeSource]] = {}
         self.wanted: dict[str, tuple[str, ...]] = {}
         self.weights: dict[str, dict[str, float]] = {}
@@ -138,7 +136,7 @@ class Bench:
             self._calls.put,
             limits=Limits(),
             budget={"cpu": budget_mb * MIB, "cuda": budget_mb * MIB},
-            load_timeout_s=load_timeout_s,
+            load_timeout_s=60.0,
             on_reload=self.reloads.append,
         )
 

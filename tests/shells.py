@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
+import pytest
+
 from peers import (
     PATIENCE_S,
     BlindLoop,
+    X,
 )
 from tnxctl import AsyncClient, Client
+from tnxctl.durations import spell
 from tnxctl.protocol import wire
+from tnxctl.protocol.errors import Unavailable
 from tnxctl.results import Result
 
 
@@ -83,3 +89,16 @@ def connecting(shell: type[SyncShell] | type[AsyncShell]) -> Iterator[Connect]:
         made.close()
         if isinstance(made, AsyncShell):
             made.stop()
+
+
+def call_until_it_says(tnx: Any, reason: str, timeout: float = 0.2) -> None:
+    """Call in vain until that is the reason: an attempt takes longer than a call where the machine is busy.
+
+    Args:
+        reason: a regular expression. timeout: of a call, in seconds.
+    """
+    said = ""
+    while not re.search(reason, said):
+        with pytest.raises(Unavailable, match=f"no connection within {spell(timeout)}: ") as caught:
+            tnx.predict(X, timeout=timeout)
+        said = caught.value.message

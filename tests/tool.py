@@ -5,15 +5,35 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import click
 from click.testing import CliRunner, Result
 
 from fake_daemon import FakeDaemon
 from tnxctl.cli import main
+from tnxctl.cli.options import DEFAULT_TIMEOUT_S
+
+SHORT = f"{DEFAULT_TIMEOUT_S:g}s"
+"""How options spell their default timeout."""
 
 
 def run(*arguments: object, stdin: bytes | None = None, **environment: str) -> Result:
-    """The outcome of a command line."""
-    return CliRunner(env={"TNX_HOST": None, **environment}).invoke(main, list(map(str, arguments)), input=stdin)
+    """The outcome of a command line. Where it says no --timeout, and it would be short, it is a minute."""
+    runner = CliRunner(env={"TNX_HOST": None, **environment})
+    return runner.invoke(main, list(map(str, arguments)), input=stdin, default_map=_patience(main))
+
+
+def _patience(group: click.Group) -> dict[str, Any]:
+    """Defaults of the commands of a group: tests bear with a daemon that is held up for seconds."""
+    found: dict[str, Any] = {}
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        of_command = _patience(command) if isinstance(command, click.Group) else {}
+        if any(option.name == "timeout" and option.default == SHORT for option in command.params):
+            of_command["timeout"] = "60s"
+        found[name] = of_command
+    return found
 
 
 def ask(fake: FakeDaemon, *arguments: object, stdin: bytes | None = None) -> Result:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bridges import SECONDS, Bridge, running_bridge
+from bridges import SECONDS, Bridge, running_bridge, until
 from conftest import Daemon
 from tnxctl.bridge import addresses, tls
 from tnxctl.bridge.access import Access
@@ -164,9 +164,9 @@ def test_a_mistake_in_one_file_leaves_the_others_as_they_were(
 
 
 def await_log(bridge: Bridge, text: str) -> None:
-    until = time.monotonic() + SECONDS
+    ends = time.monotonic() + SECONDS
     while text not in bridge.log.read_text():
-        assert time.monotonic() < until, bridge.log.read_text()
+        assert time.monotonic() < ends, bridge.log.read_text()
         time.sleep(0.02)  # between two looks: nothing tells of a line in a file
 
 
@@ -236,7 +236,7 @@ def test_tokens_at_a_bridge(daemon: Daemon, tmp_path: Path, listed: tuple[Path, 
         assert peer.ask("POST", "/predict", GOOD, Authorization="Bearer x").status == 401
         assert peer.ask("GET", "/nowhere").status == 404
         for probe in ("live", "ready"):
-            assert peer.ask("GET", f"/v2/health/{probe}").status == 200
+            until(lambda probe=probe: peer.ask("GET", f"/v2/health/{probe}").status, lambda status: status == 200)
         assert peer.ask("GET", "/health", **bearers["observe"]).status == 200
         refused = peer.ask("POST", "/predict", GOOD, **bearers["observe"])
         assert (refused.status, refused.error) == (403, "predict is for the role predict, and a-observe has observe")

@@ -6,18 +6,20 @@ import json
 import select
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from bridges import SECONDS, Bridge, Peer, running_bridge
+from bridges import SECONDS, Bridge, Peer, Response, running_bridge
 from conftest import Daemon
 from tool import run
 
 LITTLE_PATIENCE = {"header_timeout_s": 0.3, "body_timeout_s": 0.3, "idle_timeout_s": 0.3, "body_rate": 1_000_000}
-LITTLE_ROOM = {"connections": 8, "body_bytes": 100_000, "bodies_bytes": 150_000}
+ROOM = 8
+LITTLE_ROOM = {"connections": ROOM, "body_bytes": 100_000, "bodies_bytes": 150_000}
 
+HEALTH = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HEAD = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n"
 
 
@@ -40,10 +42,24 @@ def options(limits: dict[str, float]) -> list[str]:
     return [word for name, number in (LITTLE_ROOM | limits).items() for word in ("--limit", f"{name}={number}")]
 
 
+@contextmanager
+def in_time(bridge: Bridge, *sent: str | bytes) -> Iterator[tuple[Peer, Response]]:
+    """Connection on which this was sent, and its answer: one that is ended before that is made again."""
+    ends = time.monotonic() + SECONDS
+    while True:
+        with bridge.connect() as peer:
+            try:
+                answer = peer.send(*sent).response()
+            except ConnectionError:  # this process may be slower than the bridge bears
+                assert time.monotonic() < ends
+                continue
+            yield peer, answer
+            return
+
+
 @pytest.mark.parametrize("text", ["G", "GET /health HTTP/1.1\r\n", "GET /health HTTP/1.1\r\nHost: localhost\r\nX: "])
 def test_headers_that_do_not_come(strict: Bridge, text: str) -> None:
-    with strict.connect() as peer:
-        answer = peer.send(text).response()
+    with in_time(strict, text) as (peer, answer):
         assert (answer.status, answer.error) == (408, "the headers did not come in time")
         assert peer.is_ended()
 
@@ -59,8 +75,8 @@ def test_headers_that_come_byte_by_byte(strict: Bridge) -> None:
 
 
 def test_ends_of_lines_are_no_request(strict: Bridge) -> None:
-    with strict.connect() as peer:
-        assert peer.ask("GET", "/health").status == 200
+    with in_time(strict, HEALTH) as (peer, answer):
+        assert answer.status == 200
         try:
             while True:
                 peer.send("\r\n")
@@ -69,25 +85,24 @@ def test_ends_of_lines_are_no_request(strict: Bridge) -> None:
 
 
 def test_connections_without_a_request(strict: Bridge) -> None:
-    with strict.connect() as new, strict.connect() as idle:
-        assert idle.ask("GET", "/health").status == 200
+    with strict.connect() as new, in_time(strict, HEALTH) as (idle, answer):
+        assert answer.status == 200
         assert new.is_ended()
         assert idle.is_ended()
 
 
 @pytest.mark.parametrize("sent", [0, 1, 50_000])
 def test_bodies_that_do_not_come(strict: Bridge, sent: int) -> None:
-    with strict.connect() as peer:
-        answer = peer.send(HEAD.format(90_000), b"x" * sent).response()
+    with in_time(strict, HEAD.format(90_000), b"x" * sent) as (peer, answer):
         assert (answer.status, answer.error) == (408, "the body did not come in time")
         assert peer.is_ended()
 
 
-def test_chunks_that_do_not_end(strict: Bridge) -> None:
+def test_chunks_that_do_not_end(strict: Bridge, full: Bridge) -> None:
     head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with strict.connect() as peer:
-        assert peer.send(head, "1\r\nx\r\n").response().status == 408
-    with strict.connect() as peer:
+    with in_time(strict, head, "1\r\nx\r\n") as (_, answer):
+        assert answer.status == 408
+    with full.connect() as peer:
         chunks = (b"%x\r\n%s\r\n" % (count, b"x" * count) for count in (50_000, 50_001))
         answer = peer.send(head, *chunks).response()
         assert answer.status == 413
@@ -96,9 +111,10 @@ def test_chunks_that_do_not_end(strict: Bridge) -> None:
 
 
 def test_a_body_that_nobody_wants_and_that_does_not_come(strict: Bridge) -> None:
-    with strict.connect() as peer:
-        assert peer.send(HEAD.format(100_001)).response().status == 413
-        peer.send("x")
+    with in_time(strict, HEAD.format(100_001)) as (peer, answer):
+        assert answer.status == 413
+        with suppress(ConnectionError):  # it may be ended already
+            peer.send("x")
         assert peer.is_ended()
 
 
@@ -116,8 +132,13 @@ def test_bodies_have_a_limit_together(full: Bridge) -> None:
 
 def test_one_connection_too_many(full: Bridge) -> None:
     with ExitStack() as open_ones:
-        peers = [open_ones.enter_context(full.connect()) for _ in range(LITTLE_ROOM["connections"])]
-        assert all(peer.ask("GET", "/health").status == 200 for peer in peers)
+        ends = time.monotonic() + SECONDS
+        taken = 0
+        while taken < ROOM:  # until the bridge has noticed that those of tests before have gone
+            assert time.monotonic() < ends
+            peer = open_ones.enter_context(full.connect())
+            with suppress(ConnectionError):  # it is refused without a question, and then ended
+                taken += peer.ask("GET", "/health").status == 200
         with full.connect() as peer:
             answer = peer.response()
             assert (answer.status, answer.error) == (503, "the bridge has 8 connections already")
@@ -127,18 +148,20 @@ def test_one_connection_too_many(full: Bridge) -> None:
 def test_who_does_not_read_is_cut(strict: Bridge) -> None:
     body = json.dumps({"input_data": [[0] * 256] * 64}).encode()
     with strict.connect() as peer:
-        for _ in range(60):
-            peer.request("POST", "/predict", body)
-        until = time.monotonic() + SECONDS
+        with suppress(ConnectionError):  # this process may be slower than the bridge bears
+            for _ in range(60):
+                peer.request("POST", "/predict", body)
+        ends = time.monotonic() + SECONDS
         while is_held(strict, peer):
-            assert time.monotonic() < until
+            assert time.monotonic() < ends
             time.sleep(0.02)  # between two looks: whoever does not read learns nothing
         answered = 0
         with suppress(ConnectionError, AssertionError):
             while peer.response().status == 200:
                 answered += 1
         assert answered < 60
-    assert strict.ask("GET", "/health").status == 200
+    with in_time(strict, HEALTH) as (_, answer):
+        assert answer.status == 200
 
 
 def test_answers_that_nobody_reads_count_as_well(daemon: Daemon, tmp_path: Path) -> None:
@@ -161,9 +184,9 @@ def test_answers_that_nobody_reads_count_as_well(daemon: Daemon, tmp_path: Path)
         assert select.select([idle.socket], [], [], SECONDS)[0]
         assert peer.ask("POST", "/v2/models/mlp/infer", body, **options).status == 503
         assert len(idle.response().body) > rows * 512
-        until = time.monotonic() + SECONDS
+        ends = time.monotonic() + SECONDS
         while peer.ask("POST", "/v2/models/mlp/infer", body, **options).status == 503:
-            assert time.monotonic() < until
+            assert time.monotonic() < ends
 
 
 def is_held(bridge: Bridge, peer: Peer) -> bool:

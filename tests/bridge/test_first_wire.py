@@ -31,7 +31,7 @@ def test_predict_has_four_fields_and_the_values_of_the_client(bridge: Bridge, da
     body = {"input_data": rows.tolist(), "prefer_gpu": False, "min_gpu_memory_mb": 1000.0}
     document = bridge.ask("POST", "/predict", json.dumps(body).encode()).document
     assert [*document] == ["output", "device", "latency_ms", "gpu_memory_mb"]
-    with Client(daemon.endpoint) as client:
+    with Client(daemon.endpoint, timeout=60.0) as client:
         expected = client.predict(rows, device="cpu").output
     np.testing.assert_allclose(np.array(document["output"], np.float32), expected, rtol=1e-5)
     assert (document["device"], document["gpu_memory_mb"]) == ("cpu", 0.0)

@@ -20,7 +20,7 @@ from grpc_stubs import Stub
 from tritonclient.utils import InferenceServerException
 
 import python_models
-from bridges import running_bridge
+from bridges import running_bridge, until
 from conftest import Daemon, serving_daemon
 from tnxctl.bridge.grpc.messages import HEALTH, ModelInferRequest, ModelStreamInferResponse, message_of
 from tnxctl.bridge.grpc.tensors import CONTENTS
@@ -122,7 +122,7 @@ def raw_request(model: str = "double", **fields: Any) -> Any:
 
 def test_health(triton: Any) -> None:
     assert triton.is_server_live()
-    assert triton.is_server_ready()
+    until(triton.is_server_ready, bool)
     assert triton.is_model_ready("double")
     assert triton.is_model_ready("double", "1")
     assert not triton.is_model_ready("double", "2")
@@ -179,10 +179,10 @@ def test_outputs_are_those_that_are_asked_for(triton: Any) -> None:
 def test_versions_parameters_and_compression(triton: Any) -> None:
     for options in (
         {"model_version": "1"},
-        {"priority": 1, "timeout": 10_000_000},
+        {"priority": 1, "timeout": 60_000_000},
         {"parameters": {"device": "cpu", "route_key": "a", "min_gpu_memory_mb": 0, "prefer_gpu": False, "mine": "x"}},
         {"sequence_id": 5, "sequence_start": True},
-        {"client_timeout": 10.0},
+        {"client_timeout": 60.0},
         {"headers": {"x-request-id": "1"}},
         {"compression_algorithm": "gzip"},
         {"compression_algorithm": "deflate"},

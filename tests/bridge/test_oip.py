@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import python_models
-from bridges import Bridge, running_bridge
+from bridges import Bridge, running_bridge, until
 from conftest import serving_daemon
 from tnxctl import Client
 from tnxctl.protocol.datatypes import STORAGE, Array, dtype_of
@@ -141,7 +141,7 @@ def plain(array: Array) -> list[Any]:
 
 def test_health_and_metadata(triton: Any) -> None:
     assert triton.is_server_live()
-    assert triton.is_server_ready()
+    until(triton.is_server_ready, bool)
     assert triton.is_model_ready("simple")
     assert triton.is_model_ready("double", "2")
     assert not triton.is_model_ready("double", "3")
@@ -159,7 +159,7 @@ def test_health_and_metadata(triton: Any) -> None:
 
 def test_health_bodies_are_those_of_kserve(bridge: Bridge) -> None:
     assert told(bridge, "/v2/health/live") == (200, {"live": True})
-    assert told(bridge, "/v2/health/ready") == (200, {"ready": True})
+    until(lambda: told(bridge, "/v2/health/ready"), lambda found: found == (200, {"ready": True}))
     assert told(bridge, "/v2/models/simple/ready") == (200, {"name": "simple", "ready": True})
 
 
@@ -333,7 +333,8 @@ def test_the_asyncio_client(bridge: Bridge) -> None:
     async def run() -> None:
         async with aioclient.InferenceServerClient(f"127.0.0.1:{bridge.port}") as client:
             assert await client.is_server_live()
-            assert await client.is_server_ready()
+            while not await client.is_server_ready():  # the bridge gives the daemon a second
+                pass
             assert await client.is_model_ready("simple")
             assert (await client.get_model_metadata("simple"))["name"] == "simple"
             assert (await client.get_model_config("simple"))["max_batch_size"] == 8
@@ -367,7 +368,7 @@ def test_models_are_listed_unloaded_and_loaded(triton: Any, daemon: str) -> None
         assert not triton.is_model_ready("fixed")
         with pytest.raises(REFUSED, match="fixed"):
             triton.infer("fixed", [given("x", np.zeros(1, np.float32), "FP32")])
-        with Client(daemon) as tnx:
+        with Client(daemon, timeout=60.0) as tnx:
             assert {info.status for info in tnx.models() if info.name == "fixed"} == {"unloaded"}
     finally:
         triton.load_model("fixed")

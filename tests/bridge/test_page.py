@@ -45,7 +45,7 @@ def load(endpoint: str) -> Iterator[None]:
     ended = threading.Event()
 
     def ask() -> None:
-        with Client(endpoint) as tnx:
+        with Client(endpoint, timeout=60.0) as tnx:
             while not ended.is_set():
                 tnx.predict(np.zeros((2, 256), np.float32), model="mlp")
                 ended.wait(0.02)
@@ -73,7 +73,7 @@ def opened(page: Browser, bridge: Bridge) -> Browser:
 
 def test_numbers_move_under_load(page: Browser, daemon: Daemon, bridge: Bridge) -> None:
     opened(page, bridge)
-    assert page.text("#status") == "ready"
+    page.wait("document.querySelector('#status').innerText === 'ready'")
     with load(daemon.endpoint):
         page.wait("parseFloat(document.querySelector('.tile .number').innerText) > 1")
         row = "[...document.querySelectorAll('#traffic tbody tr')].find((row) => row.innerText.startsWith('mlp@1'))"
@@ -172,7 +172,7 @@ def test_a_daemon_that_goes_and_comes_back_is_told(page: Browser, tmp_path: Path
             page.wait("document.querySelector('#status').innerText === 'ready'")
         page.wait("document.querySelector('#status').innerText === 'unreachable'")
         assert page.run("return document.getElementById('problem').checkVisibility()")
-        assert "nobody listens" in page.text("#problem")
+        page.wait("document.querySelector('#problem').innerText.includes('nobody listens')")
         with FakeDaemon(endpoint, stats=later):
             page.wait("document.querySelector('#status').innerText === 'ready'")
             assert not page.run("return document.getElementById('problem').checkVisibility()")

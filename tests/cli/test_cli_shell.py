@@ -15,7 +15,7 @@ import pytest
 from click.shell_completion import ShellComplete
 
 from fake_daemon import DIGITS, MLP, RESNETS, FakeDaemon
-from tnxctl.cli import completion, main
+from tnxctl.cli import completion, main, suggestions
 from tnxctl.protocol import wire
 
 TOOL = [sys.executable, "-m", "tnxctl.cli"]
@@ -23,9 +23,20 @@ PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def fake() -> Iterator[FakeDaemon]:
-    with FakeDaemon(models=(MLP, DIGITS, *RESNETS)) as running:
-        yield running
+def running() -> Iterator[FakeDaemon]:
+    with FakeDaemon(models=(MLP, DIGITS, *RESNETS)) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have completion wait for a daemon that is there but slow."""
+    monkeypatch.setattr(suggestions, "_TIMEOUT_S", PATIENCE_S)
+
+
+@pytest.fixture
+def fake(running: FakeDaemon, patient: None) -> FakeDaemon:
+    return running
 
 
 def complete(*arguments: str) -> list[str]:
@@ -70,6 +81,7 @@ def test_without_a_daemon_there_are_no_words_and_no_error(host: str, capfd: pyte
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.usefixtures("patient")
 def test_words_that_could_steer_a_terminal_are_not_suggested() -> None:
     evil = wire.ModelInfo(name="di\x1b[2J", version="1", status="ready")
     with FakeDaemon(models=(MLP, DIGITS, evil)) as fake:
@@ -92,7 +104,8 @@ done
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_keeps_words_whole_that_it_takes_apart(fake: FakeDaemon) -> None:
     script = completion._Bash(main, {}, "tnxctl", completion.VARIABLE).source()
-    tool = f"{shlex.quote(sys.executable)} -c 'from tnxctl.cli import main; main(prog_name=\"tnxctl\")'"
+    patient = f"from tnxctl.cli import main, suggestions; suggestions._TIMEOUT_S = {PATIENCE_S}"
+    tool = f"{shlex.quote(sys.executable)} -c '{patient}; main(prog_name=\"tnxctl\")'"
     program = BASH.format(tool=tool, script=script)
     host = f"tnxctl --host {fake.endpoint}"
     lines = ["tnxctl he", f"{host} models show resnet@", f"{host} predict --model=di", f"{host} models route resnet "]

@@ -114,7 +114,7 @@ def test_stats_across_a_restart() -> None:
 
 
 def test_stats_of_a_real_daemon(daemon: Daemon) -> None:
-    with Client(daemon.endpoint) as client:
+    with Client(daemon.endpoint, timeout=60.0) as client:
         for _ in range(5):
             client.predict(np.zeros((1, 64), np.float32), model="digits")
     result = run("stats", "--since-start", "--model", "digits", "--host", daemon.endpoint)
@@ -242,7 +242,7 @@ def test_nothing_is_kept() -> None:
 
 def test_a_request_of_a_real_daemon_is_explained(run_daemon: Callable[..., Daemon]) -> None:
     daemon = run_daemon()
-    with Client(daemon.endpoint) as client:
+    with Client(daemon.endpoint, timeout=60.0) as client:
         client.predict(np.zeros((1, 64), np.float32), model="digits")
     shown = run("explain", "--host", daemon.endpoint).stdout
     assert re.match(r"request \d+ of 127\.0\.0\.1 to digits@1: ", shown)

@@ -6,10 +6,12 @@ import asyncio
 import selectors
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from patience import longer_each_time
 from peers import PATIENCE_S, FakeDaemon, X, echo, equal
 from tnxctl import AsyncClient, busypoll
 from tnxctl.busypoll import BusyPoll
@@ -146,6 +148,13 @@ def test_what_is_no_time_is_refused(given: Any) -> None:
         AsyncClient("127.0.0.1:1", busy_poll=given)
 
 
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no poll end because it has lasted long enough."""
+    monkeypatch.setattr(busypoll, "time", SimpleNamespace(monotonic=lambda: 100.0))
+
+
+@pytest.mark.usefixtures("endless")
 @pytest.mark.parametrize(("busy_poll", "sleeps"), [(0.0, True), (1.0, False)])
 def test_a_loop_that_polls_does_not_sleep(busy_poll: float, sleeps: bool) -> None:
     """The daemon answers once the loop has looked many times without waiting, or has waited."""
@@ -177,6 +186,7 @@ def test_a_loop_that_polls_does_not_sleep(busy_poll: float, sleeps: bool) -> Non
     assert any(wait is None or wait > 0 for wait in waits) == sleeps
 
 
+@pytest.mark.usefixtures("endless")
 def test_a_loop_whose_client_is_closed_sleeps_again() -> None:
     polls: list[bool] = []
 
@@ -190,7 +200,10 @@ def test_a_loop_whose_client_is_closed_sleeps_again() -> None:
             for _ in range(20):  # until the next one is expected soon
                 await tnx.predict(X)
         polls.clear()
-        await asyncio.sleep(1e-3)
+        for delay_s in longer_each_time(1e-3, most_s=10.0):  # it may be over before the loop comes to its sleep
+            await asyncio.sleep(delay_s)
+            if not all(polls):
+                break
 
     with (
         FakeDaemon(echo) as daemon,

@@ -89,10 +89,10 @@ def test_a_datatype_from_the_future() -> None:
 
 def test_the_clients_go_by_the_signature() -> None:
     async def later(endpoint: str) -> np.ndarray:
-        async with AsyncClient(endpoint) as tnx:
+        async with AsyncClient(endpoint, timeout=60) as tnx:
             return (await tnx.cast([[0] * 256]))[""]
 
-    with FakeDaemon() as fake, Client(fake.endpoint) as tnx:
+    with FakeDaemon() as fake, Client(fake.endpoint, timeout=60) as tnx:
         inputs = tnx.cast([[0] * 64], "digits")
         assert tnx.predict(inputs, model="digits").model == "digits"
         assert asyncio.run(later(fake.endpoint)).dtype == np.float32

@@ -47,11 +47,13 @@ def test_gather() -> None:
 def test_a_cancelled_task_forgets_its_call() -> None:
     async def main(daemon: FakeDaemon) -> None:
         async with AsyncClient(daemon.endpoint, timeout=PATIENCE_S) as tnx:
+            task = asyncio.create_task(tnx.predict(X))
+            request = await asyncio.to_thread(daemon.received.get, timeout=PATIENCE_S)
             with pytest.raises(TimeoutError) as caught:
-                await asyncio.wait_for(tnx.predict(X), 0.2)
+                await asyncio.wait_for(task, 0.01)
             assert not isinstance(caught.value, errors.DeadlineExceeded)
             assert tnx._session.idle
-            assert daemon.cancels.get(timeout=PATIENCE_S).id == daemon.received.get_nowait().id
+            assert daemon.cancels.get(timeout=PATIENCE_S).id == request.id
             daemon.answer = echo
             assert equal(await tnx.predict(X), X)
 
@@ -90,7 +92,7 @@ def test_a_late_reply_that_comes_just_before_the_next_call_does_not_hide_its_rep
             # for news while it sends unless it has done so within the last millisecond.
             assert select.select([channel.descriptor()[0]], [], [], PATIENCE_S)[0]
             time.sleep(0.01)
-            assert equal(await tnx.predict(X, timeout=2), X)
+            assert equal(await tnx.predict(X, timeout=PATIENCE_S / 2), X)
 
     with FakeDaemon(echo) as daemon:
         asyncio.run(main(daemon))
@@ -108,20 +110,25 @@ def test_a_client_belongs_to_one_loop() -> None:
 
 
 def test_the_loop_stays_free_while_a_call_waits() -> None:
-    async def main(endpoint: str) -> int:
-        ticks = 0
-        async with AsyncClient(endpoint, timeout=PATIENCE_S) as tnx:
+    async def main(daemon: FakeDaemon) -> None:
+        async with AsyncClient(daemon.endpoint, timeout=PATIENCE_S) as tnx:
             await tnx.predict(X)
-            call = asyncio.create_task(tnx.predict(X, timeout=0.3))
-            while not call.done():
+            call = asyncio.create_task(tnx.predict(X))
+            ticks = 0
+            while ticks < 100 or daemon.received.qsize() < 2:
+                assert not call.done()
                 await asyncio.sleep(0)
                 ticks += 1
-            with pytest.raises(errors.DeadlineExceeded):
-                call.result()
-        return ticks
+            answer.set()
+            assert equal(await call, X)
 
-    with FakeDaemon(in_turn(echo, silence)) as daemon:
-        assert asyncio.run(main(daemon.endpoint)) > 10
+    def when_the_loop_has_turned(request: Request) -> Iterable[tuple[bytes, Reply]]:
+        answer.wait(PATIENCE_S)
+        return echo(request)
+
+    answer = threading.Event()
+    with FakeDaemon(in_turn(echo, when_the_loop_has_turned)) as daemon:
+        asyncio.run(main(daemon))
 
 
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, BlindLoop])

@@ -6,8 +6,9 @@ import asyncio
 import inspect
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -102,13 +103,19 @@ def test_what_they_return(connect: Callable[..., Ask]) -> None:
 
 
 def test_a_slow_load_may_take_longer_than_other_calls_and_they_go_on_beside_it() -> None:
-    with FakeDaemon(load_delay_s=1.0) as daemon, Client(daemon.endpoint, timeout=0.9) as tnx:
-        loaded = threading.Thread(target=tnx.load, args=("mlp",))
-        loaded.start()
-        assert daemon.wait_for_requests(1, PATIENCE_S)
-        while loaded.is_alive():
-            assert tnx.predict(X, timeout=PATIENCE_S).output.shape == (1, 128)
-        assert len(daemon.predicts) > 1
+    with FakeDaemon(looks=1) as daemon, Client(daemon.endpoint, timeout=0.5) as tnx:
+        tnx.predict(X, timeout=PATIENCE_S)  # now the connection stands
+        with ThreadPoolExecutor(1) as pool:
+            loaded = pool.submit(tnx.load, "mlp")
+            assert daemon.wait_for_requests(2, PATIENCE_S)
+            until = time.monotonic() + 2 * 0.5
+            while time.monotonic() < until:
+                assert tnx.predict(X, timeout=PATIENCE_S).output.shape == (1, 128)
+            assert not loaded.done()
+            tnx.models(timeout=PATIENCE_S)  # the daemon waits for that
+            assert loaded.result(PATIENCE_S)[0].name == "mlp"
+    with FakeDaemon(looks=1) as daemon, Client(daemon.endpoint, timeout=PATIENCE_S) as tnx:
+        tnx.predict(X)
         with pytest.raises(errors.DeadlineExceeded, match=r"load within 100 ms; it may still be at work on it"):
             tnx.load("mlp", timeout=0.1)
 

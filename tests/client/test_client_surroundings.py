@@ -346,10 +346,13 @@ with Client("127.0.0.1:1", timeout=0.2) as tnx:
     lowest_free = os.dup(0)
     os.close(lowest_free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    try:
-        tnx.health()
-    except Unavailable as error:
-        os.write(1, str(error).encode())
+    said = b"still under way"
+    while said.endswith(b"still under way"):  # where this process is slow, its time is over before the attempt
+        try:
+            tnx.health()
+        except Unavailable as error:
+            said = str(error).encode()
+    os.write(1, said)
 """
     assert python(code).endswith("no connection within 200 ms: [Errno 24] Too many open files")
 

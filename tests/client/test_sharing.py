@@ -214,7 +214,7 @@ def test_several_daemons(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> N
     endpoints = [f"ipc://{tmp_path}/{name}" for name in ("one", "two")]
     daemons = [run_daemon("--config", str(tmp_path / "tnxd.toml"), "--bind", endpoint) for endpoint in endpoints]
     x = np.ones((256, 256), np.float32)
-    with Client(endpoints, shared_memory=True, timeout=30) as tnx, Client(endpoints[0]) as plain:
+    with Client(endpoints, shared_memory=True, timeout=60) as tnx, Client(endpoints[0], timeout=60) as plain:
         expected = plain.predict(x).output
         for _ in range(20):
             assert np.array_equal(tnx.predict(x).output, expected)

@@ -193,7 +193,7 @@ def mixing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def info(daemon: Daemon, name: str) -> ModelInfo:
-    with Client(daemon.endpoint) as client:
+    with Client(daemon.endpoint, timeout=60.0) as client:
         return client.metadata(name)
 
 

@@ -304,7 +304,7 @@ def test_nothing_to_compare() -> None:
 
 SETTINGS = """
 versions = "all"
-time_limit_s = 1.0
+time_limit_s = 4.0
 [traffic]
 weights = { 1 = 1 }
 shadow = "2"
@@ -346,7 +346,7 @@ def ticking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ticking]:
 
 
 def test_a_batch_that_failed_is_not_copied(ticking: Ticking) -> None:
-    with Client(ticking.endpoint) as client:
+    with Client(ticking.endpoint, timeout=60.0) as client:
         with pytest.raises(Internal):
             client.predict(ONE_ROW + 9)
         with pytest.raises(FailedPrecondition, match="nothing to compare"):
@@ -355,7 +355,7 @@ def test_a_batch_that_failed_is_not_copied(ticking: Ticking) -> None:
 
 def test_a_shadow_that_hangs_is_told_of_once(ticking: Ticking) -> None:
     """Even when other files have taken its place."""
-    with Client(ticking.endpoint) as client:
+    with Client(ticking.endpoint, timeout=60.0) as client:
         client.predict(ONE_ROW + 7)
         while "it gets no more copies" not in ticking.log.read_text():
             ticking.tick()

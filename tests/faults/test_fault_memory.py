@@ -114,9 +114,10 @@ def test_replies_that_nobody_takes_are_bounded(small_daemon: Daemon) -> None:
         contextlib.ExitStack() as stack,
     ):
         before = footprint(pid).rss_mib
-        peers = [stack.enter_context(Peer(small_daemon.endpoint, receive_buffer=4096, timeout=5)) for _ in range(4)]
+        peers = [stack.enter_context(Peer(small_daemon.endpoint, receive_buffer=4096, timeout=60)) for _ in range(4)]
         for peer in peers:
             peer.greet()
+            peer.settimeout(5)  # for each request
         for peer, number in itertools.product(peers, range(400)):
             header = pack(predict_header(id=number, inputs=[["input", "FP32", [rows, 256]]]))
             with contextlib.suppress(OSError):  # it may be cut off by now

@@ -50,9 +50,9 @@ def open_with(openings: Iterable[bytes], *addresses: str | tuple[str, int]) -> N
 def _open_with(address: str | tuple[str, int], opening: bytes) -> None:
     """Connect, say that, and hang up once the other side has, or soon if it waits for more."""
     with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as peer:
-        peer.settimeout(0.3)
         peer.connect(address)
         peer.sendall(opening)
+        peer.settimeout(0.3)
         try:
             while peer.recv(4096):
                 pass
