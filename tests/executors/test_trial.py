@@ -22,7 +22,6 @@ from format_tools import open_model, save_program
 from tnxctl.protocol.errors import FailedPrecondition
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.device_kinds import CPU, CUDA
-from tnxd.executors.trial import state
 from tnxd.executors.trial.copies import Call, Own, Serial, Sparing
 from tnxd.executors.trial.examples import telling_examples
 from tnxd.executors.trial.held import Held, checksum
@@ -37,14 +36,6 @@ from tnxd.models.rounding import difference, tolerance
 from tnxd.models.tensors import check_outputs
 
 WIDTH = 4
-
-
-@pytest.fixture(autouse=True)
-def _all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial makes all of its calls, also where the machine is slow: some of these modules show late what they are."""
-    monkeypatch.setattr(state, "_MOST_SECONDS", 60.0)
-
-
 X = TensorSpec("x", "FP32", (-1, WIDTH))
 Y = TensorSpec("y", "FP32", (-1, WIDTH))
 
