@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 import numpy as np
@@ -327,7 +328,7 @@ class Asking:
         """Wait for so many more answers, with that number, or for errors if it is None."""
         with self._lock:
             until = self._seen(number) + times
-            assert self._count.wait_for(lambda: self._seen(number) >= until, 30), (self.answers, self.errors)
+            assert self._count.wait_for(lambda: self._seen(number) >= until, 60), (self.answers, self.errors)
 
     def _seen(self, number: float | None) -> int:
         return self.errors.total() if number is None else self.answers[number]
@@ -389,7 +390,7 @@ def test_a_step_is_swapped_unloaded_and_loaded_under_load(tmp_path: Path, run_da
         assert set(changes.unloaded) == {"line@1", "triple@1"}
         asking.await_more(175.0)
     assert {code for code, _ in asking.errors} == {"FAILED_PRECONDITION"}
-    with Client(daemon.endpoint, timeout=5.0) as client:
+    with Client(daemon.endpoint, timeout=20.0) as client:
         drain(daemon, client)
 
 
@@ -438,14 +439,15 @@ class Model:
 """A model.py that makes a MiB of four bytes."""
 
 SUMS = """
-import threading
+import os, threading
 
 class Model:
     def predict(self, x):
-        threading.Event().wait(0.01 * len(x))
-        return {"y": x[:, :1]}
+        while not os.path.exists({go!r}):
+            threading.Event().wait(0.01)
+        return {{"y": x[:, :1]}}
 """
-"""A model.py that takes longer than that."""
+"""A model.py that waits for a file."""
 
 PLAIN_TOML = """
 max_batch_size = 8
@@ -468,17 +470,25 @@ def test_what_steps_give_each_other_counts_among_what_a_client_has_in_flight(
 ) -> None:
     """The first step of many small requests would fill the memory before the second is through with them."""
     models = Repository(tmp_path / "models")
-    for name, source, shape in (("widens", WIDENS, (1, 1 << 18)), ("sums", SUMS, (1 << 18, 1))):
+    go = tmp_path / "go"
+    go.touch()
+    sums = SUMS.format(go=str(go))
+    for name, source, shape in (("widens", WIDENS, (1, 1 << 18)), ("sums", sums, (1 << 18, 1))):
         models.settings(name, PLAIN_TOML.format(*shape))
         models.publish(name, 1, {"model.py": source.encode()})
     models.publish("pipe", 1, {"pipeline.toml": WIDEN.encode()})
     config = tmp_path / "tnxd.toml"
-    config.write_text("[limits]\nmessage_bytes = 4194304\n[clients]\nmax_mb = 20\n")
+    config.write_text(
+        "[limits]\nmessage_bytes = 4194304\n[clients]\nmax_mb = 20\n[cpu]\nworkers = 4\ninline_limit_us = 0\n"
+    )
     daemon = run_daemon("--model-repository", str(models.root), "--config", str(config))
     with Client(daemon.endpoint, timeout=60.0) as client:
         one = np.ones((1, 1), np.float32)
         for _ in range(2):  # first nobody knows what is to come, then it is refused on arrival
+            go.unlink()
             futures = [client.submit(one, model="pipe") for _ in range(200)]
+            wait(futures, return_when=FIRST_COMPLETED)  # one that is refused: the second step answers none
+            go.touch()
             errors = [future.exception() for future in futures]
             refused = [error for error in errors if error is not None]
             assert {type(error) for error in refused} == {ResourceExhausted}
