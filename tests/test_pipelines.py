@@ -230,7 +230,7 @@ def test_a_step_that_finds_other_rows(client: Client) -> None:
 
 
 def test_what_the_tool_shows(daemon: Daemon) -> None:
-    shown = run("models", "show", "diamond", "--host", daemon.endpoint)
+    shown = run("models", "show", "diamond", "--host", daemon.endpoint, "--timeout", 60)
     assert shown.exit_code == 0
     assert "format    pipeline" in shown.stdout
     graph = shown.stdout[shown.stdout.index("○ x") :].split("\n\n")[0]
@@ -242,13 +242,13 @@ def test_what_the_tool_shows(daemon: Daemon) -> None:
         "    │ ╰─○ sum  FP32 [-1,2]  join.sum",
         "    ╰─○ right  FP32 [-1,2]  right.y",
     ]
-    document = json.loads(run("models", "show", "line", "--json", "--host", daemon.endpoint).stdout)
+    document = json.loads(run("models", "show", "line", "--json", "--host", daemon.endpoint, "--timeout", 60).stdout)
     assert document["pipeline"]["steps"][1] == {"name": "second", "model": "triple@1", "inputs": {"x": "first.y"}}
     assert document["pipeline"]["outputs"] == {"y": "third.y"}
-    listed = run("models", "--host", daemon.endpoint).stdout
+    listed = run("models", "--host", daemon.endpoint, "--timeout", 60).stdout
     assert len([line for line in listed.splitlines() if " ready " in line]) == 9
 
-    said = run("predict", "--model", "line", "--count", "3", "--host", daemon.endpoint)
+    said = run("predict", "--model", "line", "--count", "3", "--host", daemon.endpoint, "--timeout", 60)
     assert said.exit_code == 0
     steps = said.stdout[said.stdout.index("step ") :].splitlines()
     assert [line.split()[:3] for line in steps] == [
@@ -257,7 +257,7 @@ def test_what_the_tool_shows(daemon: Daemon) -> None:
         ["second", "triple@1", "1.0"],
         ["third", "double@1", "1.0"],
     ]
-    answer = json.loads(run("predict", "--model", "line", "--json", "--host", daemon.endpoint).stdout)
+    answer = json.loads(run("predict", "--model", "line", "--json", "--host", daemon.endpoint, "--timeout", 60).stdout)
     assert [step["name"] for step in answer["answers"][0]["steps"]] == ["first", "second", "third"]
     assert [step["step"] for step in answer["step_means"]] == ["first", "second", "third"]
 
@@ -265,9 +265,11 @@ def test_what_the_tool_shows(daemon: Daemon) -> None:
 def test_the_example_call_of_the_tool_works(daemon: Daemon, client: Client) -> None:
     info = client.metadata("diamond")
     assert (info.format, info.max_batch_size, info.memory_mb, info.devices) == ("pipeline", 8, 0.0, ("cpu",))
-    call = json.loads(run("models", "show", "diamond", "--json", "--host", daemon.endpoint).stdout)["example"]["python"]
+    call = json.loads(run("models", "show", "diamond", "--json", "--host", daemon.endpoint, "--timeout", 60).stdout)[
+        "example"
+    ]["python"]
     exec(compile(call, "call", "exec"), {})
-    detect = run("models", "show", "detect", "--host", daemon.endpoint).stdout
+    detect = run("models", "show", "detect", "--host", daemon.endpoint, "--timeout", 60).stdout
     assert "Not all steps count rows" in detect
 
 
@@ -376,7 +378,7 @@ def test_a_step_is_swapped_unloaded_and_loaded_under_load(tmp_path: Path, run_da
             "failed",
             "line/1/pipeline.toml: steps[1].model: model 'triple@1' is unloaded; tnxctl models load triple@1",
         )
-        health = run("health", "--host", daemon.endpoint)
+        health = run("health", "--host", daemon.endpoint, "--timeout", 60)
         assert health.exit_code == 9
         assert "line@1" in health.stdout
         assert control.reload().loaded == ("triple@1",)  # since a pipeline names it

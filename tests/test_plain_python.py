@@ -198,7 +198,10 @@ def test_it_batches_and_each_request_has_its_own_answer(tnx: Client, name: str) 
     assert [future.result().output[0, 0] for future in futures] == [2 * value for value in range(20, 60)]
     found = info(tnx, name)
     assert (found.status, found.format, found.max_batch_size, found.state) == ("ready", "python", 8, "pure")
-    assert "none that shows: no answer depends on" in tool.run("models", "show", name, "--host", tnx.endpoint).stdout
+    assert (
+        "none that shows: no answer depends on"
+        in tool.run("models", "show", name, "--host", tnx.endpoint, "--timeout", 60).stdout
+    )
 
 
 def test_where_it_ran_is_told(tnx: Client) -> None:
@@ -269,7 +272,7 @@ def test_a_process_that_is_lost_costs_its_batch_alone(tnx: Client, name: str, va
             lost += 1
     found = info(tnx, name)
     assert found.restarts == before + lost
-    shown = tool.run("health", "--host", tnx.endpoint).stdout
+    shown = tool.run("health", "--host", tnx.endpoint, "--timeout", 60).stdout
     assert f"{name}@1: its process was started again " in shown
     why = said.removeprefix("its process ")
     assert any("its process was started again" in note and why in note for note in found.notes)

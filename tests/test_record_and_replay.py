@@ -64,7 +64,7 @@ class Recorded:
 
     def replay(self, name: str, *arguments: object) -> dict[str, object]:
         """The document of a replay that goes well."""
-        return fields(run("replay", self.folder / name, *arguments, "--host", self.endpoint, "--json"))
+        return fields(run("replay", self.folder / name, *arguments, "--host", self.endpoint, "--timeout", 60, "--json"))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,16 @@ def test_a_replay_compares_two_models(recorded: Recorded) -> None:
         ],
     }  # fmt: skip
     shown = run(
-        "replay", recorded.folder / "compare.mcap", "--speed", 100, "--against", "double", "--host", recorded.endpoint
+        "replay",
+        recorded.folder / "compare.mcap",
+        "--speed",
+        100,
+        "--against",
+        "double",
+        "--host",
+        recorded.endpoint,
+        "--timeout",
+        60,
     )
     assert shown.exit_code == Exit.OK
     assert "4 requests within" in shown.stdout
@@ -169,7 +178,7 @@ def test_errors_of_a_replay_are_told_and_its_other_requests_sent(recorded: Recor
         client.predict(rows(1, 64), model="digits")
         client.predict(rows(1, 2), model="double")
         client.stop_recording()
-    arguments = ("--model", "double", "--host", recorded.endpoint)
+    arguments = ("--model", "double", "--host", recorded.endpoint, "--timeout", 60)
     told = run("replay", recorded.folder / "errors.mcap", *arguments)
     assert told.exit_code == Exit.FAILED
     assert "INVALID_ARGUMENT: model 'double'" in told.stdout
@@ -188,7 +197,7 @@ def test_requests_without_tensors_and_with_wrong_ones_are_sent_as_they_are(recor
         dealer.socket.send(header)
         codes = [dealer.error().code for _ in range(4)]
         assert client.stop_recording().requests == 4
-    told = run("replay", recorded.folder / "wrong.mcap", "--host", recorded.endpoint, "--json")
+    told = run("replay", recorded.folder / "wrong.mcap", "--host", recorded.endpoint, "--timeout", 60, "--json")
     (step,) = fields(told)["steps"]
     assert codes == ["INVALID_ARGUMENT"] * 4
     assert [(error["code"], error["count"]) for error in step["errors"]] == [("INVALID_ARGUMENT", 4)]
@@ -248,19 +257,19 @@ def await_end(client: Client) -> RecordingReport:
 
 
 def test_the_tool_waits_and_tells(recorded: Recorded) -> None:
-    told = run("record", "tool.mcap", "--seconds", "50ms", "--host", recorded.endpoint)
+    told = run("record", "tool.mcap", "--seconds", "50ms", "--host", recorded.endpoint, "--timeout", 60)
     assert told.exit_code == Exit.OK
     assert told.stdout.startswith("recorded 0 requests in ")
     assert told.stdout.splitlines()[1] == str(recorded.folder / "tool.mcap")
-    again = run("record", "tool.mcap", "--host", recorded.endpoint)
+    again = run("record", "tool.mcap", "--host", recorded.endpoint, "--timeout", 60)
     assert (again.exit_code, "nothing is overwritten" in again.stderr) == (Exit.REFUSED, True)
-    assert fields(run("record", "--status", "--host", recorded.endpoint, "--json"))["state"] == "ended"
-    assert run("record", "--stop", "--host", recorded.endpoint).exit_code == Exit.NOT_READY
+    assert fields(run("record", "--status", "--host", recorded.endpoint, "--timeout", 60, "--json"))["state"] == "ended"
+    assert run("record", "--stop", "--host", recorded.endpoint, "--timeout", 60).exit_code == Exit.NOT_READY
 
 
 def test_ctrl_c_ends_the_recording(recorded: Recorded) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITS, "record", "interrupted.mcap", "--host", recorded.endpoint],
+        [sys.executable, "-c", WAITS, "record", "interrupted.mcap", "--host", recorded.endpoint, "--timeout", "60"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -280,12 +289,14 @@ def test_ctrl_c_ends_the_recording(recorded: Recorded) -> None:
 
 
 def test_it_is_off_unless_the_configuration_allows_it(daemon: Daemon) -> None:
-    told = run("record", "x.mcap", "--host", daemon.endpoint)
+    told = run("record", "x.mcap", "--host", daemon.endpoint, "--timeout", 60)
     assert told.exit_code == Exit.NOT_READY
     assert (
         "record_directory in the daemon's tnxd.toml names the directory for recordings and turns it on" in told.stderr
     )
-    assert run("record", "--status", "--host", daemon.endpoint).stdout.startswith("Nothing has been recorded")
+    assert run("record", "--status", "--host", daemon.endpoint, "--timeout", 60).stdout.startswith(
+        "Nothing has been recorded"
+    )
 
 
 def test_a_daemon_that_is_killed_leaves_what_it_had_written(
@@ -303,7 +314,7 @@ def test_a_daemon_that_is_killed_leaves_what_it_had_written(
     found, reader = read(tmp_path / "killed.mcap")
     assert written <= len(found) <= 100
     assert "cut off" in reader.damage
-    told = run("replay", tmp_path / "killed.mcap", "--speed", 100, "--host", recorded.endpoint)
+    told = run("replay", tmp_path / "killed.mcap", "--speed", 100, "--host", recorded.endpoint, "--timeout", 60)
     assert told.exit_code == Exit.OK
     assert f"{len(found)} requests within" in told.stdout
     assert "The file was read as far as it goes: it was cut off" in told.stdout

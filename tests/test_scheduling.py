@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -289,8 +290,5 @@ def test_priorities_in_a_running_daemon(run_daemon: RunDaemon) -> None:
         dealer.await_health(queued=60)
         released = dealer.predict(rows(1, fill=RELEASE), device="cuda:0")
         answered = [dealer.result()[0].id for _ in range(62)]
-    order = [id_ for id_ in answered if id_ not in (held, released)]
-    place = {
-        level: sum(order.index(1 + index) for index in range(60) if 3 - index % 4 == level) / 15 for level in range(4)
-    }
-    assert place[0] < place[1] < place[2] < place[3]
+    levels = [3 - (id_ - held - 1) % 4 for id_ in answered if id_ not in (held, released)]
+    assert Counter(levels[:14]) == {0: 8, 1: 4, 2: 2}  # the last level had its turn with what held the lane

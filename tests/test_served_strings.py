@@ -252,7 +252,7 @@ def test_the_limit_of_strings_is_a_setting(tmp_path: Path) -> None:
 
 
 def predict(serving: Daemon, *arguments: object, stdin: bytes | None = None) -> dict[str, object]:
-    result = run("predict", "--host", serving.endpoint, "--json", *arguments, stdin=stdin)
+    result = run("predict", "--host", serving.endpoint, "--timeout", 60, "--json", *arguments, stdin=stdin)
     assert result.exit_code == 0, result.output
     answers: list[dict[str, object]] = msgspec.json.decode(result.stdout)["answers"]
     return {output["name"]: output["data"] for output in answers[0]["outputs"]}  # type: ignore[attr-defined]
@@ -271,7 +271,9 @@ def test_the_tool_sends_json_csv_and_random_words(serving: Daemon, tmp_path: Pat
     (tmp_path / "x.csv").write_text('number,text\n1,"a, b"\n2,c\n')
     found = predict(serving, "--model", "mixed", "--input", tmp_path / "x.csv")
     assert found == {"same": [["a, b"], ["c"]], "double": [[2], [4]]}
-    result = run("predict", "--host", serving.endpoint, "--model", "mixed", "--count", "3", "--batch-size", "2")
+    result = run(
+        "predict", "--host", serving.endpoint, "--timeout", 60, "--model", "mixed", "--count", "3", "--batch-size", "2"
+    )
     assert result.exit_code == 0, result.output
     assert "3 of 3 requests answered" in result.stdout
     assert "[2,1] +1" in result.stdout
@@ -280,7 +282,17 @@ def test_the_tool_sends_json_csv_and_random_words(serving: Daemon, tmp_path: Pat
 def test_the_tool_writes_lines_and_arrays(serving: Daemon, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("one\ntwö\n")
     for name in ("y.txt", "y.npy"):
-        call = ("predict", "--host", serving.endpoint, "--model", "upper", "--input", tmp_path / "x.txt")
+        call = (
+            "predict",
+            "--host",
+            serving.endpoint,
+            "--timeout",
+            60,
+            "--model",
+            "upper",
+            "--input",
+            tmp_path / "x.txt",
+        )
         assert run(*call, "--output", tmp_path / name).exit_code == 0
     assert (tmp_path / "y.txt").read_text() == "ONE\nTWö\n"
     assert np.load(tmp_path / "y.npy").tolist() == [b"ONE", "TWö".encode()]
@@ -288,6 +300,6 @@ def test_the_tool_writes_lines_and_arrays(serving: Daemon, tmp_path: Path) -> No
 
 
 def test_the_example_of_models_show_runs(serving: Daemon) -> None:
-    result = run("models", "show", "mixed", "--host", serving.endpoint, "--json")
+    result = run("models", "show", "mixed", "--host", serving.endpoint, "--timeout", 60, "--json")
     program = msgspec.json.decode(result.stdout)["example"]["python"]
     exec(compile(program, "example", "exec"), {})

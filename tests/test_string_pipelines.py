@@ -234,7 +234,9 @@ def test_the_limit_of_strings_is_that_of_the_answer(tnx: Client) -> None:
 
 def test_the_tool_sends_a_line_per_row(serving: Daemon, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("one two\nthree\n")
-    done = run("predict", "--host", serving.endpoint, "--model", "letters", "--input", tmp_path / "text.txt")
+    done = run(
+        "predict", "--host", serving.endpoint, "--timeout", 60, "--model", "letters", "--input", tmp_path / "text.txt"
+    )
     assert done.exit_code == 0, done.output
     assert "6 letters" in done.stdout
     assert "5 letters" in done.stdout

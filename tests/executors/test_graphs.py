@@ -740,5 +740,5 @@ def test_a_daemon_tells_what_became_of_graphs(run_daemon: Callable[..., Daemon])
         x = np.ones((3, 256), np.float32)
         answers = [tnx.predict(x, device=device).output for device in ("cuda:0", "cpu")]
         np.testing.assert_allclose(*answers, rtol=1e-4, atol=1e-5)
-    shown = tool.run("models", "show", "mlp", "--host", running.endpoint)
+    shown = tool.run("models", "show", "mlp", "--host", running.endpoint, "--timeout", 60)
     assert "graphs: " in shown.stdout, shown.output

@@ -87,7 +87,7 @@ def test_a_benchmark_finds_them_as_well(daemon: GuardedDaemon) -> None:
 
 
 def test_a_command_finds_them_as_well(daemon: GuardedDaemon) -> None:
-    assert run("predict", "--host", daemon.endpoint).exit_code == Exit.OK
+    assert run("predict", "--host", daemon.endpoint, "--timeout", 60).exit_code == Exit.OK
     assert {mechanism for mechanism, *_ in daemon.asked} == {b"CURVE"}
 
 
