@@ -38,7 +38,7 @@ class Peer:
         receive_buffer: bytes that the kernel keeps for a peer that does not read; None is the system's default.
     """
 
-    def __init__(self, endpoint: str, *, timeout: float = 10.0, receive_buffer: int | None = None) -> None:
+    def __init__(self, endpoint: str, *, timeout: float = 60.0, receive_buffer: int | None = None) -> None:
         address = urlsplit(endpoint)
         is_path = address.scheme == "ipc"
         self._socket = socket.socket(socket.AF_UNIX if is_path else socket.AF_INET)
