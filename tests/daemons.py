@@ -21,6 +21,9 @@ TESTS = Path(__file__).parent
 ODD = (str(TESTS / "odd_models.py"),)
 """The program whose models misbehave on command."""
 
+PATIENT = (str(TESTS / "patient_daemon.py"),)
+"""The program for tests that read the last lines of a log."""
+
 ONE_LANE = "[cpu]\nworkers = 1\ninline_limit_us = 0\n"
 
 

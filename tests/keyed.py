@@ -119,7 +119,7 @@ def dealer(endpoint: str, server: str, pair: Pair, events: list[zmq.Socket[bytes
 def next_event(monitor: zmq.Socket[bytes], *wanted: int) -> tuple[int, int]:
     """The next event of a socket among those wanted, and its value."""
     while True:
-        assert monitor.poll(20_000), "nothing happened"
+        assert monitor.poll(60_000), "nothing happened"
         event = recv_monitor_message(monitor)
         if event["event"] in wanted:
             return event["event"], event["value"]

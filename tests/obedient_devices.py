@@ -2,7 +2,8 @@
 
 `cuda:0` and `cpu` have as many lanes each. The first number of the first input of a request is what happens to the
 batch that it is in, see the constants; the outputs are full of it. No network is built. The loop, the scheduler, the
-reconciler and the protocol are the daemon's own.
+reconciler and the protocol are the daemon's own. But batches cost what was told when the model was loaded, ten
+milliseconds: what the scheduler decides depends on no machine.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from tnxd.executors.execution import Execution
 from tnxd.lanes import NO_TEAMS
 from tnxd.models.model import Model
 
-ANSWER, HOLD, RELEASE, FAIL, EXHAUST, BREAK, VANISH, PAUSE, CROWD, BREAK_LATER = range(10)
-"""Answer at once; wait for RELEASE; end such waits, and answer; raise; have no memory; lose the device; never end; wait
-until a model is unloaded; have no memory as long as other batches may run on the device; wait for RELEASE, and lose the
-device."""
+ANSWER, HOLD, RELEASE, FAIL, EXHAUST, BREAK, VANISH, PAUSE, CROWD, BREAK_LATER, HANG = range(11)
+"""Answer at once; wait for RELEASE; end such waits, and answer; raise; have no memory; lose the device; never end, and
+have begun an hour ago; wait until a model is unloaded; have no memory as long as other batches may run on the device;
+wait for RELEASE, and lose the device; wait for RELEASE, and have begun an hour ago."""
 
+_HOUR_NS = 3600 * 10**9
 
 _Inbox = queue.SimpleQueue[tuple[Execution, threading.Event]]
 """What a lane has to run, and the signal that ends its wait."""
@@ -82,7 +84,9 @@ class ObedientDevice:
             execution.started_ns = time.perf_counter_ns()
             execution.memory_free_mb = 8000.0
             commands = [int(item[0].flat[0]) for item in execution.items if item[0] is not None]
-            holds = HOLD in commands or BREAK_LATER in commands
+            if HANG in commands or VANISH in commands:  # longer than any time limit, and others may take theirs
+                execution.started_ns -= _HOUR_NS
+            holds = not {HOLD, BREAK_LATER, HANG}.isdisjoint(commands)
             if holds and execution.lane >= 0:  # what is computed again in idle time does not wait
                 release.wait()
             if PAUSE in commands:
@@ -112,8 +116,10 @@ class ObedientDevice:
 
 def main() -> None:
     from tnxd.executors import devices
+    from tnxd.scheduling import scheduler
 
     lanes = int(sys.argv.pop(1))
+    scheduler.learn = lambda batch, width, micros: None
 
     def open_devices(config: object, on_done: Callable[[Execution], None]) -> devices.OpenedDevices:
         executors = {name: ObedientDevice(name, lanes, on_done) for name in ("cuda:0", "cpu")}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from patient_daemon import be_patient
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.cli import main
 from tnxd.models.builtin import BUILTIN
@@ -124,6 +125,7 @@ VECTOR = {"inputs": (TensorSpec("x", "FP32", (-1,)),), "outputs": (TensorSpec("y
 
 add("odd", Odd)
 add("wait", Wait, audit=0.0)  # an audit would wait at the fifo, too, and take a release that is meant for a request
+add("hangs", Wait, audit=0.0, time_limit_s=1.5)
 add("busy", Busy)
 add("in-place", InPlace, **VECTOR, max_batch_size=0)
 add("slow", slow)
@@ -147,4 +149,5 @@ add(
 )
 
 if __name__ == "__main__":
+    be_patient()
     main(prog_name="tnxd")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import random
 import resource
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 import zmq
 
 from conftest import Daemon
+from daemons import ODD, ONE_LANE
 from dealer import Dealer, rows
 from headers import pack, predict_header
 from model_repositories import rss_mb
@@ -255,31 +257,26 @@ def test_metadata_of_an_unknown_model(dealer: Dealer) -> None:
     check_refused(dealer, [pack({"type": "metadata", "v": 1, "id": 5, "model": "palm"})], "NOT_FOUND", 5, "'palm'")
 
 
-def test_an_id_in_flight_cannot_be_used_again(daemon: Daemon) -> None:
-    """The first of the two takes far longer to run than the second takes to come."""
-    big = rows(40_000)
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.linger = 0
-        header = wire.encode(wire.Predict(v=1, id=3, inputs=(wire.TensorSpec("", "FP32", big.shape),)))
-        small = wire.encode(wire.Predict(v=1, id=3, inputs=(wire.TensorSpec("", "FP32", (1, 256)),)))
-        socket.connect(daemon.endpoint)
-        socket.send_multipart([header, big])
-        socket.send_multipart([small, ROW])
-        replies = []
-        for _ in range(2):
-            assert socket.poll(PATIENCE_S * 1000)
-            replies.append(wire.decode_reply(socket.recv_multipart()[0], Limits()))
-        error, result = replies
-        assert isinstance(error, wire.ErrorReply)
+def test_an_id_in_flight_cannot_be_used_again(run_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """The first of the two runs until it is let go."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    config = tmp_path / "tnxd.toml"
+    config.write_text(ONE_LANE)
+    environment = {**os.environ, "RUN_FIFO": str(fifo)}
+    daemon = run_daemon("--model", "wait", "--config", str(config), program=ODD, environment=environment)
+    with Dealer(daemon.endpoint) as dealer:
+        dealer.predict(rows(10, 4, 1.0), id=3)
+        with fifo.open("wb"):  # it runs
+            dealer.predict(rows(1, 4), id=3)
+            error = dealer.error()
         assert (error.code, error.id) == ("ALREADY_EXISTS", 3)
         assert "3" in error.message
-        assert isinstance(result, wire.Result)
-        assert (result.id, result.outputs[0].shape) == (3, (40_000, 128))
-        socket.send_multipart([small, ROW])  # its id is free again
-        assert socket.poll(PATIENCE_S * 1000)
-        again = wire.decode_reply(socket.recv_multipart()[0], Limits())
-        assert isinstance(again, wire.Result)
-        assert again.outputs[0].shape == (1, 128)
+        result, _ = dealer.result()
+        assert (result.id, result.outputs[0].shape) == (3, (10, 4))
+        dealer.predict(rows(1, 4), id=3)  # which is free again
+        again, _ = dealer.result()
+        assert (again.id, again.outputs[0].shape) == (3, (1, 4))
 
 
 def test_ids_in_flight_belong_to_their_connection(daemon: Daemon) -> None:

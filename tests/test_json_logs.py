@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from daemons import Running, running
+from daemons import PATIENT, Running, running
 from dealer import Dealer
 from python_models import SIGNATURE, put, rows
 from test_events import OF_ALL, documented
@@ -89,7 +91,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     put(folder / "models", ISOLATED, name="isolated", settings=SETTINGS + 'isolation = "process"\n')
     put(folder / "models", "this is no Python", name="broken", settings=SETTINGS)
     arguments = ("--model-repository", str(folder / "models"), "--log-format", "json", "--devices", "cpu")
-    with (folder / "out").open("wb") as out, running(folder, *arguments, stdout=out) as daemon:
+    with (folder / "out").open("wb") as out, running(folder, *arguments, program=PATIENT, stdout=out) as daemon:
         lead_a_life(daemon)
         assert daemon.stop() == 0
     return {"stderr": events_of(daemon.log), "stdout": events_of((folder / "out").read_text())}
@@ -138,7 +140,7 @@ def test_fields_are_typed(lines: dict[str, list[dict[str, Any]]]) -> None:
     assert (loaded["version"], loaded["devices"]) == ("1", ["cpu"])
     assert isinstance(loaded["seconds"], float)
     assert {event["model"] for event in named(lines, "model_failed")} == {"broken"}
-    [raised] = named(lines, "model_raised")
+    raised = named(lines, "model_raised")[0]
     assert raised["message"] == "chatty on cpu raised"
     assert raised["traceback"].startswith("Traceback (most recent call last)")
     assert raised["traceback"].endswith("ValueError: seven\nand a second line")
@@ -149,10 +151,13 @@ def test_fields_are_typed(lines: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def test_failures_that_repeat_are_one_event_and_their_number(lines: dict[str, list[dict[str, Any]]]) -> None:
-    """Failed requests are a record each, of which the log has one."""
-    [repeated] = [event for event in named(lines, "repeated") if event["repeats"] == "model_raised"]
-    assert repeated["count"] == POISONED - 1
-    assert (repeated["model"], repeated["device"], repeated["seconds"]) == ("chatty", "cpu", 10)
+    """Failed requests are a record each, of which the log has one, or one for each ten seconds that they come."""
+    raised = named(lines, "model_raised")
+    repeated = [event for event in named(lines, "repeated") if event["repeats"] == "model_raised"]
+    assert len(raised) + sum(event["count"] for event in repeated) == POISONED
+    times = [datetime.fromisoformat(event["time"]) for event in raised]
+    assert all((later - earlier).total_seconds() > 9 for earlier, later in pairwise(times))
+    assert {(event["model"], event["device"], event["seconds"]) for event in repeated} == {("chatty", "cpu", 10)}
     codes = Counter[str]()
     for event in named(lines, "errors_sent"):
         codes.update(event["codes"])
@@ -192,7 +197,7 @@ def test_text_format_has_no_line_for_machines_alone(tmp_path: Path) -> None:
     put(tmp_path / "models", CHATTY, name="chatty", settings=SETTINGS, signature=SIGNATURE)
     with (tmp_path / "out").open("wb") as out:
         arguments = ("--model-repository", str(tmp_path / "models"), "--devices", "cpu")
-        with running(tmp_path, *arguments, stdout=out) as daemon:
+        with running(tmp_path, *arguments, program=PATIENT, stdout=out) as daemon:
             with Dealer(daemon.endpoint) as dealer:
                 dealer.await_health(status="ready")
             assert daemon.stop() == 0

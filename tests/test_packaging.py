@@ -156,6 +156,7 @@ def torch_build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "REACH_SECONDS", 60)
     return module
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 import numpy as np
@@ -229,7 +230,7 @@ def test_a_step_that_finds_other_rows(client: Client) -> None:
 
 
 def test_what_the_tool_shows(daemon: Daemon) -> None:
-    shown = run("models", "show", "diamond", "--host", daemon.endpoint)
+    shown = run("models", "show", "diamond", "--host", daemon.endpoint, "--timeout", 60)
     assert shown.exit_code == 0
     assert "format    pipeline" in shown.stdout
     graph = shown.stdout[shown.stdout.index("○ x") :].split("\n\n")[0]
@@ -241,13 +242,13 @@ def test_what_the_tool_shows(daemon: Daemon) -> None:
         "    │ ╰─○ sum  FP32 [-1,2]  join.sum",
         "    ╰─○ right  FP32 [-1,2]  right.y",
     ]
-    document = json.loads(run("models", "show", "line", "--json", "--host", daemon.endpoint).stdout)
+    document = json.loads(run("models", "show", "line", "--json", "--host", daemon.endpoint, "--timeout", 60).stdout)
     assert document["pipeline"]["steps"][1] == {"name": "second", "model": "triple@1", "inputs": {"x": "first.y"}}
     assert document["pipeline"]["outputs"] == {"y": "third.y"}
-    listed = run("models", "--host", daemon.endpoint).stdout
+    listed = run("models", "--host", daemon.endpoint, "--timeout", 60).stdout
     assert len([line for line in listed.splitlines() if " ready " in line]) == 9
 
-    said = run("predict", "--model", "line", "--count", "3", "--host", daemon.endpoint)
+    said = run("predict", "--model", "line", "--count", "3", "--host", daemon.endpoint, "--timeout", 60)
     assert said.exit_code == 0
     steps = said.stdout[said.stdout.index("step ") :].splitlines()
     assert [line.split()[:3] for line in steps] == [
@@ -256,7 +257,7 @@ def test_what_the_tool_shows(daemon: Daemon) -> None:
         ["second", "triple@1", "1.0"],
         ["third", "double@1", "1.0"],
     ]
-    answer = json.loads(run("predict", "--model", "line", "--json", "--host", daemon.endpoint).stdout)
+    answer = json.loads(run("predict", "--model", "line", "--json", "--host", daemon.endpoint, "--timeout", 60).stdout)
     assert [step["name"] for step in answer["answers"][0]["steps"]] == ["first", "second", "third"]
     assert [step["step"] for step in answer["step_means"]] == ["first", "second", "third"]
 
@@ -264,9 +265,11 @@ def test_what_the_tool_shows(daemon: Daemon) -> None:
 def test_the_example_call_of_the_tool_works(daemon: Daemon, client: Client) -> None:
     info = client.metadata("diamond")
     assert (info.format, info.max_batch_size, info.memory_mb, info.devices) == ("pipeline", 8, 0.0, ("cpu",))
-    call = json.loads(run("models", "show", "diamond", "--json", "--host", daemon.endpoint).stdout)["example"]["python"]
+    call = json.loads(run("models", "show", "diamond", "--json", "--host", daemon.endpoint, "--timeout", 60).stdout)[
+        "example"
+    ]["python"]
     exec(compile(call, "call", "exec"), {})
-    detect = run("models", "show", "detect", "--host", daemon.endpoint).stdout
+    detect = run("models", "show", "detect", "--host", daemon.endpoint, "--timeout", 60).stdout
     assert "Not all steps count rows" in detect
 
 
@@ -327,7 +330,7 @@ class Asking:
         """Wait for so many more answers, with that number, or for errors if it is None."""
         with self._lock:
             until = self._seen(number) + times
-            assert self._count.wait_for(lambda: self._seen(number) >= until, 30), (self.answers, self.errors)
+            assert self._count.wait_for(lambda: self._seen(number) >= until, 60), (self.answers, self.errors)
 
     def _seen(self, number: float | None) -> int:
         return self.errors.total() if number is None else self.answers[number]
@@ -375,7 +378,7 @@ def test_a_step_is_swapped_unloaded_and_loaded_under_load(tmp_path: Path, run_da
             "failed",
             "line/1/pipeline.toml: steps[1].model: model 'triple@1' is unloaded; tnxctl models load triple@1",
         )
-        health = run("health", "--host", daemon.endpoint)
+        health = run("health", "--host", daemon.endpoint, "--timeout", 60)
         assert health.exit_code == 9
         assert "line@1" in health.stdout
         assert control.reload().loaded == ("triple@1",)  # since a pipeline names it
@@ -389,7 +392,7 @@ def test_a_step_is_swapped_unloaded_and_loaded_under_load(tmp_path: Path, run_da
         assert set(changes.unloaded) == {"line@1", "triple@1"}
         asking.await_more(175.0)
     assert {code for code, _ in asking.errors} == {"FAILED_PRECONDITION"}
-    with Client(daemon.endpoint, timeout=5.0) as client:
+    with Client(daemon.endpoint, timeout=20.0) as client:
         drain(daemon, client)
 
 
@@ -438,14 +441,15 @@ class Model:
 """A model.py that makes a MiB of four bytes."""
 
 SUMS = """
-import threading
+import os, threading
 
 class Model:
     def predict(self, x):
-        threading.Event().wait(0.01 * len(x))
-        return {"y": x[:, :1]}
+        while not os.path.exists({go!r}):
+            threading.Event().wait(0.01)
+        return {{"y": x[:, :1]}}
 """
-"""A model.py that takes longer than that."""
+"""A model.py that waits for a file."""
 
 PLAIN_TOML = """
 max_batch_size = 8
@@ -468,17 +472,25 @@ def test_what_steps_give_each_other_counts_among_what_a_client_has_in_flight(
 ) -> None:
     """The first step of many small requests would fill the memory before the second is through with them."""
     models = Repository(tmp_path / "models")
-    for name, source, shape in (("widens", WIDENS, (1, 1 << 18)), ("sums", SUMS, (1 << 18, 1))):
+    go = tmp_path / "go"
+    go.touch()
+    sums = SUMS.format(go=str(go))
+    for name, source, shape in (("widens", WIDENS, (1, 1 << 18)), ("sums", sums, (1 << 18, 1))):
         models.settings(name, PLAIN_TOML.format(*shape))
         models.publish(name, 1, {"model.py": source.encode()})
     models.publish("pipe", 1, {"pipeline.toml": WIDEN.encode()})
     config = tmp_path / "tnxd.toml"
-    config.write_text("[limits]\nmessage_bytes = 4194304\n[clients]\nmax_mb = 20\n")
+    config.write_text(
+        "[limits]\nmessage_bytes = 4194304\n[clients]\nmax_mb = 20\n[cpu]\nworkers = 4\ninline_limit_us = 0\n"
+    )
     daemon = run_daemon("--model-repository", str(models.root), "--config", str(config))
     with Client(daemon.endpoint, timeout=60.0) as client:
         one = np.ones((1, 1), np.float32)
         for _ in range(2):  # first nobody knows what is to come, then it is refused on arrival
+            go.unlink()
             futures = [client.submit(one, model="pipe") for _ in range(200)]
+            wait(futures, return_when=FIRST_COMPLETED)  # one that is refused: the second step answers none
+            go.touch()
             errors = [future.exception() for future in futures]
             refused = [error for error in errors if error is not None]
             assert {type(error) for error in refused} == {ResourceExhausted}

@@ -312,7 +312,7 @@ def test_a_device_hangs_until_it_is_let_go(late: Any) -> None:
     assert not any(event.query() for _ in range(20))
     assert waiting.is_alive()
     late.devices[0].release()
-    waiting.join(20)
+    waiting.join(60)
     assert not waiting.is_alive()
     assert x.tolist() == [1.0, 1.0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pytest
 
 import ragged_models as models
 from conftest import Daemon, serving_daemon
+from daemons import freeze
 from tnxctl import Client, Result
 from tnxctl.protocol.errors import DeadlineExceeded, InvalidArgument
 
@@ -40,25 +42,29 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield Serving(running, tnx)
 
 
-def submitted(tnx: Client, model: str, lengths: tuple[int, ...] = LENGTHS) -> list[tuple[int, Result]]:
-    """Results of texts that were sent at a time."""
-    futures: list[tuple[int, Future[Result]]] = [
-        (length, tnx.submit(models.text(length, length), model=model)) for length in lengths
-    ]
+def submitted(serving: Serving, model: str) -> list[tuple[int, Result]]:
+    """Results of texts that were sent at a time, to a daemon that stands still meanwhile."""
+    freeze(serving.daemon.process)
+    try:
+        futures: list[tuple[int, Future[Result]]] = [
+            (length, serving.tnx.submit(models.text(length, length), model=model)) for length in LENGTHS
+        ]
+    finally:
+        serving.daemon.process.send_signal(signal.SIGCONT)
     return [(length, future.result()) for length, future in futures]
 
 
-def shared(tnx: Client, model: str) -> list[tuple[int, Result]]:
+def shared(serving: Serving, model: str) -> list[tuple[int, Result]]:
     """The same, in which some shared a batch with others of another length: of each length there are two at most."""
     for _ in range(20):  # the first texts may run before the others have come
-        found = submitted(tnx, model)
+        found = submitted(serving, model)
         if max(result.batch_size for _, result in found) > 2:
             return found
     raise AssertionError("no texts of different lengths have shared a batch")
 
 
 def test_texts_of_different_lengths_share_a_batch_and_get_their_own_answers(serving: Serving) -> None:
-    found = shared(serving.tnx, "masked")
+    found = shared(serving, "masked")
     for length, result in found:
         assert result.outputs["mean"][0] == pytest.approx(models.mean(length, length), abs=1e-6)
         tokens = result.outputs["tokens"]
@@ -75,7 +81,7 @@ def test_a_request_of_several_rows_is_cut_back_as_a_whole(serving: Serving) -> N
 
 
 def test_a_recurrent_network_that_is_not_told_lengths_is_not_padded(serving: Serving) -> None:
-    for length, result in submitted(serving.tnx, "recurrent"):
+    for length, result in submitted(serving, "recurrent"):
         alone = serving.tnx.predict(models.text(length, length), model="recurrent")
         assert result.outputs["mean"] == pytest.approx(alone.outputs["mean"], abs=1e-6)
         assert result.batch_size <= LENGTHS.count(length)
@@ -88,7 +94,7 @@ def test_a_recurrent_network_that_is_not_told_lengths_is_not_padded(serving: Ser
 
 def test_packed_texts_share_a_batch_bit_for_bit(serving: Serving) -> None:
     alone = {length: serving.tnx.predict(models.text(length, length), model="packed") for length in LENGTHS}
-    for length, result in shared(serving.tnx, "packed"):
+    for length, result in shared(serving, "packed"):
         assert np.array_equal(result.output, alone[length].output)
         assert result.output[0] == pytest.approx(models.mean(length, length), abs=1e-6)
 

@@ -26,7 +26,18 @@ from tnxctl.protocol.recordings import RecordedRequest, RecordingReader
 from tnxctl.protocol.wire import RecordingReport
 from tool import fields, run
 
-TOOL = [sys.executable, "-m", "tnxctl.cli"]
+WAITS = """
+import time, types
+from tnxctl.cli import main, record
+
+def sleep(seconds):
+    print("waits", flush=True)
+    time.sleep(seconds)
+
+record.time = types.SimpleNamespace(sleep=sleep)
+main()
+"""
+"""The tool, which says when it waits for the end of a recording."""
 
 SIGNATURE = """
 inputs = [{ name = "x", datatype = "FP32", shape = [-1, 2] }]
@@ -48,12 +59,12 @@ class Recorded:
 
     def requests(self) -> int:
         """Requests that the daemon has counted."""
-        with Client(self.endpoint) as client:
+        with Client(self.endpoint, timeout=60) as client:
             return client.health().requests
 
     def replay(self, name: str, *arguments: object) -> dict[str, object]:
         """The document of a replay that goes well."""
-        return fields(run("replay", self.folder / name, *arguments, "--host", self.endpoint, "--json"))
+        return fields(run("replay", self.folder / name, *arguments, "--host", self.endpoint, "--timeout", 60, "--json"))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +102,7 @@ def load(endpoint: str, clients: int, each: int) -> None:
             with Client(endpoint, timeout=60) as client:
                 for count in range(each):
                     model, width = ("double", 2) if (number + count) % 2 else ("digits", 64)
-                    client.predict(rows(1 + count % 3, width), model=model, priority=number % 4, deadline=20)
+                    client.predict(rows(1 + count % 3, width), model=model, priority=number % 4, deadline=60)
         except BaseException as failure:
             failures.append(failure)
 
@@ -104,8 +115,8 @@ def load(endpoint: str, clients: int, each: int) -> None:
 
 
 def test_what_several_clients_send_is_recorded_and_sent_again_twice(recorded: Recorded) -> None:
-    with Client(recorded.endpoint) as client:
-        begun = client.record("load.mcap", seconds=60)
+    with Client(recorded.endpoint, timeout=60) as client:
+        begun = client.record("load.mcap", seconds=3600)
         assert (begun.state, begun.path) == ("recording", str(recorded.folder / "load.mcap"))
         load(recorded.endpoint, clients=4, each=50)
         report = client.stop_recording()
@@ -127,7 +138,7 @@ def test_what_several_clients_send_is_recorded_and_sent_again_twice(recorded: Re
 
 
 def test_a_replay_compares_two_models(recorded: Recorded) -> None:
-    with Client(recorded.endpoint) as client:
+    with Client(recorded.endpoint, timeout=60) as client:
         client.record("compare.mcap", model="double")
         client.predict(rows(1, 64), model="digits")
         for value in (1, 2, 3, 4):
@@ -145,7 +156,16 @@ def test_a_replay_compares_two_models(recorded: Recorded) -> None:
         ],
     }  # fmt: skip
     shown = run(
-        "replay", recorded.folder / "compare.mcap", "--speed", 100, "--against", "double", "--host", recorded.endpoint
+        "replay",
+        recorded.folder / "compare.mcap",
+        "--speed",
+        100,
+        "--against",
+        "double",
+        "--host",
+        recorded.endpoint,
+        "--timeout",
+        60,
     )
     assert shown.exit_code == Exit.OK
     assert "4 requests within" in shown.stdout
@@ -153,12 +173,12 @@ def test_a_replay_compares_two_models(recorded: Recorded) -> None:
 
 
 def test_errors_of_a_replay_are_told_and_its_other_requests_sent(recorded: Recorded) -> None:
-    with Client(recorded.endpoint) as client:
+    with Client(recorded.endpoint, timeout=60) as client:
         client.record("errors.mcap")
         client.predict(rows(1, 64), model="digits")
         client.predict(rows(1, 2), model="double")
         client.stop_recording()
-    arguments = ("--model", "double", "--host", recorded.endpoint)
+    arguments = ("--model", "double", "--host", recorded.endpoint, "--timeout", 60)
     told = run("replay", recorded.folder / "errors.mcap", *arguments)
     assert told.exit_code == Exit.FAILED
     assert "INVALID_ARGUMENT: model 'double'" in told.stdout
@@ -168,7 +188,7 @@ def test_errors_of_a_replay_are_told_and_its_other_requests_sent(recorded: Recor
 
 
 def test_requests_without_tensors_and_with_wrong_ones_are_sent_as_they_are(recorded: Recorded) -> None:
-    with Client(recorded.endpoint) as client, Dealer(recorded.endpoint) as dealer:
+    with Client(recorded.endpoint, timeout=60) as client, Dealer(recorded.endpoint) as dealer:
         client.record("wrong.mcap")
         dealer.predict(model="double", names=())
         dealer.predict(rows(1, 2), rows(1, 2), model="double", names=("x", "y"))
@@ -177,14 +197,14 @@ def test_requests_without_tensors_and_with_wrong_ones_are_sent_as_they_are(recor
         dealer.socket.send(header)
         codes = [dealer.error().code for _ in range(4)]
         assert client.stop_recording().requests == 4
-    told = run("replay", recorded.folder / "wrong.mcap", "--host", recorded.endpoint, "--json")
+    told = run("replay", recorded.folder / "wrong.mcap", "--host", recorded.endpoint, "--timeout", 60, "--json")
     (step,) = fields(told)["steps"]
     assert codes == ["INVALID_ARGUMENT"] * 4
     assert [(error["code"], error["count"]) for error in step["errors"]] == [("INVALID_ARGUMENT", 4)]
 
 
 def test_what_is_no_request_of_a_model_that_is_there_is_not_recorded(recorded: Recorded) -> None:
-    with Client(recorded.endpoint) as client, Dealer(recorded.endpoint) as dealer:
+    with Client(recorded.endpoint, timeout=60) as client, Dealer(recorded.endpoint) as dealer:
         client.record("odd.mcap")
         dealer.predict(rows(1), model="nope")
         assert dealer.error().code == "NOT_FOUND"
@@ -198,28 +218,31 @@ def test_what_is_no_request_of_a_model_that_is_there_is_not_recorded(recorded: R
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", ".", "", "x\0y", "x" * 300, "x\ny"])
 def test_the_name_of_a_file_leads_nowhere_else(recorded: Recorded, name: str) -> None:
     before = sorted(recorded.folder.parent.rglob("*"))
-    with Client(recorded.endpoint) as client, pytest.raises(InvalidArgument, match="no name for a recording"):
+    with (
+        Client(recorded.endpoint, timeout=60) as client,
+        pytest.raises(InvalidArgument, match="no name for a recording"),
+    ):
         client.record(name)
     assert sorted(recorded.folder.parent.rglob("*")) == before
 
 
 def test_a_link_is_neither_followed_nor_overwritten(recorded: Recorded, tmp_path: Path) -> None:
     (recorded.folder / "link").symlink_to(tmp_path / "elsewhere")
-    with Client(recorded.endpoint) as client, pytest.raises(AlreadyExists):
+    with Client(recorded.endpoint, timeout=60) as client, pytest.raises(AlreadyExists):
         client.record("link")
     assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_model_that_is_not_there_is_told_at_once(recorded: Recorded) -> None:
-    with Client(recorded.endpoint) as client, pytest.raises(NotFound, match="nope"):
+    with Client(recorded.endpoint, timeout=60) as client, pytest.raises(NotFound, match="nope"):
         client.record("nope.mcap", model="nope")
     assert not (recorded.folder / "nope.mcap").exists()
 
 
 def test_it_goes_on_when_its_client_has_gone(recorded: Recorded) -> None:
-    with Client(recorded.endpoint) as client:
+    with Client(recorded.endpoint, timeout=60) as client:
         client.record("gone.mcap")
-    with Client(recorded.endpoint) as client:
+    with Client(recorded.endpoint, timeout=60) as client:
         client.predict(rows(1, 2), model="double")
         report = client.stop_recording()
     assert (report.requests, report.reason) == (1, "it was stopped")
@@ -234,26 +257,26 @@ def await_end(client: Client) -> RecordingReport:
 
 
 def test_the_tool_waits_and_tells(recorded: Recorded) -> None:
-    told = run("record", "tool.mcap", "--seconds", "50ms", "--host", recorded.endpoint)
+    told = run("record", "tool.mcap", "--seconds", "50ms", "--host", recorded.endpoint, "--timeout", 60)
     assert told.exit_code == Exit.OK
     assert told.stdout.startswith("recorded 0 requests in ")
     assert told.stdout.splitlines()[1] == str(recorded.folder / "tool.mcap")
-    again = run("record", "tool.mcap", "--host", recorded.endpoint)
+    again = run("record", "tool.mcap", "--host", recorded.endpoint, "--timeout", 60)
     assert (again.exit_code, "nothing is overwritten" in again.stderr) == (Exit.REFUSED, True)
-    assert fields(run("record", "--status", "--host", recorded.endpoint, "--json"))["state"] == "ended"
-    assert run("record", "--stop", "--host", recorded.endpoint).exit_code == Exit.NOT_READY
+    assert fields(run("record", "--status", "--host", recorded.endpoint, "--timeout", 60, "--json"))["state"] == "ended"
+    assert run("record", "--stop", "--host", recorded.endpoint, "--timeout", 60).exit_code == Exit.NOT_READY
 
 
 def test_ctrl_c_ends_the_recording(recorded: Recorded) -> None:
     process = subprocess.Popen(
-        [*TOOL, "record", "interrupted.mcap", "--host", recorded.endpoint],
+        [sys.executable, "-c", WAITS, "record", "interrupted.mcap", "--host", recorded.endpoint, "--timeout", "60"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     try:
-        with Client(recorded.endpoint) as client:
-            while not client.recording().path.endswith("interrupted.mcap"):
-                time.sleep(0.01)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"waits\n"
+        with Client(recorded.endpoint, timeout=60) as client:
             client.predict(rows(1, 2), model="double")
             process.send_signal(signal.SIGINT)
             stdout, _ = process.communicate(timeout=60)
@@ -262,23 +285,25 @@ def test_ctrl_c_ends_the_recording(recorded: Recorded) -> None:
         process.kill()
         process.wait()
     assert process.returncode == Exit.INTERRUPTED
-    assert stdout.startswith(b"recorded 1 requests in ")
+    assert b"recorded 1 requests in " in stdout
 
 
 def test_it_is_off_unless_the_configuration_allows_it(daemon: Daemon) -> None:
-    told = run("record", "x.mcap", "--host", daemon.endpoint)
+    told = run("record", "x.mcap", "--host", daemon.endpoint, "--timeout", 60)
     assert told.exit_code == Exit.NOT_READY
     assert (
         "record_directory in the daemon's tnxd.toml names the directory for recordings and turns it on" in told.stderr
     )
-    assert run("record", "--status", "--host", daemon.endpoint).stdout.startswith("Nothing has been recorded")
+    assert run("record", "--status", "--host", daemon.endpoint, "--timeout", 60).stdout.startswith(
+        "Nothing has been recorded"
+    )
 
 
 def test_a_daemon_that_is_killed_leaves_what_it_had_written(
     run_daemon: Callable[..., Daemon], recorded: Recorded, tmp_path: Path
 ) -> None:
     killed = run_daemon("--model", "digits", "--record-directory", str(tmp_path))
-    with Client(killed.endpoint) as client:
+    with Client(killed.endpoint, timeout=60) as client:
         client.record("killed.mcap")
         for _ in range(100):
             client.predict(rows(1, 64), model="digits")
@@ -289,7 +314,7 @@ def test_a_daemon_that_is_killed_leaves_what_it_had_written(
     found, reader = read(tmp_path / "killed.mcap")
     assert written <= len(found) <= 100
     assert "cut off" in reader.damage
-    told = run("replay", tmp_path / "killed.mcap", "--speed", 100, "--host", recorded.endpoint)
+    told = run("replay", tmp_path / "killed.mcap", "--speed", 100, "--host", recorded.endpoint, "--timeout", 60)
     assert told.exit_code == Exit.OK
     assert f"{len(found)} requests within" in told.stdout
     assert "The file was read as far as it goes: it was cut off" in told.stdout
@@ -297,7 +322,7 @@ def test_a_daemon_that_is_killed_leaves_what_it_had_written(
 
 def test_a_daemon_that_stops_closes_the_file(run_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     stopped = run_daemon("--model", "digits", "--record-directory", str(tmp_path))
-    with Client(stopped.endpoint) as client:
+    with Client(stopped.endpoint, timeout=60) as client:
         client.record("stopped.mcap")
         client.predict(rows(1, 64), model="digits")
     assert stopped.stop() == 0
@@ -332,7 +357,7 @@ def test_a_disk_that_is_full_ends_the_recording_and_nothing_else(
     """A limit for the size of files stands for the disk: the write that reaches it is cut short, the next one fails."""
     full = run_daemon("--model", "mlp", "--record-directory", str(tmp_path))
     resource.prlimit(full.process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
-    with Client(full.endpoint) as client:
+    with Client(full.endpoint, timeout=60) as client:
         client.record("full.mcap")
         for _ in range(300):
             client.predict(rows(1), model="mlp")

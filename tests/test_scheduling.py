@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,9 +12,13 @@ import pytest
 from conftest import Daemon
 from dealer import Dealer, rows
 from model_repositories import ONE_ROW, SAYS_TOML, put, rss_mb
+from obedient_devices import ANSWER, HOLD, RELEASE
 from tnxctl.protocol import wire
 
 ODD = (str(Path(__file__).parent / "odd_models.py"),)
+MOST_ROWS = 16
+"""Of a batch of the model `wait`."""
+OBEDIENT = str(Path(__file__).parent / "obedient_devices.py")
 RunDaemon = Callable[..., Daemon]
 
 
@@ -88,8 +93,9 @@ def test_a_deadline_that_passes_on_the_lane_is_answered_once(
     run_daemon: RunDaemon, hold: Callable[[str], Held]
 ) -> None:
     held = hold("")
-    # The first one was sent without a deadline and keeps the lane: this one's batch is the next to hang.
-    late = held.dealer.predict(rows(1, 4, 1.0), deadline_us=2_000_000.0)
+    # The first one was sent without a deadline and keeps the lane: this one's batch is the next to hang, in time even
+    # on a machine that does nothing for seconds.
+    late = held.dealer.predict(rows(1, 4, 1.0), deadline_us=10e6)
     held.release()
     assert held.dealer.result()[0].id == held.first
     error = held.dealer.error()
@@ -108,7 +114,7 @@ def test_what_cannot_make_it_is_refused_on_arrival(daemon: Daemon) -> None:
         error = dealer.error()
         assert error.code == "DEADLINE_EXCEEDED"
         assert "the predicted wait is" in error.message
-        dealer.predict(rows(64), deadline_us=10_000_000.0)
+        dealer.predict(rows(64), deadline_us=60e6)
         result, _ = dealer.result()
         assert result.predicted_us > 0
         assert dealer.health().requests == before + 2
@@ -217,16 +223,17 @@ def test_a_hung_batch_is_given_up_and_other_lanes_go_on(run_daemon: RunDaemon, t
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     config = tmp_path / "tnxd.toml"
-    config.write_text("stall_timeout_s = 1.5\n[cpu]\nworkers = 2\ninline_limit_us = 0\n")
+    config.write_text("[cpu]\nworkers = 2\ninline_limit_us = 0\n")
     environment = {**os.environ, "RUN_FIFO": str(fifo)}
-    daemon = run_daemon("--model", "wait", "--config", str(config), program=ODD, environment=environment)
+    models = ("--model", "hangs", "--model", "odd")
+    daemon = run_daemon(*models, "--config", str(config), program=ODD, environment=environment)
     with Dealer(daemon.endpoint) as dealer:
-        hung = dealer.predict(rows(1, 4, 1.0))
+        hung = dealer.predict(rows(1, 4, 1.0), model="hangs")
         error = dealer.error()
         assert (error.id, error.code) == (hung, "INTERNAL")
-        assert "'wait@1' ran for over 1.5 s on cpu" in error.message
+        assert "'hangs@1' ran for over 1.5 s on cpu" in error.message
         for _ in range(5):
-            dealer.predict(rows(1, 4))
+            dealer.predict(rows(1, 4), model="odd")
             dealer.result()
         with fifo.open("wb"):
             pass
@@ -255,31 +262,33 @@ def test_what_waits_for_an_inline_batch_of_its_model_waits_for_nothing_else(
 
 
 def test_a_flood_of_one_client_does_not_hold_up_another(hold: Callable[[str], Held]) -> None:
+    """What comes in the middle of the flood is held, too: who waited behind all of it would wait for that."""
     held = hold("[queue]\nmax_requests = 20000")
     flood = 4000
-    for _ in range(flood):
-        held.dealer.predict(rows(1, 4))
+    for number in range(flood):
+        held.dealer.predict(rows(1, 4, float(number == flood // 2)))
     held.dealer.await_health(queued=flood)
     with Dealer(held.daemon.endpoint) as other:
         other.predict(rows(1, 4))
         held.dealer.await_health(queued=flood + 1)
         held.release()
         other.result()
-        left = other.health().queued
-        assert left > flood // 2
+        assert other.health().queued >= flood // 2 - MOST_ROWS
+    held.release()
     for _ in range(flood + 1):
         held.dealer.result()
 
 
-def test_priorities_in_a_running_daemon(hold: Callable[[str], Held]) -> None:
-    held = hold("")
-    for index in range(60):
-        held.dealer.predict(rows(16, 4), priority=3 - index % 4)
-        held.dealer.await_health(queued=index + 1)
-    held.release()
-    held.dealer.result()
-    order = [held.dealer.result()[0].id for _ in range(60)]
-    place = {
-        level: sum(order.index(1 + index) for index in range(60) if 3 - index % 4 == level) / 15 for level in range(4)
-    }
-    assert place[0] < place[1] < place[2] < place[3]
+def test_priorities_in_a_running_daemon(run_daemon: RunDaemon) -> None:
+    """On a device that does as it is told: what a level is charged with depends on what batches took before."""
+    daemon = run_daemon("--model", "mlp", program=(OBEDIENT, "1"))
+    with Dealer(daemon.endpoint) as dealer:
+        held = dealer.predict(rows(1, fill=HOLD), device="cpu", priority=wire.LOWEST_PRIORITY)
+        dealer.await_health(running=1)
+        for index in range(60):
+            dealer.predict(rows(64, fill=ANSWER), device="cpu", priority=3 - index % 4)
+        dealer.await_health(queued=60)
+        released = dealer.predict(rows(1, fill=RELEASE), device="cuda:0")
+        answered = [dealer.result()[0].id for _ in range(62)]
+    levels = [3 - (id_ - held - 1) % 4 for id_ in answered if id_ not in (held, released)]
+    assert Counter(levels[:14]) == {0: 8, 1: 4, 2: 2}  # the last level had its turn with what held the lane

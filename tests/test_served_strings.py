@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 import string_models
 from conftest import Daemon, serving_daemon
+from daemons import freeze
 from dealer import Dealer
 from tnxctl import AsyncClient, Client
 from tnxctl.protocol import wire
@@ -82,7 +84,7 @@ def test_strings_become_others_numbers_and_numbers_strings(tnx: Client) -> None:
 
 def test_the_asyncio_client_takes_and_gives_the_same(serving: Daemon) -> None:
     async def ask() -> list[str]:
-        async with AsyncClient(serving.endpoint) as tnx:
+        async with AsyncClient(serving.endpoint, timeout=60) as tnx:
             inputs = await tnx.cast([["cat"]], "animals")
             assert (await tnx.predict(inputs, model="animals")).output.tolist() == [[1]]
             results = await asyncio.gather(*(tnx.predict([f"t{index}"], model="upper") for index in range(20)))
@@ -97,8 +99,12 @@ def test_zero_rows_and_empty_axes(tnx: Client) -> None:
     assert tnx.predict(np.empty((2, 0), object), model="words").output.tolist() == [[0, 0, 0]] * 2
 
 
-def test_requests_share_batches_and_keep_their_own_strings(tnx: Client) -> None:
-    futures = [tnx.submit([f"text {index}"] * (index % 3 + 1), model="upper") for index in range(300)]
+def test_requests_share_batches_and_keep_their_own_strings(serving: Daemon, tnx: Client) -> None:
+    freeze(serving.process)  # until they are on their way
+    try:
+        futures = [tnx.submit([f"text {index}"] * (index % 3 + 1), model="upper") for index in range(300)]
+    finally:
+        serving.process.send_signal(signal.SIGCONT)
     results = [future.result() for future in futures]
     for index, result in enumerate(results):
         assert result.text().tolist() == [f"TEXT {index}"] * (index % 3 + 1)
@@ -130,7 +136,10 @@ def test_answers_are_computed_again_and_compared(tmp_path: Path) -> None:
         node = helper.make_node("LabelEncoder", ["numbers"], ["names"], domain="ai.onnx.ml", **names)
         inputs, outputs = [("numbers", "INT64", ["n", 1])], [("names", "STRING", ["n", 1])]
         string_models.save(root, "names", node, inputs, outputs, 'versions = "all"\naudit = 1\n', version)
-    with serving_daemon(tmp_path / "log", "--model-repository", str(root)) as daemon, Client(daemon.endpoint) as tnx:
+    with (
+        serving_daemon(tmp_path / "log", "--model-repository", str(root)) as daemon,
+        Client(daemon.endpoint, timeout=60) as tnx,
+    ):
         tnx.route("names", {1: 1}, shadow=2)
         found = None
         while found is None or found.requests < 8:  # copies run when there is time; the test has a limit of its own
@@ -230,7 +239,7 @@ def test_the_limit_of_strings_is_a_setting(tmp_path: Path) -> None:
     string_models.save_all(tmp_path / "models")
     (tmp_path / "tnxd.toml").write_text("[limits]\nstrings = 2\n")
     arguments = ("--model-repository", str(tmp_path / "models"), "--config", str(tmp_path / "tnxd.toml"))
-    with serving_daemon(tmp_path / "log", *arguments) as daemon, Client(daemon.endpoint) as tnx:
+    with serving_daemon(tmp_path / "log", *arguments) as daemon, Client(daemon.endpoint, timeout=60) as tnx:
         assert tnx.predict(["a", "b"], model="echo").text().tolist() == ["a", "b"]
         with pytest.raises(InvalidArgument, match=r"3 elements \(BYTES \[3\]\) are more than the 2 that are left"):
             tnx.predict(["a", "b", "c"], model="echo")
@@ -243,7 +252,7 @@ def test_the_limit_of_strings_is_a_setting(tmp_path: Path) -> None:
 
 
 def predict(serving: Daemon, *arguments: object, stdin: bytes | None = None) -> dict[str, object]:
-    result = run("predict", "--host", serving.endpoint, "--json", *arguments, stdin=stdin)
+    result = run("predict", "--host", serving.endpoint, "--timeout", 60, "--json", *arguments, stdin=stdin)
     assert result.exit_code == 0, result.output
     answers: list[dict[str, object]] = msgspec.json.decode(result.stdout)["answers"]
     return {output["name"]: output["data"] for output in answers[0]["outputs"]}  # type: ignore[attr-defined]
@@ -262,7 +271,9 @@ def test_the_tool_sends_json_csv_and_random_words(serving: Daemon, tmp_path: Pat
     (tmp_path / "x.csv").write_text('number,text\n1,"a, b"\n2,c\n')
     found = predict(serving, "--model", "mixed", "--input", tmp_path / "x.csv")
     assert found == {"same": [["a, b"], ["c"]], "double": [[2], [4]]}
-    result = run("predict", "--host", serving.endpoint, "--model", "mixed", "--count", "3", "--batch-size", "2")
+    result = run(
+        "predict", "--host", serving.endpoint, "--timeout", 60, "--model", "mixed", "--count", "3", "--batch-size", "2"
+    )
     assert result.exit_code == 0, result.output
     assert "3 of 3 requests answered" in result.stdout
     assert "[2,1] +1" in result.stdout
@@ -271,7 +282,17 @@ def test_the_tool_sends_json_csv_and_random_words(serving: Daemon, tmp_path: Pat
 def test_the_tool_writes_lines_and_arrays(serving: Daemon, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("one\ntwö\n")
     for name in ("y.txt", "y.npy"):
-        call = ("predict", "--host", serving.endpoint, "--model", "upper", "--input", tmp_path / "x.txt")
+        call = (
+            "predict",
+            "--host",
+            serving.endpoint,
+            "--timeout",
+            60,
+            "--model",
+            "upper",
+            "--input",
+            tmp_path / "x.txt",
+        )
         assert run(*call, "--output", tmp_path / name).exit_code == 0
     assert (tmp_path / "y.txt").read_text() == "ONE\nTWö\n"
     assert np.load(tmp_path / "y.npy").tolist() == [b"ONE", "TWö".encode()]
@@ -279,6 +300,6 @@ def test_the_tool_writes_lines_and_arrays(serving: Daemon, tmp_path: Path) -> No
 
 
 def test_the_example_of_models_show_runs(serving: Daemon) -> None:
-    result = run("models", "show", "mixed", "--host", serving.endpoint, "--json")
+    result = run("models", "show", "mixed", "--host", serving.endpoint, "--timeout", 60, "--json")
     program = msgspec.json.decode(result.stdout)["example"]["python"]
     exec(compile(program, "example", "exec"), {})

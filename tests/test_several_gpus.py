@@ -141,14 +141,13 @@ def test_a_request_is_where_it_asked_to_be_or_is_told_why_not(gpus: Gpus) -> Non
 
 
 def test_a_request_goes_to_a_gpu_with_the_memory_that_it_asks_for(gpus: Gpus) -> None:
-    free = {device.name: device.memory_free_mb for device in gpus.client.health().devices}
-    least, most = sorted((free["cuda:0"], free["cuda:1"]))
-    richer = max(("cuda:0", "cuda:1"), key=lambda name: free[name])
-    result = gpus.client.predict(two_rows(), min_gpu_memory_mb=(least + most) / 2)
-    assert result.device == richer
-    result = gpus.client.predict(two_rows(), min_gpu_memory_mb=most + 1000)
+    """The smaller one has not as much in all as is free on the larger one, once that is seen to do nothing."""
+    gpus.await_health(lambda report: report.devices[1].memory_free_mb > _SMALL_MB)
+    result = gpus.client.predict(two_rows(), min_gpu_memory_mb=_SMALL_MB + 0.5)
+    assert result.device == "cuda:1"
+    result = gpus.client.predict(two_rows(), min_gpu_memory_mb=_LARGE_MB + 1000)
     assert result.device == "cpu"
-    assert f"no GPU has {most + 1000:g} MiB free" in result.reason
+    assert f"no GPU has {_LARGE_MB + 1000:g} MiB free" in result.reason
 
 
 def test_a_batch_that_finds_no_memory_beside_another_runs_when_that_is_over(gpus: Gpus) -> None:

@@ -61,14 +61,16 @@ mask = "mask"
 inputs = { ids = {}, mask = {} }
 """
 
-SLOW_SUMS = SUMS.replace("import torch\n", "import time\nimport torch\n").replace(
-    "        return", "        time.sleep(0.05)\n        return"
+HELD_SUMS = SUMS.replace("import torch\n", "import os, time\nimport torch\n").replace(
+    "        return", "        while not os.path.exists({go!r}): time.sleep(0.01)\n        return"
 )
+"""The same, once a file is there."""
+
 MOST_TOKENS = 6
 
-SLOWLY = """
+HELD = """
 inputs = ["ids", "mask"]
-steps = [{ name = "sums", model = "slow-sums", inputs = { ids = "ids", mask = "mask" } }]
+steps = [{ name = "sums", model = "held-sums", inputs = { ids = "ids", mask = "mask" } }]
 outputs = { sum = "sums.sum" }
 """
 
@@ -145,18 +147,20 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     put(models, REPEATS, name="repeats", settings=ISOLATED, signature=REPEATS_TOML)
     put(models, FIRST, name="first", signature=FIRST_TOML)
     short = SUMS_TOML.replace("max_length = 64", f"max_length = {MOST_TOKENS}\nmax_tokens = {MOST_TOKENS}")
-    networks = {"sums": (SUMS, SUMS_TOML), "slow-sums": (SLOW_SUMS, short)}
+    (root / "go").touch()
+    held = HELD_SUMS.replace("{go!r}", repr(str(root / "go")))
+    networks = {"sums": (SUMS, SUMS_TOML), "held-sums": (held, short)}
     for name, (code, settings) in networks.items():
         (models / name / "1").mkdir(parents=True)
         (models / name / "model.toml").write_text(settings)
         (models / name / "1/sums.py").write_text(code)
         safetensors.torch.save_file({}, models / name / "1/model.safetensors")
     pipelines = {"letters": LETTERS.format("words"), "together": LETTERS.format("batched"), "many": MANY, "few": FEW}
-    pipelines["slowly"] = SLOWLY
+    pipelines["held"] = HELD
     for name, text in pipelines.items():
         (models / name / "1").mkdir(parents=True)
         (models / name / "1/pipeline.toml").write_text(text)
-    (root / "tnxd.toml").write_text(f"[limits]\nstrings = {MOST_STRINGS}\n")
+    (root / "tnxd.toml").write_text(f"[limits]\nstrings = {MOST_STRINGS}\n[cpu]\nworkers = 2\ninline_limit_us = 0\n")
     arguments = ("--model-repository", str(models), "--config", str(root / "tnxd.toml"))
     with serving_daemon(root / "log", *arguments) as daemon:
         yield daemon
@@ -188,10 +192,17 @@ def test_texts_of_all_lengths_find_their_numbers(tnx: Client, model: str) -> Non
         assert result.outputs["twice"].tolist() == [8.0 * len(line.split()) for line in text]
 
 
-def test_a_step_counts_its_tokens_as_its_model_does_for_others(tnx: Client) -> None:
+def test_a_step_counts_its_tokens_as_its_model_does_for_others(serving: Daemon, tnx: Client) -> None:
     """Requests that wait for the lanes share batches of `max_tokens` at most, in rows of two tokens."""
     ids = np.ones((1, 2), np.int64)
-    futures = [tnx.submit({"ids": ids, "mask": ids}, model="slowly") for _ in range(24)]
+    go = serving.log.parent / "go"
+    go.unlink()
+    try:
+        futures = [tnx.submit({"ids": ids, "mask": ids}, model="held") for _ in range(24)]
+        while (report := tnx.health()).queued + report.running < len(futures):
+            pass  # the test's own time limit ends this
+    finally:
+        go.touch()
     sizes = [future.result().steps[0].batch_size for future in futures]
     assert max(sizes) == MOST_TOKENS // 2
 
@@ -223,7 +234,9 @@ def test_the_limit_of_strings_is_that_of_the_answer(tnx: Client) -> None:
 
 def test_the_tool_sends_a_line_per_row(serving: Daemon, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("one two\nthree\n")
-    done = run("predict", "--host", serving.endpoint, "--model", "letters", "--input", tmp_path / "text.txt")
+    done = run(
+        "predict", "--host", serving.endpoint, "--timeout", 60, "--model", "letters", "--input", tmp_path / "text.txt"
+    )
     assert done.exit_code == 0, done.output
     assert "6 letters" in done.stdout
     assert "5 letters" in done.stdout

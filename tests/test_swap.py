@@ -137,7 +137,7 @@ def swap(folder: Path, daemon: Daemon, repository: Repository, *, times: int, be
     """
     number, scale = 1, 1.0
     memory: list[float] = []
-    with Client(daemon.endpoint) as tnx, Load(daemon.endpoint, "swapped", current=scale) as load:
+    with Client(daemon.endpoint, timeout=60) as tnx, Load(daemon.endpoint, "swapped", current=scale) as load:
         for count in range(times):
             scale += 1
             kind = count % 3
@@ -212,7 +212,7 @@ def shared(shared_daemon: tuple[Daemon, Repository]) -> Iterator[tuple[Daemon, R
     for model in repository.root.iterdir():
         if model.name != "first":
             repository.discard(model.name)
-    with Client(daemon.endpoint) as tnx:
+    with Client(daemon.endpoint, timeout=60) as tnx:
         assert tnx.reload().failed == {}
         assert {model.name for model in tnx.models()} == {"first"}
 
@@ -288,7 +288,7 @@ def refuse_version_2(
         name: of a model with a version 1 of scale 1. mended: a version of scale 2.
         named: what has to be said in the answer to the reload, in that to the load, in health and in the log.
     """
-    with Client(daemon.endpoint) as tnx:
+    with Client(daemon.endpoint, timeout=60) as tnx:
         assert tnx.reload().loaded == (f"{name}@1",)
         with Load(daemon.endpoint, name, current=1.0) as load:
             said = publish_in_vain(daemon, repository, tnx, load, files)
@@ -331,7 +331,7 @@ def test_a_version_with_another_signature_does_not_take_over(shared: tuple[Daemo
     daemon, repository = shared
     repository.publish("other", 1, scaled_program(tmp_path, 1.0))
     wider = exported(tmp_path, Scaled(torch.full((3,), 2.0)), torch.zeros(2, WIDTH + 1), max_batch=16)
-    with Client(daemon.endpoint) as tnx:
+    with Client(daemon.endpoint, timeout=60) as tnx:
         assert tnx.reload().loaded == ("other@1",)
         with Load(daemon.endpoint, "other", current=1.0) as load:
             for why in publish_in_vain(daemon, repository, tnx, load, {"model.pt2": wider}):
@@ -352,7 +352,7 @@ def test_files_that_change_under_a_version_that_serves(shared: tuple[Daemon, Rep
     daemon, repository = shared
     repository.settings("changed")
     repository.publish("changed", 1, scaled(1.0))
-    with Client(daemon.endpoint) as tnx:
+    with Client(daemon.endpoint, timeout=60) as tnx:
         assert tnx.reload().failed == {}
         with Load(daemon.endpoint, "changed", current=1.0) as load:
             repository.publish("changed", 1, scaled(2.0, before="raise OSError('no licence')"))
@@ -379,7 +379,7 @@ def test_weights_that_are_written_over_in_place(shared: tuple[Daemon, Repository
     repository.settings(name)
     version = repository.publish(name, 1, scaled(1.0, 8))
     new = scaled(2.0, 1 if shorter else 8)
-    with Client(daemon.endpoint) as tnx:
+    with Client(daemon.endpoint, timeout=60) as tnx:
         assert tnx.reload().failed == {}
         with Load(daemon.endpoint, name, current=1.0) as load:
             for file, content in new.items():
@@ -399,7 +399,7 @@ def test_what_is_no_version_is_named_and_the_rest_serves(shared: tuple[Daemon, R
         repository.publish("odd-versions", version, scaled(1.0))
     repository.settings("typing-mistake", MODEL_TOML.replace("max_batch_size", "max_batchsize"))
     repository.publish("typing-mistake", 1, scaled(1.0))
-    with Client(daemon.endpoint) as tnx:
+    with Client(daemon.endpoint, timeout=60) as tnx:
         report = tnx.reload()
         failures = "\n".join(f"{what}: {why}" for what, why in report.failed.items())
         for word in ("two", "03", "-4", "max_batchsize", "typing-mistake"):
@@ -415,9 +415,9 @@ def test_a_factory_that_never_returns_is_given_up(run_daemon: RunDaemon, tmp_pat
     repository.settings("stuck")
     repository.publish("stuck", 1, scaled(1.0))
     config = tmp_path / "tnxd.toml"
-    config.write_text("load_timeout_s = 5.0\n")
+    config.write_text("load_timeout_s = 15.0\n")  # in which a busy machine loads one, too
     daemon = run_daemon("--config", str(config), "--model-repository", str(repository.root))
-    with Client(daemon.endpoint) as tnx, Load(daemon.endpoint, "stuck", current=1.0) as load:
+    with Client(daemon.endpoint, timeout=60) as tnx, Load(daemon.endpoint, "stuck", current=1.0) as load:
         repository.publish("stuck", 2, scaled(2.0, before="import threading; threading.Event().wait()"))
         report = tnx.reload()
         assert list(report.failed) == ["stuck@2"]
@@ -447,7 +447,7 @@ def test_memory_comes_back(run_daemon: RunDaemon, tmp_path: Path, kind: str) -> 
     repository.publish("large", 1, scaled(1.0, 100) if kind == "safetensors" else scaled_program(tmp_path, 1.0, 100))
     daemon = run_daemon("--model-repository", str(repository.root))
     loaded, unloaded = [], []
-    with Client(daemon.endpoint) as tnx:
+    with Client(daemon.endpoint, timeout=60) as tnx:
         for _ in range(10):
             tnx.load("large@1")
             assert tnx.predict(rows(3.0), model="large").outputs["high"][0, 0] == 3.0

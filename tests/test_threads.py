@@ -65,7 +65,7 @@ def test_model_says_how_many_threads_its_batches_have(run_daemon: Callable[..., 
     daemon = run_daemon("--model-repository", str(root))
     x = np.random.default_rng(3).standard_normal((3, 3, 64, 64), np.float32)
     x[0, 0, 0, 0] = 1234.5
-    with Client(daemon.endpoint) as client:
+    with Client(daemon.endpoint, timeout=60) as client:
         for name in ("narrow", "wide", "either"):
             answer = client.predict(x, model=name).output
             np.testing.assert_allclose(answer, net.layers(torch.from_numpy(x)).numpy(), rtol=1e-4, atol=1e-2)

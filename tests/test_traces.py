@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from daemons import Running, running
+from daemons import PATIENT, Running, running
 from dealer import Dealer
 from python_models import DOUBLES, put, rows
 from tnxctl import AsyncClient, Client
@@ -91,7 +91,7 @@ class Receiver(http.server.ThreadingHTTPServer):
         """The span of the request that had this traceparent, once it has arrived."""
         _, trace, parent, _ = traceparent.split("-")
         with self.arrived:
-            assert self.arrived.wait_for(lambda: self.below(parent), 20), "no span arrived"
+            assert self.arrived.wait_for(lambda: self.below(parent), 60), "no span arrived"
             [span] = self.below(parent)
         assert (span.name, span.trace) == ("predict", trace)
         return span
@@ -212,7 +212,7 @@ def test_span_of_the_application_is_the_parent(client: Client, daemon: Running, 
     tracer = TracerProvider().get_tracer("test")
 
     async def ask() -> None:
-        async with AsyncClient(daemon.endpoint) as other:
+        async with AsyncClient(daemon.endpoint, timeout=60) as other:
             await other.predict(rows(1), model="doubles")
 
     expected = []
@@ -300,7 +300,7 @@ def test_bad_receiver_costs_no_answer_and_what_is_dropped_is_told(tmp_path: Path
         arguments = ("--model-repository", str(tmp_path / "models"), "--devices", "cpu", "--otel", endpoint)
         surroundings = {"OTEL_EXPORTER_OTLP_TIMEOUT": "0.2"}
         config = 'log_format = "json"\n'
-        with running(tmp_path, *arguments, config=config, environment=surroundings) as daemon:
+        with running(tmp_path, *arguments, program=PATIENT, config=config, environment=surroundings) as daemon:
             with Client(daemon.endpoint, timeout=60) as client, Dealer(daemon.endpoint) as dealer:
                 dealer.await_health(status="ready")  # else what is refused until then is recorded, too
                 for _ in range(50):

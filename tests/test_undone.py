@@ -15,6 +15,7 @@ import safetensors.torch
 
 from conftest import Daemon
 from model_repositories import Repository
+from peers import endpoint_of, held_port
 from tnxctl import Client, FailedPrecondition, Internal
 from tnxctl.protocol.wire import ModelInfo
 
@@ -176,7 +177,9 @@ def test_what_a_forward_forks_ends_with_the_daemon(
     """It holds copies of the sockets that the daemon listens on."""
     fork = "if x.amax() == 7 and os.fork() == 0: time.sleep(600); os._exit(0)"
     put(tmp_path, "forks", on_import="import time", forward=fork)
-    running = run_daemon("--model-repository", str(tmp_path))
+    place = held_port()  # where nobody else may be, when the daemon is not there any more
+    arguments = ("--model-repository", str(tmp_path), "--bind", endpoint_of(place))
+    running = run_daemon(*arguments)
     with Client(running.endpoint, timeout=60.0) as tnx:
         tnx.predict(X * 7, model="forks")
         (child,) = children(running.process.pid)
@@ -186,8 +189,9 @@ def test_what_a_forward_forks_ends_with_the_daemon(
         while Path(f"/proc/{child}").exists() and time.monotonic() < until:
             time.sleep(0.02)  # between two looks: nobody but init hears of the end of a grandchild
         assert not Path(f"/proc/{child}").exists()
-        run_daemon("--model-repository", str(tmp_path), "--bind", running.endpoint)
+        run_daemon(*arguments)
     finally:
+        place.close()
         if Path(f"/proc/{child}").exists():
             os.kill(child, signal.SIGKILL)
 

@@ -93,6 +93,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     monkeypatch.setattr(graphing, "_AS_FAST", 1e9)
     monkeypatch.setattr(graphing, "_LONG_US", 1e9)
     monkeypatch.setattr(graphing, "_ROUNDS", 1)
+    monkeypatch.setattr(graphing, "TURN_S", 60.0)
+    monkeypatch.setattr(graphing, "_SECONDS", 60.0)
     monkeypatch.setattr(cuda.Cuda, "_graphs", lambda device: made.api(device))
     return made
 
@@ -129,7 +131,7 @@ class Pool:
             nonlocal finished
             finished += 1
             for _ in range(min(DEPTH, len(asked)) if finished == 1 else finished + DEPTH <= len(asked) + 1):
-                assert issued.acquire(timeout=30)
+                assert issued.acquire(timeout=60)
             return finish(runner, ticket)
 
         with pytest.MonkeyPatch.context() as patching:
@@ -143,7 +145,7 @@ class Pool:
         """Outputs of so many batches, in the order in which they were submitted to a lane."""
         found = []
         for _ in range(count):
-            outcomes = self._done.get(timeout=30).outcomes
+            outcomes = self._done.get(timeout=60).outcomes
             for outcome in outcomes:
                 assert not isinstance(outcome, TensorNextError), outcome
             found.append(outcomes)
@@ -616,26 +618,28 @@ def test_memory_is_not_given_back_while_a_graph_is_captured(monkeypatch: pytest.
         with accelerator.capturing:
             made.executor.accelerator.memory.give_back(is_idle)  # type: ignore[attr-defined]
             for _ in range(3):
-                assert asked.acquire(timeout=30)
+                assert asked.acquire(timeout=60)
             assert counts["empty_cache"] == 0
         while not counts["empty_cache"]:
-            assert asked.acquire(timeout=30)
+            assert asked.acquire(timeout=60)
 
 
 def test_a_lane_that_is_busy_runs_without(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     with pool(lanes=2) as made:
-        monkeypatch.setattr(graphing, "TURN_S", 0.05)
-        measured, begun, go_on = graphing._LaneTrial.measure, threading.Event(), threading.Event()
+        busy = made.executor._lanes[1]
+        call, measured = busy.call, graphing._LaneTrial.measure
+        begun, go_on = threading.Event(), threading.Event()
 
         def hang(runner: Any) -> None:
             begun.set()
-            go_on.wait(30)
+            go_on.wait(60)
 
-        hanging = threading.Thread(target=made.executor._lanes[1].call, args=(hang,))
+        hanging = threading.Thread(target=call, args=(hang,))
 
         def measure(trial: Any) -> Any:
             hanging.start()
-            begun.wait(30)
+            assert begun.wait(60)
+            monkeypatch.setattr(busy, "call", lambda function, _: call(function, 0.05))  # the other lane has its time
             return measured(trial)
 
         monkeypatch.setattr(graphing._LaneTrial, "measure", measure)
@@ -655,7 +659,7 @@ def test_graphs_of_a_lost_device_are_never_freed(log: Log) -> None:
         made.load(served)
         active.machine.devices[0].lose()
         made.submit(served, [np.ones((2, 3), np.float32)])
-        execution = made._done.get(timeout=30)
+        execution = made._done.get(timeout=60)
         assert execution.fatal
         made.executor._lanes[0].forget(served.key)
         with suppress(torch.AcceleratorError):  # which is told once the lane has come to it
@@ -722,7 +726,7 @@ def test_captures_of_another_thread_would_be_noticed(log: Log, monkeypatch: pyte
                 found.put(recorded(*arguments))
 
         threading.Thread(target=work, name="another").start()
-        return found.get(timeout=30)
+        return found.get(timeout=60)
 
     monkeypatch.setattr(graphs, "_record", record)
     with pytest.raises(AssertionError, match="another"):
@@ -732,9 +736,9 @@ def test_captures_of_another_thread_would_be_noticed(log: Log, monkeypatch: pyte
 @only_pretended
 def test_a_daemon_tells_what_became_of_graphs(run_daemon: Callable[..., Daemon]) -> None:
     running = run_daemon("--model", "mlp", program=program())
-    with Client(running.endpoint, timeout=30) as tnx:
+    with Client(running.endpoint, timeout=60) as tnx:
         x = np.ones((3, 256), np.float32)
         answers = [tnx.predict(x, device=device).output for device in ("cuda:0", "cpu")]
         np.testing.assert_allclose(*answers, rtol=1e-4, atol=1e-5)
-    shown = tool.run("models", "show", "mlp", "--host", running.endpoint)
+    shown = tool.run("models", "show", "mlp", "--host", running.endpoint, "--timeout", 60)
     assert "graphs: " in shown.stdout, shown.output

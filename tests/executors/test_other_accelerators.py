@@ -84,7 +84,7 @@ def test_an_apple_gpu_has_one_lane_and_answers_with_stages_that_sum_up(
     for values in ([1.0], [2.0, 3.0]):
         arrays = [np.full((1, 2), value, np.float32) for value in values]
         pool.submit(Execution(0, 0, model, [(array,) for array in arrays], [1] * len(values), ()))
-        finished = done.get(timeout=20)
+        finished = done.get(timeout=60)
         for outcome, array in zip(finished.outcomes, arrays, strict=True):
             assert not isinstance(outcome, TensorNextError)
             np.testing.assert_array_equal(outcome[0], 2 * array)
@@ -102,7 +102,7 @@ def test_an_apple_gpu_without_memory_goes_on_in_halves(apple: tuple[LanePool, qu
     drain(small.seen)
     small.rows = 1
     pool.submit(Execution(0, 0, model, [(np.ones((1, 2), np.float32),)] * 2, [1, 1], ()))
-    finished = done.get(timeout=20)
+    finished = done.get(timeout=60)
     assert not any(isinstance(outcome, TensorNextError) for outcome in finished.outcomes)
     assert (finished.exhausted, finished.safe_rows) == (True, 1)
     assert small.calls == [2, 1, 1]

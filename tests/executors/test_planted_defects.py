@@ -82,7 +82,7 @@ def on_thread(function: Callable[[], Any]) -> Any:
             results.put((None, error))
 
     threading.Thread(target=run, daemon=True).start()
-    result, error = results.get(timeout=30)
+    result, error = results.get(timeout=60)
     if error is not None:
         raise error
     return result

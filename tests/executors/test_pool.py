@@ -13,6 +13,7 @@ from lane_pools import drain, execution, pool, served
 from tnxctl.protocol.errors import TensorNextError, Unavailable
 from tnxd.executors.cpu import CpuRunner
 from tnxd.executors.execution import Execution
+from tnxd.executors.trial import lane_comparison
 
 
 class Probe(torch.nn.Module):
@@ -146,8 +147,9 @@ class Context(torch.nn.Module):
 
 @pytest.mark.parametrize(("make", "factor", "serial"), [(Tells, None, True), (Hooked, 2, True), (Context, 2, False)])
 def test_lanes_that_are_not_as_separate_as_they_look_take_turns(
-    make: type[torch.nn.Module], factor: float | None, serial: bool
+    make: type[torch.nn.Module], factor: float | None, serial: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lane_comparison, "_SECONDS", 60.0)  # in all of its rounds, two lanes get into each other's way
     lanes, done = pool(2, CpuRunner)
     model = served(make)
     report = lanes.load(model)

@@ -53,7 +53,7 @@ def run_small(
     arrays = [np.repeat(each[:, None], 2, axis=1) if max_batch_size else each for each in values]
     counts = [len(array) if max_batch_size else 1 for array in arrays]
     lanes.submit(Execution(0, max_rows, model, [(array,) for array in arrays], counts, (), crowded=crowded))
-    finished = done.get(timeout=20)
+    finished = done.get(timeout=60)
     for outcome, array in zip(finished.outcomes, arrays, strict=True):
         if not isinstance(outcome, TensorNextError):
             np.testing.assert_array_equal(outcome[0], array * 2)
@@ -153,7 +153,7 @@ def test_an_input_alone_reaches_the_model_without_a_copy_if_it_is_aligned() -> N
     for x, same in ((np.ones((1, 100_000), np.float32), True), (raw[1:].view(np.float32).reshape(1, 10), False)):
         width = x.shape[1]
         lanes.submit(Execution(0, 0, model, [(x,)], [1], (width,)))
-        done.get(timeout=20)
+        done.get(timeout=60)
         assert (drain(addresses)[-1] == x.ctypes.data) is same
 
 
@@ -166,7 +166,7 @@ def test_no_rows_need_no_forward() -> None:
     none = execution(model, 0, 0.0)
     none.items, none.rows = [(np.zeros((0, 2), np.float32),)] * 2, [0, 0]
     lanes.submit(none)
-    outcomes = done.get(timeout=10).outcomes
+    outcomes = done.get(timeout=60).outcomes
     assert [outcome[0].shape for outcome in outcomes] == [(0, 2), (0, 2)]
 
 

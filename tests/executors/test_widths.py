@@ -8,6 +8,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ from tnxd.lanes import NO_TEAMS, Teams
 from tnxd.models.model import Model
 
 TWO = Teams(lanes=1, threads=2, cores=2)
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane that does not hang gets its turn, however busy the machine is."""
+    monkeypatch.setattr(loading, "TURN_S", 60.0)
+
 
 SEEN: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
 """Name and number of threads of each forward. A trial does not look into a queue."""
@@ -119,7 +127,7 @@ def test_hanging_lane_does_not_keep_models_from_loading(monkeypatch: pytest.Monk
         held.wait()
 
     threading.Thread(target=lambda: pool._lanes[0].call(hang), daemon=True).start()
-    holds.wait()
+    assert holds.wait(60)
     served = model()
     report = pool.load(served)
     held.set()
@@ -150,19 +158,23 @@ def test_one_lane_has_a_team_and_no_other_thread_has_one() -> None:
 def report() -> None:
     """Print what `test_one_lane_has_a_team_and_no_other_thread_has_one` looks at."""
 
-    def count() -> int:
-        return len(os.listdir("/proc/self/task"))
+    def count(expected: int) -> int:
+        """Number of threads, as soon as it is the expected one: one that was waited for is gone some time later."""
+        until = time.monotonic() + 60
+        while (found := len(os.listdir("/proc/self/task"))) != expected and time.monotonic() < until:
+            time.sleep(0.01)
+        return found
 
     torch.set_num_threads(1)
     pool, done = started(TWO)
-    before = count()
+    before = len(os.listdir("/proc/self/task"))
     served = model()
     pool.load(served)
-    loaded = count()
+    loaded = count(before + 1)
     wide = sorted({name for name, threads in drained() if threads > 1})
     for lane, threads in ((1, 1), (0, 2), (0, 1), (0, 2), (1, 1)):
         submit(pool, served, lane, threads)
         done.get(timeout=60)
     serving = drained()
     pool.touch(served)
-    print(json.dumps([loaded - before, count() - loaded, wide, serving]))
+    print(json.dumps([loaded - before, count(loaded) - loaded, wide, serving]))

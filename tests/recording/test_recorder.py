@@ -167,10 +167,11 @@ def test_a_request_larger_than_the_queue_is_taken_alone(loop: Loop) -> None:
 
 def test_the_time_ends_it(loop: Loop) -> None:
     loop.make()
-    loop.start(seconds=1.5)  # in which this thread gets to hand a request over
+    loop.start(seconds=3600)
     recording = loop.recorder.recording
     assert recording is not None
     loop.take()
+    recording._until_ns = time.perf_counter_ns()
     loop.turn()
     assert loop.recorder.recording is None
     recording.take(time.perf_counter_ns(), "m", "m@1", "alice", HEADER, ())  # the loop may be as late as that

@@ -224,8 +224,11 @@ class Starter:
 
     def __init__(self, folder: Path, *, holds: bool, keyed: bool = False) -> None:
         path = folder / "tnx"
-        self._listeners = [socket.create_server(("127.0.0.1", 0))]
-        self.endpoints = [f"tcp://127.0.0.1:{self._listeners[0].getsockname()[1]}", f"ipc://{path}"]
+        self._port = socket.socket()  # which nobody else gets while no daemon is there
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind(("127.0.0.1", 0))
+        self._listeners: list[socket.socket] = []
+        self.endpoints = [f"tcp://127.0.0.1:{self._port.getsockname()[1]}", f"ipc://{path}"]
         self._log = (folder / "log").open("ab")
         self.daemon: subprocess.Popen[bytes] | None = None
         self.options: dict[str, Any] = {}
@@ -233,11 +236,10 @@ class Starter:
         if keyed:
             self._ask_for_keys(folder)
         if holds:
-            self._listeners.append(socket.socket(socket.AF_UNIX))
+            self._port.listen(1024)
+            self._listeners = [self._port, socket.socket(socket.AF_UNIX)]
             self._listeners[1].bind(str(path))
             self._listeners[1].listen(1024)
-        else:
-            self._listeners.pop().close()
 
     def _ask_for_keys(self, folder: Path) -> None:
         daemon, client = pairs.new("daemon"), pairs.new("client")
@@ -293,7 +295,7 @@ class Starter:
         """End what runs."""
         if self.daemon is not None:
             self.stop(signal.SIGKILL)
-        for listener in self._listeners:
+        for listener in (self._port, *self._listeners):
             listener.close()
         self._log.close()
 

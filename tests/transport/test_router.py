@@ -261,7 +261,7 @@ def test_wait_ends_with_a_wake_up(router: Router, wakeup: Wakeup) -> None:
     with Peer(router) as peer:
         peer.socket.send(b"header")
         while not router.readable():  # an event of the connection ends a wait, too
-            assert not router.wait(20_000)
+            assert not router.wait(60_000)
         assert router.receive() is not None
 
 
@@ -300,7 +300,7 @@ def test_one_that_asks_to_come_in_is_counted_already(router: Router, monkeypatch
 
         def ask() -> None:
             stack.enter_context(RawPeer(router.endpoints[0])).write(GREETING)
-            assert zap.socket.poll(20_000)
+            assert zap.socket.poll(60_000)
 
         def decide_while_another_asks(request: list[bytes]) -> None:
             counts.append(router._connections._admission.client("127.0.0.1").connections)
@@ -322,7 +322,7 @@ def test_end_of_a_silent_connection_is_not_taken_for_that_of_the_next_with_its_d
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as clients:
         assert clients.stdin is not None
         assert clients.stdout is not None
-        assert router._monitor.socket.poll(20_000)  # of the silent one; nobody looks at it yet
+        assert router._monitor.socket.poll(60_000)  # of the silent one; nobody looks at it yet
         end = time.monotonic() + 60
         while len(os.listdir("/proc/self/fd")) > before + 2:  # both pipes are here, its connection is not yet closed
             assert time.monotonic() < end

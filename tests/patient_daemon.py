@@ -1,0 +1,16 @@
+"""Daemon that writes the last lines of its log, and sends its last spans, on a busy machine too: run as a program."""
+
+from __future__ import annotations
+
+import tnxd.daemon
+from tnxd.cli import main
+
+
+def be_patient() -> None:
+    """Have daemons of this process end only when all of that is written, unless a minute has passed."""
+    tnxd.daemon.LAST_WORDS_S = 60.0
+
+
+if __name__ == "__main__":
+    be_patient()
+    main(prog_name="tnxd")
