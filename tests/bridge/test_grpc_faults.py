@@ -213,7 +213,7 @@ def test_what_is_about_one_of_several_daemons_is_asked_of_one_that_answers(tmp_p
     with FakeDaemon(stats=lambda _: stats) as daemon:
         endpoints = (daemon.endpoint, f"ipc://{tmp_path}/gone")
         several = ",".join(reversed(endpoints) if gone_first else endpoints)
-        with running_bridge(tmp_path, several, *GRPC, "--timeout", "400ms") as bridge, Stub(bridge.grpc) as stub:
+        with running_bridge(tmp_path, several, *GRPC, "--timeout", "20s") as bridge, Stub(bridge.grpc) as stub:
             assert stub.call("ServerReady", message_of("ServerReadyRequest", {}), timeout=PATIENCE_S).ready
             assert stub.call("ServerMetadata", message_of("ServerMetadataRequest", {}), timeout=PATIENCE_S).version
             assert stub.call("ModelReady", message_of("ModelReadyRequest", {"name": "mlp"}), timeout=PATIENCE_S).ready
