@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from tnxctl.protocol import wire
+from tnxctl.protocol import errors, wire
 from tnxctl.results import Result
 
 LIMITS = wire.Limits()
@@ -135,6 +135,17 @@ class FakeDaemon:
         self.received.put(request)
         for receiver, reply in self.answer(request):
             router.send_multipart([receiver, *reply])
+
+
+def call_until_it_says(tnx: Any, reason: str) -> None:
+    """Call in vain until that is the reason: an attempt takes longer than a call where the machine is busy."""
+    said = ""
+    while reason not in said:
+        try:
+            raise AssertionError(f"it was answered: {tnx.predict(X, timeout=0.2)}")
+        except errors.Unavailable as error:
+            said = error.message
+            assert ": no connection within 200 ms: " in said, said
 
 
 class Proxy:

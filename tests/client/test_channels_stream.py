@@ -24,7 +24,7 @@ import uvloop
 import zmq
 
 import zmtp as peer
-from peers import FakeDaemon, X, echo, equal, error
+from peers import FakeDaemon, X, call_until_it_says, echo, equal, error
 from tnxctl import AsyncClient, Client, link
 from tnxctl.channels import names, opening
 from tnxctl.channels.channel import POLLIN, Target
@@ -363,9 +363,11 @@ def test_an_attempt_without_an_answer_is_ended_and_made_again(
     monkeypatch.setattr(link, "open_channel", lambda *given: opened.append(given) or open_channel(*given))
     monkeypatch.setattr(link, "CONNECT_TIMEOUT_S", 0.05)
     with Client(endpoint_of(is_full), timeout=PATIENCE_S) as tnx:
-        while len(opened) < 3:
-            with pytest.raises(errors.Unavailable, match=r"nobody listens there|nothing answers"):
+        said = "still under way"  # as it may be for longer than a call on a busy machine
+        while len(opened) < 3 or "still under way" in said:
+            with pytest.raises(errors.Unavailable, match=r"nobody listens|nothing answers|still under way") as caught:
                 tnx.predict(X, timeout=0.5)
+            said = caught.value.message
 
 
 def test_a_handshake_without_an_answer_is_ended_and_made_again(
@@ -383,6 +385,7 @@ def test_a_handshake_without_an_answer_is_ended_and_made_again(
 
     accepting = elsewhere.submit(accept)
     with Client(endpoint_of(server), timeout=PATIENCE_S) as tnx:
+        call_until_it_says(tnx, "did not finish the ZeroMQ handshake")
         while not accepting.done():
             with pytest.raises(errors.Unavailable, match="did not finish the ZeroMQ handshake"):
                 tnx.predict(X, timeout=0.5)
@@ -498,8 +501,7 @@ def test_a_name_that_does_not_resolve_leaks_nothing(monkeypatch: pytest.MonkeyPa
     before = descriptors()
     with Client("no-such-host.invalid:5555", timeout=PATIENCE_S) as tnx:
         for _ in range(5):
-            with pytest.raises(errors.Unavailable, match="the host name does not resolve"):
-                tnx.predict(X, timeout=0.3)
+            call_until_it_says(tnx, "the host name does not resolve")
     for thread in threading.enumerate():
         if thread.name == "tnxctl-lookup":
             thread.join(PATIENCE_S)
@@ -546,11 +548,7 @@ def test_a_name_of_which_no_address_accepts_says_so(monkeypatch: pytest.MonkeyPa
         named(monkeypatch, UNREACHABLE, DEAD, UNREACHABLE) as endpoint,
         Client(endpoint, timeout=PATIENCE_S) as tnx,
     ):
-        said = ""
-        while "nobody listens there, or it cannot be reached" not in said:  # an attempt may take longer than a call
-            with pytest.raises(errors.Unavailable, match="no connection within 300 ms: ") as caught:
-                tnx.predict(X, timeout=0.3)
-            said = caught.value.message
+        call_until_it_says(tnx, "nobody listens there, or it cannot be reached")
     assert descriptors() == before
 
 
@@ -559,11 +557,8 @@ def test_a_lookup_that_finds_no_memory_is_over(monkeypatch: pytest.MonkeyPatch) 
         raise MemoryError
 
     monkeypatch.setattr(names.socket, "getaddrinfo", lookup)
-    with (
-        Client("any.invalid:5555", timeout=PATIENCE_S) as tnx,
-        pytest.raises(errors.Unavailable, match="the host name does not resolve"),
-    ):
-        tnx.predict(X, timeout=0.3)
+    with Client("any.invalid:5555", timeout=PATIENCE_S) as tnx:
+        call_until_it_says(tnx, "the host name does not resolve")
 
 
 def test_no_descriptor_left_is_told_and_ends_with_the_shortage() -> None:
