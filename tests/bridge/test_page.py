@@ -172,7 +172,7 @@ def test_a_daemon_that_goes_and_comes_back_is_told(page: Browser, tmp_path: Path
             page.wait("document.querySelector('#status').innerText === 'ready'")
         page.wait("document.querySelector('#status').innerText === 'unreachable'")
         assert page.run("return document.getElementById('problem').checkVisibility()")
-        assert "nobody listens" in page.text("#problem")
+        page.wait("document.querySelector('#problem').innerText.includes('nobody listens')")
         with FakeDaemon(endpoint, stats=later):
             page.wait("document.querySelector('#status').innerText === 'ready'")
             assert not page.run("return document.getElementById('problem').checkVisibility()")
