@@ -16,7 +16,7 @@ from fake_daemon import CPU, DIGITS, MLP, FakeDaemon, row_sums
 from tnxctl.cli import _COMMANDS, exits, main
 from tnxctl.cli.tally import KEPT
 from tnxctl.protocol import errors, wire
-from tool import ask, fields, run
+from tool import ask, ask_in_vain, fields, run
 
 ASKING = ["health", "top", "stats", "explain", "models", "metadata", "predict", "reload", "whoami", "clients"]
 
@@ -140,7 +140,7 @@ def test_the_daemon_may_be_named_before_the_verb_and_after_it_wins(fake: FakeDae
 @pytest.mark.parametrize("timeout", ["200ms", "200000us", "0.2s", "0.2"])
 def test_a_timeout_has_the_units_of_a_deadline(timeout: str) -> None:
     with FakeDaemon(mute=True) as mute:
-        assert ask(mute, "health", "--timeout", timeout).exit_code == exits.Exit.TIMEOUT
+        assert ask_in_vain(mute, "health", "--timeout", timeout).exit_code == exits.Exit.TIMEOUT
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_nobody_there(tmp_path: Path, verb: str) -> None:
 @pytest.mark.parametrize("verb", ASKING)
 def test_no_answer(verb: str) -> None:
     with FakeDaemon(mute=True) as fake:
-        result = ask(fake, verb, "--timeout", "0.2")
+        result = ask_in_vain(fake, verb, "--timeout", "0.2")
     assert result.exit_code == exits.Exit.TIMEOUT
     assert result.stderr.startswith("Error: ")
 
@@ -617,9 +617,9 @@ def test_a_run_ends_when_nothing_comes_any_more(concurrency: int) -> None:
     """Else it would wait for the timeout of every request that is left."""
     with FakeDaemon(delay_s=60.0) as fake:
         arguments = ("predict", "--count", 1000, "--concurrency", concurrency, "--timeout", 0.2)
-        result = ask(fake, *arguments)
+        result = ask_in_vain(fake, *arguments)
         assert len(fake.predicts) < 20
-        document = fields(ask(fake, *arguments, "--json"))
+        document = fields(ask_in_vain(fake, *arguments, "--json"))
     assert result.exit_code == exits.Exit.TIMEOUT
     assert result.stderr.startswith("Error: given up after ")
     assert document["sent"] == document["failed"] + document["unknown"]

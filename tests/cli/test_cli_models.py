@@ -24,7 +24,7 @@ from fake_daemon import DIGITS, MLP, RESNET, RESNETS, Change, FakeDaemon, Output
 from tnxctl.cli import comparison, example, exits, inputs, modellist, models, modeltoml, text
 from tnxctl.protocol import errors, wire
 from tnxctl.protocol.datatypes import STORAGE
-from tool import ask, fields, run
+from tool import ask, ask_in_vain, fields, run
 
 TOOL = [sys.executable, "-m", "tnxctl.cli"]
 PATIENCE_S = 60.0  # for what must happen; never reached when all is well
@@ -428,8 +428,9 @@ def test_a_change_that_fails_says_why(verb: tuple[str, ...]) -> None:
 
 def test_a_load_takes_its_time() -> None:
     """Longer than --timeout of other commands; the answer still comes, and not before its time."""
+    with FakeDaemon(models=RESNETS, looks=1) as fake:  # nobody looks, so it never ends
+        early = ask_in_vain(fake, "models", "load", "resnet@2", "--timeout", "0.1")
     with FakeDaemon(models=RESNETS, load_delay_s=0.5) as fake:
-        early = ask(fake, "models", "load", "resnet@2", "--timeout", "0.1")
         result = ask(fake, "models", "load", "resnet@2")
     assert early.exit_code == exits.Exit.TIMEOUT
     assert "did not answer load within 100 ms; it may still be at work on it" in early.stderr
