@@ -75,8 +75,14 @@ class Link:
         self._send_cancel(call)
         return True
 
-    def handle(self, source: Any, mask: int) -> list[Call[Any]]:
-        """Do what a source is ready for, by the mask that a poll gave. Returns finished calls."""
+    def handle(self, source: Any, mask: int, most: int = sys.maxsize) -> list[Call[Any]]:
+        """Do what a source is ready for, by the mask that a poll gave.
+
+        Args:
+            most: how many messages are taken; drain what may be left.
+
+        Returns finished calls.
+        """
         finished: list[Call[Any]] = []
         channel = self.channel
         if channel is None or not channel.sources:  # what was ready before has closed it
@@ -88,7 +94,7 @@ class Link:
             return finished
         if mask != POLLIN:
             channel.on_room()
-        self.drain(sys.maxsize, finished.append)
+        self.drain(most, finished.append)
         return finished
 
     def drain(self, most: int, settle: Callable[[Call[Any]], None]) -> bool:
@@ -185,20 +191,21 @@ class Link:
             self._greeting = Greeting(self._session.endpoint)
         return self._greeting.mechanism == ("CURVE" if self._session.credentials is None else "NULL")
 
-    def on_timer(self, now: float) -> list[Call[Any]]:
+    def on_timer(self, now: float, most: int = sys.maxsize) -> list[Call[Any]]:
         """Fail late calls, close a half-open connection, connect, send deferred calls: whatever the time has come for.
+
+        Args:
+            most: of the messages that wait, how many are taken where one is looked for; drain what may be left.
 
         Returns finished calls.
         """
         finished: list[Call[Any]] = []
         connection = self._session.connection
         if connection.is_half_open(now):
-            finished += self._receive_all()  # nobody may have looked for a while
+            self.drain(most, finished.append)  # nobody may have looked for a while
             if connection.is_half_open(now):
                 self.close()
                 finished += self._session.give_up()
-            elif self.channel is not None and self.channel.has_events:
-                finished += self.poll_events()  # no source tells of what this look has found
         if connection.is_late(now) and self.channel is not None:
             self.channel.time_out()
             finished += self.poll_events()

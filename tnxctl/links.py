@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -82,13 +83,13 @@ class Links:
                 return False
         return True
 
-    def handle(self, source: Any, mask: int) -> list[Call[Any]]:
+    def handle(self, source: Any, mask: int, most: int = sys.maxsize) -> list[Call[Any]]:
         """Do what a source is ready for, see `Link.handle`. Returns finished calls."""
         now = time.monotonic()
         finished: list[Call[Any]] = []
         for index, link in enumerate(self._links):
             if any(source == each for each, _ in link.sources):
-                finished += self._take(index, link.handle(source, mask), now)
+                finished += self._take(index, link.handle(source, mask, most), now)
                 break
         return finished + self._send_due(now)
 
@@ -110,11 +111,11 @@ class Links:
         for link in self._links:
             link.flush()
 
-    def on_timer(self, now: float) -> list[Call[Any]]:
-        """Do whatever the time has come for, see `Link.on_timer`. Returns finished calls."""
+    def on_timer(self, now: float, most: int = sys.maxsize) -> list[Call[Any]]:
+        """Do whatever the time has come for, see `Link.on_timer`: `most` holds for each. Returns finished calls."""
         finished: list[Call[Any]] = []
         for index, link in enumerate(self._links):
-            finished += self._take(index, link.on_timer(now), now)
+            finished += self._take(index, link.on_timer(now, most), now)
         finished += self._balancer.expire(now)
         for index in self._balancer.reconnects(now):
             finished += self._take(index, self._links[index].connect(now), now)

@@ -167,7 +167,7 @@ class LoopDriver:
 
     def _on_time(self) -> None:
         self._timer, self._timer_due = None, math.inf
-        _settle_all(self._link.on_timer(time.monotonic()))
+        _settle_all(self._link.on_timer(time.monotonic(), REPLIES_PER_TURN))
         self._turn()  # sockets opened just now may hold events already
 
     def _set_timer(self) -> None:
@@ -194,8 +194,8 @@ class LoopDriver:
 
     def _go_on(self, source: int) -> None:
         """Go on where there is room to send, or a connection stands."""
-        _settle_all(self._link.handle(source, POLLOUT))
-        self._set_timer()
+        _settle_all(self._link.handle(source, POLLOUT, 0))
+        self._turn()
 
     def _unwatch(self, closing: int) -> None:
         if not self.loop.is_closed():

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import resource
 import socket
 import struct
 import subprocess
 import sys
+import termios
 import threading
+import time
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -331,6 +335,55 @@ def test_a_flood_keeps_no_other_task_from_its_turn(
 
 
 # --- to connect ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("look", [lambda driver, _: driver._on_time(), lambda driver, source: driver._go_on(source)])
+def test_a_flood_that_has_come_meanwhile_is_not_taken_at_once(
+    server: socket.socket, elsewhere: ThreadPoolExecutor, look: Callable[[Any, int], None]
+) -> None:
+    """As where the loop was held up: before a connection is given up for its silence, or as there is room to send."""
+    count, handled = 20 * REPLIES_PER_TURN, 0
+
+    async def main() -> None:
+        async with AsyncClient(endpoint_of(server), timeout=PATIENCE_S) as tnx:
+            call = asyncio.create_task(tnx.predict(X))
+            session: Any = tnx._session
+            receive = session.receive
+
+            def counted(frames: Any, now: float) -> Any:
+                nonlocal handled
+                handled += 1
+                return receive(frames, now)
+
+            session.receive = counted
+            while not session.connection.is_open:
+                await asyncio.sleep(0)
+            driver: Any = tnx._driver
+            with accepting.result() as held:
+                held.sendall(bytes(2) * count)
+                source, _ = driver._link.channel.descriptor()
+                await_bytes(source, 2 * count)
+                session.connection.half_open_at = -1.0
+                look(driver, source)
+                assert 0 < handled <= 2 * REPLIES_PER_TURN
+                while handled < count:
+                    await asyncio.sleep(0)
+                assert session.connection.is_open
+                call.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+
+    accepting = elsewhere.submit(welcome, server)
+    asyncio.run(main())
+
+
+def await_bytes(descriptor: int, nbytes: int) -> None:
+    """Wait until so much has come that nobody has read."""
+    waiting = array("i", [0])
+    until = time.monotonic() + PATIENCE_S
+    while waiting[0] < nbytes:
+        assert time.monotonic() < until
+        fcntl.ioctl(descriptor, termios.FIONREAD, waiting)
 
 
 @pytest.fixture
