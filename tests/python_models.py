@@ -39,14 +39,14 @@ def source(root: Path, name: str = "odd", limits: TimeLimits | None = None) -> r
     """Version 1 of a model, as a scan finds it."""
     from tnxd.models.formats.opening import open_model
 
-    catalog = repository.scan(root, open_model, limits=limits or TimeLimits(load_s=60.0, batch_s=30.0))
+    catalog = repository.scan(root, open_model, limits=limits or TimeLimits(load_s=60.0, batch_s=60.0))
     assert not catalog.failures, catalog.failures
     found = catalog.entries[name].sources["1"]
     assert isinstance(found, repository.RepositorySource)
     return found
 
 
-def opened(root: Path, text: str, *, settings: str = "", signature: str = SIGNATURE, batch_s: float = 30.0) -> Model:
+def opened(root: Path, text: str, *, settings: str = "", signature: str = SIGNATURE, batch_s: float = 60.0) -> Model:
     """A model.py, opened."""
     put(root, text, settings=settings, signature=signature)
     return source(root, limits=TimeLimits(load_s=60.0, batch_s=batch_s)).open(0)

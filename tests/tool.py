@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from fake_daemon import FakeDaemon
 from tnxctl.cli import main
+from tnxctl.cli.exits import Exit
 from tnxctl.cli.options import DEFAULT_TIMEOUT_S
 
 SHORT = f"{DEFAULT_TIMEOUT_S:g}s"
@@ -39,6 +40,13 @@ def _patience(group: click.Group) -> dict[str, Any]:
 def ask(fake: FakeDaemon, *arguments: object, stdin: bytes | None = None) -> Result:
     """The same, at that daemon."""
     return run(*arguments, "--host", fake.endpoint, stdin=stdin)
+
+
+def ask_in_vain(fake: FakeDaemon, *arguments: object) -> Result:
+    """The same, with a short time for an answer: again where that was over before there was a connection."""
+    while "no connection within" in (result := ask(fake, *arguments)).output:
+        assert result.exit_code == Exit.UNREACHABLE
+    return result
 
 
 def fields(result: Result) -> dict[str, Any]:

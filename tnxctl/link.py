@@ -190,20 +190,21 @@ class Link:
             self._greeting = Greeting(self._session.endpoint)
         return self._greeting.mechanism == ("CURVE" if self._session.credentials is None else "NULL")
 
-    def on_timer(self, now: float) -> list[Call[Any]]:
+    def on_timer(self, now: float, most: int = sys.maxsize) -> list[Call[Any]]:
         """Fail late calls, close a half-open connection, connect, send deferred calls: whatever the time has come for.
+
+        Args:
+            most: of the messages that wait, how many are taken where one is looked for; drain what may be left.
 
         Returns finished calls.
         """
         finished: list[Call[Any]] = []
         connection = self._session.connection
         if connection.is_half_open(now):
-            finished += self._receive_all()  # nobody may have looked for a while
+            self.drain(most, finished.append)  # nobody may have looked for a while
             if connection.is_half_open(now):
                 self.close()
                 finished += self._session.give_up()
-            elif self.channel is not None and self.channel.has_events:
-                finished += self.poll_events()  # no source tells of what this look has found
         if connection.is_late(now) and self.channel is not None:
             self.channel.time_out()
             finished += self.poll_events()

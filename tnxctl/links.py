@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -116,11 +117,11 @@ class Links:
         for link in self._links:
             link.flush()
 
-    def on_timer(self, now: float) -> list[Call[Any]]:
-        """Do whatever the time has come for, see `Link.on_timer`. Returns finished calls."""
+    def on_timer(self, now: float, most: int = sys.maxsize) -> list[Call[Any]]:
+        """Do whatever the time has come for, see `Link.on_timer`: `most` holds for each. Returns finished calls."""
         finished: list[Call[Any]] = []
         for index, link in enumerate(self._links):
-            finished += self._take(index, link.on_timer(now), now)
+            finished += self._take(index, link.on_timer(now, most), now)
         finished += self._balancer.expire(now)
         for index in self._balancer.reconnects(now):
             finished += self._take(index, self._links[index].connect(now), now)

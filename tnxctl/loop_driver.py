@@ -167,7 +167,7 @@ class LoopDriver:
 
     def _on_time(self) -> None:
         self._timer, self._timer_due = None, math.inf
-        _settle_all(self._link.on_timer(time.monotonic()))
+        _settle_all(self._link.on_timer(time.monotonic(), REPLIES_PER_TURN))
         self._turn()  # sockets opened just now may hold events already
 
     def _set_timer(self) -> None:

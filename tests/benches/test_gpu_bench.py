@@ -99,8 +99,8 @@ def test_tests_that_had_their_turn_count_though_one_ends_the_process(
     seen = {}
     for paths in ((first, second), (second,)):
         monkeypatch.setattr(gpu_checks, "CUDA_TESTS", paths)
-        report = GpuReport(True, SMALL, 50.0)
-        with Run(report, tmp_path, Budget(50.0, {"tests": 1}), Lengths(1, 0.05), ()) as run:
+        report = GpuReport(True, SMALL, 150.0)
+        with Run(report, tmp_path, Budget(150.0, {"tests": 1}), Lengths(1, 0.05), ()) as run:
             run.budget.begin("tests")
             gpu_checks.tests(run)
         seen[paths] = report.checks["tests"]

@@ -17,7 +17,7 @@ from patience import longer_each_time
 from tnxctl.cli import _COMMANDS, exits, main
 from tnxctl.cli.tally import KEPT
 from tnxctl.protocol import errors, wire
-from tool import ask, fields, run
+from tool import ask, ask_in_vain, fields, run
 
 ASKING = ["health", "top", "stats", "explain", "models", "metadata", "predict", "reload", "whoami", "clients"]
 
@@ -141,7 +141,7 @@ def test_the_daemon_may_be_named_before_the_verb_and_after_it_wins(fake: FakeDae
 @pytest.mark.parametrize("timeout", ["200ms", "200000us", "0.2s", "0.2"])
 def test_a_timeout_has_the_units_of_a_deadline(timeout: str) -> None:
     with FakeDaemon(mute=True) as mute:
-        assert ask(mute, "health", "--timeout", timeout).exit_code == exits.Exit.TIMEOUT
+        assert ask_in_vain(mute, "health", "--timeout", timeout).exit_code == exits.Exit.TIMEOUT
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_nobody_there(tmp_path: Path, verb: str) -> None:
 @pytest.mark.parametrize("verb", ASKING)
 def test_no_answer(verb: str) -> None:
     with FakeDaemon(mute=True) as fake:
-        result = ask(fake, verb, "--timeout", "0.2")
+        result = ask_in_vain(fake, verb, "--timeout", "0.2")
     assert result.exit_code == exits.Exit.TIMEOUT
     assert result.stderr.startswith("Error: ")
 

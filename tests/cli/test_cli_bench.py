@@ -25,7 +25,7 @@ from tnxctl.cli.exits import Exit
 from tnxctl.durations import spell
 from tnxctl.protocol import wire
 from tnxctl.protocol.errors import Internal, ResourceExhausted, Unavailable
-from tool import ask, fields, run
+from tool import ask, ask_in_vain, fields, run
 
 TOOL = [sys.executable, "-m", "tnxctl.cli"]
 PATIENCE_S = 60.0  # far more than any of these takes: only so that nothing waits for ever
@@ -234,7 +234,7 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 def test_a_daemon_that_says_nothing() -> None:
     with FakeDaemon(mute=True) as fake:
-        assert ask(fake, "bench", "--timeout", "0.2").exit_code == Exit.TIMEOUT
+        assert ask_in_vain(fake, "bench", "--timeout", "0.2").exit_code == Exit.TIMEOUT
 
 
 @pytest.mark.parametrize(

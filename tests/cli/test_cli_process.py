@@ -58,7 +58,7 @@ def interrupted(
         stdout, stderr = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()  # which closes its pipes: else the next test is told of them
     assert process.returncode == 128 + number
     return stdout, stderr
 

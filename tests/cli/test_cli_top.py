@@ -45,8 +45,8 @@ class Slowing:
     def __init__(self, started_s: float = 1000.0, **fields: object) -> None:
         self._counts = Counts(started_s=started_s)
         self._fields = fields
-        self._counts.passed(3600e6)
-        self._counts.replied(DIGITS, ALL_STAGES, 10_000)
+        self._counts.passed(3600e9)
+        self._counts.replied(DIGITS, ALL_STAGES, 10**8)  # so many that later ones change little
         self._counts.replied(IRIS, ALL_STAGES, 500)
 
     def __call__(self, nth: int) -> StatsReport:
