@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from patient_daemon import be_patient
 from tnxctl.protocol.wire import TensorSpec
 from tnxd.cli import main
 from tnxd.models.builtin import BUILTIN
@@ -149,5 +148,4 @@ add(
 )
 
 if __name__ == "__main__":
-    be_patient()
     main(prog_name="tnxd")

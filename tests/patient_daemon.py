@@ -1,7 +1,8 @@
-"""Daemon that writes the last lines of its log, and sends its last spans, on a busy machine too: run as a program."""
+"""Daemon with odd models that writes all of its log, and sends its last spans, on a busy machine too: a program."""
 
 from __future__ import annotations
 
+import odd_models  # noqa: F401 - it adds its models
 import tnxd.daemon
 from tnxd.cli import main
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from daemons import ODD, full_pipe, running
+from daemons import ODD, PATIENT, full_pipe, running
 from dealer import Dealer, rows
 
 POISON = rows(1, 4, 1.0)
@@ -59,7 +59,7 @@ def test_closed_streams_are_not_taken_for_sockets(tmp_path: Path) -> None:
 
 
 def test_log_is_not_filled_by_one_client_with_wrong_requests(tmp_path: Path) -> None:
-    with running(tmp_path, "--model", "odd", program=ODD) as daemon:
+    with running(tmp_path, "--model", "odd", program=PATIENT) as daemon:
         with Dealer(daemon.endpoint) as dealer:
             dealer.await_health(status="ready")
             for _ in range(2000):
