@@ -172,6 +172,23 @@ def test_a_team_that_a_batch_may_have_counts(
     assert report.notes[0].startswith("optimize: half runs") is (is_taken or module is Doubling)
 
 
+class Crowding(Doubling):
+    """Takes four times as long with two threads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds * torch.get_num_threads() ** 2)
+        return x * self.weight * self.factor
+
+
+@pytest.mark.parametrize(("threads", "is_taken"), [(0, True), (1, True), (2, False)])
+def test_a_time_that_the_threads_of_a_model_leave_no_batch_does_not_count(
+    load: Callable[..., Any], threads: int, *, is_taken: bool
+) -> None:
+    crowding = variant("crowding", makes(lambda: Crowding(SLOW_S / 2)))
+    report, _ = load(replace(model(crowding), threads=threads), teams=Teams(lanes=1, threads=2, cores=2))
+    assert report.notes[0].startswith("optimize: crowding runs") is is_taken
+
+
 class InPlace(Doubling):
     """Writes its answer over the input."""
 
