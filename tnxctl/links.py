@@ -68,20 +68,17 @@ class Links:
         return any(waiting)
 
     def drain(self, most: int, settle: Callable[[Call[Any]], None]) -> bool:
-        """Take the messages that wait, see `Link.drain`; up to `most` of each daemon at a time."""
-        for _ in range(most):
-            now = time.monotonic()
-            is_dry = True
-            for index, link in enumerate(self._links):
-                attempts: list[Call[Any]] = []
-                is_dry &= not link.drain(most, attempts.append)
-                for call in self._take(index, attempts, now):
-                    settle(call)
-            for call in self._send_due(now):
+        """Take the messages that wait, see `Link.drain`: up to `most` of each daemon."""
+        now = time.monotonic()
+        is_dry = True
+        for index, link in enumerate(self._links):
+            attempts: list[Call[Any]] = []
+            is_dry &= not link.drain(most, attempts.append)
+            for call in self._take(index, attempts, now):
                 settle(call)
-            if is_dry and not self.has_input():  # the messages that were sent may have swallowed what told of others
-                return False
-        return True
+        for call in self._send_due(now):
+            settle(call)
+        return not is_dry or self.has_input()  # the messages that were sent may have swallowed what told of others
 
     def handle(self, source: Any, mask: int) -> list[Call[Any]]:
         """Do what a source is ready for, see `Link.handle`. Returns finished calls."""

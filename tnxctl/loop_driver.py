@@ -24,7 +24,7 @@ from tnxctl.session import Session
 T = TypeVar("T")
 
 REPLIES_PER_TURN = 64
-"""Most replies that are taken in one turn of the loop: then other tasks get it."""
+"""Most replies of a daemon that are taken in one turn of the loop: then other tasks get it."""
 
 _MAX_WAIT_S = 86_400.0
 _GRACE_S = 0.5  # for a loop in another thread, when the interpreter ends
@@ -160,8 +160,8 @@ class LoopDriver:
         self._receive()
 
     def _receive(self) -> None:
-        """Take the replies that wait, without blocking."""
-        if self._link.drain(REPLIES_PER_TURN, _settle):
+        """Take the replies that wait, without blocking; or have them wait for the turn that is due anyway."""
+        if not self._turn_is_due and self._link.drain(REPLIES_PER_TURN, _settle):
             self._check_again()
         self._set_timer()
 

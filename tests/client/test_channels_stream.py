@@ -29,7 +29,7 @@ import uvloop
 import zmq
 
 import zmtp as peer
-from peers import FakeDaemon, X, echo, equal, error
+from peers import FakeDaemon, X, echo, equal, error, free_endpoint
 from shells import call_until_it_says
 from tnxctl import AsyncClient, Client, link
 from tnxctl.channels import names, opening
@@ -375,6 +375,45 @@ def test_a_flood_that_has_come_meanwhile_is_not_taken_at_once(
                 while handled < count:
                     await asyncio.sleep(0)
                 assert session.connection.is_open
+                call.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+
+    accepting = elsewhere.submit(welcome, server)
+    asyncio.run(main())
+
+
+def test_a_flood_of_one_of_several_daemons_is_not_taken_at_once(
+    server: socket.socket, elsewhere: ThreadPoolExecutor
+) -> None:
+    count = 20 * REPLIES_PER_TURN
+
+    async def main() -> None:
+        async with AsyncClient([endpoint_of(server), free_endpoint()], timeout=PATIENCE_S) as tnx:
+            call = asyncio.create_task(tnx.predict(X))
+            balancer: Any = tnx._session
+            session = balancer.sessions[0]
+            while not session.connection.is_open:
+                await asyncio.sleep(0)
+            driver: Any = tnx._driver
+            handled = 0
+            receive = session.receive
+
+            def counted(frames: Any, now: float) -> Any:
+                nonlocal handled
+                handled += 1
+                return receive(frames, now)
+
+            session.receive = counted
+            with accepting.result() as held:
+                held.sendall(bytes(2) * count)
+                source, _ = driver._link._links[0].channel.descriptor()
+                await_bytes(source, 2 * count)
+                for _ in range(3):  # as for the sources of others, that are ready as well
+                    driver._turn()
+                assert handled == REPLIES_PER_TURN
+                while handled < count:
+                    await asyncio.sleep(0)
                 call.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await call

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from tnxd.executors.execution import Execution, LoadReport
 from tnxd.executors.optimizer import Optimizer
 from tnxd.executors.pool import LanePool
 from tnxd.executors.substitute import Substitute
+from tnxd.executors.trial.copies import Sparing
 from tnxd.lanes import NO_TEAMS, Teams
 from tnxd.models.model import Model
 from tnxd.models.variants import Build, Variant, Workshop
@@ -132,8 +134,9 @@ def load() -> Iterator[Callable[..., tuple[LoadReport, torch.nn.Module]]]:
             on_done=done.put,
         )
         report = pool.load(served)
-        called = {id(runner.calls[served.key]): runner.calls[served.key] for runner in runners}
-        (call,) = called.values()  # all lanes run the same
+        calls = [runner.calls[served.key] for runner in runners]
+        spared = [call._call if isinstance(call, Sparing) else call for call in calls]
+        (call,) = {id(each): each for each in spared}.values()  # all lanes run the same
         assert isinstance(call, torch.nn.Module)
         return report, call.variant if isinstance(call, Substitute) else call
 
@@ -167,6 +170,44 @@ def test_a_team_that_a_batch_may_have_counts(
     half = variant("half", makes(lambda: Doubling(SLOW_S / 2)))
     report, _ = load(replace(model(half), factory=lambda: module(SLOW_S)), teams=teams)
     assert report.notes[0].startswith("optimize: half runs") is (is_taken or module is Doubling)
+
+
+class Crowding(Doubling):
+    """Takes four times as long with two threads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds * torch.get_num_threads() ** 2)
+        return x * self.weight * self.factor
+
+
+@pytest.mark.parametrize(("threads", "is_taken"), [(0, True), (1, True), (2, False)])
+def test_a_time_that_the_threads_of_a_model_leave_no_batch_does_not_count(
+    load: Callable[..., Any], threads: int, *, is_taken: bool
+) -> None:
+    crowding = variant("crowding", makes(lambda: Crowding(SLOW_S / 2)))
+    report, _ = load(replace(model(crowding), threads=threads), teams=Teams(lanes=1, threads=2, cores=2))
+    assert report.notes[0].startswith("optimize: crowding runs") is is_taken
+
+
+class InPlace(Doubling):
+    """Writes its answer over the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return x.mul_(self.weight * self.factor) + 0
+
+
+def test_a_variant_that_writes_to_its_input_spares_the_examples_of_its_author(load: Callable[..., Any]) -> None:
+    own = np.arange(1.0, 7.0, dtype=np.float32).reshape(3, 2)
+    spec = (TensorSpec("x", "FP32", own.shape),)
+    network = Model(
+        *("m", "1", spec, spec, 0, lambda: InPlace(SLOW_S)),
+        variants=(variant("quick", makes(InPlace)),),
+        example_values={"x": own},
+    )
+    report, _ = load(network, teams=Teams(lanes=1, threads=2, cores=2))
+    assert report.notes[0].startswith("optimize: quick runs")
+    assert own.tolist() == [[1, 2], [3, 4], [5, 6]]
 
 
 def test_rounding_is_no_other_answer(load: Callable[..., Any]) -> None:

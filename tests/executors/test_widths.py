@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,19 @@ def test_hanging_lane_does_not_keep_models_from_loading(monkeypatch: pytest.Monk
     assert done.get(timeout=60).outcomes
     assert (report.warmed, report.widths) == (True, ())
     assert {threads for _, threads in drained()} == {1}, "what nobody waits for any more is not run"
+
+
+def test_lane_whose_last_batch_was_wide_runs_narrow_ones_on_one_thread_after_another_model_was_loaded() -> None:
+    pool, done = started(TWO)
+    first = model()
+    pool.load(first)
+    submit(pool, first, 0, 2)
+    done.get(timeout=60)
+    pool.load(replace(first, name="second"))
+    drained()
+    submit(pool, first, 0, 1)
+    done.get(timeout=60)
+    assert drained() == [("cpu/0", 1)]
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux has it")

@@ -82,13 +82,12 @@ class CpuRunner(Runner):
     def __init__(self, name: str = CPU.name) -> None:
         super().__init__(CPU.name, Staging(_aligned))
         self.device = name
-        self._threads = 1
         self._team = Team()
 
     def enter_thread(self) -> None:
         super().enter_thread()
         torch.get_num_threads()  # a thread's first look at its pool would undo a number set before it
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(1)
 
     def free_memory(self, *, emptied: bool) -> None:
         """Nothing to do: the C library reuses the memory that it keeps."""
@@ -103,9 +102,8 @@ class CpuRunner(Runner):
     def forward(self, execution: Execution, items: Sequence[Item], rows: int) -> list[Array]:
         model = execution.model
         begin = time.perf_counter_ns()
-        if execution.threads != self._threads:
+        if execution.threads != torch.get_num_threads():  # asked for, as a restoration may have set another number
             torch.set_num_threads(execution.threads)  # 0.2 us, and the forward after it is none the slower
-            self._threads = execution.threads
         if execution.threads > 1:
             self._team.spread(execution.threads)
         gather = len(items) > 1

@@ -328,7 +328,8 @@ class Loading:
             return None
         call = partial(self._serving.call, within_s=TURN_S)
         with suppress(Unavailable):
-            return race(call, verdict.model, variant, verdict.make(1, 0), threads)
+            own = lane_calls(variant, verdict)()  # which spares inputs that a forward writes
+            return race(call, verdict.model, own, verdict.make(1, 0), threads)
         return None
 
     def _widths(self, verdict: Verdict, warmed: Warmed) -> Widths:

@@ -139,7 +139,7 @@ class Optimizer:
         except Exception as error:  # whatever others' compilers stumble over
             return Attempt(variant.name, why=sentence(error))
         if together is not None:
-            outcome = outcome.with_team(together)
+            outcome = outcome.with_team(together, always=verdict.model.threads > 1)
         useful = forced or outcome.part <= GAIN
         return Attempt(variant.name, module if useful else None, outcome, "" if useful else "too little")
 

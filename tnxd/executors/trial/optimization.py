@@ -70,10 +70,14 @@ class Outcome(NamedTuple):
         """Part of the module's time, as the geometric mean over the sizes."""
         return math.exp(sum(map(math.log, self.parts.values())) / len(self.seconds))
 
-    def with_team(self, seconds: Pair) -> Outcome:
-        """The outcome where the smallest batch may have a team: each takes its better time. Args: of that team."""
+    def with_team(self, seconds: Pair, *, always: bool) -> Outcome:
+        """The outcome where the smallest batch may have a team: each takes its better time.
+
+        Args:
+            seconds: with that team. always: whether each batch has it, so that no other time counts.
+        """
         rows = min(self.seconds)
-        module_s, variant_s = map(min, self.seconds[rows], seconds)
+        module_s, variant_s = seconds if always else map(min, self.seconds[rows], seconds)
         return Outcome({**self.seconds, rows: (module_s, variant_s)})
 
 
