@@ -134,7 +134,7 @@ class Bridge:
 
 
 def until(look: Callable[[], T], wanted: Callable[[T], object]) -> T:
-    """What a look finds, once it is what is wanted.
+    """Look until that is found which is wanted, and return it.
 
     For what a bridge gives a short time, or a client of it: that may pass where the machine stands still.
     """

@@ -17,7 +17,7 @@ from tnxctl.protocol import wire
 
 ODD = (str(Path(__file__).parent / "odd_models.py"),)
 MOST_ROWS = 16
-"""Of a batch of the model `wait`."""
+"""Limit of a batch of the model `wait`."""
 OBEDIENT = str(Path(__file__).parent / "obedient_devices.py")
 RunDaemon = Callable[..., Daemon]
 
@@ -262,7 +262,7 @@ def test_what_waits_for_an_inline_batch_of_its_model_waits_for_nothing_else(
 
 
 def test_a_flood_of_one_client_does_not_hold_up_another(hold: Callable[[str], Held]) -> None:
-    """What comes in the middle of the flood is held, too: who waited behind all of it would wait for that."""
+    """The request in the middle of the flood is held, too: who waited behind all of it would wait for that."""
     held = hold("[queue]\nmax_requests = 20000")
     flood = 4000
     for number in range(flood):

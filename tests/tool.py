@@ -14,7 +14,7 @@ from tnxctl.cli.exits import Exit
 from tnxctl.cli.options import DEFAULT_TIMEOUT_S
 
 SHORT = f"{DEFAULT_TIMEOUT_S:g}s"
-"""How options spell their default timeout."""
+"""The default timeout, as options spell it."""
 
 
 def run(*arguments: object, stdin: bytes | None = None, **environment: str) -> Result:

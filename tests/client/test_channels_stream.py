@@ -306,23 +306,30 @@ def flood(server: socket.socket, stop: threading.Event) -> None:
             flooding.kill()
 
 
+def count_messages(session: Any) -> Callable[[], int]:
+    """Count the messages that a session takes from now on. Returns what tells how many there were."""
+    count = 0
+    receive = session.receive
+
+    def counted(frames: Any, now: float) -> Any:
+        nonlocal count
+        count += 1
+        return receive(frames, now)
+
+    session.receive = counted
+    return lambda: count
+
+
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_a_flood_keeps_no_other_task_from_its_turn(
     server: socket.socket, elsewhere: ThreadPoolExecutor, new_loop: Any
 ) -> None:
     async def main() -> tuple[int, int]:
-        turns = handled = 0
+        turns = 0
         async with AsyncClient(endpoint_of(server), timeout=PATIENCE_S) as tnx:
             session: Any = tnx._session
-            receive = session.receive
-
-            def counted(frames: Any, now: float) -> Any:
-                nonlocal handled
-                handled += 1
-                return receive(frames, now)
-
-            session.receive = counted
-            while not handled:
+            handled = count_messages(session)
+            while not handled():
                 call = asyncio.create_task(tnx.predict(X, timeout=1.0))
                 while not call.done():
                     await asyncio.sleep(0)
@@ -330,7 +337,7 @@ def test_a_flood_keeps_no_other_task_from_its_turn(
                 with pytest.raises((errors.DeadlineExceeded, errors.Unavailable)):  # the latter before it has begun
                     call.result()
         stop.set()
-        return handled, turns
+        return handled(), turns
 
     stop = threading.Event()
     flooding = elsewhere.submit(flood, server, stop)
@@ -348,20 +355,13 @@ def test_a_flood_that_has_come_meanwhile_is_not_taken_at_once(
     server: socket.socket, elsewhere: ThreadPoolExecutor, look: Callable[[Any, int], None]
 ) -> None:
     """As where the loop was held up: before a connection is given up for its silence, or as there is room to send."""
-    count, handled = 20 * REPLIES_PER_TURN, 0
+    count = 20 * REPLIES_PER_TURN
 
     async def main() -> None:
         async with AsyncClient(endpoint_of(server), timeout=PATIENCE_S) as tnx:
             call = asyncio.create_task(tnx.predict(X))
             session: Any = tnx._session
-            receive = session.receive
-
-            def counted(frames: Any, now: float) -> Any:
-                nonlocal handled
-                handled += 1
-                return receive(frames, now)
-
-            session.receive = counted
+            handled = count_messages(session)
             while not session.connection.is_open:
                 await asyncio.sleep(0)
             driver: Any = tnx._driver
@@ -371,8 +371,8 @@ def test_a_flood_that_has_come_meanwhile_is_not_taken_at_once(
                 await_bytes(source, 2 * count)
                 session.connection.half_open_at = -1.0
                 look(driver, source)
-                assert 0 < handled <= 2 * REPLIES_PER_TURN
-                while handled < count:
+                assert 0 < handled() <= 2 * REPLIES_PER_TURN
+                while handled() < count:
                     await asyncio.sleep(0)
                 assert session.connection.is_open
                 call.cancel()
@@ -396,23 +396,15 @@ def test_a_flood_of_one_of_several_daemons_is_not_taken_at_once(
             while not session.connection.is_open:
                 await asyncio.sleep(0)
             driver: Any = tnx._driver
-            handled = 0
-            receive = session.receive
-
-            def counted(frames: Any, now: float) -> Any:
-                nonlocal handled
-                handled += 1
-                return receive(frames, now)
-
-            session.receive = counted
+            handled = count_messages(session)
             with accepting.result() as held:
                 held.sendall(bytes(2) * count)
                 source, _ = driver._link._links[0].channel.descriptor()
                 await_bytes(source, 2 * count)
                 for _ in range(3):  # as for the sources of others, that are ready as well
                     driver._turn()
-                assert handled == REPLIES_PER_TURN
-                while handled < count:
+                assert handled() == REPLIES_PER_TURN
+                while handled() < count:
                     await asyncio.sleep(0)
                 call.cancel()
                 with pytest.raises(asyncio.CancelledError):

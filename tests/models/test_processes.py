@@ -60,7 +60,7 @@ ISOLATED = 'isolation = "process"'
 
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process ended with is told, however long its end takes on a busy machine."""
+    """Allow processes a minute to end, so that what they ended with is told on a busy machine, too."""
     for name in ("_END_S", "PROCESS_END_S"):
         monkeypatch.setattr(process, name, 60.0)
 
