@@ -13,7 +13,7 @@ import torch
 from format_tools import ask, open_model, save_program
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, Unavailable
 from tnxd.models.formats import artifacts, converting
-from tnxd.models.formats.converting import Converted
+from tnxd.models.formats.called import Program
 from tnxd.models.model import Model
 from tnxd.models.variants import Workshop
 
@@ -65,7 +65,7 @@ def test_a_converted_network_answers_and_refuses_as_before_and_is_kept(
     forbid_processes(monkeypatch)
     again = make(open_model(tmp_path / "models", TOML), cache)  # as after a restart
     for module in (converted, again):
-        assert isinstance(module, Converted)
+        assert isinstance(module, Program)
         for rows, length in ((1, 3), (8, 9), (2, 5)):
             generator = np.random.default_rng(rows)
             x = generator.random((rows, length, 4)).astype(np.float32)
@@ -110,7 +110,7 @@ def test_a_damaged_artifact_is_made_again(tmp_path: Path) -> None:
     (kept,) = cache.iterdir()
     whole = (kept / converting.CONVERTED).read_bytes()
     (kept / converting.CONVERTED).write_bytes(whole[:-1])
-    assert isinstance(make(model, cache), Converted)
+    assert isinstance(make(model, cache), Program)
     assert len((kept / converting.CONVERTED).read_bytes()) == len(whole)
 
 

@@ -31,7 +31,7 @@ _SUMS = "SHA256SUMS"
 """Digests of all files of an artifact. Code that a crash or a full disk cut short would end the process that loads it,
 at every start anew."""
 
-_FORM = "2"
+_FORM = "3"
 """Counted up when artifacts are written or read in another way."""
 
 _MOST_BYTES = 8192 * MIB

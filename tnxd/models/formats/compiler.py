@@ -9,24 +9,26 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import torch
 from torch.export import ExportedProgram
 
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxd.error_text import sentence
 from tnxd.models.formats import ignore_warnings_about_torch_itself
+from tnxd.models.formats.called import Called
 from tnxd.models.formats.compiler_process import REFUSED
-from tnxd.models.formats.compiling import ARTIFACT, ORDER, tensors
+from tnxd.models.formats.compiling import ARTIFACT, LIBRARY, ORDER, tensors
 from tnxd.models.formats.conditions import Conditions
-from tnxd.models.formats.converting import CALLED, CONVERTED, Called
+from tnxd.models.formats.converting import CONVERTED
 from tnxd.models.formats.description import describe
 from tnxd.models.formats.exporting import export
 from tnxd.models.formats.indices import keep_within
@@ -34,9 +36,8 @@ from tnxd.models.formats.opening import read
 from tnxd.models.formats.signature import Signature
 from tnxd.models.repository import RepositorySource
 
-# One C++ function per model (`cpp_wrapper`), which releases the GIL for the whole forward and may run on several
-# threads at a time, with as many OpenMP threads as its caller is allowed (`cpp.dynamic_threads`).
-_OPTIONS = {"config_patches": {"cpp_wrapper": True, "cpp.dynamic_threads": True, "compile_threads": 1}}
+# `cpp.dynamic_threads`: as many OpenMP threads as the caller is allowed.
+_OPTIONS = {"cpp.dynamic_threads": True, "compile_threads": 1}
 
 
 class _Exported(NamedTuple):
@@ -54,6 +55,11 @@ class _Exported(NamedTuple):
     returned: tuple[int, ...]
     conditions: Conditions
     bounded: bool
+
+    @property
+    def called(self) -> Called:
+        """How to call what is made of it."""
+        return Called(self.conditions.names, self.conditions.conditions, self.returned, self.bounded)
 
 
 def _export(source: RepositorySource, device: torch.device) -> _Exported:
@@ -99,7 +105,11 @@ def compile_into(source: RepositorySource, device: torch.device, folder: Path) -
     arguments = [node for node in graph.graph.nodes if node.op == "placeholder"]
     with torch.no_grad():
         artifact = torch._inductor.standalone_compile(
-            graph, [node.meta["val"] for node in arguments], dynamic_shapes="from_graph", options=_OPTIONS
+            graph,
+            [node.meta["val"] for node in arguments],
+            dynamic_shapes="from_graph",
+            # One C++ function per model, which releases the GIL for the whole forward and may run on several threads.
+            options={"config_patches": {**_OPTIONS, "cpp_wrapper": True}},
         )
     artifact.save(path=str(folder / ARTIFACT), format="binary")
     weights = tensors(exported.network)
@@ -114,6 +124,28 @@ def compile_into(source: RepositorySource, device: torch.device, folder: Path) -
         "conditions": [tuple(condition) for condition in exported.conditions.conditions],
     }
     torch.save(order, folder / ORDER)
+
+
+def freeze_into(source: RepositorySource, device: torch.device, folder: Path) -> None:
+    """Have inductor compile a version with its weights. Writes a library, for `tnxd.models.formats.frozen`.
+
+    Raises:
+        FailedPrecondition: something in it cannot be compiled; the sentence says what.
+    """
+    import torch._inductor  # late: it sets environment variables
+
+    exported = _export(source, device)
+    package = folder / "package.pt2"
+    with torch.no_grad():  # else nothing is frozen
+        torch._inductor.aoti_compile_and_package(
+            exported.program, package_path=str(package), inductor_configs={**_OPTIONS, "freezing": True}
+        )
+    with zipfile.ZipFile(package) as files:
+        (name,) = [name for name in files.namelist() if name.endswith(".so")]
+        with files.open(name) as code, Path(folder, LIBRARY).open("wb") as file:
+            shutil.copyfileobj(code, file)
+    package.unlink()
+    exported.called.write(folder)
 
 
 def convert_into(source: RepositorySource, device: torch.device, folder: Path) -> None:
@@ -136,16 +168,15 @@ def convert_into(source: RepositorySource, device: torch.device, folder: Path) -
     inputs = len(converted.model.graph.inputs)
     if inputs != len(exported.signature.inputs):
         raise FailedPrecondition(f"converted, it has {inputs} inputs in place of {len(exported.signature.inputs)}")
-    conditions = exported.conditions
-    called = Called(conditions.names, conditions.conditions, exported.returned, exported.bounded)
-    Path(folder, CALLED).write_bytes(msgspec.json.encode(called))
+    exported.called.write(folder)
 
 
 COMPILERS: dict[str, Callable[[RepositorySource, torch.device, Path], None]] = {
     "inductor": compile_into,
+    "frozen": freeze_into,
     "onnxruntime": convert_into,
 }
-"""What writes an artifact into a folder, by the name of its variant."""
+"""What writes an artifact into a folder, by what is made."""
 
 
 def _end_with_the_daemon() -> None:

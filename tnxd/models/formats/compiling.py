@@ -1,7 +1,8 @@
 """inductor: a network as machine code for this computer, compiled by a process of its own.
 
 The daemon loads what `tnxd.models.formats.compiler` made, with the network's variable axes. That never traces or
-compiles again, whatever shapes come: there are no guards.
+compiles again, whatever shapes come: there are no guards. On a CPU the weights are in it, see
+`tnxd.models.formats.frozen`; elsewhere it takes those of the network.
 """
 
 from __future__ import annotations
@@ -20,16 +21,24 @@ from typing import Any
 import torch
 
 from tnxd.models.formats import artifacts, ignore_warnings_about_torch_itself
+from tnxd.models.formats.called import Called, Program
 from tnxd.models.formats.compiler_process import compile_in_child
 from tnxd.models.formats.conditions import Condition, Conditions
+from tnxd.models.formats.frozen import Frozen
 from tnxd.models.repository import RepositorySource
 from tnxd.models.variants import Build, Variant, Workshop
 
 ARTIFACT = "artifact"
 """Name of what inductor saves: the code."""
 
+LIBRARY = "network.so"
+"""Name of the code with the weights in it."""
+
 ORDER = "order.pt"
 """Name of the file that says how to call it."""
+
+_FROZEN = frozenset({"cpu"})
+"""Kinds of devices for which the weights are compiled in: the C interface of `Frozen` was tried on no other."""
 
 _OWN_CACHE = "cache"
 """Name of inductor's own cache, beside that."""
@@ -57,15 +66,24 @@ def variant(source: RepositorySource) -> Variant:
 
 
 def _make(source: RepositorySource, build: Build, workshop: Workshop) -> torch.nn.Module:
+    frozen = workshop.device.type in _FROZEN
+
     def compile_into(folder: Path) -> None:
         # Whoever sets TORCHINDUCTOR_CACHE_DIR keeps it from run to run.
-        environment = {**os.environ, _CACHE: _KEPT or str(Path(folder, _OWN_CACHE))}
-        compile_in_child(source, "inductor", workshop.device, folder, workshop.seconds, environment)
+        own = folder / _OWN_CACHE
+        environment = {**os.environ, _CACHE: _KEPT or str(own)}
+        compiler = "frozen" if frozen else "inductor"
+        compile_in_child(source, compiler, workshop.device, folder, workshop.seconds, environment)
+        if frozen:
+            shutil.rmtree(own, ignore_errors=True)  # all of it is in the library
 
     capability = torch.backends.cpu.get_cpu_capability()
     made_for = str(workshop.device), torch.__version__, platform.processor(), capability, _instructions()
     name = "" if workshop.cache is None else artifacts.key(source, "inductor", *made_for)
     with artifacts.folder(workshop.cache, name, compile_into) as folder:
+        if frozen:
+            called = Called.read(folder)
+            return Program(Frozen(folder / LIBRARY, called.wanted), called)
         network = build()
         return Compiled(network, _load(folder, _KEPT or str(folder / _OWN_CACHE), network, workshop.device))
 
