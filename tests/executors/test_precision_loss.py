@@ -46,6 +46,42 @@ def test_the_difference_is_measured(dtype: torch.dtype, least: float, most: floa
     assert least <= float(found[1]) <= most
 
 
+class Partly(torch.nn.Module):
+    """A network whose answers are not finite for small inputs. Args: everywhere: nor for others."""
+
+    def __init__(self, *, everywhere: bool = False) -> None:
+        super().__init__()
+        self.network = network()
+        self._least = 1e9 if everywhere else 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.network(x)
+        return torch.where(x.amax(1, keepdim=True) > self._least, answer, torch.nan)
+
+
+def test_examples_for_which_the_reference_has_no_number_say_nothing() -> None:
+    (note,) = notes(lambda: Precision(network(), torch.bfloat16, SPEC), Partly)
+    found = re.fullmatch(r"dtype: answers differ by up to ([\d.]+)% of the largest value from .*", note)
+    assert found is not None
+    assert 0.1 <= float(found[1]) <= 3.0
+    (note,) = notes(lambda: Precision(network(), torch.bfloat16, SPEC), lambda: Partly(everywhere=True))
+    assert note == "dtype: not compared with the datatype of the weights: those give no number for any example"
+
+
+def test_an_answer_that_is_no_number_in_the_other_datatype_is_named() -> None:
+    class Overflowing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            answer: torch.Tensor = self.network(x)
+            return torch.cat([answer[:, :-1], answer[:, -1:] + 1e39], 1)
+
+    (note,) = notes(lambda: Precision(Overflowing(), torch.float16, SPEC), network)
+    assert note == "dtype: some answers are infinite or NaN, which those in the weights' own datatype are not"
+
+
 def test_a_reference_that_cannot_be_built_keeps_nothing_from_being_served() -> None:
     def broken() -> torch.nn.Module:
         raise MemoryError("no room for two")

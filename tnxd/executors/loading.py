@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -205,7 +206,7 @@ class Loading:
     def _rounding(self, lane: Lane, verdict: Verdict, reference: Callable[[], torch.nn.Module]) -> str:
         """A note that says how far the answers are from those in the datatype of the weights."""
 
-        def compare(runner: Runner) -> float:
+        def compare(runner: Runner) -> float | None:
             with settings_restored("a forward"):
                 call = runner.calls[verdict.model.key]
                 return largest_difference(call, self._place(reference()), verdict, runner.torch_device)
@@ -214,6 +215,10 @@ class Loading:
             largest = lane.call(compare)
         except Exception as error:  # no memory for two of it, for one
             return f"dtype: not compared with the datatype of the weights: {sentence(error)}"
+        if largest is None:
+            return "dtype: not compared with the datatype of the weights: those give no number for any example"
+        if math.isinf(largest):
+            return "dtype: some answers are infinite or NaN, which those in the weights' own datatype are not"
         return f"dtype: answers differ by up to {largest:.1%} of the largest value from those in the weights' own"
 
     def _optimized(

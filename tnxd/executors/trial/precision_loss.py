@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -14,11 +16,16 @@ from tnxd.models.rounding import FLOATING
 _VARIANTS = 3
 
 
-def largest_difference(module: Call, reference: Call, verdict: Verdict, device: torch.device) -> float:
-    """The largest difference between the answers of two modules, relative to the largest value of an output."""
-    largest = 0.0
+def largest_difference(module: Call, reference: Call, verdict: Verdict, device: torch.device) -> float | None:
+    """The largest difference between the answers of two modules, relative to the largest value of an output.
+
+    Returns:
+        Infinity where the module's answer is no number and the reference's is; None where there is nothing to compare,
+        since the reference has a number for no example.
+    """
+    largest: float | None = None
     model = verdict.model
-    for make in verdict.telling[:1]:
+    for make in verdict.telling:  # the first one for which there is something to compare
         for number in range(_VARIANTS):
             item = make(1, number)
             pairs = zip(
@@ -28,8 +35,14 @@ def largest_difference(module: Call, reference: Call, verdict: Verdict, device: 
                 strict=True,
             )
             for spec, found, wanted in pairs:
-                if spec.datatype in FLOATING and wanted.size:
-                    right = as_float(wanted, spec.datatype)
-                    apart = np.abs(as_float(found, spec.datatype) - right)
-                    largest = max(largest, float(np.max(apart)) / max(float(np.max(np.abs(right))), 1e-30))
+                if spec.datatype not in FLOATING:
+                    continue
+                right = as_float(wanted, spec.datatype)
+                numbers = np.isfinite(right)
+                if numbers.any():
+                    right, left = right[numbers], as_float(found, spec.datatype)[numbers]
+                    apart = float(np.max(np.abs(left - right))) if np.isfinite(left).all() else math.inf
+                    largest = max(largest or 0.0, apart / max(float(np.max(np.abs(right))), 1e-30))
+        if largest is not None:
+            break
     return largest
