@@ -20,6 +20,16 @@ _steps = st.lists(
 
 
 @example([("add", 0), *[("add", 5), ("remove", 1)] * 10])
+@example(
+    [
+        *[("add", number) for number in (0, 0, 0, 1)],
+        ("remove", 0),
+        ("remove", 20),
+        ("take", 0),
+        ("add", 0),
+        ("steal", 2),
+    ]
+)
 @given(_steps)
 def test_requests_leave_in_order_of_their_due_times_and_entries_are_not_kept(steps: list[tuple[str, int]]) -> None:
     queue = ConnectionQueue("a", b"")

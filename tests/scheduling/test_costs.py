@@ -97,6 +97,18 @@ def test_batches_known_to_be_cheap_alone_are_meant_to_run_inline() -> None:
     assert lanes_only.curve(1) is lanes_only.lane
 
 
+@pytest.mark.parametrize("every", [10, 6])
+def test_batches_stay_inline_where_the_kernel_takes_the_core_away_now_and_then(every: int) -> None:
+    """As beside busy lanes, for a slice of the kernel's of four milliseconds."""
+    costs = CostModel()
+    lane = costs.curve("cpu", "mlp")
+    lane.observe(1, 500.0)
+    made = BatchCosts(lane, costs.curve("cpu", "mlp", inline=True), inline_limit_us=1000.0)
+    for number in range(500):
+        made.inline.observe(1, 500.0 if number % every else 4500.0)
+        assert made.fits_inline(1)
+
+
 def test_cost_model_has_a_curve_per_device_and_model() -> None:
     costs = CostModel()
     costs.curve("cpu", "mlp").observe(1, 100.0)

@@ -49,8 +49,11 @@ class ConnectionQueue:
         """Count a request that waits no more. Once these are the greater part, all of them are swept out."""
         self.removed += 1
         if 2 * self.removed > len(self):
-            self.entries = [entry for entry in self.entries[self.start :] if entry[2].waiting]
-            self.start = self.removed = 0
+            self._sweep()
+
+    def _sweep(self) -> None:
+        self.entries = [entry for entry in self.entries[self.start :] if entry[2].waiting]
+        self.start = self.removed = 0
 
     def head(self) -> Entry | None:
         """First request that still waits."""
@@ -88,4 +91,6 @@ class ConnectionQueue:
                 left.append(entries[last])
             last += 1
         entries[first:last] = left
+        if 2 * (self.start + self.removed) > len(entries):  # less is left now beside those that have left
+            self._sweep()
         return stolen

@@ -10,6 +10,12 @@ _WEIGHT = 0.1
 # An observation counts for at most so many times what was expected: one stall of the machine is not the new normal.
 _OUTLIER = 8.0
 
+# On the caller's thread one counts for fewer times, unless it is the third in a row. Beside busy lanes the kernel takes
+# the core away within one batch in ten or so, for some milliseconds. Counted in full, that would have batches of half a
+# millisecond wait for a lane instead.
+_OUTLIER_INLINE = 2.0
+_IN_A_ROW = 3
+
 # Means are looked up far more often than they change. What was worked out stays until the curve has moved by so much,
 # for so many sizes at most.
 _STALE = 0.02
@@ -25,11 +31,17 @@ class CostCurve:
 
     Batch sizes share a point per power of two, at their mean size; between points the curve is straight, beyond the
     last it grows in proportion.
+
+    Args:
+        outlier: times what was expected, for which an observation counts at most; for _OUTLIER times from the third
+            on of those that are slower and follow each other.
     """
 
-    __slots__ = ("_deviations", "_least", "_means", "_moved", "_points", "_rows", "_times")
+    __slots__ = ("_deviations", "_least", "_means", "_moved", "_outlier", "_points", "_rows", "_slow", "_times")
 
-    def __init__(self) -> None:
+    def __init__(self, outlier: float = _OUTLIER) -> None:
+        self._outlier = outlier
+        self._slow = 0  # observations beyond that, in a row
         self._points: dict[int, int] = {}  # bucket -> position in the lists, which are ordered by rows
         self._rows: list[float] = []
         self._times: list[float] = []
@@ -53,7 +65,9 @@ class CostCurve:
             self._forget_means()
             return
         expected = self._times[position]
-        off = min(micros, _OUTLIER * expected) - expected
+        self._slow = self._slow + 1 if micros > self._outlier * expected else 0
+        outlier = self._outlier if self._slow < _IN_A_ROW else _OUTLIER
+        off = min(micros, outlier * expected) - expected
         mean_rows = self._rows[position]
         self._moved += _WEIGHT * (abs(off) / (expected or 1.0) + abs(rows - mean_rows) / (mean_rows or 1.0))
         if self._moved > _STALE:
@@ -165,7 +179,7 @@ class BatchCosts:
         inline_limit_us: float = 0.0,
     ) -> None:
         self.lane = CostCurve() if lane is None else lane
-        self.inline = CostCurve() if inline is None else inline
+        self.inline = CostCurve(_OUTLIER_INLINE) if inline is None else inline
         self._inline_limit_us = inline_limit_us
         if inline_limit_us and self.lane.known and not self.inline.known:
             self.inline.borrow(self.lane)
@@ -215,7 +229,7 @@ class CostModel:
         if known is None:
             if len(self._curves) >= self._max_curves:
                 del self._curves[next(iter(self._curves))]
-            known = CostCurve()
+            known = CostCurve(_OUTLIER_INLINE if inline else _OUTLIER)
         self._curves[key] = known  # last in the dict: most recently used
         return known
 
