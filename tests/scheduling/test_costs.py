@@ -109,6 +109,18 @@ def test_batches_stay_inline_where_the_kernel_takes_the_core_away_now_and_then(e
         assert made.fits_inline(1)
 
 
+@pytest.mark.parametrize("every", [10, 6])
+def test_batches_that_take_long_themselves_now_and_then_move_to_lanes(every: int) -> None:
+    """No slice of the kernel's is as long as 100 ms: some inputs are dear, and nobody else is served meanwhile."""
+    costs = CostModel()
+    lane = costs.curve("cpu", "mlp")
+    lane.observe(1, 500.0)
+    made = BatchCosts(lane, costs.curve("cpu", "mlp", inline=True), inline_limit_us=1000.0)
+    numbers = iter(range(1, 500))
+    while made.fits_inline(1):
+        made.inline.observe(1, 500.0 if next(numbers) % every else 100_000.0)
+
+
 def test_cost_model_has_a_curve_per_device_and_model() -> None:
     costs = CostModel()
     costs.curve("cpu", "mlp").observe(1, 100.0)

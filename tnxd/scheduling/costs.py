@@ -10,10 +10,11 @@ _WEIGHT = 0.1
 # An observation counts for at most so many times what was expected: one stall of the machine is not the new normal.
 _OUTLIER = 8.0
 
-# On the caller's thread one counts for fewer times, unless it is the third in a row. Beside busy lanes the kernel takes
-# the core away within one batch in ten or so, for some milliseconds. Counted in full, that would have batches of half a
-# millisecond wait for a lane instead.
+# On the caller's thread it counts for fewer times where it may be the kernel's doing: beside busy lanes that takes the
+# core away within one batch in ten or so, for some milliseconds. Counted in full, that would have batches of half a
+# millisecond wait for a lane instead. What takes longer, or is the third in a row, is no such stall.
 _OUTLIER_INLINE = 2.0
+_STALL_US = 10_000.0
 _IN_A_ROW = 3
 
 # Means are looked up far more often than they change. What was worked out stays until the curve has moved by so much,
@@ -33,14 +34,13 @@ class CostCurve:
     last it grows in proportion.
 
     Args:
-        outlier: times what was expected, for which an observation counts at most; for _OUTLIER times from the third
-            on of those that are slower and follow each other.
+        stalled: times what was expected, for which an observation counts at most that may be a stall of the kernel's.
     """
 
-    __slots__ = ("_deviations", "_least", "_means", "_moved", "_outlier", "_points", "_rows", "_slow", "_times")
+    __slots__ = ("_deviations", "_least", "_means", "_moved", "_points", "_rows", "_slow", "_stalled", "_times")
 
-    def __init__(self, outlier: float = _OUTLIER) -> None:
-        self._outlier = outlier
+    def __init__(self, stalled: float = _OUTLIER) -> None:
+        self._stalled = stalled
         self._slow = 0  # observations beyond that, in a row
         self._points: dict[int, int] = {}  # bucket -> position in the lists, which are ordered by rows
         self._rows: list[float] = []
@@ -65,9 +65,9 @@ class CostCurve:
             self._forget_means()
             return
         expected = self._times[position]
-        self._slow = self._slow + 1 if micros > self._outlier * expected else 0
-        outlier = self._outlier if self._slow < _IN_A_ROW else _OUTLIER
-        off = min(micros, outlier * expected) - expected
+        self._slow = self._slow + 1 if micros > self._stalled * expected else 0
+        is_stall = self._slow < _IN_A_ROW and micros - expected < _STALL_US
+        off = min(micros, (self._stalled if is_stall else _OUTLIER) * expected) - expected
         mean_rows = self._rows[position]
         self._moved += _WEIGHT * (abs(off) / (expected or 1.0) + abs(rows - mean_rows) / (mean_rows or 1.0))
         if self._moved > _STALE:
