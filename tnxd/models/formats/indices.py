@@ -64,6 +64,9 @@ _REFUSED = frozenset(
 _PLAIN = frozenset({"self_int"})
 """Overloads of these that take a number in place of a tensor of indices, as `repeat_interleave` of one."""
 
+_DIVISIONS = frozenset({"div", "floor_divide", "remainder", "fmod"})
+"""Operators that divide, and raise for integers and 0, unless `div` is to return fractions."""
+
 _MASKS = frozenset({torch.bool, torch.uint8})
 
 
@@ -124,9 +127,9 @@ def _check_known(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         if _name(node) in _REFUSED and node.target._overloadname not in _PLAIN:
             raise FailedPrecondition(f"it uses {_name(node)}, and nobody would notice an index out of range")
-        if _divides_integers(node):
-            raise FailedPrecondition("it divides integers by others, and nobody would notice a division by 0")
     for part in graph.modules():
+        if isinstance(part, GraphModule) and any(map(_divides_integers, part.graph.nodes)):
+            raise FailedPrecondition("it divides integers by others, and nobody would notice a division by 0")
         if part is not graph and isinstance(part, GraphModule):  # of a branch, or of a loop
             for node in part.graph.nodes:
                 if _name(node) in (*_ALONG, *_BY_AXES, _CLASSES, *_REFUSED):
@@ -136,10 +139,15 @@ def _check_known(graph: GraphModule) -> None:
 
 
 def _divides_integers(node: Node) -> bool:
-    """Whether an operator divides integers by a tensor, as C does: by 0, compiled code ends the process (SIGFPE)."""
-    if _name(node) != "div" or node.kwargs.get("rounding_mode") != "trunc" or not isinstance(node.args[1], Node):
+    """Whether an operator divides integers by a tensor, which may have a 0 in it.
+
+    Compiled code ends the process then: by SIGFPE where it rounds towards 0. Elsewhere it notes the 0 in a variable
+    that all compiled code of the process has in common, and every other thread that runs some puts it back meanwhile.
+    """
+    name = _name(node)
+    if name not in _DIVISIONS or (name == "div" and node.kwargs.get("rounding_mode") is None):
         return False
-    return not _tensor(node).is_floating_point()
+    return isinstance(node.args[1], Node) and not _tensor(node).is_floating_point()
 
 
 def _fixed(program: ExportedProgram) -> set[Node]:
