@@ -95,6 +95,10 @@ def test_what_no_request_can_change_costs_nothing() -> None:
         (lambda net, x, k: 7 % k, "a division by 0"),
         (lambda net, x, k: torch.fmod(k, k - 5), "a division by 0"),
         (lambda net, x, k: torch.cond(x.sum() > 1, lambda z: z // (z - 5), torch.neg, (k,)), "a division by 0"),
+        (lambda net, x, k: x * (7 // (k.shape[1] - 1)), "a division by 0"),
+        (lambda net, x, k: x[:, k[0, 0].item()], "by a number in a tensor"),
+        (lambda net, x, k: torch.select_scatter(x, x[:, 0], 1, k[0, 0].item()), "by a number in a tensor"),
+        (lambda net, x, k: x.as_strided((2,), (1,), k[0, 0].item()), "by a number in a tensor"),
         (lambda net, x, k: torch.cond(x.sum() > 1, lambda z: z.gather(1, z.long()), torch.sin, (x,)), "in a branch"),
     ],
 )
@@ -109,7 +113,7 @@ def test_the_same_operator_without_indices_is_taken() -> None:
 
 def divides(net: Any, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """By a number, and fractions."""
-    third = torch.div(k, 3, rounding_mode="trunc") + k // 5 + k % 7
+    third = torch.div(k, 3, rounding_mode="trunc") + k // 5 + k % 7 + 100 // k.shape[1] + x[:, k.shape[1] - 2, None]
     return third + torch.div(x[:, :1], x[:, 1:2], rounding_mode="trunc") + k / (k - 5) + x[:, :1] // x[:, 1:2]
 
 
