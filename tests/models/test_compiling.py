@@ -99,6 +99,8 @@ def make(model: Model, cache: Path | None = None) -> torch.nn.Module:
 @pytest.fixture(scope="module", params=[True, False], ids=["frozen", "as on a GPU"])
 def compiled_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Pair:
     """Compiled, and asked once."""
+    if not request.param and not compiling.has_python_headers():
+        pytest.skip("no header files of Python")
     root = tmp_path_factory.mktemp("compiled")
     save(root)
     eager = open_model(root, TOML.replace('"inductor"', '"none"')).factory()
@@ -330,6 +332,19 @@ def test_a_compiler_that_ends_early_is_named(tmp_path: Path, end: str, said: str
     with pytest.raises((FailedPrecondition, Unavailable)) as caught:
         make(model)
     assert said in caught.value.message
+
+
+@needs_compiler
+def test_header_files_of_python_are_needed_where_nothing_is_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    model = open_model(tmp_path, TOML)
+    assert model.variants[0].missing == ""
+    monkeypatch.setattr(compiling, "_FROZEN", frozenset())
+    with pytest.raises(FailedPrecondition, match="python3-dev"):
+        make(model)
 
 
 @pytest.mark.slow
