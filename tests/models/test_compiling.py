@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +19,10 @@ import torch
 from format_tools import ask, open_model, save_program, source, tensors
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, Unavailable
-from tnxd.models.formats import compiler, compiling
-from tnxd.models.formats.called import Program
+from tnxd.models.formats import compiler, compiler_process, compiling
+from tnxd.models.formats.called import Called, Program
 from tnxd.models.formats.compiling import Compiled
+from tnxd.models.formats.frozen import Frozen
 from tnxd.models.model import Model
 from tnxd.models.variants import Workshop
 
@@ -96,6 +99,8 @@ def make(model: Model, cache: Path | None = None) -> torch.nn.Module:
 @pytest.fixture(scope="module", params=[True, False], ids=["frozen", "as on a GPU"])
 def compiled_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kept: Path) -> Pair:
     """Compiled, and asked once."""
+    if not request.param and not compiling.has_python_headers():
+        pytest.skip("no header files of Python")
     root = tmp_path_factory.mktemp("compiled")
     save(root)
     eager = open_model(root, TOML.replace('"inductor"', '"none"')).factory()
@@ -187,6 +192,75 @@ def test_weights_are_not_copied(pair: Pair) -> None:
         bias -= 1
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> tuple[Path, torch.nn.Module]:
+    """A folder with a frozen network of 8 MB, and the network."""
+    folder = tmp_path_factory.mktemp("wide")
+    network = torch.nn.Sequential(torch.nn.Linear(4, 2048), torch.nn.Linear(2048, 1024)).eval()
+    save_program(folder / "models/net/1/model.pt2", network, (torch.zeros(2, 4),), ({0: torch.export.Dim("rows")},))
+    compiler.freeze_into(source(folder / "models"), torch.device("cpu"), folder)
+    return folder, network
+
+
+def load(folder: Path) -> Program:
+    called = Called.read(folder)
+    return Program(Frozen(folder / compiling.LIBRARY, called.wanted), called)
+
+
+def mapped(folder: Path) -> int:
+    """KiB of memory that a library takes, beside what it has allocated."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-", line):
+            inside = str(folder) in line
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.timeout(240)
+def test_weights_are_in_memory_once_and_not_at_all_when_the_network_is_gone(wide: tuple[Path, torch.nn.Module]) -> None:
+    """glibc does not unmap the library: this thread, which has called it, lives on."""
+    folder, network = wide
+    x = torch.rand(3, 4)
+    with torch.inference_mode():
+        for _ in range(3):
+            program = load(folder)
+            (found,) = program(x)
+            assert mapped(folder) < 4096
+            del program
+            torch.testing.assert_close(found, network(x))
+            assert mapped(folder) < 4096
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.timeout(240)
+def test_another_number_of_inputs_is_an_error_of_one_call(wide: tuple[Path, torch.nn.Module]) -> None:
+    program = load(wide[0])
+    x = torch.rand(1, 4)
+    for inputs in ((), (x, x)):
+        with pytest.raises(RuntimeError, match=f"takes 1 tensors; here are {len(inputs)}"):
+            program(*inputs)
+    assert program(x)[0].shape == (1, 1024)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.timeout(240)
+def test_an_operator_that_compiled_code_cannot_call_is_named(tmp_path: Path, kept: Path) -> None:
+    class Middle(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.median(1)[0]
+
+    axes = ({0: torch.export.Dim("rows")},)
+    save_program(tmp_path / "models/net/1/model.pt2", Middle(), (torch.zeros(2, 4),), axes)
+    with pytest.raises(FailedPrecondition, match=r"it uses aten::median\.dim, which"):
+        compiler.freeze_into(source(tmp_path / "models"), torch.device("cpu"), tmp_path)
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.timeout(240)
@@ -258,6 +332,38 @@ def test_a_compiler_that_ends_early_is_named(tmp_path: Path, end: str, said: str
     with pytest.raises((FailedPrecondition, Unavailable)) as caught:
         make(model)
     assert said in caught.value.message
+
+
+@needs_compiler
+def test_header_files_of_python_are_needed_where_nothing_is_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    model = open_model(tmp_path, TOML)
+    assert model.variants[0].missing == ""
+    monkeypatch.setattr(compiling, "_FROZEN", frozenset())
+    with pytest.raises(FailedPrecondition, match="python3-dev"):
+        make(model)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_the_first_line_says_why_a_compiler_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch adds lines to the messages of others."""
+    (tmp_path / "failing.py").write_text(
+        "from tnxd.models.formats import compiler\n"
+        "def fail(*_):\n    raise RuntimeError('no primitive\\n\\nUse tlparse to see more')\n"
+        "compiler.COMPILERS['failing'] = fail\ncompiler.main()\n"
+    )
+    save(tmp_path / "models")
+    (tmp_path / "models/net/model.toml").write_text(TOML)
+    monkeypatch.setattr(compiler_process, "_PROGRAM", "failing")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with pytest.raises(Unavailable, match=r"^the compiler ended with 1: RuntimeError: no primitive$"):
+        compiler_process.compile_in_child(
+            source(tmp_path / "models"), "failing", torch.device("cpu"), tmp_path, 100.0, environment
+        )
 
 
 def test_a_compiler_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,14 @@ def test_what_no_request_can_change_costs_nothing() -> None:
             "it uses repeat_interleave",
         ),
         (lambda net, x, k: torch.div(k, k - 5, rounding_mode="trunc"), "a division by 0"),
+        (lambda net, x, k: k // (k - 5), "a division by 0"),
+        (lambda net, x, k: 7 % k, "a division by 0"),
+        (lambda net, x, k: torch.fmod(k, k - 5), "a division by 0"),
+        (lambda net, x, k: torch.cond(x.sum() > 1, lambda z: z // (z - 5), torch.neg, (k,)), "a division by 0"),
+        (lambda net, x, k: x * (7 // (k.shape[1] - 1)), "a division by 0"),
+        (lambda net, x, k: x[:, k[0, 0].item()], "by a number in a tensor"),
+        (lambda net, x, k: torch.select_scatter(x, x[:, 0], 1, k[0, 0].item()), "by a number in a tensor"),
+        (lambda net, x, k: x.as_strided((2,), (1,), k[0, 0].item()), "by a number in a tensor"),
         (lambda net, x, k: torch.cond(x.sum() > 1, lambda z: z.gather(1, z.long()), torch.sin, (x,)), "in a branch"),
     ],
 )
@@ -104,9 +112,9 @@ def test_the_same_operator_without_indices_is_taken() -> None:
 
 
 def divides(net: Any, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """By a number, towards minus infinity, and fractions."""
-    third = torch.div(k, 3, rounding_mode="trunc")
-    return third + k // (k - 5) + torch.div(x[:, :1], x[:, 1:2], rounding_mode="trunc")
+    """By a number, and fractions."""
+    third = torch.div(k, 3, rounding_mode="trunc") + k // 5 + k % 7 + 100 // k.shape[1] + x[:, k.shape[1] - 2, None]
+    return third + torch.div(x[:, :1], x[:, 1:2], rounding_mode="trunc") + k / (k - 5) + x[:, :1] // x[:, 1:2]
 
 
 def test_divisions_that_no_0_ends_are_taken() -> None:

@@ -7,6 +7,7 @@ of COMPILERS.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import shutil
@@ -142,10 +143,20 @@ def freeze_into(source: RepositorySource, device: torch.device, folder: Path) ->
         )
     with zipfile.ZipFile(package) as files:
         (name,) = [name for name in files.namelist() if name.endswith(".so")]
+        unknown = _only_in_torch(files, name)
+        if unknown:
+            raise FailedPrecondition(f"it uses {', '.join(unknown)}, which torch does not offer to compiled code")
         with files.open(name) as code, Path(folder, LIBRARY).open("wb") as file:
             shutil.copyfileobj(code, file)
     package.unlink()
     exported.called.write(folder)
+
+
+def _only_in_torch(files: zipfile.ZipFile, library: str) -> list[str]:
+    """Operators that torch's loader would have to run for a library: torch has no C function for them."""
+    name = f"{library.removesuffix('.so')}.json"
+    nodes = json.loads(files.read(name))["nodes"] if name in files.namelist() else []
+    return sorted({node["node"]["target"] for node in nodes})
 
 
 def convert_into(source: RepositorySource, device: torch.device, folder: Path) -> None:
@@ -197,6 +208,8 @@ def main() -> None:
     except TensorNextError as error:
         print(error.message, file=sys.stderr)
         sys.exit(REFUSED)
+    except Exception as error:  # whatever torch stumbles over: its traceback may end with any line
+        sys.exit(sentence(error))
 
 
 if __name__ == "__main__":

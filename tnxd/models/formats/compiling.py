@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from tnxctl.protocol.errors import FailedPrecondition
 from tnxd.models.formats import artifacts, ignore_warnings_about_torch_itself
 from tnxd.models.formats.called import Called, Program
 from tnxd.models.formats.compiler_process import compile_in_child
@@ -53,11 +54,12 @@ _loading = threading.Lock()  # torch looks up its cache directory in the environ
 def missing() -> str:
     """Things that inductor needs and this computer lacks, in words; "" if nothing."""
     compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        return f"no C++ compiler ({compiler})"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "no header files of Python (python3-dev)"
-    return ""
+    return f"no C++ compiler ({compiler})" if shutil.which(compiler) is None else ""
+
+
+def has_python_headers() -> bool:
+    """Whether code can be compiled that takes the weights of the network: it calls Python. What is frozen does not."""
+    return Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def variant(source: RepositorySource) -> Variant:
@@ -67,6 +69,8 @@ def variant(source: RepositorySource) -> Variant:
 
 def _make(source: RepositorySource, build: Build, workshop: Workshop) -> torch.nn.Module:
     frozen = workshop.device.type in _FROZEN
+    if not frozen and not has_python_headers():
+        raise FailedPrecondition("no header files of Python (python3-dev)")
 
     def compile_into(folder: Path) -> None:
         # Whoever sets TORCHINDUCTOR_CACHE_DIR keeps it from run to run.

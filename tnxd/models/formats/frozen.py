@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _ctypes
 import ctypes
+import mmap
 import os
 import threading
 import weakref
@@ -58,36 +59,43 @@ class Frozen:
         self._turns = threading.BoundedSemaphore(count)
         self._library = library
         self._container = ctypes.c_void_p()
+        # Not at the end of the process: a thread that hangs may still be in there.
+        weakref.finalize(self, _close, library, self._container).atexit = False
         self._call(
             "AOTInductorModelContainerCreateWithDevice",
             *(ctypes.byref(self._container), ctypes.c_size_t(count), b"cpu", None),
         )
-        outputs = ctypes.c_size_t()
-        self._call("AOTInductorModelContainerGetNumOutputs", self._container, ctypes.byref(outputs))
-        self._count = outputs.value
-        self._wanted = wanted(outputs.value)
-        # Not at the end of the process: a thread that hangs may still be in there.
-        weakref.finalize(self, _close, library, self._container).atexit = False
+        _give_back_weights(library)
+        self._inputs = self._number("Inputs")
+        self._outputs = self._number("Outputs")
+        self._wanted = wanted(self._outputs)
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Run it, on as many threads as torch has for the calling one. The inputs are not checked.
+        """Run it, on as many threads as torch has for the calling one. Only the number of inputs is checked.
 
         Raises:
-            RuntimeError: it failed.
+            RuntimeError: it failed, or takes another number of inputs.
         """
+        if len(inputs) != self._inputs:  # the library would end the process
+            raise RuntimeError(f"the compiled network takes {self._inputs} tensors; here are {len(inputs)}")
         # The code reads memory as that of an array whose last axis is dense.
         held = [tensor.contiguous() for tensor in inputs]
         given = [_to_pointer(handle, None) for handle in _handles.unsafe_alloc_void_ptrs_from_tensors(held)]
-        answers = (ctypes.c_void_p * self._count)()
+        answers = (ctypes.c_void_p * self._outputs)()
         with self._turns:
             self._call(
                 "AOTInductorModelContainerRun",
                 *(self._container, (ctypes.c_void_p * len(given))(*given), ctypes.c_size_t(len(given))),
-                *(answers, ctypes.c_size_t(self._count), None, None),
+                *(answers, ctypes.c_size_t(self._outputs), None, None),
             )
         capsules = [_to_capsule(answer, None, None) for answer in answers]
         tensors = _handles.alloc_tensors_by_stealing_from_void_ptrs(capsules)
         return [tensors[position] for position in self._wanted]
+
+    def _number(self, what: str) -> int:
+        found = ctypes.c_size_t()
+        self._call(f"AOTInductorModelContainerGetNum{what}", self._container, ctypes.byref(found))
+        return found.value
 
     def _call(self, name: str, *arguments: Any) -> None:
         if getattr(self._library, name)(*arguments):
@@ -103,7 +111,26 @@ def _reason(library: ctypes.CDLL) -> str:
     return said.value.decode("utf-8", "replace")
 
 
+def _give_back_weights(library: ctypes.CDLL) -> None:
+    """Give back the memory of the weights in the library: the container has copied them.
+
+    Nor is there any once the network is gone. glibc unmaps no library as long as a thread lives that has called it, if
+    that has variables for each thread, as this one has for its last error.
+    """
+    try:
+        first, last = (
+            ctypes.addressof(ctypes.c_char.in_dll(library, f"_binary_constants_bin_{end}")) for end in ("start", "end")
+        )
+    except ValueError:  # other versions of torch may call them otherwise
+        return
+    first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = last // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:  # nothing has written there, so that whoever reads it would read it from the file again
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
 def _close(library: ctypes.CDLL, container: ctypes.c_void_p) -> None:
-    """Free the weights, and unmap the code."""
-    library.AOTInductorModelContainerDelete(container)
+    """Free the weights, if there are any yet, and unmap the code, unless a thread that called it still lives."""
+    if container:
+        library.AOTInductorModelContainerDelete(container)
     _ctypes.dlclose(library._handle)

@@ -15,6 +15,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, OutputSpec, TensorArgument
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree
 
 from tnxctl.protocol.errors import FailedPrecondition
@@ -63,6 +64,12 @@ _REFUSED = frozenset(
 
 _PLAIN = frozenset({"self_int"})
 """Overloads of these that take a number in place of a tensor of indices, as `repeat_interleave` of one."""
+
+_DIVISIONS = frozenset({"div", "floor_divide", "remainder", "fmod"})
+"""Operators that divide, and raise for integers and 0, unless `div` is to return fractions."""
+
+_BY_NUMBER = frozenset({"select", "select_scatter", "as_strided"})
+"""Operators that torch.export lets take any number that is found in a tensor; others have their bounds noted by it."""
 
 _MASKS = frozenset({torch.bool, torch.uint8})
 
@@ -124,9 +131,11 @@ def _check_known(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         if _name(node) in _REFUSED and node.target._overloadname not in _PLAIN:
             raise FailedPrecondition(f"it uses {_name(node)}, and nobody would notice an index out of range")
-        if _divides_integers(node):
-            raise FailedPrecondition("it divides integers by others, and nobody would notice a division by 0")
     for part in graph.modules():
+        if isinstance(part, GraphModule) and any(map(_divides_integers, part.graph.nodes)):
+            raise FailedPrecondition("it divides integers by others, and nobody would notice a division by 0")
+        if isinstance(part, GraphModule) and any(map(_takes_any_number, part.graph.nodes)):
+            raise FailedPrecondition("it looks up by a number in a tensor, and nobody would notice one out of range")
         if part is not graph and isinstance(part, GraphModule):  # of a branch, or of a loop
             for node in part.graph.nodes:
                 if _name(node) in (*_ALONG, *_BY_AXES, _CLASSES, *_REFUSED):
@@ -136,10 +145,24 @@ def _check_known(graph: GraphModule) -> None:
 
 
 def _divides_integers(node: Node) -> bool:
-    """Whether an operator divides integers by a tensor, as C does: by 0, compiled code ends the process (SIGFPE)."""
-    if _name(node) != "div" or node.kwargs.get("rounding_mode") != "trunc" or not isinstance(node.args[1], Node):
+    """Whether an operator divides integers by what may be 0: a tensor, or a number that is no length of an input.
+
+    Compiled code goes on with infinity, for such a number, and ends the process for a tensor: by SIGFPE where it rounds
+    towards 0. Elsewhere it notes the 0 in a variable that all compiled code of the process has in common, and every
+    other thread that runs some puts it back meanwhile.
+    """
+    if node.target in (operator.floordiv, operator.mod):
+        return isinstance(node.args[1], Node) and _name(node.args[1]) != "sym_size"
+    name = _name(node)
+    if name not in _DIVISIONS or (name == "div" and node.kwargs.get("rounding_mode") is None):
         return False
-    return not _tensor(node).is_floating_point()
+    return isinstance(node.args[1], Node) and not _tensor(node).is_floating_point()
+
+
+def _takes_any_number(node: Node) -> bool:
+    """Whether an operator reads or writes where a tensor's value says, without a check."""
+    numbers = [each.meta.get("val") for each in node.all_input_nodes] if _name(node) in _BY_NUMBER else []
+    return any(isinstance(number, torch.SymInt) and free_unbacked_symbols(number) for number in numbers)
 
 
 def _fixed(program: ExportedProgram) -> set[Node]:
