@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from format_tools import ask, open_model, save_program, source, tensors
 from tnxctl.protocol.datatypes import Array
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument, Unavailable
-from tnxd.models.formats import compiler, compiler_process, compiling
+from tnxd.models.formats import compiler, compiler_process, compiling, conditions
 from tnxd.models.formats.called import Called, Program
 from tnxd.models.formats.compiling import Compiled
 from tnxd.models.formats.frozen import Frozen
@@ -239,7 +240,7 @@ def test_weights_are_in_memory_once_and_not_at_all_when_the_network_is_gone(wide
 @needs_compiler
 @pytest.mark.timeout(240)
 def test_another_number_of_inputs_is_an_error_of_one_call(wide: tuple[Path, torch.nn.Module]) -> None:
-    program = load(wide[0])
+    program = Frozen(wide[0] / compiling.LIBRARY, range)
     x = torch.rand(1, 4)
     for inputs in ((), (x, x)):
         with pytest.raises(RuntimeError, match=f"takes 1 tensors; here are {len(inputs)}"):
@@ -371,3 +372,61 @@ def test_a_compiler_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("CXX", "no-such-compiler")
     (variant,) = open_model(tmp_path, TOML).variants
     assert variant.missing == "no C++ compiler (no-such-compiler)"
+
+
+class Boxes(torch.nn.Module):
+    """One picture and any number of boxes in it: axis 0 counts rows of the second input alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 8)
+
+    def forward(self, picture: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        return self.layer(boxes) + picture.mean((0, 1))
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_inputs_whose_rows_differ_are_refused_before_the_code_runs(
+    tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch, frozen: bool
+) -> None:
+    """Where axis 0 does not count rows, as only the trial finds, the network gets requests of any lengths."""
+    if not frozen:
+        monkeypatch.setattr(compiling, "_FROZEN", frozenset())
+    (tmp_path / "net/1").mkdir(parents=True)
+    (tmp_path / "net/1/net.py").write_text(
+        f"import torch\n\n{inspect.getsource(Boxes)}\ndef make():\n    return Boxes()\n"
+    )
+    network = Boxes()
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "net/1/model.safetensors")
+    model = open_model(
+        tmp_path,
+        'optimize = "inductor"\nfactory = "net:make"\n'
+        + tensors("picture", "FP32", [-1, -1, 8])
+        + tensors("boxes", "FP32", [-1, 8])
+        + tensors("output", "FP32", [-1, 8], "outputs"),
+    )
+    compiled = make(model)
+    picture = np.random.default_rng(0).random((3, 5, 8)).astype(np.float32)
+    with torch.inference_mode():
+        wanted = network(torch.from_numpy(picture), torch.zeros(3, 8)).numpy()
+    got = ask(model, compiled, picture, np.zeros((3, 8), np.float32))["output"]
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InvalidArgument, match=r"axis 0 of 'boxes' == axis 0 of 'picture'|axis 0 of 'picture' == axis"):
+        compiled(torch.from_numpy(picture), torch.zeros(500, 8))
+
+
+def test_what_a_compiler_decides_by_the_lengths_of_the_example_is_a_condition() -> None:
+    axes = ({0: torch.export.Dim("rows", max=64), 1: torch.export.Dim("length")},)
+    program = torch.export.export(torch.nn.Linear(4, 4), (torch.zeros(2, 3, 4),), dynamic_shapes=axes)
+    (given,) = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    with conditions.assumed(program) as assumed:
+        assert bool(given.shape[0] * given.shape[1] <= 4096)
+        assert not bool(given.shape[1] == 100)  # what holds for other lengths holds for that one, too
+    demands = conditions.Conditions(["x"], assumed)
+    for rows, length in ((8, 512), (1, 100)):
+        demands.check([torch.empty(rows, length, 4)])
+    with pytest.raises(InvalidArgument, match="axis 1 of 'x' is 513"):
+        demands.check([torch.empty(8, 513, 4)])

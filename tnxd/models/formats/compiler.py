@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +24,11 @@ from torch.export import ExportedProgram
 
 from tnxctl.protocol.errors import FailedPrecondition, TensorNextError
 from tnxd.error_text import sentence
-from tnxd.models.formats import ignore_warnings_about_torch_itself
+from tnxd.models.formats import conditions, ignore_warnings_about_torch_itself
 from tnxd.models.formats.called import Called
 from tnxd.models.formats.compiler_process import REFUSED
 from tnxd.models.formats.compiling import ARTIFACT, LIBRARY, ORDER, tensors
-from tnxd.models.formats.conditions import Conditions
+from tnxd.models.formats.conditions import Condition, Conditions
 from tnxd.models.formats.converting import CONVERTED
 from tnxd.models.formats.description import describe
 from tnxd.models.formats.exporting import export
@@ -57,10 +57,10 @@ class _Exported(NamedTuple):
     conditions: Conditions
     bounded: bool
 
-    @property
-    def called(self) -> Called:
-        """How to call what is made of it."""
-        return Called(self.conditions.names, self.conditions.conditions, self.returned, self.bounded)
+    def called(self, assumed: Sequence[Condition] = ()) -> Called:
+        """How to call what is made of it. Args: assumed: conditions that were added."""
+        conditions = (*self.conditions.conditions, *assumed)
+        return Called(self.conditions.names, conditions, self.returned, self.bounded)
 
 
 def _export(source: RepositorySource, device: torch.device) -> _Exported:
@@ -75,10 +75,8 @@ def _export(source: RepositorySource, device: torch.device) -> _Exported:
             raise FailedPrecondition(
                 f"input {spec.name!r} would be fixed at {list(found.shape)}, not {list(spec.shape)}"
             )
-    conditions = description.conditions
-    if signature.max_batch_size:
-        conditions = conditions.without_rows()
-    conditions = Conditions([spec.name for spec in signature.inputs], conditions.conditions)
+    # Those of rows, too: the trial may find that axis 0 counts none.
+    demands = Conditions([spec.name for spec in signature.inputs], description.conditions.conditions)
     returned = {spec.name: at for at, spec in zip(description.returned, description.found.outputs, strict=True)}
     wanted = [spec.name for spec in signature.outputs]
     named = description.found.named_outputs
@@ -87,7 +85,7 @@ def _export(source: RepositorySource, device: torch.device) -> _Exported:
     if not named:
         wanted = list(returned)
     positions = tuple([returned[name] for name in wanted])
-    return _Exported(network, signature, program, positions, conditions, keep_within(program))
+    return _Exported(network, signature, program, positions, demands, keep_within(program))
 
 
 def compile_into(source: RepositorySource, device: torch.device, folder: Path) -> None:
@@ -104,7 +102,7 @@ def compile_into(source: RepositorySource, device: torch.device, folder: Path) -
         if "val" in node.meta:
             node.meta["example_value"] = node.meta["val"]  # where inductor looks for the axes
     arguments = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad():
+    with torch.no_grad(), conditions.assumed(exported.program) as assumed:
         artifact = torch._inductor.standalone_compile(
             graph,
             [node.meta["val"] for node in arguments],
@@ -122,7 +120,7 @@ def compile_into(source: RepositorySource, device: torch.device, folder: Path) -
         "outputs": list(exported.returned),
         "bounded": exported.bounded,
         "names": list(exported.conditions.names),
-        "conditions": [tuple(condition) for condition in exported.conditions.conditions],
+        "conditions": [tuple(condition) for condition in (*exported.conditions.conditions, *assumed)],
     }
     torch.save(order, folder / ORDER)
 
@@ -137,7 +135,7 @@ def freeze_into(source: RepositorySource, device: torch.device, folder: Path) ->
 
     exported = _export(source, device)
     package = folder / "package.pt2"
-    with torch.no_grad():  # else nothing is frozen
+    with torch.no_grad(), conditions.assumed(exported.program) as assumed:  # with gradients, nothing is frozen
         torch._inductor.aoti_compile_and_package(
             exported.program, package_path=str(package), inductor_configs={**_OPTIONS, "freezing": True}
         )
@@ -149,7 +147,7 @@ def freeze_into(source: RepositorySource, device: torch.device, folder: Path) ->
         with files.open(name) as code, Path(folder, LIBRARY).open("wb") as file:
             shutil.copyfileobj(code, file)
     package.unlink()
-    exported.called.write(folder)
+    exported.called(assumed).write(folder)
 
 
 def _only_in_torch(files: zipfile.ZipFile, library: str) -> list[str]:
@@ -179,7 +177,7 @@ def convert_into(source: RepositorySource, device: torch.device, folder: Path) -
     inputs = len(converted.model.graph.inputs)
     if inputs != len(exported.signature.inputs):
         raise FailedPrecondition(f"converted, it has {inputs} inputs in place of {len(exported.signature.inputs)}")
-    exported.called.write(folder)
+    exported.called().write(folder)
 
 
 COMPILERS: dict[str, Callable[[RepositorySource, torch.device, Path], None]] = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.export import ExportedProgram
+from torch.utils._sympy.printers import PythonPrinter
 
 from tnxctl.protocol.errors import FailedPrecondition, InvalidArgument
 
@@ -111,6 +114,41 @@ def of_program(
         if any(length in variable for length in condition.lengths):  # else the signature says it
             found[condition] = None
     return list(found)
+
+
+@contextlib.contextmanager
+def assumed(program: ExportedProgram) -> Iterator[list[Condition]]:
+    """The conditions that a compiler adds to those of a program in the block: it decides by the example's lengths.
+
+    torch.compile would note them as guards. Code that is compiled ahead has none, and where one does not hold it reads
+    and writes beyond its tensors.
+
+    Yields:
+        A list that they are in after the block.
+
+    Raises:
+        FailedPrecondition: there is one that the lengths of the inputs do not tell.
+    """
+    places: dict[Any, tuple[int, int]] = {}
+    environment: Any = None
+    arguments = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    for position, node in enumerate(arguments):
+        for axis, length in enumerate(node.meta["val"].shape):
+            if isinstance(length, torch.SymInt):
+                environment = length.node.shape_env
+                places.setdefault(length.node.expr, (position, axis))
+    before = 0 if environment is None else len(environment.guards)
+    found: list[Condition] = []
+    yield found
+    for guard in [] if environment is None else environment.guards[before:]:
+        if isinstance(guard.expr, sympy.Ne):
+            continue  # it was asked whether two lengths are equal: what does not rely on it holds for equal ones, too
+        symbols = sorted(guard.expr.free_symbols, key=str)
+        if not places.keys() >= set(symbols):
+            raise FailedPrecondition(f"the compiler assumes {guard.expr}, which cannot be checked")
+        numbered = {symbol: sympy.Symbol(f"n{number}", integer=True) for number, symbol in enumerate(symbols)}
+        text = PythonPrinter().doprint(guard.expr.xreplace(numbered))
+        found.append(Condition(text, tuple([places[symbol] for symbol in symbols])))
 
 
 def bounds(program: ExportedProgram, length: Any) -> tuple[int, int | None]:
