@@ -68,6 +68,13 @@ depth = 1
 """
 
 
+def _with_few_read(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The same, where a forward does not look at all of the weights, which would take a core for seconds."""
+    source = files["network.py"].replace(b"self.weight.am", b"self.weight[:9].am")
+    assert source != files["network.py"]
+    return {**files, "network.py": source}
+
+
 class Gpus:
     """A daemon, a client of it, and the file that batches wait for. Args: folder: of all files."""
 
@@ -79,7 +86,7 @@ class Gpus:
         repository.settings("hungry", _HUNGRY_TOML)
         repository.publish("hungry", 1, {"hungry.py": source.encode(), "model.safetensors": weights})
         repository.settings("large", 'optimize = "none"\n' + MODEL_TOML)
-        repository.publish("large", 1, scaled(3.0, mib=_WEIGHTS_MB))
+        repository.publish("large", 1, _with_few_read(scaled(3.0, mib=_WEIGHTS_MB)))
         machine = program(devices=2, memory_mb=(_SMALL_MB, _LARGE_MB), control=self.control)
         arguments = ("--model-repository", str(repository.root))
         daemon = stack.enter_context(running(folder, *arguments, program=machine, config=_CONFIG))

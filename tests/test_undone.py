@@ -26,6 +26,9 @@ audit = 0.0
 inputs = [{ name = "x", datatype = "FP32", shape = [-1, 2] }]
 outputs = [{ name = "y", datatype = "FP32", shape = [-1, 2] }]
 """
+STARTS = 'optimize = "none"\n' + SETTINGS.replace("max_batch_size = 4", "max_batch_size = 0")
+"""For a forward that starts processes: no conversion leaves that out, and a load runs few without batches."""
+
 NET = """
 import logging.config, os, random, socket, torch
 {on_import}
@@ -46,9 +49,17 @@ DOUBLES = "torch.set_default_dtype(torch.float64)"
 X = np.ones((1, 2), np.float32)
 
 
-def put(root: Path, name: str, *, on_import: str = "", on_build: str = "pass", forward: str = "pass") -> None:
+def put(
+    root: Path,
+    name: str,
+    *,
+    on_import: str = "",
+    on_build: str = "pass",
+    forward: str = "pass",
+    settings: str = SETTINGS,
+) -> None:
     repository = Repository(root)
-    repository.settings(name, SETTINGS)
+    repository.settings(name, settings)
     code = NET.format(on_import=on_import, on_build=on_build, forward=forward)
     repository.publish(name, 1, {"model.safetensors": safetensors.torch.save({}), "net.py": code.encode()})
 
@@ -159,7 +170,7 @@ def children(pid: int) -> set[int]:
 
 def test_a_forward_may_have_a_pool_of_processes(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> None:
     forward = "with multiprocessing.get_context('fork').Pool(1) as pool: pool.apply(abs, (1,))"
-    put(tmp_path, "pool", on_import="import multiprocessing", forward=forward)
+    put(tmp_path, "pool", on_import="import multiprocessing", forward=forward, settings=STARTS)
     put(tmp_path, "good")
     running = run_daemon("--model-repository", str(tmp_path))
     with Client(running.endpoint, timeout=60.0) as tnx:
@@ -198,7 +209,7 @@ def test_what_a_forward_forks_ends_with_the_daemon(
 
 def test_a_forward_may_start_programs(tmp_path: Path, run_daemon: Callable[..., Daemon]) -> None:
     forward = "subprocess.run(['true'], check=True); subprocess.run(['true'], check=True, preexec_fn=os.getpid)"
-    put(tmp_path, "runs", on_import="import subprocess", forward=forward)
+    put(tmp_path, "runs", on_import="import subprocess", forward=forward, settings=STARTS)
     running = run_daemon("--model-repository", str(tmp_path))
     with Client(running.endpoint, timeout=60.0) as tnx:
         assert np.array_equal(tnx.predict(X, model="runs").output, X + 1)
