@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 import sys
 import tempfile
 import time
@@ -37,7 +38,7 @@ Forward = Callable[[], object]
 
 
 def modules(root: Path, name: str, cache: Path | None, threads: int) -> dict[str, torch.nn.Module]:
-    """What may run for a network, by names as "bfloat16 inductor"; what cannot be made is said on stderr."""
+    """Modules that may run for a network, by names as "bfloat16 inductor". Says on stderr which cannot be made."""
     found = {}
     for dtype in _DTYPES:
         folder = root / dtype
@@ -107,8 +108,7 @@ def main(names: Sequence[str], rounds: int) -> None:
                         gains.setdefault((threads, size, dtype), []).append(plain / best)
     print("\nGeometric means of what the fastest program in a datatype gains:")
     for (threads, size, dtype), each in gains.items():
-        mean = math.exp(sum(map(math.log, each)) / len(each))
-        print(f"{dtype}, {threads} threads, {size}: {mean:.2f}")
+        print(f"{dtype}, {threads} threads, {size}: {statistics.geometric_mean(each):.2f}")
 
 
 if __name__ == "__main__":

@@ -97,13 +97,18 @@ def test_batches_known_to_be_cheap_alone_are_meant_to_run_inline() -> None:
     assert lanes_only.curve(1) is lanes_only.lane
 
 
-@pytest.mark.parametrize("every", [10, 6])
-def test_batches_stay_inline_where_the_kernel_takes_the_core_away_now_and_then(every: int) -> None:
-    """As beside busy lanes, for a slice of the kernel's of four milliseconds."""
+def half_a_millisecond() -> BatchCosts:
+    """Costs of batches that take half of what may run inline."""
     costs = CostModel()
     lane = costs.curve("cpu", "mlp")
     lane.observe(1, 500.0)
-    made = BatchCosts(lane, costs.curve("cpu", "mlp", inline=True), inline_limit_us=1000.0)
+    return BatchCosts(lane, costs.curve("cpu", "mlp", inline=True), inline_limit_us=1000.0)
+
+
+@pytest.mark.parametrize("every", [10, 6])
+def test_batches_stay_inline_where_the_kernel_takes_the_core_away_now_and_then(every: int) -> None:
+    """As beside busy lanes, for a slice of the kernel's of four milliseconds."""
+    made = half_a_millisecond()
     for number in range(500):
         made.inline.observe(1, 500.0 if number % every else 4500.0)
         assert made.fits_inline(1)
@@ -112,10 +117,7 @@ def test_batches_stay_inline_where_the_kernel_takes_the_core_away_now_and_then(e
 @pytest.mark.parametrize("every", [10, 6])
 def test_batches_that_take_long_themselves_now_and_then_move_to_lanes(every: int) -> None:
     """No slice of the kernel's is as long as 100 ms: some inputs are dear, and nobody else is served meanwhile."""
-    costs = CostModel()
-    lane = costs.curve("cpu", "mlp")
-    lane.observe(1, 500.0)
-    made = BatchCosts(lane, costs.curve("cpu", "mlp", inline=True), inline_limit_us=1000.0)
+    made = half_a_millisecond()
     numbers = iter(range(1, 500))
     while made.fits_inline(1):
         made.inline.observe(1, 500.0 if next(numbers) % every else 100_000.0)

@@ -38,7 +38,7 @@ class Called(msgspec.Struct, frozen=True):
 
     @classmethod
     def read(cls, folder: Path) -> Called:
-        """What `write` wrote."""
+        """The call that `write` wrote."""
         return msgspec.json.decode(Path(folder, CALLED).read_bytes(), type=cls)
 
 

@@ -58,7 +58,7 @@ class _Exported(NamedTuple):
     bounded: bool
 
     def called(self, assumed: Sequence[Condition] = ()) -> Called:
-        """How to call what is made of it. Args: assumed: conditions that were added."""
+        """The call of what is made of it. Args: assumed: conditions that were added."""
         conditions = (*self.conditions.conditions, *assumed)
         return Called(self.conditions.names, conditions, self.returned, self.bounded)
 
@@ -185,7 +185,7 @@ COMPILERS: dict[str, Callable[[RepositorySource, torch.device, Path], None]] = {
     "frozen": freeze_into,
     "onnxruntime": convert_into,
 }
-"""What writes an artifact into a folder, by what is made."""
+"""Functions that write an artifact into a folder, by what they make."""
 
 
 def _end_with_the_daemon() -> None:

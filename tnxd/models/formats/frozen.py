@@ -1,8 +1,8 @@
 """Frozen networks: machine code of inductor with the weights in it, in a shared library for a CPU.
 
-Where weights are known, inductor folds into them what depends on nothing else, such as batch normalisation, joins
-layers, and puts them once into the order that the kernels of oneDNN want. Code that gets its weights as arguments does
-so in each call. docs/performance.md has what that gains.
+Where weights are known, inductor folds into them what depends on nothing else, such as batch normalisation, and has
+oneDNN compute a layer together with what follows it. docs/performance.md has what that gains over code that gets its
+weights as arguments.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Frozen:
 
 
 def _reason(library: ctypes.CDLL) -> str:
-    """Words about the last failure of a thread, which torch knows since 2.12."""
+    """Words about the last failure of a thread, where this version of torch keeps them."""
     said = ctypes.c_char_p()
     ask = getattr(library, "AOTInductorGetLastError", None)
     if ask is None or ask(ctypes.byref(said)) or not said.value:
